@@ -1,0 +1,38 @@
+"""Everything that can be wrong with what a user gave us.
+
+Raised anywhere, caught in one place (`cli.main`), which prints two lines and exits with 2:
+
+    error: what was got, and what is allowed
+    hint: the command or step that mends it
+
+Any other exception is a fault of ours and exits with 1.
+"""
+
+
+class LayercutError(Exception):
+    """A wrong input. `message` says what was got and what is allowed, `hint` how to mend it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(LayercutError):
+    """A flag, a YAML key or a combination of them that does not make sense."""
+
+
+class ModelError(LayercutError):
+    """A model that cannot be found, read, trusted or used."""
+
+
+class DataError(LayercutError):
+    """Text that cannot be found or read, or that is too short."""
+
+
+class SurgeryError(LayercutError):
+    """Layers that cannot be cut out of this architecture without changing what the others compute."""
+
+
+class RunError(LayercutError):
+    """A run folder that cannot be written, resumed or reported on."""

@@ -1,0 +1,508 @@
+"""Load a causal language model, whatever it comes as, and open up its stack of decoder layers.
+
+First stage of the journey. A model is named by a Hub id, a local folder or a .gguf file; all three end as a
+local path, so that everything after this module deals with files. Nothing a checkpoint contains is executed:
+remote code and pickled weights are refused unless asked for, and shard names may not leave the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercut.errors import ModelError
+
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
+OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on this machine's disk: a folder, or a folder and the .gguf file in it."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """The path a user would recognise."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    def fingerprint(self) -> str:
+        """Hash of names, sizes and modification times of the files: changes when the model does, costs nothing."""
+        files = [self.file] if self.gguf else sorted(p for p in self.folder.iterdir() if p.is_file())
+        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        if self.gguf:
+            return self.file.stat().st_size
+        return sum(p.stat().st_size for p in weight_files(self.folder))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where a model keeps its decoder layers."""
+
+    path: str
+    """Dotted name of the ModuleList inside the model, e.g. "model.layers"."""
+    layers: nn.ModuleList
+    config: Any
+    """The (text) config that counts these layers."""
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model with its tokenizer and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def decoder(self) -> Decoder:
+        return find_decoder(self.model)
+
+
+# --- from a name to files -------------------------------------------------------------------------------------
+
+
+def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Turn MODEL (Hub id, folder or .gguf file) into files on this machine; downloads where needed.
+
+    Raises ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" or path.is_file():
+        return _resolve_file(name, path)
+    if path.is_dir():
+        check_folder(path, allow_pickle=allow_pickle)
+        return Checkpoint(name, path.resolve())
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
+        raise ModelError(
+            f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)",
+            "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
+        )
+    folder = _download(name, allow_pickle=allow_pickle)
+    check_folder(folder, allow_pickle=allow_pickle)
+    return Checkpoint(name, folder)
+
+
+def _resolve_file(name: str, path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise ModelError(f"no file {name!r}", "check the path of the .gguf file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(
+            f"{name!r} is not a GGUF file (it starts with {magic!r})",
+            "give a .gguf file, a folder with config.json and *.safetensors, or a Hub id",
+        )
+    return Checkpoint(name, path.resolve().parent, path.name)
+
+
+def _download(name: str, *, allow_pickle: bool) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
+    try:
+        hf_hub_download(name, "config.json")
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
+    except GatedRepoError:
+        raise ModelError(
+            f"{name!r} is gated: its owner must grant you access first",
+            f"accept the terms at https://huggingface.co/{name}, then run `hf auth login`",
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"no model {name!r} on the Hub, and no such folder here",
+            "check the spelling; for a private model run `hf auth login` first",
+        ) from None
+    except HFValidationError:
+        raise ModelError(
+            f"{name!r} is neither a folder, a .gguf file nor a Hub id (owner/name)",
+            "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{name!r} is not on this machine and the Hub cannot be reached",
+            "check the network, or give a local folder or .gguf file",
+        ) from None
+    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download: the Hub's own words
+        raise ModelError(
+            f"{name!r} could not be fetched from the Hub: {first_line(error)}",
+            "check the name and the network, or give a local folder or .gguf file",
+        ) from error
+
+
+def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
+    config = read_json(folder / "config.json", "a model folder needs config.json")
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} does not hold an object", "use the model's own config.json")
+    for index in folder.glob("*.index.json"):
+        check_index(index)
+    if weight_files(folder):
+        for file in weight_files(folder):
+            check_shard(file)
+    elif any(folder.glob("*.bin")):
+        if not allow_pickle:
+            raise ModelError(
+                f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+                "convert them to safetensors, or pass --allow-pickle if you trust their source",
+            )
+    else:
+        raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those its index names, else all of them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(folder / name for name in set(read_json(index)["weight_map"].values()))
+    return sorted(folder.glob("*.safetensors"))
+
+
+def check_index(index: Path) -> None:
+    """Every shard an index names must lie in the index's own folder and be there."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(f"{index} has no weight_map", "fetch the checkpoint's index again")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ModelError(
+                f"{index} names the shard {shard!r}, which lies outside the model folder",
+                "do not use this checkpoint, or mend the index by hand if you made it",
+            )
+        if not (index.parent / shard).is_file():
+            raise ModelError(f"{index} names {shard}, which is not there", "fetch the missing shard again")
+
+
+def check_shard(file: Path) -> None:
+    """A safetensors file must have a readable header and all the bytes that it promises."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as shard:
+            shard.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file} is corrupt or truncated ({file.stat().st_size:,} bytes): {first_line(error)}",
+            "fetch this file again",
+        ) from None
+
+
+def read_json(path: Path, need: str = "") -> Any:
+    """Read a JSON file, with a ModelError where that cannot be done."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"no file {path}" + (f": {need}" if need else ""), "give a complete model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {first_line(error)}", "fetch this file again") from None
+
+
+# --- from files to a model ------------------------------------------------------------------------------------
+
+
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint, refused unless it is a decoder-only language model's."""
+    from transformers import AutoConfig
+
+    if not checkpoint.gguf and not trust_remote_code:
+        _refuse_remote_code(checkpoint.folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
+        )
+    except ImportError as error:
+        raise _missing_gguf(error) from None
+    except Exception as error:
+        raise ModelError(
+            f"the config of {checkpoint.name} cannot be read: {first_line(error)}",
+            "check that this version of transformers knows the architecture: pip install -U transformers",
+        ) from error
+    check_causal(config, checkpoint.name, trust_remote_code=trust_remote_code)
+    return config
+
+
+def _refuse_remote_code(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    raw = read_json(folder / "config.json")
+    if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{folder.name} brings its own modelling code, which layercut does not run",
+            "pass --trust-remote-code if you have read that code and trust it",
+        )
+
+
+def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
+    """Only decoder-only language models, and vision-language models whose text part is one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({config.model_type}); layercut cuts decoder-only models",
+            "give a causal language model such as Llama, Qwen or Gemma",
+        )
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not (known or remote):
+        raise ModelError(
+            f"{name} is not a causal language model (model type {config.model_type!r})",
+            "give a causal language model such as Llama, Qwen or Gemma",
+        )
+    heads = getattr(config, "architectures", None) or []
+    if heads and not any(h.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for h in heads):
+        raise ModelError(
+            f"{name} is a checkpoint of {', '.join(heads)}, which is not a causal language model",
+            "give the checkpoint with the language-modelling head",
+        )
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> LanguageModel:
+    """Load weights and tokenizer. The model comes in eval mode and can be saved as a plain checkpoint.
+
+    dtype "auto": the checkpoint's own; bfloat16 for GGUF files; float32 for a float16 checkpoint on a CPU.
+    device "auto": the first accelerator torch sees, else the CPU.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    place = pick_device(device)
+    number = pick_dtype(dtype, config, checkpoint, place)
+    # transformers names remote code in its own mapping only; a known config takes its stock class
+    auto = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        auto = AutoModelForImageTextToText
+    with quiet_transformers():
+        try:
+            if checkpoint.gguf:
+                model = _load_gguf(checkpoint, number)
+            else:
+                model, info = auto.from_pretrained(
+                    checkpoint.folder,
+                    config=config,
+                    dtype=number,
+                    use_safetensors=None if allow_pickle else True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                )
+                _check_loading(info, checkpoint.name)
+        except ModelError:
+            raise
+        except ImportError as error:
+            raise _missing_gguf(error) from None
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(
+                f"{checkpoint.name} cannot be loaded: {first_line(error)}",
+                "check that the checkpoint is complete and that this version of transformers knows it",
+            ) from error
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    model = model.to(place).eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, checkpoint, number, place)
+
+
+def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Dequantize a GGUF file into a model that `save_pretrained` accepts.
+
+    transformers marks what it read from GGUF as quantized and refuses to save it; after dequantizing, that
+    mark is no longer true, so it is taken off.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder,
+        gguf_file=checkpoint.gguf,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.hf_quantizer = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    model.config.architectures = [type(model).__name__]
+    model.config._name_or_path = checkpoint.name
+    return model.to(dtype)
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; ModelError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not checkpoint.gguf and not any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{checkpoint.folder} holds no tokenizer",
+            "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
+        )
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(
+                checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            raise ModelError(
+                f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",
+                "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
+            ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" takes the first accelerator that torch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
+    if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
+        raise ModelError(f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto")
+    if place.index is not None and place.type != "cpu" and place.index >= torch.accelerator.device_count():
+        raise ModelError(
+            f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
+            f"use --device {place.type}:0",
+        )
+    return place
+
+
+def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The number format the weights are held and computed in; see `load` for what "auto" means."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"--dtype {dtype!r} is unknown", f"allowed are auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if checkpoint.gguf:
+        return torch.bfloat16
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.float32  # few CPUs multiply float16 matrices; bfloat16 would round what is stored
+    return stored
+
+
+def _check_loading(info: dict[str, Any], name: str) -> None:
+    """Missing or mismatched weights would be filled with random numbers and only warned of: refuse."""
+    missing = sorted(info.get("missing_keys") or [])
+    mismatched = sorted(map(str, info.get("mismatched_keys") or []))
+    if missing or mismatched:
+        wrong = missing or mismatched
+        raise ModelError(
+            f"{name} lacks {len(wrong)} weights that its config calls for (first: {wrong[0]})",
+            "the checkpoint is incomplete, or num_hidden_layers in its config.json does not fit it",
+        )
+
+
+def _missing_gguf(error: ImportError) -> ModelError:
+    return ModelError(f"reading this model needs a package that is missing: {first_line(error)}", 'pip install "layercut[gguf]"')
+
+
+# --- the stack of decoder layers ------------------------------------------------------------------------------
+
+
+def find_decoder(model: Any) -> Decoder:
+    """The ModuleList of decoder layers of any architecture, and the config that counts them.
+
+    Searched inside the text model only, so that vision or audio towers never match.
+    """
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and not any(word in path for word in ("vision", "visual", "audio", "encoder", "image"))
+    ]
+    if not lists:
+        raise ModelError(
+            f"no stack of {count} decoder layers was found in {type(model).__name__}",
+            "this architecture is not supported; see docs/reference.md for those that are",
+        )
+    # Of nested lists of the same length the outermost is the stack; of several, the one that weighs most.
+    path, layers = max(lists, key=lambda item: (-item[0].count("."), _weight(item[1])))
+    return Decoder(path, layers, config)
+
+
+def _weight(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def share(model: Any) -> Any:
+    """A second model over the same weights: own modules and config, the very same parameters and buffers.
+
+    Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of weights, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the weights in memory, tied ones counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+# --- small helpers --------------------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut to a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and advice while a stage shows its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    advice = os.environ.get("TRANSFORMERS_VERBOSITY")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if advice is not None:
+            os.environ["TRANSFORMERS_VERBOSITY"] = advice

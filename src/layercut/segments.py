@@ -1,0 +1,93 @@
+"""Segments of the layer stack: half-open and 0-based, everywhere.
+
+A segment [start, stop) names the decoder layers that are removed. The layers beside it, start - 1 and
+stop, are its *endpoints*: the only ones that healing trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from layercut.errors import ConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """Decoder layers start, start + 1, …, stop - 1, to be removed."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ConfigError(
+                f"segment {self.start}:{self.stop} is empty or negative; allowed is START:STOP with 0 <= START < STOP",
+                "layers are counted from 0 and STOP is not removed: --segment 13:19 removes six layers",
+            )
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+    @classmethod
+    def parse(cls, text: str) -> Segment:
+        """Read "13:19"."""
+        start, colon, stop = text.partition(":")
+        try:
+            if not colon:
+                raise ValueError
+            bounds = int(start), int(stop)
+        except ValueError:
+            raise ConfigError(
+                f"segment {text!r} is not of the form START:STOP with two whole numbers",
+                "for layers 13 to 18: --segment 13:19",
+            ) from None
+        return cls(*bounds)
+
+
+def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
+    """Sort segments and check them against a stack of `layers`: inside it, disjoint, and not all of it."""
+    ordered = sorted(segments)
+    for segment in ordered:
+        if segment.stop > layers:
+            raise ConfigError(
+                f"segment {segment} reaches beyond the model's {layers} layers",
+                f"allowed are segments inside 0:{layers}",
+            )
+    for left, right in zip(ordered, ordered[1:], strict=False):
+        if right.start < left.stop:
+            raise ConfigError(
+                f"segments {left} and {right} overlap",
+                f"give one segment instead: --segment {left.start}:{max(left.stop, right.stop)}",
+            )
+    if sum(map(len, ordered)) >= layers:
+        raise ConfigError(
+            f"the segments {', '.join(map(str, ordered))} would remove all {layers} layers",
+            "keep at least one layer",
+        )
+    return ordered
+
+
+def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
+    """Original indices of the layers that stay, in order: the `original_layer_index` of the cut model."""
+    removed = {i for segment in checked_segments(segments, layers) for i in range(segment.start, segment.stop)}
+    return [i for i in range(layers) if i not in removed]
+
+
+def layers_to_remove(ratio: float, layers: int) -> int:
+    """n = round(ratio * layers), at least one layer and never all of them."""
+    if not 0 < ratio < 1:
+        raise ConfigError(
+            f"--ratio {ratio:g} is outside 0 to 1",
+            "a fifth of the layers: --ratio 0.2",
+        )
+    n = round(ratio * layers)
+    if n < 1 or n >= layers:
+        raise ConfigError(
+            f"--ratio {ratio:g} of {layers} layers is {n} layers; allowed is 1 to {layers - 1}",
+            f"smallest: --ratio {1 / layers:.3f}, largest: --ratio {(layers - 1) / layers:.3f}",
+        )
+    return n
