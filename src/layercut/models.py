@@ -430,6 +430,11 @@ def _missing_gguf(error: ImportError) -> ModelError:
     return ModelError(f"reading this model needs a package that is missing: {first_line(error)}", 'pip install "layercut[gguf]"')
 
 
+def count_layers(config: Any) -> int:
+    """L, the number of decoder layers that a config promises."""
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
 # --- the stack of decoder layers ------------------------------------------------------------------------------
 
 
@@ -439,7 +444,7 @@ def find_decoder(model: Any) -> Decoder:
     Searched inside the text model only, so that vision or audio towers never match.
     """
     config = model.config.get_text_config(decoder=True)
-    count = config.num_hidden_layers
+    count = count_layers(model.config)
     lists = [
         (path, module)
         for path, module in model.named_modules()
@@ -468,6 +473,15 @@ def share(model: Any) -> Any:
     """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put new parameters in by name; tensors that other models share are left as they are."""
+    for name, weight in weights.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, attribute)
+        setattr(module, attribute, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False))
 
 
 def parameter_count(model: nn.Module) -> int:
