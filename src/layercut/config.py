@@ -146,6 +146,8 @@ class RunConfig:
     """Run folder; runs/NAME where not given. A run that was stopped goes on there."""
     force: Annotated[bool, Parameter(negative="")] = False
     """Run finished stages again."""
+    config: Path | None = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
 
 
 @flat
@@ -155,17 +157,42 @@ class CompressConfig:
 
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig
+    search: SearchConfig = field(default_factory=SearchConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def flattened(config: Any) -> dict[str, Any]:
-    """A config as flat YAML keys, every default filled in."""
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CutConfig:
+    """Surgery alone, on the files."""
+
+    segment: Annotated[tuple[str, ...], Parameter(negative="")]
+    """A segment START:STOP to remove; 13:19 removes layers 13 to 18. Repeatable."""
+    out: Path
+    """The new checkpoint: a folder, or a .gguf file where MODEL is one."""
+    force: Annotated[bool, Parameter(negative="")] = False
+    """Replace what is at --out."""
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False
+    """Read pickled weights (*.bin), which can run code too."""
+
+    def __post_init__(self) -> None:
+        if not self.segment:
+            raise ConfigError("no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search")
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The segments, read."""
+        return [Segment.parse(text) for text in self.segment]
+
+
+def flattened(config: CompressConfig) -> dict[str, Any]:
+    """A config as flat YAML keys, every default filled in; fit for --config."""
     result: dict[str, Any] = {}
-    for key, value in asdict(config).items():
-        result |= value if isinstance(value, dict) else {key: value}
+    for stage in asdict(config).values():
+        result |= stage
+    del result["config"]
     return {key: _plain(value) for key, value in result.items()}
 
 

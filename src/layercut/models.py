@@ -431,35 +431,47 @@ def _missing_gguf(error: ImportError) -> ModelError:
 
 
 def count_layers(config: Any) -> int:
-    """L, the number of decoder layers that a config promises."""
-    return config.get_text_config(decoder=True).num_hidden_layers
+    """L, the number of decoder layers that a config promises; the model's own stack has the last word."""
+    text = config.get_text_config(decoder=True)
+    return next(value for name in COUNTS if isinstance(value := getattr(text, name, None), int))
 
 
 # --- the stack of decoder layers ------------------------------------------------------------------------------
+
+
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers", "layers")
+"""Names under which configs count their decoder layers."""
+
+OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
+"""Parts of a model whose layers are not the decoder's, by a word in their path."""
 
 
 def find_decoder(model: Any) -> Decoder:
     """The ModuleList of decoder layers of any architecture, and the config that counts them.
 
     Searched inside the text model only, so that vision or audio towers never match.
+    Raises ModelError: no list is as long as the config says.
     """
     config = model.config.get_text_config(decoder=True)
-    count = count_layers(model.config)
+    counts = {value for name in COUNTS if isinstance(value := getattr(config, name, None), int)}
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and not any(word in path for word in ("vision", "visual", "audio", "encoder", "image"))
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts and not _in_other_tower(path)
     ]
     if not lists:
         raise ModelError(
-            f"no stack of {count} decoder layers was found in {type(model).__name__}",
-            "this architecture is not supported; see docs/reference.md for those that are",
+            f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers was found "
+            f"in {type(model).__name__}",
+            "this architecture is not supported; see docs/families.md for those that are",
         )
-    # Of nested lists of the same length the outermost is the stack; of several, the one that weighs most.
+    # Of nested lists the outermost is the stack; of several, the one that weighs most.
     path, layers = max(lists, key=lambda item: (-item[0].count("."), _weight(item[1])))
     return Decoder(path, layers, config)
+
+
+def _in_other_tower(path: str) -> bool:
+    return any(word in path for word in OTHER_TOWERS)
 
 
 def _weight(module: nn.Module) -> int:

@@ -1,0 +1,8 @@
+"""Surgery: remove decoder layers from any architecture, in memory, in a checkpoint folder or in a GGUF file.
+
+Third stage of the journey. A cut is either right, to the bit, or refused with the reason.
+"""
+
+from layercut.cut.memory import cut_segment_
+
+__all__ = ["cut_segment_"]

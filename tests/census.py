@@ -1,0 +1,224 @@
+"""One cut, judged: is the model that is left right, honestly refused, or wrong?
+
+`judge(model_type, segments)` builds a tiny random model, cuts it and holds it against what the cut is meant to be:
+the original with the removed layers made the identity. Used by the tests and by benchmarks/families.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+
+from layercut.cut import cut_segment_
+
+from layercut.errors import LayercutError, SurgeryError
+from layercut.models import find_decoder
+from layercut.segments import Segment
+
+NEW_TOKENS = 8
+CUTS: dict[str, list[tuple[int, int]]] = {
+    "middle": [(2, 4)],
+    "odd": [(3, 4)],
+    "long": [(1, 6)],
+    "first": [(0, 1)],
+    "last": [(7, 8)],
+    "two": [(1, 2), (4, 6)],
+    "period": [(2, 6)],
+}
+"""The cuts of the census, of a stack of `families.LAYERS`."""
+
+
+@dataclass
+class Verdict:
+    """right; refused (why); or wrong (how)."""
+
+    kind: str
+    why: str = ""
+
+
+def segments_of(cut: str | Sequence[tuple[int, int]]) -> list[Segment]:
+    return [Segment(*bounds) for bounds in (CUTS[cut] if isinstance(cut, str) else cut)]
+
+
+@dataclass
+class Original:
+    """A tiny model, saved in a folder, and what it can do uncut (some classes fail even that)."""
+
+    model: Any
+    folder: Path
+    reloads: bool
+    generates: bool
+
+
+def original(model_type: str, folder: Path, **facts: Any) -> Original:
+    model = families.tiny(model_type, **facts)
+    model.save_pretrained(folder)
+    reloads = _reload_trouble(model, folder) == ""
+    return Original(model, folder, reloads, _generation_trouble(model) == "")
+
+
+def judge(source: Original, segments: Sequence[Segment], scratch: Path) -> Verdict:
+    """Cut in memory and on disk and compare; wrong wins over refused, refused over right."""
+    wanted = reference_logits(source.model, segments)
+    cut = copy.deepcopy(source.model)
+    before = fingerprint(source.model)
+    out = scratch / "cut"
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        cut_segment_(cut, segments)
+    except LayercutError as error:
+        return _judge_refusal(source, cut, segments, out, error)
+    if fingerprint(source.model) != before:
+        return Verdict("wrong", "the original model was changed")
+    if trouble := _logits_trouble(cut, wanted):
+        return Verdict("wrong", f"in memory: {trouble}")
+    if source.generates and (trouble := _generation_trouble(cut)):
+        return Verdict("wrong", f"in memory: {trouble}")
+    if source.reloads:
+        saved = scratch / "saved"
+        shutil.rmtree(saved, ignore_errors=True)
+        cut.save_pretrained(saved)
+        if trouble := _reload_trouble(cut, saved):
+            return Verdict("wrong", f"saved and reloaded: {trouble}")
+    return Verdict("right")
+
+
+def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out: Path, wanted: torch.Tensor) -> Verdict:
+    if not source.reloads:
+        return Verdict("refused", "transformers itself cannot save and reload this model, cut or not")
+    cut_checkpoint(source.folder, segments, out)
+    if trouble := _reload_trouble(cut, out):
+        return Verdict("wrong", f"on disk: {trouble}")
+    indices = json.loads((out / "config.json").read_text())["original_layer_index"]
+    if indices != list(cut.config.original_layer_index) or len(indices) != len(find_decoder(cut)):
+        return Verdict("wrong", f"original_layer_index is {indices}")
+    return Verdict("right")
+
+
+def _judge_refusal(source: Original, cut: Any, segments: Sequence[Segment], out: Path, error: LayercutError) -> Verdict:
+    """A refusal must be a SurgeryError with a hint, leave the model as it was, and be the same on disk."""
+    if not isinstance(error, SurgeryError):
+        return Verdict("wrong", f"{type(error).__name__}: {error.message}")
+    if not error.hint or len(error.message) < 30:
+        return Verdict("wrong", f"a refusal that does not help: {error.message} / {error.hint}")
+    if fingerprint(cut) != fingerprint(source.model) or cut.config.to_dict() != source.model.config.to_dict():
+        return Verdict("wrong", "refused after the model had been changed")
+    try:
+        cut_checkpoint(source.folder, segments, out)
+    except SurgeryError:
+        return Verdict("refused", f"{error.message} / {error.hint}")
+    return Verdict("wrong", f"refused in memory but not on disk: {error.message}")
+
+
+# --- the reference --------------------------------------------------------------------------------------------
+
+
+def logits_of(model: Any, **inputs: Any) -> torch.Tensor:
+    """Logits [B, T, V] without a cache."""
+    with torch.no_grad():
+        return model(input_ids=families.tokens(), use_cache=False, **inputs).logits
+
+
+def reference_logits(model: Any, segments: Sequence[Segment]) -> torch.Tensor:
+    """Logits of the model with the layers of `segments` made the identity."""
+    layers = find_decoder(model).layers
+    removed = [list(layers.children())[i] for s in segments for i in range(s.start, s.stop)]
+    with skipped(removed):
+        return logits_of(model)
+
+
+@contextmanager
+def skipped(layers: Sequence[Any]) -> Iterator[None]:
+    """Let layers hand on what they were given: the first tensor among their inputs, in the shape of their output."""
+    for layer in layers:
+        layer.forward = _identity(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        output = forward(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (given, *output[1:])
+        if isinstance(output, list):
+            return [given, *output[1:]]
+        return given
+
+    return identity
+
+
+def fingerprint(model: Any) -> float:
+    """A number that changes when any weight does."""
+    return sum(t.double().abs().sum().item() * (i + 1) for i, t in enumerate(model.state_dict().values()) if t.dtype.is_floating_point)
+
+
+# --- what can go wrong ----------------------------------------------------------------------------------------
+
+
+def _logits_trouble(model: Any, wanted: torch.Tensor) -> str:
+    got = logits_of(model)
+    if got.shape != wanted.shape:
+        return f"logits {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+    if not torch.equal(got, wanted):
+        return f"logits differ by up to {(got - wanted).abs().max().item():.2g}"
+    return ""
+
+
+def _reload_trouble(model: Any, folder: Path) -> str:
+    """Load a folder in the stock class and hold it against the model it should be."""
+    try:
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    except Exception as error:
+        return f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            return f"{kind}: {sorted(map(str, info[kind]))[:3]}"
+    return _logits_trouble(loaded.eval(), logits_of(model)) or _generation_trouble(loaded, model)
+
+
+def _generation_trouble(model: Any, other: Any = None) -> str:
+    """Greedy generation with the cache must be what it is without, beyond the sliding window."""
+    try:
+        with_cache = _generate(model, use_cache=True)
+    except Exception as error:
+        return f"cached generation raises {type(error).__name__}: {str(error)[:120]}"
+    without = _generate(other or model, use_cache=other is not None)
+    if with_cache[0].tolist() != without[0].tolist():
+        return "cached generation differs"
+    scale = without[1].abs().max().clamp(min=1)
+    if (with_cache[1] - without[1]).abs().max() > 1e-3 * scale:
+        return f"scores of cached generation differ by {(with_cache[1] - without[1]).abs().max().item():.2g}"
+    return ""
+
+
+def _generate(model: Any, *, use_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    prompt = families.tokens(length=5, batch=1)
+    with torch.no_grad():
+        result = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            use_cache=use_cache,
+            output_scores=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+    scores = torch.stack(result.scores)
+    return result.sequences, torch.where(scores.isfinite(), scores, torch.zeros_like(scores))

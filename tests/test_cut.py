@@ -1,0 +1,42 @@
+"""Cutting in memory: the model that is left computes what the original computes with those layers skipped."""
+
+from __future__ import annotations
+
+import census
+import families
+import pytest
+import torch
+
+from layercut.cut import cut_segment_
+from layercut.models import find_decoder, share
+from layercut.segments import Segment
+
+COMMON = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"]
+
+
+@pytest.mark.parametrize("model_type", COMMON)
+def test_equals_the_original_with_those_layers_skipped(model_type):
+    model = families.tiny(model_type)
+    segments = [Segment(1, 2), Segment(4, 6)]
+    wanted = census.reference_logits(model, segments)
+    cut_segment_(model, segments)
+    assert torch.equal(census.logits_of(model), wanted)
+    assert len(find_decoder(model)) == families.LAYERS - 3
+    assert model.config.original_layer_index == [0, 2, 3, 6, 7]
+
+
+def test_two_cuts_compose_the_original_index():
+    model = families.tiny("llama")
+    cut_segment_(model, [Segment(0, 2)])
+    cut_segment_(model, [Segment(1, 3)])
+    assert model.config.original_layer_index == [2, 5, 6, 7]
+
+
+def test_a_model_that_shares_the_weights_stays_as_it_was():
+    model = families.tiny("gemma2")
+    before = census.logits_of(model)
+    other = share(model)
+    cut_segment_(other, [Segment(2, 5)])
+    assert torch.equal(census.logits_of(model), before)
+    assert len(find_decoder(model)) == families.LAYERS
+    assert len(find_decoder(other)) == families.LAYERS - 3
