@@ -32,19 +32,19 @@ RunFolder = Annotated[Path, Parameter(help="A run folder, as left by compress.")
 
 
 @app.command
-def compress(model: Model, *, config: CompressConfig) -> None:
+def compress(model: Model, *, config: CompressConfig | None = None) -> None:
     """The whole journey: search, cut, heal, measure, export, report."""
     from layercut.pipeline import compress
 
-    _show(compress(model, config))
+    _show(compress(model, config or CompressConfig()))
 
 
 @app.command
-def search(model: Model, *, config: CompressConfig) -> None:
+def search(model: Model, *, config: CompressConfig | None = None) -> None:
     """Find the segment to remove, and stop there."""
     from layercut.pipeline import compress
 
-    run = compress(model, config, until="search")
+    run = compress(model, config or CompressConfig(), until="search")
     found = json.loads((run / "search.json").read_text())
     for candidate in found["candidates"]:
         bounds = " ".join(f"{start}:{stop}" for start, stop in candidate["segments"])
@@ -52,11 +52,11 @@ def search(model: Model, *, config: CompressConfig) -> None:
 
 
 @app.command
-def tune(model: Model, *, config: CompressConfig) -> None:
+def tune(model: Model, *, config: CompressConfig | None = None) -> None:
     """Search, cut and heal; save the checkpoint, measure nothing."""
     from layercut.pipeline import compress
 
-    print(compress(model, config, until="tune") / "model")
+    print(compress(model, config or CompressConfig(), until="tune") / "model")
 
 
 @app.command

@@ -79,8 +79,6 @@ class SearchConfig:
     """Price every segment exactly as well, to show how near the gate came."""
 
     def __post_init__(self) -> None:
-        if self.ratio is None and not self.segment:
-            raise ConfigError("neither --ratio nor --segment is given", "a fifth of the layers: --ratio 0.2")
         if self.ratio is not None and self.segment:
             raise ConfigError("both --ratio and --segment are given", "give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -161,6 +159,10 @@ class CompressConfig:
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.search.ratio is None and not self.search.segment:
+            raise ConfigError("neither --ratio nor --segment is given", "a fifth of the layers: --ratio 0.2")
 
 
 @flat

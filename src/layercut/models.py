@@ -430,12 +430,6 @@ def _missing_gguf(error: ImportError) -> ModelError:
     return ModelError(f"reading this model needs a package that is missing: {first_line(error)}", 'pip install "layercut[gguf]"')
 
 
-def count_layers(config: Any) -> int:
-    """L, the number of decoder layers that a config promises; the model's own stack has the last word."""
-    text = config.get_text_config(decoder=True)
-    return next(value for name in COUNTS if isinstance(value := getattr(text, name, None), int))
-
-
 # --- the stack of decoder layers ------------------------------------------------------------------------------
 
 
@@ -444,6 +438,12 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"
 
 OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
 """Parts of a model whose layers are not the decoder's, by a word in their path."""
+
+
+def count_layers(config: Any) -> int:
+    """L, the number of decoder layers that a config promises; the model's own stack has the last word."""
+    text = config.get_text_config(decoder=True)
+    return next(value for name in COUNTS if isinstance(value := getattr(text, name, None), int))
 
 
 def find_decoder(model: Any) -> Decoder:

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models
-from layercut.config import CompressConfig, flattened
-from layercut.cut import cut_segment_
+from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, flattened
+from layercut.cut import cut_segment_  # cut_on_disk
 from layercut.data import Blocks, load_blocks, split_mix
 from layercut.errors import ConfigError
 from layercut.export import export_checkpoint
@@ -334,3 +334,34 @@ def describe_tuning(tuning: dict[str, Any]) -> str:
         f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens: "
         f"held-out loss {start:.4f} -> {best:.4f}{verdict}"
     )
+
+
+# --- single stages ---------------------------------------------------------------------------------------------
+
+
+def cut(model: str, config: CutConfig) -> Path:
+    """Cut given segments out of a checkpoint on disk; nothing is loaded. Returns what was written."""
+    checkpoint = models.resolve(model, allow_pickle=config.allow_pickle)
+    cut_on_disk(checkpoint, config.segments, config.out, force=config.force)
+    return config.out
+
+
+def evaluate_only(
+    target: str, load: ModelConfig, text: DataConfig, config: EvaluateConfig
+) -> list[tuple[str, float]]:
+    """(name, perplexity) of a model, or of a run's dense and compressed model on the same tokens."""
+    run = Path(target)
+    names = {target: target}
+    if (run / "summary.json").is_file():
+        names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
+    results, tokens = [], None
+    for name, source in names.items():
+        loaded = models.load(models.resolve(source, allow_pickle=load.allow_pickle), **asdict(load))
+        if tokens is None:
+            tokens = load_blocks(
+                config.eval_data, loaded.tokenizer, tokens=config.eval_tokens, window=text.window, seed=text.seed,
+                order="as written", model=loaded.model,
+            ).tokens  # fmt: skip
+        with bar(f"perplexity of {name}", len(tokens)) as advance:
+            results.append((name, evaluate.perplexity(loaded.model, tokens, advance=advance)))
+    return results
