@@ -18,8 +18,7 @@ from typing import Any
 import families
 import torch
 
-from layercut.cut import cut_segment_
-
+from layercut.cut import cut_checkpoint, cut_segment_
 from layercut.errors import LayercutError, SurgeryError
 from layercut.models import find_decoder
 from layercut.segments import Segment
@@ -89,10 +88,10 @@ def judge(source: Original, segments: Sequence[Segment], scratch: Path) -> Verdi
         cut.save_pretrained(saved)
         if trouble := _reload_trouble(cut, saved):
             return Verdict("wrong", f"saved and reloaded: {trouble}")
-    return Verdict("right")
+    return _judge_on_disk(source, cut, segments, out)
 
 
-def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out: Path, wanted: torch.Tensor) -> Verdict:
+def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out: Path) -> Verdict:
     if not source.reloads:
         return Verdict("refused", "transformers itself cannot save and reload this model, cut or not")
     cut_checkpoint(source.folder, segments, out)

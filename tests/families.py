@@ -104,6 +104,14 @@ def tiny(model_type: str, seed: int = 0, **facts: Any) -> Any:
     return randomize_(model)
 
 
+def check_size(model_type: str, most: int = 3_000_000) -> None:
+    """Raise ValueError where SHRINK does not reach a new family's sizes, before memory is spent on it."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in model_class(model_type)(tiny_config(model_type)).parameters())
+    if size > most:
+        raise ValueError(f"a tiny {model_type} would have {size:,} parameters; shrink it in OVERRIDES")
+
+
 def randomize_(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

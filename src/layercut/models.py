@@ -451,8 +451,10 @@ def find_decoder(model: Any) -> Decoder:
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts and not _in_other_tower(path)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts
     ]
+    # BERT's relatives keep their decoder under `encoder`: only prefer what is in no other tower
+    lists = [item for item in lists if not _in_other_tower(item[0])] or lists
     if not lists:
         raise ModelError(
             f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers was found "

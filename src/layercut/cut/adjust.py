@@ -28,7 +28,8 @@ class Adjustment:
     unexplained: list[Difference]
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     edits: dict[str, Edit] = field(default_factory=dict)
-    dropped: frozenset[str] = frozenset()
+    dropped: set[str] = field(default_factory=set)
+    added: dict[str, torch.Size] = field(default_factory=dict)
 
 
 def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:

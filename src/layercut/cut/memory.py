@@ -33,7 +33,11 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
         _replace_(model, name, edit)
     for name in plan.dropped:
         owner, _, leaf = name.rpartition(".")
-        delattr(model.get_submodule(owner), leaf)
+        setattr(model.get_submodule(owner), leaf, None)
+    for name, shape in plan.added.items():
+        owner, _, leaf = name.rpartition(".")
+        like = next(model.parameters())
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
     for part, facts in parts:
         vars(part).clear()
         vars(part).update(facts)

@@ -28,7 +28,7 @@ from layercut.models import Decoder, find_decoder, first_line, quiet_transformer
 from layercut.segments import Segment, checked_segments, kept_layers
 
 _TORCH = frozenset(vars(nn.Module()))
-_ASIDE = _TORCH | {"config", "generation_config", "training", "_is_hf_initialized", "_attn_implementation_internal"}
+_ASIDE = _TORCH | {"config", "generation_config", "name_or_path", "_is_hf_initialized"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Plan:
     """Tensors, by name after the cut, whose values change; see `adjust`."""
     dropped: frozenset[str] = frozenset()
     """Tensors, by name after the cut, that the new position must not have."""
+    added: dict[str, torch.Size] = field(default_factory=dict)
+    """Tensors of zeros, by name after the cut, that the new position must have."""
 
     def rename(self, name: str) -> str | None:
         """Name after the cut of a module or tensor in memory; None if it goes with its layer."""
@@ -111,7 +113,8 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
         stacks=stacks,
         attributes=attributes,
         edits=adjustment.edits,
-        dropped=adjustment.dropped,
+        dropped=frozenset(adjustment.dropped),
+        added=adjustment.added,
     )
 
 
@@ -239,14 +242,28 @@ def _same(a: Any, b: Any) -> bool:
 def _moved(
     differences: list[Difference], plan: Plan, layers: int
 ) -> tuple[list[tuple[str, str, Any]], list[Difference]]:
-    """Split off the differences that only say where a layer sits or how many there are."""
+    """Split off the differences that only say where a layer sits, how many there are, or of what kinds."""
     moved, rest = [], []
     for difference in differences:
+        inside = any(difference.module.startswith(stack + ".") for stack in plan.stacks)
+        if not inside and _is_summary(difference, plan):
+            continue
         if not difference.is_tensor and difference.what and _is_move(difference.old, difference.new, plan.kept, layers):
             moved.append((difference.module, difference.what, difference.new))
         else:
             rest.append(difference)
     return moved, rest
+
+
+def _is_summary(difference: Difference, plan: Plan) -> bool:
+    """Outside the layers: lists and tables made from the config (kinds of layers, one RoPE per kind), not weights.
+
+    Left as they are: what they say of the layers that stay is still true.
+    """
+    if difference.is_tensor:
+        module = plan.before.get_submodule(difference.module)
+        return difference.new is None and difference.what in module._non_persistent_buffers_set
+    return isinstance(difference.old, list | dict) and isinstance(difference.new, list | dict | None)
 
 
 def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
@@ -259,14 +276,15 @@ def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
 
 def _describe(differences: Sequence[Difference]) -> str:
     """Name what stands in the way, the first in words."""
-    first = differences[0]
-    where = f"{first.module}.{first.what}".strip(".")
-    if first.is_tensor:
-        text = f"weight {where} is {_shape(first.old)} and would have to be {_shape(first.new)}"
-    else:
-        text = f"{where} is {first.old!r} and would become {first.new!r} at its new place"
-    more = len(differences) - 1
-    return text + (f" (and {more} more such facts)" if more else "")
+    named = []
+    for difference in differences[:2]:
+        where = f"{difference.module}.{difference.what}".strip(".")
+        if difference.is_tensor:
+            named.append(f"weight {where} is {_shape(difference.old)} and would have to be {_shape(difference.new)}")
+        else:
+            named.append(f"{where} is {difference.old!r} and would become {difference.new!r} at its new place")
+    more = len(differences) - len(named)
+    return "; ".join(named) + (f" (and {more} more such facts)" if more else "")
 
 
 def _shape(size: Any) -> str:
