@@ -16,8 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from layercut.cut import adjust, facts
+from layercut.cut import facts
 from layercut.cut.folder import appearing
+from layercut.cut.adjust import Edit, Read
 from layercut.cut.naming import DiskNames, in_reading_order, renumbered
 from layercut.cut.plan import Plan, plan_cut
 from layercut.cut.safetensors_io import Entry, Output, Shard, read_shard, write_shard
@@ -46,7 +47,8 @@ def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, forc
     plan = plan_cut(config, model_class(config), segments)
     shards = [read_shard(file) for file in _weight_files(folder)]
     names = _new_names([key for shard in shards for key in shard.entries], plan)
-    jobs = [(shard, _outputs(shard, names, plan)) for shard in shards]
+    read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
+    jobs = [(shard, _outputs(shard, names, plan, read)) for shard in shards]
     jobs = _with_added(jobs, names, plan)
     raw = config_json(read_json(folder / "config.json"), config, plan)
     need = sum(out.size for _, outputs in jobs for out in outputs)
@@ -164,34 +166,50 @@ def _check_names(before: DiskNames, after: DiskNames, keys: Sequence[str], in_me
         )
 
 
-def _outputs(shard: Shard, names: Names, plan: Plan) -> list[Output]:
+def _outputs(shard: Shard, names: Names, plan: Plan, read: Read | None) -> list[Output]:
     """What to write in place of one shard, in the order the bytes lie in."""
     outputs = []
     for entry in sorted(shard.entries.values(), key=lambda e: e.start):
         if entry.name in names.on_disk:
-            outputs.append(_output(shard.file, entry, names.on_disk[entry.name], plan.edits.get(names.in_memory[entry.name])))
+            edit = plan.edits.get(names.in_memory[entry.name])
+            outputs.append(_output(entry, names.on_disk[entry.name], edit, read))
     return outputs
 
 
-def _output(file: Path, entry: Entry, name: str, edit: adjust.Edit | None) -> Output:
-    if edit is None:
+def _output(entry: Entry, name: str, edit: Edit | None, read: Read | None) -> Output:
+    if edit is None or read is None:
         return Output(name, entry.dtype, entry.shape, entry.size, source=entry)
-    shape = tuple(_edited(file, entry.name, edit).shape)  # read twice rather than held
-    size = entry.size * prod(shape) // prod(entry.shape)
-    return Output(name, entry.dtype, shape, size, make=partial(_edited_bytes, file, entry.name, edit))
+    shape = tuple(edit(read).shape)  # worked out twice rather than held until its turn comes
+    size = entry.size // prod(entry.shape) * prod(shape)
+    return Output(name, entry.dtype, shape, size, make=lambda: _bytes(edit(read)))
 
 
-def _edited(file: Path, name: str, edit: adjust.Edit) -> Any:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as stream:
-        return edit(stream.get_tensor(name))
-
-
-def _edited_bytes(file: Path, name: str, edit: adjust.Edit) -> bytes:
+def _bytes(tensor: Any) -> bytes:
     import torch
 
-    return _edited(file, name, edit).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _reader(shards: Sequence[Shard], before: DiskNames) -> Read:
+    """Read a tensor by its name in memory before the cut; only where disk and memory hold the same tensor."""
+    homes: dict[str, list[tuple[Path, str]]] = {}
+    for shard in shards:
+        for key in shard.entries:
+            homes.setdefault(before.to_memory(key), []).append((shard.file, key))
+
+    def read(name: str) -> Any:
+        from safetensors import safe_open
+
+        found = homes.get(name, [])
+        if len(found) != 1:
+            raise SurgeryError(
+                f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces",
+                "load the model and cut it in memory instead",
+            )
+        with safe_open(found[0][0], framework="pt") as stream:
+            return stream.get_tensor(found[0][1])
+
+    return read
 
 
 def _with_added(
@@ -266,9 +284,9 @@ def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
     mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
     _quantization_names_(mended, plan)
     try:
-        if type(old).from_dict(json.loads(json.dumps(mended))).to_dict() == wanted:
+        if facts.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
             return mended
-    except Exception:  # the class itself refuses the mixture of old and new facts
+    except SurgeryError:  # the class refuses the mixture of old and new facts
         pass
     whole = json.loads(plan.config.to_json_string(use_diff=True))
     for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):

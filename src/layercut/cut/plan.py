@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from layercut.cut import adjust, facts
-from layercut.errors import LayercutError, SurgeryError
+from layercut.errors import LayercutError, ModelError, SurgeryError
 from layercut.models import Decoder, find_decoder, first_line, quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
 
@@ -77,7 +77,10 @@ def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
 def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> Plan:
     """Work out a cut of `cls(config)`, or raise SurgeryError (with the nearest segments that work in its hint)."""
     before = skeleton(cls, config)
-    decoder = find_decoder(before)
+    try:
+        decoder = find_decoder(before)
+    except ModelError as error:
+        raise SurgeryError(error.message, error.hint) from None
     layers = len(decoder)
     segments = checked_segments(segments, layers)
     try:
@@ -120,13 +123,20 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
 
 def skeleton(cls: type, config: Any) -> Any:
     """The model class built from a config, without weights: every tensor on the meta device."""
+    config = copy.deepcopy(config)
+    for part in facts.parts(config):
+        if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
+            vars(part)["dtype"] = getattr(torch, dtype)
     with quiet_transformers(), torch.device("meta"):
         try:
-            return cls(copy.deepcopy(config))
+            return cls(config)
         except LayercutError:
             raise
         except Exception as error:
-            raise SurgeryError(f"{cls.__name__} cannot be built from this config: {first_line(error)}") from error
+            raise SurgeryError(
+                f"{cls.__name__} cannot be built from this config: {first_line(error)}",
+                "check that this version of transformers can load the model",
+            ) from error
 
 
 def _own_part(config: Any, decoder: Decoder, before: Any) -> Any:
@@ -246,9 +256,10 @@ def _moved(
     moved, rest = [], []
     for difference in differences:
         inside = any(difference.module.startswith(stack + ".") for stack in plan.stacks)
-        if not inside and _is_summary(difference, plan):
+        if difference.what and not inside and _is_summary(difference, plan):
             continue
-        if not difference.is_tensor and difference.what and _is_move(difference.old, difference.new, plan.kept, layers):
+        move = not difference.is_tensor and difference.what
+        if move and _is_move(difference.old, difference.new, plan.kept, layers):
             moved.append((difference.module, difference.what, difference.new))
         else:
             rest.append(difference)
@@ -263,6 +274,8 @@ def _is_summary(difference: Difference, plan: Plan) -> bool:
     if difference.is_tensor:
         module = plan.before.get_submodule(difference.module)
         return difference.new is None and difference.what in module._non_persistent_buffers_set
+    if difference.new is None and difference.what not in vars(plan.after.get_submodule(difference.module)):
+        return True
     return isinstance(difference.old, list | dict) and isinstance(difference.new, list | dict | None)
 
 
@@ -271,6 +284,8 @@ def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
         return False
     if isinstance(old, int) and isinstance(new, int):
         return (old in kept and kept.index(old) == new) or (old == layers and new == len(kept))
+    if isinstance(old, list) and len(old) == layers:  # a layer that carries the whole stack's list about
+        return new == [old[i] for i in kept]
     return False
 
 
