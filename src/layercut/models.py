@@ -276,11 +276,19 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
             "give a causal language model such as Llama, Qwen or Gemma",
         )
     heads = getattr(config, "architectures", None) or []
-    if heads and not any(h.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for h in heads):
+    usual = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    classes = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING, config) | _class_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config)
+    if heads and not any(h.endswith(usual) or h in classes for h in heads):
         raise ModelError(
             f"{name} is a checkpoint of {', '.join(heads)}, which is not a causal language model",
             "give the checkpoint with the language-modelling head",
         )
+
+
+def _class_names(mapping: Any, config: Any) -> set[str]:
+    """Names of the classes that a mapping of transformers gives for this config."""
+    found = mapping[type(config)] if type(config) in mapping else ()
+    return {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
 
 
 def load(
@@ -457,8 +465,10 @@ def find_decoder(model: Any) -> Decoder:
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts and not _in_other_tower(path)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts
     ]
+    # BERT's relatives keep their decoder under `encoder`: only prefer what is in no other tower
+    lists = [item for item in lists if not _in_other_tower(item[0])] or lists
     if not lists:
         raise ModelError(
             f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers was found "

@@ -3,6 +3,7 @@
 Third stage of the journey. A cut is either right, to the bit, or refused with the reason.
 """
 
+from layercut.cut.checkpoint import cut_checkpoint
 from layercut.cut.memory import cut_segment_
 
-__all__ = ["cut_segment_"]
+__all__ = ["cut_checkpoint", "cut_segment_"]

@@ -14,9 +14,10 @@ new config is written to JSON, read back as a loader would, and every per-layer 
 from __future__ import annotations
 
 import copy
-import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from layercut.errors import SurgeryError
@@ -41,7 +42,6 @@ BY_LAYER = (
     "hybrid_layer_pattern",
     "moe_layer_freq",
     "layers_num_experts",
-    "kv_sharing_modes",
 )
 """One value per layer: sliced. Some classes derive a few of them from rules; then they serve as a check."""
 
@@ -79,6 +79,12 @@ NOT_BY_LAYER = frozenset(
     }
 )  # fmt: skip
 """Lists that may happen to be as long as the stack without being about its layers."""
+
+
+def parts(config: Any) -> list[Any]:
+    """A config and those nested in it, outermost first."""
+    nested = [part for value in vars(config).values() if hasattr(value, "to_dict") for part in parts(value)]
+    return [config, *nested]
 
 
 def count_names(text_config: Any, layers: int) -> list[str]:
@@ -308,18 +314,26 @@ SPECIAL_RULES: tuple[Callable[[Any, Sequence[int], int], None], ...] = (
 
 def reread(config: Any) -> Any:
     """The config as a loader would see it after `save_pretrained`."""
-    try:
-        return type(config).from_dict(json.loads(config.to_json_string(use_diff=True)))
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise SurgeryError(f"{type(config).__name__} does not accept the layers that would stay: {first.strip()}") from error
+    return read_as(type(config), config.to_json_string(use_diff=True))
+
+
+def read_as(cls: type, text: str) -> Any:
+    """A config class's reading of a config.json; SurgeryError where it refuses the facts in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(text, encoding="utf-8")
+        try:
+            return cls.from_json_file(file)  # type: ignore[attr-defined]
+        except Exception as error:
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise SurgeryError(f"{cls.__name__} does not accept the layers that would stay: {last.strip()}") from error
 
 
 def _check(new: Any, text: Any, old_text: Any, kept: Sequence[int], layers: int) -> None:
     """What a loader will read must say of every kept layer what the old config said of it."""
     loaded = reread(new)
     loaded_text = loaded if new is text else loaded.get_text_config(decoder=True)
-    for facts in (text, loaded_text):
+    for facts in (loaded_text, text):
         for name, values in facts_by_layer(old_text, layers).items():
             got = getattr(facts, name, None)
             if (wanted := [values[i] for i in kept]) != (None if got is None else list(got)):

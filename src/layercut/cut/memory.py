@@ -25,15 +25,21 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     _check_same(model, plan)
     modules = dict(model.named_modules())
     parts = _configs(modules, plan)
+    weights = model.state_dict(keep_vars=True)
+    edited = {name: edit(lambda key: weights[key].detach()) for name, edit in plan.edits.items()}
     for name, attribute, value in plan.attributes:
         setattr(modules[name], attribute, value)
     for stack in plan.stacks:
         _keep_(modules[stack], plan.kept)
-    for name, edit in plan.edits.items():
-        _replace_(model, name, edit)
+    for name, tensor in edited.items():
+        _replace_(model, name, tensor)
     for name in plan.dropped:
         owner, _, leaf = name.rpartition(".")
-        delattr(model.get_submodule(owner), leaf)
+        setattr(model.get_submodule(owner), leaf, None)
+    for name, shape in plan.added.items():
+        owner, _, leaf = name.rpartition(".")
+        like = next(model.parameters())
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
     for part, facts in parts:
         vars(part).clear()
         vars(part).update(facts)
@@ -92,9 +98,8 @@ def _keep_(stack: nn.Module, kept: Sequence[int]) -> None:
         stack._size = len(kept)
 
 
-def _replace_(model: Any, name: str, edit: Any) -> None:
+def _replace_(model: Any, name: str, new: Any) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     old = getattr(owner, leaf)
-    new = edit(old.detach())
     setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from layercut.cut import adjust, facts
-from layercut.errors import LayercutError, SurgeryError
+from layercut.errors import LayercutError, ModelError, SurgeryError
 from layercut.models import Decoder, find_decoder, first_line, quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
 
 _TORCH = frozenset(vars(nn.Module()))
-_ASIDE = _TORCH | {"config", "generation_config", "training", "_is_hf_initialized", "_attn_implementation_internal"}
+_ASIDE = _TORCH | {"config", "generation_config", "name_or_path", "_is_hf_initialized"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Plan:
     """Tensors, by name after the cut, whose values change; see `adjust`."""
     dropped: frozenset[str] = frozenset()
     """Tensors, by name after the cut, that the new position must not have."""
+    added: dict[str, torch.Size] = field(default_factory=dict)
+    """Tensors of zeros, by name after the cut, that the new position must have."""
 
     def rename(self, name: str) -> str | None:
         """Name after the cut of a module or tensor in memory; None if it goes with its layer."""
@@ -75,7 +77,10 @@ def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
 def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> Plan:
     """Work out a cut of `cls(config)`, or raise SurgeryError (with the nearest segments that work in its hint)."""
     before = skeleton(cls, config)
-    decoder = find_decoder(before)
+    try:
+        decoder = find_decoder(before)
+    except ModelError as error:
+        raise SurgeryError(error.message, error.hint) from None
     layers = len(decoder)
     segments = checked_segments(segments, layers)
     try:
@@ -111,19 +116,27 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
         stacks=stacks,
         attributes=attributes,
         edits=adjustment.edits,
-        dropped=adjustment.dropped,
+        dropped=frozenset(adjustment.dropped),
+        added=adjustment.added,
     )
 
 
 def skeleton(cls: type, config: Any) -> Any:
     """The model class built from a config, without weights: every tensor on the meta device."""
+    config = copy.deepcopy(config)
+    for part in facts.parts(config):
+        if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
+            vars(part)["dtype"] = getattr(torch, dtype)
     with quiet_transformers(), torch.device("meta"):
         try:
-            return cls(copy.deepcopy(config))
+            return cls(config)
         except LayercutError:
             raise
         except Exception as error:
-            raise SurgeryError(f"{cls.__name__} cannot be built from this config: {first_line(error)}") from error
+            raise SurgeryError(
+                f"{cls.__name__} cannot be built from this config: {first_line(error)}",
+                "check that this version of transformers can load the model",
+            ) from error
 
 
 def _own_part(config: Any, decoder: Decoder, before: Any) -> Any:
@@ -239,14 +252,31 @@ def _same(a: Any, b: Any) -> bool:
 def _moved(
     differences: list[Difference], plan: Plan, layers: int
 ) -> tuple[list[tuple[str, str, Any]], list[Difference]]:
-    """Split off the differences that only say where a layer sits or how many there are."""
+    """Split off the differences that only say where a layer sits, how many there are, or of what kinds."""
     moved, rest = [], []
     for difference in differences:
-        if not difference.is_tensor and difference.what and _is_move(difference.old, difference.new, plan.kept, layers):
+        inside = any(difference.module.startswith(stack + ".") for stack in plan.stacks)
+        if difference.what and not inside and _is_summary(difference, plan):
+            continue
+        move = not difference.is_tensor and difference.what
+        if move and _is_move(difference.old, difference.new, plan.kept, layers):
             moved.append((difference.module, difference.what, difference.new))
         else:
             rest.append(difference)
     return moved, rest
+
+
+def _is_summary(difference: Difference, plan: Plan) -> bool:
+    """Outside the layers: lists and tables made from the config (kinds of layers, one RoPE per kind), not weights.
+
+    Left as they are: what they say of the layers that stay is still true.
+    """
+    if difference.is_tensor:
+        module = plan.before.get_submodule(difference.module)
+        return difference.new is None and difference.what in module._non_persistent_buffers_set
+    if difference.new is None and difference.what not in vars(plan.after.get_submodule(difference.module)):
+        return True
+    return isinstance(difference.old, list | dict) and isinstance(difference.new, list | dict | None)
 
 
 def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
@@ -254,19 +284,22 @@ def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
         return False
     if isinstance(old, int) and isinstance(new, int):
         return (old in kept and kept.index(old) == new) or (old == layers and new == len(kept))
+    if isinstance(old, list) and len(old) == layers:  # a layer that carries the whole stack's list about
+        return new == [old[i] for i in kept]
     return False
 
 
 def _describe(differences: Sequence[Difference]) -> str:
     """Name what stands in the way, the first in words."""
-    first = differences[0]
-    where = f"{first.module}.{first.what}".strip(".")
-    if first.is_tensor:
-        text = f"weight {where} is {_shape(first.old)} and would have to be {_shape(first.new)}"
-    else:
-        text = f"{where} is {first.old!r} and would become {first.new!r} at its new place"
-    more = len(differences) - 1
-    return text + (f" (and {more} more such facts)" if more else "")
+    named = []
+    for difference in differences[:2]:
+        where = f"{difference.module}.{difference.what}".strip(".")
+        if difference.is_tensor:
+            named.append(f"weight {where} is {_shape(difference.old)} and would have to be {_shape(difference.new)}")
+        else:
+            named.append(f"{where} is {difference.old!r} and would become {difference.new!r} at its new place")
+    more = len(differences) - len(named)
+    return "; ".join(named) + (f" (and {more} more such facts)" if more else "")
 
 
 def _shape(size: Any) -> str:

@@ -1,0 +1,334 @@
+"""Cut layers out of a checkpoint folder without loading the model.
+
+The plan is made on models without weights; then the byte ranges of the tensors that stay are copied under their new
+names, shard by shard. Memory does not grow with the model, and the time is that of copying the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from layercut.cut import facts
+from layercut.cut.folder import appearing
+from layercut.cut.adjust import Edit, Read
+from layercut.cut.naming import DiskNames, in_reading_order, renumbered
+from layercut.cut.plan import Plan, plan_cut
+from layercut.cut.safetensors_io import Entry, Output, Shard, read_shard, write_shard
+from layercut.errors import ModelError, SurgeryError
+from layercut.models import Checkpoint, check_folder, load_config, read_json
+from layercut.segments import Segment
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+"""Files that hold the uncut model's weights: never copied as they are."""
+NOT_COPIED = {"config.json", "original", "onnx", "metal", "openvino"}
+
+
+def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, force: bool = False) -> None:
+    """Write to `out` the checkpoint in `folder` without the layers of `segments`.
+
+    Weights are streamed (a tensor is read only where its values change), config and index rewritten, other files
+    copied. `out` appears at the end, whole; the source is only read.
+    Raises SurgeryError: stock transformers cannot express the cut. ModelError: the source is incomplete or corrupt.
+    RunError: `out` exists (unless force), cannot be written, or the disk is full.
+    """
+    folder, out = Path(folder), Path(out)
+    check_folder(folder)
+    config = load_config(Checkpoint(str(folder), folder))
+    plan = plan_cut(config, model_class(config), segments)
+    shards = [read_shard(file) for file in _weight_files(folder)]
+    names = _new_names([key for shard in shards for key in shard.entries], plan)
+    read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
+    jobs = [(shard, _outputs(shard, names, plan, read)) for shard in shards]
+    jobs = _with_added(jobs, names, plan)
+    raw = config_json(read_json(folder / "config.json"), config, plan)
+    need = sum(out.size for _, outputs in jobs for out in outputs)
+    with appearing(out, force=force, need=need) as work:
+        _copy_others(folder, work)
+        (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
+
+
+def model_class(config: Any) -> type:
+    """The class a checkpoint was saved from, if this transformers has it; else the one its config stands for."""
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    for name in getattr(config, "architectures", None) or []:
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and getattr(cls, "config_class", None) is type(config):
+            return cls
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            cls = mapping[type(config)]
+            return cls[0] if isinstance(cls, tuple) else cls
+    raise ModelError(f"{config.model_type!r} is not a language model of this transformers", "pip install -U transformers")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Shards the index names; else model.safetensors; else every safetensors file there is."""
+    if (folder / INDEX).is_file():
+        return sorted(folder / name for name in set(read_json(folder / INDEX)["weight_map"].values()))
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    return sorted(folder.glob("*.safetensors"))
+
+
+# --- which tensor goes where ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the kept tensors: by old disk name, the new disk name and the new name in memory."""
+
+    on_disk: dict[str, str]
+    in_memory: dict[str, str]
+
+
+def _new_names(keys: Sequence[str], plan: Plan) -> Names:
+    """Decide for every tensor on disk whether it stays, and under which name."""
+    before, after = DiskNames(plan.before), DiskNames(plan.after)
+    place = {old: new for new, old in enumerate(plan.kept)}
+    layers = len(plan.before.get_submodule(plan.path))
+    on_disk: dict[str, str] = {}
+    in_memory: dict[str, str] = {}
+    gone: dict[str, str] = {}
+    for key in in_reading_order(keys):
+        name = before.to_memory(key)
+        where = before.layer(key, plan.stacks)
+        if where is None:
+            on_disk[key], in_memory[key] = key, name
+        elif where[1] in place:
+            wanted = plan.rename(name) or name
+            if wanted in plan.dropped:
+                continue
+            new = place[where[1]]
+            wanted = wanted if name in before.known or wanted != name else _unprefixed(name, where, new)
+            on_disk[key], in_memory[key] = renumbered(key, where[1], new, after, wanted), wanted
+        elif where[1] < layers:
+            gone[name] = key
+    _move_shared(gone, on_disk, in_memory, plan, after)
+    _check_names(before, after, keys, in_memory, plan)
+    if len(set(on_disk.values())) != len(on_disk):
+        raise SurgeryError("two weights would get the same name on disk", "load the model and cut it in memory instead")
+    return Names(on_disk, in_memory)
+
+
+def _unprefixed(name: str, where: tuple[str, int], new: int) -> str:
+    """A name the class does not know, which lacks the base model's prefix (GPT-2's old masks `h.0.attn.bias`)."""
+    short = where[0].partition(".")[2]
+    return re.sub(rf"^{re.escape(short)}\.\d+(?=\.|$)", f"{short}.{new}", name)
+
+
+def _move_shared(
+    gone: dict[str, str], on_disk: dict[str, str], in_memory: dict[str, str], plan: Plan, after: DiskNames
+) -> None:
+    """Weights shared between layers are stored under one of them; if that one goes, another takes them over (Zamba)."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in plan.before.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    there = set(in_memory.values())
+    for name, key in gone.items():
+        shared = next((names for names in owners.values() if name in names), [])
+        heirs = [heir for other in shared if (heir := plan.rename(other)) is not None]
+        if not heirs or there & set(heirs):
+            continue
+        numbers = (int(re.search(rf"^{re.escape(s)}\.(\d+)", n)[1]) for n in (name, heirs[0]) for s in plan.stacks if n.startswith(s + "."))  # type: ignore[index]
+        old, new = numbers
+        on_disk[key], in_memory[key] = renumbered(key, old, new, after, heirs[0]), heirs[0]
+
+
+def _check_names(before: DiskNames, after: DiskNames, keys: Sequence[str], in_memory: dict[str, str], plan: Plan) -> None:
+    """Every weight the cut model calls for must be there, unless the uncut checkpoint lacked its counterpart too."""
+    had = {before.to_memory(key) for key in keys}
+    lacked = {plan.rename(name) for name in before.known.keys() - had}
+    aliases: dict[int, set[str]] = {}
+    for name, parameter in plan.after.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), set()).add(name)
+    present = set(in_memory.values()) | set(plan.added)
+    for names in aliases.values():
+        if names & present:
+            present |= names
+    missing = sorted(after.known.keys() - present - lacked)
+    if missing:
+        raise SurgeryError(
+            f"the cut checkpoint would lack {len(missing)} weights that its class calls for (first: {missing[0]})",
+            "load the model and cut it in memory instead",
+        )
+
+
+def _outputs(shard: Shard, names: Names, plan: Plan, read: Read | None) -> list[Output]:
+    """What to write in place of one shard, in the order the bytes lie in."""
+    outputs = []
+    for entry in sorted(shard.entries.values(), key=lambda e: e.start):
+        if entry.name in names.on_disk:
+            edit = plan.edits.get(names.in_memory[entry.name])
+            outputs.append(_output(entry, names.on_disk[entry.name], edit, read))
+    return outputs
+
+
+def _output(entry: Entry, name: str, edit: Edit | None, read: Read | None) -> Output:
+    if edit is None or read is None:
+        return Output(name, entry.dtype, entry.shape, entry.size, source=entry)
+    shape = tuple(edit(read).shape)  # worked out twice rather than held until its turn comes
+    size = entry.size // prod(entry.shape) * prod(shape)
+    return Output(name, entry.dtype, shape, size, make=lambda: _bytes(edit(read)))
+
+
+def _bytes(tensor: Any) -> bytes:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _reader(shards: Sequence[Shard], before: DiskNames) -> Read:
+    """Read a tensor by its name in memory before the cut; only where disk and memory hold the same tensor."""
+    homes: dict[str, list[tuple[Path, str]]] = {}
+    for shard in shards:
+        for key in shard.entries:
+            homes.setdefault(before.to_memory(key), []).append((shard.file, key))
+
+    def read(name: str) -> Any:
+        from safetensors import safe_open
+
+        found = homes.get(name, [])
+        if len(found) != 1:
+            raise SurgeryError(
+                f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces",
+                "load the model and cut it in memory instead",
+            )
+        with safe_open(found[0][0], framework="pt") as stream:
+            return stream.get_tensor(found[0][1])
+
+    return read
+
+
+def _with_added(
+    jobs: list[tuple[Shard, list[Output]]], names: Names, plan: Plan
+) -> list[tuple[Shard, list[Output]]]:
+    """Tensors of zeros that a new position calls for join the shard of a neighbour, in its number format."""
+    for name, shape in plan.added.items():
+        module = name.rpartition(".")[0]
+        neighbour = _neighbour(jobs, names, module)
+        if neighbour is None:
+            raise SurgeryError(f"the cut model calls for {name}, and no weight beside it was found on disk")
+        outputs, beside, memory = neighbour
+        disk = beside.name.replace(memory, name) if memory in beside.name else name
+        width = beside.size // max(prod(beside.shape), 1)
+        size = prod(shape) * width
+        outputs.append(Output(disk, beside.dtype, tuple(shape), size, make=partial(bytes, size)))
+    return jobs
+
+
+def _neighbour(jobs: Any, names: Names, module: str) -> tuple[list[Output], Output, str] | None:
+    memory = {names.on_disk[key]: name for key, name in names.in_memory.items()}
+    while module:
+        for _, outputs in jobs:
+            for output in outputs:
+                if memory.get(output.name, "").startswith(module + "."):
+                    return outputs, output, memory[output.name]
+        module = module.rpartition(".")[0]
+    return None
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> None:
+    single = len(jobs) == 1
+    weight_map: dict[str, str] = {}
+    for number, (shard, outputs) in enumerate(jobs, start=1):
+        name = SINGLE if single else f"model-{number:05d}-of-{len(jobs):05d}.safetensors"
+        write_shard(work / name, shard.file, outputs, shard.metadata or {"format": "pt"})
+        weight_map |= {output.name: name for output in outputs}
+    if not single:
+        old = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+        outputs = [output for _, some in jobs for output in some]
+        metadata = dict(old.get("metadata") or {}) | {"total_size": sum(o.size for o in outputs)}
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(prod(o.shape) for o in outputs)
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_others(folder: Path, work: Path) -> None:
+    """Tokenizer, generation config, chat template and whatever else is no weight; links are followed."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in NOT_COPIED or path.suffix in WEIGHTS:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, work / path.name, ignore=shutil.ignore_patterns(".*", *(f"*{s}" for s in WEIGHTS)))
+        elif not path.name.endswith(".index.json"):
+            shutil.copyfile(path, work / path.name)
+
+
+# --- config.json ----------------------------------------------------------------------------------------------
+
+
+def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
+    """The config.json of the cut model: the source's, with what the cut changed.
+
+    Facts that the source left to rules or defaults are written out. Where the mended file would not read as planned
+    (an old rule in it wins over the new list), the whole config is written anew.
+    """
+    wanted = facts.reread(plan.config).to_dict()
+    mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
+    _quantization_names_(mended, plan)
+    try:
+        if facts.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
+            return mended
+    except SurgeryError:  # the class refuses the mixture of old and new facts
+        pass
+    whole = json.loads(plan.config.to_json_string(use_diff=True))
+    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):
+        if name in raw:
+            whole[name] = raw[name]
+    _quantization_names_(whole, plan)
+    return whole
+
+
+def _patched(raw: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    result = dict(raw)
+    old = json.loads(json.dumps(old, default=str))
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(raw.get(name), dict) and isinstance(old.get(name), dict):
+            result[name] = _patched(raw[name], old[name], value)
+        elif old.get(name) != value or name == "original_layer_index":
+            result[name] = value
+    for name in old.keys() - new.keys():
+        result.pop(name, None)
+    return result
+
+
+def _quantization_names_(config: dict[str, Any], plan: Plan) -> None:
+    """Quantizers list modules by name (`modules_to_not_convert`, `ignore`): those names move with their layers."""
+    if isinstance(config.get("quantization_config"), dict):
+        config["quantization_config"] = _renamed(config["quantization_config"], plan)
+
+
+def _renamed(value: Any, plan: Plan) -> Any:
+    if isinstance(value, dict):
+        pairs = {_renamed(k, plan): _renamed(v, plan) for k, v in value.items()}
+        return {k: v for k, v in pairs.items() if k is not None}
+    if isinstance(value, list):
+        return [new for item in value if (new := _renamed(item, plan)) is not None]
+    if isinstance(value, str) and (found := re.search(r"(^|\.)(layers|h|blocks)\.(\d+)(?=\.|$)", value)):
+        old = int(found[3])
+        if old not in plan.kept:
+            return None
+        return f"{value[: found.start(3)]}{plan.kept.index(old)}{value[found.end(3) :]}"
+    if isinstance(value, str) and value.startswith(("re:", "+:", "-:")) and re.search(r"\d", value):
+        raise SurgeryError(
+            f"the quantization config picks layers by the pattern {value!r}, which cannot be renumbered",
+            "cut first, then quantize",
+        )
+    return value
