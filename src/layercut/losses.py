@@ -6,19 +6,49 @@ in nats per token, computed in float32 whatever the model's own number format.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 
-def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(p || q) per token: sum_v p_v (log p_v - log q_v).  [..., V], [..., V] -> [...]
+class Teacher:
+    """The dense model's distribution p, prepared once for any number of students.
 
-    With a temperature t both are softened to softmax(logits / t) and the result is scaled by t^2, so that
-    gradients keep their size (Hinton et al., 1503.02531, section 2).
+    KL(p || q) = sum_v p_v log p_v - sum_v p_v z_v + logsumexp(z), z the student's logits; its gradient in z is
+    softmax(z) - p. Written out, since passing over the vocabulary is most of the work where that is large.
     """
-    log_p = F.log_softmax(p_logits.float() / temperature, dim=-1)
-    log_q = F.log_softmax(q_logits.float() / temperature, dim=-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
+
+    def __init__(self, p_logits: torch.Tensor) -> None:
+        log_p = F.log_softmax(p_logits.float(), dim=-1)
+        self.p = log_p.exp()
+        self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
+
+    def kl(self, q_logits: torch.Tensor) -> torch.Tensor:
+        """KL(p || q) per token, differentiable in q_logits.  [..., V] -> [...]"""
+        return self.negative_entropy + _CrossEntropy.apply(q_logits, self.p)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-sum_v p_v log softmax(z)_v, in float32; the backward pass makes one tensor of the size of z, not three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        z = logits.float()
+        log_sum = z.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, p, log_sum)
+        return log_sum.squeeze(-1) - torch.linalg.vecdot(p, z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, p, log_sum = ctx.saved_tensors
+        q = (logits.float() - log_sum).exp_()
+        return q.sub_(p).mul_(grads[0].unsqueeze(-1)).to(logits.dtype), None
+
+
+def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) per token.  [..., V], [..., V] -> [...]"""
+    return Teacher(p_logits).kl(q_logits)
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models
 from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, flattened
-from layercut.cut import cut_segment_  # cut_on_disk
+from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, split_mix
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, RunError
 from layercut.export import export_checkpoint
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
@@ -340,9 +340,21 @@ def describe_tuning(tuning: dict[str, Any]) -> str:
 
 
 def cut(model: str, config: CutConfig) -> Path:
-    """Cut given segments out of a checkpoint on disk; nothing is loaded. Returns what was written."""
+    """Cut given segments out of the files of a checkpoint; returns what was written.
+
+    A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
+    """
     checkpoint = models.resolve(model, allow_pickle=config.allow_pickle)
-    cut_on_disk(checkpoint, config.segments, config.out, force=config.force)
+    if not checkpoint.gguf:
+        cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
+    elif config.out.suffix == ".gguf":
+        cut_gguf(checkpoint.file, config.segments, config.out, force=config.force)
+    else:
+        if config.out.exists() and not config.force:
+            raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+        loaded = models.load(checkpoint)
+        cut_segment_(loaded.model, config.segments)
+        export_checkpoint(loaded.model, loaded.tokenizer, config.out)
     return config.out
 
 

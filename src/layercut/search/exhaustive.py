@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from layercut.losses import kl_divergence, rows_per_chunk
+from layercut.losses import Teacher, rows_per_chunk
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
 from layercut.sweep import Stack
@@ -77,7 +77,7 @@ def _kl_sums(
     rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
     for start in range(0, tokens.shape[0], rows):
         part = slice(start, start + rows)
-        p_logits = stack.exit(dense[part], tokens[part])
+        teacher = Teacher(stack.exit(dense[part], tokens[part]))
         for segment, hidden in forks.items():
-            sums[segment] += kl_divergence(p_logits, stack.exit(hidden[part], tokens[part])).sum().item()
+            sums[segment] += teacher.kl(stack.exit(hidden[part], tokens[part])).sum().item()
     return sums
