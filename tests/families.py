@@ -185,9 +185,12 @@ def model_class(model_type: str) -> type:
     """The class that `AutoModelForCausalLM` (or its vision-language sister) would take."""
     import transformers
 
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]
-    name = name if isinstance(name, str) else name[0]
-    return getattr(transformers, name)
+    for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        if model_type in names:
+            cls = getattr(transformers, names[model_type] if isinstance(names[model_type], str) else names[model_type][0])
+            if cls.config_class is CONFIG_MAPPING[model_type]:  # else it takes only the text part of this config
+                return cls
+    return cls
 
 
 def tiny_config(model_type: str, **facts: Any) -> Any:

@@ -4,6 +4,7 @@ Third stage of the journey. A cut is either right, to the bit, or refused with t
 """
 
 from layercut.cut.checkpoint import cut_checkpoint
+from layercut.cut.gguf import cut_gguf
 from layercut.cut.memory import cut_segment_
 
-__all__ = ["cut_checkpoint", "cut_segment_"]
+__all__ = ["cut_checkpoint", "cut_gguf", "cut_segment_"]

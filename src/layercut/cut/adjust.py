@@ -50,7 +50,9 @@ def explain(differences: list[Difference], plan: Plan, text_config: Any, layers:
 
 # --- hybrids --------------------------------------------------------------------------------------------------
 
-ATTENTION_FREE_FAILS = frozenset({"bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "recurrent_gemma"})
+ATTENTION_FREE_FAILS = frozenset(
+    {"bailing_hybrid", "bamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "recurrent_gemma"}
+)
 """Hybrids whose cached generation asks an attention layer for the length so far, and raises where there is none."""
 
 

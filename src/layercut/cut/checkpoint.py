@@ -46,6 +46,7 @@ def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, forc
     config = load_config(Checkpoint(str(folder), folder))
     plan = plan_cut(config, model_class(config), segments)
     shards = [read_shard(file) for file in _weight_files(folder)]
+    _check_index(folder, shards)
     names = _new_names([key for shard in shards for key in shard.entries], plan)
     read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
     jobs = [(shard, _outputs(shard, names, plan, read)) for shard in shards]
@@ -70,7 +71,9 @@ def model_class(config: Any) -> type:
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
             cls = mapping[type(config)]
-            return cls[0] if isinstance(cls, tuple) else cls
+            cls = cls[0] if isinstance(cls, tuple) else cls
+            if cls.config_class is type(config):  # else it takes only the text part of this config
+                return cls
     raise ModelError(f"{config.model_type!r} is not a language model of this transformers", "pip install -U transformers")
 
 
@@ -81,6 +84,19 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     return sorted(folder.glob("*.safetensors"))
+
+
+def _check_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """The index must list exactly what its shards hold."""
+    if not (folder / INDEX).is_file():
+        return
+    listed: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+    held = {name: shard.file.name for shard in shards for name in shard.entries}
+    for name in sorted(held.keys() - listed.keys()):
+        raise ModelError(f"{folder / INDEX} does not list {name}, which {held[name]} holds", "fetch the index again")
+    for name, file in sorted(listed.items()):
+        if held.get(name) != file:
+            raise ModelError(f"{file} does not hold {name}, as {INDEX} says", "fetch the checkpoint again")
 
 
 # --- which tensor goes where ----------------------------------------------------------------------------------
@@ -117,7 +133,7 @@ def _new_names(keys: Sequence[str], plan: Plan) -> Names:
         elif where[1] < layers:
             gone[name] = key
     _move_shared(gone, on_disk, in_memory, plan, after)
-    _check_names(before, after, keys, in_memory, plan)
+    _check_names(before, after, keys, on_disk, plan)
     if len(set(on_disk.values())) != len(on_disk):
         raise SurgeryError("two weights would get the same name on disk", "load the model and cut it in memory instead")
     return Names(on_disk, in_memory)
@@ -147,23 +163,29 @@ def _move_shared(
         on_disk[key], in_memory[key] = renumbered(key, old, new, after, heirs[0]), heirs[0]
 
 
-def _check_names(before: DiskNames, after: DiskNames, keys: Sequence[str], in_memory: dict[str, str], plan: Plan) -> None:
-    """Every weight the cut model calls for must be there, unless the uncut checkpoint lacked its counterpart too."""
-    had = {before.to_memory(key) for key in keys}
-    lacked = {plan.rename(name) for name in before.known.keys() - had}
-    aliases: dict[int, set[str]] = {}
-    for name, parameter in plan.after.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), set()).add(name)
-    present = set(in_memory.values()) | set(plan.added)
-    for names in aliases.values():
-        if names & present:
-            present |= names
-    missing = sorted(after.known.keys() - present - lacked)
+def _check_names(before: DiskNames, after: DiskNames, keys: Sequence[str], on_disk: dict[str, str], plan: Plan) -> None:
+    """Every weight that the model calls for must be there, before the cut and after it."""
+    had = {name for key in keys for name in before.all_in_memory(key)}
+    have = {name for key in on_disk.values() for name in after.all_in_memory(key)} | set(plan.added)
+    if lacked := [n for n in sorted(before.known.keys() - _with_aliases(had, plan.before)) if not before.may_lack(n)]:
+        raise ModelError(
+            f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})",
+            "fetch the checkpoint again; if it is complete, its config.json does not fit it",
+        )
+    missing = [n for n in sorted(after.known.keys() - _with_aliases(have, plan.after)) if not after.may_lack(n)]
     if missing:
         raise SurgeryError(
             f"the cut checkpoint would lack {len(missing)} weights that its class calls for (first: {missing[0]})",
             "load the model and cut it in memory instead",
         )
+
+
+def _with_aliases(names: set[str], model: Any) -> set[str]:
+    """The names, and those of tensors that the model ties to them."""
+    aliases: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), set()).add(name)
+    return names.union(*(group for group in aliases.values() if group & names))
 
 
 def _outputs(shard: Shard, names: Names, plan: Plan, read: Read | None) -> list[Output]:

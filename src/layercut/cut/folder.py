@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layercut.errors import RunError
@@ -55,10 +55,12 @@ def _readable(error: OSError, target: Path, need: int) -> RunError:
 
 
 def _remove(path: Path) -> None:
+    """Remove what is there; what cannot be removed (a read-only disk) stays, the error that led here matters more."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _alive(pid: str) -> bool:

@@ -29,6 +29,7 @@ class DiskNames:
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
+        self._optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
         self.known = dict(model.state_dict(keep_vars=True))
 
     def to_memory(self, key: str) -> str:
@@ -36,6 +37,19 @@ class DiskNames:
         from transformers.core_model_loading import rename_source_key
 
         return rename_source_key(key, self._renamings, self._converters, self._prefix, self.known)[0]
+
+    def all_in_memory(self, key: str) -> list[str]:
+        """Every name in memory that a tensor of this name on disk becomes part of."""
+        name = self.to_memory(key)
+        for converter in self._converters:
+            first, *others = converter.target_patterns
+            if others and first in name:
+                return [name, *(name.replace(first, other) for other in others)]
+        return [name]
+
+    def may_lack(self, name: str) -> bool:
+        """Whether the class fills in this tensor by itself."""
+        return any(re.search(pattern, name) for pattern in self._optional)
 
     def layer(self, key: str, stacks: Sequence[str]) -> tuple[str, int] | None:
         """(stack, index) of the layer a tensor on disk belongs to; None for a tensor outside the stacks.

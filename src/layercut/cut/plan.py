@@ -312,7 +312,7 @@ def _shape(size: Any) -> str:
 def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequence[Segment], most: int = 3) -> str:
     """Name up to `most` segments near the wanted ones that can be cut; tried one after the other, nearest first."""
     found: list[str] = []
-    for candidate in _neighbours(segments, len(decoder)):
+    for candidate in neighbours(segments, len(decoder)):
         try:
             _plan(config, cls, before, decoder, kept_layers(candidate, len(decoder)))
         except LayercutError:
@@ -325,16 +325,14 @@ def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequ
     return "segments near it that can: " + ", or ".join(found)
 
 
-def _neighbours(segments: Sequence[Segment], layers: int, tries: int = 40) -> list[list[Segment]]:
+def neighbours(segments: Sequence[Segment], layers: int, tries: int = 40) -> list[list[Segment]]:
     """The same segments shifted together, and each of them longer or shorter at either end; nearest first."""
     moves: list[tuple[int, list[Segment]]] = []
     for shift in range(-layers, layers + 1):
         for grow in range(-4, 5):
-            if (shift, grow) == (0, 0):
-                continue
             try:
-                candidate = [Segment(max(s.start + shift, -1) if s.start + shift >= 0 else -1, s.stop + shift + grow) for s in segments]
+                candidate = [Segment(s.start + shift, s.stop + shift + grow) for s in segments]
                 moves.append((abs(shift) + abs(grow) + abs(shift + grow), checked_segments(candidate, layers)))
             except LayercutError:
                 continue
-    return [candidate for _, candidate in sorted(moves, key=lambda move: move[0])[:tries]]
+    return [candidate for distance, candidate in sorted(moves, key=lambda move: move[0])[: tries + 1] if distance]

@@ -1,0 +1,139 @@
+"""Cutting GGUF files: bytes untouched, arrays sliced, and what llama.cpp could not know refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from layercut.cut import cut_gguf, cut_segment_
+from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
+from layercut.segments import Segment
+
+gguf = pytest.importorskip("gguf")
+
+LAYERS, HIDDEN, HEADS, FFN, VOCAB = 6, 32, 4, 64, 64
+
+
+def write(path: Path, arch: str = "llama", facts: dict[str, Any] | None = None, blocks: int = LAYERS, quantized: bool = False) -> Path:
+    """A GGUF file of a tiny model in llama.cpp's layout."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(blocks)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCAB)
+    writer.add_token_list([f"t{i}" for i in range(VOCAB)])
+    for key, value in (facts or {}).items():
+        writer.add_array(f"{arch}.{key}", value) if isinstance(value, list) else writer.add_uint32(f"{arch}.{key}", value)
+    shapes = {
+        "attn_norm.weight": (HIDDEN,), "ffn_norm.weight": (HIDDEN,), "attn_q.weight": (HIDDEN, HIDDEN),
+        "attn_k.weight": (HIDDEN, HIDDEN), "attn_v.weight": (HIDDEN, HIDDEN), "attn_output.weight": (HIDDEN, HIDDEN),
+        "ffn_gate.weight": (FFN, HIDDEN), "ffn_up.weight": (FFN, HIDDEN), "ffn_down.weight": (HIDDEN, FFN),
+    }  # fmt: skip
+    named = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
+    named |= {f"blk.{i}.{name}": shape for i in range(blocks) for name, shape in shapes.items()}
+    for name, shape in named.items():
+        data = rng.standard_normal(shape).astype(np.float32)
+        if quantized and len(shape) == 2:
+            packed = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensors(path: Path) -> dict[str, tuple[Any, bytes]]:
+    return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
+def test_kept_blocks_are_byte_identical_and_renumbered(tmp_path):
+    source, out = write(tmp_path / "a.gguf", quantized=True), tmp_path / "b.gguf"
+    cut_gguf(source, [Segment(1, 2), Segment(3, 5)], out)
+    old, new = tensors(source), tensors(out)
+    kept = [0, 2, 5]
+    wanted = {n: v for n, v in old.items() if not n.startswith("blk.")}
+    for place, layer in enumerate(kept):
+        wanted |= {n.replace(f"blk.{layer}.", f"blk.{place}.", 1): v for n, v in old.items() if n.startswith(f"blk.{layer}.")}
+    assert new == wanted
+    reader = gguf.GGUFReader(out)
+    assert reader.get_field("llama.block_count").contents() == 3
+    assert reader.get_field("layercut.original_layer_index").contents() == kept
+    assert reader.get_field("tokenizer.ggml.tokens").contents() == [f"t{i}" for i in range(VOCAB)]
+    assert reader.get_field("llama.attention.head_count").contents() == HEADS
+
+
+def test_a_second_cut_composes_the_original_index(tmp_path):
+    first, second = tmp_path / "b.gguf", tmp_path / "c.gguf"
+    cut_gguf(write(tmp_path / "a.gguf"), [Segment(0, 2)], first)
+    cut_gguf(first, [Segment(1, 3)], second)
+    assert gguf.GGUFReader(second).get_field("layercut.original_layer_index").contents() == [2, 5]
+
+
+def test_arrays_with_a_value_per_layer_are_sliced(tmp_path):
+    facts = {"attention.head_count_kv": [0, 4, 0, 2, 0, 1], "leading_dense_block_count": 3, "rope.dimension_sections": [1, 1, 2, 0]}
+    out = tmp_path / "b.gguf"
+    cut_gguf(write(tmp_path / "a.gguf", "lfm2", facts), [Segment(1, 3)], out)
+    reader = gguf.GGUFReader(out)
+    assert reader.get_field("lfm2.attention.head_count_kv").contents() == [0, 2, 0, 1]
+    assert reader.get_field("lfm2.leading_dense_block_count").contents() == 1
+    assert reader.get_field("lfm2.rope.dimension_sections").contents() == [1, 1, 2, 0]
+
+
+def test_prediction_blocks_stay_behind_the_layers(tmp_path):
+    out = tmp_path / "b.gguf"
+    cut_gguf(write(tmp_path / "a.gguf", "glm4moe", {"nextn_predict_layers": 1}), [Segment(3, 5)], out)
+    assert gguf.GGUFReader(out).get_field("glm4moe.block_count").contents() == 4
+    assert tensors(out)["blk.3.attn_q.weight"] == tensors(tmp_path / "a.gguf")["blk.5.attn_q.weight"]
+    with pytest.raises(ConfigError, match="beyond the model's 5 layers"):
+        cut_gguf(tmp_path / "a.gguf", [Segment(4, 6)], tmp_path / "c.gguf")
+
+
+def test_a_rule_in_llama_cpp_that_the_cut_breaks_is_refused(tmp_path):
+    source = write(tmp_path / "a.gguf", "gemma2")
+    with pytest.raises(SurgeryError, match="every 2th layer of gemma2 apart, and layer") as refusal:
+        cut_gguf(source, [Segment(1, 2)], tmp_path / "b.gguf")
+    assert "--segment" in refusal.value.hint
+    cut_gguf(source, [Segment(1, 3)], tmp_path / "b.gguf")
+    assert gguf.GGUFReader(tmp_path / "b.gguf").get_field("gemma2.block_count").contents() == 4
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    with pytest.raises(SurgeryError, match="does not know how llama.cpp tells the layers of 'future' apart"):
+        cut_gguf(write(tmp_path / "a.gguf", "future"), [Segment(1, 2)], tmp_path / "b.gguf")
+
+
+def test_bad_files_and_targets(tmp_path):
+    source = write(tmp_path / "a.gguf")
+    (tmp_path / "bad.gguf").write_bytes(source.read_bytes()[:200])
+    with pytest.raises(ModelError, match="corrupt, truncated"):
+        cut_gguf(tmp_path / "bad.gguf", [Segment(1, 2)], tmp_path / "b.gguf")
+    with pytest.raises(RunError, match="exists already"):
+        cut_gguf(source, [Segment(1, 2)], source)
+    with pytest.raises(ConfigError, match="not named as a GGUF file"):
+        cut_gguf(source, [Segment(1, 2)], tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "bad.gguf"]
+
+
+def test_transformers_reads_the_same_model_as_after_a_cut_in_memory(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source, out = write(tmp_path / "a.gguf", facts={"attention.head_count_kv": HEADS}), tmp_path / "b.gguf"
+    segments = [Segment(2, 4)]
+    cut_gguf(source, segments, out)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+    cut_segment_(whole, segments)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="b.gguf", dtype=torch.float32).eval()
+    ids = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
