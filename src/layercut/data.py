@@ -1,22 +1,22 @@
 """Text becomes token blocks: the [N, T] integers on which layers are searched, healed and measured.
 
-After loading, before search. A source of text (`sources.py`), a mix of several ("c4+alpaca"), or `self`, which
-is text sampled from the dense model for users who have none, is cut into blocks of exactly T tokens. The same
-source and seed always give the same stream of blocks; `skip` passes over its beginning, so that calibration,
-tuning and held-out blocks of one source never overlap.
+After loading, before search. A source of text (`sources.py`), a mix of several ("c4+alpaca"), or `self`, text
+sampled from the dense model for users who have none, is cut into blocks of exactly T tokens. The same source
+and seed always give the same stream of blocks; `skip` passes over its beginning, so that calibration, tuning
+and held-out blocks of one source never overlap.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import random
 import re
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -68,10 +68,10 @@ def load_blocks(
 ) -> Blocks:
     """Blocks [skip, skip + N) of the source's stream, N = ceil(tokens / window), T = window.
 
-    Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. In a mix,
-    the blocks are dealt in turn from its parts. `skip` counts blocks of this window: calls whose blocks must not
-    overlap use one window and one order. `chat_template` renders records with messages or instructions by the
-    tokenizer's template. `model` is needed for "self" only.
+    Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. In a
+    mix, the blocks are dealt in turn from its parts. `skip` counts blocks of this window: calls whose blocks
+    must not overlap use one window and one order. `chat_template` renders records with messages or
+    instructions by the tokenizer's template. `model` is needed for "self" only.
     Raises DataError: no such source, unreadable, unreachable, too short.
     """
     if tokens < 1 or window < 1 or skip < 0:
@@ -105,7 +105,7 @@ def load_blocks(
 
 def split_mix(source: str) -> list[str]:
     """The sources that "a+b" or "a,b" names, unless a file is called so."""
-    if Path(source).exists():
+    if os.path.exists(source):
         return [source]
     parts = [part.strip() for part in re.split(r"[+,]", source)]
     if not all(parts):
@@ -131,20 +131,19 @@ def encode(texts: Iterator[Document], tokenizer: Any, *, chat_template: bool = F
     Behind BOS where the tokenizer puts one by itself; else before EOS, if it has one. A mark that is already
     there, as chat templates may write it, is not doubled.
     """
-    with quiet_transformers():
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-        for document in texts:
-            text = render(document, tokenizer if chat_template else None)
-            if not text.strip():
-                continue
-            ids = list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-            if adds_bos:
-                yield ids if ids[:1] == [bos] else [bos, *ids]
-            elif tokenizer.eos_token_id is None or tokenizer.eos_token_id in ids[-2:]:
-                yield ids
-            else:
-                yield [*ids, tokenizer.eos_token_id]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    for document in texts:
+        text = render(document, tokenizer if chat_template else None)
+        if not text.strip():
+            continue
+        ids = list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+        if adds_bos:
+            yield ids if ids[:1] == [bos] else [bos, *ids]
+        elif tokenizer.eos_token_id is None or tokenizer.eos_token_id in ids[-2:]:
+            yield ids
+        else:
+            yield [*ids, tokenizer.eos_token_id]
 
 
 def render(document: Document, chat_tokenizer: Any = None) -> str:
@@ -187,9 +186,9 @@ def pack(encoded: Iterator[list[int]], name: str, window: int, span: range) -> t
 def sample(
     model: Any, tokenizer: Any, window: int, span: range, seed: int, *, chat_template: bool = False
 ) -> torch.Tensor:
-    """Rows `span` of the model's own text, [len(span), T]: its plain distribution, temperature 1, past any EOS.
+    """Rows `span` of the model's own text, [len(span), T]: its plain distribution, temperature 1, past EOS.
 
-    Each batch has its own seed, made of the run's and of its first row's place: rows of disjoint spans differ.
+    Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -210,7 +209,7 @@ def sample(
     )
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as bar, generating(model, plain):
-        task = bar.add_task("sampling text from the model", total=len(span) * window)
+        task = bar.add_task("sampling text from the model", total=len(span) * (window - len(prefix or [0])))
 
         def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             # generate calls it after every token: where the bar moves; it never stops a row
@@ -256,7 +255,7 @@ def first_token(tokenizer: Any, draw: random.Random) -> int:
 
 
 def chat_prefix(tokenizer: Any, window: int) -> list[int]:
-    """What the chat template writes before a user's first words; from there the model writes a chat of its own."""
+    """What the chat template writes before a user's first words: the model writes these and what follows."""
     mark = "USERS-WORDS"
     text = render([{"role": "user", "content": mark}], tokenizer)
     if mark not in text:

@@ -2,7 +2,7 @@
 
 The ground under `data.py`, which packs these documents into token blocks. Every source is opened by
 `documents(name, seed)` and yields documents one by one, so that nothing is read that is not needed: in an
-order shuffled by the seed, or as written where there is none. A document is a text, or the messages of a chat.
+order shuffled by the seed, or as written where there is none. A document is a text or the messages of a chat.
 Data is only ever read: loading scripts of data sets are not run.
 """
 
@@ -12,6 +12,7 @@ import glob
 import itertools
 import json
 import mmap
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.
 
 
 def documents(name: str, seed: int | None) -> Iterator[Document]:
-    """The documents of one source, in written order where `seed` is None; DataError if there is no such source."""
+    """The documents of one source, in written order where `seed` is None. DataError: no such source."""
     head, _, split = name.partition(":")
     if name in PYTHON:
         return PYTHON[name](seed)
@@ -95,9 +96,10 @@ def as_document(record: Any, column: str | None, where: str) -> Document:
     allowed = [column] if column else ["messages", "text", "page"]
     field = next((key for key in allowed if key in record), None)
     if field is None:
+        wanted, there = " or ".join(map(repr, allowed)), ", ".join(record) or "none"
         raise DataError(
-            f"{where} has no field {' or '.join(map(repr, allowed))}; its fields are {', '.join(record) or 'none'}",
-            "name the field that holds the text after a colon: SOURCE:FIELD for a file, owner/name:split:FIELD",
+            f"{where} has no field {wanted}; its fields are {there}",
+            "name the field that holds the text: FILE:FIELD, or owner/name:split:FIELD for a Hub set",
         )
     value = record[field]
     if value is None or isinstance(value, str):
@@ -127,23 +129,19 @@ def looks_local(name: str) -> bool:
     return (
         name.startswith((".", "/", "~"))
         or glob.has_magic(name)
-        or any(Path(part).suffix in SUFFIXES or (part and Path(part).exists()) for part in (name, bare))
+        or any(Path(part).suffix in SUFFIXES or os.path.exists(part) for part in (name, bare))
     )
 
 
 def matching_files(name: str) -> tuple[list[Path], str | None]:
     """The files that a path or glob names, and the column after its last colon."""
-    path, _, column = name.rpartition(":")
-    tries = [(name, None), (path, column)] if path else [(name, None)]
-    for pattern, chosen in tries:
-        full = Path(pattern).expanduser()
-        names = [str(full)] if full.exists() else sorted(glob.glob(str(full), recursive=True))
-        files = [Path(n) for n in names]
-        if files:
-            break
-    else:
-        if glob.has_magic(name):
-            raise DataError(f"no file matches {name!r}", "put the pattern in quotes and check its folder")
+    files, column = _expand(name), None
+    if not files and ":" in name:
+        path, _, column = name.rpartition(":")
+        files = _expand(path)
+    if not files and glob.has_magic(name):
+        raise DataError(f"no file matches {name!r}", "put the pattern in quotes and check its folder")
+    if not files:
         raise DataError(f"no file {name!r}", "check the path; without any data at hand use --data self")
     wrong = [f for f in files if f.suffix not in SUFFIXES or not f.is_file()]
     if wrong:
@@ -154,7 +152,13 @@ def matching_files(name: str) -> tuple[list[Path], str | None]:
             if wrong[0].is_dir()
             else "convert it to .jsonl",
         )
-    return files, chosen
+    return files, column
+
+
+def _expand(pattern: str) -> list[Path]:
+    """Files that exist under this name, taken literally if there is one, else as a glob."""
+    full = os.path.expanduser(pattern)
+    return [Path(full)] if os.path.exists(full) else sorted(map(Path, glob.glob(full, recursive=True)))
 
 
 def from_files(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
@@ -176,9 +180,10 @@ def _from_parquet(files: list[Path], column: str | None, seed: int | None) -> It
 
     where = str(files[0])
     try:
-        rows = load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
+        # not streamed: mapped from disk, so that all rows can be shuffled
+        rows = load_dataset("parquet", data_files=list(map(str, files)), split="train")
         if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+            rows = rows.shuffle(seed=seed)
         for row in rows:
             yield as_document(row, column, where)
     except DataError:
@@ -201,7 +206,8 @@ def _places(file: Path) -> list[Callable[[], tuple[str | Record, str]]]:
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 if file.suffix == ".txt":  # two blank lines part documents
                     return [partial(_read_text, file, *span) for span in _spans(view, rb"(?:\r?\n){3,}")]
-                return [partial(_read_json, file, *span, n) for n, span in enumerate(_spans(view, rb"\n"), 1)]
+                lines = enumerate(_spans(view, rb"\n"), 1)
+                return [partial(_read_json, file, *line, n) for n, line in lines if line[0] < line[1]]
     except (OSError, ValueError) as error:
         raise DataError(f"{str(file)!r} cannot be read: {first_line(error)}", "check the file") from error
 
@@ -258,7 +264,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     """Group the lines of a wiki text into articles, each from one top heading (" = Title = ") to the next."""
     article: list[str] = []
     for line in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", line) and article:
+        if re.fullmatch(r" = [^=](?:.*[^=])? = \n?", line) and article:
             yield "\n\n".join(article)
             article = []
         article.append(line)
