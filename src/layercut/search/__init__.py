@@ -23,11 +23,14 @@ def find_segments(
     result = _clp(stack, tokens, length, seed)
     if oracle:
         exact = _exhaustive(stack, tokens, length)
-        result.oracle = exact.to_json() | {
-            "kl": exact.candidates[0].kl,
-            "regret": result.candidates[0].kl / exact.candidates[0].kl,
-        }
+        result.oracle = exact.to_json() | {"kl": exact.candidates[0].kl, "regret": regret(result, exact)}
     return result
+
+
+def regret(result: SearchResult, oracle: SearchResult) -> float:
+    """KL of the segment found over KL of the best there is: 1 is perfect."""
+    found, best = result.candidates[0].kl, oracle.candidates[0].kl
+    return found / best if best > 0 else 1.0 if found == best else float("inf")
 
 
 def price_segments(stack: Stack, tokens: torch.Tensor, segments: list[Segment]) -> SearchResult:

@@ -37,7 +37,8 @@ def segment_costs(
         for segment, kl in _kl_sums(stack, batch, dense, forks).items():
             totals[segment] += kl
         cost.dense_tokens += batch.numel()
-    candidates = [Candidate((segment,), total / tokens.numel()) for segment, total in totals.items()]
+    # a divergence is never negative; where a segment does nothing, rounding may make it so
+    candidates = [Candidate((segment,), max(0.0, total / tokens.numel())) for segment, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
 
 

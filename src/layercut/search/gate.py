@@ -8,7 +8,7 @@ The loss is KL(p || q_gated) on calibration text; only c moves. What was measure
 half-open layers are nearly harmless and a soft gate therefore ranks segments wrongly, so the inside of the well
 stays closed (sharp walls, k grows) while the place moves; the landscape has several local minima, so several
 places (particles, P) descend at once as rows of one batch; and the places they end at are only candidates, which
-are priced by the real cut on all calibration tokens before one is chosen.
+are priced by the real cut, with their neighbours: all on a quarter of the tokens, the closest few on all of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from layercut.sweep import Calls, Stack
 CLOSED = 1e-3
 """A gate below this is taken as 0 and its layer is not entered; above 1 - CLOSED as 1."""
 
+FINALISTS, CLOSE, FEWEST_ROWS = 4, 1.5, 4
+"""Priced on all tokens: so many candidates at most, within this factor of the best on a quarter of the rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateSchedule:
@@ -43,11 +46,10 @@ class GateSchedule:
 
 
 def schedule_for(length: int, layers: int) -> GateSchedule:
-    """Enough particles that none has further to walk than about half a segment, enough steps to walk it twice."""
-    places = layers - length + 1
-    particles = max(2, min(8, round(places / 4)))
-    reach = places / particles / 2
-    return GateSchedule(particles=particles, steps=max(8, round(4 * reach) + 4))
+    """A place for every three starts, four at least and twelve at most, and steps enough to walk to the next one."""
+    starts = layers - length + 1
+    particles = min(starts, max(4, min(12, round(starts / 3))))
+    return GateSchedule(particles=particles, steps=8 + round(2 * starts / particles / 2))
 
 
 def concave_gate(place: torch.Tensor, length: int, layers: int, sharpness: float) -> torch.Tensor:
@@ -106,8 +108,12 @@ def clp_search(
     """Candidates priced by their real cut on all tokens [N, T], cheapest first, and the gate's path."""
     schedule = schedule or schedule_for(length, len(stack))
     path = descend(stack, tokens, length, schedule, cost, seed=seed, advance=advance)
-    ends = promising(path, length, len(stack))
-    return segment_costs(stack, tokens, ends, cost), path
+    candidates = promising(path[-1]["places"], length, len(stack))
+    rows = max(FEWEST_ROWS, len(tokens) // 4)
+    if rows < len(tokens):
+        rough = segment_costs(stack, tokens[:rows], candidates, cost)[:FINALISTS]
+        candidates = [c.segments[0] for c in rough if c.kl <= CLOSE * rough[0].kl]
+    return segment_costs(stack, tokens, candidates, cost), path
 
 
 def descend(
@@ -148,14 +154,10 @@ def descend(
     return path
 
 
-def promising(path: list[dict[str, Any]], length: int, layers: int) -> list[Segment]:
-    """The segments worth their real price: where each place ended, and the neighbours of the best half."""
-    last_start = layers - length
-    ends = [round(place) for place in path[-1]["places"]]
-    losses = torch.tensor([step["losses"] for step in path[-4:-1]]).mean(0)
-    best = losses.argsort()[: max(1, len(ends) // 2)].tolist()
-    starts = set(ends) | {ends[p] + d for p in best for d in (-1, 1)}
-    return [Segment(start, start + length) for start in sorted(starts) if 0 <= start <= last_start]
+def promising(places: list[float], length: int, layers: int) -> list[Segment]:
+    """The segments worth their real price: where each place ended, and its neighbours."""
+    starts = {round(place) + d for place in places for d in (-1, 0, 1)}
+    return [Segment(start, start + length) for start in sorted(starts) if 0 <= start <= layers - length]
 
 
 def _gated_loss(stack: Stack, gates: torch.Tensor, row: torch.Tensor, cost: Cost) -> torch.Tensor:
