@@ -363,7 +363,10 @@ def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         model.__dict__.pop(name, None)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = checkpoint.name
-    return model.to(dtype)
+    for parameter in model.parameters():
+        # never model.to(dtype): that would round the rotary frequencies too, which a reload keeps in float32
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
