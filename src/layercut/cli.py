@@ -78,7 +78,8 @@ def evaluate(
     """Perplexity of a model, or of a run's dense and compressed model side by side."""
     from layercut.pipeline import evaluate_only
 
-    for name, value in evaluate_only(model, load or ModelConfig(), text or DataConfig(), evaluate or EvaluateConfig()):
+    configs = load or ModelConfig(), text or DataConfig(), evaluate or EvaluateConfig()
+    for name, value in evaluate_only(model, *configs):
         print(f"{name}\t{value:.4f}")
 
 
@@ -136,7 +137,8 @@ def _yaml(path: Path) -> Callable[..., Any]:
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}", "give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}", "mend the file") from None
+        words = " ".join(str(error).split())
+        raise ConfigError(f"--config {path} is not YAML: {words}", "mend the file") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
     # a resolved config.yaml also lists what was left at None

@@ -47,8 +47,8 @@ class DataConfig:
     """The calibration text, on which segments are scored."""
 
     data: str = "c4"
-    """Calibration text: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet file or
-    glob, python-docs, python-docstrings, or self (sampled from the model). Join several with +."""
+    """Calibration text: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet
+    file or glob, python-docs, python-docstrings, or self (sampled from the model). Join several with +."""
     tokens: int = 16384
     """Calibration tokens."""
     window: int = 256
@@ -82,7 +82,9 @@ class SearchConfig:
         if self.ratio is not None and self.segment:
             raise ConfigError("both --ratio and --segment are given", "give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
+            raise ConfigError(
+                f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2"
+            )
         _ = self.segments
 
     @property
@@ -99,11 +101,12 @@ class HealConfig:
     fold: bool = True
     """Fold a least-squares correction into the layer before the cut."""
     tune_data: str | None = None
-    """Text to tune on, named like --data; the calibration text's source where not given, other tokens of it."""
+    """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
     objective: Literal["kl", "next-token", "hidden"] = "kl"
-    """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at the cut."""
+    """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at
+    the cut."""
     learning_rate: float | None = None
     """Peak rate of AdamW. Not given: 0.46 / hidden size."""
     batch_tokens: int = 2048
@@ -181,7 +184,9 @@ class CutConfig:
 
     def __post_init__(self) -> None:
         if not self.segment:
-            raise ConfigError("no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search")
+            raise ConfigError(
+                "no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search"
+            )
 
     @property
     def segments(self) -> list[Segment]:

@@ -25,7 +25,9 @@ from layercut.errors import ModelError
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,7 +45,7 @@ class Checkpoint:
         return self.folder / self.gguf if self.gguf else self.folder
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes and modification times of the files: changes when the model does, costs nothing."""
+        """Hash of the files' names, sizes and modification times: changes with the model, costs nothing."""
         files = [self.file] if self.gguf else sorted(p for p in self.folder.iterdir() if p.is_file())
         facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -60,8 +62,9 @@ class Decoder:
     """Where a model keeps its decoder layers."""
 
     path: str
-    """Dotted name of the ModuleList inside the model, e.g. "model.layers"."""
-    layers: nn.ModuleList
+    """Dotted name of the list inside the model, e.g. "model.layers"."""
+    layers: Any
+    """An nn.ModuleList; a few architectures keep an nn.ModuleDict."""
     config: Any
     """The (text) config that counts these layers."""
 
@@ -84,7 +87,7 @@ class LanguageModel:
         return find_decoder(self.model)
 
 
-# --- from a name to files -------------------------------------------------------------------------------------
+# --- from a name to files -----------------------------------------------------------------------------------
 
 
 def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -123,12 +126,18 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
 
 def _download(name: str, *, allow_pickle: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
     try:
         hf_hub_download(name, "config.json")
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
+        left_out = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
     except GatedRepoError:
         raise ModelError(
             f"{name!r} is gated: its owner must grant you access first",
@@ -149,7 +158,7 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
             f"{name!r} is not on this machine and the Hub cannot be reached",
             "check the network, or give a local folder or .gguf file",
         ) from None
-    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download: the Hub's own words
+    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download
         raise ModelError(
             f"{name!r} could not be fetched from the Hub: {first_line(error)}",
             "check the name and the network, or give a local folder or .gguf file",
@@ -160,7 +169,9 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
     config = read_json(folder / "config.json", "a model folder needs config.json")
     if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} does not hold an object", "use the model's own config.json")
+        raise ModelError(
+            f"{folder / 'config.json'} does not hold an object", "use the model's own config.json"
+        )
     for index in folder.glob("*.index.json"):
         check_index(index)
     if weight_files(folder):
@@ -219,12 +230,13 @@ def read_json(path: Path, need: str = "") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"no file {path}" + (f": {need}" if need else ""), "give a complete model folder") from None
+        why = f": {need}" if need else ""
+        raise ModelError(f"no file {path}{why}", "give a complete model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {first_line(error)}", "fetch this file again") from None
 
 
-# --- from files to a model ------------------------------------------------------------------------------------
+# --- from files to a model ----------------------------------------------------------------------------------
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -268,7 +280,8 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
             f"{name} is an encoder-decoder model ({config.model_type}); layercut cuts decoder-only models",
             "give a causal language model such as Llama, Qwen or Gemma",
         )
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    known = any(type(config) in mapping for mapping in mappings)
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not (known or remote):
         raise ModelError(
@@ -277,7 +290,7 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
         )
     heads = getattr(config, "architectures", None) or []
     usual = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    classes = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING, config) | _class_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config)
+    classes = set().union(*(_class_names(mapping, config) for mapping in mappings))
     if heads and not any(h.endswith(usual) or h in classes for h in heads):
         raise ModelError(
             f"{name} is a checkpoint of {', '.join(heads)}, which is not a causal language model",
@@ -287,7 +300,7 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
 
 def _class_names(mapping: Any, config: Any) -> set[str]:
     """Names of the classes that a mapping of transformers gives for this config."""
-    found = mapping[type(config)] if type(config) in mapping else ()
+    found = mapping.get(type(config), ())
     return {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
 
 
@@ -400,7 +413,9 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
     if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
-        raise ModelError(f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto")
+        raise ModelError(
+            f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto"
+        )
     if place.index is not None and place.type != "cpu" and place.index >= torch.accelerator.device_count():
         raise ModelError(
             f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
@@ -417,7 +432,8 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint, device: torch.de
         return DTYPES[dtype]
     if checkpoint.gguf:
         return torch.bfloat16
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    own, text = (getattr(c, "dtype", None) for c in (config, config.get_text_config()))
+    stored = own or text or torch.float32
     if isinstance(stored, str):
         stored = getattr(torch, stored)
     if stored == torch.float16 and device.type == "cpu":
@@ -438,13 +454,19 @@ def _check_loading(info: dict[str, Any], name: str) -> None:
 
 
 def _missing_gguf(error: ImportError) -> ModelError:
-    return ModelError(f"reading this model needs a package that is missing: {first_line(error)}", 'pip install "layercut[gguf]"')
+    return ModelError(
+        f"reading this model needs a package that is missing: {first_line(error)}",
+        'pip install "layercut[gguf]"',
+    )
 
 
-# --- the stack of decoder layers ------------------------------------------------------------------------------
+# --- the stack of decoder layers ----------------------------------------------------------------------------
 
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers", "layers")
+COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers",
+    "num_decoder_layers", "layers",
+)  # fmt: skip
 """Names under which configs count their decoder layers."""
 
 OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
@@ -474,8 +496,8 @@ def find_decoder(model: Any) -> Decoder:
     lists = [item for item in lists if not _in_other_tower(item[0])] or lists
     if not lists:
         raise ModelError(
-            f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers was found "
-            f"in {type(model).__name__}",
+            f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers "
+            f"was found in {type(model).__name__}",
             "this architecture is not supported; see docs/families.md for those that are",
         )
     # Of nested lists the outermost is the stack; of several, the one that weighs most.
@@ -519,7 +541,7 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-# --- small helpers --------------------------------------------------------------------------------------------
+# --- small helpers ------------------------------------------------------------------------------------------
 
 
 def first_line(error: BaseException) -> str:

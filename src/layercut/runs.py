@@ -2,8 +2,8 @@
 
 A stage's JSON carries a hash of everything that went into it, the stages before it included. A stage whose
 artefact is there with the same hash is not run again; so a run that was killed goes on from the last finished
-stage when the same command is given again, and a changed flag runs again just what depends on it. The JSON file is
-written last and by rename: where it is there, the stage is whole.
+stage when the same command is given again, and a changed flag runs again just what depends on it. The JSON
+file is written last and by rename: where it is there, the stage is whole.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import yaml
 
 from layercut.errors import RunError
 
+Artefact = dict[str, Any]
 STAGES = ("text", "search", "cut", "fold", "heal", "eval", "export", "summary")
 PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy")
 
@@ -52,8 +53,8 @@ class Run:
 
     # --- stages ---
 
-    def stage(self, name: str, inputs: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stage's artefact: read where it is there and its inputs are the same, else computed and written.
+    def stage(self, name: str, inputs: Any, compute: Callable[[], Artefact]) -> Artefact:
+        """The stage's artefact: read where it is there and of the same inputs, else computed and written.
 
         `inputs` is anything JSON can hold; the stages that came before count as inputs by themselves.
         """
@@ -92,7 +93,8 @@ class Run:
 
     def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
         """Append one line to metrics.jsonl."""
-        event = {"time": round(time.time(), 3), "stage": stage, "step": step, "name": name, "value": value, "unit": unit}
+        now = round(time.time(), 3)
+        event = {"time": now, "stage": stage, "step": step, "name": name, "value": value, "unit": unit}
         with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(event)) + "\n")
 
@@ -100,7 +102,9 @@ class Run:
 
     def _open(self) -> IO[str]:
         if self.folder.is_file():
-            raise RunError(f"--out {self.folder} is a file", "name a folder that is new, empty, or holds a run")
+            raise RunError(
+                f"--out {self.folder} is a file", "name a folder that is new, empty, or holds a run"
+            )
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self / "config.yaml").exists():
             raise RunError(
                 f"--out {self.folder} is not empty and holds no layercut run",
@@ -112,7 +116,8 @@ class Run:
             lock = (self / ".lock").open("w")
         except OSError as error:
             raise RunError(
-                f"--out {self.folder} cannot be written: {error.strerror}", "name a folder that you may write to"
+                f"--out {self.folder} cannot be written: {error.strerror}",
+                "name a folder that you may write to",
             ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +166,9 @@ def write_text(path: Path, content: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written: {error.strerror}", "free some space, or name another --out") from None
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}", "free some space, or name another --out"
+        ) from None
 
 
 def replace_folder(partial: Path, final: Path) -> None:
