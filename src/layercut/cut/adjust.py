@@ -38,6 +38,8 @@ class Adjustment:
 def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
     """Refuse, before anything is built, what is known to run wrong although a config can be written for it."""
     _needs_attention(text_config, kept)
+    _needs_attention_first(text_config, kept)
+    _residual_blocks(text_config, kept, layers)
 
 
 def explain(differences: list[Difference], plan: Plan, text_config: Any, layers: int) -> Adjustment:
@@ -51,7 +53,7 @@ def explain(differences: list[Difference], plan: Plan, text_config: Any, layers:
 # --- hybrids --------------------------------------------------------------------------------------------------
 
 ATTENTION_FREE_FAILS = frozenset(
-    {"bailing_hybrid", "bamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "recurrent_gemma"}
+    {"bailing_hybrid", "bamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "recurrent_gemma", "zamba", "zamba2"}
 )
 """Hybrids whose cached generation asks an attention layer for the length so far, and raises where there is none."""
 
@@ -60,11 +62,25 @@ def _needs_attention(text_config: Any, kept: Sequence[int]) -> None:
     types = getattr(text_config, "layer_types", None)
     if getattr(text_config, "model_type", "") not in ATTENTION_FREE_FAILS or not types:
         return
-    attention = [i for i, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
+    attention = [i for i, kind in enumerate(types) if kind not in ("linear_attention", "conv", "moe", "mlp", "mamba")]
     if attention and not set(attention) & set(kept):
         raise SurgeryError(
             f"no attention layer would be left (they are {attention}), and generation with a cache needs one"
         )
+
+
+def _needs_attention_first(text_config: Any, kept: Sequence[int]) -> None:
+    """MiniMax's cache counts tokens in the first layer; where that is linear, stock cached generation goes astray."""
+    types = getattr(text_config, "layer_types", None)
+    if getattr(text_config, "model_type", "") == "minimax" and types and types[kept[0]] == "linear_attention":
+        raise SurgeryError(f"layer {kept[0]}, a linear attention layer, would come first, and generation with a cache fails then")
+
+
+def _residual_blocks(text_config: Any, kept: Sequence[int], layers: int) -> None:
+    """Inkling 2 attends over the sums of blocks of layers: a cut must leave as many blocks as there were."""
+    size = getattr(text_config, "n_layers_per_attn_res_block", None)
+    if size and math.ceil(len(kept) / size) != math.ceil(layers / size):
+        raise SurgeryError(f"residuals attend over blocks of {size} layers, and there would be fewer blocks")
 
 
 # --- tensors with one slice per layer -------------------------------------------------------------------------
@@ -179,6 +195,24 @@ def _add_edit(result: Adjustment, plan: Plan, name: str, edit: Edit) -> None:
     after = plan.rename(name)
     if after is not None:
         result.edits[after] = edit
+
+
+def rescaled(model: Any, plan: Plan) -> dict[str, Edit]:
+    """RWKV divides weights by 2 ** (index // n) in place when it first runs. Undo that for the layers that stay.
+
+    The weights are copied, also in a model that has not run: else its first run would change those of the original.
+    """
+    every = getattr(model.config, "rescale_every", 0)
+    owners = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
+    if not every or not owners:
+        return {}
+    edits: dict[str, Edit] = {}
+    for new, old in enumerate(plan.kept):
+        factor = 2.0 ** (old // every) if owners[0].layers_are_rescaled else 1.0
+        for leaf in ("attention.output.weight", "feed_forward.value.weight"):
+            if old >= every:
+                edits[f"{plan.path}.{new}.{leaf}"] = _scaled(f"{plan.path}.{old}.{leaf}", factor)
+    return edits
 
 
 # --- weights that a position lacks or must have ---------------------------------------------------------------

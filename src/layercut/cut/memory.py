@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from layercut.cut.adjust import rescaled
 from layercut.cut.plan import Plan, plan_cut
 from layercut.errors import SurgeryError
 from layercut.segments import Segment
@@ -23,10 +24,10 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     """
     plan = plan_cut(model.config, type(model), segments)
     _check_same(model, plan)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     parts = _configs(modules, plan)
     weights = model.state_dict(keep_vars=True)
-    edited = {name: edit(lambda key: weights[key].detach()) for name, edit in plan.edits.items()}
+    edited = {name: edit(lambda key: weights[key].detach()) for name, edit in (plan.edits | rescaled(model, plan)).items()}
     for name, attribute, value in plan.attributes:
         setattr(modules[name], attribute, value)
     for stack in plan.stacks:
@@ -40,6 +41,9 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
         owner, _, leaf = name.rpartition(".")
         like = next(model.parameters())
         setattr(model.get_submodule(owner), leaf, nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            module.layers_are_rescaled = False
     for part, facts in parts:
         vars(part).clear()
         vars(part).update(facts)
@@ -63,7 +67,7 @@ def _configs(modules: dict[str, nn.Module], plan: Plan) -> list[tuple[Any, dict[
     Most modules share the parts of one config; some keep a private copy, which follows the freshly built model's.
     """
     seen: dict[int, tuple[Any, dict[str, Any]]] = {}
-    after = dict(plan.after.named_modules())
+    after = dict(plan.after.named_modules(remove_duplicate=False))
     pairs = list(_pairs(modules[""].config, plan.config))
     for name, module in modules.items():
         renamed = plan.rename(name)

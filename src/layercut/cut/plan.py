@@ -195,8 +195,9 @@ class Difference:
 
 
 def _differences(plan: Plan) -> Iterator[Difference]:
-    old = {name: module for name, module in plan.before.named_modules() if plan.rename(name) is not None}
-    new = dict(plan.after.named_modules())
+    every = plan.before.named_modules(remove_duplicate=False)  # layers may share a module, such as an activation
+    old = {name: module for name, module in every if plan.rename(name) is not None}
+    new = dict(plan.after.named_modules(remove_duplicate=False))
     names = {plan.rename(name): name for name in old}
     for name in new.keys() - names.keys():
         yield Difference(name, "", None, type(new[name]).__name__)
@@ -245,7 +246,8 @@ def _plain(value: Any) -> Any:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return a == b or (math.isnan(a) and math.isnan(b))
+        # models compute in float32 at most, to which such numbers are rounded when they meet a tensor
+        return bool(torch.tensor([a]).equal(torch.tensor([b]))) or (math.isnan(a) and math.isnan(b))
     return type(a) is type(b) and a == b
 
 
@@ -256,27 +258,24 @@ def _moved(
     moved, rest = [], []
     for difference in differences:
         inside = any(difference.module.startswith(stack + ".") for stack in plan.stacks)
-        if difference.what and not inside and _is_summary(difference, plan):
+        if difference.what and not inside and _is_left_over(difference, plan):
             continue
-        move = not difference.is_tensor and difference.what
-        if move and _is_move(difference.old, difference.new, plan.kept, layers):
-            moved.append((difference.module, difference.what, difference.new))
+        known = not difference.is_tensor and difference.what
+        summary = not inside and isinstance(difference.old, list | dict)
+        if known and (summary or _is_move(difference.old, difference.new, plan.kept, layers) or _is_slot(difference, plan)):
+            module = plan.after.get_submodule(plan.rename(difference.module) or "")
+            moved.append((difference.module, difference.what, copy.copy(vars(module).get(difference.what))))
         else:
             rest.append(difference)
     return moved, rest
 
 
-def _is_summary(difference: Difference, plan: Plan) -> bool:
-    """Outside the layers: lists and tables made from the config (kinds of layers, one RoPE per kind), not weights.
-
-    Left as they are: what they say of the layers that stay is still true.
-    """
+def _is_left_over(difference: Difference, plan: Plan) -> bool:
+    """Something outside the layers for a kind of layer that is gone, such as its RoPE: it may stay, unused."""
+    module, other = plan.before.get_submodule(difference.module), plan.after.get_submodule(difference.module)
     if difference.is_tensor:
-        module = plan.before.get_submodule(difference.module)
         return difference.new is None and difference.what in module._non_persistent_buffers_set
-    if difference.new is None and difference.what not in vars(plan.after.get_submodule(difference.module)):
-        return True
-    return isinstance(difference.old, list | dict) and isinstance(difference.new, list | dict | None)
+    return difference.what not in vars(other)
 
 
 def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
@@ -286,7 +285,20 @@ def _is_move(old: Any, new: Any, kept: Sequence[int], layers: int) -> bool:
         return (old in kept and kept.index(old) == new) or (old == layers and new == len(kept))
     if isinstance(old, list) and len(old) == layers:  # a layer that carries the whole stack's list about
         return new == [old[i] for i in kept]
+    if isinstance(old, list) and all(isinstance(i, int) for i in old):  # a list of layers
+        return new == [kept.index(i) for i in old if i in kept]
+    if isinstance(old, dict) and isinstance(new, dict) and all(i.isdigit() for i in old):  # a table by layer
+        return new == {str(kept.index(int(i))): value for i, value in old.items() if int(i) in kept}
     return False
+
+
+def _is_slot(difference: Difference, plan: Plan) -> bool:
+    """`layer_idx` of the several caches of one layer: index * n + r (LongCat has two attentions a layer)."""
+    index = difference.module.removeprefix(plan.path + ".").partition(".")[0]
+    if difference.what != "layer_idx" or not index.isdigit() or not isinstance(difference.new, int):
+        return False
+    old, new = int(index), plan.kept.index(int(index))
+    return difference.old - difference.new == 2 * (old - new)
 
 
 def _describe(differences: Sequence[Difference]) -> str:
