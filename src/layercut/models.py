@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -362,12 +363,13 @@ def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        gguf_file=checkpoint.gguf,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with redirect_stderr(io.StringIO()):  # its bar does not ask whether bars are wanted
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            gguf_file=checkpoint.gguf,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):

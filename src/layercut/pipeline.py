@@ -235,7 +235,7 @@ class Workbench:
         """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
         config, tokens = self.config.evaluate, self.blocks["evaluation"]
         fold, heal = self.run.read("fold") or {}, self.run.read("heal") or {}
-        states = {"dense": None, "cut": []}
+        states: dict[str, list[str] | None] = {"dense": None, "cut": []}
         if fold["changed"]:
             states["folded"] = ["folded"]
         if heal["tuning"]:

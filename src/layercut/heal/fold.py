@@ -41,7 +41,8 @@ class Normal:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device) -> Normal:
-        return cls(*(torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2)))
+        mm, my = torch.zeros(2, width, width, dtype=torch.float64, device=device).unbind(0)
+        return cls(mm, my)
 
     def add_(self, m: torch.Tensor, y: torch.Tensor) -> None:
         """Take in m and y, both [..., D]."""
@@ -188,15 +189,15 @@ def output_projection(stack: Stack, position: int, before: torch.Tensor, calls: 
             continue
         with intercepted([module], lambda _, run, x: torch.zeros_like(run(x))):
             rest = stack.layer(position, before, calls)
-        if m.shape == out.shape and torch.allclose(out.float() - rest.float(), m.float(), **_tolerance(out)):
+        if m.shape == out.shape and _same_but_for_rounding(out.float() - rest.float(), m, out):
             return name
     return None
 
 
-def _tolerance(out: torch.Tensor) -> dict[str, float]:
-    """Rounding of a sum in the model's own number format, against the largest value in the stream."""
-    step = torch.finfo(out.dtype).eps
-    return {"rtol": 4 * step, "atol": 4 * step * out.abs().max().item()}
+def _same_but_for_rounding(a: torch.Tensor, b: torch.Tensor, stream: torch.Tensor) -> bool:
+    """Equal up to what a sum in the stream's own number format rounds away, against its largest value."""
+    step = 4 * torch.finfo(stream.dtype).eps
+    return torch.allclose(a.float(), b.float(), rtol=step, atol=step * stream.abs().max().item())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -204,11 +205,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _width(module: nn.Module) -> int:
+def _width(module: Any) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.nf
 
 
-def fold_into_(module: nn.Module, delta: torch.Tensor) -> None:
+def fold_into_(module: Any, delta: torch.Tensor) -> None:
     """y = x W' + b  ->  y (I + delta): new weight and bias parameters, delta [D, D] float64."""
     transform = torch.eye(len(delta), dtype=torch.float64, device=delta.device) + delta
     weight = module.weight.double()
