@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the input is wrong (`error:` and `hint:` on stderr), 1 a f
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ app = cyclopts.App(
     help="Make a large language model smaller: find the layers it can best do without, cut, heal, prove.",
     version=__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(show_default=lambda value: None if value in (None, ()) else str(value)),
 )
 
@@ -113,18 +115,31 @@ def main(argv: list[str] | None = None) -> int:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, LayercutError):
             return _refuse(cause.message, cause.hint)
-        command = " ".join(["layercut", *arguments[:1]])
-        return _refuse(" ".join(str(error).split()), f"see {command} --help")
+        known = bool(arguments) and not arguments[0].startswith("-") and arguments[0] in app
+        return _refuse(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished stage", file=sys.stderr)
         return 130
     return 0
 
 
+def _words(error: cyclopts.CycloptsError) -> str:
+    """What cyclopts says, on one line; a key of --config is called what it is in the file."""
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.source != "cli":
+        key = (error.token.keyword or "").strip("[]")
+        flags = [flag for argument in error.argument_collection for flag in argument.names]
+        near = difflib.get_close_matches(key, [flag.strip("-").replace("-", "_") for flag in flags], 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{error.token.source} has an unknown key {key!r}{meant}"
+    return " ".join(str(error).split())
+
+
 def _take_config(arguments: list[str]) -> None:
     """Let --config FILE fill the flags that are not given; flags win."""
     app.config = ()
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--config" and (not following or following.startswith("-")):
+            raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
         if argument == "--config" or argument.startswith("--config="):
             app.config = (_yaml(Path(following if argument == "--config" else argument.partition("=")[2])),)
 

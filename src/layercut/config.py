@@ -163,7 +163,8 @@ class CompressConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """What is asked of the whole; not on construction, so that a mistyped --ratoi is named first."""
         if self.search.ratio is None and not self.search.segment:
             raise ConfigError("neither --ratio nor --segment is given", "a fifth of the layers: --ratio 0.2")
 
@@ -195,11 +196,11 @@ class CutConfig:
 
 
 def flattened(config: CompressConfig) -> dict[str, Any]:
-    """A config as flat YAML keys, every default filled in; fit for --config."""
+    """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out."""
     result: dict[str, Any] = {}
     for stage in asdict(config).values():
         result |= stage
-    del result["config"]
+    del result["config"], result["force"]
     return {key: _plain(value) for key, value in result.items()}
 
 

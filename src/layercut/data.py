@@ -23,7 +23,7 @@ import torch
 
 from layercut.errors import DataError
 from layercut.models import first_line, quiet_transformers
-from layercut.sources import Document, documents
+from layercut.sources import NAMED, PYTHON, Document, documents, looks_local, matching_files
 
 Order = Literal["shuffled", "as written"]
 ROWS = 32
@@ -117,6 +117,16 @@ def split_mix(source: str) -> list[str]:
     return parts
 
 
+def origins(source: str) -> set[str]:
+    """What a source reads, by one name however it is spelled: files by their real path, sets by theirs."""
+    found: set[str] = set()
+    for part in split_mix(source):
+        named = part == "self" or part in PYTHON or part.partition(":")[0] in NAMED
+        files = matching_files(part)[0] if not named and looks_local(part) else []
+        found |= {str(file.resolve()) for file in files} or {part}
+    return found
+
+
 def fingerprint(blocks: torch.Tensor) -> str:
     """16 hex digits that change with any token id."""
     return hashlib.sha256(blocks.numpy().astype("<i8").tobytes()).hexdigest()[:16]
@@ -176,7 +186,7 @@ def pack(encoded: Iterator[list[int]], name: str, window: int, span: range) -> t
     after = f", of which {begin:,} are passed over" if begin else ""
     raise DataError(
         f"{name!r} holds {len(ids):,} tokens; {end:,} are needed{after}",
-        "ask for fewer with --tokens, or add a source: --data A+B",
+        "ask for fewer with --tokens, --tune-tokens or --eval-tokens, or add a source: --data A+B",
     )
 
 

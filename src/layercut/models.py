@@ -99,7 +99,7 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
     path = Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_file():
         return _resolve_file(name, path)
-    if path.is_dir():
+    if path.is_dir() and name.strip():
         check_folder(path, allow_pickle=allow_pickle)
         return Checkpoint(name, path.resolve())
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
@@ -126,6 +126,7 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
 
 
 def _download(name: str, *, allow_pickle: bool) -> Path:
+    """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -136,6 +137,8 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
 
     patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
     try:
+        if not _hub_answers(name):
+            return Path(snapshot_download(name, local_files_only=True))
         hf_hub_download(name, "config.json")
         left_out = ["original/*", "consolidated*"]
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
@@ -164,6 +167,20 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
             f"{name!r} could not be fetched from the Hub: {first_line(error)}",
             "check the name and the network, or give a local folder or .gguf file",
         ) from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Ask the Hub once, before anything is fetched: without a network that would try for 23 s (measured)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise  # not a name; or it answers: no such model, private, gated
+    except Exception:  # no network, offline mode, a proxy's refusal: every layer below has its own error
+        return False
+    return True
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
@@ -337,6 +354,7 @@ def load(
                     config=config,
                     dtype=number,
                     use_safetensors=None if allow_pickle else True,
+                    ignore_mismatched_sizes=True,  # refused below, and by name
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                 )
@@ -446,12 +464,18 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint, device: torch.de
 def _check_loading(info: dict[str, Any], name: str) -> None:
     """Missing or mismatched weights would be filled with random numbers and only warned of: refuse."""
     missing = sorted(info.get("missing_keys") or [])
-    mismatched = sorted(map(str, info.get("mismatched_keys") or []))
-    if missing or mismatched:
-        wrong = missing or mismatched
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if missing:
         raise ModelError(
-            f"{name} lacks {len(wrong)} weights that its config calls for (first: {wrong[0]})",
+            f"{name} lacks {len(missing)} weights that its config calls for (first: {missing[0]})",
             "the checkpoint is incomplete, or num_hidden_layers in its config.json does not fit it",
+        )
+    if mismatched:
+        weight, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{name} holds {len(mismatched)} weights of another shape than its config calls for "
+            f"(first: {weight} is {list(stored)}, called for is {list(wanted)})",
+            "give the config.json that belongs to these weights",
         )
 
 

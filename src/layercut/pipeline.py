@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from layercut import evaluate, measure, models
 from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.data import Blocks, load_blocks, split_mix
+from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, RunError
 from layercut.export import export_checkpoint
 from layercut.heal.endpoints import TuneSettings, tune_
@@ -44,6 +44,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
     until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
     """
+    config.check()
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     layers = models.count_layers(models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
     wanted = checked_segments(config.search.segments, layers)
@@ -94,8 +95,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
 def check_sources(config: CompressConfig) -> None:
     """What is reported on must not be what is searched or tuned on."""
-    reported = set(split_mix(config.evaluate.eval_data)) - {"self"}
-    used = set(split_mix(config.text.data)) | set(split_mix(config.heal.tune_data or config.text.data))
+    reported = origins(config.evaluate.eval_data) - {"self"}
+    used = origins(config.text.data) | origins(config.heal.tune_data or config.text.data)
     if both := reported & used:
         raise ConfigError(
             f"{', '.join(sorted(both))} would be searched or tuned on and reported on as well",
