@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import folders
 import pytest
 import torch
 import transformers
+
+import folders
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

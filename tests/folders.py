@@ -1,13 +1,14 @@
-"""A tiny model as users have one, a folder with weights, config and tokenizer, and text to use it on. Seeded."""
+"""A tiny model as users have one, a folder with weights, config and tokenizer, and text for it. Seeded."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 
-import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+import tiny
 
 LAYERS = 8
 VOCABULARY = 300
