@@ -58,7 +58,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         text = run.stage(
             "text",
             {"checkpoint": checkpoint.fingerprint(), "load": asdict(config.load), "text": asdict(config.text),
-             "heal": [config.heal.tune_data, config.heal.tune_tokens], "evaluate": asdict(config.evaluate)},
+             "heal": [config.heal.tune_data, config.heal.tune_tokens], "evaluate": [config.evaluate.eval_data, config.evaluate.eval_tokens]},
             work.read_text,
         )  # fmt: skip
         for use in ("calibration", "tuning", "evaluation"):
@@ -169,7 +169,7 @@ class Workbench:
         partial.replace(self.run / "tokens.safetensors")
         self.__dict__.pop("blocks", None)
         facts = {use: blocks.facts() for use, blocks in drawn.items()}
-        return {"tuning": None, **facts}
+        return {"tuning": None, **facts, "files": ["tokens.safetensors"]}
 
     def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
         """The segments to remove: those given, or the search's answer."""
@@ -207,7 +207,7 @@ class Workbench:
         kept = after < before
         changed = self.save_changes(student.model, "folded") if kept else []
         outcome = [f.to_json() | {"kl_before": before, "kl_after": after, "kept": kept} for f in folds]
-        return {"fold": outcome, "changed": changed}
+        return {"fold": outcome, "changed": changed, "files": ["folded.safetensors"] if kept else []}
 
     def tune(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Cutoff endpoint tuning, from the fold where that was kept."""
@@ -230,7 +230,12 @@ class Workbench:
         for point in report.curve:
             self.run.event("heal", int(point["step"]), "loss", point["loss"], "nats/token")
         changed = self.save_changes(student.model, "tuned")
-        return {"fold": fold["fold"], "tuning": report.to_json() | {"data": text["tuning"]}, "changed": changed}
+        return {
+            "fold": fold["fold"],
+            "tuning": report.to_json() | {"data": text["tuning"]},
+            "changed": changed,
+            "files": ["tuned.safetensors"],
+        }
 
     def evaluate(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
@@ -264,7 +269,7 @@ class Workbench:
         """The healed student as a stock checkpoint."""
         with bar("saving and verifying", None):
             model = self.student(segments, "folded", "tuned")
-            return export_checkpoint(model, self.dense.tokenizer, self.run / "model")
+            return export_checkpoint(model, self.dense.tokenizer, self.run / "model") | {"files": ["model"]}
 
     # --- the student and its changed weights ---
 

@@ -56,11 +56,12 @@ class Run:
     def stage(self, name: str, inputs: Any, compute: Callable[[], Artefact]) -> Artefact:
         """The stage's artefact: read where it is there and of the same inputs, else computed and written.
 
-        `inputs` is anything JSON can hold; the stages that came before count as inputs by themselves.
+        `inputs` is anything JSON can hold; the stages that came before count as inputs by themselves. "files" in
+        an artefact names what belongs to it in the folder; where one is gone, the stage runs again.
         """
         self._chain = digest([self._chain, name, inputs])
         finished = self.read(name)
-        if finished is not None and finished.get("config_hash") == self._chain:
+        if finished is not None and finished.get("config_hash") == self._chain and self._has(finished):
             self.seconds[name] = finished.get("seconds", 0.0)
             return finished
         begun = time.perf_counter()
@@ -71,6 +72,10 @@ class Run:
         write_json(self / f"{name}.json", artefact)
         self.event(name, 0, "finished", self.seconds[name], "s")
         return artefact
+
+    def _has(self, artefact: dict[str, Any]) -> bool:
+        """Whether the files that belong to an artefact are there too."""
+        return all((self / name).exists() for name in artefact.get("files", []))
 
     def finished(self, name: str) -> bool:
         """Whether the stage's artefact is there, of whatever inputs."""
