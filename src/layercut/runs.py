@@ -77,10 +77,6 @@ class Run:
         """Whether the files that belong to an artefact are there too."""
         return all((self / name).exists() for name in artefact.get("files", []))
 
-    def finished(self, name: str) -> bool:
-        """Whether the stage's artefact is there, of whatever inputs."""
-        return (self / f"{name}.json").is_file()
-
     def read(self, name: str) -> dict[str, Any] | None:
         """A stage's artefact, or None where there is none that can be read."""
         try:
