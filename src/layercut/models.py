@@ -123,7 +123,12 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
 
 def _download(name: str, *, allow_pickle: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
     try:
@@ -287,7 +292,7 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
 
 def _class_names(mapping: Any, config: Any) -> set[str]:
     """Names of the classes that a mapping of transformers gives for this config."""
-    found = mapping[type(config)] if type(config) in mapping else ()
+    found = mapping.get(type(config), ())
     return {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
 
 
@@ -459,7 +464,7 @@ def find_decoder(model: Any) -> Decoder:
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
     # BERT's relatives keep their decoder under `encoder`: only prefer what is in no other tower
     lists = [item for item in lists if not _in_other_tower(item[0])] or lists
