@@ -101,7 +101,7 @@ BERT = {"is_decoder": True}
 
 
 def _each(names: tuple[str, ...], facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: facts for name in names}
+    return dict.fromkeys(names, facts)
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
