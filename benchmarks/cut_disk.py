@@ -2,9 +2,9 @@
 
     python benchmarks/cut_disk.py [--layers 32] [--runs 3] [--work FOLDER]
 
-Writes a Llama checkpoint of random bfloat16 weights (4.7 GB at 32 layers), cuts a fifth of it in a process of its own,
-copies the result with `cp -r`, in turn, and writes benchmarks/results/cut_disk.json. Peak memory is the process's
-maximum resident set; the time is that of the whole process, imports included, and of the call alone.
+Writes a Llama checkpoint of random bfloat16 weights (4.6 GB at 32 layers), cuts a fifth of it in its own
+process, copies the result with `cp -r`, in turn, and writes benchmarks/results/cut_disk.json. Peak memory is
+the largest resident set; the time is that of the whole process, imports included, and of the call alone.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def make(folder: Path, layers: int) -> int:
     """Write the checkpoint, about a gigabyte a shard; returns the bytes of its weights."""
     config = transformers.LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=16, vocab_size=VOCAB, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
+        num_key_value_heads=16, vocab_size=VOCAB, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -78,7 +78,8 @@ def timed(command: list[str], env: dict[str, str] | None = None) -> tuple[float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--work", type=Path, default=None, help="where to put 15 GB for a while")

@@ -74,7 +74,7 @@ def original(model_type: str, folder: Path, **facts: Any) -> Original:
     families.check_size(model_type, **facts)
     model = families.tiny(model_type, **facts)
     model.save_pretrained(folder)
-    generates = _generation_trouble(model) == ""
+    generates = generation_trouble(model) == ""
     trouble = _reload_trouble(model, folder, generates)
     if trouble.startswith(
         "logits"
@@ -108,7 +108,7 @@ def judge(source: Original, segments: Sequence[Segment], scratch: Path) -> Verdi
         return Verdict("wrong", "the original model was changed")
     if trouble := _logits_trouble(cut, wanted, tolerance(cut.config)):
         return Verdict("wrong", f"in memory: {trouble}")
-    if source.generates and (trouble := _generation_trouble(cut)):
+    if source.generates and (trouble := generation_trouble(cut)):
         return Verdict("wrong", f"in memory: {trouble}")
     if source.trouble:
         return Verdict("unjudged", f"transformers, saving and loading the uncut model: {source.trouble}")
@@ -260,7 +260,7 @@ def _reload_trouble(model: Any, folder: Path, generates: bool) -> str:
     _align_(loaded)
     if trouble := _logits_trouble(loaded.eval(), logits_of(model), tolerance(model.config)):
         return trouble
-    return _generation_trouble(loaded, model) if generates else ""
+    return generation_trouble(loaded, model) if generates else ""
 
 
 def _align_(model: Any) -> None:
@@ -269,7 +269,7 @@ def _align_(model: Any) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _generation_trouble(model: Any, other: Any = None) -> str:
+def generation_trouble(model: Any, other: Any = None) -> str:
     """Greedy generation with the cache must be what it is without, beyond the sliding window."""
     try:
         with_cache = _generate(model, use_cache=True)
