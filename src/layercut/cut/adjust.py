@@ -43,6 +43,7 @@ def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
     _needs_attention_first(text_config, kept)
     _residual_blocks(text_config, kept, layers)
     _shared_indexers(text_config, kept, layers)
+    _shared_kv(text_config, kept, layers)
 
 
 def explain(differences: list[Difference], plan: Plan, text_config: Any, layers: int) -> Adjustment:
@@ -117,6 +118,20 @@ def _shared_indexers(text_config: Any, kept: Sequence[int], layers: int) -> None
             raise SurgeryError(
                 f"layer {i} uses the tokens that layer {source}'s indexer picks, which would be removed"
             )
+
+
+def _shared_kv(text_config: Any, kept: Sequence[int], layers: int) -> None:
+    """Gemma 3n and 4: later layers reuse the keys and values of the last layer of their kind that stores its own."""
+    modes, types = getattr(text_config, "kv_sharing_modes", None), getattr(text_config, "layer_types", None)
+    if not modes or not types or len(modes) != layers:
+        return
+    for i in kept:
+        if str(modes[i]).startswith("reuse"):
+            source = max((j for j in range(i) if modes[j] == "store" and types[j] == types[i]), default=None)
+            if source is not None and source not in kept:
+                raise SurgeryError(
+                    f"layer {i} reuses the keys and values of layer {source}, which would be removed"
+                )
 
 
 # --- tensors with one slice per layer -------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,6 +28,9 @@ from layercut.cut import adjust, facts
 from layercut.errors import LayercutError, ModelError, SurgeryError
 from layercut.models import Decoder, find_decoder, first_line, quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
+
+PATIENCE = 15.0
+"""Seconds after which the search for segments that work instead of a refused one ends."""
 
 _TORCH = frozenset(vars(nn.Module()))
 _ASIDE = _TORCH | {"config", "generation_config", "name_or_path", "_is_hf_initialized"}
@@ -352,13 +356,14 @@ def nearby(
     first.
     """
     found: list[str] = []
+    until = time.monotonic() + PATIENCE
     for candidate in neighbours(segments, len(decoder)):
         try:
             _plan(config, cls, before, decoder, kept_layers(candidate, len(decoder)))
         except LayercutError:
             continue
         found.append(" ".join(f"--segment {segment}" for segment in candidate))
-        if len(found) == most:
+        if len(found) == most or time.monotonic() > until:
             break
     if not found:
         return "no segment near this one can be cut out of this architecture"
