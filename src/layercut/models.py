@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from layercut.errors import ModelError
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,7 +46,7 @@ class Checkpoint:
         return self.folder / self.gguf if self.gguf else self.folder
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes and modification times of the files: changes when the model does, costs nothing."""
+        """Hash of the files' names, sizes and modification times: changes with the model, costs nothing."""
         files = [self.file] if self.gguf else sorted(p for p in self.folder.iterdir() if p.is_file())
         facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -60,8 +63,9 @@ class Decoder:
     """Where a model keeps its decoder layers."""
 
     path: str
-    """Dotted name of the ModuleList inside the model, e.g. "model.layers"."""
-    layers: nn.ModuleList
+    """Dotted name of the list inside the model, e.g. "model.layers"."""
+    layers: Any
+    """An nn.ModuleList; a few architectures keep an nn.ModuleDict."""
     config: Any
     """The (text) config that counts these layers."""
 
@@ -84,7 +88,7 @@ class LanguageModel:
         return find_decoder(self.model)
 
 
-# --- from a name to files -------------------------------------------------------------------------------------
+# --- from a name to files -----------------------------------------------------------------------------------
 
 
 def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -95,7 +99,7 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
     path = Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_file():
         return _resolve_file(name, path)
-    if path.is_dir():
+    if path.is_dir() and name.strip():
         check_folder(path, allow_pickle=allow_pickle)
         return Checkpoint(name, path.resolve())
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
@@ -122,6 +126,7 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
 
 
 def _download(name: str, *, allow_pickle: bool) -> Path:
+    """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -132,8 +137,11 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
 
     patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
     try:
+        if not _hub_answers(name):
+            return Path(snapshot_download(name, local_files_only=True))
         hf_hub_download(name, "config.json")
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
+        left_out = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
     except GatedRepoError:
         raise ModelError(
             f"{name!r} is gated: its owner must grant you access first",
@@ -154,18 +162,34 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
             f"{name!r} is not on this machine and the Hub cannot be reached",
             "check the network, or give a local folder or .gguf file",
         ) from None
-    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download: the Hub's own words
+    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download
         raise ModelError(
             f"{name!r} could not be fetched from the Hub: {first_line(error)}",
             "check the name and the network, or give a local folder or .gguf file",
         ) from error
 
 
+def _hub_answers(name: str) -> bool:
+    """Ask the Hub once, before anything is fetched: without a network that would try for 23 s (measured)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise  # not a name; or it answers: no such model, private, gated
+    except Exception:  # no network, offline mode, a proxy's refusal: every layer below has its own error
+        return False
+    return True
+
+
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
     config = read_json(folder / "config.json", "a model folder needs config.json")
     if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} does not hold an object", "use the model's own config.json")
+        raise ModelError(
+            f"{folder / 'config.json'} does not hold an object", "use the model's own config.json"
+        )
     for index in folder.glob("*.index.json"):
         check_index(index)
     if weight_files(folder):
@@ -224,12 +248,13 @@ def read_json(path: Path, need: str = "") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"no file {path}" + (f": {need}" if need else ""), "give a complete model folder") from None
+        why = f": {need}" if need else ""
+        raise ModelError(f"no file {path}{why}", "give a complete model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {first_line(error)}", "fetch this file again") from None
 
 
-# --- from files to a model ------------------------------------------------------------------------------------
+# --- from files to a model ----------------------------------------------------------------------------------
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -273,7 +298,8 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
             f"{name} is an encoder-decoder model ({config.model_type}); layercut cuts decoder-only models",
             "give a causal language model such as Llama, Qwen or Gemma",
         )
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    known = any(type(config) in mapping for mapping in mappings)
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not (known or remote):
         raise ModelError(
@@ -282,7 +308,7 @@ def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> 
         )
     heads = getattr(config, "architectures", None) or []
     usual = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    classes = _class_names(MODEL_FOR_CAUSAL_LM_MAPPING, config) | _class_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config)
+    classes = set().union(*(_class_names(mapping, config) for mapping in mappings))
     if heads and not any(h.endswith(usual) or h in classes for h in heads):
         raise ModelError(
             f"{name} is a checkpoint of {', '.join(heads)}, which is not a causal language model",
@@ -328,6 +354,7 @@ def load(
                     config=config,
                     dtype=number,
                     use_safetensors=None if allow_pickle else True,
+                    ignore_mismatched_sizes=True,  # refused below, and by name
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                 )
@@ -354,12 +381,13 @@ def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        gguf_file=checkpoint.gguf,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with redirect_stderr(io.StringIO()):  # its bar does not ask whether bars are wanted
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            gguf_file=checkpoint.gguf,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
@@ -368,7 +396,10 @@ def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         model.__dict__.pop(name, None)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = checkpoint.name
-    return model.to(dtype)
+    for parameter in model.parameters():
+        # never model.to(dtype): that would round the rotary frequencies too, which a reload keeps in float32
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -402,7 +433,9 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
     if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
-        raise ModelError(f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto")
+        raise ModelError(
+            f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto"
+        )
     if place.index is not None and place.type != "cpu" and place.index >= torch.accelerator.device_count():
         raise ModelError(
             f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
@@ -419,7 +452,8 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint, device: torch.de
         return DTYPES[dtype]
     if checkpoint.gguf:
         return torch.bfloat16
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    own, text = (getattr(c, "dtype", None) for c in (config, config.get_text_config()))
+    stored = own or text or torch.float32
     if isinstance(stored, str):
         stored = getattr(torch, stored)
     if stored == torch.float16 and device.type == "cpu":
@@ -430,27 +464,45 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint, device: torch.de
 def _check_loading(info: dict[str, Any], name: str) -> None:
     """Missing or mismatched weights would be filled with random numbers and only warned of: refuse."""
     missing = sorted(info.get("missing_keys") or [])
-    mismatched = sorted(map(str, info.get("mismatched_keys") or []))
-    if missing or mismatched:
-        wrong = missing or mismatched
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if missing:
         raise ModelError(
-            f"{name} lacks {len(wrong)} weights that its config calls for (first: {wrong[0]})",
+            f"{name} lacks {len(missing)} weights that its config calls for (first: {missing[0]})",
             "the checkpoint is incomplete, or num_hidden_layers in its config.json does not fit it",
+        )
+    if mismatched:
+        weight, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{name} holds {len(mismatched)} weights of another shape than its config calls for "
+            f"(first: {weight} is {list(stored)}, called for is {list(wanted)})",
+            "give the config.json that belongs to these weights",
         )
 
 
 def _missing_gguf(error: ImportError) -> ModelError:
-    return ModelError(f"reading this model needs a package that is missing: {first_line(error)}", 'pip install "layercut[gguf]"')
+    return ModelError(
+        f"reading this model needs a package that is missing: {first_line(error)}",
+        'pip install "layercut[gguf]"',
+    )
 
 
-# --- the stack of decoder layers ------------------------------------------------------------------------------
+# --- the stack of decoder layers ----------------------------------------------------------------------------
 
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers", "layers")
+COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers",
+    "num_decoder_layers", "layers",
+)  # fmt: skip
 """Names under which configs count their decoder layers."""
 
 OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
 """Parts of a model whose layers are not the decoder's, by a word in their path."""
+
+
+def count_layers(config: Any) -> int:
+    """L, the number of decoder layers that a config promises; the model's own stack has the last word."""
+    text = config.get_text_config(decoder=True)
+    return next(value for name in COUNTS if isinstance(value := getattr(text, name, None), int))
 
 
 def find_decoder(model: Any) -> Decoder:
@@ -470,8 +522,8 @@ def find_decoder(model: Any) -> Decoder:
     lists = [item for item in lists if not _in_other_tower(item[0])] or lists
     if not lists:
         raise ModelError(
-            f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers was found "
-            f"in {type(model).__name__}",
+            f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers "
+            f"was found in {type(model).__name__}",
             "this architecture is not supported; see docs/families.md for those that are",
         )
     # Of nested lists the outermost is the stack; of several, the one that weighs most.
@@ -496,6 +548,15 @@ def share(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
+def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put new parameters in by name; tensors that other models share are left as they are."""
+    for name, weight in weights.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, attribute)
+        setattr(module, attribute, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False))
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of weights, tied ones counted once."""
     return sum(p.numel() for p in model.parameters())
@@ -506,7 +567,7 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-# --- small helpers --------------------------------------------------------------------------------------------
+# --- small helpers ------------------------------------------------------------------------------------------
 
 
 def first_line(error: BaseException) -> str:

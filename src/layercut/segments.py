@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from layercut.errors import ConfigError
 
@@ -22,7 +23,8 @@ class Segment:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ConfigError(
-                f"segment {self.start}:{self.stop} is empty or negative; allowed is START:STOP with 0 <= START < STOP",
+                f"segment {self.start}:{self.stop} is empty or negative; "
+                "allowed is START:STOP with 0 <= START < STOP",
                 "layers are counted from 0 and STOP is not removed: --segment 13:19 removes six layers",
             )
 
@@ -57,7 +59,7 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
                 f"segment {segment} reaches beyond the model's {layers} layers",
                 f"allowed are segments inside 0:{layers}",
             )
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in pairwise(ordered):
         if right.start < left.stop:
             raise ConfigError(
                 f"segments {left} and {right} overlap",
@@ -73,7 +75,8 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
 
 def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
     """Original indices of the layers that stay, in order: the `original_layer_index` of the cut model."""
-    removed = {i for segment in checked_segments(segments, layers) for i in range(segment.start, segment.stop)}
+    ordered = checked_segments(segments, layers)
+    removed = {i for segment in ordered for i in range(segment.start, segment.stop)}
     return [i for i in range(layers) if i not in removed]
 
 

@@ -1,0 +1,53 @@
+"""What every benchmark shares: the model, the text, and one JSON file with everything needed to run it again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from layercut import models
+from layercut.data import Blocks, load_blocks
+from layercut.demo import fetch_model
+from layercut.runs import environment, write_json
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def arguments(description: str, **defaults: Any) -> argparse.Namespace:
+    """--model (the demo's SmolLM2-135M-Instruct where not given), --out, and one option per default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=None, help="Hub id, folder or .gguf; the demo's SmolLM2 where not given")
+    parser.add_argument("--out", type=Path, default=RESULTS / (Path(sys.argv[0]).stem + ".json"))
+    for name, default in defaults.items():
+        kind = {"nargs": "+", "type": type(default[0])} if isinstance(default, list) else {"type": type(default)}
+        parser.add_argument("--" + name.replace("_", "-"), default=default, **kind)
+    return parser.parse_args()
+
+
+def open_model(name: str | None) -> models.LanguageModel:
+    return models.load(models.resolve(name or str(fetch_model())))
+
+
+def blocks(model: models.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:
+    return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, **more)
+
+
+def finish(out: Path, model: models.LanguageModel, claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write the result file and print it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    environ = environment()
+    environ["command"] = [Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if not a.startswith("/"))]
+    content = {
+        "claim": claim,
+        "model": Path(model.checkpoint.name).name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        **facts,
+        "rows": rows,
+        "environment": environ,
+    }
+    write_json(out, content)
+    print(json.dumps(rows, indent=1))

@@ -1,0 +1,184 @@
+"""The command `layercut`: parse, call, print. No logic, and no torch before a command needs it.
+
+Exit codes: 0 done, 2 the input is wrong (`error:` and `hint:` on stderr), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from layercut import __version__
+from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, RunConfig
+from layercut.errors import ConfigError, LayercutError
+
+app = cyclopts.App(
+    name="layercut",
+    help="Make a large language model smaller: find the layers it can best do without, cut, heal, prove.",
+    version=__version__,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(show_default=lambda value: None if value in (None, ()) else str(value)),
+)
+
+Model = Annotated[str, Parameter(help="A Hub id, a folder, or a .gguf file.")]
+RunFolder = Annotated[Path, Parameter(help="A run folder, as left by compress.")]
+
+
+@app.command
+def compress(model: Model, *, config: CompressConfig | None = None) -> None:
+    """The whole journey: search, cut, heal, measure, export, report."""
+    from layercut.pipeline import compress
+
+    _show(compress(model, config or CompressConfig()))
+
+
+@app.command
+def search(model: Model, *, config: CompressConfig | None = None) -> None:
+    """Find the segment to remove, and stop there."""
+    from layercut.pipeline import compress
+
+    run = compress(model, config or CompressConfig(), until="search")
+    found = json.loads((run / "search.json").read_text())
+    for candidate in found["candidates"]:
+        bounds = " ".join(f"{start}:{stop}" for start, stop in candidate["segments"])
+        print(f"{bounds}\t{candidate['kl']}")
+
+
+@app.command
+def tune(model: Model, *, config: CompressConfig | None = None) -> None:
+    """Search, cut and heal; save the checkpoint, measure nothing."""
+    from layercut.pipeline import compress
+
+    print(compress(model, config or CompressConfig(), until="tune") / "model")
+
+
+@app.command
+def cut(model: Model, *, config: CutConfig) -> None:
+    """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint."""
+    from layercut.pipeline import cut
+
+    print(cut(model, config))
+
+
+@app.command
+def evaluate(
+    model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
+    *,
+    load: ModelConfig | None = None,
+    text: DataConfig | None = None,
+    evaluate: EvaluateConfig | None = None,
+) -> None:
+    """Perplexity of a model, or of a run's dense and compressed model side by side."""
+    from layercut.pipeline import evaluate_only
+
+    configs = load or ModelConfig(), text or DataConfig(), evaluate or EvaluateConfig()
+    for name, value in evaluate_only(model, *configs):
+        print(f"{name}\t{value:.4f}")
+
+
+@app.command
+def report(run: RunFolder) -> None:
+    """Write report.html anew from what a run folder holds."""
+    from layercut.report import write_report
+
+    print(write_report(run))
+
+
+@app.command
+def demo(*, run: RunConfig | None = None) -> None:
+    """The main job on a small real model (SmolLM2-135M-Instruct), with nothing to prepare."""
+    from layercut.demo import demo
+
+    _show(demo(run or RunConfig()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _take_config(arguments)
+        app(arguments, exit_on_error=False, print_error=False)
+    except LayercutError as error:
+        return _refuse(error.message, error.hint)
+    except cyclopts.CycloptsError as error:
+        # checks in a dataclass come back wrapped in what cyclopts was doing at the time
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, LayercutError):
+            return _refuse(cause.message, cause.hint)
+        known = bool(arguments) and not arguments[0].startswith("-") and arguments[0] in app
+        return _refuse(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished stage", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _words(error: cyclopts.CycloptsError) -> str:
+    """What cyclopts says, on one line; a key of --config is called what it is in the file."""
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.source != "cli":
+        key = (error.token.keyword or "").strip("[]")
+        flags = [flag for argument in error.argument_collection for flag in argument.names]
+        near = difflib.get_close_matches(key, [flag.strip("-").replace("-", "_") for flag in flags], 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{error.token.source} has an unknown key {key!r}{meant}"
+    return " ".join(str(error).split())
+
+
+def _take_config(arguments: list[str]) -> None:
+    """Let --config FILE fill the flags that are not given; flags win."""
+    app.config = ()
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--config" and (not following or following.startswith("-")):
+            raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
+        if argument == "--config" or argument.startswith("--config="):
+            app.config = (_yaml(Path(following if argument == "--config" else argument.partition("=")[2])),)
+
+
+def _yaml(path: Path) -> Callable[..., Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}", "give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"--config {path} is not YAML: {words}", "mend the file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
+    # a resolved config.yaml also lists what was left at None
+    given = {key: value for key, value in content.items() if value is not None}
+    return cyclopts.config.Dict(given, source=str(path), use_commands_as_keys=False)
+
+
+def _refuse(message: str, hint: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return 2
+
+
+def _show(run: Path) -> None:
+    """The closing table and where everything is."""
+    from rich.console import Console
+
+    from layercut.report import closing_table
+
+    console = Console(highlight=False)
+    console.print(closing_table(json.loads((run / "summary.json").read_text())))
+    console.print(f"model   {run / 'model'}", soft_wrap=True, markup=False)
+    console.print(f"report  {run / 'report.html'}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Every option there is: frozen dataclasses, one per stage.
+
+Flags, YAML keys and --help are made from these fields and from nothing else; a field's docstring is its help.
+In YAML the keys are the flags' names with underscores, flat: `ratio: 0.2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from layercut.errors import ConfigError
+from layercut.segments import Segment
+
+Method = Literal["clp", "exhaustive"]
+flat = Parameter(name="*")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """ConfigError unless value >= least; `name` is the field's."""
+    if not value >= least:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """How the model is loaded."""
+
+    device: str = "auto"
+    """auto (the first accelerator, else the CPU), cpu, cuda, cuda:N, mps or xpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format to compute and save in. auto: the checkpoint's own; bfloat16 for GGUF."""
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False
+    """Run modelling code that comes with the checkpoint."""
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False
+    """Read pickled weights (*.bin), which can run code too."""
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The calibration text, on which segments are scored."""
+
+    data: str = "c4"
+    """Calibration text: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet
+    file or glob, python-docs, python-docstrings, or self (sampled from the model). Join several with +."""
+    tokens: int = 16384
+    """Calibration tokens."""
+    window: int = 256
+    """Tokens in a row, for calibration, tuning and evaluation."""
+    chat_template: Annotated[bool, Parameter(negative="")] = False
+    """Render instruction data through the model's chat template."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        at_least("tokens", self.tokens, 1)
+        at_least("window", self.window, 8)
+        at_least("seed", self.seed, 0)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What to remove, and how to find it."""
+
+    ratio: float | None = None
+    """Share of the layers to remove, between 0 and 1."""
+    segment: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
+    method: Method = "clp"
+    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep."""
+    oracle: Annotated[bool, Parameter(negative="")] = False
+    """Price every segment exactly as well, to show how near the gate came."""
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.segment:
+            raise ConfigError("both --ratio and --segment are given", "give one of them")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ConfigError(
+                f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2"
+            )
+        _ = self.segments
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The segments given by hand."""
+        return [Segment.parse(text) for text in self.segment]
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class HealConfig:
+    """How the cut is healed."""
+
+    fold: bool = True
+    """Fold a least-squares correction into the layer before the cut."""
+    tune_data: str | None = None
+    """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
+    tune_tokens: int = 131072
+    """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
+    objective: Literal["kl", "next-token", "hidden"] = "kl"
+    """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at
+    the cut."""
+    learning_rate: float | None = None
+    """Peak rate of AdamW. Not given: 0.46 / hidden size."""
+    batch_tokens: int = 2048
+    """Tokens in one optimizer step."""
+    radius: int = 1
+    """Layers tuned on each side of a cut."""
+
+    def __post_init__(self) -> None:
+        at_least("tune_tokens", self.tune_tokens, 0)
+        at_least("batch_tokens", self.batch_tokens, 1)
+        at_least("radius", self.radius, 1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What the result is measured on."""
+
+    eval_data: str = "wikitext2"
+    """Held-out text for perplexity, named like --data."""
+    eval_tokens: int = 32768
+    """Tokens to measure perplexity on."""
+    speed: bool = True
+    """Measure prefill and decode speed and the cache's size."""
+
+    def __post_init__(self) -> None:
+        at_least("eval_tokens", self.eval_tokens, 2)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives."""
+
+    out: Path | None = None
+    """Run folder; runs/NAME where not given. A run that was stopped goes on there."""
+    force: Annotated[bool, Parameter(negative="")] = False
+    """Run finished stages again."""
+    config: Path | None = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """The whole journey."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """What is asked of the whole; not on construction, so that a mistyped --ratoi is named first."""
+        if self.search.ratio is None and not self.search.segment:
+            raise ConfigError("neither --ratio nor --segment is given", "a fifth of the layers: --ratio 0.2")
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CutConfig:
+    """Surgery alone, on the files."""
+
+    segment: Annotated[tuple[str, ...], Parameter(negative="")]
+    """A segment START:STOP to remove; 13:19 removes layers 13 to 18. Repeatable."""
+    out: Path
+    """The new checkpoint: a folder, or a .gguf file where MODEL is one."""
+    force: Annotated[bool, Parameter(negative="")] = False
+    """Replace what is at --out."""
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False
+    """Read pickled weights (*.bin), which can run code too."""
+
+    def __post_init__(self) -> None:
+        if not self.segment:
+            raise ConfigError(
+                "no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search"
+            )
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The segments, read."""
+        return [Segment.parse(text) for text in self.segment]
+
+
+def flattened(config: CompressConfig) -> dict[str, Any]:
+    """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out."""
+    result: dict[str, Any] = {}
+    for stage in asdict(config).values():
+        result |= stage
+    del result["config"], result["force"]
+    return {key: _plain(value) for key, value in result.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

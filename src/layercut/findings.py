@@ -1,0 +1,313 @@
+"""What a finished run found, in numbers that are safe to print and in plain words.
+
+Reads the artefacts of a run folder and judges each stage from its figures. It sits at the end of the journey,
+under `report.py`, which lays these findings out as a page, a model card and the terminal's closing table.
+A figure that was not measured is None here and "not measured" in words; nothing is made up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import RunError
+from layercut.figures import (
+    change,
+    count,
+    figure,
+    finite,
+    items,
+    label,
+    layer_names,
+    number,
+    part,
+    percent,
+    printable,
+    short_name,
+    size,
+    spans,
+    times,
+)
+
+STAGES = ("dense", "cut", "folded", "tuned", "quantized")
+BROKEN_FACTOR = 3.0
+"""Perplexity beyond this multiple of the dense model's is called broken. A convention, not a measurement."""
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The JSON artefacts of a run folder; those a run does not have are empty."""
+
+    summary: dict[str, Any]
+    search: dict[str, Any]
+    heal: dict[str, Any]
+    evaluation: dict[str, Any]
+    env: dict[str, Any]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. RunError if summary.json is missing, or if any artefact is not a JSON object."""
+    if not (folder / "summary.json").is_file():
+        raise RunError(
+            f"{folder} has no summary.json, so it is not the folder of a finished run",
+            f"finish the run first: layercut compress MODEL --out {folder}",
+        )
+    return Run(
+        summary=_read(folder / "summary.json"),
+        search=_read(folder / "search.json"),
+        heal=_read(folder / "heal.json"),
+        evaluation=_read(folder / "eval.json"),
+        env=_read(folder / "env.json"),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what a wrong encoding raises
+        raise RunError(
+            f"{path} is not valid JSON ({error})",
+            f"remove {path} and run the same layercut command again; it makes the file anew",
+        ) from None
+    if not isinstance(value, dict):
+        raise RunError(
+            f"{path} holds a {type(value).__name__}; allowed is a JSON object",
+            f"remove {path} and run the same layercut command again; it makes the file anew",
+        )
+    return value
+
+
+# ---- judging -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Perplexity after one stage."""
+
+    name: str
+    perplexity: float | None
+    """As measured: may be inf or nan. None: not measured."""
+    factor: float | None
+    """Over the dense model's."""
+    gap_closed: float | None
+    """(ln cut - ln x) / (ln cut - ln dense): 0 at the bare cut, 1 at the dense model."""
+    bar: float | None
+    """Log-perplexity on a scale from the dense model (0) to the worst stage (1)."""
+
+
+def perplexities(summary: dict[str, Any]) -> dict[str, float]:
+    """Those that were measured, in the order of the journey."""
+    table = part(summary, "perplexity")
+    found = {name: number(table.get(name)) for name in STAGES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def stages(summary: dict[str, Any]) -> list[Stage]:
+    """One row for each stage of the journey, measured or not."""
+    measured = perplexities(summary)
+    logs = {name: math.log(value) for name, value in measured.items() if math.isfinite(value) and value > 0}
+    dense, cut, worst = logs.get("dense"), logs.get("cut"), max(logs.values(), default=0.0)
+    rows = []
+    for name in STAGES:
+        here = logs.get(name)
+        factor = gap = bar = None
+        if here is not None and dense is not None:
+            factor = math.exp(min(here - dense, 700.0))
+            bar = max(0.0, here - dense) / (worst - dense) if worst > dense else 0.0
+            if cut is not None and cut > dense and name not in ("dense", "cut"):
+                gap = (cut - here) / (cut - dense)
+        rows.append(Stage(name=name, perplexity=measured.get(name), factor=factor, gap_closed=gap, bar=bar))
+    return rows
+
+
+def last_stage(summary: dict[str, Any]) -> tuple[str, float] | None:
+    """The last stage whose perplexity was measured (not the dense model's), and that perplexity."""
+    found = [pair for pair in perplexities(summary).items() if pair[0] != "dense"]
+    return found[-1] if found else None
+
+
+def broken(summary: dict[str, Any]) -> str | None:
+    """In plain words, that the compressed model is ruined; None if it is not, or if that is not known."""
+    last = last_stage(summary)
+    if last is None:
+        return None
+    name, value = last
+    dense = perplexities(summary).get("dense")
+    if not math.isfinite(value):
+        return (
+            f"The compressed model is broken: its perplexity ({name}) is not a finite number. Do not use it."
+        )
+    if dense is not None and math.isfinite(dense) and value > BROKEN_FACTOR * dense:
+        return (
+            f"The compressed model is broken: its perplexity ({name}) is {figure(value)}, "
+            f"{times(value / dense)} the dense model's {figure(dense)}. Do not use it as it is."
+        )
+    return None
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence to quote: what was removed, how much smaller, what became of the perplexity."""
+    layers, sizes = part(summary, "layers"), part(summary, "parameters")
+    before, after = finite(layers.get("before")), finite(layers.get("after"))
+    name = short_name(summary.get("model")).rpartition("/")[2]
+    removed = (
+        f"{before - after:.0f} of its {before:.0f} layers"
+        if before is not None and after is not None
+        else "some of its layers"
+    )
+    which = layer_names(summary.get("segments"))
+    sentence = f"{name} without {removed}" + (f" ({which})" if which else "")
+    old, new = finite(sizes.get("before")), finite(sizes.get("after"))
+    facts = []
+    if old and new is not None:
+        way = "smaller" if new < old else "larger"
+        facts.append(f"is {percent(abs(1 - new / old))} {way} ({count(old)} → {count(new)} parameters)")
+    facts.append(_perplexity_words(summary))
+    return f"{sentence} {' and '.join(facts)}."
+
+
+def _perplexity_words(summary: dict[str, Any]) -> str:
+    last, dense = last_stage(summary), perplexities(summary).get("dense")
+    text = printable(part(summary, "perplexity").get("dataset"))
+    where = f" on {text}" if text else ""
+    if last is None or dense is None:
+        return "has not had its perplexity measured against the dense model"
+    name, value = last
+    if not (math.isfinite(value) and math.isfinite(dense)):
+        return f"has a perplexity{where} that is {figure(value)}, against {figure(dense)} of the dense model"
+    state = "with nothing healed yet" if name == "cut" else f"once {name}"
+    against = f"{times(value / dense)} the dense model's {figure(dense)}"
+    return f"has a perplexity{where} of {figure(value)} {state}, {against}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One stage, judged by its own numbers. `mark` is good, bad, or open (not known, or neither)."""
+
+    mark: str
+    stage: str
+    text: str
+
+
+def verdicts(run: Run) -> list[Verdict]:
+    """Did each stage do its job? Stages that did not run are left out."""
+    found = [_search_verdict(run), _cut_verdict(run.summary)]
+    found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
+    found += [_quantize_verdict(run.summary), _size_verdict(run.summary)]
+    found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
+    return [verdict for verdict in found if verdict]
+
+
+def chosen_kl(search: dict[str, Any]) -> float | None:
+    """Exact calibration KL of the segments the search chose, if they were scored."""
+    wanted = spans(search.get("segments"))
+    for candidate in items(search, "candidates") + items(part(search, "oracle"), "candidates"):
+        if wanted and spans(part(candidate).get("segments")) == wanted:
+            return finite(candidate.get("kl"))
+    return None
+
+
+def _search_verdict(run: Run) -> Verdict | None:
+    oracle, ours = part(run.search, "oracle"), chosen_kl(run.search)
+    best = finite(oracle.get("kl"))
+    if not best or ours is None:
+        return None
+    gap = ours / best - 1
+    choice, rival = label(run.search.get("segments")), label(oracle.get("segments"))
+    if choice == rival:
+        return Verdict(
+            "good", "Search", f"chose {choice}, the cheapest segment by exhaustive search as well."
+        )
+    text = f"chose {choice} at {figure(ours)} nats; exhaustive search finds {rival} at {figure(best)}"
+    if gap <= 0.05:
+        return Verdict("good", "Search", f"{text}: {percent(max(gap, 0.0))} more, within the 5% allowed.")
+    return Verdict("bad", "Search", f"{text}: it missed the best by {percent(gap)}.")
+
+
+def _cut_verdict(summary: dict[str, Any]) -> Verdict | None:
+    found = perplexities(summary)
+    if "cut" not in found or "dense" not in found:
+        return None
+    cut, dense = found["cut"], found["dense"]
+    if not (math.isfinite(cut) and math.isfinite(dense) and dense > 0):
+        return Verdict(
+            "bad", "Cut", f"left a model whose perplexity is {figure(cut)} (dense: {figure(dense)})."
+        )
+    if cut <= dense:
+        return Verdict("good", "Cut", f"cost nothing: perplexity {figure(dense)} → {figure(cut)}.")
+    rise = f"from {figure(dense)} to {figure(cut)} ({times(cut / dense)})"
+    text = f"raised perplexity {rise}; the price before healing."
+    return Verdict("open" if cut <= BROKEN_FACTOR * dense else "bad", "Cut", text)
+
+
+def _healing_verdict(run: Run, name: str, title: str) -> Verdict | None:
+    """A healing stage against the last measured stage before it."""
+    found = perplexities(run.summary)
+    ran = run.heal.get("fold") if name == "folded" else run.heal.get("tuning")
+    if name not in found:
+        return Verdict("open", title, "ran, but has no finite perplexity on record.") if ran else None
+    earlier = [s for s in STAGES[1 : STAGES.index(name)] if s in found]
+    if not earlier:
+        return Verdict(
+            "open", title, f"ended at perplexity {figure(found[name])}; the state before was not measured."
+        )
+    old, new = found[earlier[-1]], found[name]
+    if math.isfinite(new) and (not math.isfinite(old) or new < old):
+        gap = next(s.gap_closed for s in stages(run.summary) if s.name == name)
+        closed = f"; {percent(gap)} of the log-perplexity gap is closed so far" if gap is not None else ""
+        return Verdict("good", title, f"improved perplexity from {figure(old)} to {figure(new)}{closed}.")
+    kept = ""
+    if name == "tuned" and part(run.heal, "tuning").get("best_step") == 0:
+        kept = " No step beat the start on held-out text, so the start was kept."
+    return Verdict("bad", title, f"did not improve: perplexity {figure(old)} → {figure(new)}.{kept}")
+
+
+def _quantize_verdict(summary: dict[str, Any]) -> Verdict | None:
+    found = perplexities(summary)
+    names = list(found)
+    if "quantized" not in found or len(names) < 2:
+        return None
+    old, new = found[names[-2]], found["quantized"]
+    if not (math.isfinite(old) and math.isfinite(new) and old > 0):
+        return Verdict("bad", "Quantization", f"perplexity {figure(old)} → {figure(new)}.")
+    text = f"perplexity {figure(old)} → {figure(new)} ({change(old, new)})."
+    return Verdict("good" if new <= 1.05 * old else "bad", "Quantization", text)
+
+
+def _size_verdict(summary: dict[str, Any]) -> Verdict | None:
+    sizes, parameters = part(summary, "bytes"), part(summary, "parameters")
+    old, new = finite(sizes.get("before")), finite(sizes.get("after"))
+    if not old or new is None:
+        return None
+    text = f"{size(old)} → {size(new)} on disk ({change(old, new)})"
+    if new < old:
+        return Verdict("good", "Size", f"{text}.")
+    had, has = finite(parameters.get("before")), finite(parameters.get("after"))
+    if had and has and new / has > 1.05 * old / had:
+        bits = f": the input stores {8 * old / had:.1f} bits per weight, the output {8 * new / has:.1f}"
+        return Verdict("bad", "Size", f"the files did not get smaller, {text}{bits}.")
+    return Verdict("bad", "Size", f"the files did not get smaller, {text}.")
+
+
+def speed(run: Run) -> dict[str, Any]:
+    """The speed table of eval.json, or else of summary.json."""
+    return part(run.evaluation, "speed") or part(run.summary, "speed")
+
+
+def _speed_verdict(run: Run, phase: str) -> Verdict | None:
+    table = part(speed(run), phase)
+    ratio, ideal = finite(table.get("ratio")), finite(table.get("ideal"))
+    if ratio is None:
+        return None
+    most = f"; removing these layers allows at most {times(ideal)}" if ideal else ""
+    if ratio > 1.02:  # a guess at the noise of a short timing
+        return Verdict("good", phase.capitalize(), f"is {times(ratio)} as fast{most}.")
+    return Verdict("bad", phase.capitalize(), f"did not get faster ({times(ratio)}){most}.")

@@ -1,0 +1,385 @@
+"""The journey, from a model's name to a smaller checkpoint and its report. Read this file first.
+
+    model + text -> search -> cut -> fold -> tune -> evaluate -> export -> report
+
+Each stage leaves an artefact in the run folder (`runs.py`); a stage whose artefact is there is not run again, and
+the model is not loaded before a stage needs it. The dense model and the cut one (the *student*) share all weights
+but those that healing changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from layercut import evaluate, measure, models
+from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, flattened
+from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
+from layercut.data import Blocks, load_blocks, origins, split_mix
+from layercut.errors import ConfigError, RunError
+from layercut.export import export_checkpoint
+from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.heal.fold import fold_
+from layercut.progress import bar, say
+from layercut.report import model_card, write_report
+from layercut.runs import Run, versions, write_text
+from layercut.search import find_segments, price_segments
+from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
+from layercut.sweep import Stack, mean_kl
+
+Stage = Literal["search", "tune", "report"]
+HELD_OUT_TOKENS = 4096
+"""Tokens, beside those that are tuned on, that choose the best state of tuning."""
+
+
+def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> Path:
+    """Search, cut, heal, measure and export `model`; returns the run folder. Goes on where a run was stopped.
+
+    until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
+    """
+    config.check()
+    checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
+    layers = models.count_layers(models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
+    wanted = checked_segments(config.search.segments, layers)
+    length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0
+    check_sources(config)
+
+    with Run(config.run.out or default_folder(model), force=config.run.force) as run:
+        run.describe({"model": model, **flattened(config)})
+        work = Workbench(checkpoint, config, run)
+
+        text = run.stage(
+            "text",
+            {"checkpoint": checkpoint.fingerprint(), "load": asdict(config.load), "text": asdict(config.text),
+             "heal": [config.heal.tune_data, config.heal.tune_tokens], "evaluate": [config.evaluate.eval_data, config.evaluate.eval_tokens]},
+            work.read_text,
+        )  # fmt: skip
+        for use in ("calibration", "tuning", "evaluation"):
+            if text[use]:
+                say(use, "{tokens:,} tokens of {source}".format(**text[use]))
+
+        search = run.stage("search", asdict(config.search), lambda: work.search(wanted, length))
+        segments = [Segment(*bounds) for bounds in search["segments"]]
+        say("search", f"{search['method']}: remove {', '.join(map(str, segments))} of {layers} layers")
+        if until == "search":
+            return run.folder
+
+        cut = run.stage("cut", None, lambda: work.cut(segments))
+        say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
+        fold = run.stage("fold", config.heal.fold, lambda: work.fold(segments))
+        for outcome in fold["fold"]:
+            say("fold", describe_fold(outcome))
+        heal = run.stage("heal", asdict(config.heal), lambda: work.tune(segments))
+        if heal["tuning"]:
+            say("tune", describe_tuning(heal["tuning"]))
+
+        if until == "tune":
+            run.stage("export", None, lambda: work.export(segments))
+            say("export", f"stock checkpoint, verified by a fresh process: {run / 'model'}")
+            return run.folder
+
+        measured = run.stage("eval", asdict(config.evaluate), lambda: work.evaluate(segments))
+        exported = run.stage("export", None, lambda: work.export(segments))
+        run.stage("summary", None, lambda: summarise(run, model, layers, search, cut, measured, exported))
+        write_text(run / "model" / "README.md", model_card(run.folder))
+        write_report(run.folder)
+        return run.folder
+
+
+def check_sources(config: CompressConfig) -> None:
+    """What is reported on must not be what is searched or tuned on."""
+    reported = origins(config.evaluate.eval_data) - {"self"}
+    used = origins(config.text.data) | origins(config.heal.tune_data or config.text.data)
+    if both := reported & used:
+        raise ConfigError(
+            f"{', '.join(sorted(both))} would be searched or tuned on and reported on as well",
+            "give --eval-data another text than --data and --tune-data",
+        )
+
+
+def default_folder(model: str) -> Path:
+    """runs/NAME, from the last part of the model's name."""
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
+
+
+@dataclass
+class Workbench:
+    """What stages share: the dense model, loaded when first needed, the token blocks, and the run folder."""
+
+    checkpoint: models.Checkpoint
+    config: CompressConfig
+    run: Run
+
+    @cached_property
+    def dense(self) -> models.LanguageModel:
+        """The model as it came."""
+        load = self.config.load
+        loaded = models.load(self.checkpoint, **asdict(load))
+        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and self.config.text.window > limit:
+            raise ConfigError(
+                f"--window {self.config.text.window} is longer than the model's {limit} positions",
+                f"allowed is up to {limit}: --window {min(limit, 256)}",
+            )
+        say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}".replace("torch.", ""))
+        return loaded
+
+    @cached_property
+    def stack(self) -> Stack:
+        return Stack(self.dense.model)
+
+    @cached_property
+    def blocks(self) -> dict[str, torch.Tensor]:
+        """Token blocks [N, T] by use, as the text stage left them."""
+        return load_file(self.run / "tokens.safetensors")
+
+    # --- stages: each returns its artefact ---
+
+    def read_text(self) -> dict[str, Any]:
+        """Draw calibration, tuning and evaluation blocks. Of one source, tuning takes what calibration left."""
+        text, heal = self.config.text, self.config.heal
+        shared = {"window": text.window, "seed": text.seed, "chat_template": text.chat_template}
+
+        def draw(source: str, tokens: int, **more: Any) -> Blocks:
+            model = self.dense.model if "self" in split_mix(source) else None
+            return load_blocks(source, self.dense.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+
+        drawn = {"calibration": draw(text.data, text.tokens)}
+        tune_data = heal.tune_data or text.data
+        # blocks of one source never overlap: calibration, then held-out, then tuning
+        skip = len(drawn["calibration"].tokens) if set(split_mix(tune_data)) & set(split_mix(text.data)) else 0
+        drawn["heldout"] = draw(tune_data, HELD_OUT_TOKENS, skip=skip)
+        if heal.tune_tokens:
+            drawn["tuning"] = draw(tune_data, heal.tune_tokens, skip=skip + len(drawn["heldout"].tokens))
+        drawn["evaluation"] = draw(
+            self.config.evaluate.eval_data,
+            self.config.evaluate.eval_tokens,
+            order="as written",
+            chat_template=False,
+        )
+        partial = self.run / ".tokens.partial"
+        save_file({use: blocks.tokens for use, blocks in drawn.items()}, partial)
+        partial.replace(self.run / "tokens.safetensors")
+        self.__dict__.pop("blocks", None)
+        facts = {use: blocks.facts() for use, blocks in drawn.items()}
+        return {"tuning": None, **facts, "files": ["tokens.safetensors"]}
+
+    def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
+        """The segments to remove: those given, or the search's answer."""
+        config = self.config.search
+        tokens = self.blocks["calibration"]
+        if wanted:
+            result = price_segments(self.stack, tokens, list(wanted))
+        else:
+            seed = self.config.text.seed
+            result = find_segments(self.stack, tokens, length, config.method, seed=seed, oracle=config.oracle)
+        text = self.run.read("text") or {}
+        return result.to_json() | {"seed": self.config.text.seed, "calibration": text["calibration"]}
+
+    def cut(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
+        student = self.student(segments)
+        dense = self.dense.model
+        return {
+            "segments": [[s.start, s.stop] for s in segments],
+            "original_layer_index": kept_layers(segments, len(self.stack)),
+            "parameters": {"before": models.parameter_count(dense), "after": models.parameter_count(student)},
+            "bytes": {"before": models.parameter_bytes(dense), "after": models.parameter_bytes(student)},
+        }
+
+    def fold(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The closed-form fold, kept where it brings the student nearer to the dense model on held-out tokens."""
+        if not self.config.heal.fold:
+            return {"fold": [], "changed": []}
+        student, heldout = Stack(self.student(segments)), self.blocks["heldout"]
+        before = mean_kl(self.stack, student, heldout)
+        tokens = self.blocks["calibration"]
+        with bar("folding", len(segments) * len(tokens)) as advance:
+            folds = fold_(self.stack, student, segments, tokens, advance=advance)
+        after = mean_kl(self.stack, student, heldout)
+        kept = after < before
+        changed = self.save_changes(student.model, "folded") if kept else []
+        outcome = [f.to_json() | {"kl_before": before, "kl_after": after, "kept": kept} for f in folds]
+        return {"fold": outcome, "changed": changed, "files": ["folded.safetensors"] if kept else []}
+
+    def tune(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """Cutoff endpoint tuning, from the fold where that was kept."""
+        fold, heal, text = self.run.read("fold") or {}, self.config.heal, self.run.read("text") or {}
+        if not heal.tune_tokens:
+            return {"fold": fold["fold"], "tuning": None, "changed": fold["changed"]}
+        student = Stack(self.student(segments, "folded"))
+        settings = TuneSettings(
+            objective=heal.objective,
+            learning_rate=heal.learning_rate,
+            batch_tokens=heal.batch_tokens,
+            radius=heal.radius,
+        )
+        tokens, heldout = self.blocks["tuning"], self.blocks["heldout"]
+        with bar("tuning the endpoints", tokens.numel()) as advance:
+            report = tune_(
+                self.stack, student, segments, tokens, heldout, settings,
+                advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"),
+            )  # fmt: skip
+        for point in report.curve:
+            self.run.event("heal", int(point["step"]), "loss", point["loss"], "nats/token")
+        changed = self.save_changes(student.model, "tuned")
+        return {
+            "fold": fold["fold"],
+            "tuning": report.to_json() | {"data": text["tuning"]},
+            "changed": changed,
+            "files": ["tuned.safetensors"],
+        }
+
+    def evaluate(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
+        config, tokens = self.config.evaluate, self.blocks["evaluation"]
+        fold, heal = self.run.read("fold") or {}, self.run.read("heal") or {}
+        states: dict[str, list[str] | None] = {"dense": None, "cut": []}
+        if fold["changed"]:
+            states["folded"] = ["folded"]
+        if heal["tuning"]:
+            states["tuned"] = ["folded", "tuned"]
+        figures: dict[str, Any] = dict.fromkeys(("dense", "cut", "folded", "tuned", "quantized"))
+        last = self.dense.model
+        with bar("perplexity", len(states) * len(tokens)) as advance:
+            for state, weights in states.items():
+                last = self.dense.model if weights is None else self.student(segments, *weights)
+                figures[state] = evaluate.perplexity(last, tokens, advance=advance)
+        samples = [evaluate.generations(m, self.dense.tokenizer) for m in (self.dense.model, last)]
+        return {
+            "perplexity": {
+                "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
+            },
+            "generations": [
+                {"prompt": prompt, "dense": dense, "compressed": compressed}
+                for prompt, dense, compressed in zip(evaluate.PROMPTS, *samples, strict=True)
+            ],
+            "speed": measure.speed(self.dense.model, last) if config.speed else None,
+            "peak_rss_bytes": measure.peak_rss_bytes(),
+        }  # fmt: skip
+
+    def export(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The healed student as a stock checkpoint."""
+        with bar("saving and verifying", None):
+            model = self.student(segments, "folded", "tuned")
+            return export_checkpoint(model, self.dense.tokenizer, self.run / "model") | {"files": ["model"]}
+
+    # --- the student and its changed weights ---
+
+    def student(self, segments: Sequence[Segment], *weights: str) -> Any:
+        """The dense model without the segments, over the same tensors, then with what healing changed."""
+        student = models.share(self.dense.model)
+        cut_segment_(student, segments)
+        kept = {"folded": (self.run.read("fold") or {}).get("changed"), "tuned": (self.run.read("heal") or {}).get("tuning")}
+        for name in weights:
+            if kept[name]:
+                models.replace_parameters_(student, load_file(self.run / f"{name}.safetensors"))
+        return student
+
+    def save_changes(self, student: Any, name: str) -> list[str]:
+        """Write the parameters that are no longer the dense model's; their names."""
+        shared = {id(p) for p in self.dense.model.parameters()}
+        changed = {n: p.detach().cpu() for n, p in student.named_parameters() if id(p) not in shared}
+        partial = self.run / f".{name}.partial"
+        save_file(changed, partial)
+        partial.replace(self.run / f"{name}.safetensors")
+        return sorted(changed)
+
+
+def summarise(
+    run: Run,
+    model: str,
+    layers: int,
+    search: dict[str, Any],
+    cut: dict[str, Any],
+    measured: dict[str, Any],
+    exported: dict[str, Any],
+) -> dict[str, Any]:
+    """summary.json: the run on one page. What was not measured is null."""
+    return {
+        "model": model,
+        "layers": {"before": layers, "after": len(cut["original_layer_index"])},
+        "segments": search["segments"],
+        "original_layer_index": cut["original_layer_index"],
+        "parameters": cut["parameters"],
+        "bytes": {"before": cut["bytes"]["before"], "after": exported["bytes"]},
+        "perplexity": measured["perplexity"],
+        "tasks": None,
+        "retention": None,
+        "speed": measured["speed"],
+        "seconds": run.seconds.copy(),
+        "peak_rss_bytes": measured["peak_rss_bytes"],
+        "versions": versions(),
+    }
+
+
+def describe_fold(outcome: dict[str, Any]) -> str:
+    """One line about a fold."""
+    where = "{}:{}".format(*outcome["segment"])
+    if outcome["skipped"]:
+        return f"{where} not folded: {outcome['skipped']}"
+    verdict = "kept" if outcome["kept"] else "not kept, it does not help"
+    return (
+        f"{where} into layer {outcome['layer']} {outcome['module']}: held-out KL "
+        f"{outcome['kl_before']:.4f} -> {outcome['kl_after']:.4f}, {verdict}"
+    )
+
+
+def describe_tuning(tuning: dict[str, Any]) -> str:
+    """One line about tuning."""
+    start, best = tuning["heldout"][0]["loss"], min(point["loss"] for point in tuning["heldout"])
+    verdict = "" if best < start else "; it did not help, the start is kept"
+    return (
+        f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens: "
+        f"held-out loss {start:.4f} -> {best:.4f}{verdict}"
+    )
+
+
+# --- single stages ---------------------------------------------------------------------------------------------
+
+
+def cut(model: str, config: CutConfig) -> Path:
+    """Cut given segments out of the files of a checkpoint; returns what was written.
+
+    A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
+    """
+    checkpoint = models.resolve(model, allow_pickle=config.allow_pickle)
+    if not checkpoint.gguf:
+        cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
+    elif config.out.suffix == ".gguf":
+        cut_gguf(checkpoint.file, config.segments, config.out, force=config.force)
+    else:
+        if config.out.exists() and not config.force:
+            raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+        loaded = models.load(checkpoint)
+        cut_segment_(loaded.model, config.segments)
+        export_checkpoint(loaded.model, loaded.tokenizer, config.out)
+    return config.out
+
+
+def evaluate_only(
+    target: str, load: ModelConfig, text: DataConfig, config: EvaluateConfig
+) -> list[tuple[str, float]]:
+    """(name, perplexity) of a model, or of a run's dense and compressed model on the same tokens."""
+    run = Path(target)
+    names = {target: target}
+    if (run / "summary.json").is_file():
+        names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
+    results, tokens = [], None
+    for name, source in names.items():
+        loaded = models.load(models.resolve(source, allow_pickle=load.allow_pickle), **asdict(load))
+        if tokens is None:
+            tokens = load_blocks(
+                config.eval_data, loaded.tokenizer, tokens=config.eval_tokens, window=text.window, seed=text.seed,
+                order="as written", model=loaded.model,
+            ).tokens  # fmt: skip
+        with bar(f"perplexity of {name}", len(tokens)) as advance:
+            results.append((name, evaluate.perplexity(loaded.model, tokens, advance=advance)))
+    return results

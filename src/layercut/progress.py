@@ -1,0 +1,38 @@
+"""What a person sees while a stage runs: one bar, and a line when it is done. On stderr; stdout is for results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A progress bar; call what it yields with the steps done, and optionally words to show beside it."""
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    ]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total, words="")
+
+        def advance(steps: int = 1, words: str = "") -> None:
+            progress.update(task, advance=steps, words=escape(words))
+
+        yield advance
+
+
+def say(stage: str, words: str) -> None:
+    """One line about a stage."""
+    console.print(f"[bold]{escape(f'{stage:>9}')}[/bold]  {escape(words)}")

@@ -1,0 +1,225 @@
+"""The run folder: one artefact a stage, resumed by content, written atomically.
+
+A stage's JSON carries a hash of everything that went into it, the stages before it included. A stage whose
+artefact is there with the same hash is not run again; so a run that was killed goes on from the last finished
+stage when the same command is given again, and a changed flag runs again just what depends on it. The JSON
+file is written last and by rename: where it is there, the stage is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from layercut.errors import RunError
+
+Artefact = dict[str, Any]
+STAGES = ("text", "search", "cut", "fold", "heal", "eval", "export", "summary")
+PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy")
+
+
+class Run:
+    """A run folder, created or gone on with. Only one process at a time may hold it."""
+
+    def __init__(self, folder: Path | str, *, force: bool = False) -> None:
+        self.folder = Path(folder)
+        self.seconds: dict[str, float] = {}
+        self._chain = ""
+        self._lock = self._open()
+        if force:
+            self._forget()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    # --- stages ---
+
+    def stage(self, name: str, inputs: Any, compute: Callable[[], Artefact]) -> Artefact:
+        """The stage's artefact: read where it is there and of the same inputs, else computed and written.
+
+        `inputs` is anything JSON can hold; the stages that came before count as inputs by themselves. "files" in
+        an artefact names what belongs to it in the folder; where one is gone, the stage runs again.
+        """
+        self._chain = digest([self._chain, name, inputs])
+        finished = self.read(name)
+        if finished is not None and finished.get("config_hash") == self._chain and self._has(finished):
+            self.seconds[name] = finished.get("seconds", 0.0)
+            return finished
+        begun = time.perf_counter()
+        self.event(name, 0, "started", 1, "")
+        artefact = compute()
+        self.seconds[name] = round(time.perf_counter() - begun, 2)
+        artefact = {**artefact, "seconds": self.seconds[name], "config_hash": self._chain}
+        write_json(self / f"{name}.json", artefact)
+        self.event(name, 0, "finished", self.seconds[name], "s")
+        return artefact
+
+    def _has(self, artefact: dict[str, Any]) -> bool:
+        """Whether the files that belong to an artefact are there too."""
+        return all((self / name).exists() for name in artefact.get("files", []))
+
+    def finished(self, name: str) -> bool:
+        """Whether the stage's artefact is there, of whatever inputs."""
+        return (self / f"{name}.json").is_file()
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A stage's artefact, or None where there is none that can be read."""
+        try:
+            artefact = json.loads((self / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return artefact if isinstance(artefact, dict) else None
+
+    # --- provenance ---
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """Write config.yaml, with every default filled in, and env.json."""
+        write_text(self / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_json(self / "env.json", environment())
+
+    def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
+        """Append one line to metrics.jsonl."""
+        now = round(time.time(), 3)
+        event = {"time": now, "stage": stage, "step": step, "name": name, "value": value, "unit": unit}
+        with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(event)) + "\n")
+
+    # --- the folder itself ---
+
+    def _open(self) -> IO[str]:
+        if self.folder.is_file():
+            raise RunError(
+                f"--out {self.folder} is a file", "name a folder that is new, empty, or holds a run"
+            )
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self / "config.yaml").exists():
+            raise RunError(
+                f"--out {self.folder} is not empty and holds no layercut run",
+                "name a folder that is new, empty, or holds a run",
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self / "config.yaml").touch()
+            lock = (self / ".lock").open("w")
+        except OSError as error:
+            raise RunError(
+                f"--out {self.folder} cannot be written: {error.strerror}",
+                "name a folder that you may write to",
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another layercut is at work in {self.folder}", "wait for it to end, or name another --out"
+            ) from None
+        return lock
+
+    def _forget(self) -> None:
+        for name in STAGES:
+            (self / f"{name}.json").unlink(missing_ok=True)
+
+
+def digest(content: Any) -> str:
+    """Short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(jsonable(content), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def jsonable(content: Any) -> Any:
+    """Replace what JSON has no word for: infinite and undefined numbers become strings, paths text."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    if isinstance(content, dict):
+        return {str(key): jsonable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [jsonable(value) for value in content]
+    if isinstance(content, Path):
+        return str(content)
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    write_text(path, json.dumps(jsonable(content), indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text so that the file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}", "free some space, or name another --out"
+        ) from None
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place, over what an earlier run left there."""
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(final)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What ran this: hardware, platform, versions, the command."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "platform": platform.platform(),
+        "hardware": gpu or cpu_name(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,58 @@
+"""What every search method returns, whatever way it went: segments, the candidates it priced, what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from layercut.segments import Segment
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Segments removed together, and KL(p || q) of the real cut on the calibration tokens, in nats per token."""
+
+    segments: tuple[Segment, ...]
+    kl: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl}
+
+
+@dataclass
+class Cost:
+    """What a search spent, independent of the machine. One layer applied to one row of tokens counts one."""
+
+    dense_tokens: int = 0
+    """Tokens that went through the whole dense model."""
+    layer_forwards: int = 0
+    layer_backwards: int = 0
+
+
+@dataclass
+class SearchResult:
+    """The outcome of a search: `candidates` are sorted from the cheapest, `segments` are those of the first."""
+
+    method: str
+    candidates: list[Candidate]
+    cost: Cost
+    path: list[dict[str, Any]] = field(default_factory=list)
+    """The gate's way: {"step", "places": [P], "losses": [P]} a step; empty for methods without one."""
+    oracle: dict[str, Any] | None = None
+    """The exhaustive answer beside it, where it was asked for."""
+
+    @property
+    def segments(self) -> list[Segment]:
+        return list(self.candidates[0].segments)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "segments": [[s.start, s.stop] for s in self.segments],
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "oracle": self.oracle,
+            "path": self.path,
+            "dense_tokens": self.cost.dense_tokens,
+            "layer_forwards": self.cost.layer_forwards,
+            "layer_backwards": self.cost.layer_backwards,
+        }

@@ -1,0 +1,182 @@
+"""A decoder opened up: embeddings, then layer by layer, then the head.
+
+Search, fold and tuning all need hidden states *between* layers. `Stack` gives them for any architecture
+without knowing it: what a layer receives beside the hidden state (masks, positions, rotary embeddings, by layer
+type) is recorded from the model's own forward, in which every layer passes its input on untouched.
+
+    stack = Stack(model)
+    h, calls = stack.enter(tokens)          # embeddings [B, T, D] and what each layer will need
+    h = stack.run(h, calls, 0, 13)          # layers 0 … 12
+    logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercut.errors import ModelError
+from layercut.losses import kl_divergence, rows_per_chunk
+from layercut.models import find_decoder
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+LayerForward = Callable[..., Any]
+
+
+@contextmanager
+def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, layer i computes `forward(i, run, hidden, *args, **kwargs)`; `run` is the layer's own forward.
+
+    Only `forward` of each instance is replaced, so that types, attributes and hooks stay what the model's loop
+    expects. The layers are as they were on exit, also after an error.
+    """
+    own = [layer.__dict__.get("forward") for layer in layers]
+
+    def replace(i: int, run: LayerForward) -> LayerForward:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return forward(i, run, *args, **kwargs)
+            return forward(i, run, kwargs.pop("hidden_states"), **kwargs)
+
+        return replacement
+
+    try:
+        for i, layer in enumerate(layers):
+            layer.forward = replace(i, layer.forward)
+        yield
+    finally:
+        for layer, forward_before in zip(layers, own, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward_before is not None:
+                layer.forward = forward_before
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden state in a layer's output, which is a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """A layer's output with another hidden state in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class Stack:
+    """A model's decoder, entered, run and left piece by piece.
+
+    Raises ModelError where the layers talk to each other beside the hidden state, so that running them one by
+    one is not what the model computes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = find_decoder(model).layers
+        self._shapes: dict[type, Any] = {}  # what each class of layer returns: needed to stand in for it
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of logits."""
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def place(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens on the model's device."""
+        return tokens.to(self.device)
+
+    def enter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
+        """Embeddings [B, T, D] of tokens [B, T], and the further arguments of every layer for these tokens."""
+        calls: Calls = []
+        embedded: list[torch.Tensor] = []
+
+        def record(i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if i == 0:
+                embedded.append(hidden)
+            calls.append((args, kwargs))
+            return self._untouched(i, run, hidden, *args, **kwargs)
+
+        with intercepted(self.layers, record):
+            self.model(input_ids=self.place(tokens), use_cache=False, **self._one_logit())
+        return embedded[0], calls
+
+    def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+        """h_{i+1} = f_i(h_i)."""
+        args, kwargs = calls[i]
+        return hidden_of(self.layers[i](hidden, *args, **kwargs))
+
+    def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
+        """h_stop from h_start."""
+        for i in range(start, stop):
+            hidden = self.layer(i, hidden, calls)
+        return hidden
+
+    def exit(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] from the last layer's output [B, T, D], by the model's own final norm and head."""
+        last = len(self.layers) - 1
+
+        def inject(i: int, run: LayerForward, h: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._untouched(i, run, hidden if i == last else h, *args, **kwargs)
+
+        with intercepted(self.layers, inject):
+            return self.model(input_ids=self.place(tokens), use_cache=False).logits
+
+    def _untouched(self, i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What layer i would return had it changed nothing."""
+        kind = type(self.layers[i])
+        if kind not in self._shapes:
+            with torch.no_grad():
+                output = run(hidden, *args, **kwargs)
+            self._shapes[kind] = tuple(None for _ in output) if isinstance(output, tuple) else None
+        return replaced_hidden(self._shapes[kind], hidden)
+
+    def _one_logit(self) -> dict[str, int]:
+        """Spare the head where only the way in is of interest."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        tokens = torch.arange(8, device=self.device)[None] % self.vocabulary
+        expected = self.model(input_ids=tokens, use_cache=False).logits
+        hidden, calls = self.enter(tokens)
+        got = self.exit(self.run(hidden, calls, 0, len(self)), tokens)
+        if hidden.shape[:2] != tokens.shape or not torch.equal(expected, got):
+            raise ModelError(
+                f"the layers of {type(self.model).__name__} exchange more than the hidden state, "
+                "so they cannot be searched or healed one by one",
+                "cut a segment you choose yourself: layercut cut MODEL --segment START:STOP",
+            )
+
+
+def common_prefix(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int) -> tuple[torch.Tensor, Calls, Calls]:
+    """h_prefix [B, T, D] of two models whose layers below `prefix` are the same, and both models' layer arguments."""
+    hidden, calls = dense.enter(tokens)
+    _, student_calls = student.enter(tokens)
+    return dense.run(hidden, calls, 0, prefix), calls, student_calls
+
+
+@torch.no_grad()
+def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0) -> float:
+    """KL(p || q) of the student's predictions, in nats per token of [N, T]; layers below `prefix` are shared."""
+    total = 0.0
+    for batch in tokens.split(rows_per_chunk(tokens.shape[1], dense.vocabulary)):
+        shared, calls, student_calls = common_prefix(dense, student, batch, prefix)
+        p_logits = dense.exit(dense.run(shared, calls, prefix, len(dense)), batch)
+        q_logits = student.exit(student.run(shared, student_calls, prefix, len(student)), batch)
+        total += kl_divergence(p_logits, q_logits).sum().item()
+    return total / tokens.numel()

@@ -1,0 +1,432 @@
+"""What a user can get wrong, one row each: exit code 2, an `error:` that says what, a `hint:` that mends it.
+
+Every row goes through the real entry, `cli.main`; some through a process of their own. No row may show a
+traceback or leave a stage's artefact or a model behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, T5Config
+
+from layercut.cli import main
+from layercut.models import resolve
+from layercut.runs import STAGES, Run
+
+Spoil = Callable[[Path], object]
+TINY = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed"]
+
+
+@pytest.fixture
+def names(tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path) -> dict[str, str]:
+    """What the rows of the tables call {model}, {text}, {heldout}, {out} and {tmp}."""
+    return {
+        "model": str(tiny_model),
+        "text": str(texts[0]),
+        "heldout": str(texts[1]),
+        "out": str(tmp_path / "run"),
+        "tmp": str(tmp_path),
+    }
+
+
+def command(
+    names: dict[str, str], *changes: str, model: str = "{model}", name: str = "compress"
+) -> list[str]:
+    """A command that would work, and then flags that spoil it: those given last win."""
+    usual = [*TINY, "--data={text}", "--eval-data={heldout}", "--out={out}"]
+    given = {flag.partition("=")[0] for flag in changes}
+    kept = [flag for flag in usual if flag.partition("=")[0] not in given]
+    return [word.format_map(names) for word in [name, model, *kept, *changes]]
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run it; check the form of the refusal and its words; returns what stderr said."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    check_words(captured.err, *words)
+    return captured.err
+
+
+def check_words(stderr: str, *words: str) -> None:
+    assert "Traceback" not in stderr
+    lines = stderr.splitlines()
+    said = [line for line in lines if line.startswith(("error: ", "hint: "))]
+    assert [line.partition(":")[0] for line in said] == ["error", "hint"], stderr
+    assert lines[-2:] == said, "something is said after, or in between, error and hint"
+    for word in words:
+        assert word in " ".join(said), f"{word!r} is not in:\n{stderr}"
+
+
+def nothing_left(out: Path) -> None:
+    """No stage's artefact, no model, no partial file."""
+    left = {path.name for path in out.glob("*")} if out.is_dir() else set()
+    assert not left & {f"{stage}.json" for stage in STAGES}
+    assert not [name for name in left if "partial" in name or name in ("model", "report.html")]
+
+
+# --- the checkpoint ---------------------------------------------------------------------------------------
+
+
+def edit_config(**changes: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def shard(folder: Path, *, second: str = "model-00002-of-00002.safetensors", write: bool = True) -> None:
+    """Two shards and their index, in the place of the one file."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, keys = "model-00001-of-00002.safetensors", sorted(weights)
+    half = len(keys) // 2
+    places = {key: first if i < half else second for i, key in enumerate(keys)}
+    for name in {first, second} if write else {first}:
+        save_file({key: weights[key] for key in keys if places[key] == name}, folder / name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shard_then_truncate(folder: Path) -> None:
+    shard(folder)
+    os.truncate(folder / "model-00002-of-00002.safetensors", 5000)
+
+
+def drop_a_layer(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if ".layers.7." not in k}, file, {"format": "pt"})
+
+
+def pickle_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def remove(*patterns: str) -> Spoil:
+    return lambda folder: [file.unlink() for pattern in patterns for file in folder.glob(pattern)]
+
+
+def write(name: str, content: str | bytes) -> Spoil:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def other_config(config: Any) -> Spoil:
+    return lambda folder: config.save_pretrained(folder)
+
+
+SPOILED: dict[str, tuple[Spoil, list[str]]] = {
+    "no config.json": (remove("config.json"), ["no file", "config.json", "complete model folder"]),
+    "config.json is not JSON": (write("config.json", "{"), ["config.json", "not valid JSON", "fetch"]),
+    "config.json is a list": (write("config.json", "[]"), ["config.json", "does not hold an object"]),
+    "config.json without a model type": (write("config.json", "{}"), ["config", "cannot be read"]),
+    "no tokenizer": (remove("token*"), ["holds no tokenizer", "copy tokenizer.json"]),
+    "tokenizer is not JSON": (write("tokenizer.json", "{"), ["tokenizer", "cannot be loaded"]),
+    "no weights": (remove("*.safetensors"), ["holds no weights", "*.safetensors"]),
+    "corrupt weights": (write("model.safetensors", b"\xff" * 4000), ["corrupt or truncated", "4,000 bytes"]),
+    "empty weights": (write("model.safetensors", b""), ["corrupt or truncated", "0 bytes"]),
+    "truncated weights": (truncate, ["model.safetensors", "corrupt or truncated", "fetch this file again"]),
+    "truncated shard": (shard_then_truncate, ["00002-of-00002", "corrupt or truncated", "5,000 bytes"]),
+    "missing shard": (lambda f: shard(f, write=False), ["00002-of-00002", "not there", "fetch"]),
+    "shard outside the folder": (
+        lambda f: shard(f, second="../stolen.safetensors"),
+        ["../stolen.safetensors", "outside the model folder"],
+    ),
+    "index without a weight map": (
+        write("model.safetensors.index.json", "{}"),
+        ["index.json", "no weight_map"],
+    ),
+    "pickled weights": (pickle_only, ["pickled weights", "run code", "--allow-pickle"]),
+    "encoder-decoder": (
+        other_config(T5Config(architectures=["T5ForConditionalGeneration"])),
+        ["encoder-decoder", "t5", "decoder-only"],
+    ),
+    "masked language model": (
+        other_config(BertConfig(architectures=["BertForMaskedLM"])),
+        ["BertForMaskedLM", "not a causal language model"],
+    ),
+    "vision model": (edit_config(model_type="vit"), ["not a causal language model", "vit"]),
+    "unknown architecture": (
+        edit_config(model_type="dreamt-up"),
+        ["dreamt-up", "pip install -U transformers"],
+    ),
+    "remote code": (
+        edit_config(model_type="their-own", auto_map={"AutoConfig": "code.Config"}),
+        ["its own modelling code", "does not run", "--trust-remote-code"],
+    ),
+    "more layers than weights": (
+        edit_config(num_hidden_layers=9),
+        ["lacks", "weights", "model.layers.8", "num_hidden_layers"],
+    ),
+    "weights of a layer missing": (drop_a_layer, ["lacks", "model.layers.7"]),
+    "weights of another width": (
+        edit_config(intermediate_size=80),
+        ["mlp", "[32, 64]", "[32, 80]", "config.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_checkpoint_is_refused(kind, names, tiny_model, tmp_path, capsys):
+    spoil, words = SPOILED[kind]
+    folder = shutil.copytree(tiny_model, tmp_path / "spoiled")
+    spoil(folder)
+    refused(command(names, "--segment=3:5", model=str(folder)), capsys, *words)
+    nothing_left(tmp_path / "run")
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+MODELS: dict[str, tuple[str, list[str]]] = {
+    "no such folder": ("./nowhere", ["./nowhere", "neither a folder nor a .gguf file", "Hub id"]),
+    "no such gguf file": ("nowhere.gguf", ["no file 'nowhere.gguf'", "check the path"]),
+    "a text file": ("{text}", ["calibration.txt", "not a GGUF file", "config.json"]),
+    "a gguf file that is none": ("{tmp}/not.gguf", ["not a GGUF file", "starts with b'this'"]),
+    "an empty gguf file": ("{tmp}/empty.gguf", ["not a GGUF file"]),
+    "an empty folder": ("{tmp}", ["no file", "config.json"]),
+    "not a Hub id": ("what is this?", ["'what is this?'", "Hub id (owner/name)"]),
+    "no name": ("", ["no model at ''"]),
+}
+
+FLAGS: dict[str, tuple[list[str], list[str]]] = {
+    "neither ratio nor segment": ([], ["neither --ratio nor --segment", "--ratio 0.2"]),
+    "both ratio and segment": (
+        ["--ratio=0.2", "--segment=1:2"],
+        ["both --ratio and --segment", "one of them"],
+    ),
+    "ratio 0": (["--ratio=0"], ["--ratio 0 is outside 0 to 1", "--ratio 0.2"]),
+    "ratio 1": (["--ratio=1"], ["--ratio 1 is outside 0 to 1"]),
+    "ratio 3": (["--ratio=3"], ["--ratio 3 is outside 0 to 1"]),
+    "ratio below 0": (["--ratio=-0.5"], ["--ratio -0.5 is outside 0 to 1"]),
+    "ratio nan": (["--ratio=nan"], ["--ratio nan is outside 0 to 1"]),
+    "ratio too small for these layers": (["--ratio=0.01"], ["0.01", "8 layers", "--ratio 0.125"]),
+    "ratio of all layers": (["--ratio=0.99"], ["0.99", "8 layers", "1 to 7"]),
+    "ratio that is no number": (["--ratio=lots"], ["--ratio", "lots", "float"]),
+    "segment that is none": (["--segment=3"], ["'3'", "START:STOP", "--segment 13:19"]),
+    "segment of words": (["--segment=a:b"], ["'a:b'", "START:STOP", "whole numbers"]),
+    "segment reversed": (["--segment=5:3"], ["5:3", "START < STOP"]),
+    "segment empty": (["--segment=3:3"], ["3:3", "empty"]),
+    "segment below 0": (["--segment=-1:2"], ["-1:2", "negative"]),
+    "segment beyond the model": (["--segment=6:20"], ["6:20", "8 layers", "0:8"]),
+    "segments that overlap": (["--segment=1:4", "--segment=3:6"], ["1:4 and 3:6 overlap", "--segment 1:6"]),
+    "segment of all layers": (["--segment=0:8"], ["0:8", "all 8 layers", "keep at least one"]),
+    "unknown flag": (["--ratoi=0.2"], ["--ratoi", "Did you mean", "--ratio"]),
+    "wrong type": (["--ratio=0.2", "--tokens=many"], ["--tokens", "many", "int"]),
+    "no tokens": (["--ratio=0.2", "--tokens=0"], ["--tokens 0 is too small", "1 or more"]),
+    "window of nothing": (["--ratio=0.2", "--window=2"], ["--window 2 is too small", "8 or more"]),
+    "negative tuning": (["--ratio=0.2", "--tune-tokens=-1"], ["--tune-tokens -1 is too small"]),
+    "learning rate": (["--ratio=0.2", "--learning-rate=7"], ["--learning-rate 7 is outside 0 to 1", "1e-4"]),
+    "unknown method": (["--ratio=0.2", "--method=guess"], ["--method", "guess", "clp", "exhaustive"]),
+    "unknown objective": (["--ratio=0.2", "--objective=mse"], ["--objective", "mse", "next-token"]),
+    "unknown dtype": (["--ratio=0.2", "--dtype=int3"], ["--dtype", "int3", "bfloat16"]),
+    "unknown device": (["--ratio=0.2", "--device=abacus"], ["'abacus'", "auto, cpu, cuda"]),
+    "window longer than the model": (
+        ["--ratio=0.2", "--window=256"],
+        ["--window 256", "128 positions", "--window 128"],
+    ),
+    "unknown text": (
+        ["--ratio=0.2", "--data=wikitxt"],
+        ["'wikitxt'", "wikitext2", "self", "owner/name:split:column"],
+    ),
+    "no text file": (["--ratio=0.2", "--data=nowhere.txt"], ["no file 'nowhere.txt'", "--data self"]),
+    "no file matches": (["--ratio=0.2", "--data={tmp}/x/*.jsonl"], ["no file matches", "quotes"]),
+    "text is a folder": (["--ratio=0.2", "--data={tmp}"], ["is a folder", "/*.jsonl"]),
+    "text too short": (["--ratio=0.2", "--tokens=9000000"], ["holds", "tokens", "are needed", "--tokens"]),
+    "text for tuning too short": (["--ratio=0.2", "--tune-tokens=9000000"], ["are needed", "--tune-tokens"]),
+    "held-out text too short": (["--ratio=0.2", "--eval-tokens=9000000"], ["are needed", "--eval-tokens"]),
+    "text not UTF-8": (["--ratio=0.2", "--data={tmp}/latin.txt"], ["not UTF-8", "iconv"]),
+    "text empty": (["--ratio=0.2", "--data={tmp}/blank.txt"], ["holds no text"]),
+    "broken jsonl": (["--ratio=0.2", "--data={tmp}/broken.jsonl"], ["line 2", "not JSON"]),
+    "no such column": (["--ratio=0.2", "--data={tmp}/rows.jsonl:body"], ["no field 'body'", "text"]),
+    "no chat template": (
+        ["--ratio=0.2", "--chat-template"],
+        ["no chat template", "leave out --chat-template"],
+    ),
+    "held-out text is the calibration text": (
+        ["--ratio=0.2", "--eval-data={text}"],
+        ["calibration.txt", "reported on", "--eval-data"],
+    ),
+    "the same by another path": (
+        ["--ratio=0.2", "--eval-data={tmp}/link.txt"],
+        ["calibration.txt", "reported on", "--eval-data"],
+    ),
+    "held-out text is the tuning text": (
+        ["--ratio=0.2", "--tune-data={heldout}"],
+        ["evaluation.txt", "tuned on", "--eval-data"],
+    ),
+    "no config file": (["--config={tmp}/nowhere.yaml"], ["nowhere.yaml", "cannot be read", "No such file"]),
+    "config is a folder": (["--config={tmp}"], ["cannot be read", "directory"]),
+    "config without a name": (["--config"], ["--config names no file", "run.yaml"]),
+    "config is not YAML": (["--config={tmp}/not.yaml"], ["not.yaml", "is not YAML"]),
+    "config holds no keys": (["--config={tmp}/list.yaml"], ["list.yaml", "does not hold keys", "ratio: 0.2"]),
+    "unknown key in config": (
+        ["--config={tmp}/unknown.yaml"],
+        ["'ratoi'", "unknown.yaml", "did you mean 'ratio'"],
+    ),
+    "wrong type in config": (["--config={tmp}/wrong.yaml"], ["learning", "fast", "wrong.yaml"]),
+    "out is a file": (["--ratio=0.2", "--out={text}"], ["--out", "is a file"]),
+    "out is below a file": (["--ratio=0.2", "--out={text}/run"], ["cannot be written", "Not a directory"]),
+    "out is not writable": (["--ratio=0.2", "--out=/proc/run"], ["cannot be written", "--out"]),
+    "out is another's folder": (["--ratio=0.2", "--out={tmp}"], ["not empty", "no layercut run"]),
+}
+
+
+@pytest.fixture
+def litter(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    """Files for the rows above to stumble over."""
+    for name, content in {
+        "not.gguf": b"this is no GGUF", "empty.gguf": b"", "blank.txt": b"\n\n", "latin.txt": b"caf\xe9 " * 50,
+        "broken.jsonl": b'{"text": "fine"}\n{"text":\n', "rows.jsonl": b'{"text": "fine"}\n',
+        "not.yaml": b"ratio: [0.2", "list.yaml": b"- ratio", "unknown.yaml": b"ratoi: 0.2\n",
+        "wrong.yaml": b"ratio: 0.2\nlearning_rate: fast\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link.txt").symlink_to(texts[0])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.usefixtures("litter")
+def test_a_model_that_is_none_is_refused(kind, names, tmp_path, capsys):
+    model, words = MODELS[kind]
+    refused(command(names, "--ratio=0.25", model=model), capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.usefixtures("litter")
+def test_wrong_flags_are_refused(kind, names, tmp_path, capsys):
+    flags, words = FLAGS[kind]
+    refused(command(names, *flags), capsys, *words)
+    nothing_left(tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the machine has an accelerator")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_is_not_there_is_refused(device, names, capsys):
+    refused(command(names, "--ratio=0.25", f"--device={device}"), capsys, device, "--device cpu")
+
+
+def test_a_run_folder_in_use_is_refused(names, tmp_path, capsys):
+    with Run(tmp_path / "run"):
+        refused(command(names, "--ratio=0.25"), capsys, "another layercut is at work", "name another --out")
+    nothing_left(tmp_path / "run")
+
+
+# --- the Hub, which no test reaches -----------------------------------------------------------------------
+
+
+class Answer:
+    """As much of an HTTP response as the Hub's errors ask for."""
+
+    status_code, headers, text = 404, {}, ""
+    request = None
+
+
+HUB: dict[str, tuple[type[Exception], list[str]]] = {
+    "unknown": (
+        errors.RepositoryNotFoundError,
+        ["no model 'owner/name' on the Hub", "spelling", "hf auth login"],
+    ),
+    "gated": (errors.GatedRepoError, ["'owner/name' is gated", "https://huggingface.co/owner/name"]),
+    "broken": (errors.EntryNotFoundError, ["'owner/name' could not be fetched", "not there"]),
+}
+
+
+@pytest.mark.parametrize("kind", HUB)
+def test_what_the_hub_refuses_is_refused(kind, names, tmp_path, capsys, monkeypatch):
+    error, words = HUB[kind]
+
+    def refuse(*_: object, **__: object) -> None:
+        known = {"response": Answer()} if issubclass(error, errors.HfHubHTTPError) else {}
+        raise error("it is not there", **known)
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: None if kind != "unknown" else refuse()
+    )
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    refused(command(names, "--ratio=0.25", model="owner/name"), capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_earlier_fetch_serves_without_a_network(tiny_model, tmp_path, monkeypatch):
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    cache = tmp_path / "cache" / "models--owner--name"
+    shutil.copytree(tiny_model, cache / "snapshots" / "0123abcd")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert resolve("owner/name").folder == cache / "snapshots" / "0123abcd"
+
+
+# --- other commands ---------------------------------------------------------------------------------------
+
+OTHERS: dict[str, tuple[list[str], list[str]]] = {
+    "report on no run": (["report", "{tmp}/nowhere"], ["nowhere", "layercut compress"]),
+    "report on a foreign folder": (["report", "{model}"], ["no summary.json", "layercut compress"]),
+    "cut without a segment": (["cut", "{model}", "--out={out}"], ["--segment", "layercut cut --help"]),
+    "cut without a place": (["cut", "{model}", "--segment=3:5"], ["--out", "layercut cut --help"]),
+    "cut beyond the model": (["cut", "{model}", "--segment=3:99", "--out={out}"], ["3:99", "8 layers"]),
+    "cut over a folder": (["cut", "{model}", "--segment=3:5", "--out={tmp}"], ["exist", "--force"]),
+    "evaluate nothing": (["evaluate", "./nowhere"], ["./nowhere", "neither a folder"]),
+    "evaluate on no text": (["evaluate", "{model}", "--eval-data=nowhere.txt"], ["no file 'nowhere.txt'"]),
+    "search with no model": (["search", "--ratio=0.2"], ["model", "requires", "layercut search --help"]),
+    "unknown command": (["compres", "{model}"], ["compres", "Did you mean", "compress", "layercut --help"]),
+    "unknown flag of a command": (["report", "{tmp}", "--ratio=1"], ["--ratio", "layercut report --help"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.usefixtures("litter")
+def test_other_commands_refuse_too(kind, names, tmp_path, capsys):
+    argv, words = OTHERS[kind]
+    refused([word.format_map(names) for word in argv], capsys, *words)
+    nothing_left(tmp_path / "run")
+
+
+# --- in a process of its own: exit code, and no noise of the libraries beneath ----------------------------
+
+
+def layercut(argv: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "layercut.cli", *argv],
+        capture_output=True, text=True, env=os.environ | environment, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_hub_model_without_a_network_is_refused_at_once(names, tmp_path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    begun = time.monotonic()
+    done = layercut(command(names, "--ratio=0.25", model="owner/name"), **nowhere)
+    assert done.returncode == 2
+    check_words(done.stderr, "'owner/name'", "not on this machine", "Hub cannot be reached", "local folder")
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+    assert time.monotonic() - begun < 15
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_ends_with_2(names, tmp_path):
+    done = layercut(command(names, "--ratio=3"))
+    assert (done.returncode, done.stdout) == (2, "")
+    check_words(done.stderr, "--ratio 3 is outside 0 to 1")
+    assert len(done.stderr.splitlines()) == 2, done.stderr

@@ -1,0 +1,420 @@
+"""Text: documents from every kind of source, packed into exact blocks; no network is used."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from layercut import data, sources
+from layercut.data import encode, load_blocks
+from layercut.errors import DataError
+from layercut.pythontext import paragraphs, python_docs, python_docstrings
+from layercut.sources import HubSet, as_document, documents
+
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+
+
+def make_tokenizer(*, bos: bool = True, eos: bool = True, adds_bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: a token is a byte, so that what blocks hold can be read off."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", "</s>", *alphabet])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if bos and adds_bos:
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    marks = {"bos_token": "<s>"} if bos else {}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **marks, **({"eos_token": "</s>"} if eos else {}))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model only waits for a second thread
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    yield LlamaForCausalLM(config).eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Fifty documents; no 20 characters occur twice."""
+    draw = random.Random(7)
+    pages = ["".join(draw.choices("abcdefghij klmnop", k=draw.randrange(20, 90))) for _ in range(50)]
+    file = tmp_path / "pages.txt"
+    file.write_text("\n\n\n".join(pages))
+    return file, [page.strip() for page in pages]
+
+
+def write_lines(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def words(source, seed=None):
+    return list(documents(str(source), seed))
+
+
+# --- packing ---
+
+
+def test_blocks_are_exact_and_in_written_order(text, tokenizer):
+    file, _ = text
+    blocks = load_blocks(str(file), tokenizer, tokens=100, window=16, seed=0, order="as written")
+    assert blocks.tokens.shape == (7, 16)
+    assert blocks.tokens.dtype == torch.int64
+    pages = file.read_text().split("\n\n\n")
+    stream = [i for page in pages for i in [0, *tokenizer(page, add_special_tokens=False).input_ids]]
+    assert blocks.tokens.flatten().tolist() == stream[: 7 * 16]
+    assert blocks.facts() == {
+        "source": str(file),
+        "tokens": 112,
+        "window": 16,
+        "documents": blocks.documents,
+        "fingerprint": blocks.fingerprint,
+    }
+    assert blocks.documents == (blocks.tokens == 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ({}, ["<s>a", "<s>b"]),
+        ({"adds_bos": False}, ["a</s>", "b</s>"]),
+        ({"bos": False}, ["a</s>", "b</s>"]),
+        ({"bos": False, "eos": False}, ["a", "b"]),
+    ],
+)
+def test_documents_are_marked_off_as_the_tokenizer_does(marks, expected):
+    tokenizer = make_tokenizer(**marks)
+    assert [tokenizer.decode(ids) for ids in encode(iter(["", "a", " \n", "b"]), tokenizer)] == expected
+
+
+def test_a_mark_that_is_there_is_not_doubled():
+    assert next(encode(iter(["<s>ab"]), make_tokenizer())).count(0) == 1
+    assert next(encode(iter(["ab</s>"]), make_tokenizer(bos=False))).count(1) == 1
+
+
+def test_skip_gives_the_next_blocks_of_the_same_stream(text, tokenizer):
+    args = {"window": 16, "seed": 3}
+    whole = load_blocks(str(text[0]), tokenizer, tokens=480, **args)
+    first = load_blocks(str(text[0]), tokenizer, tokens=160, **args)
+    rest = load_blocks(str(text[0]), tokenizer, tokens=320, skip=10, **args)
+    assert torch.equal(torch.cat([first.tokens, rest.tokens]), whole.tokens)
+    assert first.documents < whole.documents
+    assert not {*map(tuple, first.tokens.tolist())} & {*map(tuple, rest.tokens.tolist())}
+
+
+def test_the_seed_decides_the_order_and_nothing_else_does(text, tokenizer):
+    def draw(seed):
+        return load_blocks(str(text[0]), tokenizer, tokens=320, window=32, seed=seed)
+
+    random.seed(1)
+    first = draw(0)
+    random.seed(2)
+    assert torch.equal(first.tokens, draw(0).tokens)
+    assert first.fingerprint == draw(0).fingerprint
+    assert not torch.equal(first.tokens, draw(1).tokens)
+    assert len(first.fingerprint) == 16
+    changed = first.tokens.clone()
+    changed[0, 0] += 1
+    assert data.fingerprint(changed) != first.fingerprint
+
+
+def test_a_mix_deals_blocks_in_turn_and_skip_still_holds(tmp_path, tokenizer):
+    for letter in "xyz":
+        (tmp_path / f"{letter}.txt").write_text(letter * 2000)
+    mix = "+".join(str(tmp_path / f"{letter}.txt") for letter in "xyz")
+    whole = load_blocks(mix, tokenizer, tokens=80, window=8, seed=0)
+    assert "".join(tokenizer.decode(row[-1:]) for row in whole.tokens) == "xyzxyzxyzx"
+    assert whole.documents == 3
+    for skip in range(4):
+        part = load_blocks(mix.replace("+", ","), tokenizer, tokens=32, window=8, seed=0, skip=skip)
+        assert torch.equal(part.tokens, whole.tokens[skip : skip + 4])
+
+
+def test_only_as_many_documents_are_tokenised_as_needed(tokenizer, monkeypatch):
+    def endless(name, seed):
+        while True:
+            yield "some text"
+
+    monkeypatch.setattr(data, "documents", endless)
+    assert load_blocks("any", tokenizer, tokens=64, window=8, seed=0).documents == 7
+
+
+# --- records and files ---
+
+
+def test_records_are_read_by_their_fields(tmp_path):
+    chat = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "ho"}]},
+    ]
+    file = write_lines(
+        tmp_path / "r.jsonl",
+        {"text": "plain"},
+        {"page": "of a wiki"},
+        {"messages": chat},
+        {"instruction": "Add", "input": "1 1", "output": "2", "text": "not this"},
+        {"text": None},
+    )
+    found = [data.render(document) for document in words(file)]
+    assert found == ["plain", "of a wiki", "hi\n\nho", "Add\n\n1 1\n\n2", ""]
+    assert words(write_lines(tmp_path / "c.jsonl", {"a": "one", "b": "two"}) + ":b") == ["two"]
+
+
+def test_json_arrays_and_windows_line_ends(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=2))
+    assert words(tmp_path / "list.json") == ["a", "b"]
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfone\r\nline\r\n\r\n\r\ntwo")
+    assert words(tmp_path / "dos.txt") == ["one\nline", "two"]
+
+
+def test_globs_and_shuffling_reach_across_files(tmp_path, text):
+    for i in range(5):
+        write_lines(tmp_path / f"{i}.jsonl", {"text": f"{i}a"}, {"text": f"{i}b"})
+    pattern = str(tmp_path / "*.jsonl")
+    written = [f"{i}{letter}" for i in range(5) for letter in "ab"]
+    assert words(pattern) == written
+    assert words(pattern, seed=0) != written
+    assert sorted(words(pattern, seed=0)) == written
+    assert words(pattern + ":text") == written
+
+
+def test_parquet(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    names = [f"page {i}" for i in range(20)]
+    parquet.write_table(pyarrow.table({"text": names, "id": range(20)}), tmp_path / "a.parquet")
+    assert words(tmp_path / "a.parquet") == names
+    assert words(tmp_path / "a.parquet", seed=0) != names
+    assert words(f"{tmp_path}/*.parquet:text") == names
+    with pytest.raises(DataError, match="no field 'body'; its fields are text, id"):
+        words(f"{tmp_path / 'a.parquet'}:body")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:100])
+    with pytest.raises(DataError, match="cannot be read"):
+        words(tmp_path / "b.parquet")
+
+
+def test_chat_template(tmp_path):
+    tokenizer = make_tokenizer(adds_bos=False)
+    rows = [{"instruction": "Add", "input": "", "output": "2"}] * 9
+    file = write_lines(tmp_path / "c.jsonl", *rows)
+    with pytest.raises(DataError, match="no chat template"):
+        load_blocks(file, tokenizer, tokens=8, window=8, seed=0, chat_template=True)
+    tokenizer.chat_template = CHAT
+    blocks = load_blocks(file, tokenizer, tokens=30, window=30, seed=0, chat_template=True)
+    assert tokenizer.decode(blocks.tokens[0]).startswith("<|user|>Add</s><|assistant|>2</s><|u")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles user, assistant: roles must alternate"):
+        load_blocks(file, tokenizer, tokens=8, window=8, seed=0, chat_template=True)
+
+
+# --- errors ---
+
+
+def bad_sources(tmp):
+    write_lines(tmp / "fields.jsonl", {"question": "q", "answer": "a"})
+    (tmp / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    write_lines(tmp / "list.jsonl", [1, 2])
+    write_lines(tmp / "number.jsonl", {"text": 3})
+    (tmp / "empty.txt").write_text("")
+    (tmp / "blank.txt").write_text(" \n\n\n\n ")
+    (tmp / "latin.txt").write_bytes("é".encode("latin-1") * 9)
+    (tmp / "short.txt").write_text("short")
+    (tmp / "doc.pdf").write_text("%PDF")
+    (tmp / "half.json").write_text('[{"text": "a"}')
+    return [
+        ("wikitex", "no source of text is called 'wikitex'; there are wikitext2, c4", "owner/name:split"),
+        ("", "names an empty source", "--data"),
+        ("python-docs+", "names an empty source", "--data"),
+        ("c4,c4", "names a source twice", "once"),
+        (f"{tmp}/none.txt", "no file", "--data self"),
+        ("none.jsonl:text", "no file 'none.jsonl:text'", "--data self"),
+        (f"{tmp}/none*.txt", "no file matches", "quotes"),
+        (f"{tmp}", "is a folder", "*.jsonl"),
+        (f"{tmp}/doc.pdf", "is a .pdf; files of text are .txt, .jsonl, .json, .parquet", "convert"),
+        (f"{tmp}/fields.jsonl", "line 1 has no field .*; its fields are question, answer", "FILE:FIELD"),
+        (f"{tmp}/fields.jsonl:text", "no field 'text'; its fields are question, answer", "FILE:FIELD"),
+        (f"{tmp}/broken.jsonl", "line 2 is not JSON", "one object"),
+        (f"{tmp}/list.jsonl", "line 1 holds a list", "text"),
+        (f"{tmp}/number.jsonl", "neither a text nor chat messages, but a int", "role"),
+        (f"{tmp}/half.json", "cannot be read", "check"),
+        (f"{tmp}/empty.txt", "holds no text", "--data self"),
+        (f"{tmp}/blank.txt", "holds no text", "--data self"),
+        (f"{tmp}/latin.txt", r"not UTF-8 text \(byte 0\)", "iconv"),
+        (f"{tmp}/short.txt", "holds 6 tokens; 1,000 are needed", "--tokens"),
+        ("self", "none is loaded", "file"),
+    ]
+
+
+def test_every_bad_source_says_what_is_wrong_and_what_to_do(tmp_path, tokenizer):
+    for source, message, hint in bad_sources(tmp_path):
+        with pytest.raises(DataError, match=message) as caught:
+            load_blocks(source, tokenizer, tokens=1000, window=100, seed=0)
+        assert hint in caught.value.hint, source
+    with pytest.raises(DataError, match="12 are needed, of which 8 are passed over"):
+        load_blocks(f"{tmp_path}/short.txt", tokenizer, tokens=4, window=4, seed=0, skip=2)
+    with pytest.raises(DataError, match="make no block"):
+        load_blocks(f"{tmp_path}/short.txt", tokenizer, tokens=0, window=4, seed=0)
+
+
+# --- the Hub, as far as it can be known without one ---
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wikitext2", HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", False, True)),
+        ("wikitext2:train", HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", False, True)),
+        ("c4:validation", HubSet("allenai/c4", "en", "validation", "text")),
+        ("owner/name", HubSet("owner/name", None, "train", "text")),
+        ("owner/name:test:body", HubSet("owner/name", None, "test", "body")),
+        ("owner/name@de:test", HubSet("owner/name", "de", "test", "text")),
+    ],
+)
+def test_names_of_hub_sets(name, expected, monkeypatch):
+    monkeypatch.setattr(sources, "from_hub", lambda dataset, seed: iter([dataset]))
+    assert list(documents(name, 0)) == [expected]
+
+
+def test_an_unreachable_hub_is_said_at_once(tokenizer, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    for name in ("c4", "owner/name:train"):
+        with pytest.raises(DataError, match="the Hub cannot be reached") as caught:
+            load_blocks(name, tokenizer, tokens=8, window=8, seed=0)
+        assert "--data self" in caught.value.hint
+
+
+def test_wiki_lines_are_one_text_as_written_and_articles_when_shuffled(monkeypatch):
+    lines = [" = One = \n", "", " a \n", " = = Part = = \n", " = Two = \n", " b \n"]
+    monkeypatch.setattr(sources, "_hub_rows", lambda dataset, seed: ({"text": line} for line in lines))
+    assert words("wikitext2") == ["\n\n".join(lines)]
+    assert sorted(words("wikitext2", seed=0)) == ["\n\n".join(lines[:4]), "\n\n".join(lines[4:])]
+
+
+def test_hub_rows_are_streamed_and_bad_splits_told(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load(path, config, *, split, streaming):
+        asked.update(path=path, config=config, split=split, streaming=streaming)
+        if split == "nope":
+            raise ValueError("Bad split: nope. Available splits: ['train']")
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "id": [1, 2]}).to_iterable_dataset()
+
+    monkeypatch.setattr(sources, "_check_reachable", lambda dataset: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert sorted(words("c4", seed=0)) == ["a", "b"]
+    assert asked == {"path": "allenai/c4", "config": "en", "split": "train", "streaming": True}
+    with pytest.raises(DataError, match="Bad split: nope"):
+        words("owner/name:nope")
+    with pytest.raises(DataError, match="owner/name has no field 'body'; its fields are text, id"):
+        words("owner/name:train:body")
+
+
+# --- the documentation inside Python ---
+
+
+def test_python_texts_are_large_and_share_no_paragraph():
+    def keys(texts):
+        return [" ".join(part.split()) for text in texts for part in paragraphs(text)]
+
+    topics, docstrings = keys(python_docs(0)), keys(python_docstrings(0))
+    assert len({*topics}) == len(topics)
+    assert len({*docstrings}) == len(docstrings)
+    assert not {*topics} & {*docstrings}
+    assert sum(map(len, topics)) > 300_000
+    assert sum(map(len, docstrings)) > 1_000_000
+    assert [*python_docs(0)] == [*python_docs(0)] != [*python_docs(1)]
+
+
+# --- self ---
+
+
+def test_self_is_seeded_and_leaves_no_trace(llama, tokenizer, capsys):
+    own, state = llama.generation_config, torch.get_rng_state()
+    args = {"tokens": 40 * 12, "window": 12, "model": llama}
+    blocks = load_blocks("self", tokenizer, seed=0, **args)
+    assert llama.generation_config is own
+    assert torch.equal(torch.get_rng_state(), state)
+    assert blocks.tokens.shape == (40, 12)
+    assert blocks.documents == 40
+    assert (blocks.tokens[:, 0] == tokenizer.bos_token_id).all()
+    assert not blocks.tokens.is_inference()
+    assert torch.equal(blocks.tokens, load_blocks("self", tokenizer, seed=0, **args).tokens)
+    assert not torch.equal(blocks.tokens, load_blocks("self", tokenizer, seed=1, **args).tokens)
+    later = load_blocks("self", tokenizer, seed=0, skip=40, **args).tokens
+    assert not {*map(tuple, later.tolist())} & {*map(tuple, blocks.tokens.tolist())}
+    assert capsys.readouterr().out == ""
+
+
+def test_self_samples_the_models_plain_distribution(llama, tokenizer):
+    llama.generation_config.top_k, llama.generation_config.repetition_penalty = 2, 9.0
+    blocks = load_blocks("self", tokenizer, tokens=4096 * 2, window=2, seed=0, model=llama)
+    with torch.inference_mode():
+        p = llama(torch.tensor([[0]])).logits[0, -1].softmax(-1)  # [V]
+    counts = torch.bincount(blocks.tokens[:, 1], minlength=258) / 4096
+    assert (counts - p).abs().max() < 0.01
+    assert (counts > 0).float().mean() > 0.95
+
+
+def test_self_goes_on_past_eos(llama, tokenizer):
+    blocks = load_blocks("self", tokenizer, tokens=64 * 64, window=64, seed=0, model=llama)
+    row = next(row for row in blocks.tokens if (row[:-2] == 1).any())
+    assert (row[row.tolist().index(1) + 1 :] != 1).any()
+
+
+def test_self_without_bos_starts_from_random_plain_tokens(llama):
+    tokenizer = make_tokenizer(bos=False)
+    blocks = load_blocks("self", tokenizer, tokens=64 * 4, window=4, seed=0, model=llama)
+    assert len({*blocks.tokens[:, 0].tolist()}) > 20
+    assert not (blocks.tokens[:, 0] == tokenizer.eos_token_id).any()
+
+
+def test_self_as_a_chat_opens_with_the_template(llama):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    blocks = load_blocks("self", tokenizer, tokens=60, window=20, seed=0, model=llama, chat_template=True)
+    opening = tokenizer("<|user|>", add_special_tokens=False).input_ids
+    assert blocks.tokens[:, : len(opening)].tolist() == [opening] * 3
+    with pytest.raises(DataError, match="opens with 8 tokens; the window has 8"):
+        load_blocks("self", tokenizer, tokens=60, window=8, seed=0, model=llama, chat_template=True)
+
+
+def test_self_in_a_mix(llama, tokenizer, text):
+    blocks = load_blocks(f"self+{text[0]}", tokenizer, tokens=64, window=16, seed=0, model=llama)
+    assert blocks.tokens.shape == (4, 16)
+    assert blocks.tokens[0, 0] == blocks.tokens[2, 0] == 0
+
+
+def test_a_message_without_content_is_empty():
+    record = {"messages": [{"role": "assistant", "content": None}]}
+    assert as_document(record, None, "here") == [{"role": "assistant", "content": ""}]

@@ -1,0 +1,94 @@
+"""The main job, end to end, on a real pretrained model out of the package index."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layercut import models
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
+from layercut.demo import fetch_model
+from layercut.errors import ModelError
+from layercut.pipeline import compress
+
+FRESH = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert "layercut" not in sys.modules
+out = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+print(json.dumps({"layers": len(model.model.layers), "missing": sorted(info["missing_keys"]),
+                  "dtype": str(model.dtype), "text": tokenizer.decode(out[0])}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    try:
+        model = fetch_model()
+    except ModelError as error:
+        pytest.skip(f"the real model is not to be had: {error.message}")
+    config = CompressConfig(
+        text=DataConfig(data="python-docstrings", tokens=1024, window=64),
+        search=SearchConfig(ratio=0.2, oracle=True),
+        heal=HealConfig(tune_tokens=4096, batch_tokens=512),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=2048, speed=False),
+        run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
+    )
+    return compress(str(model), config)
+
+
+def test_every_stage_improves(run):
+    summary = json.loads((run / "summary.json").read_text())
+    figures = summary["perplexity"]
+    assert figures["dense"] < figures["tuned"] < figures["folded"] < figures["cut"]
+    assert all(math.isfinite(figures[name]) for name in ("dense", "cut", "folded", "tuned"))
+    assert summary["layers"] == {"before": 30, "after": 24}
+    assert summary["speed"] is None
+
+
+def test_gate_and_oracle_agree(run):
+    search = json.loads((run / "search.json").read_text())
+    assert search["oracle"]["regret"] <= 1.05
+    assert len(search["oracle"]["candidates"]) == 25
+
+
+def test_a_fresh_process_loads_what_was_exported(run):
+    check = json.loads((run / "export.json").read_text())["check"]
+    assert check["logits"] == "equal to the bit"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, str(run / "model")], capture_output=True, text=True, check=True
+    )
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["layers"] == 24
+    assert seen["missing"] == []
+    assert seen["dtype"] == "torch.bfloat16"
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["original_layer_index"] == json.loads((run / "summary.json").read_text())["original_layer_index"]
+
+
+def test_only_the_endpoints_differ_from_the_dense_model(run):
+    segment = json.loads((run / "search.json").read_text())["segments"][0]
+    original = json.loads((run / "cut.json").read_text())["original_layer_index"]
+    dense = models.load(models.resolve(str(fetch_model()))).model.state_dict()
+    saved = load_file(run / "model" / "model.safetensors")
+    changed = set()
+    for name, weight in saved.items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            position, parts[2] = int(parts[2]), str(original[int(parts[2])])
+            if not torch.equal(weight, dense[".".join(parts)]):
+                changed.add(original[position])
+        else:
+            assert torch.equal(weight, dense[name]), name
+    assert changed == {segment[0] - 1, segment[1]}
+
+
+def test_report_and_card_are_there(run):
+    assert "<svg" in (run / "report.html").read_text()
+    assert "original_layer_index" in (run / "model" / "README.md").read_text()

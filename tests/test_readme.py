@@ -1,0 +1,49 @@
+"""Every command the README shows is run: on a tiny model and small texts, with few tokens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from layercut import cli
+
+README = Path(__file__).parents[1] / "README.md"
+FEW = {
+    "compress": "--tokens 64 --window 16 --tune-tokens 64 --eval-tokens 64 --batch-tokens 32 --no-speed",
+    "search": "--tokens 64 --window 16 --tune-tokens 0 --eval-tokens 64",
+    "evaluate": "--eval-tokens 64 --window 16",
+    "cut": "",
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("layercut ")]
+
+
+def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    calibration, evaluation = texts
+    (tmp_path / "mytext.txt").write_text(Path(calibration).read_text())
+    (tmp_path / "heldout.txt").write_text(Path(evaluation).read_text())
+    shown = commands()
+    assert len(shown) >= 6
+    for line in shown:
+        words = shlex.split(line)[1:]
+        words = [str(tiny_model) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
+        words = [word.replace("13:19", "2:4") for word in words]
+        few = FEW[words[0]].split()
+        if "--data" not in words and words[0] in ("compress", "search"):  # the defaults are Hub sets
+            few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]
+        assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert (tmp_path / "smaller" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("page", ["method.md", "reference.md"])
+def test_docs_name_files_that_exist(page):
+    root = README.parent
+    text = (root / "docs" / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:search|heal)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
+        assert (root / "src" / "layercut" / name).is_file(), name

@@ -1,0 +1,548 @@
+"""The report, the model card and the closing table, from run folders made up to look like the demo's."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from layercut import charts, figures, findings
+from layercut.errors import RunError
+from layercut.report import closing_table, model_card, write_report
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EVIL = "<script>alert(1)</script>"
+# Costs by start, shaped like those of SmolLM2-135M-Instruct with n = 6: ten measured, the others filled in.
+COSTS = [9.7, 4.1, 2.15, 2.6, 3.0, 3.2, 3.1, 2.7, 2.2, 1.89, 1.6, 1.2, 0.91, 0.84, 0.96, 1.16, 1.6, 2.0, 2.41,
+         3.3, 4.86, 8.0, 11.5, 16.6, 12.1]  # fmt: skip
+
+
+def search_json() -> dict[str, Any]:
+    starts = [1.0, 5.0, 9.0, 14.0, 19.0, 23.0]
+    ends = [2.1, 2.9, 9.2, 13.1, 12.6, 22.2]
+
+    def cost(place: float) -> float:
+        low = min(int(place), 23)
+        return COSTS[low] + (place - low) * (COSTS[low + 1] - COSTS[low])
+
+    places = [
+        [a + (b - a) * (1 - math.exp(-step / 5)) for a, b in zip(starts, ends, strict=True)]
+        for step in range(17)
+    ]
+    path = [{"step": s, "places": p, "losses": [cost(x) for x in p]} for s, p in enumerate(places)]
+    every = [{"segments": [[s, s + 6]], "kl": kl} for s, kl in enumerate(COSTS)]
+    return {
+        "method": "clp", "segments": [[13, 19]], "candidates": [every[i] for i in (2, 9, 12, 13, 14, 22)],
+        "path": path, "oracle": {"segments": [[13, 19]], "kl": 0.84, "candidates": every, "regret": 0.0},
+        "dense_tokens": 12288, "layer_forwards": 11520, "layer_backwards": 11520, "seconds": 41.2, "seed": 0,
+        "calibration": {"source": "self", "tokens": 12288, "fingerprint": "3f9ac2d1b7e0"}, "statistics": None,
+    }  # fmt: skip
+
+
+def heal_json() -> dict[str, Any]:
+    curve = [
+        {
+            "step": s,
+            "tokens": 1024 * s,
+            "loss": 0.34 + 0.55 * math.exp(-s / 25) + 0.05 * math.sin(7.3 * s),
+            "seconds": 1.1 * s,
+        }
+        for s in range(1, 119)
+    ]
+    heldout = [
+        {
+            "step": s,
+            "tokens": 1024 * s,
+            "loss": 0.41 + 0.52 * math.exp(-s / 28) + (0.0004 * (s - 100) if s > 100 else 0),
+        }
+        for s in range(0, 119, 10)
+    ]
+    return {
+        "fold": [{"segment": [13, 19], "layer": 12, "module": "mlp.down_proj", "ridge": 0.01,
+                  "error_before": 5.21, "error_after": 2.87, "tokens": 65536}],
+        "tuning": {"objective": "kl", "tokens": 120832, "steps": 118, "learning_rate": 5e-4,
+                   "trained_layers": [12, 13], "trained_parameters": 7080192, "curve": curve,
+                   "heldout": heldout, "best_step": 100, "tokens_per_second": 912.4,
+                   "data": {"source": "self", "tokens": 120832, "fingerprint": "88b1c0aa42fe"}},
+        "changed": ["model.layers.12.mlp.down_proj.weight"],
+    }  # fmt: skip
+
+
+def speed_json() -> dict[str, Any]:
+    return {
+        "prefill": {"dense": 1480.2, "compressed": 1803.9, "ratio": 1.219, "ideal": 1.25},
+        "decode": {"dense": 24.1, "compressed": 28.6, "ratio": 1.187, "ideal": 1.25},
+        "device": "cpu", "threads": 2, "kv_bytes_per_token": {"dense": 46080, "compressed": 36864},
+    }  # fmt: skip
+
+
+def summary_json() -> dict[str, Any]:
+    return {
+        "model": MODEL, "layers": {"before": 30, "after": 24}, "segments": [[13, 19]],
+        "original_layer_index": [*range(13), *range(19, 30)],
+        "parameters": {"before": 134515008, "after": 113276160},
+        "bytes": {"before": 269060552, "after": 226578440},
+        "perplexity": {"dataset": "wikitext-2 test", "window": 512, "tokens": 65536, "dense": 45.1,
+                       "cut": 101.3, "folded": 83.2, "tuned": 67.4, "quantized": None},
+        "tasks": None, "retention": None, "speed": speed_json(),
+        "seconds": {"search": 41.2, "cut": 2.6, "fold": 38.0, "tune": 132.5, "evaluate": 88.1, "export": 9.4},
+        "peak_rss_bytes": 2_310_000_000,
+        "versions": {"layercut": "0.1.0", "torch": "2.11.0", "transformers": "5.20.0", "python": "3.12.3"},
+    }  # fmt: skip
+
+
+def eval_json() -> dict[str, Any]:
+    dense = "The sky looks blue because air molecules scatter short wavelengths of sunlight most."
+    cut = "The sky is blue because the light of the sun is scattered by the air, and the sky is blue."
+    return {
+        "perplexity": summary_json()["perplexity"], "speed": speed_json(), "peak_rss_bytes": 2_310_000_000,
+        "generations": [
+            {"prompt": "Why is the sky blue?", "dense": dense, "compressed": cut},
+            {"prompt": "Write a Python function that reverses a list.",
+             "dense": "def reverse(items):\n    return items[::-1]",
+             "compressed": "def reverse(items):\n    return items[:-1]"},
+        ],
+    }  # fmt: skip
+
+
+def env_json() -> dict[str, Any]:
+    return {
+        "hardware": "x86_64, 2 cores, 8 GB", "platform": "Linux 6.1", "cpu": "Intel Xeon", "threads": 2,
+        "date": "2026-01-05",
+        "command": ["layercut", "compress", MODEL, "--ratio", "0.2", "--out", "runs/demo"],
+        "versions": summary_json()["versions"],
+    }  # fmt: skip
+
+
+def make_run(folder: Path, **changed: Any) -> Path:
+    """A complete run folder; `search=None` leaves search.json out, `summary={…}` overrides keys of it."""
+    parts = {
+        "summary": summary_json(),
+        "search": search_json(),
+        "heal": heal_json(),
+        "eval": eval_json(),
+        "env": env_json(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in parts.items():
+        if changed.get(name, value) is not None:
+            (folder / f"{name}.json").write_text(json.dumps({**value, **changed.get(name, {})}))
+    return folder
+
+
+def with_perplexity(**values: Any) -> dict[str, Any]:
+    return {"perplexity": {**summary_json()["perplexity"], **values}}
+
+
+class Page(HTMLParser):
+    """Tags, ids, addresses and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value or "")
+            if key in ("src", "href", "xlink:href", "data", "action", "srcset"):
+                self.addresses.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def report(run: Path) -> tuple[str, Page]:
+    html = write_report(run).read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def shown(summary: dict[str, Any], width: int = 110) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(closing_table(summary))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    html, page = report(run)
+    assert {
+        "stack",
+        "figures",
+        "verdict",
+        "cost",
+        "path",
+        "tuning",
+        "speed",
+        "fold",
+        "samples",
+        "provenance",
+    } <= set(page.ids)
+    for text in (
+        "6 of its 30 layers (13–18)", "15.8% smaller (134.5M → 113.3M parameters)",
+        "67.40 once tuned, 1.49× the dense model's 45.10",
+        "101.3", "83.20", "24.3%", "50.4%", "1.19×", "1.25×", "3f9ac2d1b7e0", "88b1c0aa42fe", "torch 2.11.0",
+        "Intel Xeon",
+        "layercut compress", "46.1 kB", "Why is the sky blue?",
+        "the cheapest segment by exhaustive search as well",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert "broken" not in page.text
+    assert not list(run.glob(".report*")), "no draft is left behind"
+    assert html.count("<title>layer ") == 30 + 24, "each layer of both stacks has a hover title"
+    assert "<title>layer 12, now layer 12: folded, tuned</title>" in html
+    assert "<title>layer 19, now layer 13: tuned</title>" in html
+
+
+def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
+    html, page = report(make_run(tmp_path))
+    assert all(address.startswith("#") for address in page.addresses), page.addresses
+    assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
+    assert "://" not in html
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert len(page.ids) == len(set(page.ids)), "ids of different charts must not collide"
+
+
+def test_references_inside_the_charts_resolve(tmp_path: Path) -> None:
+    html, page = report(make_run(tmp_path))
+    wanted = {address[1:] for address in page.addresses} | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert wanted
+    assert wanted <= set(page.ids)
+
+
+def test_charts_follow_the_colours_of_the_page(tmp_path: Path) -> None:
+    html, _ = report(make_run(tmp_path))
+    body = html.partition("</style>")[2]
+    assert "var(--ink)" in body
+    assert "var(--accent)" in body
+    assert not any(code in body for code in charts.VARIABLES)
+    known = set(re.findall(r"(--[a-z-]+):", html.partition("</style>")[0]))
+    assert set(re.findall(r"var\((--[a-z-]+)\)", html)) <= known
+
+
+def test_strings_of_users_and_models_are_escaped(tmp_path: Path) -> None:
+    texts = {"prompt": EVIL, "dense": f"</p>{EVIL}", "compressed": '"><img src=x onerror=alert(1)>'}
+    run = make_run(
+        tmp_path,
+        summary={
+            "model": f"a/{EVIL}",
+            "versions": {EVIL: EVIL},
+            "seconds": {EVIL: 1.0},
+            **with_perplexity(dataset=EVIL),
+        },
+        search={"method": EVIL, "calibration": {"source": EVIL, "tokens": 1, "fingerprint": EVIL}},
+        heal={"fold": [{**heal_json()["fold"][0], "module": EVIL}]},
+        eval={"generations": [texts], "speed": {**speed_json(), "device": EVIL}},
+        env={"command": ["layercut", EVIL], "cpu": EVIL},
+    )
+    html, page = report(run)
+    assert not {"script", "img"} & set(page.tags)
+    assert "<script" not in html.lower()
+    assert "alert(1)" in page.text, "shown as text"
+
+
+def test_summary_alone_is_enough_and_nothing_is_invented(tmp_path: Path) -> None:
+    bare = {"model": MODEL, "layers": {"before": 30, "after": 24}, "segments": [[13, 19]]}
+    (tmp_path / "summary.json").write_text(json.dumps(bare))
+    html, page = report(tmp_path)
+    assert page.text.count("not measured") >= 6
+    assert not {"path", "fold"} & set(page.ids)
+    assert "has not had its perplexity measured" in page.text
+    assert not re.search(r"\bnan\b", page.text)
+    assert "None" not in page.text
+    assert "Undefined" not in html
+
+
+@pytest.mark.parametrize("missing", ["search", "heal", "eval", "env"])
+def test_each_artefact_may_be_missing(tmp_path: Path, missing: str) -> None:
+    _, page = report(make_run(tmp_path, **{missing: None}))
+    assert "6 of its 30 layers" in page.text
+    card = model_card(tmp_path)
+    assert "6 of its 30 layers" in card
+
+
+def test_odd_values_do_not_stop_the_report(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        summary={"segments": [[13, 19], "x", [1]], "layers": {"before": 30, "after": None},
+                 "parameters": None, "seconds": None, "speed": None,
+                 "tasks": {"arc": {"dense": 0.4, "compressed": 0.35}, "odd": 3}},
+        search={"candidates": [{"segments": [[13, 19]], "kl": "inf"}, {"segments": None}, 3,
+                               {"segments": [[2, 8]], "kl": 0.0}],
+                "path": [{"step": 0, "places": [1.0], "losses": [None]}, {"step": 1, "places": [2.0, "x"]}],
+                "oracle": None},
+        heal={"fold": None, "tuning": {"curve": [{"step": 1}], "heldout": None}},
+        eval={"generations": [None, {"prompt": "p"}], "speed": None},
+        env={"command": "layercut", "versions": None},
+    )  # fmt: skip
+    _, page = report(run)
+    assert "0.35" in page.text
+    assert model_card(run)
+    assert shown(json.loads((run / "summary.json").read_text()))
+
+
+def test_several_segments_and_long_stacks(tmp_path: Path) -> None:
+    segments = [[20, 26], [40, 50]]
+    scores = [{"segments": [[s, s + 6], [40, 50]], "kl": 0.3 + 0.1 * s} for s in range(20, 26)]
+    run = make_run(
+        tmp_path,
+        summary={"layers": {"before": 80, "after": 64}, "segments": segments},
+        search={"segments": segments, "candidates": scores, "oracle": None, "path": []},
+        heal={"tuning": {**heal_json()["tuning"], "trained_layers": [19, 20, 33, 34]}, "fold": []},
+    )
+    html, page = report(run)
+    assert "16 of its 80 layers (20–25, 40–49)" in page.text
+    assert html.count("<polygon") == 3
+    assert "<title>layer 50, now layer 34: tuned</title>" in html
+
+
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    first = write_report(run).read_text()
+    assert write_report(run).read_text() == first, "same run, same bytes"
+    assert {p.suffix for p in run.iterdir()} == {".json", ".html"}
+
+
+# ---- the verdict -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"tuned": 500.0}, "broken: its perplexity (tuned) is 500.0, 11.09× the dense model's 45.10"),
+        ({"tuned": float("inf")}, "broken: its perplexity (tuned) is not a finite number"),
+        ({"tuned": "nan"}, "broken: its perplexity (tuned) is not a finite number"),
+        (
+            {"tuned": None, "folded": None, "cut": "inf"},
+            "broken: its perplexity (cut) is not a finite number",
+        ),
+        ({"quantized": 9e9}, "broken: its perplexity (quantized)"),
+    ],
+)
+def test_a_ruined_model_is_called_broken_at_the_top(
+    tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
+    run = make_run(tmp_path, summary=with_perplexity(**values))
+    _, page = report(run)
+    assert words in page.text
+    assert page.text.index("broken") < page.text.index("What was cut")
+    assert words in model_card(run)
+    assert "broken" in shown(json.loads((run / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize("values", [{"cut": "inf"}, {"tuned": 135.0}, {"dense": None}, {"dense": "inf"}])
+def test_a_model_that_is_not_ruined_is_not_called_so(values: dict[str, Any]) -> None:
+    assert findings.broken({**summary_json(), **with_perplexity(**values)}) is None
+
+
+def test_stages_that_do_not_improve_are_named(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        summary={**with_perplexity(folded=110.0, tuned=110.0, quantized=140.0),
+                 "bytes": {"before": 92_000_000, "after": 226_578_440}},
+        heal={"tuning": {**heal_json()["tuning"], "best_step": 0}},
+        search={"segments": [[12, 18]]},
+        eval={"speed": {"decode": {"dense": 24.0, "compressed": 23.0, "ratio": 0.958, "ideal": 1.25}}},
+    )  # fmt: skip
+    _, page = report(run)
+    for text in (
+        "did not improve: perplexity 101.3 → 110.0",
+        "did not improve: perplexity 110.0 → 110.0. No step beat the start on held-out text",
+        "the files did not get smaller, 92.0 MB → 226.6 MB on disk (+146.3%): ",
+        "the input stores 5.5 bits per weight, the output 16.0",
+        "did not get faster (0.96×)",
+        "it missed the best by 8.3%",
+        "perplexity 110.0 → 140.0 (+27.3%)",
+    ):
+        assert text in page.text, text
+        assert text in model_card(run), text
+
+
+def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
+    rows = {row.name: row for row in findings.stages(summary_json())}
+    expected = (math.log(101.3) - math.log(67.4)) / (math.log(101.3) - math.log(45.1))
+    assert rows["tuned"].gap_closed == pytest.approx(expected)
+    assert rows["dense"].gap_closed is None
+    assert rows["cut"].bar == pytest.approx(1.0)
+    assert rows["quantized"].perplexity is None
+
+
+def test_a_stage_that_ran_without_a_figure_says_so() -> None:
+    run = findings.Run(
+        summary={**summary_json(), **with_perplexity(tuned=None)},
+        search={},
+        heal=heal_json(),
+        evaluation={},
+        env={},
+    )
+    assert any("ran, but has no finite perplexity" in verdict.text for verdict in findings.verdicts(run))
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_report, model_card])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, write: Any) -> None:
+    with pytest.raises(RunError, match=r"has no summary\.json") as missing:
+        write(tmp_path)
+    assert "layercut compress" in missing.value.hint
+    for content in ("{", "[1]", ""):
+        (tmp_path / "summary.json").write_text(content)
+        with pytest.raises(RunError, match="JSON") as wrong:
+            write(tmp_path)
+        assert wrong.value.hint
+    (tmp_path / "summary.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match="not valid JSON"):
+        write(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+# ---- the model card ----------------------------------------------------------------------------------------
+
+
+def front_matter(card: str) -> tuple[dict[str, Any], str]:
+    empty, header, body = card.split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(header), body
+
+
+def test_model_card_holds_every_figure(tmp_path: Path) -> None:
+    front, body = front_matter(model_card(make_run(tmp_path)))
+    assert front["base_model"] == MODEL
+    assert front["library_name"] == "transformers"
+    assert "layercut" in front["tags"]
+    for text in (
+        "`13:19`", "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29]",
+        "| tuned | 67.40 | 1.49× | 50.4% |", "| parameters | 134,515,008 | 113,276,160 | −15.8% |",
+        "| decode, tokens/s | 24.10 | 28.60 | 1.19× | 1.25× |",
+        "| tuning | `self` | 120,832 | `88b1c0aa42fe` |",
+        "`torch` `2.11.0`", 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "overstate what survives", "Tasks: not measured.", "layers `12, 13` of this model",
+    ):  # fmt: skip
+        assert text in body, text
+    assert "\n\n\n\n" not in body
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("x\n---\nlicense: mit\ntags: [evil]", "x --- license: mit tags: [evil]"),
+        ("org/name: {a: b} # c", "name: {a: b} # c"),
+        ("/home/someone/models/SmolLM2.gguf", "SmolLM2.gguf"),
+        ("gpt2", "gpt2"),
+        ("no", "no"),
+    ],
+)
+def test_names_cannot_break_the_front_matter(tmp_path: Path, model: str, base: str) -> None:
+    card = model_card(make_run(tmp_path, summary={"model": model}))
+    front, _ = front_matter(card)
+    assert set(front) == {"base_model", "library_name", "pipeline_tag", "tags"}
+    assert front["base_model"] == base
+    assert "/home/" not in card.partition("## Data and versions")[0]
+
+
+def test_names_cannot_break_the_markdown(tmp_path: Path) -> None:
+    evil = f"a|b`{EVIL}`\n# title [x](http://y) *z*"
+    run = make_run(
+        tmp_path,
+        summary={"model": evil, **with_perplexity(dataset=evil)},
+        search={"calibration": {"source": evil}},
+    )
+    _, body = front_matter(model_card(run))
+    outside = re.sub(r"`[^`\n]*`", "", body.replace("\\`", ""))
+    assert "<script" not in outside
+    assert "\n# title" not in body
+    assert "[x](" not in outside.replace("\\[", "").replace("\\]", "")
+
+
+# ---- the closing table -------------------------------------------------------------------------------------
+
+
+def test_closing_table_shows_what_was_measured() -> None:
+    text = shown(summary_json())
+    for row in (
+        r"layers +│ +30 │ +24 │ +−20\.0%", r"13:19", r"134\.5M │ +113\.3M",
+        r"perplexity, tuned +│ +45\.10 │ +67\.40 │ +1\.49×",
+        r"decode, tokens/s +│ +24\.10 │ +28\.60 │ +1\.19×", r"time, tune +│ +│ +2 min 12 s", r"peak memory",
+    ):  # fmt: skip
+        assert re.search(row, text), row
+    assert "quantized" not in text
+    assert "broken" not in text
+
+
+def test_closing_table_of_a_bare_summary_and_a_name_with_markup() -> None:
+    text = shown({"model": "[red]x[/red]\x1b[31m"})
+    assert "[red]x[/red]" in text
+    assert "\x1b" not in text
+    assert "not measured" in text
+
+
+# ---- figures as text ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (figures.count(134515008), "134.5M"),
+        (figures.count(8_030_000_000), "8.0B"),
+        (figures.count(950), "950"),
+        (figures.count(None), "not measured"),
+        (figures.size(269060552), "269.1 MB"),
+        (figures.figure("inf"), "not finite"),
+        (figures.figure(38.4), "38.40"),
+        (figures.figure(20471.2), "20,471"),
+        (figures.figure(True), "not measured"),
+        (figures.duration(83.2), "1 min 23 s"),
+        (figures.duration(3700), "1 h 1 min"),
+        (figures.times(1.25), "1.25×"),
+        (figures.change(30, 24), "−20.0%"),
+        (figures.change(0, 24), ""),
+        (figures.label([[13, 19], [24, 25]]), "13:19, 24:25"),
+        (figures.layer_names([[13, 19], [24, 25]]), "13–18, 24"),
+        (figures.short_name("runs/a/model.gguf"), "model.gguf"),
+        (figures.short_name(MODEL), MODEL),
+        (figures.short_name("./local/model/"), "model"),
+    ],
+)
+def test_figures_as_text(text: str, expected: str) -> None:
+    assert text == expected
+
+
+# ---- a real browser ----------------------------------------------------------------------------------------
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium installed: apt-get install chromium")
+def test_report_opens_in_a_browser(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run"))
+    shot = tmp_path / "shot.png"
+    command = [str(BROWSER), *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,3000"]
+    subprocess.run(
+        [*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120
+    )
+    assert shot.stat().st_size > 50_000, "an empty page is far smaller"
