@@ -1,6 +1,7 @@
 """One cut, judged: is the model that is left right, honestly refused, or wrong?
 
-`judge(model_type, segments)` builds a tiny random model, cuts it and holds it against what the cut is meant to be:
+`judge(model_type, segments)` builds a tiny random model, cuts it and holds it against what the cut is meant
+to be:
 the original with the removed layers made the identity. Used by the tests and by benchmarks/families.py.
 """
 
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import families
 import torch
 
+import families
 from layercut.cut import cut_checkpoint, cut_segment_
 from layercut.errors import LayercutError, ModelError, SurgeryError
 from layercut.models import find_decoder
@@ -37,8 +38,13 @@ CUTS: dict[str, list[tuple[int, int]]] = {
 """The cuts of the census, of a stack of `families.LAYERS`."""
 
 
-FOLDED = {"diffllama": 1e-4, "rwkv": 1e-3}
-"""Right up to rounding only: constants folded into weights (DiffLlama), halvings placed by index (RWKV)."""
+def tolerance(config: Any) -> float:
+    """0 (equal to the bit), but for constants folded into weights and for RWKV's halvings, which it
+    places by index.
+    """
+    if config.model_type == "diffllama" or getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return 1e-4
+    return 1e-3 if config.model_type == "rwkv" else 0.0
 
 
 @dataclass
@@ -68,9 +74,11 @@ def original(model_type: str, folder: Path, **facts: Any) -> Original:
     families.check_size(model_type, **facts)
     model = families.tiny(model_type, **facts)
     model.save_pretrained(folder)
-    generates = _generation_trouble(model) == ""
+    generates = generation_trouble(model) == ""
     trouble = _reload_trouble(model, folder, generates)
-    if trouble.startswith("logits"):  # some classes mend weights on loading: then what was loaded is the original
+    if trouble.startswith(
+        "logits"
+    ):  # some classes mend weights on loading: then what was loaded is the original
         model = type(model).from_pretrained(folder, dtype=torch.float32).eval()
         shutil.rmtree(folder)
         model.save_pretrained(folder)
@@ -98,9 +106,9 @@ def judge(source: Original, segments: Sequence[Segment], scratch: Path) -> Verdi
     cut.save_pretrained(saved)  # before it runs: RWKV changes its weights when it does
     if fingerprint(source.model) != before:
         return Verdict("wrong", "the original model was changed")
-    if trouble := _logits_trouble(cut, wanted, FOLDED.get(cut.config.model_type, 0.0)):
+    if trouble := _logits_trouble(cut, wanted, tolerance(cut.config)):
         return Verdict("wrong", f"in memory: {trouble}")
-    if source.generates and (trouble := _generation_trouble(cut)):
+    if source.generates and (trouble := generation_trouble(cut)):
         return Verdict("wrong", f"in memory: {trouble}")
     if source.trouble:
         return Verdict("unjudged", f"transformers, saving and loading the uncut model: {source.trouble}")
@@ -110,7 +118,10 @@ def judge(source: Original, segments: Sequence[Segment], scratch: Path) -> Verdi
 
 
 def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out: Path) -> Verdict:
-    cut_checkpoint(source.folder, segments, out)
+    try:
+        cut_checkpoint(source.folder, segments, out)
+    except ModelError as error:  # a class that is no language model by transformers' own mappings
+        return Verdict("refused", f"on disk: {error.message} / {error.hint}")
     if trouble := _reload_trouble(cut, out, source.generates):
         return Verdict("wrong", f"on disk: {trouble}")
     indices = json.loads((out / "config.json").read_text())["original_layer_index"]
@@ -119,7 +130,9 @@ def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out:
     return Verdict("right")
 
 
-def _judge_refusal(source: Original, cut: Any, segments: Sequence[Segment], out: Path, error: LayercutError) -> Verdict:
+def _judge_refusal(
+    source: Original, cut: Any, segments: Sequence[Segment], out: Path, error: LayercutError
+) -> Verdict:
     """A refusal must be a SurgeryError with a hint, leave the model as it was, and be the same on disk."""
     if not isinstance(error, SurgeryError):
         return Verdict("wrong", f"{type(error).__name__}: {error.message}")
@@ -134,7 +147,7 @@ def _judge_refusal(source: Original, cut: Any, segments: Sequence[Segment], out:
     return Verdict("wrong", f"refused in memory but not on disk: {error.message}")
 
 
-# --- the reference --------------------------------------------------------------------------------------------
+# --- the reference --------------------------------------------------------------------------------
 
 
 def logits_of(model: Any, **inputs: Any) -> torch.Tensor:
@@ -157,7 +170,9 @@ def reference_logits(model: Any, segments: Sequence[Segment]) -> torch.Tensor:
 @contextmanager
 def _skipped_xlm(stack: Any, removed: Sequence[int]) -> Iterator[None]:
     attention, feedforward = stack.attentions, stack.ffns
-    parts = [part[i] for i in removed for part in (attention, feedforward, stack.layer_norm1, stack.layer_norm2)]
+    parts = [
+        part[i] for i in removed for part in (attention, feedforward, stack.layer_norm1, stack.layer_norm2)
+    ]
     for part in parts:
         norm = isinstance(part, torch.nn.LayerNorm)
         forward = part.forward
@@ -178,7 +193,9 @@ def _skipped_xlm(stack: Any, removed: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def skipped(layers: Sequence[Any]) -> Iterator[None]:
-    """Let layers hand on what they were given: the first tensor among their inputs, in the shape of their output."""
+    """Let layers hand on what they were given: the first tensor among their inputs, in the shape of their
+    output.
+    """
     for layer in layers:
         layer.forward = _identity(layer.forward)
     try:
@@ -197,7 +214,9 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
             if "prev_router_hidden_states" in bound:  # Zaya hands a second stream from layer to layer
                 return (given, bound["prev_router_hidden_states"])
             if "prev_attn_output" in bound and hasattr(output, "_replace"):  # Reformer has two streams
-                return output._replace(attn_output=bound["prev_attn_output"], hidden_states=bound["hidden_states"])
+                return output._replace(
+                    attn_output=bound["prev_attn_output"], hidden_states=bound["hidden_states"]
+                )
             return (given, *output[1:])
         if isinstance(output, list):
             return [given, *output[1:]]
@@ -208,17 +227,21 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def fingerprint(model: Any) -> float:
     """A number that changes when any weight does."""
-    return sum(t.double().abs().sum().item() * (i + 1) for i, t in enumerate(model.state_dict().values()) if t.dtype.is_floating_point)
+    return sum(
+        t.double().abs().sum().item() * (i + 1)
+        for i, t in enumerate(model.state_dict().values())
+        if t.dtype.is_floating_point
+    )
 
 
-# --- what can go wrong ----------------------------------------------------------------------------------------
+# --- what can go wrong ----------------------------------------------------------------------------
 
 
-def _logits_trouble(model: Any, wanted: torch.Tensor, tolerance: float = 0.0) -> str:
+def _logits_trouble(model: Any, wanted: torch.Tensor, error: float = 0.0) -> str:
     got = logits_of(model)
     if got.shape != wanted.shape:
         return f"logits {tuple(got.shape)} instead of {tuple(wanted.shape)}"
-    if tolerance and torch.allclose(got, wanted, atol=tolerance, rtol=tolerance):
+    if error and torch.allclose(got, wanted, atol=error, rtol=error):
         return ""
     if not torch.equal(got, wanted):
         return f"logits differ by up to {(got - wanted).abs().max().item():.2g}"
@@ -235,9 +258,9 @@ def _reload_trouble(model: Any, folder: Path, generates: bool) -> str:
         if info[kind]:
             return f"{kind}: {sorted(map(str, info[kind]))[:3]}"
     _align_(loaded)
-    if trouble := _logits_trouble(loaded.eval(), logits_of(model), FOLDED.get(model.config.model_type, 0.0)):
+    if trouble := _logits_trouble(loaded.eval(), logits_of(model), tolerance(model.config)):
         return trouble
-    return _generation_trouble(loaded, model) if generates else ""
+    return generation_trouble(loaded, model) if generates else ""
 
 
 def _align_(model: Any) -> None:
@@ -246,7 +269,7 @@ def _align_(model: Any) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _generation_trouble(model: Any, other: Any = None) -> str:
+def generation_trouble(model: Any, other: Any = None) -> str:
     """Greedy generation with the cache must be what it is without, beyond the sliding window."""
     try:
         with_cache = _generate(model, use_cache=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import census
-import families
 import pytest
 import torch
 
+import census
+import families
 from layercut.cut import cut_segment_
 from layercut.models import find_decoder, share
 from layercut.segments import Segment

@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import census
-import families
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import census
+import families
 from layercut.cut import cut_checkpoint, cut_segment_
 from layercut.errors import LayercutError, ModelError, RunError, SurgeryError
 from layercut.segments import Segment
@@ -95,7 +95,9 @@ def test_shards_without_an_index(tmp_path, source):
 
 
 def test_the_source_is_only_read_and_may_be_links(tmp_path, source):
-    before = digest_all = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.rglob("*") if p.is_file()}
+    before = digest_all = {
+        p: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.rglob("*") if p.is_file()
+    }
     links = tmp_path / "snapshot"
     links.mkdir()
     for file in source.iterdir():
@@ -117,7 +119,9 @@ def test_tensors_the_class_does_not_know_follow_their_layer(tmp_path):
     cut_checkpoint(folder, SEGMENTS, tmp_path / "out")
     got = weights(tmp_path / "out")
     frequencies = {k: v[0].item() for k, v in got.items() if "inv_freq" in k}
-    assert frequencies == {f"model.layers.{new}.self_attn.rotary_emb.inv_freq": old for new, old in enumerate(KEPT)}
+    assert frequencies == {
+        f"model.layers.{new}.self_attn.rotary_emb.inv_freq": old for new, old in enumerate(KEPT)
+    }
     assert not any("eh_proj" in k for k in got)
     assert "mtp.norm.weight" in got
 
@@ -125,12 +129,18 @@ def test_tensors_the_class_does_not_know_follow_their_layer(tmp_path):
 def test_quantizer_names_follow_their_layer(tmp_path):
     folder = save(tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "model.layers.1.mlp", "model.layers.6.mlp"]}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "modules_to_not_convert": ["lm_head", "model.layers.1.mlp", "model.layers.6.mlp"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     cut_checkpoint(folder, SEGMENTS, tmp_path / "out")
     out = json.loads((tmp_path / "out" / "config.json").read_text())
     assert out["quantization_config"]["modules_to_not_convert"] == ["lm_head", "model.layers.3.mlp"]
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": ["re:.*layers\\.(0|1)\\..*"]}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "ignore": ["re:.*layers\\.(0|1)\\..*"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SurgeryError, match="cannot be renumbered"):
         cut_checkpoint(folder, SEGMENTS, tmp_path / "out2")
@@ -146,12 +156,20 @@ def test_an_old_config_that_carries_a_rule_gets_the_list(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     cut_checkpoint(folder, [Segment(1, 2)], tmp_path / "out")
     out = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert [kind[:4] for kind in out["layer_types"]] == ["slid", "full", "slid", "slid", "full", "slid", "slid"]
+    assert [kind[:4] for kind in out["layer_types"]] == [
+        "slid",
+        "full",
+        "slid",
+        "slid",
+        "full",
+        "slid",
+        "slid",
+    ]
     wanted = census.reference_logits(model, [Segment(1, 2)])
     assert torch.equal(census.logits_of(loaded(tmp_path / "out", "gemma3_text")), wanted)
 
 
-# --- failures -------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def refused(source: Path, out: Path, error: type[LayercutError], match: str) -> None:
@@ -210,7 +228,9 @@ def small_disk(tmp_path):
     """A file system of 200 kB."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not permitted here")
     yield mount
     subprocess.run(["umount", mount], check=True)
@@ -248,7 +268,11 @@ cut_checkpoint(Path(sys.argv[1]), [Segment(1, 2)], Path(sys.argv[2]))
 
 def test_killed_half_way(tmp_path, source):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, source, out], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, source, out],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert process.stdout.readline() == b"wrote\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

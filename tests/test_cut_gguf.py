@@ -18,7 +18,13 @@ gguf = pytest.importorskip("gguf")
 LAYERS, HIDDEN, HEADS, FFN, VOCAB = 6, 32, 4, 64, 64
 
 
-def write(path: Path, arch: str = "llama", facts: dict[str, Any] | None = None, blocks: int = LAYERS, quantized: bool = False) -> Path:
+def write(
+    path: Path,
+    arch: str = "llama",
+    facts: dict[str, Any] | None = None,
+    blocks: int = LAYERS,
+    quantized: bool = False,
+) -> Path:
     """A GGUF file of a tiny model in llama.cpp's layout."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
@@ -31,13 +37,20 @@ def write(path: Path, arch: str = "llama", facts: dict[str, Any] | None = None, 
     writer.add_vocab_size(VOCAB)
     writer.add_token_list([f"t{i}" for i in range(VOCAB)])
     for key, value in (facts or {}).items():
-        writer.add_array(f"{arch}.{key}", value) if isinstance(value, list) else writer.add_uint32(f"{arch}.{key}", value)
+        writer.add_array(f"{arch}.{key}", value) if isinstance(value, list) else writer.add_uint32(
+            f"{arch}.{key}", value
+        )
     shapes = {
         "attn_norm.weight": (HIDDEN,), "ffn_norm.weight": (HIDDEN,), "attn_q.weight": (HIDDEN, HIDDEN),
-        "attn_k.weight": (HIDDEN, HIDDEN), "attn_v.weight": (HIDDEN, HIDDEN), "attn_output.weight": (HIDDEN, HIDDEN),
+        "attn_k.weight": (HIDDEN, HIDDEN), "attn_v.weight": (HIDDEN, HIDDEN),
+        "attn_output.weight": (HIDDEN, HIDDEN),
         "ffn_gate.weight": (FFN, HIDDEN), "ffn_up.weight": (FFN, HIDDEN), "ffn_down.weight": (HIDDEN, FFN),
     }  # fmt: skip
-    named = {"token_embd.weight": (VOCAB, HIDDEN), "output_norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
+    named = {
+        "token_embd.weight": (VOCAB, HIDDEN),
+        "output_norm.weight": (HIDDEN,),
+        "output.weight": (VOCAB, HIDDEN),
+    }
     named |= {f"blk.{i}.{name}": shape for i in range(blocks) for name, shape in shapes.items()}
     for name, shape in named.items():
         data = rng.standard_normal(shape).astype(np.float32)
@@ -64,7 +77,11 @@ def test_kept_blocks_are_byte_identical_and_renumbered(tmp_path):
     kept = [0, 2, 5]
     wanted = {n: v for n, v in old.items() if not n.startswith("blk.")}
     for place, layer in enumerate(kept):
-        wanted |= {n.replace(f"blk.{layer}.", f"blk.{place}.", 1): v for n, v in old.items() if n.startswith(f"blk.{layer}.")}
+        wanted |= {
+            n.replace(f"blk.{layer}.", f"blk.{place}.", 1): v
+            for n, v in old.items()
+            if n.startswith(f"blk.{layer}.")
+        }
     assert new == wanted
     reader = gguf.GGUFReader(out)
     assert reader.get_field("llama.block_count").contents() == 3
@@ -81,7 +98,11 @@ def test_a_second_cut_composes_the_original_index(tmp_path):
 
 
 def test_arrays_with_a_value_per_layer_are_sliced(tmp_path):
-    facts = {"attention.head_count_kv": [0, 4, 0, 2, 0, 1], "leading_dense_block_count": 3, "rope.dimension_sections": [1, 1, 2, 0]}
+    facts = {
+        "attention.head_count_kv": [0, 4, 0, 2, 0, 1],
+        "leading_dense_block_count": 3,
+        "rope.dimension_sections": [1, 1, 2, 0],
+    }
     out = tmp_path / "b.gguf"
     cut_gguf(write(tmp_path / "a.gguf", "lfm2", facts), [Segment(1, 3)], out)
     reader = gguf.GGUFReader(out)
@@ -109,7 +130,9 @@ def test_a_rule_in_llama_cpp_that_the_cut_breaks_is_refused(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(SurgeryError, match="does not know how llama.cpp tells the layers of 'future' apart"):
+    with pytest.raises(
+        SurgeryError, match=r"does not know how llama\.cpp tells the layers of 'future' apart"
+    ):
         cut_gguf(write(tmp_path / "a.gguf", "future"), [Segment(1, 2)], tmp_path / "b.gguf")
 
 

@@ -516,7 +516,7 @@ def find_decoder(model: Any) -> Decoder:
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     ]
     # BERT's relatives keep their decoder under `encoder`: only prefer what is in no other tower
     lists = [item for item in lists if not _in_other_tower(item[0])] or lists

@@ -1,7 +1,7 @@
 """Architectures whose layers differ by position in ways that no config states: what to do with the weights.
 
-`explain` looks at the differences a plan found and turns those that are understood into edits of weights. Whatever
-it does not explain makes the cut be refused.
+`explain` looks at the differences a plan found and turns those that are understood into edits of weights.
+Whatever it does not explain makes the cut be refused.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class Adjustment:
 
 
 def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
-    """Refuse, before anything is built, what is known to run wrong although a config can be written for it."""
+    """Refuse, before anything is built, what is known to run wrong although a config can be written for
+    it.
+    """
     _needs_attention(text_config, kept)
     _needs_attention_first(text_config, kept)
     _residual_blocks(text_config, kept, layers)
+    _shared_indexers(text_config, kept, layers)
+    _shared_kv(text_config, kept, layers)
 
 
 def explain(differences: list[Difference], plan: Plan, text_config: Any, layers: int) -> Adjustment:
@@ -50,19 +54,33 @@ def explain(differences: list[Difference], plan: Plan, text_config: Any, layers:
     return result
 
 
-# --- hybrids --------------------------------------------------------------------------------------------------
+# --- hybrids --------------------------------------------------------------------------------------
 
 ATTENTION_FREE_FAILS = frozenset(
-    {"bailing_hybrid", "bamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "recurrent_gemma", "zamba", "zamba2"}
+    {
+        "bailing_hybrid",
+        "bamba",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2_moe",
+        "recurrent_gemma",
+        "zamba",
+        "zamba2",
+    }
 )
-"""Hybrids whose cached generation asks an attention layer for the length so far, and raises where there is none."""
+"""Hybrids whose cached generation asks an attention layer for the length so far, and raises where there
+is none.
+"""
 
 
 def _needs_attention(text_config: Any, kept: Sequence[int]) -> None:
     types = getattr(text_config, "layer_types", None)
     if getattr(text_config, "model_type", "") not in ATTENTION_FREE_FAILS or not types:
         return
-    attention = [i for i, kind in enumerate(types) if kind not in ("linear_attention", "conv", "moe", "mlp", "mamba")]
+    attention = [
+        i for i, kind in enumerate(types) if kind not in ("linear_attention", "conv", "moe", "mlp", "mamba")
+    ]
     if attention and not set(attention) & set(kept):
         raise SurgeryError(
             f"no attention layer would be left (they are {attention}), and generation with a cache needs one"
@@ -70,10 +88,14 @@ def _needs_attention(text_config: Any, kept: Sequence[int]) -> None:
 
 
 def _needs_attention_first(text_config: Any, kept: Sequence[int]) -> None:
-    """MiniMax's cache counts tokens in the first layer; where that is linear, stock cached generation goes astray."""
+    """MiniMax's cache counts tokens in the first layer; where that is linear, stock cached generation
+    goes astray.
+    """
     types = getattr(text_config, "layer_types", None)
     if getattr(text_config, "model_type", "") == "minimax" and types and types[kept[0]] == "linear_attention":
-        raise SurgeryError(f"layer {kept[0]}, a linear attention layer, would come first, and generation with a cache fails then")
+        raise SurgeryError(
+            f"layer {kept[0]}, a linear attention layer, would come first, and cached generation fails then"
+        )
 
 
 def _residual_blocks(text_config: Any, kept: Sequence[int], layers: int) -> None:
@@ -83,7 +105,36 @@ def _residual_blocks(text_config: Any, kept: Sequence[int], layers: int) -> None
         raise SurgeryError(f"residuals attend over blocks of {size} layers, and there would be fewer blocks")
 
 
-# --- tensors with one slice per layer -------------------------------------------------------------------------
+def _shared_indexers(text_config: Any, kept: Sequence[int], layers: int) -> None:
+    """GLM-MoE-DSA, HY-V4: a layer marked "shared" attends to the tokens that the last "full" one before
+    it picked.
+    """
+    types = getattr(text_config, "indexer_types", None)
+    if not types or len(types) != layers:
+        return
+    for i in kept:
+        source = max((j for j in range(i + 1) if types[j] == "full"), default=i)
+        if source not in kept:
+            raise SurgeryError(
+                f"layer {i} uses the tokens that layer {source}'s indexer picks, which would be removed"
+            )
+
+
+def _shared_kv(text_config: Any, kept: Sequence[int], layers: int) -> None:
+    """Gemma 3n and 4: later layers reuse the keys and values of the last layer of their kind that stores its own."""
+    modes, types = getattr(text_config, "kv_sharing_modes", None), getattr(text_config, "layer_types", None)
+    if not modes or not types or len(modes) != layers:
+        return
+    for i in kept:
+        if str(modes[i]).startswith("reuse"):
+            source = max((j for j in range(i) if modes[j] == "store" and types[j] == types[i]), default=None)
+            if source is not None and source not in kept:
+                raise SurgeryError(
+                    f"layer {i} reuses the keys and values of layer {source}, which would be removed"
+                )
+
+
+# --- tensors with one slice per layer -------------------------------------------------------------
 
 PACKED = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 """Gemma 3n and 4: modules whose weight is packed by layer, and the dimension: [V, L * d] and [L * d, D]."""
@@ -110,11 +161,12 @@ def _slices(name: str, dim: int, kept: Sequence[int], layers: int) -> Edit:
     return edit
 
 
-# --- shared keys and values -----------------------------------------------------------------------------------
+# --- shared keys and values -----------------------------------------------------------------------
 
 
 def _kv_store(result: Adjustment, plan: Plan, text_config: Any, layers: int) -> None:
-    """Gemma 3n and 4: the last layer of each kind that makes its own keys and values stores them for those that reuse.
+    """Gemma 3n and 4: the last layer of each kind that makes its own keys and values stores them for those
+    that reuse.
 
     Another layer may become the one that stores where no kept layer of its kind reuses anything.
     """
@@ -124,13 +176,15 @@ def _kv_store(result: Adjustment, plan: Plan, text_config: Any, layers: int) -> 
     reused = {types[i] for i in plan.kept if str(modes[i]).startswith("reuse")}
     for difference in list(result.unexplained):
         index = difference.module.removeprefix(plan.path + ".").partition(".")[0]
-        storing = difference.what == "store_full_length_kv" and index.isdigit() and types[int(index)] not in reused
+        storing = (
+            difference.what == "store_full_length_kv" and index.isdigit() and types[int(index)] not in reused
+        )
         if storing or (difference.what == "first_kv_shared_layer_idx" and not index.isdigit()):
             result.unexplained.remove(difference)
             result.attributes.append((difference.module, difference.what, difference.new))
 
 
-# --- constants made from the layer index: folded into weights -------------------------------------------------
+# --- constants made from the layer index: folded into weights -------------------------------------
 
 
 def _scaled(name: str, factor: float, rows: slice = slice(None), dim: int = 0) -> Edit:
@@ -146,7 +200,9 @@ def _scaled(name: str, factor: float, rows: slice = slice(None), dim: int = 0) -
 
 
 def _inverse_layer_scale(result: Adjustment, plan: Plan, text_config: Any, layers: int) -> None:
-    """GPT-2 with scale_attn_by_inverse_layer_idx: scores are divided by index + 1. Folded into the queries."""
+    """GPT-2 with scale_attn_by_inverse_layer_idx: scores are divided by index + 1. Folded into the
+    queries.
+    """
     if not getattr(text_config, "scale_attn_by_inverse_layer_idx", False):
         return
     for difference in list(result.unexplained):
@@ -185,7 +241,9 @@ def _shifted_lambda(module: str, shift: float) -> Edit:
         product = (q.double() @ k).item()
         inside = math.exp(product) + shift
         if inside <= 0 or float(k @ k) == 0:
-            raise SurgeryError(f"{module}: lambda_init cannot be folded into lambda_q1, whose lambda would be negative")
+            raise SurgeryError(
+                f"{module}: lambda_init cannot be folded into lambda_q1, whose lambda would be negative"
+            )
         return (q.double() + k * ((math.log(inside) - product) / (k @ k))).to(q.dtype)
 
     return edit
@@ -198,9 +256,11 @@ def _add_edit(result: Adjustment, plan: Plan, name: str, edit: Edit) -> None:
 
 
 def rescaled(model: Any, plan: Plan) -> dict[str, Edit]:
-    """RWKV divides weights by 2 ** (index // n) in place when it first runs. Undo that for the layers that stay.
+    """RWKV divides weights by 2 ** (index // n) in place when it first runs. Undo that for the layers that
+    stay.
 
-    The weights are copied, also in a model that has not run: else its first run would change those of the original.
+    The weights are copied, also in a model that has not run: else its first run would change those of the
+    original.
     """
     every = getattr(model.config, "rescale_every", 0)
     owners = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
@@ -215,7 +275,7 @@ def rescaled(model: Any, plan: Plan) -> dict[str, Edit]:
     return edits
 
 
-# --- weights that a position lacks or must have ---------------------------------------------------------------
+# --- weights that a position lacks or must have ---------------------------------------------------
 
 
 def _last_bias(result: Adjustment, plan: Plan, text_config: Any, layers: int) -> None:
@@ -232,7 +292,9 @@ def _last_bias(result: Adjustment, plan: Plan, text_config: Any, layers: int) ->
 
 
 def _first_router(result: Adjustment, plan: Plan, text_config: Any, layers: int) -> None:
-    """Zaya: a router adds the previous layer's scores, scaled; the first layer has none before it, and no scale."""
+    """Zaya: a router adds the previous layer's scores, scaled; the first layer has none before it, and no
+    scale.
+    """
     if text_config.model_type != "zaya":
         return
     for difference in list(result.unexplained):

@@ -1,7 +1,8 @@
 """Cut layers out of a checkpoint folder without loading the model.
 
-The plan is made on models without weights; then the byte ranges of the tensors that stay are copied under their new
-names, shard by shard. Memory does not grow with the model, and the time is that of copying the files.
+The plan is made on models without weights; then the byte ranges of the tensors that stay are copied under
+their new names, shard by shard. Memory does not grow with the model, and the time is that of copying the
+files.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from layercut.cut import facts
-from layercut.cut.folder import appearing
 from layercut.cut.adjust import Edit, Read
-from layercut.cut.naming import DiskNames, in_reading_order, renumbered
+from layercut.cut.folder import appearing
+from layercut.cut.naming import DiskNames, in_reading_order, layer_of, renumbered
 from layercut.cut.plan import Plan, plan_cut
 from layercut.cut.safetensors_io import Entry, Output, Shard, read_shard, write_shard
 from layercut.errors import ModelError, SurgeryError
@@ -36,9 +37,10 @@ NOT_COPIED = {"config.json", "original", "onnx", "metal", "openvino"}
 def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, force: bool = False) -> None:
     """Write to `out` the checkpoint in `folder` without the layers of `segments`.
 
-    Weights are streamed (a tensor is read only where its values change), config and index rewritten, other files
-    copied. `out` appears at the end, whole; the source is only read.
-    Raises SurgeryError: stock transformers cannot express the cut. ModelError: the source is incomplete or corrupt.
+    Weights are streamed (a tensor is read only where its values change), config and index rewritten, other
+    files copied. `out` appears at the end, whole; the source is only read.
+    Raises SurgeryError: stock transformers cannot express the cut. ModelError: the source is incomplete or
+    corrupt.
     RunError: `out` exists (unless force), cannot be written, or the disk is full.
     """
     folder, out = Path(folder), Path(out)
@@ -55,12 +57,16 @@ def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, forc
     need = sum(out.size for _, outputs in jobs for out in outputs)
     with appearing(out, force=force, need=need) as work:
         _copy_others(folder, work)
-        (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (work / "config.json").write_text(
+            json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
 
 
 def model_class(config: Any) -> type:
-    """The class a checkpoint was saved from, if this transformers has it; else the one its config stands for."""
+    """The class a checkpoint was saved from, if this transformers has it; else the one its config stands
+    for.
+    """
     import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -68,13 +74,16 @@ def model_class(config: Any) -> type:
         cls = getattr(transformers, name, None)
         if isinstance(cls, type) and getattr(cls, "config_class", None) is type(config):
             return cls
+    text_part = type(config.get_text_config(decoder=True))
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
             cls = mapping[type(config)]
             cls = cls[0] if isinstance(cls, tuple) else cls
-            if cls.config_class is type(config):  # else it takes only the text part of this config
-                return cls
-    raise ModelError(f"{config.model_type!r} is not a language model of this transformers", "pip install -U transformers")
+            if text_part is type(config) or cls.config_class is not text_part:
+                return cls  # a class for the text part alone would not take this config
+    raise ModelError(
+        f"{config.model_type!r} is not a language model of this transformers", "pip install -U transformers"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -93,13 +102,15 @@ def _check_index(folder: Path, shards: Sequence[Shard]) -> None:
     listed: dict[str, str] = read_json(folder / INDEX)["weight_map"]
     held = {name: shard.file.name for shard in shards for name in shard.entries}
     for name in sorted(held.keys() - listed.keys()):
-        raise ModelError(f"{folder / INDEX} does not list {name}, which {held[name]} holds", "fetch the index again")
+        raise ModelError(
+            f"{folder / INDEX} does not list {name}, which {held[name]} holds", "fetch the index again"
+        )
     for name, file in sorted(listed.items()):
         if held.get(name) != file:
             raise ModelError(f"{file} does not hold {name}, as {INDEX} says", "fetch the checkpoint again")
 
 
-# --- which tensor goes where ----------------------------------------------------------------------------------
+# --- which tensor goes where ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ def _new_names(keys: Sequence[str], plan: Plan) -> Names:
         name = before.to_memory(key)
         where = before.layer(key, plan.stacks)
         if where is None:
-            on_disk[key], in_memory[key] = key, name
+            on_disk[key], in_memory[key] = key, after.to_memory(key)
         elif where[1] in place:
             wanted = plan.rename(name) or name
             if wanted in plan.dropped:
@@ -135,12 +146,16 @@ def _new_names(keys: Sequence[str], plan: Plan) -> Names:
     _move_shared(gone, on_disk, in_memory, plan, after)
     _check_names(before, after, keys, on_disk, plan)
     if len(set(on_disk.values())) != len(on_disk):
-        raise SurgeryError("two weights would get the same name on disk", "load the model and cut it in memory instead")
+        raise SurgeryError(
+            "two weights would get the same name on disk", "load the model and cut it in memory instead"
+        )
     return Names(on_disk, in_memory)
 
 
 def _unprefixed(name: str, where: tuple[str, int], new: int) -> str:
-    """A name the class does not know, which lacks the base model's prefix (GPT-2's old masks `h.0.attn.bias`)."""
+    """A name the class does not know, which lacks the base model's prefix (GPT-2's old masks
+    `h.0.attn.bias`).
+    """
     short = where[0].partition(".")[2]
     return re.sub(rf"^{re.escape(short)}\.\d+(?=\.|$)", f"{short}.{new}", name)
 
@@ -148,7 +163,9 @@ def _unprefixed(name: str, where: tuple[str, int], new: int) -> str:
 def _move_shared(
     gone: dict[str, str], on_disk: dict[str, str], in_memory: dict[str, str], plan: Plan, after: DiskNames
 ) -> None:
-    """Weights shared between layers are stored under one of them; if that one goes, another takes them over (Zamba)."""
+    """Weights shared between layers are stored under one of them; if that one goes, another takes them
+    over (Zamba).
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in plan.before.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -158,24 +175,31 @@ def _move_shared(
         heirs = [heir for other in shared if (heir := plan.rename(other)) is not None]
         if not heirs or there & set(heirs):
             continue
-        numbers = (int(re.search(rf"^{re.escape(s)}\.(\d+)", n)[1]) for n in (name, heirs[0]) for s in plan.stacks if n.startswith(s + "."))  # type: ignore[index]
-        old, new = numbers
+        old, new = (layer_of(weight, plan.stacks) for weight in (name, heirs[0]))
+        if old is None or new is None:
+            continue
         on_disk[key], in_memory[key] = renumbered(key, old, new, after, heirs[0]), heirs[0]
 
 
-def _check_names(before: DiskNames, after: DiskNames, keys: Sequence[str], on_disk: dict[str, str], plan: Plan) -> None:
+def _check_names(
+    before: DiskNames, after: DiskNames, keys: Sequence[str], on_disk: dict[str, str], plan: Plan
+) -> None:
     """Every weight that the model calls for must be there, before the cut and after it."""
     had = {name for key in keys for name in before.all_in_memory(key)}
     have = {name for key in on_disk.values() for name in after.all_in_memory(key)} | set(plan.added)
-    if lacked := [n for n in sorted(before.known.keys() - _with_aliases(had, plan.before)) if not before.may_lack(n)]:
+    if lacked := [
+        n for n in sorted(before.known.keys() - _with_aliases(had, plan.before)) if not before.may_lack(n)
+    ]:
         raise ModelError(
             f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})",
             "fetch the checkpoint again; if it is complete, its config.json does not fit it",
         )
-    missing = [n for n in sorted(after.known.keys() - _with_aliases(have, plan.after)) if not after.may_lack(n)]
+    missing = [
+        n for n in sorted(after.known.keys() - _with_aliases(have, plan.after)) if not after.may_lack(n)
+    ]
     if missing:
         raise SurgeryError(
-            f"the cut checkpoint would lack {len(missing)} weights that its class calls for (first: {missing[0]})",
+            f"the cut checkpoint would lack {len(missing)} weights of its class (first: {missing[0]})",
             "load the model and cut it in memory instead",
         )
 
@@ -262,7 +286,7 @@ def _neighbour(jobs: Any, names: Names, module: str) -> tuple[list[Output], Outp
     return None
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> None:
@@ -288,19 +312,21 @@ def _copy_others(folder: Path, work: Path) -> None:
         if path.name.startswith(".") or path.name in NOT_COPIED or path.suffix in WEIGHTS:
             continue
         if path.is_dir():
-            shutil.copytree(path, work / path.name, ignore=shutil.ignore_patterns(".*", *(f"*{s}" for s in WEIGHTS)))
+            shutil.copytree(
+                path, work / path.name, ignore=shutil.ignore_patterns(".*", *(f"*{s}" for s in WEIGHTS))
+            )
         elif not path.name.endswith(".index.json"):
             shutil.copyfile(path, work / path.name)
 
 
-# --- config.json ----------------------------------------------------------------------------------------------
+# --- config.json ----------------------------------------------------------------------------------
 
 
 def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
     """The config.json of the cut model: the source's, with what the cut changed.
 
-    Facts that the source left to rules or defaults are written out. Where the mended file would not read as planned
-    (an old rule in it wins over the new list), the whole config is written anew.
+    Facts that the source left to rules or defaults are written out. Where the mended file would not read as
+    planned (an old rule in it wins over the new list), the whole config is written anew.
     """
     wanted = facts.reread(plan.config).to_dict()
     mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
@@ -332,7 +358,9 @@ def _patched(raw: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> d
 
 
 def _quantization_names_(config: dict[str, Any], plan: Plan) -> None:
-    """Quantizers list modules by name (`modules_to_not_convert`, `ignore`): those names move with their layers."""
+    """Quantizers list modules by name (`modules_to_not_convert`, `ignore`): those names move with their
+    layers.
+    """
     if isinstance(config.get("quantization_config"), dict):
         config["quantization_config"] = _renamed(config["quantization_config"], plan)
 

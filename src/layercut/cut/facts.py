@@ -7,8 +7,9 @@ First step of surgery. Configs describe their layers in four ways, and each is c
     dicts by layer     per_layer_config = {"3": {...}}                               re-map the keys
     rules              first_k_dense_replace = 3, attn_layer_period = 8, ...         count, solve or spell out
 
-`cut_config` is a pure function. It refuses what the architecture cannot express, and it checks its own work: the
-new config is written to JSON, read back as a loader would, and every per-layer fact compared with the old one's.
+`cut_config` is a pure function. It refuses what the architecture cannot express, and it checks its own work:
+the new config is written to JSON, read back as a loader would, and every per-layer fact compared with the old
+one's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from typing import Any
 
 from layercut.errors import SurgeryError
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers", "layers")
+COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_blocks",
+    "decoder_layers",
+    "num_decoder_layers",
+    "layers",
+)
 """Names under which configs count their decoder layers."""
 
 BY_LAYER = (
@@ -69,13 +79,15 @@ COUNTED_FROM_BACK = ("num_kv_shared_layers",)
 
 NOT_BY_LAYER = frozenset(
     {
-        "architectures", "original_layer_index", "block_types", "attention_types", "mtp_layer_types", "mtp_mlp_layer_types",
-        "mtp_layers_block_type", "mtp_local_layer_ids", "ssm_multipliers", "mlp_multipliers", "time_step_limit",
-        "axial_pos_shape", "axial_pos_embds_dim", "begin_suppress_tokens", "suppress_tokens", "eos_token_id", "bos_token_id",
-        "languages", "relative_bias_args", "encoder_hash_byte_group_size", "L_bp_cycles", "keys_to_ignore_at_inference",
-        "deepstack_visual_indexes", "moe_intermediate_size", "moe_num_experts", "freeze_text_module_exceptions",
-        "freeze_vision_module_exceptions", "cycles", "ngram_vocab_size", "kv_source_layers", "attn_hash_chunk_lengths",
-        "attention_chunk_sizes", "mrope_section", "deepstack_layer_map", "spatial_target_layers", "vision_feature_layer",
+        "architectures", "original_layer_index", "block_types", "attention_types", "mtp_layer_types",
+        "mtp_mlp_layer_types", "mtp_layers_block_type", "mtp_local_layer_ids", "ssm_multipliers",
+        "mlp_multipliers", "time_step_limit", "axial_pos_shape", "axial_pos_embds_dim",
+        "begin_suppress_tokens", "suppress_tokens", "eos_token_id", "bos_token_id", "languages",
+        "relative_bias_args", "encoder_hash_byte_group_size", "L_bp_cycles",
+        "keys_to_ignore_at_inference", "deepstack_visual_indexes", "moe_intermediate_size",
+        "moe_num_experts", "freeze_text_module_exceptions", "freeze_vision_module_exceptions", "cycles",
+        "ngram_vocab_size", "kv_source_layers", "attn_hash_chunk_lengths", "attention_chunk_sizes",
+        "mrope_section", "deepstack_layer_map", "spatial_target_layers", "vision_feature_layer",
     }
 )  # fmt: skip
 """Lists that may happen to be as long as the stack without being about its layers."""
@@ -109,7 +121,8 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
     config: the whole config; text_config: the part of it (or itself) that describes the decoder.
     Raises SurgeryError when no config of this class describes the layers that stay.
     """
-    new = copy.deepcopy(config, memo := {})
+    memo: dict[int, Any] = {}
+    new = copy.deepcopy(config, memo)
     text: Any = memo.get(id(text_config), new)
     _refuse_unknown_lists(text, layers)
     for rule in (_cut_lists, _cut_indices, _cut_dicts, _cut_counted, *SPECIAL_RULES):
@@ -126,7 +139,7 @@ def original_layer_index(config: Any, kept: Sequence[int]) -> list[int]:
     return [before[i] for i in kept] if before else list(kept)
 
 
-# --- the general kinds ----------------------------------------------------------------------------------------
+# --- the general kinds ----------------------------------------------------------------------------
 
 
 def _refuse_unknown_lists(text: Any, layers: int) -> None:
@@ -136,7 +149,7 @@ def _refuse_unknown_lists(text: Any, layers: int) -> None:
             continue
         if len(value) == layers and layers > 4:  # shorter lists are as long as the stack by chance too often
             raise SurgeryError(
-                f"the config's {name!r} holds {layers} values, as many as there are layers, and is not known to layercut",
+                f"the config's {name!r} holds {layers} values, perhaps one per layer, unknown to layercut",
                 "report this model type; its per-layer facts have to be learnt before it can be cut",
             )
 
@@ -185,11 +198,13 @@ def _set(text: Any, name: str, value: Any) -> None:
     vars(text)[name] = value
 
 
-# --- rules of single architectures ----------------------------------------------------------------------------
+# --- rules of single architectures ----------------------------------------------------------------
 
 
 def _decoder_sparse_step(text: Any, kept: Sequence[int], layers: int) -> None:
-    """Qwen-MoE: layer i is sparse where (i + 1) % step == 0. Spelled out in `mlp_only_layers`, with step 1."""
+    """Qwen-MoE: layer i is sparse where (i + 1) % step == 0. Spelled out in `mlp_only_layers`, with step
+    1.
+    """
     step = vars(text).get("decoder_sparse_step")
     if isinstance(step, int) and step > 1 and "mlp_only_layers" in vars(text):
         dense = {new for new, old in enumerate(kept) if (old + 1) % step}
@@ -211,15 +226,17 @@ def _period_and_offset(text: Any, kept: Sequence[int], layers: int) -> None:
             what = "attention" if kind == "attn" else "expert"
             where = [new for new, hit in enumerate(wanted) if hit]
             raise SurgeryError(
-                f"the config places {what} layers by one period and offset, and none fits the layers that stay "
-                f"(their {what} layers would be {where} of {len(kept)})"
+                f"the config places {what} layers by one period and offset, and none fits "
+                f"the layers that stay (their {what} layers would be {where} of {len(kept)})"
             )
         _set(text, period, found[0])
         _set(text, offset, found[1])
 
 
 def solve_period(wanted: Sequence[bool], period: int) -> tuple[int, int] | None:
-    """(period, offset) with wanted[i] == (i % period == offset) for all i, nearest to `period`; None if there is none."""
+    """(period, offset) with wanted[i] == (i % period == offset) for all i, nearest to `period`; None if
+    there is none.
+    """
     fits = [
         (p, o)
         for p in range(1, max(len(wanted), period) + 2)
@@ -244,7 +261,10 @@ def _moe_interval(text: Any, kept: Sequence[int], layers: int) -> None:
             for name, value in zip(names, (every, first, last), strict=True):
                 _set(text, name, value)
             return
-    raise SurgeryError(f"the config places expert layers by one interval, and none fits those that stay ({hits} of {len(kept)})")
+    raise SurgeryError(
+        f"the config places expert layers by one interval, and none fits the layers that stay "
+        f"({hits} of {len(kept)})"
+    )
 
 
 def _spelled_out(text: Any, kept: Sequence[int], layers: int) -> None:
@@ -266,13 +286,20 @@ def _sections(text: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def _scale_depth(text: Any, kept: Sequence[int], layers: int) -> None:
-    """MiniCPM3 multiplies residuals by scale_depth / sqrt(layers), a product that must stay the same to the bit."""
+    """MiniCPM3 multiplies residuals by scale_depth / sqrt(layers), a product that must stay the same to
+    the bit.
+    """
     scale = vars(text).get("scale_depth")
     if not isinstance(scale, int | float):
         return
     wanted = scale / math.sqrt(layers)
     guess = wanted * math.sqrt(len(kept))
-    for value in (guess, math.nextafter(guess, 0), math.nextafter(guess, math.inf), scale * math.sqrt(len(kept) / layers)):
+    for value in (
+        guess,
+        math.nextafter(guess, 0),
+        math.nextafter(guess, math.inf),
+        scale * math.sqrt(len(kept) / layers),
+    ):
         if value / math.sqrt(len(kept)) == wanted:
             guess = value
             break
@@ -287,12 +314,16 @@ def _kv_sources(text: Any, kept: Sequence[int], layers: int) -> None:
     place = {old: new for new, old in enumerate(kept)}
     for i in kept:
         if sources[i] not in place:
-            raise SurgeryError(f"layer {i} reuses the keys and values of layer {sources[i]}, which would be removed")
+            raise SurgeryError(
+                f"layer {i} reuses the keys and values of layer {sources[i]}, which would be removed"
+            )
     _set(text, "kv_source_layers", [place[sources[i]] for i in kept])
 
 
 def _no_multi_token_prediction(text: Any, kept: Sequence[int], layers: int) -> None:
-    """Extra prediction blocks sit behind the last layer on disk; loaders ignore them by fixed number. They go."""
+    """Extra prediction blocks sit behind the last layer on disk; loaders ignore them by fixed number.
+    They go.
+    """
     if vars(text).get("num_nextn_predict_layers"):
         _set(text, "num_nextn_predict_layers", 0)
 
@@ -309,7 +340,7 @@ SPECIAL_RULES: tuple[Callable[[Any, Sequence[int], int], None], ...] = (
 )
 
 
-# --- the check ------------------------------------------------------------------------------------------------
+# --- the check ------------------------------------------------------------------------------------
 
 
 def reread(config: Any) -> Any:
@@ -326,7 +357,9 @@ def read_as(cls: type, text: str) -> Any:
             return cls.from_json_file(file)  # type: ignore[attr-defined]
         except Exception as error:
             last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise SurgeryError(f"{cls.__name__} does not accept the layers that would stay: {last.strip()}") from error
+            raise SurgeryError(
+                f"{cls.__name__} does not accept the layers that would stay: {last.strip()}"
+            ) from error
 
 
 def _check(new: Any, text: Any, old_text: Any, kept: Sequence[int], layers: int) -> None:
@@ -337,6 +370,14 @@ def _check(new: Any, text: Any, old_text: Any, kept: Sequence[int], layers: int)
         for name, values in facts_by_layer(old_text, layers).items():
             got = getattr(facts, name, None)
             if (wanted := [values[i] for i in kept]) != (None if got is None else list(got)):
-                at = next((i for i, (a, b) in enumerate(zip(wanted, got or [], strict=False)) if a != b), None)
-                where = f": layer {kept[at]} is {wanted[at]!r} and would become {got[at]!r}" if at is not None and got else ""
-                raise SurgeryError(f"{type(text).__name__} cannot hold {name!r} of the layers that stay{where}")
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(wanted, got or [], strict=False)) if a != b), None
+                )
+                where = (
+                    f": layer {kept[at]} is {wanted[at]!r} and would become {got[at]!r}"
+                    if at is not None and got
+                    else ""
+                )
+                raise SurgeryError(
+                    f"{type(text).__name__} cannot hold {name!r} of the layers that stay{where}"
+                )

@@ -14,7 +14,8 @@ from layercut.errors import RunError
 
 @contextmanager
 def appearing(target: Path, *, force: bool = False, need: int = 0) -> Iterator[Path]:
-    """A temporary sibling to fill, which takes the name `target` when the block ends well and is removed otherwise.
+    """A temporary sibling to fill, which takes the name `target` when the block ends well and is removed
+    otherwise.
 
     What an earlier, killed run left beside `target` is removed first. need: bytes that must be free.
     Raises RunError: the target exists (unless force), cannot be written, or the disk is full.
@@ -48,14 +49,21 @@ def appearing(target: Path, *, force: bool = False, need: int = 0) -> Iterator[P
 def _readable(error: OSError, target: Path, need: int) -> RunError:
     size = f" ({need:,} bytes are needed)" if need else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"no space left for {target}{size}", "free some space, or give an --out on another disk")
+        return RunError(
+            f"no space left for {target}{size}", "free some space, or give an --out on another disk"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RunError(f"{target.parent} cannot be written to: {os.strerror(error.errno)}", "give an --out in a folder you own")
+        return RunError(
+            f"{target.parent} cannot be written to: {os.strerror(error.errno)}",
+            "give an --out in a folder you own",
+        )
     return RunError(f"{target} cannot be written: {error}", "check the disk and the --out path")
 
 
 def _remove(path: Path) -> None:
-    """Remove what is there; what cannot be removed (a read-only disk) stays, the error that led here matters more."""
+    """Remove what is there; what cannot be removed (a read-only disk) stays, the error that led here
+    matters more.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

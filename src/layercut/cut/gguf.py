@@ -1,8 +1,8 @@
 """Cut layers out of a GGUF file: blocks renumbered, their bytes untouched, per-layer metadata cut along.
 
-llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted anew), and for some
-architectures by rules in its own source, such as "every sixth layer attends to everything". A file cannot say
-otherwise, so cuts that break such a rule are refused.
+llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted anew), and for
+some architectures by rules in its own source, such as "every sixth layer attends to everything". A file
+cannot say otherwise, so cuts that break such a rule are refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from layercut.models import first_line
 from layercut.segments import Segment, checked_segments, kept_layers
 
 PERIODS = {
-    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "cohere2": 4, "gpt-oss": 2, "llama4": 4, "exaone4": 4, "exaone-moe": 4,
-    "smollm3": 4, "olmo2": 4, "plamo3": 8, "afmoe": 4, "gemma-embedding": 6, "mellum": 4, "step35": 4,
+    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "cohere2": 4, "gpt-oss": 2, "llama4": 4, "exaone4": 4,
+    "exaone-moe": 4, "smollm3": 4, "olmo2": 4, "plamo3": 8, "afmoe": 4, "gemma-embedding": 6, "mellum": 4,
+    "step35": 4,
 }  # fmt: skip
 """Architectures for which llama.cpp tells layers apart by their index modulo a number."""
 
@@ -34,21 +35,96 @@ NOT_BY_LAYER = ("rope.dimension_sections",)
 DEPENDS_ON_COUNT = {"minicpm3": "llama.cpp scales its residuals by the number of layers"}
 PACKED_TENSORS = ("per_layer_token_embd.weight", "per_layer_model_proj.weight")
 UNIFORM = frozenset(
-    """llama llama-embed deci qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe phi2 phi3 phimoe gpt2 gptj gptneox
-    falcon bloom mpt starcoder starcoder2 stablelm olmo olmoe gemma granite granitemoe granitehybrid command-r deepseek
-    deepseek2 glm4 glm4moe chatglm internlm2 mistral3 nemotron nemotron_h minicpm bitnet refact xverse baichuan codeshell
-    orion arctic exaone jais ernie4_5 ernie4_5-moe hunyuan-dense hunyuan-moe dots1 seed_oss apertus arcee lfm2 lfm2moe
-    falcon-h1 mamba mamba2 jamba dbrx grok plamo openelm dream llada bailingmoe bailingmoe2 qwen3next qwen35 qwen35moe
-    minimax-m2 mimo2 kimi-linear""".split()
+    [
+        "llama",
+        "llama-embed",
+        "deci",
+        "qwen",
+        "qwen2",
+        "qwen2moe",
+        "qwen2vl",
+        "qwen3",
+        "qwen3moe",
+        "qwen3vl",
+        "qwen3vlmoe",
+        "phi2",
+        "phi3",
+        "phimoe",
+        "gpt2",
+        "gptj",
+        "gptneox",
+        "falcon",
+        "bloom",
+        "mpt",
+        "starcoder",
+        "starcoder2",
+        "stablelm",
+        "olmo",
+        "olmoe",
+        "gemma",
+        "granite",
+        "granitemoe",
+        "granitehybrid",
+        "command-r",
+        "deepseek",
+        "deepseek2",
+        "glm4",
+        "glm4moe",
+        "chatglm",
+        "internlm2",
+        "mistral3",
+        "nemotron",
+        "nemotron_h",
+        "minicpm",
+        "bitnet",
+        "refact",
+        "xverse",
+        "baichuan",
+        "codeshell",
+        "orion",
+        "arctic",
+        "exaone",
+        "jais",
+        "ernie4_5",
+        "ernie4_5-moe",
+        "hunyuan-dense",
+        "hunyuan-moe",
+        "dots1",
+        "seed_oss",
+        "apertus",
+        "arcee",
+        "lfm2",
+        "lfm2moe",
+        "falcon-h1",
+        "mamba",
+        "mamba2",
+        "jamba",
+        "dbrx",
+        "grok",
+        "plamo",
+        "openelm",
+        "dream",
+        "llada",
+        "bailingmoe",
+        "bailingmoe2",
+        "qwen3next",
+        "qwen35",
+        "qwen35moe",
+        "minimax-m2",
+        "mimo2",
+        "kimi-linear",
+    ]
 )
 """Architectures whose layers differ only as their tensors and metadata arrays or the keys above say."""
 
 
 def cut_gguf(file: Path, segments: Sequence[Segment], out: Path, *, force: bool = False) -> None:
-    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are byte-identical to the source's.
+    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are byte-identical to the
+    source's.
 
     Raises SurgeryError: llama.cpp could not be told what is left. ModelError: not a readable GGUF file.
-    ConfigError: `out` is not named *.gguf. RunError: it exists (unless force), cannot be written, or the disk is full.
+    ConfigError: `out` is not named *.gguf. RunError: it exists (unless force), cannot be written, or the disk
+    is full.
     """
     file, out = Path(file), Path(out)
     if out.suffix != ".gguf":
@@ -56,7 +132,9 @@ def cut_gguf(file: Path, segments: Sequence[Segment], out: Path, *, force: bool 
     reader = _open(file)
     name = _value(reader, "general.architecture", file)
     blocks = _value(reader, f"{name}.block_count", file)
-    extra = int(_value(reader, f"{name}.nextn_predict_layers", file, 0))  # prediction blocks, behind the layers
+    extra = int(
+        _value(reader, f"{name}.nextn_predict_layers", file, 0)
+    )  # prediction blocks, behind the layers
     layers = blocks - extra
     segments = checked_segments(segments, layers)
     try:
@@ -64,9 +142,13 @@ def cut_gguf(file: Path, segments: Sequence[Segment], out: Path, *, force: bool 
     except SurgeryError as error:
         text = ", ".join(map(str, segments))
         hint = error.hint or _nearby(reader, name, file, segments, layers)
-        raise SurgeryError(f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}", hint) from None
+        raise SurgeryError(
+            f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}", hint
+        ) from None
     kept = kept_layers(segments, layers)
-    with appearing(out, force=force, need=sum(t.n_bytes for t in reader.tensors if _block(t.name) in {None, *kept})) as work:
+    with appearing(
+        out, force=force, need=sum(t.n_bytes for t in reader.tensors if _block(t.name) in {None, *kept})
+    ) as work:
         _write(reader, work / out.name, name, kept, layers, blocks)
 
 
@@ -74,11 +156,15 @@ def _open(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ModelError("reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"') from None
+        raise ModelError(
+            "reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"'
+        ) from None
     try:
         return GGUFReader(file, "r")
     except Exception as error:  # the reader raises whatever its parsing runs into
-        raise ModelError(f"{file} is corrupt, truncated or no GGUF file: {first_line(error)}", "fetch this file again") from None
+        raise ModelError(
+            f"{file} is corrupt, truncated or no GGUF file: {first_line(error)}", "fetch this file again"
+        ) from None
 
 
 def _value(reader: Any, key: str, file: Path, default: Any = None) -> Any:
@@ -96,16 +182,23 @@ def _block(tensor: str) -> int | None:
     return int(parts[1]) if parts[0] == "blk" and len(parts) > 1 and parts[1].isdigit() else None
 
 
-# --- what cannot be expressed ---------------------------------------------------------------------------------
+# --- what cannot be expressed ---------------------------------------------------------------------
 
 
 def _refuse(reader: Any, name: str, file: Path, kept: Sequence[int], layers: int) -> None:
     if int(_value(reader, "split.count", file, 0)) > 1:
-        raise SurgeryError("it is one of several parts", "join them first: llama-gguf-split --merge FIRST.gguf WHOLE.gguf")
+        raise SurgeryError(
+            "it is one of several parts", "join them first: llama-gguf-split --merge FIRST.gguf WHOLE.gguf"
+        )
     if name in DEPENDS_ON_COUNT:
-        raise SurgeryError(DEPENDS_ON_COUNT[name], "cut the original checkpoint folder instead, then convert it")
+        raise SurgeryError(
+            DEPENDS_ON_COUNT[name], "cut the original checkpoint folder instead, then convert it"
+        )
     if packed := [t.name for t in reader.tensors if t.name in PACKED_TENSORS]:
-        raise SurgeryError(f"{packed[0]} packs a slice for every layer", "cut the original checkpoint folder instead, then convert it")
+        raise SurgeryError(
+            f"{packed[0]} packs a slice for every layer",
+            "cut the original checkpoint folder instead, then convert it",
+        )
     if name not in PERIODS and name not in UNIFORM:
         raise SurgeryError(
             f"layercut does not know how llama.cpp tells the layers of {name!r} apart",
@@ -122,12 +215,17 @@ def _periods(reader: Any, name: str, file: Path) -> Iterable[tuple[int, str]]:
     pattern = spelled_out.contents() if spelled_out is not None else None
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 1:
         yield pattern, f"llama.cpp treats every {pattern}th layer apart (sliding_window_pattern)"
-    elif name in PERIODS and not (name in WINDOW_ONLY and reader.get_field(f"{name}.attention.sliding_window") is None):
+    elif name in PERIODS and not (
+        name in WINDOW_ONLY and reader.get_field(f"{name}.attention.sliding_window") is None
+    ):
         yield PERIODS[name], f"llama.cpp treats every {PERIODS[name]}th layer of {name} apart"
     for key in PERIOD_KEYS:
         if (period := int(_value(reader, f"{name}.{key}", file, 0))) > 1:
             yield period, f"llama.cpp treats every {period}th layer apart ({key})"
-    if name in ("qwen3next", "qwen35", "qwen35moe") and reader.get_field(f"{name}.full_attention_interval") is None:
+    if (
+        name in ("qwen3next", "qwen35", "qwen35moe")
+        and reader.get_field(f"{name}.full_attention_interval") is None
+    ):
         yield 4, f"llama.cpp treats every 4th layer of {name} apart"
 
 
@@ -146,7 +244,7 @@ def _nearby(reader: Any, name: str, file: Path, segments: Sequence[Segment], lay
     return "segments near it that can: " + ", or ".join(found[:3])
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def _write(reader: Any, out: Path, name: str, kept: list[int], layers: int, blocks: int) -> None:
@@ -167,13 +265,19 @@ def _write(reader: Any, out: Path, name: str, kept: list[int], layers: int, bloc
         if field.name.startswith(f"{name}."):
             value = _cut_value(field.name[len(name) + 1 :], value, kept, kept_blocks, layers, blocks)
         kind = field.types[0]
-        writer.add_key_value(field.name, value, kind, sub_type=field.types[-1] if kind == GGUFValueType.ARRAY else None)
+        writer.add_key_value(
+            field.name, value, kind, sub_type=field.types[-1] if kind == GGUFValueType.ARRAY else None
+        )
     index = [earlier[i] for i in kept] if earlier else kept
-    writer.add_key_value("layercut.original_layer_index", index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
+    writer.add_key_value(
+        "layercut.original_layer_index", index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32
+    )
     tensors = [(t, _renamed(t.name, place)) for t in reader.tensors]
     tensors = [(t, new) for t, new in tensors if new is not None]
     for tensor, new in tensors:
-        writer.add_tensor_info(new, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type)
+        writer.add_tensor_info(
+            new, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -182,7 +286,9 @@ def _write(reader: Any, out: Path, name: str, kept: list[int], layers: int, bloc
     writer.close()
 
 
-def _cut_value(key: str, value: Any, kept: list[int], kept_blocks: list[int], layers: int, blocks: int) -> Any:
+def _cut_value(
+    key: str, value: Any, kept: list[int], kept_blocks: list[int], layers: int, blocks: int
+) -> Any:
     if key == "block_count":
         return len(kept_blocks)
     if key in COUNTED_FROM_FRONT:

@@ -16,18 +16,23 @@ from layercut.segments import Segment
 def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     """Remove the layers of `segments` from a transformers model, in place; it can be run and saved at once.
 
-    The layers leave every list that has one entry per layer; layer indices, counts and per-layer facts of the config
-    follow; tensors that must change are replaced, never written to, so a model that shares them stays as it was.
+    The layers leave every list that has one entry per layer; layer indices, counts and per-layer facts of the
+    config follow; tensors that must change are replaced, never written to, so a model that shares them stays
+    as it was.
     `model.config.original_layer_index` tells where the kept layers stood in the first model of all.
 
-    Raises SurgeryError, before anything is changed, when stock transformers cannot express what would be left.
+    Raises SurgeryError, before anything is changed, when stock transformers cannot express what would be
+    left.
     """
     plan = plan_cut(model.config, type(model), segments)
     _check_same(model, plan)
     modules = dict(model.named_modules(remove_duplicate=False))
     parts = _configs(modules, plan)
     weights = model.state_dict(keep_vars=True)
-    edited = {name: edit(lambda key: weights[key].detach()) for name, edit in (plan.edits | rescaled(model, plan)).items()}
+    edited = {
+        name: edit(lambda key: weights[key].detach())
+        for name, edit in (plan.edits | rescaled(model, plan)).items()
+    }
     for name, attribute, value in plan.attributes:
         setattr(modules[name], attribute, value)
     for stack in plan.stacks:
@@ -40,7 +45,11 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     for name, shape in plan.added.items():
         owner, _, leaf = name.rpartition(".")
         like = next(model.parameters())
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad))
+        setattr(
+            model.get_submodule(owner),
+            leaf,
+            nn.Parameter(like.new_zeros(shape), requires_grad=like.requires_grad),
+        )
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled"):
             module.layers_are_rescaled = False
@@ -50,13 +59,16 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
 
 
 def _check_same(model: Any, plan: Plan) -> None:
-    """The plan was made on a fresh model of the class; a model that was changed since may need something else."""
+    """The plan was made on a fresh model of the class; a model that was changed since may need something
+    else.
+    """
     real = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     plain = {name: tuple(tensor.shape) for name, tensor in plan.before.state_dict(keep_vars=True).items()}
     odd = sorted(name for name in real.keys() | plain.keys() if real.get(name) != plain.get(name))
     if odd:
         raise SurgeryError(
-            f"this {type(model).__name__} is not what its class makes of its config ({len(odd)} tensors differ, first: {odd[0]})",
+            f"this {type(model).__name__} is not what its class makes of its config "
+            f"({len(odd)} tensors differ, first: {odd[0]})",
             "take off adapters, wrappers and quantization before cutting",
         )
 
@@ -64,7 +76,8 @@ def _check_same(model: Any, plan: Plan) -> None:
 def _configs(modules: dict[str, nn.Module], plan: Plan) -> list[tuple[Any, dict[str, Any]]]:
     """Every config object the model holds, with what it must say after the cut.
 
-    Most modules share the parts of one config; some keep a private copy, which follows the freshly built model's.
+    Most modules share the parts of one config; some keep a private copy, which follows the freshly built
+    model's.
     """
     seen: dict[int, tuple[Any, dict[str, Any]]] = {}
     after = dict(plan.after.named_modules(remove_duplicate=False))
@@ -87,13 +100,16 @@ def _pairs(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _with_children(facts: dict[str, Any], old: Any) -> dict[str, Any]:
-    """Keep the nested config objects themselves, which modules share; each is brought up to date on its own."""
+    """Keep the nested config objects themselves, which modules share; each is brought up to date on its
+    own.
+    """
     return {k: vars(old).get(k, v) if hasattr(v, "to_dict") else v for k, v in facts.items()}
 
 
 def _keep_(stack: nn.Module, kept: Sequence[int]) -> None:
     """Leave only the entries `kept` in a list of modules or parameters, renumbered from 0."""
-    for table in (stack._modules, stack._parameters):
+    tables: tuple[dict[str, Any], ...] = (stack._modules, stack._parameters)
+    for table in tables:
         if table:
             entries = list(table.values())
             table.clear()
@@ -106,4 +122,8 @@ def _replace_(model: Any, name: str, new: Any) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     old = getattr(owner, leaf)
-    setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    setattr(
+        owner,
+        leaf,
+        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
+    )

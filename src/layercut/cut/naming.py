@@ -1,7 +1,8 @@
 """From the names of weights on disk to the names in memory, and back for other layers.
 
-Many checkpoints name their weights otherwise than the model does (`transformer.h.3` for `model.layers.3`, one tensor
-per expert for a fused one, two blocks for one layer). transformers knows the way in; the way back is found by trying:
+Many checkpoints name their weights otherwise than the model does (`transformer.h.3` for `model.layers.3`, one
+tensor per expert for a fused one, two blocks for one layer). transformers knows the way in; the way back is
+found by trying:
 of the numbers in a disk name, the right ones to change are those that make it read as the wanted name.
 """
 
@@ -28,6 +29,8 @@ class DiskNames:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        # Some renamings depend on what was read before: the first answer counts
+        self._read: dict[str, str] = {}
         self._prefix = model.base_model_prefix
         self._optional = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
         self.known = dict(model.state_dict(keep_vars=True))
@@ -36,7 +39,12 @@ class DiskNames:
         """The name in memory that a tensor of this name on disk is loaded into (of several, the first)."""
         from transformers.core_model_loading import rename_source_key
 
-        return rename_source_key(key, self._renamings, self._converters, self._prefix, self.known)[0]
+        if key not in self._read:
+            renames = self._renamings, self._converters, self._prefix, self.known
+            name = rename_source_key(key, *renames)[0]
+            keeps = name not in self.known and key in self.known  # then a loader takes the name as it is
+            self._read[key] = key if keeps else name
+        return self._read[key]
 
     def all_in_memory(self, key: str) -> list[str]:
         """Every name in memory that a tensor of this name on disk becomes part of."""
@@ -59,10 +67,18 @@ class DiskNames:
         name = self.to_memory(key)
         for candidate in (name, f"{self._prefix}.{name}"):
             for stack in stacks:
-                index = candidate[len(stack) + 1 :].partition(".")[0]
-                if candidate.startswith(stack + ".") and index.isdigit():
-                    return stack, int(index)
+                if (index := layer_of(candidate, [stack])) is not None:
+                    return stack, index
         return None
+
+
+def layer_of(name: str, stacks: Sequence[str]) -> int | None:
+    """The index in a name in memory; None for a name outside the stacks."""
+    for stack in stacks:
+        index = name[len(stack) + 1 :].partition(".")[0]
+        if name.startswith(stack + ".") and index.isdigit():
+            return int(index)
+    return None
 
 
 def renumbered(key: str, old: int, new: int, read: DiskNames, wanted: str) -> str:

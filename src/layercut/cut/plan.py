@@ -1,19 +1,21 @@
 """What a cut changes, worked out on models without weights before anything is touched.
 
-The stock class is built twice on the meta device, from the old config and from the cut one. What differs between the
-two, layer by kept layer, is exactly what a loader would do differently after the cut:
+The stock class is built twice on the meta device, from the old config and from the cut one. What differs
+between the two, layer by kept layer, is exactly what a loader would do differently after the cut:
 
     an integer that moved as the layer did     a layer index (`layer_idx`, a shared layer's source): to be set
     a count                                     to be set
     anything else                               a fact the cut config does not carry over: the cut is refused
 
-So a per-layer fact that nobody listed cannot slip through: it shows as a difference, and is named in the refusal.
+So a per-layer fact that nobody listed cannot slip through: it shows as a difference, and is named in the
+refusal.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -26,6 +28,9 @@ from layercut.cut import adjust, facts
 from layercut.errors import LayercutError, ModelError, SurgeryError
 from layercut.models import Decoder, find_decoder, first_line, quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
+
+PATIENCE = 15.0
+"""Seconds after which the search for segments that work instead of a refused one ends."""
 
 _TORCH = frozenset(vars(nn.Module()))
 _ASIDE = _TORCH | {"config", "generation_config", "name_or_path", "_is_hf_initialized"}
@@ -75,7 +80,9 @@ def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
 
 
 def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> Plan:
-    """Work out a cut of `cls(config)`, or raise SurgeryError (with the nearest segments that work in its hint)."""
+    """Work out a cut of `cls(config)`, or raise SurgeryError (with the nearest segments that work in its
+    hint).
+    """
     before = skeleton(cls, config)
     try:
         decoder = find_decoder(before)
@@ -88,7 +95,9 @@ def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> Plan:
     except SurgeryError as error:
         text = ", ".join(map(str, segments))
         hint = error.hint or nearby(config, cls, before, decoder, segments)
-        raise SurgeryError(f"{cls.__name__}: layers {text} cannot be cut out: {error.message}", hint) from error
+        raise SurgeryError(
+            f"{cls.__name__}: layers {text} cannot be cut out: {error.message}", hint
+        ) from error
 
 
 def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]) -> Plan:
@@ -98,7 +107,7 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
     new = facts.cut_config(config, old_text, kept, layers)
     loaded = facts.reread(new)
     _copy_unsaved(config, loaded)
-    after = skeleton(cls, loaded)
+    after = skeleton(cls, loaded, hint="")
     stacks = _stacks(before, after, decoder, kept)
     plan = Plan(kept=kept, config=new, before=before, after=after, path=decoder.path, stacks=stacks)
     differences = list(_differences(plan))
@@ -121,11 +130,15 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
     )
 
 
-def skeleton(cls: type, config: Any) -> Any:
+def skeleton(
+    cls: type, config: Any, hint: str = "check that this version of transformers can load the model"
+) -> Any:
     """The model class built from a config, without weights: every tensor on the meta device."""
     config = copy.deepcopy(config)
     for part in facts.parts(config):
-        if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
+        if isinstance(
+            dtype := vars(part).get("dtype"), str
+        ):  # as read from JSON; loaders resolve it, classes do not
             vars(part)["dtype"] = getattr(torch, dtype)
     with quiet_transformers(), torch.device("meta"):
         try:
@@ -134,8 +147,7 @@ def skeleton(cls: type, config: Any) -> Any:
             raise
         except Exception as error:
             raise SurgeryError(
-                f"{cls.__name__} cannot be built from this config: {first_line(error)}",
-                "check that this version of transformers can load the model",
+                f"{cls.__name__} cannot be built from the config: {first_line(error)}", hint
             ) from error
 
 
@@ -174,7 +186,7 @@ def _stacks(before: Any, after: Any, decoder: Decoder, kept: list[int]) -> tuple
     return tuple(found)
 
 
-# --- differences ----------------------------------------------------------------------------------------------
+# --- differences ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,12 +202,16 @@ class Difference:
 
     @property
     def is_tensor(self) -> bool:
-        """Whether a parameter or buffer differs (then old and new are shapes, or None where there is none)."""
+        """Whether a parameter or buffer differs (then old and new are shapes, or None where there is
+        none).
+        """
         return isinstance(self.old, torch.Size) or isinstance(self.new, torch.Size)
 
 
 def _differences(plan: Plan) -> Iterator[Difference]:
-    every = plan.before.named_modules(remove_duplicate=False)  # layers may share a module, such as an activation
+    every = plan.before.named_modules(
+        remove_duplicate=False
+    )  # layers may share a module, such as an activation
     old = {name: module for name, module in every if plan.rename(name) is not None}
     new = dict(plan.after.named_modules(remove_duplicate=False))
     names = {plan.rename(name): name for name in old}
@@ -228,7 +244,9 @@ def _tensors(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared, or None for objects that say nothing about a layer (modules, functions)."""
+    """A value that can be compared, or None for objects that say nothing about a layer (modules,
+    functions).
+    """
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
         return value
     if isinstance(value, Enum):
@@ -262,7 +280,11 @@ def _moved(
             continue
         known = not difference.is_tensor and difference.what
         summary = not inside and isinstance(difference.old, list | dict)
-        if known and (summary or _is_move(difference.old, difference.new, plan.kept, layers) or _is_slot(difference, plan)):
+        if known and (
+            summary
+            or _is_move(difference.old, difference.new, plan.kept, layers)
+            or _is_slot(difference, plan)
+        ):
             module = plan.after.get_submodule(plan.rename(difference.module) or "")
             moved.append((difference.module, difference.what, copy.copy(vars(module).get(difference.what))))
         else:
@@ -271,7 +293,9 @@ def _moved(
 
 
 def _is_left_over(difference: Difference, plan: Plan) -> bool:
-    """Something outside the layers for a kind of layer that is gone, such as its RoPE: it may stay, unused."""
+    """Something outside the layers for a kind of layer that is gone, such as its RoPE: it may stay,
+    unused.
+    """
     module, other = plan.before.get_submodule(difference.module), plan.after.get_submodule(difference.module)
     if difference.is_tensor:
         return difference.new is None and difference.what in module._non_persistent_buffers_set
@@ -307,9 +331,13 @@ def _describe(differences: Sequence[Difference]) -> str:
     for difference in differences[:2]:
         where = f"{difference.module}.{difference.what}".strip(".")
         if difference.is_tensor:
-            named.append(f"weight {where} is {_shape(difference.old)} and would have to be {_shape(difference.new)}")
+            named.append(
+                f"weight {where} is {_shape(difference.old)} and would have to be {_shape(difference.new)}"
+            )
         else:
-            named.append(f"{where} is {difference.old!r} and would become {difference.new!r} at its new place")
+            named.append(
+                f"{where} is {difference.old!r} and would become {difference.new!r} at its new place"
+            )
     more = len(differences) - len(named)
     return "; ".join(named) + (f" (and {more} more such facts)" if more else "")
 
@@ -318,19 +346,24 @@ def _shape(size: Any) -> str:
     return "absent" if size is None else "x".join(map(str, size))
 
 
-# --- the nearest cuts that work -------------------------------------------------------------------------------
+# --- the nearest cuts that work -------------------------------------------------------------------
 
 
-def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequence[Segment], most: int = 3) -> str:
-    """Name up to `most` segments near the wanted ones that can be cut; tried one after the other, nearest first."""
+def nearby(
+    config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequence[Segment], most: int = 3
+) -> str:
+    """Name up to `most` segments near the wanted ones that can be cut; tried one after the other, nearest
+    first.
+    """
     found: list[str] = []
+    until = time.monotonic() + PATIENCE
     for candidate in neighbours(segments, len(decoder)):
         try:
             _plan(config, cls, before, decoder, kept_layers(candidate, len(decoder)))
         except LayercutError:
             continue
         found.append(" ".join(f"--segment {segment}" for segment in candidate))
-        if len(found) == most:
+        if len(found) == most or time.monotonic() > until:
             break
     if not found:
         return "no segment near this one can be cut out of this architecture"
@@ -344,7 +377,11 @@ def neighbours(segments: Sequence[Segment], layers: int, tries: int = 40) -> lis
         for grow in range(-4, 5):
             try:
                 candidate = [Segment(s.start + shift, s.stop + shift + grow) for s in segments]
-                moves.append((abs(shift) + abs(grow) + abs(shift + grow), checked_segments(candidate, layers)))
+                moves.append(
+                    (abs(shift) + abs(grow) + abs(shift + grow), checked_segments(candidate, layers))
+                )
             except LayercutError:
                 continue
-    return [candidate for distance, candidate in sorted(moves, key=lambda move: move[0])[: tries + 1] if distance]
+    return [
+        candidate for distance, candidate in sorted(moves, key=lambda move: move[0])[: tries + 1] if distance
+    ]

@@ -1,6 +1,7 @@
 """Safetensors files as headers and byte ranges: tensors are copied by the kernel, not through Python.
 
-Layout: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), the data.
+Layout: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, data_offsets), the
+data.
 """
 
 from __future__ import annotations
@@ -82,7 +83,11 @@ def write_shard(file: Path, source: Path, outputs: list[Output], metadata: dict[
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for out in outputs:
-        header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [offset, offset + out.size]}
+        header[out.name] = {
+            "dtype": out.dtype,
+            "shape": list(out.shape),
+            "data_offsets": [offset, offset + out.size],
+        }
         offset += out.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
