@@ -243,7 +243,7 @@ class Workbench:
 
     def evaluate(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-        config, tokens = self.config.evaluate, self.blocks["evaluation"]
+        config, tokens, text = self.config.evaluate, self.blocks["evaluation"], self.run.read("text") or {}
         fold, heal = self.run.read("fold") or {}, self.run.read("heal") or {}
         states: dict[str, list[str] | None] = {"dense": None, "cut": []}
         if fold["changed"]:
@@ -260,6 +260,7 @@ class Workbench:
         return {
             "perplexity": {
                 "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
+                "fingerprint": text["evaluation"]["fingerprint"],
             },
             "generations": [
                 {"prompt": prompt, "dense": dense, "compressed": compressed}
@@ -282,9 +283,10 @@ class Workbench:
         """The dense model without the segments, over the same tensors, then with what healing changed."""
         student = models.share(self.dense.model)
         cut_segment_(student, segments)
-        kept = {"folded": (self.run.read("fold") or {}).get("changed"), "tuned": (self.run.read("heal") or {}).get("tuning")}
+        kept = {"folded": ("fold", "changed"), "tuned": ("heal", "tuning")}
         for name in weights:
-            if kept[name]:
+            stage, key = kept[name]
+            if (self.run.read(stage) or {}).get(key):
                 models.replace_parameters_(student, load_file(self.run / f"{name}.safetensors"))
         return student
 
