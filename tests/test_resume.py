@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +18,35 @@ import pytest
 from layercut.cli import main
 from layercut.runs import STAGES
 
-# Runs the command and is killed at the worst moment of a stage: all its work is done and its JSON half written.
-# `export/folder` is killed while the new model's folder stands beside its place.
+# Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
+# its work is done and its JSON half written; at "export/folder", the new model stands beside its place.
+# One process loads the libraries and forks the others, which spares 3 s each.
 DRIVER = """
-import os, signal, sys
-from layercut import export, runs
-where, number, *argv = sys.argv[1:]
-write_json = runs.write_json
+import os, sys
+import transformers.models.llama.modeling_llama
+from layercut import cli, export, pipeline, runs
 
-def die(*_):
-    os.kill(os.getpid(), int(number))
+def run(where, number, argv):
+    def die(*_):
+        os.kill(os.getpid(), number)
 
-def write_half(path, content):
-    if path.name == where + ".json":
-        path.with_name(f".{path.name}.partial").write_text('{"half": ')
-        die()
-    write_json(path, content)
+    def write_half(path, content):
+        if path.name == where + ".json":
+            path.with_name(f".{path.name}.partial").write_text('{"half": ')
+            die()
+        write_json(path, content)
 
-runs.write_json = write_half
-if where == "export/folder":
-    export.replace_folder = die
-from layercut.cli import main
-sys.exit(main(argv))
+    write_json, runs.write_json = runs.write_json, write_half
+    export.verify_reload = lambda *_: {}
+    if where == "export/folder":
+        export.replace_folder = die
+    os.dup2(2, 1)
+    os._exit(cli.main(argv))
+
+for line in sys.stdin:
+    where, number = line.split()
+    child = os.fork() or run(where, int(number), sys.argv[1:])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 MOMENTS = ["text", "search", "cut", "fold", "heal", "eval", "export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
@@ -45,10 +54,27 @@ RUN += ["--batch-tokens=16", "--learning-rate=0.003"]
 VARY = {"seconds", "speed", "peak_rss_bytes"}
 
 
-def drive(where: str, number: int, argv: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, where, str(int(number)), *argv], capture_output=True, text=True, timeout=120
-    )
+@contextmanager
+def driver(argv: list[str], log: Path) -> Iterator[Callable[[str, int], int]]:
+    """Call what it yields with a moment and a signal: the command runs up to there; its exit code."""
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        assert process.stdin
+        assert process.stdout
+
+        def run_until(moment: str, number: int) -> int:
+            print(moment, int(number), file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        with process:
+            yield run_until
+            process.stdin.close()
 
 
 def started(run: Path) -> list[str]:
@@ -87,7 +113,10 @@ def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.T
 def again(whole, tiny_model, texts, tmp_path, monkeypatch):
     """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran."""
     run = shutil.copytree(whole, tmp_path / "run")
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})  # 4 s, and not what is tested here
+    # slow, and not what is tested here
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.evaluate.generations", lambda *_: ["", "", ""])
+    monkeypatch.setattr("layercut.pipeline.write_report", lambda *_: None)
 
     def rerun(*more: str, model: Path = tiny_model) -> list[str]:
         before = len(started(run))
@@ -102,39 +131,37 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch):
 
 
 def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_model, texts, tmp_path):
-    run = tmp_path / "run"
+    run, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_model, texts, run)
     finished: dict[str, int] = {}
-    for moment in MOMENTS:
-        stage = moment.partition("/")[0]
-        before = len(started(run))
-        done = drive(moment, signal.SIGKILL, argv)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        written = artefacts(run)
-        assert stage not in written
-        assert {s: written.get(s) for s in finished} == finished, "a finished stage was written again"
-        resumed_from = STAGES[len(finished)]
-        assert started(run)[before:] == list(STAGES[STAGES.index(resumed_from) : STAGES.index(stage) + 1])
-        finished = written
+    with driver(argv, log) as run_until:
+        for moment in MOMENTS:
+            stage, before = moment.partition("/")[0], len(started(run))
+            assert run_until(moment, signal.SIGKILL) == -signal.SIGKILL, log.read_text()
+            written = artefacts(run)
+            assert stage not in written
+            assert {s: written.get(s) for s in finished} == finished, "a finished stage was written again"
+            todo = [s for s in STAGES if s not in finished]
+            assert started(run)[before:] == todo[: todo.index(stage) + 1]
+            finished = written
 
     assert main(argv) == 0
     assert started(run)[-1] == "summary"
-    assert set(json.loads((run / "summary.json").read_text())["seconds"]) == {*STAGES} - {"summary"}
     assert {s: artefacts(run)[s] for s in finished} == finished
     assert summary(run) == summary(whole)
-    assert not list(run.glob(".*.partial")) + list(run.glob(".*.old"))
-    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
+    assert set(json.loads((run / "summary.json").read_text())["seconds"]) == {*STAGES} - {"summary"}
+    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}, "partial files are left"
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (run, whole)]
     assert weights[0] == weights[1]
 
 
 def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
-    argv = arguments(tiny_model, texts, tmp_path / "run")
-    done = drive("search", signal.SIGINT, argv)
-    assert done.returncode == 130
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("stopped; the same command goes on")
-    assert list(artefacts(tmp_path / "run")) == ["text"]
+    run, log = tmp_path / "run", tmp_path / "log"
+    with driver(arguments(tiny_model, texts, run), log) as run_until:
+        assert run_until("search", signal.SIGINT) == 130
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().splitlines()[-1].startswith("stopped; the same command goes on")
+    assert list(artefacts(run)) == ["text"]
 
 
 def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
@@ -142,9 +169,10 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
         raise RuntimeError("a fault of ours")
 
     (again.run / "heal.json").unlink()
-    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="a fault of ours"):
+    with monkeypatch.context() as broken:
         broken.setattr("layercut.pipeline.tune_", fail)
-        again()
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            again()
     assert "heal" not in artefacts(again.run)
     assert "summary" not in artefacts(again.run), "a summary of what is no longer whole"
     assert again() == ["heal", "summary"]
@@ -190,11 +218,13 @@ def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, mo
         pass
 
     def die(path: Path, content: Any) -> None:
-        raise Killed
+        if path.name == "text.json":
+            raise Killed
 
-    with monkeypatch.context() as killed, pytest.raises(Killed):
-        killed.setattr("layercut.runs.write_json", lambda path, c: die(path, c) if path.name == "text.json" else None)
-        again("--seed=1")
+    with monkeypatch.context() as killed:
+        killed.setattr("layercut.runs.write_json", die)
+        with pytest.raises(Killed):
+            again("--seed=1")
     assert again() == ["text", "summary"]
     assert summary(again.run) == summary(whole)
 
