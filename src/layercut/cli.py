@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,7 +141,7 @@ def _words(error: cyclopts.CycloptsError) -> str:
 def _take_config(arguments: list[str]) -> None:
     """Let --config FILE fill the flags that are not given; flags win."""
     app.config = ()
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         if argument == "--config" and (not following or following.startswith("-")):
             raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
         if argument == "--config" or argument.startswith("--config="):
@@ -149,8 +151,16 @@ def _take_config(arguments: list[str]) -> None:
 def _yaml(path: Path) -> Callable[..., Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 without its numbers of base 60, or 13:19 would be read as 799."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if not (tag.endswith(":int") and first in "123456789")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[1-9][0-9_]*$"), list("123456789"))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}", "give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

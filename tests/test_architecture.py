@@ -1,0 +1,71 @@
+"""Imports go downward only: cli, demo -> pipeline -> stages -> ground. Read from the source, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import layercut
+
+ROOT = Path(layercut.__file__).parent
+
+# The rooms, from the ground up; a file belongs to the room of the first part of its name under layercut.
+# data.py reads through sources.py, which reads pythontext.py: ground that stands on ground, and in this order.
+GROUND = [
+    "errors", "segments", "losses", "progress", "config", "runs", "models", "pythontext", "sources", "data", "sweep",
+]  # fmt: skip
+# what several files do together is one room
+ROOMS = {"findings": "report", "figures": "report", "charts": "report"}
+STAGES = ["search", "cut", "heal", "evaluate", "measure", "export", "report"]
+TOP = ["pipeline", "demo", "cli"]
+ALONE = ["reload_check"]
+"""Run by itself in a process that must not know layercut."""
+
+
+def room(module: str) -> str:
+    first = module.split(".")[0]
+    return ROOMS.get(first, first)
+
+
+def imports(file: Path) -> set[str]:
+    """What a file imports of layercut, at its top or inside a function, without the leading name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relative to itself"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= set(names) if node.module == "layercut" else {node.module or ""}
+    inside = {name.removeprefix("layercut.") for name in found if name.startswith("layercut.")}
+    return inside - {"__version__"}
+
+
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in ROOT.rglob("*.py")
+    if file != ROOT / "__init__.py"
+}
+
+
+def test_every_file_has_its_place():
+    unknown = {room(module) for module in MODULES} - {*GROUND, *STAGES, *TOP, *ALONE}
+    assert not unknown, f"{sorted(unknown)}: say in tests/test_architecture.py where in the journey this stands"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_downward(module):
+    place = room(module)
+    allowed = {
+        **{name: {*GROUND[:i]} for i, name in enumerate(GROUND)},
+        **{name: {*GROUND, name} for name in STAGES},
+        "pipeline": {*GROUND, *STAGES},
+        "demo": {*GROUND, "pipeline"},
+        # the command prints the report's closing table; all else goes through the pipeline
+        "cli": {*GROUND, "pipeline", "demo", "report"},
+        "reload_check": set(),
+    }[place]
+    wrong = sorted(name for name in imports(MODULES[module]) if room(name) not in allowed)
+    assert not wrong, f"layercut.{module} may not import {', '.join(wrong)}; allowed are {', '.join(sorted(allowed))}"

@@ -1,0 +1,150 @@
+"""The command: help without torch, the reviewed set of options, --config and the resolved config.yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from layercut.cli import app, main
+
+SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
+COMMANDS = ["compress", "search", "tune", "cut", "evaluate", "report", "demo"]
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
+SMALL = {"tokens": 64, "window": 16, "tune_tokens": 0, "eval_tokens": 64, "speed": False, "fold": False}
+
+
+def run(*lines: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+
+
+# --- help ---
+
+
+def test_help_of_every_command_needs_no_torch():
+    done = run(
+        "import sys",
+        "from layercut.cli import main",
+        f"for command in {COMMANDS}:",
+        "    assert main([command, '--help']) == 0",
+        "assert main(['--help']) == main(['--version']) == main([]) == 0",
+        f"print('loaded:', *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "loaded:\n", "help is slow where these are imported"
+    for name in COMMANDS:
+        assert f"layercut {name}" in done.stdout
+
+
+def test_a_refused_flag_needs_no_torch_either():
+    done = run(
+        "import sys",
+        "from layercut.cli import main",
+        "assert main(['compress', 'model', '--ratio', '3']) == 2",
+        f"assert not [name for name in {HEAVY} if name in sys.modules]",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_installed_command_is_the_module():
+    command = Path(sys.executable).with_name("layercut")
+    if not command.exists():
+        pytest.skip("layercut is not installed beside this Python")
+    done = subprocess.run([command, "report", "/nowhere"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /nowhere")
+
+
+# --- the set of options ---
+
+
+def parameters(command: str) -> list[Any]:
+    return [a for a in app[command].assemble_argument_collection(parse_docstring=True) if not a.children]
+
+
+def options() -> str:
+    """Every option of every command on a line: names, type, default, help."""
+    lines = []
+    for command in COMMANDS:
+        lines.append(f"layercut {command}")
+        if command in ("search", "tune"):
+            lines.append("  as compress")
+            assert [a.names for a in parameters(command)] == [a.names for a in parameters("compress")]
+            continue
+        for argument in parameters(command):
+            field = argument.field_info
+            default = "required" if argument.required else repr(field.default)
+            kind = argument.hint.__name__ if isinstance(argument.hint, type) else str(argument.hint)
+            words = " ".join((argument.parameter.help or "").split())
+            lines.append(f"  {' '.join(argument.names)} | {kind.replace('typing.', '')} | {default} | {words}")
+    return "\n".join(lines) + "\n"
+
+
+def test_options_are_those_that_were_reviewed():
+    """After a review, renew with:  python tests/test_cli.py"""
+    assert options() == SNAPSHOT.read_text(encoding="utf-8"), (
+        "the options have changed. Each must earn its place: if these do, renew the snapshot with "
+        "`python tests/test_cli.py` and commit it"
+    )
+
+
+# --- --config ---
+
+
+def started(folder: Path) -> int:
+    return (folder / "metrics.jsonl").read_text().count('"started"')
+
+
+def write_yaml(file: Path, **keys: object) -> Path:
+    file.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return file
+
+
+def test_a_config_fills_flags_and_flags_win(tiny_model, texts, tmp_path, capsys):
+    keys = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "[3:5]", "seed": 3}
+    config = write_yaml(tmp_path / "small.yaml", **keys)
+    argv = ["search", str(tiny_model), "--config", str(config), f"--out={tmp_path / 'run'}", "--window=32"]
+    assert main(argv) == 0, capsys.readouterr().err
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["window"] == 32, "the flag"
+    assert resolved["seed"] == 3, "the file"
+    assert resolved["radius"] == 1, "the default"
+    assert resolved["segment"] == ["3:5"], "13:19 is a number in YAML 1.1, but not here"
+    assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
+
+
+def test_config_may_be_given_with_an_equals_sign_and_a_single_segment(tiny_model, texts, tmp_path):
+    keys = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "3:5", "model": tiny_model}
+    config = write_yaml(tmp_path / "small.yaml", **keys)
+    assert main(["search", f"--config={config}", f"--out={tmp_path / 'run'}"]) == 0
+    assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
+
+
+def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    folder = tmp_path / "run"
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if not isinstance(value, bool)]
+    argv = ["compress", str(tiny_model), *flags, "--no-speed", "--no-fold", "--segment=3:5", "--force"]
+    assert main([*argv, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={folder}"]) == 0
+    before, resolved = started(folder), (folder / "config.yaml").read_text()
+    assert main(["compress", "--config", str(folder / "config.yaml")]) == 0
+    assert started(folder) == before, "a stage was run again"
+    assert (folder / "config.yaml").read_text() == resolved
+    fresh = tmp_path / "fresh"
+    assert main(["compress", "--config", str(folder / "config.yaml"), f"--out={fresh}"]) == 0
+    hashes = [
+        {stage: json.loads((run / f"{stage}.json").read_text())["config_hash"] for stage in ("text", "heal", "summary")}
+        for run in (folder, fresh)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+if __name__ == "__main__":
+    SNAPSHOT.parent.mkdir(exist_ok=True)
+    SNAPSHOT.write_text(options(), encoding="utf-8")
