@@ -94,7 +94,8 @@ def judge(peer: str, source: Any, cut: str, scratch: Path) -> tuple[str, str]:
     try:
         {"optipfair": cut_with_optipfair, "mergekit": cut_with_mergekit}[peer](source, removed, out)
     except (Exception, SystemExit) as error:
-        return "refused", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        text = " ".join(str(error).replace(str(scratch), "").split())
+        return "refused", f"{type(error).__name__}: {text[:120]}"
     try:
         model, info = type(source.model).from_pretrained(out, output_loading_info=True, dtype=torch.float32)
         if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
