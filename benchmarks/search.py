@@ -12,8 +12,8 @@ import statistics
 import time
 
 import torch
-from common import arguments, blocks, finish, open_model
 
+from common import arguments, blocks, finish, open_model
 from layercut.search import find_segments, regret
 from layercut.segments import layers_to_remove
 from layercut.sweep import Stack

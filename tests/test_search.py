@@ -1,9 +1,11 @@
 """Search: the sweep is brute force, the gate is exact at its ends, and both find what was planted."""
 
+import itertools
+
 import pytest
-import tiny
 import torch
 
+import tiny
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.losses import kl_divergence
@@ -113,6 +115,6 @@ def test_places_move_by_at_most_their_stride():
     model, tokens = tiny.llama(), tiny.some_tokens()
     schedule = GateSchedule(particles=2, steps=5, stride=(0.5, 0.5))
     path = descend(Stack(model), tokens, 2, schedule, Cost(), seed=0)
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in itertools.pairwise(path):
         moves = [abs(a - b) for a, b in zip(before["places"], after["places"], strict=True)]
         assert max(moves) <= 0.5 + 1e-6

@@ -1,10 +1,10 @@
 """The opened-up decoder computes what the model computes, and leaves it as it was."""
 
 import pytest
-import tiny
 import torch
 from transformers import Gemma2Config, Gemma3TextConfig, GPTNeoXConfig, OPTConfig, Qwen3Config
 
+import tiny
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.errors import ModelError

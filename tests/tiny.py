@@ -34,8 +34,8 @@ def llama(layers: int = 8, **changes: Any) -> Any:
 
 
 def gpt2(layers: int = 6) -> Any:
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=128, initializer_range=0.15)
-    return tiny(config)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 128}
+    return tiny(GPT2Config(**sizes, initializer_range=0.15))
 
 
 def some_tokens(rows: int = 6, window: int = 16, seed: int = 0) -> torch.Tensor:

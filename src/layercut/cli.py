@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # threads that spin while another process has their core slow small products tenfold; read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         _take_config(arguments)
         app(arguments, exit_on_error=False, print_error=False)

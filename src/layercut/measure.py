@@ -78,7 +78,8 @@ def cache_bytes(model: Any) -> int:
         tokens = torch.zeros(1, length, dtype=torch.long, device=device)
         output = model(input_ids=tokens, use_cache=True)
         cache = output.cache if "cache" in output else output.past_key_values
-        return sum(t.numel() * t.element_size() for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
+        tensors = [t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     return (held(12) - held(8)) // 4
 

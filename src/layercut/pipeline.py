@@ -55,39 +55,47 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run)
 
-        text = run.stage(
-            "text",
-            {"checkpoint": checkpoint.fingerprint(), "load": asdict(config.load), "text": asdict(config.text),
-             "heal": [config.heal.tune_data, config.heal.tune_tokens], "evaluate": [config.evaluate.eval_data, config.evaluate.eval_tokens]},
-            work.read_text,
-        )  # fmt: skip
+        # A stage names what it uses and no more, so that a changed flag runs again just what depends on it;
+        # of text it uses the tokens, whatever flags they came by.
+        dense = {"checkpoint": checkpoint.fingerprint(), "load": asdict(config.load)}
+        drawn = [config.heal.tune_data, config.heal.tune_tokens, config.evaluate.eval_data, config.evaluate.eval_tokens]
+        text = run.stage("text", [dense, asdict(config.text), drawn], work.read_text)
         for use in ("calibration", "tuning", "evaluation"):
             if text[use]:
                 say(use, "{tokens:,} tokens of {source}".format(**text[use]))
 
-        search = run.stage("search", asdict(config.search), lambda: work.search(wanted, length))
+        scored = [dense, text["calibration"], config.text.seed, asdict(config.search)]
+        search = run.stage("search", scored, lambda: work.search(wanted, length))
         segments = [Segment(*bounds) for bounds in search["segments"]]
         say("search", f"{search['method']}: remove {', '.join(map(str, segments))} of {layers} layers")
         if until == "search":
             return run.folder
 
-        cut = run.stage("cut", None, lambda: work.cut(segments))
+        cut = run.stage("cut", [dense, search["segments"]], lambda: work.cut(segments))
         say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
-        fold = run.stage("fold", config.heal.fold, lambda: work.fold(segments))
+        folded = [config.heal.fold, text["calibration"], text["heldout"]]
+        fold = run.stage("fold", folded, lambda: work.fold(segments), after=["cut"])
         for outcome in fold["fold"]:
             say("fold", describe_fold(outcome))
-        heal = run.stage("heal", asdict(config.heal), lambda: work.tune(segments))
+        tuned = [asdict(config.heal), text["tuning"], text["heldout"]]
+        heal = run.stage("heal", tuned, lambda: work.tune(segments), after=["fold"])
         if heal["tuning"]:
             say("tune", describe_tuning(heal["tuning"]))
 
         if until == "tune":
-            run.stage("export", None, lambda: work.export(segments))
+            run.stage("export", None, lambda: work.export(segments), after=["heal"])
             say("export", f"stock checkpoint, verified by a fresh process: {run / 'model'}")
             return run.folder
 
-        measured = run.stage("eval", asdict(config.evaluate), lambda: work.evaluate(segments))
-        exported = run.stage("export", None, lambda: work.export(segments))
-        run.stage("summary", None, lambda: summarise(run, model, layers, search, cut, measured, exported))
+        reported = [asdict(config.evaluate), text["evaluation"]]
+        measured = run.stage("eval", reported, lambda: work.evaluate(segments), after=["heal"])
+        exported = run.stage("export", None, lambda: work.export(segments), after=["heal"])
+        run.stage(
+            "summary",
+            model,
+            lambda: summarise(run, model, layers, search, cut, measured, exported),
+            after=["text", "search", "eval", "export"],
+        )
         write_text(run / "model" / "README.md", model_card(run.folder))
         write_report(run.folder)
         return run.folder
@@ -230,16 +238,12 @@ class Workbench:
         for point in report.curve:
             self.run.event("heal", int(point["step"]), "loss", point["loss"], "nats/token")
         changed = self.save_changes(student.model, "tuned")
-        return {
-            "fold": fold["fold"],
-            "tuning": report.to_json() | {"data": text["tuning"]},
-            "changed": changed,
-            "files": ["tuned.safetensors"],
-        }
+        tuning = report.to_json() | {"data": text["tuning"]}
+        return {"fold": fold["fold"], "tuning": tuning, "changed": changed, "files": ["tuned.safetensors"]}
 
     def evaluate(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-        config, tokens = self.config.evaluate, self.blocks["evaluation"]
+        config, tokens, text = self.config.evaluate, self.blocks["evaluation"], self.run.read("text") or {}
         fold, heal = self.run.read("fold") or {}, self.run.read("heal") or {}
         states: dict[str, list[str] | None] = {"dense": None, "cut": []}
         if fold["changed"]:
@@ -256,6 +260,7 @@ class Workbench:
         return {
             "perplexity": {
                 "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
+                "fingerprint": text["evaluation"]["fingerprint"],
             },
             "generations": [
                 {"prompt": prompt, "dense": dense, "compressed": compressed}
@@ -269,7 +274,8 @@ class Workbench:
         """The healed student as a stock checkpoint."""
         with bar("saving and verifying", None):
             model = self.student(segments, "folded", "tuned")
-            return export_checkpoint(model, self.dense.tokenizer, self.run / "model") | {"files": ["model"]}
+            exported = export_checkpoint(model, self.dense.tokenizer, self.run / "model")
+        return exported | {"files": ["model"]}
 
     # --- the student and its changed weights ---
 
@@ -277,9 +283,10 @@ class Workbench:
         """The dense model without the segments, over the same tensors, then with what healing changed."""
         student = models.share(self.dense.model)
         cut_segment_(student, segments)
-        kept = {"folded": (self.run.read("fold") or {}).get("changed"), "tuned": (self.run.read("heal") or {}).get("tuning")}
+        kept = {"folded": ("fold", "changed"), "tuned": ("heal", "tuning")}
         for name in weights:
-            if kept[name]:
+            stage, key = kept[name]
+            if (self.run.read(stage) or {}).get(key):
                 models.replace_parameters_(student, load_file(self.run / f"{name}.safetensors"))
         return student
 

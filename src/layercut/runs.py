@@ -1,9 +1,10 @@
 """The run folder: one artefact a stage, resumed by content, written atomically.
 
-A stage's JSON carries a hash of everything that went into it, the stages before it included. A stage whose
-artefact is there with the same hash is not run again; so a run that was killed goes on from the last finished
-stage when the same command is given again, and a changed flag runs again just what depends on it. The JSON
-file is written last and by rename: where it is there, the stage is whole.
+A stage's JSON carries a hash of everything that went into it, results of earlier stages included. A stage
+whose artefact is there with the same hash is not run again; so a run that was killed goes on from the last
+finished stage when the same command is given again, and a changed flag runs again just what depends on it. The
+JSON file is taken away when its stage is run again and written last, by rename: where it is there, the stage
+is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +38,7 @@ class Run:
     def __init__(self, folder: Path | str, *, force: bool = False) -> None:
         self.folder = Path(folder)
         self.seconds: dict[str, float] = {}
-        self._chain = ""
+        self._hashes: dict[str, str] = {}
         self._lock = self._open()
         if force:
             self._forget()
@@ -53,33 +54,37 @@ class Run:
 
     # --- stages ---
 
-    def stage(self, name: str, inputs: Any, compute: Callable[[], Artefact]) -> Artefact:
+    def stage(
+        self, name: str, inputs: Any, compute: Callable[[], Artefact], *, after: Sequence[str] = ()
+    ) -> Artefact:
         """The stage's artefact: read where it is there and of the same inputs, else computed and written.
 
-        `inputs` is anything JSON can hold; the stages that came before count as inputs by themselves. "files" in
-        an artefact names what belongs to it in the folder; where one is gone, the stage runs again.
+        `inputs` is anything JSON can hold; `after` names the stages whose own inputs count as well. "files" in an
+        artefact are further files of this folder without which the stage is not whole.
         """
-        self._chain = digest([self._chain, name, inputs])
+        self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
         finished = self.read(name)
-        if finished is not None and finished.get("config_hash") == self._chain and self._has(finished):
-            self.seconds[name] = finished.get("seconds", 0.0)
+        if finished is not None and self._whole(name, finished):
+            if not isinstance(finished.get("seconds"), dict):
+                self.seconds[name] = finished.get("seconds", 0.0)
             return finished
+        # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
+        for stale in (name, "summary"):
+            (self / f"{stale}.json").unlink(missing_ok=True)
         begun = time.perf_counter()
         self.event(name, 0, "started", 1, "")
         artefact = compute()
         self.seconds[name] = round(time.perf_counter() - begun, 2)
-        artefact = {**artefact, "seconds": self.seconds[name], "config_hash": self._chain}
+        # an artefact's own "seconds" stand, such as the summary's, which are those of all stages
+        artefact = {"seconds": self.seconds[name]} | artefact | {"config_hash": self._hashes[name]}
         write_json(self / f"{name}.json", artefact)
         self.event(name, 0, "finished", self.seconds[name], "s")
         return artefact
 
-    def _has(self, artefact: dict[str, Any]) -> bool:
-        """Whether the files that belong to an artefact are there too."""
-        return all((self / name).exists() for name in artefact.get("files", []))
-
-    def finished(self, name: str) -> bool:
-        """Whether the stage's artefact is there, of whatever inputs."""
-        return (self / f"{name}.json").is_file()
+    def _whole(self, name: str, artefact: Artefact) -> bool:
+        """Whether an artefact is of these inputs, and its files are there."""
+        files = artefact.get("files") or []
+        return artefact.get("config_hash") == self._hashes[name] and all((self / f).exists() for f in files)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A stage's artefact, or None where there is none that can be read."""
@@ -178,14 +183,12 @@ def write_text(path: Path, content: str) -> None:
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Put a finished folder in its place, over what an earlier run left there."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(final)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

@@ -253,8 +253,8 @@ def _score_heldout(
 ) -> float:
     """Next-token loss for that objective, KL(p || q) for the others, on held-out rows."""
     if report.objective == "next-token":
-        rows = heldout.split(rows_per_chunk(heldout.shape[1], student.vocabulary))
-        losses = [next_token_loss(student.model(input_ids=b, use_cache=False).logits, b) for b in map(student.place, rows)]
+        rows = student.place(heldout).split(rows_per_chunk(heldout.shape[1], student.vocabulary))
+        losses = [next_token_loss(student.model(input_ids=batch, use_cache=False).logits, batch) for batch in rows]
         score = torch.cat(losses).mean().item()
     else:
         score = mean_kl(dense, student, heldout, prefix)

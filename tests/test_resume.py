@@ -1,0 +1,222 @@
+"""A run that is stopped goes on from the last finished stage and ends as if it had never been stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layercut.cli import main
+from layercut.runs import STAGES
+
+# Runs the command and is killed at the worst moment of a stage: all its work is done and its JSON half written.
+# `export/folder` is killed while the new model's folder stands beside its place.
+DRIVER = """
+import os, signal, sys
+from layercut import export, runs
+where, number, *argv = sys.argv[1:]
+write_json = runs.write_json
+
+def die(*_):
+    os.kill(os.getpid(), int(number))
+
+def write_half(path, content):
+    if path.name == where + ".json":
+        path.with_name(f".{path.name}.partial").write_text('{"half": ')
+        die()
+    write_json(path, content)
+
+runs.write_json = write_half
+if where == "export/folder":
+    export.replace_folder = die
+from layercut.cli import main
+sys.exit(main(argv))
+"""
+MOMENTS = ["text", "search", "cut", "fold", "heal", "eval", "export/folder", "export", "summary"]
+RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
+RUN += ["--batch-tokens=16", "--learning-rate=0.003"]
+VARY = {"seconds", "speed", "peak_rss_bytes"}
+
+
+def drive(where: str, number: int, argv: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, where, str(int(number)), *argv], capture_output=True, text=True, timeout=120
+    )
+
+
+def started(run: Path) -> list[str]:
+    """The stages that were begun, in order, as metrics.jsonl tells."""
+    log = run / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [event["stage"] for event in events if event["name"] == "started"]
+
+
+def artefacts(run: Path) -> dict[str, int]:
+    """When each stage's JSON was written."""
+    return {s: (run / f"{s}.json").stat().st_mtime_ns for s in STAGES if (run / f"{s}.json").exists()}
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if k not in VARY}
+
+
+def arguments(model: Path, texts: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    """The command of these tests; flags in `more` take the place of its own."""
+    usual = [*RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}"]
+    given = {flag.partition("=")[0].replace("--no-", "--") for flag in more}
+    kept = [flag for flag in usual if flag.partition("=")[0].replace("--no-", "--") not in given]
+    return ["compress", str(model), *kept, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(tiny_model, texts, run)) == 0
+    return run
+
+
+@pytest.fixture
+def again(whole, tiny_model, texts, tmp_path, monkeypatch):
+    """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})  # 4 s, and not what is tested here
+
+    def rerun(*more: str, model: Path = tiny_model) -> list[str]:
+        before = len(started(run))
+        assert main(arguments(model, texts, run, *more)) == 0
+        return started(run)[before:]
+
+    rerun.run = run
+    return rerun
+
+
+# --- killed ---
+
+
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_model, texts, tmp_path):
+    run = tmp_path / "run"
+    argv = arguments(tiny_model, texts, run)
+    finished: dict[str, int] = {}
+    for moment in MOMENTS:
+        stage = moment.partition("/")[0]
+        before = len(started(run))
+        done = drive(moment, signal.SIGKILL, argv)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        written = artefacts(run)
+        assert stage not in written
+        assert {s: written.get(s) for s in finished} == finished, "a finished stage was written again"
+        resumed_from = STAGES[len(finished)]
+        assert started(run)[before:] == list(STAGES[STAGES.index(resumed_from) : STAGES.index(stage) + 1])
+        finished = written
+
+    assert main(argv) == 0
+    assert started(run)[-1] == "summary"
+    assert set(json.loads((run / "summary.json").read_text())["seconds"]) == {*STAGES} - {"summary"}
+    assert {s: artefacts(run)[s] for s in finished} == finished
+    assert summary(run) == summary(whole)
+    assert not list(run.glob(".*.partial")) + list(run.glob(".*.old"))
+    assert {p.name for p in run.iterdir()} == {p.name for p in whole.iterdir()}
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (run, whole)]
+    assert weights[0] == weights[1]
+
+
+def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
+    argv = arguments(tiny_model, texts, tmp_path / "run")
+    done = drive("search", signal.SIGINT, argv)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("stopped; the same command goes on")
+    assert list(artefacts(tmp_path / "run")) == ["text"]
+
+
+def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    (again.run / "heal.json").unlink()
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="a fault of ours"):
+        broken.setattr("layercut.pipeline.tune_", fail)
+        again()
+    assert "heal" not in artefacts(again.run)
+    assert "summary" not in artefacts(again.run), "a summary of what is no longer whole"
+    assert again() == ["heal", "summary"]
+
+
+# --- nothing is run twice, and nothing is left out ---
+
+CHANGES: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], []),
+    "no fold": (["--no-fold"], ["fold", "heal", "eval", "export", "summary"]),
+    "learning rate": (["--learning-rate=0.002"], ["heal", "eval", "export", "summary"]),
+    "radius": (["--radius=2"], ["heal", "eval", "export", "summary"]),
+    "tuning tokens": (["--tune-tokens=96"], ["text", "heal", "eval", "export", "summary"]),
+    "held-out tokens": (["--eval-tokens=96"], ["text", "eval", "summary"]),
+    "speed": (["--speed"], ["eval", "summary"]),
+    "oracle": (["--oracle"], ["search", "summary"]),
+    "calibration tokens": (["--tokens=96"], ["text", "search", "fold", "heal", "eval", "export", "summary"]),
+    "seed": (["--seed=1"], ["text", "search", "fold", "heal", "eval", "export", "summary"]),
+    "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "eval", "export", "summary"]),
+    "number format": (["--dtype=bfloat16"], list(STAGES)),
+    "force": (["--force"], list(STAGES)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_flag_runs_again_what_depends_on_it(change, again, monkeypatch):
+    monkeypatch.setattr("layercut.measure.speed", lambda *_: None)
+    flags, stages = CHANGES[change]
+    assert again(*flags) == stages
+    assert again(*[flag for flag in flags if flag != "--force"]) == []
+
+
+def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    os.utime(model / "model.safetensors", (1, 1))
+    assert again(model=model) == list(STAGES)
+
+
+def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, monkeypatch):
+    """Killed after tokens.safetensors of other flags was written: the old text.json must not stand for it."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(path: Path, content: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as killed, pytest.raises(Killed):
+        killed.setattr("layercut.runs.write_json", lambda path, c: die(path, c) if path.name == "text.json" else None)
+        again("--seed=1")
+    assert again() == ["text", "summary"]
+    assert summary(again.run) == summary(whole)
+
+
+@pytest.mark.parametrize("content", ["", '{"segments": [[', "[]", '"text"', "\x00\x00", '{"config_hash": null}'])
+def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
+    (again.run / "search.json").write_text(content)
+    assert again() == ["search", "summary"]
+    assert summary(again.run) == summary(whole)
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("tokens.safetensors", ["text", "summary"]),
+        ("folded.safetensors", ["fold", "summary"]),
+        ("tuned.safetensors", ["heal", "summary"]),
+        ("model", ["export", "summary"]),
+    ],
+)
+def test_a_stage_whose_file_is_gone_runs_again(file, stages, again, whole):
+    path = again.run / file
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert again() == stages
+    assert summary(again.run) == summary(whole)
