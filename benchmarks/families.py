@@ -138,7 +138,8 @@ def main() -> None:
         for t in families.model_types()
     ]
     jobs += [(name, "variant", t, facts) for name, (t, facts) in families.VARIANTS.items()]
-    old = json.loads(RESULT.read_text())["families"] if RESULT.exists() else {}
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {"families": {}}
+    old = before["families"]
     rows: dict[str, Any] = {}
     started = time.monotonic()
     for name, part, model_type, facts in jobs:
@@ -153,7 +154,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "seconds": round(time.monotonic() - started),
+        "seconds": before.get("seconds") if only.only or only.table else round(time.monotonic() - started),
         "counts": {
             p: dict(Counter(kind(r) for r in rows.values() if r["part"] == p))
             for p in ("causal", "vision", "variant")

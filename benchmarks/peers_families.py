@@ -94,7 +94,8 @@ def judge(peer: str, source: Any, cut: str, scratch: Path) -> tuple[str, str]:
     try:
         {"optipfair": cut_with_optipfair, "mergekit": cut_with_mergekit}[peer](source, removed, out)
     except (Exception, SystemExit) as error:
-        return "refused", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        text = " ".join(str(error).replace(str(scratch), "").split())
+        return "refused", f"{type(error).__name__}: {text[:120]}"
     try:
         model, info = type(source.model).from_pretrained(out, output_loading_info=True, dtype=torch.float32)
         if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
@@ -127,9 +128,13 @@ def child(peer: str, names: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     for name in names:
         model_type, facts = families.VARIANTS.get(name, (name, {}))
-        with tempfile.TemporaryDirectory() as folder:
-            source = census.original(model_type, Path(folder) / "source", **facts)
-            row = {cut: judge(peer, source, cut, Path(folder)) for cut in CUTS}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                source = census.original(model_type, Path(folder) / "source", **facts)
+                row = {cut: judge(peer, source, cut, Path(folder)) for cut in CUTS}
+        except Exception as error:  # no layers to skip were found, so that there is nothing to compare with
+            print(f"not run: {name}: {error}", flush=True)
+            continue
         print("\x1e" + json.dumps({name: row}), flush=True)
 
 
@@ -179,7 +184,7 @@ def _cell(row: dict[str, list[str]] | None) -> str:
 def main() -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("--only", nargs="*", help="run these only")
+    parser.add_argument("--only", nargs="*", help="run these again and keep the other rows")
     parser.add_argument(
         "--envs", type=Path, help="where to keep the environments (default: a temporary folder)"
     )
@@ -192,16 +197,23 @@ def main() -> None:
     names = [n for n in known if not args.only or n in args.only]
     rows: dict[str, Any] = {n: {"layercut": {cut: known[n]["cuts"][cut] for cut in CUTS}} for n in names}
     with tempfile.TemporaryDirectory() as temporary:
+        children = {}
         for peer in PEERS:
             python = environment(peer, args.envs or Path(temporary))
             command = [python, __file__, "--child", peer, "--only", *names]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            children[peer] = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        for peer, process in children.items():
             assert process.stdout is not None
             for line in process.stdout:
                 if "\x1e" in line:
                     for name, row in json.loads(line.partition("\x1e")[2]).items():
                         rows[name][peer] = row
                         print(f"{peer:10} {verdict(row):8} {name}", flush=True)
+    if args.only and (RESULTS / "peers_families.json").exists():
+        rows = json.loads((RESULTS / "peers_families.json").read_text())["families"] | rows
+        rows = {name: rows[name] for name in known if name in rows}
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "transformers": ours["transformers"],

@@ -40,7 +40,7 @@ REFUSALS = {
 """Cuts that stock transformers cannot express, and what stands in the way."""
 
 VARIANT_REFUSALS = {
-    ("gemma3n_text, shared keys and values", "odd"): "layer 5 reuses the keys and values of layer 3, which would be removed",
+    ("gemma3n_text, shared keys and values", "odd"): "layer 5 reuses the keys and values of layer 3, which",
     ("ernie4_5_moe, every second sparse", "odd"): "places expert layers by one interval, and none fits",
     (
         "glm_moe_dsa, shared indexers",

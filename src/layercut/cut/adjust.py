@@ -121,7 +121,7 @@ def _shared_indexers(text_config: Any, kept: Sequence[int], layers: int) -> None
 
 
 def _shared_kv(text_config: Any, kept: Sequence[int], layers: int) -> None:
-    """Gemma 3n and 4: later layers reuse the keys and values of the last layer of their kind that stores its own."""
+    """Gemma 3n and 4: later layers reuse the keys and values of the last layer of their kind that stores them."""
     modes, types = getattr(text_config, "kv_sharing_modes", None), getattr(text_config, "layer_types", None)
     if not modes or not types or len(modes) != layers:
         return
