@@ -34,10 +34,10 @@ def run(tmp_path_factory):
     except ModelError as error:
         pytest.skip(f"the real model is not to be had: {error.message}")
     config = CompressConfig(
-        text=DataConfig(data="python-docstrings", tokens=1024, window=64),
+        text=DataConfig(data="python-docstrings", tokens=512, window=64),
         search=SearchConfig(ratio=0.2, oracle=True),
-        heal=HealConfig(tune_tokens=4096, batch_tokens=512),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=2048, speed=False),
+        heal=HealConfig(tune_tokens=4096, batch_tokens=1024),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=1024, speed=False),
         run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
     )
     return compress(str(model), config)

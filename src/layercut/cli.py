@@ -19,7 +19,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from layercut import __version__
-from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, RunConfig
+from layercut.config import CompressConfig, CutConfig, PerplexityConfig, RunConfig
 from layercut.errors import ConfigError, LayercutError
 
 app = cyclopts.App(
@@ -75,15 +75,12 @@ def cut(model: Model, *, config: CutConfig) -> None:
 def evaluate(
     model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
     *,
-    load: ModelConfig | None = None,
-    text: DataConfig | None = None,
-    evaluate: EvaluateConfig | None = None,
+    config: PerplexityConfig | None = None,
 ) -> None:
     """Perplexity of a model, or of a run's dense and compressed model side by side."""
     from layercut.pipeline import evaluate_only
 
-    configs = load or ModelConfig(), text or DataConfig(), evaluate or EvaluateConfig()
-    for name, value in evaluate_only(model, *configs):
+    for name, value in evaluate_only(model, config or PerplexityConfig()):
         print(f"{name}\t{value:.4f}")
 
 

@@ -124,18 +124,43 @@ class HealConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What the result is measured on."""
+class ReportedText:
+    """The text that figures are reported on."""
 
     eval_data: str = "wikitext2"
     """Held-out text for perplexity, named like --data."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
-    speed: bool = True
-    """Measure prefill and decode speed and the cache's size."""
 
     def __post_init__(self) -> None:
         at_least("eval_tokens", self.eval_tokens, 2)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ReportedText):
+    """What the result is measured on."""
+
+    speed: bool = True
+    """Measure prefill and decode speed and the cache's size."""
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(ReportedText):
+    """Measuring alone."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    window: int = 256
+    """Tokens in a row."""
+    seed: int = 0
+    """Seed of the text, where --eval-data is self."""
+    config: Path | None = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("window", self.window, 8)
 
 
 @flat

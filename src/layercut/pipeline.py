@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models
-from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, flattened
+from layercut.config import CompressConfig, CutConfig, PerplexityConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, RunError
@@ -35,8 +35,8 @@ from layercut.segments import Segment, checked_segments, kept_layers, layers_to_
 from layercut.sweep import Stack, mean_kl
 
 Stage = Literal["search", "tune", "report"]
-HELD_OUT_TOKENS = 4096
-"""Tokens, beside those that are tuned on, that choose the best state of tuning."""
+FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
+"""Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
 
 
 def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> Path:
@@ -163,7 +163,7 @@ class Workbench:
         tune_data = heal.tune_data or text.data
         # blocks of one source never overlap: calibration, then held-out, then tuning
         skip = len(drawn["calibration"].tokens) if set(split_mix(tune_data)) & set(split_mix(text.data)) else 0
-        drawn["heldout"] = draw(tune_data, HELD_OUT_TOKENS, skip=skip)
+        drawn["heldout"] = draw(tune_data, max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE), skip=skip)
         if heal.tune_tokens:
             drawn["tuning"] = draw(tune_data, heal.tune_tokens, skip=skip + len(drawn["heldout"].tokens))
         drawn["evaluation"] = draw(
@@ -371,22 +371,27 @@ def cut(model: str, config: CutConfig) -> Path:
     return config.out
 
 
-def evaluate_only(
-    target: str, load: ModelConfig, text: DataConfig, config: EvaluateConfig
-) -> list[tuple[str, float]]:
+def evaluate_only(target: str, config: PerplexityConfig) -> list[tuple[str, float]]:
     """(name, perplexity) of a model, or of a run's dense and compressed model on the same tokens."""
     run = Path(target)
     names = {target: target}
-    if (run / "summary.json").is_file():
+    if (run / "config.yaml").is_file():
+        if not (run / "summary.json").is_file():
+            raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
         names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
     results, tokens = [], None
     for name, source in names.items():
-        loaded = models.load(models.resolve(source, allow_pickle=load.allow_pickle), **asdict(load))
+        loaded = models.load(models.resolve(source, allow_pickle=config.load.allow_pickle), **asdict(config.load))
         if tokens is None:
             tokens = load_blocks(
-                config.eval_data, loaded.tokenizer, tokens=config.eval_tokens, window=text.window, seed=text.seed,
-                order="as written", model=loaded.model,
-            ).tokens  # fmt: skip
+                config.eval_data,
+                loaded.tokenizer,
+                tokens=config.eval_tokens,
+                window=config.window,
+                seed=config.seed,
+                order="as written",
+                model=loaded.model,
+            ).tokens
         with bar(f"perplexity of {name}", len(tokens)) as advance:
             results.append((name, evaluate.perplexity(loaded.model, tokens, advance=advance)))
     return results
