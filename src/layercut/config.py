@@ -15,7 +15,10 @@ from cyclopts import Parameter
 from layercut.errors import ConfigError
 from layercut.segments import Segment
 
-Method = Literal["clp", "exhaustive"]
+Method = Literal[
+    "clp", "exhaustive", "random", "reverse-order", "block-influence", "angular", "cosine",
+    "perplexity", "taylor", "sleb", "evolution",
+]  # fmt: skip
 flat = Parameter(name="*")
 
 
@@ -74,7 +77,9 @@ class SearchConfig:
     segment: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     method: Method = "clp"
-    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep."""
+    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
+    baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
+    that are not neighbours."""
     oracle: Annotated[bool, Parameter(negative="")] = False
     """Price every segment exactly as well, to show how near the gate came."""
 
