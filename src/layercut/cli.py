@@ -17,7 +17,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from layercut import __version__
-from layercut.config import CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, RunConfig
+from layercut.config import CompareConfig, CompressConfig, CutConfig, DataConfig, EvaluateConfig, ModelConfig, RunConfig
 from layercut.errors import ConfigError, LayercutError
 
 app = cyclopts.App(
@@ -83,6 +83,19 @@ def evaluate(
     configs = load or ModelConfig(), text or DataConfig(), evaluate or EvaluateConfig()
     for name, value in evaluate_only(model, *configs):
         print(f"{name}\t{value:.4f}")
+
+
+@app.command
+def compare(model: Model, *, config: CompareConfig | None = None) -> None:
+    """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold."""
+    from rich.console import Console
+
+    from layercut.compare import compare, comparison_table
+
+    run = compare(model, config or CompareConfig())
+    console = Console(highlight=False)
+    console.print(comparison_table(json.loads((run / "compare.json").read_text())))
+    console.print(f"plot  {run / 'compare.svg'}", soft_wrap=True, markup=False)
 
 
 @app.command

@@ -55,16 +55,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run)
 
-        text = run.stage(
-            "text",
-            {"checkpoint": checkpoint.fingerprint(), "load": asdict(config.load), "text": asdict(config.text),
-             "heal": [config.heal.tune_data, config.heal.tune_tokens], "evaluate": [config.evaluate.eval_data, config.evaluate.eval_tokens]},
-            work.read_text,
-        )  # fmt: skip
-        for use in ("calibration", "tuning", "evaluation"):
-            if text[use]:
-                say(use, "{tokens:,} tokens of {source}".format(**text[use]))
-
+        text_stage(work)
         search = run.stage("search", asdict(config.search), lambda: work.search(wanted, length))
         segments = [Segment(*bounds) for bounds in search["segments"]]
         say("search", f"{search['method']}: remove {', '.join(map(str, segments))} of {layers} layers")
@@ -91,6 +82,22 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         write_text(run / "model" / "README.md", model_card(run.folder))
         write_report(run.folder)
         return run.folder
+
+
+def text_stage(work: Workbench) -> dict[str, Any]:
+    """Draw all tokens of a run; every later stage depends on them and on the model."""
+    config = work.config
+    text = work.run.stage(
+        "text",
+        {"checkpoint": work.checkpoint.fingerprint(), "load": asdict(config.load), "text": asdict(config.text),
+         "heal": [config.heal.tune_data, config.heal.tune_tokens],
+         "evaluate": [config.evaluate.eval_data, config.evaluate.eval_tokens]},
+        work.read_text,
+    )  # fmt: skip
+    for use in ("calibration", "tuning", "evaluation"):
+        if text[use]:
+            say(use, "{tokens:,} tokens of {source}".format(**text[use]))
+    return text
 
 
 def check_sources(config: CompressConfig) -> None:

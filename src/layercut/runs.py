@@ -53,22 +53,27 @@ class Run:
 
     # --- stages ---
 
-    def stage(self, name: str, inputs: Any, compute: Callable[[], Artefact]) -> Artefact:
+    def stage(
+        self, name: str, inputs: Any, compute: Callable[[], Artefact], *, independent: bool = False
+    ) -> Artefact:
         """The stage's artefact: read where it is there and of the same inputs, else computed and written.
 
         `inputs` is anything JSON can hold; the stages that came before count as inputs by themselves. "files" in
-        an artefact names what belongs to it in the folder; where one is gone, the stage runs again.
+        an artefact names what belongs to it in the folder; where one is gone, the stage runs again. A stage that
+        is `independent` is itself no input to those that come after.
         """
-        self._chain = digest([self._chain, name, inputs])
+        config_hash = digest([self._chain, name, inputs])
+        if not independent:
+            self._chain = config_hash
         finished = self.read(name)
-        if finished is not None and finished.get("config_hash") == self._chain and self._has(finished):
+        if finished is not None and finished.get("config_hash") == config_hash and self._has(finished):
             self.seconds[name] = finished.get("seconds", 0.0)
             return finished
         begun = time.perf_counter()
         self.event(name, 0, "started", 1, "")
         artefact = compute()
         self.seconds[name] = round(time.perf_counter() - begun, 2)
-        artefact = {**artefact, "seconds": self.seconds[name], "config_hash": self._chain}
+        artefact = {**artefact, "seconds": self.seconds[name], "config_hash": config_hash}
         write_json(self / f"{name}.json", artefact)
         self.event(name, 0, "finished", self.seconds[name], "s")
         return artefact
@@ -129,8 +134,8 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        for name in STAGES:
-            (self / f"{name}.json").unlink(missing_ok=True)
+        for artefact in (*(self / f"{name}.json" for name in STAGES), *self.folder.glob("compare*.json")):
+            artefact.unlink(missing_ok=True)
 
 
 def digest(content: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from layercut.progress import bar
@@ -32,12 +34,21 @@ def find_segments(
     """Search `length` layers to remove on calibration tokens [N, T], by any of `config.Method`.
 
     clp and exhaustive price their candidates as part of the search. What a baseline picks is priced too, by the KL
-    of the real cut on all tokens, but that is not in its `cost`, which holds what the method itself needs.
+    of the real cut on all tokens, but that is in neither its `cost` nor its `seconds`, which hold what the method
+    itself needs.
     """
+    begun = time.perf_counter()
     if method == "exhaustive":
-        return _exhaustive(stack, tokens, length)
-    result = _clp(stack, tokens, length, seed) if method == "clp" else _baseline(stack, tokens, length, method, seed)
-    if oracle:
+        result = _exhaustive(stack, tokens, length)
+        result.seconds = time.perf_counter() - begun
+    elif method == "clp":
+        result = _clp(stack, tokens, length, seed)
+        result.seconds = time.perf_counter() - begun
+    else:
+        picked = _pick(stack, tokens, length, method, seed, cost := Cost())
+        seconds = time.perf_counter() - begun
+        result = SearchResult(method, set_costs(stack, tokens, [picked], Cost()), cost, seconds=seconds)
+    if oracle and method != "exhaustive":
         exact = _exhaustive(stack, tokens, length)
         result.oracle = exact.to_json() | {"kl": exact.candidates[0].kl, "regret": regret(result, exact)}
     return result
@@ -69,12 +80,6 @@ def _clp(stack: Stack, tokens: torch.Tensor, length: int, seed: int) -> SearchRe
     with bar(f"gate: {schedule.particles} places descend", schedule.steps) as advance:
         candidates, path = clp_search(stack, tokens, length, cost, seed=seed, schedule=schedule, advance=advance)
     return SearchResult("clp", candidates, cost, path)
-
-
-def _baseline(stack: Stack, tokens: torch.Tensor, length: int, method: str, seed: int) -> SearchResult:
-    cost = Cost()
-    picked = _pick(stack, tokens, length, method, seed, cost)
-    return SearchResult(method, set_costs(stack, tokens, [picked], Cost()), cost)
 
 
 def _pick(stack: Stack, tokens: torch.Tensor, length: int, method: str, seed: int, cost: Cost) -> Cuts:
