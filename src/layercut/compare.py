@@ -9,6 +9,7 @@ goes on with the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,8 @@ def compare(model: str, config: CompareConfig) -> Path:
         dense = run.stage("compare-dense", None, lambda: {"perplexity": perplexity(work)}, independent=True)
         rows = []
         for method in methods:
-            compute = lambda method=method: try_method(work, method, length)  # noqa: E731
-            rows.append(run.stage(f"compare-{method}", [method, length], compute, independent=True))
+            measure = partial(try_method, work, method, length)
+            rows.append(run.stage(f"compare-{method}", [method, length], measure, independent=True))
             say("compare", describe_row(rows[-1]))
 
         run.stage(

@@ -18,6 +18,9 @@ from layercut.sweep import Stack
 GENERATIONS, OFFSPRING, SURVIVORS, FIRST = 24, 12, 3, 16
 """Evolution: rounds, children a round, those of them that are looked at twice, and random sets at the outset."""
 
+FEWEST_ROWS = 4
+"""On fewer rows than these, fitness would be chance."""
+
 
 def sleb(
     stack: Stack,
@@ -54,14 +57,16 @@ def evolution(
 
     The parent is the best of some random sets. Each generation mutates it by level switches (a kept layer is
     removed and a removed one kept, once or twice or thrice); the children are priced on an eighth of the rows, the
-    best few and the parent on a quarter, and the fittest is the next parent. Rows are drawn anew each generation.
+    best few and the parent on a quarter (four rows at least), and the fittest is the next parent. Rows are drawn
+    anew each generation.
+
     tokens: [N, T]. The paper runs hundreds of generations of attention and MLP apart; these are small populations.
     """
     generator = torch.Generator().manual_seed(seed)
     layers, rows = len(stack), len(tokens)
 
     def fittest(sets: Iterable[Cuts], share: int, count: int) -> list[Cuts]:
-        some = torch.randperm(rows, generator=generator)[: max(1, rows // share)]
+        some = torch.randperm(rows, generator=generator)[: max(FEWEST_ROWS, rows // share)]
         return [found.segments for found in set_costs(stack, tokens[some], dict.fromkeys(sets), cost)[:count]]
 
     def random_set() -> Cuts:
