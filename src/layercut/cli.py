@@ -19,7 +19,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from layercut import __version__
-from layercut.config import CompressConfig, CutConfig, PerplexityConfig, RunConfig
+from layercut.config import CompareConfig, CompressConfig, CutConfig, PerplexityConfig, RunConfig
 from layercut.errors import ConfigError, LayercutError
 
 app = cyclopts.App(
@@ -82,6 +82,19 @@ def evaluate(
 
     for name, value in evaluate_only(model, config or PerplexityConfig()):
         print(f"{name}\t{value:.4f}")
+
+
+@app.command
+def compare(model: Model, *, config: CompareConfig | None = None) -> None:
+    """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold."""
+    from rich.console import Console
+
+    from layercut.compare import compare, comparison_table
+
+    run = compare(model, config or CompareConfig())
+    console = Console(highlight=False)
+    console.print(comparison_table(json.loads((run / "compare.json").read_text())))
+    console.print(f"plot  {run / 'compare.svg'}", soft_wrap=True, markup=False)
 
 
 @app.command

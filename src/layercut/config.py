@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
 from layercut.errors import ConfigError
 from layercut.segments import Segment
 
-Method = Literal["clp", "exhaustive"]
+Method = Literal[
+    "clp", "exhaustive", "random", "reverse-order", "block-influence", "angular", "cosine",
+    "perplexity", "taylor", "sleb", "evolution",
+]  # fmt: skip
 flat = Parameter(name="*")
 
 
@@ -74,7 +77,9 @@ class SearchConfig:
     segment: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     method: Method = "clp"
-    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep."""
+    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
+    baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
+    that are not neighbours."""
     oracle: Annotated[bool, Parameter(negative="")] = False
     """Price every segment exactly as well, to show how near the gate came."""
 
@@ -220,7 +225,60 @@ class CutConfig:
         return [Segment.parse(text) for text in self.segment]
 
 
-def flattened(config: CompressConfig) -> dict[str, Any]:
+@flat
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig:
+    """What is compared, and on what it is measured."""
+
+    ratio: float | None = None
+    """Share of the layers to remove, between 0 and 1."""
+    methods: str = ",".join(get_args(Method))
+    """Search methods, separated by commas."""
+    eval_data: str = "wikitext2"
+    """Held-out text for perplexity, named like --data."""
+    eval_tokens: int = 32768
+    """Tokens to measure perplexity on."""
+
+    def __post_init__(self) -> None:
+        SearchConfig(ratio=self.ratio)
+        EvaluateConfig(eval_tokens=self.eval_tokens)
+        unknown = [name for name in self.names if name not in get_args(Method)]
+        if unknown or not self.names:
+            got = ", ".join(map(repr, unknown)) or "no method"
+            raise ConfigError(f"--methods names {got}", f"allowed are {', '.join(get_args(Method))}")
+
+    @property
+    def names(self) -> list[str]:
+        """The methods, each once, in the order given."""
+        return list(dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip()))
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Methods side by side."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    compare: MethodsConfig = field(default_factory=MethodsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def journey(self) -> CompressConfig:
+        """The same model and tokens as `compress` would take, without tuning. Checked as a whole."""
+        config = CompressConfig(
+            load=self.load,
+            text=self.text,
+            search=SearchConfig(ratio=self.compare.ratio),
+            heal=HealConfig(tune_tokens=0),
+            evaluate=EvaluateConfig(eval_data=self.compare.eval_data, eval_tokens=self.compare.eval_tokens),
+            run=self.run,
+        )
+        if self.compare.ratio is None:
+            raise ConfigError("no --ratio is given", "a fifth of the layers: --ratio 0.2")
+        return config
+
+
+def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:
     """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out."""
     result: dict[str, Any] = {}
     for stage in asdict(config).values():

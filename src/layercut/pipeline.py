@@ -57,13 +57,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
         # A stage names what it uses and no more, so that a changed flag runs again just what depends on it;
         # of text it uses the tokens, whatever flags they came by.
-        dense = {"checkpoint": checkpoint.fingerprint(), "load": asdict(config.load)}
-        drawn = [config.heal.tune_data, config.heal.tune_tokens, config.evaluate.eval_data, config.evaluate.eval_tokens]
-        text = run.stage("text", [dense, asdict(config.text), drawn], work.read_text)
-        for use in ("calibration", "tuning", "evaluation"):
-            if text[use]:
-                say(use, "{tokens:,} tokens of {source}".format(**text[use]))
-
+        dense, text = work.source, text_stage(work)
         scored = [dense, text["calibration"], config.text.seed, asdict(config.search)]
         search = run.stage("search", scored, lambda: work.search(wanted, length))
         segments = [Segment(*bounds) for bounds in search["segments"]]
@@ -101,6 +95,17 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         return run.folder
 
 
+def text_stage(work: Workbench) -> dict[str, Any]:
+    """Draw all tokens of a run, and say where they come from."""
+    heal, reported = work.config.heal, work.config.evaluate
+    drawn = [heal.tune_data, heal.tune_tokens, reported.eval_data, reported.eval_tokens]
+    text = work.run.stage("text", [work.source, asdict(work.config.text), drawn], work.read_text)
+    for use in ("calibration", "tuning", "evaluation"):
+        if text[use]:
+            say(use, "{tokens:,} tokens of {source}".format(**text[use]))
+    return text
+
+
 def check_sources(config: CompressConfig) -> None:
     """What is reported on must not be what is searched or tuned on."""
     reported = origins(config.evaluate.eval_data) - {"self"}
@@ -124,6 +129,11 @@ class Workbench:
     checkpoint: models.Checkpoint
     config: CompressConfig
     run: Run
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the dense model depends on."""
+        return {"checkpoint": self.checkpoint.fingerprint(), "load": asdict(self.config.load)}
 
     @cached_property
     def dense(self) -> models.LanguageModel:

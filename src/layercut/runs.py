@@ -138,8 +138,8 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        for name in STAGES:
-            (self / f"{name}.json").unlink(missing_ok=True)
+        for artefact in (*(self / f"{name}.json" for name in STAGES), *self.folder.glob("compare*.json")):
+            artefact.unlink(missing_ok=True)
 
 
 def digest(content: Any) -> str:

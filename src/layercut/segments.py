@@ -80,6 +80,15 @@ def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
     return [i for i in range(layers) if i not in removed]
 
 
+def joined_segments(layers: Iterable[int]) -> tuple[Segment, ...]:
+    """Layers to remove, in any order, as the fewest segments: {7, 2, 3} -> 2:4, 7:8."""
+    segments: list[Segment] = []
+    for i in sorted(set(layers)):
+        start = segments.pop().start if segments and segments[-1].stop == i else i
+        segments.append(Segment(start, i + 1))
+    return tuple(segments)
+
+
 def layers_to_remove(ratio: float, layers: int) -> int:
     """n = round(ratio * layers), at least one layer and never all of them."""
     if not 0 < ratio < 1:

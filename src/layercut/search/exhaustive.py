@@ -1,23 +1,28 @@
-"""The oracle: the exact cost of every segment, in one sweep through the stack.
+"""The oracle: the exact cost of every segment, or of any sets of segments, in one sweep through the stack.
 
 Carry the dense stream h_0, h_1, … through the layers once. At depth s fork a stream that jumps over the segment:
 what enters layer s + n is h_s. Layer j then serves the dense stream and every fork already past its jump, so that
-all L - n + 1 candidates cost about half of running each in full, and each layer is entered once.
+all L - n + 1 candidates cost about half of running each in full, and each layer is entered once. A set of several
+segments forks at each of them; sets that begin with the same segments share a stream until they part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from layercut.losses import Teacher, rows_per_chunk
+from layercut.losses import Teacher, next_token_loss, rows_per_chunk
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
 from layercut.sweep import Stack
 
+Cuts = tuple[Segment, ...]
+"""Segments removed together, sorted and disjoint. The empty tuple is the dense model."""
 
-@torch.no_grad()
+DENSE: Cuts = ()
+
+
 def segment_costs(
     stack: Stack,
     tokens: torch.Tensor,
@@ -27,19 +32,60 @@ def segment_costs(
     rows: int = 8,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q_segment) of each segment, mean over all tokens [N, T], in nats; sorted from cheapest.
+    """KL(p || q_segment) of each segment, mean over all tokens [N, T], in nats; sorted from cheapest. METHOD 1.2."""
+    return set_costs(stack, tokens, [(segment,) for segment in segments], cost, rows=rows, advance=advance)
 
-    One sweep per `rows` rows of tokens. `advance` is told each layer that was entered. METHOD 1.2.
+
+@torch.no_grad()
+def set_costs(
+    stack: Stack,
+    tokens: torch.Tensor,
+    sets: Iterable[Cuts],
+    cost: Cost,
+    *,
+    rows: int = 8,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> list[Candidate]:
+    """KL(p || q) of each set of segments cut out together, mean over all tokens [N, T], in nats; from cheapest.
+
+    One sweep per `rows` rows of tokens. `advance` is told each layer that was entered.
     """
-    totals = dict.fromkeys(segments, 0.0)
+    totals = dict.fromkeys(sets, 0.0)
     for batch in tokens.split(rows):
-        dense, forks = _sweep(stack, batch, segments, cost, advance)
-        for segment, kl in _kl_sums(stack, batch, dense, forks).items():
-            totals[segment] += kl
+        ends = sweep(stack, batch, [DENSE, *totals], cost, advance)
+        for part in _row_chunks(stack, batch):
+            teacher = Teacher(stack.exit(ends[DENSE][part], batch[part]))
+            for cuts in totals:
+                totals[cuts] += teacher.kl(stack.exit(ends[cuts][part], batch[part])).sum().item()
         cost.dense_tokens += batch.numel()
     # a divergence is never negative; where a segment does nothing, rounding may make it so
-    candidates = [Candidate((segment,), max(0.0, total / tokens.numel())) for segment, total in totals.items()]
+    candidates = [Candidate(cuts, max(0.0, total / tokens.numel())) for cuts, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
+
+
+@torch.no_grad()
+def set_losses(
+    stack: Stack,
+    tokens: torch.Tensor,
+    sets: Iterable[Cuts],
+    cost: Cost,
+    *,
+    rows: int = 8,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> dict[Cuts, float]:
+    """Next-token loss without each set of segments, mean over the N (T - 1) predictions, in nats.
+
+    As `set_costs`, but the dense stream is carried only as far as the last fork.
+    """
+    totals = dict.fromkeys(sets, 0.0)
+    for batch in tokens.split(rows):
+        ends = sweep(stack, batch, list(totals), cost, advance)
+        targets = stack.place(batch)
+        for part in _row_chunks(stack, batch):
+            for cuts in totals:
+                logits = stack.exit(ends[cuts][part], batch[part])
+                totals[cuts] += next_token_loss(logits, targets[part]).sum().item()
+    return {cuts: total / (tokens.numel() - len(tokens)) for cuts, total in totals.items()}
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:
@@ -48,37 +94,59 @@ def all_segments(length: int, layers: int) -> list[Segment]:
 
 
 def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
-    """Layer-forwards of one sweep: L for the dense stream and L - stop for each fork, times the rows."""
-    return rows * (layers + sum(layers - segment.stop for segment in segments))
+    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows."""
+    return set_work([DENSE, *((segment,) for segment in segments)], layers, rows)
 
 
-def _sweep(
-    stack: Stack, tokens: torch.Tensor, segments: Sequence[Segment], cost: Cost, advance: Callable[[int], None]
-) -> tuple[torch.Tensor, dict[Segment, torch.Tensor]]:
-    """Final hidden states [B, T, D]: of the dense model, and with each segment skipped."""
-    dense, calls = stack.enter(tokens)
-    forks: dict[Segment, torch.Tensor] = {}
+def set_work(sets: Iterable[Cuts], layers: int, rows: int) -> int:
+    """Layer-forwards of a sweep: every stream from its last jump to where no set needs it any more."""
+    reach = _reach(sets, layers)
+    return rows * sum(max(0, stop - _entry(cuts)) for cuts, stop in reach.items())
+
+
+def sweep(
+    stack: Stack,
+    tokens: torch.Tensor,
+    sets: Sequence[Cuts],
+    cost: Cost,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> dict[Cuts, torch.Tensor]:
+    """Final hidden states [B, T, D] with each set of segments skipped; of the dense model where DENSE is among them.
+
+    A stream is named by the segments it has jumped over so far.
+    """
+    wanted, reach = set(sets), _reach(sets, len(stack))
+    hidden, calls = stack.enter(tokens)
+    streams = {DENSE: hidden}
     for j in range(len(stack)):
-        forks |= {segment: dense for segment in segments if segment.start == j}
-        dense = stack.layer(j, dense, calls)
-        past = [segment for segment in forks if segment.stop <= j]
-        for segment in past:
-            forks[segment] = stack.layer(j, forks[segment], calls)
-        entered = (1 + len(past)) * tokens.shape[0]
-        cost.layer_forwards += entered
-        advance(entered)
-    return dense, forks
+        for cuts in sorted(reach, key=len):  # of two segments side by side, the second forks from the first
+            if cuts and cuts[-1].start == j:
+                streams[cuts] = streams[cuts[:-1]]
+        streams = {cuts: h for cuts, h in streams.items() if reach[cuts] > j or cuts in wanted}
+        entered = [cuts for cuts in streams if _entry(cuts) <= j < reach[cuts]]
+        for cuts in entered:
+            streams[cuts] = stack.layer(j, streams[cuts], calls)
+        cost.layer_forwards += len(entered) * tokens.shape[0]
+        advance(len(entered) * tokens.shape[0])
+    return {cuts: streams[cuts] for cuts in wanted}
 
 
-def _kl_sums(
-    stack: Stack, tokens: torch.Tensor, dense: torch.Tensor, forks: dict[Segment, torch.Tensor]
-) -> dict[Segment, float]:
-    """Sum of KL(p || q) over the tokens of a batch for every fork; logits are made a few rows at a time."""
-    sums = dict.fromkeys(forks, 0.0)
+def _reach(sets: Iterable[Cuts], layers: int) -> dict[Cuts, int]:
+    """Every stream of a sweep, and the depth to which it must be carried: its last fork, or the end."""
+    reach = {DENSE: 0}
+    for cuts in sets:
+        for k, segment in enumerate(cuts):
+            reach[cuts[:k]] = max(reach.get(cuts[:k], 0), segment.start)
+        reach[cuts] = layers
+    return reach
+
+
+def _entry(cuts: Cuts) -> int:
+    """The first layer that a stream enters after its last jump."""
+    return cuts[-1].stop if cuts else 0
+
+
+def _row_chunks(stack: Stack, tokens: torch.Tensor) -> list[slice]:
+    """Rows whose logits are made together."""
     rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
-    for start in range(0, tokens.shape[0], rows):
-        part = slice(start, start + rows)
-        teacher = Teacher(stack.exit(dense[part], tokens[part]))
-        for segment, hidden in forks.items():
-            sums[segment] += teacher.kl(stack.exit(hidden[part], tokens[part])).sum().item()
-    return sums
+    return [slice(start, start + rows) for start in range(0, len(tokens), rows)]

@@ -40,6 +40,8 @@ class SearchResult:
     """The gate's way: {"step", "places": [P], "losses": [P]} a step; empty for methods without one."""
     oracle: dict[str, Any] | None = None
     """The exhaustive answer beside it, where it was asked for."""
+    seconds: float = field(default=0.0, compare=False)
+    """What the search took, by the same rule as `cost`: without what is measured beside it."""
 
     @property
     def segments(self) -> list[Segment]:

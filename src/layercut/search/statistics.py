@@ -1,0 +1,141 @@
+"""What one pass of the calibration tokens through the dense model tells about its layers.
+
+The baselines of `criteria.py` are functions of these sums. Only the hidden states of a few rows are held at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layercut.losses import next_token_loss
+from layercut.search.result import Cost
+from layercut.sweep import Calls, Stack
+
+BUDGET_BYTES = 512 * 2**20
+"""Hidden states held at once, [L + 1, B, T, D] in float32; one row at least."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How much alike the hidden states at all depths are, h_0 (embeddings) to h_L (before the final norm)."""
+
+    cosine: torch.Tensor
+    """E[cos(h_i, h_j)] over all tokens, along the hidden dimension. [L + 1, L + 1], float64."""
+    angular: torch.Tensor
+    """E[arccos(cos(h_i, h_j)) / pi] over the last token of each row. [L + 1, L + 1], float64, in [0, 1]."""
+
+
+@torch.no_grad()
+def similarity(
+    stack: Stack, tokens: torch.Tensor, cost: Cost, *, advance: Callable[[int], None] = lambda rows: None
+) -> Similarity:
+    """Both matrices from one pass of [N, T] tokens: L layer-forwards a row."""
+    depth = len(stack) + 1
+    cosine = torch.zeros(depth, depth, dtype=torch.float64)
+    angular = torch.zeros(depth, depth, dtype=torch.float64)
+    rows = max(1, BUDGET_BYTES // (4 * depth * tokens.shape[1] * stack.hidden_size))
+    for batch in tokens.split(rows):
+        hidden, calls = stack.enter(batch)
+        states = [hidden]
+        for i in range(len(stack)):
+            states.append(stack.layer(i, states[-1], calls))
+        cosine += cosine_sums(torch.stack(states)).cpu()
+        angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
+        cost.layer_forwards += len(stack) * len(batch)
+        cost.dense_tokens += batch.numel()
+        advance(len(batch))
+    return Similarity(cosine / tokens.numel(), angular / len(tokens))
+
+
+def cosine_sums(states: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of cos(h_i, h_j).  [L + 1, B, T, D] -> [L + 1, L + 1]
+
+    Along the hidden dimension D, one cosine a token; along the tokens (a fault of some re-implementations, METHOD 4)
+    it would be another criterion, which chooses other segments.
+    """
+    unit = F.normalize(states.float(), dim=-1).flatten(1)
+    return (unit @ unit.T).double()
+
+
+def angular_sums(last: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of arccos(cos(h_i, h_j)) / pi.  [L + 1, B, D] -> [L + 1, L + 1]"""
+    unit = F.normalize(last.double(), dim=-1)  # float64: arccos is steep where two states are nearly the same
+    return torch.einsum("ibd,jbd->bij", unit, unit).clamp(-1, 1).arccos().sum(0) / torch.pi
+
+
+def taylor_scores(
+    stack: Stack,
+    tokens: torch.Tensor,
+    cost: Cost,
+    *,
+    rows: int = 4,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> torch.Tensor:
+    """sum_w |w dL/dw| over the weight matrices of each layer, L the next-token loss on [N, T] tokens.  [L], float64
+
+    First-order estimate of what removing each weight costs (Taylor+ of Shortened LLaMA, 2402.02834). Backwards layer
+    by layer, each run anew from its input, so that one layer's activations are held at a time; the gradients of all
+    layers' matrices, summed over the rows, are held in float32. 2 L layer-forwards and L layer-backwards a row.
+    """
+    matrices = [[p for p in layer.parameters() if p.ndim > 1] for layer in stack.layers]
+    sums = [[torch.zeros_like(p, dtype=torch.float32) for p in layer] for layer in matrices]
+    predictions = tokens.numel() - len(tokens)
+    for batch in tokens.split(rows):
+        states, calls, slope = _loss_slope(stack, batch)
+        for i in reversed(range(len(stack))):
+            slope, grads = _layer_backward(stack, i, states[i], calls, slope, matrices[i])
+            for total, grad in zip(sums[i], grads, strict=True):
+                if grad is not None:
+                    total += grad.float() / predictions
+        cost.layer_forwards += 2 * len(stack) * len(batch)
+        cost.layer_backwards += len(stack) * len(batch)
+        cost.dense_tokens += batch.numel()
+        advance(len(batch))
+    scores = [
+        sum((p.detach().float() * g).abs().sum(dtype=torch.float64).item() for p, g in zip(layer, grads, strict=True))
+        for layer, grads in zip(matrices, sums, strict=True)
+    ]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _loss_slope(stack: Stack, tokens: torch.Tensor) -> tuple[list[torch.Tensor], Calls, torch.Tensor]:
+    """h_0 … h_{L-1}, the layers' arguments, and the gradient at h_L of the loss summed over the tokens."""
+    with torch.no_grad():
+        hidden, calls = stack.enter(tokens)
+        states = [hidden]
+        for i in range(len(stack)):
+            states.append(stack.layer(i, states[-1], calls))
+    last = states.pop().detach().requires_grad_(True)
+    loss = next_token_loss(stack.exit(last, tokens), stack.place(tokens)).sum()
+    (slope,) = torch.autograd.grad(loss, last)
+    return states, calls, slope
+
+
+def _layer_backward(
+    stack: Stack, i: int, hidden: torch.Tensor, calls: Calls, slope: torch.Tensor, weights: list[nn.Parameter]
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The gradients at layer i's input and at its weights, from the one at its output."""
+    hidden = hidden.detach().requires_grad_(True)
+    with trainable(weights):
+        output = stack.layer(i, hidden, calls)
+        grads = torch.autograd.grad(output, [hidden, *weights], slope, allow_unused=True)
+    return grads[0], list(grads[1:])
+
+
+@contextmanager
+def trainable(weights: list[nn.Parameter]) -> Iterator[None]:
+    """While open, the weights take gradients; afterwards those do that did before."""
+    flags = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
