@@ -159,13 +159,19 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             Text(row["method"]),
             Text(figures.label(row["segments"])),
             figures.figure(row["kl"]),
-            "refused" if row["refused"] else figures.figure(row["perplexity"]["cut"]),
-            "-" if row["perplexity"]["folded"] is None else figures.figure(row["perplexity"]["folded"]),
+            "refused" if row["refused"] else short(row["perplexity"]["cut"]),
+            "-" if row["perplexity"]["folded"] is None else short(row["perplexity"]["folded"]),
             f"{row['search_seconds']:.1f}",
             figures.count(row["layer_forwards"]),
             figures.count(row["layer_backwards"]),
         )
     return table
+
+
+def short(perplexity: Any) -> str:
+    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
+    found = figures.finite(perplexity)
+    return figures.count(found) if found is not None and found >= 1e5 else figures.figure(perplexity)
 
 
 def draw_picks(comparison: dict[str, Any], path: Path) -> None:
