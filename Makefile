@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families bench clean
+.PHONY: demo test lint test-families clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo

@@ -11,6 +11,7 @@ from layercut import cli
 README = Path(__file__).parents[1] / "README.md"
 FEW = {
     "compress": "--tokens 64 --window 16 --tune-tokens 64 --eval-tokens 64 --batch-tokens 32 --no-speed",
+    "compare": "--tokens 64 --window 16 --eval-tokens 64",
     "search": "--tokens 64 --window 16 --tune-tokens 0 --eval-tokens 64",
     "evaluate": "--eval-tokens 64 --window 16",
     "cut": "",
@@ -34,7 +35,7 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
         words = [str(tiny_model) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
         words = [word.replace("13:19", "2:4") for word in words]
         few = FEW[words[0]].split()
-        if "--data" not in words and words[0] in ("compress", "search"):  # the defaults are Hub sets
+        if "--data" not in words and words[0] in ("compress", "compare", "search"):  # the defaults are Hub sets
             few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]
         assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
