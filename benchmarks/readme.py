@@ -58,7 +58,7 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     figures = table(json.loads(RESULT.read_text()))
     text = re.sub(
-        r"<!-- figures -->.*?<!-- /figures -->", f"<!-- figures -->\n{figures}\n<!-- /figures -->", text, flags=re.DOTALL
+        r"(<!-- figures -->).*?(<!-- /figures -->)", rf"\1\n{figures}\n\2", text, flags=re.DOTALL
     )
     write_text(readme, text)
 

@@ -1,4 +1,4 @@
-"""Imports go downward only: cli, demo, compare -> pipeline -> stages -> ground. Read from the source, nothing is run."""
+"""Imports go downward only: cli, demo, compare -> pipeline -> stages -> ground. Read from the source."""
 
 from __future__ import annotations
 
