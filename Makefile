@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
 
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
