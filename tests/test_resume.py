@@ -22,9 +22,12 @@ from layercut.runs import STAGES
 # its work is done and its JSON half written; at "export/folder", the new model stands beside its place.
 # One process loads the libraries and forks the others, which spares 3 s each.
 DRIVER = """
-import os, sys
+import os, signal, sys
 import transformers.models.llama.modeling_llama
 from layercut import cli, export, pipeline, runs
+
+# a shell that starts the tests in the background lets them ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def run(where, number, argv):
     def die(*_):
