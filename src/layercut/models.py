@@ -23,6 +23,7 @@ from torch import nn
 
 from layercut.errors import ModelError
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -50,12 +51,6 @@ class Checkpoint:
         files = [self.file] if self.gguf else sorted(p for p in self.folder.iterdir() if p.is_file())
         facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-    def weight_bytes(self) -> int:
-        """Bytes of the weight files on disk."""
-        if self.gguf:
-            return self.file.stat().st_size
-        return sum(p.stat().st_size for p in weight_files(self.folder))
 
 
 @dataclass(frozen=True)
@@ -206,10 +201,11 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else all of them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(folder / name for name in set(read_json(index)["weight_map"].values()))
+    """The shards the index names; else model.safetensors; else every safetensors file there is."""
+    if (folder / INDEX).is_file():
+        return sorted(folder / name for name in set(read_json(folder / INDEX)["weight_map"].values()))
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     return sorted(folder.glob("*.safetensors"))
 
 

@@ -24,11 +24,9 @@ from layercut.cut.naming import DiskNames, in_reading_order, layer_of, renumbere
 from layercut.cut.plan import Plan, plan_cut
 from layercut.cut.safetensors_io import Entry, Output, Shard, read_shard, write_shard
 from layercut.errors import ModelError, SurgeryError
-from layercut.models import Checkpoint, check_folder, load_config, read_json
+from layercut.models import INDEX, SINGLE, Checkpoint, check_folder, load_config, read_json, weight_files
 from layercut.segments import Segment
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 """Files that hold the uncut model's weights: never copied as they are."""
 NOT_COPIED = {"config.json", "original", "onnx", "metal", "openvino"}
@@ -47,7 +45,7 @@ def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, forc
     check_folder(folder)
     config = load_config(Checkpoint(str(folder), folder))
     plan = plan_cut(config, model_class(config), segments)
-    shards = [read_shard(file) for file in _weight_files(folder)]
+    shards = [read_shard(file) for file in weight_files(folder)]
     _check_index(folder, shards)
     names = _new_names([key for shard in shards for key in shard.entries], plan)
     read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
@@ -84,15 +82,6 @@ def model_class(config: Any) -> type:
     raise ModelError(
         f"{config.model_type!r} is not a language model of this transformers", "pip install -U transformers"
     )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Shards the index names; else model.safetensors; else every safetensors file there is."""
-    if (folder / INDEX).is_file():
-        return sorted(folder / name for name in set(read_json(folder / INDEX)["weight_map"].values()))
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _check_index(folder: Path, shards: Sequence[Shard]) -> None:

@@ -1,4 +1,4 @@
-"""The baselines that choose by one look at the model, each with its paper's formula (METHOD 4).
+"""The baselines that choose by one look at the model, each with its paper's formula (docs/method.md).
 
 Every function is pure: statistics in, the segments to remove out. L layers, of which n are removed; h_i enters
 layer i. Layers that are not neighbours come back as several segments.

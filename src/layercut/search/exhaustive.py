@@ -32,7 +32,7 @@ def segment_costs(
     rows: int = 8,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q_segment) of each segment, mean over all tokens [N, T], in nats; sorted from cheapest. METHOD 1.2."""
+    """KL(p || q_segment) of each segment, mean over all tokens [N, T], in nats; sorted from cheapest."""
     return set_costs(stack, tokens, [(segment,) for segment in segments], cost, rows=rows, advance=advance)
 
 

@@ -56,7 +56,7 @@ def similarity(
 def cosine_sums(states: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of cos(h_i, h_j).  [L + 1, B, T, D] -> [L + 1, L + 1]
 
-    Along the hidden dimension D, one cosine a token; along the tokens (a fault of some re-implementations, METHOD 4)
+    Along the hidden dimension D, one cosine a token; along the tokens (a fault of some re-implementations)
     it would be another criterion, which chooses other segments.
     """
     unit = F.normalize(states.float(), dim=-1).flatten(1)
