@@ -96,7 +96,8 @@ def evolution(
         children = distinct(partial(level_switch, parent, layers, generator), OFFSPRING, parent)
         # the second look by its upper bound: who survives is not known yet
         price = set_work([DENSE, *children], layers, few) + more * layers * (2 + SURVIVORS)
-        if not children or generation >= FEWEST_GENERATIONS and cost.layer_forwards - begun + price > budget:
+        spent = cost.layer_forwards - begun
+        if not children or (generation >= FEWEST_GENERATIONS and spent + price > budget):
             return parent
         (parent,) = fittest([*fittest(children, few, SURVIVORS), parent], more, 1)
         generation += 1
