@@ -33,7 +33,7 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
     for line in shown:
         words = shlex.split(line)[1:]
         words = [str(tiny_model) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
-        words = [word.replace("13:19", "2:4") for word in words]
+        words = [word.replace("13:19", "2:4").replace("16384", "64") for word in words]
         few = FEW[words[0]].split()
         if "--data" not in words and words[0] in ("compress", "compare", "search"):  # the defaults are Hub sets
             few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]

@@ -348,6 +348,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
 def test_the_price_of_every_segment_is_a_heat_map(tmp_path: Path) -> None:
     html, page = report(make_run(tmp_path, search={"triangle": triangle()}))
     assert "triangle" in page.ids
+    assert "image" not in page.tags, "the page's policy lets no bitmap in"
     chart = html.partition('<section id="triangle">')[2].partition("</section>")[0]
     titles = re.findall(r"<title>(\d+):(\d+): ([\d.]+) nats(, the cheapest of its length)?</title>", chart)
     assert {(int(a), int(b)) for a, b, *_ in titles} == {(s, e) for s, e, _ in triangle()}

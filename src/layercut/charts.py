@@ -319,7 +319,8 @@ def paint_prices(axes: Any, known: Prices, *, left: float, ink: str, **bar: Any)
     above = [kl for kl in known.values() if kl > 0]
     low, high = (min(above), max(above)) if above else (1e-6, 1e-6)
     norm = LogNorm(low, high if high > low else low * 1.01)
-    colours = LinearSegmentedColormap.from_list("loss", LOSS_COLOURS, N=64)
+    # of 50 colours or more, matplotlib would make the bar a bitmap
+    colours = LinearSegmentedColormap.from_list("loss", LOSS_COLOURS, N=32)
     cells = {}
     for (start, stop), kl in sorted(known.items()):
         colour = colours(norm(max(kl, low)))
