@@ -87,15 +87,19 @@ def comparisons() -> str:
     return "\n\n".join(compare_table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("compare-*.json")))
 
 
+def filled(text: str) -> str:
+    """The README with its tables made anew."""
+    for region, tables in (("figures", table(json.loads(RESULT.read_text()))), ("compare", comparisons())):
+        between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
+        text = between.sub(lambda found, inside=tables: f"{found[1]}\n{inside}\n{found[2]}", text)
+    return text
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         take_over(Path(sys.argv[1]))
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for region, tables in (("figures", table(json.loads(RESULT.read_text()))), ("compare", comparisons())):
-        between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
-        text = between.sub(lambda found, inside=tables: f"{found[1]}\n{inside}\n{found[2]}", text)
-    write_text(readme, text)
+    write_text(readme, filled(readme.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import io
 import json
+from importlib import import_module
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from layercut import charts, evaluate, models
+from layercut import charts, evaluate, figures, models
 from layercut import compare as module
 from layercut.cli import main
 from layercut.config import Method
@@ -124,6 +126,23 @@ def test_the_table_fits_eighty_columns(finished):
     shown = " ".join(console.file.getvalue().split())
     assert shown.count("123.5k") == len(METHODS)
     assert "each tuned on the same 64 tokens; fwd and bwd are layers times rows" in shown
+
+
+def test_the_readmes_table_tells_what_the_run_found(finished, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    comparison, environment = (json.loads((finished / f"{name}.json").read_text()) for name in ("compare", "env"))
+    table = import_module("readme").compare_table(
+        {"ratio": 0.25, "comparison": comparison, "environment": environment}
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    assert {row[0] for row in rows} == {f"`{method}`" for method in METHODS}
+    kls = [float(row[2]) for row in rows]
+    assert kls == sorted(kls)
+    found = {row["method"]: row for row in comparison["methods"]}
+    for method, removed, _, cut, _, tuned, *_ in rows:
+        row = found[method.strip("`")]
+        assert removed == figures.label(row["segments"])
+        assert (cut, tuned) == tuple(figures.figure(row["perplexity"][state]) for state in ("cut", "tuned"))
 
 
 def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatch, capsys):

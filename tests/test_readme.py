@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
         assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert (tmp_path / "smaller" / "config.json").is_file()
+
+
+def test_tables_are_those_of_the_results(monkeypatch):
+    """Where this fails, a result was renewed and the README was not: python benchmarks/readme.py"""
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    text = README.read_text(encoding="utf-8")
+    assert import_module("readme").filled(text) == text
 
 
 @pytest.mark.parametrize("page", ["method.md", "reference.md"])
