@@ -32,7 +32,7 @@ from layercut.heal.fold import fold_
 from layercut.progress import bar, say
 from layercut.report import model_card, write_report
 from layercut.runs import Run, versions, write_text
-from layercut.search import find_segments, price_segments, stability
+from layercut.search import SearchResult, find_segments, price_segments, stability
 from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
 from layercut.sweep import Stack, mean_kl
 
@@ -115,7 +115,7 @@ def stability_stage(work: Workbench, search: dict[str, Any], length: int) -> dic
     text, run = work.config.text, work.run
     again = []
     for seed in range(text.seed + 1, text.seed + work.config.stability.seeds):
-        inputs = [work.source, asdict(replace(text, seed=seed)), asdict(work.config.search), length]
+        inputs = [work.source, asdict(replace(text, seed=seed)), asdict(replace(work.config.search, oracle=False)), length]
         again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length)))
         say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
     hashes = [found["config_hash"] for found in again]
@@ -216,22 +216,24 @@ class Workbench:
 
     def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
         """The segments to remove: those given, or the search's answer."""
-        config = self.config.search
         tokens = self.blocks["calibration"]
         if wanted:
             result = price_segments(self.stack, tokens, list(wanted))
         else:
-            seed = self.config.text.seed
-            result = find_segments(self.stack, tokens, length, config.method, seed=seed, oracle=config.oracle)
+            result = self.find(tokens, length, self.config.text.seed, oracle=self.config.search.oracle)
         text = self.run.read("text") or {}
         return result.to_json() | {"seed": self.config.text.seed, "calibration": text["calibration"]}
+
+    def find(self, tokens: torch.Tensor, length: int, seed: int, *, oracle: bool = False) -> SearchResult:
+        """The search as it was asked for, on any tokens."""
+        return find_segments(self.stack, tokens, length, self.config.search.method, seed=seed, oracle=oracle)
 
     def search_again(self, seed: int, length: int) -> dict[str, Any]:
         """What the search chooses on the calibration text of another seed."""
         text = self.config.text
         drawn = self.draw(text.data, text.tokens, seed=seed)
         self.save({"calibration": drawn.tokens}, f"stability-{seed}")
-        found = find_segments(self.stack, drawn.tokens, length, self.config.search.method, seed=seed).to_json()
+        found = self.find(drawn.tokens, length, seed).to_json()
         kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
         facts = {"seed": seed, "kl": found["candidates"][0]["kl"], "calibration": drawn.facts()}
         return facts | {key: found[key] for key in kept} | {"files": [f"stability-{seed}.safetensors"]}
