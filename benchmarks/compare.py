@@ -44,7 +44,7 @@ def main() -> None:
         methods=MethodsConfig().methods,
         tokens=2048,
         window=256,
-        eval_tokens=16384,
+        eval_tokens=8192,
         tune_tokens=16384,
         seed=0,
         runs="runs",

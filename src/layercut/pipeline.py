@@ -113,9 +113,9 @@ def text_stage(work: Workbench) -> dict[str, Any]:
 def stability_stage(work: Workbench, search: dict[str, Any], length: int) -> dict[str, Any]:
     """Search again, on other text from other seeds, and judge all choices on a common set; one artefact a seed."""
     text, run = work.config.text, work.run
-    again = []
+    again, asked = [], asdict(replace(work.config.search, oracle=False))
     for seed in range(text.seed + 1, text.seed + work.config.stability.seeds):
-        inputs = [work.source, asdict(replace(text, seed=seed)), asdict(replace(work.config.search, oracle=False)), length]
+        inputs = [work.source, asdict(replace(text, seed=seed)), asked, length]
         again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length)))
         say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
     hashes = [found["config_hash"] for found in again]
