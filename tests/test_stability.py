@@ -149,3 +149,16 @@ def test_seeds_that_make_no_sense_are_refused(command, texts, flags, words, caps
     kept = [a for a in command if not a.startswith("--ratio")] if "--segment=3:5" in flags else command
     assert main([*kept, f"--data={texts[0]}", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_verdict_reaches_the_report_and_goes_with_its_search(command, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    whole = ["compress", *command[1:], f"--data={texts[0]}", "--no-speed", "--no-fold", "--method=cosine"]
+    page = tmp_path / "run" / "report.html"
+    assert main([*whole, "--seeds=2"]) == 0
+    words = stability_words(artefact(tmp_path, "stability"))
+    assert words in page.read_text(encoding="utf-8")
+    assert main(whole) == 0
+    assert words in page.read_text(encoding="utf-8"), "the same search: what was found of it still holds"
+    assert main([*whole, "--seed=7"]) == 0
+    assert "Stability" not in page.read_text(encoding="utf-8")
