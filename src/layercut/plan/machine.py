@@ -28,6 +28,11 @@ LOGIT_BYTES = 28
 copied to float32, read for the maximum, exponentials written and read, read again against p)."""
 
 
+CALL = 3
+"""An operation inside a model costs so many times one in a loop: modules, hooks and the generation loop are Python
+too. A guess."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """What this machine does in a second."""
@@ -35,6 +40,10 @@ class Rates:
     flops: float
     """Floating-point operations of a matrix product at the model's widths, in its number format."""
     flops64: float
+    matvec: float
+    """Bytes of weights that go by when one token is multiplied with a matrix of the model's widths."""
+    launch: float
+    """Seconds of an operation on a tensor that is next to nothing."""
     memory: float
     """Bytes moved, read and written, by an elementwise operation."""
     disk: float | None
@@ -48,7 +57,9 @@ class Rates:
         logits = (work.head_rows + work.head_backward_rows) * shape.window * shape.vocabulary
         moved = logits * LOGIT_BYTES + work.moved_bytes
         disk = work.read_bytes / self.disk if self.disk else work.read_bytes / self.memory
-        return work.flops / self.flops + work.flops64 / self.flops64 + moved / self.memory + disk
+        called = work.decoded_layers * shape.total("kernels") / shape.layers
+        decoded = work.decoded_bytes / self.matvec + called * self.launch * CALL
+        return work.flops / self.flops + work.flops64 / self.flops64 + moved / self.memory + disk + decoded
 
 
 def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:
@@ -59,6 +70,8 @@ def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Pa
     return Rates(
         flops=_matrix_rate(rows, width, inner, dtype, device),
         flops64=_matrix_rate(min(width, 2048), min(width, 2048), min(width, 2048), torch.float64, device),
+        matvec=width * inner * dtype.itemsize / _matrix_seconds(1, width, inner, dtype, device),
+        launch=_launch_seconds(dtype, device),
         memory=_memory_rate(device),
         disk=_disk_rate(folder),
     )
@@ -66,11 +79,25 @@ def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Pa
 
 def _matrix_rate(rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of [rows, D] x [D, I]."""
+    return 2 * rows * width * inner / _matrix_seconds(rows, width, inner, dtype, device)
+
+
+def _matrix_seconds(rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
     if device.type == "mps" and dtype == torch.float64:
-        return _matrix_rate(rows, width, inner, dtype, torch.device("cpu"))
+        device = torch.device("cpu")  # it has no float64
     a = torch.ones(rows, width, dtype=dtype, device=device)
     b = torch.ones(inner, width, dtype=dtype, device=device)
-    return 2 * rows * width * inner / _median_seconds(lambda: a @ b.T, device)
+    return _median_seconds(lambda: a @ b.T, device)
+
+
+def _launch_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    x = torch.ones(8, dtype=dtype, device=device)
+
+    def hundred() -> None:
+        for _ in range(100):
+            x.add_(0)
+
+    return _median_seconds(hundred, device) / 100
 
 
 def _memory_rate(device: torch.device) -> float:

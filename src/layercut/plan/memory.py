@@ -10,8 +10,6 @@ s is the bytes of a number in the model's format; logits are [rows, T, V] and ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from layercut.config import CompressConfig
 from layercut.heal.endpoints import endpoints
 from layercut.losses import rows_per_chunk
@@ -41,10 +39,11 @@ def compared_logits(shape: Shape, kept: int) -> int:
 
 def load(shape: Shape, *, gguf: bool, stored: int, device: str) -> Peak:
     """The weights, read on the CPU. Safetensors are mapped, and the pages that were read count until they are let go;
-    of a GGUF file every tensor is dequantized to float32 before the first is rounded to the model's format."""
+    of a GGUF file every tensor is dequantized to float32 before the first is rounded to the model's format, and each
+    is let go as it is rounded."""
     weights = shape.dense.total * shape.itemsize
     if gguf:
-        return {"weights": weights, "float32 copy": 4 * shape.dense.total}
+        return {"weights in float32": 4 * shape.dense.total}
     return {"weights": weights, "file pages": stored if device == "cpu" else 0}
 
 
@@ -115,7 +114,6 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
     """
     heal = config.heal
     trained = endpoints([segment], shape.layers, heal.radius)
-    removed = len(segment)
     kept = [i for i in range(shape.layers) if not segment.start <= i < segment.stop]
     parameters = sum(shape.dense.layers[kept[p]] for p in trained)
     stop = max(trained) + 1 if heal.objective == "hidden" else len(kept)
@@ -125,7 +123,6 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
         for p in range(min(trained), stop)
     )
     logits = compared_logits(shape, 2) if heal.objective != "hidden" else 0
-    assert removed
     return {
         "trained state": parameters * (3 * shape.itemsize + 16),
         "kept for backward": rows * saved,
@@ -159,7 +156,3 @@ def total(parts: Peak) -> int:
 def largest(parts: Peak) -> str:
     """The part that dominates."""
     return max(parts, key=lambda name: parts[name])
-
-
-def all_parts(parts: Sequence[Peak]) -> Peak:
-    return {name: size for part in parts for name, size in part.items()}

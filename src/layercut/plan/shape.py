@@ -8,6 +8,7 @@ knows an architecture.
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ class LayerCost:
     """Bytes that autograd keeps for the backward pass, weights frozen."""
     saved_trained: int
     """The same where the weights take gradients: each matrix keeps its input as well."""
+    kernels: int
+    """Operations on tensors that one call of the layer issues, however few the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +155,15 @@ def count_parts(model: Any) -> Parts:
 
 
 def _kv_bytes(model: Any) -> int | None:
-    try:
-        with quiet_transformers():
-            return cache_bytes(model)
-    except Exception:  # a class whose forward looks at values cannot run without them
-        return None
+    wide = next(model.parameters()).dtype == torch.float32
+    # where shapes alone know the experts' grouped product in bfloat16 only, every number is twice as wide
+    for narrow in (False, True) if wide else (False,):
+        try:
+            with quiet_transformers():
+                return 2 * cache_bytes(copy.deepcopy(model).to(torch.bfloat16)) if narrow else cache_bytes(model)
+        except Exception:  # a class whose forward looks at values cannot run without them
+            continue
+    return None
 
 
 def cache_kinds(config: Any) -> dict[str, int]:
@@ -293,6 +300,7 @@ def _cost(layer: Any, args: Any, kwargs: dict[str, Any]) -> LayerCost:
         live=live.peak,
         saved=saved,
         saved_trained=saved_trained,
+        kernels=live.kernels,
     )
 
 
@@ -322,12 +330,13 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.kernels = 0
         self.weights = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers())}
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        self.kernels += 1
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()

@@ -67,7 +67,11 @@ class Work:
     read_bytes: float = 0
     """From and to the disk."""
     moved_bytes: float = 0
-    """Through memory, where that and not arithmetic is what takes the time: a token decoded reads every weight."""
+    """Copied through memory, where that and not arithmetic is what takes the time."""
+    decoded_bytes: float = 0
+    """Weights read by tokens that are generated one by one."""
+    decoded_layers: float = 0
+    """Layers called for them."""
 
 
 def rows_of(tokens: int, window: int) -> int:
@@ -260,13 +264,18 @@ def evaluate_work(shape: Shape, config: CompressConfig, segment: Segment, weight
         decoded += 6 * (24 + 2)
         prompts = 6 * 2 * 512 / shape.window
     found = _work(shape, Bounds.exactly(forwards + prompts * (shape.layers + kept)), heads=heads)
-    return replace(found, moved_bytes=decoded * sum(weights))
+    return replace(
+        found, decoded_bytes=decoded * sum(weights), decoded_layers=decoded * (shape.layers + kept)
+    )
 
 
 def export_work(shape: Shape, after: Parts, after_bytes: int) -> Work:
     """Written once, read once by the fresh process, which generates 24 tokens in float32 with the cache."""
     wide = 4 * after.total
-    return Work(read_bytes=2 * after_bytes, moved_bytes=25 * wide + 2 * wide + 4 * after_bytes)
+    return Work(
+        read_bytes=2 * after_bytes, moved_bytes=wide + 5 * after_bytes,
+        decoded_bytes=24 * wide, decoded_layers=24 * len(after.layers),
+    )  # fmt: skip
 
 
 def load_work(stored: int, weights: int) -> Work:
