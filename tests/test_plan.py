@@ -250,7 +250,7 @@ def test_flags_are_named_until_it_fits():
     assert judge(roomy, start, needs, 50)["flags"] == []
     found = judge(tight, start, needs, 50)
     assert not found["fits"]
-    assert found["stage"] == "search" or found["needs_bytes"] == 164
+    assert (found["stage"], found["needs_bytes"]) == ("search", 164)
     assert found["flags"] == ["--batch-tokens 1", "--method exhaustive"]
     assert judge(tiny_one, start, needs, 50)["flags"] is None, "no flag makes the window smaller than it is useful"
     assert "weights alone" in judge(none, start, needs, 95)["why"]
@@ -289,7 +289,7 @@ def test_tables_and_a_calibration(bare, capsys):
     assert "segment 1:3 (given)" in words
     assert "tied to the embedding" in words
     assert "tune" not in words, "nothing is tuned"
-    assert "8 x 80 GB GPUs (one is" in words
+    assert "8 x 80 GB GPUs" in words
 
 
 def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):

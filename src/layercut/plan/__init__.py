@@ -67,7 +67,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
         extra = 0 if target.accelerator else base or 0
         place = "cuda" if target.accelerator else "cpu"
-        return {name: memory.total(peak) + extra for name, peak in peaks(settings, place).items()}
+        return {name: memory.needed(peak) + extra for name, peak in peaks(settings, place).items()}
 
     stages = {}
     spent = stage_work(shape, journey, segments, length, bool(given), after, stored)
@@ -86,6 +86,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "kv_bytes_per_token": {"before": shape.dense.kv_bytes_per_token, "after": after.kv_bytes_per_token},
         "caches": {"before": shape.dense.caches, "after": after.caches},
         "base_bytes": base,
+        "host_bytes": memory.needed(memory.load(shape, gguf=gguf, stored=stored, device="cpu")) + (base or 0),
         "machine": rates.to_json() if rates else None,
         "stages": stages,
         "seconds": sum(s["seconds"] for s in stages.values() if s["seconds"] is not None) if rates else None,

@@ -38,7 +38,8 @@ def judge(
 ) -> dict[str, Any]:
     """Does every stage fit, and if not, the flags that make it fit; None where no flag does.
 
-    needs: bytes of every stage by name, on that target. weights: bytes of the dense model. A run uses one device.
+    needs: bytes of every stage by name, on that target. weights: bytes of the dense model. A run uses one device;
+    "even_share_bytes" is what each of several would hold at least, could it be spread over them.
     """
     stages = needs(config, target)
     worst = max(stages, key=lambda name: stages[name])
@@ -47,6 +48,7 @@ def judge(
         "bytes_per_device": target.bytes,
         "devices": target.devices,
         "devices_used": 1,
+        "even_share_bytes": stages[worst] // target.devices,
         "needs_bytes": stages[worst],
         "stage": worst,
         "fits": stages[worst] <= target.room(),

@@ -22,6 +22,9 @@ from layercut.segments import Segment
 SWEPT_ROWS = 8
 """Rows that sweep and fold carry at once: the default of `set_costs` and of `fold_`."""
 
+PAGES = "file pages"
+"""Resident, and so part of the peak that is seen; but not needed: the system drops them where memory is short."""
+
 Peak = dict[str, int]
 
 
@@ -38,13 +41,16 @@ def compared_logits(shape: Shape, kept: int) -> int:
 
 
 def load(shape: Shape, *, gguf: bool, stored: int, device: str) -> Peak:
-    """The weights, read on the CPU. Safetensors are mapped, and the pages that were read count until they are let go;
-    of a GGUF file every tensor is dequantized to float32 before the first is rounded to the model's format, and each
-    is let go as it is rounded."""
+    """The weights, read on the CPU and, for an accelerator, moved there as a whole. Safetensors are mapped, and the
+    pages that were read count until they are let go, which the system may do at any time (`PAGES`). Of a GGUF file
+    every tensor is dequantized to float32 before the first is rounded to the model's format, and each is let go as
+    it is rounded."""
     weights = shape.dense.total * shape.itemsize
+    if device != "cpu":
+        return {"weights": weights}
     if gguf:
         return {"weights in float32": 4 * shape.dense.total}
-    return {"weights": weights, "file pages": stored if device == "cpu" else 0}
+    return {"weights": weights, PAGES: stored}
 
 
 def sweep(shape: Shape, streams: int, rows: int) -> Peak:
@@ -151,6 +157,11 @@ def export(shape: Shape, after: int) -> Peak:
 
 def total(parts: Peak) -> int:
     return sum(parts.values())
+
+
+def needed(parts: Peak) -> int:
+    """What must be there."""
+    return total(parts) - parts.get(PAGES, 0)
 
 
 def largest(parts: Peak) -> str:

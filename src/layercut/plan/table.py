@@ -21,6 +21,7 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     yield _sizes(plan)
     yield _stages(plan)
     yield _fits(plan)
+    yield f"For an accelerator the weights go through the CPU's memory as a whole: {human(plan['host_bytes'])} there."
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
@@ -65,9 +66,11 @@ def _fits(plan: dict[str, Any]) -> Table:
     table = Table("where", "needs", "for", "fits", "with", title="Where it fits", title_justify="left")
     table.columns[1].justify = "right"
     for fit in plan["fits"]:
-        place = fit["target"] + (" (one is used)" if fit["devices"] > 1 else "")
+        place = fit["target"]
+        if fit["devices"] > 1:
+            place += f" (one is used; spread evenly: {human(fit['even_share_bytes'])} each, which is not built)"
         advice = fit["why"] or " ".join(fit["flags"]) or ("these settings" if fit["fits"] else "")
-        verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "with"
+        verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "no, but"
         table.add_row(place, human(fit["needs_bytes"]), fit["stage"], verdict, advice)
     return table
 
