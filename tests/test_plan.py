@@ -277,9 +277,10 @@ def test_a_config_alone_is_enough_and_nothing_is_fetched(bare, monkeypatch, caps
     assert plan["parameters"]["after"]["total"] == cut_parts(stock("qwen2"), torch.float32, CUT, 2)[1].total
     assert plan["seconds"] is plan["machine"] is None
     assert set(plan["stages"]) == {"load", "search", "fold", "tune", "eval", "export"}
-    for stage in plan["stages"].values():
+    for name, stage in plan["stages"].items():
         assert stage["seconds"] is None
-        assert stage["peak_bytes"] == sum(stage["parts"].values()) > plan["bytes"]["before"]["saved"]
+        assert stage["peak_bytes"] == sum(stage["parts"].values())
+        assert name == "load" or stage["parts"]["weights"] == plan["bytes"]["before"]["saved"]
     assert [fit["fits"] for fit in plan["fits"][-2:]] == [True, True]
 
 

@@ -32,6 +32,9 @@ TRIES = 12
 """Segments tried, from the middle outwards, until one is found that the architecture lets go."""
 
 
+STAGES = ("load", "search", "fold", "tune", "eval", "export")
+
+
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     """Everything `layercut compress` with the same flags will take, as one JSON object.
 
@@ -59,20 +62,21 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
 
     stored = _stored(checkpoint, shape)
     gguf = checkpoint.gguf is not None
+    mapped = not gguf and dtype == models.pick_dtype("auto", stock, checkpoint, device)
 
-    def peaks(settings: CompressConfig, place: str) -> dict[str, memory.Peak]:
-        at = shape_at(settings.text.window)
-        return stage_peaks(at, settings, segments, length, bool(given), after, gguf=gguf, stored=stored, device=place)
+    def peaks(settings: CompressConfig, on_cpu: bool) -> dict[str, memory.Peak]:
+        at, libraries = shape_at(settings.text.window), base or 0
+        found = stage_peaks(at, settings, segments, length, bool(given), after, libraries if on_cpu else 0)
+        place = "cpu" if on_cpu else "accelerator"
+        found["load"] = memory.load(shape, gguf=gguf, mapped=mapped, device=place)
+        return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
-        extra = 0 if target.accelerator else base or 0
-        place = "cuda" if target.accelerator else "cpu"
-        return {name: memory.needed(peak) + extra for name, peak in peaks(settings, place).items()}
+        return {name: memory.total(peak) for name, peak in peaks(settings, not target.accelerator).items()}
 
-    stages = {}
     spent = stage_work(shape, journey, segments, length, bool(given), after, stored)
-    for name, peak in peaks(journey, device.type).items():
-        stages[name] = describe_stage(shape, peak, spent[name], rates, base if device.type == "cpu" else 0)
+    planned = peaks(journey, device.type == "cpu")
+    stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
     return {
         "model": model,
         "device": str(device),
@@ -86,7 +90,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "kv_bytes_per_token": {"before": shape.dense.kv_bytes_per_token, "after": after.kv_bytes_per_token},
         "caches": {"before": shape.dense.caches, "after": after.caches},
         "base_bytes": base,
-        "host_bytes": memory.needed(memory.load(shape, gguf=gguf, stored=stored, device="cpu")) + (base or 0),
+        "host_bytes": memory.total(memory.load(shape, gguf=gguf, mapped=mapped, device="cpu")) + (base or 0),
         "machine": rates.to_json() if rates else None,
         "stages": stages,
         "seconds": sum(s["seconds"] for s in stages.values() if s["seconds"] is not None) if rates else None,
@@ -121,12 +125,10 @@ def stage_peaks(
     length: int,
     given: bool,
     after: Parts,
-    *,
-    gguf: bool,
-    stored: int,
-    device: str,
+    base: int,
 ) -> dict[str, memory.Peak]:
-    """The parts of every stage's peak, the dense weights among them. Of several segments the first is tuned deepest."""
+    """The parts of every stage's peak but loading's, the dense weights among them. Of several segments the first is
+    tuned deepest. base: what a fresh process holds from the start."""
     rows = work.rows_of(config.text.tokens, shape.window)
     first = min(segments)
     weights = {"weights": shape.dense.total * shape.itemsize}
@@ -136,13 +138,14 @@ def stage_peaks(
         search = memory.clp(shape, length, rows)
         if config.search.oracle:
             search = max(search, swept, key=memory.total)
-    peaks = {"load": memory.load(shape, gguf=gguf, stored=stored, device=device), "search": weights | search}
+    peaks = {"search": weights | search}
+    held = work.rows_of(work.held_out_tokens(config), shape.window)
     if config.heal.fold:
-        peaks["fold"] = weights | memory.fold(shape, rows)
+        peaks["fold"] = weights | memory.fold(shape, rows, held)
     if config.heal.tune_tokens:
         peaks["tune"] = weights | memory.tune(shape, config, first)
     peaks["eval"] = weights | memory.evaluate(shape, config)
-    peaks["export"] = weights | memory.export(shape, after.total)
+    peaks["export"] = weights | memory.export(shape, after.total, base)
     return peaks
 
 
@@ -164,12 +167,12 @@ def stage_work(
 
 
 def describe_stage(
-    shape: Shape, peak: memory.Peak, spent: work.Work | None, rates: Rates | None, base: int | None
+    shape: Shape, peak: memory.Peak, spent: work.Work | None, rates: Rates | None
 ) -> dict[str, Any]:
     """One stage of the plan."""
     result: dict[str, Any] = {
-        "peak_bytes": memory.total(peak) + (base or 0),
-        "parts": {"python and libraries": base} | peak if base else peak,
+        "peak_bytes": memory.total(peak),
+        "parts": peak,
         "flops": None,
         "layer_forwards": None,
         "layer_backwards": None,

@@ -22,50 +22,49 @@ from layercut.segments import Segment
 SWEPT_ROWS = 8
 """Rows that sweep and fold carry at once: the default of `set_costs` and of `fold_`."""
 
-PAGES = "file pages"
-"""Resident, and so part of the peak that is seen; but not needed: the system drops them where memory is short."""
-
 Peak = dict[str, int]
 
 
-def chunk_logits(shape: Shape) -> int:
-    """Numbers in one chunk of logits."""
-    return rows_per_chunk(shape.window, shape.vocabulary) * shape.window * shape.vocabulary
+def chunk_logits(shape: Shape, rows: int) -> int:
+    """Numbers in one chunk of the logits of so many rows."""
+    return min(rows, rows_per_chunk(shape.window, shape.vocabulary)) * shape.window * shape.vocabulary
 
 
-def compared_logits(shape: Shape, kept: int) -> int:
+def compared_logits(shape: Shape, rows: int, kept: int) -> int:
     """KL of one chunk. Beside `kept` sets of logits in the model's format: p, and of the student's logits a float32
     copy and the exponentials that logsumexp makes of it. A float32 model needs no copy."""
     copies = 3 if shape.itemsize < 4 else 2
-    return chunk_logits(shape) * (kept * shape.itemsize + 4 * copies)
+    return chunk_logits(shape, rows) * (kept * shape.itemsize + 4 * copies)
 
 
-def load(shape: Shape, *, gguf: bool, stored: int, device: str) -> Peak:
-    """The weights, read on the CPU and, for an accelerator, moved there as a whole. Safetensors are mapped, and the
-    pages that were read count until they are let go, which the system may do at any time (`PAGES`). Of a GGUF file
-    every tensor is dequantized to float32 before the first is rounded to the model's format, and each is let go as
-    it is rounded."""
+def load(shape: Shape, *, gguf: bool, mapped: bool, device: str) -> Peak:
+    """The weights, read on the CPU and, for an accelerator, moved there.
+
+    Safetensors in the model's own format are mapped, not read: the file's pages are the weights, and come in when
+    they are first used. In another format they are converted, tensor by tensor. Of a GGUF file every tensor is
+    dequantized to float32 before the first is rounded to the model's format, and each is let go as it is rounded.
+    """
     weights = shape.dense.total * shape.itemsize
     if device != "cpu":
         return {"weights": weights}
     if gguf:
         return {"weights in float32": 4 * shape.dense.total}
-    return {"weights": weights, PAGES: stored}
+    return {"weights, mapped": 0} if mapped else {"weights": weights}
 
 
 def sweep(shape: Shape, streams: int, rows: int) -> Peak:
     """Every stream [rows, T, D] at the end of a sweep, and then either one layer at work or a chunk of logits."""
     rows = min(rows, SWEPT_ROWS)
-    logits = max(_teacher(shape), compared_logits(shape, 1))
+    logits = max(_teacher(shape, rows), compared_logits(shape, rows, 1))
     return {
         "streams": streams * rows * shape.window * shape.hidden * shape.itemsize,
         "logits or layer": max(logits, rows * shape.most("live")),
     }
 
 
-def _teacher(shape: Shape) -> int:
+def _teacher(shape: Shape, rows: int) -> int:
     """Making p: the dense logits, their float32 copy or p, and log p."""
-    return chunk_logits(shape) * (shape.itemsize + 8)
+    return chunk_logits(shape, rows) * (shape.itemsize + 8)
 
 
 def exhaustive(shape: Shape, length: int, rows: int) -> Peak:
@@ -96,10 +95,10 @@ def clp(shape: Shape, length: int, rows: int) -> Peak:
     return max(step, priced, key=lambda peak: sum(peak.values()))
 
 
-def fold(shape: Shape, rows: int) -> Peak:
+def fold(shape: Shape, rows: int, held: int) -> Peak:
     """Sums M'M and M'Y in float64 for fitting and for checking; while one is solved four more [D, D] (the ridge's
     diagonal, the matrix, its factors, the solution). Or, while rows are added, float64 copies of m and y beside the
-    streams; or the projection in float64, before and after. Or, before and after, KL on the held-out rows."""
+    streams; or the projection in float64, before and after. Or, before and after, KL on the rows held out."""
     d2, tokens = 8 * shape.hidden**2, min(rows, SWEPT_ROWS) * shape.window
     sums = 4 * d2
     adding = tokens * shape.hidden * (2 * 8 + 3 * 4 + 3 * shape.itemsize)
@@ -107,7 +106,7 @@ def fold(shape: Shape, rows: int) -> Peak:
     working = max(working, 3 * d2 + 16 * shape.projection - sums)
     return max(
         {"normal equations": sums, "solving": working},
-        {"logits": compared_logits(shape, 2)},
+        {"logits": compared_logits(shape, held, 2)},
         key=lambda peak: sum(peak.values()),
     )
 
@@ -128,7 +127,7 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
         shape.costs[kept[p]].saved_trained if p in trained else shape.costs[kept[p]].saved
         for p in range(min(trained), stop)
     )
-    logits = compared_logits(shape, 2) if heal.objective != "hidden" else 0
+    logits = compared_logits(shape, rows, 2) if heal.objective != "hidden" else 0
     return {
         "trained state": parameters * (3 * shape.itemsize + 16),
         "kept for backward": rows * saved,
@@ -139,10 +138,9 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
 def evaluate(shape: Shape, config: CompressConfig) -> Peak:
     """A chunk of rows through the whole model: one layer at work, or logits, their float32 copy and its softmax.
     The states share the dense weights; of those that healing changed there is one set at a time."""
-    rows = min(
-        rows_per_chunk(shape.window, shape.vocabulary), rows_of(config.evaluate.eval_tokens, config.text.window)
-    )
-    logits = rows * shape.window * shape.vocabulary * (2 * shape.itemsize + 8)
+    logits = chunk_logits(shape, rows_of(config.evaluate.eval_tokens, shape.window))
+    rows = logits // (shape.window * shape.vocabulary)
+    logits *= 2 * shape.itemsize + 8
     trained = sorted(shape.dense.layers)[-2 * config.heal.radius :] if config.heal.tune_tokens else []
     return {
         "logits or layer": max(logits, rows * shape.most("live")),
@@ -150,18 +148,14 @@ def evaluate(shape: Shape, config: CompressConfig) -> Peak:
     }
 
 
-def export(shape: Shape, after: int) -> Peak:
-    """What a fresh process needs beside this one to verify the saved model: it turns it into float32."""
-    return {"fresh process": after * (shape.itemsize + 4)}
+def export(shape: Shape, after: int, base: int) -> Peak:
+    """What a fresh process needs beside this one to verify the saved model: it turns it into float32, and on a CPU
+    has Python and its libraries once more (base)."""
+    return {"fresh process": after * (shape.itemsize + 4) + base}
 
 
 def total(parts: Peak) -> int:
     return sum(parts.values())
-
-
-def needed(parts: Peak) -> int:
-    """What must be there."""
-    return total(parts) - parts.get(PAGES, 0)
 
 
 def largest(parts: Peak) -> str:

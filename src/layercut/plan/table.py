@@ -21,7 +21,7 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     yield _sizes(plan)
     yield _stages(plan)
     yield _fits(plan)
-    yield f"For an accelerator the weights go through the CPU's memory as a whole: {human(plan['host_bytes'])} there."
+    yield f"Loading for an accelerator takes {human(plan['host_bytes'])} of the CPU's memory, beside mapped files."
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
