@@ -74,7 +74,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
         return {name: memory.total(peak) for name, peak in peaks(settings, not target.accelerator).items()}
 
-    spent = stage_work(shape, journey, segments, length, bool(given), after, stored)
+    spent = stage_work(shape, journey, segments, length, bool(given), after, stored, gguf)
     planned = peaks(journey, device.type == "cpu")
     stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
     return {
@@ -150,14 +150,21 @@ def stage_peaks(
 
 
 def stage_work(
-    shape: Shape, config: CompressConfig, segments: list[Segment], length: int, given: bool, after: Parts, stored: int
+    shape: Shape,
+    config: CompressConfig,
+    segments: list[Segment],
+    length: int,
+    given: bool,
+    after: Parts,
+    stored: int,
+    gguf: bool,
 ) -> dict[str, work.Work | None]:
     """What every stage computes; None where that cannot be told beforehand."""
     first, size = min(segments), shape.itemsize
     known = given or config.search.method in work.METHODS
     weights = (shape.dense.total * size, after.total * size)
     return {
-        "load": work.load_work(stored, weights[0]),
+        "load": work.load_work(stored, weights[0]) if not gguf else None,  # dequantizing takes most of it
         "search": work.search_work(shape, config, length, segments if given else []) if known else None,
         "fold": work.fold_work(shape, config, first),
         "tune": work.tune_work(shape, config, first),

@@ -59,7 +59,8 @@ class Rates:
         disk = work.read_bytes / self.disk if self.disk else work.read_bytes / self.memory
         called = work.decoded_layers * shape.total("kernels") / shape.layers
         decoded = work.decoded_bytes / self.matvec + called * self.launch * CALL
-        return work.flops / self.flops + work.flops64 / self.flops64 + moved / self.memory + disk + decoded
+        computed = work.flops / self.flops + work.flops64 / self.flops64
+        return computed + moved / self.memory + disk + decoded + work.fixed_seconds
 
 
 def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:

@@ -28,6 +28,9 @@ from layercut.search.gate import (
 )
 from layercut.segments import Segment, joined_segments
 
+FRESH_PROCESS = 8.0
+"""Seconds until a new process has imported torch and transformers: a guess between warm and cold disks."""
+
 HELD_OUT_SCORES = 9
 """Tuning looks at the held-out rows before the first step and eight times on its way."""
 
@@ -72,6 +75,8 @@ class Work:
     """Weights read by tokens that are generated one by one."""
     decoded_layers: float = 0
     """Layers called for them."""
+    fixed_seconds: float = 0
+    """What takes its time on any machine, roughly."""
 
 
 def rows_of(tokens: int, window: int) -> int:
@@ -274,7 +279,7 @@ def export_work(shape: Shape, after: Parts, after_bytes: int) -> Work:
     wide = 4 * after.total
     return Work(
         read_bytes=2 * after_bytes, moved_bytes=wide + 5 * after_bytes,
-        decoded_bytes=24 * wide, decoded_layers=24 * len(after.layers),
+        decoded_bytes=24 * wide, decoded_layers=24 * len(after.layers), fixed_seconds=FRESH_PROCESS,
     )  # fmt: skip
 
 
