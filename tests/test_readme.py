@@ -16,6 +16,7 @@ FEW = {
     "search": "--tokens 64 --window 16 --tune-tokens 0 --eval-tokens 64",
     "evaluate": "--eval-tokens 64 --window 16",
     "cut": "",
+    "plan": "--window 16 --no-calibrate",
 }
 
 

@@ -219,6 +219,30 @@ class CompressConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a run with these flags would take."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    calibrate: bool = True
+    """Measure this machine for a few seconds, to tell how long it will take."""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print everything as JSON instead of tables."""
+    config: Path | None = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+
+    def journey(self) -> CompressConfig:
+        """The run that is planned."""
+        return CompressConfig(
+            load=self.load, text=self.text, search=self.search, heal=self.heal, evaluate=self.evaluate
+        )
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
 class CutConfig:
     """Surgery alone, on the files."""
 
