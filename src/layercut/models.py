@@ -540,11 +540,21 @@ def _weight(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+STREAMED = "the model's layers are left on disk: it can be searched and evaluated, but not healed or compared"
+STREAMED_HINT = (
+    "search it, then cut the files: layercut search MODEL --ratio R; layercut cut MODEL --segment START:STOP "
+    "--out FOLDER; with enough memory: --stream off"
+)
+
+
 def share(model: Any) -> Any:
     """A second model over the same weights: own modules and config, the very same parameters and buffers.
 
     Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
+    Raises ModelError: the model's layers are on disk (`stream.py`), so there is nothing to share.
     """
+    if getattr(model, "layers_on_disk", None):
+        raise ModelError(STREAMED, STREAMED_HINT)
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
 

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, measure, models
+from layercut import evaluate, measure, models, stream
 from layercut.config import CompressConfig, CutConfig, PerplexityConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
-from layercut.errors import ConfigError, RunError
+from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
@@ -54,6 +54,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run)
+        if until != "search" and not run.read("search") and stream.wanted(checkpoint, **asdict(config.load)):
+            raise ModelError(models.STREAMED, models.STREAMED_HINT)
 
         # A stage names what it uses and no more, so that a changed flag runs again just what depends on it;
         # of text it uses the tokens, whatever flags they came by.
@@ -139,14 +141,15 @@ class Workbench:
     def dense(self) -> models.LanguageModel:
         """The model as it came."""
         load = self.config.load
-        loaded = models.load(self.checkpoint, **asdict(load))
+        loaded = stream.load(self.checkpoint, **asdict(load))
         limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and self.config.text.window > limit:
             raise ConfigError(
                 f"--window {self.config.text.window} is longer than the model's {limit} positions",
                 f"allowed is up to {limit}: --window {min(limit, 256)}",
             )
-        say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}".replace("torch.", ""))
+        where = ", layers left on disk" if stream.layers_on_disk(loaded.model) else ""
+        say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}{where}".replace("torch.", ""))
         return loaded
 
     @cached_property
@@ -167,6 +170,11 @@ class Workbench:
 
         def draw(source: str, tokens: int, **more: Any) -> Blocks:
             model = self.dense.model if "self" in split_mix(source) else None
+            if model is not None and stream.layers_on_disk(model):
+                raise ConfigError(
+                    f"{source!r} has the model write text, for which layers on disk would be read for every token",
+                    "give another text, or --stream off",
+                )
             return load_blocks(source, self.dense.tokenizer, tokens=tokens, model=model, **{**shared, **more})
 
         drawn = {"calibration": draw(text.data, text.tokens)}
@@ -391,7 +399,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> list[tuple[str, floa
         names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
     results, tokens = [], None
     for name, source in names.items():
-        loaded = models.load(models.resolve(source, allow_pickle=config.load.allow_pickle), **asdict(config.load))
+        loaded = stream.load(models.resolve(source, allow_pickle=config.load.allow_pickle), **asdict(config.load))
         if tokens is None:
             tokens = load_blocks(
                 config.eval_data,

@@ -12,28 +12,28 @@ each layer on the real ones. Fused experts, renamed and tied weights are what th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from layercut import models
+from layercut.config import StreamMode
 from layercut.errors import ModelError
+from layercut.progress import say
 
-Mode = Literal["auto", "on", "off"]
 FITS = 0.8
 """A model in memory may take this share of what is available; the rest is for activations and logits. A guess."""
 
 IN_MEMORY = "load it in memory instead: --stream off"
 
 
-def load(checkpoint: models.Checkpoint, *, stream: Mode = "auto", **how: Any) -> models.LanguageModel:
+def load(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> models.LanguageModel:
     """`models.load`, or the same model with its layers left on disk. how: the arguments of `models.load`.
 
     stream "auto": on disk where the weights would take more than `FITS` of the memory that is available.
@@ -43,13 +43,15 @@ def load(checkpoint: models.Checkpoint, *, stream: Mode = "auto", **how: Any) ->
     return models.load(checkpoint, **how)
 
 
-def wanted(checkpoint: models.Checkpoint, *, stream: Mode = "auto", **how: Any) -> bool:
+def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
     """Whether `load` would leave the layers on disk. Reads headers only."""
     if stream != "auto":
         return stream == "on"
     if checkpoint.gguf or not models.weight_files(checkpoint.folder):
         return False  # no other way than to load these
     config = models.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
+    if getattr(config, "quantization_config", None):
+        return False
     place = models.pick_device(how.get("device", "auto"))
     number = models.pick_dtype(how.get("dtype", "auto"), config, checkpoint, place)
     elements = sum(s.elements for s in stored_tensors(checkpoint.folder).values())
@@ -220,7 +222,14 @@ class LayersOnDisk:
         self._stored, self._rest = self._by_layer(stored)
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
+        self._said = ""
         self._random: dict[Any, dict[str, torch.Tensor]] | None = None  # stand-ins, while they are wanted
+
+    def say_once(self, words: str) -> None:
+        """A line about streaming, unless it was the last one said: some searches sweep many times."""
+        if words != self._said:
+            say("stream", words)
+        self._said = words
 
     # --- what goes where ---
 
