@@ -146,7 +146,8 @@ def test_the_next_layer_is_read_while_this_one_computes(llama):
     disk.enter_(3)
     ahead, future = disk._ahead
     future.result()
-    assert ahead == 4 and disk.layers_read == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert ahead == 4
+    assert disk.layers_read == [0, 0, 0, 1, 1, 0, 0, 0]
     disk.enter_(2)  # downwards: what was read ahead is of no use, from here on it is
     disk._ahead[1].result()
     assert disk.layers_read == [0, 1, 1, 1, 1, 0, 0, 0]
@@ -310,11 +311,11 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_is_read(
 def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
     shared = tiny.llama()
     shared.model.layers[3].mlp = shared.model.layers[1].mlp
-    with pytest.raises(ModelError, match="layers 1 and 3 .* share"):
+    with pytest.raises(ModelError, match=r"layers 1 and 3 .* share"):
         stream.LayersOnDisk(shared, {}, torch.float32, torch.device("cpu"))
     tied = tiny.llama()
     tied.model.norm.weight = tied.model.layers[2].input_layernorm.weight
-    with pytest.raises(ModelError, match="ties weights of its layers: model.norm.weight"):
+    with pytest.raises(ModelError, match=r"ties weights of its layers: model\.norm\.weight"):
         stream.LayersOnDisk(tied, {}, torch.float32, torch.device("cpu"))
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
@@ -325,16 +326,19 @@ def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
 def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
     weights = sum(p.nbytes for p in models.load(llama).model.parameters())
     monkeypatch.setattr(stream, "available_bytes", lambda device: weights * 1.1)
-    assert stream.wanted(llama) and stream.layers_on_disk(stream.load(llama).model)
+    assert stream.wanted(llama)
+    assert stream.layers_on_disk(stream.load(llama).model)
     assert not stream.wanted(llama, dtype="bfloat16")
     assert not stream.wanted(llama, stream="off")
     monkeypatch.setattr(stream, "available_bytes", lambda device: weights * 1.3)
-    assert not stream.wanted(llama) and not stream.layers_on_disk(stream.load(llama).model)
+    assert not stream.wanted(llama)
+    assert not stream.layers_on_disk(stream.load(llama).model)
 
 
 def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):
     found = {}
-    flags = ["--ratio=0.25", "--method=exhaustive", "--tokens=256", "--window=32", "--tune-tokens=0", "--eval-tokens=64"]
+    flags = ["--ratio=0.25", "--method=exhaustive", "--tokens=256", "--window=32"]
+    flags += ["--tune-tokens=0", "--eval-tokens=64"]
     own, flags = flags, [*flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     for mode in ("on", "off"):
         assert main(["search", str(tiny_model), *flags, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
@@ -343,7 +347,8 @@ def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):
     assert found["on"]["candidates"] == found["off"]["candidates"]
     assert main(["compress", str(tiny_model), *flags, "--stream=on", f"--out={tmp_path / 'all'}"]) == 2
     error = capsys.readouterr().err
-    assert "not healed" in error and "layercut cut" in error
+    assert "not healed" in error
+    assert "layercut cut" in error
     own += ["--data=self", f"--eval-data={texts[1]}", f"--out={tmp_path / 'self'}"]
     assert main(["search", str(tiny_model), *own, "--stream=on"]) == 2
     assert "--stream off" in capsys.readouterr().err
