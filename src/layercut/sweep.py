@@ -134,7 +134,13 @@ class Stack:
         return embedded[0], calls
 
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """h_{i+1} = f_i(h_i)."""
+        """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights."""
+        if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
+            return recomputed_layer(self, i, hidden, calls)
+        return self.plain_layer(i, hidden, calls)
+
+    def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+        """h_{i+1} = f_i(h_i), wherever the layer is."""
         args, kwargs = calls[i]
         return hidden_of(self.layers[i](hidden, *args, **kwargs))
 
@@ -188,7 +194,7 @@ def recomputed_layer(stack: Stack, i: int, hidden: torch.Tensor, calls: Calls) -
     in the backward pass, the layers below it read ahead downwards. The same gradients as `stack.layer` gives.
     """
     return checkpoint(
-        lambda h: stack.layer(i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
+        lambda h: stack.plain_layer(i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
     )  # no randomness: models are in eval mode
 
 

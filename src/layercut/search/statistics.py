@@ -149,7 +149,7 @@ def _layer_backward(
     """The gradients at layer i's input and at its weights, from the one at its output."""
     hidden = hidden.detach().requires_grad_(True)
     with trainable(weights):
-        output = stack.layer(i, hidden, calls)
+        output = stack.plain_layer(i, hidden, calls)
         grads = torch.autograd.grad(output, [hidden, *weights], slope, allow_unused=True)
     return grads[0], list(grads[1:])
 
