@@ -12,6 +12,7 @@ from transformers import (
     PhimoeConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    RwkvConfig,
 )
 
 import folders
@@ -122,8 +123,8 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     model, disk = on_disk(llama)
     read, alive, most = disk._read, {}, []
 
-    def watched(stored, layer):
-        arrays = {name: tensor.numpy().copy() for name, tensor in read(stored, layer).items()}
+    def watched(layer):
+        arrays = {name: tensor.numpy().copy() for name, tensor in read(layer).items()}
         alive[layer] = [weakref.ref(array) for array in arrays.values()]
         most.append(sum(any(ref() is not None for ref in refs) for refs in alive.values()))
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -315,15 +316,24 @@ def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
     shared = tiny.llama()
     shared.model.layers[3].mlp = shared.model.layers[1].mlp
     with pytest.raises(ModelError, match=r"layers 1 and 3 .* share"):
-        stream.LayersOnDisk(shared, {}, torch.float32, torch.device("cpu"))
+        stream._refuse_sharing(shared)
     tied = tiny.llama()
     tied.model.norm.weight = tied.model.layers[2].input_layernorm.weight
-    with pytest.raises(ModelError, match=r"ties weights of its layers: model\.norm\.weight"):
-        stream.LayersOnDisk(tied, {}, torch.float32, torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"ties model\.norm\.weight to layer 2"):
+        stream._refuse_sharing(tied)
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="GGUF"):
         stream._refuse(models.Checkpoint("model", tmp_path, gguf.name), None)
+
+
+def test_a_model_that_changes_its_weights_as_it_runs_is_refused(tmp_path):
+    config = RwkvConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=8, attention_hidden_size=32, rescale_every=3
+    )
+    model, _ = on_disk(saved(tiny.tiny(config), tmp_path))
+    with pytest.raises(ModelError, match="changes the weights"):
+        model(input_ids=tiny.some_tokens(1), use_cache=False)
 
 
 def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):

@@ -12,7 +12,7 @@ each layer on the real ones. Fused experts, renamed and tied weights are what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -159,13 +159,35 @@ def open_on_disk(
     place = models.pick_device(device)
     number = models.pick_dtype(dtype, config, checkpoint, place)
     stored = stored_tensors(checkpoint.folder)
+    skeleton = _build(checkpoint, config, stored, number)
+    layers, rest = _by_layer(skeleton, stored)
+    _refuse_sharing(skeleton)
+    tensors = _read(rest)
+    absent = {name: tensor for layer in layers for name, tensor in layer.items()}
+    model = _build(checkpoint, config, absent | tensors, number)
+    model.config.name_or_path = str(checkpoint.folder)
+    model.layers_on_disk = disk = LayersOnDisk(model, layers, number, place)
+    disk.bytes_read = sum(tensor.nbytes for tensor in tensors.values())
+    return models.LanguageModel(
+        model.eval().requires_grad_(False), models.load_tokenizer(checkpoint), checkpoint, number, place
+    )
+
+
+def _build(checkpoint: models.Checkpoint, config: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The model as transformers makes it of tensors, some or all of which have no data."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    # an automatic class loads from files only; this is how it picks the class and the config
+    cls = _get_model_class(config, models.auto_class(config)._model_mapping)
+    if (text := config.sub_configs.get("text_config")) and cls.config_class == text:
+        config = config.get_text_config()
     with models.quiet_transformers():
         try:
-            model, info = _model_class(config).from_pretrained(
+            model, info = cls.from_pretrained(
                 None,
                 config=config,
-                state_dict=dict(stored),
-                dtype=number,
+                state_dict=dict(tensors),
+                dtype=dtype,
                 ignore_mismatched_sizes=True,  # refused below, and by name
                 output_loading_info=True,
             )
@@ -177,12 +199,7 @@ def open_on_disk(
             f"{checkpoint.name} holds weights that cannot be converted (first: {min(info['conversion_errors'])})",
             "check that the checkpoint is complete and that this version of transformers knows it",
         )
-    model.config.name_or_path = str(checkpoint.folder)
-    disk = LayersOnDisk(model, stored, number, place)
-    disk.read_the_rest_()
-    disk.attach_()
-    tokenizer = models.load_tokenizer(checkpoint)
-    return models.LanguageModel(model.eval().requires_grad_(False), tokenizer, checkpoint, number, place)
+    return model
 
 
 def _refuse(checkpoint: models.Checkpoint, config: Any) -> None:
@@ -198,32 +215,83 @@ def _refuse(checkpoint: models.Checkpoint, config: Any) -> None:
         raise ModelError(f"{name} brings its own modelling code, whose layers are not read one by one", IN_MEMORY)
 
 
-def _model_class(config: Any) -> Any:
-    """The class that transformers' automatic one would take: only a class itself loads from tensors given to it."""
-    from transformers.models.auto.auto_factory import _get_model_class
+def _by_layer(model: Any, stored: dict[str, Stored]) -> tuple[list[dict[str, Stored]], dict[str, Stored]]:
+    """The stored tensors that make up each layer, and the rest; names as transformers' loader maps them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    return _get_model_class(config, models.auto_class(config)._model_mapping)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    weights, decoder = model.state_dict(), models.find_decoder(model)
+    by_layer: list[dict[str, Stored]] = [{} for _ in range(len(decoder))]
+    rest: dict[str, Stored] = {}
+    for key, tensor in stored.items():
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, weights)
+        if name not in weights and key in weights:
+            name = key
+        i, dot, _ = name.removeprefix(decoder.path + ".").partition(".")
+        inside = name.startswith(decoder.path + ".") and dot and i.isdigit()
+        (by_layer[int(i)] if inside else rest)[key] = tensor
+    return by_layer, rest
+
+
+def _refuse_sharing(model: Any) -> None:
+    """A weight that two layers hold, or a layer and the rest, would have to be kept when a layer is dropped."""
+    layers, name = list(models.find_decoder(model).layers), type(model).__name__
+    holder: dict[int, int] = {}
+    for i, layer in enumerate(layers):
+        for path, tensor in _tensors(layer).items():
+            if holder.setdefault(id(tensor), i) != i:
+                raise ModelError(f"layers {holder[id(tensor)]} and {i} of {name} share {path}", IN_MEMORY)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for path, module in model.named_modules():
+        for own, tensor in {} if id(module) in inside else module._parameters.items():
+            if id(tensor) in holder:
+                raise ModelError(f"{name} ties {path}.{own} to layer {holder[id(tensor)]}", IN_MEMORY)
+
+
+def _read(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
+    """Tensors as they are in the files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with _opened(file) as shard:
+            for name in [name for name, tensor in stored.items() if tensor.file == file]:
+                try:
+                    tensors[name] = shard.get_tensor(name)
+                except Exception as error:  # its own error type, or the system's
+                    raise ModelError(
+                        f"{name} cannot be read from {file}: {models.first_line(error)}",
+                        "fetch this file again; it has changed since it was opened",
+                    ) from None
+    return tensors
 
 
 class LayersOnDisk:
-    """Reads decoder layers when they are entered. `layers_read` and `bytes_read` count what that took."""
+    """Reads decoder layers when they are entered. `layers_read` and `bytes_read` count what that took.
+
+    model: its layers have weights without data. stored: what each layer is made of.
+    """
 
     def __init__(
-        self, model: Any, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device
+        self, model: Any, stored: list[dict[str, Stored]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        decoder = models.find_decoder(model)
         self.model, self.device, self.dtype = model, device, dtype
-        self.layers: list[nn.Module] = list(decoder.layers)
+        self.layers: list[nn.Module] = list(models.find_decoder(model).layers)
         self.layers_read, self.bytes_read = [0] * len(self.layers), 0
         self.resident: int | None = None
+        self._stored = stored
         self._empty = [_tensors(layer) for layer in self.layers]  # names and shapes, without data
-        self._prefixes = [f"{decoder.path}.{i}." for i in range(len(self.layers))]
-        self._refuse_sharing()
-        self._stored, self._rest = self._by_layer(stored)
+        self._versions = [_versions(layer) for layer in self.layers]
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
-        self._said = ""
         self._random: dict[Any, dict[str, torch.Tensor]] | None = None  # stand-ins, while they are wanted
+        self._said = ""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
+        for i, layer in enumerate(self.layers):
+            layer.forward = self._on_demand(i, layer.forward)
 
     def say_once(self, words: str) -> None:
         """A line about streaming, unless it was the last one said: some searches sweep many times."""
@@ -231,64 +299,7 @@ class LayersOnDisk:
             say("stream", words)
         self._said = words
 
-    # --- what goes where ---
-
-    def _by_layer(self, stored: dict[str, Stored]) -> tuple[list[dict[str, Stored]], dict[str, Stored]]:
-        """The stored tensors that make up each layer, and the rest; names as transformers' loader maps them."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        weights = self.model.state_dict()
-        by_layer: list[dict[str, Stored]] = [{} for _ in self.layers]
-        rest: dict[str, Stored] = {}
-        owner = {prefix: i for i, prefix in enumerate(self._prefixes)}
-        depth = self._prefixes[0].count(".")
-        for key, tensor in stored.items():
-            name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, weights)
-            if name not in weights and key in weights:
-                name = key
-            i = owner.get(".".join(name.split(".")[:depth]) + ".")
-            (rest if i is None else by_layer[i])[key] = tensor
-        return by_layer, rest
-
-    def _refuse_sharing(self) -> None:
-        """A weight that two layers hold, or a layer and the rest, would have to be kept when a layer is dropped."""
-        holders: dict[int, int] = {}
-        inside = {id(t): i for i, tensors in enumerate(self._empty) for t in tensors.values()}
-        for i, tensors in enumerate(self._empty):
-            for name, tensor in tensors.items():
-                if holders.setdefault(id(tensor), i) != i:
-                    raise ModelError(
-                        f"layers {holders[id(tensor)]} and {i} of {type(self.model).__name__} share {name}", IN_MEMORY
-                    )
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        shared = [name for pair in tied.items() for name in pair if name.startswith(tuple(self._prefixes))]
-        mine = {id(layer_part) for layer in self.layers for layer_part in layer.modules()}
-        for path, module in self.model.named_modules():
-            if id(module) not in mine:
-                shared += [f"{path}.{n}" for n, t in module._parameters.items() if t is not None and id(t) in inside]
-        if shared:
-            raise ModelError(f"{type(self.model).__name__} ties weights of its layers: {shared[0]}", IN_MEMORY)
-
-    def read_the_rest_(self) -> None:
-        """Embeddings, final norm, head: what is no layer is read once, and tied as transformers ties it."""
-        missing = self._install_(self._read(self._rest))
-        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        inside = {id(t) for tensors in self._empty for t in tensors.values()}
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            if id(tensor) not in inside:
-                tensor.data = tensor.data.to(self.device)
-
     # --- entering a layer ---
-
-    def attach_(self) -> None:
-        """From here on each layer of the model fetches its weights when it is called."""
-        for i, layer in enumerate(self.layers):
-            layer.forward = self._on_demand(i, layer.forward)
-        self.model.layers_on_disk = self
 
     def _on_demand(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
@@ -307,6 +318,8 @@ class LayersOnDisk:
         if self._random is not None:
             self._stand_in_(i, self._random)
             return
+        if _versions(self.layers[i]) != self._versions[i]:
+            raise ModelError(f"{type(self.model).__name__} changes the weights of its layers as it runs", IN_MEMORY)
         step = -1 if self.resident is not None and i == self.resident - 1 else 1
         tensors = self._take(i)
         self.leave_()
@@ -316,7 +329,7 @@ class LayersOnDisk:
             raise ModelError(f"layer {i} has no {lacking[0]} in the checkpoint", "fetch the checkpoint again")
         self.resident = i
         if 0 <= i + step < len(self.layers):
-            self._ahead = i + step, self._reader.submit(self._read, self._stored[i + step], i + step)
+            self._ahead = i + step, self._reader.submit(self._read, i + step)
 
     def leave_(self) -> None:
         """Drop the weights of the layer that is in memory."""
@@ -332,28 +345,17 @@ class LayersOnDisk:
             if ahead[0] == i:
                 return tensors
             del tensors, ahead
-        return self._read(self._stored[i], i)
+        return self._read(i)
 
-    def _read(self, stored: dict[str, Stored], layer: int | None = None) -> dict[str, torch.Tensor]:
-        """Tensors as they are in the files."""
-        tensors: dict[str, torch.Tensor] = {}
-        for file in sorted({tensor.file for tensor in stored.values()}):
-            with _opened(file) as shard:
-                for name in [name for name, tensor in stored.items() if tensor.file == file]:
-                    try:
-                        tensors[name] = shard.get_tensor(name)
-                    except Exception as error:  # its own error type, or the system's
-                        raise ModelError(
-                            f"{name} cannot be read from {file}: {models.first_line(error)}",
-                            "fetch this file again; it has changed since it was opened",
-                        ) from None
+    def _read(self, i: int) -> dict[str, torch.Tensor]:
+        """Layer i's tensors as stored, from disk."""
+        tensors = _read(self._stored[i])
         self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
-        if layer is not None:
-            self.layers_read[layer] += 1
+        self.layers_read[i] += 1
         return tensors
 
-    def _install_(self, tensors: dict[str, torch.Tensor]) -> set[str]:
-        """Convert stored tensors and put them into the model, by transformers' loader; names still without."""
+    def _install_(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Convert stored tensors and put them into the model, by transformers' loader."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -368,7 +370,6 @@ class LayersOnDisk:
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             wrong = [*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
             raise ModelError(f"weights have changed since they were opened: {wrong[0]}", "fetch the checkpoint again")
-        return info.missing_keys
 
     # --- structure without weights ---
 
@@ -414,6 +415,11 @@ def _blank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and stored buffers of a layer by name, the very objects."""
     return layer.state_dict(keep_vars=True)
+
+
+def _versions(layer: nn.Module) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [tensor._version for tensor in _tensors(layer).values()]
 
 
 def _put_(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
