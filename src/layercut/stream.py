@@ -282,7 +282,8 @@ class LayersOnDisk:
         self.resident: int | None = None
         self._stored = stored
         self._empty = [_tensors(layer) for layer in self.layers]  # names and shapes, without data
-        self._versions = [_versions(layer) for layer in self.layers]
+        self._unchanged = [_versions(layer) for layer in self.layers]
+        self._versions = self._unchanged.copy()  # of what each layer holds now
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
         self._random: dict[Any, dict[str, torch.Tensor]] | None = None  # stand-ins, while they are wanted
@@ -318,24 +319,37 @@ class LayersOnDisk:
         if self._random is not None:
             self._stand_in_(i, self._random)
             return
-        if _versions(self.layers[i]) != self._versions[i]:
-            raise ModelError(f"{type(self.model).__name__} changes the weights of its layers as it runs", IN_MEMORY)
+        self._refuse_changed(i)  # here those without data, which the model may have changed before it calls them
         step = -1 if self.resident is not None and i == self.resident - 1 else 1
         tensors = self._take(i)
         self.leave_()
-        self._install_(tensors)
+        self.resident = i  # from here on, also half installed: an error leaves nothing behind
+        try:
+            self._install_(tensors)
+        except BaseException:
+            self._drop_()
+            raise
         self.layers[i].requires_grad_(False)
-        if lacking := [name for name, tensor in _tensors(self.layers[i]).items() if tensor.is_meta]:
-            raise ModelError(f"layer {i} has no {lacking[0]} in the checkpoint", "fetch the checkpoint again")
-        self.resident = i
+        self._versions[i] = _versions(self.layers[i])
         if 0 <= i + step < len(self.layers):
             self._ahead = i + step, self._reader.submit(self._read, i + step)
 
     def leave_(self) -> None:
-        """Drop the weights of the layer that is in memory."""
-        if self.resident is not None:
-            _put_(self.layers[self.resident], self._empty[self.resident])
+        """Drop the weights of the layer that is in memory; ModelError where they were changed there."""
+        if self.resident is not None and self._random is None:
+            self._refuse_changed(self.resident)
+        self._drop_()
+
+    def _drop_(self) -> None:
+        if (i := self.resident) is not None:
+            _put_(self.layers[i], self._empty[i])
+            self._versions[i] = self._unchanged[i]
         self.resident = None
+
+    def _refuse_changed(self, i: int) -> None:
+        """Changes in place would be lost when the layer is read again."""
+        if _versions(self.layers[i]) != self._versions[i]:
+            raise ModelError(f"{type(self.model).__name__} changes the weights of its layers as it runs", IN_MEMORY)
 
     def _take(self, i: int) -> dict[str, torch.Tensor]:
         """Layer i's tensors as stored: read ahead, or read now."""
@@ -367,6 +381,9 @@ class LayersOnDisk:
         )
         with models.quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how)
+        lacking = [name for name, tensor in _tensors(self.layers[self.resident or 0]).items() if tensor.is_meta]
+        if lacking:
+            raise ModelError(f"layer {self.resident} has no {lacking[0]} on disk", "fetch the checkpoint again")
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             wrong = [*info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
             raise ModelError(f"weights have changed since they were opened: {wrong[0]}", "fetch the checkpoint again")
@@ -381,7 +398,7 @@ class LayersOnDisk:
         try:
             yield
         finally:
-            self.leave_()
+            self._drop_()
             self._random = None
 
     def _stand_in_(self, i: int, made: dict[Any, dict[str, torch.Tensor]]) -> None:
