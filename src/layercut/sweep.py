@@ -169,9 +169,14 @@ class Stack:
             self._shapes[kind] = tuple(None for _ in output) if isinstance(output, tuple) else None
         return replaced_hidden(self._shapes[kind], hidden)
 
-    def _one_logit(self) -> dict[str, int]:
-        """Spare the head where only the way in is of interest."""
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+    def _one_logit(self) -> dict[str, torch.Tensor]:
+        """Spare the head where only the way in is of interest.
+
+        The one position goes as a tensor: sliced out by a number, [B, 1, D] is not contiguous, for which torch copies
+        the head's matrix once a row (2 x 1.05 GB for Llama-3-8B and two rows).
+        """
+        spared = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": torch.zeros(1, dtype=torch.long, device=self.device)} if spared else {}
 
     @torch.no_grad()
     def _check(self) -> None:
