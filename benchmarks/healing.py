@@ -5,10 +5,12 @@
     python benchmarks/healing.py … --again lora full    # these once more
 
 Every method runs in a process of its own (--only METHOD), with the same calibration, tuning, held-out and reported
-tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens.
+tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens;
+variants that differ from endpoint tuning in their start, reach or text alone take its rate.
 Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities. Memory: the process's peak while training
-above what it held with the weights loaded. Equal time: trained anew on as many tokens as the method takes in the
-seconds of endpoint tuning, at most twice the tokens. Writes OUT.json, a table OUT.md and curves OUT.svg.
+above what it held with the weights loaded. Equal time: held-out KL at the seconds that endpoint tuning takes, read
+from the curve, where a slower method is stopped before its rate has come down; for those named by --equal-time also
+trained anew on as many tokens as fit these seconds, at most twice the tokens. Writes OUT.json, OUT.md and OUT.svg.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import time
 from argparse import Namespace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from common import arguments, blocks, open_model
 from healers import BASELINES, patch_, train_
 from layercut import models
 from layercut.cut import cut_segment_
+from layercut.data import load_blocks
 from layercut.evaluate import perplexity
 from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
 from layercut.heal.fold import fold_
@@ -50,6 +54,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "self-text": {},
 }
 """Endpoint tuning and its variants, by what differs from the default."""
+SAME_RATE = {"no-fold", "radius-2", "self-text"}
 METHODS = ["dense", "cut", "fold", "patch", *TUNED, *BASELINES]
 GENRES = {"dense", "cut", "fold", "endpoints", "self-text", "lora", "full"}
 """Whose perplexity is taken by genre too."""
@@ -58,9 +63,9 @@ GENRES = {"dense", "cut", "fold", "endpoints", "self-text", "lora", "full"}
 def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], genres=[""], segment="13:19", window=256,
-        seed=0, calibration_tokens=16384, tune_tokens=65536, heldout_tokens=4096, rate_tokens=8192,
-        eval_tokens=65536, genre_tokens=8192, batch_tokens=2048, threads=2, methods=METHODS, again=[""], only="",
-        seconds=0.0,
+        seed=0, calibration_tokens=16384, tune_tokens=65536, heldout_tokens=2048, rate_tokens=8192,
+        eval_tokens=65536, genre_tokens=8192, batch_tokens=2048, threads=2, methods=METHODS, again=[""],
+        equal_time=[""], only="", seconds=0.0, rate=0.0,
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     if args.only:
@@ -73,7 +78,7 @@ def main() -> None:
 
 
 def gather(args: Namespace) -> None:
-    apart = {"methods", "again", "only", "seconds", "out", "threads", "model"}
+    apart = {"methods", "again", "equal_time", "only", "seconds", "rate", "out", "threads", "model"}
     settings = {key: plain_names(value) for key, value in vars(args).items() if key not in apart}
     settings["model"] = Path(args.model).name if args.model else "SmolLM2-135M-Instruct.Q4_1.gguf"
     done = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": settings, "rows": []}
@@ -83,11 +88,12 @@ def gather(args: Namespace) -> None:
     for method in sorted(args.methods, key=METHODS.index):
         if method in rows:
             continue
-        seconds = rows.get("endpoints", {}).get("seconds", 0.0)
+        base = rows.get("endpoints", {})
+        given = {"only": method, "seconds": base.get("seconds", 0.0), "out": args.out}
+        given["rate"] = base.get("rate", 0.0) if method in SAME_RATE else 0.0
         begun = time.perf_counter()
-        subprocess.run(
-            [sys.executable, *sys.argv, "--only", method, "--seconds", str(seconds), "--out", str(args.out)], check=True
-        )
+        extra = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, *sys.argv, *extra], check=True)
         file = child_file(args.out, method)
         rows[method] = json.loads(file.read_text()) | {"whole_seconds": time.perf_counter() - begun}
         file.unlink()
@@ -132,7 +138,10 @@ def add_gaps_(rows: list[dict[str, Any]]) -> None:
             for text in figures
         }
 
+    seconds = by_name.get("endpoints", {}).get("seconds")
     for row in rows:
+        if seconds and row.get("heldout_measure") == "kl":
+            row["kl_at_equal_seconds"] = kl_after(row, seconds)
         row["gap_closed"] = gaps("perplexity", row["perplexity"])
         if "genres" in row:
             row["gap_closed_by_genre"] = gaps("genres", row["genres"])
@@ -140,20 +149,35 @@ def add_gaps_(rows: list[dict[str, Any]]) -> None:
             row["equal_time"]["gap_closed"] = gaps("perplexity", row["equal_time"]["perplexity"])
 
 
+def kl_after(row: dict[str, Any], seconds: float) -> float:
+    """Held-out KL when so many seconds had been trained: between two scores on a straight line, at the end the best."""
+    at = {point["step"]: point["seconds"] for point in row["curve"]} | {0: 0.0}
+    scores = [(at[point["step"]], point["loss"]) for point in row["heldout"]]
+    for (start, first), (stop, second) in pairwise(scores):
+        if start <= seconds < stop:
+            return first + (second - first) * (seconds - start) / (stop - start)
+    return min(loss for _, loss in scores)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     texts = list(rows[0]["perplexity"])
-    heads = ["method", "rate", "trained", "tokens/s", "seconds", "memory MB", *texts]
-    heads += [f"gap {text}" for text in texts] + [f"gap {text}, equal time" for text in texts]
+    heads = ["method", "rate", "trained", "tokens/s", "seconds", "memory MB", "KL", "KL at equal time", *texts]
+    heads += [f"gap {text}" for text in texts]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         cells = [row["method"]]
         cells += [shown(row.get("rate"), "g"), shown(row.get("trained_parameters"), ",")]
         cells += [shown(row.get("tokens_per_second"), ".0f")]
         cells += [shown(row.get("seconds"), ".0f"), shown(megabytes(row.get("peak_above_weights_bytes")), ".0f")]
+        cells += [shown(row.get("kl"), ".4f"), shown(row.get("kl_at_equal_seconds"), ".4f")]
         cells += [shown(row["perplexity"][text], ".1f") for text in texts]
         cells += [shown(row.get("gap_closed", {}).get(text), ".1%") for text in texts]
-        cells += [shown(((row.get("equal_time") or {}).get("gap_closed") or {}).get(text), ".1%") for text in texts]
         lines.append("| " + " | ".join(cells) + " |")
+    for row in rows:
+        if anew := row.get("equal_time"):
+            found = ", ".join(f"{text} {anew['gap_closed'][text]:.1%}" for text in texts if "gap_closed" in anew)
+            took = f"{anew['seconds']:.0f} s, {anew['tokens']:,} tokens"
+            lines += ["", f"{row['method']}, trained anew in the seconds of endpoint tuning ({took}): {found}"]
     genres = [row for row in rows if row.get("gap_closed_by_genre")]
     if genres:
         names = list(genres[0]["genres"])
@@ -210,7 +234,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     )
     dense, segment = Stack(opened.model), Segment.parse(args.segment)
     if args.only == "self-text":
-        tokens = draw_blocks("self", args.tune_tokens, model=opened.model).tokens
+        tokens = sampled(opened, args)
     start = partial(folded_student, dense, segment, calibration, args.only not in ("cut", "patch", "no-fold"))
     row: dict[str, Any] = {"method": args.only, "start": "cut" if args.only in ("cut", "patch", "no-fold") else "fold"}
 
@@ -223,10 +247,10 @@ def measure(args: Namespace) -> dict[str, Any]:
     if args.only in TUNED or args.only in BASELINES:
         heal = partial(healed, args.only, dense, segment, args.batch_tokens)
         tried = []
-        for rate in rates(args.only, dense.hidden_size):
+        for rate in [] if args.rate else rates(args.only, dense.hidden_size):
             heal(student := start(), tokens[: max(1, args.rate_tokens // args.window)], heldout, rate)
             tried.append({"rate": rate, "kl": model_kl(dense, student, heldout)})
-        rate = min(tried, key=lambda each: each["kl"])["rate"]
+        rate = args.rate or min(tried, key=lambda each: each["kl"])["rate"]
         student = start()
         before = settled_bytes()
         whole = tokens[: max(1, args.tune_tokens // args.window)]
@@ -250,11 +274,18 @@ def measure(args: Namespace) -> dict[str, Any]:
     return row | ({"genres": figures(student.model, genres)} if args.only in GENRES else {})
 
 
+def sampled(opened: models.LanguageModel, args: Namespace) -> torch.Tensor:
+    """Text from the dense model itself, [N, T]."""
+    return load_blocks(
+        "self", opened.tokenizer, tokens=args.tune_tokens, window=args.window, seed=args.seed, model=opened.model
+    ).tokens
+
+
 def at_equal_time(
     args: Namespace, row: dict[str, Any], tokens: torch.Tensor, start: Any, heal: Any, figures: Any, reported: Any
 ) -> dict[str, Any] | None:
-    """Trained again for the seconds of endpoint tuning; None for that itself and where they are not known."""
-    if not args.seconds:
+    """Trained again for the seconds of endpoint tuning, if asked for; None where these are not known."""
+    if args.only not in args.equal_time or not args.seconds:
         return None
     count = min(round(args.seconds * row["tokens_per_second"] / args.window), len(tokens))
     if abs(count * args.window - row["tokens"]) < 0.05 * row["tokens"]:
