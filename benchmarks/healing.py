@@ -150,13 +150,14 @@ def add_gaps_(rows: list[dict[str, Any]]) -> None:
 
 
 def kl_after(row: dict[str, Any], seconds: float) -> float:
-    """Held-out KL when so many seconds had been trained: between two scores on a straight line, at the end the best."""
+    """Held-out KL when so many seconds had been trained: the best so far, between two scores on a straight line."""
     at = {point["step"]: point["seconds"] for point in row["curve"]} | {0: 0.0}
     scores = [(at[point["step"]], point["loss"]) for point in row["heldout"]]
+    reached = [loss for when, loss in scores if when <= seconds + 0.01]
     for (start, first), (stop, second) in pairwise(scores):
         if start <= seconds < stop:
-            return first + (second - first) * (seconds - start) / (stop - start)
-    return min(loss for _, loss in scores)
+            reached.append(first + (second - first) * (seconds - start) / (stop - start))
+    return min(reached)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
