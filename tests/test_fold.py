@@ -1,5 +1,7 @@
 """The fold is least squares in float64, goes into weights that are there, and finds them by what they do."""
 
+import random
+
 import pytest
 import torch
 import transformers
@@ -7,9 +9,10 @@ import transformers
 import tiny
 from layercut import models
 from layercut.cut import cut_segment_
+from layercut.heal.endpoints import endpoints, own_parameters_
 from layercut.heal.fold import RIDGES, Normal, fold_, shared_layers
 from layercut.heal.targets import find_targets
-from layercut.segments import Segment
+from layercut.segments import Segment, joined_segments
 from layercut.sweep import Stack, hidden_of, mean_kl
 
 SHAPE = {
@@ -46,9 +49,24 @@ FAMILIES = {
         ),
         ["self_attention.dense", "mlp.dense_4h_to_h"],
     ),
-    "mixtral": (transformers.MixtralConfig(**EXPERTS, num_local_experts=4), ["mlp"]),
-    "gpt_oss": (transformers.GptOssConfig(**EXPERTS, num_local_experts=4, head_dim=8), ["mlp"]),
-    "qwen2_moe": (transformers.Qwen2MoeConfig(**EXPERTS, num_experts=4, decoder_sparse_step=1), ["mlp"]),
+    "mixtral": (transformers.MixtralConfig(**EXPERTS, num_local_experts=4), ["self_attn.o_proj", "mlp"]),
+    "gpt_oss": (transformers.GptOssConfig(**EXPERTS, num_local_experts=4, head_dim=8), ["self_attn.o_proj", "mlp"]),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config(
+            **(EXPERTS | {"num_key_value_heads": 4}),
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=0,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+        ["self_attn.o_proj", "mlp"],
+    ),
+    "qwen2_moe": (transformers.Qwen2MoeConfig(**EXPERTS, num_experts=4, decoder_sparse_step=1), ["self_attn.o_proj", "mlp"]),
 }
 """Configs, and what a fold changes in them."""
 
@@ -156,18 +174,21 @@ def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
     assert outcome.error_after == pytest.approx(left.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
 def test_experts_are_multiplied_by_the_best_matrix(name):
     model = family(name)
     dense, cut = Stack(model), Stack(cut_copy(model, Segment(2, 4)))
     tokens = tiny.some_tokens(64, 16)
     plain = Stack(cut_copy(model, Segment(2, 4)))
     (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+    # the attention as it was folded, the experts as they were
+    folded = cut.layers[1].self_attn.o_proj.weight
+    plain.layers[1].self_attn.o_proj.weight = folded
     hidden, calls = dense.enter(tokens)
     wanted = dense.run(hidden, calls, 0, 4)
-    out, m = read_by(plain, 1, tokens, outcome.modules, output=True)
+    out, m = read_by(plain, 1, tokens, ["mlp"], output=True)
     fit = torch.arange(64) % 8 != 7
-    delta = ridge_regression(m[fit], (wanted - out)[fit], outcome.ridges[0])
+    delta = ridge_regression(m[fit], (wanted - out)[fit], outcome.ridges[1])
     hidden, calls = cut.enter(tokens)
     torch.testing.assert_close(cut.run(hidden, calls, 0, 2).double(), out + m.double() @ delta, rtol=1e-3, atol=1e-3)
 
@@ -250,3 +271,19 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
     delta = ridge_regression(x[fit], (wanted - out)[fit], outcome.ridges[0])[:32]
     got = student.model.layers[3].self_attn.o_proj.weight - plain.model.layers[3].self_attn.o_proj.weight
     torch.testing.assert_close(got, delta.T.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_below_the_endpoints_of_all_cuts_nothing_was_ever_trained(radius, seed):
+    """What lets tuning share the dense prefix in later rounds: it is given all cuts so far, at one radius."""
+    model, draw = tiny.llama(), random.Random(seed)
+    student, removed = models.share(model), set()
+    for _ in range(3):
+        start = draw.randrange(len(student.model.layers) - 1)
+        kept = [i for i in range(8) if i not in removed]
+        removed |= {kept[start]}
+        cut_segment_(student, [Segment(start, start + 1)])
+        positions = endpoints(joined_segments(removed), 8, radius)
+        assert min(positions) <= shared_layers(Stack(model), Stack(student))
+        own_parameters_(Stack(student), positions)

@@ -60,29 +60,35 @@ def find_targets(stack: Stack, position: int, tokens: torch.Tensor) -> list[Targ
     """What to solve anew in a layer, in the order in which it runs; tokens [B, T] are for trying things out.
 
     First choice are linear modules that write to the stream, of the attention and of the MLP, whatever the block
-    looks like. Where none does, as in a mixture of experts, a branch whose output can be multiplied by a matrix.
+    looks like. Of a mixture of experts the output is multiplied by a matrix instead.
     Behind a norm (Gemma 2), or scaled by a constant, there is neither, and the list is empty.
     """
     hidden, calls = stack.enter(tokens)
     probe = Probe.of(stack.layers[position], stack.run(hidden, calls, 0, position), calls[position])
-    found: list[Target] = []
-    for name in linear_writers(probe):
-        module: Any = probe.layer.get_submodule(name)
-        weights = [(f"{name}.weight", _output_dim(module))]
-        read = module.weight.shape[1 - weights[0][1]]
-        if read > WIDEST and module.bias is not None:
-            weights.append((f"{name}.bias", 0))
-        found.append(Target(name, read <= WIDEST, tuple(weights), read if read <= WIDEST else probe.width))
-    if not found and (branch := multipliable_branch(probe)):
-        found.append(branch)
+    found = [_of_linear(probe, name) for name in linear_writers(probe)]
+    if len(found) < 2 and (branch := multipliable_branch(probe)):
+        inside = {name for target in found for name, _ in target.weights}
+        if not {name for name, _ in branch.weights} <= inside:  # experts, with what is shared among them or without
+            others = linear_writers(probe, silent=[probe.layer.get_submodule(branch.name)])
+            outside = [name for name in others if not name.startswith(branch.name + ".")]
+            return [*(_of_linear(probe, name) for name in outside), branch]
     return found
 
 
-def linear_writers(probe: Probe) -> list[str]:
+def _of_linear(probe: Probe, name: str) -> Target:
+    module: Any = probe.layer.get_submodule(name)
+    weights = [(f"{name}.weight", _output_dim(module))]
+    read = module.weight.shape[1 - weights[0][1]]
+    if read > WIDEST and module.bias is not None:
+        weights.append((f"{name}.bias", 0))
+    return Target(name, read <= WIDEST, tuple(weights), read if read <= WIDEST else probe.width)
+
+
+def linear_writers(probe: Probe, silent: Sequence[nn.Module] = ()) -> list[str]:
     """Names of the linear modules whose output the layer adds to the stream as it is, in the order they run.
 
     Those found are silenced before the others are tried, since what the attention adds also changes what the MLP
-    reads. Of lists of experts none is tried: which of them run hangs on the tokens.
+    reads. silent: what is silenced from the start. Of lists of experts none is tried: which run hangs on the tokens.
     """
     tried = {
         name: module
@@ -92,7 +98,7 @@ def linear_writers(probe: Probe) -> list[str]:
     found: dict[nn.Module, str] = {}
     while True:
         for name, module in reversed(tried.items()):
-            if module not in found and probe.adds(module, list(found)):
+            if module not in found and probe.adds(module, [*silent, *found]):
                 found[module] = name
                 break
         else:
