@@ -66,7 +66,10 @@ FAMILIES = {
         ),
         ["self_attn.o_proj", "mlp"],
     ),
-    "qwen2_moe": (transformers.Qwen2MoeConfig(**EXPERTS, num_experts=4, decoder_sparse_step=1), ["self_attn.o_proj", "mlp"]),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig(**EXPERTS, num_experts=4, decoder_sparse_step=1),
+        ["self_attn.o_proj", "mlp"],
+    ),
 }
 """Configs, and what a fold changes in them."""
 
