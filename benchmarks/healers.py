@@ -25,7 +25,7 @@ PASS_TOKENS = 1024
 """Tokens of one forward and backward; a step adds up as many as its batch has."""
 
 Prepared = tuple[list[nn.Parameter], int]
-"""What is trained, and how many layers, from the first, are the dense model's own."""
+"""What is trained, and the first layer in which something is; layers below may still have been folded."""
 
 
 def endpoint_lora_(student: Stack, segment: Segment) -> Prepared:
@@ -44,7 +44,7 @@ def last_three_and_head_(student: Stack, segment: Segment) -> Prepared:
     head = student.model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
     trained = [*own_parameters_(student, range(first, len(student))), head.weight]
-    return trained, min(first, segment.start)
+    return trained, first
 
 
 def full_(student: Stack, segment: Segment) -> Prepared:
@@ -89,14 +89,17 @@ def _plain(module: nn.Module) -> bool:
 def train_(
     dense: Stack,
     student: Stack,
-    prepared: Prepared,
+    trained: list[nn.Parameter],
+    prefix: int,
     tokens: torch.Tensor,
     heldout: torch.Tensor,
     rate: float,
     batch_tokens: int,
 ) -> dict[str, Any]:
-    """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out KL."""
-    trained, prefix = prepared
+    """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out KL.
+
+    prefix: how many layers, from the first, are the dense model's own and stay so.
+    """
     masters = [p.detach().float().clone() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))

@@ -5,8 +5,8 @@
     python benchmarks/healing.py … --again lora full    # these once more
 
 Every method runs in a process of its own (--only METHOD), with the same calibration, tuning, held-out and reported
-tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens;
-variants that differ from endpoint tuning in their start, reach or text alone take its rate.
+tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens
+(by the held-out loss of what it trains for, at the end); variants of endpoint tuning in start, reach or text take its.
 Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities. Memory: the process's peak while training
 above what it held with the weights loaded. Equal time: held-out KL at the seconds that endpoint tuning takes, read
 from the curve, where a slower method is stopped before its rate has come down; for those named by --equal-time also
@@ -38,7 +38,7 @@ from layercut.cut import cut_segment_
 from layercut.data import load_blocks
 from layercut.evaluate import perplexity
 from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
-from layercut.heal.fold import fold_
+from layercut.heal.fold import fold_, shared_layers
 from layercut.runs import environment, write_json, write_text
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl
@@ -249,9 +249,9 @@ def measure(args: Namespace) -> dict[str, Any]:
         heal = partial(healed, args.only, dense, segment, args.batch_tokens)
         tried = []
         for rate in [] if args.rate else rates(args.only, dense.hidden_size):
-            heal(student := start(), tokens[: max(1, args.rate_tokens // args.window)], heldout, rate)
-            tried.append({"rate": rate, "kl": model_kl(dense, student, heldout)})
-        rate = args.rate or min(tried, key=lambda each: each["kl"])["rate"]
+            short = heal(start(), tokens[: max(1, args.rate_tokens // args.window)], heldout, rate)
+            tried.append({"rate": rate, "heldout_loss": short["heldout"][-1]["loss"]})  # where it ends, not its best
+        rate = args.rate or min(tried, key=lambda each: each["heldout_loss"])["rate"]
         student = start()
         before = settled_bytes()
         whole = tokens[: max(1, args.tune_tokens // args.window)]
@@ -321,8 +321,9 @@ def healed(
 ) -> dict[str, Any]:  # fmt: skip
     """Train the student; what it took."""
     if method in BASELINES:
-        prepared = BASELINES[method][0](student, segment)
-        return train_(dense, student, prepared, tokens, heldout, rate, batch_tokens)
+        shared = shared_layers(dense, student)  # as the fold left it; asked before a head of its own hides it
+        trained, first = BASELINES[method][0](student, segment)
+        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, batch_tokens)
     settings = TuneSettings(learning_rate=rate, batch_tokens=batch_tokens, **TUNED[method])
     report = tune_(dense, student, [segment], tokens, heldout, settings)
     kept = ("tokens", "tokens_per_second", "trained_parameters", "curve", "heldout")
