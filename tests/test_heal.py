@@ -1,14 +1,12 @@
-"""Healing: the fold is least squares, tuning changes the endpoints alone and never makes anything worse."""
+"""Endpoint tuning changes the endpoints alone and never makes anything worse."""
 
 import pytest
 import torch
-from transformers import Gemma2Config
 
 import tiny
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.heal.endpoints import TuneSettings, endpoints, tune_, warmup_then_cosine
-from layercut.heal.fold import RIDGES, Normal, fold_, output_projection
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl
 
@@ -21,90 +19,6 @@ def cut_copy(model, *segments):
 
 def weights_of(model):
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
-
-
-# --- fold ---
-
-
-def test_streamed_normal_equations_are_float64_least_squares():
-    generator = torch.Generator().manual_seed(0)
-    m, y = torch.randn(2, 200, 12, generator=generator).unbind(0)
-    sums = Normal.zeros(12, torch.device("cpu"))
-    for part in range(0, 200, 50):
-        sums.add_(m[part : part + 50], y[part : part + 50])
-    solution = torch.linalg.lstsq(m.double(), y.double()).solution
-    torch.testing.assert_close(sums.solve(0.0), solution)
-    left = (m.double() @ solution - y.double()).square().sum() / y.double().square().sum()
-    assert sums.error(solution) == pytest.approx(left.item())
-    assert sums.error(torch.zeros(12, 12, dtype=torch.float64)) == pytest.approx(1.0)
-    # a larger ridge pulls the solution towards doing nothing
-    assert sums.solve(10.0).norm() < sums.solve(0.1).norm() < sums.solve(0.0).norm()
-
-
-@pytest.mark.parametrize(("make", "module"), [(tiny.llama, "mlp.down_proj"), (tiny.gpt2, "mlp.c_proj")])
-def test_fold_is_the_best_linear_map_of_the_mlp_output(make, module):
-    model = make()
-    student = cut_copy(model, Segment(2, 4))
-    dense, cut = Stack(model), Stack(student)
-    tokens = tiny.some_tokens(64, 16)
-    before = mean_kl(dense, cut, tokens)
-    untouched = weights_of(model)
-    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
-    assert outcome.module == module
-    assert outcome.layer == 1
-    assert outcome.ridge in RIDGES
-    assert outcome.error_after < 1
-    assert mean_kl(dense, cut, tokens) < before
-
-    # against a direct float64 solution with the same ridge and the same rows
-    hidden, calls = dense.enter(tokens)
-    target = dense.run(hidden, calls, 0, 4)
-    plain = Stack(cut_copy(model, Segment(2, 4)))
-    caught = []
-    handle = plain.layers[1].get_submodule(module).register_forward_hook(lambda _m, _x, out: caught.append(out))
-    hidden, calls = plain.enter(tokens)
-    out = plain.run(hidden, calls, 0, 2)
-    handle.remove()
-    fit = torch.arange(64) % 8 != 7
-    m, y = caught[-1][fit].flatten(0, 1).double(), (target - out)[fit].flatten(0, 1).double()
-    scale = outcome.ridge * (m.T @ m).diagonal().mean()
-    delta = torch.linalg.solve(m.T @ m + scale * torch.eye(32, dtype=torch.float64), m.T @ y)
-    expected = out.double() + caught[-1].double() @ delta
-    hidden, calls = cut.enter(tokens)
-    torch.testing.assert_close(cut.run(hidden, calls, 0, 2).double(), expected, rtol=1e-3, atol=1e-4)
-
-    changed = {name for name, p in student.named_parameters() if not any(p is q for q in model.parameters())}
-    assert changed
-    assert all(module in name for name in changed)
-    assert all(torch.equal(p, untouched[name]) for name, p in model.named_parameters())
-
-
-def test_fold_of_two_segments_and_of_the_stacks_ends():
-    model, tokens = tiny.llama(), tiny.some_tokens(16)
-    segments = [Segment(0, 1), Segment(3, 4), Segment(7, 8)]
-    dense, cut = Stack(model), Stack(cut_copy(model, *segments))
-    outcomes = fold_(dense, cut, segments, tokens)
-    assert [o.skipped for o in outcomes] == ["no layer before the cut", None, "no layer after the cut"]
-    assert outcomes[1].layer == 1
-
-
-def test_fold_refuses_an_output_behind_a_norm():
-    model = tiny.tiny(
-        Gemma2Config(
-            vocab_size=tiny.VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_hidden_layers=6,
-        )
-    )
-    stack = Stack(model)
-    hidden, calls = stack.enter(tiny.some_tokens(1))
-    assert output_projection(stack, 0, hidden, calls) is None
-    (outcome,) = fold_(stack, Stack(cut_copy(model, Segment(2, 4))), [Segment(2, 4)], tiny.some_tokens())
-    assert "no plain linear output" in outcome.skipped
 
 
 # --- endpoint tuning ---

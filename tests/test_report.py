@@ -68,7 +68,7 @@ def heal_json() -> dict[str, Any]:
         for s in range(0, 119, 10)
     ]
     return {
-        "fold": [{"segment": [13, 19], "layer": 12, "module": "mlp.down_proj", "ridge": 0.01,
+        "fold": [{"segment": [13, 19], "layer": 12, "modules": ["mlp.down_proj"], "ridges": [0.01],
                   "error_before": 5.21, "error_after": 2.87, "tokens": 65536}],
         "tuning": {"objective": "kl", "tokens": 120832, "steps": 118, "learning_rate": 5e-4,
                    "trained_layers": [12, 13], "trained_parameters": 7080192, "curve": curve,
@@ -273,7 +273,7 @@ def test_strings_of_users_and_models_are_escaped(tmp_path: Path) -> None:
             **with_perplexity(dataset=EVIL),
         },
         search={"method": EVIL, "calibration": {"source": EVIL, "tokens": 1, "fingerprint": EVIL}},
-        heal={"fold": [{**heal_json()["fold"][0], "module": EVIL}]},
+        heal={"fold": [{**heal_json()["fold"][0], "modules": [EVIL]}]},
         eval={"generations": [texts], "speed": {**speed_json(), "device": EVIL}},
         env={"command": ["layercut", EVIL], "cpu": EVIL},
     )

@@ -423,7 +423,7 @@ def describe_fold(outcome: dict[str, Any]) -> str:
         return f"{where} not folded: {outcome['skipped']}"
     verdict = "kept" if outcome["kept"] else "not kept, it does not help"
     return (
-        f"{where} into layer {outcome['layer']} {outcome['module']}: held-out KL "
+        f"{where} into layer {outcome['layer']} {' and '.join(outcome['modules'])}: held-out KL "
         f"{outcome['kl_before']:.4f} -> {outcome['kl_after']:.4f}, {verdict}"
     )
 

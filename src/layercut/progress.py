@@ -27,7 +27,7 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total, words="")
 
-        def advance(steps: int = 1, words: str = "") -> None:
+        def advance(steps: float = 1, words: str = "") -> None:
             progress.update(task, advance=steps, words=escape(words))
 
         yield advance

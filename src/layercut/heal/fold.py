@@ -1,30 +1,40 @@
-"""Closed-form fold: mend the cut by least squares, inside a weight that is there anyway.
+"""Closed-form fold: mend the cut by least squares, inside weights that are there anyway.
 
-After the cut, layer e receives what layer s - 1 puts out: a + m, with m the MLP's output and a the rest of the
-residual stream. It used to receive h_e. Find T minimising
+After the cut, layer e receives what layer s - 1 puts out: x + z_a W_a + z_m W_m, its input and what its attention
+and its MLP add to the residual stream, z being what their output projections read. It used to receive h_e. Each
+projection is solved anew, the attention's first (together with the MLP's as it would be with nothing changed), then
+the MLP's on what it really reads: X minimising
 
-    || m T + a - h_e ||^2 + ridge || T - I ||^2,      T = I + (M'M + ridge I)^-1 M'(h_e - a - m)
+    || z (W + X) + rest - h_e ||^2 + ridge || X ||^2,      X = (Z'Z + ridge I)^-1 Z'Y,      Y = h_e - h
 
-in float64 from streamed M'M and M'Y, and write it into the MLP's output projection, W <- T'W, b <- T'b, so that the
-result stays a stock architecture (ReplaceMe, 2505.02819, equation 5, here with the ridge towards the identity:
-without evidence the layer stays as it is). The ridge is relative to the mean of M'M's diagonal and is chosen on
-tokens that the statistics have not seen.
+with h the stream that leaves layer s - 1, in float64 from streamed Z'Z and Z'Y. The result stays a stock
+architecture (after ReplaceMe, 2505.02819, equation 5, which multiplies the MLP's *output* by a square matrix:
+W + X is any matrix, of which that is the part of the form W T; docs/log.md has what this brings). The ridge pulls
+towards the weight as it is, so that without evidence nothing changes; it is relative to the mean of Z'Z's diagonal
+and is chosen on tokens that the statistics have not seen.
+
+Where no single linear module writes to the stream, in a mixture of experts, the same square matrix T goes into every
+expert's output weights: the outputs are weighted and summed after, so that the sum is multiplied by T.
+
+A layer's *inputs* take no fold: attention and MLP read the stream through RMSNorm, which no linear map passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
+from layercut.heal.targets import WIDEST, Target, find_targets, run_and_catch
 from layercut.segments import Segment, kept_layers
-from layercut.sweep import Calls, Stack, hidden_of, intercepted
+from layercut.sweep import Stack
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Tried relative ridges. Between 1e-3 and 1e-1 little changes (docs/log.md); the ends guard against few tokens."""
+"""Tried relative ridges. Which is best hangs on the number of tokens; the ends guard against few (docs/log.md)."""
 
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
@@ -32,36 +42,35 @@ HELD_OUT = 8
 
 @dataclass
 class Normal:
-    """Streamed sums of a least-squares problem m -> y, float64: M'M [D, D], M'Y [D, D], |Y|^2 and tokens."""
+    """Streamed sums of a least-squares problem z -> y, float64: Z'Z [I, I], Z'Y [I, D], |Y|^2 and tokens."""
 
-    mm: torch.Tensor
-    my: torch.Tensor
+    zz: torch.Tensor
+    zy: torch.Tensor
     yy: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device) -> Normal:
-        mm, my = torch.zeros(2, width, width, dtype=torch.float64, device=device).unbind(0)
-        return cls(mm, my)
+    def zeros(cls, read: int, written: int, device: torch.device) -> Normal:
+        zz, zy = (torch.zeros(read, width, dtype=torch.float64, device=device) for width in (read, written))
+        return cls(zz, zy)
 
-    def add_(self, m: torch.Tensor, y: torch.Tensor) -> None:
-        """Take in m and y, both [..., D]."""
-        m, y = m.flatten(0, -2).double(), y.flatten(0, -2).double()
-        self.mm += m.T @ m
-        self.my += m.T @ y
+    def add_(self, z: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in z [..., I] and y [..., D]."""
+        z, y = z.flatten(0, -2).double(), y.flatten(0, -2).double()
+        self.zz += z.T @ z
+        self.zy += z.T @ y
         self.yy += y.square().sum().item()
-        self.tokens += len(m)
+        self.tokens += len(z)
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """X [D, D] minimising |M X - Y|^2 + ridge * mean(diag M'M) * |X|^2."""
-        scale = self.mm.diagonal().mean() * ridge
-        eye = torch.eye(len(self.mm), dtype=torch.float64, device=self.mm.device)
-        return torch.linalg.solve(self.mm + scale * eye, self.my)
+        """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
+        regular = self.zz.clone()
+        regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
+        return torch.linalg.solve(regular, self.zy)
 
-    def error(self, x: torch.Tensor) -> float:
-        """|M X - Y|^2 / |Y|^2: what is left of the error, 1 where X = 0 does nothing."""
-        left = self.yy - 2 * (x * self.my).sum() + (x * (self.mm @ x)).sum()
-        return max(0.0, left.item() / self.yy) if self.yy else 0.0
+    def left(self, x: torch.Tensor) -> float:
+        """|Z X - Y|^2, the squared error that X leaves."""
+        return max(0.0, self.yy - 2 * (x * self.zy).sum().item() + (x * (self.zz @ x)).sum().item())
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,10 @@ class Fold:
     segment: list[int]
     layer: int | None
     """Index, in the cut model, of the layer that was changed."""
-    module: str | None
-    ridge: float | None
+    modules: list[str]
+    """What was solved anew in that layer, in this order."""
+    ridges: list[float]
+    """The ridge that was chosen for each of them."""
     error_before: float | None
     error_after: float | None
     """Squared error of what enters layer e, on held-out rows, relative to the plain cut's (error_before = 1)."""
@@ -89,17 +100,24 @@ def fold_(
     segments: Sequence[Segment],
     tokens: torch.Tensor,
     *,
+    only: Sequence[Segment] | None = None,
     rows: int = 8,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Callable[[float], None] = lambda rows: None,
 ) -> list[Fold]:
-    """Fold every cut of `student` (whose segments are removed already), from the first to the last.
+    """Fold the cuts of `student`, from the first to the last.
 
-    The student's changed weights are new parameters: layers shared with the dense model are left as they are.
-    tokens: [N, T]. A cut is skipped, with the reason, where there is no layer before it or where that layer's
-    MLP output is not added to the residual stream as it is.
+    segments: all that the student lacks of the dense model. only: those of them to fold, all where not given; the
+    student's other layers may be healed already, in whatever way. The student's changed weights are new parameters:
+    layers shared with the dense model are left as they are. tokens: [N, T]. advance: counts every row once a cut.
+    A cut is skipped, with the reason, where there is no layer before it or where nothing in that layer adds a linear
+    output to the residual stream as it is.
     """
     kept = kept_layers(segments, len(dense))
-    return [_fold_one_(dense, student, segment, kept, tokens, rows, advance) for segment in sorted(segments)]
+    folds = []
+    for segment in sorted(segments if only is None else only):
+        position = sum(i < segment.start for i in kept) - 1
+        folds.append(_fold_one_(dense, student, segment, position, tokens.split(rows), advance))
+    return folds
 
 
 @torch.no_grad()
@@ -107,115 +125,118 @@ def _fold_one_(
     dense: Stack,
     student: Stack,
     segment: Segment,
-    kept: list[int],
-    tokens: torch.Tensor,
-    rows: int,
-    advance: Callable[[int], None],
+    position: int,
+    batches: Sequence[torch.Tensor],
+    advance: Callable[[float], None],
 ) -> Fold:
     def skipped(reason: str) -> Fold:
-        return Fold([segment.start, segment.stop], None, None, None, None, None, 0, reason)
+        return Fold([segment.start, segment.stop], None, [], [], None, None, 0, reason)
 
-    position = sum(i < segment.start for i in kept) - 1
     if position < 0:
         return skipped("no layer before the cut")
-    if segment.stop == len(dense):
-        return skipped("no layer after the cut")
-    probe, calls = student.enter(tokens[:1, :16])
-    name = output_projection(student, position, student.run(probe, calls, 0, position), calls)
-    if name is None:
-        return skipped("the layer before the cut adds no plain linear output to the residual stream")
+    targets = find_targets(student, position, batches[0][:2, :32])
+    if not targets:
+        return skipped("the layer before the cut adds no linear output to the residual stream as it is")
+    def share_of_bar(rows: float) -> None:
+        advance(rows / len(targets))
 
-    module = student.layers[position].get_submodule(name)
-    fit, check = (Normal.zeros(_width(module), student.device) for _ in range(2))
-    for number, batch in enumerate(tokens.split(rows)):
-        m, y = _gap(dense, student, segment, position, module, batch)
-        held = torch.arange(number * rows, number * rows + len(batch)) % HELD_OUT == HELD_OUT - 1
-        if len(tokens) < HELD_OUT:  # too few rows to spare one: the largest ridge that helps is the safe choice
-            held = torch.zeros(len(batch), dtype=torch.bool)
-        fit.add_(m[~held], y[~held])
-        check.add_(m[held], y[held])
+    ridges: list[float] = []
+    plain = 0.0
+    for number, target in enumerate(targets):
+        # what a later projection can do is not asked of an earlier one: they are solved together, and of the
+        # solution the first part is used; the later ones are solved again on what they then read
+        fit, check = _statistics(dense, student, segment, position, together(targets[number:]), batches, share_of_bar)
+        ridge, x = _solution(fit, check)
+        judge = check if check.tokens else fit
+        target.fold_into_(student.layers[position], x[: target.width])
+        ridges.append(ridge)
+        plain = plain or judge.yy
+    names = [target.name for target in targets]
+    share = judge.left(x) / plain if plain else 1.0
+    return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, fit.tokens + check.tokens)
+
+
+def together(targets: Sequence[Target]) -> list[Target]:
+    """The first of them, and as many of the next as one system of at most WIDEST unknowns takes."""
+    wide = list(accumulate(target.width for target in targets))
+    return [target for target, width in zip(targets, wide, strict=True) if target is targets[0] or width <= WIDEST]
+
+
+def _statistics(
+    dense: Stack,
+    student: Stack,
+    segment: Segment,
+    position: int,
+    targets: Sequence[Target],
+    batches: Sequence[torch.Tensor],
+    advance: Callable[[float], None],
+) -> tuple[Normal, Normal]:
+    """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out."""
+    shared = min(shared_layers(dense, student), position)
+    width = sum(target.width for target in targets)
+    fit, check = (Normal.zeros(width, student.hidden_size, student.device) for _ in range(2))
+    seen = 0
+    for batch in batches:
+        z, y = _gap(dense, student, segment, position, shared, targets, batch)
+        held = torch.arange(seen, seen + len(batch)) % HELD_OUT == HELD_OUT - 1
+        fit.add_(z[~held], y[~held])
+        check.add_(z[held], y[held])
+        seen += len(batch)
         advance(len(batch))
-    judge = check if check.tokens else fit
-    ridge = min(RIDGES, key=lambda r: judge.error(fit.solve(r))) if check.tokens else RIDGES[-2]
-    delta = fit.solve(ridge)
-    fold_into_(module, delta)
-    return Fold(
-        [segment.start, segment.stop], position, name, ridge, 1.0, judge.error(delta), fit.tokens + check.tokens
-    )
+    return fit, check
+
+
+def _solution(fit: Normal, check: Normal) -> tuple[float, torch.Tensor]:
+    """The ridge that is best on rows kept out, and X. With none kept out, a ridge that hardly trusts the rows."""
+    if not check.tokens:
+        return RIDGES[-2], fit.solve(RIDGES[-2])
+    ridge = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))
+    return ridge, fit.solve(ridge)
 
 
 def _gap(
-    dense: Stack, student: Stack, segment: Segment, position: int, module: nn.Module, tokens: torch.Tensor
+    dense: Stack,
+    student: Stack,
+    segment: Segment,
+    position: int,
+    shared: int,
+    targets: Sequence[Target],
+    tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """m, the MLP's output in the student, and y = h_e - (a + m), what its output lacks; both [B, T, D]."""
-    hidden, calls = dense.enter(tokens)
-    target = dense.run(hidden, calls, 0, segment.stop)
-    hidden, calls = student.enter(tokens)
-    before = student.run(hidden, calls, 0, position)
-    out, m = _layer_and_output(student, position, module, before, calls)
-    return m, target.float() - out.float()
+    """What the targets are solved from [B, T, I], side by side, and y = h_e - h, what the stream lacks [B, T, D].
 
-
-def _layer_and_output(
-    stack: Stack, position: int, module: nn.Module, before: torch.Tensor, calls: Calls
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's output, and the output of one module in it."""
-    caught: list[torch.Tensor] = []
-
-    def catch(_: int, run: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-        caught.append(run(x))
-        return caught[-1]
-
-    with intercepted([module], catch):
-        out = stack.layer(position, before, calls)
-    return out, hidden_of(caught[-1])
-
-
-def output_projection(stack: Stack, position: int, before: torch.Tensor, calls: Calls) -> str | None:
-    """Name, inside a layer, of the MLP's linear output projection: its output is added to the residual stream.
-
-    Found by what it does, not by its name: of the layer's linear modules from the last to the first, the one
-    that runs once and without whose output m the layer gives out - m. Behind a norm (Gemma 2), in a mixture of
-    experts, or scaled by a constant, there is none.
+    The layers below `shared` are the same in both models and run once.
     """
-    layer = stack.layers[position]
-    linear = [(name, module) for name, module in layer.named_modules() if is_linear(module)]
-    for name, module in reversed(linear):
-        if _width(module) != before.shape[-1] or "expert" in name:
-            continue
-        try:
-            out, m = _layer_and_output(stack, position, module, before, calls)
-        except IndexError:  # it did not run
-            continue
-        with intercepted([module], lambda _, run, x: torch.zeros_like(run(x))):
-            rest = stack.layer(position, before, calls)
-        if m.shape == out.shape and _same_but_for_rounding(out.float() - rest.float(), m, out):
-            return name
-    return None
+    hidden, calls = dense.enter(tokens)
+    hidden = dense.run(hidden, calls, 0, shared)
+    wanted = dense.run(hidden, calls, shared, segment.stop)
+    _, calls = student.enter(tokens)
+    before = student.run(hidden, calls, shared, position)
+    modules = [student.layers[position].get_submodule(target.name) for target in targets]
+    out, caught = run_and_catch(student.layers[position], before, calls[position], modules)
+    parts = [
+        caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
+        for module, target in zip(modules, targets, strict=True)
+    ]
+    return torch.cat(parts, dim=-1), wanted.float() - out.float()
 
 
-def _same_but_for_rounding(a: torch.Tensor, b: torch.Tensor, stream: torch.Tensor) -> bool:
-    """Equal up to what a sum in the stream's own number format rounds away, against its largest value."""
-    step = 4 * torch.finfo(stream.dtype).eps
-    return torch.allclose(a.float(), b.float(), rtol=step, atol=step * stream.abs().max().item())
+def shared_layers(dense: Stack, student: Stack) -> int:
+    """How many layers, from the first, are the very same weights in both models, embeddings included.
 
+    Found by identity, since after several rounds of cutting and healing no position tells it: below a new cut there
+    may be layers that were trained at an old one.
+    """
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or GPT-2's Conv1D, which is the same with a transposed weight."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    def weights(module: nn.Module) -> list[int]:
+        return [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
 
+    def below(stack: Stack) -> list[int]:  # all that is not in a layer; a head of its own counts too, to be safe
+        inside = {id(tensor) for layer in stack.layers for tensor in layer.parameters()}
+        return [id(tensor) for tensor in stack.model.parameters() if id(tensor) not in inside]
 
-def _width(module: Any) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else module.nf
-
-
-def fold_into_(module: Any, delta: torch.Tensor) -> None:
-    """y = x W' + b  ->  y (I + delta): new weight and bias parameters, delta [D, D] float64."""
-    transform = torch.eye(len(delta), dtype=torch.float64, device=delta.device) + delta
-    weight = module.weight.double()
-    # nn.Linear holds [out, in] and computes x W'; Conv1D holds [in, out] and computes x W
-    folded = transform.T @ weight if isinstance(module, nn.Linear) else weight @ transform
-    module.weight = nn.Parameter(folded.to(module.weight.dtype), requires_grad=False)
-    if module.bias is not None:
-        bias = module.bias.double() @ transform
-        module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
+    if below(dense) != below(student):
+        return 0
+    pairs = zip(dense.layers, student.layers, strict=False)
+    same = [weights(ours) == weights(theirs) for ours, theirs in pairs]
+    return same.index(False) if False in same else len(same)

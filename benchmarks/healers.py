@@ -1,0 +1,185 @@
+"""The healings that endpoint tuning is put beside: the same start, tokens, order, loss, optimizer and schedule.
+
+Each gives the student parameters to train (LoRA through peft) and is trained by `train_`: KL to the dense model,
+float32 masters, AdamW, the best state by held-out KL. What is below the first trained layer is the dense model's own
+and runs once and without gradients here too, so that seconds compare methods and not programs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercut.heal.endpoints import own_parameters_, warmup_then_cosine
+from layercut.heal.fold import HELD_OUT, RIDGES, Normal
+from layercut.losses import kl_divergence
+from layercut.segments import Segment
+from layercut.sweep import Stack, common_prefix, hidden_of, replaced_hidden
+
+RANK = 32
+PASS_TOKENS = 1024
+"""Tokens of one forward and backward; a step adds up as many as its batch has."""
+
+Prepared = tuple[list[nn.Parameter], int]
+"""What is trained, and the first layer in which something is; layers below may still have been folded."""
+
+
+def endpoint_lora_(student: Stack, segment: Segment) -> Prepared:
+    """LoRA on all linear modules of layers s - 1 and e."""
+    return _lora_(student, [segment.start - 1, segment.start]), segment.start - 1
+
+
+def lora_(student: Stack, segment: Segment) -> Prepared:
+    """LoRA on all linear modules of all layers."""
+    return _lora_(student, list(range(len(student)))), 0
+
+
+def last_three_and_head_(student: Stack, segment: Segment) -> Prepared:
+    """The last three layers and a head of its own, untied from the embeddings (2411.15558)."""
+    first = len(student) - 3
+    head = student.model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    trained = [*own_parameters_(student, range(first, len(student))), head.weight]
+    return trained, first
+
+
+def full_(student: Stack, segment: Segment) -> Prepared:
+    """Everything; tied weights stay tied."""
+    own: dict[int, nn.Parameter] = {}
+    for module in student.model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in own:
+                own[id(parameter)] = nn.Parameter(parameter.detach().clone())
+            setattr(module, name, own[id(parameter)])
+    return list(own.values()), 0
+
+
+BASELINES: dict[str, tuple[Callable[[Stack, Segment], Prepared], tuple[float, float, float]]] = {
+    "endpoint-lora": (endpoint_lora_, (5e-4, 1.5e-3, 4e-3)),
+    "lora": (lora_, (3e-4, 1e-3, 3e-3)),
+    "last-3-head": (last_three_and_head_, (1e-4, 3e-4, 1e-3)),
+    "full": (full_, (5e-5, 1.5e-4, 4e-4)),
+}
+"""Each with the learning rates that are tried."""
+
+
+def _lora_(student: Stack, positions: Sequence[int]) -> list[nn.Parameter]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)  # LoRA's A is random
+    for position in positions:
+        layer = student.layers[position]
+        names = sorted({name.rpartition(".")[2] for name, module in layer.named_modules() if _plain(module)})
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=names)
+        inject_adapter_in_model(config, layer)
+    adapters = [p for name, p in student.model.named_parameters() if "lora_" in name]
+    for adapter in adapters:
+        adapter.requires_grad_(True)
+    return adapters
+
+
+def _plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def train_(
+    dense: Stack,
+    student: Stack,
+    trained: list[nn.Parameter],
+    prefix: int,
+    tokens: torch.Tensor,
+    heldout: torch.Tensor,
+    rate: float,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out KL.
+
+    prefix: how many layers, from the first, are the dense model's own and stay so.
+    """
+    masters = [p.detach().float().clone() for p in trained]
+    optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_cosine(step, len(batches)))
+    curve, best = [], held_out_kl(dense, student, prefix, heldout)
+    scores = [{"step": 0, "tokens": 0, "loss": best}]
+    best_state = [p.detach().clone() for p in trained]
+    seen, seconds = 0, 0.0
+    for step, batch in enumerate(batches, start=1):
+        begun = time.perf_counter()
+        loss = 0.0
+        for rows in batch.split(max(1, PASS_TOKENS // batch.shape[1])):
+            part = divergence(dense, student, prefix, rows).sum() / batch.numel()
+            part.backward()
+            loss += part.item()
+        with torch.no_grad():
+            for master, p in zip(masters, trained, strict=True):
+                master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
+                p.grad = None
+            nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            for master, p in zip(masters, trained, strict=True):
+                p.copy_(master)
+        schedule.step()
+        seconds += time.perf_counter() - begun
+        seen += batch.numel()
+        curve.append({"step": step, "tokens": seen, "loss": loss, "seconds": round(seconds, 2)})
+        if step % max(1, len(batches) // 8) == 0 or step == len(batches):
+            scores.append({"step": step, "tokens": seen, "loss": held_out_kl(dense, student, prefix, heldout)})
+            if scores[-1]["loss"] < best:
+                best, best_state = scores[-1]["loss"], [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for p, value in zip(trained, best_state, strict=True):
+            p.copy_(value)
+    return {
+        "tokens": seen,
+        "seconds": seconds,
+        "tokens_per_second": seen / seconds,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "curve": curve,
+        "heldout": scores,
+    }
+
+
+def divergence(dense: Stack, student: Stack, prefix: int, tokens: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) per token [B, T]; with nothing shared the student's own embeddings are used."""
+    with torch.no_grad():
+        shared, calls, student_calls = common_prefix(dense, student, tokens, prefix)
+        p_logits = dense.exit(dense.run(shared, calls, prefix, len(dense)), tokens)
+    if prefix == 0:
+        return kl_divergence(p_logits, student.model(input_ids=tokens, use_cache=False).logits)
+    return kl_divergence(p_logits, student.exit(student.run(shared, student_calls, prefix, len(student)), tokens))
+
+
+@torch.no_grad()
+def held_out_kl(dense: Stack, student: Stack, prefix: int, tokens: torch.Tensor) -> float:
+    """Mean KL(p || q) in nats per token of [N, T]."""
+    rows = max(1, PASS_TOKENS // tokens.shape[1])
+    return sum(divergence(dense, student, prefix, part).sum().item() for part in tokens.split(rows)) / tokens.numel()
+
+
+@torch.no_grad()
+def patch_(dense: Stack, student: Stack, segment: Segment, tokens: torch.Tensor) -> None:
+    """A square matrix on the whole stream at the cut, by least squares (after 2605.15491): needs code at load time."""
+    layer, width = student.layers[segment.start - 1], student.hidden_size
+    fit, check = (Normal.zeros(width, width, student.device) for _ in range(2))
+    seen = 0
+    for batch in tokens.split(8):
+        h, calls, _ = common_prefix(dense, student, batch, segment.start)
+        y = dense.run(h, calls, segment.start, segment.stop).float() - h.float()
+        held = torch.arange(seen, seen + len(batch)) % HELD_OUT == HELD_OUT - 1
+        fit.add_(h[~held], y[~held])
+        check.add_(h[held], y[held])
+        seen += len(batch)
+    x = fit.solve(min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))).float()
+    run = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = run(*args, **kwargs)
+        h = hidden_of(out)
+        return replaced_hidden(out, (h.float() + h.float() @ x).to(h.dtype))
+
+    layer.forward = forward

@@ -1,0 +1,362 @@
+"""Claim: cutoff endpoint tuning heals a cut better than what it is put beside, at equal tokens and at equal time.
+
+    python benchmarks/healing.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--genres books=BOOKS.txt …]
+    python benchmarks/healing.py …                      # goes on; methods that are done are kept
+    python benchmarks/healing.py … --again lora full    # these once more
+
+Every method runs in a process of its own (--only METHOD), with the same calibration, tuning, held-out and reported
+tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens
+(by the held-out loss of what it trains for, at the end); variants of endpoint tuning in start, reach or text take its.
+Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities. Memory: the process's peak while training
+above what it held with the weights loaded. Equal time: held-out KL at the seconds that endpoint tuning takes, read
+from the curve, where a slower method is stopped before its rate has come down; for those named by --equal-time also
+trained anew on as many tokens as fit these seconds, at most twice the tokens. Writes OUT.json, OUT.md and OUT.svg.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from common import arguments, blocks, open_model
+from healers import BASELINES, patch_, train_
+from layercut import models
+from layercut.cut import cut_segment_
+from layercut.data import load_blocks
+from layercut.evaluate import perplexity
+from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
+from layercut.heal.fold import fold_, shared_layers
+from layercut.runs import environment, write_json, write_text
+from layercut.segments import Segment
+from layercut.sweep import Stack, mean_kl
+
+matplotlib.use("svg")
+
+TUNED: dict[str, dict[str, Any]] = {
+    "endpoints": {},
+    "no-fold": {},
+    "radius-2": {"radius": 2},
+    "next-token": {"objective": "next-token"},
+    "hidden": {"objective": "hidden"},
+    "self-text": {},
+}
+"""Endpoint tuning and its variants, by what differs from the default."""
+SAME_RATE = {"no-fold", "radius-2", "self-text"}
+METHODS = ["dense", "cut", "fold", "patch", *TUNED, *BASELINES]
+GENRES = {"dense", "cut", "fold", "endpoints", "self-text", "lora", "full"}
+"""Whose perplexity is taken by genre too."""
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, data="python-docstrings", report=["docs=python-docs"], genres=[""], segment="13:19", window=256,
+        seed=0, calibration_tokens=16384, tune_tokens=65536, heldout_tokens=2048, rate_tokens=8192,
+        eval_tokens=65536, genre_tokens=8192, batch_tokens=2048, threads=2, methods=METHODS, again=[""],
+        equal_time=[""], only="", seconds=0.0, rate=0.0,
+    )  # fmt: skip
+    torch.set_num_threads(args.threads)
+    if args.only:
+        write_json(child_file(args.out, args.only), measure(args))
+    else:
+        gather(args)
+
+
+# --- the parent: one process a method, everything kept that is done ---------------------------------------------
+
+
+def gather(args: Namespace) -> None:
+    apart = {"methods", "again", "equal_time", "only", "seconds", "rate", "out", "threads", "model"}
+    settings = {key: plain_names(value) for key, value in vars(args).items() if key not in apart}
+    settings["model"] = Path(args.model).name if args.model else "SmolLM2-135M-Instruct.Q4_1.gguf"
+    done = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
+    rows = {row["method"]: row for row in done["rows"] if row["method"] not in args.again}
+    for method in sorted(args.methods, key=METHODS.index):
+        if method in rows:
+            continue
+        base = rows.get("endpoints", {})
+        given = {"only": method, "seconds": base.get("seconds", 0.0), "out": args.out}
+        given["rate"] = base.get("rate", 0.0) if method in SAME_RATE else 0.0
+        begun = time.perf_counter()
+        extra = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, *sys.argv, *extra], check=True)
+        file = child_file(args.out, method)
+        rows[method] = json.loads(file.read_text()) | {"whole_seconds": time.perf_counter() - begun}
+        file.unlink()
+        ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
+        add_gaps_(ordered)
+        claim = __doc__.splitlines()[0] if __doc__ else ""
+        environ = environment() | {"command": [Path(sys.argv[0]).name, *plain_names(sys.argv[1:])]}
+        write_json(args.out, {"claim": claim, "settings": settings, "rows": ordered, "environment": environ})
+        print(f"{method}: {rows[method]['whole_seconds']:.0f} s", flush=True)
+    ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
+    write_text(args.out.with_suffix(".md"), table(ordered))
+    draw(ordered, args.out.with_suffix(".svg"))
+    print(table(ordered))
+
+
+def child_file(out: Path, method: str) -> Path:
+    return out.with_name(f".{out.stem}-{method}.json")
+
+
+def plain_names(value: Any) -> Any:
+    """Files by their names alone: where they lie on this machine is nobody's business."""
+    if isinstance(value, list):
+        return [plain_names(item) for item in value]
+    return "+".join(base_name(part) for part in value.split("+")) if isinstance(value, str) else value
+
+
+def base_name(part: str) -> str:
+    name, equals, source = part.rpartition("=")
+    return f"{name}{equals}{source.rsplit('/', 1)[-1]}"
+
+
+def add_gaps_(rows: list[dict[str, Any]]) -> None:
+    """Gap closed, for every perplexity of every row, once the dense and the cut model are measured."""
+    by_name = {row["method"]: row for row in rows}
+    if not {"dense", "cut"} <= {*by_name}:
+        return
+
+    def gaps(kind: str, figures: dict[str, float]) -> dict[str, float]:
+        dense, cut = by_name["dense"][kind], by_name["cut"][kind]
+        return {
+            text: (math.log(cut[text]) - math.log(figures[text])) / (math.log(cut[text]) - math.log(dense[text]))
+            for text in figures
+        }
+
+    seconds = by_name.get("endpoints", {}).get("seconds")
+    for row in rows:
+        if seconds and row.get("heldout_measure") == "kl":
+            row["kl_at_equal_seconds"] = kl_after(row, seconds)
+        row["gap_closed"] = gaps("perplexity", row["perplexity"])
+        if "genres" in row:
+            row["gap_closed_by_genre"] = gaps("genres", row["genres"])
+        if row.get("equal_time"):
+            row["equal_time"]["gap_closed"] = gaps("perplexity", row["equal_time"]["perplexity"])
+
+
+def kl_after(row: dict[str, Any], seconds: float) -> float:
+    """Held-out KL when so many seconds had been trained: the best so far, between two scores on a straight line."""
+    at = {point["step"]: point["seconds"] for point in row["curve"]} | {0: 0.0}
+    scores = [(at[point["step"]], point["loss"]) for point in row["heldout"]]
+    reached = [loss for when, loss in scores if when <= seconds + 0.01]
+    for (start, first), (stop, second) in pairwise(scores):
+        if start <= seconds < stop:
+            reached.append(first + (second - first) * (seconds - start) / (stop - start))
+    return min(reached)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    texts = list(rows[0]["perplexity"])
+    heads = ["method", "rate", "trained", "tokens/s", "seconds", "memory MB", "KL", "KL at equal time", *texts]
+    heads += [f"gap {text}" for text in texts]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    for row in rows:
+        cells = [row["method"]]
+        cells += [shown(row.get("rate"), "g"), shown(row.get("trained_parameters"), ",")]
+        cells += [shown(row.get("tokens_per_second"), ".0f")]
+        cells += [shown(row.get("seconds"), ".0f"), shown(megabytes(row.get("peak_above_weights_bytes")), ".0f")]
+        cells += [shown(row.get("kl"), ".4f"), shown(row.get("kl_at_equal_seconds"), ".4f")]
+        cells += [shown(row["perplexity"][text], ".1f") for text in texts]
+        cells += [shown(row.get("gap_closed", {}).get(text), ".1%") for text in texts]
+        lines.append("| " + " | ".join(cells) + " |")
+    for row in rows:
+        if anew := row.get("equal_time"):
+            found = ", ".join(f"{text} {anew['gap_closed'][text]:.1%}" for text in texts if "gap_closed" in anew)
+            took = f"{anew['seconds']:.0f} s, {anew['tokens']:,} tokens"
+            lines += ["", f"{row['method']}, trained anew in the seconds of endpoint tuning ({took}): {found}"]
+    genres = [row for row in rows if row.get("gap_closed_by_genre")]
+    if genres:
+        names = list(genres[0]["genres"])
+        lines += ["", "Gap closed by genre:", "", "| method | " + " | ".join(names) + " |"]
+        lines += ["|---|" + "---:|" * len(names)]
+        lines += [
+            f"| {row['method']} | " + " | ".join(f"{row['gap_closed_by_genre'][name]:.1%}" for name in names) + " |"
+            for row in genres
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def megabytes(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+def shown(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Held-out KL against tokens and against seconds."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for row in rows:
+        if not row.get("heldout") or row["heldout_measure"] != "kl":
+            continue
+        at = {point["step"]: point["seconds"] for point in row["curve"]} | {0: 0.0}
+        losses = [point["loss"] for point in row["heldout"]]
+        axes[0].plot([point["tokens"] for point in row["heldout"]], losses, label=row["method"])
+        axes[1].plot([at[point["step"]] for point in row["heldout"]], losses)
+    for axis, label in zip(axes, ("tokens", "seconds"), strict=True):
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("held-out KL, nats per token")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+# --- the child: one method --------------------------------------------------------------------------------------
+
+
+def measure(args: Namespace) -> dict[str, Any]:
+    opened = open_model(args.model)
+    draw_blocks = partial(blocks, opened, window=args.window, seed=args.seed)
+    calibration = draw_blocks(args.data, args.calibration_tokens).tokens
+    heldout = draw_blocks(args.data, args.heldout_tokens, skip=len(calibration)).tokens
+    skip = len(calibration) + len(heldout)
+    tokens = draw_blocks(args.data, 2 * args.tune_tokens, skip=skip).tokens
+    reported, genres = (
+        {name: draw_blocks(source, size, order="as written").tokens for name, source in pairs(given)}
+        for given, size in ((args.report, args.eval_tokens), (args.genres, args.genre_tokens))
+    )
+    dense, segment = Stack(opened.model), Segment.parse(args.segment)
+    if args.only == "self-text":
+        tokens = sampled(opened, args)
+    start = partial(folded_student, dense, segment, calibration, args.only not in ("cut", "patch", "no-fold"))
+    row: dict[str, Any] = {"method": args.only, "start": "cut" if args.only in ("cut", "patch", "no-fold") else "fold"}
+
+    def figures(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {name: perplexity(model, text) for name, text in texts.items()}
+
+    if args.only == "dense":
+        measured = {"perplexity": figures(dense.model, reported), "genres": figures(dense.model, genres)}
+        return row | {"start": "dense"} | measured
+    if args.only in TUNED or args.only in BASELINES:
+        heal = partial(healed, args.only, dense, segment, args.batch_tokens)
+        tried = []
+        for rate in [] if args.rate else rates(args.only, dense.hidden_size):
+            short = heal(start(), tokens[: max(1, args.rate_tokens // args.window)], heldout, rate)
+            tried.append({"rate": rate, "heldout_loss": short["heldout"][-1]["loss"]})  # where it ends, not its best
+        rate = args.rate or min(tried, key=lambda each: each["heldout_loss"])["rate"]
+        student = start()
+        before = settled_bytes()
+        whole = tokens[: max(1, args.tune_tokens // args.window)]
+        row |= heal(student, whole, heldout, rate)
+        row |= {"peak_above_weights_bytes": peak_bytes(before), "rate": rate, "rates_tried": tried}
+        row["heldout_measure"] = "next-token" if args.only == "next-token" else "kl"
+        row["kl"] = model_kl(dense, student, heldout)
+        row["perplexity"] = figures(student.model, reported)
+        if args.only in GENRES:
+            row["genres"] = figures(student.model, genres)
+        again = partial(heal, heldout=heldout, rate=rate)
+        row["equal_time"] = at_equal_time(args, row, tokens, start, again, figures, reported)
+        return row
+    before = settled_bytes()
+    begun = time.perf_counter()
+    student = start()
+    if args.only == "patch":
+        patch_(dense, student, segment, calibration)
+    row |= {"seconds": time.perf_counter() - begun, "peak_above_weights_bytes": peak_bytes(before)}
+    row |= {"kl": model_kl(dense, student, heldout), "perplexity": figures(student.model, reported)}
+    return row | ({"genres": figures(student.model, genres)} if args.only in GENRES else {})
+
+
+def sampled(opened: models.LanguageModel, args: Namespace) -> torch.Tensor:
+    """Text from the dense model itself, [N, T]."""
+    return load_blocks(
+        "self", opened.tokenizer, tokens=args.tune_tokens, window=args.window, seed=args.seed, model=opened.model
+    ).tokens
+
+
+def at_equal_time(
+    args: Namespace, row: dict[str, Any], tokens: torch.Tensor, start: Any, heal: Any, figures: Any, reported: Any
+) -> dict[str, Any] | None:
+    """Trained again for the seconds of endpoint tuning, if asked for; None where these are not known."""
+    if args.only not in args.equal_time or not args.seconds:
+        return None
+    count = min(round(args.seconds * row["tokens_per_second"] / args.window), len(tokens))
+    if abs(count * args.window - row["tokens"]) < 0.05 * row["tokens"]:
+        return {"tokens": row["tokens"], "seconds": row["seconds"], "perplexity": row["perplexity"], "same_run": True}
+    run = heal(student := start(), tokens[: max(1, count)])
+    return {"tokens": run["tokens"], "seconds": run["seconds"], "perplexity": figures(student.model, reported)}
+
+
+def pairs(given: list[str]) -> list[tuple[str, str]]:
+    """NAME=SOURCE, as they were given."""
+    return [(name, source) for name, _, source in (item.partition("=") for item in given if item)]
+
+
+def folded_student(dense: Stack, segment: Segment, calibration: torch.Tensor, fold: bool) -> Stack:
+    student = models.share(dense.model)
+    cut_segment_(student, [segment])
+    stack = Stack(student)
+    if fold:
+        fold_(dense, stack, [segment], calibration)
+    return stack
+
+
+def rates(method: str, width: int) -> list[float]:
+    if method in BASELINES:
+        return list(BASELINES[method][1])
+    return [factor * default_learning_rate(width) for factor in (0.5, 1.0, 2.0)]
+
+
+def healed(
+    method: str, dense: Stack, segment: Segment, batch_tokens: int,
+    student: Stack, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the student; what it took."""
+    if method in BASELINES:
+        shared = shared_layers(dense, student)  # as the fold left it; asked before a head of its own hides it
+        trained, first = BASELINES[method][0](student, segment)
+        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, batch_tokens)
+    settings = TuneSettings(learning_rate=rate, batch_tokens=batch_tokens, **TUNED[method])
+    report = tune_(dense, student, [segment], tokens, heldout, settings)
+    kept = ("tokens", "tokens_per_second", "trained_parameters", "curve", "heldout")
+    return {key: getattr(report, key) for key in kept} | {"seconds": report.tokens / report.tokens_per_second}
+
+
+@torch.no_grad()
+def model_kl(dense: Stack, student: Stack, tokens: torch.Tensor) -> float:
+    """Mean KL to the dense model; by prefix 0 of a student with embeddings of its own it would be another's."""
+    own = student.model.get_input_embeddings().weight is not dense.model.get_input_embeddings().weight
+    if not own:
+        return mean_kl(dense, student, tokens)
+    from healers import held_out_kl
+
+    return held_out_kl(dense, student, 0, tokens)
+
+
+def settled_bytes() -> int:
+    """Resident bytes with the weights loaded, and the peak counted anew from here (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def peak_bytes(before: int) -> int:
+    return status_bytes("VmHWM") - before
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Claim: pruning in rounds, healed between, against one cut of as many layers healed with as many tokens.
+
+    python benchmarks/rounds.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--rounds 1 2 3]
+
+R rounds remove a segment each, chosen on the model as the rounds before left it (healed); then fold, then endpoint
+tuning on 1/R of the tuning tokens, no token twice. The teacher is the dense model throughout. Segments are given in
+its layers: where a cut meets an older one they are one segment. Tuning trains the endpoints of *all* cuts so far.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import arguments, blocks, finish, open_model
+from layercut import models
+from layercut.cut import cut_segment_
+from layercut.evaluate import perplexity
+from layercut.heal.endpoints import TuneSettings, endpoints, tune_
+from layercut.heal.fold import fold_, shared_layers
+from layercut.runs import write_json
+from layercut.search import find_segments
+from layercut.segments import Segment, joined_segments, kept_layers, layers_to_remove
+from layercut.sweep import Stack, mean_kl
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, data="python-docstrings", report=["docs=python-docs"], ratio=0.2, rounds=[1, 2, 3], window=256, seed=0,
+        calibration_tokens=16384, search_tokens=4096, tune_tokens=65536, heldout_tokens=2048, eval_tokens=65536,
+        batch_tokens=2048, method="exhaustive", threads=2,
+    )  # fmt: skip
+    torch.set_num_threads(args.threads)
+    opened = open_model(args.model)
+
+    def draw(source: str, tokens: int, **more: Any) -> torch.Tensor:
+        return blocks(opened, source, tokens, args.window, args.seed, **more).tokens
+
+    text = {"calibration": draw(args.data, args.calibration_tokens)}
+    text["heldout"] = draw(args.data, args.heldout_tokens, skip=len(text["calibration"]))
+    text["tuning"] = draw(args.data, args.tune_tokens, skip=len(text["calibration"]) + len(text["heldout"]))
+    reported = {
+        name: draw(source, args.eval_tokens, order="as written")
+        for name, _, source in (item.partition("=") for item in args.report)
+    }
+    dense = Stack(opened.model)
+    part = args.out.with_name(f".{args.out.stem}.partial.json")  # a stopped run goes on after its last whole row
+    rows = json.loads(part.read_text()) if part.is_file() else [{"rounds": 0, **figures(dense.model, reported)}]
+    for count in args.rounds:
+        if all(row["rounds"] != count for row in rows):
+            rows.append(in_rounds(args, dense, text, count, reported))
+            write_json(part, rows)
+    kept = ("ratio", "window", "seed", "calibration_tokens", "search_tokens", "tune_tokens", "eval_tokens", "method")
+    texts = {"data": [Path(each).name for each in args.data.split("+")], "reported": list(reported)}
+    settings = {key: getattr(args, key) for key in kept}
+    finish(args.out, opened, (__doc__ or "").splitlines()[0], rows, **settings, **texts)
+    part.unlink(missing_ok=True)
+
+
+def in_rounds(
+    args: Namespace, dense: Stack, text: dict[str, torch.Tensor], count: int, reported: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    student = models.share(dense.model)
+    total, removed, rounds = layers_to_remove(args.ratio, len(dense)), set[int](), []
+    for number, tokens in enumerate(text["tuning"].tensor_split(count)):
+        length = total // count + (number < total % count)
+        found = find_segments(
+            Stack(student), text["calibration"][: max(1, args.search_tokens // args.window)], length, args.method,
+            seed=args.seed,
+        )  # fmt: skip
+        kept = [i for i in range(len(dense)) if i not in removed]
+        new = {kept[i] for cut in found.segments for i in range(cut.start, cut.stop)}
+        removed |= new
+        segments = joined_segments(removed)
+        cut_segment_(student, list(found.segments))
+        stack = Stack(student)
+        check_shared(dense, stack, segments)
+        touched = [cut for cut in segments if new & set(range(cut.start, cut.stop))]
+        state: dict[str, Any] = {"removed": [[cut.start, cut.stop] for cut in touched]}
+        state["kl_cut"] = mean_kl(dense, stack, text["heldout"])
+        fold_(dense, stack, segments, text["calibration"], only=touched)
+        state["kl_folded"] = mean_kl(dense, stack, text["heldout"])
+        report = tune_(dense, stack, segments, tokens, text["heldout"], TuneSettings(batch_tokens=args.batch_tokens))
+        state |= {"kl_tuned": mean_kl(dense, stack, text["heldout"]), "trained_layers": report.trained_layers}
+        rounds.append(state | {"tune_tokens": tokens.numel()})
+        print(rounds[-1], flush=True)
+    final = {"segments": [[cut.start, cut.stop] for cut in segments], "seconds": time.perf_counter() - begun}
+    return {"rounds": count, "each": rounds, **final, **figures(student, reported)}
+
+
+def check_shared(dense: Stack, student: Stack, segments: tuple[Segment, ...]) -> None:
+    """What tuning takes for granted: below the first layer it trains, both models are the same."""
+    first = min(endpoints(segments, len(dense)))
+    if shared_layers(dense, student) < first:
+        kept = kept_layers(segments, len(dense))
+        raise SystemExit(f"layer {kept[first]} is the first to be trained, and a layer below it was changed before")
+
+
+def figures(model: Any, reported: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {"perplexity": {name: perplexity(model, tokens) for name, tokens in reported.items()}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The fold is least squares in float64, goes into weights that are there, and finds them by what they do."""
+
+import random
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from layercut import models
+from layercut.cut import cut_segment_
+from layercut.heal.endpoints import endpoints, own_parameters_
+from layercut.heal.fold import RIDGES, Normal, fold_, shared_layers
+from layercut.heal.targets import find_targets
+from layercut.segments import Segment, joined_segments
+from layercut.sweep import Stack, hidden_of, mean_kl
+
+SHAPE = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 5,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+}
+EXPERTS = SHAPE | {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+
+FAMILIES = {
+    "llama": (transformers.LlamaConfig(**SHAPE), ["self_attn.o_proj", "mlp.down_proj"]),
+    "gpt2": (
+        transformers.GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=5, n_head=4, initializer_range=0.15),
+        ["attn.c_proj", "mlp.c_proj"],
+    ),
+    "phi3": (transformers.Phi3Config(**SHAPE), ["self_attn.o_proj", "mlp.down_proj"]),
+    "gpt_neox": (
+        transformers.GPTNeoXConfig(**(SHAPE | {"num_key_value_heads": None}), use_parallel_residual=True),
+        ["attention.dense", "mlp.dense_4h_to_h"],
+    ),
+    "falcon": (
+        transformers.FalconConfig(
+            vocab_size=tiny.VOCABULARY,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_hidden_layers=5,
+            initializer_range=0.15,
+            parallel_attn=True,
+        ),
+        ["self_attention.dense", "mlp.dense_4h_to_h"],
+    ),
+    "mixtral": (transformers.MixtralConfig(**EXPERTS, num_local_experts=4), ["self_attn.o_proj", "mlp"]),
+    "gpt_oss": (transformers.GptOssConfig(**EXPERTS, num_local_experts=4, head_dim=8), ["self_attn.o_proj", "mlp"]),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config(
+            **(EXPERTS | {"num_key_value_heads": 4}),
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=0,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+        ["self_attn.o_proj", "mlp"],
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig(**EXPERTS, num_experts=4, decoder_sparse_step=1),
+        ["self_attn.o_proj", "mlp"],
+    ),
+}
+"""Configs, and what a fold changes in them."""
+
+
+def family(name):
+    model = tiny.tiny(FAMILIES[name][0])
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # norms of ones and biases of zero would hide mistakes
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def cut_copy(model, *segments):
+    student = models.share(model)
+    cut_segment_(student, list(segments))
+    return student
+
+
+def changed_weights(student, model):
+    return {name for name, p in student.named_parameters() if not any(p is q for q in model.parameters())}
+
+
+def read_by(stack, position, tokens, modules, *, output=False):
+    """h after a layer, and what modules in it read, side by side, or put out."""
+    caught = {}
+
+    def catch(name):
+        return lambda _, x, y: caught.update({name: hidden_of(y) if output else x[0]})
+
+    layer = stack.layers[position]
+    handles = [layer.get_submodule(name).register_forward_hook(catch(name)) for name in modules]
+    hidden, calls = stack.enter(tokens)
+    out = stack.run(hidden, calls, 0, position + 1)
+    for handle in handles:
+        handle.remove()
+    return out, torch.cat([caught[name].reshape(*out.shape[:2], -1) for name in modules], dim=-1)
+
+
+def ridge_regression(x, y, ridge):
+    x, y = x.flatten(0, 1).double(), y.flatten(0, 1).double()
+    gram = x.T @ x
+    return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
+
+
+def test_streamed_normal_equations_are_float64_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    z, y = torch.randn(200, 12, generator=generator), torch.randn(200, 7, generator=generator)
+    sums = Normal.zeros(12, 7, torch.device("cpu"))
+    for part in range(0, 200, 50):
+        sums.add_(z[part : part + 50], y[part : part + 50])
+    solution = torch.linalg.lstsq(z.double(), y.double()).solution
+    torch.testing.assert_close(sums.solve(0.0), solution)
+    assert sums.left(solution) == pytest.approx((z.double() @ solution - y.double()).square().sum().item())
+    assert sums.left(torch.zeros(12, 7, dtype=torch.float64)) == pytest.approx(sums.yy)
+    # a larger ridge pulls the solution towards doing nothing
+    assert sums.solve(10.0).norm() < sums.solve(0.1).norm() < sums.solve(0.0).norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
+    model = family(name)
+    student = cut_copy(model, Segment(2, 4))
+    dense, cut = Stack(model), Stack(student)
+    tokens = tiny.some_tokens(64, 16)
+    untouched = {key: p.clone() for key, p in model.named_parameters()}
+    before = mean_kl(dense, cut, tokens)
+    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+    assert outcome.modules == FAMILIES[name][1]
+    assert outcome.layer == 1
+    assert set(outcome.ridges) <= set(RIDGES)
+    assert outcome.error_after < 1
+    assert mean_kl(dense, cut, tokens) < before
+    changed = changed_weights(student, model)
+    assert changed
+    assert all(any(f".1.{module}." in key for module in outcome.modules) for key in changed)
+    assert all(torch.equal(p, untouched[key]) for key, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
+    model = family(name)
+    dense, cut = Stack(model), Stack(cut_copy(model, Segment(2, 4)))
+    tokens = tiny.some_tokens(64, 16)
+    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+
+    # the same by hand on a second copy, all rows at once: both together for the first, the second on what it then reads
+    plain = Stack(cut_copy(model, Segment(2, 4)))
+    hidden, calls = dense.enter(tokens)
+    wanted = dense.run(hidden, calls, 0, 4)
+    fit = torch.arange(64) % 8 != 7
+    lacking = []
+    for number, ridge in enumerate(outcome.ridges):
+        out, x = read_by(plain, 1, tokens, outcome.modules[number:])
+        lacking.append((wanted - out)[~fit].square().sum())
+        delta = ridge_regression(x[fit], (wanted - out)[fit], ridge)
+        module = plain.layers[1].get_submodule(outcome.modules[number])
+        linear = isinstance(module, torch.nn.Linear)
+        delta = delta[: module.weight.shape[1 if linear else 0]]
+        new = module.weight + (delta.T if linear else delta).float()
+        module.weight = torch.nn.Parameter(new, requires_grad=False)
+    ours, _ = read_by(cut, 1, tokens, outcome.modules)
+    theirs, _ = read_by(plain, 1, tokens, outcome.modules)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    left = (ours - wanted)[~fit].square().sum() / lacking[0]
+    assert outcome.error_after == pytest.approx(left.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+def test_experts_are_multiplied_by_the_best_matrix(name):
+    model = family(name)
+    dense, cut = Stack(model), Stack(cut_copy(model, Segment(2, 4)))
+    tokens = tiny.some_tokens(64, 16)
+    plain = Stack(cut_copy(model, Segment(2, 4)))
+    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+    # the attention as it was folded, the experts as they were
+    folded = cut.layers[1].self_attn.o_proj.weight
+    plain.layers[1].self_attn.o_proj.weight = folded
+    hidden, calls = dense.enter(tokens)
+    wanted = dense.run(hidden, calls, 0, 4)
+    out, m = read_by(plain, 1, tokens, ["mlp"], output=True)
+    fit = torch.arange(64) % 8 != 7
+    delta = ridge_regression(m[fit], (wanted - out)[fit], outcome.ridges[1])
+    hidden, calls = cut.enter(tokens)
+    torch.testing.assert_close(cut.run(hidden, calls, 0, 2).double(), out + m.double() @ delta, rtol=1e-3, atol=1e-3)
+
+
+def test_an_mlp_too_wide_to_solve_is_multiplied_instead(monkeypatch):
+    monkeypatch.setattr("layercut.heal.targets.WIDEST", 40)
+    model = family("gpt2")
+    student = cut_copy(model, Segment(2, 4))
+    dense, cut = Stack(model), Stack(student)
+    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tiny.some_tokens(64, 16), rows=16)
+    assert outcome.modules == ["attn.c_proj", "mlp.c_proj"]
+    changed = {key.split(".1.")[1] for key in changed_weights(student, model)}
+    assert changed == {"attn.c_proj.weight", "mlp.c_proj.weight", "mlp.c_proj.bias"}
+    # W (I + X) keeps the span of what W puts out
+    old, new = model.transformer.h[1].mlp.c_proj.weight, student.transformer.h[1].mlp.c_proj.weight
+    x = torch.linalg.lstsq(old.double(), new.double()).solution
+    torch.testing.assert_close((old.double() @ x).float(), new, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writers_are_found_in_the_models_own_number_format(dtype):
+    model = family("llama").to(dtype)
+    with torch.no_grad():  # a stream so large that in bfloat16 what a layer adds drowns in rounding
+        model.model.embed_tokens.weight[:, 0] += 500
+    names = [target.name for target in find_targets(Stack(model), 1, tiny.some_tokens(2, 16))]
+    assert names == ["self_attn.o_proj", "mlp.down_proj"]
+
+
+def test_nothing_is_folded_behind_a_norm():
+    model = tiny.tiny(transformers.Gemma2Config(**SHAPE, head_dim=8))
+    stack = Stack(model)
+    assert find_targets(stack, 0, tiny.some_tokens(2)) == []
+    (outcome,) = fold_(stack, Stack(cut_copy(model, Segment(2, 4))), [Segment(2, 4)], tiny.some_tokens())
+    assert "adds no linear output" in outcome.skipped
+
+
+def test_two_segments_and_the_stacks_ends():
+    model, tokens = tiny.llama(), tiny.some_tokens(64)
+    segments = [Segment(0, 1), Segment(3, 4), Segment(7, 8)]
+    dense, cut = Stack(model), Stack(cut_copy(model, *segments))
+    before = mean_kl(dense, cut, tokens)
+    outcomes = fold_(dense, cut, segments, tokens)
+    assert [o.skipped for o in outcomes] == ["no layer before the cut", None, None]
+    assert [o.layer for o in outcomes] == [None, 1, 4]
+    assert mean_kl(dense, cut, tokens) < before
+
+
+# --- several rounds ---
+
+
+def test_shared_layers_are_counted_by_identity():
+    model = tiny.llama()
+    student = cut_copy(model, Segment(4, 6))
+    dense, cut = Stack(model), Stack(student)
+    assert shared_layers(dense, cut) == 4
+    layer = student.model.layers[2].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
+    assert shared_layers(dense, cut) == 2
+    student.model.embed_tokens.weight = torch.nn.Parameter(student.model.embed_tokens.weight.clone())
+    assert shared_layers(dense, cut) == 0
+
+
+def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
+    """Layer 1 of the student was changed in an earlier round: the fold must not take the dense model's stream there."""
+    model, tokens = tiny.llama(), tiny.some_tokens(64)
+    old, new = Segment(2, 3), Segment(5, 6)
+    student = cut_copy(model, old, new)
+    healed = student.model.layers[1].mlp.down_proj
+    healed.weight = torch.nn.Parameter(1.5 * healed.weight, requires_grad=False)
+    dense, cut = Stack(model), Stack(student)
+    plain = models.share(student)
+    (outcome,) = fold_(dense, cut, [old, new], tokens, only=[new], rows=16)
+    assert (outcome.segment, outcome.layer) == ([5, 6], 3)
+    assert student.model.layers[1].mlp.down_proj.weight is healed.weight
+
+    hidden, calls = dense.enter(tokens)
+    wanted = dense.run(hidden, calls, 0, 6)
+    out, x = read_by(Stack(plain), 3, tokens, outcome.modules)
+    fit = torch.arange(64) % 8 != 7
+    delta = ridge_regression(x[fit], (wanted - out)[fit], outcome.ridges[0])[:32]
+    got = student.model.layers[3].self_attn.o_proj.weight - plain.model.layers[3].self_attn.o_proj.weight
+    torch.testing.assert_close(got, delta.T.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_below_the_endpoints_of_all_cuts_nothing_was_ever_trained(radius, seed):
+    """What lets tuning share the dense prefix in later rounds: it is given all cuts so far, at one radius."""
+    model, draw = tiny.llama(), random.Random(seed)
+    student, removed = models.share(model), set()
+    for _ in range(3):
+        start = draw.randrange(len(student.model.layers) - 1)
+        kept = [i for i in range(8) if i not in removed]
+        removed |= {kept[start]}
+        cut_segment_(student, [Segment(start, start + 1)])
+        positions = endpoints(joined_segments(removed), 8, radius)
+        assert min(positions) <= shared_layers(Stack(model), Stack(student))
+        own_parameters_(Stack(student), positions)
