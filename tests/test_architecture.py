@@ -18,7 +18,7 @@ GROUND = [
 ]  # fmt: skip
 # what several files do together is one room
 ROOMS = {"findings": "report", "figures": "report", "charts": "report"}
-STAGES = ["search", "cut", "heal", "evaluate", "measure", "export", "report"]
+STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]
 TOP = ["pipeline", "compare", "demo", "cli"]
 ALONE = ["reload_check"]
 """Run by itself in a process that must not know layercut."""

@@ -19,7 +19,14 @@ import cyclopts
 from cyclopts import Parameter
 
 from layercut import __version__
-from layercut.config import CompareConfig, CompressConfig, CutConfig, PerplexityConfig, RunConfig
+from layercut.config import (
+    CompareConfig,
+    CompressConfig,
+    CutConfig,
+    PerplexityConfig,
+    QuantizeAloneConfig,
+    RunConfig,
+)
 from layercut.errors import ConfigError, LayercutError
 
 app = cyclopts.App(
@@ -69,6 +76,18 @@ def cut(model: Model, *, config: CutConfig) -> None:
     from layercut.pipeline import cut
 
     print(cut(model, config))
+
+
+@app.command
+def quantize(
+    model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
+    *,
+    config: QuantizeAloneConfig,
+) -> None:
+    """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
+    from layercut.pipeline import quantize_alone
+
+    print(quantize_alone(model, config))
 
 
 @app.command

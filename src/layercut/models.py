@@ -264,7 +264,7 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
         )
     except ImportError as error:
-        raise _missing_gguf(error) from None
+        raise _missing_package(error) from None
     except Exception as error:
         raise ModelError(
             f"the config of {checkpoint.name} cannot be read: {first_line(error)}",
@@ -355,10 +355,11 @@ def load(
                     output_loading_info=True,
                 )
                 _check_loading(info, checkpoint.name)
+                _decompress_(model)
         except ModelError:
             raise
         except ImportError as error:
-            raise _missing_gguf(error) from None
+            raise _missing_package(error) from None
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"{checkpoint.name} cannot be loaded: {first_line(error)}",
@@ -367,6 +368,14 @@ def load(
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model = model.to(place).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, checkpoint, number, place)
+
+
+def _decompress_(model: Any) -> None:
+    """Quantized weights to float ones now, not in the first forward as transformers would, with a bar of its own."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        with redirect_stderr(io.StringIO()):
+            compressor.decompress_model(model)
 
 
 def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -475,10 +484,11 @@ def _check_loading(info: dict[str, Any], name: str) -> None:
         )
 
 
-def _missing_gguf(error: ImportError) -> ModelError:
+def _missing_package(error: ImportError) -> ModelError:
+    extra = "quantize" if "compressed" in str(error) else "gguf"
     return ModelError(
         f"reading this model needs a package that is missing: {first_line(error)}",
-        'pip install "layercut[gguf]"',
+        f'pip install "layercut[{extra}]"',
     )
 
 
@@ -545,12 +555,14 @@ def share(model: Any) -> Any:
 
 
 def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put new parameters in by name; tensors that other models share are left as they are."""
+    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay."""
+    everywhere = list(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        old = getattr(module, attribute)
-        setattr(module, attribute, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False))
+        old = model.get_parameter(name)
+        new = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+        for place in [name, *(other for other, parameter in everywhere if parameter is old and other != name)]:
+            owner, _, attribute = place.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
 
 
 def parameter_count(model: nn.Module) -> int:
