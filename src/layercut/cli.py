@@ -23,6 +23,7 @@ from layercut.config import (
     CompareConfig,
     CompressConfig,
     CutConfig,
+    ExportConfig,
     PerplexityConfig,
     QuantizeAloneConfig,
     RunConfig,
@@ -85,9 +86,19 @@ def quantize(
     config: QuantizeAloneConfig,
 ) -> None:
     """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
-    from layercut.pipeline import quantize_alone
+    from layercut.handover import quantize_alone
 
     print(quantize_alone(model, config))
+
+
+@app.command
+def export(
+    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
+) -> None:
+    """Write a finished run's model as a GGUF file for llama.cpp."""
+    from layercut.handover import export
+
+    print(export(model, config))
 
 
 @app.command

@@ -23,9 +23,7 @@ from layercut import evaluate, measure, models
 from layercut.config import (
     CompressConfig,
     CutConfig,
-    DataConfig,
     PerplexityConfig,
-    QuantizeAloneConfig,
     QuantizeConfig,
     flattened,
 )
@@ -38,7 +36,7 @@ from layercut.heal.fold import fold_
 from layercut.progress import bar, say
 from layercut.quantize import Quantization, endpoints_of, quantize_, quantized_weights
 from layercut.report import model_card, write_report
-from layercut.runs import Run, versions, write_json, write_text
+from layercut.runs import Run, versions, write_text
 from layercut.search import find_segments, price_segments
 from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
 from layercut.sweep import Stack, mean_kl
@@ -452,42 +450,6 @@ def cut(model: str, config: CutConfig) -> Path:
         loaded = models.load(checkpoint)
         cut_segment_(loaded.model, config.segments)
         export_checkpoint(loaded.model, loaded.tokenizer, config.out)
-    return config.out
-
-
-def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
-    """Quantize a model, or a finished run's, into a new checkpoint with a quantize.json in it; returns its folder.
-
-    A run's model is calibrated on the run's own calibration tokens, unless the text's flags say otherwise.
-    """
-    config.check()
-    if config.out.exists() and not config.force:
-        raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
-    run = Path(target)
-    is_run = (run / "summary.json").is_file()
-    source = models.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
-    loaded = models.load(source, **asdict(config.load))
-    model = loaded.model
-    if config.quantize.quantizer == "rtn":
-        tokens = torch.empty(0, config.text.window, dtype=torch.long)
-    elif is_run and config.text == DataConfig():
-        tokens = load_file(run / "tokens.safetensors")["calibration"]
-    else:
-        text = config.text
-        tokens = load_blocks(
-            text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
-            chat_template=text.chat_template, model=model,
-        ).tokens  # fmt: skip
-    layers = len(loaded.decoder)
-    with bar("quantizing", layers) as advance:
-        found = quantize_(model, tokens, config.quantize, endpoints=endpoints_of(model.config, layers), advance=advance)
-    facts = quantization_facts(found, model, config.quantize)
-    say("quantize", describe_quantization(facts))
-    with bar("saving and verifying", None):
-        exported = export_checkpoint(
-            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config
-        )
-    write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
     return config.out
 
 
