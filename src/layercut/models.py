@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,15 +345,16 @@ def load(
             if checkpoint.gguf:
                 model = _load_gguf(checkpoint, number)
             else:
-                model, info = auto.from_pretrained(
-                    checkpoint.folder,
-                    config=config,
-                    dtype=number,
-                    use_safetensors=None if allow_pickle else True,
-                    ignore_mismatched_sizes=True,  # refused below, and by name
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                )
+                with redirect_stderr(io.StringIO()) if _is_quantized(config) else nullcontext():  # its bars
+                    model, info = auto.from_pretrained(
+                        checkpoint.folder,
+                        config=config,
+                        dtype=number,
+                        use_safetensors=None if allow_pickle else True,
+                        ignore_mismatched_sizes=True,  # refused below, and by name
+                        trust_remote_code=trust_remote_code,
+                        output_loading_info=True,
+                    )
                 _check_loading(info, checkpoint.name)
                 _decompress_(model)
         except ModelError:
@@ -368,6 +369,10 @@ def load(
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model = model.to(place).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, checkpoint, number, place)
+
+
+def _is_quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _decompress_(model: Any) -> None:
