@@ -15,6 +15,7 @@ FEW = {
     "search": "--tokens 64 --window 16 --tune-tokens 0 --eval-tokens 64",
     "evaluate": "--eval-tokens 64 --window 16",
     "cut": "",
+    "quantize": "",
 }
 
 
@@ -46,5 +47,5 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
 def test_docs_name_files_that_exist(page):
     root = README.parent
     text = (root / "docs" / page).read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:search|heal)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
+    for name in re.findall(r"`((?:search|heal|quantize)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
         assert (root / "src" / "layercut" / name).is_file(), name
