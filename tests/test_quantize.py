@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen3Config
 
 import folders
 import tiny
@@ -254,6 +255,28 @@ def test_endpoints_are_read_off_the_config():
     assert endpoints_of(config, 4) == [1, 2]
 
 
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 3, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3Config(**SIZES, tie_word_embeddings=True), Phi3Config(**SIZES), GPTNeoXConfig(**SIZES)],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    model = half(tiny.tiny(config))
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True))
+    packing = {"packed": found.packed, "quantization_config": found.config}
+    export.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
+    loaded = models.load(models.resolve(str(tmp_path / "model"))).model
+    assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
+
+
 # --- what is refused ---
 
 
@@ -268,6 +291,8 @@ def test_refusals(monkeypatch):
         QuantizeConfig(endpoint_bits=8)
     with pytest.raises(ModelError, match="no linear modules"):
         quantize_(tiny.gpt2(2), TOKENS, QuantizeConfig(bits=4))
+    with pytest.raises(ModelError, match="experts of MixtralForCausalLM are merged"):
+        quantize_(tiny.tiny(MixtralConfig(**SIZES, num_local_experts=2)), TOKENS, QuantizeConfig(bits=4))
     model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj holds weights that are not finite"):
         quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn"))

@@ -50,7 +50,8 @@ def export_checkpoint(
     try:
         with quiet_transformers():
             with described(model.config, quantization_config):
-                model.save_pretrained(partial, state_dict=state if packed else None)
+                # a copy: for some architectures transformers empties the dict that it is given
+                model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
         check_bytes(partial, state)
         check = verify_reload(model, partial)

@@ -20,13 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models
-from layercut.config import (
-    CompressConfig,
-    CutConfig,
-    PerplexityConfig,
-    QuantizeConfig,
-    flattened,
-)
+from layercut.config import CompressConfig, CutConfig, PerplexityConfig, QuantizeConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, RunError
@@ -269,8 +263,9 @@ class Workbench:
         if config.bits == 16:
             return {"bits": 16, "layers": []}
         student = self.student(segments, "folded", "tuned")
-        with bar("quantizing", len(student_layers := models.find_decoder(student).layers)) as advance:
-            ends = endpoints_of(student.config, len(student_layers))
+        layers = len(models.find_decoder(student))
+        with bar("quantizing", layers) as advance:
+            ends = endpoints_of(student.config, layers)
             found = quantize_(student, self.blocks["calibration"], config, endpoints=ends, advance=advance)
         partial = self.run / ".quantized.partial"
         save_file(found.packed, partial)

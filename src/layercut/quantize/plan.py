@@ -34,13 +34,20 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
     """Every weight that `config` asks to quantize, in the order the model uses them.
 
     endpoints: decoder layers that take `config.endpoint_bits`. Raises ModelError: already quantized, or no linear
-    modules. ConfigError: group size.
+    modules, or experts merged into one tensor. ConfigError: group size.
     """
     if getattr(model.config, "quantization_config", None):
         raise ModelError("this model is quantized already", "give the float checkpoint it was made from")
+    decoder = find_decoder(model)
+    merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
+    if merged:  # seen with transformers 5.24: its loader then looks for packed experts, and fails
+        raise ModelError(
+            f"the experts of {type(model).__name__} are merged into one tensor ({merged[0]}), beside which "
+            "transformers cannot load weights that compressed-tensors packed",
+            "leave out --bits; layercut export RUN quantizes mixtures of experts for llama.cpp",
+        )
     if config.endpoint_bits and not endpoints:
         raise ConfigError("--endpoint-bits is given, but this model has no cut", "leave out --endpoint-bits")
-    decoder = find_decoder(model)
     inside: list[Target] = []
     for i, layer in enumerate(decoder.layers):
         bits = config.endpoint_bits if i in endpoints and config.endpoint_bits else config.bits
@@ -82,7 +89,7 @@ def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
 
 
 def left_as_they_are(model: Any, targets: Sequence[Target]) -> list[str]:
-    """Matrices and larger in the decoder layers that no target covers, such as packed experts."""
+    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions."""
     decoder = find_decoder(model)
     done = {f"{target.name}.weight" for target in targets}
     names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
