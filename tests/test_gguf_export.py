@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,29 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
     expected = {"f16": {"F16": layers + 2, "F32": vectors}, "q4_0": {"Q4_0": layers, "F32": vectors, "Q8_0": 2}}
     assert tensor_types(out) == expected[kind]
     assert [p.name for p in tmp_path.iterdir() if "gguf" in p.name] == ["out.gguf"]
+
+
+def test_k_quants_are_llama_cpps(gguf_run, tmp_path, monkeypatch):
+    """The way there and back; what llama.cpp itself makes of it is for `make test-llamacpp`."""
+    asked = []
+
+    class Settings(ctypes.Structure):
+        _fields_ = (("ftype", ctypes.c_int), ("allow_requantize", ctypes.c_bool))
+
+    def quantize(source: bytes, out: bytes, settings: Any) -> int:
+        asked.append((settings._obj.ftype, settings._obj.allow_requantize, tensor_types(Path(os.fsdecode(source)))))
+        shutil.copy(source, out)
+        return 0
+
+    library = SimpleNamespace(
+        llama_backend_init=lambda: None, llama_model_quantize_default_params=Settings, llama_model_quantize=quantize,
+        LLAMA_FTYPE_MOSTLY_Q4_K_M=15, LLAMA_FTYPE_MOSTLY_Q5_K_M=17, LLAMA_FTYPE_MOSTLY_Q6_K=18,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    assert main(["export", str(gguf_run), "--gguf-type=q5_k_m", f"--out={tmp_path / 'out.gguf'}"]) == 0
+    assert [call[:2] for call in asked] == [(17, True)]
+    assert asked[0][2]["F16"] == tensor_types(tmp_path / "out.gguf")["F16"] > 0, "healed weights come in float16"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
 
 def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch):

@@ -143,6 +143,7 @@ def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
     llama_cpp = require_llama_cpp()
     import ctypes
 
+    llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = {
         "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
