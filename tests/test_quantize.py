@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen3Config
 
 import folders
 import tiny
@@ -347,6 +347,8 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     loaded = models.load(models.resolve(str(quantized_run / "model")))
     tokens = torch.from_numpy(_evaluation(quantized_run))
     assert perplexity(loaded.model, tokens) == summary["perplexity"]["quantized"]
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert sorted(loaded.model.state_dict()) == sorted(tiny.llama(4, tie_word_embeddings=True).state_dict())
     assert summary["perplexity"]["quantized"] != summary["perplexity"]["cut"]
     card = (quantized_run / "model" / "README.md").read_text()
     assert "pip install compressed-tensors" in card
@@ -357,6 +359,15 @@ def _evaluation(run: Path):
     from safetensors.numpy import load_file
 
     return load_file(run / "tokens.safetensors")["evaluation"]
+
+
+def test_a_quantized_model_is_loaded_as_a_plain_one(quantized_run, tmp_path):
+    loaded = models.load(models.resolve(str(quantized_run / "model"))).model
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
+    packed = AutoModelForCausalLM.from_pretrained(quantized_run / "model")
+    assert torch.equal(packed(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized_run, tmp_path, capsys):

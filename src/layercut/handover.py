@@ -51,6 +51,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     run = Path(target)
     is_run = (run / "summary.json").is_file()
     source = models.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
+    if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
+        raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
     loaded = models.load(source, **asdict(config.load))
     model = loaded.model
     if config.quantize.quantizer == "rtn":

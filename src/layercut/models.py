@@ -371,16 +371,35 @@ def load(
     return LanguageModel(model, tokenizer, checkpoint, number, place)
 
 
+def _unmark_quantized_(model: Any) -> None:
+    """Take off what transformers remembers of a quantization that is undone, and for which it would not save."""
+    model.hf_quantizer = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+
+
 def _is_quantized(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
 def _decompress_(model: Any) -> None:
-    """Quantized weights to float ones now, not in the first forward as transformers would, with a bar of its own."""
+    """A model of weights packed by compressed-tensors becomes a plain one: those weights, in its number format.
+
+    Else transformers would do half of this in the first forward, and save a model that is neither.
+    """
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:
-        with redirect_stderr(io.StringIO()):
-            compressor.decompress_model(model)
+    if compressor is None:
+        return
+    from compressed_tensors.compressors.base import decompress_module
+
+    compressor.remove_decompression_hook(model)
+    for module in model.modules():
+        decompress_module(module, leave_decompressed=False)
+    _unmark_quantized_(model)
+    model.tie_weights()
 
 
 def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -398,12 +417,7 @@ def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
         )
-    model.hf_quantizer = None
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    for name in ("quantization_method", "is_quantized"):
-        model.__dict__.pop(name, None)
+    _unmark_quantized_(model)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = checkpoint.name
     for parameter in model.parameters():

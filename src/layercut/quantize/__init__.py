@@ -72,7 +72,7 @@ def quantize_(
 
     New parameters are put in; tensors that another model shares are left alone, ties are kept.
     Raises ConfigError: compressed-tensors is missing, or the group size does not fit. ModelError: nothing to
-    quantize, quantized already, weights that are not finite, or (gptq) a model that cannot be run layer by layer.
+    quantize, weights that are not finite, or (gptq) a model that cannot be run layer by layer.
     """
     require_library()
     targets = plan(model, config, endpoints)

@@ -33,11 +33,9 @@ class Target:
 def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Target]:
     """Every weight that `config` asks to quantize, in the order the model uses them.
 
-    endpoints: decoder layers that take `config.endpoint_bits`. Raises ModelError: already quantized, or no linear
-    modules, or experts merged into one tensor. ConfigError: group size.
+    endpoints: decoder layers that take `config.endpoint_bits`. Raises ModelError: no linear modules,
+    or experts merged into one tensor. ConfigError: group size.
     """
-    if getattr(model.config, "quantization_config", None):
-        raise ModelError("this model is quantized already", "give the float checkpoint it was made from")
     decoder = find_decoder(model)
     merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
     if merged:  # seen with transformers 5.24: its loader then looks for packed experts, and fails
