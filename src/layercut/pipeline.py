@@ -76,9 +76,9 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         heal = run.stage("heal", tuned, lambda: work.tune(segments), after=["fold"])
         if heal["tuning"]:
             say("tune", describe_tuning(heal["tuning"]))
-        calibration = text["calibration"] if config.quantize.quantizer != "rtn" else None
-        packing = [asdict(config.quantize), calibration if config.quantize.bits < 16 else None]
-        quantized = run.stage("quantize", packing, lambda: work.quantize(segments), after=["heal"])
+        calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
+        stored = [asdict(config.quantize), calibrated] if config.quantize.bits < 16 else None
+        quantized = run.stage("quantize", stored, lambda: work.quantize(segments), after=["heal"])
         if quantized["bits"] < 16:
             say("quantize", describe_quantization(quantized))
 
