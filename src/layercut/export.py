@@ -1,4 +1,8 @@
-"""Hand the result over: a stock Hugging Face folder, proved by a fresh process that knows nothing of layercut."""
+"""Hand the result over: a stock Hugging Face folder, proved by a fresh process that knows nothing of layercut.
+
+A quantized model comes as a plain model whose weights are the rounded ones, and the packed tensors that stand for
+them; saved are the packed ones, and a reload must compute the same logits to the bit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +30,30 @@ class ReloadError(Exception):
     """The saved model is not the model in memory. A fault of ours: never shown as the user's."""
 
 
-def export_checkpoint(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+def export_checkpoint(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    packed: dict[str, torch.Tensor] | None = None,
+    quantization_config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Save model, tokenizer and generation config; verify; only then put the folder in its place.
 
+    packed: tensors to save for the weights of `model` that they stand for, which quantization_config describes.
     Returns {"bytes": of the weight files, "check": what the fresh process saw}. Raises RunError where the disk
-    does not let us, ReloadError where the reloaded model differs.
+    does not let us, ReloadError where the reloaded model differs or a weight was saved twice.
     """
+    state = stored_state(model, packed or {})
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quiet_transformers():
-            model.save_pretrained(partial)
+            with described(model.config, quantization_config):
+                # a copy: for some architectures transformers empties the dict that it is given
+                model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
+        check_bytes(partial, state)
         check = verify_reload(model, partial)
         replace_folder(partial, folder)
     except OSError as error:
@@ -46,6 +64,38 @@ def export_checkpoint(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"bytes": size, "check": check}
+
+
+def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's tensors by name, with packed ones in the place of the weights that they stand for."""
+    quantized = {key.rpartition(".")[0] for key in packed}
+    state = {name: t for name, t in model.state_dict().items() if name.removesuffix(".weight") not in quantized}
+    return state | packed
+
+
+@contextmanager
+def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterator[None]:
+    """While open, the config says how the weights are quantized; the model in memory is a plain one."""
+    if quantization_config is None:
+        yield
+        return
+    config.quantization_config = quantization_config
+    try:
+        yield
+    finally:
+        del config.quantization_config
+
+
+def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """ReloadError where the files hold more than the tensors do: a tie that came apart is saved twice."""
+    expected = sum({(t.data_ptr(), t.nbytes): t.nbytes for t in state.values()}.values())
+    saved = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = 8 + int.from_bytes(stream.read(8), "little")
+        saved += file.stat().st_size - header
+    if saved > expected:
+        raise ReloadError(f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tie came apart")
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ class Run:
     env: dict[str, Any]
     stability: dict[str, Any] = field(default_factory=dict)
     """Of this very search; that of an earlier one is left out."""
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -68,6 +69,7 @@ def read_run(folder: Path) -> Run:
         evaluation=_read(folder / "eval.json"),
         env=_read(folder / "env.json"),
         stability=stability if stability.get("search") == search.get("config_hash") else {},
+        quantization=_read(folder / "quantize.json"),
     )
 
 
@@ -145,16 +147,27 @@ def broken(summary: dict[str, Any]) -> str | None:
         return None
     name, value = last
     dense = perplexities(summary).get("dense")
+    before = _sound_before_quantization(summary) if name == "quantized" else ""
     if not math.isfinite(value):
         return (
-            f"The compressed model is broken: its perplexity ({name}) is not a finite number. Do not use it."
+            f"The compressed model is broken: its perplexity ({name}) is not a finite number. "
+            f"Do not use it.{before}"
         )
     if dense is not None and math.isfinite(dense) and value > BROKEN_FACTOR * dense:
         return (
             f"The compressed model is broken: its perplexity ({name}) is {figure(value)}, "
-            f"{times(value / dense)} the dense model's {figure(dense)}. Do not use it as it is."
+            f"{times(value / dense)} the dense model's {figure(dense)}. Do not use it as it is.{before}"
         )
     return None
+
+
+def _sound_before_quantization(summary: dict[str, Any]) -> str:
+    """Words on whether quantization is what broke the model; none where it was broken before, or that is not known."""
+    earlier = {name: value for name, value in perplexities(summary).items() if name != "quantized"}
+    dense, last = earlier.get("dense"), list(earlier.values())[-1:]
+    if dense is None or len(earlier) < 2 or not last[0] <= BROKEN_FACTOR * dense:
+        return ""
+    return f" Quantization broke it: before, its perplexity was {figure(last[0])}. More bits may save it."
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -205,7 +218,7 @@ def verdicts(run: Run) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     found = [_search_verdict(run), _stability_verdict(run.stability), _cut_verdict(run.summary)]
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
-    found += [_quantize_verdict(run.summary), _size_verdict(run.summary)]
+    found += [_quantize_verdict(run), _size_verdict(run.summary)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
     return [verdict for verdict in found if verdict]
 
@@ -304,15 +317,16 @@ def _healing_verdict(run: Run, name: str, title: str) -> Verdict | None:
     return Verdict("bad", title, f"did not improve: perplexity {figure(old)} → {figure(new)}.{kept}")
 
 
-def _quantize_verdict(summary: dict[str, Any]) -> Verdict | None:
-    found = perplexities(summary)
+def _quantize_verdict(run: Run) -> Verdict | None:
+    found, made = perplexities(run.summary), run.quantization
     names = list(found)
     if "quantized" not in found or len(names) < 2:
         return None
     old, new = found[names[-2]], found["quantized"]
     if not (math.isfinite(old) and math.isfinite(new) and old > 0):
         return Verdict("bad", "Quantization", f"perplexity {figure(old)} → {figure(new)}.")
-    text = f"perplexity {figure(old)} → {figure(new)} ({change(old, new)})."
+    how = f"to {made['bits']} bits ({printable(made.get('quantizer'))}): " if finite(made.get("bits")) else ""
+    text = f"{how}perplexity {figure(old)} → {figure(new)} ({change(old, new)})."
     return Verdict("good" if new <= 1.05 * old else "bad", "Quantization", text)
 
 

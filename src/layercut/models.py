@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,7 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
         )
     except ImportError as error:
-        raise _missing_gguf(error) from None
+        raise _missing_package(error) from None
     except Exception as error:
         raise ModelError(
             f"the config of {checkpoint.name} cannot be read: {first_line(error)}",
@@ -358,20 +358,22 @@ def load(
             if checkpoint.gguf:
                 model = _load_gguf(checkpoint, number)
             else:
-                model, info = auto.from_pretrained(
-                    checkpoint.folder,
-                    config=config,
-                    dtype=number,
-                    use_safetensors=None if allow_pickle else True,
-                    ignore_mismatched_sizes=True,  # refused below, and by name
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                )
+                with redirect_stderr(io.StringIO()) if _is_quantized(config) else nullcontext():  # its bars
+                    model, info = auto.from_pretrained(
+                        checkpoint.folder,
+                        config=config,
+                        dtype=number,
+                        use_safetensors=None if allow_pickle else True,
+                        ignore_mismatched_sizes=True,  # refused below, and by name
+                        trust_remote_code=trust_remote_code,
+                        output_loading_info=True,
+                    )
                 check_loading(info, checkpoint.name)
+                _decompress_(model)
         except ModelError:
             raise
         except ImportError as error:
-            raise _missing_gguf(error) from None
+            raise _missing_package(error) from None
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(
                 f"{checkpoint.name} cannot be loaded: {first_line(error)}",
@@ -392,6 +394,37 @@ def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     return AutoModelForImageTextToText
 
 
+def _unmark_quantized_(model: Any) -> None:
+    """Take off what transformers remembers of a quantization that is undone, and for which it would not save."""
+    model.hf_quantizer = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+
+
+def _is_quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _decompress_(model: Any) -> None:
+    """A model of weights packed by compressed-tensors becomes a plain one: those weights, in its number format.
+
+    Else transformers would do half of this in the first forward, and save a model that is neither.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None:
+        return
+    from compressed_tensors.compressors.base import decompress_module
+
+    compressor.remove_decompression_hook(model)
+    for module in model.modules():
+        decompress_module(module, leave_decompressed=False)
+    _unmark_quantized_(model)
+    model.tie_weights()
+
+
 def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Dequantize a GGUF file into a model that `save_pretrained` accepts.
 
@@ -407,12 +440,7 @@ def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
         )
-    model.hf_quantizer = None
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    for name in ("quantization_method", "is_quantized"):
-        model.__dict__.pop(name, None)
+    _unmark_quantized_(model)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = checkpoint.name
     for parameter in model.parameters():
@@ -498,10 +526,11 @@ def check_loading(info: dict[str, Any], name: str) -> None:
         )
 
 
-def _missing_gguf(error: ImportError) -> ModelError:
+def _missing_package(error: ImportError) -> ModelError:
+    extra = "quantize" if "compressed" in str(error) else "gguf"
     return ModelError(
         f"reading this model needs a package that is missing: {first_line(error)}",
-        'pip install "layercut[gguf]"',
+        f'pip install "layercut[{extra}]"',
     )
 
 
@@ -578,12 +607,14 @@ def share(model: Any) -> Any:
 
 
 def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put new parameters in by name; tensors that other models share are left as they are."""
+    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay."""
+    everywhere = list(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        old = getattr(module, attribute)
-        setattr(module, attribute, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False))
+        old = model.get_parameter(name)
+        new = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+        for place in [name, *(other for other, parameter in everywhere if parameter is old and other != name)]:
+            owner, _, attribute = place.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """The journey, from a model's name to a smaller checkpoint and its report. Read this file first.
 
-    model + text -> search -> cut -> fold -> tune -> evaluate -> export -> report
+    model + text -> search -> cut -> fold -> tune -> quantize -> evaluate -> export -> report
 
 Each stage leaves an artefact in the run folder (`runs.py`); a stage whose artefact is there is not run again, and
 the model is not loaded before a stage needs it. The dense model and the cut one (the *student*) share all weights
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models, stream
-from layercut.config import CompressConfig, CutConfig, HealConfig, PerplexityConfig, flattened
+from layercut.config import CompressConfig, CutConfig, HealConfig, PerplexityConfig, QuantizeConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, ModelError, RunError
@@ -30,6 +30,7 @@ from layercut.findings import stability_words
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
 from layercut.progress import bar, say
+from layercut.quantize import Quantization, endpoints_of, quantize_, quantized_weights
 from layercut.report import model_card, write_report
 from layercut.runs import Run, versions, write_text
 from layercut.search import SearchResult, find_segments, price_segments, stability
@@ -84,15 +85,20 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         heal = run.stage("heal", tuned, lambda: work.tune(segments), after=["fold"])
         if heal["tuning"]:
             say("tune", describe_tuning(heal["tuning"]))
+        calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
+        stored = [asdict(config.quantize), calibrated] if config.quantize.bits < 16 else None
+        quantized = run.stage("quantize", stored, lambda: work.quantize(segments), after=["heal"])
+        if quantized["bits"] < 16:
+            say("quantize", describe_quantization(quantized))
 
         if until == "tune":
-            run.stage("export", None, lambda: work.export(segments), after=["heal"])
+            run.stage("export", None, lambda: work.export(segments), after=["quantize"])
             say("export", f"stock checkpoint, verified by a fresh process: {run / 'model'}")
             return run.folder
 
         reported = [asdict(config.evaluate), text["evaluation"]]
-        measured = run.stage("eval", reported, lambda: work.evaluate(segments), after=["heal"])
-        exported = run.stage("export", None, lambda: work.export(segments), after=["heal"])
+        measured = run.stage("eval", reported, lambda: work.evaluate(segments), after=["quantize"])
+        exported = run.stage("export", None, lambda: work.export(segments), after=["quantize"])
         run.stage(
             "summary",
             model,
@@ -326,6 +332,21 @@ class Workbench:
         tuning = report.to_json() | {"data": text["tuning"]}
         return {"fold": fold["fold"], "tuning": tuning, "changed": changed, "files": ["tuned.safetensors"]}
 
+    def quantize(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The healed student's weights in fewer bits, where that is asked."""
+        config = self.config.quantize
+        if config.bits == 16:
+            return {"bits": 16, "layers": []}
+        student = self.student(segments, "folded", "tuned")
+        layers = len(models.find_decoder(student))
+        with bar("quantizing", layers) as advance:
+            ends = endpoints_of(student.config, layers)
+            found = quantize_(student, self.blocks["calibration"], config, endpoints=ends, advance=advance)
+        partial = self.run / ".quantized.partial"
+        save_file(found.packed, partial)
+        partial.replace(self.run / "quantized.safetensors")
+        return quantization_facts(found, student, config) | {"files": ["quantized.safetensors"]}
+
     def evaluate(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
         config, tokens, text = self.config.evaluate, self.blocks["evaluation"], self.run.read("text") or {}
@@ -335,6 +356,8 @@ class Workbench:
             states["folded"] = ["folded"]
         if heal["tuning"]:
             states["tuned"] = ["folded", "tuned"]
+        if (self.run.read("quantize") or {})["bits"] < 16:
+            states["quantized"] = ["folded", "tuned", "quantized"]
         figures: dict[str, Any] = dict.fromkeys(("dense", "cut", "folded", "tuned", "quantized"))
         last = self.dense.model
         with bar("perplexity", len(states) * len(tokens)) as advance:
@@ -356,10 +379,15 @@ class Workbench:
         }  # fmt: skip
 
     def export(self, segments: Sequence[Segment]) -> dict[str, Any]:
-        """The healed student as a stock checkpoint."""
+        """The healed and, where asked, quantized student as a stock checkpoint."""
+        quantized = self.run.read("quantize") or {}
+        packing: dict[str, Any] = {}
+        if quantized["bits"] < 16:
+            packing["packed"] = load_file(self.run / "quantized.safetensors")
+            packing["quantization_config"] = quantized["quantization_config"]
         with bar("saving and verifying", None):
-            model = self.student(segments, "folded", "tuned")
-            exported = export_checkpoint(model, self.tokenizer, self.run / "model")
+            model = self.student(segments, "folded", "tuned", "quantized")
+            exported = export_checkpoint(model, self.tokenizer, self.run / "model", **packing)
         return exported | {"files": ["model"]}
 
     # --- the student and its changed weights ---
@@ -370,10 +398,20 @@ class Workbench:
         cut_segment_(student, segments)
         kept = {"folded": ("fold", "changed"), "tuned": ("heal", "tuning")}
         for name in weights:
+            if name == "quantized":
+                self.put_quantized_(student)
+                continue
             stage, key = kept[name]
             if (self.run.read(stage) or {}).get(key):
                 models.replace_parameters_(student, load_file(self.run / f"{name}.safetensors"))
         return student
+
+    def put_quantized_(self, student: Any) -> None:
+        """Put the rounded weights in, where the run quantizes."""
+        artefact = self.run.read("quantize") or {}
+        if artefact["bits"] < 16:
+            packed = load_file(self.run / "quantized.safetensors")
+            models.replace_parameters_(student, quantized_weights(packed, artefact["quantization_config"]))
 
     def save_changes(self, student: Any, name: str) -> list[str]:
         """Write the parameters that are no longer the dense model's; their names."""
@@ -436,6 +474,35 @@ def describe_tuning(tuning: dict[str, Any]) -> str:
         f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens: "
         f"held-out loss {start:.4f} -> {best:.4f}{verdict}"
     )
+
+
+def quantization_facts(found: Quantization, model: Any, config: QuantizeConfig) -> dict[str, Any]:
+    """quantize.json: what was asked, what became of every weight, and how many bytes that makes."""
+    parameters = {id(p): p for p in model.parameters()}
+    quantized = {row["name"] for row in found.layers}
+    covered = {id(model.get_submodule(name).weight) for name in quantized}
+    after = sum(p.nbytes for key, p in parameters.items() if key not in covered)
+    after += sum(t.nbytes for t in found.packed.values())
+    return {
+        **asdict(config),
+        "layers": found.layers,
+        "left": found.left,
+        "bytes": {"before": models.parameter_bytes(model), "after": after},
+        "quantization_config": found.config,
+    }
+
+
+def describe_quantization(artefact: dict[str, Any]) -> str:
+    """One line about quantization."""
+    rows, sizes = artefact["layers"], artefact["bytes"]
+    errors = [(row["output_error"], row["rtn_output_error"]) for row in rows if row["output_error"] is not None]
+    words = f"{len(rows)} weights, {sizes['before']:,} -> {sizes['after']:,} bytes"
+    if errors:
+        ours, nearest = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+        words += f"; mean relative output error {ours:.5f} (rounded to nearest: {nearest:.5f})"
+    if artefact["left"]:
+        words += f"; {len(artefact['left'])} matrices stay as they are (first: {artefact['left'][0]})"
+    return words
 
 
 # --- single stages ---------------------------------------------------------------------------------------------

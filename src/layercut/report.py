@@ -99,6 +99,7 @@ def _facts(run: findings.Run) -> dict[str, Any]:
         "stability": run.stability,
         "heal": run.heal,
         "env": run.env,
+        "quantized": finite(run.quantization.get("bits")) in (4, 8),
         "name": figures.short_name(run.summary.get("model")),
         "headline": findings.headline(run.summary),
         "broken": findings.broken(run.summary),

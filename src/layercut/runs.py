@@ -28,8 +28,8 @@ import yaml
 from layercut.errors import RunError
 
 Artefact = dict[str, Any]
-STAGES = ("text", "search", "cut", "fold", "heal", "eval", "export", "summary")
-PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy")
+STAGES = ("text", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
 
 
 class Run:

@@ -7,7 +7,7 @@ cannot say otherwise, so cuts that break such a rule are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,19 @@ UNIFORM = frozenset(
 """Architectures whose layers differ only as their tensors and metadata arrays or the keys above say."""
 
 
-def cut_gguf(file: Path, segments: Sequence[Segment], out: Path, *, force: bool = False) -> None:
+def cut_gguf(
+    file: Path,
+    segments: Sequence[Segment],
+    out: Path,
+    *,
+    force: bool = False,
+    replaced: Mapping[str, tuple[Any, Any]] | None = None,
+) -> None:
     """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are byte-identical to the
-    source's.
+    source's, but for those `replaced`: (data, GGML type) by their names in the cut file.
 
-    Raises SurgeryError: llama.cpp could not be told what is left. ModelError: not a readable GGUF file.
+    Raises SurgeryError: llama.cpp could not be told what is left. ModelError: not a readable GGUF file, or it has
+    no tensor of a replaced name.
     ConfigError: `out` is not named *.gguf. RunError: it exists (unless force), cannot be written, or the disk
     is full.
     """
@@ -149,7 +157,7 @@ def cut_gguf(file: Path, segments: Sequence[Segment], out: Path, *, force: bool 
     with appearing(
         out, force=force, need=sum(t.n_bytes for t in reader.tensors if _block(t.name) in {None, *kept})
     ) as work:
-        _write(reader, work / out.name, name, kept, layers, blocks)
+        _write(reader, work / out.name, name, kept, layers, blocks, replaced or {})
 
 
 def _open(file: Path) -> Any:
@@ -247,7 +255,15 @@ def _nearby(reader: Any, name: str, file: Path, segments: Sequence[Segment], lay
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _write(reader: Any, out: Path, name: str, kept: list[int], layers: int, blocks: int) -> None:
+def _write(
+    reader: Any,
+    out: Path,
+    name: str,
+    kept: list[int],
+    layers: int,
+    blocks: int,
+    replaced: Mapping[str, tuple[Any, Any]],
+) -> None:
     from gguf import GGUFValueType, GGUFWriter
 
     kept_blocks = kept + list(range(layers, blocks))
@@ -273,16 +289,17 @@ def _write(reader: Any, out: Path, name: str, kept: list[int], layers: int, bloc
         "layercut.original_layer_index", index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32
     )
     tensors = [(t, _renamed(t.name, place)) for t in reader.tensors]
-    tensors = [(t, new) for t, new in tensors if new is not None]
-    for tensor, new in tensors:
-        writer.add_tensor_info(
-            new, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-        )
+    contents = {new: replaced.get(new, (t.data, t.tensor_type)) for t, new in tensors if new is not None}
+    if unknown := replaced.keys() - contents.keys():
+        raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
+    for new, (data, kind) in contents.items():
+        writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, _ in tensors:
-        writer.write_tensor_data(tensor.data, tensor_endianess=reader.endianess)
+    for new, (data, _) in contents.items():
+        order = None if new in replaced else reader.endianess
+        writer.write_tensor_data(data, tensor_endianess=order)
     writer.close()
 
 

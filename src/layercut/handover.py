@@ -1,0 +1,162 @@
+"""Single stages on finished runs and on models: quantize into a new checkpoint, export as a GGUF file.
+
+Beside `pipeline.compress`, over the same stages, for what is decided only when a run is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from layercut import models
+from layercut.config import DataConfig, ExportConfig, QuantizeAloneConfig
+from layercut.cut import cut_gguf, cut_segment_
+from layercut.cut.folder import appearing
+from layercut.data import load_blocks
+from layercut.errors import ModelError, RunError
+from layercut.export import export_checkpoint
+from layercut.gguf_export import (
+    CONVERTED,
+    PLAIN,
+    architecture_of,
+    convert,
+    gguf_tensors,
+    quantize_by_llama_cpp,
+    readable,
+    requantized,
+    require_llama_cpp,
+    tensor_types,
+    verify_gguf,
+)
+from layercut.pipeline import describe_quantization, quantization_facts
+from layercut.progress import bar, say
+from layercut.quantize import endpoints_of, quantize_
+from layercut.runs import write_json
+from layercut.segments import Segment
+
+
+def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
+    """Quantize a model, or a finished run's, into a new checkpoint with a quantize.json in it; returns its folder.
+
+    A run's model is calibrated on the run's own calibration tokens, unless the text's flags say otherwise.
+    """
+    config.check()
+    if config.out.exists() and not config.force:
+        raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+    run = Path(target)
+    is_run = (run / "summary.json").is_file()
+    source = models.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
+    if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
+        raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
+    loaded = models.load(source, **asdict(config.load))
+    model = loaded.model
+    if config.quantize.quantizer == "rtn":
+        tokens = torch.empty(0, config.text.window, dtype=torch.long)
+    elif is_run and config.text == DataConfig():
+        tokens = load_file(run / "tokens.safetensors")["calibration"]
+    else:
+        text = config.text
+        tokens = load_blocks(
+            text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
+            chat_template=text.chat_template, model=model,
+        ).tokens  # fmt: skip
+    layers = len(loaded.decoder)
+    with bar("quantizing", layers) as advance:
+        found = quantize_(model, tokens, config.quantize, endpoints=endpoints_of(model.config, layers), advance=advance)
+    facts = quantization_facts(found, model, config.quantize)
+    say("quantize", describe_quantization(facts))
+    with bar("saving and verifying", None):
+        exported = export_checkpoint(
+            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config
+        )
+    write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
+    return config.out
+
+
+def export(target: str, config: ExportConfig) -> Path:
+    """Write a finished run's model, or a checkpoint folder, as a GGUF file; returns the file.
+
+    A run that began from a .gguf file keeps the bytes of all it did not heal. The file is read back and compared
+    before it takes its name. Beside a run, `gguf.json` tells the tensor types really written.
+    """
+    run, kind = Path(target), config.gguf_type
+    if kind not in PLAIN:
+        require_llama_cpp()
+    is_run = (run / "config.yaml").is_file()
+    if is_run and not (run / "summary.json").is_file():
+        raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
+    source = models.read_json(run / "summary.json")["model"] if is_run else target
+    with appearing(config.out, force=config.force) as work:
+        file = work / config.out.name
+        if is_run and source.endswith(".gguf"):
+            facts = _healed_gguf(run, source, file, kind)
+        else:
+            facts = _converted(run / "model" if is_run else Path(target), file, config)
+        facts |= {"file": config.out.name, "bytes": file.stat().st_size, "tensor_types": tensor_types(file)}
+    types = ", ".join(f"{name} {count}" for name, count in facts["tensor_types"].items())
+    say("export", f"{facts['bytes']:,} bytes; tensors: {types}; {facts['verified']}")
+    if is_run:
+        write_json(run / "gguf.json", facts)
+    return config.out
+
+
+def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any]:
+    """The source file without the run's segments, with what healing changed written anew."""
+    checkpoint = models.resolve(source)
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    segments = [Segment(*bounds) for bounds in models.read_json(run / "cut.json")["segments"]]
+    healed = _healed_weights(run)
+    student = models.load(checkpoint, dtype=settings["dtype"], device="cpu").model
+    cut_segment_(student, segments)
+    models.replace_parameters_(student, healed)
+    plain = file if kind in PLAIN else file.with_name("plain.gguf")
+    tensors = gguf_tensors(healed, student.config, architecture_of(checkpoint.file), kind if kind in PLAIN else "f16")
+    cut_gguf(checkpoint.file, segments, plain, replaced=tensors)
+    rounded = {name: ggml.name.lower() for name, (_, ggml) in zip(healed, tensors.values(), strict=True)}
+    errors = verify_gguf(plain, student, rounded)
+    if plain != file:
+        quantize_by_llama_cpp(plain, file, kind)
+        errors = verify_gguf(file, student, _matrices(student, kind))
+    return {"healed": sorted(healed), "errors": errors, "verified": "every weight read back by transformers"}
+
+
+def _healed_weights(run: Path) -> dict[str, torch.Tensor]:
+    """What fold and tuning changed; quantization is not among it, a GGUF file has its own."""
+    heal, fold = models.read_json(run / "heal.json"), models.read_json(run / "fold.json")
+    if heal["tuning"]:
+        return load_file(run / "tuned.safetensors")
+    return load_file(run / "folded.safetensors") if fold["changed"] else {}
+
+
+def _converted(folder: Path, file: Path, config: ExportConfig) -> dict[str, Any]:
+    """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits."""
+    kind = config.gguf_type
+    models.check_folder(folder)
+    if "quantization_config" in models.read_json(folder / "config.json"):
+        raise ModelError(
+            f"{folder} is quantized already; a GGUF file is made from float weights",
+            "compress without --bits, and let --gguf-type quantize",
+        )
+    plain = file if kind in CONVERTED else file.with_name("plain.gguf")
+    with bar("converting", None):
+        convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter)
+        if kind == "q4_0":
+            cut_gguf(plain, [], file, replaced=requantized(plain, kind))
+        elif plain != file:
+            quantize_by_llama_cpp(plain, file, kind)
+        architecture = architecture_of(file)
+        if not readable(architecture):
+            return {"verified": f"not verified: transformers cannot read {architecture!r} from GGUF", "errors": {}}
+        model = models.load(models.resolve(str(folder)), device="cpu").model
+        errors = verify_gguf(file, model, _matrices(model, kind))
+    return {"errors": errors, "verified": "every weight read back by transformers"}
+
+
+def _matrices(model: Any, kind: str) -> dict[str, str]:
+    """The type each parameter may have been rounded to: matrices to that asked for, vectors stay in float32."""
+    return {name: kind if p.dim() >= 2 else "f32" for name, p in model.named_parameters()}

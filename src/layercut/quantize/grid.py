@@ -1,0 +1,65 @@
+"""The points a weight may take: a scale, and where asked a zero point, for every group of columns.
+
+Ground of the quantize room: pure functions of tensors. Shapes: O outputs, I inputs of a linear layer y = W x,
+G = I / group size. A weight is stored as codes q of b bits; it stands for (q - z) s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points of one weight [O, I]."""
+
+    scale: torch.Tensor
+    """[O, G], in the model's own number format: rounded before any weight is, as it will be stored."""
+    zero: torch.Tensor | None
+    """[O, G] int8; None: symmetric, every zero point is 0."""
+    bits: int
+    group_size: int
+
+    @property
+    def lowest(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bool, dtype: torch.dtype) -> Grid:
+    """The grid that just covers each group of `weight` [O, I]; 0 is always one of its points.
+
+    Symmetric: s = max|w| / (2^b - 1) * 2, z = 0. Asymmetric: s = (max - min) / (2^b - 1), z = lowest - min / s.
+    """
+    grouped = weight.float().unflatten(1, (-1, group_size))
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    steps = 2**bits - 1
+    span = high - low if asymmetric else 2 * torch.maximum(high, -low)
+    scale = (span / steps).to(dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # nothing but zeros, or too small to be told from 0
+    if not asymmetric:
+        return Grid(scale, None, bits, group_size)
+    lowest = -(2 ** (bits - 1))
+    zero = (lowest - low / scale.float()).round().clamp(lowest, lowest + steps)
+    return Grid(scale, zero.to(torch.int8), bits, group_size)
+
+
+def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes [O, I] int8 of the nearest grid points: round to nearest (RTN)."""
+    scaled = weight.float().unflatten(1, (-1, grid.group_size)) / grid.scale.float().unsqueeze(-1)
+    if grid.zero is not None:
+        scaled = scaled + grid.zero.float().unsqueeze(-1)
+    return scaled.round().clamp(grid.lowest, grid.highest).to(torch.int8).flatten(1)
+
+
+def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The weight [O, I] that codes stand for, in the scale's number format, by the arithmetic that loaders use."""
+    grouped = codes.unflatten(1, (-1, grid.group_size)).to(grid.scale.dtype)
+    if grid.zero is not None:
+        grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)
+    return (grouped * grid.scale.unsqueeze(-1)).flatten(1)

@@ -1,0 +1,95 @@
+"""A tiny Llama as a .gguf file, written by hand in llama.cpp's layout. Also run as a stand-in for its converter:
+
+    python gguf_writer.py FOLDER --outfile FILE --outtype f16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+NAMES = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def llama_name(parameter: str) -> str:
+    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    if parameter.startswith("model.layers."):
+        number, rest = parameter.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{number}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    return outside[parameter.removesuffix(".weight")] + ".weight"
+
+
+def llama_layout(name: str, weight: np.ndarray, config: Any) -> np.ndarray:
+    """Rows of q and k as llama.cpp keeps them (its converter's permutation)."""
+    if "attn_q" not in name and "attn_k" not in name:
+        return weight
+    heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
+    rows = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, rows, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32") -> Path:
+    """The model with its byte-level BPE tokenizer; matrices in `kind`, vectors in F32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = {**core["model"]["vocab"], **{t["content"]: t["id"] for t in core["added_tokens"]}}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in core["model"]["merges"]]
+    special = {t["content"] for t in core["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for parameter, weight in model.named_parameters():
+        name = llama_name(parameter)
+        data = np.ascontiguousarray(llama_layout(name, weight.float().numpy(), config))
+        ggml = gguf.GGMLQuantizationType[kind] if data.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(data, ggml), raw_dtype=ggml)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--outfile", type=Path)
+    parser.add_argument("--outtype")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.folder).requires_grad_(False)
+    if model.config.model_type != "llama":
+        sys.exit(f"Model {model.config.model_type} is not supported")
+    write_gguf(model, AutoTokenizer.from_pretrained(args.folder), args.outfile, args.outtype.upper())
+
+
+if __name__ == "__main__":
+    main()

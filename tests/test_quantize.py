@@ -1,0 +1,429 @@
+"""Quantization: the grid, GPTQ against a direct reference, whole models, and what a reload makes of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen3Config
+
+import folders
+import tiny
+from layercut import export, models
+from layercut.cli import main
+from layercut.config import QuantizeConfig
+from layercut.errors import ConfigError, ModelError
+from layercut.evaluate import perplexity
+from layercut.quantize import endpoints_of, quantize_, quantized_weights
+from layercut.quantize.gptq import DAMPING, add_to_hessian_, gptq, output_errors
+from layercut.quantize.grid import Grid, decode, encode, fit_grid
+
+TOKENS = tiny.some_tokens(32)
+
+
+def problem(outputs: int, inputs: int, seed: int = 0, samples: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [O, I] and the Hessian 2 X'X of correlated inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=draw)
+    mixing = torch.randn(inputs, inputs, generator=draw)
+    x = torch.randn(samples, inputs, generator=draw) @ mixing * torch.rand(inputs, generator=draw)
+    hessian = torch.zeros(inputs, inputs, dtype=torch.float64)
+    add_to_hessian_(hessian, x[: samples // 2])
+    add_to_hessian_(hessian, x[samples // 2 :])
+    return weight, hessian
+
+
+def grid_of(weight: torch.Tensor, bits: int, size: int, asymmetric: bool = False) -> Grid:
+    return fit_grid(weight, bits, size, asymmetric=asymmetric, dtype=weight.dtype)
+
+
+# --- the grid ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grid_is_that_of_compressed_tensors(bits, asymmetric, dtype):
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = problem(8, 64)[0].to(dtype)
+    weight[:, 3] += 1
+    args = QuantizationArgs(num_bits=bits, type="int", strategy="group", group_size=32, symmetric=not asymmetric)
+    grouped = weight.float().unflatten(1, (-1, 32))
+    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    grid = grid_of(weight, bits, 32, asymmetric)
+    assert torch.equal(grid.scale, scale.to(dtype))
+    codes = encode(weight, grid)
+    if dtype == torch.float32:
+        assert grid.zero is None or torch.equal(grid.zero, zero)
+        assert torch.equal(codes, quantize(weight, scale, zero, args, dtype=torch.int8))
+    assert torch.equal(decode(codes, grid), dequantize(codes, grid.scale, grid.zero, args))
+    assert codes.min() >= -(2 ** (bits - 1))
+    assert codes.max() <= 2 ** (bits - 1) - 1
+
+
+def test_a_group_of_zeros_stays_zero():
+    weight = torch.zeros(2, 32)
+    grid = grid_of(weight, 4, 32)
+    assert torch.equal(decode(encode(weight, grid), grid), weight)
+
+
+# --- GPTQ ---
+
+
+def direct(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The paper's step as it is derived: round a column, correct the open ones by H^-1 of the open ones."""
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    w, codes = weight.double().clone(), torch.zeros_like(weight, dtype=torch.int8)
+    rest = hessian.diagonal().argsort(descending=True).tolist()
+    while rest:
+        column, inverse = rest[0], torch.linalg.inv(damped[rest][:, rest])
+        codes[:, column] = encode(w.float(), grid)[:, column]
+        error = (w[:, column] - decode(codes, grid)[:, column].double()) / inverse[0, 0]
+        w[:, rest] -= error[:, None] * inverse[0]
+        rest = rest[1:]
+    return codes
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_gptq_is_the_direct_computation(seed, asymmetric):
+    weight, hessian = problem(16, 160, seed)  # more columns than a block
+    grid = grid_of(weight, 4, 32, asymmetric)
+    ours, reference = gptq(weight, hessian, grid), direct(weight, hessian, grid)
+    # float32 against float64: a column within rounding of a half may fall either way, and then shifts its row
+    errors = [output_errors(weight, decode(codes, grid), hessian) for codes in (ours, reference)]
+    same_rows = (ours == reference).all(1)
+    assert same_rows.float().mean() >= 0.8
+    assert torch.allclose(errors[0][same_rows], errors[1][same_rows])
+    assert errors[0].sum() <= 1.02 * errors[1].sum()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("samples", [8, 256])  # 8 inputs for 64 columns: H has no inverse before it is damped
+def test_gptq_is_never_worse_than_rounding_to_nearest(seed, samples):
+    weight, hessian = problem(32, 64, seed, samples)
+    grid = grid_of(weight, 4, 32)
+    ours = output_errors(weight, decode(gptq(weight, hessian, grid), grid), hessian)
+    nearest = output_errors(weight, decode(encode(weight, grid), grid), hessian)
+    assert (ours <= nearest).all()
+    assert ours.sum() < 0.8 * nearest.sum()
+
+
+def test_output_errors_are_those_at_the_output():
+    weight, other = torch.randn(3, 8), torch.randn(3, 8)
+    x = torch.randn(5, 7, 8)
+    hessian = torch.zeros(8, 8, dtype=torch.float64)
+    add_to_hessian_(hessian, x)
+    expected = ((weight - other) @ x.flatten(0, 1).T).square().sum(1)
+    assert torch.allclose(output_errors(weight, other, hessian).float(), expected, rtol=1e-5)
+
+
+def test_one_column_is_brute_force():
+    weight, hessian = problem(16, 1)
+    grid = Grid(torch.full((16, 1), 0.37), None, 4, 1)
+    points = torch.arange(-8, 8) * 0.37
+    best = (weight - points).abs().argmin(1, keepdim=True) - 8
+    assert torch.equal(gptq(weight, hessian, grid), best.to(torch.int8))
+
+
+def test_independent_columns_are_brute_force():
+    weight = problem(6, 3)[0]
+    hessian = torch.diag(torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64))
+    grid = grid_of(weight, 4, 3)
+    every = torch.tensor(list(itertools.product(range(-8, 8), repeat=3)), dtype=torch.int8)
+    errors = [output_errors(weight, decode(codes.expand(6, 3), grid), hessian) for codes in every]
+    best = every[torch.stack(errors).argmin(0)]
+    assert torch.equal(gptq(weight, hessian, grid), best)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_weight_on_the_grid_is_kept_exactly(asymmetric):
+    hessian = problem(8, 64)[1]
+    codes = torch.randint(-7, 8, (8, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes[:, ::32], codes[:, 1::32] = -8, 7  # the whole range is used, so that a fit finds the same grid
+    zero = torch.ones(8, 2, dtype=torch.int8) if asymmetric else None
+    given = Grid(torch.full((8, 2), 0.25), zero, 4, 32)
+    weight = decode(codes, given)
+    grid = grid_of(weight, 4, 32, asymmetric=True) if asymmetric else given
+    assert torch.equal(decode(gptq(weight, hessian, grid), grid), weight)
+
+
+def test_inputs_that_never_occur_change_nothing():
+    weight, hessian = problem(8, 64)
+    hessian[5], hessian[:, 5] = 0, 0
+    grid = grid_of(weight, 4, 32)
+    codes = gptq(weight, hessian, grid)
+    assert torch.equal(codes[:, 5], encode(weight, grid)[:, 5])
+
+
+# --- whole models ---
+
+
+def half(model):
+    """As a checkpoint in bfloat16 is loaded: buffers stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+def linears(model) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+
+
+def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
+    dense = tiny.llama(4)
+    student = models.share(dense)
+    found = quantize_(student, TOKENS, QuantizeConfig(bits=4))
+    rows = {row["name"]: row for row in found.layers}
+    assert set(rows) == set(linears(dense))
+    for i in range(4):
+        name, caught = f"model.layers.{i}.self_attn.q_proj", []
+        module = student.get_submodule(name)
+        hook = module.register_forward_hook(lambda _, args, out, caught=caught: caught.append(args[0]))
+        student(TOKENS, use_cache=False)
+        hook.remove()
+        hessian = torch.zeros(32, 32, dtype=torch.float64)
+        add_to_hessian_(hessian, caught[0])
+        weight, rounded = (m.get_submodule(name).weight for m in (dense, student))
+        whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
+        expected = (output_errors(weight, rounded, hessian).sum() / whole).item()
+        assert rows[name]["output_error"] == pytest.approx(expected, rel=1e-4)
+        assert rows[name]["method"] == "gptq"
+    assert all(row["output_error"] <= row["rtn_output_error"] for row in found.layers)
+
+
+def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
+    dense, distance = tiny.llama(4), {}
+    for quantizer in ("rtn", "gptq"):
+        student = models.share(dense)
+        quantize_(student, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer))
+        heldout = tiny.some_tokens(seed=9)
+        logits = [m(heldout, use_cache=False).logits.log_softmax(-1) for m in (dense, student)]
+        distance[quantizer] = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+    assert 0 < distance["gptq"] < distance["rtn"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_packed_tensors_are_the_model(tied, asymmetric):
+    dense = half(tiny.llama(4, tie_word_embeddings=tied))
+    before = {name: weight.clone() for name, weight in dense.named_parameters()}
+    student = models.share(dense)
+    config = QuantizeConfig(bits=4, quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, endpoint_bits=8)
+    found = quantize_(student, TOKENS, config, endpoints=[1, 2])
+    assert all(torch.equal(weight, before[name]) for name, weight in dense.named_parameters()), "the dense model"
+    weights = quantized_weights(found.packed, found.config)
+    for name, weight in student.named_parameters(remove_duplicate=False):
+        if name in weights:
+            assert torch.equal(weight, weights[name])
+        elif "norm" in name:
+            assert torch.equal(weight, before[name])
+        else:
+            assert (name, tied) == ("lm_head.weight", True)
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+    bits = {row["name"]: row["bits"] for row in found.layers}
+    assert {bits[name] for name in bits if ".layers.1." in name or ".layers.2." in name} == {8}
+    assert {bits[name] for name in bits if ".layers.0." in name or ".layers.3." in name} == {4}
+    assert bits["model.embed_tokens"] == 8
+    sizes = {row["group_size"] for row in found.layers}
+    assert sizes == {32, 64}, "the largest that divides: 32 columns, and 64 of the MLP's output"
+
+
+def test_bits_and_bytes_of_the_packed_weights():
+    model = half(tiny.llama(2))
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn"))
+    for row in found.layers:
+        weight = model.get_submodule(row["name"]).weight
+        groups = weight.numel() // row["group_size"]
+        assert row["bytes"] == weight.numel() // 2 + 2 * groups + 2 * 8  # codes, scales, the shape
+
+
+def test_endpoints_are_read_off_the_config():
+    config = tiny.llama(4).config
+    assert endpoints_of(config, 4) == []
+    config.original_layer_index = [0, 1, 5, 6]
+    assert endpoints_of(config, 4) == [1, 2]
+
+
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 3, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3Config(**SIZES, tie_word_embeddings=True), Phi3Config(**SIZES), GPTNeoXConfig(**SIZES)],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    model = half(tiny.tiny(config))
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True))
+    packing = {"packed": found.packed, "quantization_config": found.config}
+    export.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
+    loaded = models.load(models.resolve(str(tmp_path / "model"))).model
+    assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
+
+
+# --- what is refused ---
+
+
+def test_refusals(monkeypatch):
+    model = tiny.llama(2)
+    with pytest.raises(ConfigError, match="32 columns, which groups of 48 do not divide") as refusal:
+        quantize_(model, TOKENS, QuantizeConfig(bits=4, group_size=48))
+    assert refusal.value.hint == "give --group-size 32"
+    with pytest.raises(ConfigError, match="has no cut"):
+        quantize_(model, TOKENS, QuantizeConfig(bits=4, endpoint_bits=8))
+    with pytest.raises(ConfigError, match="nothing is quantized"):
+        QuantizeConfig(endpoint_bits=8)
+    with pytest.raises(ModelError, match="no linear modules"):
+        quantize_(tiny.gpt2(2), TOKENS, QuantizeConfig(bits=4))
+    with pytest.raises(ModelError, match="experts of MixtralForCausalLM are merged"):
+        quantize_(tiny.tiny(MixtralConfig(**SIZES, num_local_experts=2)), TOKENS, QuantizeConfig(bits=4))
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj holds weights that are not finite"):
+        quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn"))
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(ConfigError, match="compressed-tensors") as refusal:
+        quantize_(model, TOKENS, QuantizeConfig(bits=4))
+    assert refusal.value.hint == 'pip install "layercut[quantize]"'
+
+
+def test_a_tie_that_came_apart_is_noticed(tmp_path):
+    from safetensors.torch import save_file
+
+    weight = torch.zeros(4, 4)
+    state = {"a": weight, "b": weight}
+    save_file({"a": weight}, tmp_path / "model.safetensors")
+    export.check_bytes(tmp_path, state)
+    save_file({"a": weight, "b": weight.clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(export.ReloadError, match="128 bytes of weights were saved, but the model has 64"):
+        export.check_bytes(tmp_path, state)
+
+
+# --- the journey ---
+
+SHORT = ["--tokens=256", "--window=32", "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold"]
+
+
+@pytest.fixture(scope="module")
+def quantized_run(texts, tmp_path_factory) -> Path:
+    """A tied bfloat16 model, cut and quantized with everything on."""
+    folder = tmp_path_factory.mktemp("quantize")
+    model = half(tiny.llama(6, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
+    model.save_pretrained(folder / "model")
+    folders.tokenizer().save_pretrained(folder / "model")
+    flags = [*SHORT, "--segment=2:4", "--bits=4", "--endpoint-bits=8", "--quantize-embeddings"]
+    argv = ["compress", str(folder / "model"), *flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    assert main([*argv, f"--out={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+def read(run: Path, name: str) -> dict:
+    return json.loads((run / f"{name}.json").read_text())
+
+
+def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
+    summary, quantize = read(quantized_run, "summary"), read(quantized_run, "quantize")
+    assert read(quantized_run, "export")["check"]["logits"] == "equal to the bit"
+    file = quantized_run / "model" / "model.safetensors"
+    assert summary["bytes"]["after"] == file.stat().st_size
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert quantize["bytes"]["after"] == file.stat().st_size - header
+    assert quantize["bytes"]["after"] < 0.5 * quantize["bytes"]["before"]
+    loaded = models.load(models.resolve(str(quantized_run / "model")))
+    tokens = torch.from_numpy(_evaluation(quantized_run))
+    assert perplexity(loaded.model, tokens) == summary["perplexity"]["quantized"]
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert sorted(loaded.model.state_dict()) == sorted(tiny.llama(4, tie_word_embeddings=True).state_dict())
+    assert summary["perplexity"]["quantized"] != summary["perplexity"]["cut"]
+    card = (quantized_run / "model" / "README.md").read_text()
+    assert "pip install compressed-tensors" in card
+    assert "to 4 bits (gptq)" in card
+
+
+def _evaluation(run: Path):
+    from safetensors.numpy import load_file
+
+    return load_file(run / "tokens.safetensors")["evaluation"]
+
+
+def test_a_quantized_model_is_loaded_as_a_plain_one(quantized_run, tmp_path):
+    loaded = models.load(models.resolve(str(quantized_run / "model"))).model
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
+    packed = AutoModelForCausalLM.from_pretrained(quantized_run / "model")
+    assert torch.equal(packed(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
+
+
+def test_a_quantized_model_is_not_quantized_again(quantized_run, tmp_path, capsys):
+    assert main(["quantize", str(quantized_run), "--bits=8", f"--out={tmp_path / 'q'}"]) == 2
+    assert "quantized already" in capsys.readouterr().err
+
+
+def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    out = tmp_path / "int8"
+    argv = ["quantize", str(tiny_model), "--bits=8", "--tokens=256", "--window=32"]
+    argv += [f"--data={texts[0]}", f"--out={out}"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    rows = read(out, "quantize")["layers"]
+    assert {(row["bits"], row["method"]) for row in rows} == {(8, "gptq")}
+    dense, loaded = (models.load(models.resolve(str(path))).model for path in (tiny_model, out))
+    logits = [m(TOKENS, use_cache=False).logits for m in (dense, loaded)]
+    assert 0 < (logits[0] - logits[1]).abs().mean() < 0.1 * logits[0].std()
+    assert main(argv) == 2
+    assert main(["quantize", str(tiny_model), f"--out={tmp_path / 'none'}"]) == 2
+    assert "--bits 8 or --bits 4" in capsys.readouterr().err
+
+
+def fragile(folder: Path) -> Path:
+    """A model sure of itself whose every weight has a huge column that no input ever reaches: four bits zero the rest.
+
+    Layer 3 does nothing, so that cutting it costs nothing.
+    """
+    model = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    tiny.make_identity_(model, range(3, 4))
+    model.lm_head.weight.mul_(8)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight[0] = 0
+        for module in (*layer.self_attn.children(), *layer.mlp.children()):
+            if isinstance(module, nn.Linear):
+                module.weight[:, 0] = 1e4
+        layer.self_attn.o_proj.weight[:, 8] = 0  # a second query head reads the same value there
+        layer.self_attn.v_proj.weight[0] = 0
+        layer.mlp.gate_proj.weight[0] = 0
+    model.save_pretrained(folder)
+    folders.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    flags = [*SHORT, "--segment=3:4", "--quantizer=rtn", f"--data={texts[0]}", "--eval-data=self"]
+    model = str(fragile(tmp_path / "fragile"))
+    assert main(["compress", model, *flags, f"--out={tmp_path / 'run'}", "--bits=4"]) == 0
+    figures = read(tmp_path / "run", "summary")["perplexity"]
+    assert figures["cut"] < 1.01 * figures["dense"]
+    assert figures["quantized"] > 3 * figures["dense"]
+    rows = read(tmp_path / "run", "quantize")["layers"]
+    assert all(row["bytes"] > 0 for row in rows)
+    for page in ("report.html", "model/README.md"):
+        assert "The compressed model is broken" in (tmp_path / "run" / page).read_text()
+    assert "Quantization broke it" in (tmp_path / "run" / "model" / "README.md").read_text()
