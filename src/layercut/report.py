@@ -155,6 +155,32 @@ def whole(value: Any) -> str:
     return NOT_MEASURED if found is None else f"{found:,.0f}"
 
 
+def task_lines(rows: dict[str, Any], retained: dict[str, Any] | None) -> list[str]:
+    """Task scores as lines of cells parted by tabs, a heading first; none where no task was asked for.
+
+    Of a dense and a compressed model side by side with what flipped and what is retained; of one model alone,
+    where nothing is retained, its scores.
+    """
+    if not rows:
+        return []
+    alone = {"chance": "chance", "dense": "score", "dense_stderr": "stderr"}
+    both = ("chance", "dense", "dense_stderr", "compressed", "compressed_stderr", "lost", "gained", "p_value")
+    columns = alone if retained is None else dict(zip(both, both, strict=True))
+    table = [["task", "metric", "items", *columns.values()]]
+    for task, row in rows.items():
+        for metric, figures_of_metric in {row["metric"]: row, **row["others"]}.items():
+            table.append([task, metric, str(row["items"]), *(_cell(figures_of_metric[key]) for key in columns)])
+    if retained is not None:
+        table.append(["retention", _cell(retained["mean"])])
+        table.append(["retention above chance", _cell(retained["above_chance"])])
+    return ["\t".join(row) for row in table]
+
+
+def _cell(value: Any) -> str:
+    """A count whole, any other figure to four places, a dash where there is none."""
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
 # ---- the terminal ------------------------------------------------------------------------------------------
 
 

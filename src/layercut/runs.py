@@ -29,6 +29,8 @@ from layercut.errors import RunError
 
 Artefact = dict[str, Any]
 STAGES = ("text", "search", "cut", "fold", "heal", "eval", "export", "summary")
+PROOFS = ("tasks", "long")
+"""Stages that run only where they are asked for."""
 PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy")
 
 
@@ -138,7 +140,9 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        for artefact in (*(self / f"{name}.json" for name in STAGES), *self.folder.glob("compare*.json")):
+        scores = self.folder.glob("tasks/*.json")
+        stages = (self / f"{name}.json" for name in (*STAGES, *PROOFS))
+        for artefact in (*stages, *scores, *self.folder.glob("compare*.json")):
             artefact.unlink(missing_ok=True)
 
 
