@@ -17,7 +17,7 @@ GROUND = [
     "errors", "segments", "losses", "progress", "config", "runs", "models", "pythontext", "sources", "data", "sweep",
 ]  # fmt: skip
 # what several files do together is one room
-ROOMS = {"findings": "report", "figures": "report", "charts": "report"}
+ROOMS = {"findings": "report", "figures": "report", "charts": "report", "survival": "report"}
 STAGES = ["search", "cut", "heal", "evaluate", "measure", "export", "report"]
 TOP = ["pipeline", "compare", "demo", "cli"]
 ALONE = ["reload_check"]

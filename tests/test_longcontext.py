@@ -127,7 +127,8 @@ def test_the_grid_counts_what_is_found():
     tokenizer = folders.tokenizer()
     trials = passkey.cases(tokenizer, 1024, seed=0)
     grid = evaluate.passkey_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
-    assert [(cell["length"], cell["depth"]) for cell in grid] == [(n, d) for n in (256, 512, 1024) for d in passkey.DEPTHS]
+    places = [(cell["length"], cell["depth"]) for cell in grid]
+    assert places == [(n, d) for n in (256, 512, 1024) for d in passkey.DEPTHS]
     assert all(cell["trials"] == passkey.TRIALS for cell in grid)
     assert all(cell["found"] == (passkey.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
 
