@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, finish, open_model
 
+from common import arguments, finish, open_model
 from layercut import measure, models
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.segments import Segment, layers_to_remove

@@ -347,8 +347,8 @@ def position_chart(rows: list[tuple[int, int, float | None, float | None]]) -> s
         d.axes.set_xticks([stop for _, stop, _, _ in known])
         d.axes.xaxis.set_minor_locator(NullLocator())
         d.axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        d.axes.set_ylim(bottom=0)
-        d.axes.margins(0.05, 0.15)
+        d.axes.set_xlim(math.sqrt(known[0][0] * known[0][1]) / 1.3, known[-1][1] * 1.05)
+        d.axes.set_ylim(0, 1.1 * max(v for row in known for v in row[2:] if v is not None))
         _legend(d.axes, 2)
         return d.svg("Perplexity over the position in the text: dense and compressed")
 
