@@ -1,11 +1,13 @@
 """Every command the README shows is run: on a tiny model and small texts, with few tokens."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import folders
 from layercut import cli
 
 README = Path(__file__).parents[1] / "README.md"
@@ -35,6 +37,11 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
         words = [str(tiny_model) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
         words = [word.replace("13:19", "2:4") for word in words]
         few = FEW[words[0]].split()
+        if "--tasks" in words:
+            if importlib.util.find_spec("lm_eval") is None:
+                continue
+            words = [word.replace("arc_easy,piqa", "tiny_choices,tiny_sums") for word in words]
+            few += ["--include-path", str(folders.write_tasks(tmp_path))]
         if "--data" not in words and words[0] in ("compress", "compare", "search"):  # the defaults are Hub sets
             few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]
         assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
@@ -46,5 +53,5 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
 def test_docs_name_files_that_exist(page):
     root = README.parent
     text = (root / "docs" / page).read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:search|heal)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
+    for name in re.findall(r"`((?:search|heal|evaluate)/\w+\.py|(?:losses|measure|survival|pipeline)\.py)`", text):
         assert (root / "src" / "layercut" / name).is_file(), name

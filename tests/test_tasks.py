@@ -110,54 +110,10 @@ def test_the_metric_that_speaks():
 
 # ---- lm-eval -------------------------------------------------------------------------------------------------
 
-DATA = """
-import datasets
-
-def choices(**_):
-    words = "ba ko rin telmu shaon ter lifedra os in ga basha korin".split()
-    rows = [{"question": " ".join(words[i % 7 : i % 7 + 4]), "answers": words[i % 5 : i % 5 + 2 + i % 3],
-             "right": i % 2} for i in range(12)]
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
-
-def sums(**_):
-    rows = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(4)]
-    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
-"""
-CHOICES = """
-task: tiny_choices
-dataset_path: json
-custom_dataset: !function data.choices
-output_type: multiple_choice
-test_split: test
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_target: right
-doc_to_choice: "{{answers}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
-SUMS = """
-task: tiny_sums
-tag: tiny_tag
-dataset_path: json
-custom_dataset: !function data.sums
-output_type: generate_until
-test_split: test
-doc_to_text: "{{question}} ="
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-
-
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
-    folder = tmp_path_factory.mktemp("lm_eval_tasks")
-    for name, text in {"data.py": DATA, "choices.yaml": CHOICES, "sums.yaml": SUMS}.items():
-        (folder / name).write_text(text)
-    return folder
+    return folders.write_tasks(tmp_path_factory.mktemp("lm_eval_tasks"))
 
 
 def model(seed: int = 0) -> Any:
@@ -286,7 +242,7 @@ def test_an_unknown_task_is_refused_with_near_names(task_folder, monkeypatch):
 
 
 def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
-    broken = CHOICES.replace("data.choices", "data.missing").replace("tiny_choices", "tiny_broken")
+    broken = folders.TASK_CHOICES.replace("data.choices", "data.missing").replace("tiny_choices", "tiny_broken")
     (tmp_path / "data.py").write_text("def missing(**_):\n    raise OSError('no such set')\n")
     (tmp_path / "broken.yaml").write_text(broken)
     with pytest.raises(DataError, match="'tiny_broken' cannot be loaded: no such set"):
@@ -303,6 +259,11 @@ def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
 # ---- the commands --------------------------------------------------------------------------------------------
 
 SMALL = ["--tokens=64", "--window=16", "--tune-tokens=0", "--eval-tokens=64", "--no-speed", "--no-fold"]
+
+
+def started(run: Path) -> list[str]:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [event["stage"] for event in events if event["name"] == "started"]
 
 
 def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts, tmp_path, capsys, monkeypatch):
@@ -323,6 +284,17 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
     assert "tiny_choices" in page
     assert "tiny_choices" in card
+
+    again = [*argv, f"--out={run}"]
+    before = started(run)
+    assert main([*again, *asked, "--long-context=128"]) == 0
+    assert started(run) == before, "nothing is run twice"
+    assert main([*again, *asked, "--long-context=32"]) == 0
+    assert started(run)[len(before) :] == ["long", "summary"]
+    assert main(again) == 0
+    assert started(run)[len(before) + 2 :] == ["summary"]
+    bare = json.loads((run / "summary.json").read_text())
+    assert bare["tasks"] is bare["retention"] is bare["long_context"] is None, "not asked for any more"
 
     capsys.readouterr()
     scored = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}

@@ -380,7 +380,7 @@ def summarise(
         "tasks": None,
         "retention": None,
         "speed": measured["speed"],
-        "generation_health": measured["health"],
+        "generation_health": measured.get("health"),
         "seconds": run.seconds.copy(),
         "peak_rss_bytes": measured["peak_rss_bytes"],
         "versions": versions(),

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -42,7 +43,8 @@ NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_lay
 # --- what can be asked for ---------------------------------------------------------------------------------------
 
 
-def task_manager(names: Sequence[str], include_path: Path | None) -> Any:
+@lru_cache(maxsize=1)
+def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
     """lm-eval's index of tasks. Its own 14,000 take seconds to read: left out where `include_path` has all names.
 
     Raises ConfigError: lm-eval is missing, no such folder, an unknown task.
@@ -76,7 +78,7 @@ def task_manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
     """Refuse what cannot be scored, before anything long is begun. Raises as `task_manager`."""
-    task_manager(names, include_path)
+    task_manager(tuple(names), include_path)
 
 
 def harness_version(include_path: Path | None) -> list[Any]:
@@ -88,7 +90,7 @@ def harness_version(include_path: Path | None) -> list[Any]:
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
     """The single tasks behind the names, groups and tags taken apart. Raises DataError: data cannot be had."""
-    manager = task_manager(names, include_path)
+    manager = task_manager(tuple(names), include_path)
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         try:
@@ -254,7 +256,12 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
     with _quiet():
         # a tokenizer of its own: lm-eval gives it a padding token, which must not get into what is exported
         return LanguageModel(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal"
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            max_length=longest,
+            batch_size=1,
+            backend="causal",
+            softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
         )
 
 
