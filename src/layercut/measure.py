@@ -25,13 +25,19 @@ from layercut.models import find_decoder, parameter_bytes
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one phase took."""
+    """What one phase took, or what clocks say at one moment."""
 
     wall: float
     cpu: float
     """Processor time of this process: other processes hardly disturb it. Says nothing of an accelerator."""
     layers: float = 0.0
     """Wall time inside the decoder layers, where that was timed."""
+
+    def since(self, earlier: Seconds) -> Seconds:
+        """The difference; never 0, which nothing could be divided by."""
+        least = 1e-9
+        wall, cpu = max(self.wall - earlier.wall, least), max(self.cpu - earlier.cpu, least)
+        return Seconds(wall, cpu, self.layers - earlier.layers)
 
 
 @torch.no_grad()
@@ -92,20 +98,29 @@ def _layers(model: Any) -> int:
 
 
 def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) -> dict[str, Seconds]:
-    """For a prompt of that many tokens, and for that many single-token steps after it, by `generate`."""
-    taken = []
-    for new in (1, 1 + decode):
-        with _timing_layers(model) if inside else _not_timing() as spent:
-            wall, cpu = _now(model), time.process_time()
-            _generate(model, prompt, new)
-            taken.append(Seconds(_now(model) - wall, time.process_time() - cpu, spent()))
-    first, both = taken
-    least = 1e-9
-    after = Seconds(*(max(getattr(both, k) - getattr(first, k), least) for k in ("wall", "cpu", "layers")))
-    return {"prefill": Seconds(first.wall, max(first.cpu, least), first.layers), "decode": after}
+    """For a prompt of that many tokens, and for that many single-token steps after it, in one `generate`.
+
+    The clock is read when the first new token is there and when the last is: a difference of two generations would
+    put the noise of both prefills on the steps.
+    """
+    with _timing_layers(model) if inside else _not_timing() as spent:
+
+        def read() -> Seconds:
+            return Seconds(_now(model), time.process_time(), spent())
+
+        marks = [read()]
+
+        def token(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            if ids.shape[1] in (prompt + 1, prompt + 1 + decode):
+                marks.append(read())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        _generate(model, prompt, 1 + decode, stopping_criteria=[token])
+    begun, first, last = marks
+    return {"prefill": first.since(begun), "decode": last.since(first)}
 
 
-def _generate(model: Any, prompt: int, new: int) -> Any:
+def _generate(model: Any, prompt: int, new: int, **more: Any) -> Any:
     device = next(model.parameters()).device
     tokens = torch.arange(prompt, device=device)[None] % model.config.get_text_config().vocab_size
     return model.generate(
@@ -116,6 +131,7 @@ def _generate(model: Any, prompt: int, new: int) -> Any:
         do_sample=False,
         pad_token_id=0,
         return_dict_in_generate=True,
+        **more,
     )
 
 
