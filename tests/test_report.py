@@ -483,8 +483,10 @@ def test_a_model_that_only_guesses_is_called_broken(tmp_path: Path) -> None:
     assert words in page.text
     assert words in model_card(run)
     assert "broken" in shown(json.loads((run / "summary.json").read_text()))
+    few = {name: {**row, "items": 20} for name, row in survival_json()["tasks"].items()}
+    assert findings.broken({**summary_json(), **survival_json(retention=guess, tasks=few)}) is None, "40 items: noise"
     unknown = {"mean": 0.9, "above_chance": None, "tasks": 1, "tasks_above_chance": 0}
-    assert findings.broken({**summary_json(), "retention": unknown}) is None
+    assert findings.broken({**summary_json(), **survival_json(retention=unknown)}) is None
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from typing import Any
 
 from layercut.figures import figure, finite, items, number, part, percent, times
 
-GUESSING = 0.1
-"""A model that keeps less than this share of the dense model's score above chance is called broken. A convention."""
+GUESSING, FEWEST_ITEMS = 0.1, 50
+"""A model that keeps less than this share of the dense model's score above chance, over at least so many items, is
+called broken. Conventions."""
 SIGNIFICANT = 0.05
 """A task counts as changed where so uneven a split of its flipped items has less than this probability."""
 GOOD_RETENTION = 0.9
@@ -50,7 +51,8 @@ def guessing(summary: dict[str, Any]) -> str | None:
     """In plain words, that the compressed model hardly does the tasks better than by guessing; None if it does."""
     retained = part(summary, "retention")
     above = finite(retained.get("above_chance"))
-    if above is None or above >= GUESSING:
+    asked = sum(finite(row.get("items")) or 0 for row in task_rows(summary) if row["main"])
+    if above is None or above >= GUESSING or asked < FEWEST_ITEMS:
         return None
     return (
         f"The compressed model is broken: of what the dense model scores above chance, {percent(max(above, 0.0))} "
