@@ -60,3 +60,52 @@ def write_text(file: Path, seed: int) -> Path:
     """A .txt file of some 20,000 tokens."""
     file.write_text(prose(seed), encoding="utf-8")
     return file
+
+
+# Two tasks for lm-evaluation-harness: twelve items of two to four choices, and four sums to be written out.
+TASK_DATA = """
+import datasets
+
+def choices(**_):
+    words = "ba ko rin telmu shaon ter lifedra os in ga basha korin".split()
+    rows = [{"question": " ".join(words[i % 7 : i % 7 + 4]), "answers": words[i % 5 : i % 5 + 2 + i % 3],
+             "right": i % 2} for i in range(12)]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+def sums(**_):
+    rows = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(4)]
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+"""
+TASK_CHOICES = """
+task: tiny_choices
+dataset_path: json
+custom_dataset: !function data.choices
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: right
+doc_to_choice: "{{answers}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+TASK_SUMS = """
+task: tiny_sums
+tag: tiny_tag
+dataset_path: json
+custom_dataset: !function data.sums
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}} ="
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+def write_tasks(folder: Path) -> Path:
+    """A folder for --include-path with tiny_choices and tiny_sums (tag: tiny_tag)."""
+    for name, text in {"data.py": TASK_DATA, "choices.yaml": TASK_CHOICES, "sums.yaml": TASK_SUMS}.items():
+        (folder / name).write_text(text)
+    return folder

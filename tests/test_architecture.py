@@ -18,7 +18,9 @@ GROUND = [
     "sweep",
 ]  # fmt: skip
 # what several files do together is one room
-ROOMS = {"findings": "report", "figures": "report", "charts": "report", "gguf_export": "export"}
+ROOMS = {
+    "findings": "report", "figures": "report", "charts": "report", "survival": "report", "gguf_export": "export"
+}  # fmt: skip
 STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]
 TOP = ["pipeline", "handover", "compare", "plan", "demo", "cli"]
 ALONE = ["reload_check"]

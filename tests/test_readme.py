@@ -1,5 +1,6 @@
 """Every command the README shows is run: on a tiny model and small texts, with few tokens."""
 
+import importlib.util
 import re
 import shlex
 from importlib import import_module
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import folders
 from layercut import cli
 
 README = Path(__file__).parents[1] / "README.md"
@@ -38,6 +40,11 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
         words = [str(tiny_model) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
         words = [word.replace("13:19", "2:4").replace("16384", "64") for word in words]
         few = FEW[words[0]].split()
+        if "--tasks" in words:
+            if importlib.util.find_spec("lm_eval") is None:
+                continue
+            words = [word.replace("arc_easy,piqa", "tiny_choices,tiny_sums") for word in words]
+            few += ["--include-path", str(folders.write_tasks(tmp_path))]
         if "--data" not in words and words[0] in ("compress", "compare", "search"):  # the defaults are Hub sets
             few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]
         assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
@@ -56,5 +63,7 @@ def test_tables_are_those_of_the_results(monkeypatch):
 def test_docs_name_files_that_exist(page):
     root = README.parent
     text = (root / "docs" / page).read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:search|heal|quantize)/\w+\.py|(?:losses|evaluate|pipeline)\.py)`", text):
+    for name in re.findall(
+        r"`((?:search|heal|quantize|evaluate)/\w+\.py|(?:losses|measure|survival|pipeline)\.py)`", text
+    ):
         assert (root / "src" / "layercut" / name).is_file(), name

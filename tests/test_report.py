@@ -490,6 +490,132 @@ def test_a_stage_that_ran_without_a_figure_says_so() -> None:
     assert any("ran, but has no finite perplexity" in verdict.text for verdict in findings.verdicts(run))
 
 
+# ---- what survived -----------------------------------------------------------------------------------------
+
+
+def task_json(dense: float, compressed: float, lost: int, gained: int, p: float, chance: float) -> dict[str, Any]:
+    return {
+        "metric": "acc_norm", "items": 100, "chance": chance, "dense": dense, "dense_stderr": 0.0496,
+        "compressed": compressed, "compressed_stderr": 0.0478, "lost": lost, "gained": gained, "p_value": p,
+        "retention": compressed / dense, "retention_above_chance": (compressed - chance) / (dense - chance),
+        "higher_is_better": True, "others": {"acc": {"dense": 0.49, "compressed": 0.41, "p_value": 0.2}},
+    }  # fmt: skip
+
+
+def survival_json(**changed: Any) -> dict[str, Any]:
+    grids = {
+        name: [
+            {"length": n, "depth": d, "found": found if n == 2048 else 2, "trials": 2}
+            for n in (1024, 2048)
+            for d in (0.0, 0.5, 1.0)
+        ]
+        for name, found in (("dense", 2), ("compressed", 1))
+    }
+    buckets = {
+        name: [{"start": a, "stop": b, "perplexity": value * k} for (a, b), value in zip(edges, values, strict=True)]
+        for name, k, edges, values in (
+            ("dense", 1.0, [(1, 64), (64, 1024), (1024, 2048)], [60.0, 40.0, 30.0]),
+            ("compressed", 1.5, [(1, 64), (64, 1024), (1024, 2048)], [60.0, 40.0, 36.0]),
+        )
+    }
+    return {
+        "tasks": {
+            "arc_easy": task_json(0.49, 0.40, 14, 5, 0.064, 0.25),
+            "piqa": task_json(0.65, 0.55, 15, 5, 0.041, 0.5),
+        },
+        "retention": {"mean": 0.831, "above_chance": 0.479, "tasks": 2, "tasks_above_chance": 2},
+        "long_context": {
+            "window": 2048, "windows": 4, "perplexity": buckets, "passkey": {**grids, "seed": 0},
+            "cost": {"tokens": 2048, "prefill_seconds": {"dense": 3.1, "compressed": 2.5},
+                     "kv_bytes": {"dense": 94371840, "compressed": 75497472}},
+        },
+        "generation_health": {
+            "dense": {"repeated_4grams": 0.22, "distinct_1": 0.5, "distinct_2": 0.8, "dense_loss": 0.61},
+            "compressed": {"repeated_4grams": 0.31, "distinct_1": 0.45, "distinct_2": 0.7, "dense_loss": 1.4},
+            "agreement": {"first_divergence": 6.5, "shortest": 0, "longest": 20},
+            "prompts": 8, "prompt_tokens": 32, "tokens": 64,
+        },
+    } | changed  # fmt: skip
+
+
+def test_what_survived_is_shown_and_judged(tmp_path: Path) -> None:
+    reach = {"layer_share": 0.9, "reachable": 1.22, "reached": 0.973}
+    speed = {k: {**v, **reach} if k in ("prefill", "decode") else v for k, v in speed_json().items()}
+    speed["generation_bytes"] = {"dense": 61_000_000, "compressed": 48_000_000}
+    run = make_run(tmp_path, summary={**survival_json(), "speed": speed}, eval={"speed": speed})
+    html, page = report(run)
+    assert {"tasks", "long", "keys"} <= set(page.ids)
+    for text in (
+        "0.490 ± 0.050", "0.400 ± 0.048", "0.064", "83.1% of the dense model's score",
+        "47.9% of what it has above chance", "; 1 got worse by more than chance", "2 → 1 of 2",
+        "found 9 of 12 keys hidden in up to 2,048 tokens; the dense model 12",
+        "at positions 1,024 to 2,047 perplexity is 54.00, 1.80× the dense model's 30.00; over the first 63 it is 1.50×",
+        "3.1 s dense and 2.5 s compressed", "94.4 MB and 75.5 MB", "4-grams that repeat", "31.0%",
+        "the two write the same for 6.5 of 64 tokens", "at most 1.25×, 1.22× with 90.0% of the time spent in layers",
+        "61.0 MB",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert "<title>positions 64 to 1,023: 60.00 (compressed)</title>" in html
+    card = model_card(run)
+    assert "| `arc_easy` | `acc_norm` | 100 | 25.0% | 0.490 ± 0.050 | 0.400 ± 0.048 | 14 | 5 | 0.064 |" in card
+    assert "| 1,024–2,047 | 30.00 | 54.00 |" in card
+    assert "found: 9 of 12; by the dense model 12." in card
+    assert "| 4-grams that repeat | 22.0% | 31.0% |" in card
+    assert "broken" not in page.text + card
+    terminal = shown(json.loads((run / "summary.json").read_text()))
+    assert re.search(r"arc_easy, acc_norm +│ +0\.490 ± 0\.050 │ +0\.400 ± 0\.048 │ +0\.82×", terminal)
+    assert re.search(r"retention above chance +│ +│ +47\.9%", terminal)
+
+
+def test_a_model_that_only_guesses_is_called_broken(tmp_path: Path) -> None:
+    guess = {"mean": 0.71, "above_chance": 0.04, "tasks": 2, "tasks_above_chance": 2}
+    run = make_run(tmp_path, summary=survival_json(retention=guess))
+    _, page = report(run)
+    words = "broken: of what the dense model scores above chance, 4.0% is left over 2 tasks"
+    assert words in page.text
+    assert words in model_card(run)
+    assert "broken" in shown(json.loads((run / "summary.json").read_text()))
+    few = {name: {**row, "items": 20} for name, row in survival_json()["tasks"].items()}
+    assert findings.broken({**summary_json(), **survival_json(retention=guess, tasks=few)}) is None, "40 items: noise"
+    unknown = {"mean": 0.9, "above_chance": None, "tasks": 1, "tasks_above_chance": 0}
+    assert findings.broken({**summary_json(), **survival_json(retention=unknown)}) is None
+
+
+@pytest.mark.parametrize(
+    ("figures_of_it", "words"),
+    [
+        ({"repeated_4grams": 0.7, "dense_loss": 1.0}, "70.0% of what it writes repeats, of what the dense model"),
+        ({"repeated_4grams": 0.0, "dense_loss": 5.2}, "unlikely, 5.20 nats per token against 0.61 of its own"),
+        ({"repeated_4grams": 0.0, "dense_loss": "nan"}, "unlikely, not finite nats per token"),
+    ],
+)  # fmt: skip
+def test_generation_that_did_not_survive_is_said_plainly(
+    tmp_path: Path, figures_of_it: dict[str, Any], words: str
+) -> None:
+    health = survival_json()["generation_health"]
+    run = make_run(tmp_path, summary=survival_json(generation_health={**health, "compressed": figures_of_it}))
+    _, page = report(run)
+    for text in (page.text, model_card(run)):
+        assert "Generation did not survive" in text
+        assert words in text
+    assert "Generation did not survive" in shown(json.loads((run / "summary.json").read_text()))
+
+
+def test_odd_values_of_what_survived_do_not_stop_the_report(tmp_path: Path) -> None:
+    odd = {
+        "tasks": {"a": {"metric": None, "dense": "inf", "others": 3}, "b": {"dense": 0.3, "others": {"acc": 1}}},
+        "retention": {"mean": "x"},
+        "long_context": {"perplexity": {"compressed": [3, {"start": 1, "stop": 64, "perplexity": "inf"}]},
+                         "passkey": {"dense": [{"length": 5}], "compressed": None}, "cost": None},
+        "generation_health": {"dense": {"repeated_4grams": 0.1}, "compressed": {"repeated_4grams": None, "x": 1}},
+    }  # fmt: skip
+    run = make_run(tmp_path, summary=odd)
+    _, page = report(run)
+    assert "not finite" in page.text
+    assert model_card(run)
+    assert shown(json.loads((run / "summary.json").read_text()))
+
+
 # ---- errors ------------------------------------------------------------------------------------------------
 
 

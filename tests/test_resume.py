@@ -119,6 +119,7 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch):
     # slow, and not what is tested here
     monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
     monkeypatch.setattr("layercut.evaluate.generations", lambda *_: ["", "", ""])
+    monkeypatch.setattr("layercut.evaluate.generation_health", lambda *_: {})
     monkeypatch.setattr("layercut.pipeline.write_report", lambda *_: None)
 
     def rerun(*more: str, model: Path = tiny_model) -> list[str]:

@@ -395,6 +395,33 @@ def _curve(rows: list[Any]) -> list[tuple[float, float, float]]:
     return found[:: max(1, math.ceil(len(found) / 400))]
 
 
+# ---- long context ------------------------------------------------------------------------------------------
+
+
+def position_chart(rows: list[tuple[int, int, float | None, float | None]]) -> str | None:
+    """Perplexity over the position in the text, dense and compressed: (start, stop, dense, compressed) a bucket."""
+    known = [row for row in rows if row[2] is not None or row[3] is not None]
+    if len(known) < 2:
+        return None
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    with drawing("positions", "position in the text, tokens", "perplexity") as d:
+        d.axes.set_xscale("log")
+        for which, name, colour in ((2, "dense", MUTED), (3, "compressed", ACCENT)):
+            points = [(math.sqrt(row[0] * row[1]), row[which], row) for row in known if row[which] is not None]
+            d.axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, lw=2, label=name)
+            for x, y, (start, stop, *_) in points:
+                (mark,) = d.axes.plot(x, y, "o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
+                d.tip(mark, f"positions {start:,} to {stop - 1:,}: {figure(y)} ({name})")
+        d.axes.set_xticks([stop for _, stop, _, _ in known])
+        d.axes.xaxis.set_minor_locator(NullLocator())
+        d.axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        d.axes.set_xlim(math.sqrt(known[0][0] * known[0][1]) / 1.3, known[-1][1] * 1.05)
+        d.axes.set_ylim(0, 1.1 * max(v for row in known for v in row[2:] if v is not None))
+        _legend(d.axes, 2)
+        return d.svg("Perplexity over the position in the text: dense and compressed")
+
+
 # ---- the layer stack ---------------------------------------------------------------------------------------
 
 

@@ -108,11 +108,15 @@ def evaluate(
     *,
     config: PerplexityConfig | None = None,
 ) -> None:
-    """Perplexity of a model, or of a run's dense and compressed model side by side."""
+    """Perplexity and tasks of a model, or of a run's dense and compressed model side by side."""
     from layercut.pipeline import evaluate_only
+    from layercut.report import task_lines
 
-    for name, value in evaluate_only(model, config or PerplexityConfig()):
+    found = evaluate_only(model, config or PerplexityConfig())
+    for name, value in found.perplexity.items():
         print(f"{name}\t{value:.4f}")
+    for line in task_lines(found.tasks, found.retention):
+        print(line)
 
 
 @app.command

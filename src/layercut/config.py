@@ -176,13 +176,15 @@ class QuantizeConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class ReportedText:
-    """The text that figures are reported on."""
+class EvaluateConfig:
+    """What the result is measured on."""
 
     eval_data: str = "wikitext2"
     """Held-out text for perplexity, named like --data."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
+    speed: bool = True
+    """Measure prefill and decode speed, the cache's size and the memory of generation."""
 
     def __post_init__(self) -> None:
         at_least("eval_tokens", self.eval_tokens, 2)
@@ -190,19 +192,49 @@ class ReportedText:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ReportedText):
-    """What the result is measured on."""
+class TasksConfig:
+    """Tasks of lm-evaluation-harness, scored on the dense and on the compressed model."""
 
-    speed: bool = True
-    """Measure prefill and decode speed and the cache's size."""
+    tasks: str = ""
+    """Tasks, groups or tags of lm-evaluation-harness, separated by commas: arc_easy,piqa. Not given: none."""
+    limit: int | None = None
+    """Items of each task, from its first; all where not given."""
+    include_path: Path | None = None
+    """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            at_least("limit", self.limit, 1)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, each once, in the order given."""
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig(ReportedText):
+class LongConfig:
+    """Long context."""
+
+    long_context: int = 0
+    """Measure perplexity by position and the recall of hidden keys up to this many tokens; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        at_least("long_context", self.long_context, 0)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig:
     """Measuring alone."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    eval_data: str | None = None
+    """Held-out text for perplexity, named like --data. Not given: wikitext2, or no text where --tasks is given."""
+    eval_tokens: int = 32768
+    """Tokens to measure perplexity on."""
     window: int = 256
     """Tokens in a row."""
     seed: int = 0
@@ -211,7 +243,7 @@ class PerplexityConfig(ReportedText):
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        at_least("eval_tokens", self.eval_tokens, 2)
         at_least("window", self.window, 8)
 
 
@@ -240,6 +272,8 @@ class CompressConfig:
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    long: LongConfig = field(default_factory=LongConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:

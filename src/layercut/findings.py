@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layercut import survival
 from layercut.errors import RunError
 from layercut.figures import (
     change,
@@ -144,7 +145,7 @@ def broken(summary: dict[str, Any]) -> str | None:
     """In plain words, that the compressed model is ruined; None if it is not, or if that is not known."""
     last = last_stage(summary)
     if last is None:
-        return None
+        return survival.guessing(summary)
     name, value = last
     dense = perplexities(summary).get("dense")
     before = _sound_before_quantization(summary) if name == "quantized" else ""
@@ -158,7 +159,7 @@ def broken(summary: dict[str, Any]) -> str | None:
             f"The compressed model is broken: its perplexity ({name}) is {figure(value)}, "
             f"{times(value / dense)} the dense model's {figure(dense)}. Do not use it as it is.{before}"
         )
-    return None
+    return survival.guessing(summary)
 
 
 def _sound_before_quantization(summary: dict[str, Any]) -> str:
@@ -220,6 +221,8 @@ def verdicts(run: Run) -> list[Verdict]:
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
     found += [_quantize_verdict(run), _size_verdict(run.summary)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
+    survived = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
+    found += [Verdict(*words) for judge in survived if (words := judge(run.summary))]
     return [verdict for verdict in found if verdict]
 
 
@@ -355,7 +358,10 @@ def _speed_verdict(run: Run, phase: str) -> Verdict | None:
     ratio, ideal = finite(table.get("ratio")), finite(table.get("ideal"))
     if ratio is None:
         return None
+    reachable, share = finite(table.get("reachable")), finite(table.get("layer_share"))
     most = f"; removing these layers allows at most {times(ideal)}" if ideal else ""
+    if reachable and share is not None:
+        most += f", {times(reachable)} with {percent(share)} of the time spent in layers"
     if ratio > 1.02:  # a guess at the noise of a short timing
         return Verdict("good", phase.capitalize(), f"is {times(ratio)} as fast{most}.")
     return Verdict("bad", phase.capitalize(), f"did not get faster ({times(ratio)}){most}.")

@@ -56,6 +56,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0
     check_sources(config)
     models.pick_device(config.load.device)
+    if config.tasks.names and until == "report":
+        evaluate.check_tasks(config.tasks.names, config.tasks.include_path)
 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
@@ -98,12 +100,13 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
         reported = [asdict(config.evaluate), text["evaluation"]]
         measured = run.stage("eval", reported, lambda: work.evaluate(segments), after=["quantize"])
+        proofs = further_proofs(work, segments)
         exported = run.stage("export", None, lambda: work.export(segments), after=["quantize"])
         run.stage(
             "summary",
             model,
-            lambda: summarise(run, model, layers, search, cut, measured, exported),
-            after=["text", "search", "eval", "export"],
+            lambda: summarise(run, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
+            after=["text", "search", "eval", *proofs, "export"],
         )
         write_text(run / "model" / "README.md", model_card(run.folder))
         write_report(run.folder)
@@ -131,6 +134,22 @@ def stability_stage(work: Workbench, search: dict[str, Any], length: int) -> dic
         say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
     hashes = [found["config_hash"] for found in again]
     return run.stage("stability", hashes, lambda: work.stability(search, again, length), after=["search"])
+
+
+def further_proofs(work: Workbench, segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:
+    """The artefacts of tasks and of long context, as far as they were asked for."""
+    config, run = work.config, work.run
+    found: dict[str, dict[str, Any]] = {}
+    if config.tasks.names:
+        asked = [config.tasks.names, config.tasks.limit, evaluate.harness_version(config.tasks.include_path)]
+        found["tasks"] = run.stage("tasks", asked, lambda: work.score(segments), after=["quantize"])
+        say("tasks", describe_retention(found["tasks"]["retention"]))
+    if config.long.long_context:
+        text = run.read("text") or {}
+        asked = [config.long.long_context, config.text.seed, text["evaluation"]]
+        found["long"] = run.stage("long", asked, lambda: work.long(segments), after=["quantize"])
+        say("long", "up to {window:,} tokens".format(**found["long"]))
+    return found
 
 
 def check_sources(config: CompressConfig) -> None:
@@ -374,9 +393,39 @@ class Workbench:
                 {"prompt": prompt, "dense": dense, "compressed": compressed}
                 for prompt, dense, compressed in zip(evaluate.PROMPTS, *samples, strict=True)
             ],
+            "health": evaluate.generation_health(self.dense.model, last, tokens),
             "speed": measure.speed(self.dense.model, last) if config.speed else None,
             "peak_rss_bytes": measure.peak_rss_bytes(),
         }  # fmt: skip
+
+    def score(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
+        asked, tokenizer = self.config.tasks, self.tokenizer
+        tasks = evaluate.load_tasks(asked.names, asked.include_path)
+        both = {"dense": self.dense.model, "compressed": self.student(segments, "folded", "tuned", "quantized")}
+        records = {
+            name: evaluate.score_tasks(m, tokenizer, tasks, limit=asked.limit, name=name, cache=self.run / "tasks")
+            for name, m in both.items()
+        }
+        return evaluate.compare_tasks(records["dense"], records["compressed"]) | {"limit": asked.limit}
+
+    def long(self, segments: Sequence[Segment]) -> dict[str, Any]:
+        """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
+        both = {"dense": self.dense.model, "compressed": self.student(segments, "folded", "tuned", "quantized")}
+        windows = evaluate.long_windows(self.blocks["evaluation"], self.config.long.long_context, self.dense.model)
+        longest, tokenizer = windows.shape[1], self.tokenizer
+        trials = evaluate.passkey_cases(tokenizer, longest, self.config.text.seed)
+        work = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in trials))
+        with bar("long context", work) as advance:
+            positions = {n: evaluate.perplexity_by_position(m, windows, advance=advance) for n, m in both.items()}
+            grids = {n: evaluate.passkey_grid(m, tokenizer, trials, advance=advance) for n, m in both.items()}
+        return {
+            "window": longest,
+            "windows": len(windows),
+            "perplexity": positions,
+            "passkey": grids | {"seed": self.config.text.seed} if trials else None,
+            "cost": measure.long_prompt(*both.values(), tokens=longest),
+        }
 
     def export(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """The healed and, where asked, quantized student as a stock checkpoint."""
@@ -448,10 +497,30 @@ def summarise(
         "tasks": None,
         "retention": None,
         "speed": measured["speed"],
+        "generation_health": measured.get("health"),
         "seconds": run.seconds.copy(),
         "peak_rss_bytes": measured["peak_rss_bytes"],
         "versions": versions(),
     }
+
+
+def summarise_proofs(proofs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the summary takes over of tasks and long context; null where they were not measured."""
+    tasks, long = proofs.get("tasks"), proofs.get("long")
+    return {
+        "tasks": tasks["tasks"] if tasks else None,
+        "retention": tasks["retention"] if tasks else None,
+        "long_context": {k: v for k, v in long.items() if k not in ("seconds", "config_hash")} if long else None,
+    }
+
+
+def describe_retention(retained: dict[str, Any]) -> str:
+    """One line about the tasks."""
+    if retained["mean"] is None:
+        return "scored; none has a score of which a share could be retained"
+    words = f"{retained['mean']:.1%} of the dense model's score retained over {retained['tasks']} tasks"
+    above = retained["above_chance"]
+    return words + (f", {above:.1%} of what it has above chance" if above is not None else "; it is not above chance")
 
 
 def describe_fold(outcome: dict[str, Any]) -> str:
@@ -527,22 +596,48 @@ def cut(model: str, config: CutConfig) -> Path:
     return config.out
 
 
-def evaluate_only(target: str, config: PerplexityConfig) -> list[tuple[str, float]]:
-    """(name, perplexity) of a model, or of a run's dense and compressed model on the same tokens."""
-    run = Path(target)
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `layercut evaluate` found, of one model or of a run's two."""
+
+    perplexity: dict[str, float]
+    """By the model's name; empty where only tasks were asked for."""
+    tasks: dict[str, dict[str, Any]]
+    """A row for each task; of one model alone, compared with itself."""
+    retention: dict[str, Any] | None
+    """Over the tasks; None of one model alone."""
+
+
+def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
+    """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items."""
+    run, cache = Path(target), None
     names = {target: target}
+    asked, tasks = config.tasks, None
+    if asked.names:
+        evaluate.check_tasks(asked.names, asked.include_path)
+    source_of_text = config.eval_data or (None if asked.names else "wikitext2")
     if (run / "config.yaml").is_file():
         if not (run / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
         names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
-    results, tokens = [], None
+        cache = run / "tasks"
+    perplexities, records, tokens = {}, [], None
     for name, source in names.items():
         checkpoint = models.resolve(source, allow_pickle=config.load.allow_pickle)
         check_window(config.window, models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
         loaded = stream.load(checkpoint, **asdict(config.load))
+        if asked.names:
+            tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
+            records.append(
+                evaluate.score_tasks(
+                    loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache
+                )
+            )
+        if source_of_text is None:
+            continue
         if tokens is None:
             tokens = load_blocks(
-                config.eval_data,
+                source_of_text,
                 loaded.tokenizer,
                 tokens=config.eval_tokens,
                 window=config.window,
@@ -551,5 +646,10 @@ def evaluate_only(target: str, config: PerplexityConfig) -> list[tuple[str, floa
                 model=loaded.model,
             ).tokens
         with bar(f"perplexity of {name}", len(tokens)) as advance:
-            results.append((name, evaluate.perplexity(loaded.model, tokens, advance=advance)))
-    return results
+            perplexities[name] = evaluate.perplexity(loaded.model, tokens, advance=advance)
+    found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
+    return Evaluation(
+        perplexity=perplexities,
+        tasks=found["tasks"],
+        retention=found["retention"] if len(records) == 2 else None,
+    )

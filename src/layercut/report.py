@@ -16,7 +16,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut import charts, figures, findings
+from layercut import charts, figures, findings, survival
 from layercut.figures import NOT_MEASURED, finite, items, part
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def write_report(run: Path) -> Path:
         "path": charts.path_chart(found.search),
         "triangle": charts.triangle_chart(found.search),
         "tuning": charts.tuning_chart(found.heal),
+        "positions": charts.position_chart(survival.positions(found.summary)),
     }
     page = _templates(escape=True).get_template("report.html")
     html_text = page.render(
@@ -83,7 +84,7 @@ def _templates(*, escape: bool) -> Environment:
         keep_trailing_newline=True,
     )
     shown = (figures.count, figures.size, figures.figure, figures.percent, figures.times, figures.duration)
-    named = (figures.label, figures.layer_names, figures.printable, code, prose, whole)
+    named = (figures.label, figures.layer_names, figures.printable, code, prose, whole, plus_minus, probability)
     for function in shown + named:
         env.filters[function.__name__] = function
     return env
@@ -112,7 +113,13 @@ def _facts(run: findings.Run) -> dict[str, Any]:
         "speed": findings.speed(run),
         "change": figures.change,
         "sources": _sources(run),
-        "tasks": _tasks(run.summary),
+        "tasks": survival.task_rows(run.summary),
+        "retention": part(run.summary, "retention"),
+        "keys": survival.keys(run.summary),
+        "positions": survival.positions(run.summary),
+        "long": part(run.summary, "long_context"),
+        "health": survival.health(run.summary),
+        "warning": survival.generation_warning(run.summary),
         "generations": [part(pair) for pair in items(run.evaluation, "generations")],
         "versions": part(run.summary, "versions") or part(run.env, "versions"),
         "command": shlex.join(map(str, command)) if isinstance(command, list) else figures.printable(command),
@@ -130,15 +137,20 @@ def _sources(run: findings.Run) -> list[tuple[str, Any, Any, Any]]:
     return [(use, t.get("source"), t.get("tokens"), t.get("fingerprint")) for use, t in texts if t]
 
 
-def _tasks(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """Task scores as a table with whatever numeric columns the tasks have; None when not measured."""
-    rows = {str(name): scores for name, scores in part(summary, "tasks").items() if isinstance(scores, dict)}
-    columns = [
-        c
-        for c in dict.fromkeys(key for scores in rows.values() for key in scores)
-        if any(finite(scores.get(c)) is not None for scores in rows.values())
-    ]
-    return {"columns": columns, "rows": rows} if columns else None
+def plus_minus(row: dict[str, Any], name: str) -> str:
+    """0.43 ± 0.05, a score with its standard error as far as there is one."""
+    error = finite(row.get(f"{name}_stderr"))
+    score = finite(row.get(name))
+    if score is None:
+        return NOT_MEASURED
+    shown = f"{score:.3f}" if abs(score) < 10 else figures.figure(score)
+    return shown + (f" ± {error:.3f}" if error is not None else "")
+
+
+def probability(value: Any) -> str:
+    """A p-value to three places; a dash where there is none."""
+    found = finite(value)
+    return "–" if found is None else "<0.001" if found < 0.001 else f"{found:.3f}"
 
 
 def code(value: Any) -> str:
@@ -158,6 +170,32 @@ def whole(value: Any) -> str:
     return NOT_MEASURED if found is None else f"{found:,.0f}"
 
 
+def task_lines(rows: dict[str, Any], retained: dict[str, Any] | None) -> list[str]:
+    """Task scores as lines of cells parted by tabs, a heading first; none where no task was asked for.
+
+    Of a dense and a compressed model side by side with what flipped and what is retained; of one model alone,
+    where nothing is retained, its scores.
+    """
+    if not rows:
+        return []
+    alone = {"chance": "chance", "dense": "score", "dense_stderr": "stderr"}
+    both = ("chance", "dense", "dense_stderr", "compressed", "compressed_stderr", "lost", "gained", "p_value")
+    columns = alone if retained is None else dict(zip(both, both, strict=True))
+    table = [["task", "metric", "items", *columns.values()]]
+    for task, row in rows.items():
+        for metric, figures_of_metric in {row["metric"]: row, **row["others"]}.items():
+            table.append([task, metric, str(row["items"]), *(_cell(figures_of_metric[key]) for key in columns)])
+    if retained is not None:
+        table.append(["retention", _cell(retained["mean"])])
+        table.append(["retention above chance", _cell(retained["above_chance"])])
+    return ["\t".join(row) for row in table]
+
+
+def _cell(value: Any) -> str:
+    """A count whole, any other figure to four places, a dash where there is none."""
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
 # ---- the terminal ------------------------------------------------------------------------------------------
 
 
@@ -166,7 +204,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    ruined = findings.broken(summary)
+    ruined = findings.broken(summary) or survival.generation_warning(summary)
     table = Table(
         title=Text(figures.printable(summary.get("model")) or "layercut", style="bold"),
         caption=Text(ruined, style="bold red") if ruined else None,
@@ -176,7 +214,9 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_column("")
     for heading in ("dense", "compressed", "change"):
         table.add_column(heading, justify="right")
-    groups = (_size_rows(summary), _perplexity_rows(summary), _speed_rows(summary), _cost_rows(summary))
+    groups = (
+        _size_rows(summary), _perplexity_rows(summary), _task_rows(summary), _speed_rows(summary), _cost_rows(summary),
+    )  # fmt: skip
     for rows in groups:
         for number, row in enumerate(rows, start=1):
             table.add_row(*(Text(cell) for cell in row), end_section=number == len(rows))
@@ -212,6 +252,24 @@ def _perplexity_rows(summary: dict[str, Any]) -> list[Row]:
         if name != "dense"
     ]
     return rows or [("perplexity", dense, NOT_MEASURED, "")]
+
+
+def _task_rows(summary: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for row in survival.task_rows(summary):
+        if row["main"]:
+            name = figures.printable(f"{row['task']}, {row['metric'] or 'score'}")
+            kept = figures.times(row.get("retention")) if row.get("retention") else ""
+            rows.append((name, plus_minus(row, "dense"), plus_minus(row, "compressed"), kept))
+    retained = part(summary, "retention")
+    for key, name in (("mean", "retention"), ("above_chance", "retention above chance")):
+        if finite(retained.get(key)) is not None:
+            rows.append((name, "", figures.percent(retained[key]), ""))
+    grid = survival.keys(summary)
+    if grid:
+        before, after = (f"{grid[which]:.0f}/{grid['trials']:.0f}" for which in ("dense", "compressed"))
+        rows.append(("hidden keys found", before, after, ""))
+    return rows
 
 
 def _speed_rows(summary: dict[str, Any]) -> list[Row]:

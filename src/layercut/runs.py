@@ -29,6 +29,8 @@ from layercut.errors import RunError
 
 Artefact = dict[str, Any]
 STAGES = ("text", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+PROOFS = ("tasks", "long")
+"""Stages that run only where they are asked for."""
 PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
 
 
@@ -138,8 +140,9 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        more = (file for stages in ("compare", "stability") for file in self.folder.glob(f"{stages}*.json"))
-        for artefact in (*(self / f"{name}.json" for name in STAGES), *more):
+        parts = ("compare*", "stability*", "tasks/*")
+        more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
+        for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
             artefact.unlink(missing_ok=True)
 
 

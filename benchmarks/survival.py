@@ -1,0 +1,80 @@
+"""Claim: perplexity and plain scores overstate what survives a cut; retention above chance, hidden keys and the health
+of generations tell a usable model from a ruined one.
+
+    python benchmarks/survival.py --tasks arc_easy,piqa --limit 200 --eval-data wikitext2
+
+For each segment cut out, nothing healed: perplexity, tasks, keys hidden in long text and generations beside the dense
+model's, on the same tokens, items and prompts, with the warnings that a report would print.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common import arguments, blocks, finish, open_model
+from layercut import evaluate, models, survival
+from layercut.cut import cut_segment_
+from layercut.progress import bar, say
+from layercut.segments import Segment
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "",
+        segments=["13:19", "13:22", "23:29"], tasks="", limit=100, include_path="",
+        eval_data="wikitext2", eval_tokens=4096, window=256, longest=1024, seed=0,
+    )  # fmt: skip
+    model = open_model(args.model)
+    tokens = blocks(model, args.eval_data, args.eval_tokens, args.window, args.seed, order="as written")
+    students: dict[str, Any] = {"dense": model.model}
+    for name in args.segments:
+        students[name] = models.share(model.model)
+        cut_segment_(students[name], [Segment.parse(name)])
+
+    names = [name for name in args.tasks.split(",") if name]
+    tasks = evaluate.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
+    windows = evaluate.long_windows(tokens.tokens, args.longest, model.model)
+    trials = evaluate.passkey_cases(model.tokenizer, args.longest, args.seed)
+    seen: dict[str, dict[str, Any]] = {}
+    for name, student in students.items():
+        seen[name] = {
+            "perplexity": evaluate.perplexity(student, tokens.tokens),
+            "records": evaluate.score_tasks(
+                student, model.tokenizer, tasks, limit=args.limit or None, name=name, cache=None
+            ),
+            "positions": evaluate.perplexity_by_position(student, windows),
+        }
+        with bar(f"hidden keys, {name}", sum(len(ids) for _, _, ids, _ in trials)) as advance:
+            seen[name]["keys"] = evaluate.passkey_grid(student, model.tokenizer, trials, advance=advance)
+        say(name, f"perplexity {seen[name]['perplexity']:.2f}")
+    rows = [compare(name, seen, evaluate.generation_health(model.model, students[name], tokens.tokens))
+            for name in args.segments]  # fmt: skip
+    facts = {"evaluation": tokens.facts(), "limit": args.limit, "longest": args.longest, "seed": args.seed}
+    finish(args.out, model, "retention above chance, keys and health tell a ruined model", rows, **facts)
+
+
+def compare(name: str, seen: dict[str, dict[str, Any]], health: dict[str, Any]) -> dict[str, Any]:
+    """One cut model beside the dense one."""
+    dense, cut = seen["dense"], seen[name]
+    scored = evaluate.compare_tasks(dense["records"], cut["records"])
+    summary = {
+        **scored,
+        "generation_health": health,
+        "long_context": {
+            "perplexity": {"dense": dense["positions"], "compressed": cut["positions"]},
+            "passkey": {"dense": dense["keys"], "compressed": cut["keys"]},
+        },
+    }
+    judges = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
+    return {
+        "segment": name,
+        "perplexity": {"dense": dense["perplexity"], "cut": cut["perplexity"]},
+        **summary,
+        "verdicts": [words for judge in judges if (words := judge(summary))],
+        "guesses": survival.guessing(summary),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Perplexity on held-out text, as one figure and by how much text comes before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from layercut.losses import next_token_loss, rows_per_chunk
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[int], None] = lambda rows: None) -> float:
+    """exp of the mean negative log-likelihood over non-overlapping windows [N, T].
+
+    Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. `inf`
+    where the mean overflows or the model yields NaN: a ruined model never looks good.
+    """
+    device = next(model.parameters()).device
+    rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
+    total = 0.0
+    for batch in tokens.split(rows):
+        batch = batch.to(device)
+        total += next_token_loss(model(input_ids=batch, use_cache=False).logits, batch).double().sum().item()
+        advance(len(batch))
+    return _exp(total / (tokens.numel() - len(tokens)))
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+MOST_LONG_WINDOWS = 8  # a CPU takes seconds for each
+
+# --- by position -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: Any, row: torch.Tensor, *, chunk: int = 512, advance: Callable[[int], None] = lambda tokens: None
+) -> torch.Tensor:
+    """Loss of each next token of one long window, through the cache, `chunk` tokens at a time.  [T] -> [T - 1]
+
+    With 49,152 words, the logits of 8,192 tokens would be 1.6 GB in float32; those of 512 are 0.1 GB. A model without a
+    cache (recurrent ones hand out a state by other names) is run once over the whole window.
+    """
+    device = next(model.parameters()).device
+    row = row.to(device)
+    chunk = min(chunk, max(16, rows_per_chunk(1, model.config.get_text_config().vocab_size)))
+    cache: dict[str, Any] = {}
+    losses = []
+    for start in range(0, len(row), chunk):
+        piece = row[start : start + chunk]
+        output = model(input_ids=piece[None], use_cache=True, **cache)
+        # what models hand out and take in by the same name; its older name goes out of use
+        name = next((name for name in ("cache", "past_key_values") if name in output), None)
+        if name is None:
+            advance(len(row))
+            return next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])[0]
+        cache = {name: output[name]}
+        wanted = row[start + 1 : start + 1 + len(piece)]  # one fewer in the last piece
+        losses.append(F.cross_entropy(output.logits[0, : len(wanted)].float(), wanted, reduction="none"))
+        advance(len(piece))
+    return torch.cat(losses)
+
+
+def long_windows(blocks: torch.Tensor, longest: int, model: Any) -> torch.Tensor:
+    """Blocks [N, T] that follow each other in the text, as few long windows [n, longest].
+
+    Shorter than asked for where the model's context or the text ends before.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    window = min(longest, context, blocks.numel())
+    stream = blocks.flatten()
+    return stream[: len(stream) // window * window].view(-1, window)[:MOST_LONG_WINDOWS]
+
+
+def bucket_edges(window: int, first: int = 64) -> list[int]:
+    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Position 0 is predicted by nothing."""
+    edges = [1]
+    while first < window:
+        edges.append(first)
+        first *= 2
+    return [*edges, window]
+
+
+def perplexity_by_position(
+    model: Any, windows: torch.Tensor, *, advance: Callable[[int], None] = lambda tokens: None
+) -> list[dict[str, Any]]:
+    """Perplexity in buckets of position over windows [N, T]: [{"start", "stop", "perplexity"}, …], stop exclusive."""
+    losses = torch.stack([loss_by_position(model, row, advance=advance).double().cpu() for row in windows])
+    edges = bucket_edges(windows.shape[1])
+    return [
+        # the loss at index i is that of the token at position i + 1
+        {"start": a, "stop": b, "perplexity": _exp(losses[:, a - 1 : b - 1].mean().item())}
+        for a, b in pairwise(edges)
+    ]

@@ -1,0 +1,191 @@
+"""Long context and the health of generations, against direct computation."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig
+
+import folders
+import tiny
+from layercut import evaluate
+from layercut.evaluate import generation, passkey
+from layercut.evaluate.generation import distinct, first_divergence
+from layercut.evaluate.likelihood import bucket_edges
+from layercut.losses import next_token_loss
+
+# ---- perplexity by position ----------------------------------------------------------------------------------
+
+
+def sliding() -> Any:
+    """Layers that look back ten tokens, fewer than a chunk has."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return tiny.tiny(
+        MistralConfig(
+            vocab_size=tiny.VOCABULARY, num_hidden_layers=3, sliding_window=10, initializer_range=0.15,
+            bos_token_id=0, eos_token_id=1, **sizes,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, sliding])
+@pytest.mark.parametrize("chunk", [17, 60, 512])
+@torch.no_grad()
+def test_losses_through_the_cache_are_those_of_one_pass(make, chunk):
+    model, row = make(), tiny.some_tokens(1, 120)[0]
+    expected = next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])[0]
+    seen = []
+    found = evaluate.loss_by_position(model, row, chunk=chunk, advance=seen.append)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sum(seen) == 120
+
+
+def test_buckets_part_the_positions():
+    assert bucket_edges(1024) == [1, 64, 128, 256, 512, 1024]
+    assert bucket_edges(64) == [1, 64]
+    assert bucket_edges(100) == [1, 64, 100]
+
+
+def test_buckets_add_up_to_the_perplexity():
+    model, windows = tiny.llama(), tiny.some_tokens(3, 128)
+    rows = evaluate.perplexity_by_position(model, windows)
+    assert [(row["start"], row["stop"]) for row in rows] == [(1, 64), (64, 128)]
+    total = sum((row["stop"] - row["start"]) * math.log(row["perplexity"]) for row in rows)
+    assert math.exp(total / 127) == pytest.approx(evaluate.perplexity(model, windows), rel=1e-4)
+
+
+def test_a_ruined_model_is_infinite_in_every_bucket():
+    model = tiny.llama()
+    model.model.norm.weight.fill_(float("nan"))
+    assert {row["perplexity"] for row in evaluate.perplexity_by_position(model, tiny.some_tokens(1, 80))} == {math.inf}
+
+
+def test_long_windows_are_the_text_in_order_and_end_with_context_or_text():
+    model = tiny.llama()  # 128 positions
+    blocks = torch.arange(40 * 16).view(40, 16)
+    assert torch.equal(evaluate.long_windows(blocks, 96, model), torch.arange(6 * 96).view(6, 96))
+    assert evaluate.long_windows(blocks, 4096, model).shape == (5, 128), "the context"
+    assert evaluate.long_windows(blocks[:5], 128, model).shape == (1, 80), "the text"
+    assert len(evaluate.long_windows(blocks, 32, model)) == 8, "seconds each on a CPU: eight are enough"
+
+
+# ---- a hidden key --------------------------------------------------------------------------------------------
+
+
+def test_prompts_fill_the_length_and_hide_the_key_at_the_depth():
+    tokenizer = folders.tokenizer()
+    found = passkey.cases(tokenizer, 1024, seed=3)
+    assert {length for length, *_ in found} == {256, 512, 1024}, "128 has no room for the task with this tokenizer"
+    assert len(found) == 3 * len(passkey.DEPTHS) * passkey.TRIALS
+    for length, depth, ids, key in found:
+        room = length - passkey.ANSWER
+        assert room - 60 < len(ids) <= room
+        text = tokenizer.decode(ids)
+        before, needle, after = text.partition(f"The pass key is {key}.")
+        assert needle
+        filler = [sum(part.count(sentence) for sentence in passkey.FILLER) for part in (before, after)]
+        assert filler[0] == round(depth * sum(filler))
+        assert text.endswith(passkey.REPLY)
+        assert text.count(key) == 2
+    assert len({key for *_, key in found}) > 15, "a key of its own for every trial"
+    assert passkey.cases(tokenizer, 1024, seed=3) == found
+    assert passkey.cases(tokenizer, 1024, seed=4) != found
+
+
+def test_a_length_without_room_for_the_key_has_no_cases():
+    assert passkey.prompt(folders.tokenizer(), 30, 0.5, random.Random(0)) is None
+    assert passkey.cases(folders.tokenizer(), 64, seed=0) == []
+
+
+def test_lengths_are_halves():
+    assert passkey.lengths(4096) == [512, 1024, 2048, 4096]
+    assert passkey.lengths(300) == [150, 300]
+    assert passkey.lengths(100) == [100]
+
+
+class Oracle:
+    """Reads the key out of the prompt, except where it is longer than `memory` tokens."""
+
+    def __init__(self, tokenizer: Any, memory: int) -> None:
+        self.tokenizer, self.memory = tokenizer, memory
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def generate(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        text = self.tokenizer.decode(ids[0])
+        key = text.partition("The pass key is ")[2][:5] if ids.shape[1] <= self.memory else "12345"
+        reply = self.tokenizer(f" {key}.", add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.cat([ids, reply], dim=1)
+
+
+def test_the_grid_counts_what_is_found():
+    tokenizer = folders.tokenizer()
+    trials = passkey.cases(tokenizer, 1024, seed=0)
+    grid = evaluate.passkey_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
+    places = [(cell["length"], cell["depth"]) for cell in grid]
+    assert places == [(n, d) for n in (256, 512, 1024) for d in passkey.DEPTHS]
+    assert all(cell["trials"] == passkey.TRIALS for cell in grid)
+    assert all(cell["found"] == (passkey.TRIALS if cell["length"] < 1024 else 0) for cell in grid)
+
+
+def test_the_chat_template_is_used_where_there_is_one():
+    tokenizer = folders.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<bot>"
+    made = passkey.prompt(tokenizer, 700, 0.5, random.Random(0))
+    assert made is not None
+    text = tokenizer.decode(made[0])
+    assert text.startswith("<user>A pass key is hidden")
+    assert text.endswith("</user><bot>The pass key is")
+
+
+# ---- health of generations -----------------------------------------------------------------------------------
+
+
+def test_repetition_and_variety():
+    assert distinct([1, 2, 3, 4], 1) == 1.0
+    assert distinct([7] * 10, 1) == 0.1
+    assert distinct([1, 2, 1, 2, 1], 2) == 0.5, "(1, 2), (2, 1) of four"
+    assert distinct([1, 2], 4) == 1.0
+    assert first_divergence([1, 2, 3], [1, 2, 4]) == 2
+    assert first_divergence([1, 2], [1, 2]) == 2
+    assert first_divergence([3], [4]) == 0
+
+
+def test_health_is_that_of_greedy_continuations():
+    dense, student = tiny.llama(seed=0), tiny.llama(seed=1)
+    blocks = tiny.some_tokens(10, 40)
+    found = evaluate.generation_health(dense, student, blocks, tokens=12)
+    assert (found["prompts"], found["prompt_tokens"], found["tokens"]) == (8, 32, 12)
+    rows = {"dense": by_hand(dense, blocks[:8, :32], 12), "compressed": by_hand(student, blocks[:8, :32], 12)}
+    for name, written in rows.items():
+        tails = written[:, 32:].tolist()
+        repeated = [1 - len({tuple(t[i : i + 4]) for i in range(9)}) / 9 for t in tails]
+        assert found[name]["repeated_4grams"] == pytest.approx(sum(repeated) / 8)
+        assert found[name]["distinct_1"] == pytest.approx(sum(len(set(t)) for t in tails) / (8 * 12))
+        losses = next_token_loss(dense(input_ids=written).logits, written)[:, 31:]
+        assert found[name]["dense_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    equal = (rows["dense"] == rows["compressed"])[:, 32:].cumprod(dim=1).sum(dim=1)
+    assert found["agreement"]["first_divergence"] == pytest.approx(equal.float().mean().item())
+
+
+@torch.no_grad()
+def by_hand(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Greedy continuation without a cache; the end of the text is never chosen."""
+    end = model.generation_config.eos_token_id
+    for _ in range(tokens):
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        if end is not None:
+            logits[:, end] = -math.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def test_the_same_model_agrees_with_itself():
+    found = evaluate.generation_health(tiny.llama(), tiny.llama(), tiny.some_tokens(4, 20))
+    assert found["dense"] == found["compressed"]
+    assert found["agreement"]["shortest"] == generation.CONTINUATION

@@ -1,0 +1,314 @@
+"""Tasks: the arithmetic of retention against hand-made figures, and lm-eval against direct computation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import folders
+import tiny
+from layercut import evaluate
+from layercut.cli import main
+from layercut.errors import ConfigError, DataError, RunError
+from layercut.evaluate import harness
+from layercut.evaluate.retention import chance, flips, kept, mcnemar, speaking_metric, standard_error
+
+# ---- the arithmetic ------------------------------------------------------------------------------------------
+
+
+def test_chance_follows_the_choices_of_each_item():
+    assert chance([4, 4, 4, 4]) == 0.25
+    assert chance([2, 4]) == 0.375, "the mean of 1/2 and 1/4, not 1/3"
+    assert chance(None) == 0.0
+    assert chance([]) == 0.0
+
+
+def test_flips_and_their_p_value():
+    dense, compressed = [1, 1, 1, 0, 0, 1.0], [1, 0, 0, 1, 0, 0.0]
+    assert flips(dense, compressed) == (3, 1)
+    # two-sided exact binomial, by counting all 2^4 splits of the four flips: at least 3 on one side
+    uneven = sum(1 for bits in range(16) if max(bits.bit_count(), 4 - bits.bit_count()) >= 3)
+    assert mcnemar(3, 1) == Fraction(uneven, 16)
+    assert mcnemar(0, 0) == mcnemar(5, 5) == 1.0
+    assert mcnemar(10, 0) == 2 / 1024
+    assert mcnemar(0, 10) == mcnemar(10, 0)
+    assert 0 < mcnemar(3000, 2500) < 1e-10, "no overflow with thousands of items"
+    assert flips([0.5, 1], [1, 1]) is None, "an F1 score does not flip"
+    with pytest.raises(ValueError, match="not paired"):
+        flips([1], [1, 0])
+
+
+def test_standard_error_is_that_of_the_mean():
+    values = [1.0, 0.0, 0.0, 1.0, 1.0]
+    expected = torch.tensor(values).std(unbiased=True).item() / math.sqrt(5)
+    assert standard_error(values) == pytest.approx(expected, rel=1e-6)
+    assert standard_error([1.0]) is None
+
+
+def test_kept_above_chance_is_null_where_the_dense_model_guesses():
+    assert kept(0.4, 0.5) == pytest.approx(0.8)
+    assert kept(0.4, 0.5, 0.25) == pytest.approx(0.6)
+    assert kept(0.2, 0.25, 0.25) is None
+    assert kept(0.1, 0.0) is None
+    assert kept(0.2, 0.5, 0.25) == pytest.approx(-0.2), "below chance is below zero"
+
+
+def record(values: list[float], choices: list[int] | None = None, metric: str = "acc", **more: Any) -> dict[str, Any]:
+    score = sum(values) / len(values)
+    metrics = {metric: {"values": values, "score": score, "higher_is_better": True}, **more}
+    return {"metrics": metrics, "choices": choices, "items": len(values), "document_hash": "x"}
+
+
+def test_a_row_compares_two_models_on_the_same_items():
+    row = evaluate.compare_records(record([1, 1, 1, 0], [2, 2, 4, 4]), record([1, 0, 0, 1], [2, 2, 4, 4]))
+    assert (row["dense"], row["compressed"], row["chance"]) == (0.75, 0.5, 0.375)
+    assert (row["lost"], row["gained"], row["p_value"]) == (2, 1, 1.0)
+    assert row["retention"] == pytest.approx(2 / 3)
+    assert row["retention_above_chance"] == pytest.approx(1 / 3)
+    with pytest.raises(RunError, match="not scored on the same items"):
+        evaluate.compare_records(record([1, 0]), {**record([1, 0]), "document_hash": "y"})
+
+
+def test_retention_is_the_mean_over_tasks_that_count():
+    rows = [
+        evaluate.compare_records(record([1, 1, 1, 1], [4] * 4), record([1, 1, 1, 0], [4] * 4)),
+        evaluate.compare_records(record([1, 0, 0, 0], [4] * 4), record([1, 0, 0, 0], [4] * 4)),  # at chance
+        evaluate.compare_records(record([1, 1], metric="exact_match"), record([1, 0], metric="exact_match")),
+    ]
+    found = evaluate.retention(rows)
+    assert found["mean"] == pytest.approx((0.75 + 1 + 0.5) / 3)
+    assert found["above_chance"] == pytest.approx(((0.75 - 0.25) / 0.75 + 0.5) / 2)
+    assert (found["tasks"], found["tasks_above_chance"]) == (3, 2)
+    nothing = {"mean": None, "above_chance": None, "tasks": 0, "tasks_above_chance": 0}
+    assert evaluate.retention([]) == nothing
+
+
+def test_a_perplexity_is_compared_but_not_retained():
+    def lower(score: float) -> dict[str, Any]:
+        metrics = {"word_perplexity": {"values": None, "score": score, "higher_is_better": False}}
+        return {"metrics": metrics, "choices": None, "items": 2, "document_hash": "x"}
+
+    row = evaluate.compare_records(lower(30.0), lower(60.0))
+    assert (row["dense"], row["compressed"], row["retention"], row["p_value"]) == (30.0, 60.0, None, None)
+    assert evaluate.retention([row])["mean"] is None
+
+
+def test_the_metric_that_speaks():
+    both = record([1, 0], acc_norm={"values": [1, 1], "score": 1.0, "higher_is_better": True})
+    assert speaking_metric(both) == "acc_norm"
+    assert speaking_metric(record([1, 0], metric="exact_match,strict-match")) == "exact_match,strict-match"
+    assert speaking_metric(record([1, 0], metric="f1")) == "f1"
+
+
+# ---- lm-eval -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
+    return folders.write_tasks(tmp_path_factory.mktemp("lm_eval_tasks"))
+
+
+def model(seed: int = 0) -> Any:
+    return tiny.llama(3, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def tasks(task_folder: Path) -> dict[str, Any]:
+    return evaluate.load_tasks(["tiny_choices", "tiny_tag"], task_folder)
+
+
+@torch.no_grad()
+def log_likelihood(lm: Any, tokenizer: Any, context: str, answer: str) -> float:
+    """Of an answer after its context: lm-eval encodes both together and takes the context's tokens off."""
+    whole, before = (tokenizer(text, add_special_tokens=False).input_ids for text in (context + answer, context))
+    ids = torch.tensor([[tokenizer.bos_token_id, *whole]])
+    logs = lm(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logs.gather(1, ids[0, 1:, None]).squeeze(1)[len(before) :].sum().item()
+
+
+def test_scores_are_those_of_direct_computation(tasks):
+    lm, tokenizer = model(), folders.tokenizer()
+    found = evaluate.score_tasks(lm, tokenizer, tasks, limit=9, name="dense", cache=None)["tiny_choices"]
+    right = {"acc": [], "acc_norm": []}
+    for document in list(tasks["tiny_choices"].eval_docs)[:9]:
+        context = f"Question: {document['question']}\nAnswer:"
+        scores = [log_likelihood(lm, tokenizer, context, f" {answer}") for answer in document["answers"]]
+        normed = [score / len(answer) for score, answer in zip(scores, document["answers"], strict=True)]
+        for metric, values in {"acc": scores, "acc_norm": normed}.items():
+            right[metric].append(float(values.index(max(values)) == document["right"]))
+    assert found["items"] == 9
+    assert found["choices"] == [2, 3, 4] * 3
+    for metric, expected in right.items():
+        assert found["metrics"][metric]["values"] == expected
+        assert found["metrics"][metric]["score"] == pytest.approx(sum(expected) / 9)
+        assert 0 < sum(expected) < 9, "a reference that is all right or all wrong shows little"
+
+
+def test_lm_eval_itself_gives_the_same_score_and_standard_error(tasks):
+    from lm_eval.evaluator import evaluate as evaluate_directly
+    from lm_eval.models.huggingface import HFLM
+
+    lm, tokenizer = model(), folders.tokenizer()
+    ours = evaluate.score_tasks(lm, tokenizer, tasks, limit=None, name="dense", cache=None)["tiny_choices"]
+    wrapped = HFLM(pretrained=lm, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
+    alone = {"tasks": {"tiny_choices": tasks["tiny_choices"]}, "groups": {}}
+    theirs = evaluate_directly(lm=wrapped, task_dict=alone)["results"]["tiny_choices"]
+    for metric in ("acc", "acc_norm"):
+        values = ours["metrics"][metric]["values"]
+        assert ours["metrics"][metric]["score"] == theirs[f"{metric},none"]
+        assert standard_error(values) == pytest.approx(theirs[f"{metric}_stderr,none"])
+
+
+def test_generative_tasks_work_and_nothing_is_printed_or_changed(tasks, capfd):
+    lm, tokenizer = model(), folders.tokenizer()
+    weights = {id(p) for p in lm.parameters()}
+    found = evaluate.score_tasks(lm, tokenizer, tasks, limit=2, name="dense", cache=None)["tiny_sums"]
+    assert found["choices"] is None
+    assert found["metrics"]["exact_match"]["values"] == [0.0, 0.0], "a random model does not add"
+    assert capfd.readouterr() == ("", "")
+    assert tokenizer.pad_token is None, "lm-eval's padding token would get into the exported tokenizer"
+    assert {id(p) for p in lm.parameters()} == weights
+    assert logging.getLogger("lm_eval").level != logging.CRITICAL
+
+
+def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, monkeypatch):
+    runs = []
+
+    def count(lm: Any, name: str, *more: Any) -> Any:
+        runs.append(lm.title)
+        if len(runs) == stop_at:
+            raise KeyboardInterrupt
+        return run(lm, name, *more)
+
+    run = harness._run
+    monkeypatch.setattr(harness, "_run", count)
+    tokenizer = folders.tokenizer()
+
+    def score(lm: Any, limit: int = 2) -> Any:
+        return evaluate.score_tasks(lm, tokenizer, tasks, limit=limit, name="m", cache=tmp_path / "tasks")
+
+    stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        score(model())
+    stop_at = 0
+    first = score(model())
+    assert runs == ["tiny_choices, m", "tiny_sums, m", "tiny_sums, m"], "the finished task is not run again"
+    assert score(model()) == first
+    assert len(runs) == 3
+    score(model(seed=1))
+    assert len(runs) == 5, "another model"
+    score(model(), limit=3)
+    assert len(runs) == 7, "another limit"
+    for file in (tmp_path / "tasks").iterdir():
+        file.write_text('{"half": ')
+    assert score(model()) == first
+    assert len(runs) == 9, "a spoiled file counts as absent"
+
+
+def test_a_healed_weight_changes_the_content(tasks):
+    lm, tokenizer = model(), folders.tokenizer()
+    before = harness.content_hash(lm, tokenizer)
+    assert harness.content_hash(model(), folders.tokenizer()) == before
+    lm.config.original_layer_index = [0, 1, 2]
+    assert harness.content_hash(lm, tokenizer) == before, "where it came from is not what it computes"
+    lm.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
+    assert harness.content_hash(lm, tokenizer) != before
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_task_is_refused_with_near_names(task_folder, monkeypatch):
+    import lm_eval.tasks
+
+    # lm-eval's own 14,000 tasks take seconds to list and are not what is tested
+    own = lm_eval.tasks.TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path=None, **_: own(
+        include_path=include_path, include_defaults=False))  # fmt: skip
+    with pytest.raises(ConfigError, match="no task 'tiny_choises'") as refused:
+        evaluate.check_tasks(["tiny_sums", "tiny_choises"], task_folder)
+    assert "did you mean tiny_choices" in refused.value.hint
+    evaluate.check_tasks(["tiny_sums", "tiny_tag"], task_folder)
+    with pytest.raises(ConfigError, match="is no folder"):
+        evaluate.check_tasks(["tiny_sums"], task_folder / "nowhere")
+
+
+def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
+    broken = folders.TASK_CHOICES.replace("data.choices", "data.missing").replace("tiny_choices", "tiny_broken")
+    (tmp_path / "data.py").write_text("def missing(**_):\n    raise OSError('no such set')\n")
+    (tmp_path / "broken.yaml").write_text(broken)
+    with pytest.raises(DataError, match="'tiny_broken' cannot be loaded: no such set"):
+        evaluate.load_tasks(["tiny_broken"], tmp_path)
+
+
+def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    with pytest.raises(ConfigError, match="not installed") as refused:
+        evaluate.check_tasks(["arc_easy"], None)
+    assert "pip install" in refused.value.hint
+
+
+# ---- the commands --------------------------------------------------------------------------------------------
+
+SMALL = ["--tokens=64", "--window=16", "--tune-tokens=0", "--eval-tokens=64", "--no-speed", "--no-fold"]
+
+
+def started(run: Path) -> list[str]:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [event["stage"] for event in events if event["name"] == "started"]
+
+
+def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    run = tmp_path / "run"
+    asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}"]
+    argv = ["compress", str(tiny_model), *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    assert main([*argv, *asked, f"--out={run}", "--long-context=128"]) == 0, capsys.readouterr().err
+    summary = json.loads((run / "summary.json").read_text())
+    row = summary["tasks"]["tiny_choices"]
+    assert row["metric"] == "acc_norm"
+    assert row["items"] == 6
+    assert row["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    assert row["compressed"] == pytest.approx(row["dense"] + (row["gained"] - row["lost"]) / 6)
+    assert set(summary["retention"]) == {"mean", "above_chance", "tasks", "tasks_above_chance"}
+    assert summary["long_context"]["window"] == 64, "the text ends before 128"
+    assert {"tasks", "long"} <= set(summary["seconds"])
+    page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
+    assert "tiny_choices" in page
+    assert "tiny_choices" in card
+
+    again = [*argv, f"--out={run}"]
+    before = started(run)
+    assert main([*again, *asked, "--long-context=128"]) == 0
+    assert started(run) == before, "nothing is run twice"
+    assert main([*again, *asked, "--long-context=32"]) == 0
+    assert started(run)[len(before) :] == ["long", "summary"]
+    assert main(again) == 0
+    assert started(run)[len(before) + 2 :] == ["summary"]
+    bare = json.loads((run / "summary.json").read_text())
+    assert bare["tasks"] is bare["retention"] is bare["long_context"] is None, "not asked for any more"
+
+    capsys.readouterr()
+    scored = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
+    assert len(scored) == 4
+    assert main(["evaluate", str(run), *asked]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][:5] == ["task", "metric", "items", "chance", "dense"]
+    assert lines[1][:3] == ["tiny_choices", "acc_norm", "6"]
+    assert float(lines[1][4]) == pytest.approx(row["dense"], abs=1e-4)
+    assert float(lines[1][6]) == pytest.approx(row["compressed"], abs=1e-4)
+    after = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
+    assert after == scored, "the exported model is the one that was scored: nothing is computed twice"
+
+    assert main(["evaluate", str(tiny_model), *asked]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split("\t") == [
+        "task", "metric", "items", "chance", "score", "stderr",
+    ]  # fmt: skip
