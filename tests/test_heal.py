@@ -9,6 +9,7 @@ from layercut import models
 from layercut.cut import cut_segment_
 from layercut.heal.endpoints import TuneSettings, endpoints, tune_, warmup_then_cosine
 from layercut.heal.fold import RIDGES, Normal, fold_, output_projection
+from layercut.heal.objectives import Pair
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl
 
@@ -177,7 +178,8 @@ def test_kl_step_gradient_is_the_full_models():
     from layercut.losses import kl_divergence
 
     trained = room.own_parameters_(Stack(student), [2, 3])
-    room._kl_step(Stack(model), Stack(student), 2, 3, tokens)
+    pair = Pair(dense=Stack(model), student=Stack(student), prefix=2, last=3)
+    pair.backward(tokens, torch.arange(4))
     wanted = room.own_parameters_(Stack(reference), [2, 3])
     p = model(input_ids=tokens, use_cache=False).logits
     kl_divergence(p, reference(input_ids=tokens, use_cache=False).logits).mean().backward()

@@ -111,7 +111,12 @@ class Stack:
             calls.append((args, kwargs))
             return self._untouched(i, run, hidden, *args, **kwargs)
 
-        with intercepted(self.layers, record):
+        # one token of each row is no contiguous tensor, for which linear would copy the head's weights B times
+        heads = [head] if (head := self.model.get_output_embeddings()) is not None else []
+        with (
+            intercepted(self.layers, record),
+            intercepted(heads, lambda _, run, hidden, *args, **kwargs: run(hidden.contiguous(), *args, **kwargs)),
+        ):
             self.model(input_ids=self.place(tokens), use_cache=False, **self._one_logit())
         return embedded[0], calls
 
