@@ -160,7 +160,12 @@ class _Training:
     """What changes from step to step: all of it is in `tensors` and `report`."""
 
     def __init__(
-        self, pair: Pair, positions: list[int], trained: list[nn.Parameter], tokens: torch.Tensor, settings: TuneSettings
+        self,
+        pair: Pair,
+        positions: list[int],
+        trained: list[nn.Parameter],
+        tokens: torch.Tensor,
+        settings: TuneSettings,
     ) -> None:
         self.pair, self.trained, self.tokens, self.settings = pair, trained, tokens, settings
         self.masters = [p.detach().float().clone() for p in trained]
