@@ -109,18 +109,19 @@ def _scaled_(x: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def loss_and_gradient(
-    logits: torch.Tensor, term: Term, scale: float, budget_bytes: int = 4 * 2**20
+    logits: torch.Tensor, term: Term, scale: float, budget_bytes: int | None = None
 ) -> tuple[float, torch.Tensor]:
     """Summed loss of logits [n, V] in any number format, and scale x its gradient in that format.
 
-    float32 exists for a few tokens at a time, so that it stays in the processor's cache: docs/log.md.
+    float32 exists for a few tokens at a time: on a CPU so few (4 MiB) that they stay in its cache, docs/log.md.
     """
-    gradient, total = torch.empty_like(logits), 0.0
-    for part in slices(len(logits), max(1, budget_bytes // (4 * logits.shape[-1]))):
+    budget = budget_bytes or (4 if logits.device.type == "cpu" else 256) * 2**20
+    gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+    for part in slices(len(logits), max(1, budget // (4 * logits.shape[-1]))):
         loss, slope = term(part, logits[part].float())
-        total += loss.sum().item()
+        total += loss.sum()
         gradient[part] = _scaled_(slope, scale)
-    return total, gradient
+    return total.item(), gradient
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
@@ -134,7 +135,7 @@ def logit_pieces(
 ) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget.
 
-    32 MiB is where glibc stops to reuse memory: anything larger is fetched from the system, page by page, each time.
+    Above 32 MiB glibc no longer reuses memory but fetches it from the system, page by page, each time.
     """
     tokens = max(1, budget_bytes // bytes_per_token)
     for part in slices(rows, max(1, tokens // window)):

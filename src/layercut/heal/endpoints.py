@@ -189,7 +189,8 @@ class _Training:
         for p in self.trained:
             start.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout)]
-        return digest([more, asdict(self.settings), data, self.report.trained_layers, start.hexdigest()])
+        plan = [asdict(self.settings), self.report.learning_rate, self.report.steps, self.report.trained_layers]
+        return digest([more, plan, data, start.hexdigest()])
 
     def step_(self) -> int:
         """One optimizer step on the next rows; the tokens in them."""

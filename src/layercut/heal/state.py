@@ -25,7 +25,10 @@ from layercut.errors import RunError
 
 
 class StateFile:
-    """Where the state lies, and when it is due again."""
+    """Where the state lies, and when it is due again.
+
+    key: hash of what decides the result and tuning does not see for itself, which is the frozen weights.
+    """
 
     def __init__(self, path: Path, *, key: str = "", minutes: float = 5.0) -> None:
         self.path, self.key, self.minutes = path, key, minutes
