@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,9 @@ def check_words(stderr: str, *words: str) -> None:
 
 
 def nothing_left(out: Path) -> None:
-    """No stage's artefact, no model, no partial file."""
+    """No artefact of a stage that needs the model, no model, no partial file."""
     left = {path.name for path in out.glob("*")} if out.is_dir() else set()
-    assert not left & {f"{stage}.json" for stage in STAGES}
+    assert not left & {f"{stage}.json" for stage in STAGES if stage != "text"}
     assert not [name for name in left if "partial" in name or name in ("model", "report.html")]
 
 
@@ -389,7 +391,9 @@ OTHERS: dict[str, tuple[list[str], list[str]]] = {
     "cut beyond the model": (["cut", "{model}", "--segment=3:99", "--out={out}"], ["3:99", "8 layers"]),
     "cut over a folder": (["cut", "{model}", "--segment=3:5", "--out={tmp}"], ["exist", "--force"]),
     "evaluate nothing": (["evaluate", "./nowhere"], ["./nowhere", "neither a folder"]),
-    "evaluate on no text": (["evaluate", "{model}", "--eval-data=nowhere.txt"], ["no file 'nowhere.txt'"]),
+    "evaluate on no text": (
+        ["evaluate", "{model}", "--window=64", "--eval-data=nowhere.txt"], ["no file 'nowhere.txt'"],
+    ),
     "search with no model": (["search", "--ratio=0.2"], ["model", "requires", "layercut search --help"]),
     "unknown command": (["compres", "{model}"], ["compres", "Did you mean", "compress", "layercut --help"]),
     "unknown flag of a command": (["report", "{tmp}", "--ratio=1"], ["--ratio", "layercut report --help"]),
@@ -414,14 +418,30 @@ def layercut(argv: list[str], **environment: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
+@contextmanager
+def deaf_server() -> Iterator[tuple[int, list[None]]]:
+    """A port that hangs up on everybody, and how often that was."""
+    calls: list[None] = []
+
+    def hang_up() -> None:
+        with suppress(OSError):
+            while True:
+                server.accept()[0].close()
+                calls.append(None)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=hang_up, daemon=True).start()
+        yield server.getsockname()[1], calls
+
+
 def test_a_hub_model_without_a_network_is_refused_at_once(names, tmp_path):
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    begun = time.monotonic()
-    done = layercut(command(names, "--ratio=0.25", model="owner/name"), **nowhere)
+    with deaf_server() as (port, calls):
+        nowhere = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        done = layercut(command(names, "--ratio=0.25", model="owner/name"), **nowhere)
+    assert len(calls) <= 2  # the libraries beneath would try again and again, with waits between
     assert done.returncode == 2
     check_words(done.stderr, "'owner/name'", "not on this machine", "Hub cannot be reached", "local folder")
     assert len(done.stderr.splitlines()) == 2, done.stderr
-    assert time.monotonic() - begun < 15
     assert not (tmp_path / "run").exists()
 
 

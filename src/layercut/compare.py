@@ -18,7 +18,7 @@ from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import SurgeryError
 from layercut.heal.fold import fold_
-from layercut.pipeline import Workbench, check_sources, default_folder, text_stage
+from layercut.pipeline import Workbench, check_sources, check_window, default_folder, text_stage
 from layercut.progress import bar, say
 from layercut.runs import Run, versions
 from layercut.search import find_segments
@@ -33,7 +33,9 @@ def compare(model: str, config: CompareConfig) -> Path:
     """Run every method on `model` and measure what it removes; returns the run folder, with compare.json in it."""
     journey, methods = config.journey(), config.compare.names
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
-    layers = models.count_layers(models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
+    architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+    check_window(config.text.window, architecture)
+    layers = models.count_layers(architecture)
     length = layers_to_remove(config.compare.ratio or 0, layers)
     check_sources(journey)
     folder = default_folder(model)

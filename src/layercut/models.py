@@ -325,8 +325,9 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    tokenizer: Any = None,
 ) -> LanguageModel:
-    """Load weights and tokenizer. The model comes in eval mode and can be saved as a plain checkpoint.
+    """Load weights, and the tokenizer where it is not given. The model comes in eval mode, fit to be saved.
 
     dtype "auto": the checkpoint's own; bfloat16 for GGUF files; float32 for a float16 checkpoint on a CPU.
     device "auto": the first accelerator torch sees, else the CPU.
@@ -364,7 +365,7 @@ def load(
                 f"{checkpoint.name} cannot be loaded: {first_line(error)}",
                 "check that the checkpoint is complete and that this version of transformers knows it",
             ) from error
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model = model.to(place).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, checkpoint, number, place)
 

@@ -50,10 +50,13 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     """
     config.check()
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
-    layers = models.count_layers(models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
+    architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+    check_window(config.text.window, architecture)
+    layers = models.count_layers(architecture)
     wanted = checked_segments(config.search.segments, layers)
     length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0
     check_sources(config)
+    models.pick_device(config.load.device)
 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
@@ -122,6 +125,16 @@ def check_sources(config: CompressConfig) -> None:
         )
 
 
+def check_window(window: int, architecture: Any) -> None:
+    """Rows of tokens must fit the positions that the model knows."""
+    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if limit and window > limit:
+        raise ConfigError(
+            f"--window {window} is longer than the model's {limit} positions",
+            f"allowed is up to {limit}: --window {min(limit, 256)}",
+        )
+
+
 def default_folder(model: str) -> Path:
     """runs/NAME, from the last part of the model's name."""
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
@@ -143,16 +156,14 @@ class Workbench:
     @cached_property
     def dense(self) -> models.LanguageModel:
         """The model as it came."""
-        load = self.config.load
-        loaded = models.load(self.checkpoint, **asdict(load))
-        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and self.config.text.window > limit:
-            raise ConfigError(
-                f"--window {self.config.text.window} is longer than the model's {limit} positions",
-                f"allowed is up to {limit}: --window {min(limit, 256)}",
-            )
+        loaded = models.load(self.checkpoint, **asdict(self.config.load), tokenizer=self.tokenizer)
         say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}".replace("torch.", ""))
         return loaded
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, which text needs and the model's weights do not."""
+        return models.load_tokenizer(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
 
     @cached_property
     def stack(self) -> Stack:
@@ -172,7 +183,7 @@ class Workbench:
 
         def draw(source: str, tokens: int, **more: Any) -> Blocks:
             model = self.dense.model if "self" in split_mix(source) else None
-            return load_blocks(source, self.dense.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+            return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
 
         drawn = {"calibration": draw(text.data, text.tokens)}
         tune_data = heal.tune_data or text.data
@@ -289,7 +300,7 @@ class Workbench:
             for state, weights in states.items():
                 last = self.dense.model if weights is None else self.student(segments, *weights)
                 figures[state] = evaluate.perplexity(last, tokens, advance=advance)
-        samples = [evaluate.generations(m, self.dense.tokenizer) for m in (self.dense.model, last)]
+        samples = [evaluate.generations(m, self.tokenizer) for m in (self.dense.model, last)]
         return {
             "perplexity": {
                 "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
@@ -307,7 +318,7 @@ class Workbench:
         """The healed student as a stock checkpoint."""
         with bar("saving and verifying", None):
             model = self.student(segments, "folded", "tuned")
-            exported = export_checkpoint(model, self.dense.tokenizer, self.run / "model")
+            exported = export_checkpoint(model, self.tokenizer, self.run / "model")
         return exported | {"files": ["model"]}
 
     # --- the student and its changed weights ---
@@ -414,7 +425,9 @@ def evaluate_only(target: str, config: PerplexityConfig) -> list[tuple[str, floa
         names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
     results, tokens = [], None
     for name, source in names.items():
-        loaded = models.load(models.resolve(source, allow_pickle=config.load.allow_pickle), **asdict(config.load))
+        checkpoint = models.resolve(source, allow_pickle=config.load.allow_pickle)
+        check_window(config.window, models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
+        loaded = models.load(checkpoint, **asdict(config.load))
         if tokens is None:
             tokens = load_blocks(
                 config.eval_data,
