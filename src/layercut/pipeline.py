@@ -28,7 +28,7 @@ from layercut.export import export_checkpoint
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
 from layercut.heal.state import StateFile
-from layercut.heal.stored import StoredTeacher, store_teacher, stored_bytes
+from layercut.heal.stored import StoredTeacher, check_topk, store_teacher, stored_bytes
 from layercut.progress import bar, say
 from layercut.report import model_card, write_report
 from layercut.runs import Run, digest, versions, write_text
@@ -52,6 +52,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window(config.text.window, architecture)
+    if config.heal.teacher_topk:
+        check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = models.count_layers(architecture)
     wanted = checked_segments(config.search.segments, layers)
     length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0

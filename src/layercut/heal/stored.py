@@ -48,6 +48,15 @@ class StoredTeacher:
         self._closing.close()
 
 
+def check_topk(k: int, vocabulary: int) -> None:
+    """ConfigError unless some of the vocabulary is left for the bucket."""
+    if k >= vocabulary:
+        raise ConfigError(
+            f"--teacher-topk {k} is not below the model's {vocabulary} tokens",
+            f"try --teacher-topk {min(64, max(1, vocabulary // 2))}",
+        )
+
+
 def stored_bytes(tokens: int, k: int) -> int:
     """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token."""
     return tokens * (6 * k + 2)
@@ -68,10 +77,7 @@ def store_teacher(
 
     Raises ConfigError where K is not below the vocabulary, RunError where the disk is too small.
     """
-    if k >= dense.vocabulary:
-        raise ConfigError(
-            f"--teacher-topk {k} is not below the model's {dense.vocabulary} tokens", "try --teacher-topk 64"
-        )
+    check_topk(k, dense.vocabulary)
     rows = max(1, SHARD_TOKENS // tokens.shape[1])
     key = f"{key} k={k} t={temperature:g} rows={rows}"
     parts = list(slices(len(tokens), rows))
