@@ -1,8 +1,10 @@
-"""Writes the README's table of figures from benchmarks/results/demo.json, which is a run's summary.
+"""Writes the README's tables from benchmarks/results/: demo.json, a run's summary, and compare-RATIO.json.
 
     layercut demo --out runs/demo
-    python benchmarks/readme.py runs/demo        # takes the run over, then writes the table
-    python benchmarks/readme.py                  # writes the table anew from the file that is there
+    python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
+    python benchmarks/readme.py                  # writes the tables anew from the files that are there
+
+compare-RATIO.json come from `benchmarks/compare.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import re
 import sys
 from pathlib import Path
 
-from layercut.figures import size
+from layercut.compare import by_kl, short
+from layercut.figures import count, figure, label, size
 from layercut.findings import stages
 from layercut.runs import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "demo.json"
+RESULTS = ROOT / "benchmarks" / "results"
+RESULT = RESULTS / "demo.json"
 
 
 def take_over(run: Path) -> None:
@@ -51,16 +55,51 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def compare_table(result: dict) -> str:
+    """One comparison of methods as Markdown, from the cheapest cut to the dearest."""
+    comparison, environment = result["comparison"], result["environment"]
+    layers, tuning, evaluation = comparison["layers"], comparison["tuning"], comparison["evaluation"]
+    states = ["cut", "folded", *(["tuned"] if tuning else [])]
+    tuned = f", {tuning['tokens']:,} tuning" if tuning else ""
+    headings = ["method", "removed", "KL", *states, "layer forwards", "s"]
+    lines = [
+        f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} CPU cores "
+        f"({environment['cpu']}): {comparison['model']}, {layers['before']} -> {layers['after']} layers. The same "
+        f"{comparison['calibration']['tokens']:,} calibration{tuned} and {evaluation['tokens']:,} evaluation tokens "
+        f"({evaluation['source']}) for all; perplexity, dense {figure(comparison['dense']['perplexity'])}:",
+        "",
+        f"| {' | '.join(headings)} |",
+        f"|---|---|{'---:|' * (len(headings) - 2)}",
+    ]
+    for row in by_kl(comparison):
+        perplexities = ["–" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
+        if row["refused"]:
+            perplexities[0] = "refused"
+        backwards = f" + {count(row['layer_backwards'])} back" if row["layer_backwards"] else ""
+        cells = [f"`{row['method']}`", label(row["segments"]), figure(row["kl"]), *perplexities]
+        cells += [count(row["layer_forwards"]) + backwards, f"{row['search_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def comparisons() -> str:
+    """The tables of all ratios that were compared."""
+    return "\n\n".join(compare_table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("compare-*.json")))
+
+
+def filled(text: str) -> str:
+    """The README with its tables made anew."""
+    for region, tables in (("figures", table(json.loads(RESULT.read_text()))), ("compare", comparisons())):
+        between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
+        text = between.sub(lambda found, inside=tables: f"{found[1]}\n{inside}\n{found[2]}", text)
+    return text
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         take_over(Path(sys.argv[1]))
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    figures = table(json.loads(RESULT.read_text()))
-    text = re.sub(
-        r"(<!-- figures -->).*?(<!-- /figures -->)", rf"\1\n{figures}\n\2", text, flags=re.DOTALL
-    )
-    write_text(readme, text)
+    write_text(readme, filled(readme.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

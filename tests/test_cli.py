@@ -15,7 +15,7 @@ import yaml
 from layercut.cli import app, main
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
-COMMANDS = ["compress", "search", "tune", "cut", "evaluate", "report", "demo"]
+COMMANDS = ["compress", "search", "compare", "tune", "cut", "evaluate", "plan", "report", "demo"]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy")
 SMALL = {"tokens": 64, "window": 16, "tune_tokens": 0, "eval_tokens": 64, "speed": False, "fold": False}
 

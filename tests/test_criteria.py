@@ -12,7 +12,7 @@ from layercut.cut import cut_segment_
 from layercut.losses import kl_divergence, next_token_loss
 from layercut.search import criteria, find_segments, price_segments
 from layercut.search.exhaustive import DENSE, set_costs, set_losses, set_work
-from layercut.search.greedy import evolution, level_switch, sleb
+from layercut.search.greedy import distinct, evolution, level_switch, sleb, sleb_work
 from layercut.search.result import Cost
 from layercut.search.statistics import Similarity, cosine_sums, similarity, taylor_scores
 from layercut.segments import Segment, joined_segments
@@ -182,7 +182,7 @@ def test_sleb_is_greedy_and_costs_what_its_rounds_cost():
         forwards += set_work([joined_segments([*removed, i]) for i in losses], 6, len(tokens))
         removed.append(min(losses, key=losses.__getitem__))
     assert sleb(Stack(model), tokens, 3, cost) == joined_segments(removed)
-    assert cost.layer_forwards == forwards
+    assert cost.layer_forwards == forwards == sleb_work(3, 6, len(tokens))
 
 
 def test_evolution_finds_nearly_the_best_of_all_sets():
@@ -196,6 +196,35 @@ def test_evolution_finds_nearly_the_best_of_all_sets():
     assert again == cost
     evolution(stack, tokens, 2, other, seed=1)
     assert other != cost
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_evolution_finds_planted_layers_within_its_budget(seed):
+    model, tokens, cost = tiny.llama(16), tiny.some_tokens(16), Cost()
+    planted = [3, 6, 7, 12]
+    for i in planted:
+        tiny.make_identity_(model, range(i, i + 1))
+    steps = []
+    found = evolution(Stack(model), tokens, 4, cost, seed=seed, advance=steps.append)
+    assert found == joined_segments(planted)
+    budget = sleb_work(4, 16, len(tokens))
+    assert 0.8 * budget < cost.layer_forwards <= budget
+    assert sum(steps) == cost.layer_forwards
+
+
+def test_evolution_stops_at_a_budget_of_ones_own():
+    stack, tokens = Stack(tiny.llama(12)), tiny.some_tokens(8)
+    least, some = Cost(), Cost()
+    evolution(stack, tokens, 3, least, seed=0, budget=0)
+    evolution(stack, tokens, 3, some, seed=0, budget=4000)
+    assert 0 < least.layer_forwards < some.layer_forwards <= 4000
+
+
+def test_children_differ_and_are_fewer_where_there_are_no_more():
+    generator = torch.Generator().manual_seed(0)
+    parent = joined_segments([0])
+    children = distinct(lambda: level_switch(parent, 4, generator), 8, parent)
+    assert sorted(children) == [(Segment(1, 2),), (Segment(2, 3),), (Segment(3, 4),)]
 
 
 def test_a_level_switch_keeps_the_number_of_layers():

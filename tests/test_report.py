@@ -115,6 +115,27 @@ def eval_json() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def triangle() -> list[list[Any]]:
+    """The price of every segment of up to six layers."""
+    return [[s, s + n, COSTS[min(s, 24)] * n / 6] for n in range(1, 7) for s in range(30 - n + 1)]
+
+
+def stability_json(**changed: Any) -> dict[str, Any]:
+    def row(segments: Any, kl: float) -> dict[str, Any]:
+        return {"segments": segments, "kl": kl, "relative": kl / 0.84}
+
+    seeds = [{"seed": s, "segments": [[13, 19]] if s < 4 else [[12, 18]], "kl": 0.8,
+              "calibration": {"source": "web+wiki", "tokens": 4096, "fingerprint": f"f{s}"}} for s in range(5)]
+    whole = {
+        "method": "clp", "search": "abc", "seeds": seeds, "tokens": 4100, "layer_forwards": 5, "worst": 1.031,
+        "choices": [row([[13, 19]], 0.84) | {"seeds": 4}, row([[12, 18]], 0.866) | {"seeds": 1}],
+        "best": row([[13, 19]], 0.84),
+        "sources": [{"source": name, "tokens": 2050, "best": row([[s, s + 6]], 0.8), "chosen": row([[13, 19]], 0.9)}
+                    for name, s in (("web", 13), (EVIL, 12))],
+    }  # fmt: skip
+    return {**whole, **changed}
+
+
 def env_json() -> dict[str, Any]:
     return {
         "hardware": "x86_64, 2 cores, 8 GB", "platform": "Linux 6.1", "cpu": "Intel Xeon", "threads": 2,
@@ -132,11 +153,12 @@ def make_run(folder: Path, **changed: Any) -> Path:
         "heal": heal_json(),
         "eval": eval_json(),
         "env": env_json(),
+        "stability": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in parts.items():
         if changed.get(name, value) is not None:
-            (folder / f"{name}.json").write_text(json.dumps({**value, **changed.get(name, {})}))
+            (folder / f"{name}.json").write_text(json.dumps({**(value or {}), **changed.get(name, {})}))
     return folder
 
 
@@ -321,6 +343,76 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     first = write_report(run).read_text()
     assert write_report(run).read_text() == first, "same run, same bytes"
     assert {p.suffix for p in run.iterdir()} == {".json", ".html"}
+
+
+def test_the_price_of_every_segment_is_a_heat_map(tmp_path: Path) -> None:
+    html, page = report(make_run(tmp_path, search={"triangle": triangle()}))
+    assert "triangle" in page.ids
+    assert "image" not in page.tags, "the page's policy lets no bitmap in"
+    chart = html.partition('<section id="triangle">')[2].partition("</section>")[0]
+    titles = re.findall(r"<title>(\d+):(\d+): ([\d.]+) nats(, the cheapest of its length)?</title>", chart)
+    assert {(int(a), int(b)) for a, b, *_ in titles} == {(s, e) for s, e, _ in triangle()}
+    assert len(titles) == len(triangle())
+    best = {min((kl, s, e) for s, e, kl in triangle() if e - s == n)[1:] for n in range(1, 7)}
+    assert {(int(a), int(b)) for a, b, _, most in titles if most} == best
+    assert "<title>chosen: 13:19</title>" in chart
+    # low cost is blue and high cost orange, on any page; all else follows the page's colours
+    colours = {m[0] for m in re.findall(r"fill: (#[0-9a-f]{6}); stroke: (#[0-9a-f]{6})", chart)}
+    assert {charts.LOSS_COLOURS[0], charts.LOSS_COLOURS[2]} <= colours
+    assert "var(--muted)" in chart
+    _, without = report(make_run(tmp_path / "without"))
+    assert "triangle" not in without.ids
+
+
+def test_odd_prices_are_left_out_and_free_segments_drawn() -> None:
+    odd = [[1, 3, "inf"], [1, 2], "x", [2, 4, None], [3, 5, 0.0], [4, 6, 0.5], [1.5, 3, 0.2], {"a": 1}]
+    assert charts.prices({"triangle": odd}) == {(3, 5): 0.0, (4, 6): 0.5}
+    assert "3:5: 0 nats" in (charts.triangle_chart({"triangle": odd}) or "")
+    assert charts.triangle_chart({"triangle": [[3, 5, 0.0]]})
+    for nothing in ({}, {"triangle": None}, {"triangle": []}, {"triangle": odd[:3]}):
+        assert charts.triangle_chart(nothing) is None
+
+
+def test_stability_is_shown_with_its_verdict(tmp_path: Path) -> None:
+    run = make_run(tmp_path, search={"config_hash": "abc"}, stability=stability_json())
+    html, page = report(run)
+    words = (
+        "two choices alternate, 13:19 (4 of 5 seeds), 12:18 (1 of 5 seeds); the difference costs at most 3.1% in KL."
+    )
+    assert words in page.text
+    assert words in model_card(run)
+    assert "12:18 1 0.866 1.03×" in page.text
+    assert "5 searches by clp" in page.text
+    assert EVIL not in html
+
+
+def test_the_stability_of_another_search_is_not_shown(tmp_path: Path) -> None:
+    _, page = report(make_run(tmp_path, search={"config_hash": "new"}, stability=stability_json()))
+    assert "stability" not in page.ids
+    assert "Stability" not in page.text
+
+
+def test_verdicts_on_stability() -> None:
+    def verdict(**changed: Any) -> findings.Verdict:
+        found = findings.Run(
+            summary={}, search={}, heal={}, evaluation={}, env={}, stability=stability_json(**changed)
+        )
+        return next(v for v in findings.verdicts(found) if v.stage == "Stability")
+
+    choices = stability_json()["choices"]
+    agreed = verdict(choices=[choices[0] | {"seeds": 5}], worst=1.0)
+    assert (agreed.mark, agreed.text) == ("good", "the choice is stable: 5 of 5 seeds remove 13:19.")
+    beaten = verdict(choices=[choices[1] | {"seeds": 5}], worst=1.2)
+    assert beaten.mark == "bad"
+    assert "5 of 5 seeds remove 12:18; 13:19 would be the best on all their text, by 20.0% in KL" in beaten.text
+    third = {"segments": [[20, 26]], "kl": 2.0, "relative": 2.4, "seeds": 1}
+    wandering = verdict(choices=[*choices, third], worst=2.4, best={"segments": [[14, 20]]})
+    assert wandering.mark == "bad"
+    assert "the choice wanders between 3" in wandering.text
+    assert "at most 140.0% in KL against 14:20, the best on all their text" in wandering.text
+    assert verdict(worst="inf").mark == "bad"
+    assert "beyond measure" in verdict(worst="inf").text
+    assert not findings.verdicts(findings.Run(summary={}, search={}, heal={}, evaluation={}, env={}))
 
 
 # ---- the verdict -------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def path_chart(search: dict[str, Any], most_steps: int = 120) -> str | None:
         d.axes.yaxis.get_major_locator().set_params(integer=True)
         d.axes.xaxis.get_major_locator().set_params(integer=True)
         if losses:
-            _loss_bar(d, colours, norm, low, high)
+            _loss_bar(d.axes, colours, norm, "loss, nats", MUTED)
         return d.svg("Place of each particle of the gate over the steps of the search, coloured by its loss")
 
 
@@ -263,15 +263,84 @@ def _step(row: Any) -> tuple[float, list[float], list[float | None]] | None:
     return step, known, losses + [None] * (len(known) - len(losses))
 
 
-def _loss_bar(d: Drawing, colours: Any, norm: Any, low: float, high: float) -> None:
+def _loss_bar(axes: Any, colours: Any, norm: Any, label: str, ink: str, **place: Any) -> None:
     from matplotlib.cm import ScalarMappable
 
-    bar = d.figure.colorbar(ScalarMappable(norm, colours), ax=d.axes, pad=0.02, fraction=0.045, aspect=24)
+    place = place or {"pad": 0.02, "fraction": 0.045, "aspect": 24}
+    bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, **place)
     bar.outline.set_visible(False)
     bar.solids.set_edgecolor("face")  # no hairlines between the colours
-    bar.set_label("loss, nats", color=MUTED)
-    _log_axis(bar.ax.yaxis, low, high)
+    bar.set_label(label, color=ink)
+    _log_axis(bar.ax.yaxis if bar.orientation == "vertical" else bar.ax.xaxis, norm.vmin, norm.vmax)
     bar.ax.tick_params(length=0, which="both")
+
+
+# ---- the price of every segment ----------------------------------------------------------------------------
+
+Prices = dict[tuple[int, int], float]
+
+
+def prices(found: dict[str, Any]) -> Prices:
+    """(start, stop) -> finite KL in nats, of the "triangle" of search.json or compare.json."""
+    rows = [row for row in items(found, "triangle") if isinstance(row, list) and len(row) == 3]
+    known = {bounds[0]: kl for *pair, kl in rows if (bounds := spans([pair]))}
+    return {bounds: value for bounds, kl in known.items() if (value := finite(kl)) is not None}
+
+
+def triangle_chart(search: dict[str, Any]) -> str | None:
+    """KL of every segment, first layer over length, as a heat map; the chosen segments are framed."""
+    known = prices(search)
+    if not known:
+        return None
+    with drawing("triangle", "first layer removed", "layers removed") as d:
+        cells = paint_prices(d.axes, known, left=-0.5, ink=MUTED)
+        cheapest = cheapest_by_length(known)
+        for bounds, cell in cells.items():
+            most = ", the cheapest of its length" if bounds in cheapest else ""
+            d.tip(cell, f"{label([list(bounds)])}: {figure(known[bounds])} nats{most}")
+        for start, stop in cheapest:
+            d.axes.plot(start, stop - start, "o", ms=3.6, mfc=SURFACE, mec="none", ls="none")
+        for start, stop in spans(search.get("segments")):
+            (frame,) = d.axes.plot(
+                start, stop - start, "s", ms=13, mfc="none", mec=INK, mew=2.2, ls="none", clip_on=False
+            )
+            d.tip(frame, f"chosen: {start}:{stop}")
+        return d.svg("KL divergence of every segment: first layer removed across, number of layers up")
+
+
+def paint_prices(axes: Any, known: Prices, *, left: float, ink: str, **bar: Any) -> dict[tuple[int, int], Any]:
+    """A heat map of segments on axes: x the first layer (each cell begins `left` of it), y the length, colour log KL.
+
+    Returns each segment's cell.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.patches import Rectangle
+
+    above = [kl for kl in known.values() if kl > 0]
+    low, high = (min(above), max(above)) if above else (1e-6, 1e-6)
+    norm = LogNorm(low, high if high > low else low * 1.01)
+    # of 50 colours or more, matplotlib would make the bar a bitmap
+    colours = LinearSegmentedColormap.from_list("loss", LOSS_COLOURS, N=32)
+    cells = {}
+    for (start, stop), kl in sorted(known.items()):
+        colour = colours(norm(max(kl, low)))
+        cells[start, stop] = Rectangle((start + left, stop - start - 0.5), 1, 1, fc=colour, ec=colour, lw=0.3)
+        axes.add_patch(cells[start, stop])
+    axes.set_xlim(min(s for s, _ in known) + left, max(s for s, _ in known) + left + 1)
+    axes.set_ylim(min(b - a for a, b in known) - 0.5, max(b - a for a, b in known) + 0.5)
+    axes.grid(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    _loss_bar(axes, colours, norm, "KL, nats", ink, **bar)
+    return cells
+
+
+def cheapest_by_length(known: Prices) -> set[tuple[int, int]]:
+    """The cheapest segment of each length; the first of equals."""
+    best: dict[int, tuple[float, tuple[int, int]]] = {}
+    for (start, stop), kl in sorted(known.items()):
+        best[stop - start] = min(best.get(stop - start, (kl, (start, stop))), (kl, (start, stop)))
+    return {bounds for _, bounds in best.values()}
 
 
 # ---- tuning ------------------------------------------------------------------------------------------------

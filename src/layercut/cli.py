@@ -19,7 +19,7 @@ import cyclopts
 from cyclopts import Parameter
 
 from layercut import __version__
-from layercut.config import CompareConfig, CompressConfig, CutConfig, PerplexityConfig, RunConfig
+from layercut.config import CompareConfig, CompressConfig, CutConfig, PerplexityConfig, PlanConfig, RunConfig
 from layercut.errors import ConfigError, LayercutError
 
 app = cyclopts.App(
@@ -95,6 +95,24 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
     console = Console(highlight=False)
     console.print(comparison_table(json.loads((run / "compare.json").read_text())))
     console.print(f"plot  {run / 'compare.svg'}", soft_wrap=True, markup=False)
+
+
+@app.command
+def plan(model: Model, *, config: PlanConfig | None = None) -> None:
+    """What compress with the same flags would take: parameters, memory, time, from the config alone."""
+    from rich.console import Console
+
+    from layercut.plan import plan_run
+    from layercut.plan.table import tables
+
+    config = config or PlanConfig()
+    found = plan_run(model, config)
+    if config.json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console(highlight=False)
+    for part in tables(found):
+        console.print(part)
 
 
 @app.command

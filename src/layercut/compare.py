@@ -1,32 +1,43 @@
 """Search methods side by side: beside the journey, with its model, its tokens and its run folder.
 
 Every method gets the same calibration tokens; what it removes is priced by the real cut on these, and measured by
-perplexity on the same held-out tokens, plain and after the closed-form fold. One artefact a method,
-`compare-METHOD.json`, none of which depends on another: more methods can be added later, and a run that was stopped
-goes on with the next one.
+perplexity on the same held-out tokens: plain, after the closed-form fold, and after endpoint tuning on as many and
+the same tokens for every one. One artefact a method, `compare-METHOD.json`, says what it removes and what finding
+that took; what is left of the model is measured once for each set of layers, `compare-at-SEGMENTS-….json`, also
+where several methods remove the same. None depends on another method's: more can be added later, and a run that was
+stopped goes on with the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut import evaluate, figures, models
+from safetensors.torch import load_file
+
+from layercut import charts, evaluate, figures, models
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import SurgeryError
+from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
-from layercut.pipeline import Workbench, check_sources, check_window, default_folder, text_stage
+from layercut.pipeline import Workbench, check_sources, check_window, default_folder, text_stage, tune_settings
 from layercut.progress import bar, say
 from layercut.runs import Run, versions
 from layercut.search import find_segments
+from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
+from layercut.search.result import Cost
 from layercut.segments import Segment, layers_to_remove
-from layercut.sweep import Stack
+from layercut.sweep import Stack, mean_kl
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+TRIANGLE_ROWS = 2
+"""Rows of tokens in one sweep of the triangle, in which the hidden states of all segments live at once."""
 
 
 def compare(model: str, config: CompareConfig) -> Path:
@@ -45,25 +56,32 @@ def compare(model: str, config: CompareConfig) -> Path:
         work = Workbench(checkpoint, journey, run)
         text = text_stage(work)
 
-        reported = [work.source, text["evaluation"]]
-        dense = run.stage("compare-dense", reported, lambda: {"perplexity": perplexity(work)})
+        calibrated = [work.source, text["calibration"]]
+        dense = run.stage(
+            "compare-dense", [work.source, text["evaluation"]], lambda: {"perplexity": perplexity(work)}
+        )
         rows = []
         for method in methods:
-            measure = partial(try_method, work, method, length)
-            inputs = [*reported, text["calibration"], config.text.seed, method, length]
-            rows.append(run.stage(f"compare-{method}", inputs, measure))
-            say("compare", describe_row(rows[-1]))
+            search = partial(search_by, work, method, length)
+            found = run.stage(f"compare-{method}", [*calibrated, config.text.seed, method, length], search)
+            say("compare", describe_search(found))
+            rows.append(found | what_is_left(work, found["segments"], text))
+        prices = None
+        if config.compare.triangle:
+            prices = run.stage("compare-triangle", [*calibrated, length], partial(triangle, work, length))
 
         run.stage(
             "compare",
-            [dense["config_hash"], *(row["config_hash"] for row in rows)],
+            [dense["config_hash"], rows, prices],
             lambda: {
                 "model": model,
                 "layers": {"before": layers, "after": layers - length},
                 "calibration": text["calibration"],
+                "tuning": text["tuning"],
                 "evaluation": text["evaluation"],
                 "dense": {"perplexity": dense["perplexity"]},
                 "methods": rows,
+                "triangle": prices and prices["triangle"],
                 "versions": versions(),
             },
         )
@@ -71,41 +89,104 @@ def compare(model: str, config: CompareConfig) -> Path:
         return run.folder
 
 
-def try_method(work: Workbench, method: str, length: int) -> dict[str, Any]:
-    """One method's artefact: what it removes, what finding that took, and what is left of the model."""
+# --- stages: each returns its artefact ---
+
+
+def search_by(work: Workbench, method: str, length: int) -> dict[str, Any]:
+    """What one method removes, its KL on the calibration tokens, and what finding it took."""
     stack, tokens = work.stack, work.blocks["calibration"]
     result = find_segments(stack, tokens, length, method, seed=work.config.text.seed)
-    row: dict[str, Any] = {
+    return {
         "method": method,
         "segments": [[s.start, s.stop] for s in result.segments],
         "kl": result.candidates[0].kl,
-        "perplexity": {"cut": None, "folded": None},
-        "fold": [],
-        "refused": None,
         "search_seconds": round(result.seconds, 3),
         "layer_forwards": result.cost.layer_forwards,
         "layer_backwards": result.cost.layer_backwards,
         "dense_tokens": result.cost.dense_tokens,
     }
+
+
+def triangle(work: Workbench, length: int) -> dict[str, Any]:
+    """KL of every segment of 1 … `length` layers on the calibration tokens, [[start, stop, kl], …], in one sweep."""
+    stack, tokens, cost = work.stack, work.blocks["calibration"], Cost()
+    segments = [s for n in range(1, length + 1) for s in all_segments(n, len(stack))]
+    work_ahead = sweep_work(segments, len(stack), len(tokens))
+    with bar(f"sweeping {len(segments)} segments", work_ahead) as advance:
+        priced = segment_costs(stack, tokens, segments, cost, rows=TRIANGLE_ROWS, advance=advance)
+    found = sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in priced)
+    return {"triangle": [list(price) for price in found], "layer_forwards": cost.layer_forwards}
+
+
+def what_is_left(work: Workbench, bounds: list[list[int]], text: dict[str, Any]) -> dict[str, Any]:
+    """The measured part of a row: the same stages, and so the same figures, for all methods that remove the same."""
+    segments = [Segment(*pair) for pair in bounds]
+    at = "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
+    inputs = [work.source, text["calibration"], text["evaluation"], bounds]
+    cut = work.run.stage(f"{at}-cut", inputs, partial(cut_and_fold, work, segments, f"{at}-folded"))
+    row = {
+        "perplexity": {"cut": cut["cut"], "folded": cut["folded"], "tuned": None},
+        "fold": cut["fold"],
+        "tuning": None,
+        "refused": cut["refused"],
+    }
+    if not work.config.heal.tune_tokens or cut["refused"]:
+        return row
+    inputs = [*inputs, asdict(work.config.heal), text["tuning"], text["heldout"]]
+    tuned = work.run.stage(f"{at}-tuned", inputs, partial(tune, work, segments, cut["files"]))
+    return row | {"perplexity": row["perplexity"] | {"tuned": tuned["tuned"]}, "tuning": tuned["tuning"]}
+
+
+def cut_and_fold(work: Workbench, segments: Sequence[Segment], name: str) -> dict[str, Any]:
+    """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning."""
     student = models.share(work.dense.model)
+    nothing: dict[str, Any] = {"cut": None, "folded": None, "fold": [], "files": [], "refused": None}
     try:
-        cut_segment_(student, result.segments)
+        cut_segment_(student, segments)
     except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
-        return row | {"refused": error.message}
-    cut = perplexity(work, student)
-    folded, folds = fold_and_measure(work, student, result.segments)
-    return row | {"perplexity": {"cut": cut, "folded": folded}, "fold": folds}
-
-
-def fold_and_measure(
-    work: Workbench, student: Any, segments: Sequence[Segment]
-) -> tuple[float | None, list[dict[str, Any]]]:
-    """Perplexity after the fold, helpful or not, and what was folded; None where no cut could be."""
-    tokens = work.blocks["calibration"]
+        return nothing | {"refused": error.message}
+    cut, tokens = perplexity(work, student), work.blocks["calibration"]
     with bar("folding", len(segments) * len(tokens)) as advance:
         folds = [fold.to_json() for fold in fold_(work.stack, Stack(student), segments, tokens, advance=advance)]
-    done = any(not fold["skipped"] for fold in folds)
-    return perplexity(work, student) if done else None, folds
+    if all(fold["skipped"] for fold in folds):
+        return nothing | {"cut": cut, "fold": folds}
+    work.save_changes(student, name)
+    return nothing | {
+        "cut": cut, "folded": perplexity(work, student), "fold": folds, "files": [f"{name}.safetensors"],
+    }  # fmt: skip
+
+
+def tune(work: Workbench, segments: Sequence[Segment], folded: list[str]) -> dict[str, Any]:
+    """Endpoint tuning as the journey does it: from the fold where that helps on the held-out rows."""
+    stack, heldout, tokens = work.stack, work.blocks["heldout"], work.blocks["tuning"]
+    student = models.share(work.dense.model)
+    cut_segment_(student, segments)
+    kept = False
+    if folded:
+        mended = models.share(work.dense.model)
+        cut_segment_(mended, segments)
+        models.replace_parameters_(mended, load_file(work.run / folded[0]))
+        kept = mean_kl(stack, Stack(mended), heldout) < mean_kl(stack, Stack(student), heldout)
+        student = mended if kept else student
+    with bar("tuning the endpoints", tokens.numel()) as advance:
+        report = tune_(
+            stack, Stack(student), segments, tokens, heldout, tune_settings(work.config.heal),
+            advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"),
+        )  # fmt: skip
+    losses = [point["loss"] for point in report.heldout]
+    say("tune", f"{', '.join(map(str, segments))}: held-out loss {losses[0]:.4f} -> {min(losses):.4f}")
+    return {
+        "tuned": perplexity(work, student),
+        "tuning": {
+            "tokens": report.tokens,
+            "trained_layers": report.trained_layers,
+            "trained_parameters": report.trained_parameters,
+            "from_fold": kept,
+            "heldout": {"start": losses[0], "best": min(losses)},
+            "best_step": report.best_step,
+            "tokens_per_second": report.tokens_per_second,
+        },
+    }
 
 
 def perplexity(work: Workbench, student: Any = None) -> float:
@@ -118,7 +199,7 @@ def perplexity(work: Workbench, student: Any = None) -> float:
 # --- what people see -------------------------------------------------------------------------------------------
 
 
-def describe_row(row: dict[str, Any]) -> str:
+def describe_search(row: dict[str, Any]) -> str:
     """One line about a method."""
     return f"{row['method']}: remove {figures.label(row['segments'])}, KL {figures.figure(row['kl'])}"
 
@@ -139,33 +220,36 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    layers, evaluation = comparison["layers"], comparison["evaluation"]
+    layers, evaluation, tuning = comparison["layers"], comparison["evaluation"], comparison["tuning"]
     dense = figures.figure(comparison["dense"]["perplexity"])
     table = Table(
         title=Text(f"{comparison['model']}: {layers['before']} -> {layers['after']} layers", style="bold"),
         caption=Text(
             f"KL on {comparison['calibration']['tokens']:,} calibration tokens, perplexity (dense {dense}) on "
-            f"{evaluation['tokens']:,} tokens of {evaluation['source']}; fwd and bwd are layers times rows"
+            f"{evaluation['tokens']:,} tokens of {evaluation['source']}"
+            + (f", each tuned on the same {tuning['tokens']:,} tokens" if tuning else "")
+            + "; fwd and bwd are layers times rows"
         ),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,
         pad_edge=False,
+        collapse_padding=True,  # eighty columns are enough for every column
     )
     table.add_column("method", no_wrap=True)
     table.add_column("removed", min_width=8)
-    for heading in ("KL", "ppl\ncut", "ppl\nfolded", "s", "layers\nfwd", "layers\nbwd"):
+    states = ["cut", "folded", *(["tuned"] if tuning else [])]
+    for heading in ("KL", *(f"ppl\n{state}" for state in states), "s", "layers\nfwd+bwd"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in by_kl(comparison):
+        perplexities = ["-" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
         table.add_row(
             Text(row["method"]),
             Text(figures.label(row["segments"])),
             figures.figure(row["kl"]),
-            "refused" if row["refused"] else short(row["perplexity"]["cut"]),
-            "-" if row["perplexity"]["folded"] is None else short(row["perplexity"]["folded"]),
+            *(["refused", *perplexities[1:]] if row["refused"] else perplexities),
             f"{row['search_seconds']:.1f}",
-            figures.count(row["layer_forwards"]),
-            figures.count(row["layer_backwards"]),
+            "+".join(figures.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n) or "0",
         )
     return table
 
@@ -177,15 +261,20 @@ def short(perplexity: Any) -> str:
 
 
 def draw_picks(comparison: dict[str, Any], path: Path) -> None:
-    """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right."""
+    """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right.
+
+    Under it, on the same axis, the price of every segment where the triangle is known.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     rows, layers = by_kl(comparison), comparison["layers"]["before"]
+    prices = charts.prices(comparison)
+    heights = [0.3 * len(rows), *([1.2 + 0.28 * max(stop - start for start, stop in prices)] if prices else [])]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
-        canvas = Figure(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
-        axes = canvas.subplots()
+        canvas = Figure(figsize=(7, 1 + sum(heights)), layout="constrained")
+        axes, *below = canvas.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
         for y, row in enumerate(rows):
             spans = figures.spans(row["segments"])
             axes.broken_barh([(0, layers)], (y - 0.35, 0.7), color="#e4e4ea")
@@ -200,6 +289,14 @@ def draw_picks(comparison: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("layer (removed ones coloured)")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
+        for lower in below:
+            place = {"location": "bottom", "fraction": 0.05, "aspect": 50}
+            charts.paint_prices(lower, prices, left=0, ink="black", **place)
+            lower.set_xlim(0, layers)
+            lower.set_xlabel("first layer removed")
+            lower.set_ylabel("layers removed")
+            lower.spines[["top", "right", "left"]].set_visible(False)
+            lower.tick_params(length=0)
         partial = path.with_name(f".{path.name}.partial")
         canvas.savefig(partial, format="svg", metadata={"Date": None})
     partial.replace(path)

@@ -100,6 +100,19 @@ class SearchConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """How often the search is repeated."""
+
+    seeds: int = 1
+    """Searches, each on other calibration text and from another seed, to say how stable the choice is. The
+    first one's choice is removed."""
+
+    def __post_init__(self) -> None:
+        at_least("seeds", self.seeds, 1)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
 class HealConfig:
     """How the cut is healed."""
 
@@ -215,6 +228,7 @@ class CompressConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -223,6 +237,34 @@ class CompressConfig:
         """What is asked of the whole; not on construction, so that a mistyped --ratoi is named first."""
         if self.search.ratio is None and not self.search.segment:
             raise ConfigError("neither --ratio nor --segment is given", "a fifth of the layers: --ratio 0.2")
+        if self.search.segment and self.stability.seeds > 1:
+            raise ConfigError(
+                "--seeds repeats a search, and --segment leaves none", "give --ratio, or leave out --seeds"
+            )
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a run with these flags would take."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    calibrate: bool = True
+    """Measure this machine for a few seconds, to tell how long it will take."""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print everything as JSON instead of tables."""
+    config: Path | None = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+
+    def journey(self) -> CompressConfig:
+        """The run that is planned."""
+        return CompressConfig(
+            load=self.load, text=self.text, search=self.search, heal=self.heal, evaluate=self.evaluate
+        )
 
 
 @flat
@@ -264,9 +306,14 @@ class MethodsConfig:
     """Held-out text for perplexity, named like --data."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
+    tune_tokens: int = 0
+    """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
+    triangle: Annotated[bool, Parameter(negative="")] = False
+    """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
 
     def __post_init__(self) -> None:
         SearchConfig(ratio=self.ratio)
+        at_least("tune_tokens", self.tune_tokens, 0)
         EvaluateConfig(eval_tokens=self.eval_tokens)
         unknown = [name for name in self.names if name not in get_args(Method)]
         if unknown or not self.names:
@@ -290,12 +337,12 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def journey(self) -> CompressConfig:
-        """The same model and tokens as `compress` would take, without tuning. Checked as a whole."""
+        """The same model and tokens as `compress` would take. Checked as a whole."""
         config = CompressConfig(
             load=self.load,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
-            heal=HealConfig(tune_tokens=0),
+            heal=HealConfig(tune_tokens=self.compare.tune_tokens),
             evaluate=EvaluateConfig(eval_data=self.compare.eval_data, eval_tokens=self.compare.eval_tokens),
             run=self.run,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Run:
     heal: dict[str, Any]
     evaluation: dict[str, Any]
     env: dict[str, Any]
+    stability: dict[str, Any] = field(default_factory=dict)
+    """Of this very search; that of an earlier one is left out."""
 
 
 def read_run(folder: Path) -> Run:
@@ -58,12 +60,14 @@ def read_run(folder: Path) -> Run:
             f"{folder} has no summary.json, so it is not the folder of a finished run",
             f"finish the run first: layercut compress MODEL --out {folder}",
         )
+    search, stability = _read(folder / "search.json"), _read(folder / "stability.json")
     return Run(
         summary=_read(folder / "summary.json"),
-        search=_read(folder / "search.json"),
+        search=search,
         heal=_read(folder / "heal.json"),
         evaluation=_read(folder / "eval.json"),
         env=_read(folder / "env.json"),
+        stability=stability if stability.get("search") == search.get("config_hash") else {},
     )
 
 
@@ -199,7 +203,7 @@ class Verdict:
 
 def verdicts(run: Run) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
-    found = [_search_verdict(run), _cut_verdict(run.summary)]
+    found = [_search_verdict(run), _stability_verdict(run.stability), _cut_verdict(run.summary)]
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
     found += [_quantize_verdict(run.summary), _size_verdict(run.summary)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
@@ -230,6 +234,36 @@ def _search_verdict(run: Run) -> Verdict | None:
     if gap <= 0.05:
         return Verdict("good", "Search", f"{text}: {percent(max(gap, 0.0))} more, within the 5% allowed.")
     return Verdict("bad", "Search", f"{text}: it missed the best by {percent(gap)}.")
+
+
+def _stability_verdict(stability: dict[str, Any]) -> Verdict | None:
+    worst = number(stability.get("worst"))
+    if not items(stability, "seeds") or worst is None:
+        return None
+    return Verdict("good" if worst <= 1.05 else "bad", "Stability", stability_words(stability))
+
+
+def stability_words(stability: dict[str, Any]) -> str:
+    """In plain words, whether the choice depends on the text it was made on, and what that costs."""
+    rows = [part(row) for row in items(stability, "choices")]
+    searches, best = items(stability, "seeds"), part(stability, "best")
+    of = f"of {len(searches)} seeds"
+    votes = [f"{label(row.get('segments'))} ({count(row.get('seeds'))} {of})" for row in rows]
+    worst = number(stability.get("worst")) or 1.0
+    lost = percent(worst - 1) if math.isfinite(worst) else "beyond measure"
+    if len(rows) == 1:
+        text = f"the choice is stable: {len(searches)} {of} remove {label(rows[0].get('segments'))}"
+        if worst > 1:
+            text += f"; {label(best.get('segments'))} would be the best on all their text, by {lost} in KL"
+    else:
+        start = "two choices alternate" if len(rows) == 2 else f"the choice wanders between {len(rows)}"
+        text = f"{start}, {', '.join(votes)}; the difference costs at most {lost} in KL"
+        if spans(best.get("segments")) not in [spans(row.get("segments")) for row in rows]:
+            text += f" against {label(best.get('segments'))}, the best on all their text"
+    texts = {part(one, "calibration").get("fingerprint") for one in searches}
+    if len(texts) < len(searches):
+        text += f". The source had but {len(texts)} different {'text' if len(texts) == 1 else 'texts'} for them"
+    return f"{text}."
 
 
 def _cut_verdict(summary: dict[str, Any]) -> Verdict | None:

@@ -86,8 +86,10 @@ class LanguageModel:
 # --- from a name to files -----------------------------------------------------------------------------------
 
 
-def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
+def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
     """Turn MODEL (Hub id, folder or .gguf file) into files on this machine; downloads where needed.
+
+    weights False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
 
     Raises ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
     """
@@ -95,13 +97,20 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Checkpoint:
     if path.suffix == ".gguf" or path.is_file():
         return _resolve_file(name, path)
     if path.is_dir() and name.strip():
-        check_folder(path, allow_pickle=allow_pickle)
+        if weights:
+            check_folder(path, allow_pickle=allow_pickle)
+        else:
+            check_config(path)
         return Checkpoint(name, path.resolve())
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
         raise ModelError(
             f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)",
             "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
         )
+    if not weights:
+        folder = _download(name, allow_pickle=False, weights=False)
+        check_config(folder)
+        return Checkpoint(name, folder)
     folder = _download(name, allow_pickle=allow_pickle)
     check_folder(folder, allow_pickle=allow_pickle)
     return Checkpoint(name, folder)
@@ -120,7 +129,7 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
     return Checkpoint(name, path.resolve().parent, path.name)
 
 
-def _download(name: str, *, allow_pickle: bool) -> Path:
+def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
     """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
@@ -132,7 +141,10 @@ def _download(name: str, *, allow_pickle: bool) -> Path:
 
     patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
     try:
-        if not _hub_answers(name):
+        answers = _hub_answers(name)
+        if not weights:
+            return Path(hf_hub_download(name, "config.json", local_files_only=not answers)).parent
+        if not answers:
             return Path(snapshot_download(name, local_files_only=True))
         hf_hub_download(name, "config.json")
         left_out = ["original/*", "consolidated*"]
@@ -180,11 +192,7 @@ def _hub_answers(name: str) -> bool:
 
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
-    config = read_json(folder / "config.json", "a model folder needs config.json")
-    if not isinstance(config, dict):
-        raise ModelError(
-            f"{folder / 'config.json'} does not hold an object", "use the model's own config.json"
-        )
+    check_config(folder)
     for index in folder.glob("*.index.json"):
         check_index(index)
     if weight_files(folder):
@@ -198,6 +206,15 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
             )
     else:
         raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder whose config.json is missing or is not one."""
+    config = read_json(folder / "config.json", "a model folder needs config.json")
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"{folder / 'config.json'} does not hold an object", "use the model's own config.json"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models
-from layercut.config import CompressConfig, CutConfig, PerplexityConfig, flattened
+from layercut.config import CompressConfig, CutConfig, HealConfig, PerplexityConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, RunError
 from layercut.export import export_checkpoint
+from layercut.figures import label
+from layercut.findings import stability_words
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
 from layercut.heal.state import StateFile
@@ -32,7 +34,7 @@ from layercut.heal.stored import StoredTeacher, check_topk, store_teacher, store
 from layercut.progress import bar, say
 from layercut.report import model_card, write_report
 from layercut.runs import Run, digest, versions, write_text
-from layercut.search import find_segments, price_segments
+from layercut.search import SearchResult, find_segments, price_segments, stability
 from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
 from layercut.sweep import Stack, mean_kl
 
@@ -71,6 +73,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         search = run.stage("search", scored, lambda: work.search(wanted, length))
         segments = [Segment(*bounds) for bounds in search["segments"]]
         say("search", f"{search['method']}: remove {', '.join(map(str, segments))} of {layers} layers")
+        if config.stability.seeds > 1:
+            say("stability", stability_words(stability_stage(work, search, length)))
         if until == "search":
             return run.folder
 
@@ -116,6 +120,18 @@ def text_stage(work: Workbench) -> dict[str, Any]:
     return text
 
 
+def stability_stage(work: Workbench, search: dict[str, Any], length: int) -> dict[str, Any]:
+    """Search again, on other text from other seeds, and judge all choices on a common set; one artefact a seed."""
+    text, run = work.config.text, work.run
+    again, asked = [], asdict(replace(work.config.search, oracle=False))
+    for seed in range(text.seed + 1, text.seed + work.config.stability.seeds):
+        inputs = [work.source, asdict(replace(text, seed=seed)), asked, length]
+        again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length)))
+        say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
+    hashes = [found["config_hash"] for found in again]
+    return run.stage("stability", hashes, lambda: work.stability(search, again, length), after=["search"])
+
+
 def check_sources(config: CompressConfig) -> None:
     """What is reported on must not be what is searched or tuned on."""
     reported = origins(config.evaluate.eval_data) - {"self"}
@@ -140,6 +156,20 @@ def check_window(window: int, architecture: Any) -> None:
 def default_folder(model: str) -> Path:
     """runs/NAME, from the last part of the model's name."""
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
+
+
+def tune_settings(heal: HealConfig) -> TuneSettings:
+    """What tuning itself takes of the options."""
+    return TuneSettings(
+        objective=heal.objective,
+        learning_rate=heal.learning_rate,
+        batch_tokens=heal.batch_tokens,
+        radius=heal.radius,
+        temperature=heal.temperature,
+        mix=heal.mix,
+        epochs=heal.epochs,
+        patience=heal.patience,
+    )
 
 
 @dataclass
@@ -180,13 +210,7 @@ class Workbench:
 
     def read_text(self) -> dict[str, Any]:
         """Draw calibration, tuning and evaluation blocks. Of one source, tuning takes what calibration left."""
-        text, heal = self.config.text, self.config.heal
-        shared = {"window": text.window, "seed": text.seed, "chat_template": text.chat_template}
-
-        def draw(source: str, tokens: int, **more: Any) -> Blocks:
-            model = self.dense.model if "self" in split_mix(source) else None
-            return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
-
+        text, heal, draw = self.config.text, self.config.heal, self.draw
         drawn = {"calibration": draw(text.data, text.tokens)}
         tune_data = heal.tune_data or text.data
         # blocks of one source never overlap: calibration, then held-out, then tuning
@@ -200,24 +224,65 @@ class Workbench:
             order="as written",
             chat_template=False,
         )
-        partial = self.run / ".tokens.partial"
-        save_file({use: blocks.tokens for use, blocks in drawn.items()}, partial)
-        partial.replace(self.run / "tokens.safetensors")
+        self.save({use: blocks.tokens for use, blocks in drawn.items()}, "tokens")
         self.__dict__.pop("blocks", None)
         facts = {use: blocks.facts() for use, blocks in drawn.items()}
         return {"tuning": None, **facts, "files": ["tokens.safetensors"]}
 
+    def draw(self, source: str, tokens: int, **more: Any) -> Blocks:
+        """Blocks of a source, with the run's window and seed unless `more` says otherwise."""
+        text = self.config.text
+        shared = {"window": text.window, "seed": text.seed, "chat_template": text.chat_template}
+        model = self.dense.model if "self" in split_mix(source) else None
+        return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+
     def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
         """The segments to remove: those given, or the search's answer."""
-        config = self.config.search
         tokens = self.blocks["calibration"]
         if wanted:
             result = price_segments(self.stack, tokens, list(wanted))
         else:
-            seed = self.config.text.seed
-            result = find_segments(self.stack, tokens, length, config.method, seed=seed, oracle=config.oracle)
+            result = self.find(tokens, length, self.config.text.seed, oracle=self.config.search.oracle)
         text = self.run.read("text") or {}
         return result.to_json() | {"seed": self.config.text.seed, "calibration": text["calibration"]}
+
+    def find(self, tokens: torch.Tensor, length: int, seed: int, *, oracle: bool = False) -> SearchResult:
+        """The search as it was asked for, on any tokens."""
+        return find_segments(self.stack, tokens, length, self.config.search.method, seed=seed, oracle=oracle)
+
+    def search_again(self, seed: int, length: int) -> dict[str, Any]:
+        """What the search chooses on the calibration text of another seed."""
+        text = self.config.text
+        drawn = self.draw(text.data, text.tokens, seed=seed)
+        self.save({"calibration": drawn.tokens}, f"stability-{seed}")
+        found = self.find(drawn.tokens, length, seed).to_json()
+        kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
+        facts = {"seed": seed, "kl": found["candidates"][0]["kl"], "calibration": drawn.facts()}
+        return facts | {key: found[key] for key in kept} | {"files": [f"stability-{seed}.safetensors"]}
+
+    def stability(self, search: dict[str, Any], again: list[dict[str, Any]], length: int) -> dict[str, Any]:
+        """The choices of all seeds, priced on rows that all their texts gave to."""
+        texts = [self.blocks["calibration"]]
+        texts += [load_file(self.run / file)["calibration"] for found in again for file in found["files"]]
+        sources = split_mix(self.config.text.data)
+        blocks = {
+            source: rows
+            for source, rows in zip(sources, stability.common_rows(texts, len(sources)), strict=True)
+            if len(rows)
+        }
+        searches = [search | {"kl": search["candidates"][0]["kl"]}, *again]
+        choices = [tuple(Segment(*bounds) for bounds in found["segments"]) for found in searches]
+        rows = sum(map(len, blocks.values()))
+        work = stability.stability_work(choices, length, len(self.stack), rows)
+        with bar("pricing every seed's choice", work) as advance:
+            found = stability.judge(self.stack, blocks, choices, length, advance=advance)
+        told = ("seed", "segments", "kl", "calibration")
+        return {
+            "method": search["method"],
+            "search": search["config_hash"],
+            "seeds": [{key: one[key] for key in told} for one in searches],
+            **found,
+        }
 
     def cut(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
@@ -251,16 +316,7 @@ class Workbench:
         if not heal.tune_tokens:
             return {"fold": fold["fold"], "tuning": None, "changed": fold["changed"]}
         student = Stack(self.student(segments, "folded"))
-        settings = TuneSettings(
-            objective=heal.objective,
-            learning_rate=heal.learning_rate,
-            batch_tokens=heal.batch_tokens,
-            radius=heal.radius,
-            temperature=heal.temperature,
-            mix=heal.mix,
-            epochs=heal.epochs,
-            patience=heal.patience,
-        )
+        settings = tune_settings(heal)
         tokens, heldout = self.blocks["tuning"], self.blocks["heldout"]
         teacher = self.stored_teacher(tokens, text["tuning"]["fingerprint"]) if heal.teacher_topk else None
         with bar("tuning the endpoints", heal.epochs * tokens.numel()) as advance:
@@ -340,10 +396,14 @@ class Workbench:
         """Write the parameters that are no longer the dense model's; their names."""
         shared = {id(p) for p in self.dense.model.parameters()}
         changed = {n: p.detach().cpu() for n, p in student.named_parameters() if id(p) not in shared}
-        partial = self.run / f".{name}.partial"
-        save_file(changed, partial)
-        partial.replace(self.run / f"{name}.safetensors")
+        self.save(changed, name)
         return sorted(changed)
+
+    def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
+        """Write tensors to NAME.safetensors in the run folder, whole or not at all."""
+        partial = self.run / f".{name}.partial"
+        save_file(tensors, partial)
+        partial.replace(self.run / f"{name}.safetensors")
 
 
 def summarise(

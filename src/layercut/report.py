@@ -34,6 +34,7 @@ def write_report(run: Path) -> Path:
     pictures = {
         "cost": charts.cost_chart(found.search),
         "path": charts.path_chart(found.search),
+        "triangle": charts.triangle_chart(found.search),
         "tuning": charts.tuning_chart(found.heal),
     }
     page = _templates(escape=True).get_template("report.html")
@@ -95,6 +96,7 @@ def _facts(run: findings.Run) -> dict[str, Any]:
         "run": run,
         "summary": run.summary,
         "search": run.search,
+        "stability": run.stability,
         "heal": run.heal,
         "env": run.env,
         "name": figures.short_name(run.summary.get("model")),

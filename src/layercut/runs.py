@@ -142,7 +142,8 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        for artefact in (*(self / f"{name}.json" for name in STAGES), *self.folder.glob("compare*.json")):
+        more = (file for stages in ("compare", "stability") for file in self.folder.glob(f"{stages}*.json"))
+        for artefact in (*(self / f"{name}.json" for name in STAGES), *more):
             artefact.unlink(missing_ok=True)
 
 

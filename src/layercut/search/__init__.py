@@ -19,7 +19,7 @@ from layercut.search.exhaustive import (
     sweep_work,
 )
 from layercut.search.gate import clp_search, schedule_for
-from layercut.search.greedy import GENERATIONS, evolution, sleb
+from layercut.search.greedy import evolution, sleb, sleb_work
 from layercut.search.result import Candidate, Cost, SearchResult
 from layercut.search.statistics import similarity, taylor_scores
 from layercut.segments import Segment
@@ -108,6 +108,6 @@ def _pick(stack: Stack, tokens: torch.Tensor, length: int, method: str, seed: in
             with bar(method, length) as advance:
                 return sleb(stack, tokens, length, cost, advance=advance)
         case "evolution":
-            with bar(method, GENERATIONS) as advance:
+            with bar(method, sleb_work(length, layers, rows)) as advance:
                 return evolution(stack, tokens, length, cost, seed=seed, advance=advance)
     raise ValueError(f"unknown method {method!r}")

@@ -1,0 +1,69 @@
+"""Claim: what the gate removes is as good as what any other method does, at a fraction of the greedy ones' work.
+
+    python benchmarks/compare.py --data TEXT --eval-data HELDOUT [--ratios 0.2 0.3] [--tune-tokens 16384] …
+
+`layercut compare` at each ratio, into runs/compare-RATIO (stopped, it goes on there); the outcome is copied to
+results/compare-RATIO.json, without paths of this machine, from which `benchmarks/readme.py` makes the README's
+tables. Every method gets the same calibration, tuning and evaluation tokens, in one run on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import arguments
+from layercut.compare import compare
+from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig
+from layercut.data import split_mix
+from layercut.demo import fetch_model
+from layercut.runs import write_json
+
+
+def take_over(run: Path, target: Path, **settings: Any) -> None:
+    """Copy a comparison and where it was made."""
+    comparison = json.loads((run / "compare.json").read_text())
+    environment = json.loads((run / "env.json").read_text())
+    comparison["model"] = Path(comparison["model"]).name
+    for use in ("calibration", "tuning", "evaluation"):
+        if comparison[use]:
+            comparison[use]["source"] = "+".join(Path(part).stem for part in split_mix(comparison[use]["source"]))
+    plain = [argument for argument in sys.argv[1:] if not argument.startswith("/")]
+    environment["command"] = [Path(sys.argv[0]).name, *plain]
+    write_json(target, {**settings, "comparison": comparison, "environment": environment})
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "",
+        data="python-docstrings",
+        eval_data="python-docs",
+        ratios=[0.2, 0.3],
+        methods=MethodsConfig().methods,
+        tokens=2048,
+        window=256,
+        eval_tokens=8192,
+        tune_tokens=16384,
+        seed=0,
+        runs="runs",
+    )
+    for ratio in args.ratios:
+        config = CompareConfig(
+            text=DataConfig(data=args.data, tokens=args.tokens, window=args.window, seed=args.seed),
+            compare=MethodsConfig(
+                ratio=ratio,
+                methods=args.methods,
+                eval_data=args.eval_data,
+                eval_tokens=args.eval_tokens,
+                tune_tokens=args.tune_tokens,
+            ),
+            run=RunConfig(out=Path(args.runs) / f"compare-{ratio:g}"),
+        )
+        run = compare(args.model or str(fetch_model()), config)
+        take_over(run, args.out.with_name(f"compare-{ratio:g}.json"), ratio=ratio, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Claim: `layercut plan` foretells the peak memory of every stage within a quarter, from the config alone.
+
+    python benchmarks/plan.py [--models smollm2 qwen2 llama] [--stages load …] [--tokens 1024]
+
+Three shapes: the demo's SmolLM2-135M, and two with random weights (a Qwen2 of 0.3B parameters and a vocabulary of
+152k, tied; a Llama of 0.5B and a vocabulary of 32k, untied). Every stage runs in a process of its own, through the
+pipeline's own code; its peak is the process's resident high-water mark, set back after the model is loaded (Linux).
+For export the fresh process that verifies the checkpoint is added, since both live at the same time. Memory and time
+do not depend on what the tokens say: they are random. The same settings are planned by the same code as the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from common import arguments
+from layercut import models
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.demo import fetch_model
+from layercut.pipeline import Workbench
+from layercut.runs import Run, environment, write_json
+from layercut.segments import Segment
+
+STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
+LENGTH = 0.2
+
+
+def main() -> None:
+    if os.environ.get("LAYERCUT_PLAN_STAGE"):
+        return measure(json.loads(os.environ["LAYERCUT_PLAN_STAGE"]))
+    args = arguments(__doc__, models=["smollm2", "qwen2", "llama"], stages=STAGES, tokens=1024, window=128)
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.models:
+            model = make_model(name, Path(scratch))
+            for row in planned_and_measured(name, model, args, Path(scratch)):
+                rows = [r for r in rows if (r["model"], r["stage"]) != (name, row["stage"])] + [row]
+                print(row, flush=True)
+                write(args.out, rows)
+    print(table(rows))
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    environ = environment()
+    environ["command"] = [Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if not a.startswith("/"))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    errors = [abs(row["bytes"]["planned"] / row["bytes"]["measured"] - 1) for row in rows]
+    worst = {"worst_memory_error": max(errors)} if errors else {}
+    write_json(out, {"claim": __doc__.splitlines()[0], **worst, "rows": rows, "environment": environ})
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For docs: planned and measured, side by side."""
+    lines = ["| model | stage | peak planned | measured | planned / measured | seconds planned | measured |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for r in rows:
+        b, s = r["bytes"], r["seconds"]
+        planned = "" if s["planned"] is None else f"{s['planned']:.1f}"
+        lines.append(
+            f"| {r['model']} | {r['stage']} | {b['planned'] / 1e6:,.0f} MB | {b['measured'] / 1e6:,.0f} MB "
+            f"| {b['planned'] / b['measured']:.2f} | {planned} | {s['measured']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+# --- the models ---
+
+
+def make_model(name: str, scratch: Path) -> Path:
+    """The demo's model, or a folder with random weights and a byte-level tokenizer."""
+    if name == "smollm2":
+        return fetch_model()
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    shapes = {
+        "qwen2": Qwen2Config(
+            vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=12,
+            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+        "llama": LlamaConfig(
+            vocab_size=32000, hidden_size=1280, intermediate_size=3456, num_hidden_layers=24,
+            num_attention_heads=20, num_key_value_heads=4, tie_word_embeddings=False,
+        ),
+    }  # fmt: skip
+    folder = scratch / name
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shapes[name], dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> Any:
+    """Bytes as tokens: enough for the prompts that evaluation generates from."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as cores
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(cores.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=letters[0])
+
+
+# --- planned and measured ---
+
+
+def settings(args: dict[str, Any], method: str = "exhaustive") -> CompressConfig:
+    return CompressConfig(
+        text=DataConfig(tokens=args["tokens"], window=args["window"]),
+        search=SearchConfig(ratio=LENGTH, method=method),
+        heal=HealConfig(tune_tokens=4096),
+        evaluate=EvaluateConfig(eval_tokens=2048),
+    )
+
+
+def planned_and_measured(name: str, model: Path, args: Any, scratch: Path) -> list[dict[str, Any]]:
+    given = {"tokens": args.tokens, "window": args.window}
+    folder, found = scratch / f"run-{name}", []
+    plans = {method: planned(model, given, method) for method in ("exhaustive", "clp")}
+    for stage in args.stages:
+        job = given | {"model": str(model), "stage": stage, "folder": str(folder)}
+        env = os.environ | {"LAYERCUT_PLAN_STAGE": json.dumps(job)}
+        done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{name} {stage}: {done.stderr}")
+        seen = json.loads(done.stdout.splitlines()[-1])
+        plan = plans["clp" if stage == "clp" else "exhaustive"]
+        figures = plan["stages"]["search" if stage in ("clp", "exhaustive") else stage]
+        found.append(
+            {
+                "model": name,
+                "stage": stage,
+                **given,
+                "bytes": {"planned": figures["peak_bytes"], "measured": seen["peak"]},
+                "seconds": {"planned": figures["seconds"], "measured": seen["seconds"]},
+                "before": seen["before"],
+                "work": seen["work"],
+            }
+        )
+    return found
+
+
+def planned(model: Path, given: dict[str, Any], method: str) -> dict[str, Any]:
+    """In a process of its own, as the command is: what this one holds is not to be counted."""
+    flags = ["--tokens", given["tokens"], "--window", given["window"], "--ratio", LENGTH, "--method", method]
+    flags += ["--tune-tokens", 4096, "--eval-tokens", 2048, "--json"]
+    command = [sys.executable, "-m", "layercut.cli", "plan", str(model), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def measure(job: dict[str, Any]) -> None:
+    """One stage, in this process; prints its peak resident bytes and seconds."""
+    stage = job["stage"]
+    config = settings(job, "clp" if stage == "clp" else "exhaustive")
+    checkpoint = models.resolve(job["model"])
+    with Run(Path(job["folder"])) as run:
+        work = Workbench(checkpoint, config, run)
+        layers = models.count_layers(models.load_config(checkpoint))
+        length = round(LENGTH * layers)
+        segments = [Segment((layers - length) // 2, (layers - length) // 2 + length)]
+        draw_tokens(work, config)
+        run.stage("cut", None, lambda: {"segments": [[s.start, s.stop] for s in segments]})
+        jobs = {
+            "load": lambda: work.dense and {},
+            "exhaustive": lambda: work.search([], length),
+            "clp": lambda: work.search([], length),
+            "fold": lambda: work.fold(segments),
+            "tune": lambda: work.tune(segments),
+            "eval": lambda: work.evaluate(segments),
+            "export": lambda: work.export(segments),
+        }
+        names = {"clp": "search", "exhaustive": "search", "tune": "heal"}
+        if stage != "load":
+            _ = work.stack
+            for earlier in {"tune": ["fold"], "eval": ["fold", "heal"], "export": ["fold", "heal"]}.get(stage, []):
+                if run.read(earlier) is None:
+                    run.stage(earlier, "assumed", lambda: {"fold": [], "changed": [], "tuning": None})
+        before = reset_peak()
+        children = Children() if stage == "export" else None
+        begun = time.perf_counter()
+        found = jobs[stage]()
+        seconds = time.perf_counter() - begun
+        peak = high_water() if children is None else children.stop()
+        if stage in ("fold", "tune"):
+            run.stage(names.get(stage, stage), time.time(), lambda: found)
+    keys = ("layer_forwards", "layer_backwards")
+    print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": {k: found.get(k) for k in keys}}))
+
+
+def draw_tokens(work: Workbench, config: CompressConfig) -> None:
+    """Random tokens of the sizes that the text stage would draw."""
+    window = config.text.window
+    counts = {
+        "calibration": config.text.tokens,
+        "heldout": 1024,
+        "tuning": config.heal.tune_tokens,
+        "evaluation": config.evaluate.eval_tokens,
+    }
+    drawn = {use: torch.randint(250, (-(-count // window), window)) for use, count in counts.items()}
+    save_file(drawn, work.run / "tokens.safetensors")
+    facts = {"source": "random", "tokens": 0, "fingerprint": ""}
+    work.run.stage("text", None, lambda: dict.fromkeys(counts, facts))
+
+
+# --- resident memory, from the kernel ---
+
+
+def status(key: str, pid: int | str = "self") -> int:
+    """Bytes of a line of /proc/PID/status; 0 where the process has gone."""
+    try:
+        found = re.search(rf"{key}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def reset_peak() -> int:
+    """Set the high-water mark back to what is resident now; that."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def high_water() -> int:
+    return status("VmHWM")
+
+
+class Children:
+    """The peak of this process and its children together, sampled."""
+
+    def __init__(self) -> None:
+        self.peak, self.running = 0, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+
+    def watch(self) -> None:
+        me = os.getpid()
+        while self.running:
+            pids = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+            self.peak = max(self.peak, status("VmRSS") + sum(status("VmRSS", pid) for pid in pids))
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        self.running = False
+        self.thread.join()
+        return self.peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Tell beforehand what a run will take, from the config alone: no weights are read and no text is drawn.
+
+    layercut plan MODEL --ratio 0.2
+
+Beside the journey: it asks the pipeline's stages for their own counts (`work.py`), says which tensors are alive at the
+peak of each (`memory.py`), runs one row through every layer on shapes alone (`shape.py`), measures this machine for a
+few seconds (`machine.py`), and says where it fits (`fit.py`). What is not known is null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from layercut import models
+from layercut.config import CompressConfig, PlanConfig
+from layercut.cut.plan import plan_cut
+from layercut.errors import ConfigError, SurgeryError
+from layercut.plan import memory, work
+from layercut.plan.fit import Target, judge, targets
+from layercut.plan.machine import Rates, calibrate, memory_bytes, resident_bytes
+from layercut.plan.shape import Parts, Shape, count_parts, measure_shape, skeleton
+from layercut.segments import Segment, checked_segments, layers_to_remove
+
+GROUP = 128
+"""Numbers that share one 16-bit scale in weight-only quantization."""
+
+TRIES = 12
+"""Segments tried, from the middle outwards, until one is found that the architecture lets go."""
+
+
+STAGES = ("load", "search", "fold", "tune", "eval", "export")
+
+
+def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
+    """Everything `layercut compress` with the same flags will take, as one JSON object.
+
+    Raises ModelError (no config, not a causal model), ConfigError (neither --ratio nor --segment), SurgeryError
+    (the segment cannot be cut).
+    """
+    journey = config.journey()
+    journey.check()
+    checkpoint = models.resolve(model, weights=False)
+    stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+    device = models.pick_device(config.load.device)
+    dtype = models.pick_dtype(config.load.dtype, stock, checkpoint, device)
+    _check_window(journey, stock)
+
+    shape = measure_shape(stock, dtype, journey.text.window)
+    given = checked_segments(journey.search.segments, shape.layers)
+    length = sum(map(len, given)) if given else layers_to_remove(journey.search.ratio or 0, shape.layers)
+    segments, after = cut_parts(stock, dtype, given, length)
+    base = resident_bytes()
+    rates = calibrate(shape, dtype, device, checkpoint.folder) if config.calibrate else None
+
+    @lru_cache
+    def shape_at(window: int) -> Shape:
+        return shape if window == shape.window else measure_shape(stock, dtype, window)
+
+    stored = _stored(checkpoint, shape)
+    gguf = checkpoint.gguf is not None
+    mapped = not gguf and dtype == models.pick_dtype("auto", stock, checkpoint, device)
+
+    def peaks(settings: CompressConfig, on_cpu: bool) -> dict[str, memory.Peak]:
+        at, libraries = shape_at(settings.text.window), base or 0
+        found = stage_peaks(at, settings, segments, length, bool(given), after, libraries if on_cpu else 0)
+        place = "cpu" if on_cpu else "accelerator"
+        found["load"] = memory.load(shape, gguf=gguf, mapped=mapped, device=place)
+        return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
+
+    def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
+        return {name: memory.total(peak) for name, peak in peaks(settings, not target.accelerator).items()}
+
+    spent = stage_work(shape, journey, segments, length, bool(given), after, stored, gguf)
+    planned = peaks(journey, device.type == "cpu")
+    stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
+    return {
+        "model": model,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": {"before": shape.layers, "after": shape.layers - length},
+        "segments": [[s.start, s.stop] for s in segments],
+        "segments_are": "given" if given else "assumed: the search decides; the middle of the stack is taken here",
+        "parameters": {"before": part_counts(shape.dense), "after": part_counts(after)},
+        "parameters_after_range": None if given else _range(shape.dense, length),
+        "bytes": {"before": sizes(shape.dense, dtype), "after": sizes(after, dtype)},
+        "kv_bytes_per_token": {"before": shape.dense.kv_bytes_per_token, "after": after.kv_bytes_per_token},
+        "caches": {"before": shape.dense.caches, "after": after.caches},
+        "base_bytes": base,
+        "host_bytes": memory.total(memory.load(shape, gguf=gguf, mapped=mapped, device="cpu")) + (base or 0),
+        "machine": rates.to_json() if rates else None,
+        "stages": stages,
+        "seconds": sum(s["seconds"] for s in stages.values() if s["seconds"] is not None) if rates else None,
+        "fits": [
+            judge(target, journey, needs, shape.dense.total * dtype.itemsize) for target in targets(memory_bytes())
+        ],
+    }
+
+
+def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:
+    """The segments, given or assumed, and what is left after they are cut, counted on the class's own skeleton."""
+    model = skeleton(config, dtype)
+    layers = len(models.find_decoder(model))
+    middle = (layers - length) // 2
+    starts = sorted(range(layers - length + 1), key=lambda s: (abs(s - middle), s))[:TRIES]
+    refusal: SurgeryError | None = None
+    for segments in [given] if given else [[Segment(start, start + length)] for start in starts]:
+        try:
+            cut = plan_cut(model.config, type(model), segments)
+        except SurgeryError as error:
+            refusal = refusal or error
+            continue
+        return segments, count_parts(skeleton(cut.config, dtype))
+    assert refusal is not None
+    raise refusal
+
+
+def stage_peaks(
+    shape: Shape,
+    config: CompressConfig,
+    segments: list[Segment],
+    length: int,
+    given: bool,
+    after: Parts,
+    base: int,
+) -> dict[str, memory.Peak]:
+    """The parts of every stage's peak but loading's, the dense weights among them. Of several segments the first is
+    tuned deepest. base: what a fresh process holds from the start."""
+    rows = work.rows_of(config.text.tokens, shape.window)
+    first = min(segments)
+    weights = {"weights": shape.dense.total * shape.itemsize}
+    swept = memory.exhaustive(shape, length, rows)
+    search = memory.sweep(shape, 2, rows) if given else swept
+    if config.search.method == "clp" and not given:
+        search = memory.clp(shape, length, rows)
+        if config.search.oracle:
+            search = max(search, swept, key=memory.total)
+    peaks = {"search": weights | search}
+    held = work.rows_of(work.held_out_tokens(config), shape.window)
+    if config.heal.fold:
+        peaks["fold"] = weights | memory.fold(shape, rows, held)
+    if config.heal.tune_tokens:
+        peaks["tune"] = weights | memory.tune(shape, config, first)
+    peaks["eval"] = weights | memory.evaluate(shape, config)
+    peaks["export"] = weights | memory.export(shape, after.total, base)
+    return peaks
+
+
+def stage_work(
+    shape: Shape,
+    config: CompressConfig,
+    segments: list[Segment],
+    length: int,
+    given: bool,
+    after: Parts,
+    stored: int,
+    gguf: bool,
+) -> dict[str, work.Work | None]:
+    """What every stage computes; None where that cannot be told beforehand."""
+    first, size = min(segments), shape.itemsize
+    known = given or config.search.method in work.METHODS
+    weights = (shape.dense.total * size, after.total * size)
+    return {
+        "load": work.load_work(stored, weights[0]) if not gguf else None,  # dequantizing takes most of it
+        "search": work.search_work(shape, config, length, segments if given else []) if known else None,
+        "fold": work.fold_work(shape, config, first),
+        "tune": work.tune_work(shape, config, first),
+        "eval": work.evaluate_work(shape, config, first, weights),
+        "export": work.export_work(shape, after, weights[1]),
+    }
+
+
+def describe_stage(
+    shape: Shape, peak: memory.Peak, spent: work.Work | None, rates: Rates | None
+) -> dict[str, Any]:
+    """One stage of the plan."""
+    result: dict[str, Any] = {
+        "peak_bytes": memory.total(peak),
+        "parts": peak,
+        "flops": None,
+        "layer_forwards": None,
+        "layer_backwards": None,
+        "read_bytes": None,
+        "seconds": None,
+    }
+    if spent is None:
+        return result
+    return result | {
+        "flops": spent.flops + spent.flops64,
+        "layer_forwards": asdict(spent.layer_forwards),
+        "layer_backwards": asdict(spent.layer_backwards),
+        "read_bytes": spent.read_bytes,
+        "seconds": rates.seconds(shape, spent) if rates else None,
+    }
+
+
+def part_counts(parts: Parts) -> dict[str, Any]:
+    """Parameters by part."""
+    return {
+        "total": parts.total,
+        "embedding": parts.embedding,
+        "layers": parts.layers,
+        "head": parts.head,
+        "other": parts.other,
+        "tied": parts.tied,
+    }
+
+
+def sizes(parts: Parts, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes as saved, and with the layers' matrices in 8 and 4 bits: a number takes bits + 16 / group."""
+    rest = (parts.total - parts.matrices) * dtype.itemsize
+    packed = {f"{bits} bits": rest + round(parts.matrices * (bits + 16 / GROUP) / 8) for bits in (8, 4)}
+    return {"saved": parts.total * dtype.itemsize, **packed}
+
+
+def _range(parts: Parts, length: int) -> dict[str, int]:
+    """Fewest and most parameters left, wherever the segment is."""
+    removed = [sum(parts.layers[s : s + length]) for s in range(len(parts.layers) - length + 1)]
+    return {"least": parts.total - max(removed), "most": parts.total - min(removed)}
+
+
+def _stored(checkpoint: models.Checkpoint, shape: Shape) -> int:
+    """Bytes of the weight files: those that are here, else what they will be."""
+    files = [checkpoint.file] if checkpoint.gguf else models.weight_files(checkpoint.folder)
+    here = sum(file.stat().st_size for file in files if file.is_file())
+    return here or shape.dense.total * shape.itemsize
+
+
+def _check_window(config: CompressConfig, stock: Any) -> None:
+    """As the run itself refuses it."""
+    limit = getattr(stock.get_text_config(), "max_position_embeddings", None)
+    if limit and config.text.window > limit:
+        raise ConfigError(
+            f"--window {config.text.window} is longer than the model's {limit} positions",
+            f"allowed is up to {limit}: --window {min(limit, 256)}",
+        )
+
+
+__all__ = ["plan_run"]

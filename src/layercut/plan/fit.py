@@ -1,0 +1,98 @@
+"""What fits where, and which flags would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from layercut.config import CompressConfig
+
+GB = 10**9
+RESERVED = 1 * GB
+"""Left alone on an accelerator: its runtime and what the allocator cannot use. A guess."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to run on."""
+
+    name: str
+    bytes: int
+    """Memory of the one device that holds the model."""
+    devices: int = 1
+    accelerator: bool = True
+
+    def room(self) -> int:
+        return self.bytes - RESERVED if self.accelerator else self.bytes
+
+
+def targets(memory: int | None) -> list[Target]:
+    """This machine's CPU, one 24 GB accelerator, and eight of 80 GB."""
+    here = [Target("this machine's CPU", memory, accelerator=False)] if memory else []
+    return [*here, Target("one 24 GB GPU", 24 * GB), Target("8 x 80 GB GPUs", 80 * GB, devices=8)]
+
+
+def judge(
+    target: Target, config: CompressConfig, needs: Callable[[CompressConfig, Target], dict[str, int]], weights: int
+) -> dict[str, Any]:
+    """Does every stage fit, and if not, the flags that make it fit; None where no flag does.
+
+    needs: bytes of every stage by name, on that target. weights: bytes of the dense model. A run uses one device;
+    "even_share_bytes" is what each of several would hold at least, could it be spread over them.
+    """
+    stages = needs(config, target)
+    worst = max(stages, key=lambda name: stages[name])
+    found: dict[str, Any] = {
+        "target": target.name,
+        "bytes_per_device": target.bytes,
+        "devices": target.devices,
+        "devices_used": 1,
+        "even_share_bytes": stages[worst] // target.devices,
+        "needs_bytes": stages[worst],
+        "stage": worst,
+        "fits": stages[worst] <= target.room(),
+        "flags": [],
+        "why": None,
+    }
+    if found["fits"]:
+        return found
+    if weights > target.room():
+        return found | {"flags": None, "why": "the weights alone are larger than the device, and one device is used"}
+    for flags, changed in savings(config):
+        stages = needs(changed, target)
+        if max(stages.values()) <= target.room():
+            return found | {"flags": flags}
+    return found | {"flags": None, "why": "no setting makes it fit"}
+
+
+def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]]:
+    """Settings that need less and less, each on top of those before: first what costs nothing but time."""
+    flags: list[str] = []
+    for flag, change in _STEPS:
+        changed = change(config)
+        if changed != config:
+            flags, config = [*flags, flag], changed
+            yield flags, config
+    window = config.text.window
+    while window > 64:
+        window //= 2
+        config = replace(config, text=replace(config.text, window=window))
+        yield [*flags, f"--window {window}"], config
+
+
+def _heal(**changes: Any) -> Callable[[CompressConfig], CompressConfig]:
+    return lambda config: replace(config, heal=replace(config.heal, **changes))
+
+
+def _sweep(config: CompressConfig) -> CompressConfig:
+    method = "exhaustive" if config.search.method == "clp" else config.search.method
+    return replace(config, search=replace(config.search, method=method))
+
+
+_STEPS: list[tuple[str, Callable[[CompressConfig], CompressConfig]]] = [
+    ("--batch-tokens 1", _heal(batch_tokens=1)),
+    ("--method exhaustive", _sweep),
+    ("--radius 1", _heal(radius=1)),
+]
+"""One row in an optimizer step; the sweep, which keeps nothing for a backward pass; fewer trained layers."""

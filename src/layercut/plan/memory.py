@@ -1,0 +1,163 @@
+"""How much memory each stage needs at its peak: which tensors are alive at that moment, and how large they are.
+
+One function a stage. Each returns the parts of its peak in bytes, so that what dominates can be seen and changed; the
+weights of the dense model are in every one. Figures are of the device that holds the model; on a CPU that is the
+process itself, and what Python and its libraries take comes on top.
+
+s is the bytes of a number in the model's format; logits are [rows, T, V] and never more rows than fit
+`losses.rows_per_chunk`, except in the gate, which takes all its places at once.
+"""
+
+from __future__ import annotations
+
+from layercut.config import CompressConfig
+from layercut.heal.endpoints import endpoints
+from layercut.losses import rows_per_chunk
+from layercut.plan.shape import Shape
+from layercut.plan.work import descent_entered, rows_of
+from layercut.search.exhaustive import all_segments
+from layercut.search.gate import schedule_for
+from layercut.segments import Segment
+
+SWEPT_ROWS = 8
+"""Rows that sweep and fold carry at once: the default of `set_costs` and of `fold_`."""
+
+Peak = dict[str, int]
+
+
+def chunk_logits(shape: Shape, rows: int) -> int:
+    """Numbers in one chunk of the logits of so many rows."""
+    return min(rows, rows_per_chunk(shape.window, shape.vocabulary)) * shape.window * shape.vocabulary
+
+
+def compared_logits(shape: Shape, rows: int, kept: int) -> int:
+    """KL of one chunk. Beside `kept` sets of logits in the model's format: p, and of the student's logits a float32
+    copy and the exponentials that logsumexp makes of it. A float32 model needs no copy."""
+    copies = 3 if shape.itemsize < 4 else 2
+    return chunk_logits(shape, rows) * (kept * shape.itemsize + 4 * copies)
+
+
+def load(shape: Shape, *, gguf: bool, mapped: bool, device: str) -> Peak:
+    """The weights, read on the CPU and, for an accelerator, moved there.
+
+    Safetensors in the model's own format are mapped, not read: the file's pages are the weights, and come in when
+    they are first used. In another format they are converted, tensor by tensor. Of a GGUF file every tensor is
+    dequantized to float32 before the first is rounded to the model's format, and each is let go as it is rounded.
+    """
+    weights = shape.dense.total * shape.itemsize
+    if device != "cpu":
+        return {"weights": weights}
+    if gguf:
+        return {"weights in float32": 4 * shape.dense.total}
+    return {"weights, mapped": 0} if mapped else {"weights": weights}
+
+
+def sweep(shape: Shape, streams: int, rows: int) -> Peak:
+    """Every stream [rows, T, D] at the end of a sweep, and then either one layer at work or a chunk of logits."""
+    rows = min(rows, SWEPT_ROWS)
+    logits = max(_teacher(shape, rows), compared_logits(shape, rows, 1))
+    return {
+        "streams": streams * rows * shape.window * shape.hidden * shape.itemsize,
+        "logits or layer": max(logits, rows * shape.most("live")),
+    }
+
+
+def _teacher(shape: Shape, rows: int) -> int:
+    """Making p: the dense logits, their float32 copy or p, and log p."""
+    return chunk_logits(shape, rows) * (shape.itemsize + 8)
+
+
+def exhaustive(shape: Shape, length: int, rows: int) -> Peak:
+    """The sweep with a stream for every segment and the dense one."""
+    return sweep(shape, len(all_segments(length, shape.layers)) + 1, rows)
+
+
+def clp(shape: Shape, length: int, rows: int) -> Peak:
+    """One step of the descent, or the sweep that prices the shortlist, whichever is larger.
+
+    In a step autograd keeps what every gated layer needs for its backward pass, with the difference that the gate
+    scales; P rows of logits are made at once, with a float32 copy and p spread over them, or, backwards, the
+    logits' gradient in float32 beside the copy it is made from.
+    """
+    schedule = schedule_for(length, shape.layers)
+    places = schedule.particles
+    # of all steps the first has the softest wells, which enter the most
+    entered = descent_entered(shape.layers, length, schedule).expected / schedule.steps
+    row = shape.window * shape.hidden * shape.itemsize
+    saved = round(entered * (shape.total("saved") / shape.layers + row))
+    logits = shape.window * shape.vocabulary
+    step = {
+        "kept for backward": saved,
+        "streams": 3 * places * row,
+        "logits": places * logits * (shape.itemsize + 8) + logits * 4,
+    }
+    priced = sweep(shape, min(3 * places, len(all_segments(length, shape.layers))) + 1, rows)
+    return max(step, priced, key=lambda peak: sum(peak.values()))
+
+
+def fold(shape: Shape, rows: int, held: int) -> Peak:
+    """Sums M'M and M'Y in float64 for fitting and for checking; while one is solved four more [D, D] (the ridge's
+    diagonal, the matrix, its factors, the solution). Or, while rows are added, float64 copies of m and y beside the
+    streams; or the projection in float64, before and after. Or, before and after, KL on the rows held out."""
+    d2, tokens = 8 * shape.hidden**2, min(rows, SWEPT_ROWS) * shape.window
+    sums = 4 * d2
+    adding = tokens * shape.hidden * (2 * 8 + 3 * 4 + 3 * shape.itemsize)
+    working = max(4 * d2, adding, min(rows, SWEPT_ROWS) * shape.most("live") + tokens * shape.hidden * shape.itemsize)
+    working = max(working, 3 * d2 + 16 * shape.projection - sums)
+    return max(
+        {"normal equations": sums, "solving": working},
+        {"logits": compared_logits(shape, held, 2)},
+        key=lambda peak: sum(peak.values()),
+    )
+
+
+def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
+    """State of the trained layers, activations from the first of them to the end, and a chunk of logits.
+
+    Each trained parameter has its own copy, gradient and best value in the model's format, and in float32 the master,
+    its gradient and two moments. On an accelerator the best values lie in the CPU's memory.
+    """
+    heal = config.heal
+    trained = endpoints([segment], shape.layers, heal.radius)
+    kept = [i for i in range(shape.layers) if not segment.start <= i < segment.stop]
+    parameters = sum(shape.dense.layers[kept[p]] for p in trained)
+    stop = max(trained) + 1 if heal.objective == "hidden" else len(kept)
+    rows = min(max(1, heal.batch_tokens // shape.window), rows_of(heal.tune_tokens, shape.window))
+    saved = sum(
+        shape.costs[kept[p]].saved_trained if p in trained else shape.costs[kept[p]].saved
+        for p in range(min(trained), stop)
+    )
+    logits = compared_logits(shape, rows, 2) if heal.objective != "hidden" else 0
+    return {
+        "trained state": parameters * (3 * shape.itemsize + 16),
+        "kept for backward": rows * saved,
+        "logits": logits,
+    }
+
+
+def evaluate(shape: Shape, config: CompressConfig) -> Peak:
+    """A chunk of rows through the whole model: one layer at work, or logits, their float32 copy and its softmax.
+    The states share the dense weights; of those that healing changed there is one set at a time."""
+    logits = chunk_logits(shape, rows_of(config.evaluate.eval_tokens, shape.window))
+    rows = logits // (shape.window * shape.vocabulary)
+    logits *= 2 * shape.itemsize + 8
+    trained = sorted(shape.dense.layers)[-2 * config.heal.radius :] if config.heal.tune_tokens else []
+    return {
+        "logits or layer": max(logits, rows * shape.most("live")),
+        "healed weights": sum(trained) * shape.itemsize + shape.projection * shape.itemsize * config.heal.fold,
+    }
+
+
+def export(shape: Shape, after: int, base: int) -> Peak:
+    """What a fresh process needs beside this one to verify the saved model: it turns it into float32, and on a CPU
+    has Python and its libraries once more (base)."""
+    return {"fresh process": after * (shape.itemsize + 4) + base}
+
+
+def total(parts: Peak) -> int:
+    return sum(parts.values())
+
+
+def largest(parts: Peak) -> str:
+    """The part that dominates."""
+    return max(parts, key=lambda name: parts[name])

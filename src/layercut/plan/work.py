@@ -1,0 +1,325 @@
+"""What each stage computes: layers applied to rows of tokens, and floating-point operations.
+
+Counted with the functions that the stages themselves use, so that they cannot drift apart: the sweep's own work, the
+gate's own schedule and wells, tuning's own endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from layercut.config import CompressConfig
+from layercut.heal.endpoints import endpoints
+from layercut.heal.fold import HELD_OUT, RIDGES
+from layercut.pipeline import FEWEST_HELD_OUT, HELD_OUT_SHARE
+from layercut.plan.shape import Parts, Shape
+from layercut.search.exhaustive import DENSE, all_segments, set_work, sweep_work
+from layercut.search.gate import (
+    CLOSED,
+    FEWEST_ROWS,
+    FINALISTS,
+    GateSchedule,
+    concave_gate,
+    promising,
+    schedule_for,
+)
+from layercut.segments import Segment, joined_segments
+
+FRESH_PROCESS = 8.0
+"""Seconds until a new process has imported torch and transformers: a guess between warm and cold disks."""
+
+HELD_OUT_SCORES = 9
+"""Tuning looks at the held-out rows before the first step and eight times on its way."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A number that depends on what the search finds: what it is if places stay where they start, and its limits."""
+
+    expected: float
+    least: float
+    most: float
+
+    @classmethod
+    def exactly(cls, value: float) -> Bounds:
+        return cls(value, value, value)
+
+    def __add__(self, other: Bounds) -> Bounds:
+        return Bounds(self.expected + other.expected, self.least + other.least, self.most + other.most)
+
+    def __mul__(self, factor: float) -> Bounds:
+        return Bounds(self.expected * factor, self.least * factor, self.most * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one stage spends. One layer applied to one row counts one, as in `search.Cost`."""
+
+    layer_forwards: Bounds = field(default_factory=lambda: Bounds.exactly(0))
+    layer_backwards: Bounds = field(default_factory=lambda: Bounds.exactly(0))
+    head_rows: float = 0
+    """Rows of logits made and compared."""
+    head_backward_rows: float = 0
+    flops: float = 0
+    """In the model's number format, of layers and head."""
+    flops64: float = 0
+    """In float64."""
+    read_bytes: float = 0
+    """From and to the disk."""
+    moved_bytes: float = 0
+    """Copied through memory, where that and not arithmetic is what takes the time."""
+    decoded_bytes: float = 0
+    """Weights read by tokens that are generated one by one."""
+    decoded_layers: float = 0
+    """Layers called for them."""
+    fixed_seconds: float = 0
+    """What takes its time on any machine, roughly."""
+
+
+def rows_of(tokens: int, window: int) -> int:
+    """N, rows of T tokens that hold so many."""
+    return -(-tokens // window)
+
+
+def search_work(shape: Shape, config: CompressConfig, length: int, given: Sequence[Segment]) -> Work:
+    """Of the method asked for, on all calibration rows; with --oracle the sweep on top."""
+    rows = rows_of(config.text.tokens, config.text.window)
+    if given:
+        cuts = tuple(sorted(given))
+        return _work(shape, Bounds.exactly(set_work([DENSE, cuts], shape.layers, rows)), heads=2 * rows)
+    method = config.search.method
+    found = METHODS[method](shape.layers, length, rows, shape) if method in METHODS else None
+    if found is None:
+        raise KeyError(method)
+    if config.search.oracle and method != "exhaustive":
+        found = _sum(shape, found, exhaustive_work(shape.layers, length, rows, shape))
+    return found
+
+
+def exhaustive_work(layers: int, length: int, rows: int, shape: Shape) -> Work:
+    """Exact: L for the dense stream and L - stop for each of the L - n + 1 forks, times the rows."""
+    segments = all_segments(length, layers)
+    return _work(shape, Bounds.exactly(sweep_work(segments, layers, rows)), heads=rows * (len(segments) + 1))
+
+
+def clp_work(layers: int, length: int, rows: int, shape: Shape) -> Work:
+    """The descent, and the price of what it shortlists; both depend on where the places go."""
+    schedule = schedule_for(length, layers)
+    entered = descent_entered(layers, length, schedule)
+    forwards = entered + Bounds.exactly(schedule.steps * layers)
+    heads = schedule.steps * (schedule.particles + 1)
+    priced, more = pricing(layers, length, rows, schedule)
+    return _work(
+        shape, forwards + priced, entered, heads=heads + more, heads_back=schedule.steps * schedule.particles
+    )
+
+
+def descent_entered(layers: int, length: int, schedule: GateSchedule) -> Bounds:
+    """Layers that gated streams enter in the whole descent, from the wells that `gated_forward` sees.
+
+    A place moves by the stride at most in a step: within what it can have reached, the fewest and the most.
+    """
+    last = layers - length
+    starts = [(p + 0.5) * last / schedule.particles for p in range(schedule.particles)]
+    total, reach = Bounds.exactly(0), 0.0
+    for step in range(schedule.steps):
+        done = step / max(1, schedule.steps - 1)
+        sharpness = schedule.sharpness[0] * (schedule.sharpness[1] / schedule.sharpness[0]) ** done
+        grid = torch.linspace(0, last, 16 * last + 1)
+        counts = entered_layers(grid, length, layers, sharpness)
+        for start in starts:
+            near = counts[(grid >= start - reach - 0.0625) & (grid <= start + reach + 0.0625)]
+            here = entered_layers(torch.tensor([start]), length, layers, sharpness).item()
+            total += Bounds(here, near.min().item(), near.max().item())
+        reach += schedule.stride[0] * (schedule.stride[1] / schedule.stride[0]) ** done
+    return total
+
+
+def entered_layers(places: torch.Tensor, length: int, layers: int, sharpness: float) -> torch.Tensor:
+    """Layers that a stream of each place enters: those from its first gate below one on whose gate is not closed."""
+    gates = concave_gate(places, length, layers, sharpness)
+    left = (gates < 1 - CLOSED).cumsum(-1) > 0
+    return (left & (gates > CLOSED)).sum(-1)
+
+
+def pricing(layers: int, length: int, rows: int, schedule: GateSchedule) -> tuple[Bounds, float]:
+    """(layer-forwards, rows of logits) of `clp_search`'s shortlist: on a quarter of the rows, the best few on all."""
+    last = layers - length
+    places = [(p + 0.5) * last / schedule.particles for p in range(schedule.particles)]
+    shortlist = promising(places, length, layers)
+    few = max(FEWEST_ROWS, rows // 4)
+    everything = all_segments(length, layers)
+
+    def price(segments: Sequence[Segment], n: int) -> int:
+        return sweep_work(segments, layers, n)
+
+    most_on_list = everything[: 3 * schedule.particles]  # the earliest cost most
+    fewest_on_list = everything[-2:]  # all places at the end, and a neighbour
+    if few >= rows:
+        found = Bounds(price(shortlist, rows), price(fewest_on_list, rows), price(most_on_list, rows))
+        return found, rows * (len(shortlist) + 1)
+    middle = shortlist[len(shortlist) // 2 : len(shortlist) // 2 + FINALISTS]
+    rough = Bounds(price(shortlist, few), price(fewest_on_list, few), price(most_on_list, few))
+    final = Bounds(price(middle, rows), price(everything[-1:], rows), price(everything[:FINALISTS], rows))
+    return rough + final, few * (len(shortlist) + 1) + rows * (len(middle) + 1)
+
+
+def _priced_pick(layers: int, length: int, rows: int) -> Bounds:
+    """A baseline's pick is priced by one real cut, somewhere."""
+    ends = [set_work([DENSE, (Segment(s, s + length),)], layers, rows) for s in (0, layers - length)]
+    return Bounds(sum(ends) / 2, min(ends), max(ends))
+
+
+def _one_pass(forwards: int, backwards: int) -> Callable[..., Work]:
+    """Methods that look at the dense model once: so many passes forwards and backwards."""
+
+    def work(layers: int, length: int, rows: int, shape: Shape) -> Work:
+        passes = Bounds.exactly(forwards * layers * rows) + _priced_pick(layers, length, rows)
+        return _work(
+            shape, passes, Bounds.exactly(backwards * layers * rows), heads=(2 + backwards) * rows,
+            heads_back=backwards * rows, trained=True,
+        )  # fmt: skip
+
+    return work
+
+
+def _each_layer(layers: int, length: int, rows: int, shape: Shape) -> Work:
+    """Shortened LLaMA: the model without each layer in turn."""
+    work = set_work([(Segment(i, i + 1),) for i in range(layers)], layers, rows)
+    return _work(shape, Bounds.exactly(work) + _priced_pick(layers, length, rows), heads=rows * (layers + 2))
+
+
+def _sleb(layers: int, length: int, rows: int, shape: Shape) -> Work:
+    """Each round prices every layer that is left; expected: the layers go one by one from the middle."""
+    total, heads = 0, 0
+    first = (layers - length) // 2
+    for step in range(length):
+        removed = set(range(first, first + step))
+        sets = [joined_segments(removed | {i}) for i in range(layers) if i not in removed]
+        total, heads = total + set_work(sets, layers, rows), heads + rows * len(sets)
+    most = rows * sum((layers - k) * (layers - 1 - k) for k in range(length))
+    return _work(shape, Bounds(total, 0, most) + _priced_pick(layers, length, rows), heads=heads)
+
+
+METHODS: dict[str, Callable[[int, int, int, Shape], Work]] = {
+    "clp": clp_work,
+    "exhaustive": exhaustive_work,
+    "random": _one_pass(0, 0),
+    "reverse-order": _one_pass(0, 0),
+    "block-influence": _one_pass(1, 0),
+    "angular": _one_pass(1, 0),
+    "cosine": _one_pass(1, 0),
+    "perplexity": _each_layer,
+    "taylor": _one_pass(2, 1),
+    "sleb": _sleb,
+}
+"""Methods whose work can be told beforehand; evolution's depends on the sets it draws."""
+
+
+def fold_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
+    """Two streams as far as the cut for every calibration row, the normal equations, and two looks at the held-out
+    rows; the equations are solved in float64 once for each ridge and once more."""
+    rows = rows_of(config.text.tokens, config.text.window)
+    held = rows_of(held_out_tokens(config), config.text.window)
+    kept = shape.layers - len(segment)
+    streams = rows * (segment.stop + segment.start) + 2 * held * (shape.layers + kept)
+    d = shape.hidden
+    solves = len(RIDGES) + 1 if rows >= HELD_OUT else 1
+    # an LU factorisation 2/3 D^3, solving for D right-hand sides 2 D^3, the error of the solution 2 D^3
+    dense64 = solves * (2 / 3 + 2 + 2) * d**3 + 4 * rows * shape.window * d * d + 2 * d * shape.projection
+    found = _work(shape, Bounds.exactly(streams), heads=4 * held)
+    return replace(found, flops64=dense64)
+
+
+def tune_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
+    """Every row: the dense model forwards, the student from the first trained layer on forwards and backwards."""
+    heal, window = config.heal, config.text.window
+    rows, held = rows_of(heal.tune_tokens, window), rows_of(held_out_tokens(config), window)
+    trained = endpoints([segment], shape.layers, heal.radius)
+    kept = shape.layers - len(segment)
+    suffix = kept - min(trained)
+    dense = {"kl": shape.layers, "hidden": max(trained) + 1 + len(segment), "next-token": min(trained)}[heal.objective]
+    if heal.objective == "hidden":
+        suffix = max(trained) + 1 - min(trained)
+    scored = {"next-token": kept}.get(heal.objective, shape.layers + kept - min(trained))
+    forwards = rows * (dense + suffix) + HELD_OUT_SCORES * held * scored
+    heads = {"kl": 2 * rows, "next-token": rows, "hidden": 0}[heal.objective]
+    heads += HELD_OUT_SCORES * held * (1 if heal.objective == "next-token" else 2)
+    back = 0 if heal.objective == "hidden" else rows
+    found = _work(shape, Bounds.exactly(forwards), Bounds.exactly(rows * suffix), heads=heads, heads_back=back)
+    mean = (shape.total("flops_trained") - shape.total("flops_backward")) / shape.layers
+    return replace(found, flops=found.flops + rows * len(trained) * mean)
+
+
+def evaluate_work(shape: Shape, config: CompressConfig, segment: Segment, weights: tuple[int, int]) -> Work:
+    """Perplexity of the dense, cut, folded and tuned states; generations; speed. weights: bytes before and after.
+
+    `measure.speed` decodes 24 tokens six times with each model, and three times fills a prompt of 512 to do so;
+    generations are three of 48 tokens each. A decoded token reads every weight once.
+    """
+    rows = rows_of(config.evaluate.eval_tokens, config.text.window)
+    kept = shape.layers - len(segment)
+    after = 1 + config.heal.fold + bool(config.heal.tune_tokens)
+    forwards, heads = rows * (shape.layers + after * kept), rows * (1 + after)
+    decoded, prompts = 3 * 48, 0.0
+    if config.evaluate.speed:
+        decoded += 6 * (24 + 2)
+        prompts = 6 * 2 * 512 / shape.window
+    found = _work(shape, Bounds.exactly(forwards + prompts * (shape.layers + kept)), heads=heads)
+    return replace(
+        found, decoded_bytes=decoded * sum(weights), decoded_layers=decoded * (shape.layers + kept)
+    )
+
+
+def export_work(shape: Shape, after: Parts, after_bytes: int) -> Work:
+    """Written once, read once by the fresh process, which generates 24 tokens in float32 with the cache."""
+    wide = 4 * after.total
+    return Work(
+        read_bytes=2 * after_bytes, moved_bytes=wide + 5 * after_bytes,
+        decoded_bytes=24 * wide, decoded_layers=24 * len(after.layers), fixed_seconds=FRESH_PROCESS,
+    )  # fmt: skip
+
+
+def load_work(stored: int, weights: int) -> Work:
+    """Read from disk, and copied once into memory."""
+    return Work(read_bytes=stored, moved_bytes=2 * weights)
+
+
+def held_out_tokens(config: CompressConfig) -> int:
+    """As the text stage draws them."""
+    return max(FEWEST_HELD_OUT, config.heal.tune_tokens // HELD_OUT_SHARE)
+
+
+def _work(
+    shape: Shape,
+    forwards: Bounds,
+    backwards: Bounds | None = None,
+    *,
+    heads: float,
+    heads_back: float = 0,
+    trained: bool = False,
+) -> Work:
+    """Counts as operations, by the mean layer; a head's backward through frozen weights costs its forward."""
+    backwards = backwards or Bounds.exactly(0)
+    back = "flops_trained" if trained else "flops_backward"
+    flops = (forwards.expected * shape.total("flops") + backwards.expected * shape.total(back)) / shape.layers
+    return Work(
+        layer_forwards=forwards,
+        layer_backwards=backwards,
+        head_rows=heads,
+        head_backward_rows=heads_back,
+        flops=flops + (heads + heads_back) * shape.head_flops,
+    )
+
+
+def _sum(shape: Shape, a: Work, b: Work) -> Work:
+    return Work(
+        layer_forwards=a.layer_forwards + b.layer_forwards,
+        layer_backwards=a.layer_backwards + b.layer_backwards,
+        head_rows=a.head_rows + b.head_rows,
+        head_backward_rows=a.head_backward_rows + b.head_backward_rows,
+        flops=a.flops + b.flops,
+    )

@@ -1,0 +1,364 @@
+"""The plan against what it foretells: real tiny models, their cuts, their caches and what the stages count."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3NextConfig,
+    T5Config,
+)
+
+import tiny
+from layercut import measure, models
+from layercut.cli import main
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, PlanConfig, SearchConfig
+from layercut.cut import cut_segment_
+from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.plan import GROUP, cut_parts, memory, plan_run, sizes, work
+from layercut.plan.fit import Target, judge
+from layercut.plan.machine import Rates
+from layercut.plan.shape import cache_kinds, count_parts, measure_shape, skeleton
+from layercut.search import find_segments
+from layercut.segments import Segment
+from layercut.sweep import Stack
+
+WIDTHS = {
+    "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 6, "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES: dict[str, Any] = {
+    "llama-untied": LlamaConfig(**WIDTHS, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**WIDTHS, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**WIDTHS, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=6, n_head=4, n_positions=128),
+    "mixtral": MixtralConfig(**WIDTHS, num_local_experts=4),
+    "gemma2": Gemma2Config(**WIDTHS, head_dim=8, sliding_window=64),
+}
+CUT = [Segment(2, 4)]
+
+
+def stock(name: str) -> Any:
+    """A config of one's own: a cut changes the one that its model holds."""
+    return copy.deepcopy(FAMILIES[name])
+
+
+def config(method: str = "exhaustive", **changes: Any) -> CompressConfig:
+    heal = {"tune_tokens": 64, "batch_tokens": 32} | changes
+    return CompressConfig(
+        text=DataConfig(tokens=8 * 16, window=16),
+        search=SearchConfig(ratio=0.25, method=method),
+        heal=HealConfig(**heal),
+        evaluate=EvaluateConfig(eval_tokens=64),
+    )
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_bytes_and_cache_are_those_of_the_real_model_before_and_after_a_real_cut(name):
+    model = tiny.tiny(stock(name))
+    before = count_parts(skeleton(stock(name), torch.float32))
+    segments, after = cut_parts(stock(name), torch.float32, CUT, 2)
+    assert segments == CUT
+    for parts in (before, after):
+        assert parts.total == models.parameter_count(model)
+        assert sizes(parts, torch.float32)["saved"] == models.parameter_bytes(model)
+        layers = models.find_decoder(model).layers
+        assert parts.layers == [models.parameter_count(layer) for layer in layers]
+        assert parts.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+        assert parts.embedding == model.get_input_embeddings().weight.numel()
+        assert parts.head == (0 if parts.tied else model.get_output_embeddings().weight.numel())
+        assert parts.kv_bytes_per_token == measure.cache_bytes(model) > 0
+        if parts is before:
+            cut_segment_(model, CUT)
+
+
+def test_bytes_in_fewer_bits_count_a_scale_for_each_group_and_leave_the_rest():
+    parts = count_parts(skeleton(stock("llama-untied"), torch.bfloat16))
+    matrices = 6 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert parts.matrices == matrices
+    rest = 2 * (parts.total - matrices)
+    assert sizes(parts, torch.bfloat16)["4 bits"] == rest + matrices // 2 + 2 * matrices // GROUP
+    assert sizes(parts, torch.bfloat16)["8 bits"] == rest + matrices + 2 * matrices // GROUP
+
+
+def test_caches_are_told_apart():
+    assert cache_kinds(stock("gemma2")) == {"sliding 64": 3, "full": 3}
+    assert cache_kinds(stock("gpt2")) == {"full": 6}
+    mixed = Qwen3NextConfig(num_hidden_layers=4)
+    assert cache_kinds(mixed) == {"linear": 3, "full": 1}
+
+
+# --- one layer ---
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "qwen2", "gpt2", "gemma2"])
+def test_operations_of_a_layer_are_those_that_torch_counts_on_the_real_one(name):
+    model = tiny.tiny(stock(name))
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
+    path = models.find_decoder(model).path
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=False)
+    counted = counter.get_flop_counts()
+    shape = measure_shape(stock(name), torch.float32, 16)
+    for i, cost in enumerate(shape.costs):
+        assert cost.flops == sum(counted[f"{type(model).__name__}.{path}.{i}"].values())
+    assert shape.head_flops == 2 * 16 * 32 * tiny.VOCABULARY
+
+
+def test_operations_of_experts_are_those_of_the_experts_that_a_token_takes():
+    costs = measure_shape(stock("mixtral"), torch.bfloat16, 16).costs
+    attention = 2 * 16 * (2 * 32 * 32 + 2 * 32 * 16) + 4 * 16 * 16 * 32
+    experts = 2 * 16 * (2 * 3 * 32 * 64 + 4 * 32)  # two of four, and the router
+    assert costs[0].flops == attention + experts
+    wide = measure_shape(stock("mixtral"), torch.float32, 16).costs
+    assert wide[0].flops == costs[0].flops
+    assert wide[0].saved == 2 * costs[0].saved
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps(trained):
+    model = tiny.tiny(stock("llama-untied"))
+    stack = Stack(model)
+    hidden, calls = stack.enter(tiny.some_tokens(1, 16))
+    hidden = hidden.detach().clone().requires_grad_(True)
+    stack.layers[2].requires_grad_(trained)
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _ = stack.layer(2, hidden, calls)
+    size = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    cost = measure_shape(stock("llama-untied"), torch.float32, 16).costs[2]
+    assert (cost.saved_trained if trained else cost.saved) == size
+    assert cost.saved < cost.saved_trained
+
+
+def test_layers_that_differ_are_measured_apart():
+    mixed = Qwen3NextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=4, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    costs = measure_shape(mixed, torch.bfloat16, 16).costs
+    assert costs[0] == costs[1] != costs[3]
+
+
+# --- what the stages count ---
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[Stack, Any, torch.Tensor]:
+    model = tiny.llama(12)
+    return Stack(model), measure_shape(model.config, torch.float32, 16), tiny.some_tokens(40, 16)
+
+
+@pytest.mark.parametrize("method", ["exhaustive", "cosine", "perplexity", "taylor", "sleb"])
+@pytest.mark.parametrize("rows", [3, 9])
+def test_layer_forwards_are_those_that_the_search_counts(llama, method, rows):
+    stack, shape, tokens = llama
+    cost = find_segments(stack, tokens[:rows], 3, method, seed=0).cost
+    planned = work.METHODS[method](12, 3, rows, shape)
+    # a baseline's pick is priced as well, which is not in its own cost
+    extra = 0 if method == "exhaustive" else work._priced_pick(12, 3, rows).least
+    if method == "sleb":
+        assert planned.layer_forwards.least <= cost.layer_forwards <= planned.layer_forwards.most
+    else:
+        assert planned.layer_forwards.least - extra == cost.layer_forwards
+        assert planned.layer_backwards.expected == cost.layer_backwards
+    if method == "exhaustive":
+        assert planned.layer_forwards.expected == planned.layer_forwards.most == cost.layer_forwards
+
+
+@pytest.mark.parametrize(("length", "rows"), [(2, 3), (3, 40), (9, 12), (11, 6)])
+def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
+    stack, shape, tokens = llama
+    planned = work.METHODS["clp"](12, length, rows, shape)
+    for seed in (0, 1):
+        cost = find_segments(stack, tokens[:rows], length, "clp", seed=seed).cost
+        for counted, bounds in (
+            (cost.layer_forwards, planned.layer_forwards), (cost.layer_backwards, planned.layer_backwards)
+        ):  # fmt: skip
+            assert bounds.least <= counted <= bounds.most
+            assert bounds.least <= bounds.expected <= bounds.most
+            assert bounds.most < 3 * counted, "bounds that wide say nothing"
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
+    dense, shape, tokens = llama
+    student = Stack(models.share(dense.model))
+    cut_segment_(student.model, [Segment(4, 7)])
+    student = Stack(student.model)
+    settings = TuneSettings(batch_tokens=32, radius=radius)
+    report = tune_(dense, student, [Segment(4, 7)], tokens[:2], tokens[2:4], settings)
+    planned = memory.tune(shape, config(radius=radius), Segment(4, 7))
+    # the masters' state in float32, and the parameters themselves, their gradients and their best values
+    assert planned["trained state"] == report.state_bytes + 3 * 4 * report.trained_parameters
+
+
+def test_the_more_is_done_at_once_the_more_memory_it_takes(llama):
+    _, shape, _ = llama
+    peak = memory.total(memory.tune(shape, config(), Segment(4, 7)))
+    assert memory.total(memory.tune(shape, config(batch_tokens=64), Segment(4, 7))) > peak
+    assert memory.total(memory.tune(shape, config(radius=2), Segment(4, 7))) > peak
+    assert memory.total(memory.tune(shape, config(objective="hidden"), Segment(4, 7))) < peak
+    early, late = (memory.tune(shape, config(), Segment(s, s + 3))["kept for backward"] for s in (1, 8))
+    assert early > late
+
+
+def test_time_is_work_over_rates(llama):
+    _, shape, _ = llama
+    rates = Rates(flops=10.0, flops64=5.0, matvec=4.0, launch=0.0, memory=2.0, disk=None)
+    spent = work.Work(flops=20, flops64=5, moved_bytes=4, decoded_bytes=8, read_bytes=2)
+    assert rates.seconds(shape, spent) == 20 / 10 + 5 / 5 + 4 / 2 + 8 / 4 + 2 / 2
+
+
+# --- what fits ---
+
+
+def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
+    method = 4 if settings.search.method == "clp" else 1
+    return {"search": 100 + method * settings.text.window, "tune": 100 + settings.heal.batch_tokens}
+
+
+def test_flags_are_named_until_it_fits():
+    roomy, tight, tiny_one, none = (Target("x", size, accelerator=False) for size in (200, 120, 110, 90))
+    start = CompressConfig(
+        text=DataConfig(window=16), search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64)
+    )
+    assert judge(roomy, start, needs, 50)["flags"] == []
+    found = judge(tight, start, needs, 50)
+    assert not found["fits"]
+    assert (found["stage"], found["needs_bytes"]) == ("search", 164)
+    assert found["flags"] == ["--batch-tokens 1", "--method exhaustive"]
+    assert judge(tiny_one, start, needs, 50)["flags"] is None, "no flag makes the window smaller than it is useful"
+    assert "weights alone" in judge(none, start, needs, 95)["why"]
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder that holds a config and nothing else."""
+    folder = tmp_path / "bare"
+    stock("qwen2").save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+def test_a_config_alone_is_enough_and_nothing_is_fetched(bare, monkeypatch, capsys):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+    assert main(["plan", str(bare), "--ratio=0.3", "--no-calibrate", "--window=16", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["layers"] == {"before": 6, "after": 4}
+    assert plan["segments"] == [[2, 4]]
+    assert plan["parameters"]["after"]["total"] == cut_parts(stock("qwen2"), torch.float32, CUT, 2)[1].total
+    assert plan["seconds"] is plan["machine"] is None
+    assert set(plan["stages"]) == {"load", "search", "fold", "tune", "eval", "export"}
+    for name, stage in plan["stages"].items():
+        assert stage["seconds"] is None
+        assert stage["peak_bytes"] == sum(stage["parts"].values())
+        assert name == "load" or stage["parts"]["weights"] == plan["bytes"]["before"]["saved"]
+    assert [fit["fits"] for fit in plan["fits"][-2:]] == [True, True]
+
+
+def test_tables_and_a_calibration(bare, capsys):
+    assert main(["plan", str(bare), "--segment=1:3", "--window=16", "--tokens=64", "--tune-tokens=0"]) == 0
+    words = capsys.readouterr().out
+    assert "segment 1:3 (given)" in words
+    assert "tied to the embedding" in words
+    assert "tune" not in words, "nothing is tuned"
+    assert "8 x 80 GB GPUs" in words
+
+
+def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
+    fetched = []
+
+    def download(name: str, file: str, **_: Any) -> str:
+        fetched.append((name, file))
+        return str(bare / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched everything"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    assert models.resolve("owner/name", weights=False).folder == bare
+    assert fetched == [("owner/name", "config.json")]
+
+
+def test_every_setting_of_compress_can_be_planned_and_has_its_default():
+    ours, theirs = (asdict(cls()) for cls in (PlanConfig, CompressConfig))
+    del theirs["run"]
+    assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_work_that_cannot_be_told_is_null(bare):
+    settings = PlanConfig(
+        search=SearchConfig(ratio=0.3, method="evolution"), text=DataConfig(tokens=64, window=16), calibrate=False
+    )
+    assert plan_run(str(bare), settings)["stages"]["search"]["flops"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "neither --ratio nor --segment"),
+        (["--ratio=0.01"], "is 0 layers"),
+        (["--segment=4:9"], "reaches beyond"),
+        (["--ratio=0.3", "--window=4096"], "longer than the model's 128 positions"),
+        (["--ratio=0.3", "--dtype=float8"], "float8"),
+    ],
+)
+def test_settings_that_a_run_would_refuse_are_refused(bare, capsys, flags, words):
+    usual = [] if "--window" in str(flags) else ["--window=16"]
+    assert main(["plan", str(bare), "--no-calibrate", *usual, *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert "hint: " in captured.err
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (None, "config.json"),
+        (BertConfig(architectures=["BertForMaskedLM"]), "not a causal language model"),
+        (T5Config(), "encoder-decoder"),
+    ],
+)
+def test_what_is_no_causal_model_is_refused(tmp_path, capsys, other, words):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if other is not None:
+        other.save_pretrained(folder)
+    assert main(["plan", str(folder), "--ratio=0.3", "--no-calibrate"]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "hint: " in captured.err
+
+
+def test_nothing_there_is_refused(tmp_path, capsys):
+    assert main(["plan", str(tmp_path / "missing.gguf"), "--ratio=0.3"]) == 2
+    assert main(["plan", "./nowhere", "--ratio=0.3"]) == 2
+    assert capsys.readouterr().err.count("hint: ") == 2
