@@ -19,6 +19,7 @@ Method = Literal[
     "clp", "exhaustive", "random", "reverse-order", "block-influence", "angular", "cosine",
     "perplexity", "taylor", "sleb", "evolution",
 ]  # fmt: skip
+StreamMode = Literal["auto", "on", "off"]
 flat = Parameter(name="*")
 
 
@@ -42,6 +43,9 @@ class ModelConfig:
     """Run modelling code that comes with the checkpoint."""
     allow_pickle: Annotated[bool, Parameter(negative="")] = False
     """Read pickled weights (*.bin), which can run code too."""
+    stream: StreamMode = "auto"
+    """Leave the decoder layers on disk and read each when it is needed, to search what is larger than memory.
+    auto: where the weights would take more than 0.8 of the memory available."""
 
 
 @flat

@@ -349,15 +349,10 @@ def load(
     dtype "auto": the checkpoint's own; bfloat16 for GGUF files; float32 for a float16 checkpoint on a CPU.
     device "auto": the first accelerator torch sees, else the CPU.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
-
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     place = pick_device(device)
     number = pick_dtype(dtype, config, checkpoint, place)
-    # transformers names remote code in its own mapping only; a known config takes its stock class
-    auto = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
-        auto = AutoModelForImageTextToText
+    auto = auto_class(config, trust_remote_code=trust_remote_code)
     with quiet_transformers():
         try:
             if checkpoint.gguf:
@@ -372,7 +367,7 @@ def load(
                     trust_remote_code=trust_remote_code,
                     output_loading_info=True,
                 )
-                _check_loading(info, checkpoint.name)
+                check_loading(info, checkpoint.name)
         except ModelError:
             raise
         except ImportError as error:
@@ -385,6 +380,16 @@ def load(
     tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model = model.to(place).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, checkpoint, number, place)
+
+
+def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """transformers' automatic class for a config: of language models, or of vision-language models."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # transformers names remote code in its own mapping only; a known config takes its stock class
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -475,7 +480,7 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint, device: torch.de
     return stored
 
 
-def _check_loading(info: dict[str, Any], name: str) -> None:
+def check_loading(info: dict[str, Any], name: str) -> None:
     """Missing or mismatched weights would be filled with random numbers and only warned of: refuse."""
     missing = sorted(info.get("missing_keys") or [])
     mismatched = sorted(info.get("mismatched_keys") or [])
@@ -553,11 +558,21 @@ def _weight(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+STREAMED = "the model's layers are left on disk: it can be searched and evaluated, but not healed or compared"
+STREAMED_HINT = (
+    "search it, then cut the files: layercut search MODEL --ratio R; layercut cut MODEL --segment START:STOP "
+    "--out FOLDER; with enough memory: --stream off"
+)
+
+
 def share(model: Any) -> Any:
     """A second model over the same weights: own modules and config, the very same parameters and buffers.
 
     Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
+    Raises ModelError: the model's layers are on disk (`stream.py`), so there is nothing to share.
     """
+    if getattr(model, "layers_on_disk", None):
+        raise ModelError(STREAMED, STREAMED_HINT)
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
 

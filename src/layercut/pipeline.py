@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, measure, models
+from layercut import evaluate, measure, models, stream
 from layercut.config import CompressConfig, CutConfig, HealConfig, PerplexityConfig, flattened
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
-from layercut.errors import ConfigError, RunError
+from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint
 from layercut.figures import label
 from layercut.findings import stability_words
@@ -65,6 +65,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run)
+        if until != "search" and not run.read("search") and stream.wanted(checkpoint, **asdict(config.load)):
+            raise ModelError(models.STREAMED, models.STREAMED_HINT)
 
         # A stage names what it uses and no more, so that a changed flag runs again just what depends on it;
         # of text it uses the tokens, whatever flags they came by.
@@ -188,8 +190,9 @@ class Workbench:
     @cached_property
     def dense(self) -> models.LanguageModel:
         """The model as it came."""
-        loaded = models.load(self.checkpoint, **asdict(self.config.load), tokenizer=self.tokenizer)
-        say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}".replace("torch.", ""))
+        loaded = stream.load(self.checkpoint, **asdict(self.config.load), tokenizer=self.tokenizer)
+        where = ", layers left on disk" if stream.layers_on_disk(loaded.model) else ""
+        say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}{where}".replace("torch.", ""))
         return loaded
 
     @cached_property
@@ -234,6 +237,11 @@ class Workbench:
         text = self.config.text
         shared = {"window": text.window, "seed": text.seed, "chat_template": text.chat_template}
         model = self.dense.model if "self" in split_mix(source) else None
+        if model is not None and stream.layers_on_disk(model):
+            raise ConfigError(
+                f"{source!r} has the model write text, for which layers on disk would be read for every token",
+                "give another text, or --stream off",
+            )
         return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
 
     def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
@@ -489,7 +497,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> list[tuple[str, floa
     for name, source in names.items():
         checkpoint = models.resolve(source, allow_pickle=config.load.allow_pickle)
         check_window(config.window, models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
-        loaded = models.load(checkpoint, **asdict(config.load))
+        loaded = stream.load(checkpoint, **asdict(config.load))
         if tokens is None:
             tokens = load_blocks(
                 config.eval_data,

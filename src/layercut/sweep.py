@@ -8,6 +8,9 @@ type) is recorded from the model's own forward, in which every layer passes its 
     h, calls = stack.enter(tokens)          # embeddings [B, T, D] and what each layer will need
     h = stack.run(h, calls, 0, 13)          # layers 0 … 12
     logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
+
+A model whose layers are on disk (`stream.py`) is used alike: `stack.layer(i, …)` reads layer i where another one was
+entered last, so that a sweep takes all its rows through a layer before it goes on to the next (`passes`).
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from layercut.errors import ModelError
 from layercut.losses import kl_divergence, rows_per_chunk
 from layercut.models import find_decoder
+from layercut.stream import available_bytes, layers_on_disk, without_reading
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 LayerForward = Callable[..., Any]
@@ -76,8 +81,11 @@ class Stack:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.layers = find_decoder(model).layers
+        self.on_disk = layers_on_disk(model)
+        """The reader behind the layers; None where they are in memory."""
         self._shapes: dict[type, Any] = {}  # what each class of layer returns: needed to stand in for it
-        self._check()
+        with without_reading(model):  # what is checked depends on the classes and the config, not on the weights
+            self._check()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -94,7 +102,17 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(p.device for p in self.model.parameters() if not p.is_meta)
+
+    def loaded(self, i: int) -> nn.Module:
+        """Layer i with its weights in memory: read now where it is on disk, and there until another is entered."""
+        if self.on_disk:
+            self.on_disk.enter_(i)
+        return self.layers[i]
+
+    def stream_bytes(self, tokens: int) -> int:
+        """Bytes of one hidden state of so many tokens."""
+        return tokens * self.hidden_size * self.model.dtype.itemsize
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens on the model's device."""
@@ -116,7 +134,13 @@ class Stack:
         return embedded[0], calls
 
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """h_{i+1} = f_i(h_i)."""
+        """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights."""
+        if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
+            return recomputed_layer(self, i, hidden, calls)
+        return self.plain_layer(i, hidden, calls)
+
+    def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+        """h_{i+1} = f_i(h_i), wherever the layer is."""
         args, kwargs = calls[i]
         return hidden_of(self.layers[i](hidden, *args, **kwargs))
 
@@ -167,6 +191,40 @@ class Stack:
                 "so they cannot be searched or healed one by one",
                 "cut a segment you choose yourself: layercut cut MODEL --segment START:STOP",
             )
+
+
+def recomputed_layer(stack: Stack, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+    """h_{i+1} = f_i(h_i), of which only h_i is kept for the backward pass: there the layer is run again.
+
+    So a gradient passes through a model of which one layer is in memory at a time; on disk, layer i is read again
+    in the backward pass, the layers below it read ahead downwards. The same gradients as `stack.layer` gives.
+    """
+    return checkpoint(
+        lambda h: stack.plain_layer(i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
+    )  # no randomness: models are in eval mode
+
+
+STREAMS_SHARE = 0.5
+"""Hidden states may take this share of the available memory; beyond it, rows go in several passes. A guess."""
+
+
+def passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[list[torch.Tensor]]:
+    """Tokens [N, T] as batches of `rows` rows at most, grouped by pass through the stack.
+
+    streams: hidden states of all rows of a pass that are held at once. In memory a batch is a pass, since another
+    pass costs nothing. On disk all batches go in one pass, so that each layer is read once; where the streams of all
+    rows would not fit, in as few as possible. What they take is said.
+    """
+    per_row = streams * stack.stream_bytes(tokens.shape[1])
+    fit = max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // per_row)
+    if not stack.on_disk:
+        return [[batch] for batch in tokens.split(min(rows, fit))]
+    groups = [list(group.split(rows)) for group in tokens.split(fit)]
+    stack.on_disk.say_once(
+        f"{streams} hidden states of {min(fit, len(tokens)) * tokens.shape[1]:,} tokens, "
+        f"{min(fit, len(tokens)) * per_row / 2**20:,.1f} MiB; layers are read {len(groups)} time{'s'[:len(groups) > 1]}"
+    )
+    return groups
 
 
 def common_prefix(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int) -> tuple[torch.Tensor, Calls, Calls]:

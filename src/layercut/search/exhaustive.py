@@ -4,6 +4,9 @@ Carry the dense stream h_0, h_1, … through the layers once. At depth s fork a 
 what enters layer s + n is h_s. Layer j then serves the dense stream and every fork already past its jump, so that
 all L - n + 1 candidates cost about half of running each in full, and each layer is entered once. A set of several
 segments forks at each of them; sets that begin with the same segments share a stream until they part.
+
+Of a model on disk each layer is read once, for all rows (`sweep.passes`); that needs the streams of all rows at once,
+about L - n + 2 of them, N T D numbers each.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from layercut.losses import Teacher, next_token_loss, rows_per_chunk
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
-from layercut.sweep import Stack
+from layercut.sweep import Calls, Stack, passes
 
 Cuts = tuple[Segment, ...]
 """Segments removed together, sorted and disjoint. The empty tuple is the dense model."""
@@ -48,16 +51,19 @@ def set_costs(
 ) -> list[Candidate]:
     """KL(p || q) of each set of segments cut out together, mean over all tokens [N, T], in nats; from cheapest.
 
-    One sweep per `rows` rows of tokens. `advance` is told each layer that was entered.
+    `rows` rows of tokens go through a layer together: one sweep for each such batch, or, where the layers are on
+    disk, one for all. `advance` is told each layer that was entered.
     """
     totals = dict.fromkeys(sets, 0.0)
-    for batch in tokens.split(rows):
-        ends = sweep(stack, batch, [DENSE, *totals], cost, advance)
-        for part in _row_chunks(stack, batch):
-            teacher = Teacher(stack.exit(ends[DENSE][part], batch[part]))
-            for cuts in totals:
-                totals[cuts] += teacher.kl(stack.exit(ends[cuts][part], batch[part])).sum().item()
-        cost.dense_tokens += batch.numel()
+    wanted = [DENSE, *totals]
+    for batches in passes(stack, tokens, rows, streams_held(wanted, len(stack))):
+        ends = sweep(stack, batches, wanted, cost, advance)
+        for b, batch in enumerate(batches):
+            for part in _row_chunks(stack, batch):
+                teacher = Teacher(stack.exit(ends[DENSE][b][part], batch[part]))
+                for cuts in totals:
+                    totals[cuts] += teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
+            cost.dense_tokens += batch.numel()
     # a divergence is never negative; where a segment does nothing, rounding may make it so
     candidates = [Candidate(cuts, max(0.0, total / tokens.numel())) for cuts, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
@@ -78,19 +84,28 @@ def set_losses(
     As `set_costs`, but the dense stream is carried only as far as the last fork.
     """
     totals = dict.fromkeys(sets, 0.0)
-    for batch in tokens.split(rows):
-        ends = sweep(stack, batch, list(totals), cost, advance)
-        targets = stack.place(batch)
-        for part in _row_chunks(stack, batch):
-            for cuts in totals:
-                logits = stack.exit(ends[cuts][part], batch[part])
-                totals[cuts] += next_token_loss(logits, targets[part]).sum().item()
+    for batches in passes(stack, tokens, rows, streams_held(totals, len(stack))):
+        ends = sweep(stack, batches, list(totals), cost, advance)
+        for b, batch in enumerate(batches):
+            targets = stack.place(batch)
+            for part in _row_chunks(stack, batch):
+                for cuts in totals:
+                    logits = stack.exit(ends[cuts][b][part], batch[part])
+                    totals[cuts] += next_token_loss(logits, targets[part]).sum().item()
     return {cuts: total / (tokens.numel() - len(tokens)) for cuts, total in totals.items()}
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:
     """The L - n + 1 segments of one length."""
     return [Segment(start, start + length) for start in range(layers - length + 1)]
+
+
+def all_lengths(longest: int, layers: int) -> list[Segment]:
+    """The triangle: every segment of 1, 2, … `longest` layers. One `segment_costs` prices them all.
+
+    Its sweep holds a stream a segment at the end: longest * (2 L - longest + 1) / 2 of them.
+    """
+    return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
 
 
 def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
@@ -106,18 +121,25 @@ def set_work(sets: Iterable[Cuts], layers: int, rows: int) -> int:
 
 def sweep(
     stack: Stack,
-    tokens: torch.Tensor,
+    batches: Sequence[torch.Tensor],
     sets: Sequence[Cuts],
     cost: Cost,
     advance: Callable[[int], None] = lambda layers: None,
-) -> dict[Cuts, torch.Tensor]:
-    """Final hidden states [B, T, D] with each set of segments skipped; of the dense model where DENSE is among them.
+) -> dict[Cuts, list[torch.Tensor]]:
+    """Final hidden states with each set of segments skipped, [B, T, D] a batch of tokens [B, T]; of the dense model
+    where DENSE is among the sets.
 
-    A stream is named by the segments it has jumped over so far.
+    Layers outermost: each is entered once, for all batches. A stream is named by the segments it has jumped over
+    so far, and let go when no set needs it any more.
     """
     wanted, reach = set(sets), _reach(sets, len(stack))
-    hidden, calls = stack.enter(tokens)
-    streams = {DENSE: hidden}
+    streams: dict[Cuts, list[torch.Tensor]] = {DENSE: []}
+    calls: list[Calls] = []
+    for hidden, arguments in map(stack.enter, batches):
+        streams[DENSE].append(hidden)
+        calls.append(arguments)
+        del hidden
+    rows = sum(map(len, batches))
     for j in range(len(stack)):
         for cuts in sorted(reach, key=len):  # of two segments side by side, the second forks from the first
             if cuts and cuts[-1].start == j:
@@ -125,10 +147,26 @@ def sweep(
         streams = {cuts: h for cuts, h in streams.items() if reach[cuts] > j or cuts in wanted}
         entered = [cuts for cuts in streams if _entry(cuts) <= j < reach[cuts]]
         for cuts in entered:
-            streams[cuts] = stack.layer(j, streams[cuts], calls)
-        cost.layer_forwards += len(entered) * tokens.shape[0]
-        advance(len(entered) * tokens.shape[0])
+            streams[cuts] = [stack.layer(j, h, c) for h, c in zip(streams[cuts], calls, strict=True)]
+        cost.layer_forwards += len(entered) * rows
+        advance(len(entered) * rows)
     return {cuts: streams[cuts] for cuts in wanted}
+
+
+def streams_held(sets: Iterable[Cuts], layers: int) -> int:
+    """The most hidden states of all tokens that `sweep` holds at once: one a stream, one more while it is replaced.
+
+    Streams that wait to land after jumps from the same place hold one and the same state.
+    """
+    wanted = set(sets)
+    reach = _reach(wanted, layers)
+    most = 1
+    for j in range(layers):
+        alive = [cuts for cuts in reach if not cuts or cuts[-1].start <= j]
+        alive = [cuts for cuts in alive if reach[cuts] > j or cuts in wanted]
+        states = {(cuts, 0) if _entry(cuts) <= j else (cuts[:-1], cuts[-1].start) for cuts in alive}
+        most = max(most, len(states) + 1)
+    return most
 
 
 def _reach(sets: Iterable[Cuts], layers: int) -> dict[Cuts, int]:

@@ -1,6 +1,7 @@
 """What one pass of the calibration tokens through the dense model tells about its layers.
 
-The baselines of `criteria.py` are functions of these sums. Only the hidden states of a few rows are held at once.
+The baselines of `criteria.py` are functions of these sums. Only the hidden states of a few rows are held at once;
+where the layers are on disk, those of all rows, so that each layer is read once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layercut.errors import ModelError
 from layercut.losses import next_token_loss
 from layercut.search.result import Cost
-from layercut.sweep import Calls, Stack
+from layercut.sweep import Calls, Stack, passes
 
 BUDGET_BYTES = 512 * 2**20
 """Hidden states held at once, [L + 1, B, T, D] in float32; one row at least."""
@@ -40,17 +42,24 @@ def similarity(
     cosine = torch.zeros(depth, depth, dtype=torch.float64)
     angular = torch.zeros(depth, depth, dtype=torch.float64)
     rows = max(1, BUDGET_BYTES // (4 * depth * tokens.shape[1] * stack.hidden_size))
-    for batch in tokens.split(rows):
-        hidden, calls = stack.enter(batch)
-        states = [hidden]
-        for i in range(len(stack)):
-            states.append(stack.layer(i, states[-1], calls))
-        cosine += cosine_sums(torch.stack(states)).cpu()
-        angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
-        cost.layer_forwards += len(stack) * len(batch)
-        cost.dense_tokens += batch.numel()
-        advance(len(batch))
+    for batches in passes(stack, tokens, rows, depth):
+        for batch, (states, _) in zip(batches, _all_states(stack, batches), strict=True):
+            cosine += cosine_sums(torch.stack(states)).cpu()
+            angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
+            cost.layer_forwards += len(stack) * len(batch)
+            cost.dense_tokens += batch.numel()
+            advance(len(batch))
     return Similarity(cosine / tokens.numel(), angular / len(tokens))
+
+
+def _all_states(stack: Stack, batches: list[torch.Tensor]) -> list[tuple[list[torch.Tensor], Calls]]:
+    """h_0 … h_L [B, T, D] of each batch [B, T], and the layers' arguments. Each layer is entered once for all."""
+    entered = [stack.enter(batch) for batch in batches]
+    found = [([hidden], calls) for hidden, calls in entered]
+    for i in range(len(stack)):
+        for states, calls in found:
+            states.append(stack.layer(i, states[-1], calls))
+    return found
 
 
 def cosine_sums(states: torch.Tensor) -> torch.Tensor:
@@ -80,41 +89,58 @@ def taylor_scores(
     """sum_w |w dL/dw| over the weight matrices of each layer, L the next-token loss on [N, T] tokens.  [L], float64
 
     First-order estimate of what removing each weight costs (Taylor+ of Shortened LLaMA, 2402.02834). Backwards layer
-    by layer, each run anew from its input, so that one layer's activations are held at a time; the gradients of all
+    by layer, each run anew from its input, so that one layer's activations are held at a time; the gradients of the
     layers' matrices, summed over the rows, are held in float32. 2 L layer-forwards and L layer-backwards a row.
+
+    Layers on disk are read twice, and the gradients of one layer are held at a time, for which all rows go in one
+    pass; ModelError where their hidden states do not fit in memory.
     """
-    matrices = [[p for p in layer.parameters() if p.ndim > 1] for layer in stack.layers]
-    sums = [[torch.zeros_like(p, dtype=torch.float32) for p in layer] for layer in matrices]
+    scores = torch.zeros(len(stack), dtype=torch.float64)
+    sums: list[list[torch.Tensor]] = [[] for _ in range(len(stack))]
     predictions = tokens.numel() - len(tokens)
-    for batch in tokens.split(rows):
-        states, calls, slope = _loss_slope(stack, batch)
+    groups = passes(stack, tokens, rows, len(stack) + 2)
+    if stack.on_disk and len(groups) > 1:
+        raise ModelError(
+            f"the hidden states of {tokens.numel():,} tokens at {len(stack)} layers do not fit in memory",
+            f"give fewer tokens: --tokens {groups[0][0].shape[1] * sum(map(len, groups[0]))}",
+        )
+    for batches in groups:
+        found, slopes = _loss_slopes(stack, batches)
         for i in reversed(range(len(stack))):
-            slope, grads = _layer_backward(stack, i, states[i], calls, slope, matrices[i])
-            for total, grad in zip(sums[i], grads, strict=True):
-                if grad is not None:
-                    total += grad.float() / predictions
-        cost.layer_forwards += 2 * len(stack) * len(batch)
-        cost.layer_backwards += len(stack) * len(batch)
-        cost.dense_tokens += batch.numel()
-        advance(len(batch))
-    scores = [
-        sum((p.detach().float() * g).abs().sum(dtype=torch.float64).item() for p, g in zip(layer, grads, strict=True))
-        for layer, grads in zip(matrices, sums, strict=True)
-    ]
-    return torch.tensor(scores, dtype=torch.float64)
+            matrices = [p for p in stack.loaded(i).parameters() if p.ndim > 1]
+            sums[i] = sums[i] or [torch.zeros_like(p, dtype=torch.float32) for p in matrices]
+            for b, (states, calls) in enumerate(found):
+                slopes[b], grads = _layer_backward(stack, i, states[i], calls, slopes[b], matrices)
+                for total, grad in zip(sums[i], grads, strict=True):
+                    if grad is not None:
+                        total += grad.float() / predictions
+            if batches is groups[-1]:
+                scores[i] = sum(
+                    (p.detach().float() * g).abs().sum(dtype=torch.float64).item()
+                    for p, g in zip(matrices, sums[i], strict=True)
+                )
+                sums[i] = []
+            del matrices  # or they would outlast the layer they came with
+        for batch in batches:
+            cost.layer_forwards += 2 * len(stack) * len(batch)
+            cost.layer_backwards += len(stack) * len(batch)
+            cost.dense_tokens += batch.numel()
+            advance(len(batch))
+    return scores
 
 
-def _loss_slope(stack: Stack, tokens: torch.Tensor) -> tuple[list[torch.Tensor], Calls, torch.Tensor]:
-    """h_0 … h_{L-1}, the layers' arguments, and the gradient at h_L of the loss summed over the tokens."""
+def _loss_slopes(
+    stack: Stack, batches: list[torch.Tensor]
+) -> tuple[list[tuple[list[torch.Tensor], Calls]], list[torch.Tensor]]:
+    """`_all_states` of each batch, and the gradient at its h_L of the loss summed over its tokens."""
     with torch.no_grad():
-        hidden, calls = stack.enter(tokens)
-        states = [hidden]
-        for i in range(len(stack)):
-            states.append(stack.layer(i, states[-1], calls))
-    last = states.pop().detach().requires_grad_(True)
-    loss = next_token_loss(stack.exit(last, tokens), stack.place(tokens)).sum()
-    (slope,) = torch.autograd.grad(loss, last)
-    return states, calls, slope
+        found = _all_states(stack, batches)
+    slopes: list[torch.Tensor] = []
+    for batch, (states, _) in zip(batches, found, strict=True):
+        last = states.pop().detach().requires_grad_(True)
+        loss = next_token_loss(stack.exit(last, batch), stack.place(batch)).sum()
+        slopes += torch.autograd.grad(loss, last)
+    return found, slopes
 
 
 def _layer_backward(
@@ -123,7 +149,7 @@ def _layer_backward(
     """The gradients at layer i's input and at its weights, from the one at its output."""
     hidden = hidden.detach().requires_grad_(True)
     with trainable(weights):
-        output = stack.layer(i, hidden, calls)
+        output = stack.plain_layer(i, hidden, calls)
         grads = torch.autograd.grad(output, [hidden, *weights], slope, allow_unused=True)
     return grads[0], list(grads[1:])
 

@@ -1,0 +1,383 @@
+"""A model whose layers are on disk computes what the same model in memory computes, to the bit, reading little."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    RwkvConfig,
+)
+
+import folders
+import tiny
+from layercut import models, stream, sweep
+from layercut.cli import main
+from layercut.errors import ModelError
+from layercut.search import find_segments
+from layercut.search.exhaustive import (
+    DENSE,
+    all_lengths,
+    all_segments,
+    segment_costs,
+    set_costs,
+    set_losses,
+    streams_held,
+)
+from layercut.search.exhaustive import sweep as carry
+from layercut.search.result import Cost
+from layercut.search.statistics import similarity, taylor_scores
+from layercut.segments import Segment
+from layercut.sweep import Stack, recomputed_layer
+from test_search import brute_force
+
+SMALL = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MODELS = {
+    "llama": tiny.llama,
+    "llama tied": lambda: tiny.llama(tie_word_embeddings=True),
+    "gpt2": tiny.gpt2,  # buffers in its layers that are not stored
+    "qwen2": lambda: tiny.tiny(Qwen2Config(**GROUPED)),
+    "neox": lambda: tiny.tiny(GPTNeoXConfig(**SMALL)),
+    "gemma2": lambda: tiny.tiny(Gemma2Config(**GROUPED, head_dim=8, sliding_window=8)),  # two masks; tied
+    # experts stored one by one, and fused on loading
+    "mixtral": lambda: tiny.tiny(MixtralConfig(**GROUPED, num_local_experts=4)),
+    "phimoe": lambda: tiny.tiny(PhimoeConfig(**GROUPED, num_local_experts=4)),
+    "qwen2 moe": lambda: tiny.tiny(Qwen2MoeConfig(**GROUPED, **EXPERTS, shared_expert_intermediate_size=32)),
+}
+
+
+def saved(model, folder):
+    """The model as a sharded checkpoint."""
+    model.save_pretrained(folder, max_shard_size="40KB")
+    folders.tokenizer().save_pretrained(folder)
+    return models.resolve(str(folder))
+
+
+def on_disk(checkpoint, **how):
+    """The model with its layers on disk, and their reader."""
+    model = stream.load(checkpoint, stream="on", **how).model
+    return model, stream.layers_on_disk(model)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama of 8 layers, saved in several shards."""
+    return saved(tiny.llama(), tmp_path_factory.mktemp("llama"))
+
+
+def both(checkpoint):
+    """Stacks over the same model in memory and on disk, and the reader of the latter."""
+    model, disk = on_disk(checkpoint)
+    return Stack(models.load(checkpoint).model), Stack(model), disk
+
+
+# --- the same model ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_on_disk_is_in_memory_to_the_bit(name, tmp_path):
+    checkpoint = saved(MODELS[name](), tmp_path)
+    memory, (model, disk) = models.load(checkpoint).model, on_disk(checkpoint)
+    tokens = tiny.some_tokens(3, 16)
+    expected = memory(input_ids=tokens, use_cache=False).logits
+    assert torch.equal(model(input_ids=tokens, use_cache=False).logits, expected)
+    assert disk.layers_read == [1] * len(disk.layers)
+    stack = Stack(model)
+    hidden, calls = stack.enter(tokens)
+    assert torch.equal(stack.exit(stack.run(hidden, calls, 0, len(stack)), tokens), expected)
+    assert disk.layers_read == [2] * len(disk.layers)  # neither the check nor the way in and out read any
+    stored = sum(tensor.elements * 4 for tensor in stream.stored_tensors(checkpoint.folder).values())
+    layers = sum(p.nbytes for layer in models.find_decoder(memory).layers for p in layer.parameters())
+    assert disk.bytes_read == stored + layers  # the rest once, the layers twice
+    for name, buffer in memory.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name))
+        assert buffer.dtype == model.get_buffer(name).dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_is_the_one_that_load_would_choose(llama, dtype):
+    memory, (model, _) = models.load(llama, dtype=dtype).model, on_disk(llama, dtype=dtype)
+    tokens = tiny.some_tokens(2)
+    assert torch.equal(model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
+    assert model.dtype == memory.dtype == getattr(torch, dtype)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
+    model, disk = on_disk(llama)
+    read, alive, most = disk._read, {}, []
+
+    def watched(layer):
+        arrays = {name: tensor.numpy().copy() for name, tensor in read(layer).items()}
+        alive[layer] = [weakref.ref(array) for array in arrays.values()]
+        most.append(sum(any(ref() is not None for ref in refs) for refs in alive.values()))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    monkeypatch.setattr(disk, "_read", watched)
+    stack, tokens = Stack(model), tiny.some_tokens()
+    segment_costs(stack, tokens, all_segments(2, 8), Cost())
+    assert len(most) == 8
+    taylor_scores(stack, tokens, Cost())  # and the way down
+    find_segments(stack, tokens, 2, "clp", seed=0)
+    for i in (0, 5, 2):  # and where another layer was read ahead
+        disk.enter_(i)
+    assert max(most) == 2
+    disk.leave_()
+    del stack
+    assert all(p.is_meta for layer in disk.layers for p in layer.parameters())
+
+
+def test_the_next_layer_is_read_while_this_one_computes(llama):
+    _, disk = on_disk(llama)
+    disk.enter_(3)
+    ahead, future = disk._ahead
+    future.result()
+    assert ahead == 4
+    assert disk.layers_read == [0, 0, 0, 1, 1, 0, 0, 0]
+    disk.enter_(2)  # downwards: what was read ahead is of no use, from here on it is
+    disk._ahead[1].result()
+    assert disk.layers_read == [0, 1, 1, 1, 1, 0, 0, 0]
+
+
+# --- what it is for ---
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
+    checkpoint, tokens = saved(MODELS[name](), tmp_path), tiny.some_tokens(6)
+    memory, stack, disk = both(checkpoint)
+    segments, costs = all_segments(2, len(stack)), (Cost(), Cost())
+    expected = segment_costs(memory, tokens, segments, costs[0], rows=2)
+    assert segment_costs(stack, tokens, segments, costs[1], rows=2) == expected  # to the bit
+    assert costs[0] == costs[1]
+    assert disk.layers_read == [1] * len(stack)
+    stored = stream.stored_tensors(checkpoint.folder)
+    assert disk.bytes_read == sum(tensor.elements * 4 for tensor in stored.values())
+
+
+def test_the_triangle_is_brute_force(llama):
+    memory, stack, disk = both(llama)
+    tokens, segments = tiny.some_tokens(3), all_lengths(3, 8)
+    assert sorted(set(segments)) == sorted(segments)
+    assert {(s.start, s.stop) for s in segments} == {(a, b) for a in range(8) for b in range(a + 1, a + 4) if b <= 8}
+    found = segment_costs(stack, tokens, segments, Cost())
+    assert found == segment_costs(memory, tokens, segments, Cost())
+    assert disk.layers_read == [1] * 8
+    for candidate in found:
+        (segment,) = candidate.segments
+        assert candidate.kl == pytest.approx(brute_force(memory.model, tokens, segment), rel=1e-4, abs=1e-6)
+
+
+def test_statistics_and_losses_are_the_same(llama):
+    memory, stack, disk = both(llama)
+    tokens = tiny.some_tokens(6)
+    sets = [(Segment(i, i + 1),) for i in range(8)] + [(Segment(1, 3), Segment(5, 6))]
+    assert set_losses(stack, tokens, sets, Cost(), rows=4) == set_losses(memory, tokens, sets, Cost(), rows=4)
+    assert disk.layers_read == [1] * 8
+    ours, theirs = similarity(stack, tokens, Cost()), similarity(memory, tokens, Cost())
+    assert torch.equal(ours.cosine, theirs.cosine)
+    assert torch.equal(ours.angular, theirs.angular)
+    assert disk.layers_read == [2] * 8
+    torch.testing.assert_close(taylor_scores(stack, tokens, Cost()), taylor_scores(memory, tokens, Cost()))
+    assert disk.layers_read == [4] * 7 + [3]  # the top layer is still there when the way down begins
+
+
+def test_weights_changed_while_they_are_in_memory_are_not_lost_unsaid(llama):
+    _, disk = on_disk(llama)
+    disk.enter_(2)
+    next(disk.layers[2].parameters()).mul_(2)
+    with pytest.raises(ModelError, match="changes the weights"):
+        disk.enter_(3)
+
+
+@pytest.mark.parametrize("method", ["clp", "sleb"])
+def test_other_methods_search_on_disk_too(llama, method):
+    memory, stack, _ = both(llama)
+    tokens = tiny.some_tokens(4)
+    assert find_segments(stack, tokens, 2, method, seed=0) == find_segments(memory, tokens, 2, method, seed=0)
+
+
+def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeypatch):
+    memory, stack, disk = both(llama)
+    tokens, segments = tiny.some_tokens(6), all_segments(2, 8)
+    expected = segment_costs(memory, tokens, segments, Cost(), rows=2)
+    per_row = streams_held([DENSE, *((s,) for s in segments)], 8) * tokens.shape[1] * 32 * 4
+    monkeypatch.setattr(sweep, "available_bytes", lambda device: 4 * per_row / sweep.STREAMS_SHARE)
+    assert segment_costs(stack, tokens, segments, Cost(), rows=2) == expected
+    assert disk.layers_read == [2] * 8
+    monkeypatch.setattr(sweep, "available_bytes", lambda device: 4 * per_row)
+    with pytest.raises(ModelError, match="do not fit in memory"):
+        taylor_scores(stack, tokens.repeat(4, 1), Cost())
+
+
+class Watched(Stack):
+    """Counts the hidden states that are alive when a layer has just made another one."""
+
+    most, states = 0, ()
+
+    def watch(self, state):
+        self.states = [ref for ref in self.states if ref() is not None] + [weakref.ref(state)]
+        self.most = max(self.most, len(self.states))
+        return state
+
+    def enter(self, tokens):
+        hidden, calls = super().enter(tokens)
+        return self.watch(hidden), calls
+
+    def layer(self, i, hidden, calls):
+        return self.watch(super().layer(i, hidden, calls))
+
+
+@pytest.mark.parametrize("sets", [
+    [DENSE],
+    [DENSE, *((s,) for s in all_segments(2, 8))],
+    [(s,) for s in all_segments(3, 8)],
+    [DENSE, *((s,) for s in all_lengths(4, 8))],
+    [(Segment(1, 3), Segment(5, 6)), (Segment(1, 3), Segment(3, 4)), (Segment(2, 3),)],
+])  # fmt: skip
+def test_the_streams_held_are_those_that_were_promised(sets):
+    stack = Watched(tiny.llama())
+    stack.most, stack.states = 0, ()
+    with torch.no_grad():
+        carry(stack, [tiny.some_tokens(2)], sets, Cost())
+    promised = streams_held(sets, 8)
+    assert promised - 1 <= stack.most <= promised  # one less where streams that land together are replaced last
+
+
+# --- gradients ---
+
+
+@pytest.mark.parametrize(("where", "how"), [
+    ("memory", recomputed_layer), ("disk", recomputed_layer), ("disk", Stack.layer),
+])  # fmt: skip
+def test_gradients_by_recomputation_are_the_plain_ones(llama, where, how):
+    memory, stack, disk = both(llama)
+    tokens = tiny.some_tokens(2)
+
+    def slope(stack, layer):
+        gates = torch.full((8,), 0.7, requires_grad=True)
+        with torch.no_grad():
+            hidden, calls = stack.enter(tokens)
+        for i in range(8):
+            hidden = hidden + gates[i] * (layer(stack, i, hidden, calls) - hidden)
+        return torch.autograd.grad(stack.exit(hidden, tokens).square().mean(), gates)[0]
+
+    expected = slope(memory, Stack.layer)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(slope(memory if where == "memory" else stack, how), expected)
+    if where == "disk":
+        # layer 7 is still there when the way down begins; layer 0 takes no gradient, and is read ahead at most
+        assert disk.layers_read[1:] == [2] * 6 + [1]
+
+
+# --- what is refused ---
+
+
+def test_layers_that_talk_beside_the_hidden_state_are_refused_unread(llama):
+    model, disk = on_disk(llama)
+    first, last = model.model.layers[0], model.model.layers[-1]
+    plain, heard = last.forward, []
+    first.register_forward_hook(lambda module, args, out: heard.append(1))
+    last.forward = lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs) + len(heard)
+    with pytest.raises(ModelError, match="exchange more than the hidden state"):
+        Stack(model)
+    assert disk.layers_read == [0] * 8
+
+
+def test_a_shard_that_breaks_while_it_is_read(tmp_path):
+    checkpoint = saved(tiny.llama(), tmp_path)
+    model, disk = on_disk(checkpoint)
+    last = max(models.weight_files(checkpoint.folder))
+    last.write_bytes(last.read_bytes()[:-400])
+    with pytest.raises(ModelError, match=last.name):
+        model(input_ids=tiny.some_tokens(1))
+    last.unlink()
+    with pytest.raises(ModelError, match=last.name):
+        disk.enter_(7)
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_is_read(tmp_path):
+    checkpoint = saved(tiny.llama(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (({"num_hidden_layers": 9}, "lacks 9 weights"), ({"intermediate_size": 48}, "another shape")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelError, match=words):
+            stream.load(checkpoint, stream="on")
+
+
+def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
+    shared = tiny.llama()
+    shared.model.layers[3].mlp = shared.model.layers[1].mlp
+    with pytest.raises(ModelError, match=r"layers 1 and 3 .* share"):
+        stream._refuse_sharing(shared)
+    tied = tiny.llama()
+    tied.model.norm.weight = tied.model.layers[2].input_layernorm.weight
+    with pytest.raises(ModelError, match=r"ties model\.norm\.weight to layer 2"):
+        stream._refuse_sharing(tied)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="GGUF"):
+        stream._refuse(models.Checkpoint("model", tmp_path, gguf.name), None)
+
+
+def test_a_model_that_changes_its_weights_as_it_runs_is_refused(tmp_path):
+    config = RwkvConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=8, attention_hidden_size=32, rescale_every=3
+    )
+    model, _ = on_disk(saved(tiny.tiny(config), tmp_path))
+    with pytest.raises(ModelError, match="changes the weights"):
+        model(input_ids=tiny.some_tokens(1), use_cache=False)
+
+
+def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
+    weights = sum(p.nbytes for p in models.load(llama).model.parameters())
+    monkeypatch.setattr(stream, "available_bytes", lambda device: weights * 1.1)
+    assert stream.wanted(llama)
+    assert stream.layers_on_disk(stream.load(llama).model)
+    assert not stream.wanted(llama, dtype="bfloat16")
+    assert not stream.wanted(llama, stream="off")
+    monkeypatch.setattr(stream, "available_bytes", lambda device: weights * 1.3)
+    assert not stream.wanted(llama)
+    assert not stream.layers_on_disk(stream.load(llama).model)
+
+
+def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):
+    found = {}
+    flags = ["--ratio=0.25", "--method=exhaustive", "--tokens=256", "--window=32"]
+    flags += ["--tune-tokens=0", "--eval-tokens=64"]
+    own, flags = flags, [*flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    for mode in ("on", "off"):
+        assert main(["search", str(tiny_model), *flags, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
+        found[mode] = json.loads((tmp_path / mode / "search.json").read_text())
+    assert "layers left on disk" in capsys.readouterr().err
+    assert found["on"]["candidates"] == found["off"]["candidates"]
+    assert main(["compress", str(tiny_model), *flags, "--stream=on", f"--out={tmp_path / 'all'}"]) == 2
+    error = capsys.readouterr().err
+    assert "not healed" in error
+    assert "layercut cut" in error
+    own += ["--data=self", f"--eval-data={texts[1]}", f"--out={tmp_path / 'self'}"]
+    assert main(["search", str(tiny_model), *own, "--stream=on"]) == 2
+    assert "--stream off" in capsys.readouterr().err
+
+
+def test_costs_of_sets_on_disk(llama):
+    memory, stack, _ = both(llama)
+    sets = [(Segment(1, 2), Segment(4, 6)), (Segment(1, 2),)]
+    tokens = tiny.some_tokens(3)
+    assert set_costs(stack, tokens, sets, Cost()) == set_costs(memory, tokens, sets, Cost())
