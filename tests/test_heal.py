@@ -1,12 +1,29 @@
 """Endpoint tuning changes the endpoints alone and never makes anything worse."""
 
+import shutil
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tiny
-from layercut import models
+from layercut import losses, models
 from layercut.cut import cut_segment_
-from layercut.heal.endpoints import TuneSettings, endpoints, tune_, warmup_then_cosine
+from layercut.errors import ConfigError, RunError
+from layercut.heal import endpoints as room
+from layercut.heal import objectives, stored
+from layercut.heal.endpoints import (
+    TuneSettings,
+    endpoints,
+    own_parameters_,
+    rows_of_step,
+    tune_,
+    warmup_then_cosine,
+)
+from layercut.heal.fold import fold_
+from layercut.heal.objectives import Pair
+from layercut.heal.state import StateFile
+from layercut.heal.stored import store_teacher, stored_bytes
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl
 
@@ -87,14 +104,12 @@ def test_kl_step_gradient_is_the_full_models():
     model, tokens = tiny.llama(), tiny.some_tokens(4)
     student = cut_copy(model, Segment(3, 5))
     reference = cut_copy(model, Segment(3, 5))
-    from layercut.heal import endpoints as room
-    from layercut.losses import kl_divergence
-
-    trained = room.own_parameters_(Stack(student), [2, 3])
-    room._kl_step(Stack(model), Stack(student), 2, 3, tokens)
-    wanted = room.own_parameters_(Stack(reference), [2, 3])
+    trained = own_parameters_(Stack(student), [2, 3])
+    pair = Pair(dense=Stack(model), student=Stack(student), prefix=2, last=3)
+    pair.backward(tokens, torch.arange(4))
+    wanted = own_parameters_(Stack(reference), [2, 3])
     p = model(input_ids=tokens, use_cache=False).logits
-    kl_divergence(p, reference(input_ids=tokens, use_cache=False).logits).mean().backward()
+    losses.kl_divergence(p, reference(input_ids=tokens, use_cache=False).logits).mean().backward()
     for ours, theirs in zip(trained, wanted, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
 
@@ -105,3 +120,269 @@ def test_schedule_rises_then_falls():
     assert max(rates) == 1.0
     assert rates.index(1.0) == 4
     assert rates[-1] == pytest.approx(0.05, abs=0.01)
+
+
+# --- losses with gradients written out, against autograd and direct formulas ---
+
+
+def logits_of(seed, rows=5):
+    return 3 * torch.randn(rows, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def autograd(loss_of, z):
+    leaf = z.clone().requires_grad_(True)
+    loss = loss_of(leaf)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_kl_and_its_gradient_at_a_temperature(t):
+    p, z = logits_of(0), logits_of(1)
+
+    def direct(leaf):
+        return t**2 * (F.softmax(p / t, -1) * (F.log_softmax(p / t, -1) - F.log_softmax(leaf / t, -1))).sum(-1)
+
+    torch.testing.assert_close(losses.kl_and_gradient(p, z, t), autograd(direct, z))
+
+
+@pytest.mark.parametrize(("k", "t"), [(1, 1.0), (6, 2.0), (19, 1.0)])
+def test_bucket_kl_and_its_gradient(k, t):
+    p, z = F.softmax(logits_of(0) / t, -1), logits_of(1)
+    index = p.topk(k).indices
+    bucketed = torch.cat([p.gather(-1, index), 1 - p.gather(-1, index).sum(-1, keepdim=True)], -1)
+
+    def direct(leaf):
+        q = F.softmax(leaf / t, -1)
+        others = (q * torch.ones_like(q).scatter(-1, index, 0.0)).sum(-1, keepdim=True)
+        return t**2 * (bucketed * (bucketed / torch.cat([q.gather(-1, index), others], -1)).log()).sum(-1)
+
+    loss, gradient = losses.bucket_kl_and_gradient(bucketed.log(), index, z, t)
+    torch.testing.assert_close((loss, gradient), autograd(direct, z))
+    full, full_gradient = losses.kl_and_gradient(logits_of(0), z, t)
+    assert (loss <= full + 1e-12).all(), "merging outcomes cannot raise a divergence"
+    if k == 19:  # a bucket of one token is that token
+        torch.testing.assert_close((loss, gradient), (full, full_gradient))
+
+
+def test_next_token_loss_and_its_gradient():
+    z, targets = logits_of(1), torch.tensor([3, 0, -1, 19, 3])
+    expected = autograd(lambda leaf: F.cross_entropy(leaf, targets, ignore_index=-1, reduction="none"), z)
+    torch.testing.assert_close(losses.next_token_and_gradient(z, targets), expected)
+
+
+@pytest.mark.parametrize("budget", [1, 4 * 20 * 2, 2**20])
+def test_pieces_cover_all_tokens_once_and_fit(budget):
+    seen = torch.zeros(6, 16, dtype=torch.int64)
+    for rows, columns in losses.logit_pieces(6, 16, 10, budget):
+        seen[rows, columns] += 1
+        assert seen[rows, columns].numel() * 10 <= max(10, budget)
+    assert (seen == 1).all()
+    z = logits_of(2)
+    total, gradient = losses.loss_and_gradient(
+        z, lambda part, x: losses.next_token_and_gradient(x, torch.arange(5)[part]), 0.5, budget
+    )
+    loss, expected = losses.next_token_and_gradient(z.float(), torch.arange(5))
+    assert total == pytest.approx(loss.sum().item())
+    torch.testing.assert_close(gradient, 0.5 * expected.double())
+
+
+# --- one pass, against plain autograd through both models ---
+
+DIRECT = {
+    "temperature": {"temperature": 2.0},
+    "mix": {"mix": 0.3},
+    "both": {"temperature": 3.0, "mix": 0.5},
+    "next-token": {"objective": "next-token"},
+    "stored": {"temperature": 1.5, "mix": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize("budget", [4 * tiny.VOCABULARY * 5, 2**25])
+def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatch, tmp_path):
+    """Chunks of 5 tokens, or all at once."""
+    model, tokens, rows = tiny.llama(), tiny.some_tokens(4), torch.arange(4)
+    monkeypatch.setattr(objectives, "logit_pieces", lambda *a: losses.logit_pieces(*a, budget_bytes=budget))
+    student, reference = (cut_copy(model, Segment(3, 5)) for _ in range(2))
+    options = DIRECT[name]
+    t, mix = options.get("temperature", 1.0), options.get("mix", 1.0 if name == "next-token" else 0.0)
+    stored = None
+    if name == "stored":  # all but one token kept: no approximation but float16
+        stored = store_teacher(
+            Stack(model), tokens, tiny.VOCABULARY - 1, tmp_path / "teacher", key="", temperature=t
+        )
+    pair = Pair(dense=Stack(model), student=Stack(student), prefix=2, last=3, stored=stored, **options)
+    trained = own_parameters_(pair.student, [2, 3])
+    loss = pair.backward(tokens, rows)
+
+    wanted = own_parameters_(Stack(reference), [2, 3])
+    p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, reference))
+    kl = (F.softmax(p / t, -1) * (F.log_softmax(p / t, -1) - F.log_softmax(q / t, -1))).sum(-1).mean()
+    expected = (1 - mix) * t**2 * kl + mix * F.cross_entropy(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    expected.backward()
+    close = {"rtol": 2e-2, "atol": 2e-4} if stored else {"rtol": 1e-3, "atol": 1e-6}
+    assert loss == pytest.approx(expected.item(), rel=5e-3 if stored else 1e-5)
+    for ours, theirs in zip(trained, wanted, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **close)
+
+
+def test_a_step_of_several_passes_is_that_of_one(monkeypatch):
+    model, results = tiny.llama(), []
+    for tokens_in_pass in (16, 32, 1024):
+        monkeypatch.setattr(room, "PASS_TOKENS", tokens_in_pass)
+        student = cut_copy(model, Segment(3, 5))
+        report = tune_(
+            Stack(model), Stack(student), [Segment(3, 5)], tiny.some_tokens(6), tiny.some_tokens(2, seed=1),
+            TuneSettings(batch_tokens=80, learning_rate=1e-3),
+        )  # fmt: skip
+        assert report.steps == 2  # of 5 rows and of 1
+        results.append([report.curve[0]["loss"], report.curve[1]["loss"], report.heldout[-1]["loss"]])
+    assert results[0] == pytest.approx(results[2], rel=1e-5)
+    assert results[1] == pytest.approx(results[2], rel=1e-5)
+
+
+# --- epochs, patience ---
+
+
+def test_every_epoch_takes_every_row_once():
+    epochs = [torch.cat([rows_of_step(3 * e + i, 8, 3) for i in range(3)]) for e in range(3)]
+    assert epochs[0].tolist() == list(range(8)), "the first in the order given"
+    assert all(sorted(rows.tolist()) == list(range(8)) for rows in epochs)
+    assert epochs[1].tolist() != epochs[2].tolist()
+
+
+def test_epochs_and_patience():
+    model = tiny.llama()
+
+    def tuned(**settings):
+        student = cut_copy(model, Segment(3, 5))
+        report = tune_(
+            Stack(model), Stack(student), [Segment(3, 5)], tiny.some_tokens(8), tiny.some_tokens(4, seed=1),
+            TuneSettings(batch_tokens=16, **settings),
+        )  # fmt: skip
+        return report, mean_kl(Stack(model), Stack(student), tiny.some_tokens(4, seed=1))
+
+    report, _ = tuned(epochs=3, learning_rate=1e-3)
+    assert (report.steps, report.tokens, len(report.curve)) == (24, 3 * 8 * 16, 24)
+    report, left = tuned(epochs=3, patience=2, learning_rate=0.9)
+    assert report.stopped_early
+    assert [point["step"] for point in report.heldout] == [0, 3, 6]
+    assert left == pytest.approx(report.heldout[0]["loss"], rel=1e-5)
+
+
+# --- the stored teacher ---
+
+
+def test_stored_teacher_is_the_dense_models_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    model, tokens, folder = tiny.llama(), tiny.some_tokens(7), tmp_path / "teacher"
+    monkeypatch.setattr(stored, "SHARD_TOKENS", 32)
+    teacher = store_teacher(Stack(model), tokens, 8, folder, key="a")
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"0000{i}.safetensors" for i in range(4)]
+    size = sum(file.stat().st_size for file in files)
+    assert stored_bytes(tokens.numel(), 8) < size < stored_bytes(tokens.numel(), 8) + 4 * 400
+
+    log_p, index = teacher.read(torch.tensor([5, 2]), slice(3, 9))
+    p = F.softmax(model(input_ids=tokens[[5, 2], :], use_cache=False).logits, -1)[:, 3:9].flatten(0, 1)
+    torch.testing.assert_close(p.gather(-1, index), p.topk(8).values)
+    torch.testing.assert_close(log_p[:, :-1].exp(), p.topk(8).values, rtol=5e-3, atol=1e-6)
+    torch.testing.assert_close(log_p[:, -1].exp(), 1 - p.topk(8).values.sum(-1), rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(12))
+
+    before, written = {file: file.read_bytes() for file in files}, files[0].stat().st_mtime_ns
+    files[2].unlink()
+    store_teacher(Stack(model), tokens, 8, folder, key="a")
+    assert {file: file.read_bytes() for file in sorted(folder.iterdir())} == before
+    assert files[0].stat().st_mtime_ns == written, "what was there is computed again"
+    store_teacher(Stack(model), tokens[:2], 8, folder, key="b")
+    assert [file.name for file in folder.iterdir()] == ["00000.safetensors"], "those of other tokens stay"
+
+
+def test_stored_teacher_refuses_what_cannot_be(tmp_path, monkeypatch):
+    dense = Stack(tiny.llama())
+    with pytest.raises(ConfigError, match="not below the model's 96 tokens"):
+        store_teacher(dense, tiny.some_tokens(), 96, tmp_path, key="")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(RunError, match="MB are free"):
+        store_teacher(dense, tiny.some_tokens(), 8, tmp_path / "teacher", key="")
+
+
+def test_tuning_towards_a_stored_teacher_runs_no_dense_layer_above_the_cut(tmp_path):
+    """It comes near what the whole teacher teaches, and the dense layers run for the held-out rows alone, once."""
+    model, tokens, heldout = tiny.llama(), tiny.some_tokens(32), tiny.some_tokens(4, seed=1)
+    entered, results = [], []
+    for teacher in (None, store_teacher(Stack(model), tokens, 64, tmp_path / "teacher", key="")):
+        dense, student = Stack(model), cut_copy(model, Segment(3, 5))
+        # inside the layer: the stand-ins that enter and leave the stack do not come so far
+        handle = dense.layers[6].mlp.register_forward_hook(lambda *_: entered.append(1))
+        entered.clear()
+        settings = TuneSettings(batch_tokens=64, learning_rate=3e-3)
+        report = tune_(dense, Stack(student), [Segment(3, 5)], tokens, heldout, settings, teacher=teacher)
+        handle.remove()
+        results.append((len(entered), report.heldout[0]["loss"], report.best))
+    assert [count for count, _, _ in results] == [1 + 8, 1], "once for the held-out rows, and once a step"
+    assert results[1][1] == results[0][1], "both are judged by the full KL"
+    gains = [start - best for _, start, best in results]
+    assert gains[1] > 0.7 * gains[0] > 0
+
+
+# --- what tuning keeps and changes ---
+
+
+def test_only_the_endpoints_differ_from_the_folded_model_to_the_bit():
+    model, segment = tiny.llama().to(torch.bfloat16), [Segment(3, 5)]
+    student = cut_copy(model, *segment)
+    fold_(Stack(model), Stack(student), segment, tiny.some_tokens(32))
+    folded, owners = weights_of(student), {id(p) for p in model.parameters()}
+    optimizers = []
+    with pytest.MonkeyPatch.context() as patch:
+        adamw = torch.optim.AdamW
+        patch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1])
+        report = tune_(
+            Stack(model), Stack(student), segment, tiny.some_tokens(32), tiny.some_tokens(4, seed=1),
+            TuneSettings(batch_tokens=64, learning_rate=3e-3),
+        )  # fmt: skip
+    assert report.best_step > 0
+    own = {name for name, p in student.named_parameters() if id(p) not in owners}
+    assert {name.split(".")[2] for name in own} == {"2", "3"}
+    for name, p in student.named_parameters():
+        assert name in own or torch.equal(p.view(torch.int16), folded[name].view(torch.int16))
+        assert p.grad is None
+    assert all(p.grad is None for p in model.parameters())
+    assert any(not torch.equal(p, folded[name]) for name, p in student.named_parameters())
+    # AdamW's state is that of the trained parameters, in float32, and no other
+    (optimizer,) = optimizers
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert sum(state[moment].numel() for state in optimizer.state.values()) == report.trained_parameters
+        assert all(state[moment].dtype == torch.float32 for state in optimizer.state.values())
+    assert sum(p.numel() for name, p in student.named_parameters() if name in own) == report.trained_parameters
+
+
+def test_a_state_of_other_making_is_not_gone_on_with(tmp_path):
+    model, path = tiny.llama(), tmp_path / "state.safetensors"
+
+    def tuned(key="a", seed=0, heldout_seed=1, fold=1.0, **settings):
+        tokens, heldout = tiny.some_tokens(8, seed=seed), tiny.some_tokens(4, seed=heldout_seed)
+        student = cut_copy(model, Segment(3, 5))
+        student.model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(
+            fold * student.model.layers[2].mlp.down_proj.weight, requires_grad=False
+        )
+        begun = []
+        tune_(
+            Stack(model), Stack(student), [Segment(3, 5)], tokens, heldout,
+            TuneSettings(batch_tokens=32, **settings), state=StateFile(path, key=key, minutes=0),
+            advance=lambda count, _: begun.append(count),
+        )  # fmt: skip
+        return begun
+
+    fresh = [32] * 4
+    assert tuned() == fresh
+    assert tuned() == [128], "gone on with: nothing is left to do"
+    for change in (
+        {"key": "b"}, {"seed": 5}, {"heldout_seed": 6}, {"fold": 0.9},
+        {"learning_rate": 2e-3}, {"mix": 0.1}, {"objective": "hidden"},
+    ):  # fmt: skip
+        assert tuned(**change) == fresh, change
+    path.write_bytes(path.read_bytes()[:100])
+    assert tuned() == fresh, "a spoiled state counts as none"

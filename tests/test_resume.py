@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from layercut.cli import main
+from layercut.pipeline import TUNING_STATE
 from layercut.runs import STAGES
 
 # Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
-# its work is done and its JSON half written; at "export/folder", the new model stands beside its place.
+# its work is done and its JSON half written; at "export/folder", the new model stands beside its place; at "step/N",
+# tuning begins a step after N.
 # One process loads the libraries and forks the others, which spares 3 s each.
 DRIVER = """
 import os, signal, sys
 import transformers.models.llama.modeling_llama
 from layercut import cli, export, pipeline, runs
+from layercut.heal import endpoints, state
 
 # a shell that starts the tests in the background lets them ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,7 +43,16 @@ def run(where, number, argv):
             die()
         write_json(path, content)
 
+    def at_step(training):
+        if training.report.step == int(where.partition("/")[2]):
+            die()
+        return step(training)
+
     write_json, runs.write_json = runs.write_json, write_half
+    if where.startswith("step/"):
+        step, endpoints._Training.step_ = endpoints._Training.step_, at_step
+        if number == signal.SIGKILL:
+            state.StateFile.due = lambda _: True
     export.verify_reload = lambda *_: {}
     if where == "export/folder":
         export.replace_folder = die
@@ -159,6 +172,31 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_mode
     assert weights[0] == weights[1]
 
 
+def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts, tmp_path):
+    """Killed after step 1, where the state was due; terminated within step 3; Ctrl-C within step 4, the last."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = arguments(tiny_model, texts, run)
+    state, steps = run / TUNING_STATE, []
+    with driver(argv, log) as run_until:
+        for moment, number, code in (
+            ("step/1", signal.SIGKILL, -signal.SIGKILL),
+            ("step/2", signal.SIGTERM, -signal.SIGTERM),
+            ("step/3", signal.SIGINT, 130),
+        ):
+            assert run_until(moment, number) == code, log.read_text()
+            assert "heal" not in artefacts(run)
+            with safe_open(state, framework="pt") as file:
+                steps.append(json.loads(file.metadata()["facts"])["curve"][-1]["step"])
+    assert steps == [1, 3, 4]
+    assert main(argv) == 0
+    assert not list(run.glob("*tuning-state*")), "the state is of use to nobody"
+    assert (run / "tuned.safetensors").read_bytes() == (whole / "tuned.safetensors").read_bytes()
+    curves = [json.loads((folder / "heal.json").read_text())["tuning"] for folder in (run, whole)]
+    assert curves[0]["heldout"] == curves[1]["heldout"]
+    assert [p["loss"] for p in curves[0]["curve"]] == [p["loss"] for p in curves[1]["curve"]]
+    assert curves[0]["best_step"] == curves[1]["best_step"] > 0
+
+
 def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     with driver(arguments(tiny_model, texts, run), log) as run_until:
@@ -190,6 +228,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", "export", "summary"]),
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", "export", "summary"]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", "export", "summary"]),
+    "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", "export", "summary"]),
     "tuning tokens": (["--tune-tokens=96"], ["text", "heal", "quantize", "eval", "export", "summary"]),
     "held-out tokens": (["--eval-tokens=96"], ["text", "eval", "summary"]),
     "speed": (["--speed"], ["eval", "summary"]),

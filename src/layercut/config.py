@@ -138,9 +138,35 @@ class HealConfig:
     """Tokens in one optimizer step."""
     radius: int = 1
     """Layers tuned on each side of a cut."""
+    temperature: float = 1.0
+    """Of both models' predictions in the objective kl."""
+    mix: float = 0.0
+    """Share of the next-token loss in the objective kl, 0 to 1."""
+    epochs: int = 1
+    """Passes over the tuning tokens."""
+    patience: int = 0
+    """Stop tuning after so many held-out scores in a row without a new best, of 8 in all; 0 never does."""
+    teacher_topk: int = 0
+    """Keep the dense model's K likeliest tokens and the rest as one on disk, 6 K + 2 bytes a token, and tune
+    towards those: the dense layers above the cut are not run again. 0: all tokens, computed anew."""
 
     def __post_init__(self) -> None:
         at_least("tune_tokens", self.tune_tokens, 0)
+        at_least("epochs", self.epochs, 1)
+        at_least("patience", self.patience, 0)
+        at_least("teacher_topk", self.teacher_topk, 0)
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"--temperature {self.temperature:g} is not above 0", "try --temperature 2")
+        if not 0 <= self.mix <= 1:
+            raise ConfigError(f"--mix {self.mix:g} is outside 0 to 1", "a tenth of the next-token loss: --mix 0.1")
+        for name, value, neutral in (
+            ("temperature", self.temperature, 1), ("mix", self.mix, 0), ("teacher-topk", self.teacher_topk, 0),
+        ):  # fmt: skip
+            if self.objective != "kl" and value != neutral:
+                raise ConfigError(
+                    f"--{name} {value:g} is given with --objective {self.objective}",
+                    f"it belongs to --objective kl; leave out --{name}",
+                )
         at_least("batch_tokens", self.batch_tokens, 1)
         at_least("radius", self.radius, 1)
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:

@@ -6,6 +6,7 @@ in nats per token, computed in float32 whatever the model's own number format.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,91 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each next token.  [B, T, V], [B, T] -> [B, T - 1]"""
     flat = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     return flat.view(tokens.shape[0], -1)
+
+
+# --- losses whose gradient is written out: for tuning, where each is wanted once ---------------------------------
+
+Term = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(tokens, their float32 logits [n, V]) -> loss per token [n] and its gradient in the logits [n, V]."""
+
+
+def kl_and_gradient(
+    p_logits: torch.Tensor, z: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """t^2 KL(p_t || q_t) per token, p_t = softmax(p_logits / t) (Hinton, 1503.02531), and t (q_t - p_t).
+
+    float32 [n, V] twice -> [n], [n, V].
+    """
+    log_p, log_q = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (p_logits, z))
+    p = log_p.exp()
+    loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
+    return temperature**2 * loss, _scaled_(log_q.exp_().sub_(p), temperature)
+
+
+def bucket_kl_and_gradient(
+    log_p: torch.Tensor, index: torch.Tensor, z: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same between p and q of K tokens and one bucket that holds all others; never above the full KL.
+
+    log_p: float32 [n, K + 1], the bucket last; index: int64 [n, K]; z: float32 [n, V]. With q_b = 1 - sum of q over
+    the K, the gradient is t (q - p) at the K and t q (1 - p_b / q_b) at the others.
+    """
+    log_q = F.log_softmax(z if temperature == 1 else z / temperature, -1)
+    log_q_k = log_q.gather(-1, index)
+    q = log_q.exp_()
+    q_k = q.gather(-1, index)
+    others = q.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
+    p, p_bucket = log_p[:, :-1].exp(), log_p[:, -1:].exp()
+    loss = torch.linalg.vecdot(log_p.exp(), log_p - torch.cat([log_q_k, others.log()], -1))
+    gradient = q.mul_(1 - p_bucket / others).scatter_(-1, index, q_k - p)
+    return temperature**2 * loss, _scaled_(gradient, temperature)
+
+
+def next_token_and_gradient(z: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy, 0 where the target is negative (none), and its gradient.  [n, V], [n] -> [n], [n, V]"""
+    some, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
+    log_q = F.log_softmax(z, -1)
+    loss = -log_q.gather(-1, index) * some
+    return loss[:, 0], log_q.exp_().scatter_add_(-1, index, -torch.ones_like(loss)).mul_(some)
+
+
+def _scaled_(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1 else x.mul_(factor)
+
+
+def loss_and_gradient(
+    logits: torch.Tensor, term: Term, scale: float, budget_bytes: int | None = None
+) -> tuple[float, torch.Tensor]:
+    """Summed loss of logits [n, V] in any number format, and scale x its gradient in that format.
+
+    float32 exists for a few tokens at a time: on a CPU so few (4 MiB) that they stay in its cache, docs/log.md.
+    """
+    budget = budget_bytes or (4 if logits.device.type == "cpu" else 256) * 2**20
+    gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+    for part in slices(len(logits), max(1, budget // (4 * logits.shape[-1]))):
+        loss, slope = term(part, logits[part].float())
+        total += loss.sum()
+        gradient[part] = _scaled_(slope, scale)
+    return total.item(), gradient
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """range(length) in runs of `step`."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def logit_pieces(
+    rows: int, window: int, bytes_per_token: int, budget_bytes: int = 32 * 2**20
+) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget.
+
+    Above 32 MiB glibc no longer reuses memory but fetches it from the system, page by page, each time.
+    """
+    tokens = max(1, budget_bytes // bytes_per_token)
+    for part in slices(rows, max(1, tokens // window)):
+        for columns in slices(window, min(window, tokens)):
+            yield part, columns
 
 
 def rows_per_chunk(tokens_per_row: int, vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:

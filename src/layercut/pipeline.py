@@ -29,10 +29,12 @@ from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
+from layercut.heal.state import StateFile
+from layercut.heal.stored import StoredTeacher, check_topk, store_teacher, stored_bytes
 from layercut.progress import bar, say
 from layercut.quantize import Quantization, endpoints_of, quantize_, quantized_weights
 from layercut.report import model_card, write_report
-from layercut.runs import Run, versions, write_text
+from layercut.runs import Run, digest, versions, write_text
 from layercut.search import SearchResult, find_segments, price_segments, stability
 from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
 from layercut.sweep import Stack, mean_kl
@@ -40,6 +42,8 @@ from layercut.sweep import Stack, mean_kl
 Stage = Literal["search", "tune", "report"]
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
+TUNING_STATE = "tuning-state.safetensors"
+"""Where tuning stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
 
 def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> Path:
@@ -51,6 +55,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window(config.text.window, architecture)
+    if config.heal.teacher_topk:
+        check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = models.count_layers(architecture)
     wanted = checked_segments(config.search.segments, layers)
     length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0
@@ -85,6 +91,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             say("fold", describe_fold(outcome))
         tuned = [asdict(config.heal), text["tuning"], text["heldout"]]
         heal = run.stage("heal", tuned, lambda: work.tune(segments), after=["fold"])
+        (run / TUNING_STATE).unlink(missing_ok=True)
         if heal["tuning"]:
             say("tune", describe_tuning(heal["tuning"]))
         calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
@@ -185,6 +192,10 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
         learning_rate=heal.learning_rate,
         batch_tokens=heal.batch_tokens,
         radius=heal.radius,
+        temperature=heal.temperature,
+        mix=heal.mix,
+        epochs=heal.epochs,
+        patience=heal.patience,
     )
 
 
@@ -340,16 +351,30 @@ class Workbench:
         student = Stack(self.student(segments, "folded"))
         settings = tune_settings(heal)
         tokens, heldout = self.blocks["tuning"], self.blocks["heldout"]
-        with bar("tuning the endpoints", tokens.numel()) as advance:
+        teacher = self.stored_teacher(tokens, text["tuning"]["fingerprint"]) if heal.teacher_topk else None
+        with bar("tuning the endpoints", heal.epochs * tokens.numel()) as advance:
             report = tune_(
                 self.stack, student, segments, tokens, heldout, settings,
                 advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"),
+                teacher=teacher,
+                state=StateFile(self.run / TUNING_STATE, key=self.run.inputs_of("heal")),
             )  # fmt: skip
         for point in report.curve:
             self.run.event("heal", int(point["step"]), "loss", point["loss"], "nats/token")
         changed = self.save_changes(student.model, "tuned")
         tuning = report.to_json() | {"data": text["tuning"]}
         return {"fold": fold["fold"], "tuning": tuning, "changed": changed, "files": ["tuned.safetensors"]}
+
+    def stored_teacher(self, tokens: torch.Tensor, fingerprint: str) -> StoredTeacher:
+        """The dense predictions on the tuning tokens, computed where they are not in the run folder yet."""
+        heal = self.config.heal
+        size = stored_bytes(tokens.numel(), heal.teacher_topk)
+        say("teacher", f"{heal.teacher_topk} likeliest tokens each: {size / 1e6:,.1f} MB in {self.run / 'teacher'}")
+        with bar("storing the dense predictions", tokens.numel()) as advance:
+            return store_teacher(
+                self.stack, tokens, heal.teacher_topk, self.run / "teacher",
+                key=digest([self.source, fingerprint]), temperature=heal.temperature, advance=advance,
+            )  # fmt: skip
 
     def quantize(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """The healed student's weights in fewer bits, where that is asked."""
@@ -540,8 +565,8 @@ def describe_tuning(tuning: dict[str, Any]) -> str:
     start, best = tuning["heldout"][0]["loss"], min(point["loss"] for point in tuning["heldout"])
     verdict = "" if best < start else "; it did not help, the start is kept"
     return (
-        f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens: "
-        f"held-out loss {start:.4f} -> {best:.4f}{verdict}"
+        f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens, "
+        f"{tuning['state_bytes'] / 1e6:,.1f} MB of training state: held-out loss {start:.4f} -> {best:.4f}{verdict}"
     )
 
 

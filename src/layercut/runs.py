@@ -88,6 +88,10 @@ class Run:
         files = artefact.get("files") or []
         return artefact.get("config_hash") == self._hashes[name] and all((self / f).exists() for f in files)
 
+    def inputs_of(self, name: str) -> str:
+        """Hash of all that goes into a stage that was begun, earlier stages included."""
+        return self._hashes[name]
+
     def read(self, name: str) -> dict[str, Any] | None:
         """A stage's artefact, or None where there is none that can be read."""
         try:

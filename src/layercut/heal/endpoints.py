@@ -5,31 +5,41 @@ the prefix runs once and without gradients. Gradients flow from the logits down 
 gradients, float32 master weights and AdamW's moments exist for the trained layers only. The student is at all
 times the stock model in its own number format: what is measured is what is saved.
 
-Objectives: "kl" (KL(p || q) on the logits, the default), "next-token" (the paper's setting), "hidden" (what leaves
-the last trained layer should be what left it in the dense model; no logits, cheap and weaker).
+Objectives (`objectives.py`): "kl" (KL(p || q) on the logits, the default), "next-token" (the paper's setting),
+"hidden" (what leaves the last trained layer should be what left it in the dense model; no logits, cheap and weaker).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from layercut.losses import kl_divergence, next_token_loss, rows_per_chunk
+from layercut.data import fingerprint
+from layercut.heal.objectives import HeldOut, Objective, Pair
+from layercut.heal.state import StateFile, asked_to_stop
+from layercut.heal.stored import StoredTeacher
+from layercut.losses import slices
+from layercut.runs import digest
 from layercut.segments import Segment, kept_layers
-from layercut.sweep import Calls, Stack, common_prefix, mean_kl
+from layercut.sweep import Stack
 
-Objective = Literal["kl", "next-token", "hidden"]
+PASS_TOKENS = 1024
+"""Tokens in one forward and backward pass: a step's gradient is summed over several. What is remembered for the
+backward pass grows with them; speed does not (docs/log.md)."""
+SCORES = 8
+"""How often the held-out loss is taken during tuning, beside once before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """How long and how fast to train."""
+    """How long and how fast to train, and towards what."""
 
     objective: Objective = "kl"
     learning_rate: float | None = None
@@ -37,6 +47,14 @@ class TuneSettings:
     batch_tokens: int = 2048
     radius: int = 1
     """Layers trained on each side of a cut."""
+    temperature: float = 1.0
+    """Of both models' predictions in the objective "kl"."""
+    mix: float = 0.0
+    """Share, 0 to 1, of the next-token loss in the objective "kl"."""
+    epochs: int = 1
+    """Passes over the tokens; from the second on their rows are shuffled, by the epoch's number."""
+    patience: int = 0
+    """Stop after so many held-out scores in a row without a new best; 0 never does."""
 
 
 @dataclass
@@ -45,6 +63,7 @@ class Tuning:
 
     objective: str
     tokens: int
+    """Tokens trained on, those of every epoch counted."""
     steps: int
     learning_rate: float
     trained_layers: list[int]
@@ -55,6 +74,19 @@ class Tuning:
     heldout: list[dict[str, float]] = field(default_factory=list)
     best_step: int = 0
     tokens_per_second: float = 0.0
+    seconds: float = 0.0
+    """Of training, without scoring; over all processes where it was stopped and resumed."""
+    stopped_early: bool = False
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.curve)
+
+    @property
+    def best(self) -> float:
+        """The lowest held-out loss so far."""
+        return min(point["loss"] for point in self.heldout)
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -84,59 +116,179 @@ def tune_(
     settings: TuneSettings,
     *,
     advance: Callable[[int, float], None] = lambda tokens, loss: None,
+    teacher: StoredTeacher | None = None,
+    state: StateFile | None = None,
 ) -> Tuning:
     """Train the student's endpoints on tokens [N, T] in their order; leave it in its best state by held-out loss.
 
-    heldout: [M, T], never trained on; it is scored before the first step, so that the end is never worse than
-    the start. Deterministic: no randomness is used.
+    heldout: [M, T], never trained on; it is scored before the first step, so that the end is never worse than the
+    start. teacher: the dense predictions on `tokens`, stored beforehand (for "kl"). state: where to keep the state;
+    one that is there and of the same making is gone on with, and ends in the same bits.
+    Deterministic: no randomness is used beside the seeded order of later epochs.
     """
     positions = endpoints(segments, len(dense), settings.radius)
-    prefix = min(positions)  # the layers below are the same in both models
-    trained = own_parameters_(student, positions)
-    masters = [p.detach().float().clone() for p in trained]
-    rate = settings.learning_rate or default_learning_rate(student.hidden_size)
-    optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    batches = tokens.split(max(1, settings.batch_tokens // tokens.shape[1]))
-    lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_cosine(step, len(batches)))
-    report = Tuning(
-        objective=settings.objective,
-        tokens=tokens.numel(),
-        steps=len(batches),
-        learning_rate=rate,
-        trained_layers=positions,
-        trained_parameters=sum(m.numel() for m in masters),
-        state_bytes=sum(4 * m.element_size() * m.numel() for m in masters),
-    )
-    step_loss = _LOSSES[settings.objective]
-    best = _score_heldout(dense, student, prefix, heldout, report, step=0, tokens=0)
-    best_state = [p.detach().cpu().clone() for p in trained]
-    seen, seconds = 0, 0.0
+    pair = Pair(
+        dense=dense, student=student, prefix=min(positions), last=max(positions),
+        objective=settings.objective, temperature=settings.temperature, mix=settings.mix, stored=teacher,
+    )  # fmt: skip
+    training = _Training(pair, positions, own_parameters_(student, positions), tokens, settings)
+    report = training.report
+    key = training.key(heldout, [state.key if state else "", teacher is not None])
+    judge = HeldOut(pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
     try:
-        for step, batch in enumerate(batches, start=1):
-            begun = time.perf_counter()
-            for p in trained:
-                p.grad = None
-            loss = step_loss(dense, student, prefix, max(positions), batch)
-            _step_(optimizer, masters, trained)
-            lr.step()
-            seconds += time.perf_counter() - begun
-            seen += batch.numel()
-            report.curve.append({"step": step, "tokens": seen, "loss": loss, "seconds": round(seconds, 2)})
-            if step % max(1, len(batches) // 8) == 0 or step == len(batches):
-                score = _score_heldout(dense, student, prefix, heldout, report, step=step, tokens=seen)
-                if score < best:
-                    best, report.best_step = score, step
-                    best_state = [p.detach().cpu().clone() for p in trained]
-            advance(batch.numel(), loss)
+        if state and (found := state.load(key)):
+            training.restore_(*found)
+            if report.curve:
+                advance(int(report.curve[-1]["tokens"]), report.curve[-1]["loss"])
+        else:
+            training.note_score_(judge.score())
+        with asked_to_stop() as stop:
+            while report.step < report.steps and not report.stopped_early:
+                count = training.step_()
+                if report.step % max(1, report.steps // SCORES) == 0 or report.step == report.steps:
+                    training.note_score_(judge.score())
+                advance(count, report.curve[-1]["loss"])
+                if state and (stop.signal or state.due()):
+                    state.save(key, training.tensors(), report.to_json())
+                stop.now()
     finally:
+        training.finish_()
+    return report
+
+
+class _Training:
+    """What changes from step to step: all of it is in `tensors` and `report`."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        positions: list[int],
+        trained: list[nn.Parameter],
+        tokens: torch.Tensor,
+        settings: TuneSettings,
+    ) -> None:
+        self.pair, self.trained, self.tokens, self.settings = pair, trained, tokens, settings
+        self.masters = [p.detach().float().clone() for p in trained]
+        self.best_state = [p.detach().cpu().clone() for p in trained]
+        rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        count = sum(p.numel() for p in trained)
+        self.report = Tuning(
+            objective=settings.objective,
+            tokens=0,
+            steps=settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1])),
+            learning_rate=rate,
+            trained_layers=positions,
+            trained_parameters=count,
+            state_bytes=4 * 4 * count,
+        )
+
+    def key(self, heldout: torch.Tensor, more: list[Any]) -> str:
+        """Hash of all that decides the result, the weights that are started from included."""
+        start = hashlib.sha256()
+        for p in self.trained:
+            start.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout)]
+        plan = [asdict(self.settings), self.report.learning_rate, self.report.steps, self.report.trained_layers]
+        return digest([more, plan, data, start.hexdigest()])
+
+    def step_(self) -> int:
+        """One optimizer step on the next rows; the tokens in them."""
+        report, settings = self.report, self.settings
+        begun = time.perf_counter()
+        rows = rows_of_step(report.step, len(self.tokens), rows_per_step(settings, self.tokens.shape[1]))
+        loss = self._gradient_(rows)
+        rate = report.learning_rate * warmup_then_cosine(report.step, report.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
         with torch.no_grad():
-            for p, value in zip(trained, best_state, strict=True):
+            for master, p in zip(self.masters, self.trained, strict=True):
+                p.copy_(master)
+        count = len(rows) * self.tokens.shape[1]
+        report.seconds += time.perf_counter() - begun
+        report.tokens += count
+        report.curve.append(
+            {"step": report.step + 1, "tokens": report.tokens, "loss": loss, "seconds": round(report.seconds, 2)}
+        )
+        return count
+
+    def _gradient_(self, rows: torch.Tensor) -> float:
+        """Fill the masters' float32 gradients with that of the mean loss over these rows; the loss.
+
+        The one place where the gradients of several processes would be averaged.
+        """
+        total = 0.0
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        for part in slices(len(rows), max(1, PASS_TOKENS // self.tokens.shape[1])):
+            share = len(rows[part]) / len(rows)
+            total += share * self.pair.backward(self.tokens[rows[part]], rows[part])
+            for master, p in zip(self.masters, self.trained, strict=True):
+                if p.grad is not None and master.grad is not None:
+                    master.grad.add_(p.grad, alpha=share)
+                p.grad = None
+        return total
+
+    def note_score_(self, score: float) -> None:
+        """Remember a held-out loss, the weights where they are the best so far, and whether to stop."""
+        report = self.report
+        first = not report.heldout
+        if not first and score < report.best:
+            report.best_step = report.step
+            self.best_state = [p.detach().cpu().clone() for p in self.trained]
+        report.heldout.append({"step": report.step, "tokens": report.tokens, "loss": score})
+        since = sum(point["step"] > report.best_step for point in report.heldout)
+        report.stopped_early = 0 < self.settings.patience <= since and report.step < report.steps
+
+    def finish_(self) -> None:
+        """Leave the student in its best state, frozen."""
+        with torch.no_grad():
+            for p, value in zip(self.trained, self.best_state, strict=True):
                 p.copy_(value)
-        for p in trained:
+        for p in self.trained:
             p.requires_grad_(False)
             p.grad = None
-    report.tokens_per_second = seen / seconds if seconds else 0.0
-    return report
+        self.report.tokens_per_second = self.report.tokens / self.report.seconds if self.report.seconds else 0.0
+
+    # --- to disk and back ---
+
+    def tensors(self) -> dict[str, Sequence[torch.Tensor]]:
+        moments = [self.optimizer.state[m] for m in self.masters]
+        return {
+            "master": self.masters,
+            "best": self.best_state,
+            **{name: [m[name] for m in moments] for name in ("exp_avg", "exp_avg_sq")},
+        }
+
+    @torch.no_grad()
+    def restore_(self, tensors: dict[str, list[torch.Tensor]], facts: dict[str, Any]) -> None:
+        vars(self.report).update(facts)
+        for master, p, value in zip(self.masters, self.trained, tensors["master"], strict=True):
+            master.copy_(value)
+            p.copy_(master)
+        self.best_state = tensors["best"]
+        saved = self.optimizer.state_dict()
+        saved["state"] = {
+            i: {"step": torch.tensor(float(self.report.step)), "exp_avg": mean, "exp_avg_sq": square}
+            for i, (mean, square) in enumerate(zip(tensors["exp_avg"], tensors["exp_avg_sq"], strict=True))
+        }
+        self.optimizer.load_state_dict(saved)
+
+
+def rows_per_step(settings: TuneSettings, window: int) -> int:
+    """Rows of tokens in one optimizer step."""
+    return max(1, settings.batch_tokens // window)
+
+
+def rows_of_step(step: int, rows: int, batch: int) -> torch.Tensor:
+    """The rows, of `rows`, that step 0, 1, … trains on: in their order, in later epochs in one drawn by its number."""
+    epoch, place = divmod(step, math.ceil(rows / batch))
+    order = torch.arange(rows)
+    if epoch:
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(epoch))
+    return order[place * batch : (place + 1) * batch]
 
 
 def own_parameters_(student: Stack, positions: Sequence[int]) -> list[nn.Parameter]:
@@ -159,104 +311,3 @@ def warmup_then_cosine(step: int, steps: int) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@torch.no_grad()
-def _step_(optimizer: torch.optim.Optimizer, masters: list[torch.Tensor], trained: list[nn.Parameter]) -> None:
-    """One AdamW step on the float32 masters, then round them into the student's weights."""
-    for master, p in zip(masters, trained, strict=True):
-        master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
-    nn.utils.clip_grad_norm_(masters, 1.0)
-    optimizer.step()
-    for master, p in zip(masters, trained, strict=True):
-        p.copy_(master)
-
-
-# --- objectives: each runs forward and backward for one batch [B, T] and returns the mean loss ------------------
-
-
-def _forward_both(
-    dense: Stack, student: Stack, prefix: int, tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, Calls]:
-    """Dense hidden states at the end [B, T, D], the shared ones at `prefix`, and the student's layer arguments."""
-    with torch.no_grad():
-        shared, calls, student_calls = common_prefix(dense, student, tokens, prefix)
-        final = dense.run(shared, calls, prefix, len(dense))
-    return final, shared, student_calls
-
-
-def _logit_backward(
-    student: Stack, prefix: int, tokens: torch.Tensor, shared: torch.Tensor, calls: Calls, loss_of: Callable[..., Any]
-) -> float:
-    """Backward through head, suffix and endpoints; logits live a few rows at a time.
-
-    loss_of(rows, logits) -> summed loss over those rows, divided by the tokens of the batch.
-    """
-    final = student.run(shared, calls, prefix, len(student))
-    leaf = final.detach().requires_grad_(True)
-    rows = rows_per_chunk(tokens.shape[1], student.vocabulary)
-    total = 0.0
-    for start in range(0, len(tokens), rows):
-        part = slice(start, start + rows)
-        loss = loss_of(part, student.exit(leaf[part], tokens[part]))
-        loss.backward()
-        total += loss.item()
-    assert leaf.grad is not None
-    final.backward(leaf.grad)
-    return total
-
-
-def _kl_step(dense: Stack, student: Stack, prefix: int, last: int, tokens: torch.Tensor) -> float:
-    final, shared, calls = _forward_both(dense, student, prefix, tokens)
-
-    def loss_of(part: slice, q_logits: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            p_logits = dense.exit(final[part], tokens[part])
-        return kl_divergence(p_logits, q_logits).sum() / tokens.numel()
-
-    return _logit_backward(student, prefix, tokens, shared, calls, loss_of)
-
-
-def _next_token_step(dense: Stack, student: Stack, prefix: int, last: int, tokens: torch.Tensor) -> float:
-    with torch.no_grad():
-        hidden, calls = student.enter(tokens)
-        shared = student.run(hidden, calls, 0, prefix)
-    targets = student.place(tokens)
-
-    def loss_of(part: slice, logits: torch.Tensor) -> torch.Tensor:
-        return next_token_loss(logits, targets[part]).sum() / (targets.numel() - len(targets))
-
-    return _logit_backward(student, prefix, tokens, shared, calls, loss_of)
-
-
-def _hidden_step(dense: Stack, student: Stack, prefix: int, last: int, tokens: torch.Tensor) -> float:
-    removed = len(dense) - len(student)
-    with torch.no_grad():
-        shared, calls, student_calls = common_prefix(dense, student, tokens, prefix)
-        target = dense.run(shared, calls, prefix, last + 1 + removed)
-    got = student.run(shared, student_calls, prefix, last + 1)
-    loss = (got.float() - target.float()).square().mean() / target.float().square().mean()
-    loss.backward()
-    return loss.item()
-
-
-_LOSSES: dict[str, Callable[[Stack, Stack, int, int, torch.Tensor], float]] = {
-    "kl": _kl_step,
-    "next-token": _next_token_step,
-    "hidden": _hidden_step,
-}
-
-
-@torch.no_grad()
-def _score_heldout(
-    dense: Stack, student: Stack, prefix: int, heldout: torch.Tensor, report: Tuning, *, step: int, tokens: int
-) -> float:
-    """Next-token loss for that objective, KL(p || q) for the others, on held-out rows."""
-    if report.objective == "next-token":
-        rows = student.place(heldout).split(rows_per_chunk(heldout.shape[1], student.vocabulary))
-        losses = [next_token_loss(student.model(input_ids=batch, use_cache=False).logits, batch) for batch in rows]
-        score = torch.cat(losses).mean().item()
-    else:
-        score = mean_kl(dense, student, heldout, prefix)
-    report.heldout.append({"step": step, "tokens": tokens, "loss": score})
-    return score

@@ -1,0 +1,130 @@
+"""The dense model's predictions on disk: its K likeliest tokens, and one bucket for all others.
+
+Beside endpoint tuning, before it (`--teacher-topk K`). Computed once, they serve every epoch and every later run on
+the same tokens: from then on no layer of the dense model above the cut is run. 6 K + 2 bytes a token.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from layercut.errors import ConfigError, RunError
+from layercut.losses import logit_pieces, slices
+from layercut.sweep import Stack
+
+SHARD_TOKENS = 8192
+"""Tokens in one file; a computation that was stopped goes on with the first file that is missing."""
+
+
+class StoredTeacher:
+    """log p of the K likeliest tokens and of all others together, at some temperature, for tokens [N, T]."""
+
+    def __init__(self, folder: Path, rows: int, rows_per_file: int) -> None:
+        self.rows_per_file = rows_per_file
+        self._closing = ExitStack()
+        self._files: list[Any] = [
+            self._closing.enter_context(safe_open(_shard(folder, i), framework="pt"))
+            for i in range(-(-rows // rows_per_file))
+        ]
+
+    def read(self, rows: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p, float32 [n, K + 1], which sums to 1, and the tokens, int64 [n, K], of these rows, end to end."""
+        found = []
+        for row in rows.tolist():
+            file, i = self._files[row // self.rows_per_file], row % self.rows_per_file
+            found.append([file.get_slice(name)[i, columns] for name in ("log_p", "index")])
+        log_p, index = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return log_p.float().log_softmax(-1), index.long()
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def check_topk(k: int, vocabulary: int) -> None:
+    """ConfigError unless some of the vocabulary is left for the bucket."""
+    if k >= vocabulary:
+        raise ConfigError(
+            f"--teacher-topk {k} is not below the model's {vocabulary} tokens",
+            f"try --teacher-topk {min(64, max(1, vocabulary // 2))}",
+        )
+
+
+def stored_bytes(tokens: int, k: int) -> int:
+    """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token."""
+    return tokens * (6 * k + 2)
+
+
+@torch.no_grad()
+def store_teacher(
+    dense: Stack,
+    tokens: torch.Tensor,
+    k: int,
+    folder: Path,
+    *,
+    key: str,
+    temperature: float = 1.0,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> StoredTeacher:
+    """Compute what is missing in the folder, and open it. `key` stands for model and tokens; others' files go.
+
+    Raises ConfigError where K is not below the vocabulary, RunError where the disk is too small.
+    """
+    check_topk(k, dense.vocabulary)
+    rows = max(1, SHARD_TOKENS // tokens.shape[1])
+    key = f"{key} k={k} t={temperature:g} rows={rows}"
+    parts = list(slices(len(tokens), rows))
+    missing = [i for i in range(len(parts)) if not _is_of(_shard(folder, i), key)]
+    if len(missing) == len(parts):
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = stored_bytes(sum(tokens[parts[i]].numel() for i in missing), k)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise RunError(
+            f"--teacher-topk {k} needs {needed / 1e6:,.0f} MB on disk; {free / 1e6:,.0f} MB are free",
+            f"free some space, or keep fewer: --teacher-topk {max(1, k // 4)}",
+        )
+    for i, part in enumerate(parts):
+        if i in missing:
+            partial = folder / ".partial"
+            save_file(_likeliest(dense, tokens[part], k, temperature), partial, {"key": key})
+            partial.replace(_shard(folder, i))
+        advance(tokens[part].numel())
+    return StoredTeacher(folder, len(tokens), rows)
+
+
+def _likeliest(dense: Stack, tokens: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:
+    """index int32 [B, T, K] and log_p float16 [B, T, K + 1], the bucket of all others last."""
+    index = torch.empty(*tokens.shape, k, dtype=torch.int32)
+    log_p = torch.empty(*tokens.shape, k + 1, dtype=torch.float16)
+    for row, batch in enumerate(tokens.split(1)):
+        hidden, calls = dense.enter(batch)
+        final = dense.run(hidden, calls, 0, len(dense))
+        for rows, columns in logit_pieces(1, batch.shape[1], dense.vocabulary * 4):
+            logits = dense.exit(final[rows, columns], batch[rows, columns])[0].float() / temperature
+            log_all = logits.log_softmax(-1)
+            top = log_all.topk(k, dim=-1)
+            others = log_all.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+            index[row, columns] = top.indices.int().cpu()
+            # float16 ends at -65504: what is less likely than that has no weight either
+            log_p[row, columns] = torch.cat([top.values, others], -1).clamp_min(-6e4).half().cpu()
+    return {"index": index, "log_p": log_p}
+
+
+def _shard(folder: Path, i: int) -> Path:
+    return folder / f"{i:05d}.safetensors"
+
+
+def _is_of(file: Path, key: str) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError):
+        return False
