@@ -38,10 +38,10 @@ from layercut.cut import cut_segment_
 from layercut.data import load_blocks
 from layercut.evaluate import perplexity
 from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
-from layercut.heal.fold import fold_, shared_layers
+from layercut.heal.fold import fold_
 from layercut.runs import environment, write_json, write_text
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.sweep import Stack, mean_kl, shared_layers
 
 matplotlib.use("svg")
 

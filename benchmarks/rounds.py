@@ -21,11 +21,11 @@ from common import arguments, blocks, finish, open_model
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.evaluate import perplexity
-from layercut.heal.endpoints import TuneSettings, endpoints, tune_
-from layercut.heal.fold import fold_, shared_layers
+from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.heal.fold import fold_
 from layercut.runs import write_json
 from layercut.search import find_segments
-from layercut.segments import Segment, joined_segments, kept_layers, layers_to_remove
+from layercut.segments import joined_segments, layers_to_remove
 from layercut.sweep import Stack, mean_kl
 
 
@@ -80,7 +80,6 @@ def in_rounds(
         segments = joined_segments(removed)
         cut_segment_(student, list(found.segments))
         stack = Stack(student)
-        check_shared(dense, stack, segments)
         touched = [cut for cut in segments if new & set(range(cut.start, cut.stop))]
         state: dict[str, Any] = {"removed": [[cut.start, cut.stop] for cut in touched]}
         state["kl_cut"] = mean_kl(dense, stack, text["heldout"])
@@ -92,14 +91,6 @@ def in_rounds(
         print(rounds[-1], flush=True)
     final = {"segments": [[cut.start, cut.stop] for cut in segments], "seconds": time.perf_counter() - begun}
     return {"rounds": count, "each": rounds, **final, **figures(student, reported)}
-
-
-def check_shared(dense: Stack, student: Stack, segments: tuple[Segment, ...]) -> None:
-    """What tuning takes for granted: below the first layer it trains, both models are the same."""
-    first = min(endpoints(segments, len(dense)))
-    if shared_layers(dense, student) < first:
-        kept = kept_layers(segments, len(dense))
-        raise SystemExit(f"layer {kept[first]} is the first to be trained, and a layer below it was changed before")
 
 
 def figures(model: Any, reported: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import tiny
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.heal.endpoints import endpoints, own_parameters_
-from layercut.heal.fold import RIDGES, Normal, fold_, shared_layers
+from layercut.heal.fold import RIDGES, Normal, fold_
 from layercut.heal.targets import find_targets
 from layercut.segments import Segment, joined_segments
-from layercut.sweep import Stack, hidden_of, mean_kl
+from layercut.sweep import Stack, hidden_of, mean_kl, shared_layers
 
 SHAPE = {
     "vocab_size": tiny.VOCABULARY,

@@ -227,6 +227,27 @@ def passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[
     return groups
 
 
+def shared_layers(dense: Stack, student: Stack) -> int:
+    """How many layers, from the first, are the very same weights in both models, embeddings included.
+
+    Found by identity, since after several rounds of cutting and healing no position tells it: below a new cut there
+    may be layers that were trained at an old one.
+    """
+
+    def weights(module: nn.Module) -> list[int]:
+        return [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+
+    def below(stack: Stack) -> list[int]:  # all that is not in a layer; a head of its own counts too, to be safe
+        inside = {id(tensor) for layer in stack.layers for tensor in layer.parameters()}
+        return [id(tensor) for tensor in stack.model.parameters() if id(tensor) not in inside]
+
+    if below(dense) != below(student):
+        return 0
+    pairs = zip(dense.layers, student.layers, strict=False)
+    same = [weights(ours) == weights(theirs) for ours, theirs in pairs]
+    return same.index(False) if False in same else len(same)
+
+
 def common_prefix(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int) -> tuple[torch.Tensor, Calls, Calls]:
     """h_prefix [B, T, D] of two models whose layers below `prefix` are the same, and both models' layer arguments."""
     hidden, calls = dense.enter(tokens)

@@ -28,7 +28,7 @@ from layercut.heal.stored import StoredTeacher
 from layercut.losses import slices
 from layercut.runs import digest
 from layercut.segments import Segment, kept_layers
-from layercut.sweep import Stack
+from layercut.sweep import Stack, shared_layers
 
 PASS_TOKENS = 1024
 """Tokens in one forward and backward pass: a step's gradient is summed over several. What is remembered for the
@@ -127,8 +127,10 @@ def tune_(
     Deterministic: no randomness is used beside the seeded order of later epochs.
     """
     positions = endpoints(segments, len(dense), settings.radius)
+    # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
+    prefix = min(min(positions), shared_layers(dense, student))
     pair = Pair(
-        dense=dense, student=student, prefix=min(positions), last=max(positions),
+        dense=dense, student=student, prefix=prefix, last=max(positions),
         objective=settings.objective, temperature=settings.temperature, mix=settings.mix, stored=teacher,
     )  # fmt: skip
     training = _Training(pair, positions, own_parameters_(student, positions), tokens, settings)

@@ -27,11 +27,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 
 from layercut.heal.targets import WIDEST, Target, find_targets, run_and_catch
 from layercut.segments import Segment, kept_layers
-from layercut.sweep import Stack
+from layercut.sweep import Stack, shared_layers
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried relative ridges. Which is best hangs on the number of tokens; the ends guard against few (docs/log.md)."""
@@ -219,24 +218,3 @@ def _gap(
         for module, target in zip(modules, targets, strict=True)
     ]
     return torch.cat(parts, dim=-1), wanted.float() - out.float()
-
-
-def shared_layers(dense: Stack, student: Stack) -> int:
-    """How many layers, from the first, are the very same weights in both models, embeddings included.
-
-    Found by identity, since after several rounds of cutting and healing no position tells it: below a new cut there
-    may be layers that were trained at an old one.
-    """
-
-    def weights(module: nn.Module) -> list[int]:
-        return [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
-
-    def below(stack: Stack) -> list[int]:  # all that is not in a layer; a head of its own counts too, to be safe
-        inside = {id(tensor) for layer in stack.layers for tensor in layer.parameters()}
-        return [id(tensor) for tensor in stack.model.parameters() if id(tensor) not in inside]
-
-    if below(dense) != below(student):
-        return 0
-    pairs = zip(dense.layers, student.layers, strict=False)
-    same = [weights(ours) == weights(theirs) for ours, theirs in pairs]
-    return same.index(False) if False in same else len(same)
