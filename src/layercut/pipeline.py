@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models
-from layercut.config import CompressConfig, CutConfig, PerplexityConfig, flattened
+from layercut.config import CompressConfig, CutConfig, PerplexityConfig, SearchConfig, flattened, parse_bytes
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, RunError
@@ -30,7 +30,18 @@ from layercut.heal.fold import fold_
 from layercut.progress import bar, say
 from layercut.report import model_card, write_report
 from layercut.runs import Run, versions, write_text
-from layercut.search import find_segments, price_segments
+from layercut.search import (
+    SearchResult,
+    add_triangle_,
+    find_segments,
+    length_for_size,
+    length_for_speedup,
+    longest_within,
+    perplexity_rise,
+    price_segments,
+    rescored,
+    split_rows,
+)
 from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
 from layercut.sweep import Stack, mean_kl
 
@@ -48,7 +59,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     layers = models.count_layers(models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
     wanted = checked_segments(config.search.segments, layers)
-    length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0
+    length = wanted_length(config.search, layers)
     check_sources(config)
 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
@@ -93,6 +104,13 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         write_text(run / "model" / "README.md", model_card(run.folder))
         write_report(run.folder)
         return run.folder
+
+
+def wanted_length(search: SearchConfig, layers: int) -> int | None:
+    """How many layers the user wants removed; None where that depends on the model's weights or on its loss."""
+    if search.ratio is not None:
+        return layers_to_remove(search.ratio, layers)
+    return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
 
 
 def text_stage(work: Workbench) -> dict[str, Any]:
@@ -189,17 +207,54 @@ class Workbench:
         facts = {use: blocks.facts() for use, blocks in drawn.items()}
         return {"tuning": None, **facts, "files": ["tokens.safetensors"]}
 
-    def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
+    def search(self, wanted: Sequence[Segment], length: int | None) -> dict[str, Any]:
         """The segments to remove: those given, or the search's answer."""
-        config = self.config.search
-        tokens = self.blocks["calibration"]
+        config, tokens = self.config.search, self.blocks["calibration"]
         if wanted:
             result = price_segments(self.stack, tokens, list(wanted))
+        elif config.max_loss is not None:
+            result = self.search_within(config.max_loss)
         else:
-            seed = self.config.text.seed
-            result = find_segments(self.stack, tokens, length, config.method, seed=seed, oracle=config.oracle)
+            result = self.find(tokens, self.length_for_target() if length is None else length)
+        if config.score == "folded":
+            result = rescored(result, self.folded_kl)
+        if config.all_lengths:
+            add_triangle_(result, self.stack, tokens, sum(map(len, result.segments)))
         text = self.run.read("text") or {}
         return result.to_json() | {"seed": self.config.text.seed, "calibration": text["calibration"]}
+
+    def find(self, tokens: torch.Tensor, length: int) -> SearchResult:
+        """The search itself, for one length."""
+        config = self.config.search
+        return find_segments(
+            self.stack, tokens, length, config.method, seed=self.config.text.seed, oracle=config.oracle,
+            count=min(config.num_segments, length), objective=config.search_objective,
+        )  # fmt: skip
+
+    def search_within(self, max_loss: float) -> SearchResult:
+        """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
+        rows, unseen = split_rows(self.blocks["calibration"])
+        within = longest_within(
+            max_loss,
+            len(self.stack) - 1,
+            lambda length: self.find(rows, length),
+            lambda cuts: perplexity_rise(self.stack, unseen, cuts),
+        )
+        within.result.budget = {"max_loss": max_loss, "rise": within.rise, "tried": within.tried}
+        return within.result
+
+    def length_for_target(self) -> int:
+        """Layers to remove for --target-size: counted in the number format that is computed and saved in."""
+        model = self.dense.model
+        target = parse_bytes("--target-size", self.config.search.target_size or "")
+        weights = [models.parameter_bytes(layer) for layer in self.stack.layers]
+        return length_for_size(weights, models.parameter_bytes(model), target)
+
+    def folded_kl(self, segments: Sequence[Segment]) -> float:
+        """KL(p || q) on held-out tokens of the student without the segments, after its fold."""
+        student = Stack(self.student(segments))
+        fold_(self.stack, student, segments, self.blocks["calibration"])
+        return mean_kl(self.stack, student, self.blocks["heldout"])
 
     def cut(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
