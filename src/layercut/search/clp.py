@@ -2,7 +2,7 @@
 
     look      every single segment, priced on a few rows: where to set out from
     descend   the gate, from the best sets that differ (`gate.py`)
-    race      where it ended, all one-layer moves from there, and the best of the look, by successive halving
+    race      where it ended, all one-layer moves from there, and the better of the look, by successive halving
     climb     as long as a one-layer move of a wall of the best improves it, take it
 
 The last two go by the real cut alone, so that a bad descent costs time and never the answer. For one segment the
@@ -28,8 +28,11 @@ from layercut.sweep import Stack
 
 Sums = list[tuple[float, Cuts]]
 
-LOOK_SHARE = 4
-"""The look's better part that races: one in four."""
+LOOK_SHARE = 2
+"""With one segment: the look's better part that races, one in two, as in any round of the race."""
+
+DESCENT_SHARE = 0.2
+"""With one segment: work of the descent over that of the sweep on all rows, at most."""
 
 LOOK_SETS, BEAM = 4, 8
 """With several segments: so many proposals of the look a layer race, and so many of each kind are kept."""
@@ -42,12 +45,17 @@ def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedul
     """How many sets descend, and for how long.
 
     K + 2 sets for K segments: the look has seen the landscape, so that they begin in its lowest valleys. Steps
-    enough to walk the length of a segment, but no more than a third of the rows (three at least): a step costs
-    about as much as a sweep of its row, and the search is to cost less than the sweep.
+    enough to walk the length of a segment; with one segment no more than DESCENT_SHARE of the sweep's work allows,
+    two at least, since a step costs about half as much as a sweep of its row.
     """
-    starts = layers - length + 1
-    steps = min(4 + length, max(3, rows // 3))
-    return GateSchedule(particles=min(starts, count + 2), steps=steps)
+    starts, kept = layers - length + 1, layers - length
+    particles, steps = min(starts, count + 2), 4 + length
+    if count == 1:
+        sweep = layers + starts * kept / 2
+        # half of the kept layers come after a segment, on average; a backward counts two forwards (measured: 1.7)
+        step = layers + particles * (kept / 2 + 2) * 3
+        steps = min(steps, max(2, int(DESCENT_SHARE * rows * sweep / step)))
+    return GateSchedule(particles=particles, steps=steps)
 
 
 def clp_search(
@@ -78,7 +86,9 @@ def clp_search(
     proposed = {*looked, *seeds, *ends}
     for end in ends:
         proposed |= set(neighbours(end, layers, count))
-    return climb(prices, race(prices, proposed), layers, count), path
+    # with one segment, the look has been the first round
+    found = race(prices, proposed, begin=prices.few * (2 if count == 1 else 1))
+    return climb(prices, found, layers, count), path
 
 
 def look(prices: Prices, layers: int, length: int, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:

@@ -7,7 +7,7 @@ only those that they cannot are looked at again: successive halving. A row's pri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -116,17 +116,16 @@ class Prices:
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
-def race(
-    prices: Prices, sets: Iterable[Cuts], *, advance: Callable[[int], None] = lambda rows: None
-) -> list[Candidate]:
+def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> list[Candidate]:
     """Successive halving: the sets that survive it, priced on all rows, from the cheapest.
 
-    All are priced on a few rows, the better half on twice as many, and so on; FINALISTS at least reach the end.
+    All are priced on a few rows (`begin`), the better half on twice as many, and so on; FINALISTS at least reach the
+    end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of 16 rows each, the race among
+    all segments from two rows on found the best every time, for 0.36 of the sweep (docs/log.md).
     """
-    alive, seen = sorted(set(sets)), prices.few
+    alive, seen = sorted(set(sets)), min(prices.rows, begin or prices.few)
     while True:
         alive = prices.ranked(alive, seen)
-        advance(seen)
         if seen == prices.rows:
             return candidates(prices, alive)
         alive = alive[: max(FINALISTS, math.ceil(len(alive) / 2))]
