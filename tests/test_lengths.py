@@ -1,4 +1,4 @@
-"""Lengths from budgets: arithmetic against counting, loss against the model that is really cut, and the command line."""
+"""Lengths from budgets: arithmetic against counting, loss against the model that is really cut; the command line."""
 
 import json
 import math
@@ -84,14 +84,16 @@ def test_the_longest_cut_within_a_budget_is_found(allowed):
     within = longest_within(0.1, 7, find, lambda cuts: 0.1 if len(cuts[0]) <= allowed else 0.2)
     assert within.result.segments == [Segment(0, allowed)]
     assert within.rise == 0.1
-    assert len(within.tried) <= 3 and {"length", "segments", "rise"} == set(within.tried[0])
+    assert len(within.tried) <= 3
+    assert set(within.tried[0]) == {"length", "segments", "rise"}
     with pytest.raises(ConfigError, match=r"--max-loss 0.05: the best found removes 0:1 and raises perplexity by 20"):
         longest_within(0.05, 7, find, lambda cuts: 0.2 * len(cuts[0]))
 
 
 def test_rows_that_verify_are_not_searched_on():
     rows, unseen = split_rows(torch.arange(10)[:, None])
-    assert torch.equal(torch.cat([rows, unseen])[:, 0], torch.arange(10)) and len(unseen) == 2
+    assert torch.equal(torch.cat([rows, unseen])[:, 0], torch.arange(10))
+    assert len(unseen) == 2
     with pytest.raises(ConfigError, match="one row"):
         split_rows(torch.zeros(1, 8))
 
@@ -148,7 +150,8 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}", "--score=folded")
     assert sum(stop - start for start, stop in found["segments"]) == 2
     scores = [candidate["score"] for candidate in found["candidates"]]
-    assert scores == sorted(scores) and found["segments"] == found["candidates"][0]["segments"]
+    assert scores == sorted(scores)
+    assert found["segments"] == found["candidates"][0]["segments"]
 
     _, found = search(tiny_model, texts, tmp_path / "speed", "--target-speedup=1.6", "--all-lengths")
     assert sum(stop - start for start, stop in found["segments"]) == 3

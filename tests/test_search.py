@@ -156,7 +156,9 @@ def test_neighbours_are_the_sets_one_layer_away_that_move_a_wall():
     removed = {1, 2, 5}
     for moved in neighbours(cuts, 8, 2):
         layers = {i for segment in moved for i in range(segment.start, segment.stop)}
-        assert len(layers & removed) == 2 and len(layers) == 3 and len(moved) <= 2
+        assert len(layers & removed) == 2
+        assert len(layers) == 3
+        assert len(moved) <= 2
     assert (Segment(1, 4),) in neighbours(cuts, 8, 2)
 
 
@@ -169,7 +171,8 @@ def test_spans_are_the_segments_and_moves_keep_the_number_of_layers(cuts):
         move = step_of(torch.randn(spans.shape, generator=generator))
         torch.testing.assert_close(walls_of(move).abs().amax(-1), torch.ones(50))
         spans = inside(spans + move, 8, sum(map(len, cuts)))
-    assert (spans[:, 0::2] >= 0).all() and (spans[:, 1::2] >= 1 - 1e-5).all()
+    assert (spans[:, 0::2] >= 0).all()
+    assert (spans[:, 1::2] >= 1 - 1e-5).all()
     torch.testing.assert_close(spans.sum(-1), torch.full((50,), 8.0))
     for row in spans:
         assert sum(map(len, cuts_of(row))) == sum(map(len, cuts))

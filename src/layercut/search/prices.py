@@ -133,9 +133,10 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> l
 
 
 def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
-    """Sets priced on all rows as they were searched; where that is not by KL, their KL beside it."""
+    """Sets priced on all rows as they were searched; where that is not by KL, their KL beside it, at no cost of the
+    search's."""
     means = prices.of(sets, prices.rows).mean(-1).tolist()
     if prices.objective == "kl":  # never negative; where a segment does nothing, rounding may make it so
         return [Candidate(cuts, max(0.0, mean)) for cuts, mean in zip(sets, means, strict=True)]
-    kl = Prices(prices.stack, prices.tokens, prices.cost).of(sets, prices.rows).mean(-1).tolist()
+    kl = Prices(prices.stack, prices.tokens, Cost()).of(sets, prices.rows).mean(-1).tolist()
     return [Candidate(cuts, max(0.0, k), mean) for cuts, k, mean in zip(sets, kl, means, strict=True)]
