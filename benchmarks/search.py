@@ -181,6 +181,7 @@ def two_segments(stack: Stack, tokens: torch.Tensor, length: int, backward: floa
 
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 64}  # fmt: skip
+LAYERS = (6, 12, 24, 40)
 FAMILIES: dict[str, Callable[[int], Any]] = {
     "llama": lambda n: LlamaConfig(**SIZES, num_hidden_layers=n),
     "qwen2": lambda n: Qwen2Config(**SIZES, num_hidden_layers=n),
@@ -207,7 +208,7 @@ def rugged(family: str, layers: int, seed: int) -> Any:
 def families(seeds: int) -> list[dict[str, Any]]:
     rows = []
     for family in FAMILIES:
-        for layers in (12, 24, 40):
+        for layers in LAYERS:
             for seed in range(seeds):
                 stack = Stack(rugged(family, layers, seed))
                 tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
@@ -215,7 +216,7 @@ def families(seeds: int) -> list[dict[str, Any]]:
                     length = layers_to_remove(ratio, layers)
                     row = {"family": family, "layers": layers, "seed": seed, "ratio": ratio, "length": length}
                     rows.append(row | compared(stack, tokens, length, seed, ablations=False))
-                if layers == 12:  # two segments, against all sets
+                if layers in (6, 12):  # two segments, against all sets
                     gate = find_segments(stack, tokens, 3, "clp", seed=seed, count=2, oracle=True)
                     found = {"regret": gate.oracle["regret"], "clp": row_of(gate)} if gate.oracle else {}
                     rows.append({"family": family, "layers": layers, "seed": seed, "segments": 2, "length": 3, **found})

@@ -44,12 +44,12 @@ MOST_CLIMBS = 8
 def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedule:
     """How many sets descend, and for how long.
 
-    K + 2 sets for K segments: the look has seen the landscape, so that they begin in its lowest valleys. Steps
-    enough to walk the length of a segment; with one segment no more than DESCENT_SHARE of the sweep's work allows,
+    K + 2 sets for K segments, or one for every four starts of a small stack: the look has seen the landscape, so
+    that they begin in its lowest valleys. Steps enough to walk the length of a segment; with one segment no more than DESCENT_SHARE of the sweep's work allows,
     two at least, since a step costs about half as much as a sweep of its row.
     """
     starts, kept = layers - length + 1, layers - length
-    particles, steps = min(starts, count + 2), 4 + length
+    particles, steps = min(count + 2, max(1, starts // 4)), 4 + length
     if count == 1:
         sweep = layers + starts * kept / 2
         # half of the kept layers come after a segment, on average; a backward counts two forwards (measured: 1.7)
