@@ -1,6 +1,6 @@
 """Claim: the gate finds the oracle's segments for less than the sweep costs, and several at once for far less.
 
-    python benchmarks/search.py --data TEXT [--ratios 0.1 0.2 …] [--seeds 3] [--tokens 4096]
+    python benchmarks/search.py --data TEXT [--ratios 0.1 0.2 …] [--seeds 3] [--tokens 2048]
     python benchmarks/search.py --families 1 --out benchmarks/results/search_families.json
 
 Regret is the price of what was found over that of the best there is, on the same tokens: the KL of the real cut. Cost
@@ -231,8 +231,8 @@ def summary(rows: list[dict[str, Any]], key: str = "regret") -> dict[str, float]
 
 def main() -> None:
     args = arguments(
-        __doc__, data="python-docstrings", ratios=[0.1, 0.2, 0.3, 0.4], seeds=3, tokens=4096, window=128,
-        repeats=3, cost_tokens=2048, two_tokens=256, families=0,
+        __doc__, data="python-docstrings", ratios=[0.1, 0.2, 0.3, 0.4], seeds=3, tokens=2048, window=128,
+        repeats=2, cost_tokens=2048, two_tokens=256, families=0,
     )  # fmt: skip
     if args.families:
         rows = families(args.families)
@@ -250,12 +250,14 @@ def main() -> None:
             text = blocks(model, args.data, args.tokens, args.window, seed)
             length = layers_to_remove(ratio, len(stack))
             row = {"ratio": ratio, "length": length, "seed": seed, "fingerprint": text.fingerprint}
-            rows.append(row | compared(stack, text.tokens, length, seed, ablations=ratio in (0.1, 0.2)))
+            rows.append(row | compared(stack, text.tokens, length, seed, ablations=seed == 0))
             print(rows[-1], flush=True)
     fifth = layers_to_remove(0.2, len(stack))
-    text = blocks(model, args.data, max(args.cost_tokens, args.two_tokens), args.window, 0).tokens
+    text = blocks(model, args.data, max(args.cost_tokens, 2 * args.two_tokens), args.window, 0).tokens
     backward = backward_cost(stack, text[:4])
-    cost_rows, two_rows = (text[: max(2, tokens // args.window)] for tokens in (args.cost_tokens, args.two_tokens))
+    cost_rows = text[: max(2, args.cost_tokens // args.window)]
+    half = args.window // 2  # short rows, so that a few tokens are several
+    two_rows = text[: max(2, args.two_tokens // half), :half]
     finish(
         args.out,
         model,

@@ -3,11 +3,11 @@
     look      every single segment, priced on a few rows: where to set out from
     descend   the gate, from the best sets that differ (`gate.py`)
     race      where it ended, all one-layer moves from there, and the better of the look, by successive halving
-    climb     as long as a one-layer move of a wall of the best improves it, take it
+    climb     with several segments: as long as a one-layer move of a wall of the best improves it, take it
 
 The last two go by the real cut alone, so that a bad descent costs time and never the answer. For one segment the
 look prices all there are, on one row in eight; for K segments it prices each alone and adds up, since sets of them
-are L^K many (`seeds_for`): that is where the gate earns its keep (docs/log.md).
+are L^K many (`cheapest_sums`). What each of the four is worth on its own is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ LOOK_SHARE = 2
 DESCENT_SHARE = 0.2
 """With one segment: work of the descent over that of the sweep on all rows, at most."""
 
+SHORT_WALK = 4
+"""With several segments: steps of the descent. Longer ones lost the way in nine blind trials (docs/log.md)."""
+
 LOOK_SETS, BEAM = 4, 8
 """With several segments: so many proposals of the look a layer race, and so many of each kind are kept."""
 
@@ -45,17 +48,19 @@ def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedul
     """How many sets descend, and for how long.
 
     K + 2 sets for K segments, or one for every four starts of a small stack: the look has seen the landscape, so
-    that they begin in its lowest valleys. Steps enough to walk the length of a segment; with one segment no more than DESCENT_SHARE of the sweep's work allows,
-    two at least, since a step costs about half as much as a sweep of its row.
+    that they begin in its lowest valleys. One segment may walk its own length, within DESCENT_SHARE of the sweep's
+    work, two steps at least: a step costs about half as much as a sweep of its row. Several take SHORT_WALK steps.
     """
     starts, kept = layers - length + 1, layers - length
-    particles, steps = min(count + 2, max(1, starts // 4)), 4 + length
-    if count == 1:
-        sweep = layers + starts * kept / 2
-        # half of the kept layers come after a segment, on average; a backward counts two forwards (measured: 1.7)
-        step = layers + particles * (kept / 2 + 2) * 3
-        steps = min(steps, max(2, int(DESCENT_SHARE * rows * sweep / step)))
-    return GateSchedule(particles=particles, steps=steps)
+    particles = min(count + 2, max(1, starts // 4))
+    if count > 1:
+        return GateSchedule(particles=particles, steps=SHORT_WALK)
+    sweep = layers + starts * kept / 2
+    # half of the kept layers come after a segment, on average; a backward is taken as two forwards
+    step = layers + particles * (kept / 2 + 2) * 3
+    return GateSchedule(
+        particles=particles, steps=min(4 + length, max(2, int(DESCENT_SHARE * rows * sweep / step)))
+    )
 
 
 def clp_search(
@@ -86,9 +91,9 @@ def clp_search(
     proposed = {*looked, *seeds, *ends}
     for end in ends:
         proposed |= set(neighbours(end, layers, count))
-    # with one segment, the look has been the first round
-    found = race(prices, proposed, begin=prices.few * (2 if count == 1 else 1))
-    return climb(prices, found, layers, count), path
+    if count == 1:  # the look has been the race's first round, and has seen every neighbour
+        return race(prices, proposed, begin=2 * prices.few), path
+    return climb(prices, race(prices, proposed), layers, count), path
 
 
 def look(prices: Prices, layers: int, length: int, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
