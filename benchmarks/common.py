@@ -35,6 +35,17 @@ def blocks(model: models.LanguageModel, source: str, tokens: int, window: int, s
     return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, **more)
 
 
+def named(content: Any) -> Any:
+    """Results name files, not where this machine keeps them: "/data/a.txt+/data/b.txt" -> "a.txt+b.txt"."""
+    if isinstance(content, dict):
+        return {key: named(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [named(value) for value in content]
+    if isinstance(content, str) and content.startswith("/"):
+        return "+".join(Path(part).name for part in content.split("+"))
+    return content
+
+
 def finish(out: Path, model: models.LanguageModel, claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write the result file and print it."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,5 +60,5 @@ def finish(out: Path, model: models.LanguageModel, claim: str, rows: list[dict[s
         "rows": rows,
         "environment": environ,
     }
-    write_json(out, content)
+    write_json(out, named(content))
     print(json.dumps(rows, indent=1))

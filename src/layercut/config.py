@@ -6,6 +6,8 @@ In YAML the keys are the flags' names with underscores, flat: `ratio: 0.2`.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,6 +25,12 @@ StreamMode = Literal["auto", "on", "off"]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
+SearchObjective = Literal["kl", "next-token", "hidden"]
+SIZES = {"B": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("B", 1000), ("IB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
 flat = Parameter(name="*")
 
 
@@ -31,6 +39,16 @@ def at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20. ConfigError where it is no size."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
+    unit = (found[2] or "B").upper() if found else ""
+    size = round(float(found[1]) * SIZES[unit]) if found and unit in SIZES else 0
+    if size < 1:
+        raise ConfigError(f"{flag} {text!r} is no size", f"allowed is a number with MB, GB, MiB or GiB: {flag} 200MB")
+    return size
 
 
 @flat
@@ -83,21 +101,70 @@ class SearchConfig:
     """Share of the layers to remove, between 0 and 1."""
     segment: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
+    target_size: str | None = None
+    """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB."""
+    target_speedup: float | None = None
+    """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
+    removed). That is the ideal; what is reached is a little less."""
+    max_loss: float | None = None
+    """Instead of --ratio: remove as many layers as raise perplexity, before healing, by no more than this share
+    (0.1 is 10 %), verified on a quarter of the calibration text that is not searched on."""
+    num_segments: int = 1
+    """Remove the layers as up to so many segments; for clp and exhaustive."""
     method: Method = "clp"
     """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
     baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
     that are not neighbours."""
+    search_objective: SearchObjective = "kl"
+    """What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: it predicts the
+    text. hidden: its last hidden states are the dense model's; the cheapest."""
+    score: Literal["raw", "folded"] = "raw"
+    """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
+    fold, on held-out text."""
     oracle: Annotated[bool, Parameter(negative="")] = False
     """Price every segment exactly as well, to show how near the gate came."""
+    all_lengths: Annotated[bool, Parameter(negative="")] = False
+    """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and self.segment:
-            raise ConfigError("both --ratio and --segment are given", "give one of them")
+        if len(given := self.given) > 1:
+            raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(
                 f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2"
             )
+        if self.target_size is not None:
+            parse_bytes("--target-size", self.target_size)
+        if self.target_speedup is not None and not 1 < self.target_speedup < math.inf:
+            raise ConfigError(f"--target-speedup {self.target_speedup:g} is not above 1", "try 1.25")
+        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
+            raise ConfigError(
+                f"--max-loss {self.max_loss:g} is not above 0", "perplexity up by a tenth: --max-loss 0.1"
+            )
+        at_least("num_segments", self.num_segments, 1)
+        self._check_method()
         _ = self.segments
+
+    def _check_method(self) -> None:
+        """Refuse what a method could not heed."""
+        asked = {"--num-segments": self.num_segments > 1, "--search-objective": self.search_objective != "kl"}
+        for flag, is_asked in asked.items():
+            if is_asked and self.method not in ("clp", "exhaustive"):
+                raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
+            if is_asked and self.segment:
+                raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
+        if self.segment and (self.score == "folded" or self.all_lengths):
+            flag = "--score folded" if self.score == "folded" else "--all-lengths"
+            raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
+
+    @property
+    def given(self) -> list[str]:
+        """The flags among those that say what to remove; one of them is needed, and no more."""
+        values = {
+            "--ratio": self.ratio, "--segment": self.segment or None, "--target-size": self.target_size,
+            "--target-speedup": self.target_speedup, "--max-loss": self.max_loss,
+        }  # fmt: skip
+        return [flag for flag, value in values.items() if value is not None]
 
     @property
     def segments(self) -> list[Segment]:
@@ -304,8 +371,10 @@ class CompressConfig:
 
     def check(self) -> None:
         """What is asked of the whole; not on construction, so that a mistyped --ratoi is named first."""
-        if self.search.ratio is None and not self.search.segment:
-            raise ConfigError("neither --ratio nor --segment is given", "a fifth of the layers: --ratio 0.2")
+        if not self.search.given:
+            raise ConfigError(
+                "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
+            )
         if self.search.segment and self.stability.seeds > 1:
             raise ConfigError(
                 "--seeds repeats a search, and --segment leaves none", "give --ratio, or leave out --seeds"

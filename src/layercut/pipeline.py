@@ -20,7 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluate, measure, models, stream
-from layercut.config import CompressConfig, CutConfig, HealConfig, PerplexityConfig, QuantizeConfig, flattened
+from layercut.config import (
+    CompressConfig,
+    CutConfig,
+    HealConfig,
+    PerplexityConfig,
+    QuantizeConfig,
+    SearchConfig,
+    flattened,
+    parse_bytes,
+)
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import Blocks, load_blocks, origins, split_mix
 from layercut.errors import ConfigError, ModelError, RunError
@@ -35,7 +44,19 @@ from layercut.progress import bar, say
 from layercut.quantize import Quantization, endpoints_of, quantize_, quantized_weights
 from layercut.report import model_card, write_report
 from layercut.runs import Run, digest, versions, write_text
-from layercut.search import SearchResult, find_segments, price_segments, stability
+from layercut.search import (
+    SearchResult,
+    add_triangle_,
+    find_segments,
+    length_for_size,
+    length_for_speedup,
+    longest_within,
+    perplexity_rise,
+    price_segments,
+    rescored,
+    split_rows,
+    stability,
+)
 from layercut.segments import Segment, checked_segments, kept_layers, layers_to_remove
 from layercut.sweep import Stack, mean_kl
 
@@ -59,7 +80,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = models.count_layers(architecture)
     wanted = checked_segments(config.search.segments, layers)
-    length = layers_to_remove(config.search.ratio, layers) if config.search.ratio is not None else 0
+    length = wanted_length(config.search, layers)
     check_sources(config)
     models.pick_device(config.load.device)
     if config.tasks.names and until == "report":
@@ -79,7 +100,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         segments = [Segment(*bounds) for bounds in search["segments"]]
         say("search", f"{search['method']}: remove {', '.join(map(str, segments))} of {layers} layers")
         if config.stability.seeds > 1:
-            say("stability", stability_words(stability_stage(work, search, length)))
+            say("stability", stability_words(stability_stage(work, search, sum(map(len, segments)))))
         if until == "search":
             return run.folder
 
@@ -118,6 +139,13 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         write_text(run / "model" / "README.md", model_card(run.folder))
         write_report(run.folder)
         return run.folder
+
+
+def wanted_length(search: SearchConfig, layers: int) -> int | None:
+    """How many layers the user wants removed; None where that depends on the model's weights or on its loss."""
+    if search.ratio is not None:
+        return layers_to_remove(search.ratio, layers)
+    return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
 
 
 def text_stage(work: Workbench) -> dict[str, Any]:
@@ -269,19 +297,30 @@ class Workbench:
             )
         return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
 
-    def search(self, wanted: Sequence[Segment], length: int) -> dict[str, Any]:
+    def search(self, wanted: Sequence[Segment], length: int | None) -> dict[str, Any]:
         """The segments to remove: those given, or the search's answer."""
-        tokens = self.blocks["calibration"]
+        config, tokens = self.config.search, self.blocks["calibration"]
         if wanted:
             result = price_segments(self.stack, tokens, list(wanted))
+        elif config.max_loss is not None:
+            result = self.search_within(config.max_loss)
         else:
-            result = self.find(tokens, length, self.config.text.seed, oracle=self.config.search.oracle)
+            length = self.length_for_target() if length is None else length
+            result = self.find(tokens, length, self.config.text.seed, oracle=config.oracle)
+        if config.score == "folded":
+            result = rescored(result, self.folded_kl)
+        if config.all_lengths:
+            add_triangle_(result, self.stack, tokens, sum(map(len, result.segments)))
         text = self.run.read("text") or {}
         return result.to_json() | {"seed": self.config.text.seed, "calibration": text["calibration"]}
 
     def find(self, tokens: torch.Tensor, length: int, seed: int, *, oracle: bool = False) -> SearchResult:
-        """The search as it was asked for, on any tokens."""
-        return find_segments(self.stack, tokens, length, self.config.search.method, seed=seed, oracle=oracle)
+        """The search itself, for one length, on any tokens."""
+        config = self.config.search
+        return find_segments(
+            self.stack, tokens, length, config.method, seed=seed, oracle=oracle,
+            count=min(config.num_segments, length), objective=config.search_objective,
+        )  # fmt: skip
 
     def search_again(self, seed: int, length: int) -> dict[str, Any]:
         """What the search chooses on the calibration text of another seed."""
@@ -316,6 +355,31 @@ class Workbench:
             "seeds": [{key: one[key] for key in told} for one in searches],
             **found,
         }
+
+    def search_within(self, max_loss: float) -> SearchResult:
+        """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
+        rows, unseen = split_rows(self.blocks["calibration"])
+        within = longest_within(
+            max_loss,
+            len(self.stack) - 1,
+            lambda length: self.find(rows, length, self.config.text.seed),
+            lambda cuts: perplexity_rise(self.stack, unseen, cuts),
+        )
+        within.result.budget = {"max_loss": max_loss, "rise": within.rise, "tried": within.tried}
+        return within.result
+
+    def length_for_target(self) -> int:
+        """Layers to remove for --target-size: counted in the number format that is computed and saved in."""
+        model = self.dense.model
+        target = parse_bytes("--target-size", self.config.search.target_size or "")
+        weights = [models.parameter_bytes(layer) for layer in self.stack.layers]
+        return length_for_size(weights, models.parameter_bytes(model), target)
+
+    def folded_kl(self, segments: Sequence[Segment]) -> float:
+        """KL(p || q) on held-out tokens of the student without the segments, after its fold."""
+        student = Stack(self.student(segments))
+        fold_(self.stack, student, segments, self.blocks["calibration"])
+        return mean_kl(self.stack, student, self.blocks["heldout"])
 
     def cut(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from layercut import models
-from layercut.config import CompressConfig, PlanConfig
+from layercut.config import CompressConfig, PlanConfig, parse_bytes
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
+from layercut.pipeline import wanted_length
 from layercut.plan import memory, work
 from layercut.plan.fit import Target, judge, targets
 from layercut.plan.machine import Rates, calibrate, memory_bytes, resident_bytes
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape, skeleton
-from layercut.segments import Segment, checked_segments, layers_to_remove
+from layercut.search import length_for_size
+from layercut.segments import Segment, checked_segments
 
 GROUP = 128
 """Numbers that share one 16-bit scale in weight-only quantization."""
@@ -51,7 +53,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
 
     shape = measure_shape(stock, dtype, journey.text.window)
     given = checked_segments(journey.search.segments, shape.layers)
-    length = sum(map(len, given)) if given else layers_to_remove(journey.search.ratio or 0, shape.layers)
+    length = sum(map(len, given)) if given else planned_length(journey, shape)
     segments, after = cut_parts(stock, dtype, given, length)
     base = resident_bytes()
     rates = calibrate(shape, dtype, device, checkpoint.folder) if config.calibrate else None
@@ -98,6 +100,19 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
             judge(target, journey, needs, shape.dense.total * dtype.itemsize) for target in targets(memory_bytes())
         ],
     }
+
+
+def planned_length(config: CompressConfig, shape: Shape) -> int:
+    """How many layers a run would remove, as far as that can be told without the weights."""
+    search, each = config.search, shape.dense.layers
+    if (length := wanted_length(search, shape.layers)) is not None:
+        return length
+    if search.target_size is None:
+        raise ConfigError(
+            "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
+        )
+    target = parse_bytes("--target-size", search.target_size)
+    return length_for_size([n * shape.itemsize for n in each], shape.dense.total * shape.itemsize, target)
 
 
 def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:
@@ -161,7 +176,7 @@ def stage_work(
 ) -> dict[str, work.Work | None]:
     """What every stage computes; None where that cannot be told beforehand."""
     first, size = min(segments), shape.itemsize
-    known = given or config.search.method in work.METHODS
+    known = given or (config.search.method in work.METHODS and config.search.num_segments == 1)
     weights = (shape.dense.total * size, after.total * size)
     return {
         "load": work.load_work(stored, weights[0]) if not gguf else None,  # dequantizing takes most of it

@@ -15,8 +15,8 @@ from layercut.heal.endpoints import endpoints
 from layercut.losses import rows_per_chunk
 from layercut.plan.shape import Shape
 from layercut.plan.work import descent_entered, rows_of
+from layercut.search.clp import schedule_for
 from layercut.search.exhaustive import all_segments
-from layercut.search.gate import schedule_for
 from layercut.segments import Segment
 
 SWEPT_ROWS = 8
@@ -73,16 +73,14 @@ def exhaustive(shape: Shape, length: int, rows: int) -> Peak:
 
 
 def clp(shape: Shape, length: int, rows: int) -> Peak:
-    """One step of the descent, or the sweep that prices the shortlist, whichever is larger.
+    """One step of the descent, or the look at all segments, whichever is larger.
 
     In a step autograd keeps what every gated layer needs for its backward pass, with the difference that the gate
     scales; P rows of logits are made at once, with a float32 copy and p spread over them, or, backwards, the
     logits' gradient in float32 beside the copy it is made from.
     """
-    schedule = schedule_for(length, shape.layers)
-    places = schedule.particles
-    # of all steps the first has the softest wells, which enter the most
-    entered = descent_entered(shape.layers, length, schedule).expected / schedule.steps
+    places = schedule_for(shape.layers, length, 1, rows).particles
+    entered = descent_entered(shape.layers, length, places).expected
     row = shape.window * shape.hidden * shape.itemsize
     saved = round(entered * (shape.total("saved") / shape.layers + row))
     logits = shape.window * shape.vocabulary
@@ -91,8 +89,8 @@ def clp(shape: Shape, length: int, rows: int) -> Peak:
         "streams": 3 * places * row,
         "logits": places * logits * (shape.itemsize + 8) + logits * 4,
     }
-    priced = sweep(shape, min(3 * places, len(all_segments(length, shape.layers))) + 1, rows)
-    return max(step, priced, key=lambda peak: sum(peak.values()))
+    looked = sweep(shape, len(all_segments(length, shape.layers)) + 1, rows)
+    return max(step, looked, key=lambda peak: sum(peak.values()))
 
 
 def fold(shape: Shape, rows: int, held: int) -> Peak:

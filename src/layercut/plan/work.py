@@ -9,23 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from layercut.config import CompressConfig
 from layercut.heal.endpoints import endpoints
 from layercut.heal.fold import HELD_OUT, RIDGES
 from layercut.pipeline import FEWEST_HELD_OUT, HELD_OUT_SHARE
 from layercut.plan.shape import Parts, Shape
+from layercut.search.clp import LOOK_SHARE, schedule_for
 from layercut.search.exhaustive import DENSE, all_segments, set_work, sweep_work
-from layercut.search.gate import (
-    CLOSED,
-    FEWEST_ROWS,
-    FINALISTS,
-    GateSchedule,
-    concave_gate,
-    promising,
-    schedule_for,
-)
+from layercut.search.prices import FINALISTS, FIRST_SHARE
 from layercut.segments import Segment, joined_segments
 
 FRESH_PROCESS = 8.0
@@ -91,9 +82,7 @@ def search_work(shape: Shape, config: CompressConfig, length: int, given: Sequen
         cuts = tuple(sorted(given))
         return _work(shape, Bounds.exactly(set_work([DENSE, cuts], shape.layers, rows)), heads=2 * rows)
     method = config.search.method
-    found = METHODS[method](shape.layers, length, rows, shape) if method in METHODS else None
-    if found is None:
-        raise KeyError(method)
+    found = METHODS[method](shape.layers, length, rows, shape)
     if config.search.oracle and method != "exhaustive":
         found = _sum(shape, found, exhaustive_work(shape.layers, length, rows, shape))
     return found
@@ -106,65 +95,51 @@ def exhaustive_work(layers: int, length: int, rows: int, shape: Shape) -> Work:
 
 
 def clp_work(layers: int, length: int, rows: int, shape: Shape) -> Work:
-    """The descent, and the price of what it shortlists; both depend on where the places go."""
-    schedule = schedule_for(length, layers)
-    entered = descent_entered(layers, length, schedule)
-    forwards = entered + Bounds.exactly(schedule.steps * layers)
-    heads = schedule.steps * (schedule.particles + 1)
-    priced, more = pricing(layers, length, rows, schedule)
-    return _work(
-        shape, forwards + priced, entered, heads=heads + more, heads_back=schedule.steps * schedule.particles
-    )
-
-
-def descent_entered(layers: int, length: int, schedule: GateSchedule) -> Bounds:
-    """Layers that gated streams enter in the whole descent, from the wells that `gated_forward` sees.
-
-    A place moves by the stride at most in a step: within what it can have reached, the fewest and the most.
-    """
-    last = layers - length
-    starts = [(p + 0.5) * last / schedule.particles for p in range(schedule.particles)]
-    total, reach = Bounds.exactly(0), 0.0
-    for step in range(schedule.steps):
-        done = step / max(1, schedule.steps - 1)
-        sharpness = schedule.sharpness[0] * (schedule.sharpness[1] / schedule.sharpness[0]) ** done
-        grid = torch.linspace(0, last, 16 * last + 1)
-        counts = entered_layers(grid, length, layers, sharpness)
-        for start in starts:
-            near = counts[(grid >= start - reach - 0.0625) & (grid <= start + reach + 0.0625)]
-            here = entered_layers(torch.tensor([start]), length, layers, sharpness).item()
-            total += Bounds(here, near.min().item(), near.max().item())
-        reach += schedule.stride[0] * (schedule.stride[1] / schedule.stride[0]) ** done
-    return total
-
-
-def entered_layers(places: torch.Tensor, length: int, layers: int, sharpness: float) -> torch.Tensor:
-    """Layers that a stream of each place enters: those from its first gate below one on whose gate is not closed."""
-    gates = concave_gate(places, length, layers, sharpness)
-    left = (gates < 1 - CLOSED).cumsum(-1) > 0
-    return (left & (gates > CLOSED)).sum(-1)
-
-
-def pricing(layers: int, length: int, rows: int, schedule: GateSchedule) -> tuple[Bounds, float]:
-    """(layer-forwards, rows of logits) of `clp_search`'s shortlist: on a quarter of the rows, the best few on all."""
-    last = layers - length
-    places = [(p + 0.5) * last / schedule.particles for p in range(schedule.particles)]
-    shortlist = promising(places, length, layers)
-    few = max(FEWEST_ROWS, rows // 4)
+    """Look, descent and race for one segment (`search/clp.py`); the last two depend on where the descent goes."""
+    schedule = schedule_for(layers, length, 1, rows)
+    few = min(rows, max(2, rows // FIRST_SHARE))
     everything = all_segments(length, layers)
+    looked = Bounds.exactly(sweep_work(everything, layers, few))
+    entered = descent_entered(layers, length, schedule.particles) * schedule.steps
+    raced, more = race_work(layers, length, few, rows, schedule.particles)
+    heads = few * (len(everything) + 1) + schedule.steps * (schedule.particles + 1)
+    return _work(
+        shape, looked + entered + Bounds.exactly(schedule.steps * layers) + raced, entered, heads=heads + more,
+        heads_back=schedule.steps * schedule.particles,
+    )  # fmt: skip
 
-    def price(segments: Sequence[Segment], n: int) -> int:
-        return sweep_work(segments, layers, n)
 
-    most_on_list = everything[: 3 * schedule.particles]  # the earliest cost most
-    fewest_on_list = everything[-2:]  # all places at the end, and a neighbour
-    if few >= rows:
-        found = Bounds(price(shortlist, rows), price(fewest_on_list, rows), price(most_on_list, rows))
-        return found, rows * (len(shortlist) + 1)
-    middle = shortlist[len(shortlist) // 2 : len(shortlist) // 2 + FINALISTS]
-    rough = Bounds(price(shortlist, few), price(fewest_on_list, few), price(most_on_list, few))
-    final = Bounds(price(middle, rows), price(everything[-1:], rows), price(everything[:FINALISTS], rows))
-    return rough + final, few * (len(shortlist) + 1) + rows * (len(middle) + 1)
+def descent_entered(layers: int, length: int, particles: int) -> Bounds:
+    """Layers that P gated streams enter in one step: those behind the segment, and up to four at its soft walls.
+
+    A segment at the stack's end leaves none, one at its beginning all that are kept; on average it is half of them.
+    """
+    kept = layers - length
+    return Bounds(particles * (kept / 2 + 2), 0, particles * min(layers, kept + 4))
+
+
+def race_work(layers: int, length: int, few: int, rows: int, particles: int) -> tuple[Bounds, float]:
+    """(layer-forwards, rows of logits) of `prices.race` among the look's better part and where the descent went.
+
+    A row that was priced is not priced again; each round halves what is alive and doubles the rows.
+    """
+    starts = layers - length + 1
+    alive = min(starts, -(-starts // LOOK_SHARE) + particles)
+    most_alive = min(starts, alive + 4 * particles)  # ends and their neighbours that the look did not think of
+    total, heads, priced, seen = Bounds.exactly(0), 0, few, min(rows, 2 * few)
+    while True:
+        new = seen - priced
+        kept = layers - length
+        total += Bounds(
+            new * (layers + alive * kept / 2),
+            new * (layers + sum(range(min(FINALISTS, starts)))),
+            new * (layers + sum(kept - start for start in range(most_alive))),
+        )
+        heads += new * (alive + 1)
+        if seen == rows:
+            return total, heads
+        alive, most_alive = (min(starts, max(FINALISTS, -(-n // 2))) for n in (alive, most_alive))
+        priced, seen = seen, min(rows, 2 * seen)
 
 
 def _priced_pick(layers: int, length: int, rows: int) -> Bounds:

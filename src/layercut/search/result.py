@@ -14,9 +14,12 @@ class Candidate:
 
     segments: tuple[Segment, ...]
     kl: float
+    score: float | None = None
+    """What the search went by, where that is not the KL; lower is better."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl}
+        score = {} if self.score is None else {"score": self.score}
+        return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl, **score}
 
 
 @dataclass
@@ -31,15 +34,20 @@ class Cost:
 
 @dataclass
 class SearchResult:
-    """The outcome of a search: `candidates` are sorted from the cheapest, `segments` are those of the first."""
+    """The outcome of a search: `candidates` are sorted from the best, `segments` are those of the first."""
 
     method: str
     candidates: list[Candidate]
     cost: Cost
     path: list[dict[str, Any]] = field(default_factory=list)
-    """The gate's way: {"step", "places": [P], "losses": [P]} a step; empty for methods without one."""
+    """The gate's way, a step: "step", "places" and "stops" [P * K], where its wells begin and end, "losses" [P * K],
+    the loss of each well's set; empty for methods without one."""
     oracle: dict[str, Any] | None = None
     """The exhaustive answer beside it, where it was asked for."""
+    triangle: list[tuple[int, int, float]] | None = None
+    """(start, stop, KL) of every segment up to some length, where that was asked for."""
+    budget: dict[str, Any] | None = None
+    """What a loss budget allowed: {"max_loss", "rise", "tried": [{"length", "segments", "rise"}]}."""
     seconds: float = field(default=0.0, compare=False)
     """What the search took, by the same rule as `cost`: without what is measured beside it."""
 
@@ -54,6 +62,8 @@ class SearchResult:
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "oracle": self.oracle,
             "path": self.path,
+            "triangle": None if self.triangle is None else [list(row) for row in self.triangle],
+            "budget": self.budget,
             "dense_tokens": self.cost.dense_tokens,
             "layer_forwards": self.cost.layer_forwards,
             "layer_backwards": self.cost.layer_backwards,

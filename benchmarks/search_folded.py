@@ -1,0 +1,57 @@
+"""Claim: choosing among the search's best candidates after their fold gives a better folded model than choosing raw.
+
+    python benchmarks/search_folded.py --data TEXT --eval-data HELDOUT [--ratios 0.1 0.2 0.3]
+
+For each ratio, the gate's first candidates: raw KL on the calibration text, KL on held-out tokens of its source before
+and after the fold, and perplexity before and after on another text; and which candidate either score would choose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import arguments, blocks, finish, open_model
+from layercut import evaluate, models
+from layercut.cut import cut_segment_
+from layercut.heal.fold import fold_
+from layercut.search import find_segments
+from layercut.segments import layers_to_remove
+from layercut.sweep import Stack, mean_kl
+
+CANDIDATES = 4
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, data="python-docstrings", eval_data="python-docs", ratios=[0.1, 0.2, 0.3], tokens=4096, window=128,
+        heldout_tokens=1024, eval_tokens=4096,
+    )  # fmt: skip
+    model = open_model(args.model)
+    stack = Stack(model.model)
+    calibration = blocks(model, args.data, args.tokens, args.window, 0).tokens
+    heldout = blocks(model, args.data, args.heldout_tokens, args.window, 0, skip=len(calibration)).tokens
+    reported = blocks(model, args.eval_data, args.eval_tokens, args.window, 0).tokens
+    rows = []
+    for ratio in args.ratios:
+        found = find_segments(stack, calibration, layers_to_remove(ratio, len(stack)), "clp", seed=0)
+        tried: list[dict[str, Any]] = []
+        for candidate in found.candidates[:CANDIDATES]:
+            student = models.share(model.model)
+            cut_segment_(student, list(candidate.segments))
+            opened = Stack(student)
+            row = {"segments": " ".join(map(str, candidate.segments)), "kl": candidate.kl}
+            row |= {"heldout_kl_cut": mean_kl(stack, opened, heldout)}
+            row |= {"perplexity_cut": evaluate.perplexity(student, reported)}
+            fold_(stack, opened, list(candidate.segments), calibration)
+            row |= {"heldout_kl_folded": mean_kl(stack, opened, heldout)}
+            tried.append(row | {"perplexity_folded": evaluate.perplexity(student, reported)})
+        raw, folded = (min(tried, key=lambda row: row[key]) for key in ("kl", "heldout_kl_folded"))
+        rows.append({"ratio": ratio, "raw_chooses": raw, "folded_chooses": folded, "candidates": tried})
+        print(rows[-1], flush=True)
+    dense = evaluate.perplexity(model.model, reported)
+    facts = {"data": args.data, "eval_data": args.eval_data, "tokens": args.tokens, "window": args.window}
+    finish(args.out, model, __doc__.splitlines()[0], rows, perplexity_dense=dense, **facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Lengths from budgets: arithmetic against counting, loss against the model that is really cut; the command line."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import tiny
+from layercut import models
+from layercut.cli import main
+from layercut.config import SearchConfig, parse_bytes
+from layercut.cut import cut_segment_
+from layercut.errors import ConfigError
+from layercut.losses import next_token_loss
+from layercut.pipeline import wanted_length
+from layercut.search import SearchResult, longest_within, perplexity_rise, price_segments, rescored, split_rows
+from layercut.search.exhaustive import all_segments, segment_costs
+from layercut.search.lengths import length_for_size, length_for_speedup, triangle
+from layercut.search.result import Candidate, Cost
+from layercut.segments import Segment
+from layercut.sweep import Stack
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("200MB", 200e6), ("1.5GiB", 1.5 * 2**30), (" 3 kb", 3000), ("512", 512), ("1MiB", 2**20), (".5gb", 5e8)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes("--target-size", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "1.2.3MB", "3 apples", "0MB", "3iB", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="no size"):
+        SearchConfig(target_size=text)
+
+
+def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
+    model = tiny.llama()
+    total = models.parameter_bytes(model)
+    weights = [models.parameter_bytes(layer) for layer in Stack(model).layers]
+    for n in range(1, 8):
+        student = models.share(model)
+        cut_segment_(student, [Segment(0, n)])
+        exact = models.parameter_bytes(student)
+        assert length_for_size(weights, total, exact) == n
+        if n < 7:
+            assert length_for_size(weights, total, exact - 1) == n + 1
+    assert length_for_size([1, 9, 9, 1], 100, 98) == 2, "whichever two are removed, it is met"
+    with pytest.raises(ConfigError, match="no cut of layers meets"):
+        length_for_size(weights, total, exact - 1)
+    with pytest.raises(ConfigError, match="is no cut"):
+        length_for_size(weights, total, total)
+
+
+def test_a_speedup_is_met_by_as_few_layers_as_can():
+    for layers in (8, 30, 80):
+        for speedup in (1.01, 1.25, 1.3, 2.0, 4.0):
+            n = length_for_speedup(layers, speedup)
+            assert layers / (layers - n) >= speedup - 1e-9
+            assert n == 1 or layers / (layers - n + 1) < speedup
+    assert wanted_length(SearchConfig(target_speedup=1.25), 30) == 6
+    assert wanted_length(SearchConfig(ratio=0.2), 30) == 6
+    assert wanted_length(SearchConfig(target_size="1GB"), 30) is None
+    with pytest.raises(ConfigError, match="no cut meets --target-speedup 9"):
+        length_for_speedup(8, 9)
+
+
+def test_the_rise_of_perplexity_is_that_of_the_real_cut():
+    model, tokens = tiny.llama(), tiny.some_tokens()
+    student = models.share(model)
+    cut_segment_(student, [Segment(1, 2), Segment(5, 7)])
+    losses = [next_token_loss(m(input_ids=tokens, use_cache=False).logits, tokens).mean() for m in (model, student)]
+    expected = (losses[1].exp() / losses[0].exp() - 1).item()
+    assert perplexity_rise(Stack(model), tokens, (Segment(1, 2), Segment(5, 7))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("allowed", range(1, 8))
+def test_the_longest_cut_within_a_budget_is_found(allowed):
+    def find(length):
+        return SearchResult("made up", [Candidate((Segment(0, length),), 0.0)], Cost())
+
+    within = longest_within(0.1, 7, find, lambda cuts: 0.1 if len(cuts[0]) <= allowed else 0.2)
+    assert within.result.segments == [Segment(0, allowed)]
+    assert within.rise == 0.1
+    assert len(within.tried) <= 3
+    assert set(within.tried[0]) == {"length", "segments", "rise"}
+    with pytest.raises(ConfigError, match=r"--max-loss 0.05: the best found removes 0:1 and raises perplexity by 20"):
+        longest_within(0.05, 7, find, lambda cuts: 0.2 * len(cuts[0]))
+
+
+def test_rows_that_verify_are_not_searched_on():
+    rows, unseen = split_rows(torch.arange(10)[:, None])
+    assert torch.equal(torch.cat([rows, unseen])[:, 0], torch.arange(10))
+    assert len(unseen) == 2
+    with pytest.raises(ConfigError, match="one row"):
+        split_rows(torch.zeros(1, 8))
+
+
+def test_the_triangle_holds_every_segment_at_its_exact_cost():
+    stack, tokens = Stack(tiny.llama()), tiny.some_tokens()
+    found = {(start, stop): kl for start, stop, kl in triangle(stack, tokens, 3, Cost())}
+    assert len(found) == 8 + 7 + 6
+    for length in (1, 2, 3):
+        for candidate in segment_costs(stack, tokens, all_segments(length, 8), Cost()):
+            (segment,) = candidate.segments
+            assert found[segment.start, segment.stop] == pytest.approx(candidate.kl, rel=1e-4, abs=1e-6)
+
+
+def test_another_score_reorders_the_first_candidates_alone():
+    cuts = [(Segment(s, s + 1),) for s in range(5)]
+    result = SearchResult("clp", [Candidate(c, float(i)) for i, c in enumerate(cuts)], Cost())
+    judged = rescored(result, lambda c: -c[0].start, most=3)
+    assert [c.segments for c in judged.candidates] == [cuts[2], cuts[1], cuts[0]]
+    assert judged.candidates[0].to_json() == {"segments": [[2, 3]], "kl": 2.0, "score": -2}
+
+
+REFUSED = {
+    "two budgets": ({"target_size": "1GB", "max_loss": 0.1}, "both --target-size and --max-loss"),
+    "ratio and a budget": ({"ratio": 0.2, "target_speedup": 1.2}, "both --ratio and --target-speedup"),
+    "no faster": ({"target_speedup": 1.0}, "--target-speedup 1 is not above 1"),
+    "no loss at all": ({"max_loss": 0.0}, "--max-loss 0 is not above 0"),
+    "loss nan": ({"max_loss": math.nan}, "--max-loss nan"),
+    "no segments": ({"ratio": 0.2, "num_segments": 0}, "--num-segments 0 is too small"),
+    "several by a baseline": ({"ratio": 0.2, "num_segments": 2, "method": "cosine"}, "not for --method cosine"),
+    "objective of a baseline": ({"ratio": 0.2, "search_objective": "hidden", "method": "sleb"}, "--method sleb"),
+    "segment scored": ({"segment": ("1:2",), "score": "folded"}, "--score folded is for a search"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_options_that_do_not_go_together_are_refused(kind):
+    given, words = REFUSED[kind]
+    with pytest.raises(ConfigError, match=words):
+        SearchConfig(**given)
+
+
+def search(tiny_model, texts, out, *flags):
+    arguments = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=128", "--window=16", "--tune-tokens=0"]
+    code = main(["search", str(tiny_model), *arguments, "--eval-tokens=64", f"--out={out}", *flags])
+    return code, json.loads((out / "search.json").read_text()) if code == 0 else None
+
+
+def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monkeypatch):
+    config = json.loads((tiny_model / "config.json").read_text())
+    assert config["num_hidden_layers"] == 8
+    dense = models.load(models.resolve(str(tiny_model))).model
+    target = models.parameter_bytes(dense) - 2 * models.parameter_bytes(Stack(dense).layers[0])
+    _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}", "--score=folded")
+    assert sum(stop - start for start, stop in found["segments"]) == 2
+    scores = [candidate["score"] for candidate in found["candidates"]]
+    assert scores == sorted(scores)
+    assert found["segments"] == found["candidates"][0]["segments"]
+
+    _, found = search(tiny_model, texts, tmp_path / "speed", "--target-speedup=1.6", "--all-lengths")
+    assert sum(stop - start for start, stop in found["segments"]) == 3
+    costs = {tuple(row[:2]): row[2] for row in found["triangle"]}
+    assert len(costs) == 8 + 7 + 6
+    assert costs[tuple(found["segments"][0])] == pytest.approx(found["candidates"][0]["kl"], rel=1e-3)
+
+    _, found = search(tiny_model, texts, tmp_path / "loss", "--max-loss=0.5")
+    assert found["budget"]["rise"] <= 0.5
+    assert [t["segments"] for t in found["budget"]["tried"] if t["rise"] <= 0.5][-1] == found["segments"]
+    capsys.readouterr()
+    monkeypatch.setattr("layercut.pipeline.perplexity_rise", lambda *_: 0.5)  # a random model may gain by a cut
+    assert search(tiny_model, texts, tmp_path / "none", "--max-loss=0.000001")[0] == 2
+    assert "no cut meets --max-loss 1e-06: the best found removes" in capsys.readouterr().err
+
+
+def test_two_segments_from_the_command_line(tiny_model, texts, tmp_path):
+    _, found = search(tiny_model, texts, tmp_path / "two", "--ratio=0.4", "--num-segments=2", "--oracle")
+    assert found["oracle"]["regret"] == pytest.approx(1.0, abs=1e-3)
+    assert sum(stop - start for start, stop in found["segments"]) == 3
+
+
+def test_given_segments_are_priced_together():
+    found = price_segments(Stack(tiny.llama()), tiny.some_tokens(), [Segment(5, 6), Segment(1, 2)])
+    assert found.candidates[0].segments == (Segment(1, 2), Segment(5, 6))
