@@ -66,7 +66,7 @@ for line in sys.stdin:
 """
 MOMENTS = ["text", "search", "cut", "fold", "heal", "eval", "export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
-RUN += ["--batch-tokens=16", "--learning-rate=0.003"]
+RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
 VARY = {"seconds", "speed", "peak_rss_bytes"}
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from layercut import models
+from layercut import models, stream
 from layercut.config import DataConfig, ExportConfig, QuantizeAloneConfig
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.cut.folder import appearing
@@ -53,7 +53,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     source = models.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
     if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
-    loaded = models.load(source, **asdict(config.load))
+    if stream.wanted(source, **asdict(config.load)):
+        raise ModelError(models.STREAMED, models.STREAMED_HINT)
+    loaded = stream.load(source, **asdict(config.load))
     model = loaded.model
     if config.quantize.quantizer == "rtn":
         tokens = torch.empty(0, config.text.window, dtype=torch.long)
