@@ -229,7 +229,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", "export", "summary"]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", "export", "summary"]),
     "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "tuning tokens": (["--tune-tokens=96"], ["text", "heal", "quantize", "eval", "export", "summary"]),
+    "tuning tokens": (["--tune-tokens=96"], ["text", "fold", "heal", "quantize", "eval", "export", "summary"]),
     "held-out tokens": (["--eval-tokens=96"], ["text", "eval", "summary"]),
     "speed": (["--speed"], ["eval", "summary"]),
     "bits": (["--bits=8"], ["quantize", "eval", "export", "summary"]),
