@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, measure, models, stream
+from layercut import evaluate, measure, models, processes, stream
 from layercut.config import (
     CompressConfig,
     CutConfig,
@@ -71,7 +71,9 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     """Search, cut, heal, measure and export `model`; returns the run folder. Goes on where a run was stopped.
 
     until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
+    Several processes that a launcher started do it together (`processes.py`); each returns the folder.
     """
+    processes.start()
     config.check()
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
@@ -96,7 +98,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         # of text it uses the tokens, whatever flags they came by.
         dense, text = work.source, text_stage(work)
         scored = [dense, text["calibration"], config.text.seed, asdict(config.search)]
-        search = run.stage("search", scored, lambda: work.search(wanted, length))
+        search = run.stage("search", scored, lambda: work.search(wanted, length), together=True)
         segments = [Segment(*bounds) for bounds in search["segments"]]
         say("search", f"{search['method']}: remove {', '.join(map(str, segments))} of {layers} layers")
         if config.stability.seeds > 1:
@@ -107,11 +109,11 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         cut = run.stage("cut", [dense, search["segments"]], lambda: work.cut(segments))
         say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
         folded = [config.heal.fold, text["calibration"], text["heldout"]]
-        fold = run.stage("fold", folded, lambda: work.fold(segments), after=["cut"])
+        fold = run.stage("fold", folded, lambda: work.fold(segments), after=["cut"], together=True)
         for outcome in fold["fold"]:
             say("fold", describe_fold(outcome))
         tuned = [asdict(config.heal), text["tuning"], text["heldout"]]
-        heal = run.stage("heal", tuned, lambda: work.tune(segments), after=["fold"])
+        heal = run.stage("heal", tuned, lambda: work.tune(segments), after=["fold"], together=True)
         (run / TUNING_STATE).unlink(missing_ok=True)
         if heal["tuning"]:
             say("tune", describe_tuning(heal["tuning"]))
@@ -127,7 +129,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             return run.folder
 
         reported = [asdict(config.evaluate), text["evaluation"]]
-        measured = run.stage("eval", reported, lambda: work.evaluate(segments), after=["quantize"])
+        judged = partial(work.evaluate, segments)
+        measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
         proofs = further_proofs(work, segments)
         exported = run.stage("export", None, lambda: work.export(segments), after=["quantize"])
         run.stage(
@@ -136,8 +139,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             lambda: summarise(run, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
             after=["text", "search", "eval", *proofs, "export"],
         )
-        write_text(run / "model" / "README.md", model_card(run.folder))
-        write_report(run.folder)
+        processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
+        processes.on_main(lambda: write_report(run.folder))
         return run.folder
 
 
@@ -165,10 +168,11 @@ def stability_stage(work: Workbench, search: dict[str, Any], length: int) -> dic
     again, asked = [], asdict(replace(work.config.search, oracle=False))
     for seed in range(text.seed + 1, text.seed + work.config.stability.seeds):
         inputs = [work.source, asdict(replace(text, seed=seed)), asked, length]
-        again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length)))
+        again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length), together=True))
         say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
     hashes = [found["config_hash"] for found in again]
-    return run.stage("stability", hashes, lambda: work.stability(search, again, length), after=["search"])
+    judged = partial(work.stability, search, again, length)
+    return run.stage("stability", hashes, judged, after=["search"], together=True)
 
 
 def further_proofs(work: Workbench, segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:
@@ -325,7 +329,7 @@ class Workbench:
     def search_again(self, seed: int, length: int) -> dict[str, Any]:
         """What the search chooses on the calibration text of another seed."""
         text = self.config.text
-        drawn = self.draw(text.data, text.tokens, seed=seed)
+        drawn = processes.on_main(lambda: self.draw(text.data, text.tokens, seed=seed))
         self.save({"calibration": drawn.tokens}, f"stability-{seed}")
         found = self.find(drawn.tokens, length, seed).to_json()
         kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
@@ -472,20 +476,27 @@ class Workbench:
             for state, weights in states.items():
                 last = self.dense.model if weights is None else self.student(segments, *weights)
                 figures[state] = evaluate.perplexity(last, tokens, advance=advance)
-        samples = [evaluate.generations(m, self.tokenizer) for m in (self.dense.model, last)]
+        beside = processes.on_main(lambda: self.look_closer(last, tokens))
         return {
             "perplexity": {
                 "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
                 "fingerprint": text["evaluation"]["fingerprint"],
             },
+            **beside,
+        }  # fmt: skip
+
+    def look_closer(self, last: Any, tokens: torch.Tensor) -> dict[str, Any]:
+        """What the dense and the last model write, and how fast."""
+        samples = [evaluate.generations(m, self.tokenizer) for m in (self.dense.model, last)]
+        return {
             "generations": [
                 {"prompt": prompt, "dense": dense, "compressed": compressed}
                 for prompt, dense, compressed in zip(evaluate.PROMPTS, *samples, strict=True)
             ],
             "health": evaluate.generation_health(self.dense.model, last, tokens),
-            "speed": measure.speed(self.dense.model, last) if config.speed else None,
+            "speed": measure.speed(self.dense.model, last) if self.config.evaluate.speed else None,
             "peak_rss_bytes": measure.peak_rss_bytes(),
-        }  # fmt: skip
+        }
 
     def score(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
@@ -559,10 +570,14 @@ class Workbench:
         return sorted(changed)
 
     def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
-        """Write tensors to NAME.safetensors in the run folder, whole or not at all."""
-        partial = self.run / f".{name}.partial"
-        save_file(tensors, partial)
-        partial.replace(self.run / f"{name}.safetensors")
+        """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""
+
+        def write() -> None:
+            partial = self.run / f".{name}.partial"
+            save_file(tensors, partial)
+            partial.replace(self.run / f"{name}.safetensors")
+
+        processes.on_main(write)
 
 
 def summarise(
@@ -699,6 +714,7 @@ class Evaluation:
 
 def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
     """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items."""
+    processes.start()
     run, cache = Path(target), None
     names = {target: target}
     asked, tasks = config.tasks, None
@@ -717,15 +733,16 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
         loaded = stream.load(checkpoint, **asdict(config.load))
         if asked.names:
             tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
-            records.append(
-                evaluate.score_tasks(
-                    loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache
-                )
-            )
+            score = partial(
+                evaluate.score_tasks,
+                loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache,
+            )  # fmt: skip
+            records.append(processes.on_main(score))
         if source_of_text is None:
             continue
         if tokens is None:
-            tokens = load_blocks(
+            drawn = partial(
+                load_blocks,
                 source_of_text,
                 loaded.tokenizer,
                 tokens=config.eval_tokens,
@@ -733,7 +750,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
                 seed=config.seed,
                 order="as written",
                 model=loaded.model,
-            ).tokens
+            )
+            tokens = processes.on_main(drawn).tokens
         with bar(f"perplexity of {name}", len(tokens)) as advance:
             perplexities[name] = evaluate.perplexity(loaded.model, tokens, advance=advance)
     found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
