@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import together
-from layercut import processes
+from layercut import processes, stream
 from layercut.cli import main
+from layercut.errors import ConfigError
 
 HERE = Path(__file__).parent
 RUN = ["--tokens=112", "--window=16", "--tune-tokens=176", "--eval-tokens=112", "--no-speed", "--ratio=0.25"]
@@ -145,11 +146,11 @@ def test_the_journey_is_the_same(folder, alone):
 
 def test_one_process_writes_and_speaks(folder, alone):
     run = folder / "run"
-    begun = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    stages = [event["stage"] for event in begun if event["name"] == "started"]
-    expected = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
-    once = [event["stage"] for event in expected if event["name"] == "started"]
-    assert stages == once  # and none of them again when the command is given again
+    ours, theirs = (
+        [[event["stage"], event["step"], event["name"]] for event in map(json.loads, lines.splitlines())]
+        for lines in ((where / "metrics.jsonl").read_text() for where in (run, alone))
+    )
+    assert ours == theirs  # also: nothing was run anew when the command was given again
     assert artefact(run, "env")["processes"] == 2
     said = (folder / "compress.0.err").read_text()
     assert said.count("remove ") == (folder / "again.0.err").read_text().count("remove ") > 0
@@ -197,3 +198,26 @@ def test_rows_are_shared_out(monkeypatch):
         assert [*chain(*rows)] == [*chain(*batches)] == list(range(length))
         assert max(map(len, rows)) - min(map(len, rows)) <= 1
         assert len(batches) >= min(world, length)
+
+
+def test_an_environment_that_says_half_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["compress", "nowhere", "--ratio=0.2"]) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+
+
+def test_processes_do_not_crowd_on_one_device(monkeypatch):
+    monkeypatch.setattr(processes, "on_this_machine", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    processes.check_device(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="2 processes were started on a machine with 1 cuda"):
+        processes.check_device(torch.device("cuda"))
+    with pytest.raises(ConfigError, match="--device cuda:0 is given to 2"):
+        processes.check_device(torch.device("cuda:0"))
+
+
+def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):
+    whole = stream.available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(processes, "on_this_machine", lambda: 4)
+    assert stream.available_bytes(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)

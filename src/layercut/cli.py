@@ -196,16 +196,18 @@ def _one_of_several(arguments: list[str]) -> int:
     """
     from layercut import processes
 
-    processes.start()
     command = arguments[0] if arguments else ""
     alone = not command.startswith("-") and command in app and command not in TOGETHER
     with Path(os.devnull).open("w") as nowhere:
         try:
+            processes.start()
             with nullcontext() if processes.is_main() else redirect_stdout(nowhere):
                 code, lines = _run(arguments) if not alone else _refusal(
                     f"several processes were started, and layercut {command} works in one",
                     "run it without torchrun or accelerate launch",
                 )
+        except LayercutError as error:
+            code, lines = _refusal(error.message, error.hint)
         except Exception:
             code, lines = 1, traceback.format_exc().splitlines()
     if code:

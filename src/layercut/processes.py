@@ -56,15 +56,26 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def on_this_machine() -> int:
+    """How many of the processes run on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _started else 1
+
+
 def start() -> None:
     """Join the other processes, as the environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     gloo serves tensors on the CPU, nccl those on GPUs; of several GPUs this process takes that of its LOCAL_RANK.
-    Nothing happens where there is one process, or where this was called before.
+    Nothing happens where there is one process, or where this was called before. Raises ConfigError where the
+    environment speaks of several processes and does not say how to find them.
     """
     global _started
     if _started or not launched():
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but {', '.join(missing)} not there",
+            "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE",
+        )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
@@ -86,8 +97,8 @@ def stop() -> None:
 
 def check_device(device: torch.device) -> None:
     """ConfigError where several processes would crowd on one GPU."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not _started or device.type == "cpu" or here == 1:
+    here = on_this_machine()
+    if device.type == "cpu" or here == 1:
         return
     if device.index is not None:
         raise ConfigError(
