@@ -152,8 +152,8 @@ def share_of_batches(length: int, batch: int) -> list[slice]:
 def sum_(*tensors: torch.Tensor) -> None:
     """Replace tensors by their sums over all processes: the same bits in every one."""
     if _several():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
 
 
 def summed(values: list[float]) -> list[float]:
