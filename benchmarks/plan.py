@@ -29,9 +29,9 @@ from common import arguments
 from layercut import models
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.demo import fetch_model
-from layercut.pipeline import Workbench
 from layercut.runs import Run, environment, write_json
 from layercut.segments import Segment
+from layercut.workbench import Workbench
 
 STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
 LENGTH = 0.2

@@ -31,8 +31,9 @@ from layercut.config import (
     SearchConfig,
 )
 from layercut.evaluate import perplexity
-from layercut.pipeline import compress, quantization_facts
+from layercut.pipeline import compress
 from layercut.quantize import quantize_
+from layercut.workbench import quantization_facts
 
 SETTINGS = {
     "int8 rtn": QuantizeConfig(bits=8, quantizer="rtn"),

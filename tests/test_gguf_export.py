@@ -32,6 +32,7 @@ from gguf_writer import llama_layout, write_gguf  # noqa: E402 - it needs gguf
 
 SEGMENT = Segment(2, 4)
 SHORT = ["--tokens=128", "--window=16", "--tune-tokens=256", "--eval-tokens=64", "--no-speed", "--segment=2:4"]
+SHORT += ["--learning-rate=0.001"]
 
 
 def a_model(layers: int = 6) -> Any:
@@ -157,9 +158,11 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     changed = set(json.loads((gguf_run / "heal.json").read_text())["changed"])
     assert set(facts["healed"]) == changed
     assert facts["tensor_types"] == tensor_types(out)
-    assert facts["tensor_types"]["Q8_0"] == sum("norm" not in name for name in changed)
+    matrices = sum("norm" not in name for name in changed)
+    assert facts["tensor_types"]["Q8_0"] == matrices
     kept = set(contents(source).values())
-    assert sum(value not in kept for value in contents(out).values()) == len(changed)
+    # a norm that tuning moved by less than its number format can tell has the bytes it had
+    assert matrices <= sum(value not in kept for value in contents(out).values()) <= len(changed)
     ours = models.load(models.resolve(str(gguf_run / "model"))).model
     theirs = models.load(models.resolve(str(out))).model
     assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.02 * logits(ours).float().std()

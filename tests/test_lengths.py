@@ -117,7 +117,7 @@ def test_another_score_reorders_the_first_candidates_alone():
 
 
 REFUSED = {
-    "two budgets": ({"target_size": "1GB", "max_loss": 0.1}, "both --target-size and --max-loss"),
+    "two budgets": ({"target_speedup": 1.2, "max_loss": 0.1}, "both --target-speedup and --max-loss"),
     "ratio and a budget": ({"ratio": 0.2, "target_speedup": 1.2}, "both --ratio and --target-speedup"),
     "no faster": ({"target_speedup": 1.0}, "--target-speedup 1 is not above 1"),
     "no loss at all": ({"max_loss": 0.0}, "--max-loss 0 is not above 0"),
@@ -163,7 +163,7 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     assert found["budget"]["rise"] <= 0.5
     assert [t["segments"] for t in found["budget"]["tried"] if t["rise"] <= 0.5][-1] == found["segments"]
     capsys.readouterr()
-    monkeypatch.setattr("layercut.pipeline.perplexity_rise", lambda *_: 0.5)  # a random model may gain by a cut
+    monkeypatch.setattr("layercut.workbench.perplexity_rise", lambda *_: 0.5)  # a random model may gain by a cut
     assert search(tiny_model, texts, tmp_path / "none", "--max-loss=0.000001")[0] == 2
     assert "no cut meets --max-loss 1e-06: the best found removes" in capsys.readouterr().err
 

@@ -307,7 +307,7 @@ def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
     assert fetched == [("owner/name", "config.json")]
 
 
-NOT_PLANNED = ("run", "stability", "quantize", "tasks", "long")
+NOT_PLANNED = ("run", "rounds", "stability", "quantize", "tasks", "long")
 """Settings that take nothing, are always shown (8 and 4 bits), or take as often again what the search takes."""
 
 

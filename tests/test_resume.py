@@ -17,8 +17,8 @@ import pytest
 from safetensors import safe_open
 
 from layercut.cli import main
-from layercut.pipeline import TUNING_STATE
 from layercut.runs import STAGES
+from layercut.workbench import TUNING_STATE
 
 # Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
 # its work is done and its JSON half written; at "export/folder", the new model stands beside its place; at "step/N",
@@ -66,7 +66,7 @@ for line in sys.stdin:
 """
 MOMENTS = ["text", "search", "cut", "fold", "heal", "eval", "export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
-RUN += ["--batch-tokens=16", "--learning-rate=0.003"]
+RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
 VARY = {"seconds", "speed", "peak_rss_bytes"}
 
 
@@ -212,7 +212,7 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 
     (again.run / "heal.json").unlink()
     with monkeypatch.context() as broken:
-        broken.setattr("layercut.pipeline.tune_", fail)
+        broken.setattr("layercut.workbench.tune_", fail)
         with pytest.raises(RuntimeError, match="a fault of ours"):
             again()
     assert "heal" not in artefacts(again.run)
@@ -229,7 +229,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", "export", "summary"]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", "export", "summary"]),
     "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "tuning tokens": (["--tune-tokens=96"], ["text", "heal", "quantize", "eval", "export", "summary"]),
+    "tuning tokens": (["--tune-tokens=96"], ["text", "fold", "heal", "quantize", "eval", "export", "summary"]),
     "held-out tokens": (["--eval-tokens=96"], ["text", "eval", "summary"]),
     "speed": (["--speed"], ["eval", "summary"]),
     "bits": (["--bits=8"], ["quantize", "eval", "export", "summary"]),

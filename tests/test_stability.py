@@ -13,10 +13,10 @@ from layercut.cli import main
 from layercut.cut import cut_segment_
 from layercut.findings import stability_words
 from layercut.losses import kl_divergence
-from layercut.pipeline import Workbench
 from layercut.search.stability import common_rows, judge, stability_work
 from layercut.segments import Segment
 from layercut.sweep import Stack
+from layercut.workbench import Workbench
 
 
 def real_kl(model, cuts, tokens):

@@ -77,7 +77,7 @@ def tune(model: Model, *, config: CompressConfig | None = None) -> None:
 @app.command
 def cut(model: Model, *, config: CutConfig) -> None:
     """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint."""
-    from layercut.pipeline import cut
+    from layercut.alone import cut
 
     print(cut(model, config))
 
@@ -89,7 +89,7 @@ def quantize(
     config: QuantizeAloneConfig,
 ) -> None:
     """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
-    from layercut.handover import quantize_alone
+    from layercut.alone import quantize_alone
 
     print(quantize_alone(model, config))
 
@@ -99,7 +99,7 @@ def export(
     model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
 ) -> None:
     """Write a finished run's model as a GGUF file for llama.cpp."""
-    from layercut.handover import export
+    from layercut.alone import export
 
     print(export(model, config))
 
@@ -111,7 +111,7 @@ def evaluate(
     config: PerplexityConfig | None = None,
 ) -> None:
     """Perplexity and tasks of a model, or of a run's dense and compressed model side by side."""
-    from layercut.pipeline import evaluate_only
+    from layercut.alone import evaluate_only
     from layercut.report import task_lines
 
     found = evaluate_only(model, config or PerplexityConfig())

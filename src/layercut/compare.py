@@ -24,14 +24,15 @@ from layercut.cut import cut_segment_
 from layercut.errors import SurgeryError
 from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
-from layercut.pipeline import Workbench, check_sources, check_window, default_folder, text_stage, tune_settings
+from layercut.pipeline import check_sources, check_window, default_folder, text_stage
 from layercut.progress import bar, say
 from layercut.runs import Run, versions
 from layercut.search import find_segments
 from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
 from layercut.search.result import Cost
 from layercut.segments import Segment, layers_to_remove
-from layercut.sweep import Stack, mean_kl
+from layercut.sweep import Stack
+from layercut.workbench import Workbench, mean_kl, tune_settings
 
 if TYPE_CHECKING:
     from rich.table import Table

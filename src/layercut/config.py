@@ -107,8 +107,9 @@ class SearchConfig:
     """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
     removed). That is the ideal; what is reached is a little less."""
     max_loss: float | None = None
-    """Instead of --ratio: remove as many layers as raise perplexity, before healing, by no more than this share
-    (0.1 is 10 %), verified on a quarter of the calibration text that is not searched on."""
+    """Instead of --ratio: remove as many layers as raise perplexity by no more than this share (0.1 is 10 %). In one
+    round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
+    on held-out rows. With --target-size: walk layers and bits until both are met, or say that they cannot be."""
     num_segments: int = 1
     """Remove the layers as up to so many segments; for clp and exhaustive."""
     method: Method = "clp"
@@ -127,7 +128,7 @@ class SearchConfig:
     """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
     def __post_init__(self) -> None:
-        if len(given := self.given) > 1:
+        if len(given := self.given) > 1 and not self.two_budgets:
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(
@@ -167,9 +168,28 @@ class SearchConfig:
         return [flag for flag, value in values.items() if value is not None]
 
     @property
+    def two_budgets(self) -> bool:
+        """Whether both a size and a loss are to be kept, for which layers and bits are tried."""
+        return self.given == ["--target-size", "--max-loss"]
+
+    @property
     def segments(self) -> list[Segment]:
         """The segments given by hand."""
         return [Segment.parse(text) for text in self.segment]
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig:
+    """Progressive pruning."""
+
+    rounds: int | None = None
+    """Prune in so many rounds of search, cut, fold and tuning; each starts from what the one before healed, and
+    they share the tuning tokens. Not given: one; five at most with both --target-size and --max-loss."""
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None:
+            at_least("rounds", self.rounds, 1)
 
 
 @flat
@@ -361,6 +381,7 @@ class CompressConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
@@ -375,9 +396,32 @@ class CompressConfig:
             raise ConfigError(
                 "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
             )
+        if self.number_of_rounds > 1:
+            self._check_rounds()
+        elif self.search.two_budgets:
+            raise ConfigError(
+                "--target-size with --max-loss is a walk in rounds, and --rounds 1 leaves none", "leave out --rounds"
+            )
         if self.search.segment and self.stability.seeds > 1:
             raise ConfigError(
                 "--seeds repeats a search, and --segment leaves none", "give --ratio, or leave out --seeds"
+            )
+
+    @property
+    def number_of_rounds(self) -> int:
+        """Rounds of pruning, at most."""
+        return self.rounds.rounds or (5 if self.search.two_budgets else 1)
+
+    def _check_rounds(self) -> None:
+        """Refuse what several rounds could not heed."""
+        if self.search.segment:
+            raise ConfigError("--rounds repeats a search, and --segment leaves none", "give --ratio instead")
+        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score != "raw")):
+            if is_asked:
+                raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
+        if not self.heal.tune_tokens:
+            raise ConfigError(
+                "several rounds are healed in between, and --tune-tokens is 0", "give --tune-tokens, or --rounds 1"
             )
 
 

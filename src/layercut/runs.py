@@ -180,7 +180,7 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        parts = ("compare*", "stability*", "tasks/*")
+        parts = ("compare*", "stability*", "frontier*", "tasks/*", *(f"{name}-*" for name in STAGES))
         more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
         for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
             artefact.unlink(missing_ok=True)

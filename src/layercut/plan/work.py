@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from layercut.config import CompressConfig
 from layercut.heal.endpoints import endpoints
 from layercut.heal.fold import HELD_OUT, RIDGES
-from layercut.pipeline import FEWEST_HELD_OUT, HELD_OUT_SHARE
 from layercut.plan.shape import Parts, Shape
 from layercut.search.clp import LOOK_SHARE, schedule_for
 from layercut.search.exhaustive import DENSE, all_segments, set_work, sweep_work
 from layercut.search.prices import FINALISTS, FIRST_SHARE
 from layercut.segments import Segment, joined_segments
+from layercut.workbench import FEWEST_HELD_OUT, HELD_OUT_SHARE
 
 FRESH_PROCESS = 8.0
 """Seconds until a new process has imported torch and transformers: a guess between warm and cold disks."""

@@ -1,11 +1,12 @@
-"""Single stages on finished runs and on models: quantize into a new checkpoint, export as a GGUF file.
+"""One stage alone, on a model or on a finished run: cut, evaluate, quantize, export as a GGUF file.
 
-Beside `pipeline.compress`, over the same stages, for what is decided only when a run is done.
+Beside `pipeline.compress`, over the same rooms, for what is decided only when a run is done.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from layercut import models
-from layercut.config import DataConfig, ExportConfig, QuantizeAloneConfig
-from layercut.cut import cut_gguf, cut_segment_
+from layercut import evaluate, models, processes, stream
+from layercut.config import CutConfig, DataConfig, ExportConfig, PerplexityConfig, QuantizeAloneConfig
+from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.cut.folder import appearing
 from layercut.data import load_blocks
 from layercut.errors import ModelError, RunError
@@ -33,11 +34,94 @@ from layercut.gguf_export import (
     tensor_types,
     verify_gguf,
 )
-from layercut.pipeline import describe_quantization, quantization_facts
+from layercut.pipeline import check_window
 from layercut.progress import bar, say
 from layercut.quantize import endpoints_of, quantize_
+from layercut.remarks import describe_quantization
 from layercut.runs import write_json
 from layercut.segments import Segment
+from layercut.workbench import quantization_facts
+
+
+def cut(model: str, config: CutConfig) -> Path:
+    """Cut given segments out of the files of a checkpoint; returns what was written.
+
+    A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
+    """
+    checkpoint = models.resolve(model, allow_pickle=config.allow_pickle)
+    if not checkpoint.gguf:
+        cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
+    elif config.out.suffix == ".gguf":
+        cut_gguf(checkpoint.file, config.segments, config.out, force=config.force)
+    else:
+        if config.out.exists() and not config.force:
+            raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+        loaded = models.load(checkpoint)
+        cut_segment_(loaded.model, config.segments)
+        export_checkpoint(loaded.model, loaded.tokenizer, config.out)
+    return config.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `layercut evaluate` found, of one model or of a run's two."""
+
+    perplexity: dict[str, float]
+    """By the model's name; empty where only tasks were asked for."""
+    tasks: dict[str, dict[str, Any]]
+    """A row for each task; of one model alone, compared with itself."""
+    retention: dict[str, Any] | None
+    """Over the tasks; None of one model alone."""
+
+
+def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
+    """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items."""
+    processes.start()
+    run, cache = Path(target), None
+    names = {target: target}
+    asked, tasks = config.tasks, None
+    if asked.names:
+        evaluate.check_tasks(asked.names, asked.include_path)
+    source_of_text = config.eval_data or (None if asked.names else "wikitext2")
+    if (run / "config.yaml").is_file():
+        if not (run / "summary.json").is_file():
+            raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
+        names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
+        cache = run / "tasks"
+    perplexities, records, tokens = {}, [], None
+    for name, source in names.items():
+        checkpoint = models.resolve(source, allow_pickle=config.load.allow_pickle)
+        check_window(config.window, models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
+        loaded = stream.load(checkpoint, **asdict(config.load))
+        if asked.names:
+            tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
+            score = partial(
+                evaluate.score_tasks,
+                loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache,
+            )  # fmt: skip
+            records.append(processes.on_main(score))
+        if source_of_text is None:
+            continue
+        if tokens is None:
+            drawn = partial(
+                load_blocks,
+                source_of_text,
+                loaded.tokenizer,
+                tokens=config.eval_tokens,
+                window=config.window,
+                seed=config.seed,
+                order="as written",
+                model=loaded.model,
+            )
+            tokens = processes.on_main(drawn).tokens
+        with bar(f"perplexity of {name}", len(tokens)) as advance:
+            perplexities[name] = evaluate.perplexity(loaded.model, tokens, advance=advance)
+    found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
+    return Evaluation(
+        perplexity=perplexities,
+        tasks=found["tasks"],
+        retention=found["retention"] if len(records) == 2 else None,
+    )
 
 
 def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
@@ -53,7 +137,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     source = models.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
     if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
-    loaded = models.load(source, **asdict(config.load))
+    if stream.wanted(source, **asdict(config.load)):
+        raise ModelError(models.STREAMED, models.STREAMED_HINT)
+    loaded = stream.load(source, **asdict(config.load))
     model = loaded.model
     if config.quantize.quantizer == "rtn":
         tokens = torch.empty(0, config.text.window, dtype=torch.long)

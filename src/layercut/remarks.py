@@ -1,0 +1,57 @@
+"""One line about a stage, said when it is done. Words alone: what they tell is in the stage's artefact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def describe_retention(retained: dict[str, Any]) -> str:
+    """One line about the tasks."""
+    if retained["mean"] is None:
+        return "scored; none has a score of which a share could be retained"
+    words = f"{retained['mean']:.1%} of the dense model's score retained over {retained['tasks']} tasks"
+    above = retained["above_chance"]
+    return words + (f", {above:.1%} of what it has above chance" if above is not None else "; it is not above chance")
+
+
+def describe_fold(outcome: dict[str, Any]) -> str:
+    """One line about a fold."""
+    where = "{}:{}".format(*outcome["segment"])
+    if outcome["skipped"]:
+        return f"{where} not folded: {outcome['skipped']}"
+    verdict = "kept" if outcome["kept"] else "not kept, it does not help"
+    return (
+        f"{where} into layer {outcome['layer']} {' and '.join(outcome['modules'])}: held-out KL "
+        f"{outcome['kl_before']:.4f} -> {outcome['kl_after']:.4f}, {verdict}"
+    )
+
+
+def describe_tuning(tuning: dict[str, Any]) -> str:
+    """One line about tuning."""
+    start, best = tuning["heldout"][0]["loss"], min(point["loss"] for point in tuning["heldout"])
+    verdict = "" if best < start else "; it did not help, the start is kept"
+    return (
+        f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens, "
+        f"{tuning['state_bytes'] / 1e6:,.1f} MB of training state: held-out loss {start:.4f} -> {best:.4f}{verdict}"
+    )
+
+
+def describe_quantization(artefact: dict[str, Any]) -> str:
+    """One line about quantization."""
+    rows, sizes = artefact["layers"], artefact["bytes"]
+    errors = [(row["output_error"], row["rtn_output_error"]) for row in rows if row["output_error"] is not None]
+    words = f"{len(rows)} weights, {sizes['before']:,} -> {sizes['after']:,} bytes"
+    if errors:
+        ours, nearest = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+        words += f"; mean relative output error {ours:.5f} (rounded to nearest: {nearest:.5f})"
+    if artefact["left"]:
+        words += f"; {len(artefact['left'])} matrices stay as they are (first: {artefact['left'][0]})"
+    return words
+
+
+def describe_point(point: dict[str, Any]) -> str:
+    """One point of the frontier."""
+    return (
+        f"{point['layers']} layers at {point['bits']} bits: {point['bytes'] / 1e6:,.1f} MB, "
+        f"perplexity {point['rise']:+.1%}"
+    )
