@@ -6,6 +6,7 @@ Beside `pipeline.compress`, over the same rooms, for what is decided only when a
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from layercut import evaluate, models, stream
+from layercut import evaluate, models, processes, stream
 from layercut.config import CutConfig, DataConfig, ExportConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.cut.folder import appearing
@@ -75,6 +76,7 @@ class Evaluation:
 
 def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
     """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items."""
+    processes.start()
     run, cache = Path(target), None
     names = {target: target}
     asked, tasks = config.tasks, None
@@ -93,15 +95,16 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
         loaded = stream.load(checkpoint, **asdict(config.load))
         if asked.names:
             tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
-            records.append(
-                evaluate.score_tasks(
-                    loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache
-                )
-            )
+            score = partial(
+                evaluate.score_tasks,
+                loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache,
+            )  # fmt: skip
+            records.append(processes.on_main(score))
         if source_of_text is None:
             continue
         if tokens is None:
-            tokens = load_blocks(
+            drawn = partial(
+                load_blocks,
                 source_of_text,
                 loaded.tokenizer,
                 tokens=config.eval_tokens,
@@ -109,7 +112,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
                 seed=config.seed,
                 order="as written",
                 model=loaded.model,
-            ).tokens
+            )
+            tokens = processes.on_main(drawn).tokens
         with bar(f"perplexity of {name}", len(tokens)) as advance:
             perplexities[name] = evaluate.perplexity(loaded.model, tokens, advance=advance)
     found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}

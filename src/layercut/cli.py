@@ -10,7 +10,9 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -166,28 +168,74 @@ def demo(*, run: RunConfig | None = None) -> None:
     _show(demo(run or RunConfig()))
 
 
+TOGETHER = ("compress", "search", "tune", "compare", "evaluate")
+"""Commands that several processes may do together."""
+
+Outcome = tuple[int, list[str]]
+"""An exit code, and the lines that say why on stderr."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while another process has their core slow small products tenfold; read when torch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _one_of_several(arguments)
+    code, lines = _run(arguments)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _one_of_several(arguments: list[str]) -> int:
+    """Run a command as one of the processes that torchrun or accelerate launch started; the main one prints.
+
+    The first process that fails says why, and all end with its exit code.
+    """
+    from layercut import processes
+
+    command = arguments[0] if arguments else ""
+    alone = not command.startswith("-") and command in app and command not in TOGETHER
+    with Path(os.devnull).open("w") as nowhere:
+        try:
+            processes.start()
+            with nullcontext() if processes.is_main() else redirect_stdout(nowhere):
+                code, lines = _run(arguments) if not alone else _refusal(
+                    f"several processes were started, and layercut {command} works in one",
+                    "run it without torchrun or accelerate launch",
+                )
+        except LayercutError as error:
+            code, lines = _refusal(error.message, error.hint)
+        except Exception:
+            code, lines = 1, traceback.format_exc().splitlines()
+    if code:
+        with processes.first_to_fail(code) as earlier:
+            for line in lines if earlier is None else []:
+                print(line, file=sys.stderr)
+        return earlier or code
+    processes.stop()
+    return 0
+
+
+def _run(arguments: list[str]) -> Outcome:
+    """Run a command."""
     try:
         _take_config(arguments)
         app(arguments, exit_on_error=False, print_error=False)
     except LayercutError as error:
-        return _refuse(error.message, error.hint)
+        return _refusal(error.message, error.hint)
     except cyclopts.CycloptsError as error:
         # checks in a dataclass come back wrapped in what cyclopts was doing at the time
         cause = error.__cause__ or error.__context__
         if isinstance(cause, LayercutError):
-            return _refuse(cause.message, cause.hint)
+            return _refusal(cause.message, cause.hint)
         known = bool(arguments) and not arguments[0].startswith("-") and arguments[0] in app
-        return _refuse(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
+        return _refusal(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished stage", file=sys.stderr)
-        return 130
-    return 0
+        return 130, ["stopped; the same command goes on from the last finished stage"]
+    return 0, []
 
 
 def _words(error: cyclopts.CycloptsError) -> str:
@@ -236,11 +284,8 @@ def _yaml(path: Path) -> Callable[..., Any]:
     return cyclopts.config.Dict(given, source=str(path), use_commands_as_keys=False)
 
 
-def _refuse(message: str, hint: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    return 2
+def _refusal(message: str, hint: str) -> Outcome:
+    return 2, [f"error: {message}", *([f"hint: {hint}"] if hint else [])]
 
 
 def _show(run: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from layercut import charts, evaluate, figures, models
+from layercut import charts, evaluate, figures, models, processes
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import SurgeryError
@@ -43,6 +43,7 @@ TRIANGLE_ROWS = 2
 
 def compare(model: str, config: CompareConfig) -> Path:
     """Run every method on `model` and measure what it removes; returns the run folder, with compare.json in it."""
+    processes.start()
     journey, methods = config.journey(), config.compare.names
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
@@ -59,17 +60,19 @@ def compare(model: str, config: CompareConfig) -> Path:
 
         calibrated = [work.source, text["calibration"]]
         dense = run.stage(
-            "compare-dense", [work.source, text["evaluation"]], lambda: {"perplexity": perplexity(work)}
+            "compare-dense", [work.source, text["evaluation"]], lambda: {"perplexity": perplexity(work)}, together=True
         )
         rows = []
         for method in methods:
             search = partial(search_by, work, method, length)
-            found = run.stage(f"compare-{method}", [*calibrated, config.text.seed, method, length], search)
+            inputs = [*calibrated, config.text.seed, method, length]
+            found = run.stage(f"compare-{method}", inputs, search, together=True)
             say("compare", describe_search(found))
             rows.append(found | what_is_left(work, found["segments"], text))
         prices = None
         if config.compare.triangle:
-            prices = run.stage("compare-triangle", [*calibrated, length], partial(triangle, work, length))
+            priced = partial(triangle, work, length)
+            prices = run.stage("compare-triangle", [*calibrated, length], priced, together=True)
 
         run.stage(
             "compare",
@@ -86,7 +89,7 @@ def compare(model: str, config: CompareConfig) -> Path:
                 "versions": versions(),
             },
         )
-        draw_picks(run.read("compare") or {}, run / "compare.svg")
+        processes.on_main(lambda: draw_picks(run.read("compare") or {}, run / "compare.svg"))
         return run.folder
 
 
@@ -124,7 +127,7 @@ def what_is_left(work: Workbench, bounds: list[list[int]], text: dict[str, Any])
     segments = [Segment(*pair) for pair in bounds]
     at = "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
     inputs = [work.source, text["calibration"], text["evaluation"], bounds]
-    cut = work.run.stage(f"{at}-cut", inputs, partial(cut_and_fold, work, segments, f"{at}-folded"))
+    cut = work.run.stage(f"{at}-cut", inputs, partial(cut_and_fold, work, segments, f"{at}-folded"), together=True)
     row = {
         "perplexity": {"cut": cut["cut"], "folded": cut["folded"], "tuned": None},
         "fold": cut["fold"],
@@ -134,7 +137,7 @@ def what_is_left(work: Workbench, bounds: list[list[int]], text: dict[str, Any])
     if not work.config.heal.tune_tokens or cut["refused"]:
         return row
     inputs = [*inputs, asdict(work.config.heal), text["tuning"], text["heldout"]]
-    tuned = work.run.stage(f"{at}-tuned", inputs, partial(tune, work, segments, cut["files"]))
+    tuned = work.run.stage(f"{at}-tuned", inputs, partial(tune, work, segments, cut["files"]), together=True)
     return row | {"perplexity": row["perplexity"] | {"tuned": tuned["tuned"]}, "tuning": tuned["tuning"]}
 
 

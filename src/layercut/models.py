@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercut import processes
 from layercut.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -474,7 +475,9 @@ def pick_device(device: str) -> torch.device:
     """"auto" takes the first accelerator that torch sees, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
-        return accelerator or torch.device("cpu")
+        place = accelerator or torch.device("cpu")
+        processes.check_device(place)
+        return place
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -488,6 +491,7 @@ def pick_device(device: str) -> torch.device:
             f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
             f"use --device {place.type}:0",
         )
+    processes.check_device(place)
     return place
 
 

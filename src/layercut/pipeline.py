@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from layercut import evaluate, models, stream
+from layercut import evaluate, models, processes, stream
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
 from layercut.errors import ConfigError, ModelError
@@ -42,7 +42,9 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     """Search, cut, heal, measure and export `model`; returns the run folder. Goes on where a run was stopped.
 
     until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
+    Several processes that a launcher started do it together (`processes.py`); each returns the folder.
     """
+    processes.start()
     config.check()
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
@@ -90,7 +92,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             return run.folder
 
         reported = [asdict(config.evaluate), text["evaluation"]]
-        measured = run.stage("eval", reported, lambda: work.evaluate(segments), after=["quantize"])
+        judged = partial(work.evaluate, segments)
+        measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
         proofs = further_proofs(work, segments)
         exported = run.stage("export", None, lambda: work.export(segments), after=["quantize"])
         run.stage(
@@ -99,8 +102,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             lambda: summarise(run, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
             after=["text", "search", "eval", *proofs, "export"],
         )
-        write_text(run / "model" / "README.md", model_card(run.folder))
-        write_report(run.folder)
+        processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
+        processes.on_main(lambda: write_report(run.folder))
         return run.folder
 
 
@@ -122,10 +125,11 @@ def stability_stage(work: Workbench, removal: Removal) -> dict[str, Any]:
     again, asked = [], asdict(replace(work.config.search, oracle=False))
     for seed in range(text.seed + 1, text.seed + work.config.stability.seeds):
         inputs = [work.source, asdict(replace(text, seed=seed)), asked, length]
-        again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length)))
+        again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length), together=True))
         say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
     hashes = [found["config_hash"] for found in again]
-    return run.stage("stability", hashes, lambda: work.stability(search, again, length), after=["search"])
+    judged = partial(work.stability, search, again, length)
+    return run.stage("stability", hashes, judged, after=["search"], together=True)
 
 
 def further_proofs(work: Workbench, segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:

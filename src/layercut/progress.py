@@ -1,4 +1,7 @@
-"""What a person sees while a stage runs: one bar, and a line when it is done. On stderr; stdout is for results."""
+"""What a person sees while a stage runs: one bar, and a line when it is done. On stderr; stdout is for results.
+
+Of several processes the main one speaks, and its bar counts its share of the work.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from layercut.processes import is_main
 
 console = Console(stderr=True, highlight=False)
 
@@ -24,7 +29,8 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[words]}"),
     ]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal and is_main()
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(description, total=total, words="")
 
         def advance(steps: float = 1, words: str = "") -> None:
@@ -35,4 +41,5 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 def say(stage: str, words: str) -> None:
     """One line about a stage."""
-    console.print(f"[bold]{escape(f'{stage:>9}')}[/bold]  {escape(words)}")
+    if is_main():
+        console.print(f"[bold]{escape(f'{stage:>9}')}[/bold]  {escape(words)}")

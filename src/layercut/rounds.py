@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layercut import models
+from layercut import models, processes
 from layercut.config import CompressConfig, parse_bytes
 from layercut.errors import ConfigError
 from layercut.progress import say
@@ -39,7 +39,8 @@ def search_stage(
 ) -> Removal:
     """Which layers go; in a round of several, which of those that are left."""
     scored = [work.source, text["calibration"], work.config.text.seed, asdict(work.config.search), length]
-    found = work.run.stage(work.name("search"), scored, lambda: work.search(wanted, length), after=after)
+    searched = partial(work.search, wanted, length)
+    found = work.run.stage(work.name("search"), scored, searched, after=after, together=True)
     removal = work.removed(found)
     say("search", f"{found['method']}: remove {', '.join(map(str, removal.all))} of {work.layers} layers")
     return removal
@@ -52,11 +53,11 @@ def heal_stages(work: Workbench, text: dict[str, Any], removal: Removal, after: 
     cut = run.stage(work.name("cut"), [work.source, bounds], lambda: work.cut(removal.all), after=after)
     say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
     folded = [config.heal.fold, text["calibration"], text["tuning"], text["heldout"], work.rounds]
-    fold = run.stage(work.name("fold"), folded, lambda: work.fold(removal), after=[work.name("cut")])
+    fold = run.stage(work.name("fold"), folded, lambda: work.fold(removal), after=[work.name("cut")], together=True)
     for outcome in fold["fold"]:
         say("fold", describe_fold(outcome))
     tuned = [asdict(config.heal), text["tuning"], text["heldout"]]
-    heal = run.stage(work.name("heal"), tuned, lambda: work.tune(removal), after=[work.name("fold")])
+    heal = run.stage(work.name("heal"), tuned, lambda: work.tune(removal), after=[work.name("fold")], together=True)
     if heal["tuning"]:
         say("tune", describe_tuning(heal["tuning"]))
 
@@ -103,7 +104,8 @@ def in_rounds(work: Workbench, text: dict[str, Any], length: int | None) -> Remo
                 break
         done.append(part)
     if budget is not None:
-        write_json(run / "frontier.json", {"points": points, "chosen": chosen, "budgets": budgets(config)})
+        told = {"points": points, "chosen": chosen, "budgets": budgets(config)}
+        processes.on_main(lambda: write_json(run / "frontier.json", told))
     if (config.search.two_budgets and not chosen) or (not done and not chosen):
         raise out_of_budget(points, config)
     if chosen:
@@ -116,7 +118,7 @@ def gathered(work: Workbench, done: Sequence[Round]) -> Removal:
     run, last = work.run, done[-1] if done else None
     removal = last.removal if last and last.removal else Removal.first(())
     after = [part.name("heal") for part in done]
-    run.stage("search", "rounds", lambda: rounds_searched(work, done), after=after)
+    run.stage("search", "rounds", lambda: rounds_searched(work, done), after=after, together=True)
     run.stage("cut", "rounds", lambda: work.cut(removal.all), after=["search"])
     run.stage("fold", "rounds", lambda: {"fold": [], "changed": []}, after=["cut"])
     run.stage("heal", "rounds", lambda: rounds_healed(work, done), after=["fold"])

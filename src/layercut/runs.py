@@ -5,6 +5,9 @@ whose artefact is there with the same hash is not run again; so a run that was k
 finished stage when the same command is given again, and a changed flag runs again just what depends on it. The
 JSON file is taken away when its stage is run again and written last, by rename: where it is there, the stage
 is whole.
+
+Of several processes the main one holds the folder, decides whether a stage is whole, and writes; all get the same
+artefact. The folder must lie where all of them can read it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import IO, Any
 
 import yaml
 
+from layercut import processes
 from layercut.errors import RunError
 
 Artefact = dict[str, Any]
@@ -35,15 +39,20 @@ PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "d
 
 
 class Run:
-    """A run folder, created or gone on with. Only one process at a time may hold it."""
+    """A run folder, created or gone on with. Only one command at a time may hold it."""
 
     def __init__(self, folder: Path | str, *, force: bool = False) -> None:
         self.folder = Path(folder)
         self.seconds: dict[str, float] = {}
         self._hashes: dict[str, str] = {}
-        self._lock = self._open()
-        if force:
-            self._forget()
+        self._lock: IO[str] | None = None
+
+        def take() -> None:
+            self._lock = self._open()
+            if force:
+                self._forget()
+
+        processes.on_main(take)
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -52,35 +61,55 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     # --- stages ---
 
     def stage(
-        self, name: str, inputs: Any, compute: Callable[[], Artefact], *, after: Sequence[str] = ()
+        self,
+        name: str,
+        inputs: Any,
+        compute: Callable[[], Artefact],
+        *,
+        after: Sequence[str] = (),
+        together: bool = False,
     ) -> Artefact:
         """The stage's artefact: read where it is there and of the same inputs, else computed and written.
 
         `inputs` is anything JSON can hold; `after` names the stages whose own inputs count as well. "files" in an
-        artefact are further files of this folder without which the stage is not whole.
+        artefact are further files of this folder without which the stage is not whole. together: several processes
+        compute it, each its share of the rows; else the main one does, and the others wait.
         """
         self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
+        finished = processes.on_main(lambda: self._begin(name))
+        if finished is None:
+            begun = time.perf_counter()
+            computed = compute() if together else processes.on_main(compute)
+            seconds = round(time.perf_counter() - begun, 2)
+            finished = processes.on_main(lambda: self._finish(name, computed, seconds))
+        if not isinstance(finished.get("seconds"), dict):
+            self.seconds[name] = finished.get("seconds", 0.0)
+        return finished
+
+    def _begin(self, name: str) -> Artefact | None:
+        """The stage's artefact where it is whole; else the folder is made ready for it."""
         finished = self.read(name)
         if finished is not None and self._whole(name, finished):
-            if not isinstance(finished.get("seconds"), dict):
-                self.seconds[name] = finished.get("seconds", 0.0)
             return finished
         # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
         for stale in (name, "summary"):
             (self / f"{stale}.json").unlink(missing_ok=True)
-        begun = time.perf_counter()
         self.event(name, 0, "started", 1, "")
-        artefact = compute()
-        self.seconds[name] = round(time.perf_counter() - begun, 2)
+        return None
+
+    def _finish(self, name: str, computed: Artefact, seconds: float) -> Artefact:
+        """Write what a stage computed."""
+        self.seconds[name] = seconds
         # an artefact's own "seconds" stand, such as the summary's, which are those of all stages
-        artefact = {"seconds": self.seconds[name]} | artefact | {"config_hash": self._hashes[name]}
+        artefact = {"seconds": seconds} | computed | {"config_hash": self._hashes[name]}
         write_json(self / f"{name}.json", artefact)
-        self.event(name, 0, "finished", self.seconds[name], "s")
+        self.event(name, 0, "finished", seconds, "s")
         return artefact
 
     def _whole(self, name: str, artefact: Artefact) -> bool:
@@ -104,11 +133,18 @@ class Run:
 
     def describe(self, config: dict[str, Any]) -> None:
         """Write config.yaml, with every default filled in, and env.json."""
-        write_text(self / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_json(self / "env.json", environment())
+
+        def write() -> None:
+            write_text(self / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_json(self / "env.json", environment() | {"processes": count})
+
+        count = processes.world()
+        processes.on_main(write)
 
     def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; of several processes the main one does."""
+        if not processes.is_main():
+            return
         now = round(time.time(), 3)
         event = {"time": now, "stage": stage, "step": step, "name": name, "value": value, "unit": unit}
         with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut import models
+from layercut import models, processes
 from layercut.config import StreamMode
 from layercut.errors import ModelError
 from layercut.progress import say
@@ -59,7 +59,10 @@ def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can be had without swapping: of the machine, within a container's limit, and of the device."""
+    """Memory that can be had without swapping: of the machine, within a container's limit, and of the device.
+
+    Of several processes on a machine each has an even part of it.
+    """
     import psutil
 
     free = [psutil.virtual_memory().available]
@@ -71,9 +74,8 @@ def available_bytes(device: torch.device) -> int:
         free.append(limit - used + int(cache["inactive_file"]))
     except (OSError, ValueError, KeyError):
         pass
-    if device.type == "cuda":
-        free.append(torch.cuda.mem_get_info(device)[0])
-    return min(free)
+    here = min(free) // processes.on_this_machine()
+    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
 
 
 def layers_on_disk(model: Any) -> LayersOnDisk | None:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from layercut import processes
 from layercut.errors import ModelError
 from layercut.losses import kl_divergence, rows_per_chunk
 from layercut.models import find_decoder
@@ -213,8 +214,10 @@ def passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[
 
     streams: hidden states of all rows of a pass that are held at once. In memory a batch is a pass, since another
     pass costs nothing. On disk all batches go in one pass, so that each layer is read once; where the streams of all
-    rows would not fit, in as few as possible. What they take is said.
+    rows would not fit, in as few as possible. What they take is said. No rows, no passes.
     """
+    if not len(tokens):
+        return []
     per_row = streams * stack.stream_bytes(tokens.shape[1])
     fit = max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // per_row)
     if not stack.on_disk:
@@ -257,11 +260,15 @@ def common_prefix(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: in
 
 @torch.no_grad()
 def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0) -> float:
-    """KL(p || q) of the student's predictions, in nats per token of [N, T]; layers below `prefix` are shared."""
+    """KL(p || q) of the student's predictions, in nats per token of [N, T]; layers below `prefix` are shared.
+
+    Of several processes each takes a share of the rows.
+    """
     total = 0.0
-    for batch in tokens.split(rows_per_chunk(tokens.shape[1], dense.vocabulary)):
+    for part in processes.share_of_batches(len(tokens), rows_per_chunk(tokens.shape[1], dense.vocabulary)):
+        batch = tokens[part]
         shared, calls, student_calls = common_prefix(dense, student, batch, prefix)
         p_logits = dense.exit(dense.run(shared, calls, prefix, len(dense)), batch)
         q_logits = student.exit(student.run(shared, student_calls, prefix, len(student)), batch)
         total += kl_divergence(p_logits, q_logits).sum().item()
-    return total / tokens.numel()
+    return processes.summed([total])[0] / tokens.numel()

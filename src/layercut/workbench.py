@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, measure, models, stream
+from layercut import evaluate, measure, models, processes, stream
 from layercut.config import CompressConfig, HealConfig, QuantizeConfig, parse_bytes
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, fingerprint, load_blocks, split_mix
@@ -191,7 +191,7 @@ class Workbench:
     def search_again(self, seed: int, length: int) -> dict[str, Any]:
         """What the search chooses on the calibration text of another seed."""
         text = self.config.text
-        drawn = self.draw(text.data, text.tokens, seed=seed)
+        drawn = processes.on_main(lambda: self.draw(text.data, text.tokens, seed=seed))
         self.save({"calibration": drawn.tokens}, f"stability-{seed}")
         found = self.find(drawn.tokens, length, seed).to_json()
         kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
@@ -371,20 +371,27 @@ class Workbench:
             for state, weights in states.items():
                 last = self.dense.model if weights is None else self.student(segments, *weights)
                 figures[state] = evaluate.perplexity(last, tokens, advance=advance)
-        samples = [evaluate.generations(m, self.tokenizer) for m in (self.dense.model, last)]
+        beside = processes.on_main(lambda: self.look_closer(last, tokens))
         return {
             "perplexity": {
                 "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
                 "fingerprint": text["evaluation"]["fingerprint"],
             },
+            **beside,
+        }  # fmt: skip
+
+    def look_closer(self, last: Any, tokens: torch.Tensor) -> dict[str, Any]:
+        """What the dense and the last model write, and how fast."""
+        samples = [evaluate.generations(m, self.tokenizer) for m in (self.dense.model, last)]
+        return {
             "generations": [
                 {"prompt": prompt, "dense": dense, "compressed": compressed}
                 for prompt, dense, compressed in zip(evaluate.PROMPTS, *samples, strict=True)
             ],
             "health": evaluate.generation_health(self.dense.model, last, tokens),
-            "speed": measure.speed(self.dense.model, last) if config.speed else None,
+            "speed": measure.speed(self.dense.model, last) if self.config.evaluate.speed else None,
             "peak_rss_bytes": measure.peak_rss_bytes(),
-        }  # fmt: skip
+        }
 
     def score(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
@@ -459,10 +466,14 @@ class Workbench:
         return sorted(changed)
 
     def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
-        """Write tensors to NAME.safetensors in the run folder, whole or not at all."""
-        partial = self.run / f".{name}.partial"
-        save_file(tensors, partial)
-        partial.replace(self.run / f"{name}.safetensors")
+        """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""
+
+        def write() -> None:
+            partial = self.run / f".{name}.partial"
+            save_file(tensors, partial)
+            partial.replace(self.run / f"{name}.safetensors")
+
+        processes.on_main(write)
 
 
 def tune_settings(heal: HealConfig) -> TuneSettings:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from layercut import processes
 from layercut.losses import next_token_loss, rows_per_chunk
 
 
@@ -18,16 +19,17 @@ def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[int], Non
     """exp of the mean negative log-likelihood over non-overlapping windows [N, T].
 
     Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. `inf`
-    where the mean overflows or the model yields NaN: a ruined model never looks good.
+    where the mean overflows or the model yields NaN: a ruined model never looks good. Of several processes each
+    takes a share of the windows.
     """
     device = next(model.parameters()).device
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
     total = 0.0
-    for batch in tokens.split(rows):
-        batch = batch.to(device)
+    for part in processes.share_of_batches(len(tokens), rows):
+        batch = tokens[part].to(device)
         total += next_token_loss(model(input_ids=batch, use_cache=False).logits, batch).double().sum().item()
         advance(len(batch))
-    return _exp(total / (tokens.numel() - len(tokens)))
+    return _exp(processes.summed([total])[0] / (tokens.numel() - len(tokens)))
 
 
 def _exp(mean: float) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercut import processes
 from layercut.data import fingerprint
 from layercut.heal.objectives import HeldOut, Objective, Pair
 from layercut.heal.state import StateFile, asked_to_stop
@@ -124,7 +126,8 @@ def tune_(
     heldout: [M, T], never trained on; it is scored before the first step, so that the end is never worse than the
     start. teacher: the dense predictions on `tokens`, stored beforehand (for "kl"). state: where to keep the state;
     one that is there and of the same making is gone on with, and ends in the same bits.
-    Deterministic: no randomness is used beside the seeded order of later epochs.
+    Deterministic: no randomness is used beside the seeded order of later epochs. Of several processes each takes a
+    share of every step's rows; gradients and scores are summed, and all make the same steps.
     """
     positions = endpoints(segments, len(dense), settings.radius)
     # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
@@ -138,7 +141,8 @@ def tune_(
     key = training.key(heldout, [state.key if state else "", teacher is not None])
     judge = HeldOut(pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
     try:
-        if state and (found := state.load(key)):
+        found = state.load(key) if state else None
+        if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
             training.restore_(*found)
             if report.curve:
                 advance(int(report.curve[-1]["tokens"]), report.curve[-1]["loss"])
@@ -150,8 +154,12 @@ def tune_(
                 if report.step % max(1, report.steps // SCORES) == 0 or report.step == report.steps:
                     training.note_score_(judge.score())
                 advance(count, report.curve[-1]["loss"])
-                if state and (stop.signal or state.due()):
+                if (number := processes.most(stop.signal or 0)) and not stop.signal:
+                    signal.raise_signal(number)  # all stop after the same step, or some would wait for one that is gone
+                if state and processes.is_main() and (stop.signal or state.due()):
                     state.save(key, training.tensors(), report.to_json())
+                if stop.signal:
+                    processes.barrier()
                 stop.now()
     finally:
         training.finish_()
@@ -219,19 +227,30 @@ class _Training:
     def _gradient_(self, rows: torch.Tensor) -> float:
         """Fill the masters' float32 gradients with that of the mean loss over these rows; the loss.
 
-        The one place where the gradients of several processes would be averaged.
+        Each process takes its share of the passes and weighs it by its rows, so that the sum over all of them is the
+        mean over the step's rows. Passes are made smaller where there are fewer than processes, but for "hidden",
+        which is relative to the pass it is taken over: there a step's passes are always the same.
         """
         total = 0.0
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        for part in slices(len(rows), max(1, PASS_TOKENS // self.tokens.shape[1])):
+        for part in self._passes(len(rows)):
             share = len(rows[part]) / len(rows)
             total += share * self.pair.backward(self.tokens[rows[part]], rows[part])
             for master, p in zip(self.masters, self.trained, strict=True):
                 if p.grad is not None and master.grad is not None:
                     master.grad.add_(p.grad, alpha=share)
                 p.grad = None
-        return total
+        processes.sum_(*(master.grad for master in self.masters if master.grad is not None))
+        return processes.summed([total])[0]
+
+    def _passes(self, rows: int) -> list[slice]:
+        """This process's passes over the rows of a step."""
+        size = max(1, PASS_TOKENS // self.tokens.shape[1])
+        if self.settings.objective == "hidden":
+            passes = list(slices(rows, size))
+            return passes[processes.share(len(passes))]
+        return processes.share_of_batches(rows, size)
 
     def note_score_(self, score: float) -> None:
         """Remember a held-out loss, the weights where they are the best so far, and whether to stop."""

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from layercut import processes
 from layercut.heal.targets import WIDEST, Target, find_targets, run_and_catch
 from layercut.segments import Segment, kept_layers
 from layercut.sweep import Stack, shared_layers
@@ -60,6 +61,12 @@ class Normal:
         self.zy += z.T @ y
         self.yy += y.square().sum().item()
         self.tokens += len(z)
+
+    def sum_(self) -> None:
+        """Take in what other processes have summed."""
+        processes.sum_(self.zz, self.zy)
+        self.yy, tokens = processes.summed([self.yy, self.tokens])
+        self.tokens = int(tokens)
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
@@ -115,7 +122,7 @@ def fold_(
     folds = []
     for segment in sorted(segments if only is None else only):
         position = sum(i < segment.start for i in kept) - 1
-        folds.append(_fold_one_(dense, student, segment, position, tokens.split(rows), advance))
+        folds.append(_fold_one_(dense, student, segment, position, tokens, rows, advance))
     return folds
 
 
@@ -125,7 +132,8 @@ def _fold_one_(
     student: Stack,
     segment: Segment,
     position: int,
-    batches: Sequence[torch.Tensor],
+    tokens: torch.Tensor,
+    rows: int,
     advance: Callable[[float], None],
 ) -> Fold:
     def skipped(reason: str) -> Fold:
@@ -133,7 +141,7 @@ def _fold_one_(
 
     if position < 0:
         return skipped("no layer before the cut")
-    targets = find_targets(student, position, batches[0][:2, :32])
+    targets = find_targets(student, position, tokens[:2, :32])
     if not targets:
         return skipped("the layer before the cut adds no linear output to the residual stream as it is")
     def share_of_bar(rows: float) -> None:
@@ -144,7 +152,8 @@ def _fold_one_(
     for number, target in enumerate(targets):
         # what a later projection can do is not asked of an earlier one: they are solved together, and of the
         # solution the first part is used; the later ones are solved again on what they then read
-        fit, check = _statistics(dense, student, segment, position, together(targets[number:]), batches, share_of_bar)
+        solved = together(targets[number:])
+        fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
         ridge, x = _solution(fit, check)
         judge = check if check.tokens else fit
         target.fold_into_(student.layers[position], x[: target.width])
@@ -167,21 +176,25 @@ def _statistics(
     segment: Segment,
     position: int,
     targets: Sequence[Target],
-    batches: Sequence[torch.Tensor],
+    tokens: torch.Tensor,
+    rows: int,
     advance: Callable[[float], None],
 ) -> tuple[Normal, Normal]:
-    """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out."""
+    """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out.
+
+    Of several processes each takes a share of the rows.
+    """
     shared = min(shared_layers(dense, student), position)
     width = sum(target.width for target in targets)
     fit, check = (Normal.zeros(width, student.hidden_size, student.device) for _ in range(2))
-    seen = 0
-    for batch in batches:
-        z, y = _gap(dense, student, segment, position, shared, targets, batch)
-        held = torch.arange(seen, seen + len(batch)) % HELD_OUT == HELD_OUT - 1
+    for part in processes.share_of_batches(len(tokens), rows):
+        z, y = _gap(dense, student, segment, position, shared, targets, tokens[part])
+        held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
         fit.add_(z[~held], y[~held])
         check.add_(z[held], y[held])
-        seen += len(batch)
-        advance(len(batch))
+        advance(len(z))
+    fit.sum_()
+    check.sum_()
     return fit, check
 
 

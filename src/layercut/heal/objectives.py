@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from layercut import processes
 from layercut.heal.stored import StoredTeacher
 from layercut.losses import (
     Term,
@@ -151,25 +152,27 @@ def _next_token_term(targets: torch.Tensor) -> Term:
 class HeldOut:
     """Rows that judge a student during tuning. What stays as it is from score to score is computed once.
 
-    That is h at `prefix` and the dense h at the end, in the model's own number format: 2 D numbers a token.
+    That is h at `prefix` and the dense h at the end, in the model's own number format: 2 D numbers a token. Of several
+    processes each takes a share of the rows; the score is over all.
     """
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
-        self.pair, self.tokens, self.rows = pair, tokens, rows
-        self.states = [dense_final(pair, batch)[:2] for batch in tokens.split(rows)]
+        self.pair, self.tokens = pair, tokens
+        self.batches = [tokens[part] for part in processes.share_of_batches(len(tokens), rows)]
+        self.states = [dense_final(pair, batch)[:2] for batch in self.batches]
 
     @torch.no_grad()
     def score(self) -> float:
         """KL(p || q) per token at temperature 1; for the objective "next-token", that loss."""
         pair, total = self.pair, 0.0
         loss_of = self._next_token if pair.objective == "next-token" else self._kl
-        for batch, (final, shared) in zip(self.tokens.split(self.rows), self.states, strict=True):
+        for batch, (final, shared) in zip(self.batches, self.states, strict=True):
             _, calls = pair.student.enter(batch)
             out = pair.student.run(shared, calls, pair.prefix, len(pair.student))
             for piece in logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()):
                 total += loss_of(batch, piece, final, pair.student.exit(out[piece], batch[piece]).flatten(0, 1))
         predictions = self.tokens.numel() - (len(self.tokens) if pair.objective == "next-token" else 0)
-        return total / predictions
+        return processes.summed([total])[0] / predictions
 
     def _next_token(self, batch: torch.Tensor, piece: tuple[slice, slice], _: torch.Tensor, q: torch.Tensor) -> float:
         targets = next_tokens(self.pair.student.place(batch))[piece].flatten()

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from layercut import processes
 from layercut.errors import ConfigError, RunError
 from layercut.losses import logit_pieces, slices
 from layercut.sweep import Stack
@@ -75,29 +76,36 @@ def store_teacher(
 ) -> StoredTeacher:
     """Compute what is missing in the folder, and open it. `key` stands for model and tokens; others' files go.
 
-    Raises ConfigError where K is not below the vocabulary, RunError where the disk is too small.
+    Of several processes each computes a share of the files. Raises ConfigError where K is not below the vocabulary,
+    RunError where the disk is too small.
     """
     check_topk(k, dense.vocabulary)
     rows = max(1, SHARD_TOKENS // tokens.shape[1])
     key = f"{key} k={k} t={temperature:g} rows={rows}"
     parts = list(slices(len(tokens), rows))
-    missing = [i for i in range(len(parts)) if not _is_of(_shard(folder, i), key)]
-    if len(missing) == len(parts):
+    missing = processes.on_main(lambda: _make_room(folder, key, [tokens[part].numel() for part in parts], k))
+    for i in missing[processes.share(len(missing))]:
+        partial = folder / f".{i}.partial"
+        save_file(_likeliest(dense, tokens[parts[i]], k, temperature), partial, {"key": key})
+        partial.replace(_shard(folder, i))
+        advance(tokens[parts[i]].numel())
+    processes.barrier()
+    return StoredTeacher(folder, len(tokens), rows)
+
+
+def _make_room(folder: Path, key: str, tokens: list[int], k: int) -> list[int]:
+    """Which files, each of so many tokens, the folder lacks; those of another key are gone if all are missing."""
+    missing = [i for i in range(len(tokens)) if not _is_of(_shard(folder, i), key)]
+    if len(missing) == len(tokens):
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    needed = stored_bytes(sum(tokens[parts[i]].numel() for i in missing), k)
+    needed = stored_bytes(sum(tokens[i] for i in missing), k)
     if needed > (free := shutil.disk_usage(folder).free):
         raise RunError(
             f"--teacher-topk {k} needs {needed / 1e6:,.0f} MB on disk; {free / 1e6:,.0f} MB are free",
             f"free some space, or keep fewer: --teacher-topk {max(1, k // 4)}",
         )
-    for i, part in enumerate(parts):
-        if i in missing:
-            partial = folder / ".partial"
-            save_file(_likeliest(dense, tokens[part], k, temperature), partial, {"key": key})
-            partial.replace(_shard(folder, i))
-        advance(tokens[part].numel())
-    return StoredTeacher(folder, len(tokens), rows)
+    return missing
 
 
 def _likeliest(dense: Stack, tokens: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:

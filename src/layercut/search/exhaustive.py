@@ -7,6 +7,8 @@ segments forks at each of them; sets that begin with the same segments share a s
 
 Of a model on disk each layer is read once, for all rows (`sweep.passes`); that needs the streams of all rows at once,
 about L - n + 2 of them, N T D numbers each.
+
+Several processes price a share of the rows each, all sets on every row; the sums are over all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from layercut import processes
 from layercut.losses import Teacher, next_token_loss, rows_per_chunk
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
@@ -55,15 +58,18 @@ def set_costs(
     disk, one for all. `advance` is told each layer that was entered.
     """
     totals = dict.fromkeys(sets, 0.0)
-    wanted = [DENSE, *totals]
-    for batches in passes(stack, tokens, rows, streams_held(wanted, len(stack))):
-        ends = sweep(stack, batches, wanted, cost, advance)
+    wanted, spent = [DENSE, *totals], Cost()
+    mine = tokens[processes.share(len(tokens))]
+    for batches in passes(stack, mine, rows, streams_held(wanted, len(stack))):
+        ends = sweep(stack, batches, wanted, spent, advance)
         for b, batch in enumerate(batches):
             for part in _row_chunks(stack, batch):
                 teacher = Teacher(stack.exit(ends[DENSE][b][part], batch[part]))
                 for cuts in totals:
                     totals[cuts] += teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
-            cost.dense_tokens += batch.numel()
+            spent.dense_tokens += batch.numel()
+    cost.add_(spent)
+    totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
     # a divergence is never negative; where a segment does nothing, rounding may make it so
     candidates = [Candidate(cuts, max(0.0, total / tokens.numel())) for cuts, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
@@ -83,16 +89,19 @@ def set_losses(
 
     As `set_costs`, but the dense stream is carried only as far as the last fork.
     """
-    totals = dict.fromkeys(sets, 0.0)
-    for batches in passes(stack, tokens, rows, streams_held(totals, len(stack))):
-        ends = sweep(stack, batches, list(totals), cost, advance)
+    totals, spent = dict.fromkeys(sets, 0.0), Cost()
+    mine = tokens[processes.share(len(tokens))]
+    for batches in passes(stack, mine, rows, streams_held(totals, len(stack))):
+        ends = sweep(stack, batches, list(totals), spent, advance)
         for b, batch in enumerate(batches):
             targets = stack.place(batch)
             for part in _row_chunks(stack, batch):
                 for cuts in totals:
                     logits = stack.exit(ends[cuts][b][part], batch[part])
                     totals[cuts] += next_token_loss(logits, targets[part]).sum().item()
-    return {cuts: total / (tokens.numel() - len(tokens)) for cuts, total in totals.items()}
+    cost.add_(spent)
+    sums = processes.summed([*totals.values()])
+    return {cuts: total / (tokens.numel() - len(tokens)) for cuts, total in zip(totals, sums, strict=True)}
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:

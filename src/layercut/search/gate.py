@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from layercut import processes
 from layercut.search.exhaustive import Cuts
 from layercut.search.prices import Judge, Objective
 from layercut.search.result import Cost
@@ -131,7 +132,8 @@ def descend(
 ) -> tuple[list[Cuts], list[dict[str, Any]]]:
     """Let sets of `count` segments descend from the seeds, one row of tokens [N, T] a step; their ends and the path.
 
-    Each set moves against its gradient, the farthest wall by the stride, whatever the slope.
+    Each set moves against its gradient, the farthest wall by the stride, whatever the slope. A step has one row, so
+    that several processes all do the same; the main one's way is taken.
     """
     layers, length = len(stack), sum(map(len, seeds[0]))
     spans = torch.tensor([spans_of(cuts, layers, count) for cuts in seeds], device=stack.device)
@@ -146,7 +148,7 @@ def descend(
         spans = inside(spans + _anneal(schedule.stride, done) * momentum, layers, length)
         advance(1)
     path.append({"step": schedule.steps, **_places(spans), "losses": []})
-    return [cuts_of(row) for row in spans.cpu()], path
+    return processes.from_main(([cuts_of(row) for row in spans.cpu()], path))
 
 
 def _slope(

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from layercut import processes
 from layercut.losses import Teacher, rows_per_chunk
 from layercut.search.exhaustive import DENSE, Cuts, sweep
 from layercut.search.result import Candidate, Cost
@@ -92,22 +93,33 @@ class Prices:
 
     @torch.no_grad()
     def _measure(self, sets: list[Cuts], start: int, stop: int) -> None:
+        """Price rows start … stop; of several processes each a share of them, all sets on every row."""
         size = self.tokens.shape[1] * self.stack.hidden_size * next(self.stack.model.parameters()).element_size()
         streams = max(16, BUDGET_BYTES // size)
         rows = max(1, min(8, streams // len(sets)))
-        for batch in self.tokens[start:stop].split(rows):
+        prices, spent = torch.zeros(len(sets), stop - start, dtype=torch.float64), Cost()
+        for part in processes.share_of_batches(stop - start, rows):
+            batch = self.tokens[start:stop][part]
             for some in range(0, len(sets), streams):
-                self._measure_batch(sets[some : some + streams], batch)
-            self.cost.dense_tokens += batch.numel()
+                chosen = slice(some, some + streams)
+                prices[chosen, part] = self._of_batch(sets[chosen], batch, spent)
+            spent.dense_tokens += batch.numel()
+        self.cost.add_(spent)
+        processes.sum_(prices)
+        for cuts, found in zip(sets, prices.tolist(), strict=True):
+            self.known[cuts] += found
 
-    def _measure_batch(self, sets: list[Cuts], batch: torch.Tensor) -> None:
-        ends = {cuts: streams for cuts, (streams,) in sweep(self.stack, [batch], [DENSE, *sets], self.cost).items()}
+    def _of_batch(self, sets: list[Cuts], batch: torch.Tensor, cost: Cost) -> torch.Tensor:
+        """[B, T] -> [C, B]"""
+        ends = {cuts: streams for cuts, (streams,) in sweep(self.stack, [batch], [DENSE, *sets], cost).items()}
         rows = rows_per_chunk(batch.shape[1], self.stack.vocabulary)
+        found: list[list[float]] = [[] for _ in sets]
         for begin in range(0, len(batch), rows):
             part = slice(begin, begin + rows)
             judge = Judge(self.objective, self.stack, ends[DENSE][part], batch[part])
-            for cuts in sets:
-                self.known[cuts] += judge(ends[cuts][part]).tolist()
+            for prices, cuts in zip(found, sets, strict=True):
+                prices += judge(ends[cuts][part]).tolist()
+        return torch.tensor(found, dtype=torch.float64)
 
     def ranked(self, sets: Iterable[Cuts], rows: int) -> list[Cuts]:
         """Sets from the cheapest on the first `rows` rows; the earlier of equals."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from layercut import processes
 from layercut.segments import Segment
 
 
@@ -30,6 +31,13 @@ class Cost:
     """Tokens that went through the whole dense model."""
     layer_forwards: int = 0
     layer_backwards: int = 0
+
+    def add_(self, share: Cost) -> None:
+        """Take in what every process spent on its share of the rows."""
+        spent = processes.summed([share.dense_tokens, share.layer_forwards, share.layer_backwards])
+        self.dense_tokens += int(spent[0])
+        self.layer_forwards += int(spent[1])
+        self.layer_backwards += int(spent[2])
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layercut import processes
 from layercut.errors import ModelError
 from layercut.losses import next_token_loss
 from layercut.search.result import Cost
@@ -42,13 +43,16 @@ def similarity(
     cosine = torch.zeros(depth, depth, dtype=torch.float64)
     angular = torch.zeros(depth, depth, dtype=torch.float64)
     rows = max(1, BUDGET_BYTES // (4 * depth * tokens.shape[1] * stack.hidden_size))
-    for batches in passes(stack, tokens, rows, depth):
+    mine, spent = tokens[processes.share(len(tokens))], Cost()
+    for batches in passes(stack, mine, rows, depth):
         for batch, (states, _) in zip(batches, _all_states(stack, batches), strict=True):
             cosine += cosine_sums(torch.stack(states)).cpu()
             angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
-            cost.layer_forwards += len(stack) * len(batch)
-            cost.dense_tokens += batch.numel()
+            spent.layer_forwards += len(stack) * len(batch)
+            spent.dense_tokens += batch.numel()
             advance(len(batch))
+    cost.add_(spent)
+    processes.sum_(cosine, angular)
     return Similarity(cosine / tokens.numel(), angular / len(tokens))
 
 
@@ -92,6 +96,8 @@ def taylor_scores(
     by layer, each run anew from its input, so that one layer's activations are held at a time; the gradients of the
     layers' matrices, summed over the rows, are held in float32. 2 L layer-forwards and L layer-backwards a row.
 
+    Of several processes each computes all of it: what is summed over the rows is as large as the model.
+
     Layers on disk are read twice, and the gradients of one layer are held at a time, for which all rows go in one
     pass; ModelError where their hidden states do not fit in memory.
     """
@@ -126,7 +132,7 @@ def taylor_scores(
             cost.layer_backwards += len(stack) * len(batch)
             cost.dense_tokens += batch.numel()
             advance(len(batch))
-    return scores
+    return processes.from_main(scores)
 
 
 def _loss_slopes(

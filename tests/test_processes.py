@@ -1,0 +1,244 @@
+"""Two processes do what one does: the same choices, the same losses to rounding, one run folder, one error.
+
+Tolerances: the models are float32, and another number of processes adds the same float32 numbers up in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import together
+from layercut import processes, stream
+from layercut.cli import main
+from layercut.errors import ConfigError
+
+HERE = Path(__file__).parent
+RUN = ["--tokens=112", "--window=16", "--tune-tokens=176", "--eval-tokens=112", "--no-speed", "--ratio=0.25"]
+RUN += ["--oracle", "--batch-tokens=80", "--learning-rate=0.0003", "--seeds=2"]
+PRICES, LOSSES, WEIGHTS, SECOND_ROUND = 1e-6, 1e-5, 1e-5, 1e-4
+"""Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15;
+relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apart, 2e-7 nats)."""
+
+
+
+
+def rounds(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
+    """Two rounds, as far as a budget of loss goes."""
+    flags = [flag for flag in RUN if not flag.startswith(("--ratio", "--oracle", "--seeds"))]
+    texts_of = [f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    return ["tune", str(model), *flags, *texts_of, "--rounds=2", "--max-loss=9", f"--out={out}"]
+
+
+def compress(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
+    return ["compress", str(model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}"]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model, texts, tmp_path_factory):
+    """The run folder of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layercut.export.verify_reload", lambda *_: {})
+        assert main(compress(tiny_model, texts, run)) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, texts, tmp_path_factory):
+    """Where two processes left their results; see together.py."""
+    folder = tmp_path_factory.mktemp("two")
+    command = compress(tiny_model, texts, folder / "run")
+    commands = {
+        "compress": command,
+        "again": command,
+        "rounds": rounds(tiny_model, texts, folder / "rounds"),
+        "evaluate": ["evaluate", str(folder / "run" / "model"), f"--eval-data={texts[1]}", "--eval-tokens=112",
+                     "--window=16"],
+        "no-text": compress(tiny_model, (Path("nowhere.txt"), texts[1]), folder / "no-text"),
+        "no-flag": [*command, "--ratoi=0.2"],
+        "last": compress(tiny_model, texts, folder / "last"),
+        "cut": ["cut", str(tiny_model), "--segment=3:5", f"--out={folder / 'cut'}"],
+    }  # fmt: skip
+    (folder / "commands.json").write_text(json.dumps(commands))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(HERE / "together.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    (folder / "launcher.err").write_text(done.stderr)
+    (folder / "launcher.code").write_text(str(done.returncode))
+    return folder
+
+
+def of(folder: Path, rank: int) -> dict[str, Any]:
+    try:
+        return json.loads((folder / f"{rank}.json").read_text())
+    except OSError:
+        pytest.fail((folder / "launcher.err").read_text()[-5000:])
+
+
+def artefact(run: Path, stage: str) -> dict[str, Any]:
+    return json.loads((run / f"{stage}.json").read_text())
+
+
+def close(found: Any, expected: Any, tolerance: float) -> None:
+    """Compare, number by number, whatever JSON holds; words, counts and structure must be equal."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected.keys() - {"seconds", "config_hash"}:
+            close(found[key], expected[key], tolerance)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            close(ours, theirs, tolerance)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance, abs=1e-9)
+    else:
+        assert found == expected
+
+
+def test_every_method_finds_the_same(folder):
+    expected = together.searches()
+    for rank in (0, 1):
+        found = of(folder, rank)
+        assert (found["world"], found["rank"]) == (2, rank)
+        for method, result in expected.items():
+            close(found["searches"][method], result, PRICES)
+    assert of(folder, 0)["searches"] == of(folder, 1)["searches"]  # to the bit
+
+
+def test_fold_and_tuning_go_the_same_way(folder, tmp_path):
+    expected = together.healings(tmp_path)
+    first, second = (of(folder, rank)["healings"] for rank in (0, 1))
+    assert first == second  # to the bit: all processes make the same steps
+    close(first.pop("fold"), expected.pop("fold"), LOSSES)
+    for name, curves in expected.items():
+        close(first[name], curves, LOSSES)
+        assert len(curves[0]) == 6, name
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step(folder, tmp_path):
+    expected = together.stop_and_resume(tmp_path)
+    assert of(folder, 0)["resumed"] == of(folder, 1)["resumed"]
+    close(of(folder, 0)["resumed"], expected, LOSSES)
+    assert len(expected) == 3
+
+
+def test_the_journey_is_the_same(folder, alone):
+    assert of(folder, 0)["codes"]["compress"] == 0
+    run = folder / "run"
+    for stage in ("search", "stability-1", "stability"):
+        ours, theirs = (
+            {k: v for k, v in artefact(where, stage).items() if k != "search"} for where in (run, alone)
+        )
+        close(ours, theirs, PRICES)
+    ours, theirs = (artefact(where, "heal")["tuning"] for where in (run, alone))
+    assert ours["best_step"] == theirs["best_step"] > 0
+    for curve in ("curve", "heldout"):
+        close([p["loss"] for p in ours[curve]], [p["loss"] for p in theirs[curve]], LOSSES)
+    close(artefact(run, "fold")["fold"], artefact(alone, "fold")["fold"], 1e-4)
+    close(artefact(run, "eval")["perplexity"], artefact(alone, "eval")["perplexity"], LOSSES)
+    ours, theirs = (load_file(where / "model" / "model.safetensors") for where in (run, alone))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=WEIGHTS, rtol=0)
+
+
+def test_rounds_are_the_same(folder, tiny_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    assert main(rounds(tiny_model, texts, tmp_path / "run")) == 0
+    assert [of(folder, rank)["codes"]["rounds"] for rank in (0, 1)] == [0, 0]
+    for name in ("search", "search-2", "frontier"):
+        close(artefact(folder / "rounds", name), artefact(tmp_path / "run", name), SECOND_ROUND)
+    ours, theirs = (artefact(run, "heal-2")["tuning"] for run in (folder / "rounds", tmp_path / "run"))
+    close([p["loss"] for p in ours["curve"]], [p["loss"] for p in theirs["curve"]], SECOND_ROUND)
+
+
+def test_one_process_writes_and_speaks(folder, alone):
+    run = folder / "run"
+    ours, theirs = (
+        [[event["stage"], event["step"], event["name"]] for event in map(json.loads, lines.splitlines())]
+        for lines in ((where / "metrics.jsonl").read_text() for where in (run, alone))
+    )
+    assert ours == theirs  # also: nothing was run anew when the command was given again
+    assert artefact(run, "env")["processes"] == 2
+    said = (folder / "compress.0.err").read_text()
+    assert said.count("remove ") == (folder / "again.0.err").read_text().count("remove ") > 0
+    assert (folder / "compress.0.out").read_text().count("report ") == 1
+    assert (folder / "compress.1.err").read_text() == (folder / "compress.1.out").read_text() == ""
+    assert not [path for path in run.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_perplexity_is_shared(folder, alone):
+    assert (folder / "evaluate.1.out").read_text() == ""
+    name, value = (folder / "evaluate.0.out").read_text().split()
+    assert name == str(folder / "run" / "model")
+    assert float(value) == pytest.approx(artefact(alone, "eval")["perplexity"]["tuned"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("no-text", "nowhere.txt"), ("no-flag", "--ratoi"), ("cut", "works in one")]
+)
+def test_a_users_error_is_said_once(folder, name, words):
+    assert [of(folder, rank)["codes"][name] for rank in (0, 1)] == [2, 2]
+    said = "".join((folder / f"{name}.{rank}.err").read_text() for rank in (0, 1))
+    assert said.count("error:") == 1
+    assert words in said
+    assert not (folder / "cut").exists()
+
+
+def test_an_error_in_one_process_ends_all_with_its_code(folder):
+    said = [(folder / f"last.{rank}.err").read_text() for rank in (0, 1)]
+    assert "error: this process alone fails" in said[1]
+    assert "error:" not in said[0]
+    assert "Traceback" not in said[0]
+    assert (folder / "launcher.code").read_text() != "0"
+    assert "exitcode  : 2" in (folder / "launcher.err").read_text()
+
+
+def test_rows_are_shared_out(monkeypatch):
+    for world, length in [(1, 5), (2, 7), (3, 2), (8, 8)]:
+        rows: list[list[int]] = []
+        batches: list[list[int]] = []
+        monkeypatch.setattr(processes, "world", lambda n=world: n)
+        for rank in range(world):
+            monkeypatch.setattr(processes, "rank", lambda r=rank: r)
+            rows.append(list(range(length))[processes.share(length)])
+            batches += [list(range(length))[part] for part in processes.share_of_batches(length, 4)]
+        assert [*chain(*rows)] == [*chain(*batches)] == list(range(length))
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        assert len(batches) >= min(world, length)
+
+
+def test_an_environment_that_says_half_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["compress", "nowhere", "--ratio=0.2"]) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+
+
+def test_processes_do_not_crowd_on_one_device(monkeypatch):
+    monkeypatch.setattr(processes, "on_this_machine", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    processes.check_device(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="2 processes were started on a machine with 1 cuda"):
+        processes.check_device(torch.device("cuda"))
+    with pytest.raises(ConfigError, match="--device cuda:0 is given to 2"):
+        processes.check_device(torch.device("cuda:0"))
+
+
+def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):
+    whole = stream.available_bytes(torch.device("cpu"))
+    monkeypatch.setattr(processes, "on_this_machine", lambda: 4)
+    assert stream.available_bytes(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)

@@ -1,0 +1,149 @@
+"""What two processes do in tests/test_processes.py: started by torchrun, with a folder that says what is asked.
+
+    torchrun --nproc-per-node 2 tests/together.py FOLDER
+
+FOLDER/commands.json holds command lines of layercut. One launch does it all, since loading the libraries takes most
+of the time. Each process leaves FOLDER/RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  loaded once, before anything is timed out
+
+import tiny
+from layercut import cli, export, models, processes
+from layercut.cut import cut_segment_
+from layercut.errors import ModelError
+from layercut.heal import endpoints
+from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.heal.fold import fold_
+from layercut.heal.state import StateFile
+from layercut.heal.stored import store_teacher
+from layercut.search import find_segments
+from layercut.segments import Segment
+from layercut.sweep import Stack, mean_kl
+
+METHODS = ["clp", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb", "evolution"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"}, "stored": {},
+}  # fmt: skip
+CUT = [Segment(3, 5)]
+
+
+def searches() -> dict[str, Any]:
+    """What every method finds on seven rows, of which two processes have three and four."""
+    stack, tokens = Stack(tiny.llama()), tiny.some_tokens(7)
+    found = {method: find_segments(stack, tokens, 2, method, seed=0, oracle=True).to_json() for method in METHODS}
+    found["two"] = find_segments(stack, tokens, 3, "clp", seed=0, count=2, objective="next-token").to_json()
+    return found
+
+
+def student_of(model: Any) -> Any:
+    student = models.share(model)
+    cut_segment_(student, CUT)
+    return student
+
+
+def healings(folder: Path) -> dict[str, Any]:
+    """Fold and tuning, by every objective. Steps have five rows and the last one: one process has nothing to do."""
+    model, found = tiny.llama(), {}
+    dense = Stack(model)
+    tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
+    folded = Stack(student_of(model))
+    folds = fold_(dense, folded, CUT, tiny.some_tokens(14, seed=3))  # the row kept out is not the first of a share
+    found["fold"] = folds[0].to_json() | {"kl": mean_kl(dense, folded, heldout)}
+    for name, more in SETTINGS.items():
+        teacher = store_teacher(dense, tokens, 8, folder / "teacher", key="key") if name == "stored" else None
+        settings = TuneSettings(learning_rate=3e-3, batch_tokens=80, epochs=2, **more)
+        report = tune_(dense, Stack(student_of(model)), CUT, tokens, heldout, settings, teacher=teacher)
+        found[name] = [[point["loss"] for point in points] for points in (report.curve, report.heldout)]
+    return found
+
+
+class Stopped(Exception):
+    """What a signal becomes here."""
+
+
+def stop_and_resume(folder: Path) -> list[float]:
+    """Tuning that only the last process is told to stop, after its second step, and that then goes on."""
+    model, step = tiny.llama(), endpoints._Training.step_
+    dense, tokens, heldout = Stack(model), tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
+
+    def stopped(*_: object) -> None:
+        raise Stopped
+
+    def told(training: Any) -> int:
+        if training.report.step == 1 and processes.rank() == processes.world() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(training)
+
+    def tune() -> Any:
+        settings = TuneSettings(learning_rate=3e-3, batch_tokens=80)
+        return tune_(dense, Stack(student_of(model)), CUT, tokens, heldout, settings, state=StateFile(folder / "state"))
+
+    before = signal.signal(signal.SIGTERM, stopped)
+    endpoints._Training.step_ = told  # type: ignore[method-assign]
+    try:
+        tune()
+        raise AssertionError("nothing stopped it")
+    except Stopped:
+        pass
+    finally:
+        endpoints._Training.step_ = step  # type: ignore[method-assign]
+        signal.signal(signal.SIGTERM, before)
+    report = tune()
+    return [point["loss"] for point in report.curve]
+
+
+def command(argv: list[str], folder: Path, name: str) -> int:
+    """The exit code of a command; what it says goes to FOLDER/NAME.out and .err of each process."""
+    out_file, err_file = (folder / f"{name}.{processes.rank()}.{kind}" for kind in ("out", "err"))
+    with out_file.open("w") as out, err_file.open("w") as err:
+        from layercut.progress import console
+
+        console.file = err
+        with redirect_stdout(out), redirect_stderr(err):
+            return cli.main(argv)
+
+
+def forget_failure() -> None:
+    processes.barrier()
+    if processes.is_main():
+        for key in ("failed", "said"):
+            processes._started.store.delete_key(key)  # type: ignore[union-attr]
+    processes.barrier()
+
+
+def main(folder: Path) -> int:
+    torch.set_num_threads(1)
+    processes.start()
+    processes.stop = lambda: None  # type: ignore[assignment]  # one group for all commands
+    commands = json.loads((folder / "commands.json").read_text())
+    found: dict[str, Any] = {"world": processes.world(), "rank": processes.rank()}
+    found |= {"searches": searches(), "healings": healings(folder), "resumed": stop_and_resume(folder), "codes": {}}
+    last = commands.pop("last")
+    for name, argv in commands.items():
+        found["codes"][name] = command(argv, folder, name)
+        export.verify_reload = lambda *_: {}  # type: ignore[assignment]  # once is enough
+        if found["codes"][name]:
+            forget_failure()
+        (folder / f"{processes.rank()}.json").write_text(json.dumps(found))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ModelError("this process alone fails", "none")
+
+    if processes.rank() == processes.world() - 1:  # where the other one waits for its share of a sum
+        endpoints.warmup_then_cosine = fails  # type: ignore[assignment]
+    return command(last, folder, "last")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
