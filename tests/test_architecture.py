@@ -20,6 +20,7 @@ GROUND = [
 # what several files do together is one room
 ROOMS = {
     "findings": "report", "figures": "report", "charts": "report", "survival": "report", "remarks": "report",
+    "progressive": "report",
     "gguf_export": "export",
 }  # fmt: skip
 STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from layercut.cli import app, main
+from layercut.config import PRESETS, CompressConfig, HealConfig, flattened
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
 COMMANDS = ["compress", "search", "compare", "tune", "cut", "quantize", "export", "evaluate", "plan", "report", "demo"]
@@ -143,6 +144,91 @@ def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypa
         for run in (folder, fresh)
     ]
     assert hashes[0] == hashes[1]
+
+
+# --- presets ---
+
+
+@pytest.fixture
+def resolved(monkeypatch, capsys):
+    """The flat settings a command line comes to, without a run."""
+    taken: list[CompressConfig] = []
+    monkeypatch.setattr("layercut.pipeline.compress", lambda model, config, **_: taken.append(config) or Path("run"))
+
+    def settings(*flags: str, command: str = "tune") -> dict[str, Any]:
+        assert main([command, "model", "--ratio=0.2", *flags]) == 0, capsys.readouterr().err
+        return flattened(taken[-1])
+
+    return settings
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_its_values_and_nothing_else(name, resolved):
+    assert resolved(f"--preset={name}") == resolved() | PRESETS[name]
+    assert resolved("--preset", name) == resolved() | PRESETS[name]
+
+
+def test_presets_differ_from_the_defaults_in_every_key():
+    defaults = flattened(CompressConfig())
+    assert PRESETS["balanced"] == {}
+    for name in ("fast", "best"):
+        assert all(defaults[key] != value for key, value in PRESETS[name].items()), name
+
+
+def test_flags_win_over_a_file_and_a_file_over_the_preset(resolved, tmp_path):
+    file = write_yaml(tmp_path / "some.yaml", tokens=111, tune_tokens=222)
+    found = resolved("--preset=fast", f"--config={file}", "--tokens=333", "--speed")
+    assert (found["tokens"], found["tune_tokens"], found["speed"]) == (333, 222, True)
+    assert (found["quantizer"], found["eval_tokens"]) == ("rtn", PRESETS["fast"]["eval_tokens"])
+    assert found["batch_tokens"] == HealConfig().batch_tokens
+
+
+def test_a_file_may_name_a_preset_and_the_flag_wins(resolved, tmp_path):
+    file = write_yaml(tmp_path / "some.yaml", preset="fast")
+    assert resolved(f"--config={file}")["tokens"] == PRESETS["fast"]["tokens"]
+    assert resolved(f"--config={file}", "--preset=best")["tokens"] == PRESETS["best"]["tokens"]
+    assert "preset" not in resolved("--preset=fast"), "the values speak for themselves"
+
+
+def test_a_preset_does_not_outlive_its_command(resolved):
+    assert resolved("--preset=fast") != resolved()
+    assert resolved() == flattened(CompressConfig()) | {"ratio": 0.2}
+
+
+@pytest.mark.parametrize("flags", [["--preset=quick"], ["--preset"], ["--preset", "--force"]])
+def test_a_preset_that_does_not_exist_is_refused(flags, capsys):
+    assert main(["compress", "model", "--ratio=0.2", *flags]) == 2
+    assert "preset" in capsys.readouterr().err
+
+
+def test_a_preset_of_a_file_is_refused_too(tmp_path, capsys):
+    file = write_yaml(tmp_path / "some.yaml", preset="quick")
+    assert main(["compress", "model", "--ratio=0.2", f"--config={file}"]) == 2
+    assert "quick" in capsys.readouterr().err
+
+
+def test_the_help_says_what_a_preset_sets():
+    words = " ".join(next(a for a in parameters("compress") if "--preset" in a.names).parameter.help.split())
+    for name, values in PRESETS.items():
+        told = words.partition(f"{name}: ")[2].partition(".")[0]
+        flags = [f"--{key.replace('_', '-')} {value}" for key, value in values.items() if not isinstance(value, bool)]
+        flags += [f"--no-{key}" for key, value in values.items() if value is False]
+        assert all(flag in told for flag in flags), name
+
+
+def test_the_resolved_config_holds_a_presets_values(tiny_model, texts, tmp_path, capsys):
+    flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={tmp_path / 'run'}", "--segment=3:5"]
+    few = ["--tokens=64", "--window=16", "--tune-tokens=0", "--eval-tokens=64"]
+    assert main(["search", str(tiny_model), "--preset=fast", *flags, *few]) == 0, capsys.readouterr().err
+    found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (found["quantizer"], found["speed"], found["tokens"]) == ("rtn", False, 64)
+
+
+def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
+    taken: list[Any] = []
+    monkeypatch.setattr("layercut.plan.plan_run", lambda model, config: taken.append(config) or {})
+    assert main(["plan", "model", "--ratio=0.2", "--preset=fast", "--json"]) == 0, capsys.readouterr().err
+    assert (taken[0].text.tokens, taken[0].heal.tune_tokens) == (8192, 32768)
 
 
 if __name__ == "__main__":

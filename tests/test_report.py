@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from layercut import charts, figures, findings
+from layercut import charts, figures, findings, progressive
 from layercut.errors import RunError
 from layercut.report import closing_table, model_card, write_report
 
@@ -413,6 +413,216 @@ def test_verdicts_on_stability() -> None:
     assert verdict(worst="inf").mark == "bad"
     assert "beyond measure" in verdict(worst="inf").text
     assert not findings.verdicts(findings.Run(summary={}, search={}, heal={}, evaluation={}, env={}))
+
+
+# ---- rounds and budgets ------------------------------------------------------------------------------------
+
+
+def rounds_search(*segments: list[list[int]]) -> dict[str, Any]:
+    """search.json of rounds that ended at these segments, one after the other."""
+    each = [
+        {"method": "clp", "segments": s, "cut": [[0, 1]], "candidates": [{"segments": [[0, 1]], "kl": 0.2 + i / 10}]}
+        for i, s in enumerate(segments)
+    ]
+    return {"rounds": each, "segments": segments[-1], "oracle": None, "path": []}
+
+
+def rounds_heal(*losses: tuple[float, ...]) -> dict[str, Any]:
+    """heal.json of rounds with these held-out losses."""
+    heldout = [[{"step": s, "tokens": 1024 * s, "loss": x} for s, x in enumerate(row)] for row in losses]
+    return {"rounds": [{"tokens": 40960, "heldout": rows} for rows in heldout]}
+
+
+def frontier_json(**changed: Any) -> dict[str, Any]:
+    """Three states at three numbers of bits; within 5 %: two of them, one within 100 MB as well."""
+    rises = {30: (0.0, 0.001, 0.04), 27: (0.03, 0.031, 0.09), 24: (0.08, 0.082, 0.19)}
+    points = [{"layers": n, "bits": bits, "bytes": n * bits * 560_000, "rise": rise}
+              for n, row in rises.items() for bits, rise in zip((16, 8, 4), row, strict=True)]  # fmt: skip
+    chosen = next(p for p in points if (p["layers"], p["bits"]) == (30, 4))
+    return {"points": points, "chosen": chosen, "budgets": {"target_size": "100MB", "max_loss": 0.05}, **changed}
+
+
+def run_in_rounds(folder: Path, **frontier: Any) -> Path:
+    run = make_run(
+        folder,
+        search=rounds_search([[14, 17]], [[12, 13], [14, 17], [20, 22]]),
+        heal=rounds_heal((0.71, 0.55, 0.5), (0.66, 0.68)),
+    )
+    (run / "frontier.json").write_text(json.dumps(frontier_json(**frontier)))
+    return run
+
+
+def budgets_verdict(**changed: Any) -> progressive.Words | None:
+    return progressive.budgets_verdict(progressive.read_frontier(frontier_json(**changed)))
+
+
+def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
+    run = run_in_rounds(tmp_path)
+    html, page = report(run)
+    assert {"rounds", "frontier"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    for text in (
+        "14–16", "12, 20–21", "0.71 0.5 −29.6%", "0.66 0.66 +0.0%", "40,960", "The last of 2 rounds",
+        "30 4 67.2 MB +4.0% chosen", "27 8 121.0 MB +3.1% no", "24 4 53.8 MB +19.0% no",
+    ):  # fmt: skip
+        assert text in page.text, text
+    chart = html.partition('id="frontier">')[2].partition("</section>")[0]
+    for text in (
+        "<title>chosen: 30 layers at 4 bits, 67.2 MB, perplexity +4.0%</title>",
+        "<title>budget: perplexity up by 5.0%</title>",
+        "<title>budget: 100.0 MB</title>",
+        "<title>24 layers at 16 bits, 215.0 MB, perplexity +8.0%</title>",
+    ):
+        assert chart.count(text) == 1, text
+    for bits in (16, 8, 4):
+        assert f">{bits} bits<" in chart
+    marks = [v for v in findings.verdicts(findings.read_run(run)) if v.stage in ("Rounds", "Budgets")]
+    assert [(v.stage, v.mark) for v in marks] == [("Rounds", "bad"), ("Budgets", "good")]
+    assert "1: layers 14–16; 2: layers 12, 20–21" in marks[0].text
+    assert "tuning did not help in round 2" in marks[0].text
+    card = model_card(run)
+    assert "| 2 | `12, 20–21` | 0.3 | 40,960 | 0.66 | 0.66 |" in card
+    assert "| 30 | 4 | 67.2 MB | +4.0% | chosen |" in card
+    assert marks[1].text in card
+
+
+def test_a_run_of_one_round_has_neither(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "frontier.json").write_text(json.dumps(frontier_json()))  # of an earlier run in this folder
+    _, page = report(run)
+    assert not {"rounds", "frontier"} & set(page.ids)
+    assert "Size against loss" not in model_card(run)
+
+
+def test_the_frontier_of_other_budgets_is_left_out(tmp_path: Path) -> None:
+    run = run_in_rounds(tmp_path)
+    (run / "config.yaml").write_text("target_size: 100MB\nmax_loss: 0.05\n")
+    assert findings.read_run(run).frontier
+    (run / "config.yaml").write_text("ratio: 0.2\nmax_loss: null\n")
+    assert not findings.read_run(run).frontier
+    (run / "config.yaml").write_text("{ not YAML")
+    assert findings.read_run(run).settings == {}
+
+
+def test_verdicts_on_two_budgets() -> None:
+    assert budgets_verdict() == (
+        "good", "Budgets",
+        "30 layers at 4 bits, 67.2 MB, perplexity +4.0% on held-out text: inside 100.0 MB and 5.0%, and the smallest "
+        "seen within 5.0%.",
+    )  # fmt: skip
+    larger = budgets_verdict(
+        chosen={"layers": 27, "bits": 8}, budgets={"target_size": "150MB", "max_loss": 0.05}
+    )
+    assert larger
+    assert larger[0] == "good"
+    assert larger[2].endswith("The smallest seen within 5.0%: 30 layers at 4 bits, 67.2 MB, perplexity +4.0%.")
+    missed = budgets_verdict(chosen=None, budgets={"target_size": "60MB", "max_loss": 0.05})
+    assert missed == (
+        "bad", "Budgets",
+        "nothing seen is inside both 60.0 MB and 5.0%: the smallest within 5.0% (30 layers at 4 bits, 67.2 MB, "
+        "perplexity +4.0%) is 7.2 MB too large; the best of that size (24 layers at 4 bits, 53.8 MB, perplexity "
+        "+19.0%) is 14.0 points over the loss.",
+    )  # fmt: skip
+    neither = budgets_verdict(chosen=None, budgets={"target_size": "1MB", "max_loss": -0.5})
+    assert neither
+    assert "keeps either; the smallest is 53.8 MB" in neither[2]
+
+
+def test_verdicts_on_a_budget_of_loss_alone() -> None:
+    one = [{"layers": n, "bits": 16, "bytes": n * 9e6, "rise": rise} for n, rise in ((27, 0.02), (24, 0.072))]
+    budget = {"target_size": None, "max_loss": 0.05}
+    kept = budgets_verdict(points=one, chosen=None, budgets=budget)
+    assert kept == (
+        "good", "Budgets",
+        "the smallest seen within 5.0%: 27 layers at 16 bits, 243.0 MB, perplexity +2.0% on held-out text. One more "
+        "round (24 layers at 16 bits, 216.0 MB, perplexity +7.2%) was 2.2 points over it and was undone.",
+    )  # fmt: skip
+    missed = budgets_verdict(points=one[1:], chosen=None, budgets=budget)
+    assert missed
+    assert missed[0] == "bad"
+    assert "2.2 points over it" in missed[2]
+    assert budgets_verdict(points=[]) is None
+
+
+def test_odd_frontiers_do_not_stop_the_report(tmp_path: Path) -> None:
+    points = [*frontier_json()["points"][:1], 3, {"layers": 2}, {"layers": 9, "bits": 4, "bytes": 1e6, "rise": "inf"},
+              {"layers": 9, "bits": 8, "bytes": 1e6, "rise": "nan"}]  # fmt: skip
+    run = run_in_rounds(tmp_path, points=points, chosen=None, budgets={"target_size": EVIL, "max_loss": "x"})
+    (run / "heal.json").write_text(json.dumps({**heal_json(), "rounds": [None]}))
+    html, page = report(run)
+    assert "<script" not in html.lower()
+    assert "9 4 1.0 MB not finite" in page.text
+    marks = [v.mark for v in findings.verdicts(findings.read_run(run)) if v.stage == "Rounds"]
+    assert marks == ["open"]
+    assert model_card(run)
+
+
+def test_a_frontier_far_beyond_its_budget_is_still_drawn() -> None:
+    points = [{"layers": n, "bits": 16, "bytes": n * 2e7, "rise": rise} for n, rise in ((9, 0.01), (3, 4e3))]
+    drawn = charts.frontier_chart(progressive.read_frontier(frontier_json(points=points, chosen=None)))
+    assert drawn
+    assert "+400,000.0%" in drawn
+    assert charts.frontier_chart(progressive.read_frontier({})) is None
+
+
+def test_a_model_with_all_its_layers_is_told_so() -> None:
+    whole = {"layers": {"before": 30, "after": 30}, "segments": [],
+             "parameters": {"before": 134515008, "after": 134515008}}  # fmt: skip
+    text = findings.headline({**summary_json(), **whole, **with_perplexity(cut=None, folded=None, tuned=None,
+                                                                          quantized=46.0)})  # fmt: skip
+    assert text.startswith("SmolLM2-135M-Instruct with all of its 30 layers has a perplexity")
+
+
+# ---- the oracle beside a search that did not go by the KL ----------------------------------------------------
+
+
+def judged(tmp_path: Path, settings: str, **search: Any) -> findings.Verdict:
+    run = make_run(tmp_path, search=search)
+    (run / "config.yaml").write_text(settings)
+    found = [v for v in findings.verdicts(findings.read_run(run)) if v.stage == "Search"]
+    assert len(found) == 1
+    return found[0]
+
+
+def priced(start: int, kl: float, score: float | None = None) -> dict[str, Any]:
+    return {"segments": [[start, start + 6]], "kl": kl, **({} if score is None else {"score": score})}
+
+
+def test_a_choice_by_another_objective_is_judged_by_it(tmp_path: Path) -> None:
+    choice, best = priced(12, 0.9, 0.300), priced(13, 0.5, 0.297)
+    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [best, choice], "regret": 0.3 / 0.297}
+    settings = "search_objective: hidden\nscore: raw\n"
+    found = judged(tmp_path, settings, segments=choice["segments"], candidates=[choice], oracle=beside)
+    assert found.mark == "good", "by KL it would have missed by 80 %"
+    assert "at 0.3 by --search-objective hidden; exhaustive search finds 13:19 at 0.297: 1.0% more" in found.text
+    choice, best = priced(12, 0.5, 0.4), priced(13, 0.9, 0.2)
+    beside |= {"candidates": [best, choice], "kl": 0.9, "regret": 2.0}
+    found = judged(tmp_path, "search_objective: hidden\n", segments=[[12, 18]], candidates=[choice], oracle=beside)
+    assert found.mark == "bad", "by KL it would be better than the best"
+    assert "it missed the best by 100.0%" in found.text
+
+
+@pytest.mark.parametrize("settings", ["score: folded\n", ""])
+def test_a_choice_by_the_fold_is_no_miss(tmp_path: Path, settings: str) -> None:
+    choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
+    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5), priced(12, 0.9)], "regret": 1.0}
+    found = judged(tmp_path, settings, segments=choice["segments"], candidates=[choice, best], oracle=beside)
+    assert found.mark == "good"
+    assert "chose 12:18, by what is left after the fold: 0.3 nats, where 13:19, the best plain cut" in found.text
+    assert "is left with 0.35" in found.text
+    missed = judged(tmp_path, settings, segments=[[12, 18]], candidates=[choice], oracle=beside | {"regret": 1.8})
+    assert missed.mark == "bad"
+    assert "The search's best plain cut missed 13:19 by 80.0%" in missed.text
+
+
+def test_the_fold_beside_an_objective_is_told_apart_by_the_settings(tmp_path: Path) -> None:
+    choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
+    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5, 7.0), priced(12, 0.9, 9.0)],
+              "regret": 1.0}  # fmt: skip
+    settings = "score: folded\nsearch_objective: hidden\n"
+    found = judged(tmp_path, settings, segments=[[12, 18]], candidates=[choice, best], oracle=beside)
+    assert found.mark == "good"
+    assert "after the fold" in found.text
 
 
 # ---- the verdict -------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from layercut.figures import count, figure, finite, items, label, part, spans
+from layercut.figures import count, figure, finite, items, label, part, percent, size, spans
+from layercut.progressive import Frontier
 
 # Stand-ins for the page's CSS variables: matplotlib wants a colour, and these hardly occur by chance.
 INK, MUTED, GRID, ACCENT, SECOND, SURFACE = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
@@ -420,6 +421,65 @@ def position_chart(rows: list[tuple[int, int, float | None, float | None]]) -> s
         d.axes.set_ylim(0, 1.1 * max(v for row in known for v in row[2:] if v is not None))
         _legend(d.axes, 2)
         return d.svg("Perplexity over the position in the text: dense and compressed")
+
+
+# ---- size against loss -------------------------------------------------------------------------------------
+
+BIT_COLOURS = {16: MUTED, 8: ACCENT, 4: SECOND}
+
+
+def frontier_chart(frontier: Frontier | None) -> str | None:
+    """Rise of perplexity over size, a series for each number of bits, with the choice and the budgets."""
+    known = [p for p in frontier.points if math.isfinite(p.rise)] if frontier else []
+    if not frontier or not known:
+        return None
+    with drawing("frontier", "size, MB", "rise in perplexity, %") as d:
+        for bits in sorted({p.bits for p in known}, reverse=True):
+            series = sorted((p for p in known if p.bits == bits), key=lambda p: p.bytes)
+            places, colour = [(p.bytes / 1e6, 100 * p.rise) for p in series], BIT_COLOURS.get(bits, INK)
+            d.axes.plot(*zip(*places, strict=True), color=colour, lw=1.6, label=f"{bits} bits")
+            for point, (x, y) in zip(series, places, strict=True):
+                (mark,) = d.axes.plot(x, y, "o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
+                d.tip(mark, f"{point.words}{', chosen' if point.chosen else ''}")
+        for number, point in enumerate(p for p in known if p.chosen):
+            (ring,) = d.axes.plot(
+                point.bytes / 1e6, 100 * point.rise, "o", ms=14, mfc="none", mec=INK, mew=2, ls="none",
+                label="chosen" if number == 0 else "_",
+            )  # fmt: skip
+            d.tip(ring, f"chosen: {point.words}")
+        _mark_budgets(d, frontier)
+        _rise_axis(d.axes, frontier, [100 * p.rise for p in known])
+        d.axes.margins(x=0.08)
+        _legend(d.axes, 5)
+        return d.svg("Rise in perplexity over size in megabytes, by number of bits, with the budgets and the choice")
+
+
+def _mark_budgets(d: Drawing, frontier: Frontier) -> None:
+    """Dashed lines that may not be exceeded: upwards the loss, to the right the size."""
+    dashed: dict[str, Any] = {"color": INK, "lw": 1.2, "ls": (0, (4, 3)), "zorder": 1}
+    lines = []
+    if frontier.loss is not None:
+        line = d.axes.axhline(100 * frontier.loss, **dashed)
+        lines.append((line, f"budget: perplexity up by {percent(frontier.loss)}"))
+    if frontier.size is not None:
+        lines.append((d.axes.axvline(frontier.size / 1e6, **dashed), f"budget: {size(frontier.size)}"))
+    for number, (line, words) in enumerate(lines):
+        line.set_label("budget" if number == 0 else "_")
+        d.tip(line, words)
+
+
+def _rise_axis(axes: Any, frontier: Frontier, rises: list[float]) -> None:
+    """Per cent; where some points are far beyond the budget, only the range around it stays linear."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    budget = 100 * frontier.loss if frontier.loss is not None else max(map(abs, rises))
+    crowded = 0.0
+    if max(map(abs, rises)) > 10 * budget:
+        axes.set_yscale("symlog", linthresh=budget, linscale=0.7)
+        axes.yaxis.set_minor_locator(NullLocator())
+        crowded = budget  # ticks below it would be written over that of 0
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "" if 0 < abs(value) < crowded else f"{value:g}"))
+    axes.margins(y=0.1)
 
 
 # ---- the layer stack ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from cyclopts import Parameter
 
 from layercut import __version__
 from layercut.config import (
+    PRESETS,
     CompareConfig,
     CompressConfig,
     CutConfig,
@@ -250,16 +251,39 @@ def _words(error: cyclopts.CycloptsError) -> str:
 
 
 def _take_config(arguments: list[str]) -> None:
-    """Let --config FILE fill the flags that are not given; flags win."""
+    """Let --config FILE fill the flags that are not given, and --preset NAME what is then still open."""
     app.config = ()
-    for argument, following in pairwise([*arguments, ""]):
-        if argument == "--config" and (not following or following.startswith("-")):
+    given: dict[str, Any] = {}
+    file, preset = _value(arguments, "--config"), _value(arguments, "--preset")
+    if file is not None:
+        if not file or file.startswith("-"):
             raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
-        if argument == "--config" or argument.startswith("--config="):
-            app.config = (_yaml(Path(following if argument == "--config" else argument.partition("=")[2])),)
+        given = _yaml(Path(file))
+        app.config = (_source(given, file),)
+    # a preset that does not exist is refused with the flags
+    filled = PRESETS.get(str(given.get("preset") if preset is None else preset), {})
+    # `plan` takes some of the flags of `compress`, not all
+    app.config = (*app.config, _source(filled, "--preset", allow_unknown=True))
 
 
-def _yaml(path: Path) -> Callable[..., Any]:
+def _value(arguments: list[str], flag: str) -> str | None:
+    """What stands behind a flag; None where it is not given."""
+    found = None
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == flag:
+            found = following
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _source(values: dict[str, Any], name: str, *, allow_unknown: bool = False) -> Callable[..., Any]:
+    """Values that fill the flags not given yet."""
+    return cyclopts.config.Dict(values, source=name, use_commands_as_keys=False, allow_unknown=allow_unknown)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    """The keys of a --config file."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -280,8 +304,7 @@ def _yaml(path: Path) -> Callable[..., Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
     # a resolved config.yaml also lists what was left at None
-    given = {key: value for key, value in content.items() if value is not None}
-    return cyclopts.config.Dict(given, source=str(path), use_commands_as_keys=False)
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _refusal(message: str, hint: str) -> Outcome:

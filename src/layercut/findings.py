@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layercut import survival
+from layercut import progressive, survival
 from layercut.errors import RunError
 from layercut.figures import (
     change,
@@ -53,6 +53,10 @@ class Run:
     stability: dict[str, Any] = field(default_factory=dict)
     """Of this very search; that of an earlier one is left out."""
     quantization: dict[str, Any] = field(default_factory=dict)
+    frontier: dict[str, Any] = field(default_factory=dict)
+    """Of this very run in rounds; that of an earlier one in its folder is left out."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """config.yaml."""
 
 
 def read_run(folder: Path) -> Run:
@@ -63,6 +67,9 @@ def read_run(folder: Path) -> Run:
             f"finish the run first: layercut compress MODEL --out {folder}",
         )
     search, stability = _read(folder / "search.json"), _read(folder / "stability.json")
+    frontier, settings = _read(folder / "frontier.json"), _settings(folder / "config.yaml")
+    budgets = part(frontier, "budgets")
+    of_this_run = "rounds" in search and all(settings.get(key, value) == value for key, value in budgets.items())
     return Run(
         summary=_read(folder / "summary.json"),
         search=search,
@@ -71,7 +78,20 @@ def read_run(folder: Path) -> Run:
         env=_read(folder / "env.json"),
         stability=stability if stability.get("search") == search.get("config_hash") else {},
         quantization=_read(folder / "quantize.json"),
+        frontier=frontier if of_this_run else {},
+        settings=settings,
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a run was asked for; empty where that cannot be read, for the report does not hang on it."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -183,11 +203,14 @@ def headline(summary: dict[str, Any]) -> str:
     )
     which = layer_names(summary.get("segments"))
     sentence = f"{name} without {removed}" + (f" ({which})" if which else "")
+    if before is not None and before == after:
+        sentence = f"{name} with all of its {before:.0f} layers"
     old, new = finite(sizes.get("before")), finite(sizes.get("after"))
     facts = []
     if old and new is not None:
         way = "smaller" if new < old else "larger"
-        facts.append(f"is {percent(abs(1 - new / old))} {way} ({count(old)} → {count(new)} parameters)")
+        if new != old:
+            facts.append(f"is {percent(abs(1 - new / old))} {way} ({count(old)} → {count(new)} parameters)")
     facts.append(_perplexity_words(summary))
     return f"{sentence} {' and '.join(facts)}."
 
@@ -218,6 +241,11 @@ class Verdict:
 def verdicts(run: Run) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     found = [_search_verdict(run), _stability_verdict(run.stability), _cut_verdict(run.summary)]
+    progress = (
+        progressive.rounds_verdict(run.search, run.heal),
+        progressive.budgets_verdict(progressive.read_frontier(run.frontier)),
+    )
+    found += [Verdict(*words) for words in progress if words]
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
     found += [_quantize_verdict(run), _size_verdict(run.summary)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
@@ -236,20 +264,64 @@ def chosen_kl(search: dict[str, Any]) -> float | None:
 
 
 def _search_verdict(run: Run) -> Verdict | None:
-    oracle, ours = part(run.search, "oracle"), chosen_kl(run.search)
-    best = finite(oracle.get("kl"))
+    oracle = part(run.search, "oracle")
+    choice, rival = label(run.search.get("segments")), label(oracle.get("segments"))
+    if chosen_by_fold(run):
+        return _folded_verdict(run.search, choice, rival)
+    ours, best, unit = chosen_kl(run.search), finite(oracle.get("kl")), "nats"
+    scores = [_score(run.search, run.search.get("segments")), _score(oracle, oracle.get("segments"))]
+    if None not in scores:  # what the search went by, and the oracle beside it
+        (ours, best), unit = scores, f"by --search-objective {printable(run.settings.get('search_objective'))}".strip()
     if not best or ours is None:
         return None
     gap = ours / best - 1
-    choice, rival = label(run.search.get("segments")), label(oracle.get("segments"))
     if choice == rival:
         return Verdict(
             "good", "Search", f"chose {choice}, the cheapest segment by exhaustive search as well."
         )
-    text = f"chose {choice} at {figure(ours)} nats; exhaustive search finds {rival} at {figure(best)}"
+    text = f"chose {choice} at {figure(ours)} {unit}; exhaustive search finds {rival} at {figure(best)}"
     if gap <= 0.05:
         return Verdict("good", "Search", f"{text}: {percent(max(gap, 0.0))} more, within the 5% allowed.")
     return Verdict("bad", "Search", f"{text}: it missed the best by {percent(gap)}.")
+
+
+def _score(found: dict[str, Any], segments: Any) -> float | None:
+    """What a search went by for these segments, where that is not their KL."""
+    for candidate in map(part, items(found, "candidates")):
+        if spans(candidate.get("segments")) == spans(segments):
+            return finite(candidate.get("score"))
+    return None
+
+
+def chosen_by_fold(run: Run) -> bool:
+    """Whether --score folded chose: its scores are KL after the fold, which the oracle does not have."""
+    oracle = part(run.search, "oracle")
+    if _score(run.search, run.search.get("segments")) is None:
+        return False
+    return run.settings.get("score") == "folded" or (
+        bool(oracle) and _score(oracle, oracle.get("segments")) is None
+    )
+
+
+def _folded_verdict(search: dict[str, Any], choice: str, rival: str) -> Verdict | None:
+    """--score folded beside the oracle: the choice by what is left after the fold, the search by the plain cuts.
+
+    A choice that is dearer as a plain cut is no miss; the search is judged by the best it found before the fold.
+    """
+    oracle, ours = part(search, "oracle"), _score(search, search.get("segments"))
+    regret = finite(oracle.get("regret"))
+    if regret is None or ours is None:
+        return None
+    text = f"chose {choice}, by what is left after the fold: {figure(ours)} nats"
+    there = _score(search, oracle.get("segments"))
+    if choice == rival:
+        text += "; it is the best plain cut by exhaustive search as well"
+    elif there is not None:
+        text += f", where {rival}, the best plain cut by exhaustive search, is left with {figure(there)}"
+    missed = percent(max(regret - 1, 0.0))
+    if regret <= 1.05:
+        return Verdict("good", "Search", f"{text}. The search's best plain cut is within {missed} of it.")
+    return Verdict("bad", "Search", f"{text}. The search's best plain cut missed {rival} by {missed}.")
 
 
 def _stability_verdict(stability: dict[str, Any]) -> Verdict | None:

@@ -16,7 +16,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut import charts, figures, findings, survival
+from layercut import charts, figures, findings, progressive, survival
 from layercut.figures import NOT_MEASURED, finite, items, part
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def write_report(run: Path) -> Path:
         "triangle": charts.triangle_chart(found.search),
         "tuning": charts.tuning_chart(found.heal),
         "positions": charts.position_chart(survival.positions(found.summary)),
+        "frontier": charts.frontier_chart(progressive.read_frontier(found.frontier)),
     }
     page = _templates(escape=True).get_template("report.html")
     html_text = page.render(
@@ -85,7 +86,7 @@ def _templates(*, escape: bool) -> Environment:
     )
     shown = (figures.count, figures.size, figures.figure, figures.percent, figures.times, figures.duration)
     named = (figures.label, figures.layer_names, figures.printable, code, prose, whole, plus_minus, probability)
-    for function in shown + named:
+    for function in (*shown, *named, progressive.signed):
         env.filters[function.__name__] = function
     return env
 
@@ -98,6 +99,8 @@ def _facts(run: findings.Run) -> dict[str, Any]:
         "summary": run.summary,
         "search": run.search,
         "stability": run.stability,
+        "rounds": progressive.round_rows(run.search, run.heal),
+        "frontier": progressive.read_frontier(run.frontier),
         "heal": run.heal,
         "env": run.env,
         "quantized": finite(run.quantization.get("bits")) in (4, 8),
