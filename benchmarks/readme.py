@@ -1,10 +1,10 @@
-"""Writes the README's tables from benchmarks/results/: demo.json, a run's summary, and compare-RATIO.json.
+"""Writes the README's figures from benchmarks/results/: demo.json, search.json, stream.json and compare-RATIO.json.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
     python benchmarks/readme.py                  # writes the tables anew from the files that are there
 
-compare-RATIO.json come from `benchmarks/compare.py`.
+demo.json is a run's summary; the others come from the benchmark of that name.
 """
 
 from __future__ import annotations
@@ -82,6 +82,26 @@ def compare_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def search_words() -> str:
+    """How near the gate comes to the best there is, what that costs, and a search of a model larger than memory."""
+    found, disk = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("search", "stream"))
+    regret, costs, two = found["regret"], found["cost_at_a_fifth"], found["two_segments"]
+    shares = " : ".join(f"{costs[way]['work_over_brute_force']:.2f}" for way in ("brute_force", "sweep", "gate"))
+    seconds = " : ".join(f"{costs[way]['seconds']:.0f}" for way in ("brute_force", "sweep", "gate"))
+    run = disk["rows"][0]
+    return (
+        f"The gate against the best of all segments, {found['environment']['date'][:10]}, {found['model']}, ratios "
+        f"0.1 to 0.4, three seeds each: its segment's KL is {regret['median']:.2f} times the best one's in the median "
+        f"and {regret['worst']:.2f} at worst ({regret['cases']} cases). Work at ratio 0.2, brute force : one sweep : "
+        f"gate = {shares} ({seconds} s). Two segments with {two['length']} layers in all: the best of "
+        f"{two['sets']:,} sets (regret {two['regret']:.2f}) for {100 * two['clp_over_brute_force']:.0f} % of brute "
+        f"force.\n\nA checkpoint of Llama-3-8B's shape ({size(disk['checkpoint_bytes'])}, random weights) searched "
+        f"from disk: peak memory {size(run['peak_rss_bytes'])}, each layer read "
+        f"{run['times_each_layer_was_read'][0]} time, {run['seconds']['search']:.0f} s on {disk['tokens']['rows']} x "
+        f"{disk['tokens']['window']} tokens."
+    )
+
+
 def comparisons() -> str:
     """The tables of all ratios that were compared."""
     return "\n\n".join(compare_table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("compare-*.json")))
@@ -89,7 +109,8 @@ def comparisons() -> str:
 
 def filled(text: str) -> str:
     """The README with its tables made anew."""
-    for region, tables in (("figures", table(json.loads(RESULT.read_text()))), ("compare", comparisons())):
+    regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words(), "compare": comparisons()}
+    for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
         text = between.sub(lambda found, inside=tables: f"{found[1]}\n{inside}\n{found[2]}", text)
     return text
