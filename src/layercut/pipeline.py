@@ -24,10 +24,7 @@ from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
 from layercut.progress import say
-from layercut.remarks import (
-    describe_quantization,
-    describe_retention,
-)
+from layercut.remarks import describe_quantization, describe_retention
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
 from layercut.runs import Run, versions, write_text

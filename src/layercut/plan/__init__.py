@@ -19,7 +19,7 @@ from layercut import models
 from layercut.config import CompressConfig, PlanConfig, parse_bytes
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
-from layercut.pipeline import wanted_length
+from layercut.pipeline import check_window, wanted_length
 from layercut.plan import memory, work
 from layercut.plan.fit import Target, judge, targets
 from layercut.plan.machine import Rates, calibrate, memory_bytes, resident_bytes
@@ -49,7 +49,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device = models.pick_device(config.load.device)
     dtype = models.pick_dtype(config.load.dtype, stock, checkpoint, device)
-    _check_window(journey, stock)
+    check_window(journey.text.window, stock)
 
     shape = measure_shape(stock, dtype, journey.text.window)
     given = checked_segments(journey.search.segments, shape.layers)
@@ -242,16 +242,6 @@ def _stored(checkpoint: models.Checkpoint, shape: Shape) -> int:
     files = [checkpoint.file] if checkpoint.gguf else models.weight_files(checkpoint.folder)
     here = sum(file.stat().st_size for file in files if file.is_file())
     return here or shape.dense.total * shape.itemsize
-
-
-def _check_window(config: CompressConfig, stock: Any) -> None:
-    """As the run itself refuses it."""
-    limit = getattr(stock.get_text_config(), "max_position_embeddings", None)
-    if limit and config.text.window > limit:
-        raise ConfigError(
-            f"--window {config.text.window} is longer than the model's {limit} positions",
-            f"allowed is up to {limit}: --window {min(limit, 256)}",
-        )
 
 
 __all__ = ["plan_run"]
