@@ -91,7 +91,9 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
     perplexities, records, tokens = {}, [], None
     for name, source in names.items():
         checkpoint = models.resolve(source, allow_pickle=config.load.allow_pickle)
-        check_window(config.window, models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code))
+        if source_of_text is not None:
+            stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+            check_window(config.window, stock)
         loaded = stream.load(checkpoint, **asdict(config.load))
         if asked.names:
             tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
