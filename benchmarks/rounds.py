@@ -23,9 +23,10 @@ from layercut.cut import cut_segment_
 from layercut.evaluate import perplexity
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
+from layercut.rounds import round_lengths
 from layercut.runs import write_json
 from layercut.search import find_segments
-from layercut.segments import joined_segments, layers_to_remove
+from layercut.segments import Removal, layers_to_remove
 from layercut.sweep import Stack, mean_kl
 
 
@@ -67,29 +68,26 @@ def in_rounds(
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     student = models.share(dense.model)
-    total, removed, rounds = layers_to_remove(args.ratio, len(dense)), set[int](), []
-    for number, tokens in enumerate(text["tuning"].tensor_split(count)):
-        length = total // count + (number < total % count)
+    lengths = round_lengths(layers_to_remove(args.ratio, len(dense)), len(dense), count)
+    removal, rounds = Removal.first(()), []
+    for length, tokens in zip(lengths, text["tuning"].tensor_split(len(lengths)), strict=True):
         found = find_segments(
             Stack(student), text["calibration"][: max(1, args.search_tokens // args.window)], length, args.method,
             seed=args.seed,
         )  # fmt: skip
-        kept = [i for i in range(len(dense)) if i not in removed]
-        new = {kept[i] for cut in found.segments for i in range(cut.start, cut.stop)}
-        removed |= new
-        segments = joined_segments(removed)
+        removal = removal.then(found.segments, len(dense))
         cut_segment_(student, list(found.segments))
         stack = Stack(student)
-        touched = [cut for cut in segments if new & set(range(cut.start, cut.stop))]
-        state: dict[str, Any] = {"removed": [[cut.start, cut.stop] for cut in touched]}
+        state: dict[str, Any] = {"removed": [[cut.start, cut.stop] for cut in removal.new]}
         state["kl_cut"] = mean_kl(dense, stack, text["heldout"])
-        fold_(dense, stack, segments, text["calibration"], only=touched)
+        fold_(dense, stack, removal.all, text["calibration"], only=removal.new)
         state["kl_folded"] = mean_kl(dense, stack, text["heldout"])
-        report = tune_(dense, stack, segments, tokens, text["heldout"], TuneSettings(batch_tokens=args.batch_tokens))
+        settings = TuneSettings(batch_tokens=args.batch_tokens)
+        report = tune_(dense, stack, removal.all, tokens, text["heldout"], settings)
         state |= {"kl_tuned": mean_kl(dense, stack, text["heldout"]), "trained_layers": report.trained_layers}
         rounds.append(state | {"tune_tokens": tokens.numel()})
         print(rounds[-1], flush=True)
-    final = {"segments": [[cut.start, cut.stop] for cut in segments], "seconds": time.perf_counter() - begun}
+    final = {"segments": [[cut.start, cut.stop] for cut in removal.all], "seconds": time.perf_counter() - begun}
     return {"rounds": count, "each": rounds, **final, **figures(student, reported)}
 
 

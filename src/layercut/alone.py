@@ -36,11 +36,10 @@ from layercut.gguf_export import (
 )
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
-from layercut.quantize import endpoints_of, quantize_
 from layercut.remarks import describe_quantization
 from layercut.runs import write_json
 from layercut.segments import Segment
-from layercut.workbench import quantization_facts
+from layercut.workbench import quantization_facts, quantize_with_bar_
 
 
 def cut(model: str, config: CutConfig) -> Path:
@@ -153,9 +152,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
             text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
             chat_template=text.chat_template, model=model,
         ).tokens  # fmt: skip
-    layers = len(loaded.decoder)
-    with bar("quantizing", layers) as advance:
-        found = quantize_(model, tokens, config.quantize, endpoints=endpoints_of(model.config, layers), advance=advance)
+    found = quantize_with_bar_(model, tokens, config.quantize)
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
     with bar("saving and verifying", None):

@@ -196,8 +196,6 @@ def summarise(
         "parameters": cut["parameters"],
         "bytes": {"before": cut["bytes"]["before"], "after": exported["bytes"]},
         "perplexity": measured["perplexity"],
-        "tasks": None,
-        "retention": None,
         "speed": measured["speed"],
         "generation_health": measured.get("health"),
         "seconds": run.seconds.copy(),

@@ -183,6 +183,10 @@ class Round(Workbench):
     """What is removed once this round is done."""
 
     @property
+    def layers(self) -> int:
+        return self.whole.layers
+
+    @property
     def dense(self) -> models.LanguageModel:
         return self.whole.dense
 
@@ -197,6 +201,10 @@ class Round(Workbench):
     @property
     def blocks(self) -> dict[str, torch.Tensor]:
         return self.whole.blocks
+
+    @property
+    def heldout_perplexity(self) -> float:
+        return self.whole.heldout_perplexity
 
     @property
     def before(self) -> Any:

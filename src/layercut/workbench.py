@@ -324,27 +324,21 @@ class Workbench:
         if config.bits == 16:
             return {"bits": 16, "layers": []}
         student = self.student(segments, "folded", "tuned")
-        layers = len(models.find_decoder(student))
-        with bar("quantizing", layers) as advance:
-            ends = endpoints_of(student.config, layers)
-            found = quantize_(student, self.blocks["calibration"], config, endpoints=ends, advance=advance)
+        found = quantize_with_bar_(student, self.blocks["calibration"], config)
         self.save(found.packed, "quantized")
         return quantization_facts(found, student, config) | {"files": ["quantized.safetensors"]}
 
     def frontier(self, bits: Sequence[int]) -> dict[str, Any]:
         """Size and loss of what is left, at several numbers of bits."""
-        model = self.healed
-        return {"points": [self.point(model, len(models.find_decoder(model)), width) for width in bits]}
+        return {"points": [self.point(self.healed, width) for width in bits]}
 
-    def point(self, model: Any, layers: int, bits: int) -> dict[str, Any]:
+    def point(self, model: Any, bits: int) -> dict[str, Any]:
         """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows."""
         quantize = replace(self.config.quantize, bits=bits)  # type: ignore[arg-type]
-        size = models.parameter_bytes(model)
+        size, layers = models.parameter_bytes(model), len(models.find_decoder(model))
         if bits < 16:
             model = models.share(model)
-            with bar(f"quantizing to {bits} bits", layers) as advance:
-                ends = endpoints_of(model.config, layers)
-                found = quantize_(model, self.blocks["calibration"], quantize, endpoints=ends, advance=advance)
+            found = quantize_with_bar_(model, self.blocks["calibration"], quantize)
             size = quantization_facts(found, model, quantize)["bytes"]["after"]
         perplexity = evaluate.perplexity(model, self.blocks["heldout"])
         return {"layers": layers, "bits": bits, "bytes": size, "rise": perplexity / self.heldout_perplexity - 1}
@@ -488,6 +482,13 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
         epochs=heal.epochs,
         patience=heal.patience,
     )
+
+
+def quantize_with_bar_(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Quantization:
+    """`quantize_`, with the layers beside the cut found in the model's own config, and a bar."""
+    layers = len(models.find_decoder(model))
+    with bar(f"quantizing to {config.bits} bits", layers) as advance:
+        return quantize_(model, tokens, config, endpoints=endpoints_of(model.config, layers), advance=advance)
 
 
 def quantization_facts(found: Quantization, model: Any, config: QuantizeConfig) -> dict[str, Any]:
