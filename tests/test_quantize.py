@@ -272,7 +272,7 @@ def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
     found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True))
     packing = {"packed": found.packed, "quantization_config": found.config}
     export.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
-    loaded = models.load(models.resolve(str(tmp_path / "model"))).model
+    loaded = models.load(models.resolve(str(tmp_path / "model")), dtype="bfloat16").model
     assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
     assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
 

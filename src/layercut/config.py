@@ -69,7 +69,8 @@ class ModelConfig:
     device: str = "auto"
     """auto (the first accelerator, else the CPU), cpu, cuda, cuda:N, mps or xpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format to compute and save in. auto: the checkpoint's own; bfloat16 for GGUF."""
+    """Number format to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
+    instructions for it, computed in float32 and saved in it all the same."""
     trust_remote_code: Annotated[bool, Parameter(negative="")] = False
     """Run modelling code that comes with the checkpoint."""
     allow_pickle: Annotated[bool, Parameter(negative="")] = False

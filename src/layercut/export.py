@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from layercut.errors import RunError
-from layercut.models import quiet_transformers
+from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
 
 CHECKER = Path(__file__).with_name("reload_check.py")
@@ -44,6 +44,7 @@ def export_checkpoint(
     Returns {"bytes": of the weight files, "check": what the fresh process saw}. Raises RunError where the disk
     does not let us, ReloadError where the reloaded model differs or a weight was saved twice.
     """
+    model = as_stored(model)
     state = stored_state(model, packed or {})
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from layercut.models import find_decoder, parameter_bytes
+from layercut.models import find_decoder, parameter_bytes, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,10 @@ def _now(model: Any) -> float:
 
 @torch.no_grad()
 def cache_bytes(model: Any) -> int:
-    """Bytes the cache grows by with each token, measured on the cache itself (0 for layers that only keep a state)."""
+    """Bytes the cache grows by with each token, measured on the cache itself (0 for layers that only keep a state).
+
+    In the number format that the model is saved in, also where it computes in a wider one.
+    """
     device = next(model.parameters()).device
 
     def held(length: int) -> int:
@@ -193,7 +196,7 @@ def cache_bytes(model: Any) -> int:
         output = model(input_ids=tokens, use_cache=True)
         return bytes_held(output)
 
-    return (held(12) - held(8)) // 4
+    return (held(12) - held(8)) // 4 * stored_dtype(model).itemsize // model.dtype.itemsize
 
 
 def bytes_held(output: Any) -> int:

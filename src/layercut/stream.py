@@ -53,7 +53,8 @@ def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how:
     if getattr(config, "quantization_config", None):
         return False
     place = models.pick_device(how.get("device", "auto"))
-    number = models.pick_dtype(how.get("dtype", "auto"), config, checkpoint, place)
+    dtype = how.get("dtype", "auto")
+    number = models.computing_dtype(dtype, models.pick_dtype(dtype, config, checkpoint), place)
     elements = sum(s.elements for s in stored_tensors(checkpoint.folder).values())
     return elements * number.itemsize > FITS * available_bytes(place)
 
@@ -160,7 +161,8 @@ def open_on_disk(
     config = models.load_config(checkpoint, trust_remote_code=trust_remote_code)
     _refuse(checkpoint, config)
     place = models.pick_device(device)
-    number = models.pick_dtype(dtype, config, checkpoint, place)
+    own = models.pick_dtype(dtype, config, checkpoint)
+    number = models.computing_dtype(dtype, own, place)
     stored = stored_tensors(checkpoint.folder)
     skeleton = _build(checkpoint, config, stored, number)
     layers, rest = _by_layer(skeleton, stored)
@@ -169,6 +171,7 @@ def open_on_disk(
     absent = {name: tensor for layer in layers for name, tensor in layer.items()}
     model = _build(checkpoint, config, absent | tensors, number)
     model.config.name_or_path = str(checkpoint.folder)
+    model.stored_dtype = own
     model.layers_on_disk = disk = LayersOnDisk(model, layers, number, place)
     disk.bytes_read = sum(tensor.nbytes for tensor in tensors.values())
     return models.LanguageModel(

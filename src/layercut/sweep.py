@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from layercut import processes
 from layercut.errors import ModelError
 from layercut.losses import kl_divergence, rows_per_chunk
-from layercut.models import find_decoder
+from layercut.models import find_decoder, stored_dtype
 from layercut.stream import available_bytes, layers_on_disk, without_reading
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -104,6 +104,11 @@ class Stack:
     @property
     def device(self) -> torch.device:
         return next(p.device for p in self.model.parameters() if not p.is_meta)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The number format the weights are saved in."""
+        return stored_dtype(self.model)
 
     def loaded(self, i: int) -> nn.Module:
         """Layer i with its weights in memory: read now where it is on disk, and there until another is entered."""

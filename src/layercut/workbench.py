@@ -76,7 +76,9 @@ class Workbench:
         """The model as it came."""
         loaded = stream.load(self.checkpoint, **asdict(self.config.load), tokenizer=self.tokenizer)
         where = ", layers left on disk" if stream.layers_on_disk(loaded.model) else ""
-        say("load", f"{self.checkpoint.name}: {loaded.dtype}, {loaded.device}{where}".replace("torch.", ""))
+        stored = models.stored_dtype(loaded.model)
+        number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
+        say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))
         return loaded
 
     @cached_property
@@ -238,7 +240,7 @@ class Workbench:
         """Layers to remove for --target-size: counted in the number format that is computed and saved in."""
         model = self.dense.model
         target = parse_bytes("--target-size", self.config.search.target_size or "")
-        weights = [models.parameter_bytes(layer) for layer in self.stack.layers]
+        weights = [models.parameter_bytes(layer, self.stack.stored_dtype) for layer in self.stack.layers]
         return length_for_size(weights, models.parameter_bytes(model), target)
 
     def folded_kl(self, segments: Sequence[Segment]) -> float:
@@ -496,7 +498,8 @@ def quantization_facts(found: Quantization, model: Any, config: QuantizeConfig) 
     parameters = {id(p): p for p in model.parameters()}
     quantized = {row["name"] for row in found.layers}
     covered = {id(model.get_submodule(name).weight) for name in quantized}
-    after = sum(p.nbytes for key, p in parameters.items() if key not in covered)
+    stored = models.stored_dtype(model).itemsize
+    after = sum(p.numel() * min(stored, p.itemsize) for key, p in parameters.items() if key not in covered)
     after += sum(t.nbytes for t in found.packed.values())
     return {
         **asdict(config),

@@ -3,7 +3,7 @@
 Dense teacher and cut student share every frozen weight and, below the first trained layer, every hidden state, so
 the prefix runs once and without gradients. Gradients flow from the logits down to the first trained layer; weight
 gradients, float32 master weights and AdamW's moments exist for the trained layers only. The student is at all
-times the stock model in its own number format: what is measured is what is saved.
+times the stock model, its weights rounded to the number format they are saved in: what is measured is what is saved.
 
 Objectives (`objectives.py`): "kl" (KL(p || q) on the logits, the default), "next-token" (the paper's setting),
 "hidden" (what leaves the last trained layer should be what left it in the dense model; no logits, cheap and weaker).
@@ -178,6 +178,7 @@ class _Training:
         settings: TuneSettings,
     ) -> None:
         self.pair, self.trained, self.tokens, self.settings = pair, trained, tokens, settings
+        self.stored = pair.student.stored_dtype
         self.masters = [p.detach().float().clone() for p in trained]
         self.best_state = [p.detach().cpu().clone() for p in trained]
         rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size)
@@ -215,7 +216,7 @@ class _Training:
         self.optimizer.step()
         with torch.no_grad():
             for master, p in zip(self.masters, self.trained, strict=True):
-                p.copy_(master)
+                p.copy_(master.to(self.stored))
         count = len(rows) * self.tokens.shape[1]
         report.seconds += time.perf_counter() - begun
         report.tokens += count
@@ -288,7 +289,7 @@ class _Training:
         vars(self.report).update(facts)
         for master, p, value in zip(self.masters, self.trained, tensors["master"], strict=True):
             master.copy_(value)
-            p.copy_(master)
+            p.copy_(master.to(self.stored))
         self.best_state = tensors["best"]
         saved = self.optimizer.state_dict()
         saved["state"] = {

@@ -156,7 +156,7 @@ def _fold_one_(
         fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
         ridge, x = _solution(fit, check)
         judge = check if check.tokens else fit
-        target.fold_into_(student.layers[position], x[: target.width])
+        target.fold_into_(student.layers[position], x[: target.width], student.stored_dtype)
         ridges.append(ridge)
         plain = plain or judge.yy
     names = [target.name for target in targets]

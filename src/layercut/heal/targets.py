@@ -37,14 +37,17 @@ class Target:
     width: int
     """How many numbers a token it is solved from: I, what it reads, or D, what it puts out."""
 
-    def fold_into_(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D]."""
+    def fold_into_(self, layer: nn.Module, x: torch.Tensor, stored: torch.dtype) -> None:
+        """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D].
+
+        They are rounded to the number format that they are saved in.
+        """
         for name, dim in self.weights:
             owner, _, leaf = name.rpartition(".")
             module = layer.get_submodule(owner)
             weight = getattr(module, leaf)
             new = weight.double() + (x.T if dim == 0 else x) if self.reads else multiplied(weight, dim, x)
-            setattr(module, leaf, nn.Parameter(new.to(weight.dtype), requires_grad=False))
+            setattr(module, leaf, nn.Parameter(new.to(stored).to(weight.dtype), requires_grad=False))
 
 
 def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:

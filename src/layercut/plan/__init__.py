@@ -48,61 +48,69 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     checkpoint = models.resolve(model, weights=False)
     stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device = models.pick_device(config.load.device)
-    dtype = models.pick_dtype(config.load.dtype, stock, checkpoint, device)
+    asked = config.load.dtype
+    stored = models.pick_dtype(asked, stock, checkpoint)
+    dtype = models.computing_dtype(asked, stored, device)
     check_window(journey.text.window, stock)
 
-    shape = measure_shape(stock, dtype, journey.text.window)
+    @lru_cache
+    def shape_at(window: int, number: torch.dtype) -> Shape:
+        return measure_shape(stock, number, window)
+
+    shape, before = shape_at(journey.text.window, dtype), count_parts(skeleton(stock, stored))
     given = checked_segments(journey.search.segments, shape.layers)
-    length = sum(map(len, given)) if given else planned_length(journey, shape)
-    segments, after = cut_parts(stock, dtype, given, length)
+    length = sum(map(len, given)) if given else planned_length(journey, shape, stored)
+    segments, after = cut_parts(stock, stored, given, length)
     base = resident_bytes()
     rates = calibrate(shape, dtype, device, checkpoint.folder) if config.calibrate else None
 
-    @lru_cache
-    def shape_at(window: int) -> Shape:
-        return shape if window == shape.window else measure_shape(stock, dtype, window)
-
-    stored = _stored(checkpoint, shape)
     gguf = checkpoint.gguf is not None
-    mapped = not gguf and dtype == models.pick_dtype("auto", stock, checkpoint, device)
+    own = models.pick_dtype("auto", stock, checkpoint)
+
+    def number_on(place: str) -> torch.dtype:
+        return models.computing_dtype(asked, stored, torch.device("cpu")) if place == "cpu" else stored
 
     def peaks(settings: CompressConfig, on_cpu: bool) -> dict[str, memory.Peak]:
-        at, libraries = shape_at(settings.text.window), base or 0
+        place, libraries = "cpu" if on_cpu else "accelerator", base or 0
+        at = shape_at(settings.text.window, number := number_on(place))
         found = stage_peaks(at, settings, segments, length, bool(given), after, libraries if on_cpu else 0)
-        place = "cpu" if on_cpu else "accelerator"
-        found["load"] = memory.load(shape, gguf=gguf, mapped=mapped, device=place)
+        found["load"] = memory.load(at, gguf=gguf, mapped=not gguf and number == own, device=place)
         return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
         return {name: memory.total(peak) for name, peak in peaks(settings, not target.accelerator).items()}
 
-    spent = stage_work(shape, journey, segments, length, bool(given), after, stored, gguf)
+    files = _file_bytes(checkpoint) or before.total * stored.itemsize
+    spent = stage_work(shape, journey, segments, length, bool(given), after, files, gguf)
     planned = peaks(journey, device.type == "cpu")
     stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
     return {
         "model": model,
         "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(stored).removeprefix("torch."),
+        "computed_in": str(dtype).removeprefix("torch."),
         "layers": {"before": shape.layers, "after": shape.layers - length},
         "segments": [[s.start, s.stop] for s in segments],
         "segments_are": "given" if given else "assumed: the search decides; the middle of the stack is taken here",
         "parameters": {"before": part_counts(shape.dense), "after": part_counts(after)},
         "parameters_after_range": None if given else _range(shape.dense, length),
-        "bytes": {"before": sizes(shape.dense, dtype), "after": sizes(after, dtype)},
-        "kv_bytes_per_token": {"before": shape.dense.kv_bytes_per_token, "after": after.kv_bytes_per_token},
-        "caches": {"before": shape.dense.caches, "after": after.caches},
+        "bytes": {"before": sizes(before, stored), "after": sizes(after, stored)},
+        "kv_bytes_per_token": {"before": before.kv_bytes_per_token, "after": after.kv_bytes_per_token},
+        "caches": {"before": before.caches, "after": after.caches},
         "base_bytes": base,
-        "host_bytes": memory.total(memory.load(shape, gguf=gguf, mapped=mapped, device="cpu")) + (base or 0),
+        "host_bytes": memory.total(memory.load(shape, gguf=gguf, mapped=not gguf and dtype == own, device="cpu"))
+        + (base or 0),
         "machine": rates.to_json() if rates else None,
         "stages": stages,
         "seconds": sum(s["seconds"] for s in stages.values() if s["seconds"] is not None) if rates else None,
         "fits": [
-            judge(target, journey, needs, shape.dense.total * dtype.itemsize) for target in targets(memory_bytes())
+            judge(target, journey, needs, before.total * number_on("" if target.accelerator else "cpu").itemsize)
+            for target in targets(memory_bytes())
         ],
     }
 
 
-def planned_length(config: CompressConfig, shape: Shape) -> int:
+def planned_length(config: CompressConfig, shape: Shape, stored: torch.dtype) -> int:
     """How many layers a run would remove, as far as that can be told without the weights."""
     search, each = config.search, shape.dense.layers
     if (length := wanted_length(search, shape.layers)) is not None:
@@ -112,7 +120,7 @@ def planned_length(config: CompressConfig, shape: Shape) -> int:
             "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
         )
     target = parse_bytes("--target-size", search.target_size)
-    return length_for_size([n * shape.itemsize for n in each], shape.dense.total * shape.itemsize, target)
+    return length_for_size([n * stored.itemsize for n in each], shape.dense.total * stored.itemsize, target)
 
 
 def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:
@@ -171,7 +179,7 @@ def stage_work(
     length: int,
     given: bool,
     after: Parts,
-    stored: int,
+    files: int,
     gguf: bool,
 ) -> dict[str, work.Work | None]:
     """What every stage computes; None where that cannot be told beforehand."""
@@ -179,7 +187,7 @@ def stage_work(
     known = given or (config.search.method in work.METHODS and config.search.num_segments == 1)
     weights = (shape.dense.total * size, after.total * size)
     return {
-        "load": work.load_work(stored, weights[0]) if not gguf else None,  # dequantizing takes most of it
+        "load": work.load_work(files, weights[0]) if not gguf else None,  # dequantizing takes most of it
         "search": work.search_work(shape, config, length, segments if given else []) if known else None,
         "fold": work.fold_work(shape, config, first),
         "tune": work.tune_work(shape, config, first),
@@ -237,11 +245,10 @@ def _range(parts: Parts, length: int) -> dict[str, int]:
     return {"least": parts.total - max(removed), "most": parts.total - min(removed)}
 
 
-def _stored(checkpoint: models.Checkpoint, shape: Shape) -> int:
-    """Bytes of the weight files: those that are here, else what they will be."""
+def _file_bytes(checkpoint: models.Checkpoint) -> int:
+    """Bytes of the weight files that are here."""
     files = [checkpoint.file] if checkpoint.gguf else models.weight_files(checkpoint.folder)
-    here = sum(file.stat().st_size for file in files if file.is_file())
-    return here or shape.dense.total * shape.itemsize
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 __all__ = ["plan_run"]

@@ -148,7 +148,8 @@ def evaluate(shape: Shape, config: CompressConfig) -> Peak:
 
 def export(shape: Shape, after: int, base: int) -> Peak:
     """What a fresh process needs beside this one to verify the saved model: it turns it into float32, and on a CPU
-    has Python and its libraries once more (base)."""
+    has Python and its libraries once more (base). Where float32 stands in for a narrower format, this process holds
+    the model as it is saved, and the other one loads that: as many bytes again."""
     return {"fresh process": after * (shape.itemsize + 4) + base}
 
 

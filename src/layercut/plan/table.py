@@ -14,8 +14,9 @@ from layercut.plan.memory import largest
 def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     """Title, sizes, stages and fits, to be printed one after the other."""
     layers, where = plan["layers"], ", ".join(f"{a}:{b}" for a, b in plan["segments"])
+    wider = f", computed in {plan['computed_in']}" if plan["computed_in"] != plan["dtype"] else ""
     yield (
-        f"{plan['model']}: {layers['before']} -> {layers['after']} layers, {plan['dtype']}, {plan['device']}; "
+        f"{plan['model']}: {layers['before']} -> {layers['after']} layers, {plan['dtype']}{wider}, {plan['device']}; "
         f"segment {where} ({plan['segments_are']})"
     )
     yield _sizes(plan)

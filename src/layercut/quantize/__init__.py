@@ -20,7 +20,7 @@ import torch
 
 from layercut.config import QuantizeConfig
 from layercut.errors import ModelError
-from layercut.models import replace_parameters_
+from layercut.models import replace_parameters_, stored_dtype
 from layercut.quantize.gptq import add_to_hessian_, gptq, output_errors
 from layercut.quantize.grid import decode, encode, fit_grid
 from layercut.quantize.packing import pack, quantization_config, require_library, unpack
@@ -163,7 +163,7 @@ def _quantize_weight(
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "this model is ruined already")
-    grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.asymmetric, dtype=weight.dtype)
+    grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.asymmetric, dtype=stored_dtype(model))
     nearest = encode(weight, grid)
     codes = nearest if hessian is None else gptq(weight, hessian, grid)
     rounded, plain = decode(codes, grid), decode(nearest, grid)

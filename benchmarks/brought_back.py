@@ -1,0 +1,76 @@
+"""Claim: what endpoint tuning brings back is not the same everywhere; by task and by genre, what it does not.
+
+    python benchmarks/recovery.py … --keep HEALED
+    python benchmarks/brought_back.py --weights folded=HEALED/folded.safetensors \\
+        tuned=HEALED/tuned-1-1048576.safetensors --tasks local_arc_easy,… --include-path FOLDER \\
+        --genres wiki=WIKI.txt maths=gsm8k.jsonl:answer …
+
+The dense model, the plain cut and every set of healed weights: accuracy with standard error on the same items of
+lm-evaluation-harness, perplexity on text of several genres, and the health of what is generated. Brought back: of a
+score (x - cut) / (dense - cut), of a perplexity the same in logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from common import arguments, blocks, finish, open_model
+from layercut import evaluate, models
+from layercut.cut import cut_segment_
+from layercut.progress import say
+from layercut.runs import write_json
+from layercut.segments import Segment
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "", segment="13:19", weights=[""], tasks="", limit=100, include_path="", genres=["docs=python-docs"],
+        genre_tokens=16384, window=256, seed=0,
+    )  # fmt: skip
+    model = open_model(args.model)
+    texts = {
+        name: blocks(model, source, args.genre_tokens, args.window, args.seed, order="as written").tokens
+        for name, _, source in (item.partition("=") for item in args.genres)
+    }
+    names = [name for name in args.tasks.split(",") if name]
+    tasks = evaluate.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
+    students: dict[str, Any] = {"dense": model.model}
+    for name, _, file in (item.partition("=") for item in ["cut=", *args.weights] if item):
+        students[name] = models.share(model.model)
+        cut_segment_(students[name], [Segment.parse(args.segment)])
+        if file:
+            models.replace_parameters_(students[name], load_file(file))
+
+    cache = args.out.with_name(f".{args.out.stem}-tasks")  # a stopped run goes on with the next task
+    rows: list[dict[str, Any]] = []
+    records: dict[str, Any] = {}
+    for name, student in students.items():
+        records[name] = evaluate.score_tasks(
+            student, model.tokenizer, tasks, limit=args.limit or None, name=name, cache=cache
+        )
+        row: dict[str, Any] = {"state": name}
+        row["perplexity"] = {genre: evaluate.perplexity(student, tokens) for genre, tokens in texts.items()}
+        if name != "dense":
+            row |= evaluate.compare_tasks(records["dense"], records[name])
+            row["health"] = evaluate.generation_health(model.model, student, next(iter(texts.values())))
+        rows.append(row)
+        say(name, ", ".join(f"{genre} {figure:.2f}" for genre, figure in row["perplexity"].items()))
+        write_json(args.out.with_name(f".{args.out.stem}.partial.json"), rows)
+    dense, cut = rows[:2]
+    for row in rows[2:]:
+        row["brought_back"] = {
+            genre: math.log(cut["perplexity"][genre] / figure)
+            / math.log(cut["perplexity"][genre] / dense["perplexity"][genre])
+            for genre, figure in row["perplexity"].items()
+        }
+    facts = {key: getattr(args, key) for key in ("segment", "limit", "genre_tokens", "window", "seed")}
+    finish(args.out, model, (__doc__ or "").splitlines()[0], rows, genres=list(texts), **facts)
+    args.out.with_name(f".{args.out.stem}.partial.json").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Claim: fold and cutoff endpoint tuning close most of the log-perplexity gap that a cut opens, and more the longer.
+
+    python benchmarks/recovery.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--tokens 262144 1048576]
+    python benchmarks/recovery.py …        # goes on: budgets that are done are kept, one that was stopped is resumed
+
+Every budget is a run of its own, with its own schedule: fold on the calibration tokens, then that many tokens of
+tuning. Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities on texts that nothing was tuned on.
+Seconds are those of fold and tuning, scoring of the held-out rows included; processor seconds beside them; both null
+where the tuning was resumed (its own seconds are counted over all processes). --keep FOLDER keeps the healed weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from common import arguments, blocks, finish, open_model
+from layercut import models
+from layercut.cut import cut_segment_
+from layercut.evaluate import perplexity
+from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.heal.fold import fold_
+from layercut.heal.state import StateFile
+from layercut.progress import bar
+from layercut.runs import write_json
+from layercut.segments import Segment
+from layercut.sweep import Stack, mean_kl
+
+
+def main() -> None:
+    args = arguments(
+        __doc__ or "", data="python-docstrings", report=["docs=python-docs"], segment="13:19", window=256, seed=0,
+        calibration_tokens=65536, heldout_tokens=8192, eval_tokens=65536, tokens=[262144, 1048576], radius=[1],
+        learning_rate=0.0, batch_tokens=2048, threads=2, keep="",
+    )  # fmt: skip
+    torch.set_num_threads(args.threads)
+    model = open_model(args.model)
+    segment, dense = [Segment.parse(args.segment)], Stack(model.model)
+    draw = partial(blocks, model, window=args.window, seed=args.seed)
+    calibration = draw(args.data, args.calibration_tokens).tokens
+    heldout = draw(args.data, args.heldout_tokens, skip=len(calibration)).tokens
+    tokens = draw(args.data, max(args.tokens), skip=len(calibration) + len(heldout)).tokens
+    reported = {
+        name: draw(source, args.eval_tokens, order="as written").tokens
+        for name, _, source in (item.partition("=") for item in args.report)
+    }
+
+    def measured(student: Stack) -> dict[str, Any]:
+        figures = {name: perplexity(student.model, text) for name, text in reported.items()}
+        return {"perplexity": figures, "heldout_kl": mean_kl(dense, student, heldout)}
+
+    def cut() -> Stack:
+        student = models.share(model.model)
+        cut_segment_(student, segment)
+        return Stack(student)
+
+    def keep(student: Stack, name: str) -> None:
+        if args.keep:
+            Path(args.keep).mkdir(parents=True, exist_ok=True)
+            shared = {id(p) for p in dense.model.parameters()}
+            own = {n: p.detach() for n, p in student.model.named_parameters() if id(p) not in shared}
+            save_file(own, Path(args.keep) / f"{name}.safetensors")
+
+    part = args.out.with_name(f".{args.out.stem}.partial.json")
+    rows: list[dict[str, Any]] = json.loads(part.read_text()) if part.is_file() else []
+    if not rows:
+        student, clock = cut(), Clock()
+        folds = fold_(dense, student, segment, calibration)
+        rows = [
+            {"state": "dense", **measured(dense)},
+            {"state": "cut", **measured(cut())},
+            {"state": "folded", "fold": folds[0].to_json(), **clock.read(), **measured(student)},
+        ]
+        keep(student, "folded")
+        write_json(part, rows)
+    for radius in args.radius:
+        settings = TuneSettings(
+            radius=radius, learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens
+        )
+        for count in sorted(args.tokens):
+            if any(row.get("tune_tokens") == count and row["radius"] == radius for row in rows):
+                continue
+            student, clock = cut(), Clock()
+            fold_(dense, student, segment, calibration)
+            name = f"{radius}-{count}"
+            state = StateFile(args.out.with_name(f".{args.out.stem}-{name}.state"))
+            resumed = state.path.is_file()
+            with bar(f"tuning, {count:,} tokens", count) as advance:
+                report = tune_(
+                    dense, student, segment, tokens[: math.ceil(count / args.window)], heldout, settings,
+                    advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"), state=state,
+                )  # fmt: skip
+            spent = dict.fromkeys(clock.read()) if resumed else clock.read()
+            row = {"state": "tuned", "tune_tokens": count, "radius": radius, **spent}
+            kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")
+            row |= {key: getattr(report, key) for key in kept} | {"tuning_seconds": report.seconds}
+            rows.append(row | measured(student))
+            print(f"radius {radius}, {count:,} tokens: {rows[-1]['perplexity']}", flush=True)
+            write_json(part, rows)
+            keep(student, f"tuned-{name}")
+            state.path.unlink(missing_ok=True)
+    add_gaps_(rows)
+    told = ("segment", "window", "seed", "calibration_tokens", "heldout_tokens", "eval_tokens", "batch_tokens")
+    facts = {key: getattr(args, key) for key in (*told, "threads")} | {"reported": list(reported)}
+    sources = [Path(each).name for each in args.data.split("+")]
+    finish(args.out, model, (__doc__ or "").splitlines()[0], rows, data=sources, **facts)
+    part.unlink(missing_ok=True)
+
+
+class Clock:
+    """Seconds since it was made, by the wall and of this process's threads."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+def add_gaps_(rows: list[dict[str, Any]]) -> None:
+    """Gap closed on every text, in every row between the cut and the dense model."""
+    at = {row["state"]: row["perplexity"] for row in rows}
+    for row in rows[2:]:
+        row["gap_closed"] = {
+            text: math.log(at["cut"][text] / figure) / math.log(at["cut"][text] / at["dense"][text])
+            for text, figure in row["perplexity"].items()
+        }
+
+
+if __name__ == "__main__":
+    main()
