@@ -362,7 +362,7 @@ def _evaluation(run: Path):
 
 
 def test_a_quantized_model_is_loaded_as_a_plain_one(quantized_run, tmp_path):
-    loaded = models.load(models.resolve(str(quantized_run / "model"))).model
+    loaded = models.load(models.resolve(str(quantized_run / "model")), dtype="bfloat16").model
     loaded.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
