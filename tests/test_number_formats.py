@@ -1,0 +1,131 @@
+"""A CPU without instructions for a checkpoint's number format computes in float32, and saves in that format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import folders
+import tiny
+from layercut import models
+from layercut.cli import main
+from layercut.evaluate import perplexity
+from layercut.quantize import quantize_
+from layercut.quantize.grid import decode, encode, fit_grid
+
+SHORT = ["--tokens=512", "--window=32", "--tune-tokens=512", "--eval-tokens=512", "--no-speed", "--segment=2:4"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tied model of 6 layers, saved in bfloat16."""
+    model = tiny.llama(6, vocab_size=folders.VOCABULARY, tie_word_embeddings=True)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    folders.tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
+    """A CPU that has what is named, and nothing else."""
+    monkeypatch.setattr(models, "cpu_has", lambda feature: feature in features)
+
+
+def load(folder: Path, **how: str) -> models.LanguageModel:
+    return models.load(models.resolve(str(folder)), device="cpu", **how)
+
+
+@pytest.mark.parametrize(
+    ("features", "asked", "computed", "stored"),
+    [
+        ((), "auto", torch.float32, torch.bfloat16),
+        (("avx512_bf16",), "auto", torch.bfloat16, torch.bfloat16),
+        (("bf16",), "auto", torch.bfloat16, torch.bfloat16),
+        ((), "bfloat16", torch.bfloat16, torch.bfloat16),
+        ((), "float32", torch.float32, torch.float32),
+    ],
+)
+def test_what_is_computed_in_and_what_is_saved_in(checkpoint, monkeypatch, features, asked, computed, stored):
+    lacking(monkeypatch, *features)
+    loaded = load(checkpoint, dtype=asked)
+    assert (loaded.dtype, loaded.model.dtype, models.stored_dtype(loaded.model)) == (computed, computed, stored)
+    count = models.parameter_count(loaded.model)
+    assert models.parameter_bytes(loaded.model) == count * stored.itemsize
+
+
+def test_float16_is_computed_in_float32_and_stays_float16(tmp_path):
+    tiny.llama(3).to(torch.float16).save_pretrained(tmp_path)
+    folders.tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path).model
+    assert (model.dtype, models.stored_dtype(model)) == (torch.float32, torch.float16)
+    assert models.as_stored(model).dtype == torch.float16
+
+
+def test_as_stored_loses_nothing_and_leaves_the_model_alone(checkpoint, monkeypatch):
+    lacking(monkeypatch)
+    model = load(checkpoint).model
+    model.model.norm.weight.data[0] = 1 + 2**-20  # bfloat16 does not hold it: as weights that a class keeps wide
+    narrow = models.as_stored(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    wide = [name for name, p in narrow.named_parameters() if p.dtype == torch.float32]
+    assert wide == ["model.norm.weight"]
+    assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
+    for (name, p), (_, q) in zip(model.named_parameters(), narrow.named_parameters(), strict=True):
+        assert torch.equal(p, q.float()), name
+
+
+@pytest.mark.parametrize("bits", [[], ["--bits=4", "--quantize-embeddings"]], ids=["16 bits", "4 bits"])
+def test_a_run_measures_in_float32_what_it_saves_in_bfloat16(checkpoint, texts, tmp_path, monkeypatch, bits):
+    lacking(monkeypatch)
+    run = tmp_path / "run"
+    flags = [*SHORT, *bits, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
+    assert main(["compress", str(checkpoint), *flags]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert json.loads((run / "export.json").read_text())["check"]["logits"] == "equal to the bit"
+    saved = load_file(run / "model" / "model.safetensors")
+    assert torch.float32 not in {tensor.dtype for tensor in saved.values()}
+    assert summary["bytes"]["after"] == (run / "model" / "model.safetensors").stat().st_size
+    last = "quantized" if bits else "tuned"
+    again = load(run / "model").model
+    assert again.dtype == torch.float32
+    assert perplexity(again, load_file(run / "tokens.safetensors")["evaluation"]) == summary["perplexity"][last]
+    stock = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert stock.dtype == torch.bfloat16
+    if not bits:
+        assert {p.dtype for p in stock.parameters()} == {torch.bfloat16}
+
+
+def test_a_grid_is_of_the_format_that_is_saved(checkpoint, monkeypatch):
+    """Codes times a scale rounded to bfloat16, and the product rounded too, as a loader has it."""
+    from layercut.config import QuantizeConfig
+
+    lacking(monkeypatch)
+    model = load(checkpoint).model
+    name = "model.layers.0.self_attn.q_proj"
+    weight = model.get_submodule(name).weight.clone()
+    quantize_(model, torch.zeros(1, 8, dtype=torch.long), QuantizeConfig(bits=4, quantizer="rtn"))
+    grid = fit_grid(weight, 4, 32, asymmetric=False, dtype=torch.bfloat16)
+    assert torch.equal(model.get_submodule(name).weight, decode(encode(weight, grid), grid).float())
+
+
+def test_a_plan_knows_both_formats(checkpoint, monkeypatch, capsys):
+    """In float32 the weights take twice the memory, and the saved file does not."""
+    plans = {}
+    for name, features in {"narrow": ["avx512_bf16"], "wide": []}.items():
+        lacking(monkeypatch, *features)
+        flags = ["--segment=2:4", "--window=32", "--no-calibrate", "--json", "--device=cpu"]
+        assert main(["plan", str(checkpoint), *flags]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+    narrow, wide = plans["narrow"], plans["wide"]
+    assert (narrow["dtype"], narrow["computed_in"]) == ("bfloat16", "bfloat16")
+    assert (wide["dtype"], wide["computed_in"]) == ("bfloat16", "float32")
+    assert wide["bytes"] == narrow["bytes"]
+    assert wide["kv_bytes_per_token"] == narrow["kv_bytes_per_token"]
+    parts = [plan["stages"]["tune"]["parts"]["weights"] for plan in (narrow, wide)]
+    assert parts[1] == 2 * parts[0]
+    gpu = [{f["target"]: f for f in plan["fits"]}["one 24 GB GPU"]["needs_bytes"] for plan in (narrow, wide)]
+    assert gpu[0] == gpu[1], "on an accelerator both compute in bfloat16"
