@@ -1,10 +1,17 @@
-"""What benchmarks/fronts.py says of points: against answers worked out by hand."""
+"""What benchmarks/fronts.py says of points: against answers worked out by hand; and benchmarks/frontier.py in small."""
 
+import json
 import math
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+import folders
+import tiny
+from layercut import models
 
 
 @pytest.fixture
@@ -102,3 +109,65 @@ def test_extra_loss_of_quantizing_is_laid_beside_the_dense_models(fronts):
     assert found[0.0, "int4"]["over_dense"] == {"text0": 1.0, "text1": 1.0}
     free = [DENSE, POINTS[1], point(0.0, "int8", 500, -0.01, 0.1), POINTS[5]]
     assert fronts.extra_losses(free)[1]["over_dense"]["text0"] is None
+
+
+# --- the benchmark itself, on a tiny .gguf model ---
+
+
+SETTINGS = ("bf16", "int4, embeddings int8", "Q4_0 throughout (GGUF)")
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, texts):
+    """A call of the benchmark; its result file and what it kept."""
+    pytest.importorskip("gguf")
+    from gguf_writer import write_gguf
+
+    model = tiny.llama(5, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
+    file = write_gguf(model, folders.tokenizer(), tmp_path / "tiny.gguf", "Q4_1")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    frontier = import_module("frontier")
+
+    def run(*flags: str, settings: tuple[str, ...] = SETTINGS) -> tuple[dict, dict]:
+        few = "--search-tokens 64 --tune-tokens 128 --quantize-tokens 64 --eval-tokens 256 --window 16 --threads 1"
+        given = ["--model", str(file), "--data", str(texts[0]), "--report", f"made={texts[1]}", *few.split()]
+        places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
+        monkeypatch.setattr(sys, "argv", ["frontier.py", *given, *places, "--settings", *settings, *flags])
+        frontier.main()
+        return tuple(json.loads((tmp_path / name).read_text()) for name in ("out.json", "work/points.json"))
+
+    return run
+
+
+def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_path):
+    _, first = benchmark("--ratios", "0", "--gguf-ratios", "0", settings=SETTINGS[:2])
+    assert [row["setting"] for row in first["rows"]] == ["bf16", *SETTINGS[:2], "Q4_1 kept"]
+    flags = ("--ratios", "0", "0.2", "--gguf-ratios", "0", "0.2")
+    result, kept = benchmark(*flags)
+    assert kept["rows"][: len(first["rows"])] == first["rows"], "finished points are not measured again"
+    rows = {(row["points"], row["ratio"], row["setting"]): row for row in result["rows"]}
+    assert len(rows) == 2 * len(SETTINGS) + 2
+    control = models.load(models.resolve(str(tmp_path / "work" / "dense"))).model
+    plain = models.load(models.resolve(str(tmp_path / "tiny.gguf"))).model
+    assert not torch.equal(control.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
+    dense = rows["control", 0.0, "bf16"]
+    assert dense["bytes"] == models.parameter_bytes(control)
+    assert dense["rise"] == {"made": 0.0}
+    assert dense["perplexity"] != result["perplexity_as_loaded"], "dithered"
+    weights = sum(p.numel() * 18 / 32 if p.dim() == 2 else 4 * p.numel() for p in control.parameters())
+    assert rows["control", 0.0, "Q4_0 throughout (GGUF)"]["bytes"] == weights
+    cut = rows["control", 0.2, "bf16"]
+    assert (cut["layers"], cut["way"], len(cut["segments"])) == (4, "fewer layers", 1)
+    assert cut["retention"]["made"] == pytest.approx(dense["perplexity"]["made"] / cut["perplexity"]["made"])
+    whole = rows["gguf", 0.2, "Q4_1 kept"]
+    assert whole["bytes"] == (tmp_path / "work" / "cut-0.2.gguf").stat().st_size
+    assert whole["share"] == whole["bytes"] / (tmp_path / "tiny.gguf").stat().st_size
+    assert result["answers"]["smallest_within"]["0.01"]["bytes"] <= dense["bytes"]
+    assert (tmp_path / "out.svg").read_text().startswith("<?xml")
+    assert str(tmp_path) not in (tmp_path / "out.json").read_text(), "results name files, not folders"
+    table = import_module("stage_two").frontier_table(result)
+    assert "dithered control" in table
+    assert "as it came (no dithering)" in table
+    with pytest.raises(SystemExit, match="made with other settings"):
+        benchmark(*flags, "--tune-tokens", "256")
