@@ -75,9 +75,9 @@ def main() -> None:
                 "perplexity": after,
                 "extra_loss": {text: math.log(after[text]) - math.log(before[name][text]) for text in texts},
             }
-        row["ratio"] = {
-            text: row["cut and healed"]["extra_loss"][text] / row["dense"]["extra_loss"][text] for text in texts
-        }
+        ours, dense_ones = (row[name]["extra_loss"] for name in ("cut and healed", "dense"))
+        # None: quantizing the dense model cost nothing, and a ratio to that says nothing
+        row["ratio"] = {text: ours[text] / dense_ones[text] if dense_ones[text] > 0 else None for text in texts}
         rows.append(row)
         print(row, flush=True)
     finish(

@@ -75,7 +75,8 @@ def quantize_table(result: dict[str, Any]) -> str:
         cells = [row["setting"]]
         for text in texts:
             cells += [f"{row[name]['extra_loss'][text]:.4f}" for name in ("dense", "cut and healed")]
-            cells.append(f"{row['ratio'][text]:.2f}")
+            ratio = row["ratio"][text]
+            cells.append("–" if ratio is None else f"{ratio:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
