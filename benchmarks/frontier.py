@@ -108,14 +108,15 @@ def main() -> None:
         if dithered:
             dither_(opened.model, args.seed)
         save(opened, dense)
-    settings = [name for name in args.settings if gguf or not isinstance(SETTINGS[name], str)]
-    for ratio in args.ratios:
+    # the dense model in 16 bits is what all else is laid beside
+    settings = [n for n in dict.fromkeys(["bf16", *args.settings]) if gguf or not isinstance(SETTINGS[n], str)]
+    for ratio in dict.fromkeys([0.0, *args.ratios]):
         missing = [name for name in settings if not kept.has("control", ratio, name)]
         if missing:
             model, told = opened_at(ratio, dense, args, sources)
             for name in missing:
                 kept.add("control", ratio, name, told | measured(model, SETTINGS[name], told["segments"], given))
-    for ratio in args.gguf_ratios if gguf else []:
+    for ratio in dict.fromkeys([0.0, *args.gguf_ratios]) if gguf else []:
         if not kept.has("gguf", ratio, "Q4_1 kept"):
             kept.add("gguf", ratio, "Q4_1 kept", kept_tensors(gguf, ratio, args, sources, given.texts))
 
@@ -250,9 +251,9 @@ def compared(rows: list[Row]) -> dict[str, Any]:
 
 def beside_dense(rows: list[Row]) -> list[Row]:
     """With share of the dense bytes, rise of perplexity and what is retained, dense / compressed, by text."""
-    dense = next((row for row in rows if not row["ratio"] and row["setting"] in ("bf16", "Q4_1 kept")), None)
     found = []
-    for row in sorted(rows, key=lambda row: (row["ratio"], -row["bytes"])) if dense else []:
+    for row in sorted(rows, key=lambda row: (row["ratio"], -row["bytes"])):
+        dense = next(r for r in rows if not r["ratio"] and r["setting"] in ("bf16", "Q4_1 kept"))
         times = {text: value / dense["perplexity"][text] for text, value in row["perplexity"].items()}
         more = {"share": row["bytes"] / dense["bytes"], "rise": {text: value - 1 for text, value in times.items()}}
         found.append(row | more | {"retention": {text: 1 / value for text, value in times.items()}})

@@ -141,9 +141,9 @@ def benchmark(monkeypatch, tmp_path, texts):
 
 
 def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_path):
-    _, first = benchmark("--ratios", "0", "--gguf-ratios", "0", settings=SETTINGS[:2])
+    _, first = benchmark("--ratios", "0", "--gguf-ratios", "0", settings=SETTINGS[1:2])
     assert [row["setting"] for row in first["rows"]] == ["bf16", *SETTINGS[:2], "Q4_1 kept"]
-    flags = ("--ratios", "0", "0.2", "--gguf-ratios", "0", "0.2")
+    flags = ("--ratios", "0.2", "--gguf-ratios", "0.2")
     result, kept = benchmark(*flags)
     assert kept["rows"][: len(first["rows"])] == first["rows"], "finished points are not measured again"
     rows = {(row["points"], row["ratio"], row["setting"]): row for row in result["rows"]}
