@@ -46,11 +46,18 @@ def named(content: Any) -> Any:
     return content
 
 
+def without_folder(argument: str) -> str:
+    """NAME=/data/a.txt -> NAME=a.txt; anything else as it is."""
+    name, equals, source = argument.partition("=")
+    return f"{name}={named(source)}" if equals else argument
+
+
 def finish(out: Path, model: models.LanguageModel, claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write the result file and print it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     environ = environment()
-    environ["command"] = [Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if not a.startswith("/"))]
+    given = (argument for argument in sys.argv[1:] if not argument.startswith("/"))
+    environ["command"] = [Path(sys.argv[0]).name, *map(without_folder, given)]
     content = {
         "claim": claim,
         "model": Path(model.checkpoint.name).name,

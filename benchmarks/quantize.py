@@ -3,10 +3,8 @@
     python benchmarks/quantize.py --data CALIBRATION --tune-data TUNING --eval-data TEXT [TEXT …]
 
 Extra loss is ln perplexity after quantizing minus before, in nats per token; the claim is the ratio of the cut and
-healed model's to the dense model's. Weights read from a 4-bit GGUF file lie on a 4-bit grid, on which other grids
-pay differently: `--dither` (the default where the model is a .gguf file) first adds to every weight that was
-quantized uniform noise of one step of its own grid, and the result says so ("dithered control"). Ratios are between
-two models with the same noise.
+healed model's to the dense model's. Where the model is a .gguf file both are the dithered control (control.py), the
+same noise in both, unless `--dither no` says otherwise; the result says which. Other ratios of layers: frontier.py.
 """
 
 from __future__ import annotations
@@ -20,18 +18,10 @@ from typing import Any
 import torch
 
 from common import arguments, blocks, finish, open_model
+from control import dither_, healed, save
 from layercut import models
-from layercut.config import (
-    CompressConfig,
-    DataConfig,
-    EvaluateConfig,
-    HealConfig,
-    QuantizeConfig,
-    RunConfig,
-    SearchConfig,
-)
+from layercut.config import DataConfig, HealConfig, QuantizeConfig, SearchConfig
 from layercut.evaluate import perplexity
-from layercut.pipeline import compress
 from layercut.quantize import quantize_
 from layercut.workbench import quantization_facts
 
@@ -41,43 +31,14 @@ SETTINGS = {
     "int4 gptq": QuantizeConfig(bits=4),
     "int4 gptq asymmetric": QuantizeConfig(bits=4, asymmetric=True),
 }
-BLOCK = 32  # columns that share a grid in Q4_1 and Q8_0
-
-
-@torch.no_grad()
-def dither_(model: Any, seed: int = 0) -> None:
-    """Uniform noise of one grid step: (max - min) / 15 of each block of 32 for Q4_1, max|w| / 127 for Q8_0."""
-    draw = torch.Generator().manual_seed(seed)
-    embeddings = model.get_input_embeddings().weight
-    for parameter in model.parameters():
-        if parameter.dim() != 2:
-            continue
-        grouped = parameter.float().unflatten(1, (-1, BLOCK))
-        if parameter is embeddings:
-            step = grouped.abs().amax(-1, keepdim=True) / 127
-        else:
-            step = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / 15
-        noise = torch.rand(grouped.shape, generator=draw) - 0.5
-        parameter.copy_((grouped + noise * step).flatten(1))
-
-
-def healed(folder: Path, args: Any) -> Path:
-    """Cut and heal the model in a folder; the folder of the result."""
-    config = CompressConfig(
-        text=DataConfig(data=args.data, tokens=args.tokens, window=args.window),
-        search=SearchConfig(segment=(args.segment,)),
-        heal=HealConfig(tune_data=args.tune_data, tune_tokens=args.tune_tokens),
-        evaluate=EvaluateConfig(eval_data=args.eval_data[0], eval_tokens=2),
-        run=RunConfig(out=folder / "run"),
-    )
-    return compress(str(folder / "dense"), config, until="tune") / "model"
 
 
 def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", tune_data="python-docstrings", eval_data=["python-docs"], segment="13:19",
-        tokens=16384, tune_tokens=65536, eval_tokens=16384, window=128, dither="auto",
+        tokens=16384, tune_tokens=65536, eval_tokens=16384, window=128, dither="auto", threads=2,
     )  # fmt: skip
+    torch.set_num_threads(args.threads)
     source = open_model(args.model)
     dithered = args.dither == "yes" or (args.dither == "auto" and source.checkpoint.gguf is not None)
     texts = {
@@ -90,9 +51,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if dithered:
             dither_(source.model)
-        source.model.save_pretrained(Path(scratch) / "dense")
-        source.tokenizer.save_pretrained(Path(scratch) / "dense")
-        cut = models.load(models.resolve(str(healed(Path(scratch), args)))).model
+        dense = Path(scratch) / "dense"
+        save(source, dense)
+        text = DataConfig(data=args.data, tokens=args.tokens, window=args.window)
+        heal = HealConfig(tune_data=args.tune_data, tune_tokens=args.tune_tokens)
+        search = SearchConfig(segment=(args.segment,))
+        place = healed(dense, Path(scratch) / "run", search, text, heal, args.eval_data[0])
+        cut = models.load(models.resolve(str(place))).model
     candidates = {"dense": source.model, "cut and healed": cut}
     before = {
         name: {text: perplexity(model, tokens) for text, tokens in texts.items()} for name, model in candidates.items()
@@ -110,9 +75,9 @@ def main() -> None:
                 "perplexity": after,
                 "extra_loss": {text: math.log(after[text]) - math.log(before[name][text]) for text in texts},
             }
-        row["ratio"] = {
-            text: row["cut and healed"]["extra_loss"][text] / row["dense"]["extra_loss"][text] for text in texts
-        }
+        ours, dense_ones = (row[name]["extra_loss"] for name in ("cut and healed", "dense"))
+        # None: quantizing the dense model cost nothing, and a ratio to that says nothing
+        row["ratio"] = {text: ours[text] / dense_ones[text] if dense_ones[text] > 0 else None for text in texts}
         rows.append(row)
         print(row, flush=True)
     finish(

@@ -1,4 +1,5 @@
-"""Writes the README's figures from benchmarks/results/: demo.json, search.json, stream.json and compare-RATIO.json.
+"""Writes the README's figures from benchmarks/results/: demo.json, search.json, stream.json, compare-RATIO.json,
+frontier.json, quantize.json and speed.json; of the last three, one that is not there yet is said to be open.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -12,12 +13,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from layercut.compare import by_kl, short
 from layercut.figures import count, figure, label, size
 from layercut.findings import stages
 from layercut.runs import write_json, write_text
+from stage_two import frontier_table, quantize_table, speed_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -107,9 +110,17 @@ def comparisons() -> str:
     return "\n\n".join(compare_table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("compare-*.json")))
 
 
+def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
+    """A table of a result file; before there is one, how to make it."""
+    file = RESULTS / f"{name}.json"
+    return made_by(json.loads(file.read_text())) if file.is_file() else f"Not measured yet: `benchmarks/{name}.py`."
+
+
 def filled(text: str) -> str:
     """The README with its tables made anew."""
     regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words(), "compare": comparisons()}
+    later = {"frontier": frontier_table, "quantize": quantize_table, "speed": speed_table}
+    regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
         text = between.sub(lambda found, inside=tables: f"{found[1]}\n{inside}\n{found[2]}", text)

@@ -158,6 +158,8 @@ def test_two_budgets_walk_the_frontier_and_take_the_best_point(tiny_model, texts
     assert summary["layers"]["after"] == chosen["layers"] == 8
     assert summary["bytes"]["after"] < target * 1.1, "the file's header beside the weights"
     assert summary["perplexity"]["quantized"] is not None
+    assert '<section id="frontier">' in (small / "report.html").read_text()
+    assert "Size against loss" in (small / "model" / "README.md").read_text()
 
 
 def test_budgets_that_cannot_be_met_are_refused_with_what_was_seen(tiny_model, texts, tmp_path, capsys):

@@ -29,6 +29,7 @@ from layercut.config import (
     ExportConfig,
     PerplexityConfig,
     PlanConfig,
+    Preset,
     QuantizeAloneConfig,
     RunConfig,
 )
@@ -45,10 +46,19 @@ app = cyclopts.App(
 
 Model = Annotated[str, Parameter(help="A Hub id, a folder, or a .gguf file.")]
 RunFolder = Annotated[Path, Parameter(help="A run folder, as left by compress.")]
+PresetName = Annotated[
+    Preset,
+    Parameter(
+        help="Fills the flags that neither the command nor --config gives. balanced: every default. "
+        "fast: --tokens 8192 --tune-tokens 32768 --eval-tokens 16384 --quantizer rtn --no-speed. "
+        "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072."
+    ),
+]
+"""Nothing is left to do with it in a command: `_take_config` has filled the config's flags before."""
 
 
 @app.command
-def compress(model: Model, *, config: CompressConfig | None = None) -> None:
+def compress(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
     """The whole journey: search, cut, heal, measure, export, report."""
     from layercut.pipeline import compress
 
@@ -56,7 +66,7 @@ def compress(model: Model, *, config: CompressConfig | None = None) -> None:
 
 
 @app.command
-def search(model: Model, *, config: CompressConfig | None = None) -> None:
+def search(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
     """Find the segment to remove, and stop there."""
     from layercut.pipeline import compress
 
@@ -68,7 +78,7 @@ def search(model: Model, *, config: CompressConfig | None = None) -> None:
 
 
 @app.command
-def tune(model: Model, *, config: CompressConfig | None = None) -> None:
+def tune(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
     """Search, cut and heal; save the checkpoint, measure nothing."""
     from layercut.pipeline import compress
 
@@ -136,7 +146,7 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
 
 
 @app.command
-def plan(model: Model, *, config: PlanConfig | None = None) -> None:
+def plan(model: Model, *, config: PlanConfig | None = None, preset: PresetName = "balanced") -> None:
     """What compress with the same flags would take: parameters, memory, time, from the config alone."""
     from rich.console import Console
 

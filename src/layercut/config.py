@@ -34,8 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"tokens": 65536, "tune_tokens": 1048576, "eval_tokens": 131072},
 }  # fmt: skip
-"""What --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the defaults. Nothing
-that another flag could forbid is here. More tokens heal more (docs/log.md); how many are enough is a guess."""
+"""What the command's --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the
+defaults. Nothing that another flag could forbid is here. More tokens heal more (docs/log.md); how many are enough is
+a guess."""
 SIZES = {"B": 1} | {
     prefix + unit: base**power
     for unit, base in (("B", 1000), ("IB", 1024))
@@ -386,17 +387,6 @@ class RunConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class PresetConfig:
-    """A whole set of options by one name."""
-
-    preset: Preset = "balanced"
-    """Fills the flags that neither the command nor --config gives. balanced: every default. fast: --tokens 8192
-    --tune-tokens 32768 --eval-tokens 16384 --quantizer rtn --no-speed. best: --tokens 65536 --tune-tokens 1048576
-    --eval-tokens 131072. For the command alone: Python code gives the values themselves."""
-
-
-@flat
-@dataclass(frozen=True, kw_only=True)
 class CompressConfig:
     """The whole journey."""
 
@@ -410,7 +400,6 @@ class CompressConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
-    preset: PresetConfig = field(default_factory=PresetConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
@@ -458,7 +447,6 @@ class PlanConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    preset: PresetConfig = field(default_factory=PresetConfig)
     calibrate: bool = True
     """Measure this machine for a few seconds, to tell how long it will take."""
     json: Annotated[bool, Parameter(negative="")] = False
@@ -602,13 +590,11 @@ class CompareConfig:
 
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:
-    """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out, and so is
-    the name of a preset: its values are there, and would not be those of a later version's."""
+    """A config as flat YAML keys, every default filled in; fit for --config. How it was run is left out."""
     result: dict[str, Any] = {}
     for stage in asdict(config).values():
         result |= stage
     del result["config"], result["force"]
-    result.pop("preset", None)
     return {key: _plain(value) for key, value in result.items()}
 
 

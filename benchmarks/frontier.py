@@ -1,0 +1,301 @@
+"""Claim: size against perplexity by fewer layers, fewer bits and both; which is better at equal bytes is measured.
+
+    python benchmarks/frontier.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt
+    python benchmarks/frontier.py …      # goes on: points, healed models and tuning that was under way are kept
+
+For every ratio of layers the model is cut (by the search) and healed (fold, endpoint tuning) once; every setting of
+the quantizer is then measured on it. Weights read from a 4-bit GGUF file lie on a 4-bit grid, which 4-bit formats
+re-hit for free: where the model is a .gguf file all these points, 16 bits too, are taken on a *dithered control*
+(control.py). Beside them, `--gguf-ratios`: the file itself, cut and healed as it came, kept tensors byte for byte.
+Bytes are those of all weights as they are stored, embeddings, scales and zero points included; of GGUF the whole
+file's stand beside. Finished points and healed models are kept in --work; remove it to start anew. Writes OUT.json
+and OUT.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import arguments, blocks, finish, named, open_model
+from control import dither_, healed, save
+from fronts import BUDGETS, SMALLER, WAYS, answers, extra_losses, front, loss, way
+from layercut import alone, models
+from layercut.config import (
+    CompressConfig,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    QuantizeConfig,
+    RunConfig,
+    SearchConfig,
+)
+from layercut.cut import cut_gguf
+from layercut.evaluate import perplexity
+from layercut.gguf_export import architecture_of, gguf_tensors
+from layercut.pipeline import compress
+from layercut.quantize import endpoints_of, quantize_
+from layercut.runs import write_json
+from layercut.segments import Segment
+from layercut.workbench import quantization_facts
+
+Row = dict[str, Any]
+WHOLE: dict[str, Any] = {"bits": 4, "quantize_embeddings": True}
+SETTINGS: dict[str, QuantizeConfig | str] = {
+    "bf16": QuantizeConfig(),
+    "int8": QuantizeConfig(bits=8, quantizer="rtn"),
+    "int8, embeddings int8": QuantizeConfig(bits=8, quantizer="rtn", quantize_embeddings=True),
+    "int4": QuantizeConfig(bits=4),
+    "int4, embeddings int8": QuantizeConfig(**WHOLE),
+    "int4 asymmetric, embeddings int8": QuantizeConfig(**WHOLE, asymmetric=True),
+    "int4 in groups of 32, embeddings int8": QuantizeConfig(**WHOLE, group_size=32),
+    "int4 in groups of 192, embeddings int8": QuantizeConfig(**WHOLE, group_size=192),
+    "Q4_0 throughout (GGUF)": "q4_0",
+}
+"""compressed-tensors as `--bits 8 --quantizer rtn` and `--bits 4` (GPTQ) make it, with and without embeddings; 192 is
+the largest group that divides SmolLM2's widths. GGUF: all matrices in one type, embeddings too, of a model that came
+from a .gguf file; rounded to nearest, by the library's functions: no flag of the command writes it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every point is measured on."""
+
+    texts: dict[str, torch.Tensor]
+    calibration: torch.Tensor
+    """Of the quantizer [N, T]."""
+    gguf: Path | None
+    """The file the model came from."""
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, data="python-docstrings", report=["docs=python-docs"], ratios=[0.0, 0.1, 0.2, 0.3, 0.37, 0.4, 0.57],
+        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=list(SETTINGS), method="clp", window=256, seed=0,
+        search_tokens=4096, tune_tokens=131072, quantize_tokens=8192, eval_tokens=16384, dither="auto", threads=2,
+        work=Path("runs/frontier"),
+    )  # fmt: skip
+    torch.set_num_threads(args.threads)
+    opened = open_model(args.model)
+    gguf = opened.checkpoint.file if opened.checkpoint.gguf else None
+    dithered = args.dither == "yes" or (args.dither == "auto" and gguf is not None)
+    sources = dict(item.split("=", 1) for item in args.report)
+    given = Given(
+        {
+            name: blocks(opened, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
+            for name, source in sources.items()
+        },
+        blocks(opened, args.data, args.quantize_tokens, args.window, args.seed).tokens,
+        gguf,
+    )
+    asked = ("data", "method", "window", "seed", "search_tokens", "tune_tokens", "quantize_tokens", "eval_tokens")
+    facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
+    facts |= {name: getattr(args, name) for name in asked}
+    kept = Kept(args.work / "points.json", named(facts | {"model": opened.checkpoint.name}))
+
+    if not kept.has("as loaded", 0.0, "bf16"):
+        kept.add("as loaded", 0.0, "bf16", {"perplexity": perplexities(opened.model, given.texts)})
+    dense = args.work / "dense"
+    if not dense.exists():
+        if dithered:
+            dither_(opened.model, args.seed)
+        save(opened, dense)
+    # the dense model in 16 bits is what all else is laid beside
+    settings = [n for n in dict.fromkeys(["bf16", *args.settings]) if gguf or not isinstance(SETTINGS[n], str)]
+    for ratio in dict.fromkeys([0.0, *args.ratios]):
+        missing = [name for name in settings if not kept.has("control", ratio, name)]
+        if missing:
+            model, told = opened_at(ratio, dense, args, sources)
+            for name in missing:
+                kept.add("control", ratio, name, told | measured(model, SETTINGS[name], told["segments"], given))
+    for ratio in dict.fromkeys([0.0, *args.gguf_ratios]) if gguf else []:
+        if not kept.has("gguf", ratio, "Q4_1 kept"):
+            kept.add("gguf", ratio, "Q4_1 kept", kept_tensors(gguf, ratio, args, sources, given.texts))
+
+    found = compared(kept.rows)
+    plot(found, args.out.with_suffix(".svg"))
+    finish(args.out, opened, (__doc__ or "").splitlines()[0], found["points"], **facts, **found["facts"])
+
+
+class Kept:
+    """The finished points, on disk from the moment each is measured."""
+
+    def __init__(self, file: Path, facts: Row) -> None:
+        self.file, self.facts = file, json.loads(json.dumps(facts))
+        there = json.loads(file.read_text()) if file.is_file() else {"facts": self.facts, "rows": []}
+        if there["facts"] != self.facts:
+            raise SystemExit(f"error: {file} was made with other settings\nhint: give another --work, or remove it")
+        self.rows: list[Row] = there["rows"]
+        self.begun = time.process_time()
+
+    def has(self, points: str, ratio: float, setting: str) -> bool:
+        return any((row["points"], row["ratio"], row["setting"]) == (points, ratio, setting) for row in self.rows)
+
+    def add(self, points: str, ratio: float, setting: str, row: Row) -> None:
+        now = time.process_time()
+        spent = {"cpu_seconds": round(now - self.begun, 1)}  # healing is with the first point of its ratio
+        row = {"points": points, "ratio": ratio, "setting": setting, **row, **spent}
+        self.rows.append(row)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, {"facts": self.facts, "rows": self.rows})
+        self.begun = now
+        print(json.dumps(row), flush=True)
+
+
+# --- models --------------------------------------------------------------------------------------------------
+
+
+def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, HealConfig]:
+    """How a ratio is searched and healed."""
+    return (
+        SearchConfig(ratio=ratio, method=args.method),
+        DataConfig(data=args.data, tokens=args.search_tokens, window=args.window, seed=args.seed),
+        HealConfig(tune_tokens=args.tune_tokens),
+    )
+
+
+def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str]) -> tuple[Any, Row]:
+    """The control without a share of its layers, healed; and what that took."""
+    place, told = dense, {"segments": []}
+    if ratio:
+        run = args.work / f"control-{ratio:g}"
+        place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))
+        told = healing(run)
+    model = models.load(models.resolve(str(place))).model
+    return model, told | {"layers": len(models.find_decoder(model))}
+
+
+def healing(run: Path) -> Row:
+    """From a run's artefacts: what was removed, KL(p || q) on held-out tokens of every state, and the seconds."""
+    search, fold, heal = (models.read_json(run / f"{name}.json") for name in ("search", "fold", "heal"))
+    folds, losses = fold["fold"], [point["loss"] for point in heal["tuning"]["heldout"]]
+    return {
+        "segments": search["segments"],
+        "heldout_kl": {"cut": folds[0]["kl_before"], "folded": folds[0]["kl_after"], "tuned": min(losses)},
+        "healing_seconds": {"search": search["seconds"], "fold": fold["seconds"], "tune": heal["seconds"]},
+    }
+
+
+# --- points --------------------------------------------------------------------------------------------------
+
+
+def perplexities(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: perplexity(model, tokens) for name, tokens in texts.items()}
+
+
+def measured(model: Any, setting: QuantizeConfig | str, segments: list[list[int]], given: Given) -> Row:
+    """Bytes and perplexity of a model in one number format; the model stays as it is."""
+    if isinstance(setting, str):
+        assert given.gguf is not None
+        return throughout(model, setting, segments, given.gguf, given.texts)
+    student, size = models.share(model), models.parameter_bytes(model)
+    if setting.bits < 16:
+        endpoints = endpoints_of(model.config, len(models.find_decoder(model)))
+        found = quantize_(student, given.calibration, setting, endpoints=endpoints)
+        size = quantization_facts(found, student, setting)["bytes"]["after"]
+    return {"bytes": size, "perplexity": perplexities(student, given.texts)}
+
+
+def throughout(
+    model: Any, gguf_type: str, segments: list[list[int]], source: Path, texts: dict[str, torch.Tensor]
+) -> Row:
+    """The model as a .gguf file with all matrices in one type, read back by transformers."""
+    tensors = gguf_tensors(dict(model.named_parameters()), model.config, architecture_of(source), gguf_type)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        cut_gguf(source, [Segment(*bounds) for bounds in segments], file, replaced=tensors)
+        again = models.load(models.resolve(str(file))).model
+        size = sum(data.nbytes for data, _ in tensors.values())
+        return {"bytes": size, "file_bytes": file.stat().st_size, "perplexity": perplexities(again, texts)}
+
+
+def kept_tensors(
+    source: Path, ratio: float, args: Namespace, texts_by: dict[str, str], texts: dict[str, torch.Tensor]
+) -> Row:
+    """The .gguf file cut and healed as it came, by `compress` and `export`: healed layers Q8_0, all else as it was."""
+    if not ratio:
+        model = models.load(models.resolve(str(source))).model
+        told = {"segments": [], "layers": len(models.find_decoder(model))}
+        return told | {"bytes": source.stat().st_size, "perplexity": perplexities(model, texts)}
+    search, text, heal = stages(args, ratio)
+    apart = EvaluateConfig(eval_data=next(iter(texts_by.values())), eval_tokens=args.window, speed=False)
+    run = args.work / f"gguf-{ratio:g}"
+    config = CompressConfig(search=search, text=text, heal=heal, evaluate=apart, run=RunConfig(out=run))
+    compress(str(source), config)
+    file = alone.export(str(run), ExportConfig(out=args.work / f"cut-{ratio:g}.gguf", force=True))
+    model = models.load(models.resolve(str(file))).model
+    told = healing(run) | {"layers": len(models.find_decoder(model))}
+    return told | {"bytes": file.stat().st_size, "perplexity": perplexities(model, texts)}
+
+
+# --- what they say -------------------------------------------------------------------------------------------
+
+
+def compared(rows: list[Row]) -> dict[str, Any]:
+    """Every row beside the dense one of its kind, and the answers from those of the control."""
+    loaded = next(row for row in rows if row["points"] == "as loaded")
+    kinds = {kind: [row for row in rows if row["points"] == kind] for kind in ("control", "gguf")}
+    control = [row | {"way": way(row)} for row in beside_dense(kinds["control"])]
+    facts = {"perplexity_as_loaded": loaded["perplexity"], "answers": answers(control)}
+    points = [*control, *beside_dense(kinds["gguf"])]
+    return {"points": points, "facts": facts | {"quantizing": extra_losses(control)}}
+
+
+def beside_dense(rows: list[Row]) -> list[Row]:
+    """With share of the dense bytes, rise of perplexity and what is retained, dense / compressed, by text."""
+    found = []
+    for row in sorted(rows, key=lambda row: (row["ratio"], -row["bytes"])):
+        dense = next(r for r in rows if not r["ratio"] and r["setting"] in ("bf16", "Q4_1 kept"))
+        times = {text: value / dense["perplexity"][text] for text, value in row["perplexity"].items()}
+        more = {"share": row["bytes"] / dense["bytes"], "rise": {text: value - 1 for text, value in times.items()}}
+        found.append(row | more | {"retention": {text: 1 / value for text, value in times.items()}})
+    return found
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Rise of perplexity over bytes: all points, and the front of each way."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    colours = dict(zip(WAYS, ("#8a8a94", "#2b7fd0", "#e07b28"), strict=True))
+    points = [row for row in found["points"] if row["points"] == "control"]
+    dense = next(row for row in points if row["way"] == "dense")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
+        canvas = Figure(figsize=(7, 4.4), layout="constrained")
+        axes = canvas.subplots()
+        for name, colour in colours.items():
+            own = [row for row in points if row["way"] == name]
+            axes.plot([p["bytes"] / 1e6 for p in own], [100 * loss(p) for p in own], "o", ms=4, color=colour, alpha=0.5)
+            line = front([*own, dense] if name != "both" else own)
+            axes.plot(
+                [p["bytes"] / 1e6 for p in line], [100 * loss(p) for p in line], lw=1.8, color=colour, label=name
+            )
+        for budget in BUDGETS:
+            axes.axhline(100 * budget, color="#c8c8d0", lw=0.8, ls=(0, (4, 3)), zorder=0)
+        axes.axvline((1 - SMALLER) * dense["bytes"] / 1e6, color="black", lw=1, ls=(0, (4, 3)), zorder=0)
+        axes.annotate(f" {SMALLER:.0%} smaller", ((1 - SMALLER) * dense["bytes"] / 1e6, 0), va="bottom", fontsize=9)
+        axes.set_yscale("symlog", linthresh=100 * BUDGETS[0], linscale=0.5)
+        axes.set_yticks([0, *(100 * budget for budget in BUDGETS), 100, 1000])
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.set_ylim(bottom=min(0.0, *(100 * loss(p) for p in points)) - 0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("weights, MB")
+        axes.set_ylabel("rise of perplexity (worst text)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(file, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

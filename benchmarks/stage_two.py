@@ -1,0 +1,105 @@
+"""The README's tables of quantization, of the frontier of size and loss, and of speed; for readme.py.
+
+Each takes the content of its result file and gives Markdown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layercut.figures import figure, size, times
+
+
+def frontier_table(result: dict[str, Any]) -> str:
+    """The smallest size within each loss, the loss at the goal, what is better at equal bytes, and GGUF as it came."""
+    told, points = result["answers"], result["rows"]
+    dense = next(p for p in points if p["points"] == "control" and p["way"] == "dense")
+    texts = list(dense["perplexity"])
+    lines = [
+        f"`benchmarks/frontier.py`, {made(result)}: {result['model']}, {result['weights']}, perplexity on "
+        f"{result['eval_tokens']:,} tokens each of {' and '.join(result['texts'].values())} (dense "
+        f"{' and '.join(figure(dense['perplexity'][text]) for text in texts)}), every cut healed with "
+        f"{result['tune_tokens']:,} tokens. Bytes of all weights, embeddings included; dense bf16 "
+        f"{size(dense['bytes'])}. The rise is that of the worse text.",
+        "",
+        "| asked | bytes | of dense | rise | layers | stored as |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for budget, point in told["smallest_within"].items():
+        lines.append(frontier_row(f"smallest within {float(budget):.0%}", point))
+    goal = told["goal"]
+    best = goal["best_that_fits"]
+    lines.append(frontier_row(f"best under {size(goal['bytes'])}" if best else "smallest", best or goal["smallest"]))
+    lines += ["", "- " + "\n- ".join(told["words"])]
+    whole = [point for point in points if point["points"] == "gguf"]
+    if whole:
+        lines += ["", *gguf_lines(whole)]
+    return "\n".join([*lines, "", "![Rise of perplexity over bytes](benchmarks/results/frontier.svg)"])
+
+
+def frontier_row(asked: str, point: dict[str, Any]) -> str:
+    rise = max(point["rise"].values())
+    cells = [asked, size(point["bytes"]), f"{point['share']:.1%}", f"{rise:+.1%}", point["layers"], point["setting"]]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def gguf_lines(points: list[dict[str, Any]]) -> list[str]:
+    """The file as it came, cut and healed."""
+    texts = list(points[0]["perplexity"])
+    lines = [
+        "The `.gguf` file itself, as it came (no dithering): kept tensors byte for byte, healed layers in Q8_0:",
+        "",
+        f"| layers | file | of the dense file | {' | '.join(f'perplexity, {text} | rise' for text in texts)} |",
+        f"|---:|---:|---:|{'---:|' * 2 * len(texts)}",
+    ]
+    for p in points:
+        cells = [str(p["layers"]), size(p["bytes"]), f"{p['share']:.1%}"]
+        for text in texts:
+            cells += [figure(p["perplexity"][text]), f"{p['rise'][text]:+.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def quantize_table(result: dict[str, Any]) -> str:
+    """Extra loss of quantizing, cut and healed over dense."""
+    rows, texts = result["rows"], list(result["rows"][0]["ratio"])
+    lines = [
+        f"`benchmarks/quantize.py`, {made(result)}: {result['model']}, {result['weights']}, {result['segment']} "
+        f"removed and healed with {result['tuning']['tokens']:,} tokens. Extra loss of quantizing, nats a token on "
+        f"{result['eval_tokens']:,} tokens, and what it is after the cut over what it is before:",
+        "",
+        f"| setting | {' | '.join(f'{text}: dense | cut and healed | ratio' for text in texts)} |",
+        f"|---|{'---:|' * 3 * len(texts)}",
+    ]
+    for row in rows:
+        cells = [row["setting"]]
+        for text in texts:
+            cells += [f"{row[name]['extra_loss'][text]:.4f}" for name in ("dense", "cut and healed")]
+            ratio = row["ratio"][text]
+            cells.append("–" if ratio is None else f"{ratio:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    """How much faster, and how much of what can be reached that is."""
+    lines = [
+        f"`benchmarks/speed.py`, {made(result)}: {result['model']} in {result['dtype']}, dense and cut timed in turn. "
+        "Reachable: 1 / (1 - r s), r the share of layers removed, s that of the dense model's time spent in them.",
+        "",
+        "| removed | by | prompt | prefill | of reachable | decode | of reachable |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = [f"{row['ratio']:.0%}", row.get("backend", "transformers"), f"{row['prompt_tokens']:,}"]
+        for phase in ("prefill", "decode"):
+            reached = row[phase].get("reached")  # not known of llama.cpp
+            cells += [times(row[phase]["ratio"]), "" if reached is None else f"{reached:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def made(result: dict[str, Any]) -> str:
+    """When and where."""
+    environment = result["environment"]
+    return f"{environment['date'][:10]}, {environment['cores']} CPU cores ({environment['cpu']})"

@@ -1,0 +1,173 @@
+"""What benchmarks/fronts.py says of points: against answers worked out by hand; and benchmarks/frontier.py in small."""
+
+import json
+import math
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import folders
+import tiny
+from layercut import models
+
+
+@pytest.fixture
+def fronts(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return import_module("fronts")
+
+
+def point(ratio: float, setting: str, size: float, *rises: float) -> dict:
+    """A point of a dense model of 1,000 bytes and perplexity 10 on every text."""
+    by_text = {f"text{i}": rise for i, rise in enumerate(rises)}
+    perplexity = {text: 10 * (1 + rise) for text, rise in by_text.items()}
+    return {
+        "ratio": ratio, "setting": setting, "layers": round(10 * (1 - ratio)), "bytes": size, "share": size / 1000,
+        "rise": by_text, "perplexity": perplexity,
+    }  # fmt: skip
+
+
+DENSE = point(0.0, "bf16", 1000, 0.0, 0.0)
+POINTS = [
+    DENSE,
+    point(0.2, "bf16", 800, 0.20, 0.30),
+    point(0.4, "bf16", 600, 1.00, 0.90),
+    point(0.0, "int8", 500, 0.005, 0.001),
+    point(0.0, "int4", 300, 0.04, 0.08),
+    point(0.2, "int8", 400, 0.21, 0.31),
+    point(0.2, "int4", 240, 0.25, 0.40),
+    point(0.4, "int4", 190, 1.20, 1.00),
+]
+
+
+def test_the_loss_is_that_of_the_worst_text_and_the_way_says_what_was_done(fronts):
+    assert [fronts.loss(p) for p in POINTS] == [0, 0.3, 1.0, 0.005, 0.08, 0.31, 0.4, 1.2]
+    ways = ["dense", *["fewer layers"] * 2, *["fewer bits"] * 2, *["both"] * 3]
+    assert [fronts.way(p) for p in POINTS] == ways
+
+
+def test_a_front_has_no_point_that_another_beats(fronts):
+    found = fronts.front([POINTS[i] for i in (5, 0, 4, 6, 3, 7)])
+    assert [p["bytes"] for p in found] == [190, 240, 300, 500, 1000], "400 bytes at 0.31 is beaten by 300 at 0.08"
+
+
+def test_between_points_the_loss_is_a_straight_line_in_ln_perplexity(fronts):
+    line = fronts.front([DENSE, POINTS[3], POINTS[4]])
+    assert fronts.loss_at(line, 299) is None
+    assert fronts.loss_at(line, 300) == pytest.approx(0.08)
+    assert fronts.loss_at(line, 350) == pytest.approx(math.exp(0.75 * math.log(1.08) + 0.25 * math.log(1.005)) - 1)
+    assert fronts.loss_at(line, 5000) == 0
+    assert fronts.loss_at([], 5000) is None
+
+
+def test_the_smallest_within_each_budget(fronts):
+    within = fronts.answers(POINTS)["smallest_within"]
+    assert {budget: p["bytes"] for budget, p in within.items()} == {"0.01": 500, "0.05": 500, "0.1": 300, "0.25": 300}
+
+
+def test_the_goal_is_answered_from_either_side(fronts):
+    found = fronts.answers(POINTS)
+    assert found["goal"]["bytes"] == pytest.approx(200)
+    assert found["goal"]["best_that_fits"] is POINTS[7]
+    share = (200 - 190) / (240 - 190)
+    between = math.exp((1 - share) * math.log(2.2) + share * math.log(1.4)) - 1
+    assert found["goal"]["loss_interpolated"] == pytest.approx(between)
+    assert "Within 1% the model gets 50% smaller; at 80% smaller perplexity rises by 120%" in found["words"][0]
+    without = fronts.answers(POINTS[:-1])
+    assert without["goal"]["best_that_fits"] is None
+    assert without["goal"]["loss_interpolated"] is None
+    assert without["goal"]["smallest"] is POINTS[6]
+    assert "no point is 80% smaller: the smallest is 76.0%" in without["words"][0]
+
+
+def test_at_equal_bytes_fewer_bits_beat_fewer_layers_and_both_lose_where_they_meet(fronts):
+    words = fronts.answers(POINTS)["words"]
+    assert "fewer bits cost less than fewer layers at every one of 2 sizes between 0 and 0 MB" in words[1]
+    assert "by 0.4% against 100.0%" in words[1], "at 600 bytes: a fifth of the way from 0.5 % to 0"
+    assert "fewer bits alone cost less than both together" in words[2]
+    assert words[3].endswith("which bits alone do not reach, there is only both.")
+
+
+def test_a_verdict_turns_with_the_figures(fronts):
+    poor = point(0.0, "int4", 300, 3.0)
+    good = [point(0.2, "bf16", 800, 0.01), point(0.8, "bf16", 250, 0.5)]
+    assert "fewer layers cost less than fewer bits at every one" in fronts.answers([DENSE, poor, *good])["words"][1]
+    mixed = fronts.answers([*POINTS, point(0.2, "int4 finer", 310, 0.05)])["words"][2]
+    assert "both together cost less than fewer bits alone at 1 of 3" in mixed
+    assert "At no size can" in fronts.duel("a", [], "b", [DENSE])
+
+
+def test_extra_loss_of_quantizing_is_laid_beside_the_dense_models(fronts):
+    found = {(row["ratio"], row["setting"]): row for row in fronts.extra_losses(POINTS)}
+    assert set(found) == {(0.0, "int8"), (0.0, "int4"), (0.2, "int8"), (0.2, "int4"), (0.4, "int4")}
+    row = found[0.2, "int4"]
+    assert row["extra"]["text0"] == pytest.approx(math.log(1.25 / 1.2))
+    assert row["over_dense"]["text0"] == pytest.approx(math.log(1.25 / 1.2) / math.log(1.04))
+    assert found[0.0, "int4"]["over_dense"] == {"text0": 1.0, "text1": 1.0}
+    free = [DENSE, POINTS[1], point(0.0, "int8", 500, -0.01, 0.1), POINTS[5]]
+    assert fronts.extra_losses(free)[1]["over_dense"]["text0"] is None
+
+
+# --- the benchmark itself, on a tiny .gguf model ---
+
+
+SETTINGS = ("bf16", "int4, embeddings int8", "Q4_0 throughout (GGUF)")
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, texts):
+    """A call of the benchmark; its result file and what it kept."""
+    pytest.importorskip("gguf")
+    from gguf_writer import write_gguf
+
+    model = tiny.llama(5, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
+    file = write_gguf(model, folders.tokenizer(), tmp_path / "tiny.gguf", "Q4_1")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    frontier = import_module("frontier")
+
+    def run(*flags: str, settings: tuple[str, ...] = SETTINGS) -> tuple[dict, dict]:
+        few = "--search-tokens 64 --tune-tokens 128 --quantize-tokens 64 --eval-tokens 256 --window 16 --threads 1"
+        given = ["--model", str(file), "--data", str(texts[0]), "--report", f"made={texts[1]}", *few.split()]
+        places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
+        monkeypatch.setattr(sys, "argv", ["frontier.py", *given, *places, "--settings", *settings, *flags])
+        frontier.main()
+        return tuple(json.loads((tmp_path / name).read_text()) for name in ("out.json", "work/points.json"))
+
+    return run
+
+
+def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_path):
+    _, first = benchmark("--ratios", "0", "--gguf-ratios", "0", settings=SETTINGS[1:2])
+    assert [row["setting"] for row in first["rows"]] == ["bf16", *SETTINGS[:2], "Q4_1 kept"]
+    flags = ("--ratios", "0.2", "--gguf-ratios", "0.2")
+    result, kept = benchmark(*flags)
+    assert kept["rows"][: len(first["rows"])] == first["rows"], "finished points are not measured again"
+    rows = {(row["points"], row["ratio"], row["setting"]): row for row in result["rows"]}
+    assert len(rows) == 2 * len(SETTINGS) + 2
+    control = models.load(models.resolve(str(tmp_path / "work" / "dense"))).model
+    plain = models.load(models.resolve(str(tmp_path / "tiny.gguf"))).model
+    assert not torch.equal(control.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
+    dense = rows["control", 0.0, "bf16"]
+    assert dense["bytes"] == models.parameter_bytes(control)
+    assert dense["rise"] == {"made": 0.0}
+    assert dense["perplexity"] != result["perplexity_as_loaded"], "dithered"
+    weights = sum(p.numel() * 18 / 32 if p.dim() == 2 else 4 * p.numel() for p in control.parameters())
+    assert rows["control", 0.0, "Q4_0 throughout (GGUF)"]["bytes"] == weights
+    cut = rows["control", 0.2, "bf16"]
+    assert (cut["layers"], cut["way"], len(cut["segments"])) == (4, "fewer layers", 1)
+    assert cut["retention"]["made"] == pytest.approx(dense["perplexity"]["made"] / cut["perplexity"]["made"])
+    whole = rows["gguf", 0.2, "Q4_1 kept"]
+    assert whole["bytes"] == (tmp_path / "work" / "cut-0.2.gguf").stat().st_size
+    assert whole["share"] == whole["bytes"] / (tmp_path / "tiny.gguf").stat().st_size
+    assert result["answers"]["smallest_within"]["0.01"]["bytes"] <= dense["bytes"]
+    assert (tmp_path / "out.svg").read_text().startswith("<?xml")
+    assert str(tmp_path) not in (tmp_path / "out.json").read_text(), "results name files, not folders"
+    table = import_module("stage_two").frontier_table(result)
+    assert "dithered control" in table
+    assert "as it came (no dithering)" in table
+    with pytest.raises(SystemExit, match="made with other settings"):
+        benchmark(*flags, "--tune-tokens", "256")
