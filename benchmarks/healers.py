@@ -107,9 +107,9 @@ def train_(
     curve, best = [], held_out_kl(dense, student, prefix, heldout)
     scores = [{"step": 0, "tokens": 0, "loss": best}]
     best_state = [p.detach().clone() for p in trained]
-    seen, seconds = 0, 0.0
+    seen, seconds, cpu_seconds = 0, 0.0, 0.0
     for step, batch in enumerate(batches, start=1):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         loss = 0.0
         for rows in batch.split(max(1, PASS_TOKENS // batch.shape[1])):
             part = divergence(dense, student, prefix, rows).sum() / batch.numel()
@@ -125,8 +125,10 @@ def train_(
                 p.copy_(master)
         schedule.step()
         seconds += time.perf_counter() - begun
+        cpu_seconds += time.process_time() - cpu
         seen += batch.numel()
-        curve.append({"step": step, "tokens": seen, "loss": loss, "seconds": round(seconds, 2)})
+        spent = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+        curve.append({"step": step, "tokens": seen, "loss": loss, **spent})
         if step % max(1, len(batches) // 8) == 0 or step == len(batches):
             scores.append({"step": step, "tokens": seen, "loss": held_out_kl(dense, student, prefix, heldout)})
             if scores[-1]["loss"] < best:
@@ -137,7 +139,7 @@ def train_(
     return {
         "tokens": seen,
         "seconds": seconds,
-        "tokens_per_second": seen / seconds,
+        "cpu_seconds": cpu_seconds,
         "trained_parameters": sum(p.numel() for p in trained),
         "curve": curve,
         "heldout": scores,
