@@ -1,8 +1,9 @@
 """The healings that endpoint tuning is put beside: the same start, tokens, order, loss, optimizer and schedule.
 
 Each gives the student parameters to train (LoRA through peft) and is trained by `train_`: KL to the dense model,
-float32 masters, AdamW, the best state by held-out KL. What is below the first trained layer is the dense model's own
-and runs once and without gradients here too, so that seconds compare methods and not programs.
+float32 masters, weights rounded to the format they are saved in, AdamW, the best state by held-out KL. What is below
+the first trained layer is the dense model's own and runs once and without gradients here too, so that seconds compare
+methods and not programs.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def train_(
             nn.utils.clip_grad_norm_(masters, 1.0)
             optimizer.step()
             for master, p in zip(masters, trained, strict=True):
-                p.copy_(master)
+                p.copy_(master.to(student.stored_dtype))
         schedule.step()
         seconds += time.perf_counter() - begun
         cpu_seconds += time.process_time() - cpu

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common import arguments, blocks, open_model
@@ -94,6 +95,7 @@ def gather(args: Namespace) -> None:
     done = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = {row["method"]: row for row in done["rows"] if row["method"] not in args.again}
     for method in sorted(args.methods, key=METHODS.index):
         if method in rows:
@@ -104,26 +106,39 @@ def gather(args: Namespace) -> None:
         base = rows.get("endpoints", {})
         given = {"only": method, "cpu-seconds": base.get("cpu_seconds", 0.0), "out": args.out}
         given["rate"] = base.get("rate", 0.0) if method in SAME_RATE else 0.0
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), children_cpu_seconds()
         extra = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         subprocess.run([sys.executable, *sys.argv, *extra], check=True)
         file = child_file(args.out, method)
-        rows[method] = json.loads(file.read_text()) | {"whole_seconds": time.perf_counter() - begun}
+        whole = {"whole_seconds": time.perf_counter() - begun, "whole_cpu_seconds": children_cpu_seconds() - cpu}
+        rows[method] = json.loads(file.read_text()) | whole
         file.unlink()
         ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
         add_gaps_(ordered)
         claim = __doc__.splitlines()[0] if __doc__ else ""
         environ = environment() | {"command": [Path(sys.argv[0]).name, *plain_names(sys.argv[1:])]}
         write_json(args.out, {"claim": claim, "settings": settings, "rows": ordered, "environment": environ})
-        print(f"{method}: {rows[method]['whole_seconds']:.0f} s", flush=True)
+        print(f"{method}: {whole['whole_seconds']:.0f} s, {whole['whole_cpu_seconds']:.0f} s of CPU", flush=True)
+    fold_file(args.out).unlink(missing_ok=True)
     ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
     write_text(args.out.with_suffix(".md"), table(ordered))
     draw(ordered, args.out.with_suffix(".svg"))
     print(table(ordered))
 
 
+def children_cpu_seconds() -> float:
+    """Of the processes that were started here and have ended, and of theirs."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
 def child_file(out: Path, method: str) -> Path:
     return out.with_name(f".{out.stem}-{method}.json")
+
+
+def fold_file(out: Path) -> Path:
+    """Where the weights of the fold are kept until all methods that start from it are done."""
+    return out.with_name(f".{out.stem}-fold.safetensors")
 
 
 def plain_names(value: Any) -> Any:
@@ -249,7 +264,10 @@ def measure(args: Namespace) -> dict[str, Any]:
     dense, segment = Stack(opened.model), Segment.parse(args.segment)
     if args.only == "self-text":
         tokens = sampled(opened, args)
-    start = partial(folded_student, dense, segment, calibration, args.only not in UNFOLDED)
+    folded = fold_file(args.out)
+    if args.only == "fold":
+        folded.unlink(missing_ok=True)  # its own row is of folding, not of reading
+    start = partial(folded_student, dense, segment, calibration, None if args.only in UNFOLDED else folded)
     row: dict[str, Any] = {"method": args.only, "start": "cut" if args.only in UNFOLDED else "fold"}
 
     def figures(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -316,12 +334,19 @@ def pairs(given: list[str]) -> list[tuple[str, str]]:
     return [(name, source) for name, _, source in (item.partition("=") for item in given if item)]
 
 
-def folded_student(dense: Stack, segment: Segment, calibration: torch.Tensor, fold: bool) -> Stack:
+def folded_student(dense: Stack, segment: Segment, calibration: torch.Tensor, folded: Path | None) -> Stack:
+    """The cut model; folded as well where a file is given, which the first to fold writes and the others read."""
     student = models.share(dense.model)
     cut_segment_(student, [segment])
     stack = Stack(student)
-    if fold:
-        fold_(dense, stack, [segment], calibration)
+    if folded is None:
+        return stack
+    if folded.is_file():
+        models.replace_parameters_(student, load_file(folded))
+        return stack
+    fold_(dense, stack, [segment], calibration)
+    shared = {id(p) for p in dense.model.parameters()}
+    save_file({name: p.detach() for name, p in student.named_parameters() if id(p) not in shared}, folded)
     return stack
 
 
@@ -362,7 +387,7 @@ def healed_by_peer(
         command += ["--batch-tokens", args.batch_tokens, "--threads", args.threads]
         command += ["--removed", *range(segment.start, segment.stop)]
         subprocess.run([str(word) for word in command], check=True)
-        trained = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        trained = AutoModelForCausalLM.from_pretrained(out, dtype=student.stored_dtype)  # as the others are saved
         models.replace_parameters_(student.model, dict(trained.named_parameters()))
         return json.loads((out / "report.json").read_text())
 
