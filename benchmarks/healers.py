@@ -1,8 +1,9 @@
 """The healings that endpoint tuning is put beside: the same start, tokens, order, loss, optimizer and schedule.
 
 Each gives the student parameters to train (LoRA through peft) and is trained by `train_`: KL to the dense model,
-float32 masters, AdamW, the best state by held-out KL. What is below the first trained layer is the dense model's own
-and runs once and without gradients here too, so that seconds compare methods and not programs.
+float32 masters, weights rounded to the format they are saved in, AdamW, the best state by held-out KL. What is below
+the first trained layer is the dense model's own and runs once and without gradients here too, so that seconds compare
+methods and not programs.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ def train_(
     curve, best = [], held_out_kl(dense, student, prefix, heldout)
     scores = [{"step": 0, "tokens": 0, "loss": best}]
     best_state = [p.detach().clone() for p in trained]
-    seen, seconds = 0, 0.0
+    seen, seconds, cpu_seconds = 0, 0.0, 0.0
     for step, batch in enumerate(batches, start=1):
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         loss = 0.0
         for rows in batch.split(max(1, PASS_TOKENS // batch.shape[1])):
             part = divergence(dense, student, prefix, rows).sum() / batch.numel()
@@ -122,11 +123,13 @@ def train_(
             nn.utils.clip_grad_norm_(masters, 1.0)
             optimizer.step()
             for master, p in zip(masters, trained, strict=True):
-                p.copy_(master)
+                p.copy_(master.to(student.stored_dtype))
         schedule.step()
         seconds += time.perf_counter() - begun
+        cpu_seconds += time.process_time() - cpu
         seen += batch.numel()
-        curve.append({"step": step, "tokens": seen, "loss": loss, "seconds": round(seconds, 2)})
+        spent = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+        curve.append({"step": step, "tokens": seen, "loss": loss, **spent})
         if step % max(1, len(batches) // 8) == 0 or step == len(batches):
             scores.append({"step": step, "tokens": seen, "loss": held_out_kl(dense, student, prefix, heldout)})
             if scores[-1]["loss"] < best:
@@ -137,7 +140,7 @@ def train_(
     return {
         "tokens": seen,
         "seconds": seconds,
-        "tokens_per_second": seen / seconds,
+        "cpu_seconds": cpu_seconds,
         "trained_parameters": sum(p.numel() for p in trained),
         "curve": curve,
         "heldout": scores,

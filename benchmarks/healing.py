@@ -3,24 +3,28 @@
     python benchmarks/healing.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--genres books=BOOKS.txt …]
     python benchmarks/healing.py …                      # goes on; methods that are done are kept
     python benchmarks/healing.py … --again lora full    # these once more
+    python benchmarks/healing.py … --peer-python PYTHON # "optipfair" too, by that interpreter (peer_optipfair.py)
 
 Every method runs in a process of its own (--only METHOD), with the same calibration, tuning, held-out and reported
 tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens
-(by the held-out loss of what it trains for, at the end); variants of endpoint tuning in start, reach or text take its.
+(by the held-out loss of what it trains for, at the end; OptiPFair's, which trains for a mixture, by held-out KL);
+variants of endpoint tuning in start, reach or text take its.
 Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities. Memory: the process's peak while training
-above what it held with the weights loaded. Equal time: held-out KL at the seconds that endpoint tuning takes, read
-from the curve, where a slower method is stopped before its rate has come down; for those named by --equal-time also
-trained anew on as many tokens as fit these seconds, at most twice the tokens. Writes OUT.json, OUT.md and OUT.svg.
+above what it held with the weights loaded. Time: CPU seconds of training, all threads, scoring left out, since a
+shared machine stretches the seconds on the wall, which stand beside them; give OMP_WAIT_POLICY=passive, or idle
+threads count as well. Equal time: held-out KL at the CPU seconds that endpoint tuning takes, read from the curve,
+where a slower method is stopped before its rate has come down; for those named by --equal-time also trained anew on
+as many tokens as fit these seconds, at most twice the tokens. Writes OUT.json, OUT.md and OUT.svg.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import math
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from functools import partial
@@ -30,6 +34,8 @@ from typing import Any
 
 import matplotlib
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from common import arguments, blocks, open_model
 from healers import BASELINES, patch_, train_
@@ -42,6 +48,7 @@ from layercut.heal.fold import fold_
 from layercut.runs import environment, write_json, write_text
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl, shared_layers
+from memory import peak_bytes, settled_bytes
 
 matplotlib.use("svg")
 
@@ -55,7 +62,11 @@ TUNED: dict[str, dict[str, Any]] = {
 }
 """Endpoint tuning and its variants, by what differs from the default."""
 SAME_RATE = {"no-fold", "radius-2", "self-text"}
-METHODS = ["dense", "cut", "fold", "patch", *TUNED, *BASELINES]
+PEER = "optipfair"
+PEER_RATES = (4e-5, 1.5e-4, 4e-4)
+"""Its default, and what full fine-tuning tries above that."""
+METHODS = ["dense", "cut", "fold", "patch", *TUNED, *BASELINES, PEER]
+UNFOLDED = {"cut", "patch", "no-fold", PEER}
 GENRES = {"dense", "cut", "fold", "endpoints", "self-text", "lora", "full"}
 """Whose perplexity is taken by genre too."""
 
@@ -65,7 +76,7 @@ def main() -> None:
         __doc__, data="python-docstrings", report=["docs=python-docs"], genres=[""], segment="13:19", window=256,
         seed=0, calibration_tokens=16384, tune_tokens=65536, heldout_tokens=2048, rate_tokens=8192,
         eval_tokens=65536, genre_tokens=8192, batch_tokens=2048, threads=2, methods=METHODS, again=[""],
-        equal_time=[""], only="", seconds=0.0, rate=0.0,
+        equal_time=[""], peer_python="", only="", cpu_seconds=0.0, rate=0.0,
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     if args.only:
@@ -78,39 +89,56 @@ def main() -> None:
 
 
 def gather(args: Namespace) -> None:
-    apart = {"methods", "again", "equal_time", "only", "seconds", "rate", "out", "threads", "model"}
+    apart = {"methods", "again", "equal_time", "peer_python", "only", "cpu_seconds", "rate", "out", "threads", "model"}
     settings = {key: plain_names(value) for key, value in vars(args).items() if key not in apart}
     settings["model"] = Path(args.model).name if args.model else "SmolLM2-135M-Instruct.Q4_1.gguf"
     done = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = {row["method"]: row for row in done["rows"] if row["method"] not in args.again}
     for method in sorted(args.methods, key=METHODS.index):
         if method in rows:
             continue
+        if method == PEER and not args.peer_python:
+            print(f"{PEER}: left out; --peer-python PYTHON names an interpreter that has it", flush=True)
+            continue
         base = rows.get("endpoints", {})
-        given = {"only": method, "seconds": base.get("seconds", 0.0), "out": args.out}
+        given = {"only": method, "cpu-seconds": base.get("cpu_seconds", 0.0), "out": args.out}
         given["rate"] = base.get("rate", 0.0) if method in SAME_RATE else 0.0
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), children_cpu_seconds()
         extra = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         subprocess.run([sys.executable, *sys.argv, *extra], check=True)
         file = child_file(args.out, method)
-        rows[method] = json.loads(file.read_text()) | {"whole_seconds": time.perf_counter() - begun}
+        whole = {"whole_seconds": time.perf_counter() - begun, "whole_cpu_seconds": children_cpu_seconds() - cpu}
+        rows[method] = json.loads(file.read_text()) | whole
         file.unlink()
         ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
         add_gaps_(ordered)
         claim = __doc__.splitlines()[0] if __doc__ else ""
         environ = environment() | {"command": [Path(sys.argv[0]).name, *plain_names(sys.argv[1:])]}
         write_json(args.out, {"claim": claim, "settings": settings, "rows": ordered, "environment": environ})
-        print(f"{method}: {rows[method]['whole_seconds']:.0f} s", flush=True)
+        print(f"{method}: {whole['whole_seconds']:.0f} s, {whole['whole_cpu_seconds']:.0f} s of CPU", flush=True)
+    fold_file(args.out).unlink(missing_ok=True)
     ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
     write_text(args.out.with_suffix(".md"), table(ordered))
     draw(ordered, args.out.with_suffix(".svg"))
     print(table(ordered))
 
 
+def children_cpu_seconds() -> float:
+    """Of the processes that were started here and have ended, and of theirs."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
 def child_file(out: Path, method: str) -> Path:
     return out.with_name(f".{out.stem}-{method}.json")
+
+
+def fold_file(out: Path) -> Path:
+    """Where the weights of the fold are kept until all methods that start from it are done."""
+    return out.with_name(f".{out.stem}-fold.safetensors")
 
 
 def plain_names(value: Any) -> Any:
@@ -138,10 +166,10 @@ def add_gaps_(rows: list[dict[str, Any]]) -> None:
             for text in figures
         }
 
-    seconds = by_name.get("endpoints", {}).get("seconds")
+    seconds = by_name.get("endpoints", {}).get("cpu_seconds")
     for row in rows:
         if seconds and row.get("heldout_measure") == "kl":
-            row["kl_at_equal_seconds"] = kl_after(row, seconds)
+            row["kl_at_equal_cpu_seconds"] = kl_after(row, seconds)
         row["gap_closed"] = gaps("perplexity", row["perplexity"])
         if "genres" in row:
             row["gap_closed_by_genre"] = gaps("genres", row["genres"])
@@ -150,8 +178,8 @@ def add_gaps_(rows: list[dict[str, Any]]) -> None:
 
 
 def kl_after(row: dict[str, Any], seconds: float) -> float:
-    """Held-out KL when so many seconds had been trained: the best so far, between two scores on a straight line."""
-    at = {point["step"]: point["seconds"] for point in row["curve"]} | {0: 0.0}
+    """Held-out KL when so many CPU seconds had been trained: the best so far, between two scores on a straight line."""
+    at = {point["step"]: point["cpu_seconds"] for point in row["curve"]} | {0: 0.0}
     scores = [(at[point["step"]], point["loss"]) for point in row["heldout"]]
     reached = [loss for when, loss in scores if when <= seconds + 0.01]
     for (start, first), (stop, second) in pairwise(scores):
@@ -162,23 +190,23 @@ def kl_after(row: dict[str, Any], seconds: float) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     texts = list(rows[0]["perplexity"])
-    heads = ["method", "rate", "trained", "tokens/s", "seconds", "memory MB", "KL", "KL at equal time", *texts]
+    heads = ["method", "rate", "trained", "tokens/CPU s", "CPU s", "s", "memory MB", "KL", "KL at equal CPU s", *texts]
     heads += [f"gap {text}" for text in texts]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         cells = [row["method"]]
         cells += [shown(row.get("rate"), "g"), shown(row.get("trained_parameters"), ",")]
-        cells += [shown(row.get("tokens_per_second"), ".0f")]
+        cells += [shown(row.get("tokens_per_cpu_second"), ".0f"), shown(row.get("cpu_seconds"), ".0f")]
         cells += [shown(row.get("seconds"), ".0f"), shown(megabytes(row.get("peak_above_weights_bytes")), ".0f")]
-        cells += [shown(row.get("kl"), ".4f"), shown(row.get("kl_at_equal_seconds"), ".4f")]
+        cells += [shown(row.get("kl"), ".4f"), shown(row.get("kl_at_equal_cpu_seconds"), ".4f")]
         cells += [shown(row["perplexity"][text], ".1f") for text in texts]
         cells += [shown(row.get("gap_closed", {}).get(text), ".1%") for text in texts]
         lines.append("| " + " | ".join(cells) + " |")
     for row in rows:
         if anew := row.get("equal_time"):
             found = ", ".join(f"{text} {anew['gap_closed'][text]:.1%}" for text in texts if "gap_closed" in anew)
-            took = f"{anew['seconds']:.0f} s, {anew['tokens']:,} tokens"
-            lines += ["", f"{row['method']}, trained anew in the seconds of endpoint tuning ({took}): {found}"]
+            took = f"{anew['cpu_seconds']:.0f} s, {anew['tokens']:,} tokens"
+            lines += ["", f"{row['method']}, trained anew in the CPU seconds of endpoint tuning ({took}): {found}"]
     genres = [row for row in rows if row.get("gap_closed_by_genre")]
     if genres:
         names = list(genres[0]["genres"])
@@ -200,18 +228,18 @@ def shown(value: Any, form: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Held-out KL against tokens and against seconds."""
+    """Held-out KL against tokens and against CPU seconds."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for row in rows:
         if not row.get("heldout") or row["heldout_measure"] != "kl":
             continue
-        at = {point["step"]: point["seconds"] for point in row["curve"]} | {0: 0.0}
+        at = {point["step"]: point["cpu_seconds"] for point in row["curve"]} | {0: 0.0}
         losses = [point["loss"] for point in row["heldout"]]
         axes[0].plot([point["tokens"] for point in row["heldout"]], losses, label=row["method"])
         axes[1].plot([at[point["step"]] for point in row["heldout"]], losses)
-    for axis, label in zip(axes, ("tokens", "seconds"), strict=True):
+    for axis, label in zip(axes, ("tokens", "CPU seconds"), strict=True):
         axis.set_xlabel(label)
     axes[0].set_ylabel("held-out KL, nats per token")
     axes[0].legend(fontsize=8)
@@ -236,8 +264,11 @@ def measure(args: Namespace) -> dict[str, Any]:
     dense, segment = Stack(opened.model), Segment.parse(args.segment)
     if args.only == "self-text":
         tokens = sampled(opened, args)
-    start = partial(folded_student, dense, segment, calibration, args.only not in ("cut", "patch", "no-fold"))
-    row: dict[str, Any] = {"method": args.only, "start": "cut" if args.only in ("cut", "patch", "no-fold") else "fold"}
+    folded = fold_file(args.out)
+    if args.only == "fold":
+        folded.unlink(missing_ok=True)  # its own row is of folding, not of reading
+    start = partial(folded_student, dense, segment, calibration, None if args.only in UNFOLDED else folded)
+    row: dict[str, Any] = {"method": args.only, "start": "cut" if args.only in UNFOLDED else "fold"}
 
     def figures(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]:
         return {name: perplexity(model, text) for name, text in texts.items()}
@@ -245,8 +276,8 @@ def measure(args: Namespace) -> dict[str, Any]:
     if args.only == "dense":
         measured = {"perplexity": figures(dense.model, reported), "genres": figures(dense.model, genres)}
         return row | {"start": "dense"} | measured
-    if args.only in TUNED or args.only in BASELINES:
-        heal = partial(healed, args.only, dense, segment, args.batch_tokens)
+    if args.only in TUNED or args.only in BASELINES or args.only == PEER:
+        heal = partial(healed_by_peer if args.only == PEER else healed, args, dense, segment)
         tried = []
         for rate in [] if args.rate else rates(args.only, dense.hidden_size):
             short = heal(start(), tokens[: max(1, args.rate_tokens // args.window)], heldout, rate)
@@ -255,8 +286,9 @@ def measure(args: Namespace) -> dict[str, Any]:
         student = start()
         before = settled_bytes()
         whole = tokens[: max(1, args.tune_tokens // args.window)]
-        row |= heal(student, whole, heldout, rate)
-        row |= {"peak_above_weights_bytes": peak_bytes(before), "rate": rate, "rates_tried": tried}
+        run = heal(student, whole, heldout, rate)
+        row |= {"peak_above_weights_bytes": peak_bytes(before), "rate": rate, "rates_tried": tried} | run
+        row |= {f"tokens_per_{clock}": row["tokens"] / row[f"{clock}s"] for clock in ("second", "cpu_second")}
         row["heldout_measure"] = "next-token" if args.only == "next-token" else "kl"
         row["kl"] = model_kl(dense, student, heldout)
         row["perplexity"] = figures(student.model, reported)
@@ -266,11 +298,12 @@ def measure(args: Namespace) -> dict[str, Any]:
         row["equal_time"] = at_equal_time(args, row, tokens, start, again, figures, reported)
         return row
     before = settled_bytes()
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     student = start()
     if args.only == "patch":
         patch_(dense, student, segment, calibration)
-    row |= {"seconds": time.perf_counter() - begun, "peak_above_weights_bytes": peak_bytes(before)}
+    row |= {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+    row |= {"peak_above_weights_bytes": peak_bytes(before)}
     row |= {"kl": model_kl(dense, student, heldout), "perplexity": figures(student.model, reported)}
     return row | ({"genres": figures(student.model, genres)} if args.only in GENRES else {})
 
@@ -285,14 +318,15 @@ def sampled(opened: models.LanguageModel, args: Namespace) -> torch.Tensor:
 def at_equal_time(
     args: Namespace, row: dict[str, Any], tokens: torch.Tensor, start: Any, heal: Any, figures: Any, reported: Any
 ) -> dict[str, Any] | None:
-    """Trained again for the seconds of endpoint tuning, if asked for; None where these are not known."""
-    if args.only not in args.equal_time or not args.seconds:
+    """Trained again for the CPU seconds of endpoint tuning, if asked for; None where these are not known."""
+    if args.only not in args.equal_time or not args.cpu_seconds:
         return None
-    count = min(round(args.seconds * row["tokens_per_second"] / args.window), len(tokens))
+    kept = ("tokens", "seconds", "cpu_seconds")
+    count = min(round(args.cpu_seconds * row["tokens_per_cpu_second"] / args.window), len(tokens))
     if abs(count * args.window - row["tokens"]) < 0.05 * row["tokens"]:
-        return {"tokens": row["tokens"], "seconds": row["seconds"], "perplexity": row["perplexity"], "same_run": True}
+        return {key: row[key] for key in kept} | {"perplexity": row["perplexity"], "same_run": True}
     run = heal(student := start(), tokens[: max(1, count)])
-    return {"tokens": run["tokens"], "seconds": run["seconds"], "perplexity": figures(student.model, reported)}
+    return {key: run[key] for key in kept} | {"perplexity": figures(student.model, reported)}
 
 
 def pairs(given: list[str]) -> list[tuple[str, str]]:
@@ -300,34 +334,62 @@ def pairs(given: list[str]) -> list[tuple[str, str]]:
     return [(name, source) for name, _, source in (item.partition("=") for item in given if item)]
 
 
-def folded_student(dense: Stack, segment: Segment, calibration: torch.Tensor, fold: bool) -> Stack:
+def folded_student(dense: Stack, segment: Segment, calibration: torch.Tensor, folded: Path | None) -> Stack:
+    """The cut model; folded as well where a file is given, which the first to fold writes and the others read."""
     student = models.share(dense.model)
     cut_segment_(student, [segment])
     stack = Stack(student)
-    if fold:
-        fold_(dense, stack, [segment], calibration)
+    if folded is None:
+        return stack
+    if folded.is_file():
+        models.replace_parameters_(student, load_file(folded))
+        return stack
+    fold_(dense, stack, [segment], calibration)
+    shared = {id(p) for p in dense.model.parameters()}
+    save_file({name: p.detach() for name, p in student.named_parameters() if id(p) not in shared}, folded)
     return stack
 
 
 def rates(method: str, width: int) -> list[float]:
+    if method == PEER:
+        return list(PEER_RATES)
     if method in BASELINES:
         return list(BASELINES[method][1])
     return [factor * default_learning_rate(width) for factor in (0.5, 1.0, 2.0)]
 
 
 def healed(
-    method: str, dense: Stack, segment: Segment, batch_tokens: int,
+    args: Namespace, dense: Stack, segment: Segment,
     student: Stack, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the student; what it took."""
-    if method in BASELINES:
+    if args.only in BASELINES:
         shared = shared_layers(dense, student)  # as the fold left it; asked before a head of its own hides it
-        trained, first = BASELINES[method][0](student, segment)
-        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, batch_tokens)
-    settings = TuneSettings(learning_rate=rate, batch_tokens=batch_tokens, **TUNED[method])
+        trained, first = BASELINES[args.only][0](student, segment)
+        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, args.batch_tokens)
+    settings = TuneSettings(learning_rate=rate, batch_tokens=args.batch_tokens, **TUNED[args.only])
     report = tune_(dense, student, [segment], tokens, heldout, settings)
-    kept = ("tokens", "tokens_per_second", "trained_parameters", "curve", "heldout")
-    return {key: getattr(report, key) for key in kept} | {"seconds": report.tokens / report.tokens_per_second}
+    kept = ("tokens", "seconds", "cpu_seconds", "trained_parameters", "curve", "heldout")
+    return {key: getattr(report, key) for key in kept}
+
+
+def healed_by_peer(
+    args: Namespace, dense: Stack, segment: Segment,
+    student: Stack, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Have OptiPFair cut and train in its own environment, put its weights into the student; what it took."""
+    with tempfile.TemporaryDirectory() as name:
+        model, text, out = (Path(name, part) for part in ("dense", "tokens.safetensors", "healed"))
+        dense.model.save_pretrained(model)
+        save_file({"tokens": tokens.clone(), "heldout": heldout.clone()}, text)
+        command = [args.peer_python, Path(__file__).with_name("peer_optipfair.py")]
+        command += ["--model", model, "--tokens", text, "--out", out, "--rate", rate]
+        command += ["--batch-tokens", args.batch_tokens, "--threads", args.threads]
+        command += ["--removed", *range(segment.start, segment.stop)]
+        subprocess.run([str(word) for word in command], check=True)
+        trained = AutoModelForCausalLM.from_pretrained(out, dtype=student.stored_dtype)  # as the others are saved
+        models.replace_parameters_(student.model, dict(trained.named_parameters()))
+        return json.loads((out / "report.json").read_text())
 
 
 @torch.no_grad()
@@ -339,23 +401,6 @@ def model_kl(dense: Stack, student: Stack, tokens: torch.Tensor) -> float:
     from healers import held_out_kl
 
     return held_out_kl(dense, student, 0, tokens)
-
-
-def settled_bytes() -> int:
-    """Resident bytes with the weights loaded, and the peak counted anew from here (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS")
-
-
-def peak_bytes(before: int) -> int:
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ class Tuning:
     tokens_per_second: float = 0.0
     seconds: float = 0.0
     """Of training, without scoring; over all processes where it was stopped and resumed."""
+    cpu_seconds: float = 0.0
+    """The same, of processor time over all threads: other work on the machine does not stretch it."""
     stopped_early: bool = False
 
     @property
@@ -206,7 +208,7 @@ class _Training:
     def step_(self) -> int:
         """One optimizer step on the next rows; the tokens in them."""
         report, settings = self.report, self.settings
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         rows = rows_of_step(report.step, len(self.tokens), rows_per_step(settings, self.tokens.shape[1]))
         loss = self._gradient_(rows)
         rate = report.learning_rate * warmup_then_cosine(report.step, report.steps)
@@ -219,10 +221,10 @@ class _Training:
                 p.copy_(master.to(self.stored))
         count = len(rows) * self.tokens.shape[1]
         report.seconds += time.perf_counter() - begun
+        report.cpu_seconds += time.process_time() - cpu
         report.tokens += count
-        report.curve.append(
-            {"step": report.step + 1, "tokens": report.tokens, "loss": loss, "seconds": round(report.seconds, 2)}
-        )
+        spent = {"seconds": round(report.seconds, 2), "cpu_seconds": round(report.cpu_seconds, 2)}
+        report.curve.append({"step": report.step + 1, "tokens": report.tokens, "loss": loss, **spent})
         return count
 
     def _gradient_(self, rows: torch.Tensor) -> float:
