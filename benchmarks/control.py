@@ -21,7 +21,10 @@ BLOCK = 32  # columns that share a grid in Q4_1 and Q8_0
 
 @torch.no_grad()
 def dither_(model: Any, seed: int = 0) -> None:
-    """Uniform noise of one grid step: (max - min) / 15 of each block of 32 for Q4_1, max|w| / 127 for Q8_0."""
+    """Uniform noise of one grid step: (max - min) / 15 of each block of 32 for Q4_1, max|w| / 127 for Q8_0.
+
+    The weights are rounded to the number format that they are saved in, also where a wider one is computed in.
+    """
     draw = torch.Generator().manual_seed(seed)
     embeddings = model.get_input_embeddings().weight
     for parameter in model.parameters():
@@ -33,13 +36,13 @@ def dither_(model: Any, seed: int = 0) -> None:
         else:
             step = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / 15
         noise = torch.rand(grouped.shape, generator=draw) - 0.5
-        parameter.copy_((grouped + noise * step).flatten(1))
+        parameter.copy_((grouped + noise * step).flatten(1).to(models.stored_dtype(model)))
 
 
 def save(opened: models.LanguageModel, folder: Path) -> None:
     """The model as a folder that `compress` takes, whole or not at all."""
     with appearing(folder) as partial:
-        opened.model.save_pretrained(partial)
+        models.as_stored(opened.model).save_pretrained(partial)
         opened.tokenizer.save_pretrained(partial)
 
 
