@@ -378,7 +378,7 @@ def healed_by_peer(
     student: Stack, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Have OptiPFair cut and train in its own environment, put its weights into the student; what it took."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, models.quiet_transformers():
         model, text, out = (Path(name, part) for part in ("dense", "tokens.safetensors", "healed"))
         dense.model.save_pretrained(model)
         save_file({"tokens": tokens.clone(), "heldout": heldout.clone()}, text)

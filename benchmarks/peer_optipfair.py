@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from memory import peak_bytes, settled_bytes
 
@@ -93,6 +95,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
+    logging.getLogger("optipfair").setLevel(logging.WARNING)
     text = load_file(args.tokens)
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
 
