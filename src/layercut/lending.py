@@ -44,6 +44,7 @@ class LentLayers:
 
     def __init__(self, source: LayersOnDisk, model: Any, numbers: Sequence[int]) -> None:
         self.source = source
+        self._lowest: int | None = None  # while it is gone up and down from there
         self._layers = models.find_decoder(model).layers  # the list itself: a cut takes layers out of it
         self._number = WeakKeyDictionary(zip(self._layers, numbers, strict=True))
         for layer, number in self._number.items():
@@ -66,6 +67,15 @@ class LentLayers:
         self.source.say_once(words)
 
     @contextmanager
+    def up_and_down(self, i: int) -> Iterator[None]:
+        """While open, layers are entered from i upwards and down again, and are read ahead so."""
+        self._lowest = self._number[self._layers[i]]
+        try:
+            yield
+        finally:
+            self._lowest = None
+
+    @contextmanager
     def stand_ins(self) -> Iterator[None]:
         with self.source.stand_ins():
             yield
@@ -79,11 +89,20 @@ class LentLayers:
 
     def _enter_(self, layer: nn.Module) -> None:
         number = self._number[layer]
-        if number == self.source.resident or not _borrows(layer):
-            return
+        if number != self.source.resident and _borrows(layer):
+            self.source.enter_(number, self._after(number))
+
+    def _after(self, number: int) -> list[int]:
+        """The layer to read once this one is there: of those that are borrowed here the next one on the way."""
         resident = self.source.resident
-        among = [self._number[one] for one in self._layers if self._number[one] == resident or _borrows(one)]
-        self.source.enter_(number, among)
+        order = [n for one in self._layers if (n := self._number[one]) == resident or _borrows(one)]
+        place = order.index(number)
+        below, above = order[max(0, place - 1) : place], order[place + 1 : place + 2]
+        downwards = resident in above
+        if self._lowest is None:
+            return below if downwards else above
+        below = [n for n in below if n >= self._lowest]
+        return (below or above) if downwards else (above or below)
 
 
 def _borrows(layer: nn.Module) -> bool:

@@ -53,14 +53,14 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     length = wanted_length(config.search, layers)
     check_sources(config)
     models.pick_device(config.load.device)
+    if until != "search" and stream.wanted(checkpoint, **asdict(config.load)):
+        check_streamed(config)
     if config.tasks.names and until == "report":
         evaluate.check_tasks(config.tasks.names, config.tasks.include_path)
 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run)
-        if until != "search" and stream.wanted(checkpoint, **asdict(config.load)):
-            check_streamed(config)
 
         text = text_stage(work)
         if config.number_of_rounds > 1:

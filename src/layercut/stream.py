@@ -356,11 +356,11 @@ class LayersOnDisk:
 
         return forward_with_weights
 
-    def enter_(self, i: int, among: Sequence[int] | None = None) -> None:
+    def enter_(self, i: int, ahead: Sequence[int] | None = None) -> None:
         """Have layer i's weights in memory, drop those of the layer before, and begin to read the one after.
 
-        After is upwards, or downwards where the last step went down, as in a backward pass. among: the layers that
-        the model being run has, in order, this one too; all where not given.
+        After is upwards, or downwards where the last step went down, as in a backward pass. ahead: the one after, or
+        none, where the model being run does not have all layers.
         """
         if i == self.resident:
             return
@@ -368,10 +368,9 @@ class LayersOnDisk:
             self._stand_in_(i, self._random)
             return
         self._refuse_changed(i)  # here those without data, which the model may have changed before it calls them
-        order = range(len(self.layers)) if among is None else among
-        place = order.index(i)
-        downwards = self.resident is not None and self.resident in order[place + 1 : place + 2]
-        after = order[max(0, place - 1) : place] if downwards else order[place + 1 : place + 2]
+        if ahead is None:
+            below, above = range(max(0, i - 1), i), range(i + 1, min(i + 2, len(self.layers)))
+            ahead = below if self.resident == i + 1 else above
         tensors = self._take(i)
         self.leave_()
         self.resident = i  # from here on, also half installed: an error leaves nothing behind
@@ -383,7 +382,7 @@ class LayersOnDisk:
         self.layers[i].requires_grad_(False)
         self._versions[i] = _versions(self.layers[i])
         self._lend_(i)
-        for j in after:
+        for j in ahead:
             self._ahead = j, self._reader.submit(self._read, j)
 
     def leave_(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from layercut.cut import facts
-from layercut.cut.adjust import Edit, Read
+from layercut.cut.adjust import Read
 from layercut.cut.folder import appearing
 from layercut.cut.naming import DiskNames, in_reading_order, layer_of, renumbered
 from layercut.cut.plan import Plan, plan_cut

@@ -27,9 +27,9 @@ def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], N
     """
     device = next(model.parameters()).device
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
-    predictions = _swept(model, tokens, rows, advance) if layers_on_disk(model) else _whole(model, tokens, rows, advance)
+    logits_of = _swept if layers_on_disk(model) else _whole
     total = 0.0
-    for part, logits in predictions:
+    for part, logits in logits_of(model, tokens, rows, advance):
         total += next_token_loss(logits, tokens[part].to(device)).double().sum().item()
     return _exp(processes.summed([total])[0] / (tokens.numel() - len(tokens)))
 

@@ -20,6 +20,7 @@ import torch
 
 from layercut.errors import RunError
 from layercut.heal.objectives import Pair, hidden_gradient, logit_gradient
+from layercut.lending import LentLayers
 from layercut.sweep import Stack, carry_, enter_all, rows_at_once, say_passes
 
 KEY = "key"
@@ -130,6 +131,11 @@ class PairOnDisk(Pair):
     def backwards(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, float]]:
         """As in memory, layers outermost. A batch's number comes once with its loss and no gradient yet, and then with
         the gradient of every trained layer."""
+        assert isinstance(self.student.on_disk, LentLayers)
+        with self.student.on_disk.up_and_down(self.prefix):
+            yield from self._up_and_down(batches)
+
+    def _up_and_down(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, float]]:
         student, hidden_only = self.student, self.objective == "hidden"
         calls = enter_all(student, [tokens for tokens, _ in batches])[1]
         hidden = [self._states("shared", rows) for _, rows in batches]
