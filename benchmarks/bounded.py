@@ -1,13 +1,13 @@
 """A checkpoint larger than a memory limit on the process goes through the whole journey, its layers left on disk.
 
-Writes a checkpoint of random bfloat16 weights (2.9 GB, 80 layers as in a model of 70B, narrower), then runs `layercut
+Writes a checkpoint of random bfloat16 weights (3.0 GB, 120 narrow layers), then runs `layercut
 compress --stream on --device cpu` on it to the end, in a process of its own that may not have more than `--limit` GB
 of data (RLIMIT_DATA: heap and private mappings; its children have the same limit each). The peak of the resident size
 is read from the kernel and set back at the beginning of every stage (Linux), so that each stage's own can be set
-beside what `layercut plan --stream on` says of it. The text is Python's own documentation. The checkpoint is deleted at
-the end.
+beside what `layercut plan --stream on` says of it. The text is Python's own documentation, and little of it: memory is
+what is looked at. The checkpoint is deleted at the end.
 
-    python benchmarks/bounded.py --limit 2.0
+    python benchmarks/bounded.py --limit 1.5
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import common
-from layercut import models
+from layercut import models, workbench
 from layercut.runs import Run
 from plan import high_water, reset_peak, tokenizer
 from stream import write_checkpoint
 
 SHAPE = {
-    "num_hidden_layers": 80, "hidden_size": 1024, "intermediate_size": 4480, "num_attention_heads": 16,
+    "num_hidden_layers": 120, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 65536, "max_position_embeddings": 2048,
 }  # fmt: skip
 STAGES = ["text", "search", "cut", "fold", "heal", "eval", "export"]
 PLANNED = {"search": "search", "fold": "fold", "heal": "tune", "eval": "eval", "export": "export"}
-FLAGS = ["--stream=on", "--device=cpu", "--ratio=0.2", "--method=exhaustive", "--window=128"]
+FLAGS = ["--stream=on", "--device=cpu", "--ratio=0.2", "--method=angular", "--window=64"]
 
 
 def flags(args: Any) -> list[str]:
@@ -45,10 +45,11 @@ def flags(args: Any) -> list[str]:
     return [*FLAGS, f"--batch-tokens={args.batch_tokens}", *(f"--{name}={size}" for name, size in sizes.items())]
 
 
-def journey(argv: list[str], limit: int) -> None:
+def journey(argv: list[str], limit: int, held_out: int) -> None:
     """The command under the limit, in this process; prints each stage's peak and seconds."""
     from layercut.cli import main as command
 
+    workbench.FEWEST_HELD_OUT = held_out
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     peaks: dict[str, dict[str, float]] = {}
     stage = Run.stage
@@ -77,7 +78,7 @@ def child(*command: str) -> str:
 
 def main() -> None:
     args = common.arguments(
-        __doc__.splitlines()[0], limit=2.0, tokens=256, tune_tokens=1024, batch_tokens=512, eval_tokens=512,
+        __doc__.splitlines()[0], limit=1.5, tokens=128, tune_tokens=256, batch_tokens=128, eval_tokens=128, held_out=128,
         folder=tempfile.gettempdir(),
     )  # fmt: skip
     limit = round(args.limit * 1e9)
@@ -93,7 +94,7 @@ def main() -> None:
         plan = json.loads(child("-m", "layercut.cli", "plan", str(model), *flags(args), "--no-calibrate", "--json"))
         texts = ["--data=python-docs", "--eval-data=python-docstrings", f"--out={run}"]
         argv = ["compress", str(model), *flags(args), *texts]
-        seen = json.loads(child(__file__, "--child", json.dumps([argv, limit])).splitlines()[-1])
+        seen = json.loads(child(__file__, "--child", json.dumps([argv, limit, args.held_out])).splitlines()[-1])
         exported = json.loads((run / "export.json").read_text())
         summary = json.loads((run / "summary.json").read_text())
     rows = []
@@ -118,7 +119,7 @@ def main() -> None:
         check=exported["check"],
         limit={"bytes": limit, "kind": "RLIMIT_DATA", "on": "the process of compress, and by itself the one it starts"},
         exit_code=seen["exit_code"],
-        settings=[flag for flag in flags(args)],
+        settings=[*flags(args), f"at least {args.held_out} tokens held out"],
         removed=summary["segments"],
         perplexity=summary["perplexity"],
         threads=torch.get_num_threads(),
