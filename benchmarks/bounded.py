@@ -78,8 +78,8 @@ def child(*command: str) -> str:
 
 def main() -> None:
     args = common.arguments(
-        __doc__.splitlines()[0], limit=1.5, tokens=128, tune_tokens=256, batch_tokens=128, eval_tokens=128, held_out=128,
-        folder=tempfile.gettempdir(),
+        __doc__.splitlines()[0], limit=1.5, tokens=128, tune_tokens=256, batch_tokens=128, eval_tokens=128,
+        held_out=128, folder=tempfile.gettempdir(),
     )  # fmt: skip
     limit = round(args.limit * 1e9)
     with tempfile.TemporaryDirectory(prefix="layercut-bounded-", dir=args.folder) as place:
@@ -117,7 +117,7 @@ def main() -> None:
         checkpoint_bytes=size,
         exported_bytes=exported["bytes"],
         check=exported["check"],
-        limit={"bytes": limit, "kind": "RLIMIT_DATA", "on": "the process of compress, and by itself the one it starts"},
+        limit={"bytes": limit, "kind": "RLIMIT_DATA", "on": "compress, and by itself the process it starts"},
         exit_code=seen["exit_code"],
         settings=[*flags(args), f"at least {args.held_out} tokens held out"],
         removed=summary["segments"],

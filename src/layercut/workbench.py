@@ -469,7 +469,8 @@ class Workbench:
     def export_files(self, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
         """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
         healed, partial = stream.as_saved(student, self.changed(student)), self.run / ".model.partial"
-        cut_checkpoint(self.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=self.stack.stored_dtype)
+        dtype = self.stack.stored_dtype
+        cut_checkpoint(self.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
         return publish_streamed(student, partial, self.run / "model")
 
     # --- the student and its changed weights ---
