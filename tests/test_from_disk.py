@@ -193,12 +193,27 @@ def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path
 
 def test_files_in_another_number_format(llama, tmp_path):
     cut_checkpoint(llama.folder, CUT, tmp_path / "cut", dtype=torch.bfloat16)
-    written = models.load(models.resolve(str(tmp_path / "cut"))).model
-    assert written.dtype == torch.bfloat16
+    written = models.load(models.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "bfloat16"
     expected = opened(llama, CUT, "off", dtype="bfloat16")[1].model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
     stored = stream.stored_tensors(tmp_path / "cut").values()
     assert {tensor.dtype for tensor in stored} == {"BF16"}
+
+
+def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "cpu_has", lambda feature: False)
+    narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
+    dense, student = opened(narrow, CUT, "on")
+    fold_(dense, student, CUT, tiny.some_tokens(24))
+    assert (student.model.dtype, student.stored_dtype) == (torch.float32, torch.bfloat16)
+    shared = {id(p) for p in dense.model.parameters()}
+    healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
+    stored = stream.as_saved(student.model, healed)
+    cut_checkpoint(narrow.folder, CUT, tmp_path / "cut", healed=stored, dtype=dense.stored_dtype)
+    assert {tensor.dtype for tensor in stream.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
+    written = models.load(models.resolve(str(tmp_path / "cut"))).model.state_dict()
+    assert all(torch.equal(written[name], weight) for name, weight in healed.items())
 
 
 # --- tuning ---

@@ -252,7 +252,7 @@ def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
     assert peaks["eval"]["streams"] == 2 * 64 * token
     assert peaks["tune"]["trained state"] == memory_peaks["tune"]["trained state"]
     # of the layers from the one before the cut on, the input of 32 tokens each, and two more states
-    assert peaks["tune"]["inputs of a step"] == (9 - 1 + 2) * 32 * token
+    assert peaks["tune"]["inputs of a step"] == (10 - 1 + 2) * 32 * token
     assert "logits or layer" in streamed.tune(shape, config(objective="hidden"), Segment(4, 7))
 
 
