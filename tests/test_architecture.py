@@ -14,14 +14,14 @@ ROOT = Path(layercut.__file__).parent
 # The rooms, from the ground up; a file belongs to the room of the first part of its name under layercut.
 # data.py reads through sources.py, which reads pythontext.py: ground that stands on ground, and in this order.
 GROUND = [
-    "errors", "segments", "losses", "processes", "progress", "config", "runs", "models", "stream", "pythontext",
-    "sources", "data", "sweep",
+    "errors", "segments", "losses", "processes", "progress", "config", "runs", "models", "stream", "lending",
+    "pythontext", "sources", "data", "sweep",
 ]  # fmt: skip
 # what several files do together is one room
 ROOMS = {
     "findings": "report", "figures": "report", "charts": "report", "survival": "report", "remarks": "report",
     "progressive": "report",
-    "gguf_export": "export",
+    "gguf_export": "export", "reload_streamed": "export",
 }  # fmt: skip
 STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]
 TOP = ["workbench", "rounds", "pipeline", "alone", "compare", "plan", "demo", "cli"]

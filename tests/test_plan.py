@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,23 @@ from transformers import (
 import tiny
 from layercut import measure, models
 from layercut.cli import main
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, PlanConfig, SearchConfig
+from layercut.config import (
+    CompressConfig,
+    DataConfig,
+    EvaluateConfig,
+    HealConfig,
+    ModelConfig,
+    PlanConfig,
+    SearchConfig,
+)
 from layercut.cut import cut_segment_
 from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.plan import GROUP, cut_parts, memory, plan_run, sizes, work
+from layercut.plan import GROUP, cut_parts, memory, plan_run, sizes, stage_peaks, streamed, work
 from layercut.plan.fit import Target, judge
 from layercut.plan.machine import Rates
 from layercut.plan.shape import cache_kinds, count_parts, measure_shape, skeleton
 from layercut.search import find_segments
+from layercut.search.exhaustive import DENSE, all_segments, streams_held
 from layercut.segments import Segment
 from layercut.sweep import Stack
 
@@ -227,6 +236,26 @@ def test_the_more_is_done_at_once_the_more_memory_it_takes(llama):
     assert early > late
 
 
+def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
+    _, shape, _ = llama
+    on_disk = replace(config(), load=ModelConfig(stream="on"))
+    rest = shape.dense.total - sum(shape.dense.layers)
+    peaks, memory_peaks = (
+        stage_peaks(shape, settings, CUT, 3, False, shape.dense, 7) for settings in (on_disk, config())
+    )
+    assert peaks.keys() == memory_peaks.keys()
+    for peak in peaks.values():
+        assert peak["weights in memory"] + peak["two layers"] == 4 * (rest + 2 * shape.dense.layers[0])
+    token = shape.hidden * 4
+    sets = [DENSE, *((segment,) for segment in all_segments(3, 12))]
+    assert peaks["search"]["streams"] == streams_held(sets, 12) * 8 * 16 * token
+    assert peaks["eval"]["streams"] == 2 * 64 * token
+    assert peaks["tune"]["trained state"] == memory_peaks["tune"]["trained state"]
+    # of the layers from the one before the cut on, the input of 32 tokens each, and two more states
+    assert peaks["tune"]["inputs of a step"] == (10 - 1 + 2) * 32 * token
+    assert "logits or layer" in streamed.tune(shape, config(objective="hidden"), Segment(4, 7))
+
+
 def test_time_is_work_over_rates(llama):
     _, shape, _ = llama
     rates = Rates(flops=10.0, flops64=5.0, matvec=4.0, launch=0.0, memory=2.0, disk=None)
@@ -254,6 +283,11 @@ def test_flags_are_named_until_it_fits():
     assert found["flags"] == ["--batch-tokens 1", "--method exhaustive"]
     assert judge(tiny_one, start, needs, 50)["flags"] is None, "no flag makes the window smaller than it is useful"
     assert "weights alone" in judge(none, start, needs, 95)["why"]
+
+    def from_disk(settings: CompressConfig, target: Target) -> dict[str, int]:
+        return {"tune": 10 if settings.load.stream == "on" else 500}
+
+    assert judge(none, start, from_disk, 95)["flags"] == ["--stream on"]
 
 
 # --- the command ---

@@ -67,6 +67,17 @@ def export_checkpoint(
     return {"bytes": size, "check": check}
 
 
+def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
+    """Put a checkpoint in its place that was written from files, once a fresh process has computed from it what this
+    model, whose layers are on disk, computes. As `export_checkpoint` otherwise."""
+    try:
+        check = verify_streamed(model, partial)
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "check": check}
+
+
 def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's tensors by name, with packed ones in the place of the weights that they stand for."""
     quantized = {key.rpartition(".")[0] for key in packed}
@@ -99,13 +110,27 @@ def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
         raise ReloadError(f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tie came apart")
 
 
-@torch.no_grad()
 def verify_reload(model: Any, folder: Path) -> dict[str, Any]:
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
     Logits must be equal to the bit in the saved number format; greedy generation with the cache must give the
     tokens that full forwards without it give (in float32, where ties are not made by rounding).
     """
+    return _verified(model, folder, ["-I", str(CHECKER)])
+
+
+def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
+    """Open the folder in a new process with its layers left on disk and compare with a model whose layers are too.
+
+    Logits must be equal to the bit. transformers' loader places each layer's weights, but the model is never whole in
+    memory, and nothing is generated.
+    """
+    return _verified(model, folder, ["-m", "layercut.reload_streamed"])
+
+
+@torch.no_grad()
+def _verified(model: Any, folder: Path, checker: list[str]) -> dict[str, Any]:
+    """What the checker prints, which is given a few tokens and the model's logits. ReloadError where it fails."""
     parameter = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -113,12 +138,10 @@ def verify_reload(model: Any, folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch) / "expected.safetensors"
         save_file({"tokens": tokens, "logits": logits.cpu().contiguous()}, expected)
-        command = [sys.executable, "-I", str(CHECKER), str(folder), str(expected)]
+        command = [sys.executable, *checker, str(folder), str(expected)]
         command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ReloadError(f"the saved model does not reload as it was: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-

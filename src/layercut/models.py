@@ -617,21 +617,23 @@ def _weight(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-STREAMED = "the model's layers are left on disk: it can be searched and evaluated, but not healed or compared"
-STREAMED_HINT = (
-    "search it, then cut the files: layercut search MODEL --ratio R; layercut cut MODEL --segment START:STOP "
-    "--out FOLDER; with enough memory: --stream off"
-)
+STREAMED = "the model's layers are left on disk: for this it has to be in memory"
+STREAMED_HINT = "from disk run search, compress, tune and evaluate; with enough memory: --stream off"
 
 
 def share(model: Any) -> Any:
     """A second model over the same weights: own modules and config, the very same parameters and buffers.
 
     Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
-    Raises ModelError: the model's layers are on disk (`stream.py`), so there is nothing to share.
+    Raises ModelError: the model's layers are on disk (`stream.py`); `lending.share` copies such a model.
     """
     if getattr(model, "layers_on_disk", None):
         raise ModelError(STREAMED, STREAMED_HINT)
+    return copied(model)
+
+
+def copied(model: Any) -> Any:
+    """Own modules and config, the very same parameters and buffers, with data or without."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
@@ -639,9 +641,11 @@ def share(model: Any) -> Any:
 def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Put new parameters in by name, also where they are tied to another name; tensors of other models stay."""
     everywhere = list(model.named_parameters(remove_duplicate=False))
+    resident = next(parameter.device for _, parameter in everywhere if not parameter.is_meta)
     for name, weight in weights.items():
-        old = model.get_parameter(name)
-        new = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+        old = model.get_parameter(name)  # of a layer on disk, it has no data
+        device = resident if old.is_meta else old.device
+        new = nn.Parameter(weight.to(device, old.dtype), requires_grad=False)
         for place in [name, *(other for other, parameter in everywhere if parameter is old and other != name)]:
             owner, _, attribute = place.rpartition(".")
             setattr(model.get_submodule(owner), attribute, new)

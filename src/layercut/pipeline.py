@@ -19,7 +19,7 @@ from typing import Any, Literal
 from layercut import evaluate, models, processes, stream
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
-from layercut.errors import ConfigError, ModelError
+from layercut.errors import ConfigError
 from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
@@ -30,7 +30,7 @@ from layercut.rounds import heal_stages, in_rounds, search_stage
 from layercut.runs import Run, versions, write_text
 from layercut.search import length_for_speedup
 from layercut.segments import Removal, Segment, checked_segments, layers_to_remove
-from layercut.workbench import TUNING_STATE, Workbench
+from layercut.workbench import Workbench
 
 Stage = Literal["search", "tune", "report"]
 
@@ -53,14 +53,14 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     length = wanted_length(config.search, layers)
     check_sources(config)
     models.pick_device(config.load.device)
+    if until != "search" and stream.wanted(checkpoint, **asdict(config.load)):
+        check_streamed(config)
     if config.tasks.names and until == "report":
         evaluate.check_tasks(config.tasks.names, config.tasks.include_path)
 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run)
-        if until != "search" and not run.read("search") and stream.wanted(checkpoint, **asdict(config.load)):
-            raise ModelError(models.STREAMED, models.STREAMED_HINT)
 
         text = text_stage(work)
         if config.number_of_rounds > 1:
@@ -74,7 +74,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             if until == "search":
                 return run.folder
             heal_stages(work, text, removal)
-        (run / TUNING_STATE).unlink(missing_ok=True)
+        work.forget_tuning_()
         segments, config = removal.all, work.config
         cut, search = run.read("cut") or {}, run.read("search") or {}
         calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
@@ -160,6 +160,27 @@ def check_sources(config: CompressConfig) -> None:
         raise ConfigError(
             f"{', '.join(sorted(both))} would be searched or tuned on and reported on as well",
             "give --eval-data another text than --data and --tune-data",
+        )
+
+
+def check_streamed(config: CompressConfig) -> None:
+    """ConfigError for what a run cannot do whose layers are left on disk; before anything long is run."""
+    asked = {
+        "--bits": config.quantize.bits < 16,
+        "--tasks": bool(config.tasks.names),
+        "--long-context": config.long.long_context > 0,
+        "--teacher-topk": config.heal.teacher_topk > 0,
+        "--target-size with --max-loss": config.search.two_budgets,
+    }
+    for flag in (flag for flag, is_asked in asked.items() if is_asked):
+        raise ConfigError(
+            f"{flag} needs the model in memory, and its layers are left on disk",
+            f"leave out {flag}; with enough memory: --stream off",
+        )
+    if processes.world() > 1:
+        raise ConfigError(
+            f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
+            "start one process; search and evaluate share their work; with enough memory: --stream off",
         )
 
 

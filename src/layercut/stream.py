@@ -8,16 +8,20 @@ stay resident.
 Which stored tensor becomes which weight is decided by transformers' own loader: once for the whole checkpoint on
 tensors without data, which tells what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
+
+A cut copy of such a model borrows its layers: `lending.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -62,7 +66,8 @@ def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how:
 def available_bytes(device: torch.device) -> int:
     """Memory that can be had without swapping: of the machine, within a container's limit, and of the device.
 
-    Of several processes on a machine each has an even part of it.
+    Of several processes on a machine each has an even part of it, within the limits that the process has by itself
+    (`ulimit -v`, `ulimit -d`).
     """
     import psutil
 
@@ -75,11 +80,34 @@ def available_bytes(device: torch.device) -> int:
         free.append(limit - used + int(cache["inactive_file"]))
     except (OSError, ValueError, KeyError):
         pass
-    here = min(free) // processes.on_this_machine()
+    here = min([min(free) // processes.on_this_machine(), *_within_limits()])
     return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
 
 
-def layers_on_disk(model: Any) -> LayersOnDisk | None:
+def _within_limits() -> Iterator[int]:
+    """Bytes that this process may still ask the kernel for, by each limit that is set on it."""
+    for limit, counted in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        allowed, _ = resource.getrlimit(limit)
+        with suppress(OSError):  # where there is no /proc, limits are not counted
+            if allowed != resource.RLIM_INFINITY:
+                lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+                yield max(0, allowed - 1024 * int(lines[counted].split()[0]))
+
+
+class Reader(Protocol):
+    """What has a model's layers in memory when they are entered."""
+
+    def enter_(self, i: int) -> None:
+        """Have layer i's weights in memory."""
+
+    def say_once(self, words: str) -> None:
+        """A line about streaming, unless it was the last one said."""
+
+    def stand_ins(self) -> AbstractContextManager[None]:
+        """While open, layers entered get random weights."""
+
+
+def layers_on_disk(model: Any) -> Reader | None:
     """The reader behind a model's layers, None for a model in memory."""
     return getattr(model, "layers_on_disk", None)
 
@@ -93,6 +121,13 @@ def without_reading(model: Any) -> Iterator[None]:
     disk = layers_on_disk(model)
     with disk.stand_ins() if disk else nullcontext():
         yield
+
+
+def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a model under the names, and in the pieces, in which its class saves them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
 
 
 # --- what is stored -----------------------------------------------------------------------------------------
@@ -294,6 +329,8 @@ class LayersOnDisk:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
         self._random: dict[Any, dict[str, torch.Tensor]] | None = None  # stand-ins, while they are wanted
         self._said = ""
+        self.borrowers: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
+        """Layers of copies of the model, which get the weights of these where they have none of their own."""
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
@@ -306,6 +343,10 @@ class LayersOnDisk:
             say("stream", words)
         self._said = words
 
+    def __deepcopy__(self, memo: Any) -> LayersOnDisk:
+        """A copy of the model has the same reader."""
+        return self
+
     # --- entering a layer ---
 
     def _on_demand(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,10 +356,11 @@ class LayersOnDisk:
 
         return forward_with_weights
 
-    def enter_(self, i: int) -> None:
+    def enter_(self, i: int, ahead: Sequence[int] | None = None) -> None:
         """Have layer i's weights in memory, drop those of the layer before, and begin to read the one after.
 
-        After is upwards, or downwards where the last step went down, as in a backward pass.
+        After is upwards, or downwards where the last step went down, as in a backward pass. ahead: the one after, or
+        none, where the model being run does not have all layers.
         """
         if i == self.resident:
             return
@@ -326,7 +368,9 @@ class LayersOnDisk:
             self._stand_in_(i, self._random)
             return
         self._refuse_changed(i)  # here those without data, which the model may have changed before it calls them
-        step = -1 if self.resident is not None and i == self.resident - 1 else 1
+        if ahead is None:
+            below, above = range(max(0, i - 1), i), range(i + 1, min(i + 2, len(self.layers)))
+            ahead = below if self.resident == i + 1 else above
         tensors = self._take(i)
         self.leave_()
         self.resident = i  # from here on, also half installed: an error leaves nothing behind
@@ -337,8 +381,9 @@ class LayersOnDisk:
             raise
         self.layers[i].requires_grad_(False)
         self._versions[i] = _versions(self.layers[i])
-        if 0 <= i + step < len(self.layers):
-            self._ahead = i + step, self._reader.submit(self._read, i + step)
+        self._lend_(i)
+        for j in ahead:
+            self._ahead = j, self._reader.submit(self._read, j)
 
     def leave_(self) -> None:
         """Drop the weights of the layer that is in memory; ModelError where they were changed there."""
@@ -348,9 +393,26 @@ class LayersOnDisk:
 
     def _drop_(self) -> None:
         if (i := self.resident) is not None:
+            lent = _tensors(self.layers[i])
+            for borrower in self.borrowers[i]:
+                own = _tensors(borrower)
+                _put_(borrower, {name: self._empty[i][name] for name in lent if own.get(name) is lent[name]})
             _put_(self.layers[i], self._empty[i])
             self._versions[i] = self._unchanged[i]
         self.resident = None
+
+    def _lend_(self, i: int) -> None:
+        """Give the weights in memory to the borrowers, for all that they have no data of their own for."""
+        weights = _tensors(self.layers[i])
+        for borrower in self.borrowers[i]:
+            for name, tensor in _tensors(borrower).items():
+                if tensor.is_meta:
+                    if tensor is not self._empty[i].get(name):
+                        raise ModelError(
+                            f"{type(self.model).__name__} has other weights in layer {i} where layers are cut out",
+                            IN_MEMORY,
+                        )
+                    _put_(borrower, {name: weights[name]})
 
     def _refuse_changed(self, i: int) -> None:
         """Changes in place would be lost when the layer is read again."""
@@ -421,6 +483,7 @@ class LayersOnDisk:
                     self._owner(layer)._init_weights(module)
             made[make] = _tensors(layer)
         self.resident = i
+        self._lend_(i)
 
     def _owner(self, layer: nn.Module) -> Any:
         """The innermost model around a layer: in a vision-language model, the language model."""

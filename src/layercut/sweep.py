@@ -10,7 +10,7 @@ type) is recorded from the model's own forward, in which every layer passes its 
     logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
 
 A model whose layers are on disk (`stream.py`) is used alike: `stack.layer(i, …)` reads layer i where another one was
-entered last, so that a sweep takes all its rows through a layer before it goes on to the next (`passes`).
+entered last, so that a sweep takes all its rows through a layer before it goes on to the next (`passes`, `carry_`).
 """
 
 from __future__ import annotations
@@ -223,16 +223,55 @@ def passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[
     """
     if not len(tokens):
         return []
-    per_row = streams * stack.stream_bytes(tokens.shape[1])
-    fit = max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // per_row)
+    fit = rows_at_once(stack, tokens.shape[1], streams)
     if not stack.on_disk:
         return [[batch] for batch in tokens.split(min(rows, fit))]
     groups = [list(group.split(rows)) for group in tokens.split(fit)]
-    stack.on_disk.say_once(
-        f"{streams} hidden states of {min(fit, len(tokens)) * tokens.shape[1]:,} tokens, "
-        f"{min(fit, len(tokens)) * per_row / 2**20:,.1f} MiB; layers are read {len(groups)} time{'s'[:len(groups) > 1]}"
-    )
+    say_passes(stack, min(fit, len(tokens)) * tokens.shape[1], streams, len(groups))
     return groups
+
+
+def rows_at_once(stack: Stack, window: int, streams: int) -> int:
+    """Rows of T tokens of which so many hidden states fit in memory; one at least."""
+    return max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // (streams * stack.stream_bytes(window)))
+
+
+def say_passes(stack: Stack, tokens: int, streams: int, times: int) -> None:
+    """Say what the hidden states of one pass take, and how often layers on disk are read."""
+    if stack.on_disk:
+        taken = streams * stack.stream_bytes(tokens) / 2**20
+        often = f"layers are read {times} time{'s'[:times > 1]}"
+        stack.on_disk.say_once(f"{streams} hidden states of {tokens:,} tokens, {taken:,.1f} MiB; {often}")
+
+
+def shared_passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:
+    """This process's batches of tokens [N, T], of `rows` rows at most, as slices; grouped by pass as in `passes`."""
+    parts = processes.share_of_batches(len(tokens), rows)
+    if not stack.on_disk:
+        return [[part] for part in parts]
+    window = tokens.shape[1]
+    together = max(1, rows_at_once(stack, window, streams) // rows)
+    groups = [parts[i : i + together] for i in range(0, len(parts), together)]
+    say_passes(stack, max(sum(len(tokens[part]) for part in group) for group in groups) * window, streams, len(groups))
+    return groups
+
+
+def enter_all(stack: Stack, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
+    """`Stack.enter` of several batches: their embeddings, and the layers' further arguments."""
+    hidden: list[torch.Tensor] = []
+    calls: list[Calls] = []
+    for batch in batches:
+        embedded, arguments = stack.enter(batch)
+        hidden.append(embedded)
+        calls.append(arguments)
+    return hidden, calls
+
+
+def carry_(stack: Stack, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
+    """h_start of several batches becomes h_stop, in the list; layers outermost: each is entered once for all."""
+    for i in range(start, stop):
+        for b, arguments in enumerate(calls):
+            hidden[b] = stack.layer(i, hidden[b], arguments)
 
 
 def shared_layers(dense: Stack, student: Stack) -> int:
@@ -270,10 +309,13 @@ def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0)
     Of several processes each takes a share of the rows.
     """
     total = 0.0
-    for part in processes.share_of_batches(len(tokens), rows_per_chunk(tokens.shape[1], dense.vocabulary)):
-        batch = tokens[part]
-        shared, calls, student_calls = common_prefix(dense, student, batch, prefix)
-        p_logits = dense.exit(dense.run(shared, calls, prefix, len(dense)), batch)
-        q_logits = student.exit(student.run(shared, student_calls, prefix, len(student)), batch)
-        total += kl_divergence(p_logits, q_logits).sum().item()
+    for parts in shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3):
+        batches = [tokens[part] for part in parts]
+        p, calls = enter_all(dense, batches)
+        carry_(dense, p, calls, 0, prefix)
+        q, student_calls = list(p), enter_all(student, batches)[1]
+        carry_(dense, p, calls, prefix, len(dense))
+        carry_(student, q, student_calls, prefix, len(student))
+        for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True):
+            total += kl_divergence(dense.exit(p_hidden, batch), student.exit(q_hidden, batch)).sum().item()
     return processes.summed([total])[0] / tokens.numel()

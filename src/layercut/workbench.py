@@ -6,6 +6,7 @@ model and the cut one (the *student*) share all weights but those that healing c
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,14 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, measure, models, processes, stream
+from layercut import evaluate, lending, measure, models, processes, stream
 from layercut.config import CompressConfig, HealConfig, QuantizeConfig, parse_bytes
-from layercut.cut import cut_segment_
+from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from layercut.data import Blocks, fingerprint, load_blocks, split_mix
 from layercut.errors import ConfigError
-from layercut.export import export_checkpoint
-from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.export import export_checkpoint, publish_streamed
+from layercut.heal.endpoints import TuneSettings, frozen_states, tune_
 from layercut.heal.fold import fold_
+from layercut.heal.from_disk import FrozenStates
 from layercut.heal.state import StateFile
 from layercut.heal.stored import StoredTeacher, store_teacher, stored_bytes
 from layercut.progress import bar, say
@@ -40,12 +42,14 @@ from layercut.search import (
     stability,
 )
 from layercut.segments import Removal, Segment, kept_layers
-from layercut.sweep import Stack, mean_kl
+from layercut.sweep import Stack, mean_kl, shared_layers
 
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
 TUNING_STATE = "tuning-state.safetensors"
 """Where tuning stands, written every few minutes and when it is stopped; gone when the stage is done."""
+TUNING_STATES = "tuning-states"
+"""What the frozen layers make of the tuning tokens, where those are on disk; gone when the stage is done."""
 FOLD_TOKENS = 65536
 """Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time (docs/log.md)."""
 
@@ -255,9 +259,13 @@ class Workbench:
         segments: in the dense model's layers, all that is removed.
         """
         dense = self.dense.model
-        student = models.share(dense)
+        student = lending.share(dense)
         if segments:
             cut_segment_(student, segments)
+        if stream.layers_on_disk(dense):  # what would come to light at the end of the run
+            layers = models.find_decoder(student)
+            names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
+            check_checkpoint_cut(self.checkpoint.folder, segments, stream.as_saved(student, names))
         return {
             "segments": [[s.start, s.stop] for s in segments],
             "original_layer_index": kept_layers(segments, len(self.stack)),
@@ -270,11 +278,11 @@ class Workbench:
         if not self.config.heal.fold:
             return {"fold": [], "changed": []}
         student, heldout = Stack(self.student(removal.cut)), self.blocks["heldout"]
-        before = mean_kl(self.stack, student, heldout)
+        before = mean_kl(self.stack, student, heldout, shared_layers(self.stack, student))
         tokens = self.fold_tokens()
         with bar("folding", len(removal.new) * len(tokens)) as advance:
             folds = fold_(self.stack, student, removal.all, tokens, only=removal.new, advance=advance)
-        after = mean_kl(self.stack, student, heldout)
+        after = mean_kl(self.stack, student, heldout, shared_layers(self.stack, student))
         kept = after < before
         changed = self.save_changes(student.model, "folded") if kept else []
         outcome = [f.to_json() | {"kl_before": before, "kl_after": after, "kept": kept} for f in folds]
@@ -295,13 +303,17 @@ class Workbench:
         student = Stack(self.student(removal.cut, "folded"))
         tokens, heldout = self.tuning, self.blocks["heldout"]
         teacher = self.stored_teacher(tokens, fingerprint(tokens)) if heal.teacher_topk else None
+        states = self.frozen_states(student, removal, tokens) if student.on_disk else None
         with bar("tuning the endpoints", heal.epochs * tokens.numel()) as advance:
             report = tune_(
                 self.stack, student, removal.all, tokens, heldout, tune_settings(heal),
                 advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"),
                 teacher=teacher,
+                states=states,
                 state=StateFile(self.run / TUNING_STATE, key=self.run.inputs_of(self.name("heal"))),
             )  # fmt: skip
+        if states:
+            states.close()
         for point in report.curve:
             self.run.event(self.name("heal"), int(point["step"]), "loss", point["loss"], "nats/token")
         changed = self.save_changes(student.model, "tuned")
@@ -319,6 +331,24 @@ class Workbench:
                 self.stack, tokens, heal.teacher_topk, self.run / "teacher",
                 key=digest([self.source, fingerprint]), temperature=heal.temperature, advance=advance,
             )  # fmt: skip
+
+    def frozen_states(self, student: Stack, removal: Removal, tokens: torch.Tensor) -> FrozenStates:
+        """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
+        key = digest([self.run.inputs_of(self.name("heal")), fingerprint(tokens)])
+        with bar("running the frozen layers once", len(tokens)) as advance:
+            return frozen_states(
+                self.stack, student, removal.all, tokens, tune_settings(self.config.heal), self.run / TUNING_STATES,
+                key=key, advance=advance,
+            )  # fmt: skip
+
+    def forget_tuning_(self) -> None:
+        """Remove what tuning keeps on disk while it is under way."""
+
+        def remove() -> None:
+            (self.run / TUNING_STATE).unlink(missing_ok=True)
+            shutil.rmtree(self.run / TUNING_STATES, ignore_errors=True)
+
+        processes.on_main(remove)
 
     def quantize(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """The healed student's weights in fewer bits, where that is asked."""
@@ -377,7 +407,11 @@ class Workbench:
         }  # fmt: skip
 
     def look_closer(self, last: Any, tokens: torch.Tensor) -> dict[str, Any]:
-        """What the dense and the last model write, and how fast."""
+        """What the dense and the last model write, and how fast; not measured where layers are on disk, which would be
+        read again for every token written."""
+        if stream.layers_on_disk(last):
+            say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
+            return {"generations": None, "health": None, "speed": None, "peak_rss_bytes": measure.peak_rss_bytes()}
         samples = [evaluate.generations(m, self.tokenizer) for m in (self.dense.model, last)]
         return {
             "generations": [
@@ -427,14 +461,23 @@ class Workbench:
             packing["quantization_config"] = quantized["quantization_config"]
         with bar("saving and verifying", None):
             model = self.student(segments, "folded", "tuned", "quantized")
+            if stream.layers_on_disk(model):
+                return self.export_files(model, segments) | {"files": ["model"]}
             exported = export_checkpoint(model, self.tokenizer, self.run / "model", **packing)
         return exported | {"files": ["model"]}
+
+    def export_files(self, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
+        """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
+        healed, partial = stream.as_saved(student, self.changed(student)), self.run / ".model.partial"
+        dtype = self.stack.stored_dtype
+        cut_checkpoint(self.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
+        return publish_streamed(student, partial, self.run / "model")
 
     # --- the student and its changed weights ---
 
     def student(self, cut: Sequence[Segment], *weights: str) -> Any:
         """The model that is cut without some layers, over the same tensors, then with what healing changed."""
-        student = models.share(self.before)
+        student = lending.share(self.before)
         if cut:
             cut_segment_(student, cut)
         kept = {"folded": ("fold", "changed"), "tuned": ("heal", "tuning")}
@@ -456,10 +499,14 @@ class Workbench:
 
     def save_changes(self, student: Any, name: str) -> list[str]:
         """Write the parameters that are no longer those of the model that was cut; their names."""
-        shared = {id(p) for p in self.before.parameters()}
-        changed = {n: p.detach().cpu() for n, p in student.named_parameters() if id(p) not in shared}
+        changed = self.changed(student)
         self.save(changed, self.name(name))
         return sorted(changed)
+
+    def changed(self, student: Any) -> dict[str, torch.Tensor]:
+        """The parameters that are no longer those of the model that was cut, by name."""
+        shared = {id(p) for p in self.before.parameters()}
+        return {n: p.detach().cpu() for n, p in student.named_parameters() if id(p) not in shared}
 
     def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
         """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""

@@ -3,8 +3,8 @@
 Third stage of the journey. A cut is either right, to the bit, or refused with the reason.
 """
 
-from layercut.cut.checkpoint import cut_checkpoint
+from layercut.cut.checkpoint import check_checkpoint_cut, cut_checkpoint
 from layercut.cut.gguf import cut_gguf
 from layercut.cut.memory import cut_segment_
 
-__all__ = ["cut_checkpoint", "cut_gguf", "cut_segment_"]
+__all__ = ["check_checkpoint_cut", "cut_checkpoint", "cut_gguf", "cut_segment_"]

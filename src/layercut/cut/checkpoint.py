@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layercut.cut import facts
-from layercut.cut.adjust import Edit, Read
+from layercut.cut.adjust import Read
 from layercut.cut.folder import appearing
 from layercut.cut.naming import DiskNames, in_reading_order, layer_of, renumbered
 from layercut.cut.plan import Plan, plan_cut
@@ -29,29 +31,32 @@ from layercut.segments import Segment
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 """Files that hold the uncut model's weights: never copied as they are."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Safetensors' names of number formats that weights are converted between."""
 NOT_COPIED = {"config.json", "original", "onnx", "metal", "openvino"}
 
 
-def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, force: bool = False) -> None:
+def cut_checkpoint(
+    folder: Path,
+    segments: Sequence[Segment],
+    out: Path,
+    *,
+    force: bool = False,
+    healed: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write to `out` the checkpoint in `folder` without the layers of `segments`.
 
     Weights are streamed (a tensor is read only where its values change), config and index rewritten, other
     files copied. `out` appears at the end, whole; the source is only read.
-    Raises SurgeryError: stock transformers cannot express the cut. ModelError: the source is incomplete or
-    corrupt.
+    healed: weights of the cut model to store instead, by the names they are saved under. dtype: the number format
+    to store weights in, where it is not the checkpoint's own.
+    Raises SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
+    ModelError: the source is incomplete or corrupt.
     RunError: `out` exists (unless force), cannot be written, or the disk is full.
     """
     folder, out = Path(folder), Path(out)
-    check_folder(folder)
-    config = load_config(Checkpoint(str(folder), folder))
-    plan = plan_cut(config, model_class(config), segments)
-    shards = [read_shard(file) for file in weight_files(folder)]
-    _check_index(folder, shards)
-    names = _new_names([key for shard in shards for key in shard.entries], plan)
-    read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
-    jobs = [(shard, _outputs(shard, names, plan, read)) for shard in shards]
-    jobs = _with_added(jobs, names, plan)
-    raw = config_json(read_json(folder / "config.json"), config, plan)
+    jobs, raw = _planned(folder, segments, healed or {}, dtype)
     need = sum(out.size for _, outputs in jobs for out in outputs)
     with appearing(out, force=force, need=need) as work:
         _copy_others(folder, work)
@@ -59,6 +64,49 @@ def cut_checkpoint(folder: Path, segments: Sequence[Segment], out: Path, *, forc
             json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
+
+
+def check_checkpoint_cut(folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor]) -> None:
+    """Raise what `cut_checkpoint` would for this cut and weights of these names, of which none needs data."""
+    _planned(folder, segments, healed, None)
+
+
+def _planned(
+    folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> tuple[list[tuple[Shard, list[Output]]], dict[str, Any]]:
+    """What to write in place of each shard, and config.json."""
+    check_folder(folder)
+    config = load_config(Checkpoint(str(folder), folder))
+    plan = plan_cut(config, model_class(config), segments)
+    shards = [read_shard(file) for file in weight_files(folder)]
+    _check_index(folder, shards)
+    names = _new_names([key for shard in shards for key in shard.entries], plan)
+    read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
+    raw = config_json(read_json(folder / "config.json"), config, plan)
+    changes = Changes(plan, read, healed, dtype if _declare_(raw, config, dtype) else None)
+    jobs = [(shard, _outputs(shard, names, changes)) for shard in shards]
+    if unplaced := sorted(healed.keys() - changes.placed):
+        raise SurgeryError(
+            f"the checkpoint stores {len(unplaced)} healed weights in another way than its class saves them "
+            f"(first: {unplaced[0]})",
+            "load the model and cut it in memory instead",
+        )
+    return _with_added(jobs, names, plan), raw
+
+
+def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bool:
+    """Have config.json name this number format; whether it is another than the checkpoint's."""
+    text = config.get_text_config()
+    stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == stored:
+        return False
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key in {"dtype", "torch_dtype"} & part.keys():
+            part[key] = name
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = name
+    return True
 
 
 def model_class(config: Any) -> type:
@@ -201,27 +249,65 @@ def _with_aliases(names: set[str], model: Any) -> set[str]:
     return names.union(*(group for group in aliases.values() if group & names))
 
 
-def _outputs(shard: Shard, names: Names, plan: Plan, read: Read | None) -> list[Output]:
+@dataclass(frozen=True)
+class Changes:
+    """What tensors are written otherwise than they were."""
+
+    plan: Plan
+    read: Read | None
+    healed: Mapping[str, torch.Tensor]
+    dtype: torch.dtype | None
+    """Number format to convert floating-point tensors to."""
+    placed: set[str] = field(default_factory=set)
+    """Names of healed weights that have found their place."""
+
+
+def _outputs(shard: Shard, names: Names, changes: Changes) -> list[Output]:
     """What to write in place of one shard, in the order the bytes lie in."""
     outputs = []
     for entry in sorted(shard.entries.values(), key=lambda e: e.start):
         if entry.name in names.on_disk:
-            edit = plan.edits.get(names.in_memory[entry.name])
-            outputs.append(_output(entry, names.on_disk[entry.name], edit, read))
+            output = _output(shard, entry, names, changes)
+            outputs.append(output)
     return outputs
 
 
-def _output(entry: Entry, name: str, edit: Edit | None, read: Read | None) -> Output:
-    if edit is None or read is None:
-        return Output(name, entry.dtype, entry.shape, entry.size, source=entry)
-    shape = tuple(edit(read).shape)  # worked out twice rather than held until its turn comes
-    size = entry.size // prod(entry.shape) * prod(shape)
-    return Output(name, entry.dtype, shape, size, make=lambda: _bytes(edit(read)))
+def _output(shard: Shard, entry: Entry, names: Names, changes: Changes) -> Output:
+    """The entry's bytes; or a healed weight, an edited or a converted one, made when its turn comes."""
+    name, in_memory = names.on_disk[entry.name], names.in_memory[entry.name]
+    for healed in (name, in_memory):
+        if healed in changes.healed and tuple(changes.healed[healed].shape) == entry.shape:
+            changes.placed.add(healed)
+            return _made(name, entry, entry.shape, changes, partial(changes.healed.__getitem__, healed))
+    edit, read = changes.plan.edits.get(in_memory), changes.read
+    if edit is not None and read is not None:
+        # worked out twice rather than held until its turn comes
+        return _made(name, entry, tuple(edit(read).shape), changes, partial(edit, read))
+    if changes.dtype is not None and entry.dtype in FLOATS and FLOATS[entry.dtype] != changes.dtype:
+        return _made(name, entry, entry.shape, changes, partial(_read_tensor, shard.file, entry.name))
+    return Output(name, entry.dtype, entry.shape, entry.size, source=entry)
 
 
-def _bytes(tensor: Any) -> bytes:
-    import torch
+def _made(
+    name: str, entry: Entry, shape: tuple[int, ...], changes: Changes, make: Callable[[], torch.Tensor]
+) -> Output:
+    """A tensor in the number format of the entry whose place it takes, or in the one wanted."""
+    dtype = FLOATS.get(entry.dtype)
+    if dtype is not None and changes.dtype is not None:
+        dtype = changes.dtype
+    code = next((code for code, known in FLOATS.items() if known == dtype), entry.dtype)
+    width = dtype.itemsize if dtype is not None else entry.size // prod(entry.shape)
+    return Output(name, code, shape, width * prod(shape), make=lambda: _bytes(make().to("cpu", dtype)))
 
+
+def _read_tensor(file: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", backend="pread") as stream:
+        return stream.get_tensor(name)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,24 +12,51 @@ import torch.nn.functional as F
 
 from layercut import processes
 from layercut.losses import next_token_loss, rows_per_chunk
+from layercut.stream import layers_on_disk
+from layercut.sweep import Stack, carry_, enter_all, shared_passes
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[int], None] = lambda rows: None) -> float:
+def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:
     """exp of the mean negative log-likelihood over non-overlapping windows [N, T].
 
     Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. `inf`
     where the mean overflows or the model yields NaN: a ruined model never looks good. Of several processes each
-    takes a share of the windows.
+    takes a share of the windows. Of a model whose layers are on disk each is read once for all windows whose hidden
+    states fit in memory.
     """
     device = next(model.parameters()).device
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
+    logits_of = _swept if layers_on_disk(model) else _whole
     total = 0.0
-    for part in processes.share_of_batches(len(tokens), rows):
-        batch = tokens[part].to(device)
-        total += next_token_loss(model(input_ids=batch, use_cache=False).logits, batch).double().sum().item()
-        advance(len(batch))
+    for part, logits in logits_of(model, tokens, rows, advance):
+        total += next_token_loss(logits, tokens[part].to(device)).double().sum().item()
     return _exp(processes.summed([total])[0] / (tokens.numel() - len(tokens)))
+
+
+def _whole(
+    model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits [B, T, V] of a few windows after the other, by the model's own forward."""
+    device = next(model.parameters()).device
+    for part in processes.share_of_batches(len(tokens), rows):
+        yield part, model(input_ids=tokens[part].to(device), use_cache=False).logits
+        advance(part.stop - part.start)
+
+
+def _swept(
+    model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The same, of which all windows go through a layer before the next is read."""
+    stack = Stack(model)
+    for parts in shared_passes(stack, tokens, rows, streams=2):
+        batches = [tokens[part] for part in parts]
+        hidden, calls = enter_all(stack, batches)
+        for i in range(len(stack)):
+            carry_(stack, hidden, calls, i, i + 1)
+            advance(sum(map(len, batches)) / len(stack))
+        for part, batch, last in zip(parts, batches, hidden, strict=True):
+            yield part, stack.exit(last, batch)
 
 
 def _exp(mean: float) -> float:

@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from layercut import processes
 from layercut.data import fingerprint
+from layercut.heal.from_disk import FrozenStates, PairOnDisk, store_states
 from layercut.heal.objectives import HeldOut, Objective, Pair
 from layercut.heal.state import StateFile, asked_to_stop
 from layercut.heal.stored import StoredTeacher
@@ -121,13 +123,15 @@ def tune_(
     *,
     advance: Callable[[int, float], None] = lambda tokens, loss: None,
     teacher: StoredTeacher | None = None,
+    states: FrozenStates | None = None,
     state: StateFile | None = None,
 ) -> Tuning:
     """Train the student's endpoints on tokens [N, T] in their order; leave it in its best state by held-out loss.
 
     heldout: [M, T], never trained on; it is scored before the first step, so that the end is never worse than the
-    start. teacher: the dense predictions on `tokens`, stored beforehand (for "kl"). state: where to keep the state;
-    one that is there and of the same making is gone on with, and ends in the same bits.
+    start. teacher: the dense predictions on `tokens`, stored beforehand (for "kl"). states: of models whose layers are
+    on disk, what does not change, stored beforehand. state: where to keep the state; one that is there and of the same
+    making is gone on with, and ends in the same bits.
     Deterministic: no randomness is used beside the seeded order of later epochs. Of several processes each takes a
     share of every step's rows; gradients and scores are summed, and all make the same steps.
     """
@@ -138,6 +142,8 @@ def tune_(
         dense=dense, student=student, prefix=prefix, last=max(positions),
         objective=settings.objective, temperature=settings.temperature, mix=settings.mix, stored=teacher,
     )  # fmt: skip
+    if states:
+        pair = PairOnDisk(**vars(pair), states=states, first=min(positions))
     training = _Training(pair, positions, own_parameters_(student, positions), tokens, settings)
     report = training.report
     key = training.key(heldout, [state.key if state else "", teacher is not None])
@@ -166,6 +172,30 @@ def tune_(
     finally:
         training.finish_()
     return report
+
+
+def frozen_states(
+    dense: Stack,
+    student: Stack,
+    segments: Sequence[Segment],
+    tokens: torch.Tensor,
+    settings: TuneSettings,
+    folder: Path,
+    *,
+    key: str,
+    advance: Callable[[float], None] = lambda rows: None,
+) -> FrozenStates:
+    """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step.
+
+    advance: counts every row once.
+    """
+    positions = endpoints(segments, len(dense), settings.radius)
+    prefix = min(min(positions), shared_layers(dense, student))
+    removed = len(dense) - len(student)
+    stop = {"kl": len(dense), "hidden": max(positions) + 1 + removed, "next-token": None}[settings.objective]
+    window = tokens.shape[1]
+    rows = rows_per_step(settings, window), max(1, PASS_TOKENS // window)
+    return store_states(dense, tokens, prefix, stop, folder, rows=rows, key=key, advance=advance)
 
 
 class _Training:
@@ -237,9 +267,10 @@ class _Training:
         total = 0.0
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        for part in self._passes(len(rows)):
-            share = len(rows[part]) / len(rows)
-            total += share * self.pair.backward(self.tokens[rows[part]], rows[part])
+        batches = [(self.tokens[rows[part]], rows[part]) for part in self._passes(len(rows))]
+        for number, loss in self.pair.backwards(batches):
+            share = len(batches[number][1]) / len(rows)
+            total += share * loss
             for master, p in zip(self.masters, self.trained, strict=True):
                 if p.grad is not None and master.grad is not None:
                     master.grad.add_(p.grad, alpha=share)
@@ -319,7 +350,7 @@ def own_parameters_(student: Stack, positions: Sequence[int]) -> list[nn.Paramet
     """Give the layers at these positions parameters of their own, trainable, and return them."""
     own: list[nn.Parameter] = []
     for position in positions:
-        for module in student.layers[position].modules():
+        for module in student.loaded(position).modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_floating_point():
                     replacement = nn.Parameter(parameter.detach().clone(), requires_grad=True)

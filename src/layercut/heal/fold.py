@@ -21,7 +21,7 @@ A layer's *inputs* take no fold: attention and MLP read the stream through RMSNo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from layercut import processes
 from layercut.heal.targets import WIDEST, Target, find_targets, run_and_catch
 from layercut.segments import Segment, kept_layers
-from layercut.sweep import Stack, shared_layers
+from layercut.sweep import Stack, carry_, enter_all, shared_layers, shared_passes
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried relative ridges. Which is best hangs on the number of tokens; the ends guard against few (docs/log.md)."""
@@ -156,7 +156,7 @@ def _fold_one_(
         fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
         ridge, x = _solution(fit, check)
         judge = check if check.tokens else fit
-        target.fold_into_(student.layers[position], x[: target.width], student.stored_dtype)
+        target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
         ridges.append(ridge)
         plain = plain or judge.yy
     names = [target.name for target in targets]
@@ -182,17 +182,17 @@ def _statistics(
 ) -> tuple[Normal, Normal]:
     """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out.
 
-    Of several processes each takes a share of the rows.
+    Of several processes each takes a share of the rows. Of layers on disk each, up to the cut, is read once a pass.
     """
-    shared = min(shared_layers(dense, student), position)
     width = sum(target.width for target in targets)
     fit, check = (Normal.zeros(width, student.hidden_size, student.device) for _ in range(2))
-    for part in processes.share_of_batches(len(tokens), rows):
-        z, y = _gap(dense, student, segment, position, shared, targets, tokens[part])
-        held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
-        fit.add_(z[~held], y[~held])
-        check.add_(z[held], y[held])
-        advance(len(z))
+    for parts in shared_passes(dense, tokens, rows, streams=3):
+        batches = [tokens[part] for part in parts]
+        for part, (z, y) in zip(parts, _gaps(dense, student, segment, position, targets, batches), strict=True):
+            held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
+            fit.add_(z[~held], y[~held])
+            check.add_(z[held], y[held])
+            advance(len(z))
     fit.sum_()
     check.sum_()
     return fit, check
@@ -206,28 +206,31 @@ def _solution(fit: Normal, check: Normal) -> tuple[float, torch.Tensor]:
     return ridge, fit.solve(ridge)
 
 
-def _gap(
+def _gaps(
     dense: Stack,
     student: Stack,
     segment: Segment,
     position: int,
-    shared: int,
     targets: Sequence[Target],
-    tokens: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    batches: Sequence[torch.Tensor],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What the targets are solved from [B, T, I], side by side, and y = h_e - h, what the stream lacks [B, T, D].
 
-    The layers below `shared` are the same in both models and run once.
+    The layers that are the same in both models run once.
     """
-    hidden, calls = dense.enter(tokens)
-    hidden = dense.run(hidden, calls, 0, shared)
-    wanted = dense.run(hidden, calls, shared, segment.stop)
-    _, calls = student.enter(tokens)
-    before = student.run(hidden, calls, shared, position)
-    modules = [student.layers[position].get_submodule(target.name) for target in targets]
-    out, caught = run_and_catch(student.layers[position], before, calls[position], modules)
-    parts = [
-        caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
-        for module, target in zip(modules, targets, strict=True)
-    ]
-    return torch.cat(parts, dim=-1), wanted.float() - out.float()
+    shared = min(shared_layers(dense, student), position)
+    wanted, calls = enter_all(dense, batches)
+    carry_(dense, wanted, calls, 0, shared)
+    before = list(wanted)
+    carry_(dense, wanted, calls, shared, segment.stop)
+    calls = enter_all(student, batches)[1]
+    carry_(student, before, calls, shared, position)
+    layer = student.loaded(position)
+    modules = [layer.get_submodule(target.name) for target in targets]
+    for h_e, hidden, arguments in zip(wanted, before, calls, strict=True):
+        out, caught = run_and_catch(layer, hidden, arguments[position], modules)
+        parts = [
+            caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
+            for module, target in zip(modules, targets, strict=True)
+        ]
+        yield torch.cat(parts, dim=-1), h_e.float() - out.float()

@@ -7,6 +7,7 @@ is written out by hand, piece by piece: vocabulary-sized tensors are the largest
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from layercut.losses import (
     loss_and_gradient,
     next_token_and_gradient,
 )
-from layercut.sweep import Calls, Stack, common_prefix
+from layercut.sweep import Stack, carry_, common_prefix, enter_all
 
 Objective = Literal["kl", "next-token", "hidden"]
 
@@ -45,6 +46,15 @@ class Pair:
     stored: StoredTeacher | None = None
     """The dense predictions on the tuning tokens, where they were stored."""
 
+    def backwards(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, float]]:
+        """`backward` of several batches (tokens, rows) of one step, in their order.
+
+        Yields the number of the batch to which the gradients belong that the trained parameters hold now, and its
+        loss; whoever asks takes them and clears them.
+        """
+        for number, (tokens, rows) in enumerate(batches):
+            yield number, self.backward(tokens, rows)
+
     def backward(self, tokens: torch.Tensor, rows: torch.Tensor) -> float:
         """Add the gradient of the mean loss over tokens [B, T] to the trained parameters; the loss.
 
@@ -52,21 +62,27 @@ class Pair:
         """
         if self.objective == "hidden":
             return _hidden_backward(self, tokens)
-        if self.objective == "next-token" or self.stored:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self.objective == "next-token" or self.stored:
                 hidden, calls = self.student.enter(tokens)
-                shared = self.student.run(hidden, calls, 0, self.prefix)
-            final = None
-        else:
-            final, shared, calls = dense_final(self, tokens)
-        return _logit_backward(self, tokens, rows, shared, calls, final)
+                shared, final = self.student.run(hidden, calls, 0, self.prefix), None
+            else:
+                shared, dense_calls, calls = common_prefix(self.dense, self.student, tokens, self.prefix)
+                final = self.dense.run(shared, dense_calls, self.prefix, len(self.dense))
+        out = self.student.run(shared, calls, self.prefix, len(self.student))
+        loss, gradient = logit_gradient(self, tokens, rows, out, final)
+        out.backward(gradient)
+        return loss
 
 
-def dense_final(pair: Pair, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Calls]:
-    """Dense hidden states at the end and the shared ones at `prefix`, [B, T, D]; the student's layer arguments."""
+def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of batches of tokens [B, T], the dense hidden states at the end and the shared ones at `prefix`, [B, T, D]."""
     with torch.no_grad():
-        shared, calls, student_calls = common_prefix(pair.dense, pair.student, tokens, pair.prefix)
-        return pair.dense.run(shared, calls, pair.prefix, len(pair.dense)), shared, student_calls
+        hidden, calls = enter_all(pair.dense, batches)
+        carry_(pair.dense, hidden, calls, 0, pair.prefix)
+        shared = list(hidden)
+        carry_(pair.dense, hidden, calls, pair.prefix, len(pair.dense))
+    return list(zip(hidden, shared, strict=True))
 
 
 def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
@@ -81,22 +97,26 @@ def _hidden_backward(pair: Pair, tokens: torch.Tensor) -> float:
         shared, calls, student_calls = common_prefix(pair.dense, pair.student, tokens, pair.prefix)
         target = pair.dense.run(shared, calls, pair.prefix, pair.last + 1 + removed).float()
     got = pair.student.run(shared, student_calls, pair.prefix, pair.last + 1)
-    loss = (got.float() - target).square().mean() / target.square().mean()
+    loss, gradient = hidden_gradient(got, target)
+    got.backward(gradient)
+    return loss
+
+
+def hidden_gradient(got: torch.Tensor, target: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """|h - h_dense|^2 / |h_dense|^2 and its gradient in h [B, T, D]; the target is float32."""
+    leaf = got.detach().requires_grad_(True)
+    loss = (leaf.float() - target).square().mean() / target.square().mean()
     loss.backward()
-    return loss.item()
+    assert leaf.grad is not None
+    return loss.item(), leaf.grad
 
 
-def _logit_backward(
-    pair: Pair,
-    tokens: torch.Tensor,
-    rows: torch.Tensor,
-    shared: torch.Tensor,
-    calls: Calls,
-    final: torch.Tensor | None,
-) -> float:
-    """Backward through head, suffix and endpoints; logits live a piece at a time. Returns the mean loss."""
+def logit_gradient(
+    pair: Pair, tokens: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, final: torch.Tensor | None
+) -> tuple[float, torch.Tensor]:
+    """Mean loss of what leaves the student's last layer [B, T, D], and its gradient there; logits live a piece at a
+    time. final: the dense model's, where the objective compares with it."""
     student, total = pair.student, 0.0
-    out = student.run(shared, calls, pair.prefix, len(student))
     gradient = torch.empty_like(out)
     targets = next_tokens(student.place(tokens))
     for piece in logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()):
@@ -117,8 +137,7 @@ def _logit_backward(
         total += loss
         assert leaf.grad is not None
         gradient[piece] = leaf.grad
-    out.backward(gradient)
-    return total / tokens.numel()
+    return total / tokens.numel(), gradient
 
 
 def _sum(terms: list[tuple[float, Term]]) -> Term:
@@ -159,16 +178,16 @@ class HeldOut:
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
         self.pair, self.tokens = pair, tokens
         self.batches = [tokens[part] for part in processes.share_of_batches(len(tokens), rows)]
-        self.states = [dense_final(pair, batch)[:2] for batch in self.batches]
+        self.states = dense_states(pair, self.batches)
 
     @torch.no_grad()
     def score(self) -> float:
         """KL(p || q) per token at temperature 1; for the objective "next-token", that loss."""
         pair, total = self.pair, 0.0
         loss_of = self._next_token if pair.objective == "next-token" else self._kl
-        for batch, (final, shared) in zip(self.batches, self.states, strict=True):
-            _, calls = pair.student.enter(batch)
-            out = pair.student.run(shared, calls, pair.prefix, len(pair.student))
+        outs = [shared for _, shared in self.states]
+        carry_(pair.student, outs, enter_all(pair.student, self.batches)[1], pair.prefix, len(pair.student))
+        for batch, (final, _), out in zip(self.batches, self.states, outs, strict=True):
             for piece in logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()):
                 total += loss_of(batch, piece, final, pair.student.exit(out[piece], batch[piece]).flatten(0, 1))
         predictions = self.tokens.numel() - (len(self.tokens) if pair.objective == "next-token" else 0)

@@ -67,7 +67,8 @@ def find_targets(stack: Stack, position: int, tokens: torch.Tensor) -> list[Targ
     Behind a norm (Gemma 2), or scaled by a constant, there is neither, and the list is empty.
     """
     hidden, calls = stack.enter(tokens)
-    probe = Probe.of(stack.layers[position], stack.run(hidden, calls, 0, position), calls[position])
+    before = stack.run(hidden, calls, 0, position)
+    probe = Probe.of(stack.loaded(position), before, calls[position])
     found = [_of_linear(probe, name) for name in linear_writers(probe)]
     if len(found) < 2 and (branch := multipliable_branch(probe)):
         inside = {name for target in found for name, _ in target.weights}
@@ -149,7 +150,9 @@ class Probe:
         def as_float(value: Any) -> Any:
             return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-        return cls(copy.deepcopy(layer).float(), before.float(), tree_map(as_float, call))
+        layer = copy.deepcopy(layer)
+        layer.__dict__.pop("forward", None)  # that of a layer on disk would read it, and this copy has its weights
+        return cls(layer.float(), before.float(), tree_map(as_float, call))
 
     @property
     def width(self) -> int:

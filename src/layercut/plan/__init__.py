@@ -20,7 +20,7 @@ from layercut.config import CompressConfig, PlanConfig, parse_bytes
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
 from layercut.pipeline import check_window, wanted_length
-from layercut.plan import memory, work
+from layercut.plan import memory, streamed, work
 from layercut.plan.fit import Target, judge, targets
 from layercut.plan.machine import Rates, calibrate, memory_bytes, resident_bytes
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape, skeleton
@@ -74,7 +74,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         place, libraries = "cpu" if on_cpu else "accelerator", base or 0
         at = shape_at(settings.text.window, number := number_on(place))
         found = stage_peaks(at, settings, segments, length, bool(given), after, libraries if on_cpu else 0)
-        found["load"] = memory.load(at, gguf=gguf, mapped=not gguf and number == own, device=place)
+        in_memory = memory.load(at, gguf=gguf, mapped=not gguf and number == own, device=place)
+        found["load"] = streamed.load(at) if settings.load.stream == "on" else in_memory
         return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
@@ -152,6 +153,8 @@ def stage_peaks(
 ) -> dict[str, memory.Peak]:
     """The parts of every stage's peak but loading's, the dense weights among them. Of several segments the first is
     tuned deepest. base: what a fresh process holds from the start."""
+    if config.load.stream == "on":
+        return streamed_peaks(shape, config, min(segments), length, given, base)
     rows = work.rows_of(config.text.tokens, shape.window)
     first = min(segments)
     weights = {"weights": shape.dense.total * shape.itemsize}
@@ -169,6 +172,21 @@ def stage_peaks(
         peaks["tune"] = weights | memory.tune(shape, config, first)
     peaks["eval"] = weights | memory.evaluate(shape, config)
     peaks["export"] = weights | memory.export(shape, after.total, base)
+    return peaks
+
+
+def streamed_peaks(
+    shape: Shape, config: CompressConfig, first: Segment, length: int, given: bool, base: int
+) -> dict[str, memory.Peak]:
+    """The same with the layers left on disk."""
+    weights, rows = streamed.weights(shape), work.rows_of(config.text.tokens, shape.window)
+    peaks = {"search": weights | streamed.search(shape, config, length, given, rows)}
+    if config.heal.fold:
+        peaks["fold"] = weights | streamed.fold(shape, config)
+    if config.heal.tune_tokens:
+        peaks["tune"] = weights | streamed.tune(shape, config, first)
+    peaks["eval"] = weights | streamed.evaluate(shape, config)
+    peaks["export"] = weights | streamed.export(shape, config, base)
     return peaks
 
 

@@ -57,28 +57,42 @@ def judge(
     }
     if found["fits"]:
         return found
-    if weights > target.room():
-        return found | {"flags": None, "why": "the weights alone are larger than the device, and one device is used"}
     for flags, changed in savings(config):
         stages = needs(changed, target)
         if max(stages.values()) <= target.room():
             return found | {"flags": flags}
+    if weights > target.room():
+        why = "the weights alone are larger than the device, and one device is used; nor does it fit from disk"
+        return found | {"flags": None, "why": why}
     return found | {"flags": None, "why": "no setting makes it fit"}
 
 
 def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]]:
-    """Settings that need less and less, each on top of those before: first what costs nothing but time."""
-    flags: list[str] = []
+    """Settings that need less and less: first what costs nothing but time, in memory and then with the layers left on
+    disk, each on top of those before; then a smaller window as well."""
+    flags, changed = list[str](), config
+    for flags, changed in _cumulative([], config):
+        yield flags, changed
+    if config.load.stream != "on":
+        flags, changed = ["--stream on"], replace(config, load=replace(config.load, stream="on"))
+        yield flags, changed
+        for more in _cumulative(flags, changed):
+            flags, changed = more
+            yield flags, changed
+    window = changed.text.window
+    while window > 64:
+        window //= 2
+        changed = replace(changed, text=replace(changed.text, window=window))
+        yield [*flags, f"--window {window}"], changed
+
+
+def _cumulative(flags: list[str], config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]]:
+    """Each of `_STEPS` that changes something, on top of those before."""
     for flag, change in _STEPS:
         changed = change(config)
         if changed != config:
             flags, config = [*flags, flag], changed
             yield flags, config
-    window = config.text.window
-    while window > 64:
-        window //= 2
-        config = replace(config, text=replace(config.text, window=window))
-        yield [*flags, f"--window {window}"], config
 
 
 def _heal(**changes: Any) -> Callable[[CompressConfig], CompressConfig]:

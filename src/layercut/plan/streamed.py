@@ -1,0 +1,113 @@
+"""Peaks of the stages where the decoder layers are left on disk: beside `memory.py`, in the same terms.
+
+In memory are what is no layer, the layer at work and the one that is read ahead. Rows go through a layer together
+(`sweep.passes`), so that hidden states of all of them are held; where those would not fit, a run takes several passes,
+and what is said here is that of one.
+"""
+
+from __future__ import annotations
+
+from layercut.config import CompressConfig
+from layercut.heal.endpoints import PASS_TOKENS, endpoints
+from layercut.heal.fold import WIDEST
+from layercut.plan import memory
+from layercut.plan.memory import Peak
+from layercut.plan.shape import Shape
+from layercut.plan.work import descent_entered, held_out_tokens, rows_of
+from layercut.search.clp import schedule_for
+from layercut.search.exhaustive import DENSE, all_segments, streams_held
+from layercut.segments import Segment
+from layercut.workbench import FOLD_TOKENS
+
+PIECE = 32 * 2**20
+"""Bytes of the logits that tuning makes at a time (`losses.logit_pieces`)."""
+
+
+def weights(shape: Shape) -> Peak:
+    """Embeddings, head and final norm, and two layers."""
+    rest = shape.dense.total - sum(shape.dense.layers)
+    return {
+        "weights in memory": rest * shape.itemsize,
+        "two layers": 2 * max(shape.dense.layers) * shape.itemsize,
+    }
+
+
+def load(shape: Shape) -> Peak:
+    """No layer is read yet, but one of random weights is made to try the model's structure."""
+    rest = weights(shape)["weights in memory"]
+    return {"weights in memory": rest, "one layer": max(shape.dense.layers) * shape.itemsize}
+
+
+def search(shape: Shape, config: CompressConfig, length: int, given: bool, rows: int) -> Peak:
+    """The streams of all rows, then a chunk of logits or a layer at work. In a step of the gate the input of every
+    layer that was entered, and what one of them keeps for its backward pass."""
+    layers = shape.layers
+    sets = [DENSE] if given else [DENSE, *((segment,) for segment in all_segments(length, layers))]
+    swept = _swept(shape, streams_held(sets, layers), rows)
+    if given or config.search.method != "clp":
+        return swept
+    places = schedule_for(layers, length, 1, rows).particles
+    entered = descent_entered(layers, length, places).expected
+    row, logits = shape.window * shape.hidden * shape.itemsize, shape.window * shape.vocabulary
+    step = {
+        "kept for backward": round(entered) * row + places * max(cost.saved for cost in shape.costs),
+        "streams": 3 * places * row,
+        "logits": places * logits * (shape.itemsize + 8) + logits * 4,
+    }
+    return max(step, swept, key=memory.total)
+
+
+def fold(shape: Shape, config: CompressConfig) -> Peak:
+    """Three hidden states of all rows beside the normal equations: Z'Z and Z'Y in float64 to fit and to check, then
+    the same again once with the ridge, once as factors and twice as the solution."""
+    rows = rows_of(config.text.tokens, shape.window)
+    tuning = min(config.heal.tune_tokens, max(0, FOLD_TOKENS - config.text.tokens))
+    streams = 3 * (rows + tuning // shape.window) * shape.window * shape.hidden * shape.itemsize
+    inner = shape.projection // shape.hidden
+    wide = shape.hidden + (inner if shape.hidden + inner <= WIDEST else shape.hidden)
+    sums = 2 * 8 * wide * (wide + shape.hidden)
+    solving = 8 * wide * (2 * wide + 3 * shape.hidden)
+    held = rows_of(held_out_tokens(config), shape.window)
+    folded = {"streams": streams, "normal equations": sums, "solving": solving}
+    return max(folded, _swept(shape, 3, held, compared=2), key=memory.total)
+
+
+def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
+    """State of the trained layers; every layer's input for the rows of a step, from the first of them to the end; what
+    one layer keeps for the backward pass of one pass; the held-out rows' states."""
+    heal, at_rest = config.heal, memory.tune(shape, config, segment)
+    trained = endpoints([segment], shape.layers, heal.radius)
+    kept = shape.layers - len(segment)
+    stop = max(trained) + 1 if heal.objective == "hidden" else kept
+    token = shape.hidden * shape.itemsize
+    step = min(max(heal.batch_tokens, shape.window), heal.tune_tokens)
+    rows = max(1, min(PASS_TOKENS, step) // shape.window)
+    held = rows_of(held_out_tokens(config), shape.window) * shape.window
+    # a piece of both models' logits, their gradient and copies of it
+    logits = 4 * min(PIECE, rows * shape.window * shape.vocabulary * shape.itemsize)
+    backward = rows * max(cost.saved_trained for cost in shape.costs)
+    return {
+        "trained state": at_rest["trained state"],
+        "inputs of a step": (stop - min(trained) + 2) * step * token,
+        "held-out states": 3 * held * token,
+        "logits or layer": max(logits, backward),
+    }
+
+
+def evaluate(shape: Shape, config: CompressConfig) -> Peak:
+    """Two hidden states of all rows and a chunk of logits; the healed weights of one state."""
+    rows = rows_of(config.evaluate.eval_tokens, shape.window)
+    healed = memory.evaluate(shape, config)["healed weights"]
+    return _swept(shape, 2, rows) | {"healed weights": healed}
+
+
+def export(shape: Shape, config: CompressConfig, base: int) -> Peak:
+    """Files are copied by range; a fresh process opens them as this one opened the model, and computes 64 tokens."""
+    healed = memory.evaluate(shape, config)["healed weights"]
+    return {"fresh process": memory.total(weights(shape)) + base, "healed weights": 2 * healed}
+
+
+def _swept(shape: Shape, streams: int, rows: int, compared: int = 1) -> Peak:
+    held = streams * rows * shape.window * shape.hidden * shape.itemsize
+    at_work = min(rows, memory.SWEPT_ROWS) * shape.most("live")
+    return {"streams": held, "logits or layer": max(memory.compared_logits(shape, rows, compared), at_work)}

@@ -1,0 +1,343 @@
+"""The whole journey with the decoder layers left on disk gives what it gives in memory, to the bit."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import shutil
+import signal
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from layercut import lending, models, processes, stream
+from layercut.cli import main
+from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
+from layercut.errors import ModelError, RunError, SurgeryError
+from layercut.evaluate import perplexity
+from layercut.heal import endpoints as room
+from layercut.heal.endpoints import TuneSettings, frozen_states, tune_
+from layercut.heal.fold import fold_
+from layercut.segments import Segment
+from layercut.sweep import Stack, mean_kl
+from layercut.workbench import TUNING_STATE, TUNING_STATES
+from test_resume import driver
+from test_stream import MODELS, saved
+
+RUN = ["--ratio=0.25", "--tokens=128", "--window=16", "--tune-tokens=192", "--eval-tokens=64", "--no-speed"]
+RUN += ["--batch-tokens=32", "--learning-rate=0.001"]
+
+
+def compressed(mode, model, texts, out, *more):
+    """A run folder, with the layers on disk or in memory."""
+    argv = ["compress", str(model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}"]
+    assert main([*argv, f"--stream={mode}", *more]) == 0
+    return out
+
+
+def read(run, name):
+    return json.loads((run / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def both(tiny_model, texts, tmp_path_factory):
+    """Run folders of the same run, from disk and in memory."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        # slow, and not what is compared
+        patch.setattr("layercut.export.verify_reload", lambda *_: {})
+        patch.setattr("layercut.evaluate.generations", lambda *_: ["", "", ""])
+        patch.setattr("layercut.evaluate.generation_health", lambda *_: {})
+        patch.setattr("layercut.heal.endpoints.PASS_TOKENS", 16)  # a step is several passes
+        return [compressed(mode, tiny_model, texts, folder / mode) for mode in ("on", "off")]
+
+
+def test_every_stage_finds_the_same(both):
+    disk, memory = both
+    for stage, told in {
+        "search": ("segments", "candidates"),
+        "cut": ("segments", "original_layer_index", "parameters", "bytes"),
+        "fold": ("fold", "changed"),
+        "eval": ("perplexity",),
+    }.items():
+        ours, theirs = read(disk, stage), read(memory, stage)
+        assert {key: ours[key] for key in told} == {key: theirs[key] for key in told}
+    ours, theirs = read(disk, "heal")["tuning"], read(memory, "heal")["tuning"]
+    assert ours["heldout"] == theirs["heldout"]
+    assert [point["loss"] for point in ours["curve"]] == [point["loss"] for point in theirs["curve"]]
+    assert ours["best_step"] > 0
+    for file in ("folded", "tuned"):
+        assert (disk / f"{file}.safetensors").read_bytes() == (memory / f"{file}.safetensors").read_bytes()
+
+
+def test_the_checkpoint_is_the_same_and_says_how_it_was_checked(both):
+    disk, memory = (load_file(run / "model" / "model.safetensors") for run in both)
+    assert disk.keys() == memory.keys()
+    assert all(torch.equal(disk[name], memory[name]) for name in disk)
+    ours, theirs = (json.loads((run / "model" / "config.json").read_text()) for run in both)
+    assert ours["num_hidden_layers"] == theirs["num_hidden_layers"] == 6
+    check = read(both[0], "export")["check"]
+    assert check["logits"] == "equal to the bit"
+    assert "left on disk" in check["how"]
+    assert check["cached_generation"] is None
+
+
+def test_what_was_not_measured_is_null(both):
+    summary = read(both[0], "summary")
+    assert summary["speed"] is None
+    assert summary["generation_health"] is None
+    assert summary["perplexity"] == read(both[1], "summary")["perplexity"]
+    assert (both[0] / "report.html").is_file()
+    assert not list(both[0].glob("*tuning*"))
+
+
+# --- a second model over the same layers ---
+
+
+def opened(checkpoint, segments, mode, **how):
+    """Stacks over a model and its cut copy, in memory or on disk."""
+    model = stream.load(checkpoint, stream=mode, **how).model
+    student = lending.share(model)
+    cut_segment_(student, segments)
+    return Stack(model), Stack(student)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama of 8 layers, saved in several shards."""
+    return saved(tiny.llama(), tmp_path_factory.mktemp("llama"))
+
+
+CUT = [Segment(3, 5)]
+
+
+def test_a_cut_copy_borrows_the_layers_it_has(llama):
+    dense, student = opened(llama, CUT, "on")
+    disk, tokens = stream.layers_on_disk(dense.model), tiny.some_tokens(2)
+    expected = opened(llama, CUT, "off")[1].model(input_ids=tokens).logits
+    read = disk.bytes_read
+    assert torch.equal(student.model(input_ids=tokens).logits, expected)
+    assert disk.layers_read == [1, 1, 1, 0, 0, 1, 1, 1]  # and none read ahead in vain
+    assert disk.bytes_read - read == sum(p.nbytes for p in student.layers.parameters())
+    disk.leave_()
+    assert all(p.is_meta for p in student.layers.parameters())
+    again = lending.share(student.model)  # a copy of a copy, from which more is cut
+    cut_segment_(again, [Segment(0, 1)])
+    twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
+    assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
+    assert disk.layers_read == [1, 2, 2, 0, 0, 2, 2, 2]
+    weights, borrowers = student.model.state_dict(), sum(map(len, disk.borrowers))
+    del again, weights
+    gc.collect()
+    assert sum(map(len, disk.borrowers)) < borrowers, "copies are held for ever"
+
+
+def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
+    dense, student = opened(llama, CUT, "on")
+    disk, tokens = stream.layers_on_disk(dense.model), tiny.some_tokens(2)
+    dense_logits = dense.model(input_ids=tokens).logits
+    name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
+    models.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
+    memory = opened(llama, CUT, "off")[1].model
+    models.replace_parameters_(memory, {name: torch.zeros(32, 64)})
+    assert torch.equal(student.model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
+    assert torch.equal(dense.model(input_ids=tokens).logits, dense_logits)
+    disk.leave_()
+    kept = [n for n, p in student.model.named_parameters() if "layers" in n and not p.is_meta]
+    assert kept == [name]
+
+
+def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
+    model = stream.load(llama, stream="on").model
+    student = lending.share(model)
+    layer = student.model.layers[2]
+    layer.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
+    with pytest.raises(ModelError, match="other weights in layer 2"):
+        Stack(student)
+
+
+# --- fold, perplexity, files ---
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "gemma2", "mixtral", "qwen2 moe"])
+def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_path):
+    checkpoint, segments = saved(MODELS[name](), tmp_path / "source"), [Segment(2, 3)]
+    tokens, found, students = tiny.some_tokens(24), [], []
+    for mode in ("on", "off"):
+        dense, student = opened(checkpoint, segments, mode)
+        folds = fold_(dense, student, segments, tokens)
+        found.append([folds, mean_kl(dense, student, tokens[:4], 1), perplexity(student.model, tokens[:6])])
+        students.append(student.model)
+        if mode == "on":
+            shared = {id(p) for p in dense.model.parameters()}
+            healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
+            stored = stream.as_saved(student.model, healed)
+            check_checkpoint_cut(checkpoint.folder, segments, stored)
+            cut_checkpoint(checkpoint.folder, segments, tmp_path / "cut", healed=stored)
+    assert found[0] == found[1]
+    assert found[0][0][0].modules or name == "gemma2"  # behind its norms there is nothing to fold
+    written = models.load(models.resolve(str(tmp_path / "cut"))).model.state_dict()
+    expected = students[1].state_dict()
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[key], expected[key]) for key in expected)
+
+
+def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path):
+    with pytest.raises(SurgeryError, match="another way"):
+        check_checkpoint_cut(llama.folder, CUT, {"model.layers.9.mlp.down_proj.weight": torch.zeros(32, 64)})
+
+
+def test_files_in_another_number_format(llama, tmp_path):
+    cut_checkpoint(llama.folder, CUT, tmp_path / "cut", dtype=torch.bfloat16)
+    written = models.load(models.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "bfloat16"
+    expected = opened(llama, CUT, "off", dtype="bfloat16")[1].model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
+    stored = stream.stored_tensors(tmp_path / "cut").values()
+    assert {tensor.dtype for tensor in stored} == {"BF16"}
+
+
+def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "cpu_has", lambda feature: False)
+    narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
+    dense, student = opened(narrow, CUT, "on")
+    fold_(dense, student, CUT, tiny.some_tokens(24))
+    assert (student.model.dtype, student.stored_dtype) == (torch.float32, torch.bfloat16)
+    shared = {id(p) for p in dense.model.parameters()}
+    healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
+    stored = stream.as_saved(student.model, healed)
+    cut_checkpoint(narrow.folder, CUT, tmp_path / "cut", healed=stored, dtype=dense.stored_dtype)
+    assert {tensor.dtype for tensor in stream.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
+    written = models.load(models.resolve(str(tmp_path / "cut"))).model.state_dict()
+    assert all(torch.equal(written[name], weight) for name, weight in healed.items())
+
+
+# --- tuning ---
+
+SETTINGS = {
+    "kl": {},
+    "mixed": {"temperature": 2.0, "mix": 0.3},
+    "next-token": {"objective": "next-token"},
+    "hidden": {"objective": "hidden"},
+    "two epochs": {"epochs": 2, "radius": 2},
+}
+
+
+def tuned(checkpoint, mode, folder, segments, settings, tokens, **how):
+    """The report of tuning, the weights after it, and the dense stack."""
+    dense, student = opened(checkpoint, segments, mode, **how)
+    states = None
+    if mode == "on":
+        states = frozen_states(dense, student, segments, tokens, settings, folder, key="")
+    report = tune_(dense, student, segments, tokens, tiny.some_tokens(8, 16, seed=3), settings, states=states)
+    weights = {n: p for n, p in student.model.named_parameters() if n.startswith("model.layers.") and not p.is_meta}
+    return report, weights, dense
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tuning_ends_in_the_same_bits(name, dtype, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "PASS_TOKENS", 48)
+    settings = TuneSettings(learning_rate=1e-3, batch_tokens=96, **SETTINGS[name])
+    segments, tokens = [Segment(2, 3), Segment(4, 6)], tiny.some_tokens(24, 16)
+    (ours, left, _), (theirs, right, _) = (
+        tuned(llama, mode, tmp_path / "states", segments, settings, tokens, dtype=dtype) for mode in ("on", "off")
+    )
+    assert ours.heldout == theirs.heldout
+    assert [p["loss"] for p in ours.curve] == [p["loss"] for p in theirs.curve]
+    assert ours.best_step > 0 or name == "next-token"
+    positions = {f"model.layers.{i}." for i in ours.trained_layers}
+    left = {n: p for n, p in left.items() if n.startswith(tuple(positions))}
+    assert len(left) == 9 * len(positions)
+    assert all(torch.equal(p, right[n]) for n, p in left.items())
+
+
+def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "SCORES", 1)
+    settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
+    dense, student = opened(llama, CUT, "on")
+    disk = stream.layers_on_disk(dense.model)
+    states = frozen_states(dense, student, CUT, tokens, settings, tmp_path / "states", key="")
+    assert disk.layers_read == [1] * 8
+    assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4
+    tune_(dense, student, CUT, tokens, tiny.some_tokens(4, 16, seed=3), settings, states=states)
+    steps, scores = 6, 2
+    assert max(disk.layers_read[:2]) <= 3  # for the tuning tokens, for the rows held out, and ahead in vain
+    assert max(disk.layers_read[2:6]) <= 4  # and to be copied before training
+    # of the two above the cut one is still there at either turn
+    assert max(disk.layers_read[6:]) <= 2 + scores + steps + 2
+    below = disk.layers_read[:2]
+    again = frozen_states(dense, student, CUT, tokens, settings, tmp_path / "states", key="")
+    assert torch.equal(again.read("wanted", torch.tensor([5])), states.read("wanted", torch.tensor([5])))
+    assert disk.layers_read[:2] == below, "states that are there are made again"
+
+
+def test_states_need_room(llama, tmp_path, monkeypatch):
+    dense, student = opened(llama, CUT, "on")
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(RunError, match="MB are free"):
+        frozen_states(dense, student, CUT, tiny.some_tokens(24, 16), TuneSettings(), tmp_path / "states", key="")
+
+
+def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(both, tiny_model, texts, tmp_path):
+    """Killed after step 1, where the state was due; terminated within step 3."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
+    argv.append("--stream=on")
+    whole = tmp_path / "whole"
+    assert main(["tune", *argv[1:-2], "--stream=on", f"--out={whole}"]) == 0
+    with driver(argv, log) as run_until:
+        assert run_until("step/1", signal.SIGKILL) == -signal.SIGKILL, log.read_text()
+        made = (run / TUNING_STATES / "wanted").stat().st_mtime_ns
+        assert run_until("step/2", signal.SIGTERM) == -signal.SIGTERM, log.read_text()
+    assert (run / TUNING_STATE).is_file()
+    assert (run / TUNING_STATES / "wanted").stat().st_mtime_ns == made
+    assert main(["tune", *argv[1:]]) == 0
+    assert not list(run.glob("*tuning*"))
+    assert (run / "tuned.safetensors").read_bytes() == (whole / "tuned.safetensors").read_bytes()
+    ours, theirs = (read(folder, "heal")["tuning"] for folder in (run, whole))
+    assert ours["heldout"] == theirs["heldout"]
+    assert [p["loss"] for p in ours["curve"]] == [p["loss"] for p in theirs["curve"]]
+
+
+def test_rounds_from_disk(tiny_model, texts, tmp_path):
+    flags = [*RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--rounds=2", "--method=exhaustive"]
+    for mode in ("on", "off"):
+        assert main(["tune", str(tiny_model), *flags, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
+    for file in ("tuned-1", "tuned-2", "tuned"):
+        ours, theirs = ((tmp_path / mode / f"{file}.safetensors").read_bytes() for mode in ("on", "off"))
+        assert ours == theirs
+    ours, theirs = (load_file(tmp_path / mode / "model" / "model.safetensors") for mode in ("on", "off"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# --- what is refused, and what is counted on ---
+
+
+@pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--long-context=32", "--teacher-topk=8"])
+def test_what_needs_the_model_in_memory_is_refused_at_once(flag, tiny_model, texts, tmp_path, capsys):
+    argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--stream=on"]
+    assert main([*argv, flag, f"--out={tmp_path / 'run'}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{flag.partition('=')[0]} needs the model in memory" in error
+    assert "--stream off" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_do_not_heal_from_disk(tiny_model, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--stream=on"]
+    assert main([*argv, f"--out={tmp_path / 'run'}"]) == 2
+    assert "start one process" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_limit_on_the_process_counts(monkeypatch):
+    place = torch.device("cpu")
+    free = stream.available_bytes(place)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10**6, 10**6))  # less than the process has
+    assert stream.available_bytes(place) == 0 < free
