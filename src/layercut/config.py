@@ -77,7 +77,7 @@ class ModelConfig:
     allow_pickle: Annotated[bool, Parameter(negative="")] = False
     """Read pickled weights (*.bin), which can run code too."""
     stream: StreamMode = "auto"
-    """Leave the decoder layers on disk and read each when it is needed, to search what is larger than memory.
+    """Leave the decoder layers on disk and read each when it is needed, for what is larger than memory.
     auto: where the weights would take more than 0.8 of the memory available."""
 
 

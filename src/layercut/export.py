@@ -125,7 +125,7 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
     Logits must be equal to the bit. transformers' loader places each layer's weights, but the model is never whole in
     memory, and nothing is generated.
     """
-    return _verified(model, folder, ["-m", "layercut.reload_streamed"])
+    return _verified(model, folder, ["-P", "-m", "layercut.reload_streamed"])
 
 
 @torch.no_grad()
