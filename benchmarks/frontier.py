@@ -27,12 +27,11 @@ import torch
 from common import arguments, blocks, finish, named, open_model
 from control import dither_, healed, save
 from fronts import BUDGETS, SMALLER, WAYS, answers, extra_losses, front, loss, way
-from layercut import alone, models
+from layercut import cli, models
 from layercut.config import (
     CompressConfig,
     DataConfig,
     EvaluateConfig,
-    ExportConfig,
     HealConfig,
     QuantizeConfig,
     RunConfig,
@@ -230,7 +229,9 @@ def kept_tensors(
     run = args.work / f"gguf-{ratio:g}"
     config = CompressConfig(search=search, text=text, heal=heal, evaluate=apart, run=RunConfig(out=run))
     compress(str(source), config)
-    file = alone.export(str(run), ExportConfig(out=args.work / f"cut-{ratio:g}.gguf", force=True))
+    file = args.work / f"cut-{ratio:g}.gguf"
+    if cli.main(["export", str(run), f"--out={file}", "--force"]):
+        raise SystemExit(f"error: {run} could not be exported")
     model = models.load(models.resolve(str(file))).model
     told = healing(run) | {"layers": len(models.find_decoder(model))}
     return told | {"bytes": file.stat().st_size, "perplexity": perplexities(model, texts)}
