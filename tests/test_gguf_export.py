@@ -24,7 +24,9 @@ from layercut.cli import main
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.demo import fetch_model
 from layercut.errors import ModelError
-from layercut.gguf_export import CONVERTER, gguf_tensors, rotary_order, tensor_types, verify_gguf
+from layercut.findings import broken
+from layercut.gguf_check import compare_weights, read_by_transformers
+from layercut.gguf_export import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.segments import Segment
 
 gguf = pytest.importorskip("gguf")
@@ -72,12 +74,16 @@ def logits(model: Any) -> torch.Tensor:
         return model(tiny.some_tokens(), use_cache=False).logits
 
 
+def read_back(file: Path, model: Any, rounded: dict[str, str]) -> dict[str, float]:
+    return compare_weights(file.name, read_by_transformers(file), model, rounded)
+
+
 def write_healed(source: Path, healed: Any, out: Path, kind: str) -> dict[str, float]:
     student, changed = healed
     tensors = gguf_tensors(changed, student.config, "llama", kind)
     cut_gguf(source, [SEGMENT], out, replaced=tensors)
     rounded = {name: t.name.lower() for name, (_, t) in zip(changed, tensors.values(), strict=True)}
-    return verify_gguf(out, student, rounded)
+    return read_back(out, student, rounded)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -123,7 +129,7 @@ def test_a_change_that_was_not_written_is_noticed(source, healed, tmp_path):
     tensors = gguf_tensors(some, student.config, "llama", "f32")
     cut_gguf(source, [SEGMENT], tmp_path / "out.gguf", replaced=tensors)
     with pytest.raises(ModelError, match=r"holds another model\.layers\.1\.mlp\.down_proj"):
-        verify_gguf(tmp_path / "out.gguf", student, dict.fromkeys(some, "f32"))
+        read_back(tmp_path / "out.gguf", student, dict.fromkeys(some, "f32"))
 
 
 def test_names_that_the_file_lacks(source, healed, tmp_path):
@@ -160,6 +166,11 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert facts["tensor_types"] == tensor_types(out)
     matrices = sum("norm" not in name for name in changed)
     assert facts["tensor_types"]["Q8_0"] == matrices
+    measured, recorded = facts["again"], json.loads((gguf_run / "summary.json").read_text())["perplexity"]
+    assert measured["tokens"] == recorded["tokens"] == 64
+    assert measured["perplexity"]["model"] == recorded["tuned"]
+    assert measured["perplexity"]["file"] == pytest.approx(recorded["tuned"], rel=1e-2)
+    assert facts["broken"] is None
     kept = set(contents(source).values())
     # a norm that tuning moved by less than its number format can tell has the bytes it had
     assert matrices <= sum(value not in kept for value in contents(out).values()) <= len(changed)
@@ -168,6 +179,15 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.02 * logits(ours).float().std()
     assert main(["export", str(gguf_run), f"--out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("layercut.to_gguf.llama_cpp_installed", lambda: False)
+    assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "transformers: every weight read back" in said
+    assert "llama.cpp itself has not read it: llama-cpp-python is not installed" in said
+    assert json.loads((gguf_run / "gguf.json").read_text())["again"]["llama_cpp"] is None
 
 
 @pytest.fixture
@@ -191,6 +211,18 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
     assert [p.name for p in tmp_path.iterdir() if "gguf" in p.name] == ["out.gguf"]
 
 
+def test_a_model_that_rounding_ruins_is_called_broken(converter, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setenv(CONVERTER, str(converter))
+    model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
+    flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]
+    assert main(["compress", str(model), *flags, f"--data={texts[0]}", "--eval-data=self", f"--out={run}"]) == 0
+    assert broken(json.loads((run / "summary.json").read_text())) is None
+    assert main(["export", str(run), "--gguf-type=q8_0", f"--out={tmp_path / 'q8_0.gguf'}"]) == 0
+    assert "The compressed model is broken" in " ".join(capsys.readouterr().err.split())
+    assert "Quantization broke it" in json.loads((run / "gguf.json").read_text())["broken"]
+
+
 def test_k_quants_are_llama_cpps(gguf_run, tmp_path, monkeypatch):
     """The way there and back; what llama.cpp itself makes of it is for `make test-llamacpp`."""
     asked = []
@@ -208,6 +240,7 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path, monkeypatch):
         LLAMA_FTYPE_MOSTLY_Q4_K_M=15, LLAMA_FTYPE_MOSTLY_Q5_K_M=17, LLAMA_FTYPE_MOSTLY_Q6_K=18,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    monkeypatch.setattr("layercut.to_gguf.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), "--gguf-type=q5_k_m", f"--out={tmp_path / 'out.gguf'}"]) == 0
     assert [call[:2] for call in asked] == [(17, True)]
     assert asked[0][2]["F16"] == tensor_types(tmp_path / "out.gguf")["F16"] > 0, "healed weights come in float16"

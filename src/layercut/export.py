@@ -24,6 +24,8 @@ from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
 
 CHECKER = Path(__file__).with_name("reload_check.py")
+CHECK_TOKENS = 4096
+"""Tokens of text, at most, that what was exported is measured on again."""
 
 
 class ReloadError(Exception):
@@ -37,10 +39,12 @@ def export_checkpoint(
     *,
     packed: dict[str, torch.Tensor] | None = None,
     quantization_config: dict[str, Any] | None = None,
+    text: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Save model, tokenizer and generation config; verify; only then put the folder in its place.
 
     packed: tensors to save for the weights of `model` that they stand for, which quantization_config describes.
+    text: tokens [N, T] to measure perplexity on again, by the fresh process.
     Returns {"bytes": of the weight files, "check": what the fresh process saw}. Raises RunError where the disk
     does not let us, ReloadError where the reloaded model differs or a weight was saved twice.
     """
@@ -55,7 +59,7 @@ def export_checkpoint(
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
         check_bytes(partial, state)
-        check = verify_reload(model, partial)
+        check = verify_reload(model, partial, text)
         replace_folder(partial, folder)
     except OSError as error:
         raise RunError(
@@ -100,20 +104,23 @@ def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def verify_reload(model: Any, folder: Path) -> dict[str, Any]:
+def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
-    Logits must be equal to the bit in the saved number format; greedy generation with the cache must give the
-    tokens that full forwards without it give (in float32, where ties are not made by rounding).
+    Logits must be equal to the bit in the saved number format, on random tokens and on the first row of `text` [N, T];
+    greedy generation with the cache must give the tokens that full forwards without it give (in float32, where ties
+    are not made by rounding). Of the text the process also measures the perplexity.
     """
     parameter = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
-    logits = model(input_ids=tokens.to(parameter.device), use_cache=False).logits
+    expected = {"tokens": tokens, "logits": _logits(model, tokens)}
+    if text is not None:
+        expected |= {"text": text.contiguous(), "text_logits": _logits(model, text[:1])}
     with tempfile.TemporaryDirectory() as scratch:
-        expected = Path(scratch) / "expected.safetensors"
-        save_file({"tokens": tokens, "logits": logits.cpu().contiguous()}, expected)
-        command = [sys.executable, "-I", str(CHECKER), str(folder), str(expected)]
+        file = Path(scratch) / "expected.safetensors"
+        save_file(expected, file)
+        command = [sys.executable, "-I", str(CHECKER), str(folder), str(file)]
         command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -122,3 +129,11 @@ def verify_reload(model: Any, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    device = next(model.parameters()).device
+    return model(input_ids=tokens.to(device), use_cache=False).logits.cpu().contiguous()
+
+
+def text_to_check(blocks: torch.Tensor) -> torch.Tensor:
+    """The first blocks [N, T] of a text, as many as what was exported is measured on again."""
+    return blocks[: max(1, CHECK_TOKENS // blocks.shape[1])]

@@ -1,11 +1,13 @@
 """Run by itself, in a fresh process, by `export.verify_reload`: is the saved checkpoint the model it should be?
 
-Uses torch and transformers alone. Prints one line of JSON, or fails with the difference as its last line.
+Uses torch and transformers alone. Prints one line of JSON, or fails with the difference as its last line. EXPECTED
+holds tokens and their logits and, where there is text to measure on, its rows [N, T] and the first row's logits.
 
     python reload_check.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
 """
 
 import json
+import math
 import sys
 
 import torch
@@ -27,6 +29,22 @@ def load(folder, dtype, device):
     return model.to(device).eval()
 
 
+def compare(model, tokens, expected):
+    got = model(input_ids=tokens, use_cache=False).logits.cpu()
+    if not torch.equal(got, expected):
+        sys.exit(f"logits differ by up to {(got.float() - expected.float()).abs().max().item():g}")
+
+
+def perplexity(model, rows):
+    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run."""
+    total = 0.0
+    for row in rows:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").double().sum().item()
+    mean = total / (rows.numel() - len(rows))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 @torch.no_grad()
 def main(folder, expected, device, dtype, threads):
     logging.set_verbosity_error()
@@ -35,9 +53,12 @@ def main(folder, expected, device, dtype, threads):
     tokens = reference["tokens"].to(device)
 
     model = load(folder, getattr(torch, dtype), device)
-    got = model(input_ids=tokens, use_cache=False).logits.cpu()
-    if not torch.equal(got, reference["logits"]):
-        sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")
+    compare(model, tokens, reference["logits"])
+    found = {"logits": "equal to the bit"}
+    if "text" in reference:
+        text = reference["text"].to(device)
+        compare(model, text[:1], reference["text_logits"])
+        found["perplexity"] = {"tokens": text.numel(), "value": perplexity(model, text)}
 
     model = torch.nn.Module.float(model)  # transformers refuses model.float() where weights were quantized
     prompt = tokens[:1, :8]
@@ -59,7 +80,7 @@ def main(folder, expected, device, dtype, threads):
         worst = max(worst, float(uncached_step.max() - uncached_step[token]))
     if worst > TIE:
         sys.exit(f"generation with the cache leaves the uncached one by {worst:g} in logits")
-    print(json.dumps({"logits": "equal to the bit", "cached_generation": "equal", "tokens": NEW_TOKENS}))
+    print(json.dumps(found | {"cached_generation": "equal", "tokens": NEW_TOKENS}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from layercut.config import CompressConfig, HealConfig, QuantizeConfig, parse_by
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, fingerprint, load_blocks, split_mix
 from layercut.errors import ConfigError
-from layercut.export import export_checkpoint
+from layercut.export import export_checkpoint, text_to_check
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import fold_
 from layercut.heal.state import StateFile
@@ -421,13 +421,16 @@ class Workbench:
     def export(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """The healed and, where asked, quantized student as a stock checkpoint."""
         quantized = self.run.read("quantize") or {}
+        text = text_to_check(self.blocks["evaluation"])
         packing: dict[str, Any] = {}
         if quantized["bits"] < 16:
             packing["packed"] = load_file(self.run / "quantized.safetensors")
             packing["quantization_config"] = quantized["quantization_config"]
         with bar("saving and verifying", None):
             model = self.student(segments, "folded", "tuned", "quantized")
-            exported = export_checkpoint(model, self.tokenizer, self.run / "model", **packing)
+            exported = export_checkpoint(model, self.tokenizer, self.run / "model", text=text, **packing)
+            # what the fresh process should have found
+            exported["perplexity"] = {"tokens": text.numel(), "value": evaluate.perplexity(model, text)}
         return exported | {"files": ["model"]}
 
     # --- the student and its changed weights ---
