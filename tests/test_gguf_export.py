@@ -25,6 +25,7 @@ from layercut.cut import cut_gguf, cut_segment_
 from layercut.demo import fetch_model
 from layercut.errors import ModelError
 from layercut.findings import broken
+from layercut.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.gguf_check import compare_weights, read_by_transformers
 from layercut.gguf_export import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.segments import Segment
@@ -221,6 +222,7 @@ def test_a_model_that_rounding_ruins_is_called_broken(converter, texts, tmp_path
     assert main(["export", str(run), "--gguf-type=q8_0", f"--out={tmp_path / 'q8_0.gguf'}"]) == 0
     assert "The compressed model is broken" in " ".join(capsys.readouterr().err.split())
     assert "Quantization broke it" in json.loads((run / "gguf.json").read_text())["broken"]
+    assert "Quantization broke it" in (run / "report.html").read_text()
 
 
 def test_k_quants_are_llama_cpps(gguf_run, tmp_path, monkeypatch):
@@ -299,15 +301,53 @@ def by_llama_cpp(file: Path, prompt: list[int], scratch: Path) -> tuple[torch.Te
     return torch.from_numpy(np.load(scratch / "logits.npy")), json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.llamacpp
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
-def test_llama_cpp_computes_what_transformers_computes(kind, texts, tmp_path):
-    pytest.importorskip("llama_cpp")
-    run, out = tmp_path / "run", tmp_path / "out.gguf"
-    flags = ["--tokens=256", "--window=64", "--tune-tokens=512", "--eval-tokens=128", "--no-speed", "--segment=13:19"]
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory) -> Path:
+    """The demo's model, cut, folded and tuned a little."""
+    run = tmp_path_factory.mktemp("real") / "run"
+    flags = ["--tokens=256", "--window=64", "--tune-tokens=512", "--eval-tokens=512", "--no-speed", "--segment=13:19"]
     data = ["--data=python-docstrings", "--eval-data=python-docs", f"--out={run}"]
     assert main(["compress", str(fetch_model()), *flags, *data]) == 0
+    return run
+
+
+TYPES = {
+    "f16": {"f16": {"F16"}, "as it came": {"Q4_1", "Q8_0", "F16"}},
+    "q8_0": {"f16": {"Q8_0"}, "as it came": {"Q4_1", "Q8_0"}},
+    "q4_0": {"f16": {"Q4_0", "Q8_0"}, "as it came": {"Q4_1", "Q8_0", "Q4_0"}},
+    # 576 columns are no multiple of 256: most of the K-quants fall back
+    "q4_k_m": {"f16": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}, "as it came": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}},
+}
+"""Of matrices, for each --gguf-type: from a float checkpoint, and from the demo's .gguf file."""
+WORST = {"f16": 0.02, "q8_0": 0.03, "q4_0": 0.05, "q4_k_m": 0.05}
+"""Of llama.cpp's logits: relative error against transformers on the same file."""
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("source", ["as it came", "f16"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, tmp_path, capsys):
+    pytest.importorskip("llama_cpp")
+    if source == "f16" and not os.environ.get(CONVERTER):
+        pytest.skip(f"{CONVERTER} names no folder with llama.cpp's converter")
+    run, out = real_run, tmp_path / "out.gguf"
+    if source == "f16":  # a run like this one that began from a folder: what is left goes through the converter
+        run = shutil.copytree(real_run, tmp_path / "run")
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"model": "a-folder"}))
     assert main(["export", str(run), f"--gguf-type={kind}", f"--out={out}"]) == 0
+    print(capsys.readouterr().err)
+    facts = json.loads((run / "gguf.json").read_text())
+    assert set(facts["tensor_types"]) - {"F32"} <= TYPES[kind][source]
+    found, figures = facts["again"]["llama_cpp"], facts["again"]["perplexity"]
+    assert figures["model"] == json.loads((run / "summary.json").read_text())["perplexity"]["tuned"]
+    assert found["perplexity"] == pytest.approx(figures["file"], rel=0.02)
+    assert found["logit_error"] < WORST[kind]
+    assert found["greedy"] >= 20
+    assert found["same_token_ids"]
+    assert facts["broken"] is None
+
+    # and once more by other code: the logits of a prompt, and what comes after it
     loaded = models.load(models.resolve(str(out)), dtype="float32")
     prompt = loaded.tokenizer("The capital of France is the city of").input_ids
     theirs, greedy = by_llama_cpp(out, prompt, tmp_path)
@@ -315,6 +355,22 @@ def test_llama_cpp_computes_what_transformers_computes(kind, texts, tmp_path):
     with torch.no_grad():
         ours = loaded.model(tokens, use_cache=False).logits[0]
         generated = loaded.model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    # llama.cpp rounds activations to 8 bits in its quantized products
-    assert (theirs - ours).abs().mean() < (0.02 if kind == "f16" else 0.1) * ours.std()
+    assert (theirs - ours).abs().mean() < WORST[kind] * ours.std()
     assert greedy[:4] == generated[0, len(prompt) :].tolist()[:4]
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_notices_other_weights(source, healed, tmp_path):
+    pytest.importorskip("llama_cpp")
+    out, (student, _) = tmp_path / "out.gguf", healed
+    write_healed(source, healed, out, "f16")
+    tokens, tokenizer = torch.arange(2, 34)[None], folders.tokenizer()
+    assert llama_cpp_computes(out, read_by_transformers(out), tokenizer, tokens, same=True)["logit_error"] < 0.1
+    other = models.share(student)
+    q = "model.layers.1.self_attn.q_proj.weight"
+    models.replace_parameters_(other, {q: dict(student.named_parameters())[q].flip(0)})
+    with pytest.raises(ModelError, match="computes something else"):
+        llama_cpp_computes(out, other, tokenizer, tokens, same=True)
+    (tmp_path / "none.gguf").write_bytes(out.read_bytes()[:20000])
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot use none\.gguf"):
+        llama_cpp_computes(tmp_path / "none.gguf", student, tokenizer, tokens, same=True)

@@ -140,9 +140,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
     with bar("saving and verifying", None):
-        text = text_to_check(load_file(run / "tokens.safetensors")["evaluation"]) if is_run else None
+        unseen = text_to_check(load_file(run / "tokens.safetensors")["evaluation"]) if is_run else None
         exported = export_checkpoint(
-            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=text
+            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
         )
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
     return config.out

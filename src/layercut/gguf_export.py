@@ -70,7 +70,7 @@ def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
-    """The matrices of a float GGUF file in another type, embeddings and head in Q8_0: for `cut.cut_gguf`."""
+    """The matrices of a GGUF file in another type, for `cut.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
     from gguf import GGMLQuantizationType, quants
 
     found = {}
@@ -78,7 +78,7 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
         if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
             continue
         kind = GGMLQuantizationType[gguf_type.upper()]
-        if tensor.name in ("token_embd.weight", "output.weight"):
+        if gguf_type == "q4_0" and tensor.name in ("token_embd.weight", "output.weight"):
             kind = GGMLQuantizationType.Q8_0
         found[tensor.name] = (quants.quantize(quants.dequantize(tensor.data, tensor.tensor_type), kind), kind)
     return found

@@ -35,6 +35,7 @@ from layercut.gguf_export import (
 )
 from layercut.progress import bar, say
 from layercut.remarks import describe_gguf_check
+from layercut.report import write_report
 from layercut.runs import write_json
 from layercut.segments import Segment
 
@@ -46,8 +47,8 @@ def export(target: str, config: ExportConfig) -> Path:
     """Write a finished run's model, or a checkpoint folder, as a GGUF file; returns the file.
 
     A run that began from a .gguf file keeps the bytes of all it did not heal. The file is read back, compared and
-    measured again before it takes its name. Beside a run, `gguf.json` tells what was seen, the tensor types really
-    written, and whether the file is broken, as far as the run knows how good the dense model is.
+    measured again before it takes its name. In a run's folder, `gguf.json` tells what was seen, the tensor types really
+    written, and whether the file is broken; the report takes it over.
     """
     run, kind = Path(target), config.gguf_type
     if kind not in PLAIN:
@@ -72,7 +73,8 @@ def export(target: str, config: ExportConfig) -> Path:
         facts["broken"] = broken(_with_file(summary, facts["again"]))
         if facts["broken"]:
             say("warning", facts["broken"])
-        write_json(run / "gguf.json", facts)
+        write_json(run / "gguf.json", facts | {"run": summary["config_hash"]})
+        write_report(run)
     return config.out
 
 
