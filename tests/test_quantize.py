@@ -376,7 +376,7 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     assert exported["check"]["logits"] == "equal to the bit"
     assert exported["check"]["perplexity"]["tokens"] == exported["perplexity"]["tokens"] == 256
     assert exported["perplexity"]["value"] == summary["perplexity"]["quantized"]
-    # row by row in the fresh process, all at once in the run
+    # row by row and in float32 in the fresh process, all at once in the run
     assert exported["check"]["perplexity"]["value"] == pytest.approx(exported["perplexity"]["value"], rel=1e-3)
     file = quantized_run / "model" / "model.safetensors"
     assert summary["bytes"]["after"] == file.stat().st_size

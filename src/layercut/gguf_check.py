@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from layercut.errors import LayercutError, ModelError
-from layercut.models import first_line, quiet_transformers
+from layercut.models import as_stored, first_line, quiet_transformers
 
 LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
 """Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of
@@ -59,13 +59,13 @@ def read_by_transformers(file: Path) -> Any:
 
 @torch.no_grad()
 def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]) -> dict[str, float]:
-    """Compare every weight of `read`, a file called `name`, with `model`'s, in the model's number format.
+    """Compare every weight of `read`, a file called `name`, with `model`'s, in the number format that it is saved in.
 
     rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be equal
     to the bit. Returns the relative errors of the rounded ones. ModelError: a weight is another than it should be.
     """
     theirs = dict(read.named_parameters())
-    ours = dict(model.named_parameters())
+    ours = dict(as_stored(model).named_parameters())
     if missing := ours.keys() ^ theirs.keys():
         raise ModelError(f"{name}, read back, differs in {min(missing)}", _TAKE_FOLDER)
     errors = {}
