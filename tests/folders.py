@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import tiny
@@ -51,6 +52,28 @@ def write_model(folder: Path, layers: int = LAYERS) -> Path:
     for i in range(3, min(5, layers)):  # two that matter less, so that a search has something to find
         model.model.layers[i].self_attn.o_proj.weight.mul_(0.3)
         model.model.layers[i].mlp.down_proj.weight.mul_(0.3)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_fragile_model(folder: Path) -> Path:
+    """A model sure of itself whose every weight has a huge column that no input ever reaches: rounding zeroes the rest.
+
+    Layer 3 does nothing, so that cutting it costs nothing.
+    """
+    model = tiny.llama(6, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1)
+    tiny.make_identity_(model, range(3, 4))
+    model.lm_head.weight.mul_(8)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight[0] = 0
+        for module in (*layer.self_attn.children(), *layer.mlp.children()):
+            if isinstance(module, nn.Linear):
+                module.weight[:, 0] = 1e4
+        layer.self_attn.o_proj.weight[:, 8] = 0  # a second query head reads the same value there
+        layer.self_attn.v_proj.weight[0] = 0
+        layer.mlp.gate_proj.weight[0] = 0
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

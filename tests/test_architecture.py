@@ -21,12 +21,12 @@ GROUND = [
 ROOMS = {
     "findings": "report", "figures": "report", "charts": "report", "survival": "report", "remarks": "report",
     "progressive": "report",
-    "gguf_export": "export", "reload_streamed": "export",
+    "gguf_export": "export", "gguf_check": "export", "reload_streamed": "export",
 }  # fmt: skip
 STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]
-TOP = ["workbench", "rounds", "pipeline", "alone", "compare", "plan", "demo", "cli"]
-ALONE = ["reload_check"]
-"""Run by itself in a process that must not know layercut."""
+TOP = ["workbench", "rounds", "pipeline", "alone", "to_gguf", "compare", "plan", "demo", "cli"]
+ALONE = ["reload_check", "llama_check"]
+"""Run by themselves in a process that must not know layercut."""
 
 
 def room(module: str) -> str:
@@ -70,12 +70,14 @@ def test_imports_go_downward(module):
         "rounds": {*GROUND, *STAGES, "workbench"},
         "pipeline": {*GROUND, *STAGES, "workbench", "rounds"},
         "alone": {*GROUND, *STAGES, "workbench", "pipeline"},
+        "to_gguf": {*GROUND, *STAGES},
         "compare": {*GROUND, *STAGES, "workbench", "pipeline"},
         "plan": {*GROUND, *STAGES, "workbench", "pipeline", "plan"},
         "demo": {*GROUND, "pipeline"},
         # the command prints the report's closing table; all else goes through the pipeline
-        "cli": {*GROUND, "pipeline", "alone", "compare", "plan", "demo", "report"},
+        "cli": {*GROUND, "pipeline", "alone", "to_gguf", "compare", "plan", "demo", "report"},
         "reload_check": set(),
+        "llama_check": set(),
     }[place]
     wrong = sorted(name for name in imports(MODULES[module]) if room(name) not in allowed)
     assert not wrong, f"layercut.{module} may not import {', '.join(wrong)}; allowed are {', '.join(sorted(allowed))}"

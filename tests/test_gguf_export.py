@@ -24,7 +24,10 @@ from layercut.cli import main
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.demo import fetch_model
 from layercut.errors import ModelError
-from layercut.gguf_export import CONVERTER, gguf_tensors, rotary_order, tensor_types, verify_gguf
+from layercut.findings import broken
+from layercut.gguf_check import by_llama_cpp as llama_cpp_computes
+from layercut.gguf_check import compare_weights, read_by_transformers
+from layercut.gguf_export import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.segments import Segment
 
 gguf = pytest.importorskip("gguf")
@@ -72,12 +75,16 @@ def logits(model: Any) -> torch.Tensor:
         return model(tiny.some_tokens(), use_cache=False).logits
 
 
+def read_back(file: Path, model: Any, rounded: dict[str, str]) -> dict[str, float]:
+    return compare_weights(file.name, read_by_transformers(file), model, rounded)
+
+
 def write_healed(source: Path, healed: Any, out: Path, kind: str) -> dict[str, float]:
     student, changed = healed
     tensors = gguf_tensors(changed, student.config, "llama", kind)
     cut_gguf(source, [SEGMENT], out, replaced=tensors)
     rounded = {name: t.name.lower() for name, (_, t) in zip(changed, tensors.values(), strict=True)}
-    return verify_gguf(out, student, rounded)
+    return read_back(out, student, rounded)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -123,7 +130,7 @@ def test_a_change_that_was_not_written_is_noticed(source, healed, tmp_path):
     tensors = gguf_tensors(some, student.config, "llama", "f32")
     cut_gguf(source, [SEGMENT], tmp_path / "out.gguf", replaced=tensors)
     with pytest.raises(ModelError, match=r"holds another model\.layers\.1\.mlp\.down_proj"):
-        verify_gguf(tmp_path / "out.gguf", student, dict.fromkeys(some, "f32"))
+        read_back(tmp_path / "out.gguf", student, dict.fromkeys(some, "f32"))
 
 
 def test_names_that_the_file_lacks(source, healed, tmp_path):
@@ -160,6 +167,11 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert facts["tensor_types"] == tensor_types(out)
     matrices = sum("norm" not in name for name in changed)
     assert facts["tensor_types"]["Q8_0"] == matrices
+    measured, recorded = facts["again"], json.loads((gguf_run / "summary.json").read_text())["perplexity"]
+    assert measured["tokens"] == recorded["tokens"] == 64
+    assert measured["perplexity"]["model"] == recorded["tuned"]
+    assert measured["perplexity"]["file"] == pytest.approx(recorded["tuned"], rel=1e-2)
+    assert facts["broken"] is None
     kept = set(contents(source).values())
     # a norm that tuning moved by less than its number format can tell has the bytes it had
     assert matrices <= sum(value not in kept for value in contents(out).values()) <= len(changed)
@@ -168,6 +180,15 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.02 * logits(ours).float().std()
     assert main(["export", str(gguf_run), f"--out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("layercut.to_gguf.llama_cpp_installed", lambda: False)
+    assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "transformers: every weight read back" in said
+    assert "llama.cpp itself has not read it: llama-cpp-python is not installed" in said
+    assert json.loads((gguf_run / "gguf.json").read_text())["again"]["llama_cpp"] is None
 
 
 @pytest.fixture
@@ -191,6 +212,19 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
     assert [p.name for p in tmp_path.iterdir() if "gguf" in p.name] == ["out.gguf"]
 
 
+def test_a_model_that_rounding_ruins_is_called_broken(converter, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setenv(CONVERTER, str(converter))
+    model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
+    flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]
+    assert main(["compress", str(model), *flags, f"--data={texts[0]}", "--eval-data=self", f"--out={run}"]) == 0
+    assert broken(json.loads((run / "summary.json").read_text())) is None
+    assert main(["export", str(run), "--gguf-type=q8_0", f"--out={tmp_path / 'q8_0.gguf'}"]) == 0
+    assert "The compressed model is broken" in " ".join(capsys.readouterr().err.split())
+    assert "Quantization broke it" in json.loads((run / "gguf.json").read_text())["broken"]
+    assert "Quantization broke it" in (run / "report.html").read_text()
+
+
 def test_k_quants_are_llama_cpps(gguf_run, tmp_path, monkeypatch):
     """The way there and back; what llama.cpp itself makes of it is for `make test-llamacpp`."""
     asked = []
@@ -208,6 +242,7 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path, monkeypatch):
         LLAMA_FTYPE_MOSTLY_Q4_K_M=15, LLAMA_FTYPE_MOSTLY_Q5_K_M=17, LLAMA_FTYPE_MOSTLY_Q6_K=18,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    monkeypatch.setattr("layercut.to_gguf.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), "--gguf-type=q5_k_m", f"--out={tmp_path / 'out.gguf'}"]) == 0
     assert [call[:2] for call in asked] == [(17, True)]
     assert asked[0][2]["F16"] == tensor_types(tmp_path / "out.gguf")["F16"] > 0, "healed weights come in float16"
@@ -266,15 +301,55 @@ def by_llama_cpp(file: Path, prompt: list[int], scratch: Path) -> tuple[torch.Te
     return torch.from_numpy(np.load(scratch / "logits.npy")), json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.llamacpp
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
-def test_llama_cpp_computes_what_transformers_computes(kind, texts, tmp_path):
-    pytest.importorskip("llama_cpp")
-    run, out = tmp_path / "run", tmp_path / "out.gguf"
-    flags = ["--tokens=256", "--window=64", "--tune-tokens=512", "--eval-tokens=128", "--no-speed", "--segment=13:19"]
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory) -> Path:
+    """The demo's model, cut, folded and tuned a little."""
+    run = tmp_path_factory.mktemp("real") / "run"
+    flags = ["--tokens=256", "--window=64", "--tune-tokens=512", "--eval-tokens=512", "--no-speed", "--segment=13:19"]
     data = ["--data=python-docstrings", "--eval-data=python-docs", f"--out={run}"]
     assert main(["compress", str(fetch_model()), *flags, *data]) == 0
+    return run
+
+
+TYPES = {
+    "f16": {"folder": {"F16"}, "gguf": {"Q4_1", "Q8_0", "F16"}},
+    "q8_0": {"folder": {"Q8_0"}, "gguf": {"Q4_1", "Q8_0"}},
+    "q4_0": {"folder": {"Q4_0", "Q8_0"}, "gguf": {"Q4_1", "Q8_0", "Q4_0"}},
+    # 576 columns are no multiple of 256: most of the K-quants fall back
+    "q4_k_m": {"folder": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}, "gguf": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}},
+}
+"""Of matrices, for each --gguf-type: of a run that began from a folder, and from the demo's .gguf file."""
+def worst(kind: str, source: str) -> float:
+    """Relative error that llama.cpp's logits may have against transformers on the same file: what its 8-bit activations
+    cost, which go with all weights but float ones. From a .gguf file the kept weights are Q4_1."""
+    return 0.02 if (kind, source) == ("f16", "folder") else 0.06
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("source", ["gguf", "folder"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, tmp_path, capsys):
+    pytest.importorskip("llama_cpp")
+    if source == "folder" and not os.environ.get(CONVERTER):
+        pytest.skip(f"{CONVERTER} names no folder with llama.cpp's converter")
+    run, out = real_run, tmp_path / "out.gguf"
+    if source == "folder":  # a run like this one that began from a folder: what is left goes through the converter
+        run = shutil.copytree(real_run, tmp_path / "run")
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"model": "a-folder"}))
     assert main(["export", str(run), f"--gguf-type={kind}", f"--out={out}"]) == 0
+    print(capsys.readouterr().err)
+    facts = json.loads((run / "gguf.json").read_text())
+    assert set(facts["tensor_types"]) - {"F32"} <= TYPES[kind][source]
+    found, figures = facts["again"]["llama_cpp"], facts["again"]["perplexity"]
+    assert figures["model"] == json.loads((run / "summary.json").read_text())["perplexity"]["tuned"]
+    assert found["perplexity"] == pytest.approx(figures["file"], rel=0.02)
+    assert found["logit_error"] < worst(kind, source)
+    assert found["greedy"] >= 20
+    assert found["same_token_ids"]
+    assert facts["broken"] is None
+
+    # and once more by other code: the logits of a prompt, and what comes after it
     loaded = models.load(models.resolve(str(out)), dtype="float32")
     prompt = loaded.tokenizer("The capital of France is the city of").input_ids
     theirs, greedy = by_llama_cpp(out, prompt, tmp_path)
@@ -282,6 +357,22 @@ def test_llama_cpp_computes_what_transformers_computes(kind, texts, tmp_path):
     with torch.no_grad():
         ours = loaded.model(tokens, use_cache=False).logits[0]
         generated = loaded.model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    # llama.cpp rounds activations to 8 bits in its quantized products
-    assert (theirs - ours).abs().mean() < (0.02 if kind == "f16" else 0.1) * ours.std()
+    assert (theirs - ours).abs().mean() < worst(kind, source) * ours.std()
     assert greedy[:4] == generated[0, len(prompt) :].tolist()[:4]
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_notices_other_weights(source, healed, tmp_path):
+    pytest.importorskip("llama_cpp")
+    out, (student, _) = tmp_path / "out.gguf", healed
+    write_healed(source, healed, out, "f16")
+    tokens, tokenizer = torch.arange(2, 34)[None], folders.tokenizer()
+    assert llama_cpp_computes(out, read_by_transformers(out), tokenizer, tokens, same=True)["logit_error"] < 0.1
+    other = models.share(student)
+    q = "model.layers.1.self_attn.q_proj.weight"
+    models.replace_parameters_(other, {q: dict(student.named_parameters())[q].flip(0)})
+    with pytest.raises(ModelError, match="computes something else"):
+        llama_cpp_computes(out, other, tokenizer, tokens, same=True)
+    (tmp_path / "none.gguf").write_bytes(out.read_bytes()[:20000])
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot use none\.gguf"):
+        llama_cpp_computes(tmp_path / "none.gguf", student, tokenizer, tokens, same=True)

@@ -239,6 +239,40 @@ def test_the_packed_tensors_are_the_model(tied, asymmetric):
     assert sizes == {32, 64}, "the largest that divides: 32 columns, and 64 of the MLP's output"
 
 
+@pytest.mark.parametrize("options", [{}, {"endpoint_bits": 8}, {"endpoint_bits": 16}, {"asymmetric": True}], ids=str)
+def test_the_config_says_what_vllm_asks(options):
+    """Its rules, as read in its source: every linear module in a group or ignored, by full name; modules that it fuses
+    in one group; weights of four or eight bits alone, packed, in groups it has kernels for."""
+    model = half(tiny.llama(4))
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn", **options), endpoints=[1, 2])
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = [name for group in found.config["config_groups"].values() for name in group["targets"]]
+    assert sorted(named + found.config["ignore"]) == sorted(linear)
+    assert "lm_head" in found.config["ignore"]
+    assert found.config["quant_method"] == "compressed-tensors"
+    where = {name: key for key, group in found.config["config_groups"].items() for name in group["targets"]}
+    for i in range(4):
+        for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            names = [name for name in linear if f".layers.{i}." in name and name.endswith(fused)]
+            assert len({where.get(name) for name in names}) == 1
+    for group in found.config["config_groups"].values():
+        assert group["format"] == "pack-quantized"
+        assert group["input_activations"] is None
+        weights = group["weights"]
+        assert (weights["type"], weights["strategy"], weights.get("actorder")) == ("int", "group", None)
+        assert (weights["dynamic"], weights["symmetric"]) == (False, "asymmetric" not in options)
+        assert weights["num_bits"] in (4, 8)
+        assert weights["group_size"] in (32, 64, 128)
+        for name in group["targets"]:
+            per_word, (rows, columns) = 32 // weights["num_bits"], model.get_submodule(name).weight.shape
+            packed = {key: tuple(found.packed[f"{name}.{key}"].shape) for key in ("weight_packed", "weight_scale")}
+            groups = columns // weights["group_size"]
+            assert packed == {"weight_packed": (rows, columns // per_word), "weight_scale": (rows, groups)}
+            assert found.packed[f"{name}.weight_shape"].tolist() == [rows, columns]
+            if "asymmetric" in options:  # packed along the outputs
+                assert found.packed[f"{name}.weight_zero_point"].shape == (rows // per_word, groups)
+
+
 def test_bits_and_bytes_of_the_packed_weights():
     model = half(tiny.llama(2))
     found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn"))
@@ -338,7 +372,12 @@ def read(run: Path, name: str) -> dict:
 
 def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     summary, quantize = read(quantized_run, "summary"), read(quantized_run, "quantize")
-    assert read(quantized_run, "export")["check"]["logits"] == "equal to the bit"
+    exported = read(quantized_run, "export")
+    assert exported["check"]["logits"] == "equal to the bit"
+    assert exported["check"]["perplexity"]["tokens"] == exported["perplexity"]["tokens"] == 256
+    assert exported["perplexity"]["value"] == summary["perplexity"]["quantized"]
+    # row by row and in float32 in the fresh process, all at once in the run
+    assert exported["check"]["perplexity"]["value"] == pytest.approx(exported["perplexity"]["value"], rel=1e-3)
     file = quantized_run / "model" / "model.safetensors"
     assert summary["bytes"]["after"] == file.stat().st_size
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -392,32 +431,10 @@ def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
     assert "--bits 8 or --bits 4" in capsys.readouterr().err
 
 
-def fragile(folder: Path) -> Path:
-    """A model sure of itself whose every weight has a huge column that no input ever reaches: four bits zero the rest.
-
-    Layer 3 does nothing, so that cutting it costs nothing.
-    """
-    model = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
-    tiny.make_identity_(model, range(3, 4))
-    model.lm_head.weight.mul_(8)
-    for layer in model.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.weight[0] = 0
-        for module in (*layer.self_attn.children(), *layer.mlp.children()):
-            if isinstance(module, nn.Linear):
-                module.weight[:, 0] = 1e4
-        layer.self_attn.o_proj.weight[:, 8] = 0  # a second query head reads the same value there
-        layer.self_attn.v_proj.weight[0] = 0
-        layer.mlp.gate_proj.weight[0] = 0
-    model.save_pretrained(folder)
-    folders.tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
     flags = [*SHORT, "--segment=3:4", "--quantizer=rtn", f"--data={texts[0]}", "--eval-data=self"]
-    model = str(fragile(tmp_path / "fragile"))
+    model = str(folders.write_fragile_model(tmp_path / "fragile"))
     assert main(["compress", model, *flags, f"--out={tmp_path / 'run'}", "--bits=4"]) == 0
     figures = read(tmp_path / "run", "summary")["perplexity"]
     assert figures["cut"] < 1.01 * figures["dense"]

@@ -1,4 +1,4 @@
-"""One stage alone, on a model or on a finished run: cut, evaluate, quantize, export as a GGUF file.
+"""One stage alone, on a model or on a finished run: cut, evaluate, quantize. (`to_gguf.py`: export.)
 
 Beside `pipeline.compress`, over the same rooms, for what is decided only when a run is done.
 """
@@ -11,34 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from layercut import evaluate, models, processes, stream
-from layercut.config import CutConfig, DataConfig, ExportConfig, PerplexityConfig, QuantizeAloneConfig
+from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.cut.folder import appearing
 from layercut.data import load_blocks
 from layercut.errors import ModelError, RunError
-from layercut.export import export_checkpoint
-from layercut.gguf_export import (
-    CONVERTED,
-    PLAIN,
-    architecture_of,
-    convert,
-    gguf_tensors,
-    quantize_by_llama_cpp,
-    readable,
-    requantized,
-    require_llama_cpp,
-    tensor_types,
-    verify_gguf,
-)
+from layercut.export import export_checkpoint, text_to_check
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
 from layercut.remarks import describe_quantization
 from layercut.runs import write_json
-from layercut.segments import Segment
 from layercut.workbench import quantization_facts, quantize_with_bar_
 
 
@@ -156,92 +140,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
     with bar("saving and verifying", None):
+        unseen = text_to_check(load_file(run / "tokens.safetensors")["evaluation"]) if is_run else None
         exported = export_checkpoint(
-            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config
+            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
         )
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
     return config.out
-
-
-def export(target: str, config: ExportConfig) -> Path:
-    """Write a finished run's model, or a checkpoint folder, as a GGUF file; returns the file.
-
-    A run that began from a .gguf file keeps the bytes of all it did not heal. The file is read back and compared
-    before it takes its name. Beside a run, `gguf.json` tells the tensor types really written.
-    """
-    run, kind = Path(target), config.gguf_type
-    if kind not in PLAIN:
-        require_llama_cpp()
-    is_run = (run / "config.yaml").is_file()
-    if is_run and not (run / "summary.json").is_file():
-        raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
-    source = models.read_json(run / "summary.json")["model"] if is_run else target
-    with appearing(config.out, force=config.force) as work:
-        file = work / config.out.name
-        if is_run and source.endswith(".gguf"):
-            facts = _healed_gguf(run, source, file, kind)
-        else:
-            facts = _converted(run / "model" if is_run else Path(target), file, config)
-        facts |= {"file": config.out.name, "bytes": file.stat().st_size, "tensor_types": tensor_types(file)}
-    types = ", ".join(f"{name} {count}" for name, count in facts["tensor_types"].items())
-    say("export", f"{facts['bytes']:,} bytes; tensors: {types}; {facts['verified']}")
-    if is_run:
-        write_json(run / "gguf.json", facts)
-    return config.out
-
-
-def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any]:
-    """The source file without the run's segments, with what healing changed written anew."""
-    checkpoint = models.resolve(source)
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    segments = [Segment(*bounds) for bounds in models.read_json(run / "cut.json")["segments"]]
-    healed = _healed_weights(run)
-    student = models.load(checkpoint, dtype=settings["dtype"], device="cpu").model
-    cut_segment_(student, segments)
-    models.replace_parameters_(student, healed)
-    plain = file if kind in PLAIN else file.with_name("plain.gguf")
-    tensors = gguf_tensors(healed, student.config, architecture_of(checkpoint.file), kind if kind in PLAIN else "f16")
-    cut_gguf(checkpoint.file, segments, plain, replaced=tensors)
-    rounded = {name: ggml.name.lower() for name, (_, ggml) in zip(healed, tensors.values(), strict=True)}
-    errors = verify_gguf(plain, student, rounded)
-    if plain != file:
-        quantize_by_llama_cpp(plain, file, kind)
-        errors = verify_gguf(file, student, _matrices(student, kind))
-    return {"healed": sorted(healed), "errors": errors, "verified": "every weight read back by transformers"}
-
-
-def _healed_weights(run: Path) -> dict[str, torch.Tensor]:
-    """What fold and tuning changed; quantization is not among it, a GGUF file has its own."""
-    heal, fold = models.read_json(run / "heal.json"), models.read_json(run / "fold.json")
-    if heal["tuning"]:
-        return load_file(run / "tuned.safetensors")
-    return load_file(run / "folded.safetensors") if fold["changed"] else {}
-
-
-def _converted(folder: Path, file: Path, config: ExportConfig) -> dict[str, Any]:
-    """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits."""
-    kind = config.gguf_type
-    models.check_folder(folder)
-    if "quantization_config" in models.read_json(folder / "config.json"):
-        raise ModelError(
-            f"{folder} is quantized already; a GGUF file is made from float weights",
-            "compress without --bits, and let --gguf-type quantize",
-        )
-    plain = file if kind in CONVERTED else file.with_name("plain.gguf")
-    with bar("converting", None):
-        convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter)
-        if kind == "q4_0":
-            cut_gguf(plain, [], file, replaced=requantized(plain, kind))
-        elif plain != file:
-            quantize_by_llama_cpp(plain, file, kind)
-        architecture = architecture_of(file)
-        if not readable(architecture):
-            return {"verified": f"not verified: transformers cannot read {architecture!r} from GGUF", "errors": {}}
-        model = models.load(models.resolve(str(folder)), device="cpu").model
-        errors = verify_gguf(file, model, _matrices(model, kind))
-    return {"errors": errors, "verified": "every weight read back by transformers"}
-
-
-def _matrices(model: Any, kind: str) -> dict[str, str]:
-    """The type each parameter may have been rounded to: matrices to that asked for, vectors stay in float32."""
-    return {name: kind if p.dim() >= 2 else "f32" for name, p in model.named_parameters()}

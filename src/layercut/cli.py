@@ -110,7 +110,7 @@ def export(
     model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
 ) -> None:
     """Write a finished run's model as a GGUF file for llama.cpp."""
-    from layercut.alone import export
+    from layercut.to_gguf import export
 
     print(export(model, config))
 

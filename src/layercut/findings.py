@@ -57,6 +57,8 @@ class Run:
     """Of this very run in rounds; that of an earlier one in its folder is left out."""
     settings: dict[str, Any] = field(default_factory=dict)
     """config.yaml."""
+    gguf: dict[str, Any] = field(default_factory=dict)
+    """Of the GGUF file last exported from this very run."""
 
 
 def read_run(folder: Path) -> Run:
@@ -67,11 +69,12 @@ def read_run(folder: Path) -> Run:
             f"finish the run first: layercut compress MODEL --out {folder}",
         )
     search, stability = _read(folder / "search.json"), _read(folder / "stability.json")
+    summary, gguf = _read(folder / "summary.json"), _read(folder / "gguf.json")
     frontier, settings = _read(folder / "frontier.json"), _settings(folder / "config.yaml")
     budgets = part(frontier, "budgets")
     of_this_run = "rounds" in search and all(settings.get(key, value) == value for key, value in budgets.items())
     return Run(
-        summary=_read(folder / "summary.json"),
+        summary=summary,
         search=search,
         heal=_read(folder / "heal.json"),
         evaluation=_read(folder / "eval.json"),
@@ -80,6 +83,7 @@ def read_run(folder: Path) -> Run:
         quantization=_read(folder / "quantize.json"),
         frontier=frontier if of_this_run else {},
         settings=settings,
+        gguf=gguf if gguf.get("run") == summary.get("config_hash") else {},
     )
 
 
@@ -247,7 +251,7 @@ def verdicts(run: Run) -> list[Verdict]:
     )
     found += [Verdict(*words) for words in progress if words]
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
-    found += [_quantize_verdict(run), _size_verdict(run.summary)]
+    found += [_quantize_verdict(run), _size_verdict(run.summary), _gguf_verdict(run)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
     survived = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
     found += [Verdict(*words) for judge in survived if (words := judge(run.summary))]
@@ -403,6 +407,22 @@ def _quantize_verdict(run: Run) -> Verdict | None:
     how = f"to {made['bits']} bits ({printable(made.get('quantizer'))}): " if finite(made.get("bits")) else ""
     text = f"{how}perplexity {figure(old)} → {figure(new)} ({change(old, new)})."
     return Verdict("good" if new <= 1.05 * old else "bad", "Quantization", text)
+
+
+def _gguf_verdict(run: Run) -> Verdict | None:
+    """What became of the model in the GGUF file, and who has read it."""
+    again, words = part(run.gguf, "again"), run.gguf.get("broken")
+    measured, theirs = part(again, "perplexity"), part(again, "llama_cpp")
+    before, tokens = number(measured.get("model")), finite(again.get("tokens"))
+    after = number(theirs.get("perplexity")) if theirs else number(measured.get("file"))
+    if before is None or after is None or tokens is None:
+        return None
+    if words:
+        return Verdict("bad", "GGUF", printable(words))
+    reader = "llama.cpp" if theirs else "transformers (llama.cpp itself has not read it)"
+    text = f"{size(run.gguf.get('bytes'))}, read by {reader}: perplexity {figure(before)} → {figure(after)}"
+    verdict = "good" if after <= 1.05 * before else "bad"
+    return Verdict(verdict, "GGUF", f"{text} ({change(before, after)}) on {count(tokens)} tokens.")
 
 
 def _size_verdict(summary: dict[str, Any]) -> Verdict | None:

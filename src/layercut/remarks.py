@@ -55,3 +55,25 @@ def describe_point(point: dict[str, Any]) -> str:
         f"{point['layers']} layers at {point['bits']} bits: {point['bytes'] / 1e6:,.1f} MB, "
         f"perplexity {point['rise']:+.1%}"
     )
+
+
+def describe_gguf_check(facts: dict[str, Any]) -> list[str]:
+    """What transformers and llama.cpp made of a GGUF file, a line each; who did not read it is named."""
+    again, errors = facts["again"], facts["errors"]
+    figures, theirs = again["perplexity"], again["llama_cpp"]
+    on = f"perplexity on {again['tokens']:,} tokens"
+    before = f"before it was written {figures['model']:.4f}"
+    if figures["file"] is None:
+        lines = [f"transformers cannot read this architecture from GGUF: no weight was compared; {on} {before}"]
+    else:
+        worst = f", at most {max(errors.values()):.2g} off where rounded" if errors else ""
+        lines = [f"transformers: every weight read back{worst}; {on} {figures['file']:.4f}, {before}"]
+    if theirs is None:
+        return [*lines, "llama.cpp itself has not read it: llama-cpp-python is not installed"]
+    tokenizer = "same token ids" if theirs["same_token_ids"] else "other token ids than the model's own tokenizer"
+    agree = f"{theirs['greedy']} of {theirs['new_tokens']} greedy tokens agree"
+    return [
+        *lines,
+        f"llama.cpp ({theirs['version']}) in a fresh process: {on} {theirs['perplexity']:.4f}; "
+        f"logits {theirs['logit_error']:.2%} off, {agree}, {tokenizer}",
+    ]

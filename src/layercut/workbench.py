@@ -20,7 +20,7 @@ from layercut.config import CompressConfig, HealConfig, QuantizeConfig, parse_by
 from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from layercut.data import Blocks, fingerprint, load_blocks, split_mix
 from layercut.errors import ConfigError
-from layercut.export import export_checkpoint, publish_streamed
+from layercut.export import export_checkpoint, publish_streamed, text_to_check
 from layercut.heal.endpoints import TuneSettings, frozen_states, tune_
 from layercut.heal.fold import fold_
 from layercut.heal.from_disk import FrozenStates
@@ -455,6 +455,7 @@ class Workbench:
     def export(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """The healed and, where asked, quantized student as a stock checkpoint."""
         quantized = self.run.read("quantize") or {}
+        text = text_to_check(self.blocks["evaluation"])
         packing: dict[str, Any] = {}
         if quantized["bits"] < 16:
             packing["packed"] = load_file(self.run / "quantized.safetensors")
@@ -463,7 +464,9 @@ class Workbench:
             model = self.student(segments, "folded", "tuned", "quantized")
             if stream.layers_on_disk(model):
                 return self.export_files(model, segments) | {"files": ["model"]}
-            exported = export_checkpoint(model, self.tokenizer, self.run / "model", **packing)
+            exported = export_checkpoint(model, self.tokenizer, self.run / "model", text=text, **packing)
+            # what the fresh process should have found
+            exported["perplexity"] = {"tokens": text.numel(), "value": evaluate.perplexity(model, text)}
         return exported | {"files": ["model"]}
 
     def export_files(self, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from layercut.models import replace_parameters_, stored_dtype
 from layercut.quantize.gptq import add_to_hessian_, gptq, output_errors
 from layercut.quantize.grid import decode, encode, fit_grid
 from layercut.quantize.packing import pack, quantization_config, require_library, unpack
-from layercut.quantize.plan import Target, left_as_they_are, plan
+from layercut.quantize.plan import Target, left_as_they_are, linear_left, plan
 from layercut.sweep import Calls, Stack, intercepted
 
 __all__ = ["Quantization", "endpoints_of", "quantize_", "quantized_weights"]
@@ -103,7 +103,8 @@ def quantize_(
     else:
         wanted = {layer: list(group) for layer, group in by_layer if layer is not None}
         _layer_by_layer(Stack(model), tokens, wanted, quantize_one, advance)
-    return Quantization(rows, left, packed, quantization_config(targets, asymmetric=config.asymmetric))
+    described = quantization_config(targets, linear_left(model, targets), asymmetric=config.asymmetric)
+    return Quantization(rows, left, packed, described)
 
 
 def _layer_by_layer(

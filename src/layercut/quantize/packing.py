@@ -58,8 +58,12 @@ def unpack(packed: dict[str, torch.Tensor], quantization_config: dict[str, Any])
     return weights
 
 
-def quantization_config(targets: Sequence[Target], *, asymmetric: bool) -> dict[str, Any]:
-    """What config.json must say for a loader to find its way: one group of modules for each kind of grid."""
+def quantization_config(targets: Sequence[Target], left: Sequence[str], *, asymmetric: bool) -> dict[str, Any]:
+    """What config.json must say for a loader to find its way: one group of modules for each kind of grid.
+
+    left: names of linear modules that are none of the targets. vLLM fails where it finds a linear module that is
+    neither in a group nor in `ignore`.
+    """
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -78,7 +82,7 @@ def quantization_config(targets: Sequence[Target], *, asymmetric: bool) -> dict[
     forms = {_kind(target)[2] for target in targets}
     form = forms.pop() if len(forms) == 1 else "mixed-precision"
     config = QuantizationConfig(
-        config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=[]
+        config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left)
     )
     return config.model_dump(mode="json")
 

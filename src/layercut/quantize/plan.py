@@ -92,3 +92,9 @@ def left_as_they_are(model: Any, targets: Sequence[Target]) -> list[str]:
     done = {f"{target.name}.weight" for target in targets}
     names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
     return [name for name in names if name not in done]
+
+
+def linear_left(model: Any, targets: Sequence[Target]) -> list[str]:
+    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head."""
+    done = {target.name for target in targets}
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in done]
