@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import tiny
 import together
-from layercut import processes, stream
+from layercut import models, processes, stream
 from layercut.cli import main
 from layercut.errors import ConfigError
 
@@ -304,6 +304,25 @@ def test_processes_do_not_crowd_on_one_device(monkeypatch):
         processes.check_device(torch.device("cuda"))
     with pytest.raises(ConfigError, match="--device cuda:0 is given to 2"):
         processes.check_device(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("share", "how", "spread"),
+    [
+        (1.2, {}, True),
+        (0.5, {}, False),
+        (2.0, {}, False),  # nor is there room for a half
+        (1.2, {"stream": "on"}, False),
+        (1.2, {"shard": "off"}, False),
+        (0.5, {"shard": "on"}, True),
+    ],
+)
+def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, tiny_model, monkeypatch):
+    """share: of the weights in one process's memory, of which there are two."""
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes, "launched", lambda: True)
+    monkeypatch.setattr(stream, "share_of_memory", lambda *_, **__: share)
+    assert stream.spread(models.resolve(str(tiny_model)), **how) is spread
 
 
 def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):
