@@ -290,6 +290,30 @@ def test_flags_are_named_until_it_fits():
     assert judge(none, start, from_disk, 95)["flags"] == ["--stream on"]
 
 
+def test_several_devices_share_what_one_cannot_hold():
+    def shared(settings: CompressConfig, target: Target) -> dict[str, int]:
+        return {"tune": 400 // (target.devices if target.spread else 1) + settings.heal.batch_tokens}
+
+    four = Target("x", 150, devices=4, accelerator=False)
+    config = CompressConfig(search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64))
+    found = judge(four, config, shared, 400)
+    assert (found["devices_used"], found["needs_bytes"], found["fits"]) == (4, 164, False)
+    assert found["flags"][0].startswith("--batch-tokens")
+    assert judge(four, config, shared, 100)["devices_used"] == 1, "the weights fit one"
+    assert judge(four, config, shared, 800)["why"] == "the weights alone are larger than the device"
+
+
+def test_a_stage_over_spread_weights():
+    shape = measure_shape(stock("llama"), torch.bfloat16, 16)
+    layer = max(shape.dense.layers)
+    peak = {"weights": 2 * shape.dense.total, "trained state": 800, "logits": 7}
+    parts = memory.spread("tune", peak, shape, 8)
+    assert (parts["weights"], parts["trained state"], parts["logits"]) == (2 * shape.dense.total // 8, 100, 7)
+    assert parts["gathered"] >= 2 * 2 * layer
+    assert parts["gradient of a layer"] == 6 * layer
+    assert "gradient of a layer" not in memory.spread("eval", peak, shape, 8)
+
+
 # --- the command ---
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -17,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 import together
-from layercut import processes, stream
+from layercut import models, processes, stream
 from layercut.cli import main
 from layercut.errors import ConfigError
 
@@ -62,8 +64,10 @@ def folder(tiny_model, texts, tmp_path_factory):
         "compress": command,
         "again": command,
         "rounds": rounds(tiny_model, texts, folder / "rounds"),
+        "spread": [*compress(tiny_model, texts, folder / "spread"), "--shard=on"],
+        "spread-rounds": [*rounds(tiny_model, texts, folder / "no-rounds"), "--shard=on"],
         "evaluate": ["evaluate", str(folder / "run" / "model"), f"--eval-data={texts[1]}", "--eval-tokens=112",
-                     "--window=16"],
+                     "--window=16", "--shard=on"],
         "no-text": compress(tiny_model, (Path("nowhere.txt"), texts[1]), folder / "no-text"),
         "no-flag": [*command, "--ratoi=0.2"],
         "last": compress(tiny_model, texts, folder / "last"),
@@ -108,6 +112,19 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
         assert found == expected
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Where pairs of processes that were killed left their results; see pairs.py."""
+    folder = tmp_path_factory.mktemp("pairs")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "pairs.py"), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
 def test_every_method_finds_the_same(folder):
     expected = together.searches()
     for rank in (0, 1):
@@ -135,9 +152,54 @@ def test_a_signal_to_one_stops_both_after_the_same_step(folder, tmp_path):
     assert len(expected) == 3
 
 
-def test_the_journey_is_the_same(folder, alone):
-    assert of(folder, 0)["codes"]["compress"] == 0
-    run = folder / "run"
+@pytest.mark.parametrize("kind", ["whole", "spread"])
+def test_tuning_that_was_killed_and_terminated_ends_in_the_same_bits(killed, kind):
+    """Killed in one process within step 2, told to stop in the other within step 4, each time with the state kept."""
+    endings = artefact(killed, "endings")[kind]
+    assert endings["killed"][1] == -signal.SIGKILL
+    assert endings["killed"][0] != 0
+    assert endings["terminated"] == [-signal.SIGTERM] * 2
+    for rank in (0, 1):
+        straight, resumed = (artefact(killed, f"{kind}-{phase}.{rank}") for phase in ("straight", "resumed"))
+        assert (straight.pop("steps"), resumed.pop("steps")) == (6, 2)
+        assert straight == resumed
+
+
+def test_a_spread_model_is_searched_and_healed_alike(folder, tmp_path):
+    first, second = (of(folder, rank)["spread"] for rank in (0, 1))
+    assert first["searches"] == second["searches"]
+    assert first["healings"] == second["healings"]
+    model = tiny.llama(**together.ODD)
+    healed = together.healings(tmp_path, model)
+    del healed["stored"]
+    close(first["healings"], healed, LOSSES)
+    close(first["searches"], together.searches(model, together.SPREAD_METHODS), LOSSES)
+    close(first["resumed"], together.stop_and_resume(tmp_path), LOSSES)  # stopped by processes with a whole model each
+
+
+def test_a_spread_model_is_held_in_parts(folder):
+    first, second = (of(folder, rank)["spread"] for rank in (0, 1))
+    assert first["held"] + second["held"] == first["bytes"]
+    for found in (first, second):
+        assert found["held"] == pytest.approx(found["bytes"] / 2, rel=0.01)
+        assert found["student_held"] == pytest.approx(found["held"] * 6 / 8, rel=0.1)
+        assert found["whole_before_each_layer"] == [0] * 8, "loading had more than a layer whole"
+        assert found["dense_is_as_it_was"]
+        assert found["trained"] == found["trained_layers"] == [2, 3]
+        assert found["best_step"] > 0
+
+
+def test_spreading_needs_several_processes(tiny_model, texts, tmp_path, capsys):
+    assert main([*compress(tiny_model, texts, tmp_path / "run"), "--shard=on"]) == 2
+    assert "there is one" in capsys.readouterr().err
+    assert main([*compress(tiny_model, texts, tmp_path / "run"), "--shard=on", "--stream=on"]) == 2
+    assert "both --stream on and --shard on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run", "spread"])
+def test_the_journey_is_the_same(folder, alone, name):
+    assert of(folder, 0)["codes"]["compress" if name == "run" else name] == 0
+    run = folder / name
     for stage in ("search", "stability-1", "stability"):
         ours, theirs = (
             {k: v for k, v in artefact(where, stage).items() if k != "search"} for where in (run, alone)
@@ -188,7 +250,13 @@ def test_perplexity_is_shared(folder, alone):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("no-text", "nowhere.txt"), ("no-flag", "--ratoi"), ("cut", "works in one")]
+    ("name", "words"),
+    [
+        ("no-text", "nowhere.txt"),
+        ("no-flag", "--ratoi"),
+        ("cut", "works in one"),
+        ("spread-rounds", "--rounds needs"),
+    ],
 )
 def test_a_users_error_is_said_once(folder, name, words):
     assert [of(folder, rank)["codes"][name] for rank in (0, 1)] == [2, 2]
@@ -236,6 +304,25 @@ def test_processes_do_not_crowd_on_one_device(monkeypatch):
         processes.check_device(torch.device("cuda"))
     with pytest.raises(ConfigError, match="--device cuda:0 is given to 2"):
         processes.check_device(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("share", "how", "spread"),
+    [
+        (1.2, {}, True),
+        (0.5, {}, False),
+        (2.0, {}, False),  # nor is there room for a half
+        (1.2, {"stream": "on"}, False),
+        (1.2, {"shard": "off"}, False),
+        (0.5, {"shard": "on"}, True),
+    ],
+)
+def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, tiny_model, monkeypatch):
+    """share: of the weights in one process's memory, of which there are two."""
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes, "launched", lambda: True)
+    monkeypatch.setattr(stream, "share_of_memory", lambda *_, **__: share)
+    assert stream.spread(models.resolve(str(tiny_model)), **how) is spread
 
 
 def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  loaded once, before anything is timed out
 
 import tiny
-from layercut import cli, export, models, processes
+from layercut import cli, export, models, processes, sharding, stream
 from layercut.cut import cut_segment_
 from layercut.errors import ModelError
 from layercut.heal import endpoints
@@ -32,18 +33,30 @@ from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl
 
 METHODS = ["clp", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb", "evolution"]
+SPREAD_METHODS = ["clp", "exhaustive", "angular"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"}, "stored": {},
 }  # fmt: skip
 CUT = [Segment(3, 5)]
 
 
-def searches() -> dict[str, Any]:
+def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """What every method finds on seven rows, of which two processes have three and four."""
-    stack, tokens = Stack(tiny.llama()), tiny.some_tokens(7)
-    found = {method: find_segments(stack, tokens, 2, method, seed=0, oracle=True).to_json() for method in METHODS}
+    stack, tokens = Stack(model or tiny.llama()), tiny.some_tokens(7)
+    found = {method: find_segments(stack, tokens, 2, method, seed=0, oracle=True).to_json() for method in methods}
     found["two"] = find_segments(stack, tokens, 3, "clp", seed=0, count=2, objective="next-token").to_json()
     return found
+
+
+ODD = {"intermediate_size": 65, "vocab_size": 97}
+"""Of which two processes have parts of different sizes."""
+
+
+def spread_llama(**changes: Any) -> Any:
+    """The same model, spread over the processes."""
+    model = tiny.llama(**changes)
+    sharding.spread_(model, list(model.model.layers), torch.device("cpu"))
+    return model
 
 
 def student_of(model: Any) -> Any:
@@ -52,15 +65,17 @@ def student_of(model: Any) -> Any:
     return student
 
 
-def healings(folder: Path) -> dict[str, Any]:
+def healings(folder: Path, model: Any = None) -> dict[str, Any]:
     """Fold and tuning, by every objective. Steps have five rows and the last one: one process has nothing to do."""
-    model, found = tiny.llama(), {}
+    model, found = model or tiny.llama(), {}
     dense = Stack(model)
     tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
     folded = Stack(student_of(model))
     folds = fold_(dense, folded, CUT, tiny.some_tokens(14, seed=3))  # the row kept out is not the first of a share
     found["fold"] = folds[0].to_json() | {"kl": mean_kl(dense, folded, heldout)}
     for name, more in SETTINGS.items():
+        if name == "stored" and sharding.is_spread(model):
+            continue
         teacher = store_teacher(dense, tokens, 8, folder / "teacher", key="key") if name == "stored" else None
         settings = TuneSettings(learning_rate=3e-3, batch_tokens=80, epochs=2, **more)
         report = tune_(dense, Stack(student_of(model)), CUT, tokens, heldout, settings, teacher=teacher)
@@ -72,10 +87,45 @@ class Stopped(Exception):
     """What a signal becomes here."""
 
 
-def stop_and_resume(folder: Path) -> list[float]:
-    """Tuning that only the last process is told to stop, after its second step, and that then goes on."""
+def spreading(model: Path) -> dict[str, Any]:
+    """A model that each process reads layer by layer and keeps a part of, and what tuning makes of the parts."""
+    install, whole = stream.LayersOnDisk._install_, []
+
+    def counted(disk: Any, tensors: Any) -> None:
+        loaded = [[p for p in layer.parameters() if not p.is_meta] for layer in disk.layers]
+        whole.append(sum(any(sharding.local(p) is p for p in parameters) for parameters in loaded))
+        install(disk, tensors)
+
+    stream.LayersOnDisk._install_ = counted  # type: ignore[method-assign]
+    try:
+        spread = stream.load(models.resolve(str(model)), shard="on").model
+    finally:
+        stream.LayersOnDisk._install_ = install  # type: ignore[method-assign]
+    before = [sharding.local(p).clone() for p in spread.parameters()]
+    student = Stack(student_of(spread))
+    tokens = tiny.some_tokens(4, seed=1)  # judged on what it learns, so that it does get better
+    report = tune_(Stack(spread), student, CUT, tokens, tokens, TuneSettings(learning_rate=1e-3, batch_tokens=32))
+    same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
+    return {
+        "bytes": models.parameter_bytes(spread),
+        "held": sharding.bytes_held(spread),
+        "student_held": sharding.bytes_held(student.model),
+        "whole_before_each_layer": whole,
+        "dense_is_as_it_was": all(map(torch.equal, before, map(sharding.local, spread.parameters()))),
+        "trained": sorted({int(name.split(".")[2]) for name, p in own if id(p) not in same}),
+        "trained_layers": report.trained_layers,
+        "best_step": report.best_step,
+    }
+
+
+def stop_and_resume(folder: Path, then: Any = None) -> list[float]:
+    """Tuning that only the last process is told to stop, after its second step, and that then goes on.
+
+    then: the model that it goes on with; the same where not given.
+    """
     model, step = tiny.llama(), endpoints._Training.step_
-    dense, tokens, heldout = Stack(model), tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
+    tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
+    state = folder / f"state-{then is None}"
 
     def stopped(*_: object) -> None:
         raise Stopped
@@ -85,21 +135,21 @@ def stop_and_resume(folder: Path) -> list[float]:
             signal.raise_signal(signal.SIGTERM)
         return step(training)
 
-    def tune() -> Any:
-        settings = TuneSettings(learning_rate=3e-3, batch_tokens=80)
-        return tune_(dense, Stack(student_of(model)), CUT, tokens, heldout, settings, state=StateFile(folder / "state"))
+    def tune(model: Any) -> Any:
+        settings, student = TuneSettings(learning_rate=3e-3, batch_tokens=80), Stack(student_of(model))
+        return tune_(Stack(model), student, CUT, tokens, heldout, settings, state=StateFile(state))
 
     before = signal.signal(signal.SIGTERM, stopped)
     endpoints._Training.step_ = told  # type: ignore[method-assign]
     try:
-        tune()
+        tune(model)
         raise AssertionError("nothing stopped it")
     except Stopped:
         pass
     finally:
         endpoints._Training.step_ = step  # type: ignore[method-assign]
         signal.signal(signal.SIGTERM, before)
-    report = tune()
+    report = tune(model if then is None else then)
     return [point["loss"] for point in report.curve]
 
 
@@ -129,6 +179,12 @@ def main(folder: Path) -> int:
     commands = json.loads((folder / "commands.json").read_text())
     found: dict[str, Any] = {"world": processes.world(), "rank": processes.rank()}
     found |= {"searches": searches(), "healings": healings(folder), "resumed": stop_and_resume(folder), "codes": {}}
+    found["spread"] = {
+        "searches": searches(spread_llama(**ODD), SPREAD_METHODS),
+        "healings": healings(folder, spread_llama(**ODD)),
+        "resumed": stop_and_resume(folder, spread_llama()),
+        **spreading(Path(commands["compress"][1])),
+    }
     last = commands.pop("last")
     for name, argv in commands.items():
         found["codes"][name] = command(argv, folder, name)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from layercut import evaluate, models, processes, stream
+from layercut import evaluate, models, processes, sharding, stream
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.data import load_blocks
-from layercut.errors import ModelError, RunError
+from layercut.data import load_blocks, split_mix
+from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint, text_to_check
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
@@ -78,6 +78,11 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
             stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
             check_window(config.window, stock)
         loaded = stream.load(checkpoint, **asdict(config.load))
+        if sharding.is_spread(loaded.model) and (asked.names or "self" in split_mix(source_of_text or "")):
+            raise ConfigError(
+                "tasks, and text from the model itself, are of one process, and the weights are spread over several",
+                "start one process",
+            )
         if asked.names:
             tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
             score = partial(

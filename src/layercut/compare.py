@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from layercut import charts, evaluate, figures, models, processes
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
-from layercut.errors import SurgeryError
+from layercut.errors import ConfigError, SurgeryError
 from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
 from layercut.pipeline import check_sources, check_window, default_folder, text_stage
@@ -44,6 +44,8 @@ TRIANGLE_ROWS = 2
 def compare(model: str, config: CompareConfig) -> Path:
     """Run every method on `model` and measure what it removes; returns the run folder, with compare.json in it."""
     processes.start()
+    if config.load.shard == "on":
+        raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
     journey, methods = config.journey(), config.compare.names
     checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)

@@ -22,6 +22,7 @@ Method = Literal[
     "perplexity", "taylor", "sleb", "evolution",
 ]  # fmt: skip
 StreamMode = Literal["auto", "on", "off"]
+ShardMode = Literal["auto", "on", "off"]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
@@ -79,6 +80,13 @@ class ModelConfig:
     stream: StreamMode = "auto"
     """Leave the decoder layers on disk and read each when it is needed, for what is larger than memory.
     auto: where the weights would take more than 0.8 of the memory available."""
+    shard: ShardMode = "auto"
+    """Spread the weights over several processes, which gather each layer when it runs, to heal what is larger than
+    one device. auto: where there are several and the weights would take more than 0.8 of one's memory."""
+
+    def __post_init__(self) -> None:
+        if self.stream == self.shard == "on":
+            raise ConfigError("both --stream on and --shard on are given", "give one of them")
 
 
 @flat

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut import processes
+from layercut import processes, sharding
 from layercut.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -644,8 +644,7 @@ def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> N
     resident = next(parameter.device for _, parameter in everywhere if not parameter.is_meta)
     for name, weight in weights.items():
         old = model.get_parameter(name)  # of a layer on disk, it has no data
-        device = resident if old.is_meta else old.device
-        new = nn.Parameter(weight.to(device, old.dtype), requires_grad=False)
+        new = sharding.like(old, weight.to(resident) if old.is_meta else weight)
         for place in [name, *(other for other, parameter in everywhere if parameter is old and other != name)]:
             owner, _, attribute = place.rpartition(".")
             setattr(model.get_submodule(owner), attribute, new)

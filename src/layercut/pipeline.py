@@ -53,14 +53,17 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     length = wanted_length(config.search, layers)
     check_sources(config)
     models.pick_device(config.load.device)
+    spread = stream.spread(checkpoint, **asdict(config.load))
+    if spread:
+        check_spread(config)
     if until != "search" and stream.wanted(checkpoint, **asdict(config.load)):
-        check_streamed(config)
+        check_streamed(config, spread)
     if config.tasks.names and until == "report":
         evaluate.check_tasks(config.tasks.names, config.tasks.include_path)
 
     with Run(config.run.out or default_folder(model), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
-        work = Workbench(checkpoint, config, run)
+        work = Workbench(checkpoint, config, run, spread=spread)
 
         text = text_stage(work)
         if config.number_of_rounds > 1:
@@ -163,8 +166,26 @@ def check_sources(config: CompressConfig) -> None:
         )
 
 
-def check_streamed(config: CompressConfig) -> None:
-    """ConfigError for what a run cannot do whose layers are left on disk; before anything long is run."""
+def check_spread(config: CompressConfig) -> None:
+    """Refuse what cannot be done over weights that are spread over several processes."""
+    refused = {
+        "--rounds": config.number_of_rounds > 1,
+        "--teacher-topk": config.heal.teacher_topk > 0,
+        "--method taylor": config.search.method == "taylor",
+    }
+    for flag, is_asked in refused.items():
+        if is_asked:
+            raise ConfigError(
+                f"{flag} needs a whole model in every process, and its weights are spread over them",
+                f"leave out {flag}; where the model fits each process's memory: --shard off",
+            )
+
+
+def check_streamed(config: CompressConfig, spread: bool) -> None:
+    """ConfigError for what a run cannot do whose layers are left on disk; before anything long is run.
+
+    spread: where the weights are spread over several processes, so it is for what the main process does by itself.
+    """
     asked = {
         "--bits": config.quantize.bits < 16,
         "--tasks": bool(config.tasks.names),
@@ -177,7 +198,7 @@ def check_streamed(config: CompressConfig) -> None:
             f"{flag} needs the model in memory, and its layers are left on disk",
             f"leave out {flag}; with enough memory: --stream off",
         )
-    if processes.world() > 1:
+    if processes.world() > 1 and not spread:
         raise ConfigError(
             f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
             "start one process; search and evaluate share their work; with enough memory: --stream off",

@@ -50,7 +50,7 @@ def heal_stages(work: Workbench, text: dict[str, Any], removal: Removal, after: 
     """Cut, fold, tune."""
     run, config = work.run, work.config
     bounds = [[s.start, s.stop] for s in removal.all]
-    cut = run.stage(work.name("cut"), [work.source, bounds], lambda: work.cut(removal.all), after=after)
+    cut = run.stage(work.name("cut"), [work.source, bounds], lambda: work.cut(removal.all), after=after, together=True)
     say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
     folded = [config.heal.fold, text["calibration"], text["tuning"], text["heldout"], work.rounds]
     fold = run.stage(work.name("fold"), folded, lambda: work.fold(removal), after=[work.name("cut")], together=True)

@@ -18,7 +18,7 @@ import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -26,9 +26,9 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from layercut import models, processes
-from layercut.config import StreamMode
-from layercut.errors import ModelError
+from layercut import models, processes, sharding
+from layercut.config import ShardMode, StreamMode
+from layercut.errors import ConfigError, ModelError
 from layercut.progress import say
 
 FITS = 0.8
@@ -37,30 +37,58 @@ FITS = 0.8
 IN_MEMORY = "load it in memory instead: --stream off"
 
 
-def load(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> models.LanguageModel:
-    """`models.load`, or the same model with its layers left on disk. how: the arguments of `models.load`.
+def load(
+    checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
+) -> models.LanguageModel:
+    """`models.load`, or the same model with its weights spread over the processes or its layers left on disk.
 
-    stream "auto": on disk where the weights would take more than `FITS` of the memory that is available.
+    how: the arguments of `models.load`. "auto": where the weights would take more than `FITS` of the memory that is
+    available, they are spread if there are several processes that have room for a part each, else left on disk.
     """
+    if spread(checkpoint, stream=stream, shard=shard, **how):
+        return load_spread(checkpoint, **how)
     if wanted(checkpoint, stream=stream, **how):
         return open_on_disk(checkpoint, **how)
     return models.load(checkpoint, **how)
 
 
 def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
-    """Whether `load` would leave the layers on disk. Reads headers only."""
+    """Whether `load` in one process would leave the layers on disk. Reads headers only."""
     if stream != "auto":
         return stream == "on"
+    return share_of_memory(checkpoint, **how) > FITS
+
+
+def spread(
+    checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
+) -> bool:
+    """Whether `load` would spread the weights over the processes, which must ask together. Reads headers only.
+
+    Raises ConfigError where one process is to do so.
+    """
+    count = processes.world()
+    if shard == "on" and not processes.launched():
+        raise ConfigError(
+            "--shard on spreads the weights over several processes, and there is one",
+            "start several: torchrun --standalone --nproc-per-node 8 -m layercut.cli …",
+        )
+    if count == 1 or shard != "auto" or stream == "on":
+        return count > 1 and shard == "on"
+    share = share_of_memory(checkpoint, **how)
+    return bool(processes.most(share > FITS)) and not processes.most(share / count > FITS)
+
+
+def share_of_memory(checkpoint: models.Checkpoint, **how: Any) -> float:
+    """Bytes of the weights over those that this process has; 0 of what cannot be loaded but at once."""
     if checkpoint.gguf or not models.weight_files(checkpoint.folder):
-        return False  # no other way than to load these
+        return 0.0
     config = models.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if getattr(config, "quantization_config", None):
-        return False
-    place = models.pick_device(how.get("device", "auto"))
-    dtype = how.get("dtype", "auto")
-    number = models.computing_dtype(dtype, models.pick_dtype(dtype, config, checkpoint), place)
+        return 0.0
+    device, dtype = models.pick_device(how.get("device", "auto")), how.get("dtype", "auto")
+    number = models.computing_dtype(dtype, models.pick_dtype(dtype, config, checkpoint), device)
     elements = sum(s.elements for s in stored_tensors(checkpoint.folder).values())
-    return elements * number.itemsize > FITS * available_bytes(place)
+    return elements * number.itemsize / max(1, available_bytes(device))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -176,6 +204,35 @@ def _opened(file: Path) -> Any:
         ) from None
 
 
+# --- a model that is spread over processes ------------------------------------------------------------------
+
+
+def load_spread(
+    checkpoint: models.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
+) -> models.LanguageModel:
+    """`models.load`, of which each process keeps its part of every weight (`sharding.py`).
+
+    A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
+    at a time. What cannot be read so (GGUF, pickled or quantized weights, code of its own) is loaded whole into the
+    machine's memory, by one process after the other.
+    """
+    config = models.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
+    if read_by_layer(checkpoint, config):
+        loaded = open_on_disk(checkpoint, dtype=dtype, device=device, **how)
+        sharding.spread_(loaded.model, loaded.model.layers_on_disk.hand_over(), loaded.device)
+        return loaded
+    place = models.pick_device(device)
+    stored = models.pick_dtype(dtype, config, checkpoint)
+    if models.computing_dtype(dtype, stored, place) == stored:
+        dtype = str(stored).removeprefix("torch.")  # else a CPU might decide, by which it comes
+    for turn in range(processes.world()):
+        if turn == processes.rank():
+            loaded = models.load(checkpoint, dtype=dtype, device="cpu", **how)
+            sharding.spread_(loaded.model, loaded.decoder.layers, place)
+        processes.barrier()
+    return replace(loaded, device=place)
+
+
 # --- a model whose layers are on disk -----------------------------------------------------------------------
 
 
@@ -241,6 +298,15 @@ def _build(checkpoint: models.Checkpoint, config: Any, tensors: Mapping[str, Any
             "check that the checkpoint is complete and that this version of transformers knows it",
         )
     return model
+
+
+def read_by_layer(checkpoint: models.Checkpoint, config: Any) -> bool:
+    """Whether a checkpoint is of a kind that is read layer by layer."""
+    try:
+        _refuse(checkpoint, config)
+    except ModelError:
+        return False
+    return True
 
 
 def _refuse(checkpoint: models.Checkpoint, config: Any) -> None:
@@ -342,6 +408,16 @@ class LayersOnDisk:
         if words != self._said:
             say("stream", words)
         self._said = words
+
+    def hand_over(self) -> Iterator[nn.Module]:
+        """Each layer in turn, read and left to the one who takes it; afterwards nothing is on disk any more."""
+        for i, layer in enumerate(self.layers):
+            self.enter_(i)
+            self.resident = None
+            del layer.forward
+            yield layer
+        self._reader.shutdown()
+        del self.model.layers_on_disk
 
     def __deepcopy__(self, memo: Any) -> LayersOnDisk:
         """A copy of the model has the same reader."""

@@ -11,6 +11,8 @@ type) is recorded from the model's own forward, in which every layer passes its 
 
 A model whose layers are on disk (`stream.py`) is used alike: `stack.layer(i, …)` reads layer i where another one was
 entered last, so that a sweep takes all its rows through a layer before it goes on to the next (`passes`, `carry_`).
+So is one that is spread over several processes (`sharding.py`): it runs as a copy over the same weights, and all
+processes must take as many steps (`sharding.in_step`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layercut import processes
+from layercut import processes, sharding
 from layercut.errors import ModelError
 from layercut.losses import kl_divergence, rows_per_chunk
 from layercut.models import find_decoder, stored_dtype
@@ -80,8 +82,11 @@ class Stack:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.layers = find_decoder(model).layers
+        self.at_rest = model
+        """The model as it was given."""
+        self.model = sharding.runnable(model)
+        """The one that runs: the same, unless its weights are spread over several processes."""
+        self.layers = find_decoder(self.model).layers
         self.on_disk = layers_on_disk(model)
         """The reader behind the layers; None where they are in memory."""
         self._shapes: dict[type, Any] = {}  # what each class of layer returns: needed to stand in for it
@@ -116,6 +121,10 @@ class Stack:
             self.on_disk.enter_(i)
         return self.layers[i]
 
+    def layer_at_rest(self, i: int) -> nn.Module:
+        """Layer i of the model as it was given."""
+        return find_decoder(self.at_rest).layers[i]
+
     def stream_bytes(self, tokens: int) -> int:
         """Bytes of one hidden state of so many tokens."""
         return tokens * self.hidden_size * self.model.dtype.itemsize
@@ -135,7 +144,7 @@ class Stack:
             calls.append((args, kwargs))
             return self._untouched(i, run, hidden, *args, **kwargs)
 
-        with intercepted(self.layers, record):
+        with intercepted(self.layers, record), sharding.not_gathering(self.layers):
             self.model(input_ids=self.place(tokens), use_cache=False, **self._one_logit())
         return embedded[0], calls
 
@@ -153,6 +162,8 @@ class Stack:
     def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
         """h_stop from h_start."""
         for i in range(start, stop):
+            for j in range(i, min(i + 2, stop)):
+                sharding.gather_ahead(self.layers[j])
             hidden = self.layer(i, hidden, calls)
         return hidden
 
@@ -163,14 +174,14 @@ class Stack:
         def inject(i: int, run: LayerForward, h: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return self._untouched(i, run, hidden if i == last else h, *args, **kwargs)
 
-        with intercepted(self.layers, inject):
+        with intercepted(self.layers, inject), sharding.not_gathering(self.layers):
             return self.model(input_ids=self.place(tokens), use_cache=False).logits
 
     def _untouched(self, i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What layer i would return had it changed nothing."""
         kind = type(self.layers[i])
         if kind not in self._shapes:
-            with torch.no_grad():
+            with torch.no_grad(), sharding.gathered(self.layers[i]):
                 output = run(hidden, *args, **kwargs)
             self._shapes[kind] = tuple(None for _ in output) if isinstance(output, tuple) else None
         return replaced_hidden(self._shapes[kind], hidden)
@@ -229,6 +240,14 @@ def passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[
     groups = [list(group.split(rows)) for group in tokens.split(fit)]
     say_passes(stack, min(fit, len(tokens)) * tokens.shape[1], streams, len(groups))
     return groups
+
+
+def passes_in_step(
+    stack: Stack, tokens: torch.Tensor, rows: int, streams: int
+) -> list[tuple[list[torch.Tensor], bool]]:
+    """`passes` of this process's share of tokens [N, T], each with whether it counts: see `sharding.in_step`."""
+    mine = passes(stack, tokens[processes.share(len(tokens))], rows, streams)
+    return sharding.in_step(stack.model, mine, [tokens[:1]])
 
 
 def rows_at_once(stack: Stack, window: int, streams: int) -> int:
@@ -309,7 +328,8 @@ def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0)
     Of several processes each takes a share of the rows.
     """
     total = 0.0
-    for parts in shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3):
+    mine = shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3)
+    for parts, counts in sharding.in_step(dense.model, mine, [slice(0, 1)]):
         batches = [tokens[part] for part in parts]
         p, calls = enter_all(dense, batches)
         carry_(dense, p, calls, 0, prefix)
@@ -317,5 +337,6 @@ def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0)
         carry_(dense, p, calls, prefix, len(dense))
         carry_(student, q, student_calls, prefix, len(student))
         for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True):
-            total += kl_divergence(dense.exit(p_hidden, batch), student.exit(q_hidden, batch)).sum().item()
+            kl = kl_divergence(dense.exit(p_hidden, batch), student.exit(q_hidden, batch)).sum().item()
+            total += kl if counts else 0.0
     return processes.summed([total])[0] / tokens.numel()

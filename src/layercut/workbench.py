@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, lending, measure, models, processes, stream
-from layercut.config import CompressConfig, HealConfig, QuantizeConfig, parse_bytes
+from layercut import evaluate, lending, measure, models, processes, sharding, stream
+from layercut.config import CompressConfig, HealConfig, QuantizeConfig, ShardMode, parse_bytes
 from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from layercut.data import Blocks, fingerprint, load_blocks, split_mix
 from layercut.errors import ConfigError
@@ -63,11 +63,14 @@ class Workbench:
     run: Run
     rounds: int = 1
     """Among which the tuning tokens are dealt out."""
+    spread: bool = False
+    """Whether the weights are spread over several processes."""
 
     @property
     def source(self) -> dict[str, Any]:
-        """What the dense model depends on."""
-        return {"checkpoint": self.checkpoint.fingerprint(), "load": asdict(self.config.load)}
+        """What the dense model depends on; not on where its weights lie while it runs."""
+        load = {name: value for name, value in asdict(self.config.load).items() if name != "shard"}
+        return {"checkpoint": self.checkpoint.fingerprint(), "load": load}
 
     @cached_property
     def layers(self) -> int:
@@ -75,11 +78,28 @@ class Workbench:
         trust = self.config.load.trust_remote_code
         return models.count_layers(models.load_config(self.checkpoint, trust_remote_code=trust))
 
-    @cached_property
+    @property
     def dense(self) -> models.LanguageModel:
-        """The model as it came."""
-        loaded = stream.load(self.checkpoint, **asdict(self.config.load), tokenizer=self.tokenizer)
+        """The model as it came. Where its weights are spread over the processes, one of them cannot run it: what the
+        main process does by itself, it does on a model of its own."""
+        return self._alone if self.spread and processes.world() == 1 else self._dense
+
+    @cached_property
+    def _dense(self) -> models.LanguageModel:
+        return self.load("on" if self.spread else "off")
+
+    @cached_property
+    def _alone(self) -> models.LanguageModel:
+        return self.load("off")
+
+    def load(self, shard: ShardMode) -> models.LanguageModel:
+        """The model, spread over the processes or not, and a line about it."""
+        how = asdict(self.config.load) | {"shard": shard}
+        loaded = stream.load(self.checkpoint, **how, tokenizer=self.tokenizer)
         where = ", layers left on disk" if stream.layers_on_disk(loaded.model) else ""
+        if sharding.is_spread(loaded.model):
+            held = sharding.bytes_held(loaded.model) / 1e6
+            where = f", spread over {processes.world()} processes, {held:,.1f} MB in this one"
         stored = models.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))
@@ -92,7 +112,8 @@ class Workbench:
 
     @cached_property
     def stack(self) -> Stack:
-        return Stack(self.dense.model)
+        """For stages that all processes do together."""
+        return Stack(self._dense.model)
 
     @cached_property
     def blocks(self) -> dict[str, torch.Tensor]:
@@ -268,7 +289,7 @@ class Workbench:
             check_checkpoint_cut(self.checkpoint.folder, segments, stream.as_saved(student, names))
         return {
             "segments": [[s.start, s.stop] for s in segments],
-            "original_layer_index": kept_layers(segments, len(self.stack)),
+            "original_layer_index": kept_layers(segments, self.layers),
             "parameters": {"before": models.parameter_count(dense), "after": models.parameter_count(student)},
             "bytes": {"before": models.parameter_bytes(dense), "after": models.parameter_bytes(student)},
         }
@@ -392,12 +413,15 @@ class Workbench:
         if (self.run.read("quantize") or {})["bits"] < 16:
             states["quantized"] = ["folded", "tuned", "quantized"]
         figures: dict[str, Any] = dict.fromkeys(("dense", "cut", "folded", "tuned", "quantized"))
-        last = self.dense.model
+
+        def model(state: str) -> Any:
+            weights = states[state]
+            return self.dense.model if weights is None else self.student(segments, *weights)
+
         with bar("perplexity", len(states) * len(tokens)) as advance:
-            for state, weights in states.items():
-                last = self.dense.model if weights is None else self.student(segments, *weights)
-                figures[state] = evaluate.perplexity(last, tokens, advance=advance)
-        beside = processes.on_main(lambda: self.look_closer(last, tokens))
+            for state in states:
+                figures[state] = evaluate.perplexity(model(state), tokens, advance=advance)
+        beside = processes.on_main(lambda: self.look_closer(model([*states][-1]), tokens))
         return {
             "perplexity": {
                 "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
@@ -509,7 +533,8 @@ class Workbench:
     def changed(self, student: Any) -> dict[str, torch.Tensor]:
         """The parameters that are no longer those of the model that was cut, by name."""
         shared = {id(p) for p in self.before.parameters()}
-        return {n: p.detach().cpu() for n, p in student.named_parameters() if id(p) not in shared}
+        own = {n: p for n, p in student.named_parameters() if id(sharding.origin(p)) not in shared}
+        return {n: sharding.whole(p.detach()).cpu() for n, p in own.items()}
 
     def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
         """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""

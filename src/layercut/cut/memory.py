@@ -11,6 +11,7 @@ from layercut.cut.adjust import rescaled
 from layercut.cut.plan import Plan, plan_cut
 from layercut.errors import SurgeryError
 from layercut.segments import Segment
+from layercut.sharding import is_spread
 
 
 def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
@@ -29,10 +30,13 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     parts = _configs(modules, plan)
     weights = model.state_dict(keep_vars=True)
-    edited = {
-        name: edit(lambda key: weights[key].detach())
-        for name, edit in (plan.edits | rescaled(model, plan)).items()
-    }
+    edits = plan.edits | rescaled(model, plan)
+    if (edits or plan.added) and is_spread(model):
+        raise SurgeryError(
+            f"cutting a {type(model).__name__} changes weights, and they are spread over several processes",
+            "where the model fits each process's memory: --shard off",
+        )
+    edited = {name: edit(lambda key: weights[key].detach()) for name, edit in edits.items()}
     for name, attribute, value in plan.attributes:
         setattr(modules[name], attribute, value)
     for stack in plan.stacks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layercut import processes
+from layercut import processes, sharding
 from layercut.losses import next_token_loss, rows_per_chunk
 from layercut.stream import layers_on_disk
 from layercut.sweep import Stack, carry_, enter_all, shared_passes
@@ -25,28 +25,30 @@ def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], N
     takes a share of the windows. Of a model whose layers are on disk each is read once for all windows whose hidden
     states fit in memory.
     """
+    model = sharding.runnable(model)
     device = next(model.parameters()).device
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
     logits_of = _swept if layers_on_disk(model) else _whole
     total = 0.0
-    for part, logits in logits_of(model, tokens, rows, advance):
-        total += next_token_loss(logits, tokens[part].to(device)).double().sum().item()
+    for part, logits, counts in logits_of(model, tokens, rows, advance):
+        loss = next_token_loss(logits, tokens[part].to(device)).double().sum().item()
+        total += loss if counts else 0.0
     return _exp(processes.summed([total])[0] / (tokens.numel() - len(tokens)))
 
 
 def _whole(
     model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits [B, T, V] of a few windows after the other, by the model's own forward."""
+) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+    """Logits [B, T, V] of a few windows after the other, by the model's own forward, and whether they count."""
     device = next(model.parameters()).device
-    for part in processes.share_of_batches(len(tokens), rows):
-        yield part, model(input_ids=tokens[part].to(device), use_cache=False).logits
+    for part, counts in sharding.in_step(model, processes.share_of_batches(len(tokens), rows), slice(0, 1)):
+        yield part, model(input_ids=tokens[part].to(device), use_cache=False).logits, counts
         advance(part.stop - part.start)
 
 
 def _swept(
     model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
-) -> Iterator[tuple[slice, torch.Tensor]]:
+) -> Iterator[tuple[slice, torch.Tensor, bool]]:
     """The same, of which all windows go through a layer before the next is read."""
     stack = Stack(model)
     for parts in shared_passes(stack, tokens, rows, streams=2):
@@ -56,7 +58,7 @@ def _swept(
             carry_(stack, hidden, calls, i, i + 1)
             advance(sum(map(len, batches)) / len(stack))
         for part, batch, last in zip(parts, batches, hidden, strict=True):
-            yield part, stack.exit(last, batch)
+            yield part, stack.exit(last, batch), True
 
 
 def _exp(mean: float) -> float:

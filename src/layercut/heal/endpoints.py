@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut import processes
+from layercut import processes, sharding
 from layercut.data import fingerprint
 from layercut.heal.from_disk import FrozenStates, PairOnDisk, store_states
 from layercut.heal.objectives import HeldOut, Objective, Pair
@@ -133,7 +133,8 @@ def tune_(
     on disk, what does not change, stored beforehand. state: where to keep the state; one that is there and of the same
     making is gone on with, and ends in the same bits.
     Deterministic: no randomness is used beside the seeded order of later epochs. Of several processes each takes a
-    share of every step's rows; gradients and scores are summed, and all make the same steps.
+    share of every step's rows; gradients and scores are summed, and all make the same steps, of a spread model
+    (`sharding.py`) each on its parts of the trained weights.
     """
     positions = endpoints(segments, len(dense), settings.radius)
     # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
@@ -164,8 +165,8 @@ def tune_(
                 advance(count, report.curve[-1]["loss"])
                 if (number := processes.most(stop.signal or 0)) and not stop.signal:
                     signal.raise_signal(number)  # all stop after the same step, or some would wait for one that is gone
-                if state and processes.is_main() and (stop.signal or state.due()):
-                    state.save(key, training.tensors(), report.to_json())
+                if state and processes.from_main(bool(stop.signal) or state.due()):
+                    training.save(state, key)
                 if stop.signal:
                     processes.barrier()
                 stop.now()
@@ -211,8 +212,8 @@ class _Training:
     ) -> None:
         self.pair, self.trained, self.tokens, self.settings = pair, trained, tokens, settings
         self.stored = pair.student.stored_dtype
-        self.masters = [p.detach().float().clone() for p in trained]
-        self.best_state = [p.detach().cpu().clone() for p in trained]
+        self.masters = [p.float().clone() for p in self.own]
+        self.best_state = [p.cpu().clone() for p in self.own]
         rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size)
         self.optimizer = torch.optim.AdamW(self.masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         count = sum(p.numel() for p in trained)
@@ -226,11 +227,16 @@ class _Training:
             state_bytes=4 * 4 * count,
         )
 
+    @property
+    def own(self) -> list[torch.Tensor]:
+        """What this process holds of the trained weights. Asked for anew each time: FSDP2 may move a part to pad it."""
+        return [sharding.local(p.detach()) for p in self.trained]
+
     def key(self, heldout: torch.Tensor, more: list[Any]) -> str:
         """Hash of all that decides the result, the weights that are started from included."""
         start = hashlib.sha256()
         for p in self.trained:
-            start.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
         data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout)]
         plan = [asdict(self.settings), self.report.learning_rate, self.report.steps, self.report.trained_layers]
         return digest([more, plan, data, start.hexdigest()])
@@ -244,11 +250,10 @@ class _Training:
         rate = report.learning_rate * warmup_then_cosine(report.step, report.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self._clip_(1.0)
         self.optimizer.step()
-        with torch.no_grad():
-            for master, p in zip(self.masters, self.trained, strict=True):
-                p.copy_(master.to(self.stored))
+        for master, p in zip(self.masters, self.own, strict=True):
+            p.copy_(master.detach().to(self.stored))
         count = len(rows) * self.tokens.shape[1]
         report.seconds += time.perf_counter() - begun
         report.cpu_seconds += time.process_time() - cpu
@@ -263,20 +268,30 @@ class _Training:
         Each process takes its share of the passes and weighs it by its rows, so that the sum over all of them is the
         mean over the step's rows. Passes are made smaller where there are fewer than processes, but for "hidden",
         which is relative to the pass it is taken over: there a step's passes are always the same.
+        Of a spread model every backward pass sums over the processes by itself.
         """
-        total = 0.0
+        total, model = 0.0, self.pair.student.model
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        batches = [(self.tokens[rows[part]], rows[part]) for part in self._passes(len(rows))]
-        for number, loss in self.pair.backwards(batches):
-            share = len(batches[number][1]) / len(rows)
-            total += share * loss
+        batches = []
+        for part, counts in sharding.in_step(model, self._passes(len(rows)), slice(0, 1)):
+            batches.append((self.tokens[rows[part]], rows[part], len(rows[part]) / len(rows) if counts else 0.0))
+        for loss in self.pair.backwards(batches):
+            total += loss
             for master, p in zip(self.masters, self.trained, strict=True):
                 if p.grad is not None and master.grad is not None:
-                    master.grad.add_(p.grad, alpha=share)
+                    master.grad.add_(sharding.local(p.grad))
                 p.grad = None
-        processes.sum_(*(master.grad for master in self.masters if master.grad is not None))
+        if not sharding.is_spread(model):
+            processes.sum_(*(master.grad for master in self.masters if master.grad is not None))
         return processes.summed([total])[0]
+
+    def _clip_(self, most: float) -> None:
+        """Scale the gradients down where their norm, over all processes, is above `most`."""
+        norm = nn.utils.get_total_norm([master.grad for master in self.masters if master.grad is not None])
+        if sharding.is_spread(self.pair.student.model):
+            norm = norm.new_tensor(math.sqrt(processes.summed([norm.item() ** 2])[0]))
+        nn.utils.clip_grads_with_norm_(self.masters, most, norm)
 
     def _passes(self, rows: int) -> list[slice]:
         """This process's passes over the rows of a step."""
@@ -292,16 +307,15 @@ class _Training:
         first = not report.heldout
         if not first and score < report.best:
             report.best_step = report.step
-            self.best_state = [p.detach().cpu().clone() for p in self.trained]
+            self.best_state = [p.cpu().clone() for p in self.own]
         report.heldout.append({"step": report.step, "tokens": report.tokens, "loss": score})
         since = sum(point["step"] > report.best_step for point in report.heldout)
         report.stopped_early = 0 < self.settings.patience <= since and report.step < report.steps
 
     def finish_(self) -> None:
         """Leave the student in its best state, frozen."""
-        with torch.no_grad():
-            for p, value in zip(self.trained, self.best_state, strict=True):
-                p.copy_(value)
+        for p, value in zip(self.own, self.best_state, strict=True):
+            p.copy_(value)
         for p in self.trained:
             p.requires_grad_(False)
             p.grad = None
@@ -309,25 +323,40 @@ class _Training:
 
     # --- to disk and back ---
 
+    def save(self, state: StateFile, key: str) -> None:
+        """Have the main process write it; whole, also of a spread model, so that any number of processes can go on."""
+        if processes.is_main() or sharding.is_spread(self.pair.student.model):
+            tensors = self.tensors()
+            if processes.is_main():
+                state.save(key, tensors, self.report.to_json())
+
     def tensors(self) -> dict[str, Sequence[torch.Tensor]]:
         moments = [self.optimizer.state[m] for m in self.masters]
-        return {
+        held = {
             "master": self.masters,
-            "best": self.best_state,
+            "best": [best.to(p.device) for best, p in zip(self.best_state, self.own, strict=True)],
             **{name: [m[name] for m in moments] for name in ("exp_avg", "exp_avg_sq")},
+        }
+        return {
+            name: [sharding.whole(p.detach(), part.detach()).cpu() for p, part in zip(self.trained, parts, strict=True)]
+            for name, parts in held.items()
         }
 
     @torch.no_grad()
     def restore_(self, tensors: dict[str, list[torch.Tensor]], facts: dict[str, Any]) -> None:
         vars(self.report).update(facts)
-        for master, p, value in zip(self.masters, self.trained, tensors["master"], strict=True):
+        own = {
+            name: [sharding.part_like(p, value) for p, value in zip(self.trained, values, strict=True)]
+            for name, values in tensors.items()
+        }
+        for master, p, value in zip(self.masters, self.own, own["master"], strict=True):
             master.copy_(value)
             p.copy_(master.to(self.stored))
-        self.best_state = tensors["best"]
+        self.best_state = [value.clone() for value in own["best"]]
         saved = self.optimizer.state_dict()
         saved["state"] = {
             i: {"step": torch.tensor(float(self.report.step)), "exp_avg": mean, "exp_avg_sq": square}
-            for i, (mean, square) in enumerate(zip(tensors["exp_avg"], tensors["exp_avg_sq"], strict=True))
+            for i, (mean, square) in enumerate(zip(own["exp_avg"], own["exp_avg_sq"], strict=True))
         }
         self.optimizer.load_state_dict(saved)
 
@@ -350,6 +379,10 @@ def own_parameters_(student: Stack, positions: Sequence[int]) -> list[nn.Paramet
     """Give the layers at these positions parameters of their own, trainable, and return them."""
     own: list[nn.Parameter] = []
     for position in positions:
+        if sharding.is_spread(student.model):
+            student.layers[position] = sharding.trainable_copy(student.layer_at_rest(position))
+            own += [p for p in student.layers[position].parameters() if p.requires_grad]
+            continue
         for module in student.loaded(position).modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_floating_point():

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from layercut import processes
+from layercut import processes, sharding
 from layercut.heal.targets import WIDEST, Target, find_targets, run_and_catch
 from layercut.segments import Segment, kept_layers
 from layercut.sweep import Stack, carry_, enter_all, shared_layers, shared_passes
@@ -141,6 +141,8 @@ def _fold_one_(
 
     if position < 0:
         return skipped("no layer before the cut")
+    if sharding.is_spread(student.layers[position]):
+        student.layers[position] = sharding.whole_copy(student.layer_at_rest(position))
     targets = find_targets(student, position, tokens[:2, :32])
     if not targets:
         return skipped("the layer before the cut adds no linear output to the residual stream as it is")
@@ -186,9 +188,11 @@ def _statistics(
     """
     width = sum(target.width for target in targets)
     fit, check = (Normal.zeros(width, student.hidden_size, student.device) for _ in range(2))
-    for parts in shared_passes(dense, tokens, rows, streams=3):
+    for parts, counts in sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)]):
         batches = [tokens[part] for part in parts]
         for part, (z, y) in zip(parts, _gaps(dense, student, segment, position, targets, batches), strict=True):
+            if not counts:
+                continue
             held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
             fit.add_(z[~held], y[~held])
             check.add_(z[held], y[held])

@@ -19,7 +19,7 @@ from typing import IO
 import torch
 
 from layercut.errors import RunError
-from layercut.heal.objectives import Pair, hidden_gradient, logit_gradient
+from layercut.heal.objectives import Batch, Pair, hidden_gradient, logit_gradient
 from layercut.lending import LentLayers
 from layercut.sweep import Stack, carry_, enter_all, rows_at_once, say_passes
 
@@ -128,32 +128,32 @@ class PairOnDisk(Pair):
     first: int
     """The first trained layer: how far the way down goes."""
 
-    def backwards(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, float]]:
-        """As in memory, layers outermost. A batch's number comes once with its loss and no gradient yet, and then with
-        the gradient of every trained layer."""
+    def backwards(self, batches: Sequence[Batch]) -> Iterator[float]:
+        """As in memory, layers outermost: the loss of each batch while there is no gradient yet, and then 0 with the
+        gradient of each batch at every trained layer."""
         assert isinstance(self.student.on_disk, LentLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)
 
-    def _up_and_down(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, float]]:
+    def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[float]:
         student, hidden_only = self.student, self.objective == "hidden"
-        calls = enter_all(student, [tokens for tokens, _ in batches])[1]
-        hidden = [self._states("shared", rows) for _, rows in batches]
+        calls = enter_all(student, [tokens for tokens, _, _ in batches])[1]
+        hidden = [self._states("shared", rows) for _, rows, _ in batches]
         inputs: list[list[torch.Tensor]] = []
         for i in range(self.prefix, self.last + 1 if hidden_only else len(student)):
             inputs.append(hidden.copy())
             with torch.no_grad():
                 carry_(student, hidden, calls, i, i + 1)
         slopes: list[torch.Tensor] = []
-        for number, (tokens, rows) in enumerate(batches):
+        for number, (tokens, rows, weight) in enumerate(batches):
             wanted = self._states("wanted", rows) if "wanted" in self.states.files else None
             if hidden_only:
                 assert wanted is not None
-                loss, slope = hidden_gradient(hidden[number], wanted.float())
+                loss, slope = hidden_gradient(hidden[number], wanted.float(), weight)
             else:
-                loss, slope = logit_gradient(self, tokens, rows, hidden[number], wanted)
+                loss, slope = logit_gradient(self, tokens, rows, weight, hidden[number], wanted)
             slopes.append(slope)
-            yield number, loss
+            yield loss
         del hidden
         for i in reversed(range(self.first, self.prefix + len(inputs))):
             before = inputs.pop()
@@ -163,7 +163,7 @@ class PairOnDisk(Pair):
                 if leaf.grad is not None:
                     slopes[number] = leaf.grad
                 if any(p.requires_grad for p in student.layers[i].parameters()):
-                    yield number, 0.0
+                    yield 0.0
 
     def _states(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         return self.states.read(name, rows).to(self.student.device)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from layercut import processes
+from layercut import processes, sharding
 from layercut.heal.stored import StoredTeacher
 from layercut.losses import (
     Term,
@@ -27,6 +27,8 @@ from layercut.losses import (
 from layercut.sweep import Stack, carry_, common_prefix, enter_all
 
 Objective = Literal["kl", "next-token", "hidden"]
+Batch = tuple[torch.Tensor, torch.Tensor, float]
+"""Tokens [B, T], where they stand among those that are tuned on [B], the weight of their mean loss in the step's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +48,22 @@ class Pair:
     stored: StoredTeacher | None = None
     """The dense predictions on the tuning tokens, where they were stored."""
 
-    def backwards(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, float]]:
-        """`backward` of several batches (tokens, rows) of one step, in their order.
+    def backwards(self, batches: Sequence[Batch]) -> Iterator[float]:
+        """`backward` of several batches of one step, in their order.
 
-        Yields the number of the batch to which the gradients belong that the trained parameters hold now, and its
-        loss; whoever asks takes them and clears them.
+        Yields the loss of what the trained parameters hold the gradients of now; whoever asks takes these and clears
+        them.
         """
-        for number, (tokens, rows) in enumerate(batches):
-            yield number, self.backward(tokens, rows)
+        for batch in batches:
+            yield self.backward(*batch)
 
-    def backward(self, tokens: torch.Tensor, rows: torch.Tensor) -> float:
-        """Add the gradient of the mean loss over tokens [B, T] to the trained parameters; the loss.
+    def backward(self, tokens: torch.Tensor, rows: torch.Tensor, weight: float = 1.0) -> float:
+        """Add the gradient of weight x the mean loss over tokens [B, T] to the trained parameters; that loss.
 
         rows: where these tokens stand among those that are tuned on.
         """
         if self.objective == "hidden":
-            return _hidden_backward(self, tokens)
+            return _hidden_backward(self, tokens, weight)
         with torch.no_grad():
             if self.objective == "next-token" or self.stored:
                 hidden, calls = self.student.enter(tokens)
@@ -70,7 +72,7 @@ class Pair:
                 shared, dense_calls, calls = common_prefix(self.dense, self.student, tokens, self.prefix)
                 final = self.dense.run(shared, dense_calls, self.prefix, len(self.dense))
         out = self.student.run(shared, calls, self.prefix, len(self.student))
-        loss, gradient = logit_gradient(self, tokens, rows, out, final)
+        loss, gradient = logit_gradient(self, tokens, rows, weight, out, final)
         out.backward(gradient)
         return loss
 
@@ -90,36 +92,42 @@ def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
 
 
-def _hidden_backward(pair: Pair, tokens: torch.Tensor) -> float:
+def _hidden_backward(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     """|h - h_dense|^2 / |h_dense|^2 after the last trained layer."""
     removed = len(pair.dense) - len(pair.student)
     with torch.no_grad():
         shared, calls, student_calls = common_prefix(pair.dense, pair.student, tokens, pair.prefix)
         target = pair.dense.run(shared, calls, pair.prefix, pair.last + 1 + removed).float()
     got = pair.student.run(shared, student_calls, pair.prefix, pair.last + 1)
-    loss, gradient = hidden_gradient(got, target)
+    loss, gradient = hidden_gradient(got, target, weight)
     got.backward(gradient)
     return loss
 
 
-def hidden_gradient(got: torch.Tensor, target: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """|h - h_dense|^2 / |h_dense|^2 and its gradient in h [B, T, D]; the target is float32."""
+def hidden_gradient(got: torch.Tensor, target: torch.Tensor, weight: float) -> tuple[float, torch.Tensor]:
+    """weight x |h - h_dense|^2 / |h_dense|^2 and its gradient in h [B, T, D]; the target is float32."""
     leaf = got.detach().requires_grad_(True)
-    loss = (leaf.float() - target).square().mean() / target.square().mean()
+    loss = weight * (leaf.float() - target).square().mean() / target.square().mean()
     loss.backward()
     assert leaf.grad is not None
     return loss.item(), leaf.grad
 
 
 def logit_gradient(
-    pair: Pair, tokens: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, final: torch.Tensor | None
+    pair: Pair,
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    weight: float,
+    out: torch.Tensor,
+    final: torch.Tensor | None,
 ) -> tuple[float, torch.Tensor]:
-    """Mean loss of what leaves the student's last layer [B, T, D], and its gradient there; logits live a piece at a
-    time. final: the dense model's, where the objective compares with it."""
-    student, total = pair.student, 0.0
+    """weight x the mean loss of what leaves the student's last layer [B, T, D], and its gradient there; logits live a
+    piece at a time. final: the dense model's, where the objective compares with it."""
+    student, total, scale = pair.student, 0.0, weight / tokens.numel()
     gradient = torch.empty_like(out)
     targets = next_tokens(student.place(tokens))
-    for piece in logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()):
+    pieces = list(logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
+    for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
         leaf = out[piece].detach().requires_grad_(True)
         logits = student.exit(leaf, tokens[piece])
         with torch.no_grad():
@@ -127,17 +135,18 @@ def logit_gradient(
             if pair.objective == "kl" and pair.mix < 1:
                 p_logits = pair.dense.exit(final[piece], tokens[piece]) if final is not None else None
                 terms.append((1 - pair.mix, _teacher_term(pair, rows[piece[0]], piece[1], p_logits)))
-            weight = pair.mix if pair.objective == "kl" else 1.0
-            if weight:
+            mix = pair.mix if pair.objective == "kl" else 1.0
+            if mix:
                 # T - 1 predictions, and the mean over T tokens
-                weight *= tokens.shape[1] / (tokens.shape[1] - 1)
-                terms.append((weight, _next_token_term(targets[piece].flatten())))
-            loss, slope = loss_and_gradient(logits.detach().flatten(0, 1), _sum(terms), 1 / tokens.numel())
+                mix *= tokens.shape[1] / (tokens.shape[1] - 1)
+                terms.append((mix, _next_token_term(targets[piece].flatten())))
+            loss, slope = loss_and_gradient(logits.detach().flatten(0, 1), _sum(terms), scale)
         logits.backward(slope.view_as(logits))
-        total += loss
         assert leaf.grad is not None
-        gradient[piece] = leaf.grad
-    return total / tokens.numel(), gradient
+        if counts:
+            total += loss
+            gradient[piece] = leaf.grad
+    return total * scale, gradient
 
 
 def _sum(terms: list[tuple[float, Term]]) -> Term:
@@ -177,7 +186,8 @@ class HeldOut:
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
         self.pair, self.tokens = pair, tokens
-        self.batches = [tokens[part] for part in processes.share_of_batches(len(tokens), rows)]
+        self.parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
+        self.batches = [tokens[part] for part, _ in self.parts]
         self.states = dense_states(pair, self.batches)
 
     @torch.no_grad()
@@ -187,9 +197,11 @@ class HeldOut:
         loss_of = self._next_token if pair.objective == "next-token" else self._kl
         outs = [shared for _, shared in self.states]
         carry_(pair.student, outs, enter_all(pair.student, self.batches)[1], pair.prefix, len(pair.student))
-        for batch, (final, _), out in zip(self.batches, self.states, outs, strict=True):
-            for piece in logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()):
-                total += loss_of(batch, piece, final, pair.student.exit(out[piece], batch[piece]).flatten(0, 1))
+        for (_, mine), batch, (final, _), out in zip(self.parts, self.batches, self.states, outs, strict=True):
+            pieces = list(logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()))
+            for piece, counts in sharding.in_step(pair.student.model, pieces, pieces[0]):
+                loss = loss_of(batch, piece, final, pair.student.exit(out[piece], batch[piece]).flatten(0, 1))
+                total += loss if mine and counts else 0.0
         predictions = self.tokens.numel() - (len(self.tokens) if pair.objective == "next-token" else 0)
         return processes.summed([total])[0] / predictions
 

@@ -79,7 +79,11 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
-        return {name: memory.total(peak) for name, peak in peaks(settings, not target.accelerator).items()}
+        found = peaks(settings, not target.accelerator)
+        if target.spread:  # the export is done by the main process, from the files
+            shared = [name for name in found if name not in ("load", "export")]
+            found = {name: memory.spread(name, found[name], shape, target.devices) for name in shared}
+        return {name: memory.total(peak) for name, peak in found.items()}
 
     files = _file_bytes(checkpoint) or before.total * stored.itemsize
     spent = stage_work(shape, journey, segments, length, bool(given), after, files, gguf)

@@ -22,6 +22,8 @@ class Target:
     """Memory of the one device that holds the model."""
     devices: int = 1
     accelerator: bool = True
+    spread: bool = False
+    """Whether the weights are spread over all of the devices."""
 
     def room(self) -> int:
         return self.bytes - RESERVED if self.accelerator else self.bytes
@@ -38,17 +40,19 @@ def judge(
 ) -> dict[str, Any]:
     """Does every stage fit, and if not, the flags that make it fit; None where no flag does.
 
-    needs: bytes of every stage by name, on that target. weights: bytes of the dense model. A run uses one device;
-    "even_share_bytes" is what each of several would hold at least, could it be spread over them.
+    needs: bytes of every stage by name, on that target. weights: bytes of the dense model. One device is used where
+    the weights fit it; else they are spread over all.
     """
+    several = target.devices > 1 and not target.spread and config.load.stream != "on"
+    if weights > target.room() and several:
+        return judge(replace(target, spread=True), config, needs, weights // target.devices)
     stages = needs(config, target)
     worst = max(stages, key=lambda name: stages[name])
     found: dict[str, Any] = {
         "target": target.name,
         "bytes_per_device": target.bytes,
         "devices": target.devices,
-        "devices_used": 1,
-        "even_share_bytes": stages[worst] // target.devices,
+        "devices_used": target.devices if target.spread else 1,
         "needs_bytes": stages[worst],
         "stage": worst,
         "fits": stages[worst] <= target.room(),
@@ -58,11 +62,14 @@ def judge(
     if found["fits"]:
         return found
     for flags, changed in savings(config):
+        if target.spread and changed.load.stream == "on":
+            break
         stages = needs(changed, target)
         if max(stages.values()) <= target.room():
             return found | {"flags": flags}
     if weights > target.room():
-        why = "the weights alone are larger than the device, and one device is used; nor does it fit from disk"
+        why = "the weights alone are larger than the device"
+        why += "" if target.spread else ", and one device is used; nor does it fit from disk"
         return found | {"flags": None, "why": why}
     return found | {"flags": None, "why": "no setting makes it fit"}
 

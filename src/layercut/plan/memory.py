@@ -153,6 +153,22 @@ def export(shape: Shape, after: int, base: int) -> Peak:
     return {"fresh process": after * (shape.itemsize + 4) + base}
 
 
+def spread(stage: str, peak: Peak, shape: Shape, devices: int) -> Peak:
+    """A stage over weights spread over so many devices (`sharding.py`), on each of them. Computed, never measured.
+
+    Each has a part of the weights and of the trained layers' state. Gathered on top are two layers, one that runs and
+    one ahead of it, each in the buffer that the devices fill and in the weights made of it, or so what is no layer;
+    backwards, the whole gradient of a trained layer, in the model's format and in float32.
+    """
+    layer, rest = max(shape.dense.layers), shape.dense.total - sum(shape.dense.layers)
+    parted = ("weights", "trained state", "healed weights")
+    parts = {name: size // devices if name in parted else size for name, size in peak.items()}
+    parts["gathered"] = max(4 * layer, 2 * rest) * shape.itemsize
+    if stage == "tune":
+        parts["gradient of a layer"] = layer * (shape.itemsize + 4)
+    return parts
+
+
 def total(parts: Peak) -> int:
     return sum(parts.values())
 

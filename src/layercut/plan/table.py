@@ -69,7 +69,7 @@ def _fits(plan: dict[str, Any]) -> Table:
     for fit in plan["fits"]:
         place = fit["target"]
         if fit["devices"] > 1:
-            place += f" (one is used; spread evenly: {human(fit['even_share_bytes'])} each, which is not built)"
+            place += " (one is used)" if fit["devices_used"] == 1 else " (spread over all, by torchrun; each needs)"
         advice = fit["why"] or " ".join(fit["flags"]) or ("these settings" if fit["fits"] else "")
         verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "no, but"
         table.add_row(place, human(fit["needs_bytes"]), fit["stage"], verdict, advice)

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from layercut import processes
-from layercut.losses import Teacher, next_token_loss, rows_per_chunk
+from layercut import processes, sharding
+from layercut.losses import Teacher, next_token_loss, rows_per_chunk, slices
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
-from layercut.sweep import Calls, Stack, passes
+from layercut.sweep import Calls, Stack, passes_in_step
 
 Cuts = tuple[Segment, ...]
 """Segments removed together, sorted and disjoint. The empty tuple is the dense model."""
@@ -59,15 +59,15 @@ def set_costs(
     """
     totals = dict.fromkeys(sets, 0.0)
     wanted, spent = [DENSE, *totals], Cost()
-    mine = tokens[processes.share(len(tokens))]
-    for batches in passes(stack, mine, rows, streams_held(wanted, len(stack))):
-        ends = sweep(stack, batches, wanted, spent, advance)
+    for batches, counts in passes_in_step(stack, tokens, rows, streams_held(wanted, len(stack))):
+        ends = sweep(stack, batches, wanted, spent if counts else Cost(), advance)
         for b, batch in enumerate(batches):
-            for part in _row_chunks(stack, batch):
+            for part, chunk_counts in row_chunks(stack, batch):
                 teacher = Teacher(stack.exit(ends[DENSE][b][part], batch[part]))
                 for cuts in totals:
-                    totals[cuts] += teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
-            spent.dense_tokens += batch.numel()
+                    kl = teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
+                    totals[cuts] += kl if counts and chunk_counts else 0.0
+            spent.dense_tokens += batch.numel() * counts
     cost.add_(spent)
     totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
     # a divergence is never negative; where a segment does nothing, rounding may make it so
@@ -90,15 +90,15 @@ def set_losses(
     As `set_costs`, but the dense stream is carried only as far as the last fork.
     """
     totals, spent = dict.fromkeys(sets, 0.0), Cost()
-    mine = tokens[processes.share(len(tokens))]
-    for batches in passes(stack, mine, rows, streams_held(totals, len(stack))):
-        ends = sweep(stack, batches, list(totals), spent, advance)
+    for batches, counts in passes_in_step(stack, tokens, rows, streams_held(totals, len(stack))):
+        ends = sweep(stack, batches, list(totals), spent if counts else Cost(), advance)
         for b, batch in enumerate(batches):
             targets = stack.place(batch)
-            for part in _row_chunks(stack, batch):
+            for part, chunk_counts in row_chunks(stack, batch):
                 for cuts in totals:
                     logits = stack.exit(ends[cuts][b][part], batch[part])
-                    totals[cuts] += next_token_loss(logits, targets[part]).sum().item()
+                    loss = next_token_loss(logits, targets[part]).sum().item()
+                    totals[cuts] += loss if counts and chunk_counts else 0.0
     cost.add_(spent)
     sums = processes.summed([*totals.values()])
     return {cuts: total / (tokens.numel() - len(tokens)) for cuts, total in zip(totals, sums, strict=True)}
@@ -193,7 +193,7 @@ def _entry(cuts: Cuts) -> int:
     return cuts[-1].stop if cuts else 0
 
 
-def _row_chunks(stack: Stack, tokens: torch.Tensor) -> list[slice]:
-    """Rows whose logits are made together."""
+def row_chunks(stack: Stack, tokens: torch.Tensor) -> list[tuple[slice, bool]]:
+    """Rows whose logits are made together, each with whether they count: see `sharding.in_step`."""
     rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
-    return [slice(start, start + rows) for start in range(0, len(tokens), rows)]
+    return sharding.in_step(stack.model, list(slices(len(tokens), rows)), slice(0, 1))

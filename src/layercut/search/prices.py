@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from layercut import processes
-from layercut.losses import Teacher, rows_per_chunk
-from layercut.search.exhaustive import DENSE, Cuts, sweep
+from layercut import processes, sharding
+from layercut.losses import Teacher
+from layercut.search.exhaustive import DENSE, Cuts, row_chunks, sweep
 from layercut.search.result import Candidate, Cost
 from layercut.sweep import Stack
 
@@ -98,12 +98,15 @@ class Prices:
         streams = max(16, BUDGET_BYTES // size)
         rows = max(1, min(8, streams // len(sets)))
         prices, spent = torch.zeros(len(sets), stop - start, dtype=torch.float64), Cost()
-        for part in processes.share_of_batches(stop - start, rows):
-            batch = self.tokens[start:stop][part]
+        shared = processes.share_of_batches(stop - start, rows)
+        for part, counts in sharding.in_step(self.stack.model, shared, slice(0, 1)):
+            batch, cost = self.tokens[start:stop][part], spent if counts else Cost()
             for some in range(0, len(sets), streams):
                 chosen = slice(some, some + streams)
-                prices[chosen, part] = self._of_batch(sets[chosen], batch, spent)
-            spent.dense_tokens += batch.numel()
+                found = self._of_batch(sets[chosen], batch, cost)
+                if counts:
+                    prices[chosen, part] = found
+            cost.dense_tokens += batch.numel()
         self.cost.add_(spent)
         processes.sum_(prices)
         for cuts, found in zip(sets, prices.tolist(), strict=True):
@@ -112,13 +115,12 @@ class Prices:
     def _of_batch(self, sets: list[Cuts], batch: torch.Tensor, cost: Cost) -> torch.Tensor:
         """[B, T] -> [C, B]"""
         ends = {cuts: streams for cuts, (streams,) in sweep(self.stack, [batch], [DENSE, *sets], cost).items()}
-        rows = rows_per_chunk(batch.shape[1], self.stack.vocabulary)
         found: list[list[float]] = [[] for _ in sets]
-        for begin in range(0, len(batch), rows):
-            part = slice(begin, begin + rows)
+        for part, counts in row_chunks(self.stack, batch):
             judge = Judge(self.objective, self.stack, ends[DENSE][part], batch[part])
             for prices, cuts in zip(found, sets, strict=True):
-                prices += judge(ends[cuts][part]).tolist()
+                price = judge(ends[cuts][part]).tolist()
+                prices += price if counts else []
         return torch.tensor(found, dtype=torch.float64)
 
     def ranked(self, sets: Iterable[Cuts], rows: int) -> list[Cuts]:

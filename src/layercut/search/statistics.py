@@ -18,7 +18,7 @@ from layercut import processes
 from layercut.errors import ModelError
 from layercut.losses import next_token_loss
 from layercut.search.result import Cost
-from layercut.sweep import Calls, Stack, passes
+from layercut.sweep import Calls, Stack, passes, passes_in_step
 
 BUDGET_BYTES = 512 * 2**20
 """Hidden states held at once, [L + 1, B, T, D] in float32; one row at least."""
@@ -43,9 +43,12 @@ def similarity(
     cosine = torch.zeros(depth, depth, dtype=torch.float64)
     angular = torch.zeros(depth, depth, dtype=torch.float64)
     rows = max(1, BUDGET_BYTES // (4 * depth * tokens.shape[1] * stack.hidden_size))
-    mine, spent = tokens[processes.share(len(tokens))], Cost()
-    for batches in passes(stack, mine, rows, depth):
-        for batch, (states, _) in zip(batches, _all_states(stack, batches), strict=True):
+    spent = Cost()
+    for batches, counts in passes_in_step(stack, tokens, rows, depth):
+        found = _all_states(stack, batches)
+        if not counts:
+            continue
+        for batch, (states, _) in zip(batches, found, strict=True):
             cosine += cosine_sums(torch.stack(states)).cpu()
             angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
             spent.layer_forwards += len(stack) * len(batch)
