@@ -7,7 +7,7 @@ is read from the kernel and set back at the beginning of every stage (Linux), so
 beside what `layercut plan --stream on` says of it. The text is Python's own documentation, and little of it: memory is
 what is looked at. The checkpoint is deleted at the end.
 
-    python benchmarks/bounded.py --limit 1.5
+    python benchmarks/bounded.py --limit 2.2
 """
 
 from __future__ import annotations
@@ -78,14 +78,15 @@ def child(*command: str) -> str:
 
 def main() -> None:
     args = common.arguments(
-        __doc__.splitlines()[0], limit=1.5, tokens=128, tune_tokens=256, batch_tokens=128, eval_tokens=128,
-        held_out=128, folder=tempfile.gettempdir(),
+        __doc__.splitlines()[0], limit=2.2, tokens=128, tune_tokens=256, batch_tokens=128, eval_tokens=128,
+        held_out=128, layers=SHAPE["num_hidden_layers"], folder=tempfile.gettempdir(),
     )  # fmt: skip
     limit = round(args.limit * 1e9)
     with tempfile.TemporaryDirectory(prefix="layercut-bounded-", dir=args.folder) as place:
         model, run = Path(place) / "model", Path(place) / "run"
         model.mkdir()
-        size = write_checkpoint(model, SHAPE)
+        shape = SHAPE | {"num_hidden_layers": args.layers}
+        size = write_checkpoint(model, shape)
         words: PreTrainedTokenizerFast = tokenizer()
         words.save_pretrained(model)
         if size <= limit:
@@ -107,13 +108,13 @@ def main() -> None:
         rows.append({"stage": stage, **seen["stages"][stage], "planned_bytes": planned, "planned_to_measured": ratio})
         if stage == "export":
             rows[-1]["fresh_process_peak_rss_bytes"] = seen["fresh_process_peak_rss_bytes"]
-    checkpoint = models.Checkpoint(f"random weights, {SHAPE['num_hidden_layers']} layers", Path("random"))
+    checkpoint = models.Checkpoint(f"random weights, {args.layers} layers", Path("random"))
     common.finish(
         args.out,
         models.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),
         "a checkpoint larger than the memory limit on the process goes through compress to the end",
         rows,
-        shape=SHAPE,
+        shape=shape,
         checkpoint_bytes=size,
         exported_bytes=exported["bytes"],
         check=exported["check"],

@@ -327,7 +327,7 @@ def _reader(shards: Sequence[Shard], before: DiskNames) -> Read:
                 f"{name} has to be changed, and the checkpoint stores it in {len(found)} pieces",
                 "load the model and cut it in memory instead",
             )
-        with safe_open(found[0][0], framework="pt") as stream:
+        with safe_open(found[0][0], framework="pt", backend="pread") as stream:
             return stream.get_tensor(found[0][1])
 
     return read
