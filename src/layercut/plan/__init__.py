@@ -75,7 +75,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         at = shape_at(settings.text.window, number := number_on(place))
         found = stage_peaks(at, settings, segments, length, bool(given), after, libraries if on_cpu else 0)
         in_memory = memory.load(at, gguf=gguf, mapped=not gguf and number == own, device=place)
-        found["load"] = streamed.load(at) if settings.load.stream == "on" else in_memory
+        found["load"] = streamed.load(at, own.itemsize) if settings.load.stream == "on" else in_memory
         return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:

@@ -32,10 +32,12 @@ def weights(shape: Shape) -> Peak:
     }
 
 
-def load(shape: Shape) -> Peak:
-    """No layer is read yet, but one of random weights is made to try the model's structure."""
-    rest = weights(shape)["weights in memory"]
-    return {"weights in memory": rest, "one layer": max(shape.dense.layers) * shape.itemsize}
+def load(shape: Shape, stored: int) -> Peak:
+    """No layer is read yet, but one of random weights is made to try the model's structure. stored: bytes of a number
+    in the files; where the model computes in another format, what was read is there beside what it became."""
+    rest, layer = weights(shape)["weights in memory"], max(shape.dense.layers) * shape.itemsize
+    read = rest // shape.itemsize * stored if stored != shape.itemsize else 0
+    return {"weights in memory": rest, "one layer or as read": max(layer, read)}
 
 
 def search(shape: Shape, config: CompressConfig, length: int, given: bool, rows: int) -> Peak:
