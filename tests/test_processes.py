@@ -78,7 +78,7 @@ def folder(tiny_model, texts, tmp_path_factory):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(HERE / "together.py"), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     (folder / "launcher.err").write_text(done.stderr)
     (folder / "launcher.code").write_text(str(done.returncode))
@@ -119,7 +119,7 @@ def killed(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, str(HERE / "pairs.py"), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
