@@ -304,7 +304,7 @@ def test_several_devices_share_what_one_cannot_hold():
 
 
 def test_a_stage_over_spread_weights():
-    shape = measure_shape(stock("llama"), torch.bfloat16, 16)
+    shape = measure_shape(stock("llama-untied"), torch.bfloat16, 16)
     layer = max(shape.dense.layers)
     peak = {"weights": 2 * shape.dense.total, "trained state": 800, "logits": 7}
     parts = memory.spread("tune", peak, shape, 8)

@@ -682,9 +682,9 @@ def as_stored(model: Any) -> Any:
 
 
 def parameter_bytes(model: nn.Module, stored: torch.dtype | None = None) -> int:
-    """Bytes of the weights as saved, tied ones counted once. stored: the format, asked for of a part of a model."""
-    size = (stored or stored_dtype(model)).itemsize
-    return sum(p.numel() * min(size, p.element_size()) for p in model.parameters())
+    """Bytes of the weights as saved, tied ones counted once. stored: the format, where a part of a model is given."""
+    number = stored or getattr(model, "stored_dtype", None)
+    return sum(p.numel() * min(p.itemsize, number.itemsize if number else p.itemsize) for p in model.parameters())
 
 
 # --- small helpers ------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
     value = value.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         return _spread(value, local(parameter).device, parameter.device_mesh, requires_grad=False)
-    return nn.Parameter(value.to(parameter.device), requires_grad=False)
+    device = value.device if parameter.is_meta else parameter.device  # one of a layer on disk has no data
+    return nn.Parameter(value.to(device), requires_grad=False)
 
 
 def bytes_held(model: nn.Module) -> int:

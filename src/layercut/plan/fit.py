@@ -61,6 +61,8 @@ def judge(
     }
     if found["fits"]:
         return found
+    if weights > target.room() and target.spread:
+        return found | {"flags": None, "why": "the weights alone are larger than the device"}
     for flags, changed in savings(config):
         if target.spread and changed.load.stream == "on":
             break
@@ -68,8 +70,7 @@ def judge(
         if max(stages.values()) <= target.room():
             return found | {"flags": flags}
     if weights > target.room():
-        why = "the weights alone are larger than the device"
-        why += "" if target.spread else ", and one device is used; nor does it fit from disk"
+        why = "the weights alone are larger than the device, and one device is used; nor does it fit from disk"
         return found | {"flags": None, "why": why}
     return found | {"flags": None, "why": "no setting makes it fit"}
 
