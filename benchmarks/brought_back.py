@@ -1,6 +1,6 @@
 """Claim: what endpoint tuning brings back is not the same everywhere; by task and by genre, what it does not.
 
-    python benchmarks/recovery.py … --keep HEALED
+    python benchmarks/recovery.py … --work HEALED
     python benchmarks/brought_back.py --weights folded=HEALED/folded.safetensors \\
         tuned=HEALED/tuned-1-1048576.safetensors --tasks local_arc_easy,… --include-path FOLDER \\
         --genres wiki=WIKI.txt maths=gsm8k.jsonl:answer …

@@ -6,7 +6,8 @@
 Every budget is a run of its own, with its own schedule: fold on the calibration tokens, then that many tokens of
 tuning. Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities on texts that nothing was tuned on.
 Seconds are those of fold and tuning, scoring of the held-out rows included; processor seconds beside them; both null
-where the tuning was resumed (its own seconds are counted over all processes). --keep FOLDER keeps the healed weights.
+where the tuning was resumed (its own seconds are counted over all processes). --work keeps finished rows and the healed
+weights; other settings want another folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common import arguments, blocks, finish, open_model
 from layercut import models
@@ -38,7 +39,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "", data="python-docstrings", report=["docs=python-docs"], segment="13:19", window=256, seed=0,
         calibration_tokens=65536, heldout_tokens=8192, eval_tokens=65536, tokens=[262144, 1048576], radius=[1],
-        learning_rate=0.0, batch_tokens=2048, threads=2, keep="",
+        learning_rate=0.0, batch_tokens=2048, threads=2, work="runs/recovery",
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     model = open_model(args.model)
@@ -62,23 +63,28 @@ def main() -> None:
         return Stack(student)
 
     def keep(student: Stack, name: str) -> None:
-        if args.keep:
-            Path(args.keep).mkdir(parents=True, exist_ok=True)
-            shared = {id(p) for p in dense.model.parameters()}
-            own = {n: p.detach() for n, p in student.model.named_parameters() if id(p) not in shared}
-            save_file(own, Path(args.keep) / f"{name}.safetensors")
+        work.mkdir(parents=True, exist_ok=True)
+        shared = {id(p) for p in dense.model.parameters()}
+        own = {n: p.detach() for n, p in student.model.named_parameters() if id(p) not in shared}
+        save_file(own, work / f"{name}.safetensors")
 
-    part = args.out.with_name(f".{args.out.stem}.partial.json")
+    def folded() -> Stack:
+        student = cut()
+        models.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
+        return student
+
+    work = Path(args.work)
+    part = work / "rows.json"
     rows: list[dict[str, Any]] = json.loads(part.read_text()) if part.is_file() else []
     if not rows:
         student, clock = cut(), Clock()
-        folds = fold_(dense, student, segment, calibration)
+        folds, spent = fold_(dense, student, segment, calibration), clock.read()
+        keep(student, "folded")
         rows = [
             {"state": "dense", **measured(dense)},
             {"state": "cut", **measured(cut())},
-            {"state": "folded", "fold": folds[0].to_json(), **clock.read(), **measured(student)},
+            {"state": "folded", "fold": folds[0].to_json(), **spent, **measured(student)},
         ]
-        keep(student, "folded")
         write_json(part, rows)
     for radius in args.radius:
         settings = TuneSettings(
@@ -87,17 +93,16 @@ def main() -> None:
         for count in sorted(args.tokens):
             if any(row.get("tune_tokens") == count and row["radius"] == radius for row in rows):
                 continue
-            student, clock = cut(), Clock()
-            fold_(dense, student, segment, calibration)
+            student, clock = folded(), Clock()
             name = f"{radius}-{count}"
-            state = StateFile(args.out.with_name(f".{args.out.stem}-{name}.state"))
+            state = StateFile(work / f"{name}.state")
             resumed = state.path.is_file()
             with bar(f"tuning, {count:,} tokens", count) as advance:
                 report = tune_(
                     dense, student, segment, tokens[: math.ceil(count / args.window)], heldout, settings,
                     advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"), state=state,
                 )  # fmt: skip
-            spent = dict.fromkeys(clock.read()) if resumed else clock.read()
+            spent = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
             row = {"state": "tuned", "tune_tokens": count, "radius": radius, **spent}
             kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")
             row |= {key: getattr(report, key) for key in kept} | {"tuning_seconds": report.seconds}
@@ -111,7 +116,6 @@ def main() -> None:
     facts = {key: getattr(args, key) for key in (*told, "threads")} | {"reported": list(reported)}
     sources = [Path(each).name for each in args.data.split("+")]
     finish(args.out, model, (__doc__ or "").splitlines()[0], rows, data=sources, **facts)
-    part.unlink(missing_ok=True)
 
 
 class Clock:
