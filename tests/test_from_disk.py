@@ -286,7 +286,7 @@ def test_states_need_room(llama, tmp_path, monkeypatch):
         frozen_states(dense, student, CUT, tiny.some_tokens(24, 16), TuneSettings(), tmp_path / "states", key="")
 
 
-def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(both, tiny_model, texts, tmp_path):
+def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, texts, tmp_path):
     """Killed after step 1, where the state was due; terminated within step 3."""
     run, log = tmp_path / "run", tmp_path / "log"
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]

@@ -73,12 +73,12 @@ def whole(parameter: torch.Tensor, part: torch.Tensor | None = None) -> torch.Te
 
 
 def like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter with another whole value, spread as the one it is for."""
+    """A frozen parameter with another whole value, spread as the one it is for; where that has no data (of a layer on
+    disk), on the value's own device."""
     value = value.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         return _spread(value, local(parameter).device, parameter.device_mesh, requires_grad=False)
-    device = value.device if parameter.is_meta else parameter.device  # one of a layer on disk has no data
-    return nn.Parameter(value.to(device), requires_grad=False)
+    return nn.Parameter(value if parameter.is_meta else value.to(parameter.device), requires_grad=False)
 
 
 def bytes_held(model: nn.Module) -> int:
