@@ -75,7 +75,7 @@ def test_a_fresh_process_loads_what_was_exported(run):
 def test_only_the_endpoints_differ_from_the_dense_model(run):
     segment = json.loads((run / "search.json").read_text())["segments"][0]
     original = json.loads((run / "cut.json").read_text())["original_layer_index"]
-    dense = models.load(models.resolve(str(fetch_model()))).model.state_dict()
+    dense = models.as_stored(models.load(models.resolve(str(fetch_model()))).model).state_dict()
     saved = load_file(run / "model" / "model.safetensors")
     changed = set()
     for name, weight in saved.items():
