@@ -96,6 +96,8 @@ def main() -> None:
         texts = ["--data=python-docs", "--eval-data=python-docstrings", f"--out={run}"]
         argv = ["compress", str(model), *flags(args), *texts]
         seen = json.loads(child(__file__, "--child", json.dumps([argv, limit, args.held_out])).splitlines()[-1])
+        if seen["exit_code"] != 0:
+            sys.exit(f"compress ended with {seen['exit_code']}")
         exported = json.loads((run / "export.json").read_text())
         summary = json.loads((run / "summary.json").read_text())
     rows = []
