@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -291,16 +292,19 @@ def test_flags_are_named_until_it_fits():
 
 
 def test_several_devices_share_what_one_cannot_hold():
-    def shared(settings: CompressConfig, target: Target) -> dict[str, int]:
-        return {"tune": 400 // (target.devices if target.spread else 1) + settings.heal.batch_tokens}
+    def of(weights: int) -> Callable[[CompressConfig, Target], dict[str, int]]:
+        def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
+            return {"tune": weights // (target.devices if target.spread else 1) + settings.heal.batch_tokens}
+
+        return needs
 
     four = Target("x", 150, devices=4, accelerator=False)
     config = CompressConfig(search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64))
-    found = judge(four, config, shared, 400)
+    found = judge(four, config, of(400), 400)
     assert (found["devices_used"], found["needs_bytes"], found["fits"]) == (4, 164, False)
     assert found["flags"][0].startswith("--batch-tokens")
-    assert judge(four, config, shared, 100)["devices_used"] == 1, "the weights fit one"
-    assert judge(four, config, shared, 800)["why"] == "the weights alone are larger than the device"
+    assert judge(four, config, of(100), 100)["devices_used"] == 1, "the weights fit one"
+    assert judge(four, config, of(800), 800)["why"] == "the weights alone are larger than the device"
 
 
 def test_a_stage_over_spread_weights():
