@@ -10,6 +10,7 @@ weights. What healing puts into a copy has data of its own, stays in memory and 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ def share(model: Any) -> Any:
     source = disk.source if isinstance(disk, LentLayers) else disk
     assert isinstance(source, LayersOnDisk)
     source.leave_()  # what is copied are layers without data
+    gc.collect()  # layers and their `forward` hold each other: copies of no more use would keep what is their own
     numbers = disk.numbers() if isinstance(disk, LentLayers) else range(len(source.layers))
     copied = models.copied(model)
     copied.layers_on_disk = LentLayers(source, copied, numbers)
