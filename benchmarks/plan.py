@@ -30,11 +30,14 @@ from layercut import models
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.demo import fetch_model
 from layercut.runs import Run, environment, write_json
-from layercut.segments import Segment
+from layercut.segments import Removal, Segment
 from layercut.workbench import Workbench
 
 STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
 LENGTH = 0.2
+EARLIER = {"tune": ["fold"], "eval": ["fold", "heal", "quantize"], "export": ["fold", "heal", "quantize"]}
+"""What a stage reads; where it was not measured before, it is assumed to have changed nothing."""
+ASSUMED = {"fold": [], "changed": [], "tuning": None, "bits": 16}
 
 
 def main() -> None:
@@ -179,17 +182,17 @@ def measure(job: dict[str, Any]) -> None:
             "load": lambda: work.dense and {},
             "exhaustive": lambda: work.search([], length),
             "clp": lambda: work.search([], length),
-            "fold": lambda: work.fold(segments),
-            "tune": lambda: work.tune(segments),
+            "fold": lambda: work.fold(Removal.first(segments)),
+            "tune": lambda: work.tune(Removal.first(segments)),
             "eval": lambda: work.evaluate(segments),
             "export": lambda: work.export(segments),
         }
         names = {"clp": "search", "exhaustive": "search", "tune": "heal"}
         if stage != "load":
             _ = work.stack
-            for earlier in {"tune": ["fold"], "eval": ["fold", "heal"], "export": ["fold", "heal"]}.get(stage, []):
+            for earlier in EARLIER.get(stage, []):
                 if run.read(earlier) is None:
-                    run.stage(earlier, "assumed", lambda: {"fold": [], "changed": [], "tuning": None})
+                    run.stage(earlier, "assumed", lambda: ASSUMED)
         before = reset_peak()
         children = Children() if stage == "export" else None
         begun = time.perf_counter()
