@@ -1,12 +1,13 @@
 """Claim: `layercut plan` foretells the peak memory of every stage within a quarter, from the config alone.
 
-    python benchmarks/plan.py [--models smollm2 qwen2 llama] [--stages load …] [--tokens 1024]
+    python benchmarks/plan.py [--models smollm2 qwen2 llama] [--dtypes auto float32] [--stages load …]
 
 Three shapes: the demo's SmolLM2-135M, and two with random weights (a Qwen2 of 0.3B parameters and a vocabulary of
 152k, tied; a Llama of 0.5B and a vocabulary of 32k, untied). Every stage runs in a process of its own, through the
 pipeline's own code; its peak is the process's resident high-water mark, set back after the model is loaded (Linux).
 For export the fresh process that verifies the checkpoint is added, since both live at the same time. Memory and time
-do not depend on what the tokens say: they are random. The same settings are planned by the same code as the command.
+do not depend on what the tokens say: they are random. The same settings are planned by the same code as the
+command. float32 is what a CPU without bfloat16 computes in.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 
 from common import arguments
 from layercut import models
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, LoadConfig, SearchConfig
 from layercut.demo import fetch_model
 from layercut.runs import Run, environment, write_json
 from layercut.segments import Removal, Segment
@@ -38,20 +40,24 @@ LENGTH = 0.2
 EARLIER = {"tune": ["fold"], "eval": ["fold", "heal", "quantize"], "export": ["fold", "heal", "quantize"]}
 """What a stage reads; where it was not measured before, it is assumed to have changed nothing."""
 ASSUMED = {"fold": [], "changed": [], "tuning": None, "bits": 16}
+KEYS = ("model", "dtype", "stage")
 
 
 def main() -> None:
     if os.environ.get("LAYERCUT_PLAN_STAGE"):
         return measure(json.loads(os.environ["LAYERCUT_PLAN_STAGE"]))
-    args = arguments(__doc__, models=["smollm2", "qwen2", "llama"], stages=STAGES, tokens=1024, window=128)
+    args = arguments(
+        __doc__, models=["smollm2", "qwen2", "llama"], dtypes=["auto"], stages=STAGES, tokens=1024, window=128
+    )
     rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
             model = make_model(name, Path(scratch))
-            for row in planned_and_measured(name, model, args, Path(scratch)):
-                rows = [r for r in rows if (r["model"], r["stage"]) != (name, row["stage"])] + [row]
-                print(row, flush=True)
-                write(args.out, rows)
+            for dtype in args.dtypes:
+                for row in planned_and_measured(name, model, dtype, args, Path(scratch)):
+                    rows = [r for r in rows if any(r[key] != row[key] for key in KEYS)] + [row]
+                    print(row, flush=True)
+                    write(args.out, rows)
     print(table(rows))
 
 
@@ -66,13 +72,13 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """For docs: planned and measured, side by side."""
-    lines = ["| model | stage | peak planned | measured | planned / measured | seconds planned | measured |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    lines = ["| model | numbers | stage | peak planned | measured | planned / measured | seconds planned | measured |"]
+    lines.append("|---|---|---|---:|---:|---:|---:|---:|")
     for r in rows:
         b, s = r["bytes"], r["seconds"]
         planned = "" if s["planned"] is None else f"{s['planned']:.1f}"
         lines.append(
-            f"| {r['model']} | {r['stage']} | {b['planned'] / 1e6:,.0f} MB | {b['measured'] / 1e6:,.0f} MB "
+            f"| {' | '.join(r[key] for key in KEYS)} | {b['planned'] / 1e6:,.0f} MB | {b['measured'] / 1e6:,.0f} MB "
             f"| {b['planned'] / b['measured']:.2f} | {planned} | {s['measured']:.1f} |"
         )
     return "\n".join(lines)
@@ -122,15 +128,16 @@ def tokenizer() -> Any:
 def settings(args: dict[str, Any], method: str = "exhaustive") -> CompressConfig:
     return CompressConfig(
         text=DataConfig(tokens=args["tokens"], window=args["window"]),
+        load=LoadConfig(dtype=args["dtype"]),
         search=SearchConfig(ratio=LENGTH, method=method),
         heal=HealConfig(tune_tokens=4096),
         evaluate=EvaluateConfig(eval_tokens=2048),
     )
 
 
-def planned_and_measured(name: str, model: Path, args: Any, scratch: Path) -> list[dict[str, Any]]:
-    given = {"tokens": args.tokens, "window": args.window}
-    folder, found = scratch / f"run-{name}", []
+def planned_and_measured(name: str, model: Path, dtype: str, args: Any, scratch: Path) -> Iterator[dict[str, Any]]:
+    given = {"dtype": dtype, "tokens": args.tokens, "window": args.window}
+    folder = scratch / f"run-{name}-{dtype}"
     plans = {method: planned(model, given, method) for method in ("exhaustive", "clp")}
     for stage in args.stages:
         job = given | {"model": str(model), "stage": stage, "folder": str(folder)}
@@ -141,24 +148,22 @@ def planned_and_measured(name: str, model: Path, args: Any, scratch: Path) -> li
         seen = json.loads(done.stdout.splitlines()[-1])
         plan = plans["clp" if stage == "clp" else "exhaustive"]
         figures = plan["stages"]["search" if stage in ("clp", "exhaustive") else stage]
-        found.append(
-            {
-                "model": name,
-                "stage": stage,
-                **given,
-                "bytes": {"planned": figures["peak_bytes"], "measured": seen["peak"]},
-                "seconds": {"planned": figures["seconds"], "measured": seen["seconds"]},
-                "before": seen["before"],
-                "work": seen["work"],
-            }
-        )
-    return found
+        yield {
+            "model": name,
+            "stage": stage,
+            **given,
+            "bytes": {"planned": figures["peak_bytes"], "measured": seen["peak"]},
+            "seconds": {"planned": figures["seconds"], "measured": seen["seconds"]},
+            "before": seen["before"],
+            "parts": figures["parts"],
+            "work": seen["work"],
+        }
 
 
 def planned(model: Path, given: dict[str, Any], method: str) -> dict[str, Any]:
     """In a process of its own, as the command is: what this one holds is not to be counted."""
     flags = ["--tokens", given["tokens"], "--window", given["window"], "--ratio", LENGTH, "--method", method]
-    flags += ["--tune-tokens", 4096, "--eval-tokens", 2048, "--json"]
+    flags += ["--dtype", given["dtype"], "--tune-tokens", 4096, "--eval-tokens", 2048, "--json"]
     command = [sys.executable, "-m", "layercut.cli", "plan", str(model), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

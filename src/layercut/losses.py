@@ -53,9 +53,11 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tenso
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each next token.  [B, T, V], [B, T] -> [B, T - 1]"""
-    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    return flat.view(tokens.shape[0], -1)
+    """Cross entropy of each next token, a few of them in float32 at a time.  [B, T, V], [B, T] -> [B, T - 1]"""
+    z, targets = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    parts = slices(len(z), tokens_at_once(logits))
+    losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
+    return torch.cat(losses).view(tokens.shape[0], -1)
 
 
 # --- losses whose gradient is written out: for tuning, where each is wanted once ---------------------------------
@@ -113,15 +115,21 @@ def loss_and_gradient(
 ) -> tuple[float, torch.Tensor]:
     """Summed loss of logits [n, V] in any number format, and scale x its gradient in that format.
 
-    float32 exists for a few tokens at a time: on a CPU so few (4 MiB) that they stay in its cache, docs/log.md.
+    float32 exists for a few tokens at a time.
     """
-    budget = budget_bytes or (4 if logits.device.type == "cpu" else 256) * 2**20
     gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-    for part in slices(len(logits), max(1, budget // (4 * logits.shape[-1]))):
+    for part in slices(len(logits), tokens_at_once(logits, budget_bytes)):
         loss, slope = term(part, logits[part].float())
         total += loss.sum()
         gradient[part] = _scaled_(slope, scale)
     return total.item(), gradient
+
+
+def tokens_at_once(logits: torch.Tensor, budget_bytes: int | None = None) -> int:
+    """How many tokens' logits [..., V] to have in float32: on a CPU so few (4 MiB) that they stay in its cache,
+    docs/log.md."""
+    budget = budget_bytes or (4 if logits.device.type == "cpu" else 256) * 2**20
+    return max(1, budget // (4 * logits.shape[-1]))
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

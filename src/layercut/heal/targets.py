@@ -81,7 +81,7 @@ def find_targets(stack: Stack, position: int, tokens: torch.Tensor) -> list[Targ
 
 def _of_linear(probe: Probe, name: str) -> Target:
     module: Any = probe.layer.get_submodule(name)
-    weights = [(f"{name}.weight", _output_dim(module))]
+    weights = [(f"{name}.weight", output_dim(module))]
     read = module.weight.shape[1 - weights[0][1]]
     if read > WIDEST and module.bias is not None:
         weights.append((f"{name}.bias", 0))
@@ -247,6 +247,6 @@ def _width(module: Any) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.nf
 
 
-def _output_dim(module: nn.Module) -> int:
+def output_dim(module: nn.Module) -> int:
     """nn.Linear holds [out, in] and computes x W'; Conv1D holds [in, out] and computes x W."""
     return 0 if isinstance(module, nn.Linear) else 1

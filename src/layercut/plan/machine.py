@@ -67,7 +67,7 @@ def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Pa
     """Measure the rates. folder: on the disk that the model is, or will be, read from."""
     rows = min(8 * shape.window, 2048)
     width = min(shape.hidden, 8192)
-    inner = min(max(shape.projection // shape.hidden, 64), 16384)
+    inner = max(shape.read)
     return Rates(
         flops=_matrix_rate(rows, width, inner, dtype, device),
         flops64=_matrix_rate(min(width, 2048), min(width, 2048), min(width, 2048), torch.float64, device),

@@ -11,16 +11,19 @@ s is the bytes of a number in the model's format; logits are [rows, T, V] and ne
 from __future__ import annotations
 
 from layercut.config import CompressConfig
-from layercut.heal.endpoints import endpoints
+from layercut.heal.endpoints import PASS_TOKENS, endpoints
 from layercut.losses import rows_per_chunk
 from layercut.plan.shape import Shape
-from layercut.plan.work import descent_entered, rows_of
+from layercut.plan.work import descent_entered, fold_systems, held_out_tokens, rows_of
 from layercut.search.clp import schedule_for
 from layercut.search.exhaustive import all_segments
 from layercut.segments import Segment
 
 SWEPT_ROWS = 8
 """Rows that sweep and fold carry at once: the default of `set_costs` and of `fold_`."""
+
+PIECE = 32 * 2**20
+"""Bytes of the logits that tuning makes at a time (`losses.logit_pieces`)."""
 
 Peak = dict[str, int]
 
@@ -94,23 +97,28 @@ def clp(shape: Shape, length: int, rows: int) -> Peak:
 
 
 def fold(shape: Shape, rows: int, held: int) -> Peak:
-    """Sums M'M and M'Y in float64 for fitting and for checking; while one is solved four more [D, D] (the ridge's
-    diagonal, the matrix, its factors, the solution). Or, while rows are added, float64 copies of m and y beside the
-    streams; or the projection in float64, before and after. Or, before and after, KL on the rows held out."""
-    d2, tokens = 8 * shape.hidden**2, min(rows, SWEPT_ROWS) * shape.window
-    sums = 4 * d2
-    adding = tokens * shape.hidden * (2 * 8 + 3 * 4 + 3 * shape.itemsize)
-    working = max(4 * d2, adding, min(rows, SWEPT_ROWS) * shape.most("live") + tokens * shape.hidden * shape.itemsize)
-    working = max(working, 3 * d2 + 16 * shape.projection - sums)
+    """Normal equations beside what solves them, or beside the streams of a few rows and float64 copies of what they
+    read and lack. Or, before and after, KL on the rows held out."""
+    wide, tokens = max(fold_systems(shape)), min(rows, SWEPT_ROWS) * shape.window
+    equations = 8 * wide * (wide + shape.hidden)  # Z'Z and Z'Y, in float64
+    # what the rows add, before it is added; z in the model's format, side by side and in float64, y in float32 and 64
+    adding = equations + tokens * (wide * (2 * shape.itemsize + 8) + shape.hidden * (4 * shape.itemsize + 12))
+    working = max(solving(shape), adding, min(rows, SWEPT_ROWS) * shape.most("live"))
     return max(
-        {"normal equations": sums, "solving": working},
+        {"normal equations": 2 * equations, "solving": working},
         {"logits": compared_logits(shape, held, 2)},
-        key=lambda peak: sum(peak.values()),
+        key=total,
     )
 
 
+def solving(shape: Shape) -> int:
+    """Z'Z with the ridge and its factors; X, what Z'Z makes of it, and their product with Z'Y; all in float64."""
+    wide = max(fold_systems(shape))
+    return 8 * wide * (2 * wide + 3 * shape.hidden)
+
+
 def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
-    """State of the trained layers, activations from the first of them to the end, and a chunk of logits.
+    """State of the trained layers, activations from the first of them to the end for one pass, and a piece of logits.
 
     Each trained parameter has its own copy, gradient and best value in the model's format, and in float32 the master,
     its gradient and two moments. On an accelerator the best values lie in the CPU's memory.
@@ -120,29 +128,41 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
     kept = [i for i in range(shape.layers) if not segment.start <= i < segment.stop]
     parameters = sum(shape.dense.layers[kept[p]] for p in trained)
     stop = max(trained) + 1 if heal.objective == "hidden" else len(kept)
-    rows = min(max(1, heal.batch_tokens // shape.window), rows_of(heal.tune_tokens, shape.window))
     saved = sum(
         shape.costs[kept[p]].saved_trained if p in trained else shape.costs[kept[p]].saved
         for p in range(min(trained), stop)
     )
-    logits = compared_logits(shape, rows, 2) if heal.objective != "hidden" else 0
+    held = rows_of(held_out_tokens(config), shape.window)
     return {
         "trained state": parameters * (3 * shape.itemsize + 16),
-        "kept for backward": rows * saved,
-        "logits": logits,
+        "kept for backward": pass_rows(shape, config) * saved,
+        "logits": tuning_logits(shape, config) if heal.objective != "hidden" else 0,
+        "held-out states": 2 * held * shape.window * shape.hidden * shape.itemsize,
     }
 
 
+def pass_rows(shape: Shape, config: CompressConfig) -> int:
+    """Rows of one forward and backward pass of tuning."""
+    step = min(max(1, config.heal.batch_tokens // shape.window), rows_of(config.heal.tune_tokens, shape.window))
+    return min(step, max(1, PASS_TOKENS // shape.window))
+
+
+def tuning_logits(shape: Shape, config: CompressConfig) -> int:
+    """Both models' logits of one piece of a pass, their gradient and one copy."""
+    return 4 * min(PIECE, pass_rows(shape, config) * shape.window * shape.vocabulary * shape.itemsize)
+
+
 def evaluate(shape: Shape, config: CompressConfig) -> Peak:
-    """A chunk of rows through the whole model: one layer at work, or logits, their float32 copy and its softmax.
+    """A chunk of rows through the whole model: one layer at work, or logits, and of them those that predict something.
     The states share the dense weights; of those that healing changed there is one set at a time."""
     logits = chunk_logits(shape, rows_of(config.evaluate.eval_tokens, shape.window))
     rows = logits // (shape.window * shape.vocabulary)
-    logits *= 2 * shape.itemsize + 8
+    logits *= 2 * shape.itemsize
     trained = sorted(shape.dense.layers)[-2 * config.heal.radius :] if config.heal.tune_tokens else []
+    folded = shape.hidden * sum(shape.read) if config.heal.fold else 0
     return {
         "logits or layer": max(logits, rows * shape.most("live")),
-        "healed weights": sum(trained) * shape.itemsize + shape.projection * shape.itemsize * config.heal.fold,
+        "healed weights": (sum(trained) + folded) * shape.itemsize,
     }
 
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from layercut.errors import ModelError
+from layercut.heal.targets import WIDEST, is_linear, output_dim
 from layercut.measure import cache_bytes
 from layercut.models import find_decoder, first_line, quiet_transformers
 
@@ -88,8 +89,8 @@ class Shape:
     """Of every decoder layer."""
     widest: int
     """Parameters of the largest tensor."""
-    projection: int
-    """Parameters of the largest matrix of a decoder layer that puts out the hidden width: what the fold rewrites."""
+    read: tuple[int, int]
+    """What the output projections of attention and MLP read, numbers a token: what the fold solves them anew from."""
 
     def total(self, name: str, start: int = 0, stop: int | None = None) -> int:
         """Sum of one figure of LayerCost over layers [start, stop)."""
@@ -184,9 +185,6 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
     decoder = find_decoder(model)
     text = model.config.get_text_config(decoder=True)
     sizes = [p.numel() for p in model.parameters()]
-    projections = [
-        p.numel() for p in decoder.layers.parameters() if p.ndim == 2 and text.hidden_size in p.shape
-    ]  # fmt: skip
     return Shape(
         layers=len(decoder),
         hidden=text.hidden_size,
@@ -196,8 +194,20 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
         dense=count_parts(model),
         costs=layer_costs(config, dtype, window),
         widest=max(sizes),
-        projection=max(projections, default=0),
+        read=read_widths(decoder.layers, text.hidden_size),
     )
+
+
+def read_widths(layers: torch.nn.Module, hidden: int) -> tuple[int, int]:
+    """The least and the most that a linear module reads which puts out the hidden width: those are the attention's
+    and the MLP's. Experts are no linear modules; of what they put out, and of what is too wide, D numbers are read."""
+    widths = {
+        module.weight.numel() // hidden
+        for module in layers.modules()
+        if is_linear(module) and module.weight.shape[output_dim(module)] == hidden
+    }
+    found = sorted(width if width <= WIDEST else hidden for width in widths) or [hidden]
+    return found[0], found[-1] if len(found) > 1 else hidden
 
 
 # --- one layer, on shapes alone -----------------------------------------------------------------------------

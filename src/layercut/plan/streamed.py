@@ -8,19 +8,14 @@ and what is said here is that of one.
 from __future__ import annotations
 
 from layercut.config import CompressConfig
-from layercut.heal.endpoints import PASS_TOKENS, endpoints
-from layercut.heal.fold import WIDEST
+from layercut.heal.endpoints import endpoints
 from layercut.plan import memory
 from layercut.plan.memory import Peak
 from layercut.plan.shape import Shape
-from layercut.plan.work import descent_entered, held_out_tokens, rows_of
+from layercut.plan.work import descent_entered, fold_rows, fold_systems, held_out_tokens, rows_of
 from layercut.search.clp import schedule_for
 from layercut.search.exhaustive import DENSE, all_segments, streams_held
 from layercut.segments import Segment
-from layercut.workbench import FOLD_TOKENS
-
-PIECE = 32 * 2**20
-"""Bytes of the logits that tuning makes at a time (`losses.logit_pieces`)."""
 
 
 def weights(shape: Shape) -> Peak:
@@ -60,17 +55,14 @@ def search(shape: Shape, config: CompressConfig, length: int, given: bool, rows:
 
 
 def fold(shape: Shape, config: CompressConfig) -> Peak:
-    """Three hidden states of all rows beside the normal equations: Z'Z and Z'Y in float64 to fit and to check, then
-    the same again once with the ridge, once as factors and twice as the solution."""
-    rows = rows_of(config.text.tokens, shape.window)
-    tuning = min(config.heal.tune_tokens, max(0, FOLD_TOKENS - config.text.tokens))
-    streams = 3 * (rows + tuning // shape.window) * shape.window * shape.hidden * shape.itemsize
-    inner = shape.projection // shape.hidden
-    wide = shape.hidden + (inner if shape.hidden + inner <= WIDEST else shape.hidden)
-    sums = 2 * 8 * wide * (wide + shape.hidden)
-    solving = 8 * wide * (2 * wide + 3 * shape.hidden)
+    """Three hidden states of all rows beside the normal equations and what solves them."""
+    wide = max(fold_systems(shape))
+    folded = {
+        "streams": 3 * fold_rows(config) * shape.window * shape.hidden * shape.itemsize,
+        "normal equations": 2 * 8 * wide * (wide + shape.hidden),
+        "solving": memory.solving(shape),
+    }
     held = rows_of(held_out_tokens(config), shape.window)
-    folded = {"streams": streams, "normal equations": sums, "solving": solving}
     return max(folded, _swept(shape, 3, held, compared=2), key=memory.total)
 
 
@@ -83,16 +75,13 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
     stop = max(trained) + 1 if heal.objective == "hidden" else kept
     token = shape.hidden * shape.itemsize
     step = min(max(heal.batch_tokens, shape.window), heal.tune_tokens)
-    rows = max(1, min(PASS_TOKENS, step) // shape.window)
     held = rows_of(held_out_tokens(config), shape.window) * shape.window
-    # a piece of both models' logits, their gradient and copies of it
-    logits = 4 * min(PIECE, rows * shape.window * shape.vocabulary * shape.itemsize)
-    backward = rows * max(cost.saved_trained for cost in shape.costs)
+    backward = memory.pass_rows(shape, config) * max(cost.saved_trained for cost in shape.costs)
     return {
         "trained state": at_rest["trained state"],
         "inputs of a step": (stop - min(trained) + 2) * step * token,
         "held-out states": 3 * held * token,
-        "logits or layer": max(logits, backward),
+        "logits or layer": max(memory.tuning_logits(shape, config), backward),
     }
 
 

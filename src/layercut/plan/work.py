@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from layercut.config import CompressConfig
 from layercut.heal.endpoints import endpoints
-from layercut.heal.fold import HELD_OUT, RIDGES
+from layercut.heal.fold import HELD_OUT, RIDGES, WIDEST
 from layercut.plan.shape import Parts, Shape
 from layercut.search.clp import LOOK_SHARE, schedule_for
 from layercut.search.exhaustive import DENSE, all_segments, set_work, sweep_work
 from layercut.search.prices import FINALISTS, FIRST_SHARE
 from layercut.segments import Segment, joined_segments
-from layercut.workbench import FEWEST_HELD_OUT, HELD_OUT_SHARE
+from layercut.workbench import FEWEST_HELD_OUT, FOLD_TOKENS, HELD_OUT_SHARE
 
 FRESH_PROCESS = 8.0
 """Seconds until a new process has imported torch and transformers: a guess between warm and cold disks."""
@@ -195,18 +195,31 @@ METHODS: dict[str, Callable[[int, int, int, Shape], Work]] = {
 
 
 def fold_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
-    """Two streams as far as the cut for every calibration row, the normal equations, and two looks at the held-out
-    rows; the equations are solved in float64 once for each ridge and once more."""
-    rows = rows_of(config.text.tokens, config.text.window)
-    held = rows_of(held_out_tokens(config), config.text.window)
-    kept = shape.layers - len(segment)
-    streams = rows * (segment.stop + segment.start) + 2 * held * (shape.layers + kept)
-    d = shape.hidden
+    """For each of the systems: the dense stream as far as the cut, the layer before it once more, the normal
+    equations, which are solved in float64 once for each ridge and once more. And two looks at the held-out rows."""
+    rows, held = fold_rows(config), rows_of(held_out_tokens(config), config.text.window)
+    kept, d = shape.layers - len(segment), shape.hidden
+    systems = fold_systems(shape)
+    streams = len(systems) * rows * (segment.stop + 1) + 2 * held * (shape.layers + kept)
     solves = len(RIDGES) + 1 if rows >= HELD_OUT else 1
-    # an LU factorisation 2/3 D^3, solving for D right-hand sides 2 D^3, the error of the solution 2 D^3
-    dense64 = solves * (2 / 3 + 2 + 2) * d**3 + 4 * rows * shape.window * d * d + 2 * d * shape.projection
+    # of I unknowns an LU factorisation 2/3 I^3, solving for D right-hand sides 2 I^2 D, the solution's error 2 I^2 D
+    solving = sum(solves * (2 / 3 * i**3 + 4 * i**2 * d) for i in systems)
+    adding = sum(2 * rows * shape.window * i * (i + d) for i in systems)
     found = _work(shape, Bounds.exactly(streams), heads=4 * held)
-    return replace(found, flops64=dense64)
+    return replace(found, flops64=solving + adding)
+
+
+def fold_rows(config: CompressConfig) -> int:
+    """Rows that the fold's statistics are of (`Workbench.fold_tokens`)."""
+    more = min(config.heal.tune_tokens, max(0, FOLD_TOKENS - config.text.tokens))
+    return rows_of(config.text.tokens, config.text.window) + more // config.text.window
+
+
+def fold_systems(shape: Shape) -> tuple[int, int]:
+    """Unknowns I of the two least-squares problems: both projections together, where that is not too wide, and the
+    MLP's again."""
+    first, last = shape.read
+    return first + last if first + last <= WIDEST else first, last
 
 
 def tune_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
