@@ -27,9 +27,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import common
-from layercut import models, workbench
+from layercut import models
 from layercut.runs import Run
-from plan import Children, high_water, reset_peak, tokenizer
+from layercut.stages import text
+from memory import Children, high_water, reset_peak
+from plan import tokenizer
 from stream import write_checkpoint
 
 SHAPE = {
@@ -50,7 +52,7 @@ def journey(argv: list[str], limit: int, held_out: int) -> None:
     """The command under the limit, in this process; prints each stage's peak and seconds."""
     from layercut.cli import main as command
 
-    workbench.FEWEST_HELD_OUT = held_out
+    text.FEWEST_HELD_OUT = held_out
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     peaks: dict[str, dict[str, float]] = {}
     stage = Run.stage

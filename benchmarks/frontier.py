@@ -44,7 +44,7 @@ from layercut.pipeline import compress
 from layercut.quantize import endpoints_of, quantize_
 from layercut.runs import write_json
 from layercut.segments import Segment
-from layercut.workbench import quantization_facts
+from layercut.stages.quantize import quantization_facts
 
 Row = dict[str, Any]
 WHOLE: dict[str, Any] = {"bits": 4, "quantize_embeddings": True}

@@ -48,7 +48,7 @@ from layercut.heal.fold import fold_
 from layercut.runs import environment, write_json, write_text
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl, shared_layers
-from memory import peak_bytes, settled_bytes
+from memory import high_water, settled_bytes
 
 matplotlib.use("svg")
 
@@ -287,7 +287,7 @@ def measure(args: Namespace) -> dict[str, Any]:
         before = settled_bytes()
         whole = tokens[: max(1, args.tune_tokens // args.window)]
         run = heal(student, whole, heldout, rate)
-        row |= {"peak_above_weights_bytes": peak_bytes(before), "rate": rate, "rates_tried": tried} | run
+        row |= {"peak_above_weights_bytes": high_water() - before, "rate": rate, "rates_tried": tried} | run
         row |= {f"tokens_per_{clock}": row["tokens"] / row[f"{clock}s"] for clock in ("second", "cpu_second")}
         row["heldout_measure"] = "next-token" if args.only == "next-token" else "kl"
         row["kl"] = model_kl(dense, student, heldout)
@@ -303,7 +303,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     if args.only == "patch":
         patch_(dense, student, segment, calibration)
     row |= {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
-    row |= {"peak_above_weights_bytes": peak_bytes(before)}
+    row |= {"peak_above_weights_bytes": high_water() - before}
     row |= {"kl": model_kl(dense, student, heldout), "perplexity": figures(student.model, reported)}
     return row | ({"genres": figures(student.model, genres)} if args.only in GENRES else {})
 

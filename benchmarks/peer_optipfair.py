@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from memory import peak_bytes, settled_bytes
+from memory import high_water, settled_bytes
 
 ACCUMULATION = 4
 """Passes of a step: the default of `distill_model`."""
@@ -111,7 +111,7 @@ def main() -> None:
         show_progress=False,
     )  # fmt: skip
     loader.step_is_done(loader.steps)
-    peak = peak_bytes(before)
+    peak = high_water() - before
 
     student.save_pretrained(args.out)
     report = {

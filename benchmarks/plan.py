@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +26,13 @@ import torch
 from safetensors.torch import save_file
 
 from common import arguments
-from layercut import models
+from layercut import models, stages
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, LoadConfig, SearchConfig
 from layercut.demo import fetch_model
 from layercut.runs import Run, environment, write_json
 from layercut.segments import Removal, Segment
 from layercut.workbench import Workbench
+from memory import Children, high_water, reset_peak
 
 STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
 LENGTH = 0.2
@@ -185,12 +184,12 @@ def measure(job: dict[str, Any]) -> None:
         run.stage("cut", None, lambda: {"segments": [[s.start, s.stop] for s in segments]})
         jobs = {
             "load": lambda: work.dense and {},
-            "exhaustive": lambda: work.search([], length),
-            "clp": lambda: work.search([], length),
-            "fold": lambda: work.fold(Removal.first(segments)),
-            "tune": lambda: work.tune(Removal.first(segments)),
-            "eval": lambda: work.evaluate(segments),
-            "export": lambda: work.export(segments),
+            "exhaustive": lambda: stages.search.search(work, [], length),
+            "clp": lambda: stages.search.search(work, [], length),
+            "fold": lambda: stages.heal.fold(work, Removal.first(segments)),
+            "tune": lambda: stages.heal.tune(work, Removal.first(segments)),
+            "eval": lambda: stages.prove.evaluate(work, segments),
+            "export": lambda: stages.export.export(work, segments),
         }
         names = {"clp": "search", "exhaustive": "search", "tune": "heal"}
         if stage != "load":
@@ -223,49 +222,6 @@ def draw_tokens(work: Workbench, config: CompressConfig) -> None:
     save_file(drawn, work.run / "tokens.safetensors")
     facts = {"source": "random", "tokens": 0, "fingerprint": ""}
     work.run.stage("text", None, lambda: dict.fromkeys(counts, facts))
-
-
-# --- resident memory, from the kernel ---
-
-
-def status(key: str, pid: int | str = "self") -> int:
-    """Bytes of a line of /proc/PID/status; 0 where the process has gone."""
-    try:
-        found = re.search(rf"{key}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(found.group(1)) * 1024 if found else 0
-
-
-def reset_peak() -> int:
-    """Set the high-water mark back to what is resident now; that."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def high_water() -> int:
-    return status("VmHWM")
-
-
-class Children:
-    """The peak of this process and its children together, sampled."""
-
-    def __init__(self) -> None:
-        self.peak, self.running = 0, True
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-
-    def watch(self) -> None:
-        me = os.getpid()
-        while self.running:
-            pids = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-            self.peak = max(self.peak, status("VmRSS") + sum(status("VmRSS", pid) for pid in pids))
-            time.sleep(0.02)
-
-    def stop(self) -> int:
-        self.running = False
-        self.thread.join()
-        return self.peak
 
 
 if __name__ == "__main__":

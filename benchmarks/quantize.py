@@ -23,7 +23,7 @@ from layercut import models
 from layercut.config import DataConfig, HealConfig, QuantizeConfig, SearchConfig
 from layercut.evaluate import perplexity
 from layercut.quantize import quantize_
-from layercut.workbench import quantization_facts
+from layercut.stages.quantize import quantization_facts
 
 SETTINGS = {
     "int8 rtn": QuantizeConfig(bits=8, quantizer="rtn"),

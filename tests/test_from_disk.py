@@ -23,8 +23,8 @@ from layercut.heal import endpoints as room
 from layercut.heal.endpoints import TuneSettings, frozen_states, tune_
 from layercut.heal.fold import fold_
 from layercut.segments import Segment
+from layercut.stages.heal import TUNING_STATE, TUNING_STATES
 from layercut.sweep import Stack, mean_kl
-from layercut.workbench import TUNING_STATE, TUNING_STATES
 from test_resume import driver
 from test_stream import MODELS, saved
 

@@ -163,7 +163,7 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     assert found["budget"]["rise"] <= 0.5
     assert [t["segments"] for t in found["budget"]["tried"] if t["rise"] <= 0.5][-1] == found["segments"]
     capsys.readouterr()
-    monkeypatch.setattr("layercut.workbench.perplexity_rise", lambda *_: 0.5)  # a random model may gain by a cut
+    monkeypatch.setattr("layercut.stages.search.perplexity_rise", lambda *_: 0.5)  # a random model may gain by a cut
     assert search(tiny_model, texts, tmp_path / "none", "--max-loss=0.000001")[0] == 2
     assert "no cut meets --max-loss 1e-06: the best found removes" in capsys.readouterr().err
 

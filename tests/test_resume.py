@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from layercut.cli import main
 from layercut.runs import STAGES
-from layercut.workbench import TUNING_STATE
+from layercut.stages.heal import TUNING_STATE
 
 # Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
 # its work is done and its JSON half written; at "export/folder", the new model stands beside its place; at "step/N",
@@ -212,7 +212,7 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 
     (again.run / "heal.json").unlink()
     with monkeypatch.context() as broken:
-        broken.setattr("layercut.workbench.tune_", fail)
+        broken.setattr("layercut.stages.heal.tune_", fail)
         with pytest.raises(RuntimeError, match="a fault of ours"):
             again()
     assert "heal" not in artefacts(again.run)

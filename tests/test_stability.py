@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from folders import write_text
-from layercut import models
+from layercut import models, stages
 from layercut.cli import main
 from layercut.cut import cut_segment_
 from layercut.findings import stability_words
@@ -16,7 +16,6 @@ from layercut.losses import kl_divergence
 from layercut.search.stability import common_rows, judge, stability_work
 from layercut.segments import Segment
 from layercut.sweep import Stack
-from layercut.workbench import Workbench
 
 
 def real_kl(model, cuts, tokens):
@@ -84,8 +83,8 @@ def artefact(tmp_path: Path, name: str):
 
 
 def test_seeds_search_on_other_text_and_resume_one_by_one(command, texts, tmp_path, monkeypatch, capsys):
-    tried, real = [], Workbench.search_again
-    judged, judge_ = [], Workbench.stability
+    tried, real = [], stages.search.search_again
+    judged, judge_ = [], stages.search.stability
 
     def search_again(work, seed, length):
         if seed == stop_at:
@@ -97,8 +96,8 @@ def test_seeds_search_on_other_text_and_resume_one_by_one(command, texts, tmp_pa
         judged.append(len(tried))
         return judge_(work, *args)
 
-    monkeypatch.setattr(Workbench, "search_again", search_again)
-    monkeypatch.setattr(Workbench, "stability", stability)
+    monkeypatch.setattr(stages.search, "search_again", search_again)
+    monkeypatch.setattr(stages.search, "stability", stability)
     command.append(f"--data={texts[0]}")
     stop_at = 2
     assert main([*command, "--seeds=3"]) == 130

@@ -23,7 +23,7 @@ from layercut.pipeline import check_window
 from layercut.progress import bar, say
 from layercut.remarks import describe_quantization
 from layercut.runs import write_json
-from layercut.workbench import quantization_facts, quantize_with_bar_
+from layercut.stages.quantize import quantization_facts, quantize_with_bar_
 
 
 def cut(model: str, config: CutConfig) -> Path:

@@ -31,8 +31,9 @@ from layercut.search import find_segments
 from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
 from layercut.search.result import Cost
 from layercut.segments import Segment, layers_to_remove
-from layercut.sweep import Stack
-from layercut.workbench import Workbench, mean_kl, tune_settings
+from layercut.stages.heal import tune_settings
+from layercut.sweep import Stack, mean_kl
+from layercut.workbench import Workbench
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from layercut import evaluate, models, processes, stream
+from layercut import evaluate, models, processes, stages, stream
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
 from layercut.errors import ConfigError
@@ -77,25 +77,25 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             if until == "search":
                 return run.folder
             heal_stages(work, text, removal)
-        work.forget_tuning_()
+        stages.heal.forget_tuning_(work)
         segments, config = removal.all, work.config
         cut, search = run.read("cut") or {}, run.read("search") or {}
         calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
         stored = [asdict(config.quantize), calibrated] if config.quantize.bits < 16 else None
-        quantized = run.stage("quantize", stored, lambda: work.quantize(segments), after=["heal"])
+        quantized = run.stage("quantize", stored, lambda: stages.quantize.quantize(work, segments), after=["heal"])
         if quantized["bits"] < 16:
             say("quantize", describe_quantization(quantized))
 
         if until == "tune":
-            run.stage("export", None, lambda: work.export(segments), after=["quantize"])
+            run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
             say("export", f"stock checkpoint, verified by a fresh process: {run / 'model'}")
             return run.folder
 
         reported = [asdict(config.evaluate), text["evaluation"]]
-        judged = partial(work.evaluate, segments)
+        judged = partial(stages.prove.evaluate, work, segments)
         measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
         proofs = further_proofs(work, segments)
-        exported = run.stage("export", None, lambda: work.export(segments), after=["quantize"])
+        exported = run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
         run.stage(
             "summary",
             model,
@@ -111,7 +111,7 @@ def text_stage(work: Workbench) -> dict[str, Any]:
     """Draw all tokens of a run, and say where they come from."""
     heal, reported = work.config.heal, work.config.evaluate
     drawn = [heal.tune_data, heal.tune_tokens, reported.eval_data, reported.eval_tokens]
-    text = work.run.stage("text", [work.source, asdict(work.config.text), drawn], work.read_text)
+    text = work.run.stage("text", [work.source, asdict(work.config.text), drawn], partial(stages.text.draw_all, work))
     for use in ("calibration", "tuning", "evaluation"):
         if text[use]:
             say(use, "{tokens:,} tokens of {source}".format(**text[use]))
@@ -125,10 +125,11 @@ def stability_stage(work: Workbench, removal: Removal) -> dict[str, Any]:
     again, asked = [], asdict(replace(work.config.search, oracle=False))
     for seed in range(text.seed + 1, text.seed + work.config.stability.seeds):
         inputs = [work.source, asdict(replace(text, seed=seed)), asked, length]
-        again.append(run.stage(f"stability-{seed}", inputs, partial(work.search_again, seed, length), together=True))
+        searched = partial(stages.search.search_again, work, seed, length)
+        again.append(run.stage(f"stability-{seed}", inputs, searched, together=True))
         say("stability", f"seed {seed}: remove {label(again[-1]['segments'])}")
     hashes = [found["config_hash"] for found in again]
-    judged = partial(work.stability, search, again, length)
+    judged = partial(stages.search.stability, work, search, again, length)
     return run.stage("stability", hashes, judged, after=["search"], together=True)
 
 
@@ -138,12 +139,12 @@ def further_proofs(work: Workbench, segments: Sequence[Segment]) -> dict[str, di
     found: dict[str, dict[str, Any]] = {}
     if config.tasks.names:
         asked = [config.tasks.names, config.tasks.limit, evaluate.harness_version(config.tasks.include_path)]
-        found["tasks"] = run.stage("tasks", asked, lambda: work.score(segments), after=["quantize"])
+        found["tasks"] = run.stage("tasks", asked, lambda: stages.prove.score(work, segments), after=["quantize"])
         say("tasks", describe_retention(found["tasks"]["retention"]))
     if config.long.long_context:
         text = run.read("text") or {}
         asked = [config.long.long_context, config.text.seed, text["evaluation"]]
-        found["long"] = run.stage("long", asked, lambda: work.long(segments), after=["quantize"])
+        found["long"] = run.stage("long", asked, lambda: stages.prove.long(work, segments), after=["quantize"])
         say("long", "up to {window:,} tokens".format(**found["long"]))
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layercut import models, processes
+from layercut import models, processes, stages
 from layercut.config import CompressConfig, parse_bytes
 from layercut.errors import ConfigError
 from layercut.progress import say
@@ -39,7 +39,7 @@ def search_stage(
 ) -> Removal:
     """Which layers go; in a round of several, which of those that are left."""
     scored = [work.source, text["calibration"], work.config.text.seed, asdict(work.config.search), length]
-    searched = partial(work.search, wanted, length)
+    searched = partial(stages.search.search, work, wanted, length)
     found = work.run.stage(work.name("search"), scored, searched, after=after, together=True)
     removal = work.removed(found)
     say("search", f"{found['method']}: remove {', '.join(map(str, removal.all))} of {work.layers} layers")
@@ -48,16 +48,16 @@ def search_stage(
 
 def heal_stages(work: Workbench, text: dict[str, Any], removal: Removal, after: Sequence[str] = ()) -> None:
     """Cut, fold, tune."""
-    run, config = work.run, work.config
+    stage, config, do = partial(work.run.stage, together=True), work.config, stages.heal
     bounds = [[s.start, s.stop] for s in removal.all]
-    cut = run.stage(work.name("cut"), [work.source, bounds], lambda: work.cut(removal.all), after=after, together=True)
+    cut = stage(work.name("cut"), [work.source, bounds], lambda: do.cut(work, removal.all), after=after)
     say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
     folded = [config.heal.fold, text["calibration"], text["tuning"], text["heldout"], work.rounds]
-    fold = run.stage(work.name("fold"), folded, lambda: work.fold(removal), after=[work.name("cut")], together=True)
+    fold = stage(work.name("fold"), folded, lambda: do.fold(work, removal), after=[work.name("cut")])
     for outcome in fold["fold"]:
         say("fold", describe_fold(outcome))
     tuned = [asdict(config.heal), text["tuning"], text["heldout"]]
-    heal = run.stage(work.name("heal"), tuned, lambda: work.tune(removal), after=[work.name("fold")], together=True)
+    heal = stage(work.name("heal"), tuned, lambda: do.tune(work, removal), after=[work.name("fold")])
     if heal["tuning"]:
         say("tune", describe_tuning(heal["tuning"]))
 
@@ -73,14 +73,14 @@ def in_rounds(work: Workbench, text: dict[str, Any], length: int | None) -> Remo
     budget = config.search.max_loss
     bits = FRONTIER_BITS if config.search.two_budgets else (config.quantize.bits,)
     if length is None and budget is None:
-        length = work.length_for_target()
+        length = stages.search.length_for_target(work)
     lengths = round_lengths(length, work.layers, rounds)
     done: list[Round] = []
     points: list[dict[str, Any]] = []
     chosen: dict[str, Any] | None = None
     if config.search.two_budgets:
         measured = [work.source, text["heldout"], text["calibration"], asdict(config.quantize)]
-        seen = run.stage("frontier-0", measured, lambda: work.frontier(bits))
+        seen = run.stage("frontier-0", measured, lambda: stages.quantize.frontier(work, bits))
         points += seen["points"]
         chosen = within_budgets(seen["points"], config)
     for number, part_length in enumerate(lengths, start=1):
@@ -95,7 +95,8 @@ def in_rounds(work: Workbench, text: dict[str, Any], length: int | None) -> Remo
         heal_stages(part, text, part.removal, after)
         if budget is not None:
             measured = [text["heldout"], asdict(config.quantize), list(bits)]
-            seen = run.stage(part.name("frontier"), measured, partial(part.frontier, bits), after=[part.name("heal")])
+            looked = partial(stages.quantize.frontier, part, bits)
+            seen = run.stage(part.name("frontier"), measured, looked, after=[part.name("heal")])
             points += seen["points"]
             for point in seen["points"]:
                 say("frontier", describe_point(point))
@@ -119,7 +120,7 @@ def gathered(work: Workbench, done: Sequence[Round]) -> Removal:
     removal = last.removal if last and last.removal else Removal.first(())
     after = [part.name("heal") for part in done]
     run.stage("search", "rounds", lambda: rounds_searched(work, done), after=after, together=True)
-    run.stage("cut", "rounds", lambda: work.cut(removal.all), after=["search"])
+    run.stage("cut", "rounds", lambda: stages.heal.cut(work, removal.all), after=["search"])
     run.stage("fold", "rounds", lambda: {"fold": [], "changed": []}, after=["cut"])
     run.stage("heal", "rounds", lambda: rounds_healed(work, done), after=["fold"])
     return removal
@@ -227,11 +228,10 @@ class Round(Workbench):
     def tuning(self) -> torch.Tensor:
         return self.whole.blocks["tuning"].tensor_split(self.rounds)[self.number - 1]
 
-    def search(self, wanted: Sequence[Segment], length: int | None) -> dict[str, Any]:
-        """As of one round; candidates are in the layers of the model that is cut, `segments` in the dense model's."""
-        found = super().search(wanted, length)
-        removal = self.removed({"cut": found["segments"]})
-        return found | {"cut": found["segments"], "segments": [[s.start, s.stop] for s in removal.all]}
+    def in_dense_layers(self, search: dict[str, Any]) -> dict[str, Any]:
+        """Candidates stay in the layers of the model that is cut; what was chosen among them is `cut`."""
+        removal = self.removed({"cut": search["segments"]})
+        return search | {"cut": search["segments"], "segments": [[s.start, s.stop] for s in removal.all]}
 
     def removed(self, search: dict[str, Any]) -> Removal:
         cut = [Segment(*bounds) for bounds in search["cut"]]

@@ -201,11 +201,9 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
 def read_widths(layers: torch.nn.Module, hidden: int) -> tuple[int, int]:
     """The least and the most that a linear module reads which puts out the hidden width: those are the attention's
     and the MLP's. Experts are no linear modules; of what they put out, and of what is too wide, D numbers are read."""
-    widths = {
-        module.weight.numel() // hidden
-        for module in layers.modules()
-        if is_linear(module) and module.weight.shape[output_dim(module)] == hidden
-    }
+    linear: list[Any] = [module for module in layers.modules() if is_linear(module)]
+    writers = [module.weight for module in linear if module.weight.shape[output_dim(module)] == hidden]
+    widths = {weight.numel() // hidden for weight in writers}
     found = sorted(width if width <= WIDEST else hidden for width in widths) or [hidden]
     return found[0], found[-1] if len(found) > 1 else hidden
 

@@ -17,7 +17,8 @@ from layercut.search.clp import LOOK_SHARE, schedule_for
 from layercut.search.exhaustive import DENSE, all_segments, set_work, sweep_work
 from layercut.search.prices import FINALISTS, FIRST_SHARE
 from layercut.segments import Segment, joined_segments
-from layercut.workbench import FEWEST_HELD_OUT, FOLD_TOKENS, HELD_OUT_SHARE
+from layercut.stages.heal import FOLD_TOKENS
+from layercut.stages.text import FEWEST_HELD_OUT, HELD_OUT_SHARE
 
 FRESH_PROCESS = 8.0
 """Seconds until a new process has imported torch and transformers: a guess between warm and cold disks."""

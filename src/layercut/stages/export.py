@@ -1,0 +1,41 @@
+"""Stage: the healed and, where asked, quantized student as a stock checkpoint that a fresh process has read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors.torch import load_file
+
+from layercut import evaluate, stream
+from layercut.cut import cut_checkpoint
+from layercut.export import export_checkpoint, publish_streamed, text_to_check
+from layercut.progress import bar
+from layercut.segments import Segment
+from layercut.workbench import Workbench
+
+
+def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
+    """The healed and, where asked, quantized student as a stock checkpoint."""
+    quantized = work.run.read("quantize") or {}
+    text = text_to_check(work.blocks["evaluation"])
+    packing: dict[str, Any] = {}
+    if quantized["bits"] < 16:
+        packing["packed"] = load_file(work.run / "quantized.safetensors")
+        packing["quantization_config"] = quantized["quantization_config"]
+    with bar("saving and verifying", None):
+        model = work.student(segments, "folded", "tuned", "quantized")
+        if stream.layers_on_disk(model):
+            return export_files(work, model, segments) | {"files": ["model"]}
+        exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
+        # what the fresh process should have found
+        exported["perplexity"] = {"tokens": text.numel(), "value": evaluate.perplexity(model, text)}
+    return exported | {"files": ["model"]}
+
+
+def export_files(work: Workbench, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
+    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
+    healed, partial = stream.as_saved(student, work.changed(student)), work.run / ".model.partial"
+    dtype = work.stack.stored_dtype
+    cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
+    return publish_streamed(student, partial, work.run / "model")
