@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from common import arguments
 from layercut import models, stages
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, LoadConfig, SearchConfig
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
 from layercut.demo import fetch_model
 from layercut.runs import Run, environment, write_json
 from layercut.segments import Removal, Segment
@@ -127,7 +127,7 @@ def tokenizer() -> Any:
 def settings(args: dict[str, Any], method: str = "exhaustive") -> CompressConfig:
     return CompressConfig(
         text=DataConfig(tokens=args["tokens"], window=args["window"]),
-        load=LoadConfig(dtype=args["dtype"]),
+        load=ModelConfig(dtype=args["dtype"]),
         search=SearchConfig(ratio=LENGTH, method=method),
         heal=HealConfig(tune_tokens=4096),
         evaluate=EvaluateConfig(eval_tokens=2048),
