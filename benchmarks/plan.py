@@ -191,7 +191,7 @@ def measure(job: dict[str, Any]) -> None:
             "eval": lambda: stages.prove.evaluate(work, segments),
             "export": lambda: stages.export.export(work, segments),
         }
-        names = {"clp": "search", "exhaustive": "search", "tune": "heal"}
+        names = {"fold": "fold", "tune": "heal"}  # whose artefacts later stages read
         if stage != "load":
             _ = work.stack
             for earlier in EARLIER.get(stage, []):
@@ -200,11 +200,9 @@ def measure(job: dict[str, Any]) -> None:
         before = reset_peak()
         children = Children() if stage == "export" else None
         begun = time.perf_counter()
-        found = jobs[stage]()
+        found = run.stage(names[stage], time.time(), jobs[stage]) if stage in names else jobs[stage]()
         seconds = time.perf_counter() - begun
         peak = high_water() if children is None else children.stop()
-        if stage in ("fold", "tune"):
-            run.stage(names.get(stage, stage), time.time(), lambda: found)
     keys = ("layer_forwards", "layer_backwards")
     print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": {k: found.get(k) for k in keys}}))
 
