@@ -1,12 +1,11 @@
-"""Writes the README's figures from benchmarks/results/: demo, search, stream, compare-RATIO, healing, frontier,
-quantize and speed, all .json; of the last four, one that is not there yet is said to be open.
+"""Writes the README's figures from benchmarks/results/: demo, search, stream, compare-RATIO, healing, recovery,
+frontier and speed, all .json; of the last four, one that is not there yet is said to be open.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
     python benchmarks/readme.py                  # writes the tables anew from the files that are there
 
-demo.json is a run's summary; the others come from the benchmark of that name. Where there is no healing.json, its
-table is left empty.
+demo.json is a run's summary; the others come from the benchmark of that name.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from healing_tables import healing_table, recovery_table
 from layercut.compare import by_kl, short
 from layercut.figures import count, figure, label, size
 from layercut.findings import stages
 from layercut.runs import write_json, write_text
-from stage_two import frontier_table, quantize_table, speed_table
+from stage_two import frontier_table, speed_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -117,38 +117,11 @@ def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
     return made_by(json.loads(file.read_text())) if file.is_file() else f"Not measured yet: `benchmarks/{name}.py`."
 
 
-def healing_table(result: dict) -> str:
-    """Every healing of one cut as Markdown: what it trains, costs, and brings back."""
-    settings, environment, rows = result["settings"], result["environment"], result["rows"]
-    dense, cut = (next(row for row in rows if row["method"] == name)["perplexity"] for name in ("dense", "cut"))
-    headings = ["method", "weights trained", "tokens per CPU second", "peak memory above the weights"]
-    headings += [f"gap closed, {text}" for text in dense]
-    from_to = "; ".join(f"{text} {figure(dense[text])} dense, {figure(cut[text])} cut" for text in dense)
-    machine = f"{environment['cores']} CPU cores ({environment['cpu']})"
-    lines = [
-        f"`benchmarks/healing.py`, {environment['date'][:10]}, {machine}: {settings['model']} without layers "
-        f"{settings['segment']}, healed on the same {settings['tune_tokens']:,} tokens "
-        f"({settings['data'].replace('+', ', ')}) after a fold on {settings['calibration_tokens']:,} (`patch`, "
-        f"`no-fold` and `optipfair` without it); log-perplexity gap closed on {settings['eval_tokens']:,} tokens of "
-        f"each text ({from_to}):",
-        "",
-        f"| {' | '.join(headings)} |",
-        f"|---|{'---:|' * (len(headings) - 1)}",
-    ]
-    for row in rows:
-        if row["method"] not in ("dense", "cut"):
-            trained = count(row["trained_parameters"]) if "trained_parameters" in row else ""
-            speed = f"{row['tokens_per_cpu_second']:,.0f}" if "tokens_per_cpu_second" in row else ""
-            gaps = [f"{100 * gap:.0f} %" for gap in row["gap_closed"].values()]
-            cells = [f"`{row['method']}`", trained, speed, size(row["peak_above_weights_bytes"]), *gaps]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def filled(text: str) -> str:
     """The README with its tables made anew."""
     regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words(), "compare": comparisons()}
-    later = {"healing": healing_table, "frontier": frontier_table, "quantize": quantize_table, "speed": speed_table}
+    later: dict[str, Callable[[dict], str]] = {"healing": healing_table, "recovery": recovery_table}
+    later |= {"frontier": frontier_table, "speed": speed_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)

@@ -31,6 +31,7 @@ def frontier_table(result: dict[str, Any]) -> str:
     best = goal["best_that_fits"]
     lines.append(frontier_row(f"best under {size(goal['bytes'])}" if best else "smallest", best or goal["smallest"]))
     lines += ["", "- " + "\n- ".join(told["words"])]
+    lines += ["", *quantize_lines(result)]
     whole = [point for point in points if point["points"] == "gguf"]
     if whole:
         lines += ["", *gguf_lines(whole)]
@@ -60,25 +61,26 @@ def gguf_lines(points: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def quantize_table(result: dict[str, Any]) -> str:
+def quantize_lines(result: dict[str, Any]) -> list[str]:
     """Extra loss of quantizing, cut and healed over dense."""
-    rows, texts = result["rows"], list(result["rows"][0]["ratio"])
+    cut = [row for row in result["quantizing"] if row["ratio"]]
+    dense = {row["setting"]: row["extra"] for row in result["quantizing"] if not row["ratio"]}
+    texts = list(cut[0]["extra"]) if cut else []
     lines = [
-        f"`benchmarks/quantize.py`, {made(result)}: {result['model']}, {result['weights']}, {result['segment']} "
-        f"removed and healed with {result['tuning']['tokens']:,} tokens. Extra loss of quantizing, nats a token on "
-        f"{result['eval_tokens']:,} tokens, and what it is after the cut over what it is before:",
+        "Extra loss of quantizing, nats a token, of the dense model and of the cut and healed ones, and the ratio of "
+        "the two:",
         "",
-        f"| setting | {' | '.join(f'{text}: dense | cut and healed | ratio' for text in texts)} |",
-        f"|---|{'---:|' * 3 * len(texts)}",
+        f"| removed | stored as | {' | '.join(f'{text}: dense | cut | ratio' for text in texts)} |",
+        f"|---:|---|{'---:|' * 3 * len(texts)}",
     ]
-    for row in rows:
-        cells = [row["setting"]]
+    for row in cut:
+        cells = [f"{row['ratio']:.0%}", row["setting"]]
         for text in texts:
-            cells += [f"{row[name]['extra_loss'][text]:.4f}" for name in ("dense", "cut and healed")]
-            ratio = row["ratio"][text]
+            cells += [f"{extra[text]:.4f}" for extra in (dense[row["setting"]], row["extra"])]
+            ratio = row["over_dense"][text]
             cells.append("–" if ratio is None else f"{ratio:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return lines
 
 
 def speed_table(result: dict[str, Any]) -> str:

@@ -1,0 +1,56 @@
+"""The README's tables of healing; for readme.py. Each takes the content of its result file and gives Markdown."""
+
+from __future__ import annotations
+
+from layercut.figures import count, figure, size
+
+
+def healing_table(result: dict) -> str:
+    """Every healing of one cut as Markdown: what it trains, costs, and brings back."""
+    settings, environment, rows = result["settings"], result["environment"], result["rows"]
+    dense, cut = (next(row for row in rows if row["method"] == name)["perplexity"] for name in ("dense", "cut"))
+    headings = ["method", "weights trained", "tokens per CPU second", "peak memory above the weights"]
+    headings += [f"gap closed, {text}" for text in dense]
+    from_to = "; ".join(f"{text} {figure(dense[text])} dense, {figure(cut[text])} cut" for text in dense)
+    machine = f"{environment['cores']} CPU cores ({environment['cpu']})"
+    lines = [
+        f"`benchmarks/healing.py`, {environment['date'][:10]}, {machine}: {settings['model']} without layers "
+        f"{settings['segment']}, healed on the same {settings['tune_tokens']:,} tokens "
+        f"({settings['data'].replace('+', ', ')}) after a fold on {settings['calibration_tokens']:,} (`patch`, "
+        f"`no-fold` and `optipfair` without it); log-perplexity gap closed on {settings['eval_tokens']:,} tokens of "
+        f"each text ({from_to}):",
+        "",
+        f"| {' | '.join(headings)} |",
+        f"|---|{'---:|' * (len(headings) - 1)}",
+    ]
+    for row in rows:
+        if row["method"] not in ("dense", "cut"):
+            trained = count(row["trained_parameters"]) if "trained_parameters" in row else ""
+            speed = f"{row['tokens_per_cpu_second']:,.0f}" if "tokens_per_cpu_second" in row else ""
+            gaps = [f"{100 * gap:.0f} %" for gap in row["gap_closed"].values()]
+            cells = [f"`{row['method']}`", trained, speed, size(row["peak_above_weights_bytes"]), *gaps]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recovery_table(result: dict) -> str:
+    """How far fold and tuning go with more tokens, each budget a run of its own."""
+    rows = {row["state"]: row["perplexity"] for row in result["rows"]}
+    texts = result["reported"]
+    dense, cut = rows["dense"], rows["cut"]
+    from_to = "; ".join(f"{text} {figure(dense[text])} dense, {figure(cut[text])} cut" for text in texts)
+    lines = [
+        f"How far that goes, `benchmarks/recovery.py`, {result['environment']['date'][:10]}: the same cut, fold on "
+        f"{result['calibration_tokens']:,} tokens, then tuning; gap closed on {result['eval_tokens']:,} tokens of each "
+        f"text ({from_to}):",
+        "",
+        f"| | trained layers | CPU seconds, fold included | {' | '.join(texts)} |",
+        f"|---|---|{'---:|' * (1 + len(texts))}",
+    ]
+    for row in result["rows"][2:]:
+        name = "fold alone" if row["state"] == "folded" else f"tuned on {row['tune_tokens']:,}"
+        trained = ", ".join(map(str, row.get("trained_layers", [])))
+        seconds = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:,.0f}"
+        gaps = [f"{100 * row['gap_closed'][text]:.0f} %" for text in texts]
+        lines.append(f"| {' | '.join([name, trained, seconds, *gaps])} |")
+    return "\n".join(lines)
