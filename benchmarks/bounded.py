@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import common
-from layercut import models
+from layercut import checkpoints, models
 from layercut.runs import Run
 from layercut.stages import text
 from memory import Children, high_water, reset_peak
@@ -114,7 +114,7 @@ def main() -> None:
         measured = max(value for key, value in seen["stages"][stage].items() if key != "seconds")
         ratio = round(planned / measured, 2) if planned else None
         rows.append({"stage": stage, **seen["stages"][stage], "planned_bytes": planned, "planned_to_measured": ratio})
-    checkpoint = models.Checkpoint(f"random weights, {args.layers} layers", Path("random"))
+    checkpoint = checkpoints.Checkpoint(f"random weights, {args.layers} layers", Path("random"))
     common.finish(
         args.out,
         models.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layercut import models
+from layercut import checkpoints, models
 from layercut.data import Blocks, load_blocks
 from layercut.demo import fetch_model
 from layercut.runs import environment, write_json
@@ -28,7 +28,7 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
 
 
 def open_model(name: str | None) -> models.LanguageModel:
-    return models.load(models.resolve(name or str(fetch_model())))
+    return models.load(checkpoints.resolve(name or str(fetch_model())))
 
 
 def blocks(model: models.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:

@@ -27,7 +27,7 @@ import torch
 from common import arguments, blocks, finish, named, open_model
 from control import dither_, healed, save
 from fronts import BUDGETS, SMALLER, WAYS, answers, extra_losses, front, loss, way
-from layercut import cli, models
+from layercut import checkpoints, cli, models
 from layercut.config import (
     CompressConfig,
     DataConfig,
@@ -168,13 +168,13 @@ def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str
         run = args.work / f"control-{ratio:g}"
         place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))
         told = healing(run)
-    model = models.load(models.resolve(str(place))).model
+    model = models.load(checkpoints.resolve(str(place))).model
     return model, told | {"layers": len(models.find_decoder(model))}
 
 
 def healing(run: Path) -> Row:
     """From a run's artefacts: what was removed, KL(p || q) on held-out tokens of every state, and the seconds."""
-    search, fold, heal = (models.read_json(run / f"{name}.json") for name in ("search", "fold", "heal"))
+    search, fold, heal = (checkpoints.read_json(run / f"{name}.json") for name in ("search", "fold", "heal"))
     folds, losses = fold["fold"], [point["loss"] for point in heal["tuning"]["heldout"]]
     return {
         "segments": search["segments"],
@@ -211,7 +211,7 @@ def throughout(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         cut_gguf(source, [Segment(*bounds) for bounds in segments], file, replaced=tensors)
-        again = models.load(models.resolve(str(file))).model
+        again = models.load(checkpoints.resolve(str(file))).model
         size = sum(data.nbytes for data, _ in tensors.values())
         return {"bytes": size, "file_bytes": file.stat().st_size, "perplexity": perplexities(again, texts)}
 
@@ -221,7 +221,7 @@ def kept_tensors(
 ) -> Row:
     """The .gguf file cut and healed as it came, by `compress` and `export`: healed layers Q8_0, all else as it was."""
     if not ratio:
-        model = models.load(models.resolve(str(source))).model
+        model = models.load(checkpoints.resolve(str(source))).model
         told = {"segments": [], "layers": len(models.find_decoder(model))}
         return told | {"bytes": source.stat().st_size, "perplexity": perplexities(model, texts)}
     search, text, heal = stages(args, ratio)
@@ -232,7 +232,7 @@ def kept_tensors(
     file = args.work / f"cut-{ratio:g}.gguf"
     if cli.main(["export", str(run), f"--out={file}", "--force"]):
         raise SystemExit(f"error: {run} could not be exported")
-    model = models.load(models.resolve(str(file))).model
+    model = models.load(checkpoints.resolve(str(file))).model
     told = healing(run) | {"layers": len(models.find_decoder(model))}
     return told | {"bytes": file.stat().st_size, "perplexity": perplexities(model, texts)}
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import arguments
-from layercut import models, stages
+from layercut import checkpoints, models, stages
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
 from layercut.demo import fetch_model
 from layercut.runs import Run, environment, write_json
@@ -174,7 +174,7 @@ def measure(job: dict[str, Any]) -> None:
     """One stage, in this process; prints its peak resident bytes and seconds."""
     stage = job["stage"]
     config = settings(job, "clp" if stage == "clp" else "exhaustive")
-    checkpoint = models.resolve(job["model"])
+    checkpoint = checkpoints.resolve(job["model"])
     with Run(Path(job["folder"])) as run:
         work = Workbench(checkpoint, config, run)
         layers = models.count_layers(models.load_config(checkpoint))

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from common import arguments, blocks, finish, open_model
-from layercut import models, processes, stream
+from layercut import checkpoints, models, processes, stream
 from layercut.cut import cut_segment_
 from layercut.demo import fetch_model
 from layercut.heal.endpoints import TuneSettings, tune_
@@ -102,7 +102,7 @@ def work(args: Namespace) -> None:
     torch.set_num_threads(args.threads)
     processes.start()
     shard: Any = os.environ["LAYERCUT_SHARD"]
-    checkpoint = models.resolve(args.model or str(fetch_model()))
+    checkpoint = checkpoints.resolve(args.model or str(fetch_model()))
     loaded = stream.load(checkpoint, shard=shard, stream="off", device="cpu", dtype=args.dtype)
     draw = {"window": args.window, "seed": 0}
     calibration = blocks(loaded, args.data, args.tokens, **draw).tokens

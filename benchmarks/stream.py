@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import common
-from layercut import models, stream
+from layercut import checkpoints, models, stream
 from layercut.search import find_segments
 from layercut.search.exhaustive import DENSE, all_segments, streams_held
 from layercut.segments import layers_to_remove
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, shape: dict[str, Any]) -> int:
         weight_map |= dict.fromkeys(names, file.name)
         out_of_cache(file)
     index = {"metadata": {"total_size": need}, "weight_map": weight_map}
-    (folder / models.INDEX).write_text(json.dumps(index))
+    (folder / checkpoints.INDEX).write_text(json.dumps(index))
     config.save_pretrained(folder)
     words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # there has to be one; no text is read here
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
@@ -118,7 +118,7 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
     """What one fresh process does."""
     before, begun = proc("io", "rchar"), time.perf_counter()
     imported = proc("status", "VmHWM") * 1024
-    loaded = stream.load(models.resolve(folder), stream=mode)  # type: ignore[arg-type]
+    loaded = stream.load(checkpoints.resolve(folder), stream=mode)  # type: ignore[arg-type]
     opened = time.perf_counter()
     resident = proc("status", "VmHWM") * 1024
     stack = Stack(loaded.model)
@@ -171,7 +171,7 @@ def main() -> None:
         modes = ["on", "off"] if size <= IN_MEMORY_TOO else ["on"]
         rows = [fresh(place, mode, args.ratio, args.rows, args.window) for mode in modes]
     prices = [row.pop("prices") for row in rows]
-    checkpoint = models.Checkpoint(f"random weights, shape of {args.shape}", Path(args.shape))
+    checkpoint = checkpoints.Checkpoint(f"random weights, shape of {args.shape}", Path(args.shape))
     common.finish(
         args.out,
         models.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),

@@ -24,8 +24,8 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
+from layercut.checkpoints import resolve
 from layercut.cli import main
-from layercut.models import resolve
 from layercut.runs import STAGES, Run
 
 Spoil = Callable[[Path], object]

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from layercut import charts, evaluate, figures, models
+from layercut import charts, checkpoints, evaluate, figures, models
 from layercut import compare as module
 from layercut.cli import main
 from layercut.config import Method
@@ -47,7 +47,7 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
     comparison = json.loads((finished / "compare.json").read_text())
     assert [row["method"] for row in comparison["methods"]] == METHODS
     assert comparison["layers"] == {"before": 8, "after": 6}
-    model = models.load(models.resolve(str(tiny_model)), dtype="float32").model
+    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     heldout = load_file(finished / "tokens.safetensors")["evaluation"]
     assert comparison["dense"]["perplexity"] == pytest.approx(evaluate.perplexity(model, heldout))
     best = {row["method"]: row for row in comparison["methods"]}["exhaustive"]
@@ -69,7 +69,7 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
     blocks = load_file(finished / "tokens.safetensors")
     rows = {use: {tuple(row.tolist()) for row in blocks[use]} for use in blocks}
     assert not rows["tuning"] & rows["calibration"] | rows["tuning"] & rows["heldout"]
-    model = models.load(models.resolve(str(tiny_model)), dtype="float32").model
+    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     apart = 0
     for row in comparison["methods"]:
         segments, tuning = [Segment(*bounds) for bounds in row["segments"]], row["tuning"]
@@ -95,7 +95,7 @@ def test_the_triangle_holds_the_price_of_every_segment(finished, tiny_model):
     comparison = json.loads((finished / "compare.json").read_text())
     prices = charts.prices(comparison)
     assert set(prices) == {(s, s + n) for n in (1, 2) for s in range(8 - n + 1)}
-    model = models.load(models.resolve(str(tiny_model)), dtype="float32").model
+    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     tokens = load_file(finished / "tokens.safetensors")["calibration"]
     with torch.no_grad():
         dense = model(input_ids=tokens, use_cache=False).logits

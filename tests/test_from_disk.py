@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from layercut import lending, models, processes, stream
+from layercut import checkpoints, lending, models, processes, stream
 from layercut.cli import main
 from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from layercut.errors import ModelError, RunError, SurgeryError
@@ -180,7 +180,7 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
             cut_checkpoint(checkpoint.folder, segments, tmp_path / "cut", healed=stored)
     assert found[0] == found[1]
     assert found[0][0][0].modules or name == "gemma2"  # behind its norms there is nothing to fold
-    written = models.load(models.resolve(str(tmp_path / "cut"))).model.state_dict()
+    written = models.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
     expected = students[1].state_dict()
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)
@@ -193,7 +193,7 @@ def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path
 
 def test_files_in_another_number_format(llama, tmp_path):
     cut_checkpoint(llama.folder, CUT, tmp_path / "cut", dtype=torch.bfloat16)
-    written = models.load(models.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
+    written = models.load(checkpoints.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "bfloat16"
     expected = opened(llama, CUT, "off", dtype="bfloat16")[1].model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
@@ -212,7 +212,7 @@ def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeyp
     stored = stream.as_saved(student.model, healed)
     cut_checkpoint(narrow.folder, CUT, tmp_path / "cut", healed=stored, dtype=dense.stored_dtype)
     assert {tensor.dtype for tensor in stream.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
-    written = models.load(models.resolve(str(tmp_path / "cut"))).model.state_dict()
+    written = models.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
     assert all(torch.equal(written[name], weight) for name, weight in healed.items())
 
 

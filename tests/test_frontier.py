@@ -11,7 +11,7 @@ import torch
 
 import folders
 import tiny
-from layercut import models
+from layercut import checkpoints, models
 
 
 @pytest.fixture
@@ -148,8 +148,8 @@ def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_
     assert kept["rows"][: len(first["rows"])] == first["rows"], "finished points are not measured again"
     rows = {(row["points"], row["ratio"], row["setting"]): row for row in result["rows"]}
     assert len(rows) == 2 * len(SETTINGS) + 2
-    control = models.load(models.resolve(str(tmp_path / "work" / "dense"))).model
-    plain = models.load(models.resolve(str(tmp_path / "tiny.gguf"))).model
+    control = models.load(checkpoints.resolve(str(tmp_path / "work" / "dense"))).model
+    plain = models.load(checkpoints.resolve(str(tmp_path / "tiny.gguf"))).model
     assert not torch.equal(control.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
     dense = rows["control", 0.0, "bf16"]
     assert dense["bytes"] == 2 * models.parameter_count(control), "saved in bfloat16, whatever is computed in"

@@ -19,7 +19,7 @@ import torch
 
 import folders
 import tiny
-from layercut import models
+from layercut import checkpoints, models
 from layercut.cli import main
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.demo import fetch_model
@@ -53,7 +53,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def healed(source) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model in the file, cut, with all that is beside the cut changed; and what was changed."""
-    student = models.load(models.resolve(str(source)), dtype="float32").model
+    student = models.load(checkpoints.resolve(str(source)), dtype="float32").model
     cut_segment_(student, [SEGMENT])
     draw = torch.Generator().manual_seed(1)
     beside = ("model.layers.1.", "model.layers.2.")
@@ -113,7 +113,7 @@ def test_healed_layers_among_untouched_bytes(source, healed, tmp_path, kind):
         else:
             original = name if block is None or block < 2 else name.replace(f"blk.{block}.", f"blk.{block + 2}.")
             assert (found, data) == before[original]
-    loaded = models.load(models.resolve(str(out)), dtype="float32").model
+    loaded = models.load(checkpoints.resolve(str(out)), dtype="float32").model
     difference = (logits(loaded) - logits(healed[0])).abs().mean() / logits(healed[0]).std()
     assert difference <= {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2, "q4_0": 0.3}[kind]
 
@@ -175,8 +175,8 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     kept = set(contents(source).values())
     # a norm that tuning moved by less than its number format can tell has the bytes it had
     assert matrices <= sum(value not in kept for value in contents(out).values()) <= len(changed)
-    ours = models.load(models.resolve(str(gguf_run / "model"))).model
-    theirs = models.load(models.resolve(str(out))).model
+    ours = models.load(checkpoints.resolve(str(gguf_run / "model"))).model
+    theirs = models.load(checkpoints.resolve(str(out))).model
     assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.02 * logits(ours).float().std()
     assert main(["export", str(gguf_run), f"--out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
@@ -350,7 +350,7 @@ def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, t
     assert facts["broken"] is None
 
     # and once more by other code: the logits of a prompt, and what comes after it
-    loaded = models.load(models.resolve(str(out)), dtype="float32")
+    loaded = models.load(checkpoints.resolve(str(out)), dtype="float32")
     prompt = loaded.tokenizer("The capital of France is the city of").input_ids
     theirs, greedy = by_llama_cpp(out, prompt, tmp_path)
     tokens = torch.tensor([prompt])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from layercut import models
+from layercut import checkpoints, models
 from layercut.cli import main
 from layercut.config import SearchConfig, parse_bytes
 from layercut.cut import cut_segment_
@@ -145,7 +145,7 @@ def search(tiny_model, texts, out, *flags):
 def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monkeypatch):
     config = json.loads((tiny_model / "config.json").read_text())
     assert config["num_hidden_layers"] == 8
-    dense = models.load(models.resolve(str(tiny_model))).model
+    dense = models.load(checkpoints.resolve(str(tiny_model))).model
     target = models.parameter_bytes(dense) - 2 * models.parameter_bytes(Stack(dense).layers[0])
     _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}", "--score=folded")
     assert sum(stop - start for start, stop in found["segments"]) == 2

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
-from layercut import models
+from layercut import checkpoints, models
 from layercut.cli import main
 from layercut.evaluate import perplexity
 from layercut.quantize import quantize_
@@ -36,7 +36,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
 
 
 def load(folder: Path, **how: str) -> models.LanguageModel:
-    return models.load(models.resolve(str(folder)), device="cpu", **how)
+    return models.load(checkpoints.resolve(str(folder)), device="cpu", **how)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import tiny
-from layercut import measure, models
+from layercut import checkpoints, measure, models
 from layercut.cli import main
 from layercut.config import (
     CompressConfig,
@@ -365,7 +365,7 @@ def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched everything"))
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
-    assert models.resolve("owner/name", weights=False).folder == bare
+    assert checkpoints.resolve("owner/name", weights=False).folder == bare
     assert fetched == [("owner/name", "config.json")]
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import tiny
 import together
-from layercut import models, processes, stream
+from layercut import checkpoints, processes, stream
 from layercut.cli import main
 from layercut.errors import ConfigError
 
@@ -322,7 +322,7 @@ def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, ti
     monkeypatch.setattr(processes, "world", lambda: 2)
     monkeypatch.setattr(processes, "launched", lambda: True)
     monkeypatch.setattr(stream, "share_of_memory", lambda *_, **__: share)
-    assert stream.spread(models.resolve(str(tiny_model)), **how) is spread
+    assert stream.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
 
 
 def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):

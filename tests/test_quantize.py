@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi
 
 import folders
 import tiny
-from layercut import export, models
+from layercut import checkpoints, export, models
 from layercut.cli import main
 from layercut.config import QuantizeConfig
 from layercut.errors import ConfigError, ModelError
@@ -306,7 +306,7 @@ def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
     found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True))
     packing = {"packed": found.packed, "quantization_config": found.config}
     export.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
-    loaded = models.load(models.resolve(str(tmp_path / "model")), dtype="bfloat16").model
+    loaded = models.load(checkpoints.resolve(str(tmp_path / "model")), dtype="bfloat16").model
     assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
     assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
 
@@ -383,7 +383,7 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert quantize["bytes"]["after"] == file.stat().st_size - header
     assert quantize["bytes"]["after"] < 0.5 * quantize["bytes"]["before"]
-    loaded = models.load(models.resolve(str(quantized_run / "model")))
+    loaded = models.load(checkpoints.resolve(str(quantized_run / "model")))
     tokens = torch.from_numpy(_evaluation(quantized_run))
     assert perplexity(loaded.model, tokens) == summary["perplexity"]["quantized"]
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
@@ -401,7 +401,7 @@ def _evaluation(run: Path):
 
 
 def test_a_quantized_model_is_loaded_as_a_plain_one(quantized_run, tmp_path):
-    loaded = models.load(models.resolve(str(quantized_run / "model")), dtype="bfloat16").model
+    loaded = models.load(checkpoints.resolve(str(quantized_run / "model")), dtype="bfloat16").model
     loaded.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
@@ -423,7 +423,7 @@ def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(out)
     rows = read(out, "quantize")["layers"]
     assert {(row["bits"], row["method"]) for row in rows} == {(8, "gptq")}
-    dense, loaded = (models.load(models.resolve(str(path))).model for path in (tiny_model, out))
+    dense, loaded = (models.load(checkpoints.resolve(str(path))).model for path in (tiny_model, out))
     logits = [m(TOKENS, use_cache=False).logits for m in (dense, loaded)]
     assert 0 < (logits[0] - logits[1]).abs().mean() < 0.1 * logits[0].std()
     assert main(argv) == 2

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercut import evaluate, models
+from layercut import checkpoints, evaluate, models
 from layercut.cli import main
 from layercut.rounds import round_lengths
 from layercut.segments import Removal, Segment, kept_layers
@@ -104,13 +104,13 @@ def test_what_is_exported_is_what_the_last_round_left(two_rounds, tiny_model):
 
     from layercut.cut import cut_segment_
 
-    model = models.load(models.resolve(str(tiny_model))).model
+    model = models.load(checkpoints.resolve(str(tiny_model))).model
     for number in (1, 2):
         cut_segment_(model, [Segment(*bounds) for bounds in artefact(two_rounds, f"search-{number}")["cut"]])
         for name, stage, key in (("folded", "fold", "changed"), ("tuned", "heal", "tuning")):
             if artefact(two_rounds, f"{stage}-{number}")[key]:
                 models.replace_parameters_(model, load_file(two_rounds / f"{name}-{number}.safetensors"))
-    exported = models.load(models.resolve(str(two_rounds / "model"))).model
+    exported = models.load(checkpoints.resolve(str(two_rounds / "model"))).model
     theirs = exported.state_dict()
     assert {name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])} == set()
     tokens = load_file(two_rounds / "tokens.safetensors")["evaluation"]

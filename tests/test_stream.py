@@ -17,7 +17,7 @@ from transformers import (
 
 import folders
 import tiny
-from layercut import models, stream, sweep
+from layercut import checkpoints, models, stream, sweep
 from layercut.cli import main
 from layercut.errors import ModelError
 from layercut.search import find_segments
@@ -66,7 +66,7 @@ def saved(model, folder):
     """The model as a sharded checkpoint."""
     model.save_pretrained(folder, max_shard_size="40KB")
     folders.tokenizer().save_pretrained(folder)
-    return models.resolve(str(folder))
+    return checkpoints.resolve(str(folder))
 
 
 def on_disk(checkpoint, **how):
@@ -303,7 +303,7 @@ def test_layers_that_talk_beside_the_hidden_state_are_refused_unread(llama):
 def test_a_shard_that_breaks_while_it_is_read(tmp_path):
     checkpoint = saved(tiny.llama(), tmp_path)
     model, disk = on_disk(checkpoint)
-    last = max(models.weight_files(checkpoint.folder))
+    last = max(checkpoints.weight_files(checkpoint.folder))
     last.write_bytes(last.read_bytes()[:-400])
     with pytest.raises(ModelError, match=last.name):
         model(input_ids=tiny.some_tokens(1))
@@ -333,7 +333,7 @@ def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="GGUF"):
-        stream._refuse(models.Checkpoint("model", tmp_path, gguf.name), None)
+        stream._refuse(checkpoints.Checkpoint("model", tmp_path, gguf.name), None)
 
 
 def test_a_model_that_changes_its_weights_as_it_runs_is_refused(tmp_path):

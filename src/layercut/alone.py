@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from layercut import evaluate, models, processes, sharding, stream
+from layercut import checkpoints, evaluate, models, processes, sharding, stream
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import load_blocks, split_mix
@@ -31,7 +31,7 @@ def cut(model: str, config: CutConfig) -> Path:
 
     A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
     """
-    checkpoint = models.resolve(model, allow_pickle=config.allow_pickle)
+    checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
     if not checkpoint.gguf:
         cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
     elif config.out.suffix == ".gguf":
@@ -69,11 +69,11 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
     if (run / "config.yaml").is_file():
         if not (run / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
-        names = {"dense": models.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
+        names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
         cache = run / "tasks"
     perplexities, records, tokens = {}, [], None
     for name, source in names.items():
-        checkpoint = models.resolve(source, allow_pickle=config.load.allow_pickle)
+        checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if source_of_text is not None:
             stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
             check_window(config.window, stock)
@@ -124,7 +124,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
     run = Path(target)
     is_run = (run / "summary.json").is_file()
-    source = models.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
+    source = checkpoints.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
     if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
     if stream.wanted(source, **asdict(config.load)):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from layercut import charts, evaluate, figures, models, processes
+from layercut import charts, checkpoints, evaluate, figures, models, processes
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, SurgeryError
@@ -48,7 +48,7 @@ def compare(model: str, config: CompareConfig) -> Path:
     if config.load.shard == "on":
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
     journey, methods = config.journey(), config.compare.names
-    checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
+    checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window(config.text.window, architecture)
     layers = models.count_layers(architecture)

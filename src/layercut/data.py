@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 
-from layercut.errors import DataError
-from layercut.models import first_line, quiet_transformers
+from layercut.errors import DataError, first_line
+from layercut.models import quiet_transformers
 from layercut.sources import NAMED, PYTHON, Document, documents, looks_local, matching_files
 
 Order = Literal["shuffled", "as written"]

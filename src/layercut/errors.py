@@ -36,3 +36,9 @@ class SurgeryError(LayercutError):
 
 class RunError(LayercutError):
     """A run folder that cannot be written, resumed or reported on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut to a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

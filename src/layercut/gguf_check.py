@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from layercut.errors import LayercutError, ModelError
-from layercut.models import as_stored, first_line, quiet_transformers
+from layercut.errors import LayercutError, ModelError, first_line
+from layercut.models import as_stored, quiet_transformers
 
 LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
 """Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from layercut import evaluate, models, processes, stages, stream
+from layercut import checkpoints, evaluate, models, processes, stages, stream
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
 from layercut.errors import ConfigError
@@ -43,7 +43,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     """
     processes.start()
     config.check()
-    checkpoint = models.resolve(model, allow_pickle=config.load.allow_pickle)
+    checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window(config.text.window, architecture)
     if config.heal.teacher_topk:

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layercut.errors import DataError
-from layercut.models import first_line
+from layercut.errors import DataError, first_line
 from layercut.pythontext import in_order, python_docs, python_docstrings
 
 Message = dict[str, str]

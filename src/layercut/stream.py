@@ -26,9 +26,9 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from layercut import models, processes, sharding
+from layercut import checkpoints, models, processes, sharding
 from layercut.config import ShardMode, StreamMode
-from layercut.errors import ConfigError, ModelError
+from layercut.errors import ConfigError, ModelError, first_line
 from layercut.progress import say
 
 FITS = 0.8
@@ -38,7 +38,7 @@ IN_MEMORY = "load it in memory instead: --stream off"
 
 
 def load(
-    checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
+    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> models.LanguageModel:
     """`models.load`, or the same model with its weights spread over the processes or its layers left on disk.
 
@@ -52,7 +52,7 @@ def load(
     return models.load(checkpoint, **how)
 
 
-def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
+def wanted(checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
     """Whether `load` in one process would leave the layers on disk. Reads headers only."""
     if stream != "auto":
         return stream == "on"
@@ -60,7 +60,7 @@ def wanted(checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", **how:
 
 
 def spread(
-    checkpoint: models.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
+    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> bool:
     """Whether `load` would spread the weights over the processes, which must ask together. Reads headers only.
 
@@ -78,9 +78,9 @@ def spread(
     return bool(processes.most(share > FITS)) and not processes.most(share / count > FITS)
 
 
-def share_of_memory(checkpoint: models.Checkpoint, **how: Any) -> float:
+def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
     """Bytes of the weights over those that this process has; 0 of what cannot be loaded but at once."""
-    if checkpoint.gguf or not models.weight_files(checkpoint.folder):
+    if checkpoint.gguf or not checkpoints.weight_files(checkpoint.folder):
         return 0.0
     config = models.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if getattr(config, "quantization_config", None):
@@ -184,7 +184,7 @@ class Stored:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by name; ModelError where a file cannot be read."""
     found: dict[str, Stored] = {}
-    for file in models.weight_files(folder):
+    for file in checkpoints.weight_files(folder):
         with _opened(file) as shard:
             for name in shard.keys():  # noqa: SIM118, this is no dict
                 tensor = shard.get_slice(name)
@@ -200,7 +200,7 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{file} is corrupt, truncated or gone: {models.first_line(error)}", "fetch this file again"
+            f"{file} is corrupt, truncated or gone: {first_line(error)}", "fetch this file again"
         ) from None
 
 
@@ -208,7 +208,7 @@ def _opened(file: Path) -> Any:
 
 
 def load_spread(
-    checkpoint: models.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
+    checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
 ) -> models.LanguageModel:
     """`models.load`, of which each process keeps its part of every weight (`sharding.py`).
 
@@ -237,7 +237,7 @@ def load_spread(
 
 
 def open_on_disk(
-    checkpoint: models.Checkpoint,
+    checkpoint: checkpoints.Checkpoint,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -271,7 +271,7 @@ def open_on_disk(
     )
 
 
-def _build(checkpoint: models.Checkpoint, config: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The model as transformers makes it of tensors, some or all of which have no data."""
     from transformers.models.auto.auto_factory import _get_model_class
 
@@ -290,7 +290,7 @@ def _build(checkpoint: models.Checkpoint, config: Any, tensors: Mapping[str, Any
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{checkpoint.name} cannot be opened: {models.first_line(error)}", IN_MEMORY) from error
+            raise ModelError(f"{checkpoint.name} cannot be opened: {first_line(error)}", IN_MEMORY) from error
     models.check_loading(info, checkpoint.name)
     if info.get("conversion_errors"):
         raise ModelError(
@@ -300,7 +300,7 @@ def _build(checkpoint: models.Checkpoint, config: Any, tensors: Mapping[str, Any
     return model
 
 
-def read_by_layer(checkpoint: models.Checkpoint, config: Any) -> bool:
+def read_by_layer(checkpoint: checkpoints.Checkpoint, config: Any) -> bool:
     """Whether a checkpoint is of a kind that is read layer by layer."""
     try:
         _refuse(checkpoint, config)
@@ -309,12 +309,12 @@ def read_by_layer(checkpoint: models.Checkpoint, config: Any) -> bool:
     return True
 
 
-def _refuse(checkpoint: models.Checkpoint, config: Any) -> None:
+def _refuse(checkpoint: checkpoints.Checkpoint, config: Any) -> None:
     """What is not read layer by layer."""
     name = checkpoint.name
     if checkpoint.gguf:
         raise ModelError(f"{name} is a GGUF file, whose layers are not read one by one", IN_MEMORY)
-    if not models.weight_files(checkpoint.folder):
+    if not checkpoints.weight_files(checkpoint.folder):
         raise ModelError(f"{name} holds pickled weights, which are not read layer by layer", IN_MEMORY)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name} is quantized, and quantized layers are not read one by one", IN_MEMORY)
@@ -368,7 +368,7 @@ def _read(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
                     tensors[name] = shard.get_tensor(name)
                 except Exception as error:  # its own error type, or the system's
                     raise ModelError(
-                        f"{name} cannot be read from {file}: {models.first_line(error)}",
+                        f"{name} cannot be read from {file}: {first_line(error)}",
                         "fetch this file again; it has changed since it was opened",
                     ) from None
     return tensors

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from layercut import models
+from layercut import checkpoints, models
 from layercut.config import ExportConfig
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.cut.folder import appearing
@@ -56,7 +56,7 @@ def export(target: str, config: ExportConfig) -> Path:
     is_run = (run / "config.yaml").is_file()
     if is_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
-    summary = models.read_json(run / "summary.json") if is_run else {}
+    summary = checkpoints.read_json(run / "summary.json") if is_run else {}
     with appearing(config.out, force=config.force) as work:
         file = work / config.out.name
         if is_run and summary["model"].endswith(".gguf"):
@@ -99,9 +99,9 @@ def _with_file(summary: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]
 
 def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any]:
     """The source file without the run's segments, with what healing changed written anew."""
-    checkpoint = models.resolve(source)
+    checkpoint = checkpoints.resolve(source)
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    segments = [Segment(*bounds) for bounds in models.read_json(run / "cut.json")["segments"]]
+    segments = [Segment(*bounds) for bounds in checkpoints.read_json(run / "cut.json")["segments"]]
     healed = _healed_weights(run)
     loaded = models.load(checkpoint, dtype=settings["dtype"], device="cpu")
     student = loaded.model
@@ -124,7 +124,7 @@ def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any
 
 def _healed_weights(run: Path) -> dict[str, torch.Tensor]:
     """What fold and tuning changed; quantization is not among it, a GGUF file has its own."""
-    heal, fold = models.read_json(run / "heal.json"), models.read_json(run / "fold.json")
+    heal, fold = checkpoints.read_json(run / "heal.json"), checkpoints.read_json(run / "fold.json")
     if heal["tuning"]:
         return load_file(run / "tuned.safetensors")
     return load_file(run / "folded.safetensors") if fold["changed"] else {}
@@ -136,8 +136,8 @@ def _converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tenso
     text: tokens [N, T] to measure on; Python's own documentation where none are given.
     """
     kind = config.gguf_type
-    models.check_folder(folder)
-    if "quantization_config" in models.read_json(folder / "config.json"):
+    checkpoints.check_folder(folder)
+    if "quantization_config" in checkpoints.read_json(folder / "config.json"):
         raise ModelError(
             f"{folder} is quantized already; a GGUF file is made from float weights",
             "compress without --bits, and let --gguf-type quantize",
@@ -149,7 +149,7 @@ def _converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tenso
             cut_gguf(plain, [], file, replaced=requantized(plain, kind))
         elif plain != file:
             quantize_by_llama_cpp(plain, file, kind)
-    loaded = models.load(models.resolve(str(folder)), device="cpu")
+    loaded = models.load(checkpoints.resolve(str(folder)), device="cpu")
     read = read_by_transformers(file) if readable(architecture_of(file)) else None
     errors = {} if read is None else compare_weights(file.name, read, loaded.model, _matrices(loaded.model, kind))
     if text is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluate, lending, models, processes, sharding, stream
+from layercut import checkpoints, evaluate, lending, models, processes, sharding, stream
 from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, load_blocks, split_mix
@@ -30,7 +30,7 @@ from layercut.sweep import Stack
 class Workbench:
     """What stages share: the dense model, loaded when first needed, the token blocks, and the run folder."""
 
-    checkpoint: models.Checkpoint
+    checkpoint: checkpoints.Checkpoint
     config: CompressConfig
     run: Run
     rounds: int = 1

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from layercut.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, weight_files
 from layercut.cut import facts
 from layercut.cut.adjust import Read
 from layercut.cut.folder import appearing
@@ -26,7 +27,7 @@ from layercut.cut.naming import DiskNames, in_reading_order, layer_of, renumbere
 from layercut.cut.plan import Plan, plan_cut
 from layercut.cut.safetensors_io import Entry, Output, Shard, read_shard, write_shard
 from layercut.errors import ModelError, SurgeryError
-from layercut.models import INDEX, SINGLE, Checkpoint, check_folder, load_config, read_json, weight_files
+from layercut.models import load_config
 from layercut.segments import Segment
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")

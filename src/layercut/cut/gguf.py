@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.cut.folder import appearing
-from layercut.errors import ConfigError, LayercutError, ModelError, SurgeryError
-from layercut.models import first_line
+from layercut.errors import ConfigError, LayercutError, ModelError, SurgeryError, first_line
 from layercut.segments import Segment, checked_segments, kept_layers
 
 PERIODS = {

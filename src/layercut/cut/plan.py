@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from layercut.cut import adjust, facts
-from layercut.errors import LayercutError, ModelError, SurgeryError
-from layercut.models import Decoder, find_decoder, first_line, quiet_transformers
+from layercut.errors import LayercutError, ModelError, SurgeryError, first_line
+from layercut.models import Decoder, find_decoder, quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
 
 PATIENCE = 15.0

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from layercut.errors import ConfigError, DataError
+from layercut.errors import ConfigError, DataError, first_line
 from layercut.losses import rows_per_chunk
-from layercut.models import first_line, quiet_transformers
+from layercut.models import quiet_transformers
 from layercut.progress import bar
 from layercut.runs import digest, write_json
 

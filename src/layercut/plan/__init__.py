@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from layercut import models
+from layercut import checkpoints, models
 from layercut.config import CompressConfig, PlanConfig, parse_bytes
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
@@ -45,7 +45,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     """
     journey = config.journey()
     journey.check()
-    checkpoint = models.resolve(model, weights=False)
+    checkpoint = checkpoints.resolve(model, weights=False)
     stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device = models.pick_device(config.load.device)
     asked = config.load.dtype
@@ -267,9 +267,9 @@ def _range(parts: Parts, length: int) -> dict[str, int]:
     return {"least": parts.total - max(removed), "most": parts.total - min(removed)}
 
 
-def _file_bytes(checkpoint: models.Checkpoint) -> int:
+def _file_bytes(checkpoint: checkpoints.Checkpoint) -> int:
     """Bytes of the weight files that are here."""
-    files = [checkpoint.file] if checkpoint.gguf else models.weight_files(checkpoint.folder)
+    files = [checkpoint.file] if checkpoint.gguf else checkpoints.weight_files(checkpoint.folder)
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layercut.errors import ModelError
+from layercut.errors import ModelError, first_line
 from layercut.heal.targets import WIDEST, is_linear, output_dim
 from layercut.measure import cache_bytes
-from layercut.models import find_decoder, first_line, quiet_transformers
+from layercut.models import find_decoder, quiet_transformers
 
 
 @dataclass(frozen=True, kw_only=True)
