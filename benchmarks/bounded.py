@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 from layercut import checkpoints, models
+from layercut.plan import work
 from layercut.runs import Run
 from layercut.stages import text
 from memory import Children, high_water, reset_peak
@@ -75,6 +76,14 @@ def journey(argv: list[str], limit: int, held_out: int) -> None:
     print(json.dumps({"exit_code": code, "stages": peaks}))
 
 
+def plan(argv: list[str], held_out: int) -> None:
+    """`layercut plan`, in this process, for so few rows held out."""
+    from layercut.cli import main as command
+
+    work.FEWEST_HELD_OUT = held_out
+    sys.exit(command(argv))
+
+
 def child(*command: str) -> str:
     """Standard output of a Python process; ends this one where it fails."""
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
@@ -99,7 +108,8 @@ def main() -> None:
         if size <= limit:
             sys.exit(f"the checkpoint has {size / 1e9:.2f} GB, no more than the limit: give a smaller --limit")
         print(f"{size / 1e9:.2f} GB written, limit {limit / 1e9:.2f} GB", file=sys.stderr, flush=True)
-        plan = json.loads(child("-m", "layercut.cli", "plan", str(model), *flags(args), "--no-calibrate", "--json"))
+        asked = ["plan", str(model), *flags(args), "--no-calibrate", "--json"]
+        plans = json.loads(child(__file__, "--plan", json.dumps([asked, args.held_out])))
         texts = ["--data=python-docs", "--eval-data=python-docstrings", f"--out={run}"]
         argv = ["compress", str(model), *flags(args), *texts]
         seen = json.loads(child(__file__, "--child", json.dumps([argv, limit, args.held_out])).splitlines()[-1])
@@ -109,7 +119,7 @@ def main() -> None:
         summary = json.loads((run / "summary.json").read_text())
     rows = []
     for stage in STAGES:
-        parts = [plan["stages"][name]["peak_bytes"] for name in PLANNED.get(stage, ())]
+        parts = [plans["stages"][name]["peak_bytes"] for name in PLANNED.get(stage, ())]
         planned = max(parts, default=None)
         measured = max(value for key, value in seen["stages"][stage].items() if key != "seconds")
         ratio = round(planned / measured, 2) if planned else None
@@ -137,5 +147,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         journey(*json.loads(sys.argv[2]))
+    elif sys.argv[1:2] == ["--plan"]:
+        plan(*json.loads(sys.argv[2]))
     else:
         main()

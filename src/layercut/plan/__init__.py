@@ -214,7 +214,7 @@ def stage_work(
         "fold": work.fold_work(shape, config, first),
         "tune": work.tune_work(shape, config, first),
         "eval": work.evaluate_work(shape, config, first, weights),
-        "export": work.export_work(shape, after, weights[1]),
+        "export": work.export_work(shape, config, after, weights[1]),
     }
 
 

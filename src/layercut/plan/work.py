@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from layercut.config import CompressConfig
+from layercut.evaluate.generation import CONTINUATION, FEWEST_PROMPTS, LONGEST_PROMPT
+from layercut.export import CHECK_TOKENS
 from layercut.heal.endpoints import endpoints
 from layercut.heal.fold import HELD_OUT, RIDGES, WIDEST
 from layercut.plan.shape import Parts, Shape
@@ -25,6 +27,12 @@ FRESH_PROCESS = 8.0
 
 HELD_OUT_SCORES = 9
 """Tuning looks at the held-out rows before the first step and eight times on its way."""
+
+
+WRITTEN = 3 * 48
+"""Tokens that each model writes to be looked at (`evaluate.generations`)."""
+SPEED = (512, 26, 6)
+"""Prompt, tokens decoded and rounds, the one that warms up included, of `measure.speed`."""
 
 
 @dataclass(frozen=True)
@@ -244,31 +252,41 @@ def tune_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
 
 
 def evaluate_work(shape: Shape, config: CompressConfig, segment: Segment, weights: tuple[int, int]) -> Work:
-    """Perplexity of the dense, cut, folded and tuned states; generations; speed. weights: bytes before and after.
+    """Perplexity of the dense, cut, folded and tuned states; generations, their health, speed. weights: bytes before
+    and after.
 
-    `measure.speed` decodes 24 tokens six times with each model, and three times fills a prompt of 512 to do so;
-    generations are three of 48 tokens each. A decoded token reads every weight once.
+    Both models write after three prompts and, for their health, after eight at once, which the dense one then scores;
+    each round of `measure.speed` fills a prompt and decodes, twice with the dense model. A decoded token, or eight at
+    once, reads every weight.
     """
     rows = rows_of(config.evaluate.eval_tokens, config.text.window)
     kept = shape.layers - len(segment)
     after = 1 + config.heal.fold + bool(config.heal.tune_tokens)
-    forwards, heads = rows * (shape.layers + after * kept), rows * (1 + after)
-    decoded, prompts = 3 * 48, 0.0
+    written = FEWEST_PROMPTS * (LONGEST_PROMPT + CONTINUATION) / shape.window
+    forwards, heads = rows * (shape.layers + after * kept) + 2 * written * shape.layers, rows * (1 + after)
+    decoded = [WRITTEN + CONTINUATION] * 2
     if config.evaluate.speed:
-        decoded += 6 * (24 + 2)
-        prompts = 6 * 2 * 512 / shape.window
-    found = _work(shape, Bounds.exactly(forwards + prompts * (shape.layers + kept)), heads=heads)
+        prompt, tokens, rounds = SPEED
+        forwards += rounds * prompt / shape.window * (2 * shape.layers + kept)
+        decoded = [decoded[0] + 2 * rounds * tokens, decoded[1] + rounds * tokens]
+    found = _work(shape, Bounds.exactly(forwards), heads=heads + 2 * written)
     return replace(
-        found, decoded_bytes=decoded * sum(weights), decoded_layers=decoded * (shape.layers + kept)
+        found,
+        decoded_bytes=sum(count * size for count, size in zip(decoded, weights, strict=True)),
+        decoded_layers=decoded[0] * shape.layers + decoded[1] * kept,
     )
 
 
-def export_work(shape: Shape, after: Parts, after_bytes: int) -> Work:
-    """Written once, read once by the fresh process, which generates 24 tokens in float32 with the cache."""
+def export_work(shape: Shape, config: CompressConfig, after: Parts, after_bytes: int) -> Work:
+    """Written once, read once by the fresh process, which generates 24 tokens in float32 with the cache; perplexity of
+    both, of which float32 counts as two of the model's format where that is narrower."""
     wide = 4 * after.total
-    return Work(
-        read_bytes=2 * after_bytes, moved_bytes=wide + 5 * after_bytes,
-        decoded_bytes=24 * wide, decoded_layers=24 * len(after.layers), fixed_seconds=FRESH_PROCESS,
+    rows = rows_of(min(CHECK_TOKENS, config.evaluate.eval_tokens), shape.window)
+    times = 1 + max(1, 4 // shape.itemsize)
+    found = _work(shape, Bounds.exactly(times * rows * len(after.layers)), heads=times * rows)
+    return replace(
+        found, read_bytes=2 * after_bytes, moved_bytes=wide + 5 * after_bytes, decoded_bytes=24 * wide,
+        decoded_layers=24 * len(after.layers), fixed_seconds=FRESH_PROCESS,
     )  # fmt: skip
 
 
