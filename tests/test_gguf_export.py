@@ -353,12 +353,15 @@ def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, t
     loaded = models.load(checkpoints.resolve(str(out)), dtype="float32")
     prompt = loaded.tokenizer("The capital of France is the city of").input_ids
     theirs, greedy = by_llama_cpp(out, prompt, tmp_path)
-    tokens = torch.tensor([prompt])
     with torch.no_grad():
-        ours = loaded.model(tokens, use_cache=False).logits[0]
-        generated = loaded.model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert (theirs - ours).abs().mean() < worst(kind, source) * ours.std()
-    assert greedy[:4] == generated[0, len(prompt) :].tolist()[:4]
+        ours = loaded.model(torch.tensor([prompt + greedy]), use_cache=False).logits[0, : -1]
+    told, after = ours[: len(prompt)], ours[len(prompt) - 1 :]
+    bound = worst(kind, source) * told.std()
+    assert (theirs - told).abs().mean() < bound
+    # each token that it wrote is our likeliest one, or as good as that within what 8-bit activations cost
+    lost = after.max(-1).values - after.gather(-1, torch.tensor(greedy)[:, None])[:, 0]
+    assert (lost < 4 * bound).all()
+    assert (lost == 0).sum() >= 10
 
 
 @pytest.mark.llamacpp
