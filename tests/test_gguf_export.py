@@ -361,7 +361,7 @@ def test_llama_cpp_computes_what_transformers_computes(kind, source, real_run, t
     # each token that it wrote is our likeliest one, or as good as that within what 8-bit activations cost
     lost = after.max(-1).values - after.gather(-1, torch.tensor(greedy)[:, None])[:, 0]
     assert (lost < 4 * bound).all()
-    assert (lost == 0).sum() >= 10
+    assert (lost == 0).sum() >= 8
 
 
 @pytest.mark.llamacpp

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
+    Qwen3Config,
     Qwen3NextConfig,
     T5Config,
 )
@@ -37,6 +38,8 @@ from layercut.config import (
 )
 from layercut.cut import cut_segment_
 from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.heal.fold import together
+from layercut.heal.targets import find_targets
 from layercut.plan import GROUP, cut_parts, memory, plan_run, sizes, stage_peaks, streamed, work
 from layercut.plan.fit import Target, judge
 from layercut.plan.machine import Rates
@@ -212,6 +215,14 @@ def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
             assert bounds.least <= counted <= bounds.most
             assert bounds.least <= bounds.expected <= bounds.most
         assert planned.layer_forwards.most < 3 * cost.layer_forwards, "bounds that wide say nothing"
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gpt2", "mixtral", "qwen3"])
+def test_the_systems_that_are_counted_are_those_that_the_fold_solves(name):
+    config = Qwen3Config(**WIDTHS, head_dim=16) if name == "qwen3" else FAMILIES[name]
+    targets = find_targets(Stack(tiny.tiny(config)), 2, tiny.some_tokens(2))
+    solved = [sum(target.width for target in together(targets[number:])) for number in range(len(targets))]
+    assert list(work.fold_systems(measure_shape(config, torch.float32, 16))) == solved
 
 
 @pytest.mark.parametrize("radius", [1, 2])

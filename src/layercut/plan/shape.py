@@ -199,13 +199,21 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
 
 
 def read_widths(layers: torch.nn.Module, hidden: int) -> tuple[int, int]:
-    """The least and the most that a linear module reads which puts out the hidden width: those are the attention's
-    and the MLP's. Experts are no linear modules; of what they put out, and of what is too wide, D numbers are read."""
-    linear: list[Any] = [module for module in layers.modules() if is_linear(module)]
-    writers = [module.weight for module in linear if module.weight.shape[output_dim(module)] == hidden]
-    widths = {weight.numel() // hidden for weight in writers}
-    found = sorted(width if width <= WIDEST else hidden for width in widths) or [hidden]
-    return found[0], found[-1] if len(found) > 1 else hidden
+    """The least and the most that a layer's output projections read, of the layer where that is most: attention's and
+    MLP's, each the last linear module of its part that puts out the hidden width. Experts are no linear modules; of
+    what they put out, and of what is too wide, D numbers are read."""
+
+    def of(layer: torch.nn.Module) -> tuple[int, int]:
+        read: dict[str, int] = {}
+        modules: list[tuple[str, Any]] = [(n, m) for n, m in layer.named_modules() if is_linear(m)]
+        for name, module in modules:
+            if module.weight.shape[output_dim(module)] == hidden:
+                width = module.weight.numel() // hidden
+                read[name.rpartition(".")[0]] = width if width <= WIDEST else hidden
+        widths = sorted([*read.values(), *[hidden] * (2 - len(read))])
+        return widths[0], widths[-1]
+
+    return max(map(of, layers.children()), key=sum)
 
 
 # --- one layer, on shapes alone -----------------------------------------------------------------------------
