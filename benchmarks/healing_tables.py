@@ -12,12 +12,14 @@ def healing_table(result: dict) -> str:
     headings = ["method", "weights trained", "tokens per CPU second", "peak memory above the weights"]
     headings += [f"gap closed, {text}" for text in dense]
     from_to = "; ".join(f"{text} {figure(dense[text])} dense, {figure(cut[text])} cut" for text in dense)
+    plain = [f"`{row['method']}`" for row in rows if row["method"] in ("patch", "no-fold", "optipfair")]
     machine = f"{environment['cores']} CPU cores ({environment['cpu']})"
     lines = [
         f"`benchmarks/healing.py`, {environment['date'][:10]}, {machine}: {settings['model']} without layers "
         f"{settings['segment']}, healed on the same {settings['tune_tokens']:,} tokens "
-        f"({settings['data'].replace('+', ', ')}) after a fold on {settings['calibration_tokens']:,} (`patch`, "
-        f"`no-fold` and `optipfair` without it); log-perplexity gap closed on {settings['eval_tokens']:,} tokens of "
+        f"({settings['data'].replace('+', ', ')}) after a fold on {settings['calibration_tokens']:,} "
+        f"({', '.join(plain)} without it); gap closed, (ln cut - ln healed) / (ln cut - ln dense) of perplexities, on "
+        f"{settings['eval_tokens']:,} tokens of "
         f"each text ({from_to}):",
         "",
         f"| {' | '.join(headings)} |",

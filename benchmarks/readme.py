@@ -66,6 +66,7 @@ def compare_table(result: dict) -> str:
     states = ["cut", "folded", *(["tuned"] if tuning else [])]
     tuned = f", {tuning['tokens']:,} tuning" if tuning else ""
     headings = ["method", "removed", "KL", *states, "layer forwards", "s"]
+    headings[-2:-2] = ["weights trained"] if tuning else []
     lines = [
         f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} CPU cores "
         f"({environment['cpu']}): {comparison['model']}, {layers['before']} -> {layers['after']} layers. The same "
@@ -77,10 +78,14 @@ def compare_table(result: dict) -> str:
     ]
     for row in by_kl(comparison):
         perplexities = ["–" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
+        if row["tuning"] and not row["tuning"]["from_fold"] and row["perplexity"]["folded"] is not None:
+            perplexities[1] += " (dropped)"
         if row["refused"]:
             perplexities[0] = "refused"
         backwards = f" + {count(row['layer_backwards'])} back" if row["layer_backwards"] else ""
         cells = [f"`{row['method']}`", label(row["segments"]), figure(row["kl"]), *perplexities]
+        if tuning:
+            cells.append(count(row["tuning"]["trained_parameters"]) if row["tuning"] else "–")
         cells += [count(row["layer_forwards"]) + backwards, f"{row['search_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -97,8 +102,8 @@ def search_words() -> str:
         f"The gate against the best of all segments, {found['environment']['date'][:10]}, {found['model']}, ratios "
         f"0.1 to 0.4, three seeds each: its segment's KL is {regret['median']:.2f} times the best one's in the median "
         f"and {regret['worst']:.2f} at worst ({regret['cases']} cases). Work at ratio 0.2, brute force : one sweep : "
-        f"gate = {shares} ({seconds} s). Two segments with {two['length']} layers in all: the best of "
-        f"{two['sets']:,} sets (regret {two['regret']:.2f}) for {100 * two['clp_over_brute_force']:.0f} % of brute "
+        f"gate = {shares} in layer-forwards ({seconds} s). Two segments with {two['length']} layers in all: "
+        f"the best of {two['sets']:,} sets (regret {two['regret']:.2f}) for {100 * two['clp_over_brute_force']:.0f} % of brute "
         f"force.\n\nA checkpoint of Llama-3-8B's shape ({size(disk['checkpoint_bytes'])}, random weights) searched "
         f"from disk: peak memory {size(run['peak_rss_bytes'])}, each layer read "
         f"{run['times_each_layer_was_read'][0]} time, {run['seconds']['search']:.0f} s on {disk['tokens']['rows']} x "
