@@ -114,7 +114,8 @@ def goal_words(points: Sequence[Point]) -> str:
     reached = f"Within {BUDGETS[0]:.0%} the model gets {1 - near['share']:.0%} smaller"
     if not fitting:
         least = min(points, key=lambda p: p["bytes"])
-        return f"{reached}, and no point is {SMALLER:.0%} smaller: the smallest is {1 - least['share']:.1%}."
+        smallest = f"the smallest is {1 - least['share']:.2%} smaller, and perplexity rises by {loss(least):.0%}"
+        return f"{reached}, and no point is {SMALLER:.0%} smaller: {smallest} ({named(least)})."
     best = min(fitting, key=loss)
     return f"{reached}; at {SMALLER:.0%} smaller perplexity rises by {loss(best):.0%} ({named(best)})."
 

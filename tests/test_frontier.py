@@ -80,7 +80,7 @@ def test_the_goal_is_answered_from_either_side(fronts):
     assert without["goal"]["best_that_fits"] is None
     assert without["goal"]["loss_interpolated"] is None
     assert without["goal"]["smallest"] is POINTS[6]
-    assert "no point is 80% smaller: the smallest is 76.0%" in without["words"][0]
+    assert "no point is 80% smaller: the smallest is 76.00% smaller" in without["words"][0]
 
 
 def test_at_equal_bytes_fewer_bits_beat_fewer_layers_and_both_lose_where_they_meet(fronts):
