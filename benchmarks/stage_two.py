@@ -86,17 +86,17 @@ def quantize_lines(result: dict[str, Any]) -> list[str]:
 def speed_table(result: dict[str, Any]) -> str:
     """How much faster, and how much of what can be reached that is."""
     lines = [
-        f"`benchmarks/speed.py`, {made(result)}: {result['model']} in {result['dtype']}, dense and cut timed in turn. "
+        f"`benchmarks/speed.py`, {made(result)}: {result['model']}, dense and cut timed in turn. "
         "Reachable: 1 / (1 - r s), r the share of layers removed, s that of the dense model's time spent in them.",
         "",
         "| removed | by | prompt | prefill | of reachable | decode | of reachable |",
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        cells = [f"{row['ratio']:.0%}", row.get("backend", "transformers"), f"{row['prompt_tokens']:,}"]
+        by = f"{row['backend']}, {row['gguf_type']}" if "backend" in row else f"transformers, {result['dtype']}"
+        cells = [f"{row['ratio']:.0%}", by, f"{row['prompt_tokens']:,}"]
         for phase in ("prefill", "decode"):
-            reached = row[phase].get("reached")  # not known of llama.cpp
-            cells += [times(row[phase]["ratio"]), "" if reached is None else f"{reached:.2f}"]
+            cells += [times(row[phase]["ratio"]), f"{row[phase]['reached']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
