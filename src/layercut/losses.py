@@ -138,13 +138,14 @@ def slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def logit_pieces(
-    rows: int, window: int, bytes_per_token: int, budget_bytes: int = 32 * 2**20
-) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget.
+PIECE_BYTES = 32 * 2**20
+"""Above it glibc no longer reuses memory but fetches it from the system, page by page, each time."""
 
-    Above 32 MiB glibc no longer reuses memory but fetches it from the system, page by page, each time.
-    """
+
+def logit_pieces(
+    rows: int, window: int, bytes_per_token: int, budget_bytes: int = PIECE_BYTES
+) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget."""
     tokens = max(1, budget_bytes // bytes_per_token)
     for part in slices(rows, max(1, tokens // window)):
         for columns in slices(window, min(window, tokens)):

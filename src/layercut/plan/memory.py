@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from layercut.config import CompressConfig
 from layercut.heal.endpoints import PASS_TOKENS, endpoints
-from layercut.losses import rows_per_chunk
+from layercut.losses import PIECE_BYTES, rows_per_chunk
 from layercut.plan.shape import Shape
 from layercut.plan.work import descent_entered, fold_systems, held_out_tokens, rows_of
 from layercut.search.clp import schedule_for
@@ -21,9 +21,6 @@ from layercut.segments import Segment
 
 SWEPT_ROWS = 8
 """Rows that sweep and fold carry at once: the default of `set_costs` and of `fold_`."""
-
-PIECE = 32 * 2**20
-"""Bytes of the logits that tuning makes at a time (`losses.logit_pieces`)."""
 
 Peak = dict[str, int]
 
@@ -100,7 +97,7 @@ def fold(shape: Shape, rows: int, held: int) -> Peak:
     """Normal equations beside what solves them, or beside the streams of a few rows and float64 copies of what they
     read and lack. Or, before and after, KL on the rows held out."""
     wide, tokens = max(fold_systems(shape)), min(rows, SWEPT_ROWS) * shape.window
-    equations = 8 * wide * (wide + shape.hidden)  # Z'Z and Z'Y, in float64
+    equations = normal_equations(shape)
     # what the rows add, before it is added; z in the model's format, side by side and in float64, y in float32 and 64
     adding = equations + tokens * (wide * (2 * shape.itemsize + 8) + shape.hidden * (4 * shape.itemsize + 12))
     working = max(solving(shape), adding, min(rows, SWEPT_ROWS) * shape.most("live"))
@@ -109,6 +106,12 @@ def fold(shape: Shape, rows: int, held: int) -> Peak:
         {"logits": compared_logits(shape, held, 2)},
         key=total,
     )
+
+
+def normal_equations(shape: Shape) -> int:
+    """Z'Z and Z'Y in float64, of the wider of the fold's systems."""
+    wide = max(fold_systems(shape))
+    return 8 * wide * (wide + shape.hidden)
 
 
 def solving(shape: Shape) -> int:
@@ -149,7 +152,7 @@ def pass_rows(shape: Shape, config: CompressConfig) -> int:
 
 def tuning_logits(shape: Shape, config: CompressConfig) -> int:
     """Both models' logits of one piece of a pass, their gradient and one copy."""
-    return 4 * min(PIECE, pass_rows(shape, config) * shape.window * shape.vocabulary * shape.itemsize)
+    return 4 * min(PIECE_BYTES, pass_rows(shape, config) * shape.window * shape.vocabulary * shape.itemsize)
 
 
 def evaluate(shape: Shape, config: CompressConfig) -> Peak:

@@ -12,7 +12,7 @@ from layercut.heal.endpoints import endpoints
 from layercut.plan import memory
 from layercut.plan.memory import Peak
 from layercut.plan.shape import Shape
-from layercut.plan.work import descent_entered, fold_rows, fold_systems, held_out_tokens, rows_of
+from layercut.plan.work import descent_entered, fold_rows, held_out_tokens, rows_of
 from layercut.search.clp import schedule_for
 from layercut.search.exhaustive import DENSE, all_segments, streams_held
 from layercut.segments import Segment
@@ -56,10 +56,9 @@ def search(shape: Shape, config: CompressConfig, length: int, given: bool, rows:
 
 def fold(shape: Shape, config: CompressConfig) -> Peak:
     """Three hidden states of all rows beside the normal equations and what solves them."""
-    wide = max(fold_systems(shape))
     folded = {
         "streams": 3 * fold_rows(config) * shape.window * shape.hidden * shape.itemsize,
-        "normal equations": 2 * 8 * wide * (wide + shape.hidden),
+        "normal equations": 2 * memory.normal_equations(shape),
         "solving": memory.solving(shape),
     }
     held = rows_of(held_out_tokens(config), shape.window)
