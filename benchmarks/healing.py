@@ -75,8 +75,8 @@ def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], genres=[""], segment="13:19", window=256,
         seed=0, calibration_tokens=16384, tune_tokens=65536, heldout_tokens=2048, rate_tokens=8192,
-        eval_tokens=65536, genre_tokens=8192, batch_tokens=2048, threads=2, methods=METHODS, again=[""],
-        equal_time=[""], peer_python="", only="", cpu_seconds=0.0, rate=0.0,
+        eval_tokens=65536, genre_tokens=8192, batch_tokens=TuneSettings.batch_tokens, threads=2, methods=METHODS,
+        again=[""], equal_time=[""], peer_python="", only="", cpu_seconds=0.0, rate=0.0,
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     if args.only:

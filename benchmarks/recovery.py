@@ -1,13 +1,14 @@
 """Claim: fold and cutoff endpoint tuning close most of the log-perplexity gap that a cut opens, and more the longer.
 
     python benchmarks/recovery.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--tokens 262144 1048576]
+    python benchmarks/recovery.py … --epochs 2 --tokens 4000000    # of 2,000,000 tokens, twice
     python benchmarks/recovery.py …        # goes on: budgets that are done are kept, one that was stopped is resumed
 
 Every budget is a run of its own, with its own schedule: fold on the calibration tokens, then that many tokens of
 tuning. Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities on texts that nothing was tuned on.
 Seconds are those of fold and tuning, scoring of the held-out rows included; processor seconds beside them; both null
 where the tuning was resumed (its own seconds are counted over all processes). --work keeps finished rows and the healed
-weights; other settings want another folder.
+weights; other settings want another folder, but for those that a row names.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "", data="python-docstrings", report=["docs=python-docs"], segment="13:19", window=256, seed=0,
         calibration_tokens=65536, heldout_tokens=8192, eval_tokens=65536, tokens=[262144, 1048576], radius=[1],
-        learning_rate=0.0, batch_tokens=2048, threads=2, work="runs/recovery",
+        epochs=1, learning_rate=0.0, batch_tokens=TuneSettings.batch_tokens, threads=2, work="runs/recovery",
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     model = open_model(args.model)
@@ -47,7 +48,7 @@ def main() -> None:
     draw = partial(blocks, model, window=args.window, seed=args.seed)
     calibration = draw(args.data, args.calibration_tokens).tokens
     heldout = draw(args.data, args.heldout_tokens, skip=len(calibration)).tokens
-    tokens = draw(args.data, max(args.tokens), skip=len(calibration) + len(heldout)).tokens
+    tokens = draw(args.data, math.ceil(max(args.tokens) / args.epochs), skip=len(calibration) + len(heldout)).tokens
     reported = {
         name: draw(source, args.eval_tokens, order="as written").tokens
         for name, _, source in (item.partition("=") for item in args.report)
@@ -88,7 +89,7 @@ def main() -> None:
         write_json(part, rows)
     for radius in args.radius:
         settings = TuneSettings(
-            radius=radius, learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens
+            radius=radius, epochs=args.epochs, learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens
         )
         for count in sorted(args.tokens):
             if any(row.get("tune_tokens") == count and row["radius"] == radius for row in rows):
@@ -99,11 +100,12 @@ def main() -> None:
             resumed = state.path.is_file()
             with bar(f"tuning, {count:,} tokens", count) as advance:
                 report = tune_(
-                    dense, student, segment, tokens[: math.ceil(count / args.window)], heldout, settings,
+                    dense, student, segment, tokens[: math.ceil(count / args.epochs / args.window)], heldout, settings,
                     advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"), state=state,
                 )  # fmt: skip
             spent = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
-            row = {"state": "tuned", "tune_tokens": count, "radius": radius, **spent}
+            row = {"state": "tuned", "tune_tokens": count, "radius": radius, "epochs": args.epochs, **spent}
+            row["batch_tokens"] = args.batch_tokens
             kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")
             row |= {key: getattr(report, key) for key in kept} | {"tuning_seconds": report.seconds}
             rows.append(row | measured(student))
@@ -112,7 +114,7 @@ def main() -> None:
             keep(student, f"tuned-{name}")
             state.path.unlink(missing_ok=True)
     add_gaps_(rows)
-    told = ("segment", "window", "seed", "calibration_tokens", "heldout_tokens", "eval_tokens", "batch_tokens")
+    told = ("segment", "window", "seed", "calibration_tokens", "heldout_tokens", "eval_tokens")
     facts = {key: getattr(args, key) for key in (*told, "threads")} | {"reported": list(reported)}
     sources = [Path(each).name for each in args.data.split("+")]
     finish(args.out, model, (__doc__ or "").splitlines()[0], rows, data=sources, **facts)

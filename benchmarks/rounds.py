@@ -34,7 +34,7 @@ def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], ratio=0.2, rounds=[1, 2, 3], window=256, seed=0,
         calibration_tokens=16384, search_tokens=4096, tune_tokens=65536, heldout_tokens=2048, eval_tokens=65536,
-        batch_tokens=2048, method="exhaustive", threads=2,
+        batch_tokens=TuneSettings.batch_tokens, method="exhaustive", threads=2,
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     opened = open_model(args.model)

@@ -91,8 +91,9 @@ def where_time_goes(work: Callable[[], Any], rows: int = 14) -> list[dict[str, A
 
 def main() -> None:
     args = arguments(
-        __doc__, data="python-docstrings", segment="13:19", tokens=4096, window=256, batch_tokens=2048, repeats=3
-    )
+        __doc__, data="python-docstrings", segment="13:19", tokens=4096, window=256, repeats=3,
+        batch_tokens=TuneSettings.batch_tokens,
+    )  # fmt: skip
     model = open_model(args.model)
     segment = [Segment.parse(args.segment)]
     dense = Stack(model.model)

@@ -230,3 +230,9 @@ def test_bad_flags_are_refused(arguments, tmp_path, capsys, flags, words):
 def test_a_ratio_is_asked_for(arguments, tmp_path, capsys):
     assert main([a for a in arguments if not a.startswith("--ratio")]) == 2
     assert "--ratio" in capsys.readouterr().err
+
+
+def test_layers_on_disk_are_refused_before_anything_is_done(arguments, tmp_path, capsys):
+    assert main([*arguments, "--stream=on", f"--out={tmp_path / 'run'}"]) == 2
+    assert "it has to be in memory" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from layercut import checkpoints, lending, models, processes, stream
+from layercut import checkpoints, export, lending, models, processes, stream
 from layercut.cli import main
 from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from layercut.errors import ModelError, RunError, SurgeryError
@@ -22,6 +22,7 @@ from layercut.evaluate import perplexity
 from layercut.heal import endpoints as room
 from layercut.heal.endpoints import TuneSettings, frozen_states, tune_
 from layercut.heal.fold import fold_
+from layercut.remarks import describe_export
 from layercut.segments import Segment
 from layercut.stages.heal import TUNING_STATE, TUNING_STATES
 from layercut.sweep import Stack, mean_kl
@@ -84,6 +85,20 @@ def test_the_checkpoint_is_the_same_and_says_how_it_was_checked(both):
     assert check["logits"] == "equal to the bit"
     assert "left on disk" in check["how"]
     assert check["cached_generation"] is None
+
+
+def test_a_checkpoint_that_does_not_fit_a_second_time_is_verified_from_disk(tiny_model, tmp_path, monkeypatch):
+    loaded = models.load(checkpoints.resolve(str(tiny_model)))
+    numbers = sum(p.numel() for p in loaded.model.parameters())
+    monkeypatch.setattr(stream, "available_bytes", lambda _: numbers * (4 + loaded.dtype.itemsize) - 1)
+    check = export.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "model")["check"]
+    assert check["logits"] == "equal to the bit"
+    assert "GB to load it whole were not free" in check["how"]
+    assert check["cached_generation"] is None
+    assert check["how"] in describe_export({"check": check}, tmp_path)
+    next(loaded.model.parameters()).data[:, 0] += 1  # in memory, and not in the files
+    with pytest.raises(export.ReloadError, match="logits differ"):
+        export.verify(loaded.model, tmp_path / "model")
 
 
 def test_what_was_not_measured_is_null(both):

@@ -240,8 +240,8 @@ class HealConfig:
     """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at
     the cut."""
     learning_rate: float | None = None
-    """Peak rate of AdamW. Not given: 0.46 / hidden size."""
-    batch_tokens: int = 2048
+    """Peak rate of AdamW. Not given: 0.92 / hidden size."""
+    batch_tokens: int = 1024
     """Tokens in one optimizer step."""
     radius: int = 1
     """Layers tuned on each side of a cut."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from layercut import checkpoints, stream
 from layercut.errors import RunError
 from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
@@ -59,7 +60,7 @@ def export_checkpoint(
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
         check_bytes(partial, state)
-        check = verify_reload(model, partial, text)
+        check = verify_reload(model, partial, text) if packed else verify(model, partial, text)
         replace_folder(partial, folder)
     except OSError as error:
         raise RunError(
@@ -114,6 +115,17 @@ def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
         raise ReloadError(f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tie came apart")
 
 
+def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
+    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`, and under "how"
+    that it was so."""
+    parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
+    needed = sum(p.numel() for p in model.parameters()) * (parameter.itemsize + torch.float32.itemsize)
+    if needed <= stream.available_bytes(parameter.device) or not stream.read_by_layer(checkpoint, model.config):
+        return verify_reload(model, folder, text)
+    lacking = f"the {needed / 1e9:,.1f} GB to load it whole were not free: layers left on disk, nothing generated"
+    return verify_streamed(model, folder) | {"how": lacking}
+
+
 def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
@@ -125,10 +137,10 @@ def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) ->
 
 
 def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
-    """Open the folder in a new process with its layers left on disk and compare with a model whose layers are too.
+    """Open the folder in a new process with its layers left on disk and compare with the model.
 
-    Logits must be equal to the bit. transformers' loader places each layer's weights, but the model is never whole in
-    memory, and nothing is generated.
+    Logits must be equal to the bit. transformers' loader places each layer's weights, but they are never whole in
+    the new process's memory, and nothing is generated.
     """
     return _verified(model, folder, ["-P", "-m", "layercut.reload_streamed"])
 

@@ -22,6 +22,9 @@ import torch
 
 from layercut.models import find_decoder, parameter_bytes, stored_dtype
 
+PROMPT, DECODE, REPEATS = 512, 24, 5
+"""Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up."""
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -42,7 +45,7 @@ class Seconds:
 
 @torch.no_grad()
 def speed(
-    dense: Any, compressed: Any, *, prompt: int = 512, decode: int = 24, repeats: int = 5
+    dense: Any, compressed: Any, *, prompt: int = PROMPT, decode: int = DECODE, repeats: int = REPEATS
 ) -> dict[str, Any]:
     """Tokens per second of both models, interleaved so that a noisy machine is noisy for both; medians.
 

@@ -24,7 +24,7 @@ from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
 from layercut.progress import say
-from layercut.remarks import describe_quantization, describe_retention
+from layercut.remarks import describe_export, describe_quantization, describe_retention
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
 from layercut.runs import Run, versions, write_text
@@ -87,8 +87,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             say("quantize", describe_quantization(quantized))
 
         if until == "tune":
-            run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
-            say("export", f"stock checkpoint, verified by a fresh process: {run / 'model'}")
+            exported = run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
+            say("export", describe_export(exported, run / "model"))
             return run.folder
 
         reported = [asdict(config.evaluate), text["evaluation"]]
@@ -96,6 +96,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
         proofs = further_proofs(work, segments)
         exported = run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
+        say("export", describe_export(exported, run / "model"))
         run.stage(
             "summary",
             model,

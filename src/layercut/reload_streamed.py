@@ -25,7 +25,7 @@ def main(folder: str, expected: str, device: str, dtype: str, threads: str) -> N
     got = model(input_ids=reference["tokens"].to(device), use_cache=False).logits.cpu()
     if not torch.equal(got, reference["logits"]):
         sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")
-    how = "both with layers left on disk; not loaded whole, nothing generated"
+    how = "with layers left on disk; not loaded whole, nothing generated"
     print(json.dumps({"logits": "equal to the bit", "cached_generation": None, "tokens": None, "how": how}))
 
 

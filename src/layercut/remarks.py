@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -47,6 +48,12 @@ def describe_quantization(artefact: dict[str, Any]) -> str:
     if artefact["left"]:
         words += f"; {len(artefact['left'])} matrices stay as they are (first: {artefact['left'][0]})"
     return words
+
+
+def describe_export(exported: dict[str, Any], folder: Path) -> str:
+    """One line about the checkpoint."""
+    how = exported["check"].get("how")
+    return f"stock checkpoint, verified by a fresh process{f' ({how})' if how else ''}: {folder}"
 
 
 def describe_point(point: dict[str, Any]) -> str:

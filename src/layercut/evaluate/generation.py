@@ -20,12 +20,14 @@ PROMPTS = (
     "Explain in one sentence why the sky is blue.",
     "Write a Python function that returns the largest of three numbers.",
 )
+SAMPLE = 48
+"""Tokens written after each of them."""
 LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 8
 """Tokens of a prompt and of its continuation when health is measured, and over how many prompts."""
 
 
 @torch.no_grad()
-def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = 48) -> list[str]:
+def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = SAMPLE) -> list[str]:
     """Greedy continuations with the cache; through the chat template where the model has one."""
     pad = padding(tokenizer)
     texts = []

@@ -80,6 +80,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
         found = peaks(settings, not target.accelerator)
+        by_layer = memory.total(streamed.weights(shape)) + (0 if target.accelerator else base or 0)
+        found["export"]["fresh process"] = min(found["export"]["fresh process"], by_layer)  # `export.verify`
         if target.spread:  # the export is done by the main process, from the files
             shared = [name for name in found if name not in ("load", "export")]
             found = {name: memory.spread(name, found[name], shape, target.devices) for name in shared}

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from layercut import measure
 from layercut.config import CompressConfig
-from layercut.evaluate.generation import CONTINUATION, FEWEST_PROMPTS, LONGEST_PROMPT
+from layercut.evaluate.generation import CONTINUATION, FEWEST_PROMPTS, LONGEST_PROMPT, PROMPTS, SAMPLE
 from layercut.export import CHECK_TOKENS
-from layercut.heal.endpoints import endpoints
+from layercut.heal.endpoints import SCORES, endpoints
 from layercut.heal.fold import HELD_OUT, RIDGES, WIDEST
 from layercut.plan.shape import Parts, Shape
 from layercut.search.clp import LOOK_SHARE, schedule_for
@@ -25,14 +26,8 @@ from layercut.stages.text import FEWEST_HELD_OUT, HELD_OUT_SHARE
 FRESH_PROCESS = 8.0
 """Seconds until a new process has imported torch and transformers: a guess between warm and cold disks."""
 
-HELD_OUT_SCORES = 9
-"""Tuning looks at the held-out rows before the first step and eight times on its way."""
-
-
-WRITTEN = 3 * 48
-"""Tokens that each model writes to be looked at (`evaluate.generations`)."""
-SPEED = (512, 26, 6)
-"""Prompt, tokens decoded and rounds, the one that warms up included, of `measure.speed`."""
+HELD_OUT_SCORES = 1 + SCORES
+"""Tuning looks at the held-out rows before the first step and so often on its way."""
 
 
 @dataclass(frozen=True)
@@ -264,11 +259,12 @@ def evaluate_work(shape: Shape, config: CompressConfig, segment: Segment, weight
     after = 1 + config.heal.fold + bool(config.heal.tune_tokens)
     written = FEWEST_PROMPTS * (LONGEST_PROMPT + CONTINUATION) / shape.window
     forwards, heads = rows * (shape.layers + after * kept) + 2 * written * shape.layers, rows * (1 + after)
-    decoded = [WRITTEN + CONTINUATION] * 2
+    decoded = [len(PROMPTS) * SAMPLE + CONTINUATION] * 2
     if config.evaluate.speed:
-        prompt, tokens, rounds = SPEED
-        forwards += rounds * prompt / shape.window * (2 * shape.layers + kept)
-        decoded = [decoded[0] + 2 * rounds * tokens, decoded[1] + rounds * tokens]
+        rounds = 1 + measure.REPEATS
+        forwards += rounds * measure.PROMPT / shape.window * (2 * shape.layers + kept)
+        steps = rounds * measure.DECODE
+        decoded = [decoded[0] + 2 * steps, decoded[1] + steps]
     found = _work(shape, Bounds.exactly(forwards), heads=heads + 2 * written)
     return replace(
         found,
