@@ -1,5 +1,5 @@
 """Writes the README's figures from benchmarks/results/: demo, search, stream, compare-RATIO, healing, recovery,
-frontier and speed, all .json; of the last four, one that is not there yet is said to be open.
+frontier, speed and shapes, all .json; of the last five, one that is not there yet is said to be open.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -112,6 +112,29 @@ def search_words() -> str:
     )
 
 
+def shapes_table(result: dict) -> str:
+    """What larger models take. Without the export: it does with less where less is there."""
+    lines = [
+        f"`benchmarks/shapes.py`, computed by `layercut plan` from each model's published shape, ratio "
+        f"{result['ratio']:g}, default settings; none of these was run. Memory with Python and its libraries, of the "
+        f"stage that takes most; with the weights in memory, and with the layers left on disk (`--stream on`):",
+        "",
+        "| model | layers | bfloat16 | cut | cut, 4 bits | peak memory | from disk | 10^15 operations |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        before, after = row["bytes"]["before"], row["bytes"]["after"]
+        peaks = []
+        for way in ("off", "on"):
+            stages = {name: bytes_ for name, bytes_ in row["peak_bytes"][way].items() if name != "export"}
+            most = max(stages, key=lambda name, of=stages: of[name])
+            peaks.append(f"{size(stages[most])} ({most})")
+        cells = [row["model"], "{before} -> {after}".format(**row["layers"]), size(before["saved"])]
+        cells += [size(after["saved"]), size(after["4 bits"]), *peaks, f"{row['flops'] / 1e15:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def comparisons() -> str:
     """The tables of all ratios that were compared."""
     return "\n\n".join(compare_table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("compare-*.json")))
@@ -127,7 +150,7 @@ def filled(text: str) -> str:
     """The README with its tables made anew."""
     regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words(), "compare": comparisons()}
     later: dict[str, Callable[[dict], str]] = {"healing": healing_table, "recovery": recovery_table}
-    later |= {"frontier": frontier_table, "speed": speed_table}
+    later |= {"frontier": frontier_table, "speed": speed_table, "shapes": shapes_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)

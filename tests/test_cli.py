@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -234,3 +235,14 @@ def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
 if __name__ == "__main__":
     SNAPSHOT.parent.mkdir(exist_ok=True)
     SNAPSHOT.write_text(options(), encoding="utf-8")
+
+
+def test_a_reader_that_goes_away_is_no_fault(tiny_model):
+    """As in `layercut plan MODEL --json | head`."""
+    plan = ["plan", str(tiny_model), "--ratio=0.25", "--window=16", "--no-calibrate", "--json"]
+    command = [sys.executable, "-m", "layercut.cli", *plan]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        errors = running.stderr.read()
+    assert running.returncode == 128 + signal.SIGPIPE
+    assert errors == ""

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -235,6 +236,7 @@ def _run(arguments: list[str]) -> Outcome:
     try:
         _take_config(arguments)
         app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except LayercutError as error:
         return _refusal(error.message, error.hint)
     except cyclopts.CycloptsError as error:
@@ -244,6 +246,9 @@ def _run(arguments: list[str]) -> Outcome:
             return _refusal(cause.message, cause.hint)
         known = bool(arguments) and not arguments[0].startswith("-") and arguments[0] in app
         return _refusal(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE, []
     except KeyboardInterrupt:
         return 130, ["stopped; the same command goes on from the last finished stage"]
     return 0, []
