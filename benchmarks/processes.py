@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from common import arguments, blocks, finish, open_model
-from layercut import checkpoints, models, processes, stream
+from layercut import checkpoints, models, opening, processes
 from layercut.cut import cut_segment_
 from layercut.demo import fetch_model
 from layercut.heal.endpoints import TuneSettings, tune_
@@ -103,7 +103,7 @@ def work(args: Namespace) -> None:
     processes.start()
     shard: Any = os.environ["LAYERCUT_SHARD"]
     checkpoint = checkpoints.resolve(args.model or str(fetch_model()))
-    loaded = stream.load(checkpoint, shard=shard, stream="off", device="cpu", dtype=args.dtype)
+    loaded = opening.load(checkpoint, shard=shard, stream="off", device="cpu", dtype=args.dtype)
     draw = {"window": args.window, "seed": 0}
     calibration = blocks(loaded, args.data, args.tokens, **draw).tokens
     text = blocks(loaded, args.tune_data, HELD_OUT + max(args.fold_tokens, args.tune_tokens), **draw).tokens

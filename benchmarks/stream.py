@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import common
-from layercut import checkpoints, models, stream
+from layercut import checkpoints, models, opening, stream
 from layercut.search import find_segments
 from layercut.search.exhaustive import DENSE, all_segments, streams_held
 from layercut.segments import layers_to_remove
@@ -118,7 +118,7 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
     """What one fresh process does."""
     before, begun = proc("io", "rchar"), time.perf_counter()
     imported = proc("status", "VmHWM") * 1024
-    loaded = stream.load(checkpoints.resolve(folder), stream=mode)  # type: ignore[arg-type]
+    loaded = opening.load(checkpoints.resolve(folder), stream=mode)  # type: ignore[arg-type]
     opened = time.perf_counter()
     resident = proc("status", "VmHWM") * 1024
     stack = Stack(loaded.model)

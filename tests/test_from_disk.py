@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from layercut import checkpoints, export, lending, models, processes, stream
+from layercut import checkpoints, export, lending, memory, models, opening, processes, stream
 from layercut.cli import main
 from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from layercut.errors import ModelError, RunError, SurgeryError
@@ -90,7 +90,7 @@ def test_the_checkpoint_is_the_same_and_says_how_it_was_checked(both):
 def test_a_checkpoint_that_does_not_fit_a_second_time_is_verified_from_disk(tiny_model, tmp_path, monkeypatch):
     loaded = models.load(checkpoints.resolve(str(tiny_model)))
     numbers = sum(p.numel() for p in loaded.model.parameters())
-    monkeypatch.setattr(stream, "available_bytes", lambda _: numbers * (4 + loaded.dtype.itemsize) - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: numbers * (4 + loaded.dtype.itemsize) - 1)
     check = export.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "model")["check"]
     assert check["logits"] == "equal to the bit"
     assert "GB to load it whole were not free" in check["how"]
@@ -115,7 +115,7 @@ def test_what_was_not_measured_is_null(both):
 
 def opened(checkpoint, segments, mode, **how):
     """Stacks over a model and its cut copy, in memory or on disk."""
-    model = stream.load(checkpoint, stream=mode, **how).model
+    model = opening.load(checkpoint, stream=mode, **how).model
     student = lending.share(model)
     cut_segment_(student, segments)
     return Stack(model), Stack(student)
@@ -167,7 +167,7 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
 
 
 def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
-    model = stream.load(llama, stream="on").model
+    model = opening.load(llama, stream="on").model
     student = lending.share(model)
     layer = student.model.layers[2]
     layer.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
@@ -356,6 +356,6 @@ def test_several_processes_do_not_heal_from_disk(tiny_model, texts, tmp_path, mo
 
 def test_a_limit_on_the_process_counts(monkeypatch):
     place = torch.device("cpu")
-    free = stream.available_bytes(place)
+    free = memory.available_bytes(place)
     monkeypatch.setattr(resource, "getrlimit", lambda what: (10**6, 10**6))  # less than the process has
-    assert stream.available_bytes(place) == 0 < free
+    assert memory.available_bytes(place) == 0 < free

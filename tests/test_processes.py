@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import tiny
 import together
-from layercut import checkpoints, processes, stream
+from layercut import checkpoints, memory, opening, processes
 from layercut.cli import main
 from layercut.errors import ConfigError
 
@@ -321,11 +321,11 @@ def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, ti
     """share: of the weights in one process's memory, of which there are two."""
     monkeypatch.setattr(processes, "world", lambda: 2)
     monkeypatch.setattr(processes, "launched", lambda: True)
-    monkeypatch.setattr(stream, "share_of_memory", lambda *_, **__: share)
-    assert stream.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
+    monkeypatch.setattr(opening, "share_of_memory", lambda *_, **__: share)
+    assert opening.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
 
 
 def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):
-    whole = stream.available_bytes(torch.device("cpu"))
+    whole = memory.available_bytes(torch.device("cpu"))
     monkeypatch.setattr(processes, "on_this_machine", lambda: 4)
-    assert stream.available_bytes(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
+    assert memory.available_bytes(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)

@@ -17,7 +17,7 @@ from transformers import (
 
 import folders
 import tiny
-from layercut import checkpoints, models, stream, sweep
+from layercut import checkpoints, models, opening, stream, sweep
 from layercut.cli import main
 from layercut.errors import ModelError
 from layercut.search import find_segments
@@ -71,7 +71,7 @@ def saved(model, folder):
 
 def on_disk(checkpoint, **how):
     """The model with its layers on disk, and their reader."""
-    model = stream.load(checkpoint, stream="on", **how).model
+    model = opening.load(checkpoint, stream="on", **how).model
     return model, stream.layers_on_disk(model)
 
 
@@ -318,7 +318,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_is_read(
     for change, words in (({"num_hidden_layers": 9}, "lacks 9 weights"), ({"intermediate_size": 48}, "another shape")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelError, match=words):
-            stream.load(checkpoint, stream="on")
+            opening.load(checkpoint, stream="on")
 
 
 def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
@@ -347,14 +347,14 @@ def test_a_model_that_changes_its_weights_as_it_runs_is_refused(tmp_path):
 
 def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
     weights = sum(p.nbytes for p in models.load(llama).model.parameters())
-    monkeypatch.setattr(stream, "available_bytes", lambda device: weights * 1.1)
-    assert stream.wanted(llama)
-    assert stream.layers_on_disk(stream.load(llama).model)
-    assert not stream.wanted(llama, dtype="bfloat16")
-    assert not stream.wanted(llama, stream="off")
-    monkeypatch.setattr(stream, "available_bytes", lambda device: weights * 1.3)
-    assert not stream.wanted(llama)
-    assert not stream.layers_on_disk(stream.load(llama).model)
+    monkeypatch.setattr(opening, "available_bytes", lambda device: weights * 1.1)
+    assert opening.wanted(llama)
+    assert stream.layers_on_disk(opening.load(llama).model)
+    assert not opening.wanted(llama, dtype="bfloat16")
+    assert not opening.wanted(llama, stream="off")
+    monkeypatch.setattr(opening, "available_bytes", lambda device: weights * 1.3)
+    assert not opening.wanted(llama)
+    assert not stream.layers_on_disk(opening.load(llama).model)
 
 
 def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):

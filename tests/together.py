@@ -20,7 +20,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  loaded once, before anything is timed out
 
 import tiny
-from layercut import checkpoints, cli, export, models, processes, sharding, stream
+from layercut import checkpoints, cli, export, models, opening, processes, sharding, stream
 from layercut.cut import cut_segment_
 from layercut.errors import ModelError
 from layercut.heal import endpoints
@@ -98,7 +98,7 @@ def spreading(model: Path) -> dict[str, Any]:
 
     stream.LayersOnDisk._install_ = counted  # type: ignore[method-assign]
     try:
-        spread = stream.load(checkpoints.resolve(str(model)), shard="on").model
+        spread = opening.load(checkpoints.resolve(str(model)), shard="on").model
     finally:
         stream.LayersOnDisk._install_ = install  # type: ignore[method-assign]
     before = [sharding.local(p).clone() for p in spread.parameters()]

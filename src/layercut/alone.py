@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from layercut import checkpoints, evaluate, models, processes, sharding, stream
+from layercut import checkpoints, evaluate, models, opening, processes, sharding
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
 from layercut.data import load_blocks, split_mix
@@ -77,7 +77,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
         if source_of_text is not None:
             stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
             check_window(config.window, stock)
-        loaded = stream.load(checkpoint, **asdict(config.load))
+        loaded = opening.load(checkpoint, **asdict(config.load))
         if sharding.is_spread(loaded.model) and (asked.names or "self" in split_mix(source_of_text or "")):
             raise ConfigError(
                 "tasks, and text from the model itself, are of one process, and the weights are spread over several",
@@ -127,9 +127,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     source = checkpoints.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
     if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
-    if stream.wanted(source, **asdict(config.load)):
+    if opening.wanted(source, **asdict(config.load)):
         raise ModelError(models.STREAMED, models.STREAMED_HINT)
-    loaded = stream.load(source, **asdict(config.load))
+    loaded = opening.load(source, **asdict(config.load))
     model = loaded.model
     if config.quantize.quantizer == "rtn":
         tokens = torch.empty(0, config.text.window, dtype=torch.long)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from layercut import charts, checkpoints, evaluate, figures, models, processes, stream
+from layercut import charts, checkpoints, evaluate, figures, models, opening, processes
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError, SurgeryError
@@ -49,7 +49,7 @@ def compare(model: str, config: CompareConfig) -> Path:
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
     journey, methods = config.journey(), config.compare.names
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
-    if stream.wanted(checkpoint, **asdict(config.load)):
+    if opening.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(models.STREAMED, models.STREAMED_HINT)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window(config.text.window, architecture)

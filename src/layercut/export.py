@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from layercut import checkpoints, stream
+from layercut import checkpoints, memory, stream
 from layercut.errors import RunError
 from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
@@ -120,7 +120,7 @@ def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[s
     that it was so."""
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
     needed = sum(p.numel() for p in model.parameters()) * (parameter.itemsize + torch.float32.itemsize)
-    if needed <= stream.available_bytes(parameter.device) or not stream.read_by_layer(checkpoint, model.config):
+    if needed <= memory.available_bytes(parameter.device) or not stream.read_by_layer(checkpoint, model.config):
         return verify_reload(model, folder, text)
     lacking = f"the {needed / 1e9:,.1f} GB to load it whole were not free: layers left on disk, nothing generated"
     return verify_streamed(model, folder) | {"how": lacking}

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from layercut import checkpoints, evaluate, models, processes, stages, stream
+from layercut import checkpoints, evaluate, models, opening, processes, stages
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
 from layercut.errors import ConfigError
@@ -53,10 +53,10 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     length = wanted_length(config.search, layers)
     check_sources(config)
     models.pick_device(config.load.device)
-    spread = stream.spread(checkpoint, **asdict(config.load))
+    spread = opening.spread(checkpoint, **asdict(config.load))
     if spread:
         check_spread(config)
-    if until != "search" and stream.wanted(checkpoint, **asdict(config.load)):
+    if until != "search" and opening.wanted(checkpoint, **asdict(config.load)):
         check_streamed(config, spread)
     if config.tasks.names and until == "report":
         evaluate.check_tasks(config.tasks.names, config.tasks.include_path)

@@ -12,9 +12,7 @@ artefact. The folder must lie where all of them can read it.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import gc
 import hashlib
 import json
 import math
@@ -30,7 +28,7 @@ from typing import IO, Any
 
 import yaml
 
-from layercut import processes
+from layercut import memory, processes
 from layercut.errors import RunError
 
 Artefact = dict[str, Any]
@@ -88,7 +86,7 @@ class Run:
         if finished is None:
             begun = time.perf_counter()
             computed = compute() if together else processes.on_main(compute)
-            give_back_memory()
+            memory.give_back()
             seconds = round(time.perf_counter() - begun, 2)
             finished = processes.on_main(lambda: self._finish(name, computed, seconds))
         if not isinstance(finished.get("seconds"), dict):
@@ -187,14 +185,6 @@ class Run:
         more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
         for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
             artefact.unlink(missing_ok=True)
-
-
-def give_back_memory() -> None:
-    """To the system, what a stage left unused: the C library keeps it otherwise, where it has `malloc_trim` (glibc)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def digest(content: Any) -> str:

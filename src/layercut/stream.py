@@ -1,7 +1,7 @@
 """A model larger than memory: its decoder layers stay on disk, and each is read when it is entered.
 
-Stands between `models.py` and `sweep.py`: what `load` returns is used like any other model, whose layers happen to
-fetch their weights when they are called and to drop them when another one is. The next layer is read ahead by one
+Stands between `models.py` and `sweep.py`: what `open_on_disk` returns is used like any other model, whose layers happen
+to fetch their weights when they are called and to drop them when another one is. The next layer is read ahead by one
 thread, so that at most two layers are in memory. Embeddings, final norm, head and whatever else is no decoder layer
 stay resident.
 
@@ -14,11 +14,10 @@ A cut copy of such a model borrows its layers: `lending.py`.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -26,100 +25,11 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from layercut import checkpoints, models, processes, sharding
-from layercut.config import ShardMode, StreamMode
-from layercut.errors import ConfigError, ModelError, first_line
+from layercut import checkpoints, models
+from layercut.errors import ModelError, first_line
 from layercut.progress import say
 
-FITS = 0.8
-"""A model in memory may take this share of what is available; the rest is for activations and logits. A guess."""
-
 IN_MEMORY = "load it in memory instead: --stream off"
-
-
-def load(
-    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
-) -> models.LanguageModel:
-    """`models.load`, or the same model with its weights spread over the processes or its layers left on disk.
-
-    how: the arguments of `models.load`. "auto": where the weights would take more than `FITS` of the memory that is
-    available, they are spread if there are several processes that have room for a part each, else left on disk.
-    """
-    if spread(checkpoint, stream=stream, shard=shard, **how):
-        return load_spread(checkpoint, **how)
-    if wanted(checkpoint, stream=stream, **how):
-        return open_on_disk(checkpoint, **how)
-    return models.load(checkpoint, **how)
-
-
-def wanted(checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
-    """Whether `load` in one process would leave the layers on disk. Reads headers only."""
-    if stream != "auto":
-        return stream == "on"
-    return share_of_memory(checkpoint, **how) > FITS
-
-
-def spread(
-    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
-) -> bool:
-    """Whether `load` would spread the weights over the processes, which must ask together. Reads headers only.
-
-    Raises ConfigError where one process is to do so.
-    """
-    count = processes.world()
-    if shard == "on" and not processes.launched():
-        raise ConfigError(
-            "--shard on spreads the weights over several processes, and there is one",
-            "start several: torchrun --standalone --nproc-per-node 8 -m layercut.cli …",
-        )
-    if count == 1 or shard != "auto" or stream == "on":
-        return count > 1 and shard == "on"
-    share = share_of_memory(checkpoint, **how)
-    return bool(processes.most(share > FITS)) and not processes.most(share / count > FITS)
-
-
-def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
-    """Bytes of the weights over those that this process has; 0 of what cannot be loaded but at once."""
-    if checkpoint.gguf or not checkpoints.weight_files(checkpoint.folder):
-        return 0.0
-    config = models.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-    if getattr(config, "quantization_config", None):
-        return 0.0
-    device, dtype = models.pick_device(how.get("device", "auto")), how.get("dtype", "auto")
-    number = models.computing_dtype(dtype, models.pick_dtype(dtype, config, checkpoint), device)
-    elements = sum(s.elements for s in stored_tensors(checkpoint.folder).values())
-    return elements * number.itemsize / max(1, available_bytes(device))
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can be had without swapping: of the machine, within a container's limit, and of the device.
-
-    Of several processes on a machine each has an even part of it, within the limits that the process has by itself
-    (`ulimit -v`, `ulimit -d`).
-    """
-    import psutil
-
-    free = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")  # cgroup v2, as seen from inside a container
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" where there is none
-        used = int((group / "memory.current").read_text())
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(limit - used + int(cache["inactive_file"]))
-    except (OSError, ValueError, KeyError):
-        pass
-    here = min([min(free) // processes.on_this_machine(), *_within_limits()])
-    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
-
-
-def _within_limits() -> Iterator[int]:
-    """Bytes that this process may still ask the kernel for, by each limit that is set on it."""
-    for limit, counted in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        allowed, _ = resource.getrlimit(limit)
-        with suppress(OSError):  # where there is no /proc, limits are not counted
-            if allowed != resource.RLIM_INFINITY:
-                lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-                yield max(0, allowed - 1024 * int(lines[counted].split()[0]))
 
 
 class Reader(Protocol):
@@ -202,35 +112,6 @@ def _opened(file: Path) -> Any:
         raise ModelError(
             f"{file} is corrupt, truncated or gone: {first_line(error)}", "fetch this file again"
         ) from None
-
-
-# --- a model that is spread over processes ------------------------------------------------------------------
-
-
-def load_spread(
-    checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
-) -> models.LanguageModel:
-    """`models.load`, of which each process keeps its part of every weight (`sharding.py`).
-
-    A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
-    at a time. What cannot be read so (GGUF, pickled or quantized weights, code of its own) is loaded whole into the
-    machine's memory, by one process after the other.
-    """
-    config = models.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
-    if read_by_layer(checkpoint, config):
-        loaded = open_on_disk(checkpoint, dtype=dtype, device=device, **how)
-        sharding.spread_(loaded.model, loaded.model.layers_on_disk.hand_over(), loaded.device)
-        return loaded
-    place = models.pick_device(device)
-    stored = models.pick_dtype(dtype, config, checkpoint)
-    if models.computing_dtype(dtype, stored, place) == stored:
-        dtype = str(stored).removeprefix("torch.")  # else a CPU might decide, by which it comes
-    for turn in range(processes.world()):
-        if turn == processes.rank():
-            loaded = models.load(checkpoint, dtype=dtype, device="cpu", **how)
-            sharding.spread_(loaded.model, loaded.decoder.layers, place)
-        processes.barrier()
-    return replace(loaded, device=place)
 
 
 # --- a model whose layers are on disk -----------------------------------------------------------------------

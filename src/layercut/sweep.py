@@ -29,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 from layercut import processes, sharding
 from layercut.errors import ModelError
 from layercut.losses import kl_divergence, rows_per_chunk
+from layercut.memory import available_bytes
 from layercut.models import find_decoder, stored_dtype
-from layercut.stream import available_bytes, layers_on_disk, without_reading
+from layercut.stream import layers_on_disk, without_reading
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 LayerForward = Callable[..., Any]

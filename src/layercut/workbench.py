@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import checkpoints, evaluate, lending, models, processes, sharding, stream
+from layercut import checkpoints, evaluate, lending, models, opening, processes, sharding, stream
 from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, load_blocks, split_mix
@@ -67,7 +67,7 @@ class Workbench:
     def load(self, shard: ShardMode) -> models.LanguageModel:
         """The model, spread over the processes or not, and a line about it."""
         how = asdict(self.config.load) | {"shard": shard}
-        loaded = stream.load(self.checkpoint, **how, tokenizer=self.tokenizer)
+        loaded = opening.load(self.checkpoint, **how, tokenizer=self.tokenizer)
         where = ", layers left on disk" if stream.layers_on_disk(loaded.model) else ""
         if sharding.is_spread(loaded.model):
             held = sharding.bytes_held(loaded.model) / 1e6

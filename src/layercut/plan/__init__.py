@@ -19,10 +19,11 @@ from layercut import checkpoints, models
 from layercut.config import CompressConfig, PlanConfig, parse_bytes
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
+from layercut.memory import memory_bytes, resident_bytes
 from layercut.pipeline import check_window, wanted_length
 from layercut.plan import memory, streamed, work
 from layercut.plan.fit import Target, judge, targets
-from layercut.plan.machine import Rates, calibrate, memory_bytes, resident_bytes
+from layercut.plan.machine import Rates, calibrate
 from layercut.plan.shape import Parts, Shape, count_parts, measure_shape, skeleton
 from layercut.search import length_for_size
 from layercut.segments import Segment, checked_segments

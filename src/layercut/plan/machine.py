@@ -6,7 +6,6 @@ divergence makes, and what comes from the disk.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import tempfile
@@ -137,17 +136,3 @@ def _disk_rate(folder: Path, size: int = 64 * 2**20) -> float | None:
             return size / (time.perf_counter() - begun)
     except OSError:
         return None
-
-
-def resident_bytes() -> int | None:
-    """What this process holds now: Python and its libraries, as in any run. None where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def memory_bytes() -> int | None:
-    """The machine's memory."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
