@@ -40,7 +40,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "", data="python-docstrings", report=["docs=python-docs"], segment="13:19", window=256, seed=0,
         calibration_tokens=65536, heldout_tokens=8192, eval_tokens=65536, tokens=[262144, 1048576], radius=[1],
-        epochs=1, learning_rate=0.0, batch_tokens=TuneSettings.batch_tokens, threads=2, work="runs/recovery",
+        epochs=1, mix=0.0, learning_rate=0.0, batch_tokens=TuneSettings.batch_tokens, threads=2, work="runs/recovery",
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     model = open_model(args.model)
@@ -89,13 +89,15 @@ def main() -> None:
         write_json(part, rows)
     for radius in args.radius:
         settings = TuneSettings(
-            radius=radius, epochs=args.epochs, learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens
-        )
+            radius=radius, epochs=args.epochs, mix=args.mix,
+            learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens,
+        )  # fmt: skip
         for count in sorted(args.tokens):
-            if any(row.get("tune_tokens") == count and row["radius"] == radius for row in rows):
+            settled = {"tune_tokens": count, "radius": radius, "epochs": args.epochs, "mix": args.mix}
+            if any(settled.items() <= row.items() for row in rows if "tune_tokens" in row):
                 continue
             student, clock = folded(), Clock()
-            name = f"{radius}-{count}"
+            name = "-".join(map(str, settled.values()))
             state = StateFile(work / f"{name}.state")
             resumed = state.path.is_file()
             with bar(f"tuning, {count:,} tokens", count) as advance:
@@ -104,8 +106,7 @@ def main() -> None:
                     advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"), state=state,
                 )  # fmt: skip
             spent = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
-            row = {"state": "tuned", "tune_tokens": count, "radius": radius, "epochs": args.epochs, **spent}
-            row["batch_tokens"] = args.batch_tokens
+            row = {"state": "tuned", **settled, "batch_tokens": args.batch_tokens, **spent}
             kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")
             row |= {key: getattr(report, key) for key in kept} | {"tuning_seconds": report.seconds}
             rows.append(row | measured(student))
