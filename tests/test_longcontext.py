@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from typing import Any
 
 import pytest
@@ -56,6 +57,23 @@ def test_buckets_add_up_to_the_perplexity():
     assert [(row["start"], row["stop"]) for row in rows] == [(1, 64), (64, 128)]
     total = sum((row["stop"] - row["start"]) * math.log(row["perplexity"]) for row in rows)
     assert math.exp(total / 127) == pytest.approx(evaluate.perplexity(model, windows), rel=1e-4)
+
+
+def test_the_error_of_a_ratio_is_that_of_the_paired_losses_of_windows():
+    dense, tokens = tiny.llama(), tiny.some_tokens(12, 16)
+    other = tiny.llama(seed=1)
+    ours, theirs = (evaluate.window_losses(model, tokens) for model in (other, dense))
+    with torch.no_grad():
+        logits = dense(input_ids=tokens).logits[:, :-1]
+    direct = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(theirs, direct.view(12, 15).double().mean(1), atol=1e-6)
+    assert evaluate.of_losses(ours) == evaluate.perplexity(other, tokens)
+    differences = [a - b for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
+    assert evaluate.paired_error(ours, theirs) == pytest.approx(statistics.stdev(differences) / math.sqrt(12))
+    assert evaluate.paired_error(ours, theirs) < math.hypot(ours.std() / 12**0.5, theirs.std() / 12**0.5)
+    assert evaluate.paired_error(ours, ours) == 0
+    assert evaluate.paired_error(ours[:1], theirs[:1]) is None
+    assert evaluate.paired_error(ours * math.nan, theirs) is None
 
 
 def test_a_ruined_model_is_infinite_in_every_bucket():

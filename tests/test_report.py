@@ -685,6 +685,11 @@ def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
     expected = (math.log(101.3) - math.log(67.4)) / (math.log(101.3) - math.log(45.1))
     assert rows["tuned"].gap_closed == pytest.approx(expected)
     assert rows["dense"].gap_closed is None
+    assert rows["tuned"].over_dense == "1.49×", "no error on record"
+    known = {**summary_json(), **with_perplexity(standard_error={"tuned": 0.01, "cut": "nan", "folded": 0.001})}
+    known = {row.name: row.over_dense for row in findings.stages(known)}
+    assert (known["tuned"], known["cut"]) == ("1.49× ± 0.01", "2.25×")
+    assert known["folded"].endswith("× ± 0.0018")
     assert rows["cut"].bar == pytest.approx(1.0)
     assert rows["quantized"].perplexity is None
 

@@ -308,6 +308,16 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     after = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
     assert after == scored, "the exported model is the one that was scored: nothing is computed twice"
 
+    assert main(["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--window=16"]) == 0
+    figures = {name: rest for name, *rest in (line.split("\t") for line in capsys.readouterr().out.splitlines())}
+    (dense,), (compressed,), (ratio, error) = figures.values()
+    assert [*figures] == ["dense", "compressed", "compressed / dense"]
+    assert float(ratio) == pytest.approx(float(compressed) / float(dense), rel=1e-3)
+    recorded = bare["perplexity"]["standard_error"]
+    assert set(recorded) == {name for name in ("cut", "folded", "tuned") if bare["perplexity"][name]}
+    assert error.startswith("± ")
+    assert float(error[2:]) > 0
+
     assert main(["evaluate", str(tiny_model), *asked]) == 0
     assert capsys.readouterr().out.splitlines()[0].split("\t") == [
         "task", "metric", "items", "chance", "score", "stderr",

@@ -53,6 +53,8 @@ class Evaluation:
     """By the model's name; empty where only tasks were asked for."""
     tasks: dict[str, dict[str, Any]]
     """A row for each task; of one model alone, compared with itself."""
+    ratio: tuple[float, float | None] | None
+    """Of a run's two perplexities, compressed over dense, and the standard error of its logarithm over the windows."""
     retention: dict[str, Any] | None
     """Over the tasks; None of one model alone."""
 
@@ -71,7 +73,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
         cache = run / "tasks"
-    perplexities, records, tokens = {}, [], None
+    losses: dict[str, torch.Tensor] = {}
+    records, tokens = [], None
     for name, source in names.items():
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if source_of_text is not None:
@@ -105,10 +108,15 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
             )
             tokens = processes.on_main(drawn).tokens
         with bar(f"perplexity of {name}", len(tokens)) as advance:
-            perplexities[name] = evaluate.perplexity(loaded.model, tokens, advance=advance)
+            losses[name] = evaluate.window_losses(loaded.model, tokens, advance=advance)
     found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
+    perplexities, ratio = {name: evaluate.of_losses(each) for name, each in losses.items()}, None
+    if len(losses) == 2:
+        error = evaluate.paired_error(losses["compressed"], losses["dense"])
+        ratio = perplexities["compressed"] / perplexities["dense"], error
     return Evaluation(
         perplexity=perplexities,
+        ratio=ratio,
         tasks=found["tasks"],
         retention=found["retention"] if len(records) == 2 else None,
     )

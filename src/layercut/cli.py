@@ -129,6 +129,9 @@ def evaluate(
     found = evaluate_only(model, config or PerplexityConfig())
     for name, value in found.perplexity.items():
         print(f"{name}\t{value:.4f}")
+    if found.ratio:
+        value, error = found.ratio
+        print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
     for line in task_lines(found.tasks, found.retention):
         print(line)
 

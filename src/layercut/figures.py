@@ -98,6 +98,12 @@ def times(value: Any) -> str:
     return NOT_MEASURED if found is None else f"{found:,.0f}×" if found >= 100 else f"{found:.2f}×"
 
 
+def with_error(factor: float, error: float) -> str:
+    """A ratio and the standard error of its logarithm: 1.25, 0.008 -> 1.25× ± 0.01"""
+    absolute = factor * error
+    return f"{times(factor)} ± {absolute:.2f}" if absolute >= 0.005 else f"{factor:.4f}× ± {absolute:.4f}"
+
+
 def change(before: Any, after: Any) -> str:
     """Relative change, signed: 30, 24 -> −20.0%"""
     old, new = finite(before), finite(after)

@@ -31,6 +31,7 @@ from layercut.figures import (
     size,
     spans,
     times,
+    with_error,
 )
 
 STAGES = ("dense", "cut", "folded", "tuned", "quantized")
@@ -128,10 +129,17 @@ class Stage:
     """As measured: may be inf or nan. None: not measured."""
     factor: float | None
     """Over the dense model's."""
+    error: float | None
+    """Standard error of the factor's logarithm, over the windows of text."""
     gap_closed: float | None
     """(ln cut - ln x) / (ln cut - ln dense): 0 at the bare cut, 1 at the dense model."""
     bar: float | None
     """Log-perplexity on a scale from the dense model (0) to the worst stage (1)."""
+
+    @property
+    def over_dense(self) -> str:
+        """1.24× ± 0.01: the factor with its standard error, as far as known."""
+        return times(self.factor) if self.factor is None or self.error is None else with_error(self.factor, self.error)
 
 
 def perplexities(summary: dict[str, Any]) -> dict[str, float]:
@@ -155,7 +163,10 @@ def stages(summary: dict[str, Any]) -> list[Stage]:
             bar = max(0.0, here - dense) / (worst - dense) if worst > dense else 0.0
             if cut is not None and cut > dense and name not in ("dense", "cut"):
                 gap = (cut - here) / (cut - dense)
-        rows.append(Stage(name=name, perplexity=measured.get(name), factor=factor, gap_closed=gap, bar=bar))
+        error = finite(part(summary, "perplexity", "standard_error").get(name))
+        rows.append(
+            Stage(name=name, perplexity=measured.get(name), factor=factor, error=error, gap_closed=gap, bar=bar)
+        )
     return rows
 
 

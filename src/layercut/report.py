@@ -249,7 +249,7 @@ def _perplexity_rows(summary: dict[str, Any]) -> list[Row]:
             f"perplexity, {name}",
             dense,
             figures.figure(stage.perplexity),
-            figures.times(stage.factor) if stage.factor else "",
+            stage.over_dense if stage.factor else "",
         )
         for name, stage in stages.items()
         if name != "dense"

@@ -8,7 +8,15 @@ long text (`passkey.py`). The pipeline calls these and writes what they return.
 
 from layercut.evaluate.generation import PROMPTS, generation_health, generations
 from layercut.evaluate.harness import Record, check_tasks, harness_version, load_tasks, score_tasks
-from layercut.evaluate.likelihood import long_windows, loss_by_position, perplexity, perplexity_by_position
+from layercut.evaluate.likelihood import (
+    long_windows,
+    loss_by_position,
+    of_losses,
+    paired_error,
+    perplexity,
+    perplexity_by_position,
+    window_losses,
+)
 from layercut.evaluate.passkey import cases as passkey_cases
 from layercut.evaluate.passkey import passkey_grid
 from layercut.evaluate.retention import compare_records, compare_tasks, retention
@@ -25,10 +33,13 @@ __all__ = [
     "load_tasks",
     "long_windows",
     "loss_by_position",
+    "of_losses",
+    "paired_error",
     "passkey_cases",
     "passkey_grid",
     "perplexity",
     "perplexity_by_position",
     "retention",
     "score_tasks",
+    "window_losses",
 ]

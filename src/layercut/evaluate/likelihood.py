@@ -16,24 +16,49 @@ from layercut.stream import layers_on_disk
 from layercut.sweep import Stack, carry_, enter_all, shared_passes
 
 
-@torch.no_grad()
 def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:
     """exp of the mean negative log-likelihood over non-overlapping windows [N, T].
 
-    Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. `inf`
-    where the mean overflows or the model yields NaN: a ruined model never looks good. Of several processes each
-    takes a share of the windows. Of a model whose layers are on disk each is read once for all windows whose hidden
-    states fit in memory.
+    `inf` where the mean overflows or the model yields NaN: a ruined model never looks good.
+    """
+    return of_losses(window_losses(model, tokens, advance=advance))
+
+
+def of_losses(losses: torch.Tensor) -> float:
+    """Perplexity of the mean losses of windows [N]."""
+    return _exp(losses.mean().item())
+
+
+def paired_error(losses: torch.Tensor, others: torch.Tensor) -> float | None:
+    """Standard error of ln(perplexity / other perplexity), both on the same windows [N]: that of the mean difference,
+    the windows taken as a sample of such text. None where one window or a loss that is no finite number tells nothing.
+    """
+    differences = losses - others
+    if len(differences) < 2 or not differences.isfinite().all():
+        return None
+    return (differences.std() / math.sqrt(len(differences))).item()
+
+
+@torch.no_grad()
+def window_losses(
+    model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
+) -> torch.Tensor:
+    """Mean negative log-likelihood of each window, in float64.  [N, T] -> [N]
+
+    Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. Of several
+    processes each takes a share of the windows. Of a model whose layers are on disk each is read once for all windows
+    whose hidden states fit in memory.
     """
     model = sharding.runnable(model)
     device = next(model.parameters()).device
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
     logits_of = _swept if layers_on_disk(model) else _whole
-    total = 0.0
+    losses = torch.zeros(len(tokens), dtype=torch.float64)
     for part, logits, counts in logits_of(model, tokens, rows, advance):
-        loss = next_token_loss(logits, tokens[part].to(device)).double().sum().item()
-        total += loss if counts else 0.0
-    return _exp(processes.summed([total])[0] / (tokens.numel() - len(tokens)))
+        loss = next_token_loss(logits, tokens[part].to(device)).double().mean(1)
+        if counts:
+            losses[part] = loss.cpu()
+    return torch.tensor(processes.summed(losses.tolist()), dtype=torch.float64)
 
 
 def _whole(

@@ -26,6 +26,7 @@ def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     if (work.run.read("quantize") or {})["bits"] < 16:
         states["quantized"] = ["folded", "tuned", "quantized"]
     figures: dict[str, Any] = dict.fromkeys(("dense", "cut", "folded", "tuned", "quantized"))
+    losses: dict[str, torch.Tensor] = {}
 
     def model(state: str) -> Any:
         weights = states[state]
@@ -33,12 +34,14 @@ def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
 
     with bar("perplexity", len(states) * len(tokens)) as advance:
         for state in states:
-            figures[state] = measures.perplexity(model(state), tokens, advance=advance)
+            losses[state] = measures.window_losses(model(state), tokens, advance=advance)
+            figures[state] = measures.of_losses(losses[state])
+    errors = {name: measures.paired_error(of, losses["dense"]) for name, of in losses.items() if name != "dense"}
     beside = processes.on_main(lambda: look_closer(work, model([*states][-1]), tokens))
     return {
         "perplexity": {
             "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
-            "fingerprint": text["evaluation"]["fingerprint"],
+            "fingerprint": text["evaluation"]["fingerprint"], "standard_error": errors,
         },
         **beside,
     }  # fmt: skip
