@@ -391,6 +391,24 @@ def test_every_setting_of_compress_can_be_planned_and_has_its_default():
     assert {key: ours[key] for key in theirs} == theirs
 
 
+def test_an_export_that_does_not_fit_twice_does_with_less(tmp_path, capsys):
+    deep = stock("llama-untied")
+    deep.num_hidden_layers = 24
+    deep.save_pretrained(tmp_path)
+    argv = ["plan", str(tmp_path), "--ratio=0.3", "--window=16", "--no-calibrate"]
+    assert main([*argv, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    export, layer = plan["stages"]["export"], plan["parameters"]["before"]["layers"][0]
+    rest = plan["parameters"]["before"]["total"] - 24 * layer
+    number = export["parts"]["weights"] // plan["parameters"]["before"]["total"]
+    saved = export["peak_bytes"] - export["least_bytes"]
+    assert saved == (number + 4) * plan["parameters"]["after"]["total"] - number * (rest + 2 * layer)
+    here = next(fit for fit in plan["fits"] if fit["target"] == "this machine's CPU")
+    assert (here["stage"], here["needs_bytes"]) == ("export", export["least_bytes"]), "two Pythons are most of it"
+    assert main(argv) == 0
+    assert "the export is verified from disk" in " ".join(capsys.readouterr().out.split())
+
+
 def test_work_that_cannot_be_told_is_null(bare):
     settings = PlanConfig(
         search=SearchConfig(ratio=0.3, method="evolution"), text=DataConfig(tokens=64, window=16), calibrate=False

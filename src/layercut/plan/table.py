@@ -22,6 +22,9 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     yield _sizes(plan)
     yield _stages(plan)
     yield _fits(plan)
+    export = plan["stages"]["export"]
+    if export["least_bytes"] < export["peak_bytes"]:
+        yield f"Where less is free, the export is verified from disk, with {human(export['least_bytes'])}."
     yield f"Loading for an accelerator takes {human(plan['host_bytes'])} of the CPU's memory, beside mapped files."
 
 
