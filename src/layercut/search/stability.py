@@ -17,6 +17,8 @@ from layercut.search.exhaustive import DENSE, Cuts, all_segments, set_costs, set
 from layercut.search.result import Cost
 from layercut.sweep import Stack
 
+ROUNDING = 1e-6
+"""Nats a token that a KL in float32 may be off: one below it is none."""
 
 def common_rows(texts: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
     """The common set, one block of rows for each part of a mix: [N, T] of each seed -> `parts` times [N / parts, T].
@@ -84,8 +86,8 @@ def cheapest(kls: dict[Cuts, float]) -> Cuts:
 
 
 def relative(kl: float, best: float) -> float:
-    """kl / best; 1 where both are zero."""
-    return kl / best if best > 0 else 1.0 if kl == best else float("inf")
+    """kl / best; 1 where neither costs anything."""
+    return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else float("inf")
 
 
 def _row(cuts: Cuts, kls: dict[Cuts, float], best: Cuts) -> dict[str, Any]:
