@@ -20,6 +20,7 @@ from layercut.sweep import Stack
 ROUNDING = 1e-6
 """Nats a token that a KL in float32 may be off: one below it is none."""
 
+
 def common_rows(texts: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
     """The common set, one block of rows for each part of a mix: [N, T] of each seed -> `parts` times [N / parts, T].
 
