@@ -6,7 +6,8 @@
         --genres wiki=WIKI.txt maths=gsm8k.jsonl:answer …
 
 The dense model, the plain cut and every set of healed weights: accuracy with standard error on the same items of
-lm-evaluation-harness, perplexity on text of several genres, and the health of what is generated. Brought back: of a
+lm-evaluation-harness, perplexity on text of several genres, the health of what is generated, and with --keys T how many
+keys are found that were hidden in up to T tokens. Brought back: of a
 score (x - cut) / (dense - cut), of a perplexity the same in logarithms.
 """
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from common import arguments, blocks, finish, open_model
 from layercut import evaluate, models
 from layercut.cut import cut_segment_
-from layercut.progress import say
+from layercut.progress import bar, say
 from layercut.runs import write_json
 from layercut.segments import Segment
 
@@ -29,13 +30,14 @@ from layercut.segments import Segment
 def main() -> None:
     args = arguments(
         __doc__ or "", segment="13:19", weights=[""], tasks="", limit=100, include_path="", genres=["docs=python-docs"],
-        genre_tokens=16384, window=256, seed=0,
+        genre_tokens=16384, window=256, seed=0, keys=0,
     )  # fmt: skip
     model = open_model(args.model)
     texts = {
         name: blocks(model, source, args.genre_tokens, args.window, args.seed, order="as written").tokens
         for name, _, source in (item.partition("=") for item in args.genres)
     }
+    trials = evaluate.passkey_cases(model.tokenizer, args.keys, args.seed) if args.keys else []
     names = [name for name in args.tasks.split(",") if name]
     tasks = evaluate.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
     students: dict[str, Any] = {"dense": model.model}
@@ -54,6 +56,9 @@ def main() -> None:
         )
         row: dict[str, Any] = {"state": name}
         row["perplexity"] = {genre: evaluate.perplexity(student, tokens) for genre, tokens in texts.items()}
+        if trials:
+            with bar(f"hidden keys, {name}", sum(len(ids) for _, _, ids, _ in trials)) as advance:
+                row["keys"] = evaluate.passkey_grid(student, model.tokenizer, trials, advance=advance)
         if name != "dense":
             row |= evaluate.compare_tasks(records["dense"], records[name])
             row["health"] = evaluate.generation_health(model.model, student, next(iter(texts.values())))
@@ -67,7 +72,7 @@ def main() -> None:
             / math.log(cut["perplexity"][genre] / dense["perplexity"][genre])
             for genre, figure in row["perplexity"].items()
         }
-    facts = {key: getattr(args, key) for key in ("segment", "limit", "genre_tokens", "window", "seed")}
+    facts = {key: getattr(args, key) for key in ("segment", "limit", "genre_tokens", "window", "seed", "keys")}
     finish(args.out, model, (__doc__ or "").splitlines()[0], rows, genres=list(texts), **facts)
     args.out.with_name(f".{args.out.stem}.partial.json").unlink(missing_ok=True)
 

@@ -19,22 +19,19 @@ from common import RESULTS
 from layercut.config import ModelConfig, PlanConfig, SearchConfig
 from layercut.plan import plan_run
 from layercut.runs import environment, write_json
+from stream import SHAPES as LLAMAS
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}
 QWEN = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": LLAMA
-    | {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "tie_word_embeddings": True},
+    "Llama-3.2-1B": LLAMA | LLAMAS["llama-3.2-1b"] | {"tie_word_embeddings": True},
     "Llama-3.2-3B": LLAMA
     | {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24}
     | {"num_key_value_heads": 8, "tie_word_embeddings": True},
     "Qwen3-4B": QWEN
     | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
     | {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32},
-    "Llama-3-8B": LLAMA
-    | {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-    | {"num_key_value_heads": 8, "tie_word_embeddings": False},
+    "Llama-3-8B": LLAMA | LLAMAS["llama-3-8b"] | {"tie_word_embeddings": False},
 }
 
 

@@ -18,7 +18,6 @@ FITS = 0.8
 """A model in memory may take this share of what is available; the rest is for activations and logits. A guess."""
 
 
-
 def load(
     checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> models.LanguageModel:

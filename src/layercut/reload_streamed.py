@@ -14,14 +14,14 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from layercut import checkpoints, opening
+from layercut import checkpoints, stream
 
 
 @torch.no_grad()
 def main(folder: str, expected: str, device: str, dtype: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
-    model = opening.load(checkpoints.resolve(folder), stream="on", dtype=dtype, device=device).model
+    model = stream.open_on_disk(checkpoints.resolve(folder), dtype=dtype, device=device).model
     got = model(input_ids=reference["tokens"].to(device), use_cache=False).logits.cpu()
     if not torch.equal(got, reference["logits"]):
         sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")

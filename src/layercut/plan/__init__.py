@@ -81,7 +81,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
 
     def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
         found = peaks(settings, not target.accelerator)
-        found["export"] = least_export(shape, found["export"], 0 if target.accelerator else base or 0)
+        at = shape_at(settings.text.window, number_on("accelerator" if target.accelerator else "cpu"))
+        found["export"] = least_export(at, found["export"])
         if target.spread:  # the export is done by the main process, from the files
             shared = [name for name in found if name not in ("load", "export")]
             found = {name: memory.spread(name, found[name], shape, target.devices) for name in shared}
@@ -91,8 +92,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     spent = stage_work(shape, journey, segments, length, bool(given), after, files, gguf)
     planned = peaks(journey, device.type == "cpu")
     stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
-    least = least_export(shape, planned["export"], base or 0 if device.type == "cpu" else 0)
-    stages["export"]["least_bytes"] = memory.total(least)
+    stages["export"]["least_bytes"] = memory.total(least_export(shape, planned["export"]))
     return {
         "model": model,
         "device": str(device),
@@ -119,8 +119,9 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     }
 
 
-def least_export(shape: Shape, peak: memory.Peak, base: int) -> memory.Peak:
+def least_export(shape: Shape, peak: memory.Peak) -> memory.Peak:
     """The export's peak where memory is short: its fresh process then leaves the layers on disk."""
+    base = peak.get("python and libraries", 0)
     return peak | {"fresh process": min(peak["fresh process"], streamed.verified(shape, base))}
 
 
