@@ -2,8 +2,8 @@
 
 Each gives the student parameters to train (LoRA through peft) and is trained by `train_`: KL to the dense model,
 float32 masters, weights rounded to the format they are saved in, AdamW, the best state by held-out KL. What is below
-the first trained layer is the dense model's own and runs once and without gradients here too, so that seconds compare
-methods and not programs.
+the first trained layer is the dense model's own and runs once and without gradients here too, and logits live piece by
+piece by the same code, so that seconds and memory compare methods and not programs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import nn
 
 from layercut.heal.endpoints import own_parameters_, warmup_then_cosine
 from layercut.heal.fold import HELD_OUT, RIDGES, Normal
+from layercut.heal.objectives import Pair, logit_gradient
 from layercut.losses import kl_divergence
+from layercut.memory import reuse_freed
 from layercut.segments import Segment
 from layercut.sweep import Stack, common_prefix, hidden_of, replaced_hidden
 
@@ -101,6 +103,8 @@ def train_(
 
     prefix: how many layers, from the first, are the dense model's own and stay so.
     """
+    reuse_freed()
+    pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1)
     masters = [p.detach().float().clone() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
@@ -113,9 +117,7 @@ def train_(
         begun, cpu = time.perf_counter(), time.process_time()
         loss = 0.0
         for rows in batch.split(max(1, PASS_TOKENS // batch.shape[1])):
-            part = divergence(dense, student, prefix, rows).sum() / batch.numel()
-            part.backward()
-            loss += part.item()
+            loss += backward_(pair, rows, rows.numel() / batch.numel())
         with torch.no_grad():
             for master, p in zip(masters, trained, strict=True):
                 master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
@@ -145,6 +147,21 @@ def train_(
         "curve": curve,
         "heldout": scores,
     }
+
+
+def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
+    """Add the gradient of weight x the mean KL over tokens [B, T] to what is trained; that loss."""
+    rows = torch.arange(len(tokens))
+    if pair.prefix:
+        return pair.backward(tokens, rows, weight)
+    with torch.no_grad():
+        hidden, calls = pair.dense.enter(tokens)
+        final = pair.dense.run(hidden, calls, 0, len(pair.dense))
+    hidden, calls = pair.student.enter(tokens)  # by embeddings of its own, where these are trained
+    out = pair.student.run(hidden, calls, 0, len(pair.student))
+    loss, gradient = logit_gradient(pair, tokens, rows, weight, out, final)
+    out.backward(gradient)
+    return loss
 
 
 def divergence(dense: Stack, student: Stack, prefix: int, tokens: torch.Tensor) -> torch.Tensor:

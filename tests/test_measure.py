@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 import tiny
-from layercut import measure, models
+from layercut import measure, memory, models
 from layercut.cut import cut_segment_
 from layercut.measure import Seconds
 from layercut.segments import Segment
@@ -93,3 +96,26 @@ def test_memory_of_a_generation_sees_a_large_tensor(pair, monkeypatch):
     peak = measure.peak_rss_bytes()
     assert 0.9 * size < measure.generation_bytes(pair[0], 8, 1) < 1.5 * size
     assert measure.peak_rss_bytes() >= peak
+
+
+def test_freed_memory_is_reused_until_it_is_given_back():
+    """glibc gives back the top of its heap as it is freed; tuning has it keep some, which a stage's end gives back."""
+    if memory.resident_bytes() is None or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("Linux with glibc only")
+    script = """
+from layercut import memory
+def held():
+    blocks = [bytearray(16 * 2**20) for _ in range(12)]
+    del blocks
+    return memory.resident_bytes()
+memory.give_back()
+before, freed = memory.resident_bytes(), held()
+memory.reuse_freed()
+kept = held()
+memory.give_back()
+print(freed - before, kept - before, memory.resident_bytes() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    freed, kept, returned = (int(word) / 2**20 for word in run.stdout.split())
+    assert freed < 100 < 170 < kept < 256
+    assert returned < 40

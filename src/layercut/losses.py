@@ -126,9 +126,9 @@ def loss_and_gradient(
 
 
 def tokens_at_once(logits: torch.Tensor, budget_bytes: int | None = None) -> int:
-    """How many tokens' logits [..., V] to have in float32: on a CPU so few (4 MiB) that they stay in its cache,
-    docs/log.md."""
-    budget = budget_bytes or (4 if logits.device.type == "cpu" else 256) * 2**20
+    """How many tokens' logits [..., V] to have in float32: on a CPU so few (half a MiB a thread) that they, and what is
+    made of them, stay in its inner cache, docs/log.md."""
+    budget = budget_bytes or (torch.get_num_threads() * 2**19 if logits.device.type == "cpu" else 256 * 2**20)
     return max(1, budget // (4 * logits.shape[-1]))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut import processes, sharding
+from layercut import memory, processes, sharding
 from layercut.data import fingerprint
 from layercut.heal.from_disk import FrozenStates, PairOnDisk, store_states
 from layercut.heal.objectives import HeldOut, Objective, Pair
@@ -137,6 +137,7 @@ def tune_(
     share of every step's rows; gradients and scores are summed, and all make the same steps, of a spread model
     (`sharding.py`) each on its parts of the trained weights.
     """
+    memory.reuse_freed()
     positions = endpoints(segments, len(dense), settings.radius)
     # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
     prefix = min(min(positions), shared_layers(dense, student))
