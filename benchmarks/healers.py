@@ -64,6 +64,7 @@ def full_(student: Stack, segment: Segment) -> Prepared:
 BASELINES: dict[str, tuple[Callable[[Stack, Segment], Prepared], tuple[float, float, float]]] = {
     "endpoint-lora": (endpoint_lora_, (5e-4, 1.5e-3, 4e-3)),
     "lora": (lora_, (3e-4, 1e-3, 3e-3)),
+    "lora-mix": (lora_, (3e-4, 1e-3, 3e-3)),
     "last-3-head": (last_three_and_head_, (1e-4, 3e-4, 1e-3)),
     "full": (full_, (5e-5, 1.5e-4, 4e-4)),
 }
@@ -98,13 +99,14 @@ def train_(
     heldout: torch.Tensor,
     rate: float,
     batch_tokens: int,
+    mix: float = 0.0,
 ) -> dict[str, Any]:
     """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out KL.
 
-    prefix: how many layers, from the first, are the dense model's own and stay so.
+    prefix: how many layers, from the first, are the dense model's own and stay so. mix: share of the next-token loss.
     """
     reuse_freed()
-    pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1)
+    pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1, mix=mix)
     masters = [p.detach().float().clone() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))

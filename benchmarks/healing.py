@@ -8,7 +8,7 @@
 Every method runs in a process of its own (--only METHOD), with the same calibration, tuning, held-out and reported
 tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens
 (by the held-out loss of what it trains for, at the end; OptiPFair's, which trains for a mixture, by held-out KL);
-variants of endpoint tuning in start, reach or text take its.
+variants of a method in start, reach, text or loss take its.
 Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities. Memory: the process's peak while training
 above what it held with the weights loaded. Time: CPU seconds of training, all threads, scoring left out, since a
 shared machine stretches the seconds on the wall, which stand beside them; give OMP_WAIT_POLICY=passive, or idle
@@ -58,10 +58,12 @@ TUNED: dict[str, dict[str, Any]] = {
     "radius-2": {"radius": 2},
     "next-token": {"objective": "next-token"},
     "hidden": {"objective": "hidden"},
+    "mix": {"mix": 0.3},
     "self-text": {},
 }
 """Endpoint tuning and its variants, by what differs from the default."""
-SAME_RATE = {"no-fold", "radius-2", "self-text"}
+SAME_RATE = {name: "endpoints" for name in ("no-fold", "radius-2", "mix", "self-text")} | {"lora-mix": "lora"}
+"""Variants in start, reach, text or loss, and whose rate they take."""
 PEER = "optipfair"
 PEER_RATES = (4e-5, 1.5e-4, 4e-4)
 """Its default, and what full fine-tuning tries above that."""
@@ -103,9 +105,8 @@ def gather(args: Namespace) -> None:
         if method == PEER and not args.peer_python:
             print(f"{PEER}: left out; --peer-python PYTHON names an interpreter that has it", flush=True)
             continue
-        base = rows.get("endpoints", {})
-        given = {"only": method, "cpu-seconds": base.get("cpu_seconds", 0.0), "out": args.out}
-        given["rate"] = base.get("rate", 0.0) if method in SAME_RATE else 0.0
+        given = {"only": method, "cpu-seconds": rows.get("endpoints", {}).get("cpu_seconds", 0.0), "out": args.out}
+        given["rate"] = rows.get(SAME_RATE.get(method, ""), {}).get("rate", 0.0)
         begun, cpu = time.perf_counter(), children_cpu_seconds()
         extra = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         subprocess.run([sys.executable, *sys.argv, *extra], check=True)
@@ -366,7 +367,8 @@ def healed(
     if args.only in BASELINES:
         shared = shared_layers(dense, student)  # as the fold left it; asked before a head of its own hides it
         trained, first = BASELINES[args.only][0](student, segment)
-        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, args.batch_tokens)
+        mix = TUNED["mix"]["mix"] if args.only == "lora-mix" else 0.0
+        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, args.batch_tokens, mix)
     settings = TuneSettings(learning_rate=rate, batch_tokens=args.batch_tokens, **TUNED[args.only])
     report = tune_(dense, student, [segment], tokens, heldout, settings)
     kept = ("tokens", "seconds", "cpu_seconds", "trained_parameters", "curve", "heldout")

@@ -9,8 +9,9 @@ def healing_table(result: dict) -> str:
     """Every healing of one cut as Markdown: what it trains, costs, and brings back."""
     settings, environment, rows = result["settings"], result["environment"], result["rows"]
     dense, cut = (next(row for row in rows if row["method"] == name)["perplexity"] for name in ("dense", "cut"))
-    headings = ["method", "weights trained", "tokens per CPU second", "peak memory above the weights"]
+    headings = ["method", "weights trained", "tokens per CPU second", "peak memory above the weights", "held-out KL"]
     headings += [f"gap closed, {text}" for text in dense]
+    headings += ["in the CPU seconds of `endpoints`"]
     from_to = "; ".join(f"{text} {figure(dense[text])} dense, {figure(cut[text])} cut" for text in dense)
     plain = [f"`{row['method']}`" for row in rows if row["method"] in ("patch", "no-fold", "optipfair")]
     machine = f"{environment['cores']} CPU cores ({environment['cpu']})"
@@ -20,7 +21,7 @@ def healing_table(result: dict) -> str:
         f"({settings['data'].replace('+', ', ')}) after a fold on {settings['calibration_tokens']:,} "
         f"({', '.join(plain)} without it); gap closed, (ln cut - ln healed) / (ln cut - ln dense) of perplexities, on "
         f"{settings['eval_tokens']:,} tokens of "
-        f"each text ({from_to}):",
+        f"each text ({from_to}). The last column: the same, trained anew on as many tokens as fit there:",
         "",
         f"| {' | '.join(headings)} |",
         f"|---|{'---:|' * (len(headings) - 1)}",
@@ -30,7 +31,10 @@ def healing_table(result: dict) -> str:
             trained = count(row["trained_parameters"]) if "trained_parameters" in row else ""
             speed = f"{row['tokens_per_cpu_second']:,.0f}" if "tokens_per_cpu_second" in row else ""
             gaps = [f"{100 * gap:.0f} %" for gap in row["gap_closed"].values()]
-            cells = [f"`{row['method']}`", trained, speed, size(row["peak_above_weights_bytes"]), *gaps]
+            anew = row.get("equal_time") or {"gap_closed": {}}
+            equal = ", ".join(f"{100 * gap:.0f} %" for gap in anew["gap_closed"].values())
+            cells = [f"`{row['method']}`", trained, speed, size(row["peak_above_weights_bytes"]), f"{row['kl']:.3f}"]
+            cells += [*gaps, equal]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,5 +1,5 @@
 """Writes the README's figures from benchmarks/results/: demo, search, stream, compare-RATIO, healing, recovery,
-frontier, speed and shapes, all .json; of the last five, one that is not there yet is said to be open.
+frontier, speed and shapes, all .json; of the last four, one that is not there yet is said to be open.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -135,9 +135,9 @@ def shapes_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def comparisons() -> str:
-    """The tables of all ratios that were compared."""
-    return "\n\n".join(compare_table(json.loads(file.read_text())) for file in sorted(RESULTS.glob("compare-*.json")))
+def each(pattern: str, made_by: Callable[[dict], str]) -> str:
+    """The tables of several runs of a benchmark, one after the other."""
+    return "\n\n".join(made_by(json.loads(file.read_text())) for file in sorted(RESULTS.glob(pattern)))
 
 
 def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
@@ -148,9 +148,10 @@ def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
 
 def filled(text: str) -> str:
     """The README with its tables made anew."""
-    regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words(), "compare": comparisons()}
-    later: dict[str, Callable[[dict], str]] = {"healing": healing_table, "recovery": recovery_table}
-    later |= {"frontier": frontier_table, "speed": speed_table, "shapes": shapes_table}
+    regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words()}
+    regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
+    later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
+    later |= {"speed": speed_table, "shapes": shapes_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
