@@ -62,7 +62,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "self-text": {},
 }
 """Endpoint tuning and its variants, by what differs from the default."""
-SAME_RATE = {name: "endpoints" for name in ("no-fold", "radius-2", "mix", "self-text")} | {"lora-mix": "lora"}
+SAME_RATE = dict.fromkeys(("no-fold", "radius-2", "mix", "self-text"), "endpoints") | {"lora-mix": "lora"}
 """Variants in start, reach, text or loss, and whose rate they take."""
 PEER = "optipfair"
 PEER_RATES = (4e-5, 1.5e-4, 4e-4)
