@@ -75,7 +75,42 @@ def test_only_the_endpoints_change_and_the_held_out_loss_falls(objective):
     assert not any(p.requires_grad for p in student.parameters())
 
 
+@pytest.mark.parametrize("rate", [0.03, 0.9])
+def test_a_rate_that_leads_astray_is_lowered(rate, tmp_path):
+    """By a quarter, from the best state, as often as it takes; stopped after that and resumed to the same bits."""
+    model, segment, ends, left = tiny.llama(), [Segment(3, 5)], [], iter(range(10))
+
+    class Stopped(Exception):
+        pass
+
+    def ten_steps(*_) -> None:
+        if next(left, None) is None:
+            raise Stopped
+
+    def tuned(**options):
+        student = cut_copy(model, *segment)
+        report = tune_(
+            Stack(model), Stack(student), segment, tiny.some_tokens(64), tiny.some_tokens(8, seed=3),
+            TuneSettings(learning_rate=rate, batch_tokens=32), **options,
+        )  # fmt: skip
+        ends.append((report, weights_of(student)))
+
+    tuned()
+    with pytest.raises(Stopped):
+        tuned(state=StateFile(tmp_path / "state", key="", minutes=0), advance=ten_steps)
+    tuned(state=StateFile(tmp_path / "state", key="", minutes=60))
+    (report, weights), (resumed, again) = ends
+    losses = {point["step"]: point["loss"] for point in report.heldout}
+    assert report.setbacks == [step for step in losses if losses[step] > losses[0]] != []
+    assert report.setbacks[-1] > 10 or rate < 0.1, "some before the stop and, with the higher rate, one after it"
+    assert report.best < losses[0]
+    assert resumed.setbacks == report.setbacks
+    assert resumed.heldout == report.heldout
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
 def test_a_ruinous_rate_leaves_the_start_as_it_was():
+    """Too few steps for the rate to come down: whoever scores worst is not kept."""
     model = tiny.llama()
     student = cut_copy(model, Segment(3, 5))
     dense, cut = Stack(model), Stack(student)
@@ -83,9 +118,10 @@ def test_a_ruinous_rate_leaves_the_start_as_it_was():
     heldout = tiny.some_tokens(8, seed=3)
     start = mean_kl(dense, cut, heldout)
     report = tune_(
-        dense, cut, [Segment(3, 5)], tiny.some_tokens(16), heldout, TuneSettings(learning_rate=0.9, batch_tokens=32)
+        dense, cut, [Segment(3, 5)], tiny.some_tokens(4), heldout, TuneSettings(learning_rate=0.9, batch_tokens=32)
     )
     assert report.best_step == 0
+    assert report.setbacks == [1], "nothing follows the last step, so it has no setback"
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
     assert mean_kl(dense, cut, heldout) == pytest.approx(start)
 

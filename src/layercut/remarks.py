@@ -30,7 +30,9 @@ def describe_fold(outcome: dict[str, Any]) -> str:
 def describe_tuning(tuning: dict[str, Any]) -> str:
     """One line about tuning."""
     start, best = tuning["heldout"][0]["loss"], min(point["loss"] for point in tuning["heldout"])
-    verdict = "" if best < start else "; it did not help, the start is kept"
+    verdict = "" if best < start else "; it did not help, the start is kept: try a lower --learning-rate"
+    if tuning.get("setbacks"):
+        verdict = f", the rate quartered {len(tuning['setbacks'])} times{verdict}"
     return (
         f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens, "
         f"{tuning['state_bytes'] / 1e6:,.1f} MB of training state: held-out loss {start:.4f} -> {best:.4f}{verdict}"

@@ -39,6 +39,8 @@ PASS_TOKENS = 1024
 backward pass grows with them; speed does not (docs/log.md)."""
 SCORES = 8
 """How often the held-out loss is taken during tuning, beside once before it."""
+SETBACK = 0.25
+"""What the rate is multiplied by where the held-out loss has risen above that of the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,9 @@ class Tuning:
     curve: list[dict[str, float]] = field(default_factory=list)
     heldout: list[dict[str, float]] = field(default_factory=list)
     best_step: int = 0
+    setbacks: list[int] = field(default_factory=list)
+    """Steps after which the held-out loss stood above that of the start (or was no number): each time training went
+    on from the best state, at a quarter of the rate."""
     tokens_per_second: float = 0.0
     seconds: float = 0.0
     """Of training, without scoring; over all processes where it was stopped and resumed."""
@@ -130,9 +135,9 @@ def tune_(
     """Train the student's endpoints on tokens [N, T] in their order; leave it in its best state by held-out loss.
 
     heldout: [M, T], never trained on; it is scored before the first step, so that the end is never worse than the
-    start. teacher: the dense predictions on `tokens`, stored beforehand (for "kl"). states: of models whose layers are
-    on disk, what does not change, stored beforehand. state: where to keep the state; one that is there and of the same
-    making is gone on with, and ends in the same bits.
+    start, and a rate that leads astray is lowered (`Tuning.setbacks`). teacher: the dense predictions on `tokens`,
+    stored beforehand (for "kl"). states: of models whose layers are on disk, what does not change, stored beforehand.
+    state: where to keep the state; one that is there and of the same making is gone on with, and ends in the same bits.
     Deterministic: no randomness is used beside the seeded order of later epochs. Of several processes each takes a
     share of every step's rows; gradients and scores are summed, and all make the same steps, of a spread model
     (`sharding.py`) each on its parts of the trained weights.
@@ -249,7 +254,7 @@ class _Training:
         begun, cpu = time.perf_counter(), time.process_time()
         rows = rows_of_step(report.step, len(self.tokens), rows_per_step(settings, self.tokens.shape[1]))
         loss = self._gradient_(rows)
-        rate = report.learning_rate * warmup_then_cosine(report.step, report.steps)
+        rate = report.learning_rate * warmup_then_cosine(report.step, report.steps) * SETBACK ** len(report.setbacks)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._clip_(1.0)
@@ -311,8 +316,20 @@ class _Training:
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]
         report.heldout.append({"step": report.step, "tokens": report.tokens, "loss": score})
+        if not score <= report.heldout[0]["loss"] and report.step < report.steps:
+            self.step_back_()
         since = sum(point["step"] > report.best_step for point in report.heldout)
         report.stopped_early = 0 < self.settings.patience <= since and report.step < report.steps
+
+    def step_back_(self) -> None:
+        """Go on from the best state, slower, and with no momentum: the rate was too high for this model."""
+        self.report.setbacks.append(self.report.step)
+        for p, master, best in zip(self.own, self.masters, self.best_state, strict=True):
+            master.copy_(best)
+            p.copy_(best)
+        for moments in self.optimizer.state.values():
+            moments["exp_avg"].zero_()
+            moments["exp_avg_sq"].zero_()
 
     def finish_(self) -> None:
         """Leave the student in its best state, frozen."""
