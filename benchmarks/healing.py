@@ -290,7 +290,7 @@ def measure(args: Namespace) -> dict[str, Any]:
         run = heal(student, whole, heldout, rate)
         row |= {"peak_above_weights_bytes": high_water() - before, "rate": rate, "rates_tried": tried} | run
         row |= {f"tokens_per_{clock}": row["tokens"] / row[f"{clock}s"] for clock in ("second", "cpu_second")}
-        row["heldout_measure"] = "next-token" if args.only == "next-token" else "kl"
+        row["heldout_measure"] = args.only if args.only in ("next-token", "mix") else "kl"
         row["kl"] = model_kl(dense, student, heldout)
         row["perplexity"] = figures(student.model, reported)
         if args.only in GENRES:

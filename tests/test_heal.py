@@ -1,5 +1,6 @@
 """Endpoint tuning changes the endpoints alone and never makes anything worse."""
 
+import math
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import tiny
 from layercut import losses, models
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, RunError
+from layercut.evaluate import perplexity
 from layercut.heal import endpoints as room
 from layercut.heal import objectives, stored
 from layercut.heal.endpoints import (
@@ -21,7 +23,7 @@ from layercut.heal.endpoints import (
     warmup_then_cosine,
 )
 from layercut.heal.fold import fold_
-from layercut.heal.objectives import Pair
+from layercut.heal.objectives import HeldOut, Pair
 from layercut.heal.state import StateFile
 from layercut.heal.stored import store_teacher, stored_bytes
 from layercut.segments import Segment
@@ -286,6 +288,23 @@ def test_every_epoch_takes_every_row_once():
     assert epochs[0].tolist() == list(range(8)), "the first in the order given"
     assert all(sorted(rows.tolist()) == list(range(8)) for rows in epochs)
     assert epochs[1].tolist() != epochs[2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("objective", "mix"), [("kl", 0.0), ("kl", 0.25), ("kl", 1.0), ("next-token", 0.0), ("hidden", 0.0)]
+)
+def test_a_student_is_judged_by_what_it_is_tuned_for(objective, mix):
+    """But by KL where it is tuned on hidden states, and at temperature 1."""
+    model, heldout = tiny.llama(), tiny.some_tokens(6, seed=1)
+    dense, student = Stack(model), Stack(cut_copy(model, Segment(3, 5)))
+    own_parameters_(student, [2, 3])
+    pair = Pair(
+        dense=dense, student=student, prefix=2, last=3, objective=objective, mix=mix,
+        temperature=2.0 if objective == "kl" else 1.0,
+    )  # fmt: skip
+    share = 1.0 if objective == "next-token" else mix
+    expected = (1 - share) * mean_kl(dense, student, heldout) + share * math.log(perplexity(student.model, heldout))
+    assert HeldOut(pair, heldout, rows=4).score() == pytest.approx(expected, rel=1e-5)
 
 
 def test_epochs_and_patience():

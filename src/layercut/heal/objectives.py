@@ -173,6 +173,11 @@ def _teacher_term(pair: Pair, rows: torch.Tensor, columns: slice, p_logits: torc
     return lambda part, z: bucket_kl_and_gradient(log_p[part], index[part], z, pair.temperature)
 
 
+def _kl_term(p_logits: torch.Tensor) -> Term:
+    """For scoring: nobody asks for the gradient."""
+    return lambda part, z: (kl_divergence(p_logits[part], z), z)
+
+
 def _next_token_term(targets: torch.Tensor) -> Term:
     return lambda part, z: next_token_and_gradient(z, targets[part])
 
@@ -192,26 +197,26 @@ class HeldOut:
 
     @torch.no_grad()
     def score(self) -> float:
-        """KL(p || q) per token at temperature 1; for the objective "next-token", that loss."""
-        pair, total = self.pair, 0.0
-        loss_of = self._next_token if pair.objective == "next-token" else self._kl
+        """What the objective minimises, in nats per token: KL(p || q) at temperature 1, the next-token loss, or both by
+        their shares. Of the objective "hidden" it is KL too, since logits are what counts."""
+        pair, kl, next_token = self.pair, 0.0, 0.0
+        mix = {"kl": pair.mix, "next-token": 1.0, "hidden": 0.0}[pair.objective]
         outs = [shared for _, shared in self.states]
         carry_(pair.student, outs, enter_all(pair.student, self.batches)[1], pair.prefix, len(pair.student))
         for (_, mine), batch, (final, _), out in zip(self.parts, self.batches, self.states, outs, strict=True):
+            targets = next_tokens(pair.student.place(batch))
             pieces = list(logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()))
             for piece, counts in sharding.in_step(pair.student.model, pieces, pieces[0]):
-                loss = loss_of(batch, piece, final, pair.student.exit(out[piece], batch[piece]).flatten(0, 1))
-                total += loss if mine and counts else 0.0
-        predictions = self.tokens.numel() - (len(self.tokens) if pair.objective == "next-token" else 0)
-        return processes.summed([total])[0] / predictions
-
-    def _next_token(self, batch: torch.Tensor, piece: tuple[slice, slice], _: torch.Tensor, q: torch.Tensor) -> float:
-        targets = next_tokens(self.pair.student.place(batch))[piece].flatten()
-        return _summed(_next_token_term(targets), q)
-
-    def _kl(self, batch: torch.Tensor, piece: tuple[slice, slice], final: torch.Tensor, q: torch.Tensor) -> float:
-        p = self.pair.dense.exit(final[piece], batch[piece]).flatten(0, 1)
-        return _summed(lambda part, z: (kl_divergence(p[part], z), z), q)
+                q = pair.student.exit(out[piece], batch[piece]).flatten(0, 1)
+                scored = mine and counts
+                if mix < 1:
+                    p = pair.dense.exit(final[piece], batch[piece]).flatten(0, 1)
+                    kl += _summed(_kl_term(p), q) if scored else 0.0
+                if mix > 0:
+                    next_token += _summed(_next_token_term(targets[piece].flatten()), q) if scored else 0.0
+        kl, next_token = processes.summed([kl, next_token])
+        tokens = self.tokens.numel()
+        return (1 - mix) * kl / tokens + mix * next_token / (tokens - len(self.tokens))
 
 
 def _summed(term: Term, logits: torch.Tensor) -> float:
