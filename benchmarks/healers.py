@@ -1,7 +1,7 @@
 """The healings that endpoint tuning is put beside: the same start, tokens, order, loss, optimizer and schedule.
 
 Each gives the student parameters to train (LoRA through peft) and is trained by `train_`: KL to the dense model,
-float32 masters, weights rounded to the format they are saved in, AdamW, the best state by held-out KL. What is below
+float32 masters, weights rounded to the format they are saved in, AdamW, the best state by held-out loss. What is below
 the first trained layer is the dense model's own and runs once and without gradients here too, and logits live piece by
 piece by the same code, so that seconds and memory compare methods and not programs.
 """
@@ -17,8 +17,7 @@ from torch import nn
 
 from layercut.heal.endpoints import own_parameters_, warmup_then_cosine
 from layercut.heal.fold import HELD_OUT, RIDGES, Normal
-from layercut.heal.objectives import Pair, logit_gradient
-from layercut.losses import kl_divergence
+from layercut.heal.objectives import HeldOut, Pair, logit_gradient
 from layercut.memory import reuse_freed
 from layercut.segments import Segment
 from layercut.sweep import Stack, common_prefix, hidden_of, replaced_hidden
@@ -101,7 +100,7 @@ def train_(
     batch_tokens: int,
     mix: float = 0.0,
 ) -> dict[str, Any]:
-    """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out KL.
+    """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out loss.
 
     prefix: how many layers, from the first, are the dense model's own and stay so. mix: share of the next-token loss.
     """
@@ -111,7 +110,8 @@ def train_(
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_cosine(step, len(batches)))
-    curve, best = [], held_out_kl(dense, student, prefix, heldout)
+    judge = HeldOut(pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
+    curve, best = [], judged(judge)
     scores = [{"step": 0, "tokens": 0, "loss": best}]
     best_state = [p.detach().clone() for p in trained]
     seen, seconds, cpu_seconds = 0, 0.0, 0.0
@@ -135,7 +135,7 @@ def train_(
         spent = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
         curve.append({"step": step, "tokens": seen, "loss": loss, **spent})
         if step % max(1, len(batches) // 8) == 0 or step == len(batches):
-            scores.append({"step": step, "tokens": seen, "loss": held_out_kl(dense, student, prefix, heldout)})
+            scores.append({"step": step, "tokens": seen, "loss": judged(judge)})
             if scores[-1]["loss"] < best:
                 best, best_state = scores[-1]["loss"], [p.detach().clone() for p in trained]
     with torch.no_grad():
@@ -166,21 +166,13 @@ def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     return loss
 
 
-def divergence(dense: Stack, student: Stack, prefix: int, tokens: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per token [B, T]; with nothing shared the student's own embeddings are used."""
-    with torch.no_grad():
-        shared, calls, student_calls = common_prefix(dense, student, tokens, prefix)
-        p_logits = dense.exit(dense.run(shared, calls, prefix, len(dense)), tokens)
-    if prefix == 0:
-        return kl_divergence(p_logits, student.model(input_ids=tokens, use_cache=False).logits)
-    return kl_divergence(p_logits, student.exit(student.run(shared, student_calls, prefix, len(student)), tokens))
-
-
 @torch.no_grad()
-def held_out_kl(dense: Stack, student: Stack, prefix: int, tokens: torch.Tensor) -> float:
-    """Mean KL(p || q) in nats per token of [N, T]."""
-    rows = max(1, PASS_TOKENS // tokens.shape[1])
-    return sum(divergence(dense, student, prefix, part).sum().item() for part in tokens.split(rows)) / tokens.numel()
+def judged(judge: HeldOut) -> float:
+    """Its score; with nothing shared by the student's own embeddings, which may be trained."""
+    if judge.pair.prefix == 0:
+        own = [judge.pair.student.enter(batch)[0] for batch in judge.batches]
+        judge.states = [(final, embedded) for (final, _), embedded in zip(judge.states, own, strict=True)]
+    return judge.score()
 
 
 @torch.no_grad()

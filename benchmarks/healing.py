@@ -38,16 +38,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common import arguments, blocks, open_model
-from healers import BASELINES, patch_, train_
+from healers import BASELINES, PASS_TOKENS, judged, patch_, train_
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.data import load_blocks
 from layercut.evaluate import perplexity
 from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
 from layercut.heal.fold import fold_
+from layercut.heal.objectives import HeldOut, Pair
 from layercut.runs import environment, write_json, write_text
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl, shared_layers
+from layercut.sweep import Stack, shared_layers
 from memory import high_water, settled_bytes
 
 matplotlib.use("svg")
@@ -290,7 +291,7 @@ def measure(args: Namespace) -> dict[str, Any]:
         run = heal(student, whole, heldout, rate)
         row |= {"peak_above_weights_bytes": high_water() - before, "rate": rate, "rates_tried": tried} | run
         row |= {f"tokens_per_{clock}": row["tokens"] / row[f"{clock}s"] for clock in ("second", "cpu_second")}
-        row["heldout_measure"] = args.only if args.only in ("next-token", "mix") else "kl"
+        row["heldout_measure"] = args.only if args.only in ("next-token", "mix", "lora-mix") else "kl"
         row["kl"] = model_kl(dense, student, heldout)
         row["perplexity"] = figures(student.model, reported)
         if args.only in GENRES:
@@ -394,15 +395,10 @@ def healed_by_peer(
         return json.loads((out / "report.json").read_text())
 
 
-@torch.no_grad()
 def model_kl(dense: Stack, student: Stack, tokens: torch.Tensor) -> float:
-    """Mean KL to the dense model; by prefix 0 of a student with embeddings of its own it would be another's."""
-    own = student.model.get_input_embeddings().weight is not dense.model.get_input_embeddings().weight
-    if not own:
-        return mean_kl(dense, student, tokens)
-    from healers import held_out_kl
-
-    return held_out_kl(dense, student, 0, tokens)
+    """Mean KL to the dense model, also of a student with embeddings of its own."""
+    pair = Pair(dense=dense, student=student, prefix=0, last=len(student) - 1)
+    return judged(HeldOut(pair, tokens, rows=max(1, PASS_TOKENS // tokens.shape[1])))
 
 
 if __name__ == "__main__":
