@@ -41,6 +41,8 @@ SCORES = 8
 """How often the held-out loss is taken during tuning, beside once before it."""
 SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start."""
+FEW_STEPS = 64
+"""Fewer take half the default rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class TuneSettings:
 
     objective: Objective = "kl"
     learning_rate: float | None = None
-    """Peak rate of AdamW; None takes `default_learning_rate`."""
+    """Peak rate of AdamW; None takes `default_learning_rate` of the width and the steps."""
     batch_tokens: int = 1024
     radius: int = 1
     """Layers trained on each side of a cut."""
@@ -113,10 +115,10 @@ def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list
     return sorted(beside)
 
 
-def default_learning_rate(hidden_size: int) -> float:
-    """1.6e-3 at a width of 576, the best there with steps of 1,024 tokens (docs/log.md); inversely with the width,
-    which is a guess."""
-    return 1.6e-3 * 576 / hidden_size
+def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
+    """1.6e-3 at a width of 576, the best there with 128 steps of 1,024 tokens, and half of it in few steps, of which 12
+    and 48 were tried (docs/log.md); inversely with the width, which is a guess."""
+    return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0)
 
 
 def tune_(
@@ -221,13 +223,14 @@ class _Training:
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
-        rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size)
+        steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
+        rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size, steps)
         self.optimizer = torch.optim.AdamW(self.masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         count = sum(p.numel() for p in trained)
         self.report = Tuning(
             objective=settings.objective,
             tokens=0,
-            steps=settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1])),
+            steps=steps,
             learning_rate=rate,
             trained_layers=positions,
             trained_parameters=count,
