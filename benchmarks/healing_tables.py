@@ -50,8 +50,8 @@ def recovery_table(result: dict) -> str:
         f"{result['calibration_tokens']:,} tokens, then tuning; gap closed on {result['eval_tokens']:,} tokens of each "
         f"text ({from_to}):",
         "",
-        f"| | trained layers | tokens a step | CPU seconds, fold included | {' | '.join(texts)} |",
-        f"|---|---|{'---:|' * (2 + len(texts))}",
+        f"| | trained layers | tokens a step | CPU seconds, fold included | held-out KL | {' | '.join(texts)} |",
+        f"|---|---|{'---:|' * (3 + len(texts))}",
     ]
     for row in result["rows"][2:]:
         name = "fold alone" if row["state"] == "folded" else f"tuned on {row['tune_tokens']:,}"
@@ -62,6 +62,7 @@ def recovery_table(result: dict) -> str:
         trained = ", ".join(map(str, row.get("trained_layers", [])))
         seconds = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:,.0f}"
         gaps = [f"{100 * row['gap_closed'][text]:.0f} %" for text in texts]
+        kl = f"{row['heldout_kl']:.3f}"
         step = f"{row['batch_tokens']:,}" if "batch_tokens" in row else ""
-        lines.append(f"| {' | '.join([name, trained, step, seconds, *gaps])} |")
+        lines.append(f"| {' | '.join([name, trained, step, seconds, kl, *gaps])} |")
     return "\n".join(lines)
