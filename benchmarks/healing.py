@@ -1,7 +1,8 @@
 """Claim: cutoff endpoint tuning heals a cut better than what it is put beside, at equal tokens and at equal time.
 
     python benchmarks/healing.py --data TUNE.txt --report wiki=WIKI.txt web=WEB.txt [--genres books=BOOKS.txt …]
-    python benchmarks/healing.py …                      # goes on; methods that are done are kept
+    python benchmarks/healing.py …                      # goes on; methods that are done are kept; with other --methods
+                                                        # also beside it, on another core, once "endpoints" is done
     python benchmarks/healing.py … --again lora full    # these once more
     python benchmarks/healing.py … --peer-python PYTHON # "optipfair" too, by that interpreter (peer_optipfair.py)
 
@@ -95,13 +96,10 @@ def gather(args: Namespace) -> None:
     apart = {"methods", "again", "equal_time", "peer_python", "only", "cpu_seconds", "rate", "out", "threads", "model"}
     settings = {key: plain_names(value) for key, value in vars(args).items() if key not in apart}
     settings["model"] = Path(args.model).name if args.model else "SmolLM2-135M-Instruct.Q4_1.gguf"
-    done = json.loads(args.out.read_text()) if args.out.is_file() else {"settings": settings, "rows": []}
-    if done["settings"] != settings:
-        raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = {row["method"]: row for row in done["rows"] if row["method"] not in args.again}
     for method in sorted(args.methods, key=METHODS.index):
-        if method in rows:
+        rows = kept_rows(args.out, settings)
+        if method in rows and method not in args.again:
             continue
         if method == PEER and not args.peer_python:
             print(f"{PEER}: left out; --peer-python PYTHON names an interpreter that has it", flush=True)
@@ -113,7 +111,7 @@ def gather(args: Namespace) -> None:
         subprocess.run([sys.executable, *sys.argv, *extra], check=True)
         file = child_file(args.out, method)
         whole = {"whole_seconds": time.perf_counter() - begun, "whole_cpu_seconds": children_cpu_seconds() - cpu}
-        rows[method] = json.loads(file.read_text()) | whole
+        rows = kept_rows(args.out, settings) | {method: json.loads(file.read_text()) | whole}  # a lane beside may write
         file.unlink()
         ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
         add_gaps_(ordered)
@@ -122,10 +120,18 @@ def gather(args: Namespace) -> None:
         write_json(args.out, {"claim": claim, "settings": settings, "rows": ordered, "environment": environ})
         print(f"{method}: {whole['whole_seconds']:.0f} s, {whole['whole_cpu_seconds']:.0f} s of CPU", flush=True)
     fold_file(args.out).unlink(missing_ok=True)
-    ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
+    ordered = list(kept_rows(args.out, settings).values())
     write_text(args.out.with_suffix(".md"), table(ordered))
     draw(ordered, args.out.with_suffix(".svg"))
     print(table(ordered))
+
+
+def kept_rows(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is done already, by method."""
+    done = json.loads(out.read_text()) if out.is_file() else {"settings": settings, "rows": []}
+    if done["settings"] != settings:
+        raise SystemExit(f"error: {out} was made with other settings\nhint: give another --out, or remove it")
+    return {row["method"]: row for row in done["rows"]}
 
 
 def children_cpu_seconds() -> float:
