@@ -3,7 +3,8 @@
 Each gives the student parameters to train (LoRA through peft) and is trained by `train_`: KL to the dense model,
 float32 masters, weights rounded to the format they are saved in, AdamW, the best state by held-out loss. What is below
 the first trained layer is the dense model's own and runs once and without gradients here too, and logits live piece by
-piece by the same code, so that seconds and memory compare methods and not programs.
+piece by the same code, so that seconds and memory compare methods and not programs; "lora-autograd" is LoRA as one
+writes it down, both models whole and autograd through all of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from layercut.heal.endpoints import own_parameters_, warmup_then_cosine
@@ -64,6 +66,7 @@ BASELINES: dict[str, tuple[Callable[[Stack, Segment], Prepared], tuple[float, fl
     "endpoint-lora": (endpoint_lora_, (5e-4, 1.5e-3, 4e-3)),
     "lora": (lora_, (3e-4, 1e-3, 3e-3)),
     "lora-mix": (lora_, (3e-4, 1e-3, 3e-3)),
+    "lora-autograd": (lora_, (3e-4, 1e-3, 3e-3)),
     "last-3-head": (last_three_and_head_, (1e-4, 3e-4, 1e-3)),
     "full": (full_, (5e-5, 1.5e-4, 4e-4)),
 }
@@ -99,10 +102,12 @@ def train_(
     rate: float,
     batch_tokens: int,
     mix: float = 0.0,
+    autograd: bool = False,
 ) -> dict[str, Any]:
     """KL to the dense model on tokens [N, T] in their order; the student is left in its best state by held-out loss.
 
     prefix: how many layers, from the first, are the dense model's own and stay so. mix: share of the next-token loss.
+    autograd: both models run whole, on float32 logits (without a mixture).
     """
     reuse_freed()
     pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1, mix=mix)
@@ -119,7 +124,8 @@ def train_(
         begun, cpu = time.perf_counter(), time.process_time()
         loss = 0.0
         for rows in batch.split(max(1, PASS_TOKENS // batch.shape[1])):
-            loss += backward_(pair, rows, rows.numel() / batch.numel())
+            weight = rows.numel() / batch.numel()
+            loss += autograd_(dense.model, student.model, rows, weight) if autograd else backward_(pair, rows, weight)
         with torch.no_grad():
             for master, p in zip(masters, trained, strict=True):
                 master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
@@ -164,6 +170,16 @@ def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     loss, gradient = logit_gradient(pair, tokens, rows, weight, out, final)
     out.backward(gradient)
     return loss
+
+
+def autograd_(dense: nn.Module, student: nn.Module, tokens: torch.Tensor, weight: float = 1.0) -> float:
+    """The same by autograd alone, of models that are called as they are."""
+    with torch.no_grad():
+        log_p = F.log_softmax(dense(input_ids=tokens, use_cache=False).logits.float(), -1)
+    log_q = F.log_softmax(student(input_ids=tokens, use_cache=False).logits.float(), -1)
+    loss = F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="batchmean") * weight
+    loss.backward()
+    return loss.item()
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "self-text": {},
 }
 """Endpoint tuning and its variants, by what differs from the default."""
-SAME_RATE = dict.fromkeys(("no-fold", "radius-2", "mix", "self-text"), "endpoints") | {"lora-mix": "lora"}
+SAME_RATE = dict.fromkeys(("no-fold", "radius-2", "mix", "self-text"), "endpoints")
+SAME_RATE |= dict.fromkeys(("lora-mix", "lora-autograd"), "lora")
 """Variants in start, reach, text or loss, and whose rate they take."""
 PEER = "optipfair"
 PEER_RATES = (4e-5, 1.5e-4, 4e-4)
@@ -375,7 +376,9 @@ def healed(
         shared = shared_layers(dense, student)  # as the fold left it; asked before a head of its own hides it
         trained, first = BASELINES[args.only][0](student, segment)
         mix = TUNED["mix"]["mix"] if args.only == "lora-mix" else 0.0
-        return train_(dense, student, trained, min(first, shared), tokens, heldout, rate, args.batch_tokens, mix)
+        by_autograd = args.only == "lora-autograd"
+        prefix = min(first, shared)
+        return train_(dense, student, trained, prefix, tokens, heldout, rate, args.batch_tokens, mix, by_autograd)
     settings = TuneSettings(learning_rate=rate, batch_tokens=args.batch_tokens, **TUNED[args.only])
     report = tune_(dense, student, [segment], tokens, heldout, settings)
     kept = ("tokens", "seconds", "cpu_seconds", "trained_parameters", "curve", "heldout")

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from common import arguments, blocks, finish, open_model
+from healers import autograd_
 from layercut import models
 from layercut.cut import cut_segment_
 from layercut.heal.endpoints import TuneSettings, endpoints, own_parameters_, tune_
@@ -60,16 +60,6 @@ def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 2048, repe
         (a @ b)[0, 0].item()
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
-
-
-def plain_step(dense: Any, student: Any, trained: list[torch.nn.Parameter], tokens: torch.Tensor) -> None:
-    """Gradients of the mean KL by autograd alone."""
-    with torch.no_grad():
-        log_p = F.log_softmax(dense(input_ids=tokens, use_cache=False).logits.float(), -1)
-    log_q = F.log_softmax(student(input_ids=tokens, use_cache=False).logits.float(), -1)
-    F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), log_target=True, reduction="batchmean").backward()
-    for p in trained:
-        p.grad = None
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
@@ -119,7 +109,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for _ in range(args.repeats):
         rate = matrix_rate(model.dtype, model.device)
-        by_plain = timed(lambda: plain_step(dense.model, other.model, trained, plain))
+        by_plain = timed(lambda: autograd_(dense.model, other.model, plain))
+        for p in trained:
+            p.grad = None
         training: list[float] = []
         fresh = cut()
         whole = timed(lambda: training.append(tune(fresh, tokens)))  # noqa: B023
