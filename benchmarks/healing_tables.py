@@ -57,6 +57,8 @@ def recovery_table(result: dict) -> str:
         name = "fold alone" if row["state"] == "folded" else f"tuned on {row['tune_tokens']:,}"
         if (epochs := row.get("epochs", 1)) > 1:
             name += f" ({epochs} x {row['tune_tokens'] // epochs:,})"
+        if row.get("radius", 1) > 1:
+            name += f", `--radius {row['radius']}`"
         if row.get("mix"):
             name += f", `--mix {row['mix']:g}`"
         trained = ", ".join(map(str, row.get("trained_layers", [])))

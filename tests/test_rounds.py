@@ -158,6 +158,11 @@ def test_two_budgets_walk_the_frontier_and_take_the_best_point(tiny_model, texts
     assert summary["layers"]["after"] == chosen["layers"] == 8
     assert summary["bytes"]["after"] < target * 1.1, "the file's header beside the weights"
     assert summary["perplexity"]["quantized"] is not None
+    embedded = tmp_path / "embedded"
+    assert main(command(tiny_model, texts, embedded, *flags, "--quantize-embeddings")) == 0
+    points = artefact(embedded, "frontier")["points"]
+    embeddings = {point["bits"]: sizes[point["bits"]] - point["bytes"] for point in points}
+    assert embeddings[16] == 0 < embeddings[8] == embeddings[4], "in 8 bits where anything is quantized"
     assert '<section id="frontier">' in (small / "report.html").read_text()
     assert "Size against loss" in (small / "model" / "README.md").read_text()
 
@@ -182,6 +187,10 @@ def test_budgets_that_cannot_be_met_are_refused_with_what_was_seen(tiny_model, t
         (["--ratio=0.5", "--rounds=0"], "--rounds 0 is too small"),
         (["--target-size=1MB", "--max-loss=0.1", "--rounds=1"], "--rounds 1 leaves none"),
         (["--ratio=0.5", "--max-loss=0.1"], "both --ratio and --max-loss are given"),
+        (["--target-size=1MB", "--max-loss=0.1", "--bits=8"], "tries 16, 8 and 4 bits"),
+        (["--target-size=1MB", "--max-loss=0.1", "--endpoint-bits=8"], "tries 16, 8 and 4 bits"),
+        (["--ratio=0.5", "--quantize-embeddings"], "nothing is quantized"),
+        (["--ratio=0.5", "--endpoint-bits=8"], "nothing is quantized"),
     ],
 )
 def test_what_rounds_cannot_heed_is_refused(flags, words, tiny_model, texts, tmp_path, capsys):

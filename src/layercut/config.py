@@ -302,10 +302,6 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.group_size is not None:
             at_least("group_size", self.group_size, 8)
-        if self.bits == 16 and (self.endpoint_bits or self.quantize_embeddings):
-            raise ConfigError(
-                "--endpoint-bits or --quantize-embeddings is given, but nothing is quantized", "give --bits 4 or 8"
-            )
 
 
 @flat
@@ -427,11 +423,26 @@ class CompressConfig:
             raise ConfigError(
                 "--seeds repeats a search, and --segment leaves none", "give --ratio, or leave out --seeds"
             )
+        self._check_bits()
 
     @property
     def number_of_rounds(self) -> int:
         """Rounds of pruning, at most."""
         return self.rounds.rounds or (5 if self.search.two_budgets else 1)
+
+    def _check_bits(self) -> None:
+        """Refuse what nothing would heed: two budgets walk the bits, beginning with the whole model's."""
+        quantize = self.quantize
+        if self.search.two_budgets:
+            if quantize.bits != 16 or quantize.endpoint_bits:
+                raise ConfigError(
+                    "--bits or --endpoint-bits is given, and --target-size with --max-loss tries 16, 8 and 4 bits",
+                    "leave it out; --quantize-embeddings goes with both budgets",
+                )
+        elif quantize.bits == 16 and (quantize.endpoint_bits or quantize.quantize_embeddings):
+            raise ConfigError(
+                "--endpoint-bits or --quantize-embeddings is given, but nothing is quantized", "give --bits 4 or 8"
+            )
 
     def _check_rounds(self) -> None:
         """Refuse what several rounds could not heed."""
