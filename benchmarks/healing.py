@@ -113,12 +113,12 @@ def gather(args: Namespace) -> None:
         file = child_file(args.out, method)
         whole = {"whole_seconds": time.perf_counter() - begun, "whole_cpu_seconds": children_cpu_seconds() - cpu}
         rows = kept_rows(args.out, settings) | {method: json.loads(file.read_text()) | whole}  # a lane beside may write
-        file.unlink()
         ordered = sorted(rows.values(), key=lambda row: METHODS.index(row["method"]))
         add_gaps_(ordered)
         claim = __doc__.splitlines()[0] if __doc__ else ""
         environ = environment() | {"command": [Path(sys.argv[0]).name, *plain_names(sys.argv[1:])]}
         write_json(args.out, {"claim": claim, "settings": settings, "rows": ordered, "environment": environ})
+        file.unlink()
         print(f"{method}: {whole['whole_seconds']:.0f} s, {whole['whole_cpu_seconds']:.0f} s of CPU", flush=True)
     fold_file(args.out).unlink(missing_ok=True)
     ordered = list(kept_rows(args.out, settings).values())
