@@ -116,8 +116,8 @@ def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list
 
 
 def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
-    """1.6e-3 at a width of 576, the best there with 128 steps of 1,024 tokens, and half of it in few steps, of which 12
-    and 48 were tried (docs/log.md); inversely with the width, which is a guess."""
+    """1.6e-3 at a width of 576, the best there in 128 steps of 1,024 tokens, and half of it in few, the best in 12
+    (docs/log.md). Where few end, and the inverse law in the width, are guesses."""
     return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0)
 
 
