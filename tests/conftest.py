@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import transformers
 import folders
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: sums are split by it, hence their last bits
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
