@@ -6,11 +6,22 @@ in nats per token, computed in float32 whatever the model's own number format.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+
+def as_price(value: float, least: float = -math.inf) -> float:
+    """A price or a loss as it is compared with others: infinite, the worst there is, where it is not a finite number.
+
+    NaN compares as neither more nor less than anything, so that max(0.0, nan) is 0.0 and min may return it: whatever
+    is compared passes through here first. least: what a finite value is raised to, 0 for a divergence, which is never
+    negative but for rounding.
+    """
+    return max(least, value) if math.isfinite(value) else math.inf
 
 
 class Teacher:

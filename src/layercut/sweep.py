@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from layercut import processes, sharding
 from layercut.errors import ModelError
-from layercut.losses import kl_divergence, rows_per_chunk
+from layercut.losses import Teacher, as_price, rows_per_chunk
 from layercut.memory import available_bytes
 from layercut.models import find_decoder, stored_dtype
 from layercut.stream import layers_on_disk, without_reading
@@ -203,7 +203,9 @@ class Stack:
         expected = self.model(input_ids=tokens, use_cache=False).logits
         hidden, calls = self.enter(tokens)
         got = self.exit(self.run(hidden, calls, 0, len(self)), tokens)
-        if hidden.shape[:2] != tokens.shape or not torch.equal(expected, got):
+        # a model that overflows has the same NaN both ways; whether it may is for those who use its predictions
+        same = expected.shape == got.shape and bool(((expected == got) | (expected.isnan() & got.isnan())).all())
+        if hidden.shape[:2] != tokens.shape or not same:
             raise ModelError(
                 f"the layers of {type(self.model).__name__} exchange more than the hidden state, "
                 "so they cannot be searched or healed one by one",
@@ -322,11 +324,64 @@ def common_prefix(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: in
     return dense.run(hidden, calls, 0, prefix), calls, student_calls
 
 
+def teacher_of(stack: Stack, hidden: torch.Tensor, tokens: torch.Tensor) -> Teacher:
+    """The dense model's predictions for tokens [B, T], from what leaves its last layer [B, T, D].
+
+    Raises ModelError where a logit is not finite: nothing can be compared with such predictions.
+    """
+    teacher = Teacher(stack.exit(hidden, tokens))
+    finite = teacher.negative_entropy.isfinite()
+    if not finite.all():
+        row = int((~finite).any(-1).nonzero()[0])
+        raise not_finite(stack, tokens[row : row + 1])
+    return teacher
+
+
+def not_finite(stack: Stack, row: torch.Tensor) -> ModelError:
+    """What to say where a model's logits for a row of tokens [1, T] are not finite.
+
+    Names the weights that hold NaN or Inf, if any do, else the first layer whose output is not finite. Of weights
+    that are spread over several processes this one looks at its own part, and runs no layer, which would need all.
+    """
+    number = str(stack.model.dtype).removeprefix("torch.")
+    what = f"the model's predictions are not finite (computed in {number})"
+    held = [name for name, p in stack.model.named_parameters() if not p.is_meta and not _all_finite(p)]
+    where = ""
+    if not sharding.is_spread(stack.model):
+        prefix, first = find_decoder(stack.model).path, None
+        with torch.no_grad():
+            hidden, calls = stack.enter(row)
+            for i in range(len(stack)):
+                layer = stack.loaded(i)
+                if stack.on_disk:
+                    held += [f"{prefix}.{i}.{name}" for name, p in layer.named_parameters() if not _all_finite(p)]
+                hidden = stack.layer(i, hidden, calls)
+                first = i if first is None and not hidden.isfinite().all() else first
+        after = f"layer {first} is the first of {len(stack)}, counted from 0, whose output is not"
+        where = f": {after}" if first is not None else ": the layers' outputs are, what the head makes of them is not"
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        return ModelError(
+            f"{what}: {', '.join(held[:3])}{more} hold{'s' if len(held) == 1 else ''} NaN or Inf",
+            "the checkpoint is damaged: fetch or convert it again",
+        )
+    wider = "--dtype bfloat16 or --dtype float32" if number == "float16" else "--dtype float32"
+    return ModelError(
+        f"{what}{where}; no weight holds NaN or Inf",
+        "compute in a wider number format: " + wider if number != "float32" else "this model cannot be used",
+    )
+
+
+def _all_finite(parameter: torch.Tensor) -> bool:
+    return bool(sharding.local(parameter.detach()).isfinite().all())
+
+
 @torch.no_grad()
 def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0) -> float:
     """KL(p || q) of the student's predictions, in nats per token of [N, T]; layers below `prefix` are shared.
 
-    Of several processes each takes a share of the rows.
+    Infinite where it is not finite; ModelError where the dense predictions are not. Of several processes each takes a
+    share of the rows.
     """
     total = 0.0
     mine = shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3)
@@ -338,6 +393,6 @@ def mean_kl(dense: Stack, student: Stack, tokens: torch.Tensor, prefix: int = 0)
         carry_(dense, p, calls, prefix, len(dense))
         carry_(student, q, student_calls, prefix, len(student))
         for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True):
-            kl = kl_divergence(dense.exit(p_hidden, batch), student.exit(q_hidden, batch)).sum().item()
+            kl = teacher_of(dense, p_hidden, batch).kl(student.exit(q_hidden, batch)).sum().item()
             total += kl if counts else 0.0
-    return processes.summed([total])[0] / tokens.numel()
+    return as_price(processes.summed([total])[0] / tokens.numel())

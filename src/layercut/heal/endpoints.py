@@ -29,7 +29,7 @@ from layercut.heal.from_disk import FrozenStates, PairOnDisk, store_states
 from layercut.heal.objectives import HeldOut, Objective, Pair
 from layercut.heal.state import StateFile, asked_to_stop
 from layercut.heal.stored import StoredTeacher
-from layercut.losses import slices
+from layercut.losses import as_price, slices
 from layercut.runs import digest
 from layercut.segments import Segment, kept_layers
 from layercut.sweep import Stack, shared_layers
@@ -312,14 +312,18 @@ class _Training:
         return processes.share_of_batches(rows, size)
 
     def note_score_(self, score: float) -> None:
-        """Remember a held-out loss, the weights where they are the best so far, and whether to stop."""
-        report = self.report
+        """Remember a held-out loss, the weights where they are the best so far, and whether to stop.
+
+        A score that is not finite is the worst there is: it is never kept, and any finite one is better.
+        """
+        report, score = self.report, as_price(score)
         first = not report.heldout
         if not first and score < report.best:
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]
         report.heldout.append({"step": report.step, "tokens": report.tokens, "loss": score})
-        if not score <= report.heldout[0]["loss"] and report.step < report.steps:
+        worse = math.isinf(score) or score > report.heldout[0]["loss"]
+        if not first and worse and report.step < report.steps:
             self.step_back_()
         since = sum(point["step"] > report.best_step for point in report.heldout)
         report.stopped_early = 0 < self.settings.patience <= since and report.step < report.steps

@@ -21,6 +21,7 @@ A layer's *inputs* take no fold: attention and MLP read the stream through RMSNo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -30,6 +31,7 @@ import torch
 
 from layercut import processes, sharding
 from layercut.heal.targets import WIDEST, Target, find_targets, run_and_catch
+from layercut.losses import as_price
 from layercut.segments import Segment, kept_layers
 from layercut.sweep import Stack, carry_, enter_all, shared_layers, shared_passes
 
@@ -75,8 +77,13 @@ class Normal:
         return torch.linalg.solve(regular, self.zy)
 
     def left(self, x: torch.Tensor) -> float:
-        """|Z X - Y|^2, the squared error that X leaves."""
-        return max(0.0, self.yy - 2 * (x * self.zy).sum().item() + (x * (self.zz @ x)).sum().item())
+        """|Z X - Y|^2, the squared error that X leaves; infinite where it is not finite."""
+        return as_price(self.yy - 2 * (x * self.zy).sum().item() + (x * (self.zz @ x)).sum().item(), 0.0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no sum has overflowed or is undefined, as where the cut model overflows."""
+        return math.isfinite(self.yy) and all(bool(sums.isfinite().all()) for sums in (self.zz, self.zy))
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,8 @@ def fold_(
     segments: all that the student lacks of the dense model. only: those of them to fold, all where not given; the
     student's other layers may be healed already, in whatever way. The student's changed weights are new parameters:
     layers shared with the dense model are left as they are. tokens: [N, T]. advance: counts every row once a cut.
-    A cut is skipped, with the reason, where there is no layer before it or where nothing in that layer adds a linear
-    output to the residual stream as it is.
+    A cut is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear
+    output to the residual stream as it is, or where what reaches the cut is not finite.
     """
     kept = kept_layers(segments, len(dense))
     folds = []
@@ -156,13 +163,17 @@ def _fold_one_(
         # solution the first part is used; the later ones are solved again on what they then read
         solved = together(targets[number:])
         fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
-        ridge, x = _solution(fit, check)
         judge = check if check.tokens else fit
+        if not (fit.finite and check.finite):
+            if not number:
+                return skipped("what reaches the cut is not finite")
+            break  # what was folded before made it so; the student is judged by its predictions
+        ridge, x = _solution(fit, check)
         target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
         ridges.append(ridge)
         plain = plain or judge.yy
-    names = [target.name for target in targets]
-    share = judge.left(x) / plain if plain else 1.0
+    names = [target.name for target in targets[: len(ridges)]]
+    share = as_price(judge.left(x) / plain) if plain else 1.0
     return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, fit.tokens + check.tokens)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,7 +92,7 @@ def _add_oracle_(result: SearchResult, exact: SearchResult) -> None:
 def regret(result: SearchResult, oracle: SearchResult) -> float:
     """Price of the segments found over that of the best there are, as both searched: 1 is perfect."""
     found, best = merit(result.candidates[0])[0], merit(oracle.candidates[0])[0]
-    return found / best if best > 0 else 1.0 if found == best else float("inf")
+    return 1.0 if found == best else found / best if best > 0 else math.inf
 
 
 def price_segments(stack: Stack, tokens: torch.Tensor, segments: list[Segment]) -> SearchResult:

@@ -10,6 +10,7 @@ from collections.abc import Set
 
 import torch
 
+from layercut.losses import as_price
 from layercut.search.exhaustive import Cuts
 from layercut.search.statistics import Similarity
 from layercut.segments import Segment, joined_segments
@@ -34,14 +35,12 @@ def block_influence(statistics: Similarity, length: int) -> Cuts:
 
 def angular(statistics: Similarity, length: int) -> Cuts:
     """argmin_s E[arccos(cos(h_s, h_{s+n})) / pi], over the last token of each row (UIDL, 2403.17887)."""
-    start = int(statistics.angular.diagonal(length).argmin())
-    return (Segment(start, start + length),)
+    return best_start(statistics.angular.diagonal(length), length)
 
 
 def cosine(statistics: Similarity, length: int) -> Cuts:
     """argmax_s E[cos(h_s, h_{s+n})], over all tokens, along the hidden dimension (LLM-Streamline, 2403.19135)."""
-    start = int(statistics.cosine.diagonal(length).argmax())
-    return (Segment(start, start + length),)
+    return best_start(-statistics.cosine.diagonal(length), length)
 
 
 def one_shot(scores: torch.Tensor, length: int) -> Cuts:
@@ -52,6 +51,13 @@ def one_shot(scores: torch.Tensor, length: int) -> Cuts:
     return lowest(scores, length, protected_layers(len(scores)))
 
 
+def best_start(scores: torch.Tensor, length: int) -> Cuts:
+    """The segment of n layers whose start has the lowest score [L - n + 1]; the earlier of equals."""
+    values = [as_price(score) for score in scores.tolist()]
+    start = values.index(min(values))
+    return (Segment(start, start + length),)
+
+
 def protected_layers(layers: int) -> set[int]:
     """The first 4 and the last 2 layers (2402.02834); under 12 layers proportionally fewer: L // 3 and L // 6."""
     first, last = min(4, layers // 3), min(2, layers // 6)
@@ -60,6 +66,6 @@ def protected_layers(layers: int) -> set[int]:
 
 def lowest(scores: torch.Tensor, length: int, protected: Set[int] = frozenset()) -> Cuts:
     """The n layers of lowest score [L]; protected ones only where the others are too few. The earlier of equals."""
-    values = scores.tolist()
+    values = [as_price(score) for score in scores.tolist()]
     order = sorted(range(len(values)), key=lambda i: (i in protected, values[i], i))
     return joined_segments(order[:length])

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from layercut import processes, sharding
-from layercut.losses import Teacher, next_token_loss, rows_per_chunk, slices
+from layercut.losses import as_price, next_token_loss, rows_per_chunk, slices
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
-from layercut.sweep import Calls, Stack, passes_in_step
+from layercut.sweep import Calls, Stack, passes_in_step, teacher_of
 
 Cuts = tuple[Segment, ...]
 """Segments removed together, sorted and disjoint. The empty tuple is the dense model."""
@@ -54,8 +54,8 @@ def set_costs(
 ) -> list[Candidate]:
     """KL(p || q) of each set of segments cut out together, mean over all tokens [N, T], in nats; from cheapest.
 
-    `rows` rows of tokens go through a layer together: one sweep for each such batch, or, where the layers are on
-    disk, one for all. `advance` is told each layer that was entered.
+    Infinite where it is not finite. `rows` rows of tokens go through a layer together: one sweep for each such batch,
+    or, where the layers are on disk, one for all. `advance` is told each layer that was entered.
     """
     totals = dict.fromkeys(sets, 0.0)
     wanted, spent = [DENSE, *totals], Cost()
@@ -63,15 +63,14 @@ def set_costs(
         ends = sweep(stack, batches, wanted, spent if counts else Cost(), advance)
         for b, batch in enumerate(batches):
             for part, chunk_counts in row_chunks(stack, batch):
-                teacher = Teacher(stack.exit(ends[DENSE][b][part], batch[part]))
+                teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])
                 for cuts in totals:
                     kl = teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
                     totals[cuts] += kl if counts and chunk_counts else 0.0
             spent.dense_tokens += batch.numel() * counts
     cost.add_(spent)
     totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
-    # a divergence is never negative; where a segment does nothing, rounding may make it so
-    candidates = [Candidate(cuts, max(0.0, total / tokens.numel())) for cuts, total in totals.items()]
+    candidates = [Candidate(cuts, as_price(total / tokens.numel(), 0.0)) for cuts, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
 
 
@@ -87,7 +86,7 @@ def set_losses(
 ) -> dict[Cuts, float]:
     """Next-token loss without each set of segments, mean over the N (T - 1) predictions, in nats.
 
-    As `set_costs`, but the dense stream is carried only as far as the last fork.
+    Infinite where it is not finite. As `set_costs`, but the dense stream is carried only as far as the last fork.
     """
     totals, spent = dict.fromkeys(sets, 0.0), Cost()
     for batches, counts in passes_in_step(stack, tokens, rows, streams_held(totals, len(stack))):
@@ -101,7 +100,7 @@ def set_losses(
                     totals[cuts] += loss if counts and chunk_counts else 0.0
     cost.add_(spent)
     sums = processes.summed([*totals.values()])
-    return {cuts: total / (tokens.numel() - len(tokens)) for cuts, total in zip(totals, sums, strict=True)}
+    return {cuts: as_price(total / (tokens.numel() - len(tokens))) for cuts, total in zip(totals, sums, strict=True)}
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:

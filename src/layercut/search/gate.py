@@ -23,6 +23,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from layercut import processes
+from layercut.losses import as_price
 from layercut.search.exhaustive import Cuts
 from layercut.search.prices import Judge, Objective
 from layercut.search.result import Cost
@@ -160,7 +161,10 @@ def _slope(
     objective: Objective,
     cost: Cost,
 ) -> tuple[list[float], torch.Tensor]:
-    """The loss of each set of wells on one row of tokens [1, T], and dL/dspans [P, 2K + 1]."""
+    """The loss of each set of wells on one row of tokens [1, T], and dL/dspans [P, 2K + 1].
+
+    A set whose slope is not finite stays where it is: its gated model overflows there, and has no direction to go.
+    """
     spans = spans.detach().requires_grad_(True)
     gates = concave_gate(walls_of(spans), len(stack), sharpness)
     moving = (gates > CLOSED) & (gates < 1 - CLOSED)
@@ -170,7 +174,8 @@ def _slope(
     dense, gated = gated_forward(stack, gates, row, cost, moving=moving, recompute=schedule.recompute)
     losses = Judge(objective, stack, dense, row, every=HEAD_EVERY)(gated)
     (slope,) = torch.autograd.grad(losses.sum(), spans)
-    return losses.tolist(), slope
+    finite = slope.isfinite().all(-1, keepdim=True)
+    return [as_price(loss) for loss in losses.tolist()], torch.where(finite, slope, 0.0)
 
 
 def _places(spans: torch.Tensor) -> dict[str, list[float]]:

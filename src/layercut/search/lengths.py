@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError
+from layercut.losses import as_price
 from layercut.search.exhaustive import DENSE, Cuts, set_costs, set_losses
 from layercut.search.result import Cost, SearchResult
 from layercut.segments import Segment
@@ -72,10 +73,13 @@ def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def perplexity_rise(stack: Stack, tokens: torch.Tensor, cuts: Cuts) -> float:
-    """Perplexity of the real cut over the dense model's on tokens [N, T], minus 1: 0.1 is a rise of 10 %."""
+    """Perplexity of the real cut over the dense model's on tokens [N, T], minus 1: 0.1 is a rise of 10 %.
+
+    Infinite where a loss is, or where the quotient is beyond what a float can hold.
+    """
     losses = set_losses(stack, tokens, [DENSE, cuts], Cost())
-    # beyond e^700 a float overflows, and such a cut is ruined anyway
-    return math.expm1(min(700.0, losses[cuts] - losses[DENSE]))
+    risen = as_price(losses[cuts] - losses[DENSE])
+    return math.expm1(risen) if risen < 700 else math.inf  # e^710 overflows
 
 
 @dataclass
@@ -116,7 +120,9 @@ def longest_within(
         raise ConfigError(
             f"no cut meets --max-loss {budget:g}: the best found removes {segments} "
             f"and raises perplexity by {least['rise']:.1%} on text that was not searched on",
-            f"allow more: --max-loss {math.ceil(1000 * least['rise']) / 1000:g}",
+            f"allow more: --max-loss {math.ceil(1000 * least['rise']) / 1000:g}"
+            if math.isfinite(least["rise"])
+            else "no finite --max-loss allows it; try another --dtype, or other text",
         )
     return good
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from layercut import processes, sharding
-from layercut.losses import Teacher
+from layercut.losses import as_price
 from layercut.search.exhaustive import DENSE, Cuts, row_chunks, sweep
 from layercut.search.result import Candidate, Cost
-from layercut.sweep import Stack
+from layercut.sweep import Stack, teacher_of
 
 Objective = Literal["kl", "next-token", "hidden"]
 
@@ -49,7 +49,7 @@ class Judge:
         self.targets = stack.place(tokens)[:, 1:][:, ::every]
         if objective == "kl":
             with torch.no_grad():
-                self.teacher = Teacher(stack.exit(dense[:, self.seen], self.tokens))
+                self.teacher = teacher_of(stack, dense[:, self.seen], self.tokens)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B]; or, where there is one row of tokens, [P, T, D] -> [P]."""
@@ -80,7 +80,7 @@ class Prices:
         return min(self.rows, max(2, self.rows // FIRST_SHARE))
 
     def of(self, sets: Sequence[Cuts], rows: int) -> torch.Tensor:
-        """Prices on the first `rows` rows, those not known yet measured now.  [C, rows], float64"""
+        """Prices on the first `rows` rows, those not known yet measured now; infinite where not finite.  [C, rows]"""
         missing: dict[int, list[Cuts]] = {}
         for cuts in dict.fromkeys(sets):
             if (have := len(self.known.setdefault(cuts, []))) < rows:
@@ -110,7 +110,7 @@ class Prices:
         self.cost.add_(spent)
         processes.sum_(prices)
         for cuts, found in zip(sets, prices.tolist(), strict=True):
-            self.known[cuts] += found
+            self.known[cuts] += map(as_price, found)
 
     def _of_batch(self, sets: list[Cuts], batch: torch.Tensor, cost: Cost) -> torch.Tensor:
         """[B, T] -> [C, B]"""
@@ -150,7 +150,7 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
     """Sets priced on all rows as they were searched; where that is not by KL, their KL beside it, at no cost of the
     search's."""
     means = prices.of(sets, prices.rows).mean(-1).tolist()
-    if prices.objective == "kl":  # never negative; where a segment does nothing, rounding may make it so
-        return [Candidate(cuts, max(0.0, mean)) for cuts, mean in zip(sets, means, strict=True)]
+    if prices.objective == "kl":
+        return [Candidate(cuts, as_price(mean, 0.0)) for cuts, mean in zip(sets, means, strict=True)]
     kl = Prices(prices.stack, prices.tokens, Cost()).of(sets, prices.rows).mean(-1).tolist()
-    return [Candidate(cuts, max(0.0, k), mean) for cuts, k, mean in zip(sets, kl, means, strict=True)]
+    return [Candidate(cuts, as_price(k, 0.0), mean) for cuts, k, mean in zip(sets, kl, means, strict=True)]

@@ -88,7 +88,9 @@ def cheapest(kls: dict[Cuts, float]) -> Cuts:
 
 def relative(kl: float, best: float) -> float:
     """kl / best; 1 where neither costs anything."""
-    return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else float("inf")
+    if kl == best:
+        return 1.0
+    return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else math.inf
 
 
 def _row(cuts: Cuts, kls: dict[Cuts, float], best: Cuts) -> dict[str, Any]:

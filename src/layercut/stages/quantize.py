@@ -10,6 +10,7 @@ import torch
 
 from layercut import evaluate, models
 from layercut.config import QuantizeConfig
+from layercut.losses import as_price
 from layercut.progress import bar
 from layercut.quantize import Quantization, endpoints_of, quantize_
 from layercut.segments import Segment
@@ -41,7 +42,7 @@ def point(work: Workbench, model: Any, bits: int) -> dict[str, Any]:
         found = quantize_with_bar_(model, work.blocks["calibration"], quantize)
         size = quantization_facts(found, model, quantize)["bytes"]["after"]
     perplexity = evaluate.perplexity(model, work.blocks["heldout"])
-    return {"layers": layers, "bits": bits, "bytes": size, "rise": perplexity / work.heldout_perplexity - 1}
+    return {"layers": layers, "bits": bits, "bytes": size, "rise": as_price(perplexity / work.heldout_perplexity - 1)}
 
 
 def quantize_with_bar_(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Quantization:

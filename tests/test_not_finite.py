@@ -1,0 +1,147 @@
+"""What is not a finite number is the worst there is: no search, fold or tuning prefers it, and no file loses it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import tiny
+from layercut import models
+from layercut.config import Method
+from layercut.cut import cut_segment_
+from layercut.errors import ConfigError, ModelError
+from layercut.heal.endpoints import TuneSettings, tune_
+from layercut.heal.fold import Normal, fold_
+from layercut.losses import as_price
+from layercut.search import SearchResult, find_segments, longest_within, perplexity_rise, regret
+from layercut.search.exhaustive import set_losses
+from layercut.search.prices import Objective
+from layercut.search.result import Candidate, Cost
+from layercut.search.stability import relative
+from layercut.segments import Segment
+from layercut.sweep import Stack, mean_kl
+
+BAD = Segment(3, 4)
+"""Of `overflowing`, what must not be cut."""
+
+
+def overflowing() -> Any:
+    """A sound float16 model: a channel goes to 40,000 in layer 2, to 0 in 3, to 40,000 in 4, to 0 in 5. Without layer 3
+    it would be 80,000, which float16 does not hold; without any other layer it is finite."""
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(**sizes, **heads, mlp_bias=True, initializer_range=0.15, tie_word_embeddings=False)
+    model = tiny.tiny(config)
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.bias.zero_()
+        layer.mlp.down_proj.bias[0] = {2: 4e4, 3: -4e4, 4: 4e4, 5: -4e4}.get(i, 0.0)
+    return model.half()
+
+
+@pytest.fixture(scope="module")
+def sound() -> Any:
+    return overflowing()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_the_worst_price(value):
+    assert as_price(value) == as_price(value, 0.0) == math.inf
+    assert (as_price(-1e-9, 0.0), as_price(-1.0), as_price(2.0)) == (0.0, -1.0, 2.0)
+
+
+CASES: list[tuple[str, Objective]] = [(method, "kl") for method in get_args(Method)]
+CASES += [(method, objective) for method in ("clp", "exhaustive") for objective in ("next-token", "hidden")]
+LOOK = {"clp", "exhaustive", "perplexity", "sleb", "evolution"}
+"""Methods that run the cut model; the others choose by the dense one, and what they choose is priced."""
+
+
+@pytest.mark.parametrize(("method", "objective"), CASES)
+def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method, objective):
+    stack, tokens = Stack(sound), tiny.some_tokens(4, 8)
+    seeds = range(8) if method == "random" else [0]
+    for seed in seeds:
+        result = find_segments(stack, tokens, 1, method, seed=seed, objective=objective)
+        assert result.segments != [BAD] or method not in LOOK
+        for candidate in result.candidates:
+            prices = [candidate.kl, *([] if candidate.score is None else [candidate.score])]
+            assert all(math.isinf(price) == (candidate.segments == (BAD,)) for price in prices)
+        if result.segments == [BAD]:
+            break
+    assert method != "random" or result.segments == [BAD], "drawn once, and not priced as free"
+
+
+def test_two_segments_avoid_it_too(sound):
+    result = find_segments(Stack(sound), tiny.some_tokens(2, 8), 2, "clp", seed=0, count=2)
+    assert result.candidates[0].segments != (BAD,)
+    assert math.isfinite(result.candidates[0].kl)
+
+
+def test_losses_and_budgets_know_it(sound):
+    stack, tokens = Stack(sound), tiny.some_tokens(2, 8)
+    assert set_losses(stack, tokens, [(BAD,)], Cost()) == {(BAD,): math.inf}
+    assert perplexity_rise(stack, tokens, (BAD,)) == math.inf
+    found = SearchResult("given", [Candidate((BAD,), math.inf)], Cost())
+    with pytest.raises(ConfigError, match="no cut meets --max-loss") as caught:
+        longest_within(0.1, 1, lambda length: found, lambda cuts: math.inf)
+    assert "inf" not in caught.value.hint
+    assert relative(math.inf, math.inf) == regret(found, found) == 1.0, "the best there is, though ruined"
+    assert relative(math.inf, 1.0) == math.inf
+
+
+def without_bad(model: Any) -> Any:
+    student = models.share(model)
+    cut_segment_(student, [BAD])
+    return student
+
+
+def test_a_fold_is_judged_by_finite_figures_only(sound):
+    dense, tokens = Stack(sound), tiny.some_tokens(8, 8)
+    student = Stack(without_bad(sound))
+    assert mean_kl(dense, student, tokens) == math.inf
+    sums = Normal.zeros(2, 2, torch.device("cpu"))
+    sums.add_(torch.ones(1, 2), torch.full((1, 2), math.nan))
+    assert sums.left(torch.zeros(2, 2).double()) == math.inf
+    assert not sums.finite
+    ruined = models.share(sound)
+    ruined.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((32,), 6e4).half(), requires_grad=False)
+    cut_segment_(ruined, [BAD])
+    (fold,) = fold_(dense, Stack(ruined), [BAD], tokens)
+    assert fold.skipped == "what reaches the cut is not finite"
+
+
+def test_tuning_keeps_the_first_finite_state(monkeypatch):
+    """The start cannot be scored: any state that can is better, and one that again cannot is not kept."""
+    scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
+    monkeypatch.setattr("layercut.heal.objectives.HeldOut.score", lambda self: next(scores))
+    model = tiny.llama(4)
+    student = models.share(model)
+    cut_segment_(student, [Segment(1, 2)])
+    settings = TuneSettings(batch_tokens=16, learning_rate=1e-3)
+    report = tune_(
+        Stack(model), Stack(student), [Segment(1, 2)], tiny.some_tokens(4, 16), tiny.some_tokens(2, 16, 1), settings
+    )
+    assert [point["loss"] for point in report.heldout] == [math.inf, 2.0, math.inf, 1.5, 1.5]
+    assert report.best_step == 3
+    assert report.best == 1.5
+    assert report.setbacks == [2], "it went back to the state of step 1"
+
+
+def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_named(sound):
+    tokens = tiny.some_tokens(2, 8)
+    for method in get_args(Method):
+        with pytest.raises(ModelError, match=r"layer 3 is the first of 7.*no weight holds NaN") as caught:
+            find_segments(Stack(without_bad(sound)), tokens, 1, method, seed=0)
+        assert "--dtype" in caught.value.hint
+
+
+def test_weights_that_hold_nan_are_named():
+    model = tiny.llama(4)
+    model.model.layers[2].mlp.down_proj.weight[3, 3] = math.nan
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight holds NaN or Inf"):
+        find_segments(Stack(model), tiny.some_tokens(2, 8), 1, "exhaustive", seed=0)
+    with pytest.raises(ModelError, match=r"down_proj\.weight holds NaN or Inf"):
+        mean_kl(Stack(model), Stack(without_bad(model)), tiny.some_tokens(2, 8))
