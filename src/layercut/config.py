@@ -7,7 +7,6 @@ In YAML the keys are the flags' names with underscores, flat: `ratio: 0.2`.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,6 +15,7 @@ from cyclopts import Parameter
 
 from layercut.errors import ConfigError
 from layercut.segments import Segment
+from layercut.units import parse_bytes
 
 Method = Literal[
     "clp", "exhaustive", "random", "reverse-order", "block-influence", "angular", "cosine",
@@ -38,11 +38,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What the command's --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the
 defaults. Nothing that another flag could forbid is here. More tokens heal more (docs/log.md); how many are enough is
 a guess."""
-SIZES = {"B": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("B", 1000), ("IB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
 flat = Parameter(name="*")
 
 
@@ -51,16 +46,6 @@ def at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
-
-
-def parse_bytes(flag: str, text: str) -> int:
-    """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20. ConfigError where it is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
-    unit = (found[2] or "B").upper() if found else ""
-    size = round(float(found[1]) * SIZES[unit]) if found and unit in SIZES else 0
-    if size < 1:
-        raise ConfigError(f"{flag} {text!r} is no size", f"allowed is a number with MB, GB, MiB or GiB: {flag} 200MB")
-    return size
 
 
 @flat

@@ -23,6 +23,7 @@ from layercut import checkpoints, memory, stream
 from layercut.errors import RunError
 from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
+from layercut.units import size
 
 CHECKER = Path(__file__).with_name("reload_check.py")
 CHECK_TOKENS = 4096
@@ -122,7 +123,7 @@ def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[s
     needed = sum(p.numel() for p in model.parameters()) * (parameter.itemsize + torch.float32.itemsize)
     if needed <= memory.available_bytes(parameter.device) or not stream.read_by_layer(checkpoint, model.config):
         return verify_reload(model, folder, text)
-    lacking = f"the {needed / 1e9:,.1f} GB to load it whole were not free: layers left on disk, nothing generated"
+    lacking = f"the {size(needed)} to load it whole were not free: layers left on disk, nothing generated"
     return verify_streamed(model, folder) | {"how": lacking}
 
 

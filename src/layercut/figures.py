@@ -10,6 +10,8 @@ import math
 import re
 from typing import Any
 
+from layercut import units
+
 NOT_MEASURED = "not measured"
 
 
@@ -66,12 +68,7 @@ def count(value: Any) -> str:
 def size(value: Any) -> str:
     """269030016 -> 269.0 MB"""
     found = finite(value)
-    if found is None:
-        return NOT_MEASURED
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(found) >= limit:
-            return f"{found / limit:.1f} {unit}"
-    return f"{found:.0f} B"
+    return NOT_MEASURED if found is None else units.size(found)
 
 
 def figure(value: Any) -> str:
@@ -90,6 +87,12 @@ def percent(value: Any) -> str:
     """0.158 -> 15.8%"""
     found = finite(value)
     return NOT_MEASURED if found is None else f"{100 * found:.1f}%".replace("-", "−")
+
+
+def signed(rise: Any) -> str:
+    """0.041 -> +4.1%"""
+    found = finite(rise)
+    return "not finite" if found is None else f"{100 * found:+,.1f}%".replace("-", "−")
 
 
 def times(value: Any) -> str:

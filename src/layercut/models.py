@@ -193,6 +193,27 @@ def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
     return AutoModelForImageTextToText
 
 
+def build(config: Any, dtype: torch.dtype) -> Any:
+    """The stock class of a config, in eval mode; where, is the business of who calls."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    with quiet_transformers():
+        try:
+            return auto.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        except Exception as error:
+            raise ModelError(
+                f"no model can be built from this config: {first_line(error)}",
+                "check config.json, and that this version of transformers knows the architecture",
+            ) from error
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The model without memory, on the meta device."""
+    with torch.device("meta"):
+        return build(config, dtype)
+
+
 def _unmark_quantized_(model: Any) -> None:
     """Take off what transformers remembers of a quantization that is undone, and for which it would not save."""
     model.hf_quantizer = None

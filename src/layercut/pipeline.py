@@ -19,7 +19,7 @@ from typing import Any, Literal
 from layercut import checkpoints, evaluate, models, opening, processes, stages
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, ModelError
 from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
@@ -28,8 +28,9 @@ from layercut.remarks import describe_export, describe_quantization, describe_re
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
 from layercut.runs import Run, versions, write_text
-from layercut.search import length_for_speedup
+from layercut.search import length_for_size, length_for_speedup
 from layercut.segments import Removal, Segment, checked_segments, layers_to_remove
+from layercut.units import parse_bytes
 from layercut.workbench import Workbench
 
 Stage = Literal["search", "tune", "report"]
@@ -51,6 +52,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     layers = models.count_layers(architecture)
     wanted = checked_segments(config.search.segments, layers)
     length = wanted_length(config.search, layers)
+    check_target(config, checkpoint, architecture)
     check_sources(config)
     models.pick_device(config.load.device)
     spread = opening.spread(checkpoint, **asdict(config.load))
@@ -155,6 +157,24 @@ def wanted_length(search: SearchConfig, layers: int) -> int | None:
     if search.ratio is not None:
         return layers_to_remove(search.ratio, layers)
     return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
+
+
+def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
+    """ConfigError where no number of layers meets --target-size, told from the config before weights are loaded.
+
+    With --max-loss the bits count as well, and it is told when they have been tried. A class that cannot be built
+    without its own code is counted when it is loaded.
+    """
+    if config.search.target_size is None or config.search.two_budgets:
+        return
+    stored = models.pick_dtype(config.load.dtype, architecture, checkpoint)
+    try:
+        bare = models.skeleton(architecture, stored)
+    except ModelError:
+        return
+    weights = [models.parameter_bytes(layer, stored) for layer in models.find_decoder(bare).layers]
+    total = models.parameter_bytes(bare, stored)
+    length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
 
 
 def check_sources(config: CompressConfig) -> None:

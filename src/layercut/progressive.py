@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layercut.config import parse_bytes
 from layercut.errors import ConfigError
-from layercut.figures import figure, finite, items, layer_names, number, part, percent, size, spans
+from layercut.figures import figure, finite, items, layer_names, number, part, percent, signed, size, spans
+from layercut.units import parse_bytes
 
 Words = tuple[str, str, str]
 """Mark, stage, text of a verdict."""
@@ -185,12 +185,6 @@ def _one_budget(frontier: Frontier, smallest: Point | None, within: str) -> Word
         missed = over(beyond[-1].rise, frontier.loss)
         text += f". One more round ({beyond[-1].words}) was {missed} over it and was undone"
     return "good", "Budgets", f"{text}."
-
-
-def signed(rise: Any) -> str:
-    """0.041 -> +4.1%"""
-    found = finite(rise)
-    return "not finite" if found is None else f"{100 * found:+,.1f}%".replace("-", "−")
 
 
 def over(rise: float, budget: float) -> str:

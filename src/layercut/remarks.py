@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from layercut.figures import signed, size
+
 
 def describe_retention(retained: dict[str, Any]) -> str:
     """One line about the tasks."""
@@ -35,7 +37,7 @@ def describe_tuning(tuning: dict[str, Any]) -> str:
         verdict = f", the rate quartered {len(tuning['setbacks'])} times{verdict}"
     return (
         f"layers {', '.join(map(str, tuning['trained_layers']))}, {tuning['tokens']:,} tokens, "
-        f"{tuning['state_bytes'] / 1e6:,.1f} MB of training state: held-out loss {start:.4f} -> {best:.4f}{verdict}"
+        f"{size(tuning['state_bytes'])} of training state: held-out loss {start:.4f} -> {best:.4f}{verdict}"
     )
 
 
@@ -61,8 +63,7 @@ def describe_export(exported: dict[str, Any], folder: Path) -> str:
 def describe_point(point: dict[str, Any]) -> str:
     """One point of the frontier."""
     return (
-        f"{point['layers']} layers at {point['bits']} bits: {point['bytes'] / 1e6:,.1f} MB, "
-        f"perplexity {point['rise']:+.1%}"
+        f"{point['layers']} layers at {point['bits']} bits: {size(point['bytes'])}, perplexity {signed(point['rise'])}"
     )
 
 

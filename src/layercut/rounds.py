@@ -7,6 +7,7 @@ did is gathered under the usual names, so that every later stage goes on as afte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -15,14 +16,16 @@ from typing import Any
 import torch
 
 from layercut import models, processes, stages
-from layercut.config import CompressConfig, parse_bytes
+from layercut.config import CompressConfig
 from layercut.errors import ConfigError
+from layercut.figures import percent
 from layercut.progress import say
 from layercut.remarks import describe_fold, describe_point, describe_tuning
 from layercut.runs import write_json
 from layercut.search import price_segments
 from layercut.segments import Removal, Segment
 from layercut.sweep import Stack
+from layercut.units import parse_bytes, size_flag
 from layercut.workbench import Workbench
 
 FRONTIER_BITS = (16, 8, 4)
@@ -155,13 +158,13 @@ def out_of_budget(points: Sequence[dict[str, Any]], config: CompressConfig) -> C
     seen = "; ".join(describe_point(point) for point in points)
     if not search.two_budgets:
         least = min(point["rise"] for point in points)
-        hint = f"the first round costs {least:.1%}: give a larger --max-loss, more --tune-tokens or smaller rounds"
+        hint = f"the first round costs {percent(least)}: give a larger --max-loss, more --tune-tokens or smaller rounds"
         return ConfigError(f"--max-loss {search.max_loss:g} is exceeded by the first round: {seen}", hint)
-    size = parse_bytes("--target-size", search.target_size or "")
-    small = min((p["rise"] for p in points if p["bytes"] <= size), default=None)
+    target = parse_bytes("--target-size", search.target_size or "")
+    small = min((p["rise"] for p in points if p["bytes"] <= target), default=math.inf)
     good = min((p["bytes"] for p in points if p["rise"] <= (search.max_loss or 0)), default=None)
-    ways = [f"--max-loss {small:.3f} would reach that size"] if small is not None else []
-    ways += [f"--target-size {good / 1e6:.1f}MB would keep that loss"] if good is not None else []
+    ways = [f"--max-loss {small:.3f} would reach that size"] if math.isfinite(small) else []
+    ways += [f"--target-size {size_flag(good)} would keep that loss"] if good is not None else []
     return ConfigError(
         f"nothing seen is inside both --target-size {search.target_size} and --max-loss {search.max_loss:g}: {seen}",
         "; ".join(ways) or "give larger budgets, or more --tune-tokens",

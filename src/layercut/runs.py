@@ -111,7 +111,7 @@ class Run:
         artefact = {"seconds": seconds} | computed | {"config_hash": self._hashes[name]}
         write_json(self / f"{name}.json", artefact)
         self.event(name, 0, "finished", seconds, "s")
-        return artefact
+        return restored(jsonable(artefact))  # what a later run reads, to the type
 
     def _whole(self, name: str, artefact: Artefact) -> bool:
         """Whether an artefact is of these inputs, and its files are there."""
@@ -125,7 +125,7 @@ class Run:
     def read(self, name: str) -> dict[str, Any] | None:
         """A stage's artefact, or None where there is none that can be read."""
         try:
-            artefact = json.loads((self / f"{name}.json").read_text(encoding="utf-8"))
+            artefact = restored(json.loads((self / f"{name}.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
         return artefact if isinstance(artefact, dict) else None
@@ -193,7 +193,7 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Replace what JSON has no word for: infinite and undefined numbers become strings, paths text."""
+    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text."""
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
@@ -205,9 +205,21 @@ def jsonable(content: Any) -> Any:
     return content
 
 
+NOT_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
+
+
+def restored(content: Any) -> Any:
+    """The inverse of `jsonable` for numbers: "inf", "-inf" and "nan" in what was read from JSON are floats again."""
+    if isinstance(content, str):
+        return NOT_FINITE.get(content, content)
+    if isinstance(content, dict):
+        return {key: restored(value) for key, value in content.items()}
+    return [restored(value) for value in content] if isinstance(content, list) else content
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    write_text(path, json.dumps(jsonable(content), indent=1) + "\n")
+    """Write JSON, as every reader of the standard takes it, so that the file is there whole or not at all."""
+    write_text(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -32,6 +32,7 @@ from layercut.losses import Teacher, as_price, rows_per_chunk
 from layercut.memory import available_bytes
 from layercut.models import find_decoder, stored_dtype
 from layercut.stream import layers_on_disk, without_reading
+from layercut.units import size
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 LayerForward = Callable[..., Any]
@@ -261,9 +262,9 @@ def rows_at_once(stack: Stack, window: int, streams: int) -> int:
 def say_passes(stack: Stack, tokens: int, streams: int, times: int) -> None:
     """Say what the hidden states of one pass take, and how often layers on disk are read."""
     if stack.on_disk:
-        taken = streams * stack.stream_bytes(tokens) / 2**20
+        taken = size(streams * stack.stream_bytes(tokens))
         often = f"layers are read {times} time{'s'[:times > 1]}"
-        stack.on_disk.say_once(f"{streams} hidden states of {tokens:,} tokens, {taken:,.1f} MiB; {often}")
+        stack.on_disk.say_once(f"{streams} hidden states of {tokens:,} tokens, {taken}; {often}")
 
 
 def shared_passes(stack: Stack, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:

@@ -24,6 +24,7 @@ from layercut.quantize import quantized_weights
 from layercut.runs import Run
 from layercut.segments import Removal, Segment
 from layercut.sweep import Stack
+from layercut.units import size
 
 
 @dataclass
@@ -70,8 +71,8 @@ class Workbench:
         loaded = opening.load(self.checkpoint, **how, tokenizer=self.tokenizer)
         where = ", layers left on disk" if stream.layers_on_disk(loaded.model) else ""
         if sharding.is_spread(loaded.model):
-            held = sharding.bytes_held(loaded.model) / 1e6
-            where = f", spread over {processes.world()} processes, {held:,.1f} MB in this one"
+            held = size(sharding.bytes_held(loaded.model))
+            where = f", spread over {processes.world()} processes, {held} in this one"
         stored = models.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))

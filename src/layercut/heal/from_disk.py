@@ -22,6 +22,7 @@ from layercut.errors import RunError
 from layercut.heal.objectives import Batch, Pair, hidden_gradient, logit_gradient
 from layercut.lending import LentLayers
 from layercut.sweep import Stack, carry_, enter_all, rows_at_once, say_passes
+from layercut.units import size
 
 KEY = "key"
 """The file that says of what tokens and model the states are; written last."""
@@ -110,7 +111,7 @@ def _make_room(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True)
     if needed > (free := shutil.disk_usage(folder).free):
         raise RunError(
-            f"tuning from disk keeps {needed / 1e6:,.0f} MB in {folder}; {free / 1e6:,.0f} MB are free",
+            f"tuning from disk keeps {size(needed)} in {folder}; {size(free)} are free",
             "free some space, name another --out, or give fewer --tune-tokens",
         )
 

@@ -20,6 +20,7 @@ from layercut import processes
 from layercut.errors import ConfigError, RunError
 from layercut.losses import logit_pieces, slices
 from layercut.sweep import Stack
+from layercut.units import size
 
 SHARD_TOKENS = 8192
 """Tokens in one file; a computation that was stopped goes on with the first file that is missing."""
@@ -102,7 +103,7 @@ def _make_room(folder: Path, key: str, tokens: list[int], k: int) -> list[int]:
     needed = stored_bytes(sum(tokens[i] for i in missing), k)
     if needed > (free := shutil.disk_usage(folder).free):
         raise RunError(
-            f"--teacher-topk {k} needs {needed / 1e6:,.0f} MB on disk; {free / 1e6:,.0f} MB are free",
+            f"--teacher-topk {k} needs {size(needed)} on disk; {size(free)} are free",
             f"free some space, or keep fewer: --teacher-topk {max(1, k // 4)}",
         )
     return missing

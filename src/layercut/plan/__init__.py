@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from layercut import checkpoints, models
-from layercut.config import CompressConfig, PlanConfig, parse_bytes
+from layercut.config import CompressConfig, PlanConfig
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
 from layercut.memory import memory_bytes, resident_bytes
@@ -24,9 +24,10 @@ from layercut.pipeline import check_window, wanted_length
 from layercut.plan import memory, streamed, work
 from layercut.plan.fit import Target, judge, targets
 from layercut.plan.machine import Rates, calibrate
-from layercut.plan.shape import Parts, Shape, count_parts, measure_shape, skeleton
+from layercut.plan.shape import Parts, Shape, count_parts, measure_shape
 from layercut.search import length_for_size
 from layercut.segments import Segment, checked_segments
+from layercut.units import parse_bytes
 
 GROUP = 128
 """Numbers that share one 16-bit scale in weight-only quantization."""
@@ -58,7 +59,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     def shape_at(window: int, number: torch.dtype) -> Shape:
         return measure_shape(stock, number, window)
 
-    shape, before = shape_at(journey.text.window, dtype), count_parts(skeleton(stock, stored))
+    shape, before = shape_at(journey.text.window, dtype), count_parts(models.skeleton(stock, stored))
     given = checked_segments(journey.search.segments, shape.layers)
     length = sum(map(len, given)) if given else planned_length(journey, shape, stored)
     segments, after = cut_parts(stock, stored, given, length)
@@ -140,7 +141,7 @@ def planned_length(config: CompressConfig, shape: Shape, stored: torch.dtype) ->
 
 def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:
     """The segments, given or assumed, and what is left after they are cut, counted on the class's own skeleton."""
-    model = skeleton(config, dtype)
+    model = models.skeleton(config, dtype)
     layers = len(models.find_decoder(model))
     middle = (layers - length) // 2
     starts = sorted(range(layers - length + 1), key=lambda s: (abs(s - middle), s))[:TRIES]
@@ -151,7 +152,7 @@ def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int
         except SurgeryError as error:
             refusal = refusal or error
             continue
-        return segments, count_parts(skeleton(cut.config, dtype))
+        return segments, count_parts(models.skeleton(cut.config, dtype))
     assert refusal is not None
     raise refusal
 

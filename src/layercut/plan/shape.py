@@ -22,10 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layercut.errors import ModelError, first_line
 from layercut.heal.targets import WIDEST, is_linear, output_dim
 from layercut.measure import cache_bytes
-from layercut.models import find_decoder, quiet_transformers
+from layercut.models import build, find_decoder, quiet_transformers, skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,27 +102,6 @@ class Shape:
     def head_flops(self) -> int:
         """One row through the head."""
         return 2 * self.window * self.hidden * self.vocabulary
-
-
-def build(config: Any, dtype: torch.dtype) -> Any:
-    """The stock class of a config, in eval mode; where, is the business of who calls."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-    with quiet_transformers():
-        try:
-            return auto.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        except Exception as error:
-            raise ModelError(
-                f"no model can be built from this config: {first_line(error)}",
-                "check config.json, and that this version of transformers knows the architecture",
-            ) from error
-
-
-def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model without memory, on the meta device."""
-    with torch.device("meta"):
-        return build(config, dtype)
 
 
 def count_parts(model: Any) -> Parts:

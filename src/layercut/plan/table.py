@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from layercut.plan.memory import largest
+from layercut.units import size
 
 
 def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
@@ -24,15 +25,15 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     yield _fits(plan)
     export = plan["stages"]["export"]
     if export["least_bytes"] < export["peak_bytes"]:
-        yield f"Where less is free, the export is verified from disk, with {human(export['least_bytes'])}."
-    yield f"Loading for an accelerator takes {human(plan['host_bytes'])} of the CPU's memory, beside mapped files."
+        yield f"Where less is free, the export is verified from disk, with {size(export['least_bytes'])}."
+    yield f"Loading for an accelerator takes {size(plan['host_bytes'])} of the CPU's memory, beside mapped files."
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
     table = Table("", "before", "after", title="Size", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    parameters, size = plan["parameters"], plan["bytes"]
+    parameters, saved = plan["parameters"], plan["bytes"]
     ends = ("before", "after")
     table.add_row("parameters", *(f"{parameters[end]['total']:,}" for end in ends))
     table.add_row("  embedding", *(f"{parameters[end]['embedding']:,}" for end in ends))
@@ -40,8 +41,8 @@ def _sizes(plan: dict[str, Any]) -> Table:
     head = [("tied to the embedding" if parameters[end]["tied"] else f"{parameters[end]['head']:,}") for end in ends]
     table.add_row("  head", *head)
     table.add_row("  other", *(f"{parameters[end]['other']:,}" for end in ends))
-    for name in size["before"]:
-        table.add_row("saved" if name == "saved" else f"  in {name}", *(human(size[end][name]) for end in ends))
+    for name in saved["before"]:
+        table.add_row("saved" if name == "saved" else f"  in {name}", *(size(saved[end][name]) for end in ends))
     kv = plan["kv_bytes_per_token"]
     table.add_row("cache, a token", *("?" if kv[end] is None else f"{kv[end]:,} B" for end in ends))
     if set(plan["caches"]["before"]) != {"full"}:
@@ -61,7 +62,7 @@ def _stages(plan: dict[str, Any]) -> Table:
         table.columns[i].justify = "right"
     for name, stage in plan["stages"].items():
         flops = "?" if stage["flops"] is None else f"{stage['flops'] / 1e12:,.2f} T" if stage["flops"] else ""
-        table.add_row(name, human(stage["peak_bytes"]), largest(stage["parts"]), flops, duration(stage["seconds"]))
+        table.add_row(name, size(stage["peak_bytes"]), largest(stage["parts"]), flops, duration(stage["seconds"]))
     table.add_row("all", "", "", "", duration(plan["seconds"]))
     return table
 
@@ -75,17 +76,8 @@ def _fits(plan: dict[str, Any]) -> Table:
             place += " (one is used)" if fit["devices_used"] == 1 else " (spread over all, by torchrun; each needs)"
         advice = fit["why"] or " ".join(fit["flags"]) or ("these settings" if fit["fits"] else "")
         verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "no, but"
-        table.add_row(place, human(fit["needs_bytes"]), fit["stage"], verdict, advice)
+        table.add_row(place, size(fit["needs_bytes"]), fit["stage"], verdict, advice)
     return table
-
-
-def human(size: float) -> str:
-    """Bytes, to three figures."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
 
 
 def duration(seconds: float | None) -> str:

@@ -19,6 +19,7 @@ from layercut.search.exhaustive import DENSE, Cuts, set_costs, set_losses
 from layercut.search.result import Cost, SearchResult
 from layercut.segments import Segment
 from layercut.sweep import Stack
+from layercut.units import size, size_flag
 
 UNSEEN_SHARE = 4
 """With a loss budget, one calibration row in four is not searched on but verifies."""
@@ -33,15 +34,15 @@ def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: 
     n = next((n for n in range(len(lightest)) if total_bytes - sum(lightest[:n]) <= target_bytes), len(lightest))
     if n == 0:
         raise ConfigError(
-            f"the target size of {_size(target_bytes)} is no cut: the model's weights are {_size(total_bytes)}",
-            f"give a --target-size below {_size(total_bytes)}",
+            f"the target size of {size(target_bytes)} is no cut: the model's weights are {size(total_bytes)}",
+            f"give a --target-size below {size(total_bytes)}",
         )
     if n >= len(layer_bytes):
         smallest = total_bytes - sum(lightest[:-1])
         raise ConfigError(
-            f"no cut of layers meets the target size of {_size(target_bytes)}: with one layer left the model's "
-            f"weights are {_size(smallest)}, the rest being embeddings and head",
-            f"allowed is down to --target-size {math.ceil(smallest / 1e5) / 10:g}MB",
+            f"no cut of layers meets the target size of {size(target_bytes)}: with one layer left the model's "
+            f"weights are {size(smallest)}, the rest being embeddings and head",
+            f"allowed is down to --target-size {size_flag(smallest)}",
         )
     return n
 
@@ -55,10 +56,6 @@ def length_for_speedup(layers: int, speedup: float) -> int:
             f"allowed is up to --target-speedup {layers:g}, and little beyond 2 leaves a model that can be healed",
         )
     return n
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.1f} MB"
 
 
 def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,5 +145,5 @@ def triangle_sets(longest: int, layers: int) -> list[Cuts]:
 
 def sweep_rows(stack: Stack, tokens: torch.Tensor, sets: int, budget_bytes: int = 512 * 2**20) -> int:
     """Rows that a sweep of so many sets takes at a time: at its end, it holds a hidden state for each."""
-    size = tokens.shape[1] * stack.hidden_size * next(stack.model.parameters()).element_size()
-    return max(1, min(8, budget_bytes // (size * sets)))
+    stream = tokens.shape[1] * stack.hidden_size * next(stack.model.parameters()).element_size()
+    return max(1, min(8, budget_bytes // (stream * sets)))

@@ -21,6 +21,7 @@ from layercut.progress import bar, say
 from layercut.runs import digest
 from layercut.segments import Removal, Segment, kept_layers
 from layercut.sweep import Stack, mean_kl, shared_layers
+from layercut.units import size
 from layercut.workbench import Workbench
 
 TUNING_STATE = "tuning-state.safetensors"
@@ -106,8 +107,8 @@ def tune(work: Workbench, removal: Removal) -> dict[str, Any]:
 def stored_teacher(work: Workbench, tokens: torch.Tensor, fingerprint: str) -> StoredTeacher:
     """The dense predictions on the tuning tokens, computed where they are not in the run folder yet."""
     heal = work.config.heal
-    size = stored_bytes(tokens.numel(), heal.teacher_topk)
-    say("teacher", f"{heal.teacher_topk} likeliest tokens each: {size / 1e6:,.1f} MB in {work.run / 'teacher'}")
+    stored = size(stored_bytes(tokens.numel(), heal.teacher_topk))
+    say("teacher", f"{heal.teacher_topk} likeliest tokens each: {stored} in {work.run / 'teacher'}")
     with bar("storing the dense predictions", tokens.numel()) as advance:
         return store_teacher(
             work.stack, tokens, heal.teacher_topk, work.run / "teacher",

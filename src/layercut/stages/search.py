@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import models, processes
-from layercut.config import parse_bytes
 from layercut.data import split_mix
 from layercut.heal.fold import fold_
 from layercut.progress import bar
@@ -28,6 +27,7 @@ from layercut.search import (
 from layercut.search.stability import common_rows, judge, stability_work
 from layercut.segments import Segment
 from layercut.sweep import Stack, mean_kl
+from layercut.units import parse_bytes
 from layercut.workbench import Workbench
 
 
