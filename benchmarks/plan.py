@@ -217,9 +217,11 @@ def draw_tokens(work: Workbench, config: CompressConfig) -> None:
         "evaluation": config.evaluate.eval_tokens,
     }
     drawn = {use: torch.randint(250, (-(-count // window), window)) for use, count in counts.items()}
-    save_file(drawn, work.run / "tokens.safetensors")
     facts = {"source": "random", "tokens": 0, "fingerprint": ""}
-    work.run.stage("text", None, lambda: dict.fromkeys(counts, facts))
+    for use, tokens in drawn.items():
+        save_file({use: tokens}, work.run / f"tokens-{use}.safetensors")
+        work.run.stage(f"text-{use}", None, lambda: facts)
+        work.text[use] = facts
 
 
 if __name__ == "__main__":

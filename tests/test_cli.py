@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from layercut.cli import app, main
-from layercut.config import PRESETS, CompressConfig, HealConfig, flattened
+from layercut.config import PRESETS, CompressConfig, FindConfig, HealConfig, TuneConfig, flattened, keys
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
 COMMANDS = ["compress", "search", "compare", "tune", "cut", "quantize", "export", "evaluate", "plan", "report", "demo"]
@@ -76,8 +77,10 @@ def options() -> str:
     for command in COMMANDS:
         lines.append(f"layercut {command}")
         if command in ("search", "tune"):
-            lines.append("  as compress")
-            assert [a.names for a in parameters(command)] == [a.names for a in parameters("compress")]
+            shared = {a.names: a for a in parameters("compress")}
+            for argument in parameters(command):
+                assert argument.hint == shared[argument.names].hint, "composed of the same parts"
+            lines.append(f"  as compress: {' '.join(argument.names[0] for argument in parameters(command))}")
             continue
         for argument in parameters(command):
             field = argument.field_info
@@ -109,21 +112,21 @@ def write_yaml(file: Path, **keys: object) -> Path:
 
 
 def test_a_config_fills_flags_and_flags_win(tiny_model, texts, tmp_path, capsys):
-    keys = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "[3:5]", "seed": 3}
-    config = write_yaml(tmp_path / "small.yaml", **keys)
+    given = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "[3:5]", "seed": 3}
+    config = write_yaml(tmp_path / "small.yaml", **given)
     argv = ["search", str(tiny_model), "--config", str(config), f"--out={tmp_path / 'run'}", "--window=32"]
     assert main(argv) == 0, capsys.readouterr().err
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["window"] == 32, "the flag"
     assert resolved["seed"] == 3, "the file"
-    assert resolved["radius"] == 1, "the default"
+    assert resolved["num_segments"] == 1, "the default"
     assert resolved["segment"] == ["3:5"], "13:19 is a number in YAML 1.1, but not here"
     assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
 
 
 def test_config_may_be_given_with_an_equals_sign_and_a_single_segment(tiny_model, texts, tmp_path):
-    keys = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "3:5", "model": tiny_model}
-    config = write_yaml(tmp_path / "small.yaml", **keys)
+    given = SMALL | {"data": texts[0], "eval_data": texts[1], "segment": "3:5", "model": tiny_model}
+    config = write_yaml(tmp_path / "small.yaml", **given)
     assert main(["search", f"--config={config}", f"--out={tmp_path / 'run'}"]) == 0
     assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
 
@@ -141,7 +144,7 @@ def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypa
     fresh = tmp_path / "fresh"
     assert main(["compress", "--config", str(folder / "config.yaml"), f"--out={fresh}"]) == 0
     hashes = [
-        {stage: json.loads((run / f"{stage}.json").read_text())["config_hash"] for stage in ("text", "heal", "summary")}
+        {stage: json.loads((run / f"{stage}.json").read_text())["config_hash"] for stage in ("heal", "summary")}
         for run in (folder, fresh)
     ]
     assert hashes[0] == hashes[1]
@@ -155,8 +158,9 @@ def resolved(monkeypatch, capsys):
     """The flat settings a command line comes to, without a run."""
     taken: list[CompressConfig] = []
     monkeypatch.setattr("layercut.pipeline.compress", lambda model, config, **_: taken.append(config) or Path("run"))
+    monkeypatch.setattr("layercut.cli._show", lambda run: None)
 
-    def settings(*flags: str, command: str = "tune") -> dict[str, Any]:
+    def settings(*flags: str, command: str = "compress") -> dict[str, Any]:
         assert main([command, "model", "--ratio=0.2", *flags]) == 0, capsys.readouterr().err
         return flattened(taken[-1])
 
@@ -218,11 +222,10 @@ def test_the_help_says_what_a_preset_sets():
 
 
 def test_the_resolved_config_holds_a_presets_values(tiny_model, texts, tmp_path, capsys):
-    flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={tmp_path / 'run'}", "--segment=3:5"]
-    few = ["--tokens=64", "--window=16", "--tune-tokens=0", "--eval-tokens=64"]
-    assert main(["search", str(tiny_model), "--preset=fast", *flags, *few]) == 0, capsys.readouterr().err
+    flags = [f"--data={texts[0]}", f"--out={tmp_path / 'run'}", "--segment=3:5", "--window=16"]
+    assert main(["search", str(tiny_model), "--preset=fast", *flags]) == 0, capsys.readouterr().err
     found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (found["quantizer"], found["speed"], found["tokens"]) == ("rtn", False, 64)
+    assert (found["tokens"], found["window"]) == (PRESETS["fast"]["tokens"], 16)
 
 
 def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
@@ -232,9 +235,75 @@ def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
     assert (taken[0].text.tokens, taken[0].heal.tune_tokens) == (8192, 32768)
 
 
-if __name__ == "__main__":
-    SNAPSHOT.parent.mkdir(exist_ok=True)
-    SNAPSHOT.write_text(options(), encoding="utf-8")
+# --- a command takes what it uses ---
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        *(("search", flag) for flag in ("--bits=4", "--tasks=nosuchtask", "--radius=5", "--eval-data=x", "--rounds=2")),
+        *(("tune", flag) for flag in ("--tasks=x", "--eval-tokens=64", "--no-speed", "--long-context=64")),
+    ],
+)
+def test_a_flag_that_a_command_would_not_heed_is_refused(command, flag, capsys):
+    assert main([command, "model", "--ratio=0.2", flag]) == 2
+    assert flag.partition("=")[0].replace("--no-", "--") in capsys.readouterr().err.replace("--no-", "--")
+
+
+def test_commands_of_the_journey_are_made_of_its_parts():
+    whole = flattened(CompressConfig())
+    for part in (FindConfig, TuneConfig):
+        assert flattened(part().journey()) == whole
+        assert keys(part) < keys(CompressConfig)
+    assert keys(FindConfig) < keys(TuneConfig)
+
+
+def test_the_file_of_a_compress_run_fits_the_other_commands(tmp_path, monkeypatch, capsys):
+    taken: list[CompressConfig] = []
+    monkeypatch.setattr("layercut.pipeline.compress", lambda model, config, **_: taken.append(config) or Path("run"))
+    file = tmp_path / "whole.yaml"
+    file.write_text(yaml.safe_dump(flattened(CompressConfig()) | {"ratio": 0.3, "bits": 4, "tasks": "piqa"}))
+    assert main(["tune", "model", f"--config={file}"]) == 0, capsys.readouterr().err
+    assert (taken[0].search.ratio, taken[0].quantize.bits, taken[0].tasks.tasks) == (0.3, 4, "")
+    file.write_text(file.read_text() + "no_such_key: 1\n")
+    assert main(["tune", "model", f"--config={file}"]) == 2
+    assert "no_such_key" in capsys.readouterr().err
+
+
+def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny_model, texts, tmp_path, monkeypatch):
+    """No evaluation text is there, nor is it asked for."""
+
+    def offline(*_: object) -> None:
+        raise AssertionError("the Hub is not asked")
+
+    monkeypatch.setattr("layercut.sources.from_hub", offline)
+    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    same = [str(tiny_model), f"--data={texts[0]}", "--tokens=64", "--window=16", "--ratio=0.2", f"--out={tmp_path}"]
+
+    def begun() -> list[str]:
+        log = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        return [event["stage"] for event in map(json.loads, log) if event["name"] == "started"]
+
+    assert main(["search", *same, "--method=exhaustive"]) == 0
+    assert begun() == ["text-calibration", "search"]
+    assert main(["tune", *same, "--method=exhaustive", "--no-fold", "--tune-tokens=32", "--batch-tokens=16"]) == 0
+    assert begun()[2:] == ["text-heldout", "text-tuning", "cut", "fold", "heal", "quantize", "export"]
+
+
+# --- help in boxes ---
+
+
+@pytest.mark.parametrize("command", ["compress", "search", "tune"])
+def test_help_is_grouped_by_stage_with_the_few_first(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"layercut {command} MODEL --" in text, "an example"
+    boxes = re.findall(r"╭─ (.+?) ─", text)
+    assert boxes[:3] == ["Parameters", "What to remove", "Run"]
+    assert boxes[-1] == "Rarely needed"
+    assert text.index("--ratio") < text.index("--data") < text.index("--dtype") < text.index("--oracle")
+    assert ("Healing" in boxes) == (command != "search")
+    assert ("Measuring" in boxes) == (command == "compress")
 
 
 def test_a_reader_that_goes_away_is_no_fault(tiny_model):
@@ -246,3 +315,18 @@ def test_a_reader_that_goes_away_is_no_fault(tiny_model):
         errors = running.stderr.read()
     assert running.returncode == 128 + signal.SIGPIPE
     assert errors == ""
+
+
+@pytest.mark.parametrize("arguments", [["compress", "--help"], ["evaluate"], ["plan", "--help"]])
+def test_rich_and_refusals_take_a_reader_that_goes_away_as_well(arguments):
+    """As in `layercut compress --help | head`; what is refused goes to the same closed pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "layercut.cli", *arguments]
+    assert subprocess.run(command, stdout=writing, stderr=writing).returncode == 128 + signal.SIGPIPE
+    os.close(writing)
+
+
+if __name__ == "__main__":
+    SNAPSHOT.parent.mkdir(exist_ok=True)
+    SNAPSHOT.write_text(options(), encoding="utf-8")

@@ -9,13 +9,13 @@ from typing import get_args
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from layercut import charts, checkpoints, evaluate, figures, models
 from layercut import compare as module
 from layercut.cli import main
 from layercut.config import Method
 from layercut.cut import cut_segment_
+from layercut.data import stored_blocks
 from layercut.errors import SurgeryError
 from layercut.heal.endpoints import endpoints
 from layercut.losses import kl_divergence
@@ -48,7 +48,7 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
     assert [row["method"] for row in comparison["methods"]] == METHODS
     assert comparison["layers"] == {"before": 8, "after": 6}
     model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
-    heldout = load_file(finished / "tokens.safetensors")["evaluation"]
+    heldout = stored_blocks(finished, "evaluation")
     assert comparison["dense"]["perplexity"] == pytest.approx(evaluate.perplexity(model, heldout))
     best = {row["method"]: row for row in comparison["methods"]}["exhaustive"]
     for row in comparison["methods"]:
@@ -66,7 +66,7 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
 def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
     comparison = json.loads((finished / "compare.json").read_text())
     assert comparison["tuning"]["tokens"] == 64
-    blocks = load_file(finished / "tokens.safetensors")
+    blocks = {use: stored_blocks(finished, use) for use in ("calibration", "heldout", "tuning", "evaluation")}
     rows = {use: {tuple(row.tolist()) for row in blocks[use]} for use in blocks}
     assert not rows["tuning"] & rows["calibration"] | rows["tuning"] & rows["heldout"]
     model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
@@ -96,7 +96,7 @@ def test_the_triangle_holds_the_price_of_every_segment(finished, tiny_model):
     prices = charts.prices(comparison)
     assert set(prices) == {(s, s + n) for n in (1, 2) for s in range(8 - n + 1)}
     model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
-    tokens = load_file(finished / "tokens.safetensors")["calibration"]
+    tokens = stored_blocks(finished, "calibration")
     with torch.no_grad():
         dense = model(input_ids=tokens, use_cache=False).logits
         for bounds in [(0, 1), (3, 5), (6, 8)]:

@@ -2,14 +2,15 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import tiny
-from layercut import checkpoints, models
+from layercut import checkpoints, figures, models, units
 from layercut.cli import main
-from layercut.config import SearchConfig, parse_bytes
+from layercut.config import SearchConfig
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError
 from layercut.losses import next_token_loss
@@ -20,6 +21,7 @@ from layercut.search.lengths import length_for_size, length_for_speedup, triangl
 from layercut.search.result import Candidate, Cost
 from layercut.segments import Segment
 from layercut.sweep import Stack
+from layercut.units import parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -177,3 +179,33 @@ def test_two_segments_from_the_command_line(tiny_model, texts, tmp_path):
 def test_given_segments_are_priced_together():
     found = price_segments(Stack(tiny.llama()), tiny.some_tokens(), [Segment(5, 6), Segment(1, 2)])
     assert found.candidates[0].segments == (Segment(1, 2), Segment(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("count", "text", "flag"),
+    [(100, "100 B", "100B"), (1234, "1.2 kB", "1.3kB"), (71234567, "71.2 MB", "71.3MB"), (2e9, "2.0 GB", "2GB")],
+)
+def test_sizes_are_readable_at_any_scale_and_a_flags_value_allows_what_was_asked(count, text, flag):
+    assert units.size(count) == figures.size(count) == text
+    assert units.size_flag(count) == flag
+    assert parse_bytes("--target-size", flag) >= count
+
+
+@pytest.mark.parametrize(("target", "words"), [("100", "target size of 100 B:"), ("1TB", "is no cut")])
+def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
+    target, words, tiny_model, texts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("layercut.opening.load", lambda *_, **__: pytest.fail("the weights are loaded"))
+    command = ["search", str(tiny_model), f"--data={texts[0]}", "--window=16", f"--out={tmp_path / 'run'}"]
+    assert main([*command, f"--target-size={target}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "0.0 MB" not in said
+    assert not (tmp_path / "run").exists()
+    least = re.search(r"--target-size (\S+)\n", said)
+    if target == "100":
+        config = models.load_config(checkpoints.resolve(str(tiny_model)))
+        one_left = models.parameter_bytes(models.skeleton(config, torch.float32)) - 7 * models.parameter_bytes(
+            models.find_decoder(models.skeleton(config, torch.float32)).layers[0]
+        )
+        assert 0 <= parse_bytes("", least[1]) - one_left < 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, get_args
 
@@ -11,12 +12,15 @@ from transformers import LlamaConfig
 
 import tiny
 from layercut import models
-from layercut.config import Method
+from layercut.config import CompressConfig, Method, SearchConfig
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError
 from layercut.heal.endpoints import TuneSettings, tune_
 from layercut.heal.fold import Normal, fold_
 from layercut.losses import as_price
+from layercut.remarks import describe_fold, describe_point
+from layercut.rounds import out_of_budget, within_budgets
+from layercut.runs import Run
 from layercut.search import SearchResult, find_segments, longest_within, perplexity_rise, regret
 from layercut.search.exhaustive import set_losses
 from layercut.search.prices import Objective
@@ -145,3 +149,41 @@ def test_weights_that_hold_nan_are_named():
         find_segments(Stack(model), tiny.some_tokens(2, 8), 1, "exhaustive", seed=0)
     with pytest.raises(ModelError, match=r"down_proj\.weight holds NaN or Inf"):
         mean_kl(Stack(model), Stack(without_bad(model)), tiny.some_tokens(2, 8))
+
+
+# --- files: what is not finite is written as strict JSON and read back as a number ---
+
+
+FIGURES = {"rise": math.inf, "curve": [{"loss": math.nan}, {"loss": 1.5}], "low": -math.inf, "word": "infinite"}
+
+
+def test_a_stage_returns_the_same_figures_whenever_it_is_asked(tmp_path):
+    def refuse(word: str) -> Any:
+        raise AssertionError(f"{word} is no JSON")
+
+    computed: list[int] = []
+    found = []
+    for _ in range(2):
+        with Run(tmp_path / "run") as run:
+            found.append(run.stage("fold", "inputs", lambda: computed.append(1) or FIGURES | {"pair": (1, 2)}))
+    assert computed == [1]
+    # repr: NaN is not equal to itself
+    assert repr(found[0]) == repr(found[1])
+    assert found[0]["rise"] == math.inf
+    assert found[0]["low"] == -math.inf
+    assert math.isnan(found[0]["curve"][0]["loss"])
+    assert (found[0]["word"], found[0]["pair"]) == ("infinite", [1, 2])
+    json.loads((tmp_path / "run" / "fold.json").read_text(), parse_constant=refuse)
+    json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=refuse)
+
+
+def test_what_is_said_and_decided_takes_figures_that_are_not_finite():
+    fold = {"segment": [3, 4], "skipped": None, "layer": 2, "modules": ["mlp.down_proj"], "kept": True}
+    assert "inf -> 2.5000, kept" in describe_fold(fold | {"kl_before": math.inf, "kl_after": 2.5})
+    point = {"layers": 7, "bits": 4, "bytes": 2e6, "rise": math.inf}
+    assert describe_point(point) == "7 layers at 4 bits: 2.0 MB, perplexity not finite"
+    config = CompressConfig(search=SearchConfig(max_loss=0.1))
+    assert "first round leaves no finite loss" in out_of_budget([point], config).hint
+    both = CompressConfig(search=SearchConfig(max_loss=0.1, target_size="3MB"))
+    assert within_budgets([point], both) is None
+    assert "inf" not in out_of_budget([point], both).hint

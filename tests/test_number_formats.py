@@ -14,6 +14,7 @@ import folders
 import tiny
 from layercut import checkpoints, models
 from layercut.cli import main
+from layercut.data import stored_blocks
 from layercut.evaluate import perplexity
 from layercut.quantize import quantize_
 from layercut.quantize.grid import decode, encode, fit_grid
@@ -92,7 +93,7 @@ def test_a_run_measures_in_float32_what_it_saves_in_bfloat16(checkpoint, texts, 
     last = "quantized" if bits else "tuned"
     again = load(run / "model").model
     assert again.dtype == torch.float32
-    assert perplexity(again, load_file(run / "tokens.safetensors")["evaluation"]) == summary["perplexity"][last]
+    assert perplexity(again, stored_blocks(run, "evaluation")) == summary["perplexity"][last]
     stock = AutoModelForCausalLM.from_pretrained(run / "model")
     assert stock.dtype == torch.bfloat16
     if not bits:

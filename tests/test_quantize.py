@@ -17,6 +17,7 @@ import tiny
 from layercut import checkpoints, export, models
 from layercut.cli import main
 from layercut.config import QuantizeConfig
+from layercut.data import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluate import perplexity
 from layercut.quantize import endpoints_of, quantize_, quantized_weights
@@ -382,7 +383,7 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     assert quantize["bytes"]["after"] == file.stat().st_size - header
     assert quantize["bytes"]["after"] < 0.5 * quantize["bytes"]["before"]
     loaded = models.load(checkpoints.resolve(str(quantized_run / "model")))
-    tokens = torch.from_numpy(_evaluation(quantized_run))
+    tokens = stored_blocks(quantized_run, "evaluation")
     assert perplexity(loaded.model, tokens) == summary["perplexity"]["quantized"]
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     assert sorted(loaded.model.state_dict()) == sorted(tiny.llama(4, tie_word_embeddings=True).state_dict())
@@ -390,12 +391,6 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     card = (quantized_run / "model" / "README.md").read_text()
     assert "pip install compressed-tensors" in card
     assert "to 4 bits (gptq)" in card
-
-
-def _evaluation(run: Path):
-    from safetensors.numpy import load_file
-
-    return load_file(run / "tokens.safetensors")["evaluation"]
 
 
 def test_a_quantized_model_is_loaded_as_a_plain_one(quantized_run, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from layercut.cli import main
-from layercut.runs import STAGES
+from layercut.runs import STAGES, TEXTS
 from layercut.stages.heal import TUNING_STATE
 
 # Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
@@ -64,7 +64,8 @@ for line in sys.stdin:
     child = os.fork() or run(where, int(number), sys.argv[1:])
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-MOMENTS = ["text", "search", "cut", "fold", "heal", "eval", "export/folder", "export", "summary"]
+MOMENTS = ["text-calibration", "text-evaluation", "search", "cut", "fold", "heal", "eval"]
+MOMENTS += ["export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
 RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
 VARY = {"seconds", "speed", "peak_rss_bytes"}
@@ -203,7 +204,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
         assert run_until("search", signal.SIGINT) == 130
     assert "Traceback" not in log.read_text()
     assert log.read_text().splitlines()[-1].startswith("stopped; the same command goes on")
-    assert list(artefacts(run)) == ["text"]
+    assert list(artefacts(run)) == list(TEXTS)
 
 
 def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
@@ -222,20 +223,20 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 
 # --- nothing is run twice, and nothing is left out ---
 
-AFTER_TEXT = [stage for stage in STAGES if stage not in ("text", "cut")]
+AFTER_TEXT = [stage for stage in STAGES if stage not in (*TEXTS, "cut")]
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([], []),
     "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", "export", "summary"]),
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", "export", "summary"]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", "export", "summary"]),
     "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "tuning tokens": (["--tune-tokens=96"], ["text", "fold", "heal", "quantize", "eval", "export", "summary"]),
-    "held-out tokens": (["--eval-tokens=96"], ["text", "eval", "summary"]),
+    "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "fold", "heal", "quantize", "eval", "export", "summary"]),
+    "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "eval", "summary"]),
     "speed": (["--speed"], ["eval", "summary"]),
     "bits": (["--bits=8"], ["quantize", "eval", "export", "summary"]),
     "oracle": (["--oracle"], ["search", "summary"]),
-    "calibration tokens": (["--tokens=96"], ["text", *AFTER_TEXT]),
-    "seed": (["--seed=1"], ["text", *AFTER_TEXT]),
+    "calibration tokens": (["--tokens=96"], [*TEXTS[:3], *AFTER_TEXT]),
+    "seed": (["--seed=1"], [*TEXTS, *AFTER_TEXT]),
     "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "quantize", "eval", "export", "summary"]),
     "number format": (["--dtype=bfloat16"], list(STAGES)),
     "force": (["--force"], list(STAGES)),
@@ -257,20 +258,20 @@ def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
 
 
 def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, monkeypatch):
-    """Killed after tokens.safetensors of other flags was written: the old text.json must not stand for it."""
+    """Killed after the tokens of other flags were written: the old artefact must not stand for them."""
 
     class Killed(BaseException):
         pass
 
     def die(path: Path, content: Any) -> None:
-        if path.name == "text.json":
+        if path.name == "text-calibration.json":
             raise Killed
 
     with monkeypatch.context() as killed:
         killed.setattr("layercut.runs.write_json", die)
         with pytest.raises(Killed):
             again("--seed=1")
-    assert again() == ["text", "summary"]
+    assert again() == ["text-calibration", "summary"]
     assert summary(again.run) == summary(whole)
 
 
@@ -284,7 +285,7 @@ def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("tokens.safetensors", ["text", "summary"]),
+        ("tokens-tuning.safetensors", ["text-tuning", "summary"]),
         ("folded.safetensors", ["fold", "summary"]),
         ("tuned.safetensors", ["heal", "summary"]),
         ("model", ["export", "summary"]),

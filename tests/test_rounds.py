@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from layercut import checkpoints, evaluate, models
 from layercut.cli import main
+from layercut.data import stored_blocks
 from layercut.rounds import round_lengths
 from layercut.segments import Removal, Segment, kept_layers
 
@@ -113,7 +114,7 @@ def test_what_is_exported_is_what_the_last_round_left(two_rounds, tiny_model):
     exported = models.load(checkpoints.resolve(str(two_rounds / "model"))).model
     theirs = exported.state_dict()
     assert {name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])} == set()
-    tokens = load_file(two_rounds / "tokens.safetensors")["evaluation"]
+    tokens = stored_blocks(two_rounds, "evaluation")
     found = artefact(two_rounds, "summary")["perplexity"]["tuned"]
     assert evaluate.perplexity(exported, tokens) == pytest.approx(found, rel=1e-6)
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from layercut import checkpoints, evaluate, models, opening, processes, sharding
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.data import load_blocks, split_mix
+from layercut.data import load_blocks, split_mix, stored_blocks
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint, text_to_check
 from layercut.pipeline import check_window
@@ -142,7 +141,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if config.quantize.quantizer == "rtn":
         tokens = torch.empty(0, config.text.window, dtype=torch.long)
     elif is_run and config.text == DataConfig():
-        tokens = load_file(run / "tokens.safetensors")["calibration"]
+        tokens = stored_blocks(run, "calibration")
     else:
         text = config.text
         tokens = load_blocks(
@@ -153,7 +152,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
     with bar("saving and verifying", None):
-        unseen = text_to_check(load_file(run / "tokens.safetensors")["evaluation"]) if is_run else None
+        unseen = text_to_check(stored_blocks(run, "evaluation")) if is_run else None
         exported = export_checkpoint(
             model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
         )

@@ -24,15 +24,19 @@ from cyclopts import Parameter
 from layercut import __version__
 from layercut.config import (
     PRESETS,
+    RUN,
     CompareConfig,
     CompressConfig,
     CutConfig,
     ExportConfig,
+    FindConfig,
     PerplexityConfig,
     PlanConfig,
     Preset,
     QuantizeAloneConfig,
     RunConfig,
+    TuneConfig,
+    keys,
 )
 from layercut.errors import ConfigError, LayercutError
 
@@ -50,6 +54,7 @@ RunFolder = Annotated[Path, Parameter(help="A run folder, as left by compress.")
 PresetName = Annotated[
     Preset,
     Parameter(
+        group=RUN,
         help="Fills the flags that neither the command nor --config gives. balanced: every default. "
         "fast: --tokens 8192 --tune-tokens 32768 --eval-tokens 16384 --quantizer rtn --no-speed. "
         "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072."
@@ -60,18 +65,28 @@ PresetName = Annotated[
 
 @app.command
 def compress(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
-    """The whole journey: search, cut, heal, measure, export, report."""
+    """The whole journey: search, cut, heal, measure, export, report.
+
+    For example, a fifth of the layers out, healed, in 4 bits:
+
+        layercut compress MODEL --ratio 0.2 --bits 4 --out runs/small
+    """
     from layercut.pipeline import compress
 
     _show(compress(model, config or CompressConfig()))
 
 
 @app.command
-def search(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
-    """Find the segment to remove, and stop there."""
+def search(model: Model, *, config: FindConfig | None = None, preset: PresetName = "balanced") -> None:
+    """Find the segment to remove, and stop there; compress with the same --out goes on from it.
+
+    For example:
+
+        layercut search MODEL --ratio 0.2 --data mine.txt
+    """
     from layercut.pipeline import compress
 
-    run = compress(model, config or CompressConfig(), until="search")
+    run = compress(model, (config or FindConfig()).journey(), until="search")
     found = json.loads((run / "search.json").read_text())
     for candidate in found["candidates"]:
         bounds = " ".join(f"{start}:{stop}" for start, stop in candidate["segments"])
@@ -79,16 +94,26 @@ def search(model: Model, *, config: CompressConfig | None = None, preset: Preset
 
 
 @app.command
-def tune(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
-    """Search, cut and heal; save the checkpoint, measure nothing."""
+def tune(model: Model, *, config: TuneConfig | None = None, preset: PresetName = "balanced") -> None:
+    """Search, cut and heal; save the checkpoint, measure nothing; compress with the same --out goes on from it.
+
+    For example:
+
+        layercut tune MODEL --segment 13:19 --tune-data mine.txt
+    """
     from layercut.pipeline import compress
 
-    print(compress(model, config or CompressConfig(), until="tune") / "model")
+    print(compress(model, (config or TuneConfig()).journey(), until="tune") / "model")
 
 
 @app.command
 def cut(model: Model, *, config: CutConfig) -> None:
-    """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint."""
+    """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint.
+
+    For example, without layers 13 to 18:
+
+        layercut cut MODEL --segment 13:19 --out smaller
+    """
     from layercut.alone import cut
 
     print(cut(model, config))
@@ -100,7 +125,12 @@ def quantize(
     *,
     config: QuantizeAloneConfig,
 ) -> None:
-    """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
+    """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads.
+
+    For example:
+
+        layercut quantize MODEL --bits 4 --out quantized
+    """
     from layercut.alone import quantize_alone
 
     print(quantize_alone(model, config))
@@ -110,7 +140,12 @@ def quantize(
 def export(
     model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
 ) -> None:
-    """Write a finished run's model as a GGUF file for llama.cpp."""
+    """Write a finished run's model as a GGUF file for llama.cpp.
+
+    For example:
+
+        layercut export runs/small --out small.gguf
+    """
     from layercut.to_gguf import export
 
     print(export(model, config))
@@ -122,7 +157,12 @@ def evaluate(
     *,
     config: PerplexityConfig | None = None,
 ) -> None:
-    """Perplexity and tasks of a model, or of a run's dense and compressed model side by side."""
+    """Perplexity and tasks of a model, or of a run's dense and compressed model side by side.
+
+    For example:
+
+        layercut evaluate runs/small --eval-data c4:validation
+    """
     from layercut.alone import evaluate_only
     from layercut.report import task_lines
 
@@ -138,7 +178,12 @@ def evaluate(
 
 @app.command
 def compare(model: Model, *, config: CompareConfig | None = None) -> None:
-    """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold."""
+    """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold.
+
+    For example:
+
+        layercut compare MODEL --ratio 0.2 --methods clp,cosine,sleb
+    """
     from rich.console import Console
 
     from layercut.compare import compare, comparison_table
@@ -151,7 +196,12 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
 
 @app.command
 def plan(model: Model, *, config: PlanConfig | None = None, preset: PresetName = "balanced") -> None:
-    """What compress with the same flags would take: parameters, memory, time, from the config alone."""
+    """What compress with the same flags would take: parameters, memory, time, from the config alone.
+
+    For example:
+
+        layercut plan MODEL --ratio 0.2
+    """
     from rich.console import Console
 
     from layercut.plan import plan_run
@@ -199,8 +249,11 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _one_of_several(arguments)
     code, lines = _run(arguments)
-    for line in lines:
-        print(line, file=sys.stderr)
+    try:
+        for line in lines:
+            print(line, file=sys.stderr)
+    except BrokenPipeError:
+        return _reader_gone()
     return code
 
 
@@ -249,12 +302,23 @@ def _run(arguments: list[str]) -> Outcome:
             return _refusal(cause.message, cause.hint)
         known = bool(arguments) and not arguments[0].startswith("-") and arguments[0] in app
         return _refusal(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does; nothing more can be said there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE, []
+    except BrokenPipeError:
+        return _reader_gone(), []
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # what rich makes of it, wherever it was printing
+            return _reader_gone(), []
+        raise
     except KeyboardInterrupt:
         return 130, ["stopped; the same command goes on from the last finished stage"]
     return 0, []
+
+
+def _reader_gone() -> int:
+    """Nobody reads our output any more, as after `head`: nothing can be said there. The exit code, as the signal's."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _words(error: cyclopts.CycloptsError) -> str:
@@ -276,12 +340,25 @@ def _take_config(arguments: list[str]) -> None:
     if file is not None:
         if not file or file.startswith("-"):
             raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
-        given = _yaml(Path(file))
+        given = _for_command(_yaml(Path(file)), arguments[0])
         app.config = (_source(given, file),)
     # a preset that does not exist is refused with the flags
     filled = PRESETS.get(str(given.get("preset") if preset is None else preset), {})
     # `plan` takes some of the flags of `compress`, not all
     app.config = (*app.config, _source(filled, "--preset", allow_unknown=True))
+
+
+def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
+    """Without the keys of a compress run's file that this command does not take, so that the file fits all of them.
+
+    A key that no compress run has either is left, and refused with the flags.
+    """
+    if command.startswith("-") or command not in app:
+        return given
+    names = (name for argument in app[command].assemble_argument_collection() for name in argument.names)
+    own = {name.strip("-").replace("-", "_") for name in names}
+    foreign = keys(CompressConfig) - own
+    return {key: value for key, value in given.items() if key not in foreign}
 
 
 def _value(arguments: list[str], flag: str) -> str | None:

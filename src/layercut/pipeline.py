@@ -53,7 +53,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     wanted = checked_segments(config.search.segments, layers)
     length = wanted_length(config.search, layers)
     check_target(config, checkpoint, architecture)
-    check_sources(config)
+    check_sources(config, until)
     models.pick_device(config.load.device)
     spread = opening.spread(checkpoint, **asdict(config.load))
     if spread:
@@ -67,10 +67,10 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         run.describe({"model": model, **flattened(config)})
         work = Workbench(checkpoint, config, run, spread=spread)
 
-        text = text_stage(work)
+        text = text_stage(work, stages.text.uses(config, until))
         if config.number_of_rounds > 1:
             if until == "search":
-                raise ConfigError("a search in rounds needs each to be healed", "give --rounds 1, or use tune")
+                raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
             removal = in_rounds(work, text, length)
         else:
             removal = search_stage(work, text, wanted, length)
@@ -103,22 +103,24 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
             "summary",
             model,
             lambda: summarise(run, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
-            after=["text", "search", "eval", *proofs, "export"],
+            after=[*(f"text-{use}" for use in text), "search", "eval", *proofs, "export"],
         )
         processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
         processes.on_main(lambda: write_report(run.folder))
         return run.folder
 
 
-def text_stage(work: Workbench) -> dict[str, Any]:
-    """Draw all tokens of a run, and say where they come from."""
-    heal, reported = work.config.heal, work.config.evaluate
-    drawn = [heal.tune_data, heal.tune_tokens, reported.eval_data, reported.eval_tokens]
-    text = work.run.stage("text", [work.source, asdict(work.config.text), drawn], partial(stages.text.draw_all, work))
-    for use in ("calibration", "tuning", "evaluation"):
-        if text[use]:
-            say(use, "{tokens:,} tokens of {source}".format(**text[use]))
-    return text
+def text_stage(work: Workbench, uses: Sequence[stages.text.Use]) -> dict[str, Any]:
+    """Draw the tokens of these uses, each an artefact of its own, and say where they come from.
+
+    The facts of each use, as the stages that use them name them among their inputs; also `work.text`.
+    """
+    for use in uses:
+        drawn = work.run.stage(f"text-{use}", stages.text.inputs(work, use), partial(stages.text.draw, work, use))
+        work.text[use] = {key: value for key, value in drawn.items() if key not in ("seconds", "config_hash", "files")}
+        if use != "heldout":
+            say(use, "{tokens:,} tokens of {source}".format(**drawn))
+    return work.text
 
 
 def stability_stage(work: Workbench, removal: Removal) -> dict[str, Any]:
@@ -145,8 +147,7 @@ def further_proofs(work: Workbench, segments: Sequence[Segment]) -> dict[str, di
         found["tasks"] = run.stage("tasks", asked, lambda: stages.prove.score(work, segments), after=["quantize"])
         say("tasks", describe_retention(found["tasks"]["retention"]))
     if config.long.long_context:
-        text = run.read("text") or {}
-        asked = [config.long.long_context, config.text.seed, text["evaluation"]]
+        asked = [config.long.long_context, config.text.seed, work.text["evaluation"]]
         found["long"] = run.stage("long", asked, lambda: stages.prove.long(work, segments), after=["quantize"])
         say("long", "up to {window:,} tokens".format(**found["long"]))
     return found
@@ -177,8 +178,10 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
 
 
-def check_sources(config: CompressConfig) -> None:
-    """What is reported on must not be what is searched or tuned on."""
+def check_sources(config: CompressConfig, until: Stage = "report") -> None:
+    """What is reported on must not be what is searched or tuned on; nothing is, of a run that ends before."""
+    if until != "report":
+        return
     reported = origins(config.evaluate.eval_data) - {"self"}
     used = origins(config.text.data) | origins(config.heal.tune_data or config.text.data)
     if both := reported & used:

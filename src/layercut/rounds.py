@@ -18,7 +18,6 @@ import torch
 from layercut import models, processes, stages
 from layercut.config import CompressConfig
 from layercut.errors import ConfigError
-from layercut.figures import percent
 from layercut.progress import say
 from layercut.remarks import describe_fold, describe_point, describe_tuning
 from layercut.runs import write_json
@@ -42,6 +41,8 @@ def search_stage(
 ) -> Removal:
     """Which layers go; in a round of several, which of those that are left."""
     scored = [work.source, text["calibration"], work.config.text.seed, asdict(work.config.search), length]
+    if work.config.search.score == "folded":
+        scored.append(text["heldout"])
     searched = partial(stages.search.search, work, wanted, length)
     found = work.run.stage(work.name("search"), scored, searched, after=after, together=True)
     removal = work.removed(found)
@@ -55,11 +56,11 @@ def heal_stages(work: Workbench, text: dict[str, Any], removal: Removal, after: 
     bounds = [[s.start, s.stop] for s in removal.all]
     cut = stage(work.name("cut"), [work.source, bounds], lambda: do.cut(work, removal.all), after=after)
     say("cut", f"{cut['parameters']['before']:,} -> {cut['parameters']['after']:,} parameters")
-    folded = [config.heal.fold, text["calibration"], text["tuning"], text["heldout"], work.rounds]
+    folded = [config.heal.fold, text["calibration"], text.get("tuning"), text.get("heldout"), work.rounds]
     fold = stage(work.name("fold"), folded, lambda: do.fold(work, removal), after=[work.name("cut")])
     for outcome in fold["fold"]:
         say("fold", describe_fold(outcome))
-    tuned = [asdict(config.heal), text["tuning"], text["heldout"]]
+    tuned = [asdict(config.heal), text.get("tuning"), text.get("heldout")]
     heal = stage(work.name("heal"), tuned, lambda: do.tune(work, removal), after=[work.name("fold")])
     if heal["tuning"]:
         say("tune", describe_tuning(heal["tuning"]))
@@ -90,8 +91,9 @@ def in_rounds(work: Workbench, text: dict[str, Any], length: int | None) -> Remo
         if chosen:
             break
         part = Round(
-            work.checkpoint, config, run, rounds=rounds, whole=work, number=number, previous=done[-1] if done else None
-        )
+            work.checkpoint, config, run, rounds=rounds, text=text, whole=work, number=number,
+            previous=done[-1] if done else None,
+        )  # fmt: skip
         say("round", f"{number} of {rounds}" + (" at most" if budget else ""))
         after = [done[-1].name("heal")] if done else []
         part.removal = search_stage(part, text, [], part_length, after)
@@ -158,7 +160,8 @@ def out_of_budget(points: Sequence[dict[str, Any]], config: CompressConfig) -> C
     seen = "; ".join(describe_point(point) for point in points)
     if not search.two_budgets:
         least = min(point["rise"] for point in points)
-        hint = f"the first round costs {percent(least)}: give a larger --max-loss, more --tune-tokens or smaller rounds"
+        cost = f"costs {least:.1%}: give a larger --max-loss," if math.isfinite(least) else "leaves no finite loss: give"
+        hint = f"the first round {cost} more --tune-tokens or smaller rounds"
         return ConfigError(f"--max-loss {search.max_loss:g} is exceeded by the first round: {seen}", hint)
     target = parse_bytes("--target-size", search.target_size or "")
     small = min((p["rise"] for p in points if p["bytes"] <= target), default=math.inf)
@@ -249,7 +252,6 @@ def rounds_searched(work: Workbench, done: Sequence[Round]) -> dict[str, Any]:
     removal = done[-1].removal if done and done[-1].removal else Removal.first(())
     found = price_segments(work.stack, work.blocks["calibration"], list(removal.all)).to_json()
     kept = ("method", "segments", "cut", "candidates", "seconds", "layer_forwards", "layer_backwards")
-    text = work.run.read("text") or {}
     return found | {
         "method": each[-1]["method"] if each else "none",
         "rounds": [{key: search[key] for key in kept} for search in each],
@@ -257,7 +259,7 @@ def rounds_searched(work: Workbench, done: Sequence[Round]) -> dict[str, Any]:
         "layer_backwards": sum(search["layer_backwards"] for search in each),
         "dense_tokens": sum(search["dense_tokens"] for search in each),
         "seed": work.config.text.seed,
-        "calibration": text["calibration"],
+        "calibration": work.text["calibration"],
     }
 
 

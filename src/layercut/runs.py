@@ -32,7 +32,8 @@ from layercut import memory, processes
 from layercut.errors import RunError
 
 Artefact = dict[str, Any]
-STAGES = ("text", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+TEXTS = ("text-calibration", "text-heldout", "text-tuning", "text-evaluation")
+STAGES = (*TEXTS, "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long")
 """Stages that run only where they are asked for."""
 PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")

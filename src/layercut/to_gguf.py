@@ -16,7 +16,7 @@ from layercut import checkpoints, models
 from layercut.config import ExportConfig
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.cut.folder import appearing
-from layercut.data import load_blocks
+from layercut.data import load_blocks, stored_blocks
 from layercut.errors import ModelError, RunError
 from layercut.evaluate import perplexity
 from layercut.export import CHECK_TOKENS, text_to_check
@@ -80,7 +80,7 @@ def export(target: str, config: ExportConfig) -> Path:
 
 def _text_of(run: Path) -> torch.Tensor:
     """The first of a run's evaluation tokens [N, T]."""
-    return text_to_check(load_file(run / "tokens.safetensors")["evaluation"])
+    return text_to_check(stored_blocks(run, "evaluation"))
 
 
 def _with_file(summary: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ model and the cut one (the *student*) share all weights but those that healing c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from layercut import checkpoints, evaluate, lending, models, opening, processes, sharding, stream
 from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
-from layercut.data import Blocks, load_blocks, split_mix
+from layercut.data import Blocks, load_blocks, split_mix, stored_blocks
 from layercut.errors import ConfigError
 from layercut.progress import say
 from layercut.quantize import quantized_weights
@@ -38,6 +38,8 @@ class Workbench:
     """Among which the tuning tokens are dealt out."""
     spread: bool = False
     """Whether the weights are spread over several processes."""
+    text: dict[str, Any] = field(default_factory=dict)
+    """What the text stage has drawn, by use: source, tokens, window, documents, fingerprint."""
 
     @property
     def source(self) -> dict[str, Any]:
@@ -90,8 +92,8 @@ class Workbench:
 
     @cached_property
     def blocks(self) -> dict[str, torch.Tensor]:
-        """Token blocks [N, T] by use, as the text stage left them."""
-        return load_file(self.run / "tokens.safetensors")
+        """Token blocks [N, T] by use, of all that this run has drawn."""
+        return {use: stored_blocks(self.run.folder, use) for use in self.text}
 
     def draw(self, source: str, tokens: int, **more: Any) -> Blocks:
         """Blocks of a source, with the run's window and seed unless `more` says otherwise."""

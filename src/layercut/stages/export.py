@@ -18,7 +18,8 @@ from layercut.workbench import Workbench
 def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     """The healed and, where asked, quantized student as a stock checkpoint."""
     quantized = work.run.read("quantize") or {}
-    text = text_to_check(work.blocks["evaluation"])
+    blocks = work.blocks
+    text = text_to_check(next(blocks[use] for use in ("evaluation", "heldout", "calibration") if use in blocks))
     packing: dict[str, Any] = {}
     if quantized["bits"] < 16:
         packing["packed"] = load_file(work.run / "quantized.safetensors")

@@ -79,7 +79,7 @@ def fold_tokens(work: Workbench) -> torch.Tensor:
 
 def tune(work: Workbench, removal: Removal) -> dict[str, Any]:
     """Cutoff endpoint tuning, from the fold where that was kept."""
-    fold, heal, text = work.read("fold"), work.config.heal, work.run.read("text") or {}
+    fold, heal, text = work.read("fold"), work.config.heal, work.text
     if not heal.tune_tokens:
         return {"fold": fold["fold"], "tuning": None, "changed": fold["changed"]}
     student = Stack(work.student(removal.cut, "folded"))

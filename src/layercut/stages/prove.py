@@ -16,7 +16,7 @@ from layercut.workbench import Workbench
 
 def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-    config, tokens, text = work.config.evaluate, work.blocks["evaluation"], work.run.read("text") or {}
+    config, tokens, text = work.config.evaluate, work.blocks["evaluation"], work.text
     fold, heal = work.run.read("fold") or {}, work.run.read("heal") or {}
     states: dict[str, list[str] | None] = {"dense": None, "cut": []}
     if fold["changed"]:

@@ -45,8 +45,7 @@ def search(work: Workbench, wanted: Sequence[Segment], length: int | None) -> di
         result = rescored(result, partial(folded_kl, work))
     if config.all_lengths:
         add_triangle_(result, work.before_stack, tokens, sum(map(len, result.segments)))
-    text = work.run.read("text") or {}
-    found = result.to_json() | {"seed": work.config.text.seed, "calibration": text["calibration"]}
+    found = result.to_json() | {"seed": work.config.text.seed, "calibration": work.text["calibration"]}
     return work.in_dense_layers(found)
 
 
