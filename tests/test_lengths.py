@@ -139,8 +139,8 @@ def test_options_that_do_not_go_together_are_refused(kind):
 
 
 def search(tiny_model, texts, out, *flags):
-    arguments = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=128", "--window=16", "--tune-tokens=0"]
-    code = main(["search", str(tiny_model), *arguments, "--eval-tokens=64", f"--out={out}", *flags])
+    arguments = [f"--data={texts[0]}", "--tokens=128", "--window=16"]
+    code = main(["search", str(tiny_model), *arguments, f"--out={out}", *flags])
     return code, json.loads((out / "search.json").read_text()) if code == 0 else None
 
 

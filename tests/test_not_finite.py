@@ -142,6 +142,14 @@ def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_name
         assert "--dtype" in caught.value.hint
 
 
+def test_tuning_refuses_such_a_teacher_too(sound):
+    dense, tokens = without_bad(sound), tiny.some_tokens(2, 8)
+    student = models.share(dense)
+    cut_segment_(student, [Segment(1, 2)])
+    with pytest.raises(ModelError, match="layer 3 is the first of 7"):
+        tune_(Stack(dense), Stack(student), [Segment(1, 2)], tokens, tokens, TuneSettings())
+
+
 def test_weights_that_hold_nan_are_named():
     model = tiny.llama(4)
     model.model.layers[2].mlp.down_proj.weight[3, 3] = math.nan

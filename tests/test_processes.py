@@ -36,9 +36,8 @@ relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apa
 
 def rounds(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
     """Two rounds, as far as a budget of loss goes."""
-    flags = [flag for flag in RUN if not flag.startswith(("--ratio", "--oracle", "--seeds"))]
-    texts_of = [f"--data={texts[0]}", f"--eval-data={texts[1]}"]
-    return ["tune", str(model), *flags, *texts_of, "--rounds=2", "--max-loss=9", f"--out={out}"]
+    flags = [flag for flag in RUN if not flag.startswith(("--ratio", "--oracle", "--seeds", "--eval", "--no-speed"))]
+    return ["tune", str(model), *flags, f"--data={texts[0]}", "--rounds=2", "--max-loss=9", f"--out={out}"]
 
 
 def compress(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:

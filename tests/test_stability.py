@@ -74,8 +74,8 @@ def test_a_choice_that_costs_nothing_is_not_divided_by_zero():
 
 @pytest.fixture
 def command(tiny_model, texts, tmp_path):
-    usual = ["--tokens=64", "--window=16", "--tune-tokens=0", "--eval-tokens=64", "--ratio=0.25"]
-    return ["search", str(tiny_model), *usual, f"--eval-data={texts[1]}", f"--out={tmp_path / 'run'}"]
+    usual = ["--tokens=64", "--window=16", "--ratio=0.25"]
+    return ["search", str(tiny_model), *usual, f"--out={tmp_path / 'run'}"]
 
 
 def artefact(tmp_path: Path, name: str):

@@ -360,14 +360,13 @@ def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
 def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):
     found = {}
     flags = ["--ratio=0.25", "--method=exhaustive", "--tokens=256", "--window=32"]
-    flags += ["--tune-tokens=0", "--eval-tokens=64"]
-    own, flags = flags, [*flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    own, flags = flags, [*flags, f"--data={texts[0]}"]
     for mode in ("on", "off"):
         assert main(["search", str(tiny_model), *flags, f"--stream={mode}", f"--out={tmp_path / mode}"]) == 0
         found[mode] = json.loads((tmp_path / mode / "search.json").read_text())
     assert "layers left on disk" in " ".join(capsys.readouterr().err.split())  # lines are broken at 80 columns
     assert found["on"]["candidates"] == found["off"]["candidates"]
-    own += ["--data=self", f"--eval-data={texts[1]}", f"--out={tmp_path / 'self'}"]
+    own += ["--data=self", f"--out={tmp_path / 'self'}"]
     assert main(["search", str(tiny_model), *own, "--stream=on"]) == 2
     assert "--stream off" in capsys.readouterr().err
 

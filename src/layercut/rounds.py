@@ -160,8 +160,8 @@ def out_of_budget(points: Sequence[dict[str, Any]], config: CompressConfig) -> C
     seen = "; ".join(describe_point(point) for point in points)
     if not search.two_budgets:
         least = min(point["rise"] for point in points)
-        cost = f"costs {least:.1%}: give a larger --max-loss," if math.isfinite(least) else "leaves no finite loss: give"
-        hint = f"the first round {cost} more --tune-tokens or smaller rounds"
+        cost = f"costs {least:.1%}: allow more by --max-loss," if math.isfinite(least) else "leaves no finite loss:"
+        hint = f"the first round {cost} give more --tune-tokens or smaller rounds"
         return ConfigError(f"--max-loss {search.max_loss:g} is exceeded by the first round: {seen}", hint)
     target = parse_bytes("--target-size", search.target_size or "")
     small = min((p["rise"] for p in points if p["bytes"] <= target), default=math.inf)

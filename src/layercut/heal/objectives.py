@@ -24,7 +24,7 @@ from layercut.losses import (
     loss_and_gradient,
     next_token_and_gradient,
 )
-from layercut.sweep import Stack, carry_, common_prefix, enter_all
+from layercut.sweep import Stack, carry_, common_prefix, enter_all, not_finite
 
 Objective = Literal["kl", "next-token", "hidden"]
 Batch = tuple[torch.Tensor, torch.Tensor, float]
@@ -186,7 +186,8 @@ class HeldOut:
     """Rows that judge a student during tuning. What stays as it is from score to score is computed once.
 
     That is h at `prefix` and the dense h at the end, in the model's own number format: 2 D numbers a token. Of several
-    processes each takes a share of the rows; the score is over all.
+    processes each takes a share of the rows; the score is over all. Raises ModelError where a dense state is not finite:
+    nothing can be compared with it.
     """
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
@@ -194,6 +195,10 @@ class HeldOut:
         self.parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
         self.batches = [tokens[part] for part, _ in self.parts]
         self.states = dense_states(pair, self.batches)
+        for batch, (final, _) in zip(self.batches, self.states, strict=True):
+            if not (finite := final.isfinite().flatten(1).all(1)).all():
+                row = int((~finite).nonzero()[0])
+                raise not_finite(pair.dense, batch[row : row + 1])
 
     @torch.no_grad()
     def score(self) -> float:
