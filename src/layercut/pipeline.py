@@ -44,6 +44,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     """
     processes.start()
     config.check()
+    if until == "search" and config.number_of_rounds > 1:
+        raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window(config.text.window, architecture)
@@ -69,8 +71,6 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
         text = text_stage(work, stages.text.uses(config, until))
         if config.number_of_rounds > 1:
-            if until == "search":
-                raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
             removal = in_rounds(work, text, length)
         else:
             removal = search_stage(work, text, wanted, length)

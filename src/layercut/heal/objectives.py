@@ -186,8 +186,8 @@ class HeldOut:
     """Rows that judge a student during tuning. What stays as it is from score to score is computed once.
 
     That is h at `prefix` and the dense h at the end, in the model's own number format: 2 D numbers a token. Of several
-    processes each takes a share of the rows; the score is over all. Raises ModelError where a dense state is not finite:
-    nothing can be compared with it.
+    processes each takes a share of the rows; the score is over all. Raises ModelError where a dense state is not
+    finite: nothing can be compared with it.
     """
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
