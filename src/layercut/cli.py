@@ -46,7 +46,7 @@ app = cyclopts.App(
     version=__version__,
     result_action="return_value",
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(show_default=lambda value: None if value in (None, ()) else str(value)),
+    default_parameter=Parameter(show_default=lambda value: None if value in (None, (), "") else str(value)),
 )
 
 Model = Annotated[str, Parameter(help="A Hub id, a folder, or a .gguf file.")]
