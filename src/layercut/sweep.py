@@ -360,7 +360,7 @@ def not_finite(stack: Stack, row: torch.Tensor) -> ModelError:
                 first = i if first is None and not hidden.isfinite().all() else first
         after = f"layer {first} is the first of {len(stack)}, counted from 0, whose output is not"
         where = f": {after}" if first is not None else ": the layers' outputs are, what the head makes of them is not"
-    if held:
+    if held := list(dict.fromkeys(held)):  # a layer of a copy that is on disk may have weights in memory as well
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
         return ModelError(
             f"{what}: {', '.join(held[:3])}{more} hold{'s' if len(held) == 1 else ''} NaN or Inf",
