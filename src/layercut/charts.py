@@ -47,7 +47,7 @@ class Drawing:
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        return _inline(buffer.getvalue(), self.name, self.titles, description)
+        return inline(buffer.getvalue(), self.name, description, self.titles)
 
 
 @contextmanager
@@ -73,8 +73,9 @@ def drawing(name: str, x: str, y: str) -> Iterator[Drawing]:
         yield Drawing(canvas, axes, name)
 
 
-def _inline(text: str, name: str, titles: dict[str, str], description: str) -> str:
+def inline(text: str, name: str, description: str, titles: dict[str, str] | None = None) -> str:
     """matplotlib's SVG document -> an element without namespaces, style sheets, fixed ids or colours."""
+    titles = titles or {}
     root = ElementTree.fromstring(text)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

@@ -30,14 +30,14 @@ SearchObjective = Literal["kl", "next-token", "hidden"]
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
-        "tokens": 8192, "tune_tokens": 32768, "eval_tokens": 16384, "quantizer": "rtn", "speed": False,
+        "tokens": 8192, "tune_tokens": 32768, "eval_tokens": 16384, "speed": False,
     },
     "balanced": {},
     "best": {"tokens": 65536, "tune_tokens": 1048576, "eval_tokens": 131072},
 }  # fmt: skip
 """What the command's --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the
-defaults. Nothing that another flag could forbid is here. More tokens heal more (docs/log.md); how many are enough is
-a guess."""
+defaults. Nothing that another flag could forbid is here, and no other method: fast is less text, not another way.
+More tokens heal more (docs/log.md); how many are enough is a guess."""
 SIZES = {"B": 1} | {
     prefix + unit: base**power
     for unit, base in (("B", 1000), ("IB", 1024))
@@ -369,6 +369,8 @@ class PerplexityConfig:
     """Tokens in a row."""
     seed: int = 0
     """Seed of the text, where --eval-data is self."""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """Print everything as one JSON object on stdout instead of lines."""
     config: Path | None = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores."""
 

@@ -100,7 +100,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         run.stage(
             "summary",
             model,
-            lambda: summarise(run, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
+            lambda: summarise(work, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
             after=["text", "search", "eval", *proofs, "export"],
         )
         processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
@@ -223,7 +223,7 @@ def default_folder(model: str) -> Path:
 
 
 def summarise(
-    run: Run,
+    work: Workbench,
     model: str,
     layers: int,
     search: dict[str, Any],
@@ -238,11 +238,14 @@ def summarise(
         "segments": search["segments"],
         "original_layer_index": cut["original_layer_index"],
         "parameters": cut["parameters"],
-        "bytes": {"before": cut["bytes"]["before"], "after": exported["bytes"]},
+        "bytes": {
+            "before": cut["bytes"]["before"], "after": exported["bytes"],
+            "source": checkpoints.weight_bytes(work.checkpoint),
+        },
         "perplexity": measured["perplexity"],
         "speed": measured["speed"],
         "generation_health": measured.get("health"),
-        "seconds": run.seconds.copy(),
+        "seconds": work.run.seconds.copy(),
         "peak_rss_bytes": measured["peak_rss_bytes"],
         "versions": versions(),
     }
