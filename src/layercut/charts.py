@@ -402,7 +402,7 @@ def _curve(rows: list[Any]) -> list[tuple[float, float, float]]:
 
 def position_chart(rows: list[tuple[int, int, float | None, float | None]]) -> str | None:
     """Perplexity over the position in the text, dense and compressed: (start, stop, dense, compressed) a bucket."""
-    known = [row for row in rows if row[2] is not None or row[3] is not None]
+    known = [row for row in rows if any(value is not None and value > 0 for value in row[2:])]
     if len(known) < 2:
         return None
     from matplotlib.ticker import FuncFormatter, NullLocator

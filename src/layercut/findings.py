@@ -267,10 +267,11 @@ def broken(summary: dict[str, Any]) -> str | None:
             f"The compressed model is broken: its perplexity ({name}) is not a finite number. "
             f"Do not use it.{before}"
         )
-    if dense is not None and math.isfinite(dense) and value > BROKEN_FACTOR * dense:
+    factor = final_factor(summary)
+    if dense is not None and factor is not None and factor > BROKEN_FACTOR:
         return (
             f"The compressed model is broken: its perplexity ({name}) is {figure(value)}, "
-            f"{times(value / dense)} the dense model's {figure(dense)}. Do not use it as it is.{before}"
+            f"{times(factor)} the dense model's {figure(dense)}. Do not use it as it is.{before}"
         )
     return survival.guessing(summary)
 
@@ -318,7 +319,7 @@ def _perplexity_words(summary: dict[str, Any]) -> str:
     if not (math.isfinite(value) and math.isfinite(dense)):
         return f"has a perplexity{where} that is {figure(value)}, against {figure(dense)} of the dense model"
     state = "with nothing healed yet" if name == "cut" else f"once {name}"
-    against = f"{times(value / dense)} the dense model's {figure(dense)}"
+    against = f"{times(final_factor(summary))} the dense model's {figure(dense)}"
     return f"has a perplexity{where} of {figure(value)} {state}, {against}"
 
 
@@ -600,7 +601,7 @@ def better_way(run: Run) -> str:
     if came and had and has:
         healed = finite(part(run.heal, "tuning").get("trained_parameters")) or 0.0
         about = f", about {size(came * has / had + healed * max(0.0, KEPT_TYPE_BITS - 8 * came / had) / 8)}"
-    return f"layercut export RUN --out FILE.gguf keeps the file's own number formats{about}."
+    return f"Better: layercut export RUN --out FILE.gguf keeps the file's own number formats{about}."
 
 
 # ---- the last word -----------------------------------------------------------------------------------------
@@ -621,14 +622,23 @@ def conclusion(run: Run) -> Verdict:
         sizes = f"{size(came_with(summary))} → {size(part(summary, 'bytes').get('after'))}"
         return _refused(f": larger than what came ({sizes}), and {rise}. {better_way(run)}".rstrip())
     if factor > FAIR:
-        return _refused(f": {rise}. Heal on more tokens, or remove fewer layers.")
+        before = _factor_before_quantization(summary)
+        rounded = before is not None and before <= FAIR
+        way = f"Quantization did that ({times(before)} before): give it more bits" if rounded else HEAL_MORE
+        return _refused(f": {rise}. {way}.")
     if "Tasks" in marks and marks["Tasks"].mark == "bad":
         return _refused(f": {marks['Tasks'].text}")
     return _usable(f"The exported GGUF file ({size(run.gguf.get('bytes'))}) is usable" if exported else "Usable",
                    factor, marks, summary)  # fmt: skip
 
 
-CONCLUSION = "Conclusion"
+CONCLUSION, HEAL_MORE = "Conclusion", "Heal on more tokens, or remove fewer layers"
+
+
+def _factor_before_quantization(summary: dict[str, Any]) -> float | None:
+    """Perplexity over the dense model's of the state that was quantized; None where none was, or it is not known."""
+    table = {**part(summary, "perplexity"), "quantized": None}
+    return final_factor({"perplexity": table}) if "quantized" in perplexities(summary) else None
 
 
 def _refused(why: str) -> Verdict:

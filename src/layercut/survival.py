@@ -94,13 +94,15 @@ def retained_mark(kept: float) -> str:
 def positions(summary: dict[str, Any]) -> list[tuple[int, int, float | None, float | None]]:
     """(start, stop, dense, compressed) perplexity of each bucket of positions; None where it is no finite number."""
     table = part(summary, "long_context", "perplexity")
-    dense = {(part(r).get("start"), part(r).get("stop")): r.get("perplexity") for r in map(part, items(table, "dense"))}
-    found = []
-    for row in map(part, items(table, "compressed")):
-        start, stop = row.get("start"), row.get("stop")
-        if isinstance(start, int) and isinstance(stop, int):
-            found.append((start, stop, finite(dense.get((start, stop))), finite(row.get("perplexity"))))
-    return found
+    dense, compressed = (
+        {
+            (row["start"], row["stop"]): finite(row.get("perplexity"))
+            for row in map(part, items(table, name))
+            if type(row.get("start")) is type(row.get("stop")) is int and 0 < row["start"] < row["stop"]
+        }
+        for name in ("dense", "compressed")
+    )
+    return [(*bounds, dense.get(bounds), value) for bounds, value in compressed.items()]
 
 
 def long_verdict(summary: dict[str, Any]) -> Words | None:
