@@ -186,7 +186,7 @@ def test_flags_win_over_a_file_and_a_file_over_the_preset(resolved, tmp_path):
     file = write_yaml(tmp_path / "some.yaml", tokens=111, tune_tokens=222)
     found = resolved("--preset=fast", f"--config={file}", "--tokens=333", "--speed")
     assert (found["tokens"], found["tune_tokens"], found["speed"]) == (333, 222, True)
-    assert (found["quantizer"], found["eval_tokens"]) == ("rtn", PRESETS["fast"]["eval_tokens"])
+    assert (found["quantizer"], found["eval_tokens"]) == ("gptq", PRESETS["fast"]["eval_tokens"])
     assert found["batch_tokens"] == HealConfig().batch_tokens
 
 

@@ -138,7 +138,7 @@ def test_compare_has_a_page_of_its_own(finished, texts):
     for row in comparison["methods"]:
         assert f'<th scope="row">{row["method"]}</th>' in html
         value, error = row["perplexity"]["tuned"], row["standard_error"]["tuned"]
-        assert f"{figures.figure(value)} ± {figures.figure(value * error)}" in html
+        assert f"{figures.short(value)} ± {figures.deviation(value * error)}" in html
     assert "<svg" in html
     assert "<script" not in html
     assert "://" not in html

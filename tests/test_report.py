@@ -207,7 +207,8 @@ def shown(summary: dict[str, Any], width: int = 110) -> str:
 
 def ended(run: Path, width: int = 110) -> str:
     console = Console(file=io.StringIO(), width=width)
-    for part in closing(run):
+    table, lines = closing(run)
+    for part in (table, *lines):
         console.print(part)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -789,7 +790,8 @@ def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
     said = " ".join(ended(run, width=2000).split())
     assert {v.stage for v in found if v.mark == "bad"} >= {"Fold", "Decode", "Tasks"}
     for verdict in found:
-        assert (verdict.text in said) == (verdict.mark in ("fair", "bad")), verdict
+        named = re.sub(r"(layercut \w+) RUN", rf"\1 {run}", verdict.text)
+        assert (named in said) == (verdict.mark in ("fair", "bad")), verdict
 
 
 def test_generation_that_repeats_more_is_no_tick() -> None:

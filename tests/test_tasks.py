@@ -273,6 +273,7 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     argv = ["compress", str(tiny_model), *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, *asked, f"--out={run}", "--long-context=128"]) == 0, capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["bytes"]["source"] == sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
     row = summary["tasks"]["tiny_choices"]
     assert row["metric"] == "acc_norm"
     assert row["items"] == 6

@@ -121,7 +121,7 @@ def _legend(axes: Any, columns: int) -> None:
     )
 
 
-# ---- cost of every candidate -------------------------------------------------------------------------------
+# ---- cost of the candidates -----------------------------------------------------------------------------------
 
 Scored = dict[tuple[tuple[int, int], ...], float]
 
@@ -137,7 +137,7 @@ def scored(candidates: list[Any]) -> Scored:
 
 
 MARKS: dict[str, dict[str, Any]] = {
-    "every candidate": {"marker": "o", "ms": 4.5, "mfc": MUTED, "mec": MUTED},
+    "priced exactly": {"marker": "o", "ms": 4.5, "mfc": MUTED, "mec": MUTED},
     "scored by the search": {"marker": "o", "ms": 8, "mfc": "none", "mec": INK, "mew": 1.3},
     "best by exhaustive search": {"marker": "s", "ms": 13, "mfc": "none", "mec": SECOND, "mew": 2},
     "chosen": {"marker": "D", "ms": 7.5, "mfc": ACCENT, "mec": ACCENT},
@@ -145,7 +145,7 @@ MARKS: dict[str, dict[str, Any]] = {
 
 
 def cost_chart(search: dict[str, Any]) -> str | None:
-    """Exact KL over the first layer removed: every candidate, those the search scored, its choice, best."""
+    """Exact KL over the first layer removed: those priced exactly, those the search scored, its choice, best."""
     verified, oracle = scored(items(search, "candidates")), part(search, "oracle")
     exhaustive = search.get("method") == "exhaustive"
     landscape = scored(items(oracle, "candidates")) or (verified if exhaustive else {})
@@ -156,7 +156,7 @@ def cost_chart(search: dict[str, Any]) -> str | None:
     place = _places(everything)
     choice, best = tuple(spans(search.get("segments"))), tuple(spans(oracle.get("segments")))
     groups = {
-        "every candidate": landscape,
+        "priced exactly": landscape,
         "scored by the search": verified if verified != landscape else {},
         "best by exhaustive search": {best: everything[best]} if best in everything else {},
         "chosen": {choice: everything[choice]} if choice in everything else {},

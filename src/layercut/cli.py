@@ -341,8 +341,10 @@ def _show(run: Path) -> None:
     from layercut.report import closing
 
     console = Console(highlight=False)
-    for part in closing(run):
-        console.print(part)
+    table, lines = closing(run)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal)
     console.print(f"model   {run / 'model'}", soft_wrap=True, markup=False)
     console.print(f"report  {run / 'report.html'}", soft_wrap=True, markup=False)
 

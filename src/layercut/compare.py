@@ -23,6 +23,7 @@ from layercut import charts, checkpoints, evaluate, figures, models, opening, pr
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError, SurgeryError
+from layercut.figures import short
 from layercut.findings import by_kl
 from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
@@ -277,7 +278,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             figures.figure(row["kl"]),
             *(["refused", *perplexities[1:]] if row["refused"] else perplexities),
             error_beside(row, states),
-            f"{row['search_seconds']:.1f}",
+            f"{row['search_seconds']:.0f}",
             "+".join(figures.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n) or "0",
         )
     return table
@@ -288,13 +289,7 @@ def error_beside(row: dict[str, Any], states: list[str]) -> str:
     known = [s for s in states if row["perplexity"][s] is not None]
     both = ("perplexity", "standard_error")
     value, error = (figures.finite(row[key].get(known[-1])) if known else None for key in both)
-    return "-" if value is None or error is None else short(value * error)
-
-
-def short(perplexity: Any) -> str:
-    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
-    found = figures.finite(perplexity)
-    return figures.count(found) if found is not None and found >= 1e5 else figures.figure(perplexity)
+    return "-" if value is None or error is None else figures.deviation(value * error)
 
 
 def draw_picks(comparison: dict[str, Any], path: Path) -> None:

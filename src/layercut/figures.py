@@ -87,6 +87,17 @@ def figure(value: Any) -> str:
     return f"{found:.1f}" if abs(found) >= 100 else f"{found:.2f}" if abs(found) >= 1 else f"{found:.4g}"
 
 
+def short(perplexity: Any) -> str:
+    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
+    found = finite(perplexity)
+    return count(found) if found is not None and found >= 1e5 else figure(perplexity)
+
+
+def deviation(error: float) -> str:
+    """A standard error to two digits: 0.7111 -> 0.71"""
+    return f"{error:.2g}" if error < 99.5 else short(round(error))
+
+
 def percent(value: Any) -> str:
     """0.158 -> 15.8%"""
     found = finite(value)

@@ -551,7 +551,8 @@ def _gguf_verdict(run: Run) -> Verdict | None:
     reader = "llama.cpp" if theirs else "transformers (llama.cpp itself has not read it)"
     came, weight = came_with(run.summary), finite(run.gguf.get("bytes"))
     text = f"{size(weight)}, read by {reader}: perplexity {figure(before)} → {figure(after)}"
-    mark = graded(after / before, ROUNDED, ROUNDED_FAIR) if math.isfinite(after) and before > 0 else "bad"
+    sound = math.isfinite(after) and math.isfinite(before) and before > 0
+    mark = graded(after / before, ROUNDED, ROUNDED_FAIR) if sound else "bad"
     text += f" ({change(before, after)}) on {count(tokens)} tokens"
     if came is not None and weight is not None and weight >= came:
         mark = "fair" if mark == "good" else mark

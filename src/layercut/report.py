@@ -22,6 +22,7 @@ from layercut.figures import NOT_MEASURED, finite, items, part
 if TYPE_CHECKING:
     from jinja2 import Environment
     from rich.table import Table
+    from rich.text import Text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -181,8 +182,8 @@ def plus_minus(row: dict[str, Any], name: str) -> str:
 def with_standard_error(row: dict[str, Any], state: str) -> str:
     """64.65 ± 0.41: a method's perplexity in a state, with its standard error as far as known."""
     value, error = finite(part(row, "perplexity").get(state)), finite(part(row, "standard_error").get(state))
-    shown = figures.figure(part(row, "perplexity").get(state))
-    return shown if value is None or error is None else f"{shown} ± {figures.figure(value * error)}"
+    shown = figures.short(part(row, "perplexity").get(state))
+    return shown if value is None or error is None else f"{shown} ± {figures.deviation(value * error)}"
 
 
 def over_dense(row: dict[str, Any], comparison: dict[str, Any]) -> str:
@@ -247,21 +248,25 @@ def _cell(value: Any) -> str:
 # ---- the terminal ------------------------------------------------------------------------------------------
 
 
-def closing(run: Path) -> list[Any]:
-    """What a run ends with in the terminal: the table, every verdict that is no tick, and what is to be done.
-
-    Rich renderables, from RUN's artefacts. RunError if RUN is no finished run's folder.
+def closing(run: Path) -> tuple[Table, list[Text]]:
+    """What a run ends with in the terminal: the table; a line for every verdict that is a caution or a failure, and a
+    last one that says what follows. RunError if RUN is no finished run's folder.
     """
     from rich.text import Text
 
     found = findings.read_run(run)
-    colours = {"good": "green", "fair": "yellow", "bad": "bold red", "open": ""}
-    lines: list[Any] = [closing_table(found.summary)]
-    for verdict in (v for v in findings.verdicts(found) if v.mark in ("fair", "bad")):
-        lines.append(Text(f"{verdict.sign} {verdict.words}: {verdict.stage}: {verdict.text}", colours[verdict.mark]))
+    colours = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}
+    lines = [
+        Text(f"{verdict.sign} {verdict.words}: {verdict.stage}: {verdict.text}", colours[verdict.mark])
+        for verdict in findings.verdicts(found)
+        if verdict.mark in ("fair", "bad")
+    ]
     last = findings.conclusion(found)
-    text = last.text.replace(" RUN", f" {figures.printable(run)}")
-    return [*lines, Text(f"{last.sign} {text}", f"bold {colours[last.mark]}".replace("bold bold", "bold").strip())]
+    lines.append(Text(f"{last.sign} {last.text}", f"bold {colours[last.mark]}".strip()))
+    command, name = re.compile(r"(layercut (?:evaluate|export|quantize)) RUN\b"), figures.printable(run)
+    return closing_table(found.summary), [
+        Text(command.sub(lambda hit: f"{hit[1]} {name}", line.plain), line.style) for line in lines
+    ]
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
