@@ -780,6 +780,17 @@ def test_the_closing_line(tmp_path: Path, summary: dict[str, Any], mark: str, wo
     assert words.split(" on ")[0] in " ".join(ended(tmp_path).split()), "the last thing the terminal says"
 
 
+def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> None:
+    assert "No task was measured" in concluded(tmp_path).text
+    (tmp_path / "evaluations").mkdir()
+    scored = {key: survival_json()[key] for key in ("tasks", "retention")}
+    scored["retention"] = {**scored["retention"], "above_chance": 0.3}
+    (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"run": None, "date": "2026-01-02", **scored}))
+    found = findings.conclusion(findings.read_run(tmp_path))
+    assert found.text.startswith("Do not ship this: 83.1% of the dense model's score is left over 2 tasks, 30.0% of")
+    assert "tasks: not measured" not in report(tmp_path)[1].text
+
+
 def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
     run = make_run(
         tmp_path,

@@ -162,6 +162,15 @@ def evaluation_row(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_tasks(run: Run) -> dict[str, Any]:
+    """The summary, with the tasks that `layercut evaluate RUN` scored last where the run itself scored none."""
+    later = [found for found in run.evaluations if survival.task_rows(found)]
+    if survival.task_rows(run.summary) or not later:
+        return run.summary
+    last = max(later, key=lambda found: printable(found.get("date")))
+    return {**run.summary, "tasks": last.get("tasks"), "retention": last.get("retention")}
+
+
 def coverage(run: Run) -> tuple[int, int] | None:
     """How many segments were priced of how many of that length there are; None where that is not known."""
     layers, removed = part(run.summary, "layers").get("before"), spans(run.search.get("segments"))
@@ -183,7 +192,7 @@ def unmeasured(run: Run) -> list[str]:
         "tuning": bool(part(run.heal, "tuning")),
         "speed": bool(speed(run)),
         "size on disk": bool(part(summary, "bytes")),
-        "tasks": bool(survival.task_rows(summary)),
+        "tasks": bool(survival.task_rows(with_tasks(run))),
         "long context": bool(survival.positions(summary)),
         "generations": bool(items(run.evaluation, "generations") or survival.health(summary)),
     }
@@ -360,7 +369,7 @@ def verdicts(run: Run) -> list[Verdict]:
     found += [_quantize_verdict(run), _size_verdict(run), _gguf_verdict(run)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
     survived = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
-    found += [Verdict(*words) for judge in survived if (words := judge(run.summary))]
+    found += [Verdict(*words) for judge in survived if (words := judge(with_tasks(run)))]
     return [verdict for verdict in found if verdict]
 
 
@@ -610,7 +619,7 @@ def better_way(run: Run) -> str:
 
 def conclusion(run: Run) -> Verdict:
     """What a careful engineer would say of the result: do not ship it, or where it is usable, and what is not known."""
-    summary = run.summary
+    summary = with_tasks(run)
     ruined, factor = broken(summary) or survival.generation_warning(summary), final_factor(summary)
     if ruined:
         return _refused(f". {ruined}")
