@@ -7,9 +7,9 @@
     python benchmarks/healing.py … --peer-python PYTHON # "optipfair" too, by that interpreter (peer_optipfair.py)
 
 Every method runs in a process of its own (--only METHOD), with the same calibration, tuning, held-out and reported
-tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens
-(by the held-out loss of what it trains for, at the end; OptiPFair's, which trains for a mixture, by held-out KL);
-variants of a method in start, reach, text or loss take its.
+tokens, and starts from the folded cut unless it says otherwise. Its learning rate is the best of three on few tokens,
+and of more beyond them until the best lies between two others (by the held-out loss of what it trains for, at the end;
+OptiPFair's, which trains for a mixture, by held-out KL); variants of a method in start, reach, text or loss take its.
 Gap closed: (ln cut - ln healed) / (ln cut - ln dense), of perplexities. Memory: the process's peak while training
 above what it held with the weights loaded. Time: CPU seconds of training, all threads, scoring left out, since a
 shared machine stretches the seconds on the wall, which stand beside them; give OMP_WAIT_POLICY=passive, or idle
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -287,11 +288,15 @@ def measure(args: Namespace) -> dict[str, Any]:
         return row | {"start": "dense"} | measured
     if args.only in TUNED or args.only in BASELINES or args.only == PEER:
         heal = partial(healed_by_peer if args.only == PEER else healed, args, dense, segment)
-        tried = []
-        for rate in [] if args.rate else rates(args.only, dense.hidden_size):
-            short = heal(start(), tokens[: max(1, args.rate_tokens // args.window)], heldout, rate)
-            tried.append({"rate": rate, "heldout_loss": short["heldout"][-1]["loss"]})  # where it ends, not its best
-        rate = args.rate or min(tried, key=lambda each: each["heldout_loss"])["rate"]
+
+        few = tokens[: max(1, args.rate_tokens // args.window)]
+
+        def ends_at(rate: float) -> float:
+            """Held-out loss where a short run ends, not its best."""
+            return heal(start(), few, heldout, rate)["heldout"][-1]["loss"]
+
+        tried = [] if args.rate else bracketed(rates(args.only, dense.hidden_size), ends_at)
+        rate = args.rate or best(tried)["rate"]
         student = start()
         before = settled_bytes()
         whole = tokens[: max(1, args.tune_tokens // args.window)]
@@ -365,6 +370,30 @@ def rates(method: str, width: int) -> list[float]:
     if method in BASELINES:
         return list(BASELINES[method][1])
     return [factor * default_learning_rate(width) for factor in (0.5, 1.0, 2.0)]
+
+
+MOST_RATES = 9
+"""How many rates are tried at most."""
+
+
+def best(tried: list[dict[str, float]]) -> dict[str, float]:
+    """The rate of the least loss; one that is no number is never the best."""
+    return min(tried, key=lambda each: (not math.isfinite(each["heldout_loss"]), each["heldout_loss"]))
+
+
+def bracketed(grid: list[float], loss_of: Callable[[float], float]) -> list[dict[str, float]]:
+    """Rates and their losses, by rate: the grid, and beyond its edges, by the grid's own factor, for as long as the
+    best is at an edge. SystemExit where MOST_RATES do not suffice: a best at the edge is none.
+    """
+    tried = [{"rate": rate, "heldout_loss": loss_of(rate)} for rate in sorted(grid)]
+    while best(tried) in (tried[0], tried[-1]):
+        if len(tried) >= MOST_RATES:
+            raise SystemExit(f"error: the best rate of {len(tried)} is still at the edge: {best(tried)['rate']:g}")
+        down = best(tried) is tried[0]
+        first, second, *_ = tried if down else tried[::-1]
+        rate = first["rate"] * first["rate"] / second["rate"]
+        tried.insert(0 if down else len(tried), {"rate": rate, "heldout_loss": loss_of(rate)})
+    return tried
 
 
 def healed(

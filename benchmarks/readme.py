@@ -43,11 +43,12 @@ def table(result: dict) -> str:
     summary, environment = result["summary"], result["environment"]
     perplexity, layers, size_of = summary["perplexity"], summary["layers"], summary["bytes"]
     segments = ", ".join(f"{start}:{stop}" for start, stop in summary["segments"])
+    came = f", from a file of {size(size_of['source'])}" if "source" in size_of else ""
     lines = [
         f"`make demo`, {environment['date'][:10]}, {environment['cores']} CPU cores ({environment['cpu']}): "
         f"{summary['model']}, {layers['before']} -> {layers['after']} layers (removed {segments}; the gate's choice "
         f"costs {result['regret']:.2f} times the oracle's), {size(size_of['before'])} -> {size(size_of['after'])} in "
-        f"bfloat16. Perplexity on {perplexity['tokens']:,} tokens of {perplexity['dataset']}:",
+        f"bfloat16{came}. Perplexity on {perplexity['tokens']:,} tokens of {perplexity['dataset']}:",
         "",
         "| stage | perplexity | x dense | log gap closed |",
         "|---|---:|---:|---:|",

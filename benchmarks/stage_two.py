@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from fronts import answers
 from layercut.figures import figure, size, times
 
 
 def frontier_table(result: dict[str, Any]) -> str:
     """The smallest size within each loss, the loss at the goal, what is better at equal bytes, and GGUF as it came."""
-    told, points = result["answers"], result["rows"]
+    points = result["rows"]
+    told = answers([p for p in points if p["points"] == "control"])  # anew, by the rules as they are now
     dense = next(p for p in points if p["points"] == "control" and p["way"] == "dense")
     texts = list(dense["perplexity"])
     lines = [
@@ -25,16 +27,24 @@ def frontier_table(result: dict[str, Any]) -> str:
         "| asked | bytes | of dense | rise | layers | stored as |",
         "|---|---:|---:|---:|---:|---|",
     ]
+    by_point: dict[tuple[Any, ...], tuple[list[str], dict[str, Any]]] = {}
     for budget, point in told["smallest_within"].items():
-        lines.append(frontier_row(f"smallest within {float(budget):.0%}", point))
+        key = point["ratio"], point["setting"]
+        by_point.setdefault(key, ([], point))[0].append(f"{float(budget):.0%}")
+    for budgets, point in by_point.values():  # one row where several budgets allow no more than the same point
+        lines.append(frontier_row(f"smallest within {', '.join(budgets)}", point))
     goal = told["goal"]
     best = goal["best_that_fits"]
-    lines.append(frontier_row(f"best under {size(goal['bytes'])}" if best else "smallest", best or goal["smallest"]))
+    lines.append(frontier_row("best that is 80.0% smaller" if best else "smallest", best or goal["smallest"]))
     lines += ["", "- " + "\n- ".join(told["words"])]
     lines += ["", *quantize_lines(result)]
     whole = [point for point in points if point["points"] == "gguf"]
-    if whole:
+    if any(point["ratio"] for point in whole):
         lines += ["", *gguf_lines(whole)]
+    elif whole:
+        found = " and ".join(map(figure, whole[0]["perplexity"].values()))
+        words = f"{size(whole[0]['bytes'])}, perplexity {found}."
+        lines += ["", f"The `.gguf` file itself was measured uncut only (no dithering): {words}"]
     return "\n".join([*lines, "", "![Rise of perplexity over bytes](benchmarks/results/frontier.svg)"])
 
 
@@ -87,7 +97,8 @@ def speed_table(result: dict[str, Any]) -> str:
     """How much faster, and how much of what can be reached that is."""
     lines = [
         f"`benchmarks/speed.py`, {made(result)}: {result['model']}, dense and cut timed in turn. "
-        "Reachable: 1 / (1 - r s), r the share of layers removed, s that of the dense model's time spent in them.",
+        "Reachable: 1 / (1 - r s), r the share of layers removed, s that of the dense model's time spent in them, "
+        f"which is timed too.{beyond(result['rows'])}",
         "",
         "| removed | by | prompt | prefill | of reachable | decode | of reachable |",
         "|---:|---|---:|---:|---:|---:|---:|",
@@ -99,6 +110,17 @@ def speed_table(result: dict[str, Any]) -> str:
             cells += [times(row[phase]["ratio"]), f"{row[phase]['reached']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def beyond(rows: list[dict[str, Any]]) -> str:
+    """A sentence on shares of the reachable above 1, where there are any: they show how large the noise is."""
+    most = max((row[phase]["reached"] for row in rows for phase in ("prefill", "decode")), default=0.0)
+    if most <= 1:
+        return ""
+    return (
+        f" No cut is faster than that: shares above 1, here up to {most:.2f}, are the noise of both timings, and "
+        f"differences up to {most - 1:.2f} tell nothing."
+    )
 
 
 def made(result: dict[str, Any]) -> str:

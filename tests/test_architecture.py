@@ -21,7 +21,7 @@ GROUND = [
 # what several files do together is one room
 ROOMS = {
     "findings": "report", "figures": "report", "charts": "report", "survival": "report", "remarks": "report",
-    "progressive": "report",
+    "progressive": "report", "rules": "report",
     "gguf_export": "export", "gguf_check": "export", "reload_streamed": "export",
 }  # fmt: skip
 STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]

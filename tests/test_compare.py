@@ -115,17 +115,64 @@ def test_the_table_and_the_plot_name_every_method(arguments, finished, capsys):
     assert "layers removed" in plot
 
 
+def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):
+    comparison = json.loads((finished / "compare.json").read_text())
+    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    heldout = stored_blocks(finished, "evaluation")
+    dense = evaluate.window_losses(model, heldout)
+    for row in comparison["methods"]:
+        known = {state for state, value in row["perplexity"].items() if value is not None}
+        assert {state for state, error in row["standard_error"].items() if error is not None} == known
+        assert "losses" not in row, "the windows' losses stay in the artefacts of the stages"
+    row = comparison["methods"][0]
+    student = models.share(model)
+    cut_segment_(student, [Segment(*bounds) for bounds in row["segments"]])
+    expected = evaluate.paired_error(evaluate.window_losses(student, heldout), dense)
+    assert row["standard_error"]["cut"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_compare_has_a_page_of_its_own(finished, texts):
+    page = finished / "compare.html"
+    html = page.read_text(encoding="utf-8")
+    comparison = json.loads((finished / "compare.json").read_text())
+    for row in comparison["methods"]:
+        assert f'<th scope="row">{row["method"]}</th>' in html
+        value, error = row["perplexity"]["tuned"], row["standard_error"]["tuned"]
+        assert f"{figures.short(value)} ± {figures.deviation(value * error)}" in html
+    assert "<svg" in html
+    assert "<script" not in html
+    assert "://" not in html
+    assert str(texts[0].parent) not in html, "texts by their names alone"
+    assert texts[1].name in html
+    page.unlink()
+    assert main(["report", str(finished)]) == 0
+    assert page.read_text(encoding="utf-8") == html
+
+
+def test_a_page_of_odd_figures_and_names_is_made_all_the_same(tmp_path):
+    evil = "<script>alert(1)</script>"
+    rows = [{"method": evil, "segments": "x", "kl": "inf", "perplexity": {"cut": "nan", "folded": None},
+             "refused": evil, "search_seconds": None}, 3]  # fmt: skip
+    (tmp_path / "compare.json").write_text(json.dumps({"model": evil, "methods": rows, "dense": None, "tuning": None}))
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "compare.html").read_text()
+    assert "<script" not in html
+    assert "alert(1)" in html
+
+
 def test_the_table_fits_eighty_columns(finished):
     comparison = json.loads((finished / "compare.json").read_text())
     comparison["evaluation"]["source"] = "wikitext2"
     for row in comparison["methods"]:
         row["layer_forwards"] = 123456
         row["perplexity"] = dict.fromkeys(row["perplexity"], 99_999.0)
+        row["standard_error"] = dict.fromkeys(row["perplexity"], 0.01)
     console = Console(width=80, file=io.StringIO())
     console.print(module.comparison_table(comparison))
     shown = " ".join(console.file.getvalue().split())
     assert shown.count("123.5k") == len(METHODS)
-    assert "each tuned on the same 64 tokens; fwd and bwd are layers times rows" in shown
+    assert shown.count("1,000") == len(METHODS), "± of the last state"
+    assert "each tuned on the same 64 tokens; ± one standard error of the last ppl" in shown
 
 
 def test_the_readmes_table_tells_what_the_run_found(finished, monkeypatch):

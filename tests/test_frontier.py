@@ -70,9 +70,9 @@ def test_the_smallest_within_each_budget(fronts):
 
 def test_the_goal_is_answered_from_either_side(fronts):
     found = fronts.answers(POINTS)
-    assert found["goal"]["bytes"] == pytest.approx(200)
+    assert found["goal"]["bytes"] == pytest.approx(200.5), "to the digits that are told"
     assert found["goal"]["best_that_fits"] is POINTS[7]
-    share = (200 - 190) / (240 - 190)
+    share = (200.5 - 190) / (240 - 190)
     between = math.exp((1 - share) * math.log(2.2) + share * math.log(1.4)) - 1
     assert found["goal"]["loss_interpolated"] == pytest.approx(between)
     assert "Within 1% the model gets 50% smaller; at 80% smaller perplexity rises by 120%" in found["words"][0]
@@ -80,7 +80,13 @@ def test_the_goal_is_answered_from_either_side(fronts):
     assert without["goal"]["best_that_fits"] is None
     assert without["goal"]["loss_interpolated"] is None
     assert without["goal"]["smallest"] is POINTS[6]
-    assert "no point is 80% smaller: the smallest is 76.00% smaller" in without["words"][0]
+    assert "no point is 80% smaller: the smallest is 76.0% smaller" in without["words"][0]
+
+
+def test_what_rounds_to_the_goal_has_reached_it_and_is_told_exactly(fronts):
+    nearly = fronts.answers([*POINTS[:-1], point(0.4, "int4", 200.1, 5.0)])
+    assert nearly["goal"]["best_that_fits"]["bytes"] == 200.1
+    assert "at 80% smaller (to a tenth of a per cent; it is 79.99%) perplexity rises by 500%" in nearly["words"][0]
 
 
 def test_at_equal_bytes_fewer_bits_beat_fewer_layers_and_both_lose_where_they_meet(fronts):
@@ -109,6 +115,44 @@ def test_extra_loss_of_quantizing_is_laid_beside_the_dense_models(fronts):
     assert found[0.0, "int4"]["over_dense"] == {"text0": 1.0, "text1": 1.0}
     free = [DENSE, POINTS[1], point(0.0, "int8", 500, -0.01, 0.1), POINTS[5]]
     assert fronts.extra_losses(free)[1]["over_dense"]["text0"] is None
+
+
+def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_called_noise(fronts):
+    stage_two = import_module("stage_two")
+    environment = {"date": "2026-01-01", "cores": 2, "cpu": "x"}
+    told = {"model": "m", "weights": "w", "eval_tokens": 1, "texts": {"text0": "a", "text1": "b"}, "tune_tokens": 1}
+    rows = [p | {"points": "control", "way": fronts.way(p)} for p in POINTS]
+    table = stage_two.frontier_table({**told, "rows": rows, "quantizing": [], "environment": environment})
+    assert "| smallest within 1%, 5% | 500 B |" in table
+    assert "| smallest within 10%, 25% | 300 B |" in table
+    assert "1%, 5%, 10%" not in table
+
+    def speed(reached: float) -> str:
+        phase = {"ratio": 1.3, "reached": reached}
+        row = {"ratio": 0.2, "prompt_tokens": 64, "prefill": phase, "decode": {"ratio": 1.1, "reached": 0.9}}
+        return stage_two.speed_table({"model": "m", "dtype": "x", "rows": [row], "environment": environment})
+
+    assert "shares above 1, here up to 1.06, are the noise of both timings" in speed(1.06)
+    assert "noise" not in speed(0.99)
+
+
+def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    healing = import_module("healing")
+
+    def tried(grid: list[float], bottom: float) -> list[float]:
+        found = healing.bracketed(grid, lambda rate: abs(math.log(rate / bottom)))
+        losses = [each["heldout_loss"] for each in found]
+        assert 0 < losses.index(min(losses)) < len(losses) - 1
+        return [each["rate"] for each in found]
+
+    assert tried([0.5, 1, 2], 1.1) == [0.5, 1, 2]
+    assert tried([0.5, 1, 2], 7) == [0.5, 1, 2, 4, 8, 16]
+    assert tried([2, 1, 0.5], 0.3) == [0.125, 0.25, 0.5, 1, 2]
+    diverges = healing.bracketed([1, 2, 4], lambda rate: math.nan if rate > 3 else 1 / rate)
+    assert healing.best(diverges)["rate"] == 2
+    with pytest.raises(SystemExit, match="still at the edge"):
+        healing.bracketed([1, 2, 4], lambda rate: 1 / rate)
 
 
 # --- the benchmark itself, on a tiny .gguf model ---

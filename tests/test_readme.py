@@ -1,5 +1,6 @@
 """Every command the README shows is run: on a tiny model and small texts, with few tokens."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -59,11 +60,87 @@ def test_tables_are_those_of_the_results(monkeypatch):
     assert import_module("readme").filled(text) == text
 
 
-@pytest.mark.parametrize("page", ["method.md", "reference.md"])
-def test_docs_name_files_that_exist(page):
-    root = README.parent
-    text = (root / "docs" / page).read_text(encoding="utf-8")
-    for name in re.findall(
-        r"`((?:search|heal|quantize|evaluate)/\w+\.py|(?:losses|measure|survival|pipeline)\.py)`", text
-    ):
-        assert (root / "src" / "layercut" / name).is_file(), name
+# --- what the documents name ---
+
+DOCUMENTS = ["README.md", *(f"docs/{name}.md" for name in ("method", "reference", "families", "guide-large"))]
+"""docs/log.md is history: what it names may be gone."""
+PLACES = ("src/layercut", "benchmarks", "tests", ".")
+FILE_ENDINGS = {"json", "jsonl", "yaml", "yml", "md", "html", "svg", "txt", "gguf", "safetensors", "parquet", "py"}
+
+
+def defined(file: Path) -> set[str]:
+    """Names that a Python file defines, those inside classes as Class.name, without running it."""
+    found: set[str] = set()
+
+    def add(nodes: list[ast.stmt], prefix: str) -> None:
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                add(node.body, f"{node.name}.")
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [n for target in targets for n in ast.walk(target)]
+                found.update(prefix + n.id for n in names if isinstance(n, ast.Name))
+
+    add(ast.parse(file.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def python_file(name: str) -> Path | None:
+    """The file that a document means by a path; None where there is none."""
+    inside = (README.parent / place / name for place in PLACES)
+    return next((file for file in inside if file.is_file()), None)
+
+
+def module_file(dotted: str) -> Path | None:
+    """Of a dotted name, such as layercut.pipeline.compress, the file of our module that it begins with, if it does."""
+    root = README.parent / "src" / "layercut"
+    parts = dotted.removeprefix("layercut.").split(".")[:-1]
+    for file in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):
+        if parts and file.is_file():
+            return file
+    return None
+
+
+def wrong_names(text: str) -> list[str]:
+    """Paths and functions that a document names in code spans and that are not there.
+
+    A path is checked wherever it stands; module.name wherever the module is ours; a plain name in a row of a table
+    behind the path of its file.
+    """
+    wrong = []
+    for line in re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).splitlines():
+        file: Path | None = None
+        # what stands in another cell, or behind a path of another row, is of no file
+        for cell in re.split(r"(?<!\\)\|", line) if line.startswith("|") else [line]:
+            file = None
+            for span in re.findall(r"`([^`]+)`", cell):
+                if re.fullmatch(r"[\w./-]+\.py", span):
+                    file = python_file(span)
+                    wrong += [] if file else [span]
+                elif re.fullmatch(r"(benchmarks|tests|docs|src)/[\w./-]+", span):
+                    wrong += [] if (README.parent / span).exists() else [span]
+                elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", span):
+                    ours = module_file(span) if span.rpartition(".")[2] not in FILE_ENDINGS else None
+                    if ours and span.rpartition(".")[2] not in defined(ours):
+                        wrong.append(span)
+                    elif not ours and file and line.startswith("|") and span not in defined(file):
+                        wrong.append(f"{file.name}: {span}")
+        for address in re.findall(r"\]\(((?:docs|benchmarks|src|tests)/[^)#\s]+)", line):
+            wrong += [] if (README.parent / address).exists() else [address]
+    return wrong
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_documents_name_files_and_functions_that_exist(page):
+    assert wrong_names((README.parent / page).read_text(encoding="utf-8")) == []
+
+
+def test_names_that_do_not_exist_are_found():
+    assert wrong_names("so `stream.load` leaves") == ["stream.load"]
+    assert wrong_names("| a | `sweep.py` `no_such_passes`, `Stack` |") == ["sweep.py: no_such_passes"]
+    assert wrong_names("| a | `search/gone.py` |") == ["search/gone.py"]
+    assert wrong_names("see `docs/gone.md` and [here](docs/gone-too.md)") == ["docs/gone.md", "docs/gone-too.md"]
+    fine = "`summary.json` `config.yaml`, `models.share`, `layercut.pipeline.compress`, `out` and `tasks.NAME`"
+    assert wrong_names(f"{fine}\n| `search/gate.py` `concave_gate` | `max_loss` |") == []

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from layercut import charts, figures, findings, progressive
+from layercut import charts, figures, findings, progressive, rules, survival
 from layercut.errors import RunError
-from layercut.report import closing_table, model_card, write_report
+from layercut.report import closing, model_card, write_report
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EVIL = "<script>alert(1)</script>"
+BROKEN = "The compressed model is broken"
 # Costs by start, shaped like those of SmolLM2-135M-Instruct with n = 6: ten measured, the others filled in.
 COSTS = [9.7, 4.1, 2.15, 2.6, 3.0, 3.2, 3.1, 2.7, 2.2, 1.89, 1.6, 1.2, 0.91, 0.84, 0.96, 1.16, 1.6, 2.0, 2.41,
          3.3, 4.86, 8.0, 11.5, 16.6, 12.1]  # fmt: skip
@@ -197,8 +199,17 @@ def report(run: Path) -> tuple[str, Page]:
 
 
 def shown(summary: dict[str, Any], width: int = 110) -> str:
+    """What the terminal shows at the end of a run of which there is no more than the summary."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "summary.json").write_text(json.dumps(summary))
+        return ended(Path(folder), width)
+
+
+def ended(run: Path, width: int = 110) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(closing_table(summary))
+    table, lines = closing(run)
+    for part in (table, *lines):
+        console.print(part)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -229,7 +240,7 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
         "the cheapest segment by exhaustive search as well",
     ):  # fmt: skip
         assert text in page.text, text
-    assert "broken" not in page.text
+    assert BROKEN not in page.text
     assert not list(run.glob(".report*")), "no draft is left behind"
     assert html.count("<title>layer ") == 30 + 24, "each layer of both stacks has a hover title"
     assert "<title>layer 12, now layer 12: folded, tuned</title>" in html
@@ -389,7 +400,7 @@ def test_stability_is_shown_with_its_verdict(tmp_path: Path) -> None:
 def test_the_stability_of_another_search_is_not_shown(tmp_path: Path) -> None:
     _, page = report(make_run(tmp_path, search={"config_hash": "new"}, stability=stability_json()))
     assert "stability" not in page.ids
-    assert "Stability" not in page.text
+    assert "choices alternate" not in page.text
 
 
 def test_verdicts_on_stability() -> None:
@@ -705,6 +716,228 @@ def test_a_stage_that_ran_without_a_figure_says_so() -> None:
     assert any("ran, but has no finite perplexity" in verdict.text for verdict in findings.verdicts(run))
 
 
+# ---- by which rules, and what a careful engineer would say -------------------------------------------------
+
+
+def concluded(folder: Path, gguf: dict[str, Any] | None = None, **changed: Any) -> findings.Verdict:
+    run = make_run(folder, **changed)
+    (run / "gguf.json").write_text(json.dumps(gguf or {}))
+    return findings.conclusion(findings.read_run(run))
+
+
+INFLATED = {
+    "model": "/models/tiny.Q4_1.gguf", "bytes": {"source": 98_400_000, "before": 269_000_000, "after": 107_100_000},
+    **with_perplexity(dense=38.6, tuned=82.2),
+}  # fmt: skip
+
+
+def test_sizes_are_against_the_file_that_came(tmp_path: Path) -> None:
+    run = make_run(tmp_path, summary=INFLATED)
+    _, page = report(run)
+    size_of = next(v for v in findings.verdicts(findings.read_run(run)) if v.stage == "Size")
+    assert size_of.mark == "bad"
+    assert "98.4 MB → 107.1 MB on disk (+8.8%)" in size_of.text
+    for text in (page.text, model_card(run), ended(run)):
+        assert "60.2%" not in text
+        assert "8.8%" in text
+    assert "what came: 98.4 MB, +8.8%" in page.text
+    assert re.search(r"bytes on disk +│ +98\.4 MB │ +107\.1 MB │ +\+8\.8%", ended(run))
+
+
+def test_what_is_larger_and_worse_is_not_to_be_shipped_and_export_is_named(tmp_path: Path) -> None:
+    found = concluded(tmp_path, summary=INFLATED)
+    assert found.mark == "bad"
+    for words in (
+        "Do not ship this: larger than what came (98.4 MB → 107.1 MB), and perplexity is 2.13× the dense model's",
+        "layercut export RUN --out FILE.gguf keeps the file's own number formats, about 8",
+    ):
+        assert words in found.text
+    assert f"layercut export {tmp_path} --out" in " ".join(ended(tmp_path, width=1000).split()), "the run by its name"
+    sound = {**INFLATED, **with_perplexity(dense=38.6, tuned=42.0)}
+    exported = {"bytes": 84e6, "broken": None}
+    assert concluded(tmp_path, summary=sound).text.startswith("Do not ship this: larger than what came")
+    found = concluded(tmp_path, exported, summary=sound)
+    assert found.text.startswith("The exported GGUF file (84.0 MB) is usable where a perplexity that is 1.09×")
+    assert "broken" not in found.text
+    folder = concluded(tmp_path, summary={**INFLATED, "model": MODEL})
+    assert "layercut quantize RUN --bits 4" in folder.text
+
+
+@pytest.mark.parametrize(
+    ("summary", "mark", "words"),
+    [
+        ({}, "fair", "Usable where a perplexity that is 1.49× the dense model's on wikitext-2 test is acceptable"),
+        (with_perplexity(tuned=46.0), "good", "Usable where a perplexity that is 1.02×"),
+        (with_perplexity(tuned=80.0), "bad", "Do not ship this: perplexity is 1.77× the dense model's. Heal on more"),
+        (with_perplexity(tuned="nan"), "bad", "Do not ship this. The compressed model is broken"),
+        ({"perplexity": None}, "open", "Do not ship this before its perplexity is measured"),
+    ],
+)
+def test_the_closing_line(tmp_path: Path, summary: dict[str, Any], mark: str, words: str) -> None:
+    found = concluded(tmp_path, summary=summary)
+    assert found.mark == mark
+    assert found.text.startswith(words)
+    assert words.split(" on ")[0] in " ".join(ended(tmp_path).split()), "the last thing the terminal says"
+
+
+def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> None:
+    assert "No task was measured" in concluded(tmp_path).text
+    (tmp_path / "evaluations").mkdir()
+    scored = {key: survival_json()[key] for key in ("tasks", "retention")}
+    scored["retention"] = {**scored["retention"], "above_chance": 0.3}
+    (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"run": None, "date": "2026-01-02", **scored}))
+    found = findings.conclusion(findings.read_run(tmp_path))
+    assert found.text.startswith("Do not ship this: 83.1% of the dense model's score is left over 2 tasks, 30.0% of")
+    assert "tasks: not measured" not in report(tmp_path)[1].text
+
+
+def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        summary={**survival_json(), **with_perplexity(folded=110.0, tuned=67.4, quantized=70.0)},
+        eval={"speed": {"decode": {"dense": 24.0, "compressed": 23.0, "ratio": 0.958, "ideal": 1.25}}},
+    )
+    found = findings.verdicts(findings.read_run(run))
+    said = " ".join(ended(run, width=2000).split())
+    assert {v.stage for v in found if v.mark == "bad"} >= {"Fold", "Decode", "Tasks"}
+    for verdict in found:
+        named = re.sub(r"(layercut \w+) RUN", rf"\1 {run}", verdict.text)
+        assert (named in said) == (verdict.mark in ("fair", "bad")), verdict
+
+
+def test_generation_that_repeats_more_is_no_tick() -> None:
+    def mark(repeated: float, loss: float) -> str:
+        health = {"dense": {"repeated_4grams": 0.35, "dense_loss": 0.6},
+                  "compressed": {"repeated_4grams": repeated, "dense_loss": loss}}  # fmt: skip
+        words = survival.generation_verdict({"generation_health": health})
+        assert words
+        return words[0]
+
+    assert mark(0.477, 0.6) == "fair"
+    assert mark(0.36, 0.7) == "good"
+    assert mark(0.36, 1.9) == "fair"
+    assert mark(0.6, 0.7) == mark(0.36, 2.7) == "bad"
+
+
+def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: Path) -> None:
+    run = run_in_rounds(tmp_path)
+    for name, more in (("summary", survival_json(**with_perplexity(quantized=70.0))), ("stability", stability_json())):
+        file = run / f"{name}.json"
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | more))
+    search = json.loads((run / "search.json").read_text())
+    (run / "search.json").write_text(json.dumps({**search_json(), **search, "oracle": search_json()["oracle"],
+                                                 "config_hash": "abc"}))  # fmt: skip
+    again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
+    (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
+    judged = {v.stage for v in findings.verdicts(findings.read_run(run))}
+    assert judged == set(rules.RULES) - {"Search"}, "a run in rounds has no one search to judge"
+    _, page = report(run)
+    for rule in rules.RULES.values():
+        assert {rule.good, rule.fair, rule.bad} <= {re.sub(r"\s+", " ", cell).strip() for cell in page.words}
+    reference = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert rules.table() in reference, "renew it: python -c 'from layercut import rules; print(rules.table())'"
+
+
+# ---- nothing that reassures or misleads ----------------------------------------------------------------------
+
+
+def test_marks_have_words_and_headings_a_scope(tmp_path: Path) -> None:
+    html, _ = report(make_run(tmp_path, summary=survival_json()))
+    verdict = html.partition('id="verdict"')[2].partition("</ul>")[0]
+    marks = [v.mark for v in findings.verdicts(findings.read_run(tmp_path))]
+    for mark, word in rules.MARK_WORDS.items():
+        assert verdict.count(f'<span class="sr">{word}: </span>') == marks.count(mark)
+    headings = re.findall(r"<th\b[^>]*>", html)
+    assert len(headings) > 50
+    assert all(re.search(r'scope="(col|row)"', heading) for heading in headings)
+
+
+def test_a_stage_worse_than_the_bare_cut_closes_no_gap(tmp_path: Path) -> None:
+    run = make_run(tmp_path, summary=with_perplexity(folded=120.0, tuned=110.0))
+    _, page = report(run)
+    assert "of the log-perplexity gap" not in page.text + model_card(run)
+    assert "| tuned | 110.0 | 2.44× | none |" in model_card(run)
+    assert "improved perplexity from 120.0 to 110.0; it is still above that of the bare cut" in page.text
+
+
+def test_the_page_says_how_many_candidates_were_priced(tmp_path: Path) -> None:
+    _, page = report(make_run(tmp_path / "all"))
+    assert "All 25 segments of this length were priced." in page.text
+    _, page = report(make_run(tmp_path / "some", search={"oracle": None}))
+    assert "6 of 25 segments of this length were priced; --oracle prices all." in page.text
+    assert "very candidate" not in page.text
+
+
+def test_the_page_has_no_empty_card_and_says_nothing_twice(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"model": MODEL}))
+    html, page = report(tmp_path)
+    cards = re.findall(r'<section id="(\w+)">(.*?)</section>', html, re.DOTALL)
+    assert [name for name, inside in cards if not re.search(r"<table|<svg|<li|<dl|<details|<p", inside)] == []
+    assert {name for name, inside in cards if "not measured" in inside} <= {"unmeasured", "provenance"}
+    _, page = report(make_run(tmp_path / "cpu", env={"hardware": "Intel Xeon", "cpu": "Intel Xeon"}))
+    assert page.text.count("Intel Xeon") == 1
+    assert "one weight matrix" not in page.text
+    assert "MLP output" not in page.text
+
+
+def test_continuations_that_are_counted_are_told_apart_from_samples_that_are_shown(tmp_path: Path) -> None:
+    html, _ = report(make_run(tmp_path, summary=survival_json()))
+    samples = html.partition('id="samples"')[2].partition("</section>")[0]
+    assert "continuations" not in samples
+    assert "2 fixed prompts" in samples
+    assert "counted here, not shown" in html.partition('id="health"')[2].partition("</section>")[0]
+
+
+# ---- where things lie is nobody's business -------------------------------------------------------------------
+
+
+def test_page_and_card_name_files_without_their_folders(tmp_path: Path) -> None:
+    place = "/home/someone/secret-client"
+    run = make_run(
+        tmp_path,
+        summary={"model": f"{place}/model", **with_perplexity(dataset=f"{place}/heldout.txt+wikitext2")},
+        search={"calibration": {"source": f"{place}/a.jsonl:text+{place}/b/*.txt", "tokens": 1}},
+        heal={"tuning": {**heal_json()["tuning"], "data": {"source": "../up/c.parquet", "tokens": 1}}},
+        stability=stability_json(),
+        env={"command": ["layercut", "compress", f"{place}/model", f"--data={place}/a.jsonl", "--tune-data",
+                         f"{place}/a b.txt+c4", "--out", f"{place}/runs/x", "--eval-data", "org/set:test:text"]},
+    )  # fmt: skip
+    (run / "evaluations").mkdir()
+    text = {"source": f"{place}/later.txt", "tokens": 64, "window": 16}
+    (run / "evaluations" / "x.json").write_text(json.dumps({"text": text, "perplexity": {"dense": 4, "compressed": 5}}))
+    html, page = report(run)
+    for shown_text in (html, model_card(run)):
+        assert "someone" not in shown_text
+        assert "../up" not in shown_text
+        assert "heldout.txt+wikitext2" in shown_text
+        assert "a.jsonl:text+*.txt" in shown_text
+    assert "layercut compress model --data=a.jsonl --tune-data 'a b.txt+c4' --out x" in page.text
+    assert "org/set:test:text" in page.text
+    assert "later.txt 64 16 4.00 5.00" in page.text
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, "inf", "nan", "-inf", None, -1, 0, "x", [], 10**400])
+def test_figures_that_are_no_numbers_do_not_stop_the_report(tmp_path: Path, value: Any) -> None:
+    """Every number in every artefact at once."""
+
+    def spoiled(found: Any) -> Any:
+        if isinstance(found, dict):
+            return {key: spoiled(inside) for key, inside in found.items()}
+        if isinstance(found, list):
+            return [spoiled(inside) for inside in found]
+        return value if isinstance(found, int | float) and not isinstance(found, bool) else found
+
+    run = make_run(tmp_path, summary=survival_json(**with_perplexity(quantized=70.0)), stability=stability_json())
+    (run / "frontier.json").write_text(json.dumps(frontier_json()))
+    whole = {"layers": {"before": 30, "after": 24}}  # the stack is drawn all the same
+    for file in run.glob("*.json"):
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(spoiled(found) | (whole if file.stem == "summary" else {})))
+    assert report(run)[1].text
+    assert model_card(run)
+    assert ended(run)
+
+
 # ---- what survived -----------------------------------------------------------------------------------------
 
 
@@ -776,7 +1009,7 @@ def test_what_survived_is_shown_and_judged(tmp_path: Path) -> None:
     assert "| 1,024–2,047 | 30.00 | 54.00 |" in card
     assert "found: 9 of 12; by the dense model 12." in card
     assert "| 4-grams that repeat | 22.0% | 31.0% |" in card
-    assert "broken" not in page.text + card
+    assert BROKEN not in page.text + card
     terminal = shown(json.loads((run / "summary.json").read_text()))
     assert re.search(r"arc_easy, acc_norm +│ +0\.490 ± 0\.050 │ +0\.400 ± 0\.048 │ +0\.82×", terminal)
     assert re.search(r"retention above chance +│ +│ +47\.9%", terminal)
@@ -920,7 +1153,7 @@ def test_closing_table_shows_what_was_measured() -> None:
     ):  # fmt: skip
         assert re.search(row, text), row
     assert "quantized" not in text
-    assert "broken" not in text
+    assert BROKEN not in text
 
 
 def test_closing_table_of_a_bare_summary_and_a_name_with_markup() -> None:

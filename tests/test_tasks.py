@@ -273,6 +273,7 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     argv = ["compress", str(tiny_model), *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, *asked, f"--out={run}", "--long-context=128"]) == 0, capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["bytes"]["source"] == sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
     row = summary["tasks"]["tiny_choices"]
     assert row["metric"] == "acc_norm"
     assert row["items"] == 6
@@ -318,6 +319,30 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     assert error.startswith("± ")
     assert float(error[2:]) > 0
 
+    again = ["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--window=16", "--json"]
+    assert main(again) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"]["dense"] == pytest.approx(float(dense), abs=1e-4)
+    assert found["ratio"]["standard_error"] * found["ratio"]["value"] == pytest.approx(float(error[2:]), abs=1e-4)
+    assert (found["text"]["tokens"], found["text"]["window"]) == (64, 16)
+    kept = [json.loads(file.read_text()) for file in (run / "evaluations").iterdir()]
+    assert len(kept) == 2, "one of tasks, one of a text: the same question again replaces its answer"
+    assert sorted(sorted(one["tasks"]) for one in kept) == [[], ["tiny_choices", "tiny_sums"]]
+    assert next(one for one in kept if one["text"])["perplexity"] == found["perplexity"]
+    assert "Measured afterwards" not in page
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "Measured afterwards" in page.partition('id="evaluations"')[2]
+    assert "tiny_sums" in page.partition('id="evaluations"')[2].partition("</section>")[0]
+    # of a run that has changed since, nothing is shown
+    (run / "summary.json").write_text(json.dumps({**bare, "config_hash": "another"}))
+    assert main(["report", str(run)]) == 0
+    assert "Measured afterwards" not in (run / "report.html").read_text()
+
+    for file in (run / "report.html", *(run / "model").iterdir()):  # what is published tells no place
+        assert not any(str(place).encode() in file.read_bytes() for place in (tmp_path, texts[0].parent, tiny_model))
+
+    capsys.readouterr()
     assert main(["evaluate", str(tiny_model), *asked]) == 0
     assert capsys.readouterr().out.splitlines()[0].split("\t") == [
         "task", "metric", "items", "chance", "score", "stderr",

@@ -5,6 +5,7 @@ Beside `pipeline.compress`, over the same rooms, for what is decided only when a
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from layercut.export import export_checkpoint, text_to_check
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
 from layercut.remarks import describe_quantization
-from layercut.runs import write_json
+from layercut.runs import digest, jsonable, versions, write_json
 from layercut.stages.quantize import quantization_facts, quantize_with_bar_
 
 
@@ -56,10 +57,46 @@ class Evaluation:
     """Of a run's two perplexities, compressed over dense, and the standard error of its logarithm over the windows."""
     retention: dict[str, Any] | None
     """Over the tasks; None of one model alone."""
+    text: dict[str, Any] | None
+    """Source, tokens, window and fingerprint of the text; None where only tasks were asked for."""
+    limit: int | None
+    """Items of each task, where that was limited."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints and a run keeps: the figures, and on what they were measured by which versions."""
+        value, error = self.ratio or (None, None)
+        return jsonable({
+            "text": self.text,
+            "perplexity": self.perplexity,
+            "ratio": {"value": value, "standard_error": error} if self.ratio else None,
+            "tasks": self.tasks,
+            "retention": self.retention,
+            "limit": self.limit,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "versions": versions(),
+        })  # fmt: skip
 
 
 def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
-    """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items."""
+    """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items.
+
+    What was found of a run is kept in its evaluations/, where `layercut report` finds it.
+    """
+    found = _evaluate(target, config)
+    if (Path(target) / "config.yaml").is_file():
+        processes.on_main(lambda: _keep(Path(target), found))
+    return found
+
+
+def _keep(run: Path, found: Evaluation) -> None:
+    """Write evaluations/NAME.json, NAME by what was asked: the same question again replaces its answer."""
+    asked = [found.text, sorted(found.tasks), found.limit]
+    of = checkpoints.read_json(run / "summary.json").get("config_hash")
+    (run / "evaluations").mkdir(exist_ok=True)
+    write_json(run / "evaluations" / f"{digest([asked, of])}.json", {"run": of} | found.to_json())
+
+
+def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
     processes.start()
     run, cache = Path(target), None
     names = {target: target}
@@ -73,7 +110,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
         cache = run / "tasks"
     losses: dict[str, torch.Tensor] = {}
-    records, tokens = [], None
+    records, tokens, text = [], None, None
     for name, source in names.items():
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if source_of_text is not None:
@@ -105,7 +142,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
                 order="as written",
                 model=loaded.model,
             )
-            tokens = processes.on_main(drawn).tokens
+            blocks = processes.on_main(drawn)
+            tokens, text = blocks.tokens, blocks.facts()
         with bar(f"perplexity of {name}", len(tokens)) as advance:
             losses[name] = evaluate.window_losses(loaded.model, tokens, advance=advance)
     found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
@@ -118,6 +156,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
         ratio=ratio,
         tasks=found["tasks"],
         retention=found["retention"] if len(records) == 2 else None,
+        text=text,
+        limit=asked.limit,
     )
 
 

@@ -47,7 +47,7 @@ class Drawing:
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        return _inline(buffer.getvalue(), self.name, self.titles, description)
+        return inline(buffer.getvalue(), self.name, description, self.titles)
 
 
 @contextmanager
@@ -73,8 +73,9 @@ def drawing(name: str, x: str, y: str) -> Iterator[Drawing]:
         yield Drawing(canvas, axes, name)
 
 
-def _inline(text: str, name: str, titles: dict[str, str], description: str) -> str:
+def inline(text: str, name: str, description: str, titles: dict[str, str] | None = None) -> str:
     """matplotlib's SVG document -> an element without namespaces, style sheets, fixed ids or colours."""
+    titles = titles or {}
     root = ElementTree.fromstring(text)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -120,7 +121,7 @@ def _legend(axes: Any, columns: int) -> None:
     )
 
 
-# ---- cost of every candidate -------------------------------------------------------------------------------
+# ---- cost of the candidates -----------------------------------------------------------------------------------
 
 Scored = dict[tuple[tuple[int, int], ...], float]
 
@@ -136,7 +137,7 @@ def scored(candidates: list[Any]) -> Scored:
 
 
 MARKS: dict[str, dict[str, Any]] = {
-    "every candidate": {"marker": "o", "ms": 4.5, "mfc": MUTED, "mec": MUTED},
+    "priced exactly": {"marker": "o", "ms": 4.5, "mfc": MUTED, "mec": MUTED},
     "scored by the search": {"marker": "o", "ms": 8, "mfc": "none", "mec": INK, "mew": 1.3},
     "best by exhaustive search": {"marker": "s", "ms": 13, "mfc": "none", "mec": SECOND, "mew": 2},
     "chosen": {"marker": "D", "ms": 7.5, "mfc": ACCENT, "mec": ACCENT},
@@ -144,7 +145,7 @@ MARKS: dict[str, dict[str, Any]] = {
 
 
 def cost_chart(search: dict[str, Any]) -> str | None:
-    """Exact KL over the first layer removed: every candidate, those the search scored, its choice, best."""
+    """Exact KL over the first layer removed: those priced exactly, those the search scored, its choice, best."""
     verified, oracle = scored(items(search, "candidates")), part(search, "oracle")
     exhaustive = search.get("method") == "exhaustive"
     landscape = scored(items(oracle, "candidates")) or (verified if exhaustive else {})
@@ -155,7 +156,7 @@ def cost_chart(search: dict[str, Any]) -> str | None:
     place = _places(everything)
     choice, best = tuple(spans(search.get("segments"))), tuple(spans(oracle.get("segments")))
     groups = {
-        "every candidate": landscape,
+        "priced exactly": landscape,
         "scored by the search": verified if verified != landscape else {},
         "best by exhaustive search": {best: everything[best]} if best in everything else {},
         "chosen": {choice: everything[choice]} if choice in everything else {},
@@ -401,7 +402,7 @@ def _curve(rows: list[Any]) -> list[tuple[float, float, float]]:
 
 def position_chart(rows: list[tuple[int, int, float | None, float | None]]) -> str | None:
     """Perplexity over the position in the text, dense and compressed: (start, stop, dense, compressed) a bucket."""
-    known = [row for row in rows if row[2] is not None or row[3] is not None]
+    known = [row for row in rows if any(value is not None and value > 0 for value in row[2:])]
     if len(known) < 2:
         return None
     from matplotlib.ticker import FuncFormatter, NullLocator

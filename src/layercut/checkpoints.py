@@ -180,6 +180,13 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the weight files on disk, in whatever number format they are; pickled ones where there are no others."""
+    folder = checkpoint.folder
+    files = [checkpoint.file] if checkpoint.gguf else weight_files(folder) or sorted(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
 def check_index(index: Path) -> None:
     """Every shard an index names must lie in the index's own folder and be there."""
     content = read_json(index)

@@ -56,7 +56,7 @@ PresetName = Annotated[
     Parameter(
         group=RUN,
         help="Fills the flags that neither the command nor --config gives. balanced: every default. "
-        "fast: --tokens 8192 --tune-tokens 32768 --eval-tokens 16384 --quantizer rtn --no-speed. "
+        "fast: --tokens 8192 --tune-tokens 32768 --eval-tokens 16384 --no-speed. "
         "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072."
     ),
 ]
@@ -166,7 +166,11 @@ def evaluate(
     from layercut.alone import evaluate_only
     from layercut.report import task_lines
 
-    found = evaluate_only(model, config or PerplexityConfig())
+    config = config or PerplexityConfig()
+    found = evaluate_only(model, config)
+    if config.json:
+        print(json.dumps(found.to_json(), indent=1))
+        return
     for name, value in found.perplexity.items():
         print(f"{name}\t{value:.4f}")
     if found.ratio:
@@ -191,7 +195,8 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
     run = compare(model, config or CompareConfig())
     console = Console(highlight=False)
     console.print(comparison_table(json.loads((run / "compare.json").read_text())))
-    console.print(f"plot  {run / 'compare.svg'}", soft_wrap=True, markup=False)
+    console.print(f"plot    {run / 'compare.svg'}", soft_wrap=True, markup=False)
+    console.print(f"report  {run / 'compare.html'}", soft_wrap=True, markup=False)
 
 
 @app.command
@@ -410,10 +415,13 @@ def _show(run: Path) -> None:
     """The closing table and where everything is."""
     from rich.console import Console
 
-    from layercut.report import closing_table
+    from layercut.report import closing
 
     console = Console(highlight=False)
-    console.print(closing_table(json.loads((run / "summary.json").read_text())))
+    table, lines = closing(run)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal)
     console.print(f"model   {run / 'model'}", soft_wrap=True, markup=False)
     console.print(f"report  {run / 'report.html'}", soft_wrap=True, markup=False)
 

@@ -16,16 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
 
 from layercut import charts, checkpoints, evaluate, figures, models, opening, processes
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError, SurgeryError
+from layercut.figures import short
+from layercut.findings import by_kl
 from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
 from layercut.pipeline import check_sources, check_window, default_folder, text_stage
 from layercut.progress import bar, say
+from layercut.report import write_comparison
 from layercut.runs import Run, versions
 from layercut.search import find_segments
 from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 
 TRIANGLE_ROWS = 2
 """Rows of tokens in one sweep of the triangle, in which the hidden states of all segments live at once."""
+WINDOWS = "losses of each window"
+"""Among a stage's inputs, since artefacts of earlier versions do not hold them."""
 
 
 def compare(model: str, config: CompareConfig) -> Path:
@@ -67,7 +73,7 @@ def compare(model: str, config: CompareConfig) -> Path:
 
         calibrated = [work.source, text["calibration"]]
         dense = run.stage(
-            "compare-dense", [work.source, text["evaluation"]], lambda: {"perplexity": perplexity(work)}, together=True
+            "compare-dense", [work.source, text["evaluation"], WINDOWS], lambda: measured(work), together=True
         )
         rows = []
         for method in methods:
@@ -75,7 +81,7 @@ def compare(model: str, config: CompareConfig) -> Path:
             inputs = [*calibrated, config.text.seed, method, length]
             found = run.stage(f"compare-{method}", inputs, search, together=True)
             say("compare", describe_search(found))
-            rows.append(found | what_is_left(work, found["segments"], text))
+            rows.append(found | what_is_left(work, found["segments"], text, dense["losses"]))
         prices = None
         if config.compare.triangle:
             priced = partial(triangle, work, length)
@@ -97,6 +103,7 @@ def compare(model: str, config: CompareConfig) -> Path:
             },
         )
         processes.on_main(lambda: draw_picks(run.read("compare") or {}, run / "compare.svg"))
+        processes.on_main(lambda: write_comparison(run.folder))
         return run.folder
 
 
@@ -129,14 +136,20 @@ def triangle(work: Workbench, length: int) -> dict[str, Any]:
     return {"triangle": [list(price) for price in found], "layer_forwards": cost.layer_forwards}
 
 
-def what_is_left(work: Workbench, bounds: list[list[int]], text: dict[str, Any]) -> dict[str, Any]:
-    """The measured part of a row: the same stages, and so the same figures, for all methods that remove the same."""
+def what_is_left(
+    work: Workbench, bounds: list[list[int]], text: dict[str, Any], dense: list[float]
+) -> dict[str, Any]:
+    """The measured part of a row: the same stages, and so the same figures, for all methods that remove the same.
+
+    dense: the dense model's mean loss of each window, beside which the standard errors are taken.
+    """
     segments = [Segment(*pair) for pair in bounds]
     at = "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
-    inputs = [work.source, text["calibration"], text["evaluation"], bounds]
+    inputs = [work.source, text["calibration"], text["evaluation"], bounds, WINDOWS]
     cut = work.run.stage(f"{at}-cut", inputs, partial(cut_and_fold, work, segments, f"{at}-folded"), together=True)
     row = {
         "perplexity": {"cut": cut["cut"], "folded": cut["folded"], "tuned": None},
+        "standard_error": {state: error_of(losses, dense) for state, losses in cut["losses"].items()},
         "fold": cut["fold"],
         "tuning": None,
         "refused": cut["refused"],
@@ -145,25 +158,32 @@ def what_is_left(work: Workbench, bounds: list[list[int]], text: dict[str, Any])
         return row
     inputs = [*inputs, asdict(work.config.heal), text["tuning"], text["heldout"]]
     tuned = work.run.stage(f"{at}-tuned", inputs, partial(tune, work, segments, cut["files"]), together=True)
-    return row | {"perplexity": row["perplexity"] | {"tuned": tuned["tuned"]}, "tuning": tuned["tuning"]}
+    return row | {
+        "perplexity": row["perplexity"] | {"tuned": tuned["tuned"]},
+        "standard_error": row["standard_error"] | {"tuned": error_of(tuned["losses"], dense)},
+        "tuning": tuned["tuning"],
+    }
 
 
 def cut_and_fold(work: Workbench, segments: Sequence[Segment], name: str) -> dict[str, Any]:
     """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning."""
     student = models.share(work.dense.model)
-    nothing: dict[str, Any] = {"cut": None, "folded": None, "fold": [], "files": [], "refused": None}
+    nothing: dict[str, Any] = {"cut": None, "folded": None, "losses": {}, "fold": [], "files": [], "refused": None}
     try:
         cut_segment_(student, segments)
     except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
         return nothing | {"refused": error.message}
-    cut, tokens = perplexity(work, student), work.blocks["calibration"]
+    found, tokens = measured(work, student), work.blocks["calibration"]
+    bare = nothing | {"cut": found["perplexity"], "losses": {"cut": found["losses"]}}
     with bar("folding", len(segments) * len(tokens)) as advance:
         folds = [fold.to_json() for fold in fold_(work.stack, Stack(student), segments, tokens, advance=advance)]
     if all(fold["skipped"] for fold in folds):
-        return nothing | {"cut": cut, "fold": folds}
+        return bare | {"fold": folds}
     work.save_changes(student, name)
-    return nothing | {
-        "cut": cut, "folded": perplexity(work, student), "fold": folds, "files": [f"{name}.safetensors"],
+    folded = measured(work, student)
+    return bare | {
+        "folded": folded["perplexity"], "losses": bare["losses"] | {"folded": folded["losses"]},
+        "fold": folds, "files": [f"{name}.safetensors"],
     }  # fmt: skip
 
 
@@ -186,8 +206,10 @@ def tune(work: Workbench, segments: Sequence[Segment], folded: list[str]) -> dic
         )  # fmt: skip
     losses = [point["loss"] for point in report.heldout]
     say("tune", f"{', '.join(map(str, segments))}: held-out loss {losses[0]:.4f} -> {min(losses):.4f}")
+    found = measured(work, student)
     return {
-        "tuned": perplexity(work, student),
+        "tuned": found["perplexity"],
+        "losses": found["losses"],
         "tuning": {
             "tokens": report.tokens,
             "trained_layers": report.trained_layers,
@@ -200,11 +222,18 @@ def tune(work: Workbench, segments: Sequence[Segment], folded: list[str]) -> dic
     }
 
 
-def perplexity(work: Workbench, student: Any = None) -> float:
-    """Of the student, or of the dense model, on the held-out tokens."""
+def measured(work: Workbench, student: Any = None) -> dict[str, Any]:
+    """Of the student, or of the dense model, on the held-out tokens: perplexity, and the mean loss of each window."""
     tokens = work.blocks["evaluation"]
     with bar("perplexity", len(tokens)) as advance:
-        return evaluate.perplexity(work.dense.model if student is None else student, tokens, advance=advance)
+        losses = evaluate.window_losses(work.dense.model if student is None else student, tokens, advance=advance)
+    return {"perplexity": evaluate.of_losses(losses), "losses": losses.tolist()}
+
+
+def error_of(losses: list[Any], dense: list[Any]) -> float | None:
+    """Standard error of ln(perplexity / dense), paired over the windows; None where it cannot be told."""
+    ours, theirs = (torch.tensor([float(x) for x in each], dtype=torch.float64) for each in (losses, dense))
+    return evaluate.paired_error(ours, theirs)
 
 
 # --- what people see -------------------------------------------------------------------------------------------
@@ -213,16 +242,6 @@ def perplexity(work: Workbench, student: Any = None) -> float:
 def describe_search(row: dict[str, Any]) -> str:
     """One line about a method."""
     return f"{row['method']}: remove {figures.label(row['segments'])}, KL {figures.figure(row['kl'])}"
-
-
-def by_kl(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """The methods' rows, from the cheapest cut to the dearest; a KL that is no finite number comes last."""
-
-    def kl(row: dict[str, Any]) -> float:
-        found = figures.finite(row["kl"])
-        return float("inf") if found is None else found
-
-    return sorted(comparison["methods"], key=kl)
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
@@ -239,6 +258,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             f"KL on {comparison['calibration']['tokens']:,} calibration tokens, perplexity (dense {dense}) on "
             f"{evaluation['tokens']:,} tokens of {evaluation['source']}"
             + (f", each tuned on the same {tuning['tokens']:,} tokens" if tuning else "")
+            + "; ± one standard error of the last ppl, paired with the dense model's windows"
             + "; fwd and bwd are layers times rows"
         ),
         title_justify="left",
@@ -250,7 +270,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     table.add_column("method", no_wrap=True)
     table.add_column("removed", min_width=8)
     states = ["cut", "folded", *(["tuned"] if tuning else [])]
-    for heading in ("KL", *(f"ppl\n{state}" for state in states), "s", "layers\nfwd+bwd"):
+    for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", "s", "layers\nfwd+bwd"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in by_kl(comparison):
         perplexities = ["-" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
@@ -259,16 +279,19 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             Text(figures.label(row["segments"])),
             figures.figure(row["kl"]),
             *(["refused", *perplexities[1:]] if row["refused"] else perplexities),
-            f"{row['search_seconds']:.1f}",
+            error_beside(row, states),
+            f"{row['search_seconds']:.0f}",
             "+".join(figures.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n) or "0",
         )
     return table
 
 
-def short(perplexity: Any) -> str:
-    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
-    found = figures.finite(perplexity)
-    return figures.count(found) if found is not None and found >= 1e5 else figures.figure(perplexity)
+def error_beside(row: dict[str, Any], states: list[str]) -> str:
+    """Standard error of the last state's perplexity that was measured."""
+    known = [s for s in states if row["perplexity"][s] is not None]
+    both = ("perplexity", "standard_error")
+    value, error = (figures.finite(row[key].get(known[-1])) if known else None for key in both)
+    return "-" if value is None or error is None else figures.deviation(value * error)
 
 
 def draw_picks(comparison: dict[str, Any], path: Path) -> None:

@@ -31,14 +31,14 @@ SearchObjective = Literal["kl", "next-token", "hidden"]
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
-        "tokens": 8192, "tune_tokens": 32768, "eval_tokens": 16384, "quantizer": "rtn", "speed": False,
+        "tokens": 8192, "tune_tokens": 32768, "eval_tokens": 16384, "speed": False,
     },
     "balanced": {},
     "best": {"tokens": 65536, "tune_tokens": 1048576, "eval_tokens": 131072},
 }  # fmt: skip
 """What the command's --preset fills in where neither a flag nor --config does, as flat YAML keys; balanced is the
-defaults. Nothing that another flag could forbid is here. More tokens heal more (docs/log.md); how many are enough is
-a guess."""
+defaults. Nothing that another flag could forbid is here, and no other method: fast is less text, not another way.
+More tokens heal more (docs/log.md); how many are enough is a guess."""
 WHAT, RUN, TEXT, SEARCH, HEALING, QUANTIZATION, MEASURING, LOADING, RARE = (
     Group(name, sort_key=place)
     for place, name in enumerate(
@@ -378,6 +378,8 @@ class PerplexityConfig:
     config: Annotated[Path | None, Parameter(group=RUN)] = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
+    json: Annotated[bool, no_negative] = False
+    """Print everything as one JSON object on stdout instead of lines."""
 
     def __post_init__(self) -> None:
         at_least("eval_tokens", self.eval_tokens, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from typing import Any
 
 from layercut import units
@@ -83,6 +84,17 @@ def figure(value: Any) -> str:
     return f"{found:.1f}" if abs(found) >= 100 else f"{found:.2f}" if abs(found) >= 1 else f"{found:.4g}"
 
 
+def short(perplexity: Any) -> str:
+    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
+    found = finite(perplexity)
+    return count(found) if found is not None and found >= 1e5 else figure(perplexity)
+
+
+def deviation(error: float) -> str:
+    """A standard error to two digits: 0.7111 -> 0.71"""
+    return f"{error:.2g}" if error < 99.5 else short(round(error))
+
+
 def percent(value: Any) -> str:
     """0.158 -> 15.8%"""
     found = finite(value)
@@ -151,3 +163,33 @@ def short_name(model: Any) -> str:
         re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and not text.endswith(".gguf")
     )
     return text if is_hub_id else re.split(r"[/\\]", text.rstrip("/\\"))[-1] or "the model"
+
+
+LOCAL = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gguf", ".safetensors", ".yaml", ".yml")
+
+
+def is_local(text: str) -> bool:
+    """Whether a word is a path on this machine rather than a Hub id or a word."""
+    bare = text.partition(":")[0].lower()
+    return text.startswith(("/", "~", ".")) or "\\" in text or text.count("/") > 1 or bare.endswith(LOCAL)
+
+
+def base_name(text: str) -> str:
+    """Of a path its last part, for where it lies is nobody's business; anything else as it is."""
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_local(text) else text
+
+
+def source_name(source: Any) -> str:
+    """A text source that may be published: files by their base names, A+B part by part."""
+    return "+".join(map(base_name, printable(source).split("+")))
+
+
+def command_line(command: Any) -> str:
+    """A command that may be published: every path in it by its base name; --flag=PATH and A+B too."""
+    if not isinstance(command, list):
+        return ""
+    words = []
+    for word in map(str, command):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(shlex.quote(f"{flag}{equals}{source_name(value)}"))
+    return printable(" ".join(words))

@@ -29,14 +29,27 @@ from layercut.figures import (
     printable,
     short_name,
     size,
+    source_name,
     spans,
     times,
     with_error,
 )
+from layercut.rules import (
+    BROKEN_FACTOR,
+    CLOSE,
+    FAIR,
+    FASTER,
+    MARK_WORDS,
+    MARKS,
+    NEAR_BEST,
+    ROUNDED,
+    ROUNDED_FAIR,
+    SLOWER,
+)
 
 STAGES = ("dense", "cut", "folded", "tuned", "quantized")
-BROKEN_FACTOR = 3.0
-"""Perplexity beyond this multiple of the dense model's is called broken. A convention, not a measurement."""
+KEPT_TYPE_BITS = 8.5
+"""Bits a weight of q8_0, in which `export` writes what healing changed of a GGUF file."""
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -60,6 +73,8 @@ class Run:
     """config.yaml."""
     gguf: dict[str, Any] = field(default_factory=dict)
     """Of the GGUF file last exported from this very run."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """What `layercut evaluate RUN` measured of this very run, in the order of their files."""
 
 
 def read_run(folder: Path) -> Run:
@@ -69,22 +84,27 @@ def read_run(folder: Path) -> Run:
             f"{folder} has no summary.json, so it is not the folder of a finished run",
             f"finish the run first: layercut compress MODEL --out {folder}",
         )
-    search, stability = _read(folder / "search.json"), _read(folder / "stability.json")
-    summary, gguf = _read(folder / "summary.json"), _read(folder / "gguf.json")
-    frontier, settings = _read(folder / "frontier.json"), _settings(folder / "config.yaml")
+    search, stability = read_json(folder / "search.json"), read_json(folder / "stability.json")
+    summary, gguf = read_json(folder / "summary.json"), read_json(folder / "gguf.json")
+    frontier, settings = read_json(folder / "frontier.json"), _settings(folder / "config.yaml")
     budgets = part(frontier, "budgets")
     of_this_run = "rounds" in search and all(settings.get(key, value) == value for key, value in budgets.items())
     return Run(
         summary=summary,
         search=search,
-        heal=_read(folder / "heal.json"),
-        evaluation=_read(folder / "eval.json"),
-        env=_read(folder / "env.json"),
+        heal=read_json(folder / "heal.json"),
+        evaluation=read_json(folder / "eval.json"),
+        env=read_json(folder / "env.json"),
         stability=stability if stability.get("search") == search.get("config_hash") else {},
-        quantization=_read(folder / "quantize.json"),
+        quantization=read_json(folder / "quantize.json"),
         frontier=frontier if of_this_run else {},
         settings=settings,
         gguf=gguf if gguf.get("run") == summary.get("config_hash") else {},
+        evaluations=[
+            found
+            for file in sorted(folder.glob("evaluations/*.json"))
+            if (found := read_json(file)).get("run") == summary.get("config_hash")
+        ],
     )
 
 
@@ -99,7 +119,8 @@ def _settings(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An artefact, empty where there is none. RunError where it is no JSON object."""
     if not path.is_file():
         return {}
     try:
@@ -115,6 +136,67 @@ def _read(path: Path) -> dict[str, Any]:
             f"remove {path} and run the same layercut command again; it makes the file anew",
         )
     return value
+
+
+def by_kl(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """The methods' rows of compare.json, from the cheapest cut to the dearest; those without a finite KL last."""
+
+    def kl(row: dict[str, Any]) -> float:
+        found = finite(row.get("kl"))
+        return math.inf if found is None else found
+
+    return sorted(map(part, items(comparison, "methods")), key=kl)
+
+
+def evaluation_row(found: dict[str, Any]) -> dict[str, Any]:
+    """What `layercut evaluate RUN` measured, as the report shows it."""
+    ratio = part(found, "ratio")
+    factor, error = finite(ratio.get("value")), finite(ratio.get("standard_error"))
+    return {
+        "date": printable(found.get("date")),
+        "text": part(found, "text"),
+        "perplexity": part(found, "perplexity"),
+        "ratio": "" if factor is None else times(factor) if error is None else with_error(factor, error),
+        "tasks": survival.task_rows(found),
+        "retention": part(found, "retention"),
+    }
+
+
+def with_tasks(run: Run) -> dict[str, Any]:
+    """The summary, with the tasks that `layercut evaluate RUN` scored last where the run itself scored none."""
+    later = [found for found in run.evaluations if survival.task_rows(found)]
+    if survival.task_rows(run.summary) or not later:
+        return run.summary
+    last = max(later, key=lambda found: printable(found.get("date")))
+    return {**run.summary, "tasks": last.get("tasks"), "retention": last.get("retention")}
+
+
+def coverage(run: Run) -> tuple[int, int] | None:
+    """How many segments were priced of how many of that length there are; None where that is not known."""
+    layers, removed = part(run.summary, "layers").get("before"), spans(run.search.get("segments"))
+    if type(layers) is not int or len(removed) != 1:
+        return None
+    length = removed[0][1] - removed[0][0]
+    candidates = items(run.search, "candidates") + items(part(run.search, "oracle"), "candidates")
+    priced = {where[0] for c in candidates if len(where := spans(part(c).get("segments"))) == 1}
+    of_length = {where for where in priced if where[1] - where[0] == length}
+    return (len(of_length), layers - length + 1) if of_length else None
+
+
+def unmeasured(run: Run) -> list[str]:
+    """What the report has no figures for, by name."""
+    summary = run.summary
+    there = {
+        "perplexity": last_stage(summary) is not None,
+        "cost of the candidates": bool(items(run.search, "candidates")),
+        "tuning": bool(part(run.heal, "tuning")),
+        "speed": bool(speed(run)),
+        "size on disk": bool(part(summary, "bytes")),
+        "tasks": bool(survival.task_rows(with_tasks(run))),
+        "long context": bool(survival.positions(summary)),
+        "generations": bool(items(run.evaluation, "generations") or survival.health(summary)),
+    }
+    return [name for name, known in there.items() if not known]
 
 
 # ---- judging -----------------------------------------------------------------------------------------------
@@ -135,6 +217,11 @@ class Stage:
     """(ln cut - ln x) / (ln cut - ln dense): 0 at the bare cut, 1 at the dense model."""
     bar: float | None
     """Log-perplexity on a scale from the dense model (0) to the worst stage (1)."""
+
+    @property
+    def closed(self) -> str:
+        """50.4%: the gap closed; empty where it is not known, or the stage is further off than the bare cut."""
+        return percent(self.gap_closed) if self.gap_closed is not None and self.gap_closed >= 0 else ""
 
     @property
     def over_dense(self) -> str:
@@ -189,10 +276,11 @@ def broken(summary: dict[str, Any]) -> str | None:
             f"The compressed model is broken: its perplexity ({name}) is not a finite number. "
             f"Do not use it.{before}"
         )
-    if dense is not None and math.isfinite(dense) and value > BROKEN_FACTOR * dense:
+    factor = final_factor(summary)
+    if dense is not None and factor is not None and factor > BROKEN_FACTOR:
         return (
             f"The compressed model is broken: its perplexity ({name}) is {figure(value)}, "
-            f"{times(value / dense)} the dense model's {figure(dense)}. Do not use it as it is.{before}"
+            f"{times(factor)} the dense model's {figure(dense)}. Do not use it as it is.{before}"
         )
     return survival.guessing(summary)
 
@@ -232,7 +320,7 @@ def headline(summary: dict[str, Any]) -> str:
 
 def _perplexity_words(summary: dict[str, Any]) -> str:
     last, dense = last_stage(summary), perplexities(summary).get("dense")
-    text = printable(part(summary, "perplexity").get("dataset"))
+    text = source_name(part(summary, "perplexity").get("dataset"))
     where = f" on {text}" if text else ""
     if last is None or dense is None:
         return "has not had its perplexity measured against the dense model"
@@ -240,33 +328,69 @@ def _perplexity_words(summary: dict[str, Any]) -> str:
     if not (math.isfinite(value) and math.isfinite(dense)):
         return f"has a perplexity{where} that is {figure(value)}, against {figure(dense)} of the dense model"
     state = "with nothing healed yet" if name == "cut" else f"once {name}"
-    against = f"{times(value / dense)} the dense model's {figure(dense)}"
+    against = f"{times(final_factor(summary))} the dense model's {figure(dense)}"
     return f"has a perplexity{where} of {figure(value)} {state}, {against}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One stage, judged by its own numbers. `mark` is good, bad, or open (not known, or neither)."""
+    """One stage, judged by its own numbers and the rule of its name (`rules.py`)."""
 
     mark: str
+    """good, fair, bad, or open: not known, or nothing that could be good or bad."""
     stage: str
     text: str
+
+    @property
+    def sign(self) -> str:
+        return MARKS[self.mark]
+
+    @property
+    def words(self) -> str:
+        """What the mark says, to be read aloud."""
+        return MARK_WORDS[self.mark]
+
+
+def graded(value: float, good: float, fair: float) -> str:
+    """The mark of a figure of which less is better; bad where it is no number."""
+    return "good" if value <= good else "fair" if value <= fair else "bad"
 
 
 def verdicts(run: Run) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
-    found = [_search_verdict(run), _stability_verdict(run.stability), _cut_verdict(run.summary)]
+    found = [_result_verdict(run.summary), _search_verdict(run), _stability_verdict(run.stability)]
+    found += [_cut_verdict(run.summary)]
     progress = (
         progressive.rounds_verdict(run.search, run.heal),
         progressive.budgets_verdict(progressive.read_frontier(run.frontier)),
     )
     found += [Verdict(*words) for words in progress if words]
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
-    found += [_quantize_verdict(run), _size_verdict(run.summary), _gguf_verdict(run)]
+    found += [_quantize_verdict(run), _size_verdict(run), _gguf_verdict(run)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
     survived = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
-    found += [Verdict(*words) for judge in survived if (words := judge(run.summary))]
+    found += [Verdict(*words) for judge in survived if (words := judge(with_tasks(run)))]
     return [verdict for verdict in found if verdict]
+
+
+def _result_verdict(summary: dict[str, Any]) -> Verdict | None:
+    """What the run ends with against the dense model."""
+    factor = final_factor(summary)
+    if factor is None:
+        return None
+    name, value = last_stage(summary) or ("", math.nan)
+    dense = figure(perplexities(summary)["dense"])
+    against = f", {times(factor)} the dense" if math.isfinite(factor) else "; the dense"
+    text = f"perplexity ({name}) is {figure(value)}{against} model's {dense}."
+    return Verdict(graded(factor, CLOSE, FAIR), "Result", text)
+
+
+def final_factor(summary: dict[str, Any]) -> float | None:
+    """Perplexity of the last measured stage over the dense model's, inf where that is ruined; None: not known."""
+    last, dense = last_stage(summary), perplexities(summary).get("dense")
+    if last is None or dense is None or not math.isfinite(dense) or dense <= 0:
+        return None
+    return last[1] / dense if math.isfinite(last[1]) else math.inf
 
 
 def chosen_kl(search: dict[str, Any]) -> float | None:
@@ -295,8 +419,9 @@ def _search_verdict(run: Run) -> Verdict | None:
             "good", "Search", f"chose {choice}, the cheapest segment by exhaustive search as well."
         )
     text = f"chose {choice} at {figure(ours)} {unit}; exhaustive search finds {rival} at {figure(best)}"
-    if gap <= 0.05:
-        return Verdict("good", "Search", f"{text}: {percent(max(gap, 0.0))} more, within the 5% allowed.")
+    if gap <= NEAR_BEST - 1:
+        allowed = percent(NEAR_BEST - 1)
+        return Verdict("good", "Search", f"{text}: {percent(max(gap, 0.0))} more, within the {allowed} allowed.")
     return Verdict("bad", "Search", f"{text}: it missed the best by {percent(gap)}.")
 
 
@@ -334,7 +459,7 @@ def _folded_verdict(search: dict[str, Any], choice: str, rival: str) -> Verdict 
     elif there is not None:
         text += f", where {rival}, the best plain cut by exhaustive search, is left with {figure(there)}"
     missed = percent(max(regret - 1, 0.0))
-    if regret <= 1.05:
+    if regret <= NEAR_BEST:
         return Verdict("good", "Search", f"{text}. The search's best plain cut is within {missed} of it.")
     return Verdict("bad", "Search", f"{text}. The search's best plain cut missed {rival} by {missed}.")
 
@@ -343,7 +468,7 @@ def _stability_verdict(stability: dict[str, Any]) -> Verdict | None:
     worst = number(stability.get("worst"))
     if not items(stability, "seeds") or worst is None:
         return None
-    return Verdict("good" if worst <= 1.05 else "bad", "Stability", stability_words(stability))
+    return Verdict(graded(worst, NEAR_BEST, NEAR_BEST), "Stability", stability_words(stability))
 
 
 def stability_words(stability: dict[str, Any]) -> str:
@@ -398,8 +523,10 @@ def _healing_verdict(run: Run, name: str, title: str) -> Verdict | None:
         )
     old, new = found[earlier[-1]], found[name]
     if math.isfinite(new) and (not math.isfinite(old) or new < old):
-        gap = next(s.gap_closed for s in stages(run.summary) if s.name == name)
-        closed = f"; {percent(gap)} of the log-perplexity gap is closed so far" if gap is not None else ""
+        stage = next(s for s in stages(run.summary) if s.name == name)
+        closed = f"; {stage.closed} of the log-perplexity gap is closed so far" if stage.closed else ""
+        if stage.gap_closed is not None and not stage.closed:
+            closed = "; it is still above that of the bare cut"
         return Verdict("good", title, f"improved perplexity from {figure(old)} to {figure(new)}{closed}.")
     kept = ""
     if name == "tuned" and part(run.heal, "tuning").get("best_step") == 0:
@@ -417,7 +544,7 @@ def _quantize_verdict(run: Run) -> Verdict | None:
         return Verdict("bad", "Quantization", f"perplexity {figure(old)} → {figure(new)}.")
     how = f"to {made['bits']} bits ({printable(made.get('quantizer'))}): " if finite(made.get("bits")) else ""
     text = f"{how}perplexity {figure(old)} → {figure(new)} ({change(old, new)})."
-    return Verdict("good" if new <= 1.05 * old else "bad", "Quantization", text)
+    return Verdict(graded(new / old, ROUNDED, ROUNDED_FAIR), "Quantization", text)
 
 
 def _gguf_verdict(run: Run) -> Verdict | None:
@@ -431,24 +558,121 @@ def _gguf_verdict(run: Run) -> Verdict | None:
     if words:
         return Verdict("bad", "GGUF", printable(words))
     reader = "llama.cpp" if theirs else "transformers (llama.cpp itself has not read it)"
-    text = f"{size(run.gguf.get('bytes'))}, read by {reader}: perplexity {figure(before)} → {figure(after)}"
-    verdict = "good" if after <= 1.05 * before else "bad"
-    return Verdict(verdict, "GGUF", f"{text} ({change(before, after)}) on {count(tokens)} tokens.")
+    came, weight = came_with(run.summary), finite(run.gguf.get("bytes"))
+    text = f"{size(weight)}, read by {reader}: perplexity {figure(before)} → {figure(after)}"
+    sound = math.isfinite(after) and math.isfinite(before) and before > 0
+    mark = graded(after / before, ROUNDED, ROUNDED_FAIR) if sound else "bad"
+    text += f" ({change(before, after)}) on {count(tokens)} tokens"
+    if came is not None and weight is not None and weight >= came:
+        mark = "fair" if mark == "good" else mark
+        text += f"; no smaller than what came, {size(came)}"
+    return Verdict(mark, "GGUF", f"{text}.")
 
 
-def _size_verdict(summary: dict[str, Any]) -> Verdict | None:
+def came_with(summary: dict[str, Any]) -> float | None:
+    """Bytes of the weight files the model came in; of an older run, in the number format it was run in."""
+    sizes = part(summary, "bytes")
+    return finite(sizes.get("source")) or finite(sizes.get("before"))
+
+
+def _size_verdict(run: Run) -> Verdict | None:
+    summary = run.summary
     sizes, parameters = part(summary, "bytes"), part(summary, "parameters")
-    old, new = finite(sizes.get("before")), finite(sizes.get("after"))
+    old, new = came_with(summary), finite(sizes.get("after"))
     if not old or new is None:
         return None
     text = f"{size(old)} → {size(new)} on disk ({change(old, new)})"
     if new < old:
         return Verdict("good", "Size", f"{text}.")
     had, has = finite(parameters.get("before")), finite(parameters.get("after"))
+    bits = ""
     if had and has and new / has > 1.05 * old / had:
         bits = f": the input stores {8 * old / had:.1f} bits per weight, the output {8 * new / has:.1f}"
-        return Verdict("bad", "Size", f"the files did not get smaller, {text}{bits}.")
-    return Verdict("bad", "Size", f"the files did not get smaller, {text}.")
+    way = better_way(run)
+    return Verdict("bad", "Size", f"the files did not get smaller, {text}{bits}.{f' {way}' if way else ''}")
+
+
+def better_way(run: Run) -> str:
+    """A sentence on how a smaller file of this run's model is to be had; empty where there is none to name.
+
+    Of a GGUF file `export` keeps what healing left alone byte for byte. Its size is estimated: what came, less the
+    share of parameters removed, and q8_0 for what healing changed.
+    """
+    summary = run.summary
+    if not printable(summary.get("model")).endswith(".gguf"):
+        bits = finite(run.quantization.get("bits"))
+        four = bits is not None and bits <= 4
+        return "" if four else "Fewer bits make it smaller: layercut quantize RUN --bits 4 --out DIR."
+    weight, came, parameters = finite(run.gguf.get("bytes")), came_with(summary), part(summary, "parameters")
+    if weight is not None and came is not None and weight < came:
+        return f"The exported GGUF file is smaller: {size(weight)}."
+    had, has = finite(parameters.get("before")), finite(parameters.get("after"))
+    about = ""
+    if came and had and has:
+        healed = finite(part(run.heal, "tuning").get("trained_parameters")) or 0.0
+        about = f", about {size(came * has / had + healed * max(0.0, KEPT_TYPE_BITS - 8 * came / had) / 8)}"
+    return f"Better: layercut export RUN --out FILE.gguf keeps the file's own number formats{about}."
+
+
+# ---- the last word -----------------------------------------------------------------------------------------
+
+
+def conclusion(run: Run) -> Verdict:
+    """What a careful engineer would say of the result: do not ship it, or where it is usable, and what is not known."""
+    summary = with_tasks(run)
+    ruined, factor = broken(summary) or survival.generation_warning(summary), final_factor(summary)
+    if ruined:
+        return _refused(f". {ruined}")
+    if factor is None:
+        return Verdict("open", CONCLUSION, "Do not ship this before its perplexity is measured: layercut evaluate RUN.")
+    rise = f"perplexity is {times(factor)} the dense model's"
+    marks = {verdict.stage: verdict for verdict in verdicts(run)}
+    exported = _smaller_export(run)
+    if "Size" in marks and marks["Size"].mark == "bad" and not exported and factor > 1:
+        sizes = f"{size(came_with(summary))} → {size(part(summary, 'bytes').get('after'))}"
+        return _refused(f": larger than what came ({sizes}), and {rise}. {better_way(run)}".rstrip())
+    if factor > FAIR:
+        before = _factor_before_quantization(summary)
+        rounded = before is not None and before <= FAIR
+        way = f"Quantization did that ({times(before)} before): give it more bits" if rounded else HEAL_MORE
+        return _refused(f": {rise}. {way}.")
+    if "Tasks" in marks and marks["Tasks"].mark == "bad":
+        return _refused(f": {marks['Tasks'].text}")
+    return _usable(f"The exported GGUF file ({size(run.gguf.get('bytes'))}) is usable" if exported else "Usable",
+                   factor, marks, summary)  # fmt: skip
+
+
+CONCLUSION, HEAL_MORE = "Conclusion", "Heal on more tokens, or remove fewer layers"
+
+
+def _factor_before_quantization(summary: dict[str, Any]) -> float | None:
+    """Perplexity over the dense model's of the state that was quantized; None where none was, or it is not known."""
+    table = {**part(summary, "perplexity"), "quantized": None}
+    return final_factor({"perplexity": table}) if "quantized" in perplexities(summary) else None
+
+
+def _refused(why: str) -> Verdict:
+    return Verdict("bad", CONCLUSION, f"Do not ship this{why}")
+
+
+def _smaller_export(run: Run) -> bool:
+    """Whether a GGUF file was exported that is sound, and smaller than what came."""
+    weight, came = finite(run.gguf.get("bytes")), came_with(run.summary)
+    return weight is not None and came is not None and weight < came and not run.gguf.get("broken")
+
+
+def _usable(what: str, factor: float, marks: dict[str, Verdict], summary: dict[str, Any]) -> Verdict:
+    """Where a result is usable that is not ruled out, and what speaks against it."""
+    text = source_name(part(summary, "perplexity").get("dataset")) or "the evaluation text"
+    where = f"where a perplexity that is {times(factor)} the dense model's on {text} is acceptable"
+    weak = ("Tasks", "Long context", "Hidden keys", "Generation", "GGUF")
+    against = [name for name in weak if name in marks and marks[name].mark in ("fair", "bad")]
+    if not any(phase not in marks or marks[phase].mark == "good" for phase in ("Prefill", "Decode")):
+        against.append("Speed")
+    words = f"{what} {where}"
+    words += f"; look first at {', '.join(against)}, marked below the best" if against else ""
+    words += "" if "Tasks" in marks else ". No task was measured: layercut evaluate RUN --tasks NAMES"
+    return Verdict("good" if factor <= CLOSE and not against else "fair", CONCLUSION, f"{words}.")
 
 
 def speed(run: Run) -> dict[str, Any]:
@@ -465,6 +689,8 @@ def _speed_verdict(run: Run, phase: str) -> Verdict | None:
     most = f"; removing these layers allows at most {times(ideal)}" if ideal else ""
     if reachable and share is not None:
         most += f", {times(reachable)} with {percent(share)} of the time spent in layers"
-    if ratio > 1.02:  # a guess at the noise of a short timing
+    if ratio > FASTER:
         return Verdict("good", phase.capitalize(), f"is {times(ratio)} as fast{most}.")
+    if ratio >= SLOWER:
+        return Verdict("fair", phase.capitalize(), f"is as fast as before ({times(ratio)}){most}.")
     return Verdict("bad", phase.capitalize(), f"did not get faster ({times(ratio)}){most}.")

@@ -99,10 +99,11 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         proofs = further_proofs(work, segments)
         exported = run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
         say("export", describe_export(exported, run / "model"))
+        source = checkpoints.weight_bytes(checkpoint)
         run.stage(
             "summary",
-            model,
-            lambda: summarise(run, model, layers, search, cut, measured, exported) | summarise_proofs(proofs),
+            [model, source],
+            lambda: summarise(run, model, layers, search, cut, measured, exported, source) | summarise_proofs(proofs),
             after=[*(f"text-{use}" for use in text), "search", "eval", *proofs, "export"],
         )
         processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
@@ -253,6 +254,7 @@ def summarise(
     cut: dict[str, Any],
     measured: dict[str, Any],
     exported: dict[str, Any],
+    source: int,
 ) -> dict[str, Any]:
     """summary.json: the run on one page. What was not measured is null."""
     return {
@@ -261,7 +263,7 @@ def summarise(
         "segments": search["segments"],
         "original_layer_index": cut["original_layer_index"],
         "parameters": cut["parameters"],
-        "bytes": {"before": cut["bytes"]["before"], "after": exported["bytes"]},
+        "bytes": {"before": cut["bytes"]["before"], "after": exported["bytes"], "source": source},
         "perplexity": measured["perplexity"],
         "speed": measured["speed"],
         "generation_health": measured.get("health"),

@@ -1,7 +1,8 @@
 """A finished run as a page, a model card and a table: the last stage of the journey.
 
 `write_report` makes report.html from the JSON files of a run folder, one file that needs nothing beside it;
-`model_card` the README.md of the exported checkpoint; `closing_table` what the terminal shows at the end.
+`model_card` the README.md of the exported checkpoint; `closing` what the terminal shows at the end;
+`write_comparison` compare.html, the page of `layercut compare`.
 What the figures mean is decided in `findings.py`; `charts.py` draws the pictures; templates/ has the layout.
 Whatever a user or a model wrote is escaped, and the page's content policy forbids scripts and the network.
 """
@@ -12,24 +13,27 @@ import html
 import json
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut import charts, figures, findings, progressive, survival
+from layercut import charts, figures, findings, progressive, rules, survival
 from layercut.figures import NOT_MEASURED, finite, items, part
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from rich.table import Table
+    from rich.text import Text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html, atomically, and return its path. RunError if RUN is no finished run's folder."""
-    from markupsafe import Markup
+    """Write RUN/report.html, atomically, and return its path; of a run of `compare`, compare.html.
 
+    RunError if RUN is no finished run's folder.
+    """
+    if (run / "compare.json").is_file() and not (run / "summary.json").is_file():
+        return write_comparison(run)
     found = findings.read_run(run)
     pictures = {
         "cost": charts.cost_chart(found.search),
@@ -39,16 +43,32 @@ def write_report(run: Path) -> Path:
         "positions": charts.position_chart(survival.positions(found.summary)),
         "frontier": charts.frontier_chart(progressive.read_frontier(found.frontier)),
     }
-    page = _templates(escape=True).get_template("report.html")
-    html_text = page.render(
-        **_facts(found),
+    facts = _facts(found) | {"stack": charts.stack(found.summary, found.heal)}
+    return _write_page(run / "report.html", "report.html", pictures, facts)
+
+
+def write_comparison(run: Path) -> Path:
+    """Write RUN/compare.html from compare.json and compare.svg, atomically, and return its path."""
+    found = findings.read_json(run / "compare.json")
+    svg = run / "compare.svg"
+    what = "Layers that each method removes, with the KL of its cut"
+    picture = charts.inline(svg.read_text(encoding="utf-8"), "picks", what) if svg.is_file() else None
+    facts = {"comparison": found, "name": figures.short_name(found.get("model")), "methods": findings.by_kl(found)}
+    return _write_page(run / "compare.html", "compare.html", {"picks": picture}, facts)
+
+
+def _write_page(target: Path, template: str, pictures: dict[str, str | None], facts: dict[str, Any]) -> Path:
+    """Fill a template and put it in its place, whole or not at all."""
+    from markupsafe import Markup
+
+    text = _templates(escape=True).get_template(template).render(
+        **facts,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # ours, not the user's
         charts={name: Markup(svg) for name, svg in pictures.items() if svg},  # hold no text of the user's
-        stack=charts.stack(found.summary, found.heal),
-    )
-    target, draft = run / "report.html", run / f".report.html.{os.getpid()}"
+    )  # fmt: skip
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        draft.write_text(html_text, encoding="utf-8", errors="replace")
+        draft.write_text(text, encoding="utf-8", errors="replace")
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)
@@ -85,15 +105,16 @@ def _templates(*, escape: bool) -> Environment:
         keep_trailing_newline=True,
     )
     shown = (figures.count, figures.size, figures.figure, figures.percent, figures.times, figures.duration)
-    named = (figures.label, figures.layer_names, figures.printable, code, prose, whole, plus_minus, probability)
-    for function in (*shown, *named, progressive.signed):
+    named = (figures.label, figures.layer_names, figures.printable, figures.source_name, code, prose, whole)
+    beside = (plus_minus, probability, with_standard_error, over_dense, progressive.signed)
+    for function in (*shown, *named, *beside):
         env.filters[function.__name__] = function
     return env
 
 
 def _facts(run: findings.Run) -> dict[str, Any]:
     """What both templates are filled with."""
-    command = run.env.get("command")
+    came, sizes = findings.came_with(run.summary), part(run.summary, "bytes")
     return {
         "run": run,
         "summary": run.summary,
@@ -109,6 +130,14 @@ def _facts(run: findings.Run) -> dict[str, Any]:
         "broken": findings.broken(run.summary),
         "stages": findings.stages(run.summary),
         "verdicts": findings.verdicts(run),
+        "conclusion": findings.conclusion(run),
+        "rules": rules.RULES,
+        "marks": rules.MARKS,
+        "mark_words": rules.MARK_WORDS,
+        "disk": {"before": came, "after": sizes.get("after"), "computed": sizes.get("before")} if sizes else {},
+        "evaluations": [findings.evaluation_row(found) for found in run.evaluations],
+        "unmeasured": findings.unmeasured(run),
+        "coverage": findings.coverage(run),
         "chosen_kl": findings.chosen_kl(run.search),
         "original_layer_index": json.dumps(
             [i for i in items(run.summary, "original_layer_index") if type(i) is int]
@@ -125,7 +154,7 @@ def _facts(run: findings.Run) -> dict[str, Any]:
         "warning": survival.generation_warning(run.summary),
         "generations": [part(pair) for pair in items(run.evaluation, "generations")],
         "versions": part(run.summary, "versions") or part(run.env, "versions"),
-        "command": shlex.join(map(str, command)) if isinstance(command, list) else figures.printable(command),
+        "command": figures.command_line(run.env.get("command")),
     }
 
 
@@ -137,7 +166,7 @@ def _sources(run: findings.Run) -> list[tuple[str, Any, Any, Any]]:
         ("tuning", part(run.heal, "tuning", "data")),
         ("evaluation", {**perplexity, "source": perplexity.get("dataset")} if perplexity else {}),
     ]
-    return [(use, t.get("source"), t.get("tokens"), t.get("fingerprint")) for use, t in texts if t]
+    return [(use, figures.source_name(t.get("source")), t.get("tokens"), t.get("fingerprint")) for use, t in texts if t]
 
 
 def plus_minus(row: dict[str, Any], name: str) -> str:
@@ -148,6 +177,23 @@ def plus_minus(row: dict[str, Any], name: str) -> str:
         return NOT_MEASURED
     shown = f"{score:.3f}" if abs(score) < 10 else figures.figure(score)
     return shown + (f" ± {error:.3f}" if error is not None else "")
+
+
+def with_standard_error(row: dict[str, Any], state: str) -> str:
+    """64.65 ± 0.41: a method's perplexity in a state, with its standard error as far as known."""
+    value, error = finite(part(row, "perplexity").get(state)), finite(part(row, "standard_error").get(state))
+    shown = figures.short(part(row, "perplexity").get(state))
+    return shown if value is None or error is None else f"{shown} ± {figures.deviation(value * error)}"
+
+
+def over_dense(row: dict[str, Any], comparison: dict[str, Any]) -> str:
+    """1.43× ± 0.01: the last state of a method that was measured, over the dense model."""
+    dense, known = finite(part(comparison, "dense").get("perplexity")), part(row, "perplexity")
+    last = [state for state in ("cut", "folded", "tuned") if finite(known.get(state)) is not None][-1:]
+    if not dense or not last:
+        return "–"
+    factor, error = float(known[last[0]]) / dense, finite(part(row, "standard_error").get(last[0]))
+    return figures.times(factor) if error is None else figures.with_error(factor, error)
 
 
 def probability(value: Any) -> str:
@@ -202,17 +248,35 @@ def _cell(value: Any) -> str:
 # ---- the terminal ------------------------------------------------------------------------------------------
 
 
+def closing(run: Path) -> tuple[Table, list[Text]]:
+    """What a run ends with in the terminal: the table; a line for every verdict that is a caution or a failure, and a
+    last one that says what follows. RunError if RUN is no finished run's folder.
+    """
+    from rich.text import Text
+
+    found = findings.read_run(run)
+    colours = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}
+    lines = [
+        Text(f"{verdict.sign} {verdict.words}: {verdict.stage}: {verdict.text}", colours[verdict.mark])
+        for verdict in findings.verdicts(found)
+        if verdict.mark in ("fair", "bad")
+    ]
+    last = findings.conclusion(found)
+    lines.append(Text(f"{last.sign} {last.text}", f"bold {colours[last.mark]}".strip()))
+    command, name = re.compile(r"(layercut (?:evaluate|export|quantize)) RUN\b"), figures.printable(run)
+    return closing_table(found.summary), [
+        Text(command.sub(lambda hit: f"{hit[1]} {name}", line.plain), line.style) for line in lines
+    ]
+
+
 def closing_table(summary: dict[str, Any]) -> Table:
     """The table a run ends with: dense against compressed, and what each stage did, as far as measured."""
     from rich.table import Table
     from rich.text import Text
 
-    ruined = findings.broken(summary) or survival.generation_warning(summary)
     table = Table(
         title=Text(figures.printable(summary.get("model")) or "layercut", style="bold"),
-        caption=Text(ruined, style="bold red") if ruined else None,
         title_justify="left",
-        caption_justify="left",
     )
     table.add_column("")
     for heading in ("dense", "compressed", "change"):
@@ -231,8 +295,9 @@ Row = tuple[str, str, str, str]
 
 def _size_rows(summary: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
-    for name, show in (("layers", whole), ("parameters", figures.count), ("bytes", figures.size)):
-        pair = part(summary, name)
+    disk = {"before": findings.came_with(summary), "after": part(summary, "bytes").get("after")}
+    pairs = (("layers", part(summary, "layers"), whole), ("parameters", part(summary, "parameters"), figures.count))
+    for name, pair, show in (*pairs, ("bytes on disk", disk, figures.size)):
         before, after = pair.get("before"), pair.get("after")
         rows.append((name, show(before), show(after), figures.change(before, after)))
     rows.insert(1, ("segments removed", "", figures.label(summary.get("segments")), ""))

@@ -1,7 +1,7 @@
 """What survived the cut, judged in plain words: tasks, long context, hidden keys, generations.
 
 Under `findings.py`, which asks for these beside the stages' own verdicts. Every figure is the compressed model's
-beside the dense one's on the same items; the rules that turn figures into words stand here as constants.
+beside the dense one's on the same items; by which limits figures turn into words is in `rules.py`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ import math
 from typing import Any
 
 from layercut.figures import figure, finite, items, number, part, percent, times
-
-GUESSING, FEWEST_ITEMS = 0.1, 50
-"""A model that keeps less than this share of the dense model's score above chance, over at least so many items, is
-called broken. Conventions."""
-SIGNIFICANT = 0.05
-"""A task counts as changed where so uneven a split of its flipped items has less than this probability."""
-GOOD_RETENTION = 0.9
-"""Share of the score above chance from which the tasks are said to have survived. A convention."""
-CIRCLES = 0.2
-"""So much more of the continuations than of the dense model's repeats: it writes in circles."""
-NONSENSE = 2.0
-"""The dense model gives the continuations so many nats per token more than its own: they make little sense to it."""
-LONG_LOSS = 0.1
-"""Log-perplexity that the last positions may lose beyond what the first ones lose; more is called hurt."""
+from layercut.rules import (
+    CIRCLES,
+    CLOSE,
+    FAIR_RETENTION,
+    FEWEST_ITEMS,
+    GOOD_RETENTION,
+    GUESSING,
+    LONG_LOSS,
+    NONSENSE,
+    REPEATS,
+    SIGNIFICANT,
+    UNLIKELY,
+)
 
 Words = tuple[str, str, str]
-"""Mark (good, bad, open), what was judged, and the sentence."""
+"""Mark (good, fair, bad, open), what was judged, and the sentence."""
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------
@@ -81,7 +80,12 @@ def tasks_verdict(summary: dict[str, Any]) -> Words | None:
     text += f", {len(changed) - worse} better" if len(changed) > worse else ""
     if above is None:
         return "open", "Tasks", f"{text}. The dense model itself is not above chance."
-    return ("good" if above >= GOOD_RETENTION else "bad"), "Tasks", f"{text}."
+    return retained_mark(above), "Tasks", f"{text}."
+
+
+def retained_mark(kept: float) -> str:
+    """The mark of a share that is left."""
+    return "good" if kept >= GOOD_RETENTION else "fair" if kept >= FAIR_RETENTION else "bad"
 
 
 # ---- long context --------------------------------------------------------------------------------------------
@@ -90,13 +94,15 @@ def tasks_verdict(summary: dict[str, Any]) -> Words | None:
 def positions(summary: dict[str, Any]) -> list[tuple[int, int, float | None, float | None]]:
     """(start, stop, dense, compressed) perplexity of each bucket of positions; None where it is no finite number."""
     table = part(summary, "long_context", "perplexity")
-    dense = {(part(r).get("start"), part(r).get("stop")): r.get("perplexity") for r in map(part, items(table, "dense"))}
-    found = []
-    for row in map(part, items(table, "compressed")):
-        start, stop = row.get("start"), row.get("stop")
-        if isinstance(start, int) and isinstance(stop, int):
-            found.append((start, stop, finite(dense.get((start, stop))), finite(row.get("perplexity"))))
-    return found
+    dense, compressed = (
+        {
+            (row["start"], row["stop"]): finite(row.get("perplexity"))
+            for row in map(part, items(table, name))
+            if type(row.get("start")) is type(row.get("stop")) is int and 0 < row["start"] < row["stop"]
+        }
+        for name in ("dense", "compressed")
+    )
+    return [(*bounds, dense.get(bounds), value) for bounds, value in compressed.items()]
 
 
 def long_verdict(summary: dict[str, Any]) -> Words | None:
@@ -114,7 +120,7 @@ def long_verdict(summary: dict[str, Any]) -> Words | None:
         f"{figure(dense)}; over the first {first - 1} it is {times(near)}."
     )
     hurt = len(rows) > 1 and math.log(far) > math.log(near) + LONG_LOSS
-    return ("bad" if hurt else "good"), "Long context", text
+    return ("bad" if hurt else "good" if far <= CLOSE else "fair"), "Long context", text
 
 
 def keys(summary: dict[str, Any]) -> dict[str, Any] | None:
@@ -148,7 +154,7 @@ def keys_verdict(summary: dict[str, Any]) -> Words | None:
     if grid["dense"] == 0:
         return "open", "Hidden keys", f"{text}: this task shows nothing about such a model."
     kept = grid["compressed"] / grid["dense"]
-    return ("good" if kept >= GOOD_RETENTION else "bad"), "Hidden keys", f"{text}."
+    return retained_mark(kept), "Hidden keys", f"{text}."
 
 
 # ---- generations ---------------------------------------------------------------------------------------------
@@ -190,4 +196,11 @@ def generation_verdict(summary: dict[str, Any]) -> Words | None:
     text = f"repeats {repeats[1]} of its 4-grams, the dense model {repeats[0]}"
     if parted is not None and tokens is not None:
         text += f"; the two write the same for {parted:.1f} of {tokens:.0f} tokens on average"
-    return "good", "Generation", f"{text}."
+    old, new = (finite(part(found, name).get("repeated_4grams")) for name in ("dense", "compressed"))
+    likely, unlikely = (finite(part(found, name).get("dense_loss")) for name in ("dense", "compressed"))
+    if old is None or new is None:
+        return "open", "Generation", f"{text}."
+    if likely is not None and unlikely is not None and unlikely > likely + UNLIKELY:
+        text += f"; the dense model gives its text {figure(unlikely)} nats per token, its own {figure(likely)}"
+        return "fair", "Generation", f"{text}."
+    return ("good" if new <= old + REPEATS else "fair"), "Generation", f"{text}."
