@@ -19,7 +19,8 @@ from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, load_blocks, split_mix
 from layercut.errors import ConfigError
-from layercut.progress import say
+from layercut.files import usual_mode_
+from layercut.progress import bar, say
 from layercut.quantize import quantized_weights
 from layercut.runs import Run
 from layercut.segments import Removal, Segment
@@ -38,11 +39,16 @@ class Workbench:
     spread: bool = False
     """Whether the weights are spread over several processes."""
 
-    @property
+    @cached_property
     def source(self) -> dict[str, Any]:
         """What the dense model depends on; not on where its weights lie while it runs."""
         load = {name: value for name, value in asdict(self.config.load).items() if name != "shard"}
-        return {"checkpoint": self.checkpoint.fingerprint(), "load": load}
+        return {"checkpoint": processes.on_main(self._fingerprint), "load": load}
+
+    def _fingerprint(self) -> str:
+        """Of the checkpoint's files, remembered in the run folder."""
+        with bar("reading the checkpoint", sum(file.stat().st_size for file in self.checkpoint.files())) as advance:
+            return self.checkpoint.fingerprint(self.run / ".digests.json", advance)
 
     @cached_property
     def layers(self) -> int:
@@ -188,6 +194,7 @@ class Workbench:
         def write() -> None:
             partial = self.run / f".{name}.partial"
             save_file(tensors, partial)
+            usual_mode_(partial)
             partial.replace(self.run / f"{name}.safetensors")
 
         processes.on_main(write)
