@@ -34,7 +34,7 @@ from layercut.config import (
     QuantizeAloneConfig,
     RunConfig,
 )
-from layercut.errors import ConfigError, LayercutError
+from layercut.errors import ConfigError, LayercutError, shown
 
 app = cyclopts.App(
     name="layercut",
@@ -83,7 +83,7 @@ def tune(model: Model, *, config: CompressConfig | None = None, preset: PresetNa
     """Search, cut and heal; save the checkpoint, measure nothing."""
     from layercut.pipeline import compress
 
-    print(compress(model, config or CompressConfig(), until="tune") / "model")
+    print(shown(str(compress(model, config or CompressConfig(), until="tune") / "model")))
 
 
 @app.command
@@ -91,7 +91,7 @@ def cut(model: Model, *, config: CutConfig) -> None:
     """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint."""
     from layercut.alone import cut
 
-    print(cut(model, config))
+    print(shown(str(cut(model, config))))
 
 
 @app.command
@@ -103,7 +103,7 @@ def quantize(
     """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
     from layercut.alone import quantize_alone
 
-    print(quantize_alone(model, config))
+    print(shown(str(quantize_alone(model, config))))
 
 
 @app.command
@@ -113,7 +113,7 @@ def export(
     """Write a finished run's model as a GGUF file for llama.cpp."""
     from layercut.to_gguf import export
 
-    print(export(model, config))
+    print(shown(str(export(model, config))))
 
 
 @app.command
@@ -128,7 +128,7 @@ def evaluate(
 
     found = evaluate_only(model, config or PerplexityConfig())
     for name, value in found.perplexity.items():
-        print(f"{name}\t{value:.4f}")
+        print(f"{shown(name)}\t{value:.4f}")
     if found.ratio:
         value, error = found.ratio
         print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
@@ -146,7 +146,7 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
     run = compare(model, config or CompareConfig())
     console = Console(highlight=False)
     console.print(comparison_table(json.loads((run / "compare.json").read_text())))
-    console.print(f"plot  {run / 'compare.svg'}", soft_wrap=True, markup=False)
+    console.print(shown(f"plot  {run / 'compare.svg'}"), soft_wrap=True, markup=False)
 
 
 @app.command
@@ -172,7 +172,7 @@ def report(run: RunFolder) -> None:
     """Write report.html anew from what a run folder holds."""
     from layercut.report import write_report
 
-    print(write_report(run))
+    print(shown(str(write_report(run))))
 
 
 @app.command
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         return _one_of_several(arguments)
     code, lines = _run(arguments)
     for line in lines:
-        print(line, file=sys.stderr)
+        print(shown(line), file=sys.stderr)
     return code
 
 
@@ -228,7 +228,7 @@ def _one_of_several(arguments: list[str]) -> int:
     if code:
         with processes.first_to_fail(code) as earlier:
             for line in lines if earlier is None else []:
-                print(line, file=sys.stderr)
+                print(shown(line), file=sys.stderr)
         return earlier or code
     processes.stop()
     return 0
@@ -337,8 +337,8 @@ def _show(run: Path) -> None:
 
     console = Console(highlight=False)
     console.print(closing_table(json.loads((run / "summary.json").read_text())))
-    console.print(f"model   {run / 'model'}", soft_wrap=True, markup=False)
-    console.print(f"report  {run / 'report.html'}", soft_wrap=True, markup=False)
+    console.print(shown(f"model   {run / 'model'}"), soft_wrap=True, markup=False)
+    console.print(shown(f"report  {run / 'report.html'}"), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -124,9 +124,9 @@ def outline_digest(path: Path) -> str:
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), LARGEST_JSON))).hexdigest()
 
 
-def record(folder: Path) -> dict[str, list[Any]]:
-    """[bytes, `outline_digest`] of every file below a folder, by its path from there."""
-    return {str(file.relative_to(folder)): [file.stat().st_size, outline_digest(file)] for file in _below(folder)}
+def record(folder: Path, base: Path) -> dict[str, list[Any]]:
+    """[bytes, `outline_digest`] of every file below a folder, by its path from `base`."""
+    return {str(file.relative_to(base)): [file.stat().st_size, outline_digest(file)] for file in _below(folder)}
 
 
 def as_recorded(folder: Path, recorded: Any) -> bool:

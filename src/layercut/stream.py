@@ -149,7 +149,6 @@ def open_on_disk(
     model.layers_on_disk = disk = LayersOnDisk(model, layers, number, place)
     disk.bytes_read = sum(tensor.nbytes for tensor in tensors.values())
     tokenizer = tokenizer or models.load_tokenizer(checkpoint)
-    models.check_vocabulary(tokenizer, config, checkpoint.name)
     return models.LanguageModel(model.eval().requires_grad_(False), tokenizer, checkpoint, number, place)
 
 

@@ -51,10 +51,14 @@ class Workbench:
             return self.checkpoint.fingerprint(self.run / ".digests.json", advance)
 
     @cached_property
+    def architecture(self) -> Any:
+        """The dense model's config, which needs no weights."""
+        return models.load_config(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
+
+    @cached_property
     def layers(self) -> int:
         """L, before anything is removed."""
-        trust = self.config.load.trust_remote_code
-        return models.count_layers(models.load_config(self.checkpoint, trust_remote_code=trust))
+        return models.count_layers(self.architecture)
 
     @property
     def dense(self) -> models.LanguageModel:
@@ -108,7 +112,9 @@ class Workbench:
                 f"{source!r} has the model write text, for which layers on disk would be read for every token",
                 "give another text, or --stream off",
             )
-        return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+        blocks = load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+        models.check_tokens(blocks.tokens, self.architecture, self.checkpoint.name)
+        return blocks
 
     # --- what a round of several has of its own: see `Round` ---
 
