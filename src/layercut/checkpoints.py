@@ -203,21 +203,22 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     if files := weight_files(folder):
         for file in files:
             check_shard(file)
-    elif any(folder.glob("*.bin")):
-        if not allow_pickle:
-            raise ModelError(
-                f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
-                "convert them to safetensors, or pass --allow-pickle if you trust their source",
-            )
-        if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
-            check_index(folder / PICKLE_INDEX)
-    else:
-        other = sorted(file.name for file in folder.glob("*.safetensors"))
-        found = f"; {other[0]} is a name that transformers does not read" if other else " (*.safetensors)"
+        return
+    pickled, other = any(folder.glob("*.bin")), sorted(file.name for file in folder.glob("*.safetensors"))
+    if other and not (pickled and allow_pickle):
         raise ModelError(
-            f"{folder} holds no weights{found}",
+            f"{folder} holds {other[0]}, a name that transformers does not read, and no weights under one that it does",
             f"give a complete model folder: {SINGLE}, or shards and {INDEX}",
         )
+    if not pickled:
+        raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+            "convert them to safetensors, or pass --allow-pickle if you trust their source",
+        )
+    if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
+        check_index(folder / PICKLE_INDEX)
 
 
 def check_config(folder: Path) -> None:
