@@ -153,7 +153,7 @@ SPOILED: dict[str, tuple[Spoil, list[str]]] = {
         ["../stolen.safetensors", "outside the model folder"],
     ),
     "index without a weight map": (
-        write("model.safetensors.index.json", "{}"),
+        lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text("{}"),
         ["index.json", "no weight_map"],
     ),
     "pickled weights": (pickle_only, ["pickled weights", "run code", "--allow-pickle"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,22 +87,23 @@ def test_index_and_other_files(tmp_path, source):
     assert not (out / "pytorch_model.bin").exists()
 
 
-def test_shards_without_an_index(tmp_path, source):
+def test_shards_without_an_index_are_refused_as_by_transformers(tmp_path, source):
     (source / INDEX).unlink()
-    cut_checkpoint(source, SEGMENTS, tmp_path / "out")
-    model = families.tiny("llama")
-    cut_segment_(model, SEGMENTS)
-    assert torch.equal(census.logits_of(loaded(tmp_path / "out")), census.logits_of(model))
+    with pytest.raises(ModelError, match="transformers does not read"):
+        cut_checkpoint(source, SEGMENTS, tmp_path / "out")
 
 
 def test_the_source_is_only_read_and_may_be_links(tmp_path, source):
     before = digest_all = {
         p: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.rglob("*") if p.is_file()
     }
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for file in source.iterdir():
-        (links / file.name).symlink_to(file)
+    links = tmp_path / "models--owner--name" / "snapshots" / "0123"
+    links.mkdir(parents=True)
+    blobs = shutil.copytree(source, tmp_path / "models--owner--name" / "blobs")
+    for file in blobs.rglob("*"):
+        if file.is_file():
+            (links / file.relative_to(blobs)).parent.mkdir(exist_ok=True)
+            (links / file.relative_to(blobs)).symlink_to(file)
     cut_checkpoint(links, SEGMENTS, tmp_path / "out")
     assert {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in digest_all} == before
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())

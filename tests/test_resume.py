@@ -252,9 +252,28 @@ def test_a_changed_flag_runs_again_what_depends_on_it(change, again, monkeypatch
 
 
 def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
+    """Another weight in a file of the same size and time; a copy, of another time, is the same model."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    os.utime(model / "model.safetensors", (1, 1))
+    file = model / "model.safetensors"
+    os.utime(file, (1, 1))
+    assert again(model=model) == ["summary"], "only the model's name is another"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, (1, 1))
     assert again(model=model) == list(STAGES)
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "another header", "gone"])
+def test_a_damaged_export_is_made_again(spoil, again, whole):
+    file = again.run / "model" / "model.safetensors"
+    sound = file.read_bytes()
+    if spoil == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(sound[:-1] if spoil == "cut short" else sound[:9] + b" " + sound[10:])
+    assert again() == ["export", "summary"]
+    assert file.read_bytes() == sound
 
 
 def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, monkeypatch):

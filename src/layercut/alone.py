@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layercut import checkpoints, evaluate, models, opening, processes, sharding
+from layercut import checkpoints, evaluate, memory, models, opening, processes, sharding
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.data import load_blocks, split_mix, stored_blocks
+from layercut.data import Blocks, load_blocks, split_mix, stored_blocks
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint, text_to_check
+from layercut.heal.endpoints import endpoints
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
 from layercut.remarks import describe_quantization
 from layercut.runs import digest, jsonable, versions, write_json
+from layercut.segments import Segment
 from layercut.stages.quantize import quantization_facts, quantize_with_bar_
 
 
@@ -33,7 +34,9 @@ def cut(model: str, config: CutConfig) -> Path:
     """
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
     if not checkpoint.gguf:
-        cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
+        left = cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
+        if left:
+            say("cut", f"not copied, since they are no known part of a model: {', '.join(left)}")
     elif config.out.suffix == ".gguf":
         cut_gguf(checkpoint.file, config.segments, config.out, force=config.force)
     else:
@@ -100,7 +103,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
     processes.start()
     run, cache = Path(target), None
     names = {target: target}
-    asked, tasks = config.tasks, None
+    asked = config.tasks
     if asked.names:
         evaluate.check_tasks(asked.names, asked.include_path)
     source_of_text = config.eval_data or (None if asked.names else "wikitext2")
@@ -109,43 +112,19 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
         cache = run / "tasks"
+    tasks = evaluate.load_tasks(asked.names, asked.include_path) if asked.names else {}
     losses: dict[str, torch.Tensor] = {}
-    records, tokens, text = [], None, None
+    records: list[dict[str, Any]] = []
+    drawn: Blocks | None = None
     for name, source in names.items():
-        checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
+        judged = _Judged(source, name, config, source_of_text, drawn)
+        if tasks:
+            records.append(judged.tasks(tasks, cache))
         if source_of_text is not None:
-            stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-            check_window(config.window, stock)
-        loaded = opening.load(checkpoint, **asdict(config.load))
-        if sharding.is_spread(loaded.model) and (asked.names or "self" in split_mix(source_of_text or "")):
-            raise ConfigError(
-                "tasks, and text from the model itself, are of one process, and the weights are spread over several",
-                "start one process",
-            )
-        if asked.names:
-            tasks = tasks or evaluate.load_tasks(asked.names, asked.include_path)
-            score = partial(
-                evaluate.score_tasks,
-                loaded.model, loaded.tokenizer, tasks, limit=asked.limit, name=name, cache=cache,
-            )  # fmt: skip
-            records.append(processes.on_main(score))
-        if source_of_text is None:
-            continue
-        if tokens is None:
-            drawn = partial(
-                load_blocks,
-                source_of_text,
-                loaded.tokenizer,
-                tokens=config.eval_tokens,
-                window=config.window,
-                seed=config.seed,
-                order="as written",
-                model=loaded.model,
-            )
-            blocks = processes.on_main(drawn)
-            tokens, text = blocks.tokens, blocks.facts()
-        with bar(f"perplexity of {name}", len(tokens)) as advance:
-            losses[name] = evaluate.window_losses(loaded.model, tokens, advance=advance)
+            losses[name] = judged.losses()
+        drawn = judged.blocks
+        del judged  # one model at a time: the next is loaded when this one's memory is free
+        memory.give_back()
     found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
     perplexities, ratio = {name: evaluate.of_losses(each) for name, each in losses.items()}, None
     if len(losses) == 2:
@@ -156,9 +135,54 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
         ratio=ratio,
         tasks=found["tasks"],
         retention=found["retention"] if len(records) == 2 else None,
-        text=text,
+        text=drawn.facts() if drawn else None,
         limit=asked.limit,
     )
+
+
+class _Judged:
+    """A model to evaluate, loaded; refused where that cannot be done on this text."""
+
+    def __init__(
+        self, source: str, name: str, config: PerplexityConfig, text: str | None, blocks: Blocks | None
+    ) -> None:
+        """blocks: what another model was measured on; else they are drawn from `text`, if that is given."""
+        checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
+        if text is not None:
+            stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+            check_window(config.window, stock)
+        self.name, self.config = name, config
+        self.loaded = opening.load(checkpoint, **asdict(config.load))
+        if sharding.is_spread(self.loaded.model) and (config.tasks.names or "self" in split_mix(text or "")):
+            raise ConfigError(
+                "tasks, and text from the model itself, are of one process, and the weights are spread over several",
+                "start one process",
+            )
+        self.blocks = blocks
+        if text is not None and blocks is None:
+            self.blocks = processes.on_main(lambda: self._drawn(text))
+
+    def tasks(self, tasks: dict[str, Any], cache: Path | None) -> dict[str, Any]:
+        """Scores of the main process, item by item."""
+        model, tokenizer, limit = self.loaded.model, self.loaded.tokenizer, self.config.tasks.limit
+        return processes.on_main(
+            lambda: evaluate.score_tasks(model, tokenizer, tasks, limit=limit, name=self.name, cache=cache)
+        )
+
+    def losses(self) -> torch.Tensor:
+        """Of each window of the tokens."""
+        assert self.blocks is not None
+        with bar(f"perplexity of {self.name}", len(self.blocks.tokens)) as advance:
+            return evaluate.window_losses(self.loaded.model, self.blocks.tokens, advance=advance)
+
+    def _drawn(self, text: str) -> Blocks:
+        config, loaded = self.config, self.loaded
+        blocks = load_blocks(
+            text, loaded.tokenizer, tokens=config.eval_tokens, window=config.window, seed=config.seed,
+            order="as written", model=loaded.model,
+        )  # fmt: skip
+        models.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
+        return blocks
 
 
 def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
@@ -188,7 +212,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
             text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
             chat_template=text.chat_template, model=model,
         ).tokens  # fmt: skip
-    found = quantize_with_bar_(model, tokens, config.quantize)
+        models.check_tokens(tokens, model.config, source.name)
+    cut = _cut_of(run) if is_run else []
+    found = quantize_with_bar_(model, tokens, config.quantize, endpoints=cut)
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
     with bar("saving and verifying", None):
@@ -198,3 +224,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         )
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
     return config.out
+
+
+def _cut_of(run: Path) -> list[int]:
+    """Layers beside the cuts of a finished run, by their place in its model."""
+    cut, summary = checkpoints.read_json(run / "cut.json"), checkpoints.read_json(run / "summary.json")
+    return endpoints([Segment(*bounds) for bounds in cut["segments"]], summary["layers"]["before"])

@@ -1,20 +1,29 @@
 """From a model's name to files on this machine, checked: a Hub id, a local folder or a .gguf file.
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
-and shard names may not leave the folder.
+shard names may not leave the folder, and JSON is read within limits (`files.py`) and checked (`configfile.py`) before a
+class of transformers sees it. Which files hold the weights is decided here alone, as transformers decides it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from layercut import configfile
 from layercut.errors import ModelError, first_line
+from layercut.files import content_digest, read_json
+from layercut.runs import write_json
+
+__all__ = ["Checkpoint", "read_json", "resolve"]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -33,11 +42,41 @@ class Checkpoint:
         """The path a user would recognise."""
         return self.folder / self.gguf if self.gguf else self.folder
 
-    def fingerprint(self) -> str:
-        """Hash of the files' names, sizes and modification times: changes with the model, costs nothing."""
-        files = [self.file] if self.gguf else sorted(p for p in self.folder.iterdir() if p.is_file())
-        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
+        """Hash of the content of all files that a model is read from: copies agree, any edit shows.
+
+        memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the same
+        (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core. advance: counts bytes.
+        """
+        known = _remembered(memo)
+        noted: dict[str, Any] = {}
+        for path in self.files():
+            facts = path.stat()
+            state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+            old = known.get(path.name)
+            same = isinstance(old, list) and old[:-1] == state
+            noted[path.name] = old if same else [*state, content_digest(path)]
+            advance(facts.st_size)
+        if memo and noted != known:
+            write_json(memo, noted)
+        digests = {name: facts[-1] for name, facts in noted.items()}
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+
+    def files(self) -> list[Path]:
+        """The files that a model is read from: weights, config, tokenizer, code; not its card or licence."""
+        if self.gguf:
+            return [self.file]
+        beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
+        weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
+        return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
+
+
+def _remembered(memo: Path | None) -> dict[str, Any]:
+    try:
+        found = read_json(memo) if memo else {}
+    except ModelError:  # not there, or not what was written: hash anew
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
@@ -48,9 +87,13 @@ def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> C
     Raises ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
     """
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" or path.is_file():
+    try:
+        is_file, is_dir = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
+        raise ModelError(f"{name!r} cannot be read: {first_line(error)}", "check the path of the model") from None
+    if path.suffix == ".gguf" or is_file:
         return _resolve_file(name, path)
-    if path.is_dir() and name.strip():
+    if is_dir and name.strip():
         if weights:
             check_folder(path, allow_pickle=allow_pickle)
         else:
@@ -147,37 +190,59 @@ def _hub_answers(name: str) -> bool:
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
     check_config(folder)
-    for index in folder.glob("*.index.json"):
+    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            configfile.check_object(read_json(folder / name), str(folder / name))
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json) beside or instead of a model",
+            "merge it into its model first (peft: merge_and_unload), or take its files out of the folder",
+        )
+    if index := used_index(folder):
         check_index(index)
-    if weight_files(folder):
-        for file in weight_files(folder):
+    if files := weight_files(folder):
+        for file in files:
             check_shard(file)
-    elif any(folder.glob("*.bin")):
-        if not allow_pickle:
-            raise ModelError(
-                f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
-                "convert them to safetensors, or pass --allow-pickle if you trust their source",
-            )
-    else:
+        return
+    pickled, other = any(folder.glob("*.bin")), sorted(file.name for file in folder.glob("*.safetensors"))
+    if other and not (pickled and allow_pickle):
+        raise ModelError(
+            f"{folder} holds {other[0]}, a name that transformers does not read, and no weights under one that it does",
+            f"give a complete model folder: {SINGLE}, or shards and {INDEX}",
+        )
+    if not pickled:
         raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+            "convert them to safetensors, or pass --allow-pickle if you trust their source",
+        )
+    if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
+        check_index(folder / PICKLE_INDEX)
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a folder whose config.json is missing or is not one."""
+    """Refuse a folder whose config.json is missing, is not one, or says what no class should be built from."""
     config = read_json(folder / "config.json", "a model folder needs config.json")
-    if not isinstance(config, dict):
-        raise ModelError(
-            f"{folder / 'config.json'} does not hold an object", "use the model's own config.json"
-        )
+    configfile.check_config(config, str(folder / "config.json"))
+
+
+def used_index(folder: Path) -> Path | None:
+    """The index that transformers would read: where there is model.safetensors, none."""
+    index = folder / INDEX
+    return index if index.is_file() and not (folder / SINGLE).is_file() else None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The shards the index names; else model.safetensors; else every safetensors file there is."""
-    if (folder / INDEX).is_file():
-        return sorted(folder / name for name in set(read_json(folder / INDEX)["weight_map"].values()))
+    """The safetensors files that transformers would take a folder's weights from: model.safetensors; else the shards
+    that the index names; else none, whatever other names there are."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    return sorted(folder.glob("*.safetensors"))
+    if index := used_index(folder):
+        content = read_json(index)
+        configfile.check_index(content, str(index))
+        return sorted(folder / name for name in set(content["weight_map"].values()))
+    return []
 
 
 def weight_bytes(checkpoint: Checkpoint) -> int:
@@ -190,40 +255,32 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
 def check_index(index: Path) -> None:
     """Every shard an index names must lie in the index's own folder and be there."""
     content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(f"{index} has no weight_map", "fetch the checkpoint's index again")
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise ModelError(
-                f"{index} names the shard {shard!r}, which lies outside the model folder",
-                "do not use this checkpoint, or mend the index by hand if you made it",
-            )
+    configfile.check_index(content, str(index))
+    for shard in sorted(set(content["weight_map"].values())):
         if not (index.parent / shard).is_file():
             raise ModelError(f"{index} names {shard}, which is not there", "fetch the missing shard again")
 
 
 def check_shard(file: Path) -> None:
     """A safetensors file must have a readable header and all the bytes that it promises."""
-    from safetensors import SafetensorError, safe_open
+    stored_shapes(file)
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header. ModelError: it is corrupt, truncated or gone."""
+    from safetensors import safe_open
 
     try:
         # not mapped: a mapping of the whole file would count against a limit on the process's memory
         with safe_open(file, framework="pt", backend="pread") as shard:
-            shard.keys()
-    except (SafetensorError, OSError) as error:
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118, no dict
+    except Exception as error:  # its own kind, the system's, or Python's for numbers that are none
+        size = f"{file.stat().st_size:,} bytes" if file.exists() else "not there"
         raise ModelError(
-            f"{file} is corrupt or truncated ({file.stat().st_size:,} bytes): {first_line(error)}",
-            "fetch this file again",
+            f"{file} is corrupt or truncated ({size}): {first_line(error)}", "fetch this file again"
         ) from None
 
 
-def read_json(path: Path, need: str = "") -> Any:
-    """Read a JSON file, with a ModelError where that cannot be done."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        why = f": {need}" if need else ""
-        raise ModelError(f"no file {path}{why}", "give a complete model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {first_line(error)}", "fetch this file again") from None
+def stored_elements(folder: Path) -> int:
+    """How many numbers a folder's safetensors files hold."""
+    return sum(prod(shape) for file in weight_files(folder) for shape in stored_shapes(file).values())

@@ -38,7 +38,7 @@ from layercut.config import (
     TuneConfig,
     keys,
 )
-from layercut.errors import ConfigError, LayercutError
+from layercut.errors import ConfigError, LayercutError, shown
 
 app = cyclopts.App(
     name="layercut",
@@ -103,7 +103,7 @@ def tune(model: Model, *, config: TuneConfig | None = None, preset: PresetName =
     """
     from layercut.pipeline import compress
 
-    print(compress(model, (config or TuneConfig()).journey(), until="tune") / "model")
+    print(shown(str(compress(model, (config or TuneConfig()).journey(), until="tune") / "model")))
 
 
 @app.command
@@ -116,7 +116,7 @@ def cut(model: Model, *, config: CutConfig) -> None:
     """
     from layercut.alone import cut
 
-    print(cut(model, config))
+    print(shown(str(cut(model, config))))
 
 
 @app.command
@@ -133,7 +133,7 @@ def quantize(
     """
     from layercut.alone import quantize_alone
 
-    print(quantize_alone(model, config))
+    print(shown(str(quantize_alone(model, config))))
 
 
 @app.command
@@ -148,7 +148,7 @@ def export(
     """
     from layercut.to_gguf import export
 
-    print(export(model, config))
+    print(shown(str(export(model, config))))
 
 
 @app.command
@@ -172,7 +172,7 @@ def evaluate(
         print(json.dumps(found.to_json(), indent=1))
         return
     for name, value in found.perplexity.items():
-        print(f"{name}\t{value:.4f}")
+        print(f"{shown(name)}\t{value:.4f}")
     if found.ratio:
         value, error = found.ratio
         print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
@@ -195,8 +195,8 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
     run = compare(model, config or CompareConfig())
     console = Console(highlight=False)
     console.print(comparison_table(json.loads((run / "compare.json").read_text())))
-    console.print(f"plot    {run / 'compare.svg'}", soft_wrap=True, markup=False)
-    console.print(f"report  {run / 'compare.html'}", soft_wrap=True, markup=False)
+    for name, file in (("plot", "compare.svg"), ("report", "compare.html")):
+        console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)
 
 
 @app.command
@@ -227,7 +227,7 @@ def report(run: RunFolder) -> None:
     """Write report.html anew from what a run folder holds."""
     from layercut.report import write_report
 
-    print(write_report(run))
+    print(shown(str(write_report(run))))
 
 
 @app.command
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     code, lines = _run(arguments)
     try:
         for line in lines:
-            print(line, file=sys.stderr)
+            print(shown(line), file=sys.stderr)
     except BrokenPipeError:
         return _reader_gone()
     return code
@@ -286,7 +286,7 @@ def _one_of_several(arguments: list[str]) -> int:
     if code:
         with processes.first_to_fail(code) as earlier:
             for line in lines if earlier is None else []:
-                print(line, file=sys.stderr)
+                print(shown(line), file=sys.stderr)
         return earlier or code
     processes.stop()
     return 0
@@ -422,8 +422,8 @@ def _show(run: Path) -> None:
     console.print(table)
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal)
-    console.print(f"model   {run / 'model'}", soft_wrap=True, markup=False)
-    console.print(f"report  {run / 'report.html'}", soft_wrap=True, markup=False)
+    for name, file in (("model", "model"), ("report", "report.html")):
+        console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

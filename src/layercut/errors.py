@@ -8,6 +8,10 @@ Raised anywhere, caught in one place (`cli.main`), which prints two lines and ex
 Any other exception is a fault of ours and exits with 1.
 """
 
+from __future__ import annotations
+
+from unicodedata import category
+
 
 class LayercutError(Exception):
     """A wrong input. `message` says what was got and what is allowed, `hint` how to mend it."""
@@ -36,6 +40,11 @@ class SurgeryError(LayercutError):
 
 class RunError(LayercutError):
     """A run folder that cannot be written, resumed or reported on."""
+
+
+def shown(text: str) -> str:
+    """Text for a terminal: control and formatting characters, which names of files and tensors may hold, escaped."""
+    return "".join(f"\\x{ord(c):02x}" if category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ them; saved are the packed ones, and a reload must compute the same logits to th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from layercut import checkpoints, memory, stream
 from layercut.errors import RunError
+from layercut.files import usual_mode_
 from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
 from layercut.units import size
@@ -60,6 +62,7 @@ def export_checkpoint(
                 # a copy: for some architectures transformers empties the dict that it is given
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
+        usual_mode_(partial)
         check_bytes(partial, state)
         check = verify_reload(model, partial, text) if packed else verify(model, partial, text)
         replace_folder(partial, folder)
@@ -134,7 +137,7 @@ def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) ->
     that full forwards without it give (in float32, where ties are not made by rounding). Of `text` [N, T] the process
     measures the perplexity, in float32 as well: some CPUs take many times as long over narrower formats.
     """
-    return _verified(model, folder, ["-I", str(CHECKER)], text)
+    return _verified(model, folder, ["-P", str(CHECKER)], text)
 
 
 def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
@@ -162,11 +165,20 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
         save_file(expected, file)
         command = [sys.executable, *checker, str(folder), str(file)]
         command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ReloadError(f"the saved model does not reload as it was: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _environment() -> dict[str, str]:
+    """For a fresh process with -P: it finds the packages that this one finds, wherever they lie, but none in the folder
+    where the user happens to be. Of layercut's own path it needs nothing, and `reload_check.py` bars that import."""
+    here = os.getcwd()
+    paths = [os.path.abspath(path) for path in sys.path if path and os.path.abspath(path) != here]
+    no_more = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | no_more
 
 
 def text_to_check(blocks: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercut import processes, sharding
+from layercut import checkpoints, configfile, processes, sharding
 from layercut.checkpoints import Checkpoint, read_json
+from layercut.configfile import COUNTS
 from layercut.errors import ModelError, first_line
+from layercut.files import LARGEST_JSON, REFETCH, open_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
@@ -67,8 +69,10 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     """The config of a checkpoint, refused unless it is a decoder-only language model's."""
     from transformers import AutoConfig
 
-    if not checkpoint.gguf and not trust_remote_code:
-        _refuse_remote_code(checkpoint.folder)
+    if not checkpoint.gguf:
+        checkpoints.check_config(checkpoint.folder)
+        if not trust_remote_code:
+            _refuse_remote_code(checkpoint.folder)
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
@@ -148,6 +152,7 @@ def load(
     stored = pick_dtype(dtype, config, checkpoint)
     number = computing_dtype(dtype, stored, place)
     auto = auto_class(config, trust_remote_code=trust_remote_code)
+    refuse_larger(config, checkpoint, trust_remote_code=trust_remote_code)
     with quiet_transformers():
         try:
             if checkpoint.gguf:
@@ -172,7 +177,7 @@ def load(
             raise
         except ImportError as error:
             raise _missing_package(error) from None
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # a class that divides by what a config says fails with any of them
             raise ModelError(
                 f"{checkpoint.name} cannot be loaded: {first_line(error)}",
                 "check that the checkpoint is complete and that this version of transformers knows it",
@@ -181,6 +186,46 @@ def load(
     model = model.to(place).eval().requires_grad_(False)
     model.stored_dtype = stored
     return LanguageModel(model, tokenizer, checkpoint, number, place)
+
+
+SAMPLE = "The quick brown fox jumps over 13 lazy dogs.\n"
+SLACK = 2**26
+"""Numbers that a model may have beyond twice those stored: tables that classes compute, such as attention masks."""
+
+
+def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
+    """Refuse a config that calls for far more numbers than the files hold, before memory is taken for them.
+
+    transformers fills what is missing or of another shape with random numbers, whatever that takes, and tells then
+    (`check_loading`). Quantized and pickled weights, and GGUF, are not counted.
+    """
+    if checkpoint.gguf or _is_quantized(config) or not checkpoints.weight_files(checkpoint.folder):
+        return
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            model = auto_class(config, trust_remote_code=trust_remote_code).from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        except Exception:  # loading builds the class likewise, and says what is wrong
+            return
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = checkpoints.stored_elements(checkpoint.folder)
+    if wanted > 2 * stored + SLACK:
+        raise ModelError(
+            f"the config of {checkpoint.name} calls for {wanted:,} weights, and its files hold {stored:,}",
+            "give the config.json that belongs to these weights",
+        )
+
+
+def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
+    """Refuse tokens, of any shape, that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        worst = int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min())
+        raise ModelError(
+            f"the tokenizer of {name} gives token {worst:,}, and the model's vocabulary has {size:,}",
+            "give the tokenizer files that belong to this model",
+        )
 
 
 def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
@@ -275,24 +320,45 @@ def convert_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint; ModelError where there is none."""
+    """The tokenizer of a checkpoint; ModelError where there is none, or where it cannot read a line of text."""
     from transformers import AutoTokenizer
 
-    if not checkpoint.gguf and not any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
-            f"{checkpoint.folder} holds no tokenizer",
-            "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
-        )
+    if not checkpoint.gguf:
+        check_tokenizer_files(checkpoint.folder)
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
             )
-        except Exception as error:
+            tokenizer(SAMPLE)
+            return tokenizer
+        except BaseException as error:
+            # the library in Rust ends in a kind of its own that is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ModelError(
                 f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",
                 "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
             ) from error
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder without a tokenizer, or whose tokenizer files are of a kind or size that none has."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder} holds no tokenizer",
+            "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
+        )
+    for name in TOKENIZER_FILES:
+        if not (folder / name).exists():
+            continue
+        with open_regular(folder / name) as opened:
+            size = os.fstat(opened.fileno()).st_size
+        if size > LARGEST_JSON:
+            raise ModelError(f"{folder / name} has {size:,} bytes; allowed are {LARGEST_JSON:,}", REFETCH)
+    if (folder / "tokenizer_config.json").exists():
+        file = folder / "tokenizer_config.json"
+        configfile.check_tokenizer_config(read_json(file), str(file))
 
 
 def pick_device(device: str) -> torch.device:
@@ -367,6 +433,11 @@ def check_loading(info: dict[str, Any], name: str) -> None:
 
 
 def _missing_package(error: ImportError) -> ModelError:
+    if "flash" in str(error).lower():
+        return ModelError(
+            f"the config asks for an attention implementation that is missing here: {first_line(error)}",
+            "take attn_implementation out of config.json: transformers then chooses one",
+        )
     extra = "quantize" if "compressed" in str(error) else "gguf"
     return ModelError(
         f"reading this model needs a package that is missing: {first_line(error)}",
@@ -377,12 +448,6 @@ def _missing_package(error: ImportError) -> ModelError:
 # --- the stack of decoder layers ----------------------------------------------------------------------------
 
 
-COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers",
-    "num_decoder_layers", "layers",
-)  # fmt: skip
-"""Names under which configs count their decoder layers."""
-
 OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
 """Parts of a model whose layers are not the decoder's, by a word in their path."""
 
@@ -390,7 +455,13 @@ OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp"
 def count_layers(config: Any) -> int:
     """L, the number of decoder layers that a config promises; the model's own stack has the last word."""
     text = config.get_text_config(decoder=True)
-    return next(value for name in COUNTS if isinstance(value := getattr(text, name, None), int))
+    found = [value for name in COUNTS if isinstance(value := getattr(text, name, None), int)]
+    if not found:
+        raise ModelError(
+            f"the config of this {config.model_type!r} does not count its layers ({', '.join(COUNTS)})",
+            "use the model's own config.json",
+        )
+    return found[0]
 
 
 def find_decoder(model: Any) -> Decoder:

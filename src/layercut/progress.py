@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from layercut import errors
 from layercut.processes import is_main
 
 console = Console(stderr=True, highlight=False)
@@ -31,10 +32,10 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     ]
     shown = console.is_terminal and is_main()
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        task = progress.add_task(description, total=total, words="")
+        task = progress.add_task(escape(errors.shown(description)), total=total, words="")
 
         def advance(steps: float = 1, words: str = "") -> None:
-            progress.update(task, advance=steps, words=escape(words))
+            progress.update(task, advance=steps, words=escape(errors.shown(words)))
 
         yield advance
 
@@ -42,4 +43,4 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
 def say(stage: str, words: str) -> None:
     """One line about a stage."""
     if is_main():
-        console.print(f"[bold]{escape(f'{stage:>9}')}[/bold]  {escape(words)}")
+        console.print(f"[bold]{escape(f'{stage:>9}')}[/bold]  {escape(errors.shown(words))}")

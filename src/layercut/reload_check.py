@@ -1,7 +1,8 @@
 """Run by itself, in a fresh process, by `export.verify_reload`: is the saved checkpoint the model it should be?
 
-Uses torch and transformers alone. Prints one line of JSON, or fails with the difference as its last line. EXPECTED
-holds tokens and their logits and, where there is text to measure perplexity on, its rows [N, T].
+Uses torch and transformers alone; what imports layercut here fails. Prints one line of JSON, or fails with the
+difference as its last line. EXPECTED holds tokens and their logits and, where there is text to measure perplexity on,
+its rows [N, T].
 
     python reload_check.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
 """
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
+sys.modules["layercut"] = None  # type: ignore[assignment]  # so that `import layercut` fails, though this process may see where it lies
 NEW_TOKENS = 24
 TIE = 1e-3  # logits nearer than this may change places between two orders of summation
 

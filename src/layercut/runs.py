@@ -30,6 +30,7 @@ import yaml
 
 from layercut import memory, processes
 from layercut.errors import RunError
+from layercut.files import as_recorded
 
 Artefact = dict[str, Any]
 TEXTS = ("text-calibration", "text-heldout", "text-tuning", "text-evaluation")
@@ -115,9 +116,10 @@ class Run:
         return restored(jsonable(artefact))  # what a later run reads, to the type
 
     def _whole(self, name: str, artefact: Artefact) -> bool:
-        """Whether an artefact is of these inputs, and its files are there."""
+        """Whether an artefact is of these inputs, and its files are there, and those in its record as they were."""
         files = artefact.get("files") or []
-        return artefact.get("config_hash") == self._hashes[name] and all((self / f).exists() for f in files)
+        there = artefact.get("config_hash") == self._hashes[name] and all((self / f).exists() for f in files)
+        return there and as_recorded(self.folder, artefact.get("record", {}))
 
     def inputs_of(self, name: str) -> str:
         """Hash of all that goes into a stage that was begun, earlier stages included."""
@@ -167,7 +169,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self / "config.yaml").touch()
-            lock = (self / ".lock").open("w")
+            # never through a link, of whoever made the folder, and nothing is truncated
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.fdopen(os.open(self / ".lock", flags, 0o666), "r+")
         except OSError as error:
             raise RunError(
                 f"--out {self.folder} cannot be written: {error.strerror}",

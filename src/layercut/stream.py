@@ -137,6 +137,7 @@ def open_on_disk(
     own = models.pick_dtype(dtype, config, checkpoint)
     number = models.computing_dtype(dtype, own, place)
     stored = stored_tensors(checkpoint.folder)
+    models.refuse_larger(config, checkpoint)
     skeleton = _build(checkpoint, config, stored, number)
     layers, rest = _by_layer(skeleton, stored)
     _refuse_sharing(skeleton)
@@ -147,9 +148,8 @@ def open_on_disk(
     model.stored_dtype = own
     model.layers_on_disk = disk = LayersOnDisk(model, layers, number, place)
     disk.bytes_read = sum(tensor.nbytes for tensor in tensors.values())
-    return models.LanguageModel(
-        model.eval().requires_grad_(False), tokenizer or models.load_tokenizer(checkpoint), checkpoint, number, place
-    )
+    tokenizer = tokenizer or models.load_tokenizer(checkpoint)
+    return models.LanguageModel(model.eval().requires_grad_(False), tokenizer, checkpoint, number, place)
 
 
 def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -170,7 +170,7 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
                 ignore_mismatched_sizes=True,  # refused below, and by name
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # as in `models.load`
             raise ModelError(f"{checkpoint.name} cannot be opened: {first_line(error)}", IN_MEMORY) from error
     models.check_loading(info, checkpoint.name)
     if info.get("conversion_errors"):

@@ -19,7 +19,8 @@ from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, load_blocks, split_mix, stored_blocks
 from layercut.errors import ConfigError
-from layercut.progress import say
+from layercut.files import usual_mode_
+from layercut.progress import bar, say
 from layercut.quantize import quantized_weights
 from layercut.runs import Run
 from layercut.segments import Removal, Segment
@@ -41,17 +42,26 @@ class Workbench:
     text: dict[str, Any] = field(default_factory=dict)
     """What the text stage has drawn, by use: source, tokens, window, documents, fingerprint."""
 
-    @property
+    @cached_property
     def source(self) -> dict[str, Any]:
         """What the dense model depends on; not on where its weights lie while it runs."""
         load = {name: value for name, value in asdict(self.config.load).items() if name != "shard"}
-        return {"checkpoint": self.checkpoint.fingerprint(), "load": load}
+        return {"checkpoint": processes.on_main(self._fingerprint), "load": load}
+
+    def _fingerprint(self) -> str:
+        """Of the checkpoint's files, remembered in the run folder."""
+        with bar("reading the checkpoint", sum(file.stat().st_size for file in self.checkpoint.files())) as advance:
+            return self.checkpoint.fingerprint(self.run / ".digests.json", advance)
+
+    @cached_property
+    def architecture(self) -> Any:
+        """The dense model's config, which needs no weights."""
+        return models.load_config(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
 
     @cached_property
     def layers(self) -> int:
         """L, before anything is removed."""
-        trust = self.config.load.trust_remote_code
-        return models.count_layers(models.load_config(self.checkpoint, trust_remote_code=trust))
+        return models.count_layers(self.architecture)
 
     @property
     def dense(self) -> models.LanguageModel:
@@ -105,7 +115,9 @@ class Workbench:
                 f"{source!r} has the model write text, for which layers on disk would be read for every token",
                 "give another text, or --stream off",
             )
-        return load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+        blocks = load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
+        models.check_tokens(blocks.tokens, self.architecture, self.checkpoint.name)
+        return blocks
 
     # --- what a round of several has of its own: see `Round` ---
 
@@ -191,6 +203,7 @@ class Workbench:
         def write() -> None:
             partial = self.run / f".{name}.partial"
             save_file(tensors, partial)
+            usual_mode_(partial)
             partial.replace(self.run / f"{name}.safetensors")
 
         processes.on_main(write)

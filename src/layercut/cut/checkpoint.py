@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from layercut.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, weight_files
+from layercut.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
 from layercut.cut import facts
 from layercut.cut.adjust import Read
 from layercut.cut.folder import appearing
@@ -30,11 +31,18 @@ from layercut.errors import ModelError, SurgeryError
 from layercut.models import load_config
 from layercut.segments import Segment
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-"""Files that hold the uncut model's weights: never copied as they are."""
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "*.tiktoken", "tekken.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json",
+    "image_processor_config.json", "video_preprocessor_config.json", "README*", "LICENSE*", "LICENCE*", "COPYING*",
+    "NOTICE*", "USE_POLICY*", "MODEL_CARD*",
+)  # fmt: skip
+"""Files that belong to a model and are copied beside its weights. Nothing else is: code would have to be trusted, and
+what else lies in a folder need not be meant for those who get the result."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of number formats that weights are converted between."""
-NOT_COPIED = {"config.json", "original", "onnx", "metal", "openvino"}
 
 
 def cut_checkpoint(
@@ -45,26 +53,30 @@ def cut_checkpoint(
     force: bool = False,
     healed: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> list[str]:
     """Write to `out` the checkpoint in `folder` without the layers of `segments`.
 
-    Weights are streamed (a tensor is read only where its values change), config and index rewritten, other
-    files copied. `out` appears at the end, whole; the source is only read.
+    Weights are streamed (a tensor is read only where its values change), config and index rewritten, `COMPANIONS`
+    copied. `out` appears at the end, whole; the source is only read. Returns the names of files left behind.
     healed: weights of the cut model to store instead, by the names they are saved under. dtype: the number format
     to store weights in, where it is not the checkpoint's own.
     Raises SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
-    ModelError: the source is incomplete or corrupt.
+    ModelError: the source is incomplete or corrupt, or a companion is a link to a file outside of it.
     RunError: `out` exists (unless force), cannot be written, or the disk is full.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder).resolve(), Path(out)
+    companions, left = _companions(folder)
     jobs, raw = _planned(folder, segments, healed or {}, dtype)
     need = sum(out.size for _, outputs in jobs for out in outputs)
     with appearing(out, force=force, need=need) as work:
-        _copy_others(folder, work)
+        for path in companions:
+            (work / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / path, work / path)
         (work / "config.json").write_text(
             json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
+    return left
 
 
 def check_checkpoint_cut(folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor]) -> None:
@@ -135,9 +147,9 @@ def model_class(config: Any) -> type:
 
 def _check_index(folder: Path, shards: Sequence[Shard]) -> None:
     """The index must list exactly what its shards hold."""
-    if not (folder / INDEX).is_file():
+    if not (index := used_index(folder)):
         return
-    listed: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+    listed: dict[str, str] = read_json(index)["weight_map"]
     held = {name: shard.file.name for shard in shards for name in shard.entries}
     for name in sorted(held.keys() - listed.keys()):
         raise ModelError(
@@ -373,7 +385,8 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
         write_shard(work / name, shard.file, outputs, shard.metadata or {"format": "pt"})
         weight_map |= {output.name: name for output in outputs}
     if not single:
-        old = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+        listed = used_index(folder)
+        old = read_json(listed) if listed else {}
         outputs = [output for _, some in jobs for output in some]
         metadata = dict(old.get("metadata") or {}) | {"total_size": sum(o.size for o in outputs)}
         if "total_parameters" in metadata:
@@ -382,17 +395,34 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_others(folder: Path, work: Path) -> None:
-    """Tokenizer, generation config, chat template and whatever else is no weight; links are followed."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in NOT_COPIED or path.suffix in WEIGHTS:
-            continue
-        if path.is_dir():
-            shutil.copytree(
-                path, work / path.name, ignore=shutil.ignore_patterns(".*", *(f"*{s}" for s in WEIGHTS))
+def _companions(folder: Path) -> tuple[list[Path], list[str]]:
+    """Paths below a folder of the files to copy, and the names of those left behind, weights and config aside.
+
+    ModelError: one is a link that leaves the checkpoint, so that copying it would publish another file.
+    """
+    wanted = sorted({path for pattern in COMPANIONS for path in folder.glob(pattern)})
+    for path in wanted:
+        if not _belongs(path, folder):
+            raise ModelError(
+                f"{path} is not a file of this checkpoint: a link out of it, or no regular file",
+                "put the file itself in the place of the link, or take it out of the folder",
             )
-        elif not path.name.endswith(".index.json"):
-            shutil.copyfile(path, work / path.name)
+    weights = {INDEX, SINGLE, "config.json", *(file.name for file in weight_files(folder))}
+    top = {path.relative_to(folder).parts[0] for path in wanted}
+    left = sorted(p.name for p in folder.iterdir() if p.name not in weights | top and not p.name.startswith("."))
+    return [path.relative_to(folder) for path in wanted], left
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a regular file in the folder, or in the Hub's cache in the same repository's blobs."""
+    target = path.resolve()
+    home = folder
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        home = folder.parent.parent
+    try:
+        return target.is_relative_to(home) and stat.S_ISREG(target.stat().st_mode)
+    except OSError:
+        return False
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -406,6 +436,7 @@ def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
     """
     wanted = facts.reread(plan.config).to_dict()
     mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
+    mended.pop("auto_map", None)  # names code that is left behind; the class is one of transformers' own
     _quantization_names_(mended, plan)
     try:
         if facts.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
@@ -413,7 +444,7 @@ def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
     except SurgeryError:  # the class refuses the mixture of old and new facts
         pass
     whole = json.loads(plan.config.to_json_string(use_diff=True))
-    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):
+    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config"):
         if name in raw:
             whole[name] = raw[name]
     _quantization_names_(whole, plan)

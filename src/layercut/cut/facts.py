@@ -128,14 +128,19 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
     for rule in (_cut_lists, _cut_indices, _cut_dicts, _cut_counted, *SPECIAL_RULES):
         rule(text, kept, layers)
     _set_counts(text, text_config, kept, layers)
-    new.original_layer_index = original_layer_index(config, kept)
+    new.original_layer_index = original_layer_index(config, kept, layers)
     _check(new, text, text_config, kept, layers)
     return new
 
 
-def original_layer_index(config: Any, kept: Sequence[int]) -> list[int]:
+def original_layer_index(config: Any, kept: Sequence[int], layers: int) -> list[int]:
     """Where the kept layers stood in the model this one was cut from, through all earlier cuts."""
     before = getattr(config, "original_layer_index", None)
+    if before and len(before) != layers:
+        raise SurgeryError(
+            f"the config's original_layer_index is of {len(before)} layers, and the model has {layers}",
+            "take original_layer_index out of config.json: it is not of this model",
+        )
     return [before[i] for i in kept] if before else list(kept)
 
 

@@ -169,7 +169,7 @@ def tune_(
         with asked_to_stop() as stop:
             while report.step < report.steps and not report.stopped_early:
                 count = training.step_()
-                if report.step % max(1, report.steps // SCORES) == 0 or report.step == report.steps:
+                if is_scored(report.step, report.steps):
                     training.note_score_(judge.score())
                 advance(count, report.curve[-1]["loss"])
                 if (number := processes.most(stop.signal or 0)) and not stop.signal:
@@ -385,6 +385,11 @@ class _Training:
             for i, (mean, square) in enumerate(zip(own["exp_avg"], own["exp_avg_sq"], strict=True))
         }
         self.optimizer.load_state_dict(saved)
+
+
+def is_scored(step: int, steps: int) -> bool:
+    """Whether the held-out loss is taken after step 1, 2, …, steps: `SCORES` times, evenly, the last among them."""
+    return step * SCORES // steps > (step - 1) * SCORES // steps
 
 
 def rows_per_step(settings: TuneSettings, window: int) -> int:

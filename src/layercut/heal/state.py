@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from layercut.errors import RunError
+from layercut.files import usual_mode_
 
 
 class StateFile:
@@ -43,6 +44,7 @@ class StateFile:
         partial = self.path.with_name(f".{self.path.name}.partial")
         try:
             save_file(named, partial, {"key": key, "facts": json.dumps(facts)})
+            usual_mode_(partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(self.path)

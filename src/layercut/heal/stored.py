@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from layercut import processes
 from layercut.errors import ConfigError, RunError
+from layercut.files import usual_mode_
 from layercut.losses import logit_pieces, slices
 from layercut.sweep import Stack
 from layercut.units import size
@@ -88,6 +89,7 @@ def store_teacher(
     for i in missing[processes.share(len(missing))]:
         partial = folder / f".{i}.partial"
         save_file(_likeliest(dense, tokens[parts[i]], k, temperature), partial, {"key": key})
+        usual_mode_(partial)
         partial.replace(_shard(folder, i))
         advance(tokens[parts[i]].numel())
     processes.barrier()

@@ -48,9 +48,24 @@ class Quantization:
 
 
 def endpoints_of(config: Any, layers: int) -> list[int]:
-    """Layers beside a cut, from `original_layer_index` in a model's config; empty for a model that was not cut."""
-    index = getattr(config.get_text_config(), "original_layer_index", None) or list(range(layers))
-    return sorted({j for i in range(1, layers) if index[i] != index[i - 1] + 1 for j in (i - 1, i)})
+    """Layers beside a cut, from `original_layer_index` in a model's config; empty for a model that was not cut.
+
+    The index does not tell how many layers there were. It is only there after a cut, so that one without a gap means a
+    cut at the stack's end; a cut there beside another one does not show.
+    """
+    index = original_layer_index(config)
+    if not index or len(index) != layers:
+        return []
+    beside = {j for i in range(1, layers) if index[i] != index[i - 1] + 1 for j in (i - 1, i)}
+    if index[0] != 0:
+        beside.add(0)
+    return sorted(beside) or [layers - 1]
+
+
+def original_layer_index(config: Any) -> list[int] | None:
+    """Where a cut model's layers stood in the first model of all; of a composite model the outer config says it."""
+    found = getattr(config, "original_layer_index", None)
+    return found or getattr(config.get_text_config(), "original_layer_index", None)
 
 
 def quantized_weights(packed: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:

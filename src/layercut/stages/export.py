@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from layercut import evaluate, stream
 from layercut.cut import cut_checkpoint
 from layercut.export import export_checkpoint, publish_streamed, text_to_check
+from layercut.files import record
 from layercut.progress import bar
 from layercut.segments import Segment
 from layercut.workbench import Workbench
@@ -27,11 +28,16 @@ def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     with bar("saving and verifying", None):
         model = work.student(segments, "folded", "tuned", "quantized")
         if stream.layers_on_disk(model):
-            return export_files(work, model, segments) | {"files": ["model"]}
+            return export_files(work, model, segments) | _written(work)
         exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
         # what the fresh process should have found
         exported["perplexity"] = {"tokens": text.numel(), "value": evaluate.perplexity(model, text)}
-    return exported | {"files": ["model"]}
+    return exported | _written(work)
+
+
+def _written(work: Workbench) -> dict[str, Any]:
+    """The model's folder, and by which sizes and digests a later command finds it whole."""
+    return {"files": ["model"], "record": record(work.run / "model", work.run.folder)}
 
 
 def export_files(work: Workbench, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from layercut import evaluate, models
 from layercut.config import QuantizeConfig
+from layercut.heal.endpoints import endpoints
 from layercut.losses import as_price
 from layercut.progress import bar
 from layercut.quantize import Quantization, endpoints_of, quantize_
@@ -23,7 +24,8 @@ def quantize(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     if config.bits == 16:
         return {"bits": 16, "layers": []}
     student = work.student(segments, "folded", "tuned")
-    found = quantize_with_bar_(student, work.blocks["calibration"], config)
+    beside = endpoints(segments, work.layers)
+    found = quantize_with_bar_(student, work.blocks["calibration"], config, endpoints=beside)
     work.save(found.packed, "quantized")
     return quantization_facts(found, student, config) | {"files": ["quantized.safetensors"]}
 
@@ -45,11 +47,14 @@ def point(work: Workbench, model: Any, bits: int) -> dict[str, Any]:
     return {"layers": layers, "bits": bits, "bytes": size, "rise": as_price(perplexity / work.heldout_perplexity - 1)}
 
 
-def quantize_with_bar_(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Quantization:
-    """`quantize_`, with the layers beside the cut found in the model's own config, and a bar."""
+def quantize_with_bar_(
+    model: Any, tokens: torch.Tensor, config: QuantizeConfig, *, endpoints: Sequence[int] = ()
+) -> Quantization:
+    """`quantize_`, with a bar. endpoints: layers beside a cut, besides those found in the model's own config."""
     layers = len(models.find_decoder(model))
+    beside = sorted({*endpoints, *endpoints_of(model.config, layers)})
     with bar(f"quantizing to {config.bits} bits", layers) as advance:
-        return quantize_(model, tokens, config, endpoints=endpoints_of(model.config, layers), advance=advance)
+        return quantize_(model, tokens, config, endpoints=beside, advance=advance)
 
 
 def quantization_facts(found: Quantization, model: Any, config: QuantizeConfig) -> dict[str, Any]:
