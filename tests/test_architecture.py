@@ -14,7 +14,8 @@ ROOT = Path(layercut.__file__).parent
 # The rooms, from the ground up; a file belongs to the room of the first part of its name under layercut.
 # data.py reads through sources.py, which reads pythontext.py: ground that stands on ground, and in this order.
 GROUND = [
-    "errors", "segments", "losses", "processes", "memory", "sharding", "progress", "config", "runs", "checkpoints",
+    "errors", "files", "artefacts", "provenance", "segments", "losses", "processes", "memory", "sharding", "progress",
+    "config", "runs", "checkpoints",
     "models", "stream", "opening", "lending",
     "pythontext", "sources", "data", "sweep",
 ]  # fmt: skip

@@ -127,7 +127,10 @@ def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.T
 
 @pytest.fixture
 def again(whole, tiny_model, texts, tmp_path, monkeypatch):
-    """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran."""
+    """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran.
+
+    With `stopped` the copy is of a run that was stopped when it was evaluated: nothing forbids other settings.
+    """
     run = shutil.copytree(whole, tmp_path / "run")
     # slow, and not what is tested here
     monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
@@ -140,7 +143,11 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch):
         assert main(arguments(model, texts, run, *more)) == 0
         return started(run)[before:]
 
-    rerun.run = run
+    def stopped() -> None:
+        for name in ("export.json", "summary.json"):
+            (run / name).unlink()
+
+    rerun.run, rerun.stopped = run, stopped
     return rerun
 
 
@@ -222,37 +229,81 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 
 # --- nothing is run twice, and nothing is left out ---
 
+LAST = ["export", "summary"]
 AFTER_TEXT = [stage for stage in STAGES if stage not in ("text", "cut")]
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
-    "nothing": ([], []),
-    "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", "export", "summary"]),
-    "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", "export", "summary"]),
-    "radius": (["--radius=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "tuning tokens": (["--tune-tokens=96"], ["text", "fold", "heal", "quantize", "eval", "export", "summary"]),
-    "held-out tokens": (["--eval-tokens=96"], ["text", "eval", "summary"]),
-    "speed": (["--speed"], ["eval", "summary"]),
-    "bits": (["--bits=8"], ["quantize", "eval", "export", "summary"]),
-    "oracle": (["--oracle"], ["search", "summary"]),
+    "nothing": ([], LAST),
+    "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", *LAST]),
+    "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", *LAST]),
+    "radius": (["--radius=2"], ["heal", "quantize", "eval", *LAST]),
+    "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", *LAST]),
+    "tuning tokens": (["--tune-tokens=96"], ["text", "fold", "heal", "quantize", "eval", *LAST]),
+    "held-out tokens": (["--eval-tokens=96"], ["text", "eval", *LAST]),
+    "bits": (["--bits=8"], ["quantize", "eval", *LAST]),
     "calibration tokens": (["--tokens=96"], ["text", *AFTER_TEXT]),
     "seed": (["--seed=1"], ["text", *AFTER_TEXT]),
-    "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "quantize", "eval", "export", "summary"]),
+    "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "quantize", "eval", *LAST]),
     "number format": (["--dtype=bfloat16"], list(STAGES)),
-    "force": (["--force"], list(STAGES)),
 }
+"""Of a run that was stopped before it was exported."""
+ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], []),
+    "speed": (["--speed"], ["eval", "summary"]),
+    "oracle": (["--oracle"], ["search", "summary"]),
+    "force": (["--force"], list(STAGES)),
+    "force and other settings": (["--force", "--ratio=0.4"], list(STAGES)),
+}
+"""Of a finished run."""
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, *(f"finished: {name}" for name in ADDITIONS)])
 def test_a_changed_flag_runs_again_what_depends_on_it(change, again, monkeypatch):
     monkeypatch.setattr("layercut.measure.speed", lambda *_: None)
-    flags, stages = CHANGES[change]
+    flags, stages = {**CHANGES, **{f"finished: {name}": row for name, row in ADDITIONS.items()}}[change]
+    if change in CHANGES:
+        again.stopped()
     assert again(*flags) == stages
     assert again(*[flag for flag in flags if flag != "--force"]) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--ratio=0.4", ["ratio was 0.25 and is 0.4", "model, summary.json, report.html"]),
+        ("--bits=8", ["bits was 16 and is 8", "model, summary.json"]),
+        ("--eval-tokens=32", ["eval_tokens was 64 and is 32", "its summary.json, report.html"]),
+    ],
+)
+def test_a_finished_run_is_not_replaced_by_other_settings(flag, words, whole, tiny_model, texts, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    assert main(arguments(tiny_model, texts, whole, flag)) == 2
+    said = capsys.readouterr().err
+    for word in (*words, "holds a finished run", "hint: name another --out, or pass --force"):
+        assert word in said
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+def test_every_command_for_a_folder_is_on_record(again, monkeypatch):
+    first = json.loads((again.run / "env.json").read_text())
+    assert [entry["date"] for entry in first["commands"]] == [first["date"]]
+    again()
+    second = json.loads((again.run / "env.json").read_text())
+    assert {k: v for k, v in second.items() if k != "commands"} == {k: v for k, v in first.items() if k != "commands"}
+    assert second["commands"][0] == first["commands"][0]
+    assert len(second["commands"]) == 2
+    monkeypatch.setattr("layercut.provenance.versions", lambda: {"python": "3", "layercut": "9"})
+    again("--force")
+    third = json.loads((again.run / "env.json").read_text())
+    assert third["versions"] == {"python": "3", "layercut": "9"}, "all was made anew"
+    assert third["commands"][:2] == second["commands"]
+    made_with = {json.loads((again.run / f"{s}.json").read_text())["versions"]["layercut"] for s in STAGES}
+    assert made_with == {"9"}
 
 
 def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     os.utime(model / "model.safetensors", (1, 1))
+    again.stopped()
     assert again(model=model) == list(STAGES)
 
 
@@ -266,11 +317,12 @@ def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, mo
         if path.name == "text.json":
             raise Killed
 
+    again.stopped()
     with monkeypatch.context() as killed:
         killed.setattr("layercut.runs.write_json", die)
         with pytest.raises(Killed):
             again("--seed=1")
-    assert again() == ["text", "summary"]
+    assert again() == ["text", *LAST]
     assert summary(again.run) == summary(whole)
 
 

@@ -21,6 +21,7 @@ from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint, text_to_check
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
+from layercut.provenance import is_run
 from layercut.remarks import describe_quantization
 from layercut.runs import write_json
 from layercut.stages.quantize import quantization_facts, quantize_with_bar_
@@ -68,7 +69,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
     if asked.names:
         evaluate.check_tasks(asked.names, asked.include_path)
     source_of_text = config.eval_data or (None if asked.names else "wikitext2")
-    if (run / "config.yaml").is_file():
+    if is_run(run):
         if not (run / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
@@ -131,8 +132,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
     run = Path(target)
-    is_run = (run / "summary.json").is_file()
-    source = checkpoints.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
+    of_run = is_run(run) and (run / "summary.json").is_file()
+    source = checkpoints.resolve(str(run / "model") if of_run else target, allow_pickle=config.load.allow_pickle)
     if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
     if opening.wanted(source, **asdict(config.load)):
@@ -141,7 +142,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     model = loaded.model
     if config.quantize.quantizer == "rtn":
         tokens = torch.empty(0, config.text.window, dtype=torch.long)
-    elif is_run and config.text == DataConfig():
+    elif of_run and config.text == DataConfig():
         tokens = load_file(run / "tokens.safetensors")["calibration"]
     else:
         text = config.text
@@ -152,10 +153,9 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     found = quantize_with_bar_(model, tokens, config.quantize)
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
-    with bar("saving and verifying", None):
-        unseen = text_to_check(load_file(run / "tokens.safetensors")["evaluation"]) if is_run else None
-        exported = export_checkpoint(
-            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
-        )
+    unseen = text_to_check(load_file(run / "tokens.safetensors")["evaluation"]) if of_run else None
+    exported = export_checkpoint(
+        model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
+    )
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
     return config.out

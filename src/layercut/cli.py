@@ -13,7 +13,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from layercut.config import (
     CompressConfig,
     CutConfig,
     ExportConfig,
+    LogConfig,
     PerplexityConfig,
     PlanConfig,
     Preset,
@@ -35,6 +37,7 @@ from layercut.config import (
     RunConfig,
 )
 from layercut.errors import ConfigError, LayercutError
+from layercut.files import disk_refusal
 
 app = cyclopts.App(
     name="layercut",
@@ -56,10 +59,14 @@ PresetName = Annotated[
     ),
 ]
 """Nothing is left to do with it in a command: `_take_config` has filled the config's flags before."""
+Log = LogConfig | None
+"""Nor with this: `_run` has seen to it."""
 
 
 @app.command
-def compress(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
+def compress(
+    model: Model, *, config: CompressConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
     """The whole journey: search, cut, heal, measure, export, report."""
     from layercut.pipeline import compress
 
@@ -67,7 +74,9 @@ def compress(model: Model, *, config: CompressConfig | None = None, preset: Pres
 
 
 @app.command
-def search(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
+def search(
+    model: Model, *, config: CompressConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
     """Find the segment to remove, and stop there."""
     from layercut.pipeline import compress
 
@@ -79,7 +88,9 @@ def search(model: Model, *, config: CompressConfig | None = None, preset: Preset
 
 
 @app.command
-def tune(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
+def tune(
+    model: Model, *, config: CompressConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
     """Search, cut and heal; save the checkpoint, measure nothing."""
     from layercut.pipeline import compress
 
@@ -87,7 +98,7 @@ def tune(model: Model, *, config: CompressConfig | None = None, preset: PresetNa
 
 
 @app.command
-def cut(model: Model, *, config: CutConfig) -> None:
+def cut(model: Model, *, config: CutConfig, log: Log = None) -> None:
     """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint."""
     from layercut.alone import cut
 
@@ -99,6 +110,7 @@ def quantize(
     model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
     *,
     config: QuantizeAloneConfig,
+    log: Log = None,
 ) -> None:
     """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads."""
     from layercut.alone import quantize_alone
@@ -108,7 +120,10 @@ def quantize(
 
 @app.command
 def export(
-    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
+    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")],
+    *,
+    config: ExportConfig,
+    log: Log = None,
 ) -> None:
     """Write a finished run's model as a GGUF file for llama.cpp."""
     from layercut.to_gguf import export
@@ -121,6 +136,7 @@ def evaluate(
     model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
     *,
     config: PerplexityConfig | None = None,
+    log: Log = None,
 ) -> None:
     """Perplexity and tasks of a model, or of a run's dense and compressed model side by side."""
     from layercut.alone import evaluate_only
@@ -137,7 +153,7 @@ def evaluate(
 
 
 @app.command
-def compare(model: Model, *, config: CompareConfig | None = None) -> None:
+def compare(model: Model, *, config: CompareConfig | None = None, log: Log = None) -> None:
     """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold."""
     from rich.console import Console
 
@@ -150,7 +166,7 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
 
 
 @app.command
-def plan(model: Model, *, config: PlanConfig | None = None, preset: PresetName = "balanced") -> None:
+def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
     """What compress with the same flags would take: parameters, memory, time, from the config alone."""
     from rich.console import Console
 
@@ -168,7 +184,7 @@ def plan(model: Model, *, config: PlanConfig | None = None, preset: PresetName =
 
 
 @app.command
-def report(run: RunFolder) -> None:
+def report(run: RunFolder, *, log: Log = None) -> None:
     """Write report.html anew from what a run folder holds."""
     from layercut.report import write_report
 
@@ -176,7 +192,7 @@ def report(run: RunFolder) -> None:
 
 
 @app.command
-def demo(*, run: RunConfig | None = None) -> None:
+def demo(*, run: RunConfig | None = None, log: Log = None) -> None:
     """The main job on a small real model (SmolLM2-135M-Instruct), with nothing to prepare."""
     from layercut.demo import demo
 
@@ -238,7 +254,9 @@ def _run(arguments: list[str]) -> Outcome:
     """Run a command."""
     try:
         _take_config(arguments)
-        app(arguments, exit_on_error=False, print_error=False)
+        command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        with _logged(given.arguments.get("log")) if "log" in given.signature.parameters else nullcontext():
+            command(*given.args, **given.kwargs)
         sys.stdout.flush()
     except LayercutError as error:
         return _refusal(error.message, error.hint)
@@ -254,7 +272,18 @@ def _run(arguments: list[str]) -> Outcome:
         return 128 + signal.SIGPIPE, []
     except KeyboardInterrupt:
         return 130, ["stopped; the same command goes on from the last finished stage"]
+    except Exception as error:
+        if (refused := disk_refusal(error)) is None:
+            raise
+        return _refusal(refused.message, refused.hint)
     return 0, []
+
+
+def _logged(log: Log) -> AbstractContextManager[None]:
+    """Messages on stderr and in the log file while a command runs."""
+    from layercut import progress
+
+    return progress.shown(**asdict(log or LogConfig()))
 
 
 def _words(error: cyclopts.CycloptsError) -> str:

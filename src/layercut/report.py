@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercut import charts, figures, findings, progressive, survival
 from layercut.figures import NOT_MEASURED, finite, items, part
+from layercut.files import write_atomically
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -46,12 +46,9 @@ def write_report(run: Path) -> Path:
         charts={name: Markup(svg) for name, svg in pictures.items() if svg},  # hold no text of the user's
         stack=charts.stack(found.summary, found.heal),
     )
-    target, draft = run / "report.html", run / f".report.html.{os.getpid()}"
-    try:
-        draft.write_text(html_text, encoding="utf-8", errors="replace")
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    target = run / "report.html"
+    with write_atomically(target) as partial:
+        partial.write_text(html_text, encoding="utf-8", errors="replace")
     return target
 
 

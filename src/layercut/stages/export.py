@@ -23,13 +23,14 @@ def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     if quantized["bits"] < 16:
         packing["packed"] = load_file(work.run / "quantized.safetensors")
         packing["quantization_config"] = quantized["quantization_config"]
-    with bar("saving and verifying", None):
-        model = work.student(segments, "folded", "tuned", "quantized")
-        if stream.layers_on_disk(model):
-            return export_files(work, model, segments) | {"files": ["model"]}
-        exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
-        # what the fresh process should have found
-        exported["perplexity"] = {"tokens": text.numel(), "value": evaluate.perplexity(model, text)}
+    model = work.student(segments, "folded", "tuned", "quantized")
+    if stream.layers_on_disk(model):
+        return export_files(work, model, segments) | {"files": ["model"]}
+    exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
+    # what the fresh process should have found
+    with bar("perplexity of what was saved", len(text)) as advance:
+        value = evaluate.perplexity(model, text, advance=advance)
+    exported["perplexity"] = {"tokens": text.numel(), "value": value}
     return exported | {"files": ["model"]}
 
 
@@ -37,5 +38,6 @@ def export_files(work: Workbench, student: Any, segments: Sequence[Segment]) -> 
     """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
     healed, partial = stream.as_saved(student, work.changed(student)), work.run / ".model.partial"
     dtype = work.stack.stored_dtype
-    cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
+    with bar("saving", None):
+        cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
     return publish_streamed(student, partial, work.run / "model")

@@ -1,0 +1,124 @@
+"""Files that are there whole or not at all, and what a disk that refuses them makes of a command. Ground: all use it.
+
+`write_atomically` is the one way in which a file of a result is written. A full disk, a quota, a read-only file system
+or a missing permission is the user's to mend: `writing` says it with the path that was written, `disk_refusal` for what
+comes up elsewhere, in `cli.main`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from layercut.errors import RunError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSALS = (*FULL, *CLOSED, errno.EFBIG)
+"""What a disk answers that the user can mend, and that no fault of ours brings about."""
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty file beside `path` to write to; it takes the name `path` when the block ends well.
+
+    By then it is on the disk, and so is the folder's entry for it; its mode is what the umask gives, whatever the
+    writer made of it. When the block fails nothing is left, and `path` is as it was. Raises RunError where the system
+    refuses to write.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            partial.unlink(missing_ok=True)
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)  # safetensors writes files that their owner alone can read
+            sync(partial)
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError where that fails."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for a folder
+            raise
+    finally:
+        os.close(opened)
+
+
+# --- what the system says ---
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While open, `path` is written and nothing is read: the system's refusal becomes a RunError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if (found := system_error(error)) is None:
+            raise
+        raise RunError(f"{path} cannot be written: {_words(found)}", _hint(found)) from error
+
+
+def disk_refusal(error: BaseException, path: Path | None = None) -> RunError | None:
+    """What to tell the user of an error that a full, read-only or closed disk raised; None of any other.
+
+    path: what was being written, where the error does not name it.
+    """
+    found = system_error(error)
+    if found is None or found.errno not in REFUSALS:
+        return None
+    name = found.filename or path or "the output"
+    # what may not be opened may have been opened to be read
+    verb = "opened" if found.errno in (errno.EACCES, errno.EPERM) else "written"
+    return RunError(f"{name} cannot be {verb}: {_words(found)}", _hint(found))
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error that this is, or that safetensors put into its own words; None of any other."""
+    if isinstance(error, OSError):
+        return error
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return None
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in FULL:
+        return "free some space, or name another --out"
+    if error.errno in CLOSED:
+        return "name a folder that you may write to: --out"
+    if error.errno == errno.EFBIG:
+        return "raise the limit on the size of a file (ulimit -f), or name an --out on another disk"
+    return "check the disk, or name another --out"
