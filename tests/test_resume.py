@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from layercut.artefacts import KINDS, decode
 from layercut.cli import main
 from layercut.runs import STAGES
 from layercut.stages.heal import TUNING_STATE
@@ -67,7 +70,7 @@ for line in sys.stdin:
 MOMENTS = ["text", "search", "cut", "fold", "heal", "eval", "export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
 RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
-VARY = {"seconds", "speed", "peak_rss_bytes"}
+VARY = {"seconds", "speed", "peak_rss_bytes", "content_hash"}
 
 
 @contextmanager
@@ -336,6 +339,7 @@ def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
+        ("model/model.safetensors", ["export", "summary"]),
         ("tokens.safetensors", ["text", "summary"]),
         ("folded.safetensors", ["fold", "summary"]),
         ("tuned.safetensors", ["heal", "summary"]),
@@ -347,3 +351,54 @@ def test_a_stage_whose_file_is_gone_runs_again(file, stages, again, whole):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert again() == stages
     assert summary(again.run) == summary(whole)
+
+
+@pytest.mark.parametrize("file", ["tuned.safetensors", "model/model.safetensors", "model/config.json"])
+def test_a_stage_whose_file_was_truncated_runs_again(file, again, whole):
+    stage, path = "heal" if file.startswith("tuned") else "export", again.run / file
+    os.truncate(path, path.stat().st_size // 2)
+    assert again() == [stage, "summary"]
+    assert path.read_bytes() == (whole / file).read_bytes()
+
+
+def test_every_artefact_of_a_run_is_of_its_type(whole):
+    for stage in STAGES:
+        found = decode(KINDS[stage], json.loads((whole / f"{stage}.json").read_text()))
+        assert found.versions
+        assert found.config_hash
+
+
+def test_a_limit_on_the_size_of_files_is_the_users_to_mend(again, whole, tiny_model, texts, capsys):
+    """A stand-in for a full disk, which the system refuses in the same way; once it is lifted, all is well."""
+    again.stopped()
+    shutil.rmtree(again.run / "model")
+    kept = {path: path.read_bytes() for path in again.run.glob("*.json") if path.name != "env.json"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        assert main(arguments(tiny_model, texts, again.run)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert f"error: {again.run / 'model'} cannot be written: File too large" in said
+    assert "hint: raise the limit on the size of a file" in said
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not list(again.run.glob(".*partial")), "partial files are left"
+    assert again() == LAST
+    assert summary(again.run) == summary(whole)
+
+
+def test_what_is_said_goes_where_it_is_wanted(again, tiny_model, texts, tmp_path, capsys):
+    argv = arguments(tiny_model, texts, again.run)
+    log = tmp_path / "log"
+    assert main([*argv, "--quiet", f"--log-file={log}"]) == 0
+    assert capsys.readouterr().err == ""
+    assert "tune  layers 2, 3" in log.read_text()
+    assert main([*argv, "--verbose"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    print(lines)
+    assert [line for line in lines if "heal  is whole and of the same inputs: not run again" in line]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[a-z]+  \S", line) for line in lines)
+    assert main([*argv, "--verbose", "--quiet"]) == 2
+    assert main([*argv, f"--log-file={tmp_path}/no/such/log"]) == 2
+    assert f"error: {tmp_path}/no/such/log cannot be written: No such file" in capsys.readouterr().err

@@ -27,7 +27,6 @@ from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
 from layercut.pipeline import check_sources, check_window, default_folder, text_stage
 from layercut.progress import bar, say
-from layercut.provenance import versions
 from layercut.runs import Run
 from layercut.search import find_segments
 from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
@@ -93,7 +92,6 @@ def compare(model: str, config: CompareConfig) -> Path:
                 "dense": {"perplexity": dense["perplexity"]},
                 "methods": rows,
                 "triangle": prices and prices["triangle"],
-                "versions": versions(),
             },
         )
         processes.on_main(lambda: draw_picks(run.read("compare") or {}, run / "compare.svg"))

@@ -25,7 +25,6 @@ from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
 from layercut.progress import say
-from layercut.provenance import versions
 from layercut.remarks import describe_export, describe_quantization, describe_retention
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
@@ -247,7 +246,6 @@ def summarise(
         "generation_health": measured.get("health"),
         "seconds": run.seconds.copy(),
         "peak_rss_bytes": measured["peak_rss_bytes"],
-        "versions": versions(),
     }
 
 

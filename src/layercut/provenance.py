@@ -60,7 +60,7 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
     and one that `config` does not know is of another command.
     """
     before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
-    changed = [key for key, value in before.items() if key not in SAME and config.get(key) != value]
+    changed = _changed(before, config)
     if not changed:
         return [], []
     summaries = [name for name in SUMMARIES if (folder / name).exists()]
@@ -73,6 +73,16 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
     ]
     names = ("model", *summaries, "report.html", "compare.svg")
     return words, [name for name in names if (folder / name).exists() and (model or name != "model")]
+
+
+def begins_anew(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether what the folder will hold is of other settings than what it holds."""
+    before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
+    return not before or bool(_changed(before, config) or _changed(config, before))
+
+
+def _changed(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in before.items() if key not in SAME and config.get(key) != value]
 
 
 def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

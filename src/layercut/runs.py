@@ -191,7 +191,7 @@ class Run:
                 )
             if others := provenance.other_versions(self.folder):
                 say("run", f"begun with other versions: {', '.join(others)}")
-            anew = self._force or provenance.settings(self.folder) != yaml.safe_load(text)
+            anew = self._force or provenance.begins_anew(self.folder, config)
             write_json(self / "env.json", provenance.described(self.folder, count, anew=anew))
             write_text(self / "config.yaml", text)
 
