@@ -7,6 +7,7 @@ import logging
 import time
 
 import pytest
+from rich.console import Console
 
 from layercut import progress
 from layercut.progress import bar, debug, duration, say, shown, warn
@@ -16,7 +17,7 @@ from layercut.progress import bar, debug, duration, say, shown, warn
 def stderr(monkeypatch):
     """Not a terminal."""
     stream = io.StringIO()
-    monkeypatch.setattr(progress.console, "file", stream)
+    monkeypatch.setattr(progress, "console", Console(file=stream))
     return stream
 
 

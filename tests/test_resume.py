@@ -396,7 +396,6 @@ def test_what_is_said_goes_where_it_is_wanted(again, tiny_model, texts, tmp_path
     assert "tune  layers 2, 3" in log.read_text()
     assert main([*argv, "--verbose"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    print(lines)
     assert [line for line in lines if "heal  is whole and of the same inputs: not run again" in line]
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[a-z]+  \S", line) for line in lines)
     assert main([*argv, "--verbose", "--quiet"]) == 2
