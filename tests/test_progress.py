@@ -84,3 +84,17 @@ def test_work_that_cannot_count_is_measured(stderr, monkeypatch):
 def test_durations():
     found = [duration(seconds) for seconds in (0.4, 59.6, 80, 3599, 7325)]
     assert found == ["0 s", "1 min 0 s", "1 min 20 s", "59 min 59 s", "2 h 2 min"]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines_about_it(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream, force_terminal=True, width=100))
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    with shown(), bar("searching", 4) as advance:
+        advance(1, "loss [2]")
+        say("search", "a line above")
+        time.sleep(0.1)
+    assert "searching" in stream.getvalue()
+    assert "a line above" in stream.getvalue()
+    assert "25%" in stream.getvalue()
+    assert "so far" not in stream.getvalue()

@@ -275,6 +275,10 @@ def _run(arguments: list[str]) -> Outcome:
     except Exception as error:
         if (refused := disk_refusal(error)) is None:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is our output that cannot be written: Python would try once more at its end, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _refusal(refused.message, refused.hint)
     return 0, []
 

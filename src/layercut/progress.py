@@ -99,23 +99,12 @@ def bar(
 
     total: steps in all; None where nobody knows. measure: tells the steps done so far, of work that cannot count them.
     """
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[words]}"),
-    ]
     task, over = _Task(description, total), threading.Event()
-    drawn = _bars and _is_main()
-    with Progress(*columns, console=console, transient=True, disable=not drawn) as progress:
-        row = progress.add_task(escape(description), total=total, words="")
+    with _drawn(task) as draw:
 
         def advance(steps: float = 1, words: str = "") -> None:
             task.done, task.words = task.done + steps, words
-            progress.update(row, completed=task.done, words=escape(words))
+            draw()
 
         def watch() -> None:
             told = task.begun
@@ -126,7 +115,7 @@ def bar(
                     told = time.monotonic()
                     _say(logging.INFO, "progress", task.line(), progress=True)
 
-        watching = measure is not None or (log.isEnabledFor(logging.INFO) and _is_main())
+        watching = _is_main() and (measure is not None or log.isEnabledFor(logging.INFO))
         watcher = threading.Thread(target=watch, name="layercut-progress", daemon=True)
         if watching:
             watcher.start()
@@ -136,6 +125,26 @@ def bar(
             over.set()
             if watching:
                 watcher.join()
+
+
+@contextmanager
+def _drawn(task: _Task) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal, where bars are drawn; call what it yields when the task has changed."""
+    if not (_bars and _is_main()):
+        yield lambda: None
+        return
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    ]
+    with Progress(*columns, console=console, transient=True) as progress:
+        row = progress.add_task(escape(task.description), total=task.total, words="")
+        yield lambda: progress.update(row, completed=task.done, words=escape(task.words))
 
 
 def duration(seconds: float) -> str:
