@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families test-llamacpp clean
+.PHONY: demo test lint test-families test-llamacpp test-minimum clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -18,6 +18,15 @@ lint: $(STAMP)
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests
+
+# A smoke part of the suite with the oldest versions that pyproject.toml allows, in an environment of its own.
+# $(MINIMUM_PIP) may hold further options of pip, such as the index of torch's CPU builds.
+MINIMUM := build/minimum
+test-minimum:
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --quiet --constraint constraints/minimum.txt --editable '.[dev]' $(MINIMUM_PIP)
+	OMP_WAIT_POLICY=passive $(MINIMUM)/bin/python -m pytest tests/test_cli.py tests/test_artefacts.py \
+		tests/test_progress.py tests/test_journey.py tests/test_cut.py tests/test_cut_gguf.py tests/test_data.py
 
 # llama-cpp-python has no wheel: building it takes about ten minutes on two cores
 CONVERTER := build/gguf-converter

@@ -11,7 +11,8 @@ from typing import Any
 from layercut import checkpoints, models
 from layercut.data import Blocks, load_blocks
 from layercut.demo import fetch_model
-from layercut.runs import environment, write_json
+from layercut.provenance import environment
+from layercut.runs import write_json
 
 RESULTS = Path(__file__).with_name("results")
 

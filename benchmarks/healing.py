@@ -48,7 +48,8 @@ from layercut.evaluate import perplexity
 from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
 from layercut.heal.fold import fold_
 from layercut.heal.objectives import HeldOut, Pair
-from layercut.runs import environment, write_json, write_text
+from layercut.provenance import environment
+from layercut.runs import write_json, write_text
 from layercut.segments import Segment
 from layercut.sweep import Stack, shared_layers
 from memory import high_water, settled_bytes

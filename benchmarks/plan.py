@@ -29,7 +29,8 @@ from common import arguments
 from layercut import checkpoints, models, stages
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
 from layercut.demo import fetch_model
-from layercut.runs import Run, environment, write_json
+from layercut.provenance import environment
+from layercut.runs import Run, write_json
 from layercut.segments import Removal, Segment
 from layercut.workbench import Workbench
 from memory import Children, high_water, reset_peak
@@ -176,6 +177,7 @@ def measure(job: dict[str, Any]) -> None:
     config = settings(job, "clp" if stage == "clp" else "exhaustive")
     checkpoint = checkpoints.resolve(job["model"])
     with Run(Path(job["folder"])) as run:
+        run.describe({"model": job["model"]})
         work = Workbench(checkpoint, config, run)
         layers = models.count_layers(models.load_config(checkpoint))
         length = round(LENGTH * layers)

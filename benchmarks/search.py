@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from common import RESULTS, arguments, blocks, finish, open_model
 from layercut.losses import Teacher, rows_per_chunk
-from layercut.runs import environment, write_json
+from layercut.provenance import environment
+from layercut.runs import write_json
 from layercut.search import SearchResult, find_segments, regret
 from layercut.search.exhaustive import Cuts
 from layercut.search.gate import GateSchedule, descend

@@ -18,7 +18,8 @@ from typing import Any
 from common import RESULTS
 from layercut.config import ModelConfig, PlanConfig, SearchConfig
 from layercut.plan import plan_run
-from layercut.runs import environment, write_json
+from layercut.provenance import environment
+from layercut.runs import write_json
 from stream import SHAPES as LLAMAS
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}

@@ -14,8 +14,8 @@ ROOT = Path(layercut.__file__).parent
 # The rooms, from the ground up; a file belongs to the room of the first part of its name under layercut.
 # data.py reads through sources.py, which reads pythontext.py: ground that stands on ground, and in this order.
 GROUND = [
-    "errors", "units", "files", "configfile", "segments", "losses", "processes", "memory", "sharding", "progress",
-    "config", "runs", "checkpoints", "models", "stream", "opening", "lending",
+    "errors", "units", "files", "reading", "artefacts", "provenance", "configfile", "segments", "losses", "processes",
+    "memory", "sharding", "progress", "config", "runs", "checkpoints", "models", "stream", "opening", "lending",
     "pythontext", "sources", "data", "sweep",
 ]  # fmt: skip
 # what several files do together is one room

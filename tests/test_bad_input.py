@@ -6,6 +6,7 @@ traceback or leave a stage's artefact or a model behind.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,12 +22,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import errors
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 from layercut.checkpoints import resolve
 from layercut.cli import main
-from layercut.runs import STAGES, Run
+from layercut.errors import RunError
+from layercut.runs import STAGES, Run, write_text
 
 Spoil = Callable[[Path], object]
 TINY = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed"]
@@ -465,3 +468,52 @@ def test_a_process_ends_with_2(names, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     check_words(done.stderr, "--ratio 3 is outside 0 to 1")
     assert len(done.stderr.splitlines()) == 2, done.stderr
+
+
+# --- a disk that refuses ---
+
+
+def test_output_on_a_full_disk_is_refused():
+    command = [sys.executable, "-m", "layercut.cli", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: the output cannot be written: No space left on device",
+        "hint: free some space, or name another --out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ["the output cannot be written", "free some space"]),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/y"), ["/x/y cannot be written", "free some space"]),
+        (OSError(errno.EROFS, "Read-only file system", "/x/y"), ["/x/y cannot be written: Read-only", "may write to"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), ["/x/y cannot be opened", "may write to"]),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), ["cannot be written: No space", "free"]),
+    ],
+)
+def test_a_disk_that_refuses_is_the_users_to_mend(error, words, tmp_path, capsys, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("layercut.report.write_report", fails)
+    refused(["report", str(tmp_path)], capsys, *words)
+
+
+def test_an_error_that_is_no_disks_is_a_fault_of_ours(tmp_path, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "/x/y")
+
+    monkeypatch.setattr("layercut.report.write_report", fails)
+    with pytest.raises(FileNotFoundError):
+        main(["report", str(tmp_path)])
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.files.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(RunError, match=r"report\.html cannot be written: No space left"):
+        write_text(tmp_path / "report.html", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "old")]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import folders
 from fuzz import folders as fuzz
-from layercut import alone, checkpoints, configfile, export, files, models, stream
+from layercut import alone, checkpoints, configfile, export, models, reading, stream
 from layercut.checkpoints import resolve
 from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError, shown
@@ -59,7 +59,7 @@ def test_json_beyond_the_limits_is_refused(kind, tmp_path):
     raw, words = BAD_JSON[kind]
     (tmp_path / "x.json").write_bytes(raw)
     with pytest.raises(ModelError, match=words):
-        files.read_json(tmp_path / "x.json")
+        reading.read_json(tmp_path / "x.json")
 
 
 def test_only_regular_files_of_some_size_are_read(tmp_path, monkeypatch):
@@ -72,11 +72,11 @@ def test_only_regular_files_of_some_size_are_read(tmp_path, monkeypatch):
         "nothing": "no file",
     }.items():  # fmt: skip
         with fuzz.limited(5), pytest.raises(ModelError, match=words):
-            files.read_json(tmp_path / name)
+            reading.read_json(tmp_path / name)
     (tmp_path / "long").write_text("[1, 2, 3]")
-    monkeypatch.setattr(files, "LARGEST_JSON", 5)
+    monkeypatch.setattr(reading, "LARGEST_JSON", 5)
     with pytest.raises(ModelError, match="9 bytes; allowed are 5"):
-        files.read_json(tmp_path / "long")
+        reading.read_json(tmp_path / "long")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
@@ -306,14 +306,13 @@ def test_a_record_tells_damage(tmp_path):
     model.mkdir()
     save_file({"a": torch.zeros(4)}, model / "x.safetensors")
     (model / "config.json").write_text("{}")
-    recorded = json.loads(json.dumps(files.record(model, tmp_path)))
-    assert files.as_recorded(tmp_path, recorded)
+    recorded = json.loads(json.dumps(reading.record([model], tmp_path)))
+    assert reading.differing(tmp_path, recorded) is None
     (model / "README.md").write_text("more files do not matter")
-    assert files.as_recorded(tmp_path, recorded)
-    assert not files.as_recorded(tmp_path, recorded | {"model/gone": [0, ""]})
-    assert not files.as_recorded(tmp_path, ["model"])
+    assert reading.differing(tmp_path, recorded) is None
+    assert reading.differing(tmp_path, recorded | {"model/gone": [0, ""]})
     (model / "config.json").write_text("[]")
-    assert not files.as_recorded(tmp_path, recorded)
+    assert reading.differing(tmp_path, recorded)
 
 
 def test_the_fresh_process_sees_what_this_one_sees_but_the_working_directory(tmp_path, monkeypatch):

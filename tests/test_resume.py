@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from layercut.artefacts import KINDS, decode
 from layercut.cli import main
 from layercut.runs import STAGES, TEXTS
 from layercut.stages.heal import TUNING_STATE
@@ -68,7 +71,7 @@ MOMENTS = ["text-calibration", "text-evaluation", "search", "cut", "fold", "heal
 MOMENTS += ["export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
 RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
-VARY = {"seconds", "speed", "peak_rss_bytes"}
+VARY = {"seconds", "speed", "peak_rss_bytes", "content_hash"}
 
 
 @contextmanager
@@ -128,7 +131,10 @@ def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.T
 
 @pytest.fixture
 def again(whole, tiny_model, texts, tmp_path, monkeypatch):
-    """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran."""
+    """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran.
+
+    With `stopped` the copy is of a run that was stopped when it was evaluated: nothing forbids other settings.
+    """
     run = shutil.copytree(whole, tmp_path / "run")
     # slow, and not what is tested here
     monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
@@ -141,7 +147,11 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch):
         assert main(arguments(model, texts, run, *more)) == 0
         return started(run)[before:]
 
-    rerun.run = run
+    def stopped() -> None:
+        for name in ("export.json", "summary.json"):
+            (run / name).unlink()
+
+    rerun.run, rerun.stopped = run, stopped
     return rerun
 
 
@@ -223,32 +233,75 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 
 # --- nothing is run twice, and nothing is left out ---
 
+LAST = ["export", "summary"]
 AFTER_TEXT = [stage for stage in STAGES if stage not in (*TEXTS, "cut")]
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
-    "nothing": ([], []),
-    "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", "export", "summary"]),
-    "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", "export", "summary"]),
-    "radius": (["--radius=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", "export", "summary"]),
-    "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "fold", "heal", "quantize", "eval", "export", "summary"]),
-    "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "eval", "summary"]),
-    "speed": (["--speed"], ["eval", "summary"]),
-    "bits": (["--bits=8"], ["quantize", "eval", "export", "summary"]),
-    "oracle": (["--oracle"], ["search", "summary"]),
+    "nothing": ([], LAST),
+    "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", *LAST]),
+    "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", *LAST]),
+    "radius": (["--radius=2"], ["heal", "quantize", "eval", *LAST]),
+    "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", *LAST]),
+    "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "fold", "heal", "quantize", "eval", *LAST]),
+    "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "eval", *LAST]),
+    "bits": (["--bits=8"], ["quantize", "eval", *LAST]),
     "calibration tokens": (["--tokens=96"], [*TEXTS[:3], *AFTER_TEXT]),
     "seed": (["--seed=1"], [*TEXTS, *AFTER_TEXT]),
-    "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "quantize", "eval", "export", "summary"]),
+    "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "quantize", "eval", *LAST]),
     "number format": (["--dtype=bfloat16"], list(STAGES)),
-    "force": (["--force"], list(STAGES)),
 }
+"""Of a run that was stopped before it was exported."""
+ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], []),
+    "speed": (["--speed"], ["eval", "summary"]),
+    "oracle": (["--oracle"], ["search", "summary"]),
+    "force": (["--force"], list(STAGES)),
+    "force and other settings": (["--force", "--ratio=0.4"], list(STAGES)),
+}
+"""Of a finished run."""
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, *(f"finished: {name}" for name in ADDITIONS)])
 def test_a_changed_flag_runs_again_what_depends_on_it(change, again, monkeypatch):
     monkeypatch.setattr("layercut.measure.speed", lambda *_: None)
-    flags, stages = CHANGES[change]
+    flags, stages = {**CHANGES, **{f"finished: {name}": row for name, row in ADDITIONS.items()}}[change]
+    if change in CHANGES:
+        again.stopped()
     assert again(*flags) == stages
     assert again(*[flag for flag in flags if flag != "--force"]) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--ratio=0.4", ["ratio was 0.25 and is 0.4", "model, summary.json, report.html"]),
+        ("--bits=8", ["bits was 16 and is 8", "model, summary.json"]),
+        ("--eval-tokens=32", ["eval_tokens was 64 and is 32", "its summary.json, report.html"]),
+    ],
+)
+def test_a_finished_run_is_not_replaced_by_other_settings(flag, words, whole, tiny_model, texts, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    assert main(arguments(tiny_model, texts, whole, flag)) == 2
+    said = capsys.readouterr().err
+    for word in (*words, "holds a finished run", "hint: name another --out, or pass --force"):
+        assert word in said
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+def test_every_command_for_a_folder_is_on_record(again, monkeypatch):
+    first = json.loads((again.run / "env.json").read_text())
+    assert [entry["date"] for entry in first["commands"]] == [first["date"]]
+    again()
+    second = json.loads((again.run / "env.json").read_text())
+    assert {k: v for k, v in second.items() if k != "commands"} == {k: v for k, v in first.items() if k != "commands"}
+    assert second["commands"][0] == first["commands"][0]
+    assert len(second["commands"]) == 2
+    monkeypatch.setattr("layercut.provenance.versions", lambda: {"python": "3", "layercut": "9"})
+    again("--force")
+    third = json.loads((again.run / "env.json").read_text())
+    assert third["versions"] == {"python": "3", "layercut": "9"}, "all was made anew"
+    assert third["commands"][:2] == second["commands"]
+    made_with = {json.loads((again.run / f"{s}.json").read_text())["versions"]["layercut"] for s in STAGES}
+    assert made_with == {"9"}
 
 
 def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
@@ -256,11 +309,11 @@ def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     file = model / "model.safetensors"
     os.utime(file, (1, 1))
-    assert again(model=model) == ["summary"], "only the model's name is another"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, (1, 1))
+    again.stopped()
     assert again(model=model) == list(STAGES)
 
 
@@ -286,11 +339,12 @@ def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, mo
         if path.name == "text-calibration.json":
             raise Killed
 
+    again.stopped()
     with monkeypatch.context() as killed:
         killed.setattr("layercut.runs.write_json", die)
         with pytest.raises(Killed):
             again("--seed=1")
-    assert again() == ["text-calibration", "summary"]
+    assert again() == ["text-calibration", *LAST]
     assert summary(again.run) == summary(whole)
 
 
@@ -305,6 +359,7 @@ def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
     ("file", "stages"),
     [
         ("tokens-tuning.safetensors", ["text-tuning", "summary"]),
+        ("model/model.safetensors", ["export", "summary"]),
         ("folded.safetensors", ["fold", "summary"]),
         ("tuned.safetensors", ["heal", "summary"]),
         ("model", ["export", "summary"]),
@@ -315,3 +370,53 @@ def test_a_stage_whose_file_is_gone_runs_again(file, stages, again, whole):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert again() == stages
     assert summary(again.run) == summary(whole)
+
+
+@pytest.mark.parametrize("file", ["tuned.safetensors", "model/model.safetensors", "model/config.json"])
+def test_a_stage_whose_file_was_truncated_runs_again(file, again, whole):
+    stage, path = "heal" if file.startswith("tuned") else "export", again.run / file
+    os.truncate(path, path.stat().st_size // 2)
+    assert again() == [stage, "summary"]
+    assert path.read_bytes() == (whole / file).read_bytes()
+
+
+def test_every_artefact_of_a_run_is_of_its_type(whole):
+    for stage in STAGES:
+        found = decode(KINDS[stage], json.loads((whole / f"{stage}.json").read_text()))
+        assert found.versions
+        assert found.config_hash
+
+
+def test_a_limit_on_the_size_of_files_is_the_users_to_mend(again, whole, tiny_model, texts, capsys):
+    """A stand-in for a full disk, which the system refuses in the same way; once it is lifted, all is well."""
+    again.stopped()
+    shutil.rmtree(again.run / "model")
+    kept = {path: path.read_bytes() for path in again.run.glob("*.json") if path.name != "env.json"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        assert main(arguments(tiny_model, texts, again.run)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert f"error: {again.run / 'model'} cannot be written: File too large" in said
+    assert "hint: raise the limit on the size of a file" in said
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not list(again.run.glob(".*partial")), "partial files are left"
+    assert again() == LAST
+    assert summary(again.run) == summary(whole)
+
+
+def test_what_is_said_goes_where_it_is_wanted(again, tiny_model, texts, tmp_path, capsys):
+    argv = arguments(tiny_model, texts, again.run)
+    log = tmp_path / "log"
+    assert main([*argv, "--quiet", f"--log-file={log}"]) == 0
+    assert capsys.readouterr().err == ""
+    assert "tune  layers 2, 3" in log.read_text()
+    assert main([*argv, "--verbose"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "heal  is whole and of the same inputs: not run again" in line]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[a-z]+  \S", line) for line in lines)
+    assert main([*argv, "--verbose", "--quiet"]) == 2
+    assert main([*argv, f"--log-file={tmp_path}/no/such/log"]) == 2
+    assert f"error: {tmp_path}/no/such/log cannot be written: No such file" in capsys.readouterr().err

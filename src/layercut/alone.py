@@ -21,8 +21,9 @@ from layercut.export import export_checkpoint, text_to_check
 from layercut.heal.endpoints import endpoints
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
+from layercut.provenance import is_run, versions
 from layercut.remarks import describe_quantization
-from layercut.runs import digest, jsonable, versions, write_json
+from layercut.runs import digest, jsonable, write_json
 from layercut.segments import Segment
 from layercut.stages.quantize import quantization_facts, quantize_with_bar_
 
@@ -107,7 +108,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
     if asked.names:
         evaluate.check_tasks(asked.names, asked.include_path)
     source_of_text = config.eval_data or (None if asked.names else "wikitext2")
-    if (run / "config.yaml").is_file():
+    if is_run(run):
         if not (run / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
@@ -194,8 +195,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
     run = Path(target)
-    is_run = (run / "summary.json").is_file()
-    source = checkpoints.resolve(str(run / "model") if is_run else target, allow_pickle=config.load.allow_pickle)
+    of_run = is_run(run) and (run / "summary.json").is_file()
+    source = checkpoints.resolve(str(run / "model") if of_run else target, allow_pickle=config.load.allow_pickle)
     if getattr(models.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
     if opening.wanted(source, **asdict(config.load)):
@@ -204,7 +205,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     model = loaded.model
     if config.quantize.quantizer == "rtn":
         tokens = torch.empty(0, config.text.window, dtype=torch.long)
-    elif is_run and config.text == DataConfig():
+    elif of_run and config.text == DataConfig():
         tokens = stored_blocks(run, "calibration")
     else:
         text = config.text
@@ -213,15 +214,14 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
             chat_template=text.chat_template, model=model,
         ).tokens  # fmt: skip
         models.check_tokens(tokens, model.config, source.name)
-    cut = _cut_of(run) if is_run else []
+    cut = _cut_of(run) if of_run else []
     found = quantize_with_bar_(model, tokens, config.quantize, endpoints=cut)
     facts = quantization_facts(found, model, config.quantize)
     say("quantize", describe_quantization(facts))
-    with bar("saving and verifying", None):
-        unseen = text_to_check(stored_blocks(run, "evaluation")) if is_run else None
-        exported = export_checkpoint(
-            model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
-        )
+    unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
+    exported = export_checkpoint(
+        model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
+    )
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
     return config.out
 

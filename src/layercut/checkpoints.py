@@ -17,7 +17,7 @@ from typing import Any
 
 from layercut import configfile
 from layercut.errors import ModelError, first_line
-from layercut.files import content_digest, read_json
+from layercut.reading import content_digest, read_json
 from layercut.runs import write_json
 
 __all__ = ["Checkpoint", "read_json", "resolve"]

@@ -13,7 +13,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ from layercut.config import (
     CutConfig,
     ExportConfig,
     FindConfig,
+    LogConfig,
     PerplexityConfig,
     PlanConfig,
     Preset,
@@ -39,6 +41,7 @@ from layercut.config import (
     keys,
 )
 from layercut.errors import ConfigError, LayercutError, shown
+from layercut.files import disk_refusal
 
 app = cyclopts.App(
     name="layercut",
@@ -61,10 +64,14 @@ PresetName = Annotated[
     ),
 ]
 """Nothing is left to do with it in a command: `_take_config` has filled the config's flags before."""
+Log = LogConfig | None
+"""Nor with this: `_run` has seen to it."""
 
 
 @app.command
-def compress(model: Model, *, config: CompressConfig | None = None, preset: PresetName = "balanced") -> None:
+def compress(
+    model: Model, *, config: CompressConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
     """The whole journey: search, cut, heal, measure, export, report.
 
     For example, a fifth of the layers out, healed, in 4 bits:
@@ -77,7 +84,9 @@ def compress(model: Model, *, config: CompressConfig | None = None, preset: Pres
 
 
 @app.command
-def search(model: Model, *, config: FindConfig | None = None, preset: PresetName = "balanced") -> None:
+def search(
+    model: Model, *, config: FindConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
     """Find the segment to remove, and stop there; compress with the same --out goes on from it.
 
     For example:
@@ -94,7 +103,9 @@ def search(model: Model, *, config: FindConfig | None = None, preset: PresetName
 
 
 @app.command
-def tune(model: Model, *, config: TuneConfig | None = None, preset: PresetName = "balanced") -> None:
+def tune(
+    model: Model, *, config: TuneConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
     """Search, cut and heal; save the checkpoint, measure nothing; compress with the same --out goes on from it.
 
     For example:
@@ -107,7 +118,7 @@ def tune(model: Model, *, config: TuneConfig | None = None, preset: PresetName =
 
 
 @app.command
-def cut(model: Model, *, config: CutConfig) -> None:
+def cut(model: Model, *, config: CutConfig, log: Log = None) -> None:
     """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint.
 
     For example, without layers 13 to 18:
@@ -124,6 +135,7 @@ def quantize(
     model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
     *,
     config: QuantizeAloneConfig,
+    log: Log = None,
 ) -> None:
     """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads.
 
@@ -138,7 +150,10 @@ def quantize(
 
 @app.command
 def export(
-    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")], *, config: ExportConfig
+    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")],
+    *,
+    config: ExportConfig,
+    log: Log = None,
 ) -> None:
     """Write a finished run's model as a GGUF file for llama.cpp.
 
@@ -156,6 +171,7 @@ def evaluate(
     model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
     *,
     config: PerplexityConfig | None = None,
+    log: Log = None,
 ) -> None:
     """Perplexity and tasks of a model, or of a run's dense and compressed model side by side.
 
@@ -181,7 +197,7 @@ def evaluate(
 
 
 @app.command
-def compare(model: Model, *, config: CompareConfig | None = None) -> None:
+def compare(model: Model, *, config: CompareConfig | None = None, log: Log = None) -> None:
     """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold.
 
     For example:
@@ -200,7 +216,7 @@ def compare(model: Model, *, config: CompareConfig | None = None) -> None:
 
 
 @app.command
-def plan(model: Model, *, config: PlanConfig | None = None, preset: PresetName = "balanced") -> None:
+def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
     """What compress with the same flags would take: parameters, memory, time, from the config alone.
 
     For example:
@@ -223,7 +239,7 @@ def plan(model: Model, *, config: PlanConfig | None = None, preset: PresetName =
 
 
 @app.command
-def report(run: RunFolder) -> None:
+def report(run: RunFolder, *, log: Log = None) -> None:
     """Write report.html anew from what a run folder holds."""
     from layercut.report import write_report
 
@@ -231,7 +247,7 @@ def report(run: RunFolder) -> None:
 
 
 @app.command
-def demo(*, run: RunConfig | None = None) -> None:
+def demo(*, run: RunConfig | None = None, log: Log = None) -> None:
     """The main job on a small real model (SmolLM2-135M-Instruct), with nothing to prepare."""
     from layercut.demo import demo
 
@@ -296,7 +312,9 @@ def _run(arguments: list[str]) -> Outcome:
     """Run a command."""
     try:
         _take_config(arguments)
-        app(arguments, exit_on_error=False, print_error=False)
+        command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        with _logged(given.arguments.get("log")) if "log" in given.signature.parameters else nullcontext():
+            command(*given.args, **given.kwargs)
         sys.stdout.flush()
     except LayercutError as error:
         return _refusal(error.message, error.hint)
@@ -315,6 +333,14 @@ def _run(arguments: list[str]) -> Outcome:
         raise
     except KeyboardInterrupt:
         return 130, ["stopped; the same command goes on from the last finished stage"]
+    except Exception as error:
+        if (refused := disk_refusal(error)) is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is our output that cannot be written: Python would try once more at its end, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _refusal(refused.message, refused.hint)
     return 0, []
 
 
@@ -324,6 +350,13 @@ def _reader_gone() -> int:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
     return 128 + signal.SIGPIPE
+
+
+def _logged(log: Log) -> AbstractContextManager[None]:
+    """Messages on stderr and in the log file while a command runs."""
+    from layercut import progress
+
+    return progress.shown(**asdict(log or LogConfig()))
 
 
 def _words(error: cyclopts.CycloptsError) -> str:

@@ -24,13 +24,14 @@ from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError, SurgeryError
 from layercut.figures import short
+from layercut.files import write_atomically
 from layercut.findings import by_kl
 from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
 from layercut.pipeline import check_sources, check_window, default_folder, text_stage
 from layercut.progress import bar, say
 from layercut.report import write_comparison
-from layercut.runs import Run, versions
+from layercut.runs import Run
 from layercut.search import find_segments
 from layercut.search.exhaustive import all_segments, segment_costs, sweep_work
 from layercut.search.result import Cost
@@ -99,7 +100,6 @@ def compare(model: str, config: CompareConfig) -> Path:
                 "dense": {"perplexity": dense["perplexity"]},
                 "methods": rows,
                 "triangle": prices and prices["triangle"],
-                "versions": versions(),
             },
         )
         processes.on_main(lambda: draw_picks(run.read("compare") or {}, run / "compare.svg"))
@@ -331,6 +331,5 @@ def draw_picks(comparison: dict[str, Any], path: Path) -> None:
             lower.set_ylabel("layers removed")
             lower.spines[["top", "right", "left"]].set_visible(False)
             lower.tick_params(length=0)
-        partial = path.with_name(f".{path.name}.partial")
-        canvas.savefig(partial, format="svg", metadata={"Date": None})
-    partial.replace(path)
+        with write_atomically(path) as partial:
+            canvas.savefig(partial, format="svg", metadata={"Date": None})

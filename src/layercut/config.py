@@ -393,11 +393,28 @@ class RunConfig:
 
     out: Path | None = None
     """Run folder; runs/NAME where not given. A run that was stopped goes on there."""
-    force: Annotated[bool, no_negative] = False
-    """Run finished stages again."""
+    force: Annotated[bool, Parameter(negative="")] = False
+    """Run finished stages again, also where a finished run of other settings is there, which is then replaced."""
     config: Path | None = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is said on stderr while a command runs."""
+
+    quiet: Annotated[bool, Parameter(negative="")] = False
+    """Say nothing but warnings and errors."""
+    verbose: Annotated[bool, Parameter(negative="")] = False
+    """Say as well what is taken over from an earlier command."""
+    log_file: Path | None = None
+    """Append all of it to this file too, with times, and progress every 30 s."""
+
+    def __post_init__(self) -> None:
+        if self.quiet and self.verbose:
+            raise ConfigError("both --quiet and --verbose are given", "give one of them")
 
 
 @flat

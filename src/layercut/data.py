@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from layercut.errors import DataError, first_line
 from layercut.models import quiet_transformers
+from layercut.progress import bar
 from layercut.sources import NAMED, PYTHON, Document, documents, looks_local, matching_files
 
 Order = Literal["shuffled", "as written"]
@@ -207,8 +208,6 @@ def sample(
 
     Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
     """
-    from rich.console import Console
-    from rich.progress import Progress
     from transformers import GenerationConfig
 
     if model is None:
@@ -225,12 +224,12 @@ def sample(
         pad_token_id=tokenizer.pad_token_id or 0,
     )
     rows = []
-    with Progress(console=Console(stderr=True), transient=True) as bar, generating(model, plain):
-        task = bar.add_task("sampling text from the model", total=len(span) * (window - len(prefix or [0])))
+    total = len(span) * (window - len(prefix or [0]))
+    with bar("sampling text from the model", total) as advance, generating(model, plain):
 
         def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             # generate calls it after every token: where the bar moves; it never stops a row
-            bar.advance(task, len(ids))
+            advance(len(ids))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         for first in range(span.start, span.stop, ROWS):

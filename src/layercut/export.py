@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from layercut import checkpoints, memory, stream
-from layercut.errors import RunError
-from layercut.files import usual_mode_
+from layercut.files import replace_folder, usual_mode_, writing
 from layercut.models import as_stored, quiet_transformers
-from layercut.runs import replace_folder
+from layercut.progress import bar
 from layercut.units import size
 
 CHECKER = Path(__file__).with_name("reload_check.py")
+STEP = "step: "
+"""How a line of a checker begins that says what it does next."""
 CHECK_TOKENS = 4096
 """Tokens of text, at most, that what was exported is measured on again."""
 
@@ -57,7 +58,7 @@ def export_checkpoint(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with quiet_transformers():
+        with writing(folder), quiet_transformers(), growing(partial, state):
             with described(model.config, quantization_config):
                 # a copy: for some architectures transformers empties the dict that it is given
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
@@ -65,15 +66,23 @@ def export_checkpoint(
         usual_mode_(partial)
         check_bytes(partial, state)
         check = verify_reload(model, partial, text) if packed else verify(model, partial, text)
-        replace_folder(partial, folder)
-    except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written: {error.strerror or error}", "free some space, or name another --out"
-        ) from None
+        with writing(folder):
+            replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"bytes": size, "check": check}
+
+
+@contextmanager
+def growing(folder: Path, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """While open, a bar that follows how many bytes are in a folder into which the model is saved."""
+
+    def written() -> float:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
+
+    with bar("saving", distinct_bytes(state), written):
+        yield
 
 
 def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
@@ -81,7 +90,8 @@ def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
     model, whose layers are on disk, computes. As `export_checkpoint` otherwise."""
     try:
         check = verify_streamed(model, partial)
-        replace_folder(partial, folder)
+        with writing(folder):
+            replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "check": check}
@@ -109,14 +119,18 @@ def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterat
 
 def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """ReloadError where the files hold more than the tensors do: a tie that came apart is saved twice."""
-    expected = sum({(t.data_ptr(), t.nbytes): t.nbytes for t in state.values()}.values())
-    saved = 0
+    expected, saved = distinct_bytes(state), 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = 8 + int.from_bytes(stream.read(8), "little")
         saved += file.stat().st_size - header
     if saved > expected:
         raise ReloadError(f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tie came apart")
+
+
+def distinct_bytes(state: dict[str, torch.Tensor]) -> int:
+    """Bytes of all tensors, one that has two names counted once."""
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in state.values()}.values())
 
 
 def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
@@ -162,14 +176,30 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
         expected["text"] = text.contiguous()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "expected.safetensors"
-        save_file(expected, file)
+        with writing(file):
+            save_file(expected, file)
         command = [sys.executable, *checker, str(folder), str(file)]
         command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
+        return _checked(command, Path(scratch) / "stderr")
+
+
+def _checked(command: list[str], errors: Path) -> dict[str, Any]:
+    """Run a checker, showing which of its steps it is at, and read what it found off its last line."""
+    last = ""
+    with (
+        bar("verifying in a fresh process", None) as advance,
+        errors.open("w") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=_environment()) as process,
+    ):
+        assert process.stdout
+        for line in process.stdout:
+            last = line.strip()
+            if last.startswith(STEP):
+                advance(1, last.removeprefix(STEP))
+    if process.returncode != 0:
+        lines = errors.read_text(errors="replace").strip().splitlines() or ["no message"]
         raise ReloadError(f"the saved model does not reload as it was: {lines[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(last)
 
 
 def _environment() -> dict[str, str]:

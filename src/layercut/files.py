@@ -1,155 +1,71 @@
-"""Reading files that come from elsewhere, within limits, and saying what a file is: for `checkpoints.py` and `runs.py`.
+"""Files that are there whole or not at all, and what a disk that refuses them makes of a command. Ground: all use it.
 
-A checkpoint's JSON files are read by `read_json` alone: regular files of bounded size, depth and numbers, whose text is
-Unicode. Digests tell whether a file is still the one that was recorded.
+`write_atomically` is the one way in which a file of a result is written. A full disk, a quota, a read-only file system
+or a missing permission is the user's to mend: `writing` says it with the path that was written, `disk_refusal` for what
+comes up elsewhere, in `cli.main`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from layercut.errors import ModelError, first_line
+from layercut.errors import RunError
 
-LARGEST_JSON = 256 * 2**20
-"""Bytes. The largest tokenizer.json seen has 33 MB, the largest index 8 MB."""
-DEEPEST = 64
-"""Levels of lists and objects in each other. Real configs have five; `copy.deepcopy` fails at some 300."""
-MOST_DIGITS = 64
-"""Of a whole number. tokenizer_config.json writes "no limit" with 31."""
-REFETCH = "fetch this file again"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSALS = (*FULL, *CLOSED, errno.EFBIG)
+"""What a disk answers that the user can mend, and that no fault of ours brings about."""
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it; a folder, pipe or device in its place is refused, and never waited for.
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty file beside `path` to write to; it takes the name `path` when the block ends well.
 
-    Raises ModelError; FileNotFoundError where there is nothing.
+    By then it is on the disk, and so is the folder's entry for it; its mode is what the umask gives, whatever the
+    writer made of it. When the block fails nothing is left, and `path` is as it was. Raises RunError where the system
+    refuses to write.
     """
-    try:
-        # a pipe that nobody writes to would be waited for without O_NONBLOCK, which does nothing to regular files
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {_reason(error)}", "give a complete model folder") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ModelError(f"{path} is no regular file", REFETCH)
-    return os.fdopen(descriptor, "rb")
-
-
-def read_json(path: Path, need: str = "") -> Any:
-    """What a JSON file holds. need: why it has to be there.
-
-    Raises ModelError: no such file, not a regular one, not JSON, or beyond the limits above.
-    """
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > LARGEST_JSON:
-                raise ModelError(f"{path} has {size:,} bytes; allowed are {LARGEST_JSON:,}", REFETCH)
-            raw = file.read(LARGEST_JSON + 1)
-    except FileNotFoundError:
-        raise ModelError(f"no file {path}{f': {need}' if need else ''}", "give a complete model folder") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {_reason(error)}", "give a complete model folder") from None
-    return parse_json(raw, str(path))
-
-
-def parse_json(raw: bytes, name: str) -> Any:
-    """JSON text within the limits above; ModelError otherwise. name: of the file, for the message."""
-    try:
-        content = json.loads(raw.decode("utf-8"), parse_int=_whole)
-        _check(content)
-    except RecursionError:
-        raise ModelError(f"{name} nests deeper than {DEEPEST} levels", REFETCH) from None
-    except ValueError as error:  # not UTF-8, not JSON, or one of the limits
-        raise ModelError(f"{name} is not valid JSON: {first_line(error)}", REFETCH) from None
-    return content
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits; allowed are {MOST_DIGITS}")
-    return int(digits)
-
-
-def _check(content: Any) -> None:
-    """ValueError or RecursionError for nesting too deep, and for text that no file can hold (half a surrogate pair)."""
-    level = [content]
-    for _ in range(DEEPEST):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, str):
-                value.encode("utf-8")
-            elif isinstance(value, dict):
-                below += value.keys()
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-        if not below:
-            return
-        level = below
-    raise RecursionError
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or first_line(error)
-
-
-# --- what a file is -----------------------------------------------------------------------------------------
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 of a whole file: 1.8 GB/s on one core (measured), less than reading it from most disks takes."""
-    with open_regular(path) as file:
-        digest = hashlib.sha256()
-        while part := file.read(1 << 22):
-            digest.update(part)
-        return digest.hexdigest()
-
-
-def outline_digest(path: Path) -> str:
-    """SHA-256 of a safetensors file's header, which says where each tensor lies; of any other file, of all of it."""
-    if path.suffix != ".safetensors":
-        return content_digest(path)
-    with open_regular(path) as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), LARGEST_JSON))).hexdigest()
-
-
-def record(folder: Path, base: Path) -> dict[str, list[Any]]:
-    """[bytes, `outline_digest`] of every file below a folder, by its path from `base`."""
-    return {str(file.relative_to(base)): [file.stat().st_size, outline_digest(file)] for file in _below(folder)}
-
-
-def as_recorded(folder: Path, recorded: Any) -> bool:
-    """Whether every file that `record` once noted is there and has its size and digest still; others may have come."""
-    if not isinstance(recorded, dict):
-        return False
-    for name, noted in recorded.items():
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
         try:
-            if [(folder / name).stat().st_size, outline_digest(folder / name)] != noted:
-                return False
-        except (OSError, ValueError, ModelError):
-            return False
-    return True
+            partial.unlink(missing_ok=True)
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)  # safetensors writes files that their owner alone can read
+            sync(partial)
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+def replace_folder(partial: Path, final: Path) -> None:
+    """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def usual_mode_(path: Path) -> None:
     """Give a file the permissions that any new file here gets: libraries that write by way of a temporary file leave
     0600. A folder: every file in it."""
-    files = list(_below(path)) if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     if not files:
         return
     probe = files[0].with_name(f".{files[0].name[:64]}.mode")
@@ -162,3 +78,66 @@ def usual_mode_(path: Path) -> None:
         probe.unlink(missing_ok=True)
     for file in files:
         file.chmod(mode)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError where that fails."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for a folder
+            raise
+    finally:
+        os.close(opened)
+
+
+# --- what the system says ---
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While open, `path` is written and nothing is read: the system's refusal becomes a RunError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if (found := system_error(error)) is None:
+            raise
+        raise RunError(f"{path} cannot be written: {_words(found)}", _hint(found)) from error
+
+
+def disk_refusal(error: BaseException, path: Path | None = None) -> RunError | None:
+    """What to tell the user of an error that a full, read-only or closed disk raised; None of any other.
+
+    path: what was being written, where the error does not name it.
+    """
+    found = system_error(error)
+    if found is None or found.errno not in REFUSALS:
+        return None
+    name = found.filename or path or "the output"
+    # what may not be opened may have been opened to be read
+    verb = "opened" if found.errno in (errno.EACCES, errno.EPERM) else "written"
+    return RunError(f"{name} cannot be {verb}: {_words(found)}", _hint(found))
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error that this is, or that safetensors put into its own words; None of any other."""
+    if isinstance(error, OSError):
+        return error
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return None
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in FULL:
+        return "free some space, or name another --out"
+    if error.errno in CLOSED:
+        return "name a folder that you may write to: --out"
+    if error.errno == errno.EFBIG:
+        return "raise the limit on the size of a file (ulimit -f), or name an --out on another disk"
+    return "check the disk, or name another --out"

@@ -21,7 +21,7 @@ from layercut import checkpoints, configfile, processes, sharding
 from layercut.checkpoints import Checkpoint, read_json
 from layercut.configfile import COUNTS
 from layercut.errors import ModelError, first_line
-from layercut.files import LARGEST_JSON, REFETCH, open_regular
+from layercut.reading import LARGEST_JSON, REFETCH, open_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layercut import checkpoints, evaluate, models, opening, processes, stages
+from layercut.artefacts import RUNS_OWN
 from layercut.config import CompressConfig, SearchConfig, flattened
 from layercut.data import origins
 from layercut.errors import ConfigError, ModelError
@@ -27,7 +28,7 @@ from layercut.progress import say
 from layercut.remarks import describe_export, describe_quantization, describe_retention
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
-from layercut.runs import Run, versions, write_text
+from layercut.runs import Run, write_text
 from layercut.search import length_for_size, length_for_speedup
 from layercut.segments import Removal, Segment, checked_segments, layers_to_remove
 from layercut.units import parse_bytes
@@ -88,8 +89,9 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         if quantized["bits"] < 16:
             say("quantize", describe_quantization(quantized))
 
+        export = partial(stages.export.export, work, segments)
         if until == "tune":
-            exported = run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
+            exported = run.stage("export", text["evaluation"], export, after=["quantize"])
             say("export", describe_export(exported, run / "model"))
             return run.folder
 
@@ -97,7 +99,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         judged = partial(stages.prove.evaluate, work, segments)
         measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
         proofs = further_proofs(work, segments)
-        exported = run.stage("export", None, lambda: stages.export.export(work, segments), after=["quantize"])
+        exported = run.stage("export", text["evaluation"], export, after=["quantize"])
         say("export", describe_export(exported, run / "model"))
         source = checkpoints.weight_bytes(checkpoint)
         run.stage(
@@ -269,7 +271,6 @@ def summarise(
         "generation_health": measured.get("health"),
         "seconds": run.seconds.copy(),
         "peak_rss_bytes": measured["peak_rss_bytes"],
-        "versions": versions(),
     }
 
 
@@ -279,5 +280,5 @@ def summarise_proofs(proofs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "tasks": tasks["tasks"] if tasks else None,
         "retention": tasks["retention"] if tasks else None,
-        "long_context": {k: v for k, v in long.items() if k not in ("seconds", "config_hash")} if long else None,
+        "long_context": {k: v for k, v in long.items() if k not in RUNS_OWN} if long else None,
     }

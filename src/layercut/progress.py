@@ -1,26 +1,139 @@
-"""What a person sees while a stage runs: one bar, and a line when it is done. On stderr; stdout is for results.
+"""What is said while a stage runs: lines in the log, and a bar or a line every 30 s about how far it is. Ground.
+
+All of it goes through the logger "layercut" of the standard library, so that nothing is printed where layercut is used
+as a library and no handler is installed. The command installs them (`shown`): on a terminal a bar and short lines,
+elsewhere lines with their time, one for each message whatever its length. All on stderr; stdout is for results.
 
 Of several processes the main one speaks, and its bar counts its share of the work.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layercut import errors
-from layercut.processes import is_main
+from layercut.files import writing
 
+log = logging.getLogger("layercut")
+log.addHandler(logging.NullHandler())
 console = Console(stderr=True, highlight=False)
+
+EVERY = 30.0
+"""Seconds between two lines about the progress of a stage."""
+LOOK = 0.5
+"""Seconds between two looks at work whose progress is measured from outside."""
+
+_bars = False
+"""Whether bars are drawn: on a terminal, in a command that was not told to be quiet."""
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def say(stage: str, words: str) -> None:
+    """One line about a stage."""
+    _say(logging.INFO, stage, words)
+
+
+def warn(stage: str, words: str) -> None:
+    """One line that is seen also with --quiet."""
+    _say(logging.WARNING, stage, words)
+
+
+def debug(stage: str, words: str) -> None:
+    """One line that is seen with --verbose and in the log file."""
+    _say(logging.DEBUG, stage, words)
+
+
+def _say(level: int, stage: str, words: str, *, progress: bool = False) -> None:
+    if _is_main():
+        log.log(level, "%s", words, extra={"stage": stage, "progress": progress})
+
+
+def _is_main() -> bool:
+    from layercut.processes import is_main  # which loads torch, for which a command that says nothing need not wait
+
+    return is_main()
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Task:
+    """Work that is under way."""
+
+    description: str
+    total: float | None
+    begun: float = field(default_factory=time.monotonic)
+    done: float = 0.0
+    words: str = ""
+
+    def line(self) -> str:
+        """How far it is, in words."""
+        gone = time.monotonic() - self.begun
+        parts = [f"{duration(gone)} so far"]
+        if self.total:
+            share = min(1.0, self.done / self.total)
+            parts.insert(0, f"{share:.0%} ({self.done:,.0f} of {self.total:,.0f})")
+            if 0 < share < 1:
+                parts.append(f"about {duration(gone * (1 - share) / share)} left")
+        return ", ".join([f"{self.description}: {parts[0]}", *parts[1:], *([self.words] if self.words else [])])
 
 
 @contextmanager
-def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A progress bar; call what it yields with the steps done, and optionally words to show beside it."""
+def bar(
+    description: str, total: float | None, measure: Callable[[], float] | None = None
+) -> Iterator[Callable[..., None]]:
+    """Show how far work is; call what it yields with the steps done, and optionally words to show beside it.
+
+    total: steps in all; None where nobody knows. measure: tells the steps done so far, of work that cannot count them.
+    """
+    task, over = _Task(description, total), threading.Event()
+    with _drawn(task) as draw:
+
+        def advance(steps: float = 1, words: str = "") -> None:
+            task.done, task.words = task.done + steps, words
+            draw()
+
+        def watch() -> None:
+            told = task.begun
+            while not over.wait(LOOK if measure else EVERY):
+                if measure:
+                    advance(measure() - task.done)
+                if time.monotonic() - told >= EVERY:
+                    told = time.monotonic()
+                    _say(logging.INFO, "progress", task.line(), progress=True)
+
+        watching = _is_main() and (measure is not None or log.isEnabledFor(logging.INFO))
+        watcher = threading.Thread(target=watch, name="layercut-progress", daemon=True)
+        if watching:
+            watcher.start()
+        try:
+            yield advance
+        finally:
+            over.set()
+            if watching:
+                watcher.join()
+
+
+@contextmanager
+def _drawn(task: _Task) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal, where bars are drawn; call what it yields when the task has changed."""
+    if not (_bars and _is_main()):
+        yield lambda: None
+        return
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -30,17 +143,82 @@ def bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[words]}"),
     ]
-    shown = console.is_terminal and is_main()
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        task = progress.add_task(escape(errors.shown(description)), total=total, words="")
-
-        def advance(steps: float = 1, words: str = "") -> None:
-            progress.update(task, advance=steps, words=escape(errors.shown(words)))
-
-        yield advance
+    with Progress(*columns, console=console, transient=True) as progress:
+        row = progress.add_task(escape(errors.shown(task.description)), total=task.total, words="")
+        yield lambda: progress.update(row, completed=task.done, words=escape(errors.shown(task.words)))
 
 
-def say(stage: str, words: str) -> None:
-    """One line about a stage."""
-    if is_main():
-        console.print(f"[bold]{escape(f'{stage:>9}')}[/bold]  {escape(errors.shown(words))}")
+def duration(seconds: float) -> str:
+    """80 -> 1 min 20 s"""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+# --- where it is seen ------------------------------------------------------------------------------------------------
+
+
+class _Handler(logging.Handler):
+    """Fails with the command where a message cannot be written, as print does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
+
+
+class _Terminal(_Handler):
+    """Lines above a bar; what the bar shows is not said again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not record.__dict__.get("progress"):
+            stage = f"{record.__dict__.get('stage', ''):>9}"
+            console.print(f"[bold]{escape(stage)}[/bold]  {escape(errors.shown(record.getMessage()))}")
+
+
+class _Lines(_Handler, logging.StreamHandler):
+    """One line for each message, with its time."""
+
+
+class _File(_Handler, logging.FileHandler):
+    """The same, in a file."""
+
+
+class _OneLine(logging.Formatter):
+    """Time, stage, message; on one line, without what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time_, stage = self.formatTime(record, "%Y-%m-%d %H:%M:%S"), record.__dict__.get("stage", "")
+        return f"{time_} {stage:>9}  {errors.shown(record.getMessage())}"
+
+
+@contextmanager
+def shown(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> Iterator[None]:
+    """While open, messages are seen on stderr and appended to a file; the command's own doing, once.
+
+    quiet: on stderr warnings alone. verbose: what `debug` says too. The file gets all of it, and progress every 30 s.
+    Raises RunError where the file cannot be written.
+    """
+    global _bars
+    terminal = console.is_terminal
+    handlers: list[logging.Handler] = [_Terminal() if terminal else _Lines(console.file)]
+    handlers[0].setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    if log_file is not None:
+        with writing(log_file):
+            handlers.append(_File(log_file, mode="a", encoding="utf-8"))
+    before = log.level, log.propagate, _bars
+    for handler in handlers:
+        handler.setFormatter(_OneLine())
+        log.addHandler(handler)
+    log.setLevel(min(handler.level or logging.DEBUG for handler in handlers))
+    log.propagate, _bars = False, terminal and not quiet
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        log.propagate, _bars = before[1:]
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

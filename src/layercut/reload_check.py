@@ -1,8 +1,8 @@
 """Run by itself, in a fresh process, by `export.verify_reload`: is the saved checkpoint the model it should be?
 
-Uses torch and transformers alone; what imports layercut here fails. Prints one line of JSON, or fails with the
-difference as its last line. EXPECTED holds tokens and their logits and, where there is text to measure perplexity on,
-its rows [N, T].
+Uses torch and transformers alone; what imports layercut here fails. Prints what it does, a line a step, and then one
+line of JSON, or fails with the difference as its last line. EXPECTED holds tokens and their logits and, where there is
+text to measure perplexity on, its rows [N, T].
 
     python reload_check.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
 """
@@ -48,11 +48,14 @@ def main(folder, expected, device, dtype, threads):
     reference = load_file(expected)
     tokens = reference["tokens"].to(device)
 
+    print("step: loading", flush=True)
     model = load(folder, getattr(torch, dtype), device)
+    print("step: comparing logits", flush=True)
     got = model(input_ids=tokens, use_cache=False).logits.cpu()
     if not torch.equal(got, reference["logits"]):
         sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")
 
+    print("step: generating", flush=True)
     model = torch.nn.Module.float(model)  # transformers refuses model.float() where weights were quantized
     prompt = tokens[:1, :8]
     out = model.generate(
@@ -75,6 +78,7 @@ def main(folder, expected, device, dtype, threads):
         sys.exit(f"generation with the cache leaves the uncached one by {worst:g} in logits")
     measured = None
     if "text" in reference:
+        print("step: measuring perplexity", flush=True)
         text = reference["text"].to(device)
         measured = {"tokens": text.numel(), "value": perplexity(model, text)}
     found = {"logits": "equal to the bit", "cached_generation": "equal", "tokens": NEW_TOKENS}

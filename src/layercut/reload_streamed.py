@@ -1,7 +1,7 @@
 """Run by itself, in a fresh process, by `export.verify_streamed`: is the saved checkpoint the model it should be?
 
-For what does not fit in memory: the layers stay on disk. Prints one line of JSON, or fails with the difference as its
-last line.
+For what does not fit in memory: the layers stay on disk. Prints what it does, a line a step, and then one line of
+JSON, or fails with the difference as its last line.
 
     python -m layercut.reload_streamed FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
 """
@@ -21,7 +21,9 @@ from layercut import checkpoints, stream
 def main(folder: str, expected: str, device: str, dtype: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
+    print("step: opening", flush=True)
     model = stream.open_on_disk(checkpoints.resolve(folder), dtype=dtype, device=device).model
+    print("step: comparing logits", flush=True)
     got = model(input_ids=reference["tokens"].to(device), use_cache=False).logits.cpu()
     if not torch.equal(got, reference["logits"]):
         sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut import charts, figures, findings, progressive, rules, survival
 from layercut.figures import NOT_MEASURED, finite, items, part
+from layercut.files import write_atomically
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -66,12 +66,8 @@ def _write_page(target: Path, template: str, pictures: dict[str, str | None], fa
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # ours, not the user's
         charts={name: Markup(svg) for name, svg in pictures.items() if svg},  # hold no text of the user's
     )  # fmt: skip
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with write_atomically(target) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
     return target
 
 

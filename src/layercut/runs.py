@@ -3,8 +3,10 @@
 A stage's JSON carries a hash of everything that went into it, results of earlier stages included. A stage
 whose artefact is there with the same hash is not run again; so a run that was killed goes on from the last
 finished stage when the same command is given again, and a changed flag runs again just what depends on it. The
-JSON file is taken away when its stage is run again and written last, by rename: where it is there, the stage
-is whole.
+JSON file is taken away when its stage is run again and written last, by rename: where it is there, and it and the files
+that it names are as they were written, the stage is whole.
+
+A finished run is not replaced by one of other settings (`provenance.py`), unless it is told to be.
 
 Of several processes the main one holds the folder, decides whether a stage is whole, and writes; all get the same
 artefact. The folder must lie where all of them can read it.
@@ -12,32 +14,32 @@ artefact. The folder must lie where all of them can read it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
-import platform
-import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
-from layercut import memory, processes
+from layercut import memory, processes, provenance
+from layercut.artefacts import SEAL, Damaged, check_seal, decode, kind_of, seal
 from layercut.errors import RunError
-from layercut.files import as_recorded
+from layercut.files import disk_refusal, write_atomically, writing
+from layercut.progress import debug, say, warn
+from layercut.reading import differing, record
 
 Artefact = dict[str, Any]
 TEXTS = ("text-calibration", "text-heldout", "text-tuning", "text-evaluation")
 STAGES = (*TEXTS, "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long")
 """Stages that run only where they are asked for."""
-PACKAGES = ("layercut", "torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
 
 
 class Run:
@@ -48,6 +50,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._hashes: dict[str, str] = {}
         self._lock: IO[str] | None = None
+        self._force = force
 
         def take() -> None:
             self._lock = self._open()
@@ -62,9 +65,11 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._lock:
             self._lock.close()
+        if error is not None and (refused := disk_refusal(error, self.folder)):
+            raise refused from error
 
     # --- stages ---
 
@@ -99,6 +104,7 @@ class Run:
         """The stage's artefact where it is whole; else the folder is made ready for it."""
         finished = self.read(name)
         if finished is not None and self._whole(name, finished):
+            debug(name, "is whole and of the same inputs: not run again")
             return finished
         # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
         for stale in (name, "summary"):
@@ -110,16 +116,44 @@ class Run:
         """Write what a stage computed."""
         self.seconds[name] = seconds
         # an artefact's own "seconds" stand, such as the summary's, which are those of all stages
-        artefact = {"seconds": seconds} | computed | {"config_hash": self._hashes[name]}
+        artefact: Artefact = {"seconds": seconds, "versions": provenance.versions()} | computed
+        artefact |= {"config_hash": self._hashes[name]}
+        if artefact.get("files"):
+            artefact["record"] = record([self / name for name in artefact["files"]], self.folder)
+        artefact[SEAL] = seal(jsonable(artefact))[SEAL]
         write_json(self / f"{name}.json", artefact)
         self.event(name, 0, "finished", seconds, "s")
         return restored(jsonable(artefact))  # what a later run reads, to the type
 
     def _whole(self, name: str, artefact: Artefact) -> bool:
-        """Whether an artefact is of these inputs, and its files are there, and those in its record as they were."""
-        files = artefact.get("files") or []
-        there = artefact.get("config_hash") == self._hashes[name] and all((self / f).exists() for f in files)
-        return there and as_recorded(self.folder, artefact.get("record", {}))
+        """Whether an artefact is of these inputs, as it was written, and its files too."""
+        if artefact.get("config_hash") != self._hashes[name]:
+            return False
+        try:
+            check_seal(artefact)
+            found = decode(kind_of(name), artefact, f"{name}.json")
+            self._check_files(found.files, found.record)
+        except Damaged as damage:
+            warn(name, f"{name}.json is damaged and made anew: {damage}")
+            return False
+        return True
+
+    def _check_files(self, names: Sequence[str], recorded: Mapping[str, Any]) -> None:
+        """Damaged where a file is gone or no longer what was recorded, or is no safetensors file to its end.
+
+        Of weights only headers are read.
+        """
+        if missing := [name for name in names if not (self / name).exists()]:
+            raise Damaged(f"{missing[0]} is gone")
+        if changed := differing(self.folder, recorded):
+            raise Damaged(f"{changed} is not as it was written")
+        for name in {*recorded, *names}:
+            if name.endswith(".safetensors"):
+                try:
+                    with safe_open(self / name, framework="pt"):
+                        pass
+                except (OSError, SafetensorError) as error:
+                    raise Damaged(f"{name} cannot be read: {error}") from None
 
     def inputs_of(self, name: str) -> str:
         """Hash of all that goes into a stage that was begun, earlier stages included."""
@@ -129,20 +163,33 @@ class Run:
         """A stage's artefact, or None where there is none that can be read."""
         try:
             artefact = restored(json.loads((self / f"{name}.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return artefact if isinstance(artefact, dict) else None
 
     # --- provenance ---
 
     def describe(self, config: dict[str, Any]) -> None:
-        """Write config.yaml, with every default filled in, and env.json."""
+        """Write config.yaml, with every default filled in, and env.json.
+
+        Raises RunError where the folder holds a finished run of other settings, which would be lost.
+        """
 
         def write() -> None:
-            write_text(self / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-            write_json(self / "env.json", environment() | {"processes": count})
+            changed, lost = provenance.would_be_lost(self.folder, config)
+            if lost:
+                raise RunError(
+                    f"{self.folder} holds a finished run of other settings ({'; '.join(changed)}); this command would "
+                    f"replace its {', '.join(lost)}",
+                    "name another --out, or pass --force to replace it",
+                )
+            if others := provenance.other_versions(self.folder):
+                say("run", f"begun with other versions: {', '.join(others)}")
+            anew = self._force or provenance.begins_anew(self.folder, config)
+            write_json(self / "env.json", provenance.described(self.folder, count, anew=anew))
+            write_text(self / "config.yaml", text)
 
-        count = processes.world()
+        count, text = processes.world(), yaml.safe_dump(config, sort_keys=False)
         processes.on_main(write)
 
     def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
@@ -151,8 +198,15 @@ class Run:
             return
         now = round(time.time(), 3)
         event = {"time": now, "stage": stage, "step": step, "name": name, "value": value, "unit": unit}
-        with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(event)) + "\n")
+        path = self / "metrics.jsonl"
+        with writing(path), path.open("ab", buffering=0) as file:
+            line, end = (json.dumps(jsonable(event)) + "\n").encode(), file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)  # half a line would spoil the next one
+                raise
 
     # --- the folder itself ---
 
@@ -161,22 +215,16 @@ class Run:
             raise RunError(
                 f"--out {self.folder} is a file", "name a folder that is new, empty, or holds a run"
             )
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self / "config.yaml").exists():
-            raise RunError(
-                f"--out {self.folder} is not empty and holds no layercut run",
-                "name a folder that is new, empty, or holds a run",
-            )
-        try:
+        with writing(self.folder):
+            if self.folder.is_dir() and not provenance.is_empty(self.folder) and not provenance.is_run(self.folder):
+                raise RunError(
+                    f"--out {self.folder} is not empty and holds no layercut run",
+                    "name a folder that is new, empty, or holds a run",
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self / "config.yaml").touch()
             # never through a link, of whoever made the folder, and nothing is truncated
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             lock = os.fdopen(os.open(self / ".lock", flags, 0o666), "r+")
-        except OSError as error:
-            raise RunError(
-                f"--out {self.folder} cannot be written: {error.strerror}",
-                "name a folder that you may write to",
-            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -229,62 +277,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write text so that the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(
-            f"{path} cannot be written: {error.strerror}", "free some space, or name another --out"
-        ) from None
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in its place, over what an earlier run left there."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """What ran this: hardware, platform, versions, the command."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "platform": platform.platform(),
-        "hardware": gpu or cpu_name(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with write_atomically(path) as partial:
+        partial.write_text(content, encoding="utf-8")

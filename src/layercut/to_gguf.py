@@ -34,6 +34,7 @@ from layercut.gguf_export import (
     tensor_types,
 )
 from layercut.progress import bar, say
+from layercut.provenance import is_run
 from layercut.remarks import describe_gguf_check
 from layercut.report import write_report
 from layercut.runs import write_json
@@ -53,23 +54,23 @@ def export(target: str, config: ExportConfig) -> Path:
     run, kind = Path(target), config.gguf_type
     if kind not in PLAIN:
         require_llama_cpp()
-    is_run = (run / "config.yaml").is_file()
-    if is_run and not (run / "summary.json").is_file():
+    of_run = is_run(run)
+    if of_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
-    summary = checkpoints.read_json(run / "summary.json") if is_run else {}
+    summary = checkpoints.read_json(run / "summary.json") if of_run else {}
     with appearing(config.out, force=config.force) as work:
         file = work / config.out.name
-        if is_run and summary["model"].endswith(".gguf"):
+        if of_run and summary["model"].endswith(".gguf"):
             facts = _healed_gguf(run, summary["model"], file, kind)
         else:
-            folder, text = (run / "model", _text_of(run)) if is_run else (run, None)
+            folder, text = (run / "model", _text_of(run)) if of_run else (run, None)
             facts = _converted(folder, file, config, text)
         facts |= {"file": config.out.name, "bytes": file.stat().st_size, "tensor_types": tensor_types(file)}
     types = ", ".join(f"{name} {count}" for name, count in facts["tensor_types"].items())
     say("export", f"{facts['bytes']:,} bytes; tensors: {types}")
     for words in describe_gguf_check(facts):
         say("check", words)
-    if is_run:
+    if of_run:
         facts["broken"] = broken(_with_file(summary, facts["again"]))
         if facts["broken"]:
             say("warning", facts["broken"])

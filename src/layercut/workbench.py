@@ -19,7 +19,7 @@ from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
 from layercut.data import Blocks, load_blocks, split_mix, stored_blocks
 from layercut.errors import ConfigError
-from layercut.files import usual_mode_
+from layercut.files import write_atomically
 from layercut.progress import bar, say
 from layercut.quantize import quantized_weights
 from layercut.runs import Run
@@ -201,9 +201,7 @@ class Workbench:
         """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""
 
         def write() -> None:
-            partial = self.run / f".{name}.partial"
-            save_file(tensors, partial)
-            usual_mode_(partial)
-            partial.replace(self.run / f"{name}.safetensors")
+            with write_atomically(self.run / f"{name}.safetensors") as partial:
+                save_file(tensors, partial)
 
         processes.on_main(write)

@@ -8,7 +8,6 @@ stop; the pipeline removes it when the stage is done.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -21,8 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from layercut.errors import RunError
-from layercut.files import usual_mode_
+from layercut.files import write_atomically
 
 
 class StateFile:
@@ -41,18 +39,8 @@ class StateFile:
     def save(self, key: str, tensors: dict[str, Sequence[torch.Tensor]], facts: dict[str, Any]) -> None:
         """Write the state whole or not at all. Raises RunError where the disk is full."""
         named = {f"{name}.{i}": t.detach().cpu() for name, many in tensors.items() for i, t in enumerate(many)}
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        try:
+        with write_atomically(self.path) as partial:
             save_file(named, partial, {"key": key, "facts": json.dumps(facts)})
-            usual_mode_(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise RunError(
-                f"{self.path} cannot be written: {error}", "free some space, or name another --out"
-            ) from None
         self._written = time.monotonic()
 
     def load(self, key: str) -> tuple[dict[str, list[torch.Tensor]], dict[str, Any]] | None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from layercut import processes
 from layercut.errors import ConfigError, RunError
-from layercut.files import usual_mode_
+from layercut.files import write_atomically, writing
 from layercut.losses import logit_pieces, slices
 from layercut.sweep import Stack
 from layercut.units import size
@@ -87,10 +87,9 @@ def store_teacher(
     parts = list(slices(len(tokens), rows))
     missing = processes.on_main(lambda: _make_room(folder, key, [tokens[part].numel() for part in parts], k))
     for i in missing[processes.share(len(missing))]:
-        partial = folder / f".{i}.partial"
-        save_file(_likeliest(dense, tokens[parts[i]], k, temperature), partial, {"key": key})
-        usual_mode_(partial)
-        partial.replace(_shard(folder, i))
+        likeliest = _likeliest(dense, tokens[parts[i]], k, temperature)
+        with write_atomically(_shard(folder, i)) as partial:
+            save_file(likeliest, partial, {"key": key})
         advance(tokens[parts[i]].numel())
     processes.barrier()
     return StoredTeacher(folder, len(tokens), rows)
@@ -101,7 +100,8 @@ def _make_room(folder: Path, key: str, tokens: list[int], k: int) -> list[int]:
     missing = [i for i in range(len(tokens)) if not _is_of(_shard(folder, i), key)]
     if len(missing) == len(tokens):
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     needed = stored_bytes(sum(tokens[i] for i in missing), k)
     if needed > (free := shutil.disk_usage(folder).free):
         raise RunError(

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from layercut import evaluate, stream
 from layercut.cut import cut_checkpoint
 from layercut.export import export_checkpoint, publish_streamed, text_to_check
-from layercut.files import record
 from layercut.progress import bar
 from layercut.segments import Segment
 from layercut.workbench import Workbench
@@ -25,24 +24,21 @@ def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     if quantized["bits"] < 16:
         packing["packed"] = load_file(work.run / "quantized.safetensors")
         packing["quantization_config"] = quantized["quantization_config"]
-    with bar("saving and verifying", None):
-        model = work.student(segments, "folded", "tuned", "quantized")
-        if stream.layers_on_disk(model):
-            return export_files(work, model, segments) | _written(work)
-        exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
-        # what the fresh process should have found
-        exported["perplexity"] = {"tokens": text.numel(), "value": evaluate.perplexity(model, text)}
-    return exported | _written(work)
-
-
-def _written(work: Workbench) -> dict[str, Any]:
-    """The model's folder, and by which sizes and digests a later command finds it whole."""
-    return {"files": ["model"], "record": record(work.run / "model", work.run.folder)}
+    model = work.student(segments, "folded", "tuned", "quantized")
+    if stream.layers_on_disk(model):
+        return export_files(work, model, segments) | {"files": ["model"]}
+    exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
+    # what the fresh process should have found
+    with bar("perplexity of what was saved", len(text)) as advance:
+        value = evaluate.perplexity(model, text, advance=advance)
+    exported["perplexity"] = {"tokens": text.numel(), "value": value}
+    return exported | {"files": ["model"]}
 
 
 def export_files(work: Workbench, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
     """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
     healed, partial = stream.as_saved(student, work.changed(student)), work.run / ".model.partial"
     dtype = work.stack.stored_dtype
-    cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
+    with bar("saving", None):
+        cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)
     return publish_streamed(student, partial, work.run / "model")

@@ -1,0 +1,270 @@
+"""Artefacts by type, and a run folder that finds its own damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from layercut.artefacts import KINDS, Damaged, check_seal, decode, kind_of, seal
+from layercut.errors import RunError
+from layercut.files import write_atomically
+from layercut.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    count: int
+    kept: bool
+    bits: Literal[16, 8]
+    bounds: list[tuple[int, int]]
+    points: list[Inner]
+    by_name: dict[str, Inner]
+    maybe: Inner | None
+    many: tuple[float, ...] = ()
+    later: list[str] = field(default_factory=list)
+
+
+GOOD: dict[str, Any] = {
+    "name": "a", "count": 3, "kept": True, "bits": 8, "bounds": [[1, 2]], "points": [{"loss": 1}, {"loss": "inf"}],
+    "by_name": {"x": {"loss": 0.5}}, "maybe": None, "many": [1, 2.5], "unknown": [{}],
+}  # fmt: skip
+
+
+def test_json_becomes_dataclasses():
+    found = decode(Outer, GOOD)
+    assert found == Outer(
+        name="a", count=3, kept=True, bits=8, bounds=[(1, 2)], points=[Inner(loss=1.0), Inner(loss=math.inf)],
+        by_name={"x": Inner(loss=0.5)}, maybe=None, many=(1.0, 2.5),
+    )  # fmt: skip
+    assert decode(Outer, GOOD | {"maybe": {"loss": 2}}).maybe == Inner(loss=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"name": None}, "Outer.name"), ({"count": True}, "Outer.count"), ({"count": 3.0}, "Outer.count"),
+        ({"kept": 1}, "Outer.kept"), ({"bits": 4}, "Outer.bits"), ({"bits": "8"}, "Outer.bits"),
+        ({"bounds": [[1]]}, r"Outer.bounds\[0\]"), ({"bounds": {}}, "Outer.bounds"),
+        ({"points": [{}]}, r"Outer.points\[0\].loss is missing"), ({"points": [{"loss": "big"}]}, "loss"),
+        ({"points": [{"loss": 10**400}]}, "larger than any number"), ({"by_name": [1]}, "Outer.by_name"),
+        ({"by_name": {"x": 1}}, "Outer.by_name.x"), ({"maybe": 3}, "Outer.maybe"), ({"many": "12"}, "Outer.many"),
+    ],
+)  # fmt: skip
+def test_another_type_is_damage_and_says_where(change, where):
+    with pytest.raises(Damaged, match=where):
+        decode(Outer, GOOD | change)
+
+
+def test_a_missing_key_is_damage_and_one_with_a_default_is_not():
+    for name in GOOD:
+        rest = {key: value for key, value in GOOD.items() if key != name}
+        if name in ("many", "unknown"):
+            decode(Outer, rest)
+        else:
+            with pytest.raises(Damaged, match=name):
+                decode(Outer, rest)
+
+
+def test_what_a_seal_finds():
+    sealed = seal({"a": 1, "b": [1.5]})
+    check_seal(json.loads(json.dumps(sealed)))
+    check_seal({"a": 1})
+    with pytest.raises(Damaged):
+        check_seal(sealed | {"a": 2})
+
+
+def test_a_round_has_the_artefacts_of_a_run():
+    assert kind_of("search-2") is KINDS["search"]
+    assert kind_of("compare-exhaustive") is kind_of("stability") is not KINDS["search"]
+
+
+# --- in a run folder ---
+
+CUT = {
+    "segments": [[1, 2]], "original_layer_index": [0, 2], "parameters": {"before": 2, "after": 1},
+    "bytes": {"before": 8, "after": 4}, "files": ["part.safetensors", "folder"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Any:
+    """A run folder with a stage in it; call what it yields for how often the stage was computed by then."""
+    times = 0
+
+    def compute() -> dict[str, Any]:
+        nonlocal times
+        times += 1
+        save_file({"x": torch.ones(4)}, tmp_path / "run" / "part.safetensors")
+        (tmp_path / "run" / "folder").mkdir(exist_ok=True)
+        (tmp_path / "run" / "folder" / "inside").write_text("text")
+        return copy.deepcopy(CUT)
+
+    def again() -> int:
+        with Run(tmp_path / "run") as run:
+            run.describe({"model": "m"})
+            run.stage("cut", "inputs", compute)
+        return times
+
+    again.folder = tmp_path / "run"  # type: ignore[attr-defined]
+    assert again() == again() == 1
+    return again
+
+
+def test_an_artefact_with_anything_missing_changed_or_nested_is_made_anew(begun):
+    file = begun.folder / "cut.json"
+    sound = json.loads(file.read_text())
+    damaged = [{k: v for k, v in sound.items() if k != key} for key in sound if key != "content_hash"]
+    damaged += [sound | {key: value} for key in sound for value in (None, {"nested": sound[key]}, [sound[key]])]
+    # with the seal gone as well, types alone find it
+    unsealed = {k: v for k, v in sound.items() if k != "content_hash"}
+    damaged += [unsealed | {key: None} for key in CUT]
+    damaged += [{k: v for k, v in unsealed.items() if k != key} for key in CUT if key != "files"]
+    with Run(begun.folder) as run:
+        run._hashes["cut"] = sound["config_hash"]
+        assert run._whole("cut", sound)
+        for content in damaged:
+            assert not run._whole("cut", json.loads(json.dumps(content))), content
+    for number, text in enumerate((json.dumps(damaged[0]), "[" * 100_000), start=2):
+        file.write_text(text)
+        assert begun() == number
+
+
+@pytest.mark.parametrize("damage", ["truncated", "longer", "header", "gone", "inside gone", "inside changed"])
+def test_a_stage_whose_files_are_not_as_they_were_is_run_again(damage, begun):
+    tensors, inside = begun.folder / "part.safetensors", begun.folder / "folder" / "inside"
+    content = tensors.read_bytes()
+    match damage:
+        case "truncated":
+            os.truncate(tensors, len(content) - 1)
+        case "longer":
+            tensors.write_bytes(content + b"x")
+        case "header":
+            tensors.write_bytes(content[:8] + b"X" + content[9:])
+        case "gone":
+            tensors.unlink()
+        case "inside gone":
+            inside.unlink()
+        case _:
+            inside.write_text("other text")
+    assert begun() == 2
+    assert tensors.read_bytes() == content
+    assert begun() == 2
+
+
+def test_a_folder_with_a_config_yaml_is_not_a_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: true\n")
+    (tmp_path / "env.json").write_text('{"name": "prod"}')
+    with pytest.raises(RunError, match="not empty and holds no layercut run"):
+        Run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "env.json"]
+    assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
+
+
+def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".env.json.partial").write_text('{"da')
+    with Run(tmp_path) as run:
+        run.describe({"model": "m"})
+
+
+# --- files ---
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyError), write_atomically(path) as partial:
+        partial.write_text("ne")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+    with write_atomically(path) as partial:
+        partial.write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "new"
+
+
+def test_the_umask_decides_who_may_read_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with write_atomically(tmp_path / "x.safetensors") as partial:
+            save_file({"x": torch.ones(2)}, partial)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced: list[tuple[str, bool]] = []
+    path, fsync = tmp_path / "file", os.fsync
+
+    def noted(number: int) -> None:
+        synced.append((os.path.basename(os.readlink(f"/proc/self/fd/{number}")), path.exists()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with write_atomically(path) as partial:
+        partial.write_text("new")
+    assert synced == [(".file.partial", False), (tmp_path.name, True)]
+
+
+def test_a_full_disk_leaves_no_half_line_among_the_events(tmp_path, monkeypatch):
+    with Run(tmp_path / "run") as run:
+        run.describe({"model": "m"})
+        run.event("text", 0, "started", 1, "")
+        before = (run / "metrics.jsonl").read_bytes()
+        opened = Path.open
+
+        def nearly_full(path: Path, *args: Any, **how: Any) -> Any:
+            file = opened(path, *args, **how)
+            write = file.write
+
+            class Few:
+                def __enter__(self) -> Any:
+                    return self
+
+                def __exit__(self, *_: object) -> None:
+                    file.close()
+
+                def write(self, data: bytes) -> int:
+                    return write(data[:5])
+
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(file, name)
+
+            return Few()
+
+        monkeypatch.setattr(Path, "open", nearly_full)
+        with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
+            run.event("text", 0, "finished", 1, "")
+        monkeypatch.undo()
+        assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_error_of_the_disk_is_the_users_wherever_it_comes_up(tmp_path):
+    """Also from safetensors, which has an error type of its own."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(RunError, match="run cannot be written: File too large") as caught, Run(tmp_path / "run"):
+            save_file({"x": torch.ones(10_000)}, tmp_path / "elsewhere")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ulimit" in caught.value.hint
