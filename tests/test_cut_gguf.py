@@ -122,7 +122,7 @@ def test_prediction_blocks_stay_behind_the_layers(tmp_path):
 
 def test_a_rule_in_llama_cpp_that_the_cut_breaks_is_refused(tmp_path):
     source = write(tmp_path / "a.gguf", "gemma2")
-    with pytest.raises(SurgeryError, match="every 2th layer of gemma2 apart, and layer") as refusal:
+    with pytest.raises(SurgeryError, match="every 2nd layer of gemma2 apart, and layer") as refusal:
         cut_gguf(source, [Segment(1, 2)], tmp_path / "b.gguf")
     assert "--segment" in refusal.value.hint
     cut_gguf(source, [Segment(1, 3)], tmp_path / "b.gguf")
