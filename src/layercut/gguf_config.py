@@ -15,8 +15,8 @@ from layercut.errors import ModelError
 from layercut.gguf_files import Header, corrupt
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-SLACK = 1.01
-"""How many times the weights of the file a config may call for: tied heads and buffers count once or not at all."""
+SLACK = 2
+"""How many times the weights of the file a config may call for: a few that are missing are named by the loader."""
 
 
 def correct_(config: Any, header: Header) -> None:

@@ -22,7 +22,8 @@ UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 LARGEST_ARRAYS = 8_000_000
 """Elements of all arrays together: the `gguf` package keeps an object for each. A vocabulary of 262,144 tokens takes
 2 million with its merges, scores and types."""
-LARGEST_NAME, LARGEST_RANK, LARGEST_ALIGNMENT = 65_535, 4, 1 << 20
+LARGEST_NAME, LARGEST_RANK = 65_535, 4
+ALIGNMENTS = [1 << n for n in range(21)]
 FETCH = "fetch this file again"
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.ASCII | re.DOTALL)
 WITHOUT_FINAL_NORM = frozenset({"olmo"})
@@ -218,9 +219,7 @@ class _Walk:
             value = self._array(name) if kind == ARRAY else self._value(name, kind)
             if value is not None:
                 values[name] = value
-            if name == "general.alignment" and not (
-                kind == UINT32 and 0 < value <= LARGEST_ALIGNMENT and value & (value - 1) == 0
-            ):
+            if name == "general.alignment" and (kind != UINT32 or value not in ALIGNMENTS):
                 raise self._bad("general.alignment is no power of two")
         return values
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 PATTERN = "attention.sliding_window_pattern"
 NEEDS_BUILD = "b11739 (2026-11)"
@@ -84,14 +84,17 @@ class Default:
 
 DEFAULTS = {"minicpm": [Default("residual_scale", lambda layers: 1.4 / math.sqrt(layers))]}
 
-UNIFORM = frozenset(
-    """llama llama-embed deci qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe phi2 phi3 phimoe gpt2 gptj
-    gptneox falcon bloom mpt starcoder starcoder2 stablelm olmo olmoe gemma granite granitemoe granitehybrid command-r
-    deepseek deepseek2 glm4 glm4moe chatglm internlm2 mistral3 nemotron nemotron_h minicpm minicpm3 bitnet refact xverse
-    baichuan codeshell orion arctic exaone jais ernie4_5 ernie4_5-moe hunyuan-dense hunyuan-moe dots1 seed_oss apertus
-    arcee lfm2 lfm2moe falcon-h1 mamba mamba2 jamba dbrx grok plamo openelm dream llada bailingmoe bailingmoe2 qwen3next
-    qwen35 qwen35moe minimax-m2 mimo2 kimi-linear""".split()
-)
+UNIFORM = frozenset({
+    "llama", "llama-embed", "deci", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen3moe", "qwen3vl",
+    "qwen3vlmoe", "phi2", "phi3", "phimoe", "gpt2", "gptj", "gptneox", "falcon", "bloom", "mpt", "starcoder",
+    "starcoder2", "stablelm", "olmo", "olmoe", "gemma", "granite", "granitemoe", "granitehybrid", "command-r",
+    "deepseek", "deepseek2", "glm4", "glm4moe", "chatglm", "internlm2", "mistral3", "nemotron", "nemotron_h",
+    "minicpm", "minicpm3", "bitnet", "refact", "xverse", "baichuan", "codeshell", "orion", "arctic", "exaone",
+    "jais", "ernie4_5", "ernie4_5-moe", "hunyuan-dense", "hunyuan-moe", "dots1", "seed_oss", "apertus", "arcee",
+    "lfm2", "lfm2moe", "falcon-h1", "mamba", "mamba2", "jamba", "dbrx", "grok", "plamo", "openelm", "dream",
+    "llada", "bailingmoe", "bailingmoe2", "qwen3next", "qwen35", "qwen35moe", "minimax-m2", "mimo2",
+    "kimi-linear",
+})  # fmt: skip
 """Architectures whose layers differ only as their tensors, arrays in the metadata or the tables above say."""
 
 
@@ -130,7 +133,7 @@ def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[b
     every = pattern if _is_number(pattern) else rule.every if rule else facts.get("full_attention_interval")
     if every is None and architecture in INTERVAL_OF_4:
         every = 4
-    if _is_number(every) and every > 1:
+    if isinstance(every, int) and every > 1:
         return [i % every == every - 1 for i in range(layers)]
     heads = facts.get("attention.head_count_kv")
     if isinstance(heads, list) and 0 in heads:
@@ -144,9 +147,12 @@ def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     if _is_number(pattern) and pattern > 1:
         found.append((pattern, f"llama.cpp treats every {ordinal(pattern)} layer apart (sliding_window_pattern)"))
-    elif rule and not (rule.window_only and "attention.sliding_window" not in facts):
-        if not (rule.array and isinstance(pattern, list)):
-            found.append((rule.every, f"llama.cpp treats every {ordinal(rule.every)} layer of {architecture} apart"))
+    elif (
+        rule
+        and not (rule.window_only and "attention.sliding_window" not in facts)
+        and not (rule.array and isinstance(pattern, list))
+    ):
+        found.append((rule.every, f"llama.cpp treats every {ordinal(rule.every)} layer of {architecture} apart"))
     for key in PERIOD_KEYS:
         if _is_number(period := facts.get(key)) and period > 1:
             found.append((period, f"llama.cpp treats every {ordinal(period)} layer apart ({key})"))
@@ -173,5 +179,5 @@ def attention_scale(architecture: str, width: int, heads: int, head_width: int, 
     return width / heads if any(layers in rule.at for rule in COUNTED[architecture]) else head_width
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from layercut import llama_rules as rules
 from layercut.cut.folder import appearing
 from layercut.errors import ConfigError, LayercutError, ModelError, SurgeryError
 from layercut.gguf_files import block_of, open_gguf, raw_value
+from layercut.progress import say
 from layercut.segments import Segment, checked_segments, kept_layers
 
 COUNTED_FROM_FRONT = ("leading_dense_block_count", "hash_layer_count")
@@ -68,6 +69,9 @@ def cut_gguf(
         changes[rules.PATTERN] = [not each for each in full]
     need = sum(t.n_bytes for t in reader.tensors if block_of(t.name) in {None, *kept})
     with appearing(out, force=force, need=need) as work:
+        if rules.PATTERN in changes and segments:
+            note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
+            say("note", f"{note} from {rules.NEEDS_BUILD} on")
         _write(reader, work / out.name, name, kept, layers, header.blocks, changes, replaced or {})
 
 
@@ -150,7 +154,7 @@ def _write(
     place = {old: new for new, old in enumerate(kept_blocks)}
     writer = GGUFWriter(out, name, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
-    earlier = None
+    earlier: Any = None
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
