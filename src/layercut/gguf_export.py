@@ -124,7 +124,10 @@ def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
     settings = library.llama_model_quantize_default_params()
     settings.ftype = K_QUANTS[gguf_type]
     settings.allow_requantize = True  # kept tensors of a quantized source are quantized again
-    settings_at = ffi_of().new("llama_model_quantize_params *", settings)
+    ffi = ffi_of()
+    settings_at = ffi.new("llama_model_quantize_params *", settings)
+    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+    library.llama_log_set(silent, ffi.NULL)  # a line for each tensor otherwise
     if library.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings_at):
         raise ModelError(f"llama.cpp cannot quantize {source.name} to {gguf_type}", "take another --gguf-type")
 
