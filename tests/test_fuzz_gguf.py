@@ -7,10 +7,9 @@ import struct
 import pytest
 
 pytest.importorskip("gguf")
-from fuzz.gguf import bounded, campaign, cut, load, outcome, seed_file  # noqa: E402 - it needs gguf
-
-from layercut.errors import ModelError  # noqa: E402
-from layercut.gguf_files import block_of, read_header  # noqa: E402
+from fuzz.gguf import bounded, campaign, cut, load, outcome, seed_file
+from layercut.errors import ModelError
+from layercut.gguf_files import block_of, read_header
 
 
 def test_damaged_files_are_cut_or_refused(tmp_path):

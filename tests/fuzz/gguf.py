@@ -30,7 +30,7 @@ from layercut.segments import Segment
 
 SECONDS, ROOM = 20, 1 << 30
 """Of a case: seconds, and bytes of address space beyond what the process has."""
-NUMBERS = [0, 1, 2, 7, 9, 31, 255, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+NUMBERS = [0, 1, 2, 7, 9, 31, 255, 1 << 15, 1 << 31, 1 << 40, *((1 << n) - 1 for n in (31, 32, 63, 64))]
 
 
 class TooLongError(BaseException):
