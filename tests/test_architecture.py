@@ -15,7 +15,8 @@ ROOT = Path(layercut.__file__).parent
 # data.py reads through sources.py, which reads pythontext.py: ground that stands on ground, and in this order.
 GROUND = [
     "errors", "units", "files", "reading", "artefacts", "provenance", "configfile", "segments", "losses", "processes",
-    "memory", "sharding", "progress", "config", "runs", "checkpoints", "models", "stream", "opening", "lending",
+    "memory", "sharding", "progress", "config", "runs", "checkpoints",
+    "gguf_files", "llama_rules", "gguf_config", "models", "stream", "opening", "lending",
     "pythontext", "sources", "data", "sweep",
 ]  # fmt: skip
 # what several files do together is one room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from layercut import checkpoints, models
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
+from layercut.gguf_files import read_header
+from layercut.llama_rules import broken_by_count
 from layercut.segments import Segment
 
 gguf = pytest.importorskip("gguf")
@@ -121,12 +125,111 @@ def test_prediction_blocks_stay_behind_the_layers(tmp_path):
 
 
 def test_a_rule_in_llama_cpp_that_the_cut_breaks_is_refused(tmp_path):
-    source = write(tmp_path / "a.gguf", "gemma2")
-    with pytest.raises(SurgeryError, match="every 2th layer of gemma2 apart, and layer") as refusal:
+    source = write(tmp_path / "a.gguf", "smollm3")
+    with pytest.raises(SurgeryError, match="every 4th layer of smollm3 apart, and layer 3 would") as refusal:
         cut_gguf(source, [Segment(1, 2)], tmp_path / "b.gguf")
     assert "--segment" in refusal.value.hint
-    cut_gguf(source, [Segment(1, 3)], tmp_path / "b.gguf")
-    assert gguf.GGUFReader(tmp_path / "b.gguf").get_field("gemma2.block_count").contents() == 4
+    cut_gguf(source, [Segment(4, 6)], tmp_path / "b.gguf")
+    assert gguf.GGUFReader(tmp_path / "b.gguf").get_field("smollm3.block_count").contents() == 4
+
+
+@pytest.mark.parametrize(("arch", "full"), [("gemma2", [1, 3, 5]), ("gemma3", [5]), ("cohere2", [3]), ("gpt-oss", [1])])
+def test_an_array_takes_the_place_of_a_period_that_the_cut_breaks(tmp_path, arch, full):
+    source, key = write(tmp_path / "a.gguf", arch), f"{arch}.attention.sliding_window_pattern"
+    cut_gguf(source, [Segment(2, 3)], tmp_path / "b.gguf")
+    slides = [i not in (full if arch != "gpt-oss" else [1, 3, 5]) for i in (0, 1, 3, 4, 5)]
+    assert read_header(tmp_path / "b.gguf").values[key] == slides
+    cut_gguf(tmp_path / "b.gguf", [Segment(0, 2)], tmp_path / "c.gguf")  # the array is cut along
+    assert read_header(tmp_path / "c.gguf").values[key] == slides[2:]
+    cut_gguf(source, [Segment(4, 6)] if arch == "gemma2" else [Segment(0, 2)], tmp_path / "d.gguf", force=True)
+    assert (key in read_header(tmp_path / "d.gguf").values) == (arch in ("gemma3", "cohere2"))
+
+
+def test_rules_on_the_number_of_layers():
+    """llama.cpp's, each with a cut that changes what it does and one that does not."""
+    breaks = [
+        ("gemma2", 46, 44), ("gemma2", 48, 46), ("gemma3", 62, 56), ("exaone4", 64, 60), ("baichuan", 32, 28),
+        ("baichuan", 40, 36), ("command-r", 64, 63), ("deepseek2", 27, 25), ("deepseek2", 60, 26),
+        ("deepseek2", 60, 48), ("minicpm3", 62, 61),
+    ]  # fmt: skip
+    for name, before, after in breaks:
+        assert str(before) in (words := broken_by_count(name, {}, before, after)) or name == "minicpm3", words
+    keeps = [
+        ("gemma2", 42, 40), ("gemma3", 48, 42), ("exaone4", 30, 24), ("command-r", 80, 64), ("command-r", 40, 30),
+        ("deepseek2", 27, 26), ("deepseek2", 60, 50), ("llama", 32, 26), ("gemma2", 46, 46),
+    ]  # fmt: skip
+    for name, before, after in keeps:
+        assert broken_by_count(name, {}, before, after) == ""
+    assert broken_by_count("deepseek2", {"expert_gating_func": 2}, 60, 48) == ""
+
+
+def test_a_number_of_layers_that_llama_cpp_takes_for_another_model_is_refused(tmp_path):
+    source = write(tmp_path / "a.gguf", "baichuan", blocks=32)
+    with pytest.raises(SurgeryError, match="applies rotary positions in baichuan of 32 layers only") as refusal:
+        cut_gguf(source, [Segment(1, 3)], tmp_path / "b.gguf")
+    assert refusal.value.hint.startswith("cut the original")
+    source = write(tmp_path / "c.gguf", "command-r", blocks=66)
+    with pytest.raises(SurgeryError, match="of 64 or more layers only, and 66 would become 63") as refusal:
+        cut_gguf(source, [Segment(1, 4)], tmp_path / "b.gguf")
+    assert refusal.value.hint.startswith("remove 2 layers instead of 3")
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_default_that_depends_on_the_number_of_layers_is_written(tmp_path):
+    cut_gguf(write(tmp_path / "a.gguf", "minicpm"), [Segment(1, 3)], tmp_path / "b.gguf")
+    assert read_header(tmp_path / "b.gguf").values["minicpm.residual_scale"] == pytest.approx(1.4 / LAYERS**0.5)
+
+
+def test_tensors_that_are_missing_are_named(tmp_path):
+    source = write(tmp_path / "a.gguf")
+    cases = {
+        "blk.3.ffn_down.weight": {"blk.3.ffn_down.weight"},
+        r"blk\.5\.\*": {name for name in tensors(source) if name.startswith("blk.5.")},
+        "output_norm.weight": {"output_norm.weight"},
+    }
+    for words, missing in cases.items():
+        damaged = without(source, missing, tmp_path / "damaged.gguf")
+        with pytest.raises(ModelError, match=f"incomplete: it lacks {words}"):
+            cut_gguf(damaged, [Segment(1, 2)], tmp_path / "b.gguf")
+        with pytest.raises(ModelError, match=f"incomplete: it lacks {words}"):
+            models.load(checkpoints.resolve(str(damaged)))
+    nowhere = without(source, {f"blk.{i}.ffn_up.weight" for i in range(LAYERS)}, tmp_path / "damaged.gguf")
+    with pytest.raises(ModelError, match=r"lacks 6 weights .* model\.layers\.0\.mlp\.up_proj\.weight"):
+        models.load(checkpoints.resolve(str(nowhere)))
+
+
+def without(source: Path, names: set[str], out: Path) -> Path:
+    """The file without some tensors, its metadata as it was."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            sub = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    for tensor in reader.tensors:
+        if tensor.name not in names:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
+    blob = tmp_path / "blobs" / "0f3a"
+    blob.parent.mkdir()
+    write(tmp_path / "a.gguf").rename(blob)
+    link = tmp_path / "snapshots" / "a.gguf"
+    link.parent.mkdir()
+    link.symlink_to("../blobs/0f3a")
+    checkpoint = checkpoints.resolve(str(link))
+    assert checkpoint.file.read_bytes() == blob.read_bytes()
+    assert models.load_config(checkpoint).num_hidden_layers == LAYERS
+    cut_gguf(checkpoint.file, [Segment(1, 2)], tmp_path / "b.gguf")
+    asked = os.umask(0)
+    os.umask(asked)
+    assert (tmp_path / "b.gguf").stat().st_mode & 0o777 == 0o666 & ~asked
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):

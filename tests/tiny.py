@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 
 VOCABULARY = 96
 
@@ -31,6 +31,18 @@ def llama(layers: int = 8, **changes: Any) -> Any:
         "tie_word_embeddings": False,
     }
     return tiny(LlamaConfig(**(settings | changes)))
+
+
+def gemma3(full: list[int], layers: int = 8, **changes: Any) -> Any:
+    """A Gemma 3 whose layers attend to 16 tokens, but for those in `full`, which attend to everything."""
+    types = ["full_attention" if i in full else "sliding_attention" for i in range(layers)]
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": layers,
+        "sliding_window": 16, "layer_types": types, "max_position_embeddings": 128, "initializer_range": 0.15,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    return tiny(Gemma3TextConfig(**(settings | changes)))
 
 
 def gpt2(layers: int = 6) -> Any:

