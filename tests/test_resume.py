@@ -317,14 +317,10 @@ def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
     assert again(model=model) == list(STAGES)
 
 
-@pytest.mark.parametrize("spoil", ["cut short", "another header", "gone"])
-def test_a_damaged_export_is_made_again(spoil, again, whole):
+def test_a_damaged_export_is_made_again(again, whole):
     file = again.run / "model" / "model.safetensors"
     sound = file.read_bytes()
-    if spoil == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(sound[:-1] if spoil == "cut short" else sound[:9] + b" " + sound[10:])
+    file.write_bytes(sound[:-1])
     assert again() == ["export", "summary"]
     assert file.read_bytes() == sound
 

@@ -34,7 +34,7 @@ import folders
 import tiny
 from layercut import alone, configfile, models, stream
 from layercut.checkpoints import resolve
-from layercut.config import CutConfig, PlanConfig
+from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
 from layercut.plan import plan_run
 
@@ -222,7 +222,7 @@ def cut(folder: Path, out: Path) -> None:
 
 
 def plan(folder: Path, out: Path) -> None:
-    plan_run(str(folder), PlanConfig(ratio=0.25))
+    plan_run(str(folder), PlanConfig(search=SearchConfig(ratio=0.25), calibrate=False))
 
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {

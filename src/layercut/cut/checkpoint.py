@@ -96,6 +96,7 @@ def _planned(
     names = _new_names([key for shard in shards for key in shard.entries], plan)
     read = _reader(shards, DiskNames(plan.before)) if plan.edits else None
     raw = config_json(read_json(folder / "config.json"), config, plan)
+    raw.pop("auto_map", None)  # names code that is left behind; the class is one of transformers' own
     changes = Changes(plan, read, healed, dtype if _declare_(raw, config, dtype) else None)
     jobs = [(shard, _outputs(shard, names, changes)) for shard in shards]
     if unplaced := sorted(healed.keys() - changes.placed):
@@ -436,7 +437,6 @@ def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
     """
     wanted = facts.reread(plan.config).to_dict()
     mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
-    mended.pop("auto_map", None)  # names code that is left behind; the class is one of transformers' own
     _quantization_names_(mended, plan)
     try:
         if facts.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
@@ -444,7 +444,7 @@ def config_json(raw: dict[str, Any], old: Any, plan: Plan) -> dict[str, Any]:
     except SurgeryError:  # the class refuses the mixture of old and new facts
         pass
     whole = json.loads(plan.config.to_json_string(use_diff=True))
-    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config"):
+    for name in ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "auto_map"):
         if name in raw:
             whole[name] = raw[name]
     _quantization_names_(whole, plan)
