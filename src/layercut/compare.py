@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from layercut import charts, checkpoints, evaluate, figures, models, opening, processes
+from layercut.artefacts import RUNS_OWN
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError, SurgeryError
@@ -74,7 +75,8 @@ def compare(model: str, config: CompareConfig) -> Path:
             inputs = [*calibrated, config.text.seed, method, length]
             found = run.stage(f"compare-{method}", inputs, search, together=True)
             say("compare", describe_search(found))
-            rows.append(found | what_is_left(work, found["segments"], text))
+            method_found = {key: value for key, value in found.items() if key not in RUNS_OWN}
+            rows.append(method_found | what_is_left(work, found["segments"], text))
         prices = None
         if config.compare.triangle:
             priced = partial(triangle, work, length)
