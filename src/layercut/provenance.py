@@ -92,7 +92,7 @@ def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -
     if key not in config:
         return False
     if key in ("limit", "include_path"):
-        return not before.get("tasks")
+        return not (before.get("tasks") and config.get("tasks"))
     # every method of a comparison has artefacts of its own
     return key == "methods" or (key in MORE and MORE[key] in (before[key], *([config[key]] if key in APART else [])))
 
