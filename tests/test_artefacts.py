@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from layercut.artefacts import KINDS, Damaged, check_seal, decode, kind_of, seal
 from layercut.errors import RunError
 from layercut.files import write_atomically
+from layercut.provenance import would_be_lost
 from layercut.runs import Run
 
 
@@ -268,3 +270,34 @@ def test_an_error_of_the_disk_is_the_users_wherever_it_comes_up(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "ulimit" in caught.value.hint
+
+
+FINISHED = {
+    "model": "m", "ratio": 0.2, "speed": True, "oracle": False, "tasks": "", "limit": None, "seeds": 1, "out": "a",
+    "eval_tokens": 64, "long_context": 128, "device": "auto",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "stays"),
+    [
+        ({}, True), ({"out": "b", "device": "cpu"}, True), ({"added_later": 3}, True),
+        ({"oracle": True, "seeds": 3, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
+        ({"ratio": 0.4}, False), ({"model": "other"}, False), ({"eval_tokens": 32}, False), ({"speed": False}, False),
+        ({"long_context": 64}, False), ({"oracle": True, "ratio": None}, False),
+    ],
+)  # fmt: skip
+def test_what_a_finished_run_would_lose(change, stays, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(FINISHED))
+    changed = FINISHED | change
+    assert would_be_lost(tmp_path, changed)[1] == [], "it is not finished"
+    for name in ("export.json", "summary.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model").mkdir()
+    words, lost = would_be_lost(tmp_path, changed)
+    assert bool(lost) != stays
+    assert ("model" in lost) == (not stays and bool({"ratio", "model"} & set(change)))
+    if not stays:
+        assert len(words) == len(change)
+    other = {key: value for key, value in FINISHED.items() if key != "ratio"}
+    assert would_be_lost(tmp_path, other) == (["ratio was 0.2 and is not known now"], ["model", "summary.json"])

@@ -290,6 +290,8 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     before = started(run)
     assert main([*again, *asked, "--long-context=128"]) == 0
     assert started(run) == before, "nothing is run twice"
+    assert main([*again, *asked, "--long-context=32"]) == 2, "what a finished run measured is not replaced"
+    (run / "summary.json").unlink()
     assert main([*again, *asked, "--long-context=32"]) == 0
     assert started(run)[len(before) :] == ["long", "summary"]
     assert main(again) == 0

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import charts, checkpoints, evaluate, figures, models, opening, processes
+from layercut.artefacts import RUNS_OWN
 from layercut.config import CompareConfig, flattened
 from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, ModelError, SurgeryError
@@ -82,7 +83,8 @@ def compare(model: str, config: CompareConfig) -> Path:
             inputs = [*calibrated, config.text.seed, method, length]
             found = run.stage(f"compare-{method}", inputs, search, together=True)
             say("compare", describe_search(found))
-            rows.append(found | what_is_left(work, found["segments"], text, dense["losses"]))
+            chosen = {key: value for key, value in found.items() if key not in RUNS_OWN}
+            rows.append(chosen | what_is_left(work, found["segments"], text, dense["losses"]))
         prices = None
         if config.compare.triangle:
             priced = partial(triangle, work, length)

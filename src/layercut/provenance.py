@@ -31,6 +31,8 @@ MORE: dict[str, Any] = {
 }  # fmt: skip
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
+APART = {"seeds", "tasks", "long_context", "triangle"}
+"""Of these, the ones whose artefacts are of their own, and stay where it is not asked for them."""
 MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods"}
 """Settings that change what is measured and not the model."""
 
@@ -86,12 +88,13 @@ def _changed(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 
 def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a setting of a finished run changes so that all that was measured stays."""
-    if key == "methods":
-        return set(str(before[key]).split(",")) <= set(str(config.get(key)).split(","))
+    """Whether a setting of a finished run changes so that all that was measured stays, in some artefact."""
+    if key not in config:
+        return False
     if key in ("limit", "include_path"):
-        return not before.get("tasks")
-    return key in config and key in MORE and before[key] == MORE[key]
+        return not (before.get("tasks") and config.get("tasks"))
+    # every method of a comparison has artefacts of its own
+    return key == "methods" or (key in MORE and MORE[key] in (before[key], *([config[key]] if key in APART else [])))
 
 
 def _value(value: Any) -> str:
