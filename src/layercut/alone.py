@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from layercut import checkpoints, evaluate, models, opening, processes, sharding
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.data import load_blocks, split_mix
+from layercut.data import load_blocks
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint, text_to_check
 from layercut.pipeline import check_window
 from layercut.progress import bar, say
 from layercut.remarks import describe_quantization
 from layercut.runs import write_json
+from layercut.sources import split_mix
 from layercut.stages.quantize import quantization_facts, quantize_with_bar_
+from layercut.stages.text import check_unseen
 
 
 def cut(model: str, config: CutConfig) -> Path:
@@ -79,7 +81,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if source_of_text is not None:
             stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-            check_window(config.window, stock)
+            window = config.eval_window or models.reported_window(stock)
+            check_window("--eval-window", window, stock)
         loaded = opening.load(checkpoint, **asdict(config.load))
         if sharding.is_spread(loaded.model) and (asked.names or "self" in split_mix(source_of_text or "")):
             raise ConfigError(
@@ -101,12 +104,16 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
                 source_of_text,
                 loaded.tokenizer,
                 tokens=config.eval_tokens,
-                window=config.window,
+                window=window,
                 seed=config.seed,
                 order="as written",
                 model=loaded.model,
             )
-            tokens = processes.on_main(drawn).tokens
+            blocks = processes.on_main(drawn)
+            if cache:
+                check_unseen(run, blocks)
+            tokens = blocks.tokens
+            say("evaluate", f"{tokens.numel():,} tokens of {source_of_text}: {evaluate.protocol(window)}")
         with bar(f"perplexity of {name}", len(tokens)) as advance:
             losses[name] = evaluate.window_losses(loaded.model, tokens, advance=advance)
     found = evaluate.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}

@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from layercut import checkpoints, memory, stream
+from layercut.data import in_rows
 from layercut.errors import RunError
 from layercut.models import as_stored, quiet_transformers
 from layercut.runs import replace_folder
 
 CHECKER = Path(__file__).with_name("reload_check.py")
-CHECK_TOKENS = 4096
+CHECK_TOKENS, CHECK_WINDOW = 4096, 256
 """Tokens of text, at most, that what was exported is measured on again."""
 
 
@@ -168,6 +169,8 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def text_to_check(blocks: torch.Tensor) -> torch.Tensor:
-    """The first blocks [N, T] of a text, as many as what was exported is measured on again."""
-    return blocks[: max(1, CHECK_TOKENS // blocks.shape[1])]
+def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Tensor:
+    """The first tokens of blocks [N, T], as many as what was exported is measured on again, in rows of no more than
+    `window`."""
+    rows = in_rows(blocks, window)
+    return rows[: max(1, CHECK_TOKENS // rows.shape[1])].contiguous()

@@ -18,18 +18,18 @@ from typing import Any, Literal
 
 from layercut import checkpoints, evaluate, models, opening, processes, stages
 from layercut.config import CompressConfig, SearchConfig, flattened
-from layercut.data import origins
 from layercut.errors import ConfigError
 from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
 from layercut.progress import say
-from layercut.remarks import describe_export, describe_quantization, describe_retention
+from layercut.remarks import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
 from layercut.runs import Run, versions, write_text
 from layercut.search import length_for_speedup
 from layercut.segments import Removal, Segment, checked_segments, layers_to_remove
+from layercut.sources import SELF, what_is_read
 from layercut.workbench import Workbench
 
 Stage = Literal["search", "tune", "report"]
@@ -45,7 +45,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     config.check()
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    check_window(config.text.window, architecture)
+    check_window("--window", config.text.window, architecture)
+    config = with_reported_window(config, architecture)
     if config.heal.teacher_topk:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = models.count_layers(architecture)
@@ -110,12 +111,16 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
 def text_stage(work: Workbench) -> dict[str, Any]:
     """Draw all tokens of a run, and say where they come from."""
-    heal, reported = work.config.heal, work.config.evaluate
-    drawn = [heal.tune_data, heal.tune_tokens, reported.eval_data, reported.eval_tokens]
-    text = work.run.stage("text", [work.source, asdict(work.config.text), drawn], partial(stages.text.draw_all, work))
+    calibrated, heal, reported = work.config.text, work.config.heal, work.config.evaluate
+    sources = [(calibrated.data, False), (heal.tune_data or calibrated.data, False), (reported.eval_data, True)]
+    reads = [[*what_is_read(source, reported=use)] for source, use in sources]
+    drawn = [heal.tune_data, heal.tune_tokens, reported.eval_data, reported.eval_tokens, work.reported_window, reads]
+    text = work.run.stage("text", [work.source, asdict(calibrated), drawn], partial(stages.text.draw_all, work))
     for use in ("calibration", "tuning", "evaluation"):
         if text[use]:
             say(use, "{tokens:,} tokens of {source}".format(**text[use]))
+    say("evaluation", evaluate.protocol(text["evaluation"]["window"]))
+    say("evaluation", describe_shared(text["shared"]))
     return text
 
 
@@ -159,9 +164,10 @@ def wanted_length(search: SearchConfig, layers: int) -> int | None:
 
 def check_sources(config: CompressConfig) -> None:
     """What is reported on must not be what is searched or tuned on."""
-    reported = origins(config.evaluate.eval_data) - {"self"}
-    used = origins(config.text.data) | origins(config.heal.tune_data or config.text.data)
-    if both := reported & used:
+    reported = what_is_read(config.evaluate.eval_data, reported=True)
+    used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
+    # the model's own text is of another seed where it is reported on
+    if both := {reported[read] for read in reported.keys() & used.keys() - {SELF}}:
         raise ConfigError(
             f"{', '.join(sorted(both))} would be searched or tuned on and reported on as well",
             "give --eval-data another text than --data and --tune-data",
@@ -207,14 +213,21 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
         )
 
 
-def check_window(window: int, architecture: Any) -> None:
+def check_window(flag: str, window: int, architecture: Any) -> None:
     """Rows of tokens must fit the positions that the model knows."""
-    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    limit = models.positions(architecture)
     if limit and window > limit:
         raise ConfigError(
-            f"--window {window} is longer than the model's {limit} positions",
-            f"allowed is up to {limit}: --window {min(limit, 256)}",
+            f"{flag} {window} is longer than the model's {limit} positions",
+            f"allowed is up to {limit}: {flag} {min(limit, 256)}",
         )
+
+
+def with_reported_window(config: CompressConfig, architecture: Any) -> CompressConfig:
+    """The config with the window that perplexity is reported on filled in. ConfigError where the model is too short."""
+    window = config.evaluate.eval_window or models.reported_window(architecture)
+    check_window("--eval-window", window, architecture)
+    return replace(config, evaluate=replace(config.evaluate, eval_window=window))
 
 
 def default_folder(model: str) -> Path:

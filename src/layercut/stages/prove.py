@@ -9,6 +9,7 @@ import torch
 
 from layercut import evaluate as measures
 from layercut import measure, processes, stream
+from layercut.data import in_rows
 from layercut.progress import bar, say
 from layercut.segments import Segment
 from layercut.workbench import Workbench
@@ -16,7 +17,7 @@ from layercut.workbench import Workbench
 
 def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-    config, tokens, text = work.config.evaluate, work.blocks["evaluation"], work.run.read("text") or {}
+    tokens, text = work.blocks["evaluation"], work.run.read("text") or {}
     fold, heal = work.run.read("fold") or {}, work.run.read("heal") or {}
     states: dict[str, list[str] | None] = {"dense": None, "cut": []}
     if fold["changed"]:
@@ -40,8 +41,9 @@ def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     beside = processes.on_main(lambda: look_closer(work, model([*states][-1]), tokens))
     return {
         "perplexity": {
-            "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
-            "fingerprint": text["evaluation"]["fingerprint"], "standard_error": errors,
+            "dataset": text["evaluation"]["source"], "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
+            "protocol": measures.protocol(tokens.shape[1]), "fingerprint": text["evaluation"]["fingerprint"],
+            "standard_error": errors, "shared": text["shared"],
         },
         **beside,
     }  # fmt: skip
@@ -59,7 +61,7 @@ def look_closer(work: Workbench, last: Any, tokens: torch.Tensor) -> dict[str, A
             {"prompt": prompt, "dense": dense, "compressed": compressed}
             for prompt, dense, compressed in zip(measures.PROMPTS, *samples, strict=True)
         ],
-        "health": measures.generation_health(work.dense.model, last, tokens),
+        "health": measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window)),
         "speed": measure.speed(work.dense.model, last) if work.config.evaluate.speed else None,
         "peak_rss_bytes": measure.peak_rss_bytes(),
     }
