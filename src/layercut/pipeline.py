@@ -167,9 +167,11 @@ def check_sources(config: CompressConfig) -> None:
     reported = what_is_read(config.evaluate.eval_data, reported=True)
     used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
     # the model's own text is of another seed where it is reported on
-    if both := {reported[read] for read in reported.keys() & used.keys() - {SELF}}:
+    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - {SELF}}
+    if both:
+        words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
         raise ConfigError(
-            f"{', '.join(sorted(both))} would be searched or tuned on and reported on as well",
+            f"{', '.join(words)} would be searched or tuned on and reported on as well",
             "give --eval-data another text than --data and --tune-data",
         )
 
