@@ -91,7 +91,7 @@ def test_the_artefact_says_what_is_shared_and_what_was_drawn(tiny_model, several
 def test_the_same_text_in_another_file_is_passed_over_or_refused(tiny_model, several, tmp_path):
     """A document that is reported on is left out elsewhere; parted otherwise, its passages tell."""
     lines = asking(f"{several}/half.txt", None, f"{several}/lines.jsonl")
-    text = draw(tiny_model, tmp_path / "lines", replace(lines, heal=HealConfig(tune_tokens=16000)))
+    text = draw(tiny_model, tmp_path / "lines", replace(lines, heal=HealConfig(tune_tokens=7000)))
     assert text["shared"]["documents"] == 0
     assert text["shared"]["passed_over"] > 0
     for number, data, tune_data, eval_data, words in [
@@ -101,10 +101,10 @@ def test_the_same_text_in_another_file_is_passed_over_or_refused(tiny_model, sev
     ]:
         config = asking(f"{several}/{data}", tune_data and f"{several}/{tune_data}", f"{several}/{eval_data}")
         if number == 0:  # whole documents: there is nothing left to search on
-            config = replace(config, evaluate=EvaluateConfig(eval_data=f"{several}/a.txt", eval_tokens=19000, eval_window=64))
+            config = replace(config, evaluate=replace(config.evaluate, eval_tokens=9000))
             words = "documents that other text of this run holds as well"
         if number == 2:
-            config = replace(config, text=DataConfig(data=f"{several}/a.txt", tokens=16000, window=32))
+            config = replace(config, text=DataConfig(data=f"{several}/a.txt", tokens=9000, window=32))
         with pytest.raises(DataError, match=words):
             draw(tiny_model, tmp_path / str(number), config)
 
@@ -133,9 +133,9 @@ def test_a_run_is_not_judged_by_what_it_was_tuned_on(tiny_model, several, tmp_pa
 
     for name, words in {"copy.txt": "the same source", "lines.jsonl": "documents", "one.jsonl": "passages"}.items():
         with pytest.raises(DataError, match=words) as caught:
-            judged_by(f"{several}/{name}", 19000)
+            judged_by(f"{several}/{name}", 9000)
         assert "--eval-data" in caught.value.hint
-    judged_by("python-docs", 19000)
+    judged_by("python-docs", 9000)
 
 
 # --- windows ---
