@@ -57,6 +57,7 @@ def main() -> None:
                 methods=args.methods,
                 eval_data=args.eval_data,
                 eval_tokens=args.eval_tokens,
+                eval_window=args.window,
                 tune_tokens=args.tune_tokens,
             ),
             run=RunConfig(out=Path(args.runs) / f"compare-{ratio:g}"),
