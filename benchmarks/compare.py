@@ -17,9 +17,9 @@ from typing import Any
 from common import arguments
 from layercut.compare import compare
 from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig
-from layercut.data import split_mix
 from layercut.demo import fetch_model
 from layercut.runs import write_json
+from layercut.sources import split_mix
 
 
 def take_over(run: Path, target: Path, **settings: Any) -> None:
@@ -57,6 +57,7 @@ def main() -> None:
                 methods=args.methods,
                 eval_data=args.eval_data,
                 eval_tokens=args.eval_tokens,
+                eval_window=args.window,
                 tune_tokens=args.tune_tokens,
             ),
             run=RunConfig(out=Path(args.runs) / f"compare-{ratio:g}"),

@@ -52,7 +52,8 @@ def healed(dense: Path, run: Path, search: SearchConfig, text: DataConfig, heal:
     A run that was stopped goes on. apart: a text that is not tuned on, which a run must name.
     """
     config = CompressConfig(
-        text=text, search=search, heal=heal, evaluate=EvaluateConfig(eval_data=apart, eval_tokens=2),
+        text=text, search=search, heal=heal,
+        evaluate=EvaluateConfig(eval_data=apart, eval_tokens=2, eval_window=text.window),
         run=RunConfig(out=run),
     )  # fmt: skip
     return compress(str(dense), config, until="tune") / "model"

@@ -225,7 +225,9 @@ def kept_tensors(
         told = {"segments": [], "layers": len(models.find_decoder(model))}
         return told | {"bytes": source.stat().st_size, "perplexity": perplexities(model, texts)}
     search, text, heal = stages(args, ratio)
-    apart = EvaluateConfig(eval_data=next(iter(texts_by.values())), eval_tokens=args.window, speed=False)
+    apart = EvaluateConfig(
+        eval_data=next(iter(texts_by.values())), eval_tokens=args.window, eval_window=args.window, speed=False
+    )
     run = args.work / f"gguf-{ratio:g}"
     config = CompressConfig(search=search, text=text, heal=heal, evaluate=apart, run=RunConfig(out=run))
     compress(str(source), config)

@@ -131,7 +131,7 @@ def settings(args: dict[str, Any], method: str = "exhaustive") -> CompressConfig
         load=ModelConfig(dtype=args["dtype"]),
         search=SearchConfig(ratio=LENGTH, method=method),
         heal=HealConfig(tune_tokens=4096),
-        evaluate=EvaluateConfig(eval_tokens=2048),
+        evaluate=EvaluateConfig(eval_tokens=2048, eval_window=args["window"]),
     )
 
 

@@ -10,11 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layercut import data, sources
-from layercut.data import encode, load_blocks
-from layercut.errors import DataError
+from layercut import chats, data, overlap, sources, textfiles
+from layercut.data import PIECE, Reader, encode, load_blocks
+from layercut.errors import DataError, ModelError
 from layercut.pythontext import paragraphs, python_docs, python_docstrings
-from layercut.sources import HubSet, as_document, documents
+from layercut.records import as_document
+from layercut.sources import HubSet, documents, find, public_name, what_is_read
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 
@@ -85,10 +86,12 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
     stream = [i for page in pages for i in [0, *tokenizer(page, add_special_tokens=False).input_ids]]
     assert blocks.tokens.flatten().tolist() == stream[: 7 * 16]
     assert blocks.facts() == {
-        "source": str(file),
+        "source": "pages.txt",
+        "reads": [f"file {textfiles.content(file)}"],
         "tokens": 112,
         "window": 16,
         "documents": blocks.documents,
+        "passed_over": 0,
         "fingerprint": blocks.fingerprint,
     }
     assert blocks.documents == (blocks.tokens == 0).sum()
@@ -105,12 +108,12 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
 )
 def test_documents_are_marked_off_as_the_tokenizer_does(marks, expected):
     tokenizer = make_tokenizer(**marks)
-    assert [tokenizer.decode(ids) for ids in encode(iter(["", "a", " \n", "b"]), tokenizer)] == expected
+    assert [tokenizer.decode(ids) for *_, ids in encode(iter(["", "a", " \n", "b"]), tokenizer)] == expected
 
 
 def test_a_mark_that_is_there_is_not_doubled():
-    assert next(encode(iter(["<s>ab"]), make_tokenizer())).count(0) == 1
-    assert next(encode(iter(["ab</s>"]), make_tokenizer(bos=False))).count(1) == 1
+    assert next(encode(iter(["<s>ab"]), make_tokenizer()))[-1].count(0) == 1
+    assert next(encode(iter(["ab</s>"]), make_tokenizer(bos=False)))[-1].count(1) == 1
 
 
 def test_skip_gives_the_next_blocks_of_the_same_stream(text, tokenizer):
@@ -152,12 +155,147 @@ def test_a_mix_deals_blocks_in_turn_and_skip_still_holds(tmp_path, tokenizer):
 
 
 def test_only_as_many_documents_are_tokenised_as_needed(tokenizer, monkeypatch):
-    def endless(name, seed):
+    def endless(source, seed):
         while True:
             yield "some text"
 
-    monkeypatch.setattr(data, "documents", endless)
-    assert load_blocks("any", tokenizer, tokens=64, window=8, seed=0).documents == 7
+    monkeypatch.setattr(sources.Source, "documents", endless)
+    assert load_blocks("c4", tokenizer, tokens=64, window=8, seed=0).documents == 7
+
+
+def test_a_long_text_is_tokenised_as_far_as_needed(tokenizer, monkeypatch):
+    """Otherwise one line of 16 MB takes gigabytes and a minute."""
+    asked = []
+
+    class Counting:
+        def __call__(self, text, **more):
+            asked.append(len(text))
+            return tokenizer(text, **more)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    assert PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
+    monkeypatch.setattr(data, "PIECE", 20_000)
+    next(encode(iter(["some words " * 1_500_000]), Counting()))
+    assert max(asked) <= 20_000
+    short = ["ab cd ef gh", "abcdefgh", "a\nb c"]
+    for text in short:
+        for longest in (3, 4, 5):
+            parts = [*data.pieces(text, longest)]
+            assert "".join(parts) == text
+            assert max(map(len, parts)) <= longest
+    assert [*data.pieces("ab cd ef gh", 6)] == ["ab cd", " ef gh"], "parted before white space"
+
+
+# --- text that serves two uses ---
+
+
+def test_uses_of_one_text_never_share_a_row_however_it_is_named(tmp_path, tokenizer, monkeypatch):
+    """Held-out rows decide whether a fold is kept."""
+    draw = random.Random(3)
+    pages = ["".join(draw.choices("abcdefghij klmnop", k=80)) for _ in range(60)]
+    text = "\n\n\n".join(pages)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "copy.txt").write_text(text)
+    (tmp_path / "hard.txt").hardlink_to(tmp_path / "a.txt")
+    (tmp_path / "soft.txt").symlink_to(tmp_path / "a.txt")
+    write_lines(tmp_path / "lines.jsonl", *({"text": page} for page in pages))
+    (tmp_path / "wrapped.txt").write_text(text.replace(" ", "\n"))
+    (tmp_path / "b.txt").write_text("\n\n\n".join(page[::-1] for page in pages))
+    table(tmp_path / "table.parquet", pages)
+    monkeypatch.chdir(tmp_path)
+    for name in ["a.txt", "./a.txt", "copy.txt", "hard.txt", "soft.txt", "lines.jsonl", "wrapped.txt", "table.parquet",
+                 "a.txt+b.txt", "b.txt,copy.txt"]:  # fmt: skip
+        reader = Reader(tokenizer, seed=0)
+        args = {"window": 16}
+        first = reader.draw("calibration", "a.txt", tokens=1000, **args)
+        judged = reader.draw("heldout", name, tokens=400, **args)
+        second = reader.draw("tuning", name, tokens=800, **args)
+        rows = [{*map(tuple, blocks.tokens.tolist())} for blocks in (first, judged, second)]
+        assert len(rows[0] | rows[1] | rows[2]) == sum(map(len, rows)), name
+        others = first.keys & (judged.keys | second.keys)
+        assert len(others) <= 1, "the document in which one use stopped and the next goes on"
+    reader = Reader(tokenizer, seed=0)
+    reader.draw("calibration", "a.txt", tokens=3000, **args)
+    with pytest.raises(DataError, match=r"beside \d+ documents that other text of this run holds as well"):
+        reader.draw("heldout", "lines.jsonl", tokens=2000, **args)
+
+
+def table(file, pages, **more):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": pages, "id": range(len(pages))}), file, **more)
+    return file
+
+
+def test_a_repeated_document_serves_one_use(tmp_path, tokenizer):
+    pages = [f"page {i} of many" for i in range(20)]
+    write_lines(tmp_path / "twice.jsonl", *({"text": page} for page in [*pages, *pages]))
+    reader = Reader(tokenizer, seed=0)
+    first = reader.draw("evaluation", str(tmp_path / "twice.jsonl"), tokens=160, window=16, order="as written")
+    rest = reader.draw("calibration", str(tmp_path / "twice.jsonl"), tokens=160, window=16)
+    assert first.documents == len(first.keys)
+    assert not first.keys & rest.keys
+    assert rest.passed_over > 0
+    assert rest.facts()["passed_over"] == rest.passed_over
+
+
+def test_self_is_other_text_where_it_is_reported_on(llama, tokenizer):
+    reader = Reader(tokenizer, seed=0, model=llama)
+    reported = reader.draw("evaluation", "self", tokens=64, window=16, order="as written")
+    used = reader.draw("calibration", "self", tokens=64, window=16)
+    judged = reader.draw("heldout", "self", tokens=64, window=16)
+    assert not reported.keys & used.keys
+    assert not used.keys & judged.keys
+    assert torch.equal(used.tokens, load_blocks("self", tokenizer, tokens=64, window=16, seed=0, model=llama).tokens)
+
+
+def test_what_is_read_has_one_name(tmp_path, monkeypatch):
+    def reads(source, **more):
+        return {*what_is_read(source, **more)}
+
+    assert reads("wikitext2:test") == reads("wikitext2", reported=True)
+    assert reads("wikitext2") == reads("Salesforce/wikitext@wikitext-2-raw-v1:train")
+    assert reads("c4") == reads("c4:train") == reads("allenai/C4@en") == reads("allenai/c4@en:train:text")
+    assert not reads("c4") & reads("c4", reported=True)
+    assert reads("owner/name") == reads("owner/name@default:train:body")
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.txt").write_text("some text")
+    (tmp_path / "c.txt").write_text("some more")
+    monkeypatch.chdir(tmp_path)
+    assert reads("a.txt") == reads("./a.txt") == reads(str(tmp_path / "b.txt"))
+    assert reads("*.txt") == reads("a.txt+c.txt") != reads("a.txt")
+    before = reads("a.txt")
+    (tmp_path / "a.txt").write_text("same size")
+    assert reads("a.txt") != before, "an edited file is other text"
+
+
+def test_names_that_are_published_hold_no_path(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for source, name in {
+        f"{tmp_path}/mine.jsonl:body": "mine.jsonl:body", f"{tmp_path}/*.jsonl": "*.jsonl", "../x/a.txt": "a.txt",
+        "~/notes/b.txt+c4": "b.txt+c4", "owner/name:test": "owner/name:test", "wikitext2": "wikitext2", "self": "self",
+    }.items():  # fmt: skip
+        assert public_name(source) == name
+
+
+def test_passages_tell_the_same_text_parted_otherwise():
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(5000, (40, 256), generator=draw) for _ in range(2))
+    assert overlap.shared([a], [b]) == 0.0
+    assert overlap.shared([a], [a]) == 1.0
+    shifted = a.flatten()[100 : 100 + 30 * 300].view(30, 300)
+    runs = a.numel() - overlap.PASSAGE + 1
+    assert overlap.shared([a], [b, shifted]) == pytest.approx((9000 - overlap.PASSAGE + 1) / runs)
+    assert overlap.shared([a[:, :60].clone()], [a]) < 0.01, "rows that do not follow each other"
+    same = torch.zeros(4, 256, dtype=torch.long)
+    assert overlap.shared([torch.cat([a, same])], [same]) < 0.01, "a formula counts once"
+    assert overlap.shared([a[:1, :63]], [a]) == 0.0
+    by_hand = {tuple(a.flatten()[i : i + overlap.PASSAGE].tolist()) for i in range(runs)}
+    assert len(overlap.passages(a)) == len(by_hand)
 
 
 # --- records and files ---
@@ -201,14 +339,20 @@ def test_globs_and_shuffling_reach_across_files(tmp_path, text):
 
 def test_parquet(tmp_path, monkeypatch):
     import datasets
-    import pyarrow
-    from pyarrow import parquet
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    def refuse(*args, **kwargs):
+        raise AssertionError("a file of this machine is read in place: nothing is copied, no server asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
     names = [f"page {i}" for i in range(20)]
-    parquet.write_table(pyarrow.table({"text": names, "id": range(20)}), tmp_path / "a.parquet")
+    table(tmp_path / "a.parquet", names, row_group_size=3)
     assert words(tmp_path / "a.parquet") == names
-    assert words(tmp_path / "a.parquet", seed=0) != names
+    shuffled = words(tmp_path / "a.parquet", seed=0)
+    assert shuffled != names
+    assert sorted(shuffled) == sorted(names)
+    assert abs(names.index(shuffled[0]) - names.index(shuffled[1])) > 3, "rows of all groups are shuffled together"
+    monkeypatch.setattr(textfiles, "SHUFFLED_TOGETHER", 100)
+    assert sorted(words(tmp_path / "a.parquet", seed=0)) == sorted(names)
     assert words(f"{tmp_path}/*.parquet:text") == names
     with pytest.raises(DataError, match="no field 'body'; its fields are text, id"):
         words(f"{tmp_path / 'a.parquet'}:body")
@@ -231,6 +375,26 @@ def test_chat_template(tmp_path):
         load_blocks(file, tokenizer, tokens=8, window=8, seed=0, chat_template=True)
 
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+GROWING = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}"
+
+
+def test_a_chat_template_that_never_ends_or_fills_the_memory_is_ended(monkeypatch):
+    tokenizer, chat = make_tokenizer(), [{"role": "user", "content": "hi"}]
+    monkeypatch.setattr(chats, "LONGEST", 0.5)
+    tokenizer.chat_template = ENDLESS
+    with pytest.raises(ModelError, match=r"did not end in 0\.5 seconds") as caught:
+        chats.render_chat(tokenizer, chat)
+    assert "--chat-template" in caught.value.hint
+    monkeypatch.setattr(chats, "LONGEST", 60)
+    for template in (GROWING, "{{ 'x' * 10**10 }}", "{{ 'x'|center(10**10) }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ModelError, match="it takes more than"):
+            chats.render_chat(tokenizer, chat, prompt=True)
+    tokenizer.chat_template = CHAT
+    assert chats.render_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, tokenize=False)
+
+
 # --- errors ---
 
 
@@ -245,6 +409,19 @@ def bad_sources(tmp):
     (tmp / "short.txt").write_text("short")
     (tmp / "doc.pdf").write_text("%PDF")
     (tmp / "half.json").write_text('[{"text": "a"}')
+    (tmp / "deep.jsonl").write_text("[" * 200_000 + "]" * 200_000)
+    (tmp / "deep.json").write_text("[" * 200_000 + "]" * 200_000)
+    (tmp / "huge.jsonl").write_text('{"text": ' + "9" * 5_000 + "}")
+    (tmp / "huge.json").write_text("[" + "9" * 5_000 + "]")
+    (tmp / "half_pair.jsonl").write_text('{"text": "a \\ud800 b"}')
+    (tmp / "half_pair_key.jsonl").write_text('{"\\ud800": "a"}')
+    write_lines(tmp / "many.jsonl", {f"f{i}": i for i in range(1000)})
+    write_lines(tmp / "parts.jsonl", {"messages": [{"role": "user", "content": [3]}]})
+    write_lines(tmp / "turns.jsonl", {"messages": ["a", "b"]})
+    write_lines(tmp / "role.jsonl", {"messages": [{"role": {"a": 1}, "content": "x"}]})
+    write_lines(tmp / "part_text.jsonl", {"messages": [{"role": "user", "content": [{"text": 7}]}]})
+    write_lines(tmp / "object.jsonl", {"messages": [{"role": "user", "content": 7}]})
+    write_lines(tmp / "pair_in_chat.jsonl", {"instruction": "a\ud800", "output": "b"})
     return [
         ("wikitex", "no source of text is called 'wikitex'; there are wikitext2, c4", "owner/name:split"),
         ("", "names an empty source", "--data"),
@@ -260,12 +437,25 @@ def bad_sources(tmp):
         (f"{tmp}/broken.jsonl", "line 2 is not JSON", "one object"),
         (f"{tmp}/list.jsonl", "line 1 holds a list", "text"),
         (f"{tmp}/number.jsonl", "neither a text nor chat messages, but a int", "role"),
-        (f"{tmp}/half.json", "cannot be read", "check"),
+        (f"{tmp}/half.json", "is not JSON", "check"),
         (f"{tmp}/empty.txt", "holds no text", "--data self"),
         (f"{tmp}/blank.txt", "holds no text", "--data self"),
         (f"{tmp}/latin.txt", r"not UTF-8 text \(byte 0\)", "iconv"),
         (f"{tmp}/short.txt", "holds 6 tokens; 1,000 are needed", "--tokens"),
         ("self", "none is loaded", "file"),
+        (f"{tmp}/deep.jsonl", "line 1 cannot be read as JSON: nests too deep", "one object"),
+        (f"{tmp}/deep.json", "deep.json cannot be read as JSON: nests too deep", "check"),
+        (f"{tmp}/huge.jsonl", "line 1 cannot be read as JSON: .*digits", "one object"),
+        (f"{tmp}/huge.json", "huge.json cannot be read as JSON: .*digits", "check"),
+        (f"{tmp}/half_pair.jsonl", r"line 1 holds half of a surrogate pair \(\\ud800\)", "UTF-8"),
+        (f"{tmp}/half_pair_key.jsonl", r"its fields are \\ud800", "FILE:FIELD"),
+        (f"{tmp}/pair_in_chat.jsonl", "half of a surrogate pair", "UTF-8"),
+        (f"{tmp}/many.jsonl", "its fields are f0, .*f11, …$", "FILE:FIELD"),
+        (f"{tmp}/parts.jsonl", "neither a text nor chat messages", "role"),
+        (f"{tmp}/turns.jsonl", "neither a text nor chat messages", "role"),
+        (f"{tmp}/role.jsonl", "neither a text nor chat messages", "role"),
+        (f"{tmp}/part_text.jsonl", "neither a text nor chat messages", "role"),
+        (f"{tmp}/object.jsonl", "neither a text nor chat messages", "role"),
     ]
 
 
@@ -286,7 +476,7 @@ def test_every_bad_source_says_what_is_wrong_and_what_to_do(tmp_path, tokenizer)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("wikitext2", HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", False, True)),
+        ("wikitext2", HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", False, True)),
         ("wikitext2:train", HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", False, True)),
         ("c4:validation", HubSet("allenai/c4", "en", "validation", "text")),
         ("owner/name", HubSet("owner/name", None, "train", "text")),
@@ -297,6 +487,17 @@ def test_every_bad_source_says_what_is_wrong_and_what_to_do(tmp_path, tokenizer)
 def test_names_of_hub_sets(name, expected, monkeypatch):
     monkeypatch.setattr(sources, "from_hub", lambda dataset, seed: iter([dataset]))
     assert list(documents(name, 0)) == [expected]
+
+
+def test_reported_text_is_of_the_split_that_the_field_reports_on():
+    splits = {
+        name: (find(name).hub.split, find(name, reported=True).hub.split)
+        for name in ("wikitext2", "c4", "alpaca", "c4:train", "owner/name")
+    }
+    assert splits == {
+        "wikitext2": ("train", "test"), "c4": ("train", "validation"), "alpaca": ("train", "train"),
+        "c4:train": ("train", "train"), "owner/name": ("train", "train"),
+    }  # fmt: skip
 
 
 def test_an_unreachable_hub_is_said_at_once(tokenizer, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_mix_is_told_by_source(command, texts, tmp_path):
     more = write_text(tmp_path / "more.txt", 3)
     assert main([*command, f"--data={texts[0]}+{more}", "--seeds=2", "--method=exhaustive"]) == 0
     found = artefact(tmp_path, "stability")
-    assert [row["source"] for row in found["sources"]] == [str(texts[0]), str(more)]
+    assert [row["source"] for row in found["sources"]] == [texts[0].name, more.name]
     assert [row["tokens"] for row in found["sources"]] == [32, 32]
 
 

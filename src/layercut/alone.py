@@ -15,7 +15,7 @@ import torch
 from layercut import checkpoints, evaluate, memory, models, opening, processes, sharding
 from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
 from layercut.cut import cut_checkpoint, cut_gguf, cut_segment_
-from layercut.data import Blocks, load_blocks, split_mix, stored_blocks
+from layercut.data import Blocks, load_blocks, stored_blocks
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import export_checkpoint, text_to_check
 from layercut.heal.endpoints import endpoints
@@ -25,7 +25,9 @@ from layercut.provenance import is_run, versions
 from layercut.remarks import describe_quantization
 from layercut.runs import digest, jsonable, write_json
 from layercut.segments import Segment
+from layercut.sources import split_mix
 from layercut.stages.quantize import quantization_facts, quantize_with_bar_
+from layercut.stages.text import check_unseen
 
 
 def cut(model: str, config: CutConfig) -> Path:
@@ -118,7 +120,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
     records: list[dict[str, Any]] = []
     drawn: Blocks | None = None
     for name, source in names.items():
-        judged = _Judged(source, name, config, source_of_text, drawn)
+        judged = _Judged(source, name, config, source_of_text, drawn, run if cache else None)
         if tasks:
             records.append(judged.tasks(tasks, cache))
         if source_of_text is not None:
@@ -145,14 +147,19 @@ class _Judged:
     """A model to evaluate, loaded; refused where that cannot be done on this text."""
 
     def __init__(
-        self, source: str, name: str, config: PerplexityConfig, text: str | None, blocks: Blocks | None
+        self, source: str, name: str, config: PerplexityConfig, text: str | None, blocks: Blocks | None,
+        run: Path | None,
     ) -> None:
-        """blocks: what another model was measured on; else they are drawn from `text`, if that is given."""
+        """blocks: what another model was measured on; else they are drawn from `text`, if that is given.
+
+        run: the folder of the run that made the model; text that it was searched or tuned on is refused.
+        """
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if text is not None:
             stock = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-            check_window(config.window, stock)
-        self.name, self.config = name, config
+            self.window = config.eval_window or models.reported_window(stock)
+            check_window("--eval-window", self.window, stock)
+        self.name, self.config, self.run = name, config, run
         self.loaded = opening.load(checkpoint, **asdict(config.load))
         if sharding.is_spread(self.loaded.model) and (config.tasks.names or "self" in split_mix(text or "")):
             raise ConfigError(
@@ -179,10 +186,13 @@ class _Judged:
     def _drawn(self, text: str) -> Blocks:
         config, loaded = self.config, self.loaded
         blocks = load_blocks(
-            text, loaded.tokenizer, tokens=config.eval_tokens, window=config.window, seed=config.seed,
+            text, loaded.tokenizer, tokens=config.eval_tokens, window=self.window, seed=config.seed,
             order="as written", model=loaded.model,
         )  # fmt: skip
         models.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
+        if self.run:
+            check_unseen(self.run, blocks)
+        say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluate.protocol(self.window)}")
         return blocks
 
 

@@ -169,13 +169,8 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextArtefact(Artefact):
-    """text.json"""
-
-    calibration: Text
-    heldout: Text | None = None
-    tuning: Text | None = None
-    evaluation: Text | None = None
+class TextArtefact(Artefact, Text):
+    """text-USE.json"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,8 +338,8 @@ class SummaryArtefact(Artefact):
     long_context: dict[str, Any] | None = None
 
 
+TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
 KINDS: dict[str, type[Artefact]] = {
-    "text": TextArtefact,
     "search": SearchArtefact,
     "cut": CutArtefact,
     "fold": FoldArtefact,
@@ -359,4 +354,6 @@ KINDS: dict[str, type[Artefact]] = {
 def kind_of(stage: str) -> type[Artefact]:
     """The class of a stage's artefact; that of search-2, a round's, is that of search."""
     name, _, number = stage.partition("-")
+    if stage in TEXTS:
+        return TextArtefact
     return KINDS.get(name, Artefact) if not number or number.isdecimal() else Artefact

@@ -11,7 +11,7 @@ stopped goes on with the next one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from layercut.files import write_atomically
 from layercut.findings import by_kl
 from layercut.heal.endpoints import tune_
 from layercut.heal.fold import fold_
-from layercut.pipeline import check_sources, check_window, default_folder, text_stage
+from layercut.pipeline import check_sources, check_window, default_folder, text_stage, with_reported_window
 from layercut.progress import bar, say
 from layercut.report import write_comparison
 from layercut.runs import Run
@@ -61,7 +61,9 @@ def compare(model: str, config: CompareConfig) -> Path:
     if opening.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(models.STREAMED, models.STREAMED_HINT)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    check_window(config.text.window, architecture)
+    check_window("--window", config.text.window, architecture)
+    journey = with_reported_window(journey, architecture)
+    config = replace(config, compare=replace(config.compare, eval_window=journey.evaluate.eval_window))
     layers = models.count_layers(architecture)
     length = layers_to_remove(config.compare.ratio or 0, layers)
     check_sources(journey)

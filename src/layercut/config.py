@@ -101,12 +101,13 @@ class DataConfig:
     """The calibration text, on which segments are scored."""
 
     data: str = "c4"
-    """Calibration text: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet
-    file or glob, python-docs, python-docstrings, or self (sampled from the model). Join several with +."""
+    """Calibration text: wikitext2, c4 (both: the training split), fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a
+    .txt/.jsonl/.parquet file or glob, python-docs, python-docstrings, or self (sampled from the model). Join several
+    with +."""
     tokens: int = 16384
     """Calibration tokens."""
     window: int = 256
-    """Tokens in a row, for calibration, tuning and evaluation."""
+    """Tokens in a row, for calibration and tuning."""
     chat_template: Annotated[bool, rare_switch] = False
     """Render instruction data through the model's chat template."""
     seed: int = 0
@@ -316,14 +317,19 @@ class EvaluateConfig:
     """What the result is measured on."""
 
     eval_data: str = "wikitext2"
-    """Held-out text for perplexity, named like --data."""
+    """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
+    eval_window: int | None = None
+    """Tokens in a window that perplexity is reported on: windows do not overlap, the first token of each is not
+    predicted. Not given: 2048, or as many as the model has positions."""
     speed: bool = True
     """Measure prefill and decode speed, the cache's size and the memory of generation."""
 
     def __post_init__(self) -> None:
         at_least("eval_tokens", self.eval_tokens, 2)
+        if self.eval_window is not None:
+            at_least("eval_window", self.eval_window, 8)
 
 
 @options(MEASURING)
@@ -368,11 +374,13 @@ class PerplexityConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     eval_data: str | None = None
-    """Held-out text for perplexity, named like --data. Not given: wikitext2, or no text where --tasks is given."""
+    """Held-out text for perplexity, named like --data; wikitext2 is its test split. Not given: wikitext2, or no text
+    where --tasks is given."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
-    window: int = 256
-    """Tokens in a row."""
+    eval_window: Annotated[int | None, Parameter(alias="--window")] = None
+    """Tokens in a window: windows do not overlap, the first token of each is not predicted. Not given: 2048, or as
+    many as the model has positions."""
     seed: int = 0
     """Seed of the text, where --eval-data is self."""
     config: Annotated[Path | None, Parameter(group=RUN)] = None
@@ -382,8 +390,7 @@ class PerplexityConfig:
     """Print everything as one JSON object on stdout instead of lines."""
 
     def __post_init__(self) -> None:
-        at_least("eval_tokens", self.eval_tokens, 2)
-        at_least("window", self.window, 8)
+        EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
 
 
 @options(RUN)
@@ -626,9 +633,12 @@ class MethodsConfig:
     methods: str = ",".join(get_args(Method))
     """Search methods, separated by commas."""
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
-    """Held-out text for perplexity, named like --data."""
+    """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
     eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
     """Tokens to measure perplexity on."""
+    eval_window: Annotated[int | None, Parameter(group=MEASURING)] = None
+    """Tokens in a window that perplexity is reported on: windows do not overlap, the first token of each is not
+    predicted. Not given: 2048, or as many as the model has positions."""
     tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
     triangle: Annotated[bool, no_negative] = False
@@ -637,7 +647,7 @@ class MethodsConfig:
     def __post_init__(self) -> None:
         SearchConfig(ratio=self.ratio)
         at_least("tune_tokens", self.tune_tokens, 0)
-        EvaluateConfig(eval_tokens=self.eval_tokens)
+        EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
         unknown = [name for name in self.names if name not in get_args(Method)]
         if unknown or not self.names:
             got = ", ".join(map(repr, unknown)) or "no method"
@@ -666,7 +676,11 @@ class CompareConfig:
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
             heal=HealConfig(tune_tokens=self.compare.tune_tokens),
-            evaluate=EvaluateConfig(eval_data=self.compare.eval_data, eval_tokens=self.compare.eval_tokens),
+            evaluate=EvaluateConfig(
+                eval_data=self.compare.eval_data,
+                eval_tokens=self.compare.eval_tokens,
+                eval_window=self.compare.eval_window,
+            ),
             run=self.run,
         )
         if self.compare.ratio is None:

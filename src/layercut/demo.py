@@ -32,7 +32,7 @@ def demo(run: RunConfig) -> Path:
         text=DataConfig(data="python-docstrings", tokens=4096, window=128),
         search=SearchConfig(ratio=0.2, oracle=True),
         heal=HealConfig(tune_tokens=65536),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
     return compress(str(fetch_model()), config)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from layercut import checkpoints, memory, stream
+from layercut.data import in_rows
 from layercut.files import replace_folder, usual_mode_, writing
 from layercut.models import as_stored, quiet_transformers
 from layercut.progress import bar
@@ -29,7 +30,7 @@ from layercut.units import size
 CHECKER = Path(__file__).with_name("reload_check.py")
 STEP = "step: "
 """How a line of a checker begins that says what it does next."""
-CHECK_TOKENS = 4096
+CHECK_TOKENS, CHECK_WINDOW = 4096, 256
 """Tokens of text, at most, that what was exported is measured on again."""
 
 
@@ -211,6 +212,8 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | no_more
 
 
-def text_to_check(blocks: torch.Tensor) -> torch.Tensor:
-    """The first blocks [N, T] of a text, as many as what was exported is measured on again."""
-    return blocks[: max(1, CHECK_TOKENS // blocks.shape[1])]
+def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Tensor:
+    """The first tokens of blocks [N, T], as many as what was exported is measured on again, in rows of no more than
+    `window`."""
+    rows = in_rows(blocks, window)
+    return rows[: max(1, CHECK_TOKENS // rows.shape[1])].contiguous()

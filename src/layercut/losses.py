@@ -64,11 +64,16 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tenso
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each next token, a few of them in float32 at a time.  [B, T, V], [B, T] -> [B, T - 1]"""
-    z, targets = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    """Cross entropy of each next token.  [B, T, V], [B, T] -> [B, T - 1]"""
+    return token_loss(logits[:, :-1], tokens[:, 1:])
+
+
+def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each token, a few of them in float32 at a time.  [B, T, V], [B, T] -> [B, T]"""
+    z, targets = logits.flatten(0, 1), tokens.flatten()
     parts = slices(len(z), tokens_at_once(logits))
     losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
-    return torch.cat(losses).view(tokens.shape[0], -1)
+    return torch.cat(losses).view(tokens.shape)
 
 
 # --- losses whose gradient is written out: for tuning, where each is wanted once ---------------------------------

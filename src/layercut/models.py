@@ -476,6 +476,21 @@ def count_layers(config: Any) -> int:
     return found[0]
 
 
+REPORTED_WINDOW = 2048
+"""Tokens in the windows that perplexities are reported on, where a model reaches so far: the field's length."""
+
+
+def positions(config: Any) -> int | None:
+    """How many positions a model knows; None where its config sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def reported_window(config: Any) -> int:
+    """Tokens in a window that perplexity is reported on, where the user asks for none."""
+    return min(REPORTED_WINDOW, positions(config) or REPORTED_WINDOW)
+
+
 def find_decoder(model: Any) -> Decoder:
     """The ModuleList of decoder layers of any architecture, and the config that counts them.
 

@@ -19,18 +19,18 @@ from typing import Any, Literal
 from layercut import checkpoints, evaluate, models, opening, processes, stages
 from layercut.artefacts import RUNS_OWN
 from layercut.config import CompressConfig, SearchConfig, flattened
-from layercut.data import origins
 from layercut.errors import ConfigError, ModelError
 from layercut.figures import label
 from layercut.findings import stability_words
 from layercut.heal.stored import check_topk
 from layercut.progress import say
-from layercut.remarks import describe_export, describe_quantization, describe_retention
+from layercut.remarks import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report import model_card, write_report
 from layercut.rounds import heal_stages, in_rounds, search_stage
 from layercut.runs import Run, write_text
 from layercut.search import length_for_size, length_for_speedup
 from layercut.segments import Removal, Segment, checked_segments, layers_to_remove
+from layercut.sources import SELF, what_is_read
 from layercut.units import parse_bytes
 from layercut.workbench import Workbench
 
@@ -49,7 +49,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = models.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    check_window(config.text.window, architecture)
+    check_window("--window", config.text.window, architecture)
+    config = with_reported_window(config, architecture)
     if config.heal.teacher_topk:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = models.count_layers(architecture)
@@ -118,11 +119,19 @@ def text_stage(work: Workbench, uses: Sequence[stages.text.Use]) -> dict[str, An
 
     The facts of each use, as the stages that use them name them among their inputs; also `work.text`.
     """
+    done: list[stages.text.Use] = []
     for use in uses:
-        drawn = work.run.stage(f"text-{use}", stages.text.inputs(work, use), partial(stages.text.draw, work, use))
-        work.text[use] = {key: value for key, value in drawn.items() if key not in ("seconds", "config_hash", "files")}
+        drawing = partial(stages.text.draw, work, use, tuple(done))
+        drawn = work.run.stage(f"text-{use}", stages.text.inputs(work, use, done), drawing)
+        work.text[use] = stages.text.facts(drawn)
+        done.append(use)
         if use != "heldout":
             say(use, "{tokens:,} tokens of {source}".format(**drawn))
+    if "evaluation" in uses:
+        say("evaluation", evaluate.protocol(work.text["evaluation"]["window"]))
+        after = [f"text-{use}" for use in uses]
+        common = work.run.stage("text-shared", None, partial(stages.text.in_common, work), after=after)
+        say("evaluation", describe_shared(common))
     return work.text
 
 
@@ -185,11 +194,14 @@ def check_sources(config: CompressConfig, until: Stage = "report") -> None:
     """What is reported on must not be what is searched or tuned on; nothing is, of a run that ends before."""
     if until != "report":
         return
-    reported = origins(config.evaluate.eval_data) - {"self"}
-    used = origins(config.text.data) | origins(config.heal.tune_data or config.text.data)
-    if both := reported & used:
+    reported = what_is_read(config.evaluate.eval_data, reported=True)
+    used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
+    # the model's own text is of another seed where it is reported on
+    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - {SELF}}
+    if both:
+        words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
         raise ConfigError(
-            f"{', '.join(sorted(both))} would be searched or tuned on and reported on as well",
+            f"{', '.join(words)} would be searched or tuned on and reported on as well",
             "give --eval-data another text than --data and --tune-data",
         )
 
@@ -233,14 +245,21 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
         )
 
 
-def check_window(window: int, architecture: Any) -> None:
+def check_window(flag: str, window: int, architecture: Any) -> None:
     """Rows of tokens must fit the positions that the model knows."""
-    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    limit = models.positions(architecture)
     if limit and window > limit:
         raise ConfigError(
-            f"--window {window} is longer than the model's {limit} positions",
-            f"allowed is up to {limit}: --window {min(limit, 256)}",
+            f"{flag} {window} is longer than the model's {limit} positions",
+            f"allowed is up to {limit}: {flag} {min(limit, 256)}",
         )
+
+
+def with_reported_window(config: CompressConfig, architecture: Any) -> CompressConfig:
+    """The config with the window that perplexity is reported on filled in. ConfigError where the model is too short."""
+    window = config.evaluate.eval_window or models.reported_window(architecture)
+    check_window("--eval-window", window, architecture)
+    return replace(config, evaluate=replace(config.evaluate, eval_window=window))
 
 
 def default_folder(model: str) -> Path:

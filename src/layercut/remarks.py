@@ -17,6 +17,13 @@ def describe_retention(retained: dict[str, Any]) -> str:
     return words + (f", {above:.1%} of what it has above chance" if above is not None else "; it is not above chance")
 
 
+def describe_shared(common: dict[str, Any]) -> str:
+    """One line about what the evaluation text has in common with what is searched and tuned on."""
+    words = f"{common['documents']:,} documents and {common['passages']:.2%} of its passages shared with other text"
+    left_out = common["passed_over"]
+    return words + (f"; {left_out:,} documents left out there, since another use has them" if left_out else "")
+
+
 def describe_fold(outcome: dict[str, Any]) -> str:
     """One line about a fold."""
     where = "{}:{}".format(*outcome["segment"])

@@ -29,14 +29,13 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from layercut import memory, processes, provenance
-from layercut.artefacts import SEAL, Damaged, check_seal, decode, kind_of, seal
+from layercut.artefacts import SEAL, TEXTS, Damaged, check_seal, decode, kind_of, seal
 from layercut.errors import RunError
 from layercut.files import disk_refusal, write_atomically, writing
 from layercut.progress import debug, say, warn
 from layercut.reading import differing, record
 
 Artefact = dict[str, Any]
-TEXTS = ("text-calibration", "text-heldout", "text-tuning", "text-evaluation")
 STAGES = (*TEXTS, "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long")
 """Stages that run only where they are asked for."""

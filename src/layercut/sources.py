@@ -1,33 +1,24 @@
 """Where text comes from: named sets, any Hub set, files of this machine, and the documentation inside Python.
 
-The ground under `data.py`, which packs these documents into token blocks. Every source is opened by
-`documents(name, seed)` and yields documents one by one, so that nothing is read that is not needed: in an
-order shuffled by the seed, or as written where there is none. A document is a text or the messages of a chat.
-Data is only ever read: loading scripts of data sets are not run.
+The ground under `data.py`, which packs these documents into token blocks. `find` says what a name means: which set,
+configuration and split, or which files; two names of the same thing are told to be so by what they read. `documents`
+yields one after the other, so that nothing is read that is not needed: in an order shuffled by the seed, or as
+written where there is none. Data is only ever read: loading scripts of data sets are not run.
 """
 
 from __future__ import annotations
 
-import glob
-import itertools
-import json
-import mmap
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from layercut.errors import DataError, first_line
 from layercut.pythontext import in_order, python_docs, python_docstrings
+from layercut.records import Document, Record, as_document
+from layercut.textfiles import content, from_files, looks_local, matching_files
 
-Message = dict[str, str]
-Document = str | list[Message]
-Record = dict[str, Any]
-
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 SHUFFLE_BUFFER = 2_000
 """Records held to shuffle a stream; the files of a Hub set are shuffled too (the size is a guess)."""
 
@@ -48,198 +39,104 @@ class HubSet:
 
 
 NAMED = {
-    "wikitext2": HubSet(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", streamed=False, lines=True
-    ),
+    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", column="text", streamed=False, lines=True),
     "c4": HubSet("allenai/c4", "en", column="text"),
     "fineweb-edu": HubSet("HuggingFaceFW/fineweb-edu", "sample-10BT", column="text"),
     "alpaca": HubSet("tatsu-lab/alpaca", streamed=False),
 }
+REPORTED = {"wikitext2": "test", "c4": "validation"}
+"""The split that figures are reported on where the name says none, as the field does; else, and for all other use, it
+is train."""
 PYTHON = {"python-docs": python_docs, "python-docstrings": python_docstrings}
+SELF = "self"
+"""Text that the model writes itself: what it is made of stands in `selftext.py`."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")
 
 
-def documents(name: str, seed: int | None) -> Iterator[Document]:
-    """The documents of one source, in written order where `seed` is None. DataError: no such source."""
+@dataclass(frozen=True)
+class Source:
+    """One source of text: a set of the Hub, files, or, where it has neither, one of Python's or the model itself."""
+
+    name: str
+    """As the user gave it."""
+    hub: HubSet | None = None
+    files: tuple[Path, ...] = ()
+    column: str | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What is read, by one name however it is spelled: a set by its id, configuration and split, a file by what
+        it holds."""
+        if self.hub:
+            return (f"{self.hub.path.casefold()}@{self.hub.config or 'default'}:{self.hub.split}",)
+        return tuple(f"file {content(file)}" for file in self.files) or (self.name,)
+
+    def documents(self, seed: int | None) -> Iterator[Document]:
+        """The documents, in written order where `seed` is None."""
+        if self.hub:
+            return from_hub(self.hub, seed)
+        if self.files:
+            return from_files([*self.files], self.column, seed)
+        return PYTHON[self.name](seed)
+
+
+def find(name: str, *, reported: bool = False) -> Source:
+    """What a name means. DataError: there is no such source.
+
+    reported: figures are to be reported on it, for which some named sets have a split of their own.
+    """
     head, _, split = name.partition(":")
-    if name in PYTHON:
-        return PYTHON[name](seed)
+    if name in PYTHON or name == SELF:
+        return Source(name)
     if head in NAMED and ":" not in split:
-        return from_hub(replace(NAMED[head], split=split or NAMED[head].split), seed)
+        usual = REPORTED.get(head, NAMED[head].split) if reported else NAMED[head].split
+        return Source(name, hub=replace(NAMED[head], split=split or usual), column=NAMED[head].column)
     if looks_local(name):
-        return from_files(*matching_files(name), seed)
+        files, column = matching_files(name)
+        return Source(name, files=tuple(files), column=column)
     if match := HUB_NAME.fullmatch(name):
         path, config, split, column = match.groups()
-        return from_hub(HubSet(path, config, split or "train", column or "text"), seed)
+        hub = HubSet(path, config, split or "train", column or "text")
+        return Source(name, hub=hub, column=hub.column)
     raise DataError(
-        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, 'self'])}",
+        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF])}",
         "a file is given by its path (.txt, .jsonl, .parquet), a Hub set as owner/name:split:column",
     )
 
 
-# --- from a record to a document ----------------------------------------------------------------------------
+def documents(name: str, seed: int | None) -> Iterator[Document]:
+    """The documents of one source, as written, and of the split that is reported on, where `seed` is None."""
+    return find(name, reported=seed is None).documents(seed)
 
 
-def as_document(record: Any, column: str | None, where: str) -> Document:
-    """Read a record by its fields: the column asked for, else instruction, messages, text or page."""
-    if not isinstance(record, dict):
+def split_mix(source: str) -> list[str]:
+    """The sources that "a+b" or "a,b" names, unless a file is called so."""
+    if os.path.exists(source):
+        return [source]
+    parts = [part.strip() for part in re.split(r"[+,]", source)]
+    if not all(parts):
         raise DataError(
-            f"{where} holds a {type(record).__name__}, not an object with fields", 'write {"text": "…"}'
+            f"--data {source!r} names an empty source", "for example: --data wikitext2, or --data self"
         )
-    if column is None and "instruction" in record and "output" in record:
-        question = [str(record[key]) for key in ("instruction", "input") if record.get(key)]
-        return [
-            {"role": "user", "content": "\n\n".join(question)},
-            {"role": "assistant", "content": str(record["output"] or "")},
-        ]
-    allowed = [column] if column else ["messages", "text", "page"]
-    field = next((key for key in allowed if key in record), None)
-    if field is None:
-        wanted, there = " or ".join(map(repr, allowed)), ", ".join(record) or "none"
-        raise DataError(
-            f"{where} has no field {wanted}; its fields are {there}",
-            "name the field that holds the text: FILE:FIELD, or owner/name:split:FIELD for a Hub set",
-        )
-    value = record[field]
-    if value is None or isinstance(value, str):
-        return value or ""
-    try:
-        return [{"role": turn["role"], "content": _content(turn["content"])} for turn in value]
-    except (TypeError, KeyError):
-        raise DataError(
-            f"{where}: field {field!r} holds neither a text nor chat messages, but a {type(value).__name__}",
-            "a chat is a list of messages with a role and a content",
-        ) from None
+    if len({*parts}) < len(parts):
+        raise DataError(f"--data {source!r} names a source twice", "name each part of a mix once")
+    return parts
 
 
-def _content(content: Any) -> str:
-    """The text of a message, which may come in typed parts of which only the texts count."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.get("text") or "" for part in content)
+def what_is_read(source: str, *, reported: bool = False) -> dict[str, str]:
+    """What a source or a mix reads, each by its one name (`Source.reads`), and how the user named it."""
+    return {
+        read: part for part in split_mix(source) for read in find(part, reported=reported).reads
+    }  # fmt: skip
 
 
-# --- files --------------------------------------------------------------------------------------------------
+def public_name(source: str) -> str:
+    """A source's name as it may be published: of files the last part of their path only."""
+    def last(part: str) -> str:
+        local = part not in PYTHON and part != SELF and part.partition(":")[0] not in NAMED and looks_local(part)
+        return re.split(r"[/\\]", part)[-1] or part if local else part
 
-
-def looks_local(name: str) -> bool:
-    """Whether a name is meant as a path: it exists, is rooted, has wildcards, or ends as one of our files."""
-    bare = re.sub(r":[^:/\\]*$", "", name)
-    return (
-        name.startswith((".", "/", "~"))
-        or glob.has_magic(name)
-        or any(Path(part).suffix in SUFFIXES or os.path.exists(part) for part in (name, bare))
-    )
-
-
-def matching_files(name: str) -> tuple[list[Path], str | None]:
-    """The files that a path or glob names, and the column after its last colon."""
-    files, column = _expand(name), None
-    if not files and ":" in name:
-        path, _, column = name.rpartition(":")
-        files = _expand(path)
-    if not files and glob.has_magic(name):
-        raise DataError(f"no file matches {name!r}", "put the pattern in quotes and check its folder")
-    if not files:
-        raise DataError(f"no file {name!r}", "check the path; without any data at hand use --data self")
-    wrong = [f for f in files if f.suffix not in SUFFIXES or not f.is_file()]
-    if wrong:
-        kind = "a folder" if wrong[0].is_dir() else f"a {wrong[0].suffix or 'file without a suffix'}"
-        raise DataError(
-            f"{str(wrong[0])!r} is {kind}; files of text are {', '.join(SUFFIXES)}",
-            f'give the files inside: --data "{wrong[0]}/*.jsonl"'
-            if wrong[0].is_dir()
-            else "convert it to .jsonl",
-        )
-    return files, column
-
-
-def _expand(pattern: str) -> list[Path]:
-    """Files that exist under this name, taken literally if there is one, else as a glob."""
-    full = os.path.expanduser(pattern)
-    return [Path(full)] if os.path.exists(full) else sorted(map(Path, glob.glob(full, recursive=True)))
-
-
-def from_files(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
-    """Documents of .txt, .json and .jsonl files, read when their turn comes, or of .parquet files."""
-    parquet = [file for file in files if file.suffix == ".parquet"]
-    if len(parquet) not in (0, len(files)):
-        raise DataError("the pattern matches .parquet and other files", "give one pattern each: --data A+B")
-    if parquet:
-        yield from _from_parquet(parquet, column, seed)
-        return
-    places = itertools.chain.from_iterable(map(_places, files))
-    for read in in_order(places, seed):
-        record, where = read()
-        yield record if isinstance(record, str) else as_document(record, column, where)
-
-
-def _from_parquet(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
-    from datasets import load_dataset
-
-    where = str(files[0])
-    try:
-        # not streamed: mapped from disk, so that all rows can be shuffled
-        rows = load_dataset("parquet", data_files=list(map(str, files)), split="train")
-        if seed is not None:
-            rows = rows.shuffle(seed=seed)
-        for row in rows:
-            yield as_document(row, column, where)
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow, pandas and datasets each have their own
-        raise DataError(
-            f"{where!r} cannot be read: {first_line(error)}", "check that the file is complete"
-        ) from error
-
-
-def _places(file: Path) -> list[Callable[[], tuple[str | Record, str]]]:
-    """A reader for each document of a file."""
-    try:
-        with file.open("rb") as handle:
-            if file.stat().st_size == 0:
-                return []
-            if file.suffix == ".json" and handle.read(64).lstrip()[:1] == b"[":
-                rows = enumerate(json.loads(file.read_text("utf-8")), 1)
-                return [partial(lambda row, where: (row, where), row, f"{file}, item {n}") for n, row in rows]
-            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                if file.suffix == ".txt":  # two blank lines part documents
-                    return [partial(_read_text, file, *span) for span in _spans(view, rb"(?:\r?\n){3,}")]
-                lines = enumerate(_spans(view, rb"\n"), 1)
-                return [partial(_read_json, file, *line, n) for n, line in lines if line[0] < line[1]]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(file)!r} cannot be read: {first_line(error)}", "check the file") from error
-
-
-def _spans(view: mmap.mmap, separator: bytes) -> list[tuple[int, int]]:
-    """Start and stop, in bytes, of what stands between the separators."""
-    marks = [match.span() for match in re.finditer(separator, view)]
-    starts = [0, *(stop for _, stop in marks)]
-    stops = [*(start for start, _ in marks), len(view)]
-    return list(zip(starts, stops, strict=True))
-
-
-def _read_text(file: Path, start: int, stop: int) -> tuple[str, str]:
-    with file.open("rb") as handle:
-        handle.seek(start)
-        raw = handle.read(stop - start)
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n"), str(file)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(file)!r} is not UTF-8 text (byte {start + error.start})", "convert it: iconv -t utf-8"
-        ) from None
-
-
-def _read_json(file: Path, start: int, stop: int, line: int) -> tuple[str | Record, str]:
-    text, _ = _read_text(file, start, stop)
-    where = f"{file}, line {line}"
-    if not text.strip():
-        return "", where
-    try:
-        return json.loads(text), where
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg}", "each line must hold one object") from None
+    return "+".join(map(last, split_mix(source)))
 
 
 # --- the Hub ------------------------------------------------------------------------------------------------

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from layercut import checkpoints, evaluate, lending, models, opening, processes, sharding, stream
 from layercut.config import CompressConfig, ShardMode
 from layercut.cut import cut_segment_
-from layercut.data import Blocks, load_blocks, split_mix, stored_blocks
+from layercut.data import Reader, stored_blocks
 from layercut.errors import ConfigError
 from layercut.files import write_atomically
 from layercut.progress import bar, say
 from layercut.quantize import quantized_weights
 from layercut.runs import Run
 from layercut.segments import Removal, Segment
+from layercut.sources import split_mix
 from layercut.sweep import Stack
 from layercut.units import size
 
@@ -105,19 +106,22 @@ class Workbench:
         """Token blocks [N, T] by use, of all that this run has drawn."""
         return {use: stored_blocks(self.run.folder, use) for use in self.text}
 
-    def draw(self, source: str, tokens: int, **more: Any) -> Blocks:
-        """Blocks of a source, with the run's window and seed unless `more` says otherwise."""
-        text = self.config.text
-        shared = {"window": text.window, "seed": text.seed, "chat_template": text.chat_template}
-        model = self.dense.model if "self" in split_mix(source) else None
+    def reader(self, *sources: str, seed: int | None = None) -> Reader:
+        """Draws blocks of these sources for several uses; by the run's seed where no other is given."""
+        text, own = self.config.text, [source for source in sources if "self" in split_mix(source)]
+        model = self.dense.model if own else None
         if model is not None and stream.layers_on_disk(model):
             raise ConfigError(
-                f"{source!r} has the model write text, for which layers on disk would be read for every token",
+                f"{own[0]!r} has the model write text, for which layers on disk would be read for every token",
                 "give another text, or --stream off",
             )
-        blocks = load_blocks(source, self.tokenizer, tokens=tokens, model=model, **{**shared, **more})
-        models.check_tokens(blocks.tokens, self.architecture, self.checkpoint.name)
-        return blocks
+        seed = text.seed if seed is None else seed
+        return Reader(self.tokenizer, seed=seed, model=model, chat_template=text.chat_template)
+
+    @cached_property
+    def reported_window(self) -> int:
+        """Tokens in the windows that perplexity is reported on."""
+        return self.config.evaluate.eval_window or models.reported_window(self.architecture)
 
     # --- what a round of several has of its own: see `Round` ---
 

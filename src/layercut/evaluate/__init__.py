@@ -15,6 +15,7 @@ from layercut.evaluate.likelihood import (
     paired_error,
     perplexity,
     perplexity_by_position,
+    protocol,
     window_losses,
 )
 from layercut.evaluate.passkey import cases as passkey_cases
@@ -39,6 +40,7 @@ __all__ = [
     "passkey_grid",
     "perplexity",
     "perplexity_by_position",
+    "protocol",
     "retention",
     "score_tasks",
     "window_losses",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from layercut.chats import render_chat
 from layercut.losses import next_token_loss
 
 PROMPTS = (
@@ -43,7 +44,7 @@ def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
     if not tokenizer.chat_template:
         return tokenizer(f"{prompt} {answer}" if answer else prompt).input_ids
     chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, chat, prompt=True)
     return tokenizer(text + answer, add_special_tokens=False).input_ids
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from layercut import processes, sharding
-from layercut.losses import next_token_loss, rows_per_chunk
+from layercut.errors import ModelError
+from layercut.losses import next_token_loss, rows_per_chunk, slices, token_loss
 from layercut.stream import layers_on_disk
 from layercut.sweep import Stack, carry_, enter_all, shared_passes
 
@@ -39,6 +41,11 @@ def paired_error(losses: torch.Tensor, others: torch.Tensor) -> float | None:
     return (differences.std() / math.sqrt(len(differences))).item()
 
 
+def protocol(window: int) -> str:
+    """How perplexity is measured, in words."""
+    return f"perplexity of {window:,}-token windows, no overlap, the first token of each not predicted"
+
+
 @torch.no_grad()
 def window_losses(
     model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
@@ -47,28 +54,56 @@ def window_losses(
 
     Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. Of several
     processes each takes a share of the windows. Of a model whose layers are on disk each is read once for all windows
-    whose hidden states fit in memory.
+    whose hidden states fit in memory. Where one window's logits are too large to have at once, the head is run on a
+    part of its positions after the other.
     """
     model = sharding.runnable(model)
-    device = next(model.parameters()).device
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
-    logits_of = _swept if layers_on_disk(model) else _whole
+    losses_of = _swept if layers_on_disk(model) else _whole
     losses = torch.zeros(len(tokens), dtype=torch.float64)
-    for part, logits, counts in logits_of(model, tokens, rows, advance):
-        loss = next_token_loss(logits, tokens[part].to(device)).double().mean(1)
+    for part, loss, counts in losses_of(model, tokens, rows, advance):
         if counts:
-            losses[part] = loss.cpu()
+            losses[part] = loss.double().mean(1).cpu()
     return torch.tensor(processes.summed(losses.tolist()), dtype=torch.float64)
 
 
 def _whole(
     model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
 ) -> Iterator[tuple[slice, torch.Tensor, bool]]:
-    """Logits [B, T, V] of a few windows after the other, by the model's own forward, and whether they count."""
+    """Losses [B, T - 1] of a few windows after the other, by the model's own forward, and whether they count."""
     device = next(model.parameters()).device
+    stack = _opened(model, tokens.shape[1])
     for part, counts in sharding.in_step(model, processes.share_of_batches(len(tokens), rows), slice(0, 1)):
-        yield part, model(input_ids=tokens[part].to(device), use_cache=False).logits, counts
+        batch = tokens[part].to(device)
+        if stack is None:
+            loss = next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
+        else:
+            hidden, calls = stack.enter(batch)
+            loss = exit_losses(stack, stack.run(hidden, calls, 0, len(stack)), batch)
+        yield part, loss, counts
         advance(part.stop - part.start)
+
+
+def _opened(model: Any, window: int) -> Stack | None:
+    """The model opened up, where one window's logits are too large to have at once and it can be."""
+    vocabulary = model.config.get_text_config().vocab_size
+    if window <= rows_per_chunk(1, vocabulary) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None
+    try:
+        return Stack(model)
+    except ModelError:  # its layers exchange more than the hidden state: it is run whole
+        return None
+
+
+def exit_losses(stack: Stack, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Losses [B, T - 1] of next tokens, from the last layer's output [B, T, D], by logits of a few positions at a
+    time."""
+    tokens, together = tokens.to(hidden.device), rows_per_chunk(len(tokens), stack.vocabulary)
+    if together >= tokens.shape[1]:
+        return next_token_loss(stack.exit(hidden, tokens), tokens)
+    targets = tokens[:, 1:]
+    parts = slices(targets.shape[1], together)
+    return torch.cat([token_loss(stack.exit(hidden, tokens, part), targets[:, part]) for part in parts], dim=1)
 
 
 def _swept(
@@ -83,7 +118,7 @@ def _swept(
             carry_(stack, hidden, calls, i, i + 1)
             advance(sum(map(len, batches)) / len(stack))
         for part, batch, last in zip(parts, batches, hidden, strict=True):
-            yield part, stack.exit(last, batch), True
+            yield part, exit_losses(stack, last, batch), True
 
 
 def _exp(mean: float) -> float:

@@ -20,7 +20,7 @@ from layercut.config import CompressConfig, PlanConfig
 from layercut.cut.plan import plan_cut
 from layercut.errors import ConfigError, SurgeryError
 from layercut.memory import memory_bytes, resident_bytes
-from layercut.pipeline import check_window, wanted_length
+from layercut.pipeline import check_window, wanted_length, with_reported_window
 from layercut.plan import memory, streamed, work
 from layercut.plan.fit import Target, judge, targets
 from layercut.plan.machine import Rates, calibrate
@@ -53,7 +53,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     asked = config.load.dtype
     stored = models.pick_dtype(asked, stock, checkpoint)
     dtype = models.computing_dtype(asked, stored, device)
-    check_window(journey.text.window, stock)
+    check_window("--window", journey.text.window, stock)
+    journey = with_reported_window(journey, stock)
 
     @lru_cache
     def shape_at(window: int, number: torch.dtype) -> Shape:

@@ -9,14 +9,16 @@ import torch
 
 from layercut import evaluate as measures
 from layercut import measure, processes, stream
+from layercut.data import in_rows
 from layercut.progress import bar, say
 from layercut.segments import Segment
+from layercut.stages import text
 from layercut.workbench import Workbench
 
 
 def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-    config, tokens, text = work.config.evaluate, work.blocks["evaluation"], work.text
+    tokens, told = work.blocks["evaluation"], work.text["evaluation"]
     fold, heal = work.run.read("fold") or {}, work.run.read("heal") or {}
     states: dict[str, list[str] | None] = {"dense": None, "cut": []}
     if fold["changed"]:
@@ -40,8 +42,9 @@ def evaluate(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     beside = processes.on_main(lambda: look_closer(work, model([*states][-1]), tokens))
     return {
         "perplexity": {
-            "dataset": config.eval_data, "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
-            "fingerprint": text["evaluation"]["fingerprint"], "standard_error": errors,
+            "dataset": told["source"], "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
+            "protocol": measures.protocol(tokens.shape[1]), "fingerprint": told["fingerprint"],
+            "standard_error": errors, "shared": text.facts(work.run.read("text-shared") or {}),
         },
         **beside,
     }  # fmt: skip
@@ -59,7 +62,7 @@ def look_closer(work: Workbench, last: Any, tokens: torch.Tensor) -> dict[str, A
             {"prompt": prompt, "dense": dense, "compressed": compressed}
             for prompt, dense, compressed in zip(measures.PROMPTS, *samples, strict=True)
         ],
-        "health": measures.generation_health(work.dense.model, last, tokens),
+        "health": measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window)),
         "speed": measure.speed(work.dense.model, last) if work.config.evaluate.speed else None,
         "peak_rss_bytes": measure.peak_rss_bytes(),
     }

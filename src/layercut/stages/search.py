@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import models, processes
-from layercut.data import split_mix
+from layercut.data import Blocks
 from layercut.heal.fold import fold_
 from layercut.progress import bar
 from layercut.search import (
@@ -26,6 +26,8 @@ from layercut.search import (
 )
 from layercut.search.stability import common_rows, judge, stability_work
 from layercut.segments import Segment
+from layercut.sources import public_name, split_mix
+from layercut.stages.text import with_evaluation_left_out
 from layercut.sweep import Stack, mean_kl
 from layercut.units import parse_bytes
 from layercut.workbench import Workbench
@@ -61,7 +63,12 @@ def find(work: Workbench, tokens: torch.Tensor, length: int, seed: int, *, oracl
 def search_again(work: Workbench, seed: int, length: int) -> dict[str, Any]:
     """What the search chooses on the calibration text of another seed."""
     text = work.config.text
-    drawn = processes.on_main(lambda: work.draw(text.data, text.tokens, seed=seed))
+
+    def draw() -> Blocks:
+        reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
+        return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
+
+    drawn = processes.on_main(draw)
     work.save({"calibration": drawn.tokens}, f"stability-{seed}")
     found = find(work, drawn.tokens, length, seed).to_json()
     kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
@@ -73,7 +80,7 @@ def stability(work: Workbench, search: dict[str, Any], again: list[dict[str, Any
     """The choices of all seeds, priced on rows that all their texts gave to."""
     texts = [work.blocks["calibration"]]
     texts += [load_file(work.run / file)["calibration"] for found in again for file in found["files"]]
-    sources = split_mix(work.config.text.data)
+    sources = list(map(public_name, split_mix(work.config.text.data)))
     blocks = {
         source: rows
         for source, rows in zip(sources, common_rows(texts, len(sources)), strict=True)

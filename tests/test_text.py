@@ -1,0 +1,183 @@
+"""The text stage: no text serves two uses, whatever it is called; and the windows that perplexity is reported on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BloomConfig
+
+import folders
+import tiny
+from layercut import checkpoints, evaluate, models
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
+from layercut.data import load_blocks
+from layercut.errors import ConfigError, DataError
+from layercut.evaluate import likelihood
+from layercut.pipeline import check_sources, text_stage, with_reported_window
+from layercut.runs import Run
+from layercut.stages.text import check_unseen
+from layercut.workbench import Workbench
+
+
+def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
+    return CompressConfig(
+        text=DataConfig(data=data, tokens=512, window=32),
+        search=SearchConfig(ratio=0.25),
+        heal=HealConfig(tune_data=tune_data, tune_tokens=1024),
+        evaluate=EvaluateConfig(eval_data=eval_data, eval_tokens=512, eval_window=64),
+    )
+
+
+def draw(model: Path, folder: Path, config: CompressConfig) -> dict:
+    with Run(folder) as run:
+        run.describe({})
+        return text_stage(Workbench(checkpoints.resolve(str(model)), config, run))
+
+
+@pytest.fixture(scope="module")
+def several(texts, tmp_path_factory):
+    """The two texts, and the first one under other names and in other files."""
+    folder = tmp_path_factory.mktemp("several")
+    prose, other = (file.read_text() for file in texts)
+    (folder / "a.txt").write_text(prose)
+    (folder / "other.txt").write_text(other)
+    (folder / "copy.txt").write_text(prose)
+    (folder / "hard.txt").hardlink_to(folder / "a.txt")
+    pages = prose.split("\n\n\n")
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    (folder / "one.jsonl").write_text(json.dumps({"text": " ".join(pages)}) + "\n")
+    (folder / "half.txt").write_text("\n\n\n".join([*pages[:2], *other.split("\n\n\n")]))
+    return folder
+
+
+def test_what_is_reported_on_is_refused_for_search_by_what_it_is(several, monkeypatch):
+    monkeypatch.chdir(several)
+    same = [
+        ("wikitext2:test", None, "wikitext2"),
+        ("c4", None, "allenai/c4@en:train"),
+        ("c4", "Salesforce/wikitext@wikitext-2-raw-v1:test", "wikitext2"),
+        ("a.txt", None, "./a.txt"),
+        ("a.txt", None, "copy.txt"),
+        ("other.txt", "a.txt+python-docs", "hard.txt"),
+        ("*.txt", None, "a.txt"),
+    ]
+    for data, tune_data, eval_data in same:
+        with pytest.raises(ConfigError, match="reported on as well") as caught:
+            check_sources(asking(data, tune_data, eval_data))
+        assert "--eval-data" in caught.value.hint
+    for data, tune_data, eval_data in [
+        ("wikitext2", None, "wikitext2"), ("c4", None, "c4"), ("self", None, "self"), ("a.txt", None, "other.txt"),
+    ]:  # fmt: skip
+        check_sources(asking(data, tune_data, eval_data))
+
+
+def test_the_artefact_says_what_is_shared_and_what_was_drawn(tiny_model, several, tmp_path):
+    text = draw(tiny_model, tmp_path, asking(f"{several}/a.txt", None, f"{several}/other.txt"))
+    assert text["shared"] == {"documents": 0, "passages": 0.0, "passed_over": 0}
+    assert text["calibration"]["source"] == "a.txt", "no path of this machine"
+    assert text["evaluation"]["window"] == 64
+    tokens, documents = (load_file(tmp_path / f"{name}.safetensors") for name in ("tokens", "documents"))
+    assert documents.keys() == tokens.keys() == {"calibration", "heldout", "tuning", "evaluation"}
+    for use in ("calibration", "tuning", "evaluation"):
+        assert len(documents[use]) == text[use]["documents"]
+        assert documents[use].tolist() == sorted(documents[use].tolist())
+
+
+def test_the_same_text_in_another_file_is_passed_over_or_refused(tiny_model, several, tmp_path):
+    """A document that is reported on is left out elsewhere; parted otherwise, its passages tell."""
+    lines = asking(f"{several}/half.txt", None, f"{several}/lines.jsonl")
+    text = draw(tiny_model, tmp_path / "lines", replace(lines, heal=HealConfig(tune_tokens=7000)))
+    assert text["shared"]["documents"] == 0
+    assert text["shared"]["passed_over"] > 0
+    for number, data, tune_data, eval_data, words in [
+        (0, "lines.jsonl", None, "a.txt", "passages of the evaluation text"),
+        (1, "other.txt", "one.jsonl", "lines.jsonl", "passages of the evaluation text"),
+        (2, "a.txt", "one.jsonl", "other.txt", "passages of the held-out text"),
+    ]:
+        config = asking(f"{several}/{data}", tune_data and f"{several}/{tune_data}", f"{several}/{eval_data}")
+        if number == 0:  # whole documents: there is nothing left to search on
+            config = replace(config, evaluate=replace(config.evaluate, eval_tokens=9000))
+            words = "documents that other text of this run holds as well"
+        if number == 2:
+            config = replace(config, text=DataConfig(data=f"{several}/a.txt", tokens=9000, window=32))
+        with pytest.raises(DataError, match=words):
+            draw(tiny_model, tmp_path / str(number), config)
+
+
+def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text((several / "a.txt").read_text())
+    config = asking(str(mine), None, f"{several}/other.txt")
+    first = draw(tiny_model, tmp_path / "run", config)
+    assert draw(tiny_model, tmp_path / "run", config) == first
+    before = mine.stat()
+    mine.write_text(mine.read_text()[::-1])
+    assert mine.stat().st_size == before.st_size
+    again = draw(tiny_model, tmp_path / "run", config)
+    assert again["calibration"]["fingerprint"] != first["calibration"]["fingerprint"]
+    assert again["config_hash"] != first["config_hash"]
+
+
+def test_a_run_is_not_judged_by_what_it_was_tuned_on(tiny_model, several, tmp_path):
+    draw(tiny_model, tmp_path, asking(f"{several}/other.txt", f"{several}/a.txt", "python-docs"))
+    tokenizer = models.load_tokenizer(checkpoints.resolve(str(tiny_model)))
+
+    def judged_by(name: str, tokens: int) -> None:
+        blocks = load_blocks(name, tokenizer, tokens=tokens, window=64, seed=0, order="as written")
+        check_unseen(tmp_path, blocks)
+
+    for name, words in {"copy.txt": "the same source", "lines.jsonl": "documents", "one.jsonl": "passages"}.items():
+        with pytest.raises(DataError, match=words) as caught:
+            judged_by(f"{several}/{name}", 9000)
+        assert "--eval-data" in caught.value.hint
+    judged_by("python-docs", 9000)
+
+
+# --- windows ---
+
+
+def test_the_reported_window_is_the_models_and_no_longer_than_2048():
+    config = asking("self", None, "self")
+    unset = replace(config, evaluate=EvaluateConfig())
+
+    def window(positions: int, asked: CompressConfig = unset) -> int | None:
+        return with_reported_window(asked, tiny.LlamaConfig(max_position_embeddings=positions)).evaluate.eval_window
+
+    assert [window(128), window(2048), window(131072)] == [128, 2048, 2048]
+    assert with_reported_window(unset, BloomConfig()).evaluate.eval_window == 2048, "no limit of positions"
+    assert window(128, config) == 64
+    with pytest.raises(ConfigError, match="--eval-window 64 is longer than the model's 32 positions"):
+        window(32, config)
+    assert evaluate.protocol(2048) == (
+        "perplexity of 2,048-token windows, no overlap, the first token of each not predicted"
+    )
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypatch):
+    model, tokens = make(), tiny.some_tokens(3, 100)
+    whole = evaluate.window_losses(model, tokens)
+    sizes = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[:-1].numel()))
+
+    def few(tokens_per_row: int, vocabulary: int) -> int:
+        return max(1, 30 // tokens_per_row)
+
+    monkeypatch.setattr(likelihood, "rows_per_chunk", few)
+    parts = evaluate.window_losses(model, tokens)
+    torch.testing.assert_close(parts, whole)
+    measured = [size for size in sizes if size != 8]  # 8: the check that the model can be opened up
+    assert max(measured) <= 30
+
+
+def test_a_text_too_short_for_a_window_is_told():
+    tokenizer = folders.tokenizer()
+    with pytest.raises(DataError, match="are needed") as caught:
+        load_blocks("python-docs", tokenizer, tokens=10**8, window=2048, seed=0, order="as written")
+    assert "--eval-window" in caught.value.hint
