@@ -32,7 +32,7 @@ def arguments(tiny_model, texts):
     text, heldout = texts
     return [
         "compare", str(tiny_model), "--ratio=0.25", f"--data={text}", f"--eval-data={heldout}",
-        "--tokens=64", "--window=16", "--eval-tokens=64", "--dtype=float32",
+        "--tokens=64", "--window=16", "--eval-tokens=64", "--eval-window=16", "--dtype=float32",
     ]  # fmt: skip
 
 

@@ -88,6 +88,7 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
     assert blocks.facts() == {
         "source": "pages.txt",
         "reads": [f"file {textfiles.content(file)}"],
+        "origins": [f"file {textfiles.content(file)}"],
         "tokens": 112,
         "window": 16,
         "documents": blocks.documents,

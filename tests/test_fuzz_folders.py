@@ -164,7 +164,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tiny_model, folder, texts):
     vocabulary |= {token: i + 5000 for token, i in vocabulary.items() if i >= 258}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"gives token 5,\d+, and the model's vocabulary has 300"):
-        alone.evaluate_only(str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, window=16))
+        alone.evaluate_only(str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
 
 
 # --- which files are the model ------------------------------------------------------------------------------
@@ -221,19 +221,19 @@ def test_the_fingerprint_is_of_the_content(folder, tmp_path):
 # --- what a cut copies --------------------------------------------------------------------------------------
 
 
-def test_a_cut_copies_what_belongs_to_a_model_and_nothing_else(folder, tmp_path, capsys):
+def test_a_cut_copies_what_belongs_to_a_model_and_nothing_else(folder, tmp_path, caplog):
     for name in ("LICENSE.txt", "modeling_x.py", "notes.json", "run.sh"):
         (folder / name).write_text("text")
     (folder / "private").mkdir()
     (folder / "private" / "key").write_text("secret")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.Model"})
-    alone.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+    with caplog.at_level("INFO", "layercut"):
+        alone.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     there = {file.name for file in (tmp_path / "cut").iterdir()}
     assert {"LICENSE.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= there
     assert not there & {"modeling_x.py", "notes.json", "run.sh", "private"}
     assert "auto_map" not in json.loads((tmp_path / "cut" / "config.json").read_text())
-    said = " ".join(capsys.readouterr().err.split())
-    assert "modeling_x.py, notes.json, private, run.sh" in said
+    assert "modeling_x.py, notes.json, private, run.sh" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["out of the folder", "by its own folder", "of the Hub's cache, out of it", "a pipe"])
@@ -343,7 +343,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         return loaded
 
     monkeypatch.setattr(alone.opening, "load", watched)
-    found = alone.evaluate_only(str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, window=16))
+    found = alone.evaluate_only(str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
     assert len(alive) == 2
     assert found.ratio is not None
     assert found.ratio[0] == 1.0

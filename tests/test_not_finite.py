@@ -173,7 +173,8 @@ def test_a_stage_returns_the_same_figures_whenever_it_is_asked(tmp_path):
     found = []
     for _ in range(2):
         with Run(tmp_path / "run") as run:
-            found.append(run.stage("fold", "inputs", lambda: computed.append(1) or FIGURES | {"pair": (1, 2)}))
+            run.describe({})
+            found.append(run.stage("figures", "inputs", lambda: computed.append(1) or FIGURES | {"pair": (1, 2)}))
     assert computed == [1]
     # repr: NaN is not equal to itself
     assert repr(found[0]) == repr(found[1])
@@ -181,7 +182,7 @@ def test_a_stage_returns_the_same_figures_whenever_it_is_asked(tmp_path):
     assert found[0]["low"] == -math.inf
     assert math.isnan(found[0]["curve"][0]["loss"])
     assert (found[0]["word"], found[0]["pair"]) == ("infinite", [1, 2])
-    json.loads((tmp_path / "run" / "fold.json").read_text(), parse_constant=refuse)
+    json.loads((tmp_path / "run" / "figures.json").read_text(), parse_constant=refuse)
     json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=refuse)
 
 

@@ -45,7 +45,7 @@ def test_a_message_is_one_line_with_its_time_whatever_is_in_it(stderr):
         say("search", f"{words}\nfile \x1b[31mred\x07\r")
     lines = stderr.getvalue().splitlines()
     assert len(lines) == 1
-    assert lines[0][20:] == f"   search  {words}\\nfile \\x1b[31mred\\x07\\r"
+    assert lines[0][20:] == f"   search  {words}\\x0afile \\x1b[31mred\\x07\\x0d"
     time.strptime(lines[0][:19], "%Y-%m-%d %H:%M:%S")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from layercut.artefacts import KINDS, decode
+from layercut.artefacts import decode, kind_of
 from layercut.cli import main
 from layercut.runs import STAGES, TEXTS
 from layercut.stages.heal import TUNING_STATE
@@ -67,7 +67,7 @@ for line in sys.stdin:
     child = os.fork() or run(where, int(number), sys.argv[1:])
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-MOMENTS = ["text-calibration", "text-evaluation", "search", "cut", "fold", "heal", "eval"]
+MOMENTS = ["text-evaluation", "text-calibration", "text-shared", "search", "cut", "fold", "heal", "eval"]
 MOMENTS += ["export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
 RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
@@ -214,7 +214,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
         assert run_until("search", signal.SIGINT) == 130
     assert "Traceback" not in log.read_text()
     assert log.read_text().splitlines()[-1].startswith("stopped; the same command goes on")
-    assert list(artefacts(run)) == list(TEXTS)
+    assert list(artefacts(run)) == [*TEXTS, "text-shared"]
 
 
 def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
@@ -234,17 +234,17 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 # --- nothing is run twice, and nothing is left out ---
 
 LAST = ["export", "summary"]
-AFTER_TEXT = [stage for stage in STAGES if stage not in (*TEXTS, "cut")]
+AFTER_TEXT = ["text-shared", *(stage for stage in STAGES if stage not in (*TEXTS, "text-shared", "cut"))]
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([], LAST),
     "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", *LAST]),
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", *LAST]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", *LAST]),
     "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", *LAST]),
-    "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "fold", "heal", "quantize", "eval", *LAST]),
-    "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "eval", *LAST]),
+    "tuning tokens": (["--tune-tokens=96"], ["text-tuning", "text-shared", "fold", "heal", "quantize", "eval", *LAST]),
+    "held-out tokens": (["--eval-tokens=96"], ["text-evaluation", "text-shared", "eval", *LAST]),
     "bits": (["--bits=8"], ["quantize", "eval", *LAST]),
-    "calibration tokens": (["--tokens=96"], [*TEXTS[:3], *AFTER_TEXT]),
+    "calibration tokens": (["--tokens=96"], [*TEXTS[1:], *AFTER_TEXT]),
     "seed": (["--seed=1"], [*TEXTS, *AFTER_TEXT]),
     "segments": (["--ratio=0.4"], ["search", "cut", "fold", "heal", "quantize", "eval", *LAST]),
     "number format": (["--dtype=bfloat16"], list(STAGES)),
@@ -340,7 +340,7 @@ def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, mo
         killed.setattr("layercut.runs.write_json", die)
         with pytest.raises(Killed):
             again("--seed=1")
-    assert again() == ["text-calibration", *LAST]
+    assert again() == ["text-evaluation", "text-calibration", *LAST]
     assert summary(again.run) == summary(whole)
 
 
@@ -378,7 +378,7 @@ def test_a_stage_whose_file_was_truncated_runs_again(file, again, whole):
 
 def test_every_artefact_of_a_run_is_of_its_type(whole):
     for stage in STAGES:
-        found = decode(KINDS[stage], json.loads((whole / f"{stage}.json").read_text()))
+        found = decode(kind_of(stage), json.loads((whole / f"{stage}.json").read_text()))
         assert found.versions
         assert found.config_hash
 
@@ -412,7 +412,7 @@ def test_what_is_said_goes_where_it_is_wanted(again, tiny_model, texts, tmp_path
     assert main([*argv, "--verbose"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "heal  is whole and of the same inputs: not run again" in line]
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[a-z]+  \S", line) for line in lines)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d +[a-z-]+  \S", line) for line in lines)
     assert main([*argv, "--verbose", "--quiet"]) == 2
     assert main([*argv, f"--log-file={tmp_path}/no/such/log"]) == 2
     assert f"error: {tmp_path}/no/such/log cannot be written: No such file" in capsys.readouterr().err

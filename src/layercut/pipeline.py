@@ -92,7 +92,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 
         export = partial(stages.export.export, work, segments)
         if until == "tune":
-            exported = run.stage("export", text["evaluation"], export, after=["quantize"])
+            exported = run.stage("export", text[stages.export.checked_on(text)], export, after=["quantize"])
             say("export", describe_export(exported, run / "model"))
             return run.folder
 

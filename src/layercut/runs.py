@@ -36,7 +36,7 @@ from layercut.progress import debug, say, warn
 from layercut.reading import differing, record
 
 Artefact = dict[str, Any]
-STAGES = (*TEXTS, "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long")
 """Stages that run only where they are asked for."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safetensors.torch import load_file
@@ -18,8 +18,7 @@ from layercut.workbench import Workbench
 def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
     """The healed and, where asked, quantized student as a stock checkpoint."""
     quantized = work.run.read("quantize") or {}
-    blocks = work.blocks
-    text = text_to_check(next(blocks[use] for use in ("evaluation", "heldout", "calibration") if use in blocks))
+    text = text_to_check(work.blocks[checked_on(work.text)])
     packing: dict[str, Any] = {}
     if quantized["bits"] < 16:
         packing["packed"] = load_file(work.run / "quantized.safetensors")
@@ -33,6 +32,11 @@ def export(work: Workbench, segments: Sequence[Segment]) -> dict[str, Any]:
         value = evaluate.perplexity(model, text, advance=advance)
     exported["perplexity"] = {"tokens": text.numel(), "value": value}
     return exported | {"files": ["model"]}
+
+
+def checked_on(text: Mapping[str, Any]) -> str:
+    """The use whose tokens measure what was saved: the evaluation's, in a run that is not evaluated held-out ones."""
+    return next(use for use in ("evaluation", "heldout", "calibration") if use in text)
 
 
 def export_files(work: Workbench, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
