@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families test-minimum clean
+.PHONY: demo test lint fuzz test-families test-minimum clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -15,6 +15,12 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+
+# Damaged model folders and GGUF files by the hundred, through the commands' ways in; SEED=… for other damage.
+SEED := 0
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.gguf --cases 2000 --seed $(SEED)
+	$(BIN)/python -m tests.fuzz.folders --cases 200 --seed $(SEED)
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests

@@ -331,6 +331,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     run = tmp_path / "run"
     shutil.copytree(tiny_model, run / "model")
     (run / "config.yaml").touch()
+    (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
     alive: list[Any] = []
     load = alone.opening.load

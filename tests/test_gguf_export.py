@@ -34,8 +34,8 @@ needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp_py_sync") is None, reason="pip install llama-cpp-py-sync"
 )
 SEGMENT = Segment(2, 4)
-SHORT = ["--tokens=128", "--window=16", "--eval-window=16", "--tune-tokens=256", "--eval-tokens=64", "--no-speed", "--segment=2:4"]
-SHORT += ["--learning-rate=0.001"]
+SHORT = ["--tokens=128", "--window=16", "--eval-window=16", "--tune-tokens=256", "--eval-tokens=64", "--no-speed"]
+SHORT += ["--segment=2:4", "--learning-rate=0.001"]
 
 
 def a_model(layers: int = 6) -> Any:

@@ -25,8 +25,8 @@ from layercut.cli import main
 from layercut.errors import ConfigError
 
 HERE = Path(__file__).parent
-RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112", "--no-speed", "--ratio=0.25"]
-RUN += ["--oracle", "--batch-tokens=80", "--learning-rate=0.0003", "--seeds=2"]
+RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
+RUN += ["--no-speed", "--ratio=0.25", "--oracle", "--batch-tokens=80", "--learning-rate=0.0003", "--seeds=2"]
 PRICES, LOSSES, WEIGHTS, SECOND_ROUND = 1e-6, 1e-5, 1e-5, 1e-4
 """Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15;
 relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apart, 2e-7 nats)."""

@@ -258,7 +258,8 @@ def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
 
 # ---- the commands --------------------------------------------------------------------------------------------
 
-SMALL = ["--tokens=64", "--window=16", "--eval-window=16", "--tune-tokens=0", "--eval-tokens=64", "--no-speed", "--no-fold"]
+SMALL = ["--tokens=64", "--window=16", "--eval-window=16", "--tune-tokens=0", "--eval-tokens=64"]
+SMALL += ["--no-speed", "--no-fold"]
 
 
 def started(run: Path) -> list[str]:

@@ -129,7 +129,7 @@ class Run:
         if artefact.get("config_hash") != self._hashes[name]:
             return False
         try:
-            check_seal(artefact)
+            check_seal(jsonable(artefact))
             found = decode(kind_of(name), artefact, f"{name}.json")
             self._check_files(found.files, found.record)
         except Damaged as damage:
