@@ -1,4 +1,4 @@
-"""The README's tables of quantization, of the frontier of size and loss, and of speed; for readme.py.
+"""The tables of quantization, of the frontier of size and loss, and of speed in docs/results.md; for readme.py.
 
 Each takes the content of its result file and gives Markdown.
 """
@@ -35,7 +35,7 @@ def frontier_table(result: dict[str, Any]) -> str:
     whole = [point for point in points if point["points"] == "gguf"]
     if whole:
         lines += ["", *gguf_lines(whole)]
-    return "\n".join([*lines, "", "![Rise of perplexity over bytes](benchmarks/results/frontier.svg)"])
+    return "\n".join([*lines, "", "![Rise of perplexity over bytes](frontier.svg)"])
 
 
 def frontier_row(asked: str, point: dict[str, Any]) -> str:
