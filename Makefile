@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-families test-llamacpp clean
+.PHONY: demo test lint docs test-families test-llamacpp clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -13,8 +13,12 @@ test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools examples
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python tools/docs_pages.py
+	$(BIN)/python -m zensical build --strict
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests
