@@ -38,9 +38,8 @@ def commands() -> str:
     """All commands with their options and defaults."""
     from layercut import cli
 
-    app = cli.app if hasattr(cli, "app") else importlib.import_module("layercut.cli.main").app
-    text = app.generate_docs(output_format="markdown")
-    # every command begins with its options as a list; what cyclopts indents would be read as a block of code
+    text = cli.app.generate_docs(output_format="markdown")
+    # help that goes over several lines is indented so far that Markdown would read a block of code
     return re.sub(r"\n {4,}(?=\S)", " ", text)
 
 
@@ -50,7 +49,7 @@ def api() -> str:
 
     lines = ["# Python API", "", "`import layercut as lc`; every name below is an attribute of `lc`.", ""]
     for name, module in layercut._WHERE.items():
-        lines += [f"## {name}", "", f"::: layercut.{module}.{name}", "    options:", "      show_root_heading: false", ""]
+        lines += [f"## {name}", "", f"::: layercut.{module}.{name}", ""]
     return "\n".join(lines)
 
 
