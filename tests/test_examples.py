@@ -70,15 +70,15 @@ def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch
 
 def test_configs_are_accepted_by_their_commands(tiny_model, texts, tmp_path, capsys):
     """Settings by goal: those of `compress` as far as its search, `compare` to its end; both check all settings."""
-    common = ["--data", str(texts[0]), "--tokens", "64", "--window", "16"]
-    comparing = ["--methods", "clp,cosine", "--tune-tokens", "0", "--eval-data", str(texts[1]), "--eval-tokens", "64"]
+    common = ["--data", str(texts[0]), "--tokens", "64", "--window", "16", "--tune-tokens", "64"]
+    common += ["--eval-data", str(texts[1]), "--eval-tokens", "64"]
     files = sorted((EXAMPLES / "configs").glob("*.yaml"))
     assert len(files) >= 5
     for file in files:
         settings, words = yaml.safe_load(file.read_text()), list(common)
         command = "compare" if "methods" in settings else "search"
         if command == "compare":
-            words += comparing
+            words += ["--methods", "clp,cosine"]
         if "target_size" in settings:  # a size that the tiny model has something to say to
             words += ["--target-size", "300KB"]
         words += ["--config", str(file), "--out", str(tmp_path / file.stem)]
