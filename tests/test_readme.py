@@ -15,12 +15,8 @@ README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 FEW = {
     "compress": "--tokens 64 --window 16 --tune-tokens 64 --eval-tokens 64 --batch-tokens 32 --no-speed",
-    "compare": "--tokens 64 --window 16 --eval-tokens 64",
-    "search": "--tokens 64 --window 16 --tune-tokens 0 --eval-tokens 64",
     "evaluate": "--eval-tokens 64 --window 16",
-    "cut": "",
     "plan": "--window 16 --no-calibrate",
-    "quantize": "",
 }
 
 
@@ -47,7 +43,7 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
                 continue
             words = [word.replace("arc_easy,piqa", "tiny_choices,tiny_sums") for word in words]
             few += ["--include-path", str(folders.write_tasks(tmp_path))]
-        if "--data" not in words and words[0] in ("compress", "compare", "search"):  # the defaults are Hub sets
+        if "--data" not in words and words[0] == "compress":  # the defaults are Hub sets
             few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]
         assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
