@@ -103,8 +103,9 @@ def headline_words(speed: dict, frontier: dict) -> str:
     sizes, goal = fifth["weight_bytes"], frontier["answers"]["goal"]
     smallest = goal["best_that_fits"] or goal["smallest"]
     return (
-        f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. Decoding: "
-        f"{times(fifth['decode']['ratio'])} as fast. The smallest model of the frontier, {smallest['layers']} layers in {smallest['setting']}, has "
+        f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. "
+        f"Decoding: {times(fifth['decode']['ratio'])} as fast. "
+        f"The smallest model of the frontier, {smallest['layers']} layers in {smallest['setting']}, has "
         f"{smallest['share']:.0%} of the bytes and {1 + max(smallest['rise'].values()):.1f} times the perplexity: "
         "a ruin."
     )
