@@ -101,7 +101,9 @@ def test_built_wheel_runs_in_a_clean_environment(tmp_path):
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, cwd=source)
     (wheel,) = tmp_path.glob("layercut-*.whl")
     assert list(tmp_path.glob("layercut-*.tar.gz"))
-    assert {"layercut/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+    packed = zipfile.ZipFile(wheel).namelist()
+    assert "layercut/py.typed" in packed
+    assert any(name.endswith("/report.html") for name in packed)
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
