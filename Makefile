@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint fuzz test-families test-minimum clean
+.PHONY: demo test lint docs fuzz test-families test-minimum clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -13,7 +13,7 @@ test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools examples
 	$(BIN)/mypy
 
 # Damaged model folders and GGUF files by the hundred, through the commands' ways in; SEED=… for other damage.
@@ -21,6 +21,9 @@ SEED := 0
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.gguf --cases 2000 --seed $(SEED)
 	$(BIN)/python -m tests.fuzz.folders --cases 200 --seed $(SEED)
+docs: $(STAMP)
+	$(BIN)/python tools/docs_pages.py
+	$(BIN)/python -m zensical build --strict
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests

@@ -1,8 +1,8 @@
-"""The README's tables of healing; for readme.py. Each takes the content of its result file and gives Markdown."""
+"""The tables of healing in README.md and docs/results.md, Markdown from result files; for readme.py."""
 
 from __future__ import annotations
 
-from layercut.figures import count, figure, size
+from layercut.figures import count, figure, size, times
 
 
 def healing_table(result: dict) -> str:
@@ -68,3 +68,44 @@ def recovery_table(result: dict) -> str:
         step = f"{row['batch_tokens']:,}" if "batch_tokens" in row else ""
         lines.append(f"| {' | '.join([name, trained, step, seconds, kl, *gaps])} |")
     return "\n".join(lines)
+
+
+def headline_table(recovery: dict, keys: dict, speed: dict, frontier: dict) -> str:
+    """The README's table: one cut, healed on more and more tokens by the default settings, and what else it costs."""
+    texts, environment = recovery["reported"], recovery["environment"]
+    found = {row["state"]: sum(trial["found"] for trial in row["keys"]) for row in keys["rows"]}
+    tried = sum(trial["trials"] for trial in keys["rows"][0]["keys"])
+    lines = [
+        f"`benchmarks/recovery.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {recovery['model']} "
+        f"without layers {recovery['segment']}, {recovery['eval_tokens']:,} tokens of each text.",
+        "",
+        f"| | {' | '.join(f'perplexity, {text}' for text in texts)} | KL to dense, nats | keys found of {tried} |",
+        f"|---|{'---:|' * (len(texts) + 2)}",
+    ]
+    for row in recovery["rows"]:
+        if not row.get("mix") and row.get("radius", 1) == 1:
+            lines.append(f"| {' | '.join(headline_cells(row, texts, found))} |")
+    return "\n".join([*lines, "", headline_words(speed, frontier)])
+
+
+def headline_cells(row: dict, texts: list[str], found: dict[str, int]) -> list[str]:
+    """One state: perplexity of each text, KL, and the keys found in it where that was measured."""
+    tuned = row["state"] == "tuned"
+    kept = found.get(f"tuned-{row['tune_tokens']}" if tuned else row["state"])
+    name = f"folded, then tuned on {row['tune_tokens']:,} tokens" if tuned else row["state"]
+    perplexities = [figure(row["perplexity"][text]) for text in texts]
+    return [name, *perplexities, f"{max(row['heldout_kl'], 0):.3f}", "not measured" if kept is None else str(kept)]
+
+
+def headline_words(speed: dict, frontier: dict) -> str:
+    """Bytes and speed of that cut, and the smallest model of the frontier."""
+    fifth = next(row for row in speed["rows"] if row["ratio"] == 0.2 and "backend" not in row)
+    sizes, goal = fifth["weight_bytes"], frontier["answers"]["goal"]
+    smallest = goal["best_that_fits"] or goal["smallest"]
+    return (
+        f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. "
+        f"Decoding: {times(fifth['decode']['ratio'])} as fast. "
+        f"The smallest model of the frontier, {smallest['layers']} layers in {smallest['setting']}, has "
+        f"{smallest['share']:.0%} of the bytes and {1 + max(smallest['rise'].values()):.1f} times the perplexity: "
+        "a ruin."
+    )

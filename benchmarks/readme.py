@@ -1,5 +1,6 @@
-"""Writes the README's figures from benchmarks/results/: demo, search, stream, compare-RATIO, healing, recovery,
-frontier, speed and shapes, all .json; of the last four, one that is not there yet is said to be open.
+"""Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, search, stream,
+compare-RATIO, healing, recovery, keys, frontier, speed and shapes, all .json; of those from recovery on, one that is
+not there yet is said to be open. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from healing_tables import healing_table, recovery_table
+from healing_tables import headline_table, healing_table, recovery_table
 from layercut.compare import by_kl, short
 from layercut.figures import count, figure, label, size
 from layercut.findings import stages
@@ -26,6 +27,7 @@ from stage_two import frontier_table, speed_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = RESULTS / "demo.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def take_over(run: Path) -> None:
@@ -147,9 +149,22 @@ def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
     return made_by(json.loads(file.read_text())) if file.is_file() else f"Not measured yet: `benchmarks/{name}.py`."
 
 
+def headline() -> str:
+    """The README's table; before its results are there, how to make them."""
+    names = ("recovery", "keys", "speed", "frontier")
+    files = [RESULTS / f"{name}.json" for name in names]
+    missing = [f"`benchmarks/{file.stem}.py`" for file in files if not file.is_file()]
+    return f"Not measured yet: {', '.join(missing)}." if missing else headline_table(*map(read, files))
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
 def filled(text: str) -> str:
-    """The README with its tables made anew."""
+    """A page with its tables made anew."""
     regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words()}
+    regions |= {"results": headline()}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
     later |= {"speed": speed_table, "shapes": shapes_table}
@@ -163,8 +178,11 @@ def filled(text: str) -> str:
 def main() -> None:
     if len(sys.argv) > 1:
         take_over(Path(sys.argv[1]))
-    readme = ROOT / "README.md"
-    write_text(readme, filled(readme.read_text(encoding="utf-8")))
+    drawn = RESULTS / "frontier.svg"
+    if drawn.is_file():  # the benchmark has drawn it anew; it is a picture of the documentation
+        drawn.replace(ROOT / "docs" / drawn.name)
+    for page in PAGES:
+        write_text(page, filled(page.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's tables of quantization, of the frontier of size and loss, and of speed; for readme.py.
+"""The tables of quantization, of the frontier of size and loss, and of speed in docs/results.md; for readme.py.
 
 Each takes the content of its result file and gives Markdown.
 """
@@ -45,7 +45,7 @@ def frontier_table(result: dict[str, Any]) -> str:
         found = " and ".join(map(figure, whole[0]["perplexity"].values()))
         words = f"{size(whole[0]['bytes'])}, perplexity {found}."
         lines += ["", f"The `.gguf` file itself was measured uncut only (no dithering): {words}"]
-    return "\n".join([*lines, "", "![Rise of perplexity over bytes](benchmarks/results/frontier.svg)"])
+    return "\n".join([*lines, "", "![Rise of perplexity over bytes](frontier.svg)"])
 
 
 def frontier_row(asked: str, point: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Every command the README shows is run: on a tiny model and small texts, with few tokens."""
+"""Every command of README and quick start is run, on a tiny model with few tokens; those of the guides are parsed."""
 
 import ast
 import importlib.util
@@ -13,20 +13,19 @@ import folders
 from layercut import cli
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 FEW = {
     "compress": "--tokens 64 --window 16 --tune-tokens 64 --eval-tokens 64 --batch-tokens 32 --no-speed",
-    "compare": "--tokens 64 --window 16 --eval-tokens 64",
-    "search": "--tokens 64 --window 16",
     "evaluate": "--eval-tokens 64 --window 16",
-    "cut": "",
     "plan": "--window 16 --no-calibrate",
-    "quantize": "",
 }
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("layercut ")]
+def commands(*pages: Path) -> list[str]:
+    """The commands of layercut in the pages' sh blocks, each once."""
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    blocks = [block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)]
+    return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.startswith("layercut ")))
 
 
 def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monkeypatch, capsys):
@@ -34,29 +33,42 @@ def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monk
     calibration, evaluation = texts
     (tmp_path / "mytext.txt").write_text(Path(calibration).read_text())
     (tmp_path / "heldout.txt").write_text(Path(evaluation).read_text())
-    shown = commands()
-    assert len(shown) >= 6
+    shown = commands(README, DOCS / "index.md")
+    assert len(shown) >= 5
     for line in shown:
         words = shlex.split(line)[1:]
         words = [str(tiny_model) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
-        words = [word.replace("13:19", "2:4").replace("16384", "64") for word in words]
         few = FEW[words[0]].split()
         if "--tasks" in words:
             if importlib.util.find_spec("lm_eval") is None:
                 continue
             words = [word.replace("arc_easy,piqa", "tiny_choices,tiny_sums") for word in words]
             few += ["--include-path", str(folders.write_tasks(tmp_path))]
-        if "--data" not in words and words[0] in ("compress", "compare", "search"):  # the defaults are Hub sets
-            few += ["--data", "mytext.txt", *(["--eval-data", "heldout.txt"] if words[0] != "search" else [])]
+        if "--data" not in words and words[0] == "compress":  # the defaults are Hub sets
+            few += ["--data", "mytext.txt", "--eval-data", "heldout.txt"]
         assert cli.main([*words, *few]) == 0, (line, capsys.readouterr().err)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
-    assert (tmp_path / "smaller" / "config.json").is_file()
 
 
-def test_tables_are_those_of_the_results(monkeypatch):
-    """Where this fails, a result was renewed and the README was not: python benchmarks/readme.py"""
+def test_commands_of_the_guides_are_understood(monkeypatch):
+    monkeypatch.setattr(cli.app, "config", ())  # of the command that ran before
+    guides = [*sorted((DOCS / "guides").glob("*.md")), DOCS / "guide-large.md"]
+    shown = [shlex.split(line, comments=True)[1:] for line in commands(*guides)]
+    assert {words[0] for words in shown} >= {"compress", "cut", "export", "plan", "quantize"}
+    for words in shown:
+        words = [word.replace("START:STOP", "13:19") for word in words]
+        _, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
+        config = bound.arguments["config"]
+        if hasattr(config, "check") and "--config" not in words:
+            config.check()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_are_those_of_the_results(page, monkeypatch):
+    """Where this fails, a result was renewed and the page was not: python benchmarks/readme.py"""
     monkeypatch.syspath_prepend(README.parent / "benchmarks")
-    text = README.read_text(encoding="utf-8")
+    text = (README.parent / page).read_text(encoding="utf-8")
+    assert "<!-- " in text
     assert import_module("readme").filled(text) == text
 
 
@@ -144,3 +156,7 @@ def test_names_that_do_not_exist_are_found():
     assert wrong_names("see `docs/gone.md` and [here](docs/gone-too.md)") == ["docs/gone.md", "docs/gone-too.md"]
     fine = "`summary.json` `config.yaml`, `models.share`, `layercut.pipeline.compress`, `out` and `tasks.NAME`"
     assert wrong_names(f"{fine}\n| `search/gate.py` `concave_gate` | `max_loss` |") == []
+def test_the_readme_is_short_and_has_one_table():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    assert len(re.findall(r"^\|-", text, flags=re.MULTILINE)) == 1

@@ -1,0 +1,28 @@
+"""Find the segment of a fifth of the layers, cut it out, heal it, measure it, save it.
+
+    python examples/search_and_cut.py MODEL CALIBRATION HELDOUT OUT [TOKENS] [WINDOW]
+
+MODEL is a Hub id or a folder; CALIBRATION and HELDOUT are text files, or names that --data takes.
+"""
+
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import layercut as lc
+
+name, calibration, evaluation, out = sys.argv[1:5]
+tokens_in_all, window = (int(value) for value in (*sys.argv[5:], "16384", "256")[:2])
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name)
+tokens = lc.token_blocks(calibration, tokenizer, tokens=tokens_in_all, window=window)
+heldout = lc.token_blocks(evaluation, tokenizer, tokens=tokens_in_all, window=window)
+
+found = lc.search(model, tokens, ratio=0.2)
+print("remove", *found.segments)
+small = lc.cut(model, found.segments)
+print("cut", lc.evaluate(small, heldout, baseline=model))
+lc.fold_(small, model, tokens)
+lc.tune_(small, model, tokens)
+print("healed", lc.evaluate(small, heldout, baseline=model))
+lc.save(small, tokenizer, out)
