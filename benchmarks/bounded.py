@@ -27,10 +27,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import common
-from layercut import checkpoints, models
-from layercut.plan import work
-from layercut.runs import TEXTS, Run
-from layercut.stages import text
+from layercut.estimate import work
+from layercut.models import checkpoints, loading
+from layercut.pipeline.run_store import TEXTS, Run
+from layercut.pipeline.stages import text
 from memory import Children, high_water, reset_peak
 from plan import tokenizer
 from stream import write_checkpoint
@@ -51,7 +51,7 @@ def flags(args: Any) -> list[str]:
 
 def journey(argv: list[str], limit: int, held_out: int) -> None:
     """The command under the limit, in this process; prints each stage's peak and seconds."""
-    from layercut.cli import main as command
+    from layercut.cli.main import main as command
 
     text.FEWEST_HELD_OUT = held_out
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -78,7 +78,7 @@ def journey(argv: list[str], limit: int, held_out: int) -> None:
 
 def plan(argv: list[str], held_out: int) -> None:
     """`layercut plan`, in this process, for so few rows held out."""
-    from layercut.cli import main as command
+    from layercut.cli.main import main as command
 
     work.FEWEST_HELD_OUT = held_out
     sys.exit(command(argv))
@@ -127,7 +127,7 @@ def main() -> None:
     checkpoint = checkpoints.Checkpoint(f"random weights, {args.layers} layers", Path("random"))
     common.finish(
         args.out,
-        models.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),
+        loading.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),
         "a checkpoint larger than the memory limit on the process goes through compress to the end",
         rows,
         shape=shape,

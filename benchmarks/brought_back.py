@@ -20,11 +20,12 @@ from typing import Any
 from safetensors.torch import load_file
 
 from common import arguments, blocks, finish, open_model
-from layercut import evaluate, models
-from layercut.cut import cut_segment_
+from layercut import evaluation
+from layercut.files.json_values import write_json
+from layercut.models import loading
 from layercut.progress import bar, say
-from layercut.runs import write_json
 from layercut.segments import Segment
+from layercut.surgery import cut_segment_
 
 
 def main() -> None:
@@ -37,31 +38,31 @@ def main() -> None:
         name: blocks(model, source, args.genre_tokens, args.window, args.seed, order="as written").tokens
         for name, _, source in (item.partition("=") for item in args.genres)
     }
-    trials = evaluate.passkey_cases(model.tokenizer, args.keys, args.seed) if args.keys else []
+    trials = evaluation.passkey_cases(model.tokenizer, args.keys, args.seed) if args.keys else []
     names = [name for name in args.tasks.split(",") if name]
-    tasks = evaluate.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
+    tasks = evaluation.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
     students: dict[str, Any] = {"dense": model.model}
     for name, _, file in (item.partition("=") for item in ["cut=", *args.weights] if item):
-        students[name] = models.share(model.model)
+        students[name] = loading.share(model.model)
         cut_segment_(students[name], [Segment.parse(args.segment)])
         if file:
-            models.replace_parameters_(students[name], load_file(file))
+            loading.replace_parameters_(students[name], load_file(file))
 
     cache = args.out.with_name(f".{args.out.stem}-tasks")  # a stopped run goes on with the next task
     rows: list[dict[str, Any]] = []
     records: dict[str, Any] = {}
     for name, student in students.items():
-        records[name] = evaluate.score_tasks(
+        records[name] = evaluation.score_tasks(
             student, model.tokenizer, tasks, limit=args.limit or None, name=name, cache=cache
         )
         row: dict[str, Any] = {"state": name}
-        row["perplexity"] = {genre: evaluate.perplexity(student, tokens) for genre, tokens in texts.items()}
+        row["perplexity"] = {genre: evaluation.perplexity(student, tokens) for genre, tokens in texts.items()}
         if trials:
             with bar(f"hidden keys, {name}", sum(len(ids) for _, _, ids, _ in trials)) as advance:
-                row["keys"] = evaluate.passkey_grid(student, model.tokenizer, trials, advance=advance)
+                row["keys"] = evaluation.passkey_grid(student, model.tokenizer, trials, advance=advance)
         if name != "dense":
-            row |= evaluate.compare_tasks(records["dense"], records[name])
-            row["health"] = evaluate.generation_health(model.model, student, next(iter(texts.values())))
+            row |= evaluation.compare_tasks(records["dense"], records[name])
+            row["health"] = evaluation.generation_health(model.model, student, next(iter(texts.values())))
         rows.append(row)
         say(name, ", ".join(f"{genre} {figure:.2f}" for genre, figure in row["perplexity"].items()))
         write_json(args.out.with_name(f".{args.out.stem}.partial.json"), rows)

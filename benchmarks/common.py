@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from layercut import checkpoints, models
-from layercut.data import Blocks, load_blocks
-from layercut.demo import fetch_model
-from layercut.provenance import environment
-from layercut.runs import write_json
+from layercut.cli.demo import fetch_model
+from layercut.data.blocks import Blocks, load_blocks
+from layercut.files.json_values import write_json
+from layercut.models import checkpoints, loading
+from layercut.pipeline.provenance import environment
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -28,11 +28,11 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_model(name: str | None) -> models.LanguageModel:
-    return models.load(checkpoints.resolve(name or str(fetch_model())))
+def open_model(name: str | None) -> loading.LanguageModel:
+    return loading.load(checkpoints.resolve(name or str(fetch_model())))
 
 
-def blocks(model: models.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:
+def blocks(model: loading.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:
     return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, **more)
 
 
@@ -53,7 +53,7 @@ def without_folder(argument: str) -> str:
     return f"{name}={named(source)}" if equals else argument
 
 
-def finish(out: Path, model: models.LanguageModel, claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+def finish(out: Path, model: loading.LanguageModel, claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write the result file and print it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     environ = environment()

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments
-from layercut.compare import compare
+from layercut.cli.demo import fetch_model
 from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig
-from layercut.demo import fetch_model
-from layercut.runs import write_json
-from layercut.sources import split_mix
+from layercut.data.sources import split_mix
+from layercut.files.json_values import write_json
+from layercut.pipeline.compare import compare
 
 
 def take_over(run: Path, target: Path, **settings: Any) -> None:

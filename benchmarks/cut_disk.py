@@ -33,7 +33,7 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 started = time.monotonic()
-from layercut.cut import cut_checkpoint
+from layercut.surgery import cut_checkpoint
 from layercut.segments import Segment
 imported = time.monotonic()
 cut_checkpoint(Path(sys.argv[1]), [Segment.parse(sys.argv[2])], Path(sys.argv[3]))

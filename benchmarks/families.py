@@ -49,9 +49,7 @@ def run(model_type: str, facts: dict[str, Any]) -> dict[str, Any]:
             try:
                 verdict = census.judge(source, census.segments_of(cut), Path(folder))
             except Exception as error:  # a crash is as bad as a wrong answer
-                verdict = census.Verdict(
-                    "wrong", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                )
+                verdict = census.Verdict("wrong", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             row["cuts"][cut] = [verdict.kind, " ".join(verdict.why.replace(folder, "").split())]
         return row
 
@@ -121,9 +119,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="run these again and keep the other rows")
     parser.add_argument(
         "--table", action="store_true", help="only write docs/families.md from the result that is there"
@@ -134,8 +130,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     jobs: list[tuple[str, str, str, dict[str, Any]]] = [
-        (t, "causal" if t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "vision", t, {})
-        for t in families.model_types()
+        (t, "causal" if t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "vision", t, {}) for t in families.model_types()
     ]
     jobs += [(name, "variant", t, facts) for name, (t, facts) in families.VARIANTS.items()]
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {"families": {}}
@@ -156,8 +151,7 @@ def main() -> None:
         "machine": platform.machine(),
         "seconds": before.get("seconds") if only.only or only.table else round(time.monotonic() - started),
         "counts": {
-            p: dict(Counter(kind(r) for r in rows.values() if r["part"] == p))
-            for p in ("causal", "vision", "variant")
+            p: dict(Counter(kind(r) for r in rows.values() if r["part"] == p)) for p in ("causal", "vision", "variant")
         },
         "families": rows,
     }

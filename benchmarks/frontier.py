@@ -27,7 +27,7 @@ import torch
 from common import arguments, blocks, finish, named, open_model
 from control import dither_, healed, save
 from fronts import BUDGETS, SMALLER, WAYS, answers, extra_losses, front, loss, way
-from layercut import checkpoints, cli, models
+from layercut import cli
 from layercut.config import (
     CompressConfig,
     DataConfig,
@@ -37,14 +37,15 @@ from layercut.config import (
     RunConfig,
     SearchConfig,
 )
-from layercut.cut import cut_gguf
-from layercut.evaluate import perplexity
-from layercut.gguf_export import architecture_of, gguf_tensors
-from layercut.pipeline import compress
-from layercut.quantize import endpoints_of, quantize_
-from layercut.runs import write_json
+from layercut.evaluation import perplexity
+from layercut.export.gguf import architecture_of, gguf_tensors
+from layercut.files.json_values import write_json
+from layercut.models import checkpoints, loading
+from layercut.pipeline.journey import compress
+from layercut.pipeline.stages.quantize import quantization_facts
+from layercut.quantization import endpoints_of, quantize_
 from layercut.segments import Segment
-from layercut.stages.quantize import quantization_facts
+from layercut.surgery import cut_gguf
 
 Row = dict[str, Any]
 WHOLE: dict[str, Any] = {"bits": 4, "quantize_embeddings": True}
@@ -168,8 +169,8 @@ def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str
         run = args.work / f"control-{ratio:g}"
         place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))
         told = healing(run)
-    model = models.load(checkpoints.resolve(str(place))).model
-    return model, told | {"layers": len(models.find_decoder(model))}
+    model = loading.load(checkpoints.resolve(str(place))).model
+    return model, told | {"layers": len(loading.find_decoder(model))}
 
 
 def healing(run: Path) -> Row:
@@ -195,9 +196,9 @@ def measured(model: Any, setting: QuantizeConfig | str, segments: list[list[int]
     if isinstance(setting, str):
         assert given.gguf is not None
         return throughout(model, setting, segments, given.gguf, given.texts)
-    student, size = models.share(model), models.parameter_bytes(model)
+    student, size = loading.share(model), loading.parameter_bytes(model)
     if setting.bits < 16:
-        endpoints = endpoints_of(model.config, len(models.find_decoder(model)))
+        endpoints = endpoints_of(model.config, len(loading.find_decoder(model)))
         found = quantize_(student, given.calibration, setting, endpoints=endpoints)
         size = quantization_facts(found, student, setting)["bytes"]["after"]
     return {"bytes": size, "perplexity": perplexities(student, given.texts)}
@@ -211,7 +212,7 @@ def throughout(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         cut_gguf(source, [Segment(*bounds) for bounds in segments], file, replaced=tensors)
-        again = models.load(checkpoints.resolve(str(file))).model
+        again = loading.load(checkpoints.resolve(str(file))).model
         size = sum(data.nbytes for data, _ in tensors.values())
         return {"bytes": size, "file_bytes": file.stat().st_size, "perplexity": perplexities(again, texts)}
 
@@ -221,8 +222,8 @@ def kept_tensors(
 ) -> Row:
     """The .gguf file cut and healed as it came, by `compress` and `export`: healed layers Q8_0, all else as it was."""
     if not ratio:
-        model = models.load(checkpoints.resolve(str(source))).model
-        told = {"segments": [], "layers": len(models.find_decoder(model))}
+        model = loading.load(checkpoints.resolve(str(source))).model
+        told = {"segments": [], "layers": len(loading.find_decoder(model))}
         return told | {"bytes": source.stat().st_size, "perplexity": perplexities(model, texts)}
     search, text, heal = stages(args, ratio)
     apart = EvaluateConfig(
@@ -234,8 +235,8 @@ def kept_tensors(
     file = args.work / f"cut-{ratio:g}.gguf"
     if cli.main(["export", str(run), f"--out={file}", "--force"]):
         raise SystemExit(f"error: {run} could not be exported")
-    model = models.load(checkpoints.resolve(str(file))).model
-    told = healing(run) | {"layers": len(models.find_decoder(model))}
+    model = loading.load(checkpoints.resolve(str(file))).model
+    told = healing(run) | {"layers": len(loading.find_decoder(model))}
     return told | {"bytes": file.stat().st_size, "perplexity": perplexities(model, texts)}
 
 
@@ -279,9 +280,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
             own = [row for row in points if row["way"] == name]
             axes.plot([p["bytes"] / 1e6 for p in own], [100 * loss(p) for p in own], "o", ms=4, color=colour, alpha=0.5)
             line = front([*own, dense] if name != "both" else own)
-            axes.plot(
-                [p["bytes"] / 1e6 for p in line], [100 * loss(p) for p in line], lw=1.8, color=colour, label=name
-            )
+            axes.plot([p["bytes"] / 1e6 for p in line], [100 * loss(p) for p in line], lw=1.8, color=colour, label=name)
         for budget in BUDGETS:
             axes.axhline(100 * budget, color="#c8c8d0", lw=0.8, ls=(0, (4, 3)), zorder=0)
         axes.axvline((1 - SMALLER) * dense["bytes"] / 1e6, color="black", lw=1, ls=(0, (4, 3)), zorder=0)

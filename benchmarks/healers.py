@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layercut.heal.endpoints import own_parameters_, warmup_then_cosine
-from layercut.heal.fold import HELD_OUT, RIDGES, Normal
-from layercut.heal.objectives import HeldOut, Pair, logit_gradient
-from layercut.memory import reuse_freed
+from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
+from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
+from layercut.healing.objectives import HeldOut, Pair, logit_gradient
+from layercut.models.memory import reuse_freed
+from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
 from layercut.segments import Segment
-from layercut.sweep import Stack, common_prefix, hidden_of, replaced_hidden
 
 RANK = 32
 PASS_TOKENS = 1024
@@ -32,17 +32,17 @@ Prepared = tuple[list[nn.Parameter], int]
 """What is trained, and the first layer in which something is; layers below may still have been folded."""
 
 
-def endpoint_lora_(student: Stack, segment: Segment) -> Prepared:
+def endpoint_lora_(student: DecoderRunner, segment: Segment) -> Prepared:
     """LoRA on all linear modules of layers s - 1 and e."""
     return _lora_(student, [segment.start - 1, segment.start]), segment.start - 1
 
 
-def lora_(student: Stack, segment: Segment) -> Prepared:
+def lora_(student: DecoderRunner, segment: Segment) -> Prepared:
     """LoRA on all linear modules of all layers."""
     return _lora_(student, list(range(len(student)))), 0
 
 
-def last_three_and_head_(student: Stack, segment: Segment) -> Prepared:
+def last_three_and_head_(student: DecoderRunner, segment: Segment) -> Prepared:
     """The last three layers and a head of its own, untied from the embeddings (2411.15558)."""
     first = len(student) - 3
     head = student.model.get_output_embeddings()
@@ -51,7 +51,7 @@ def last_three_and_head_(student: Stack, segment: Segment) -> Prepared:
     return trained, first
 
 
-def full_(student: Stack, segment: Segment) -> Prepared:
+def full_(student: DecoderRunner, segment: Segment) -> Prepared:
     """Everything; tied weights stay tied."""
     own: dict[int, nn.Parameter] = {}
     for module in student.model.modules():
@@ -62,7 +62,7 @@ def full_(student: Stack, segment: Segment) -> Prepared:
     return list(own.values()), 0
 
 
-BASELINES: dict[str, tuple[Callable[[Stack, Segment], Prepared], tuple[float, float, float]]] = {
+BASELINES: dict[str, tuple[Callable[[DecoderRunner, Segment], Prepared], tuple[float, float, float]]] = {
     "endpoint-lora": (endpoint_lora_, (5e-4, 1.5e-3, 4e-3)),
     "lora": (lora_, (3e-4, 1e-3, 3e-3)),
     "lora-mix": (lora_, (3e-4, 1e-3, 3e-3)),
@@ -73,7 +73,7 @@ BASELINES: dict[str, tuple[Callable[[Stack, Segment], Prepared], tuple[float, fl
 """Each with the learning rates that are tried."""
 
 
-def _lora_(student: Stack, positions: Sequence[int]) -> list[nn.Parameter]:
+def _lora_(student: DecoderRunner, positions: Sequence[int]) -> list[nn.Parameter]:
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(0)  # LoRA's A is random
@@ -93,8 +93,8 @@ def _plain(module: nn.Module) -> bool:
 
 
 def train_(
-    dense: Stack,
-    student: Stack,
+    dense: DecoderRunner,
+    student: DecoderRunner,
     trained: list[nn.Parameter],
     prefix: int,
     tokens: torch.Tensor,
@@ -192,7 +192,7 @@ def judged(judge: HeldOut) -> float:
 
 
 @torch.no_grad()
-def patch_(dense: Stack, student: Stack, segment: Segment, tokens: torch.Tensor) -> None:
+def patch_(dense: DecoderRunner, student: DecoderRunner, segment: Segment, tokens: torch.Tensor) -> None:
     """A square matrix on the whole stream at the cut, by least squares (after 2605.15491): needs code at load time."""
     layer, width = student.layers[segment.start - 1], student.hidden_size
     fit, check = (Normal.zeros(width, width, student.device) for _ in range(2))

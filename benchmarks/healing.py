@@ -41,17 +41,17 @@ from transformers import AutoModelForCausalLM
 
 from common import arguments, blocks, open_model
 from healers import BASELINES, PASS_TOKENS, judged, patch_, train_
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.data import load_blocks
-from layercut.evaluate import perplexity
-from layercut.heal.endpoints import TuneSettings, default_learning_rate, tune_
-from layercut.heal.fold import fold_
-from layercut.heal.objectives import HeldOut, Pair
-from layercut.provenance import environment
-from layercut.runs import write_json, write_text
+from layercut.data.blocks import load_blocks
+from layercut.evaluation import perplexity
+from layercut.files.json_values import write_json, write_text
+from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, tune_
+from layercut.healing.least_squares import fold_
+from layercut.healing.objectives import HeldOut, Pair
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner, shared_layers
+from layercut.pipeline.provenance import environment
 from layercut.segments import Segment
-from layercut.sweep import Stack, shared_layers
+from layercut.surgery import cut_segment_
 from memory import high_water, settled_bytes
 
 matplotlib.use("svg")
@@ -272,7 +272,7 @@ def measure(args: Namespace) -> dict[str, Any]:
         {name: draw_blocks(source, size, order="as written").tokens for name, source in pairs(given)}
         for given, size in ((args.report, args.eval_tokens), (args.genres, args.genre_tokens))
     )
-    dense, segment = Stack(opened.model), Segment.parse(args.segment)
+    dense, segment = DecoderRunner(opened.model), Segment.parse(args.segment)
     if args.only == "self-text":
         tokens = sampled(opened, args)
     folded = fold_file(args.out)
@@ -323,7 +323,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     return row | ({"genres": figures(student.model, genres)} if args.only in GENRES else {})
 
 
-def sampled(opened: models.LanguageModel, args: Namespace) -> torch.Tensor:
+def sampled(opened: loading.LanguageModel, args: Namespace) -> torch.Tensor:
     """Text from the dense model itself, [N, T]."""
     return load_blocks(
         "self", opened.tokenizer, tokens=args.tune_tokens, window=args.window, seed=args.seed, model=opened.model
@@ -349,15 +349,17 @@ def pairs(given: list[str]) -> list[tuple[str, str]]:
     return [(name, source) for name, _, source in (item.partition("=") for item in given if item)]
 
 
-def folded_student(dense: Stack, segment: Segment, calibration: torch.Tensor, folded: Path | None) -> Stack:
+def folded_student(
+    dense: DecoderRunner, segment: Segment, calibration: torch.Tensor, folded: Path | None
+) -> DecoderRunner:
     """The cut model; folded as well where a file is given, which the first to fold writes and the others read."""
-    student = models.share(dense.model)
+    student = loading.share(dense.model)
     cut_segment_(student, [segment])
-    stack = Stack(student)
+    stack = DecoderRunner(student)
     if folded is None:
         return stack
     if folded.is_file():
-        models.replace_parameters_(student, load_file(folded))
+        loading.replace_parameters_(student, load_file(folded))
         return stack
     fold_(dense, stack, [segment], calibration)
     shared = {id(p) for p in dense.model.parameters()}
@@ -398,8 +400,8 @@ def bracketed(grid: list[float], loss_of: Callable[[float], float]) -> list[dict
 
 
 def healed(
-    args: Namespace, dense: Stack, segment: Segment,
-    student: Stack, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
+    args: Namespace, dense: DecoderRunner, segment: Segment,
+    student: DecoderRunner, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the student; what it took."""
     if args.only in BASELINES:
@@ -416,11 +418,11 @@ def healed(
 
 
 def healed_by_peer(
-    args: Namespace, dense: Stack, segment: Segment,
-    student: Stack, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
+    args: Namespace, dense: DecoderRunner, segment: Segment,
+    student: DecoderRunner, tokens: torch.Tensor, heldout: torch.Tensor, rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Have OptiPFair cut and train in its own environment, put its weights into the student; what it took."""
-    with tempfile.TemporaryDirectory() as name, models.quiet_transformers():
+    with tempfile.TemporaryDirectory() as name, loading.quiet_transformers():
         model, text, out = (Path(name, part) for part in ("dense", "tokens.safetensors", "healed"))
         dense.model.save_pretrained(model)
         save_file({"tokens": tokens.clone(), "heldout": heldout.clone()}, text)
@@ -430,11 +432,11 @@ def healed_by_peer(
         command += ["--removed", *range(segment.start, segment.stop)]
         subprocess.run([str(word) for word in command], check=True)
         trained = AutoModelForCausalLM.from_pretrained(out, dtype=student.stored_dtype)  # as the others are saved
-        models.replace_parameters_(student.model, dict(trained.named_parameters()))
+        loading.replace_parameters_(student.model, dict(trained.named_parameters()))
         return json.loads((out / "report.json").read_text())
 
 
-def model_kl(dense: Stack, student: Stack, tokens: torch.Tensor) -> float:
+def model_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor) -> float:
     """Mean KL to the dense model, also of a student with embeddings of its own."""
     pair = Pair(dense=dense, student=student, prefix=0, last=len(student) - 1)
     return judged(HeldOut(pair, tokens, rows=max(1, PASS_TOKENS // tokens.shape[1])))

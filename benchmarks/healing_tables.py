@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layercut.figures import count, figure, size, times
+from layercut.report.formatting import count, figure, size, times
 
 
 def healing_table(result: dict) -> str:

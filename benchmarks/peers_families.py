@@ -185,9 +185,7 @@ def main() -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--only", nargs="*", help="run these again and keep the other rows")
-    parser.add_argument(
-        "--envs", type=Path, help="where to keep the environments (default: a temporary folder)"
-    )
+    parser.add_argument("--envs", type=Path, help="where to keep the environments (default: a temporary folder)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -201,9 +199,7 @@ def main() -> None:
         for peer in PEERS:
             python = environment(peer, args.envs or Path(temporary))
             command = [python, __file__, "--child", peer, "--only", *names]
-            children[peer] = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
+            children[peer] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for peer, process in children.items():
             assert process.stdout is not None
             for line in process.stdout:

@@ -26,13 +26,15 @@ import torch
 from safetensors.torch import save_file
 
 from common import arguments
-from layercut import checkpoints, models, stages
+from layercut.cli.demo import fetch_model
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
-from layercut.demo import fetch_model
-from layercut.provenance import environment
-from layercut.runs import Run, write_json
+from layercut.files.json_values import write_json
+from layercut.models import checkpoints, loading
+from layercut.pipeline import stages
+from layercut.pipeline.context import RunContext
+from layercut.pipeline.provenance import environment
+from layercut.pipeline.run_store import Run
 from layercut.segments import Removal, Segment
-from layercut.workbench import Workbench
 from memory import Children, high_water, reset_peak
 
 STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
@@ -164,7 +166,7 @@ def planned(model: Path, given: dict[str, Any], method: str) -> dict[str, Any]:
     """In a process of its own, as the command is: what this one holds is not to be counted."""
     flags = ["--tokens", given["tokens"], "--window", given["window"], "--ratio", LENGTH, "--method", method]
     flags += ["--dtype", given["dtype"], "--tune-tokens", 4096, "--eval-tokens", 2048, "--json"]
-    command = [sys.executable, "-m", "layercut.cli", "plan", str(model), *map(str, flags)]
+    command = [sys.executable, "-m", "layercut.cli.main", "plan", str(model), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr)
@@ -178,8 +180,8 @@ def measure(job: dict[str, Any]) -> None:
     checkpoint = checkpoints.resolve(job["model"])
     with Run(Path(job["folder"])) as run:
         run.describe({"model": job["model"]})
-        work = Workbench(checkpoint, config, run)
-        layers = models.count_layers(models.load_config(checkpoint))
+        work = RunContext(checkpoint, config, run)
+        layers = loading.count_layers(loading.load_config(checkpoint))
         length = round(LENGTH * layers)
         segments = [Segment((layers - length) // 2, (layers - length) // 2 + length)]
         draw_tokens(work, config)
@@ -209,7 +211,7 @@ def measure(job: dict[str, Any]) -> None:
     print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": {k: found.get(k) for k in keys}}))
 
 
-def draw_tokens(work: Workbench, config: CompressConfig) -> None:
+def draw_tokens(work: RunContext, config: CompressConfig) -> None:
     """Random tokens of the sizes that the text stage would draw."""
     window = config.text.window
     counts = {

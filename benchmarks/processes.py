@@ -29,14 +29,16 @@ from typing import Any
 import torch
 
 from common import arguments, blocks, finish, open_model
-from layercut import checkpoints, models, opening, processes
-from layercut.cut import cut_segment_
-from layercut.demo import fetch_model
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import fold_
-from layercut.search import find_segments
+from layercut.cli.demo import fetch_model
+from layercut.distributed import processes
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import fold_
+from layercut.layer_search import find_segments
+from layercut.models import checkpoints, loading
+from layercut.models.runner import DecoderRunner
+from layercut.offload import placement
 from layercut.segments import layers_to_remove
-from layercut.sweep import Stack
+from layercut.surgery import cut_segment_
 
 STAGES = ("search", "fold", "tune")
 HELD_OUT = 1024
@@ -103,12 +105,12 @@ def work(args: Namespace) -> None:
     processes.start()
     shard: Any = os.environ["LAYERCUT_SHARD"]
     checkpoint = checkpoints.resolve(args.model or str(fetch_model()))
-    loaded = opening.load(checkpoint, shard=shard, stream="off", device="cpu", dtype=args.dtype)
+    loaded = placement.load(checkpoint, shard=shard, stream="off", device="cpu", dtype=args.dtype)
     draw = {"window": args.window, "seed": 0}
     calibration = blocks(loaded, args.data, args.tokens, **draw).tokens
     text = blocks(loaded, args.tune_data, HELD_OUT + max(args.fold_tokens, args.tune_tokens), **draw).tokens
     heldout, rest = text[: HELD_OUT // args.window], text[HELD_OUT // args.window :]
-    dense, seconds = Stack(loaded.model), {}
+    dense, seconds = DecoderRunner(loaded.model), {}
     length = layers_to_remove(args.ratio, len(dense))
 
     def timed(stage: str, compute: Callable[[], Any]) -> Any:
@@ -121,14 +123,14 @@ def work(args: Namespace) -> None:
         return found
 
     found = timed("search", lambda: find_segments(dense, calibration, length, args.method, seed=0))
-    model = models.share(loaded.model)
+    model = loading.share(loaded.model)
     cut_segment_(model, found.segments)
-    student = Stack(model)
+    student = DecoderRunner(model)
     folds = timed("fold", lambda: fold_(dense, student, found.segments, rest[: args.fold_tokens // args.window]))
-    plain = models.share(loaded.model)  # tuned from the plain cut: what is compared does not hang on the fold
+    plain = loading.share(loaded.model)  # tuned from the plain cut: what is compared does not hang on the fold
     cut_segment_(plain, found.segments)
     settings, tokens = TuneSettings(batch_tokens=args.batch_tokens), rest[: args.tune_tokens // args.window]
-    report = timed("tune", lambda: tune_(dense, Stack(plain), found.segments, tokens, heldout, settings))
+    report = timed("tune", lambda: tune_(dense, DecoderRunner(plain), found.segments, tokens, heldout, settings))
     if processes.is_main():
         searched = found.to_json()
         result = {

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from healing_tables import headline_table, healing_table, recovery_table
-from layercut.compare import by_kl, short
-from layercut.figures import count, figure, label, size
-from layercut.findings import stages
-from layercut.runs import write_json, write_text
+from layercut.files.json_values import write_json, write_text
+from layercut.pipeline.compare import by_kl, short
+from layercut.report.formatting import count, figure, label, size
+from layercut.report.verdicts import stages
 from stage_two import frontier_table, speed_table
 
 ROOT = Path(__file__).parents[1]

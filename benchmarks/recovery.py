@@ -24,16 +24,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import arguments, blocks, finish, open_model
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.evaluate import perplexity
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import fold_
-from layercut.heal.state import StateFile
+from layercut.evaluation import perplexity
+from layercut.files.json_values import write_json
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import fold_
+from layercut.healing.tuning_state import StateFile
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.progress import bar
-from layercut.runs import write_json
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     model = open_model(args.model)
-    segment, dense = [Segment.parse(args.segment)], Stack(model.model)
+    segment, dense = [Segment.parse(args.segment)], DecoderRunner(model.model)
     draw = partial(blocks, model, window=args.window, seed=args.seed)
     calibration = draw(args.data, args.calibration_tokens).tokens
     heldout = draw(args.data, args.heldout_tokens, skip=len(calibration)).tokens
@@ -54,24 +54,24 @@ def main() -> None:
         for name, _, source in (item.partition("=") for item in args.report)
     }
 
-    def measured(student: Stack) -> dict[str, Any]:
+    def measured(student: DecoderRunner) -> dict[str, Any]:
         figures = {name: perplexity(student.model, text) for name, text in reported.items()}
         return {"perplexity": figures, "heldout_kl": mean_kl(dense, student, heldout)}
 
-    def cut() -> Stack:
-        student = models.share(model.model)
+    def cut() -> DecoderRunner:
+        student = loading.share(model.model)
         cut_segment_(student, segment)
-        return Stack(student)
+        return DecoderRunner(student)
 
-    def keep(student: Stack, name: str) -> None:
+    def keep(student: DecoderRunner, name: str) -> None:
         work.mkdir(parents=True, exist_ok=True)
         shared = {id(p) for p in dense.model.parameters()}
         own = {n: p.detach() for n, p in student.model.named_parameters() if id(p) not in shared}
         save_file(own, work / f"{name}.safetensors")
 
-    def folded() -> Stack:
+    def folded() -> DecoderRunner:
         student = cut()
-        models.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
+        loading.replace_parameters_(student.model, load_file(work / "folded.safetensors"))
         return student
 
     work = Path(args.work)

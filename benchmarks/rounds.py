@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from common import arguments, blocks, finish, open_model
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.evaluate import perplexity
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import fold_
-from layercut.rounds import round_lengths
-from layercut.runs import write_json
-from layercut.search import find_segments
+from layercut.evaluation import perplexity
+from layercut.files.json_values import write_json
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import fold_
+from layercut.layer_search import find_segments
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline.iterative import round_lengths
 from layercut.segments import Removal, layers_to_remove
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         name: draw(source, args.eval_tokens, order="as written")
         for name, _, source in (item.partition("=") for item in args.report)
     }
-    dense = Stack(opened.model)
+    dense = DecoderRunner(opened.model)
     part = args.out.with_name(f".{args.out.stem}.partial.json")  # a stopped run goes on after its last whole row
     rows = json.loads(part.read_text()) if part.is_file() else [{"rounds": 0, **figures(dense.model, reported)}]
     for count in args.rounds:
@@ -64,20 +64,20 @@ def main() -> None:
 
 
 def in_rounds(
-    args: Namespace, dense: Stack, text: dict[str, torch.Tensor], count: int, reported: dict[str, torch.Tensor]
+    args: Namespace, dense: DecoderRunner, text: dict[str, torch.Tensor], count: int, reported: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     begun = time.perf_counter()
-    student = models.share(dense.model)
+    student = loading.share(dense.model)
     lengths = round_lengths(layers_to_remove(args.ratio, len(dense)), len(dense), count)
     removal, rounds = Removal.first(()), []
     for length, tokens in zip(lengths, text["tuning"].tensor_split(len(lengths)), strict=True):
         found = find_segments(
-            Stack(student), text["calibration"][: max(1, args.search_tokens // args.window)], length, args.method,
-            seed=args.seed,
+            DecoderRunner(student), text["calibration"][: max(1, args.search_tokens // args.window)], length,
+            args.method, seed=args.seed,
         )  # fmt: skip
         removal = removal.then(found.segments, len(dense))
         cut_segment_(student, list(found.segments))
-        stack = Stack(student)
+        stack = DecoderRunner(student)
         state: dict[str, Any] = {"removed": [[cut.start, cut.stop] for cut in removal.new]}
         state["kl_cut"] = mean_kl(dense, stack, text["heldout"])
         fold_(dense, stack, removal.all, text["calibration"], only=removal.new)

@@ -22,20 +22,20 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from common import RESULTS, arguments, blocks, finish, open_model
-from layercut.losses import Teacher, rows_per_chunk
-from layercut.provenance import environment
-from layercut.runs import write_json
-from layercut.search import SearchResult, find_segments, regret
-from layercut.search.exhaustive import Cuts
-from layercut.search.gate import GateSchedule, descend
-from layercut.search.prices import Prices, race
-from layercut.search.result import Cost
-from layercut.search.walls import all_sets
+from layercut.files.json_values import write_json
+from layercut.layer_search import SearchResult, find_segments, regret
+from layercut.layer_search.gate import GateSchedule, descend
+from layercut.layer_search.prices import Prices, race
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import Cuts
+from layercut.layer_search.walls import all_sets
+from layercut.models.losses import Teacher, rows_per_chunk
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.provenance import environment
 from layercut.segments import layers_to_remove
-from layercut.sweep import Stack
 
 
-def backward_cost(stack: Stack, tokens: torch.Tensor, repeats: int = 7) -> float:
+def backward_cost(stack: DecoderRunner, tokens: torch.Tensor, repeats: int = 7) -> float:
     """Seconds of a backward through a frozen layer, to its input alone, over seconds of its forward; median."""
     hidden, calls = stack.enter(tokens)
     middle, ratios = len(stack) // 2, []
@@ -53,7 +53,9 @@ def backward_cost(stack: Stack, tokens: torch.Tensor, repeats: int = 7) -> float
 
 
 @torch.no_grad()
-def brute_force(stack: Stack, tokens: torch.Tensor, length: int, count: int = 1, most: int | None = None) -> Cost:
+def brute_force(
+    stack: DecoderRunner, tokens: torch.Tensor, length: int, count: int = 1, most: int | None = None
+) -> Cost:
     """Run the dense model and every cut one (the first `most`) whole, as one would without a sweep."""
     cost = Cost()
     rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
@@ -89,7 +91,7 @@ def row_of(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def race_of_all(stack: Stack, tokens: torch.Tensor, length: int, seed: int) -> SearchResult:
+def race_of_all(stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int) -> SearchResult:
     """No gradient: successive halving that begins with every segment. What the descent has to be compared with."""
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     cost = Cost()
@@ -97,7 +99,7 @@ def race_of_all(stack: Stack, tokens: torch.Tensor, length: int, seed: int) -> S
     return SearchResult("race", found, cost, seconds=seconds)
 
 
-def relaxations(stack: Stack, tokens: torch.Tensor, length: int, exact: SearchResult) -> dict[str, Any]:
+def relaxations(stack: DecoderRunner, tokens: torch.Tensor, length: int, exact: SearchResult) -> dict[str, Any]:
     """The descent alone, from places spread evenly, its ends priced exactly and nothing beside: which slope leads."""
     kl: dict[Cuts, float] = {c.segments: c.kl for c in exact.candidates}
     starts = sorted(kl)
@@ -116,7 +118,9 @@ def relaxations(stack: Stack, tokens: torch.Tensor, length: int, exact: SearchRe
     return result
 
 
-def compared(stack: Stack, tokens: torch.Tensor, length: int, seed: int, *, ablations: bool = True) -> dict[str, Any]:
+def compared(
+    stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, *, ablations: bool = True
+) -> dict[str, Any]:
     """One segment: the sweep, the gate, and two ablations, in turns on the same tokens."""
     exact = find_segments(stack, tokens, length, "exhaustive", seed=seed)
     gate = find_segments(stack, tokens, length, "clp", seed=seed)
@@ -128,7 +132,7 @@ def compared(stack: Stack, tokens: torch.Tensor, length: int, seed: int, *, abla
     return row
 
 
-def costs_at(stack: Stack, tokens: torch.Tensor, length: int, backward: float, repeats: int) -> dict[str, Any]:
+def costs_at(stack: DecoderRunner, tokens: torch.Tensor, length: int, backward: float, repeats: int) -> dict[str, Any]:
     """Brute force : sweep : gate, in layer-forwards and in seconds, in turns; medians of the repeats' own ratios."""
     seconds: dict[str, list[float]] = {"brute_force": [], "sweep": [], "gate": []}
     for repeat in range(repeats):
@@ -156,7 +160,7 @@ def costs_at(stack: Stack, tokens: torch.Tensor, length: int, backward: float, r
     }
 
 
-def two_segments(stack: Stack, tokens: torch.Tensor, length: int, backward: float, seed: int) -> dict[str, Any]:
+def two_segments(stack: DecoderRunner, tokens: torch.Tensor, length: int, backward: float, seed: int) -> dict[str, Any]:
     """K = 2: the gate against every set there is, priced in one shared sweep, and against SLEB and evolution."""
     gate = find_segments(stack, tokens, length, "clp", seed=seed, count=2)
     exact = find_segments(stack, tokens, length, "exhaustive", seed=seed, count=2)
@@ -198,7 +202,7 @@ def rugged(family: str, layers: int, seed: int) -> Any:
     """A random model whose layers weigh between a tenth and ten times their initialisation: several local minima."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](layers)).eval().requires_grad_(False).float()
-    for layer in Stack(model).layers:
+    for layer in DecoderRunner(model).layers:
         factor = 10 ** (2 * torch.rand(()).item() - 1)
         for weight in layer.parameters():
             if weight.ndim > 1:
@@ -211,7 +215,7 @@ def families(seeds: int) -> list[dict[str, Any]]:
     for family in FAMILIES:
         for layers in LAYERS:
             for seed in range(seeds):
-                stack = Stack(rugged(family, layers, seed))
+                stack = DecoderRunner(rugged(family, layers, seed))
                 tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
                 for ratio in (0.1, 0.2, 0.3, 0.4):
                     length = layers_to_remove(ratio, layers)
@@ -244,7 +248,7 @@ def main() -> None:
                    found | {"environment": environment()})  # fmt: skip
         return
     model = open_model(args.model)
-    stack = Stack(model.model)
+    stack = DecoderRunner(model.model)
     rows = []
     for ratio in args.ratios:
         for seed in range(args.seeds):

@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from common import arguments, blocks, finish, open_model
-from layercut import evaluate, models
-from layercut.cut import cut_segment_
-from layercut.heal.fold import fold_
-from layercut.search import find_segments
+from layercut import evaluation
+from layercut.healing.least_squares import fold_
+from layercut.layer_search import find_segments
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import layers_to_remove
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 CANDIDATES = 4
 
@@ -27,7 +28,7 @@ def main() -> None:
         heldout_tokens=1024, eval_tokens=4096,
     )  # fmt: skip
     model = open_model(args.model)
-    stack = Stack(model.model)
+    stack = DecoderRunner(model.model)
     calibration = blocks(model, args.data, args.tokens, args.window, 0).tokens
     heldout = blocks(model, args.data, args.heldout_tokens, args.window, 0, skip=len(calibration)).tokens
     reported = blocks(model, args.eval_data, args.eval_tokens, args.window, 0).tokens
@@ -36,19 +37,19 @@ def main() -> None:
         found = find_segments(stack, calibration, layers_to_remove(ratio, len(stack)), "clp", seed=0)
         tried: list[dict[str, Any]] = []
         for candidate in found.candidates[:CANDIDATES]:
-            student = models.share(model.model)
+            student = loading.share(model.model)
             cut_segment_(student, list(candidate.segments))
-            opened = Stack(student)
+            opened = DecoderRunner(student)
             row = {"segments": " ".join(map(str, candidate.segments)), "kl": candidate.kl}
             row |= {"heldout_kl_cut": mean_kl(stack, opened, heldout)}
-            row |= {"perplexity_cut": evaluate.perplexity(student, reported)}
+            row |= {"perplexity_cut": evaluation.perplexity(student, reported)}
             fold_(stack, opened, list(candidate.segments), calibration)
             row |= {"heldout_kl_folded": mean_kl(stack, opened, heldout)}
-            tried.append(row | {"perplexity_folded": evaluate.perplexity(student, reported)})
+            tried.append(row | {"perplexity_folded": evaluation.perplexity(student, reported)})
         raw, folded = (min(tried, key=lambda row: row[key]) for key in ("kl", "heldout_kl_folded"))
         rows.append({"ratio": ratio, "raw_chooses": raw, "folded_chooses": folded, "candidates": tried})
         print(rows[-1], flush=True)
-    dense = evaluate.perplexity(model.model, reported)
+    dense = evaluation.perplexity(model.model, reported)
     facts = {"data": args.data, "eval_data": args.eval_data, "tokens": args.tokens, "window": args.window}
     finish(args.out, model, __doc__.splitlines()[0], rows, perplexity_dense=dense, **facts)
 

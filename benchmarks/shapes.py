@@ -17,9 +17,9 @@ from typing import Any
 
 from common import RESULTS
 from layercut.config import ModelConfig, PlanConfig, SearchConfig
-from layercut.plan import plan_run
-from layercut.provenance import environment
-from layercut.runs import write_json
+from layercut.estimate import plan_run
+from layercut.files.json_values import write_json
+from layercut.pipeline.provenance import environment
 from stream import SHAPES as LLAMAS
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}

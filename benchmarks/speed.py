@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from common import arguments, finish, open_model
-from layercut import measure, models
-from layercut.cut import cut_gguf, cut_segment_
-from layercut.gguf_export import requantized
+from layercut.evaluation import speed
+from layercut.export.gguf import requantized
+from layercut.models import loading
 from layercut.segments import Segment, layers_to_remove
+from layercut.surgery import cut_gguf, cut_segment_
 
 
 def main() -> None:
@@ -47,10 +48,10 @@ def main() -> None:
         segments[ratio] = Segment(start, start + length)
     rows: list[dict[str, Any]] = []
     for ratio, segment in segments.items() if not args.only_llama_cpp else ():
-        student = models.share(model.model)
+        student = loading.share(model.model)
         cut_segment_(student, [segment])
         for prompt in args.prompts:
-            found = measure.speed(model.model, student, prompt=prompt, decode=args.decode, repeats=args.repeats)
+            found = speed.speed(model.model, student, prompt=prompt, decode=args.decode, repeats=args.repeats)
             row: dict[str, Any] = {"ratio": ratio, "segment": [segment.start, segment.stop], **found}
             for phase in ("prefill", "decode"):
                 row[f"{phase}_reached_cpu"] = found[phase]["cpu_ratio"] / found[phase]["reachable"]
@@ -62,9 +63,7 @@ def main() -> None:
     finish(args.out, model, f"prefill and decode reach {args.wanted} of 1 / (1 - r s)", rows, wanted=args.wanted)
 
 
-def llama_cpp(
-    source: Path, kind: str, layers: int, segments: dict[float, Segment], args: Any
-) -> list[dict[str, Any]]:
+def llama_cpp(source: Path, kind: str, layers: int, segments: dict[float, Segment], args: Any) -> list[dict[str, Any]]:
     """The same by llama.cpp: the .gguf file in another number format, its cuts, and one layer of it, in turn."""
     import llama_cpp
 
@@ -99,7 +98,7 @@ def llama_cpp(
     return rows
 
 
-def _llama_phase(seconds: list[list[measure.Seconds]], tokens: int, layers: int, removed: int) -> dict[str, Any]:
+def _llama_phase(seconds: list[list[speed.Seconds]], tokens: int, layers: int, removed: int) -> dict[str, Any]:
     """Figures as `measure.speed` has them; seconds: of the dense file, the cut one, and that of one layer, by turn."""
     dense, cut, one = seconds
     median, r = statistics.median, removed / layers
@@ -129,7 +128,7 @@ def _open(llama_cpp: Any, file: Path, args: Any) -> Any:
     return llama_cpp.Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
-def _llama_once(llama: Any, prompt: int, decode: int) -> dict[str, measure.Seconds]:
+def _llama_once(llama: Any, prompt: int, decode: int) -> dict[str, speed.Seconds]:
     """What a prefill took, and single-token steps after it."""
     llama.reset()
     marks = [_clocks()]
@@ -141,8 +140,8 @@ def _llama_once(llama: Any, prompt: int, decode: int) -> dict[str, measure.Secon
     return {"prefill": marks[1].since(marks[0]), "decode": marks[2].since(marks[1])}
 
 
-def _clocks() -> measure.Seconds:
-    return measure.Seconds(time.perf_counter(), time.process_time())
+def _clocks() -> speed.Seconds:
+    return speed.Seconds(time.perf_counter(), time.process_time())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fronts import answers
-from layercut.figures import figure, size, times
+from layercut.report.formatting import figure, size, times
 
 
 def frontier_table(result: dict[str, Any]) -> str:

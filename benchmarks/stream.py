@@ -27,11 +27,12 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import common
-from layercut import checkpoints, models, opening, stream
-from layercut.search import find_segments
-from layercut.search.exhaustive import DENSE, all_segments, streams_held
+from layercut.layer_search import find_segments
+from layercut.layer_search.sweep import DENSE, all_segments, streams_held
+from layercut.models import checkpoints, layers_on_disk, loading
+from layercut.models.runner import DecoderRunner
+from layercut.offload import placement
 from layercut.segments import layers_to_remove
-from layercut.sweep import Stack
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -118,17 +119,17 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
     """What one fresh process does."""
     before, begun = proc("io", "rchar"), time.perf_counter()
     imported = proc("status", "VmHWM") * 1024
-    loaded = opening.load(checkpoints.resolve(folder), stream=mode)  # type: ignore[arg-type]
+    loaded = placement.load(checkpoints.resolve(folder), stream=mode)  # type: ignore[arg-type]
     opened = time.perf_counter()
     resident = proc("status", "VmHWM") * 1024
-    stack = Stack(loaded.model)
+    stack = DecoderRunner(loaded.model)
     checked = time.perf_counter()
     vocabulary = stack.vocabulary
     tokens = torch.randint(vocabulary, (rows, window), generator=torch.Generator().manual_seed(0))
     length = layers_to_remove(ratio, len(stack))
     held = streams_held([DENSE, *((s,) for s in all_segments(length, len(stack)))], len(stack))
     result = find_segments(stack, tokens, length, "exhaustive", seed=0)
-    disk = stream.layers_on_disk(loaded.model)
+    disk = layers_on_disk.layers_on_disk(loaded.model)
     return {
         "layers": mode.replace("on", "on disk").replace("off", "in memory"),
         "peak_rss_bytes": proc("status", "VmHWM") * 1024,
@@ -174,7 +175,7 @@ def main() -> None:
     checkpoint = checkpoints.Checkpoint(f"random weights, shape of {args.shape}", Path(args.shape))
     common.finish(
         args.out,
-        models.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),
+        loading.LanguageModel(None, None, checkpoint, torch.bfloat16, torch.device("cpu")),
         "exhaustive search from disk: each weight read once, memory far below the model's size",
         rows,
         shape=SHAPES[args.shape],

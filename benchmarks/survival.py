@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, blocks, finish, open_model
-from layercut import evaluate, models, survival
-from layercut.cut import cut_segment_
+from layercut import evaluation
+from layercut.models import loading
 from layercut.progress import bar, say
+from layercut.report import survival
 from layercut.segments import Segment
+from layercut.surgery import cut_segment_
 
 
 def main() -> None:
@@ -29,26 +31,26 @@ def main() -> None:
     tokens = blocks(model, args.eval_data, args.eval_tokens, args.window, args.seed, order="as written")
     students: dict[str, Any] = {"dense": model.model}
     for name in args.segments:
-        students[name] = models.share(model.model)
+        students[name] = loading.share(model.model)
         cut_segment_(students[name], [Segment.parse(name)])
 
     names = [name for name in args.tasks.split(",") if name]
-    tasks = evaluate.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
-    windows = evaluate.long_windows(tokens.tokens, args.longest, model.model)
-    trials = evaluate.passkey_cases(model.tokenizer, args.longest, args.seed)
+    tasks = evaluation.load_tasks(names, Path(args.include_path) if args.include_path else None) if names else {}
+    windows = evaluation.long_windows(tokens.tokens, args.longest, model.model)
+    trials = evaluation.passkey_cases(model.tokenizer, args.longest, args.seed)
     seen: dict[str, dict[str, Any]] = {}
     for name, student in students.items():
         seen[name] = {
-            "perplexity": evaluate.perplexity(student, tokens.tokens),
-            "records": evaluate.score_tasks(
+            "perplexity": evaluation.perplexity(student, tokens.tokens),
+            "records": evaluation.score_tasks(
                 student, model.tokenizer, tasks, limit=args.limit or None, name=name, cache=None
             ),
-            "positions": evaluate.perplexity_by_position(student, windows),
+            "positions": evaluation.perplexity_by_position(student, windows),
         }
         with bar(f"hidden keys, {name}", sum(len(ids) for _, _, ids, _ in trials)) as advance:
-            seen[name]["keys"] = evaluate.passkey_grid(student, model.tokenizer, trials, advance=advance)
+            seen[name]["keys"] = evaluation.passkey_grid(student, model.tokenizer, trials, advance=advance)
         say(name, f"perplexity {seen[name]['perplexity']:.2f}")
-    rows = [compare(name, seen, evaluate.generation_health(model.model, students[name], tokens.tokens))
+    rows = [compare(name, seen, evaluation.generation_health(model.model, students[name], tokens.tokens))
             for name in args.segments]  # fmt: skip
     facts = {"evaluation": tokens.facts(), "limit": args.limit, "longest": args.longest, "seed": args.seed}
     finish(args.out, model, "retention above chance, keys and health tell a ruined model", rows, **facts)
@@ -57,7 +59,7 @@ def main() -> None:
 def compare(name: str, seen: dict[str, dict[str, Any]], health: dict[str, Any]) -> dict[str, Any]:
     """One cut model beside the dense one."""
     dense, cut = seen["dense"], seen[name]
-    scored = evaluate.compare_tasks(dense["records"], cut["records"])
+    scored = evaluation.compare_tasks(dense["records"], cut["records"])
     summary = {
         **scored,
         "generation_health": health,

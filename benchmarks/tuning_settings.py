@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, blocks, finish, open_model
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.evaluate import perplexity
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import fold_
-from layercut.heal.stored import store_teacher, stored_bytes
+from layercut.evaluation import perplexity
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import fold_
+from layercut.healing.stored_teacher import store_teacher, stored_bytes
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 VARIANTS = [
     "default", "learning_rate=4e-4", "learning_rate=1.6e-3", "learning_rate=3e-3", "batch_tokens=1024",
@@ -46,7 +46,7 @@ def main() -> None:
         fold_tokens=8192, heldout_tokens=2048, judge_tokens=8192, variants=VARIANTS,
     )  # fmt: skip
     model = open_model(args.model)
-    segment, dense = [Segment.parse(args.segment)], Stack(model.model)
+    segment, dense = [Segment.parse(args.segment)], DecoderRunner(model.model)
     count = args.fold_tokens + args.heldout_tokens + args.tokens
     text = blocks(model, args.data, count, args.window, 0).tokens
     fold, heldout, tokens = text.split(
@@ -54,10 +54,10 @@ def main() -> None:
     )
     judge = blocks(model, args.judge, args.judge_tokens, args.window, 0).tokens
 
-    def cut() -> Stack:
-        student = models.share(model.model)
+    def cut() -> DecoderRunner:
+        student = loading.share(model.model)
         cut_segment_(student, segment)
-        return Stack(student)
+        return DecoderRunner(student)
 
     folded = cut()
     fold_(dense, folded, segment, fold)
@@ -68,7 +68,7 @@ def main() -> None:
     for variant in args.variants:
         settings, k = parse(variant)
         student = cut()
-        models.replace_parameters_(student.model, start)
+        loading.replace_parameters_(student.model, start)
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             teacher = store_teacher(dense, tokens, k, Path(folder) / "teacher", key="") if k else None

@@ -28,14 +28,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import arguments, blocks, finish, open_model
 from healers import autograd_
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.heal.endpoints import TuneSettings, endpoints, own_parameters_, tune_
+from layercut.healing.endpoint_tuning import TuneSettings, endpoints, own_parameters_, tune_
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
-from layercut.sweep import Stack
+from layercut.surgery import cut_segment_
 
 
-def operations(dense: Stack, student: Stack, positions: list[int]) -> dict[str, float]:
+def operations(dense: DecoderRunner, student: DecoderRunner, positions: list[int]) -> dict[str, float]:
     """Floating-point operations a token, by part."""
 
     def linear(layers: Any) -> int:
@@ -86,12 +86,12 @@ def main() -> None:
     )  # fmt: skip
     model = open_model(args.model)
     segment = [Segment.parse(args.segment)]
-    dense = Stack(model.model)
+    dense = DecoderRunner(model.model)
 
-    def cut() -> Stack:
-        student = models.share(model.model)
+    def cut() -> DecoderRunner:
+        student = loading.share(model.model)
         cut_segment_(student, segment)
-        return Stack(student)
+        return DecoderRunner(student)
 
     tokens = blocks(model, args.data, args.tokens + args.window, args.window, 0).tokens
     tokens, heldout = tokens[:-1], tokens[-1:]
@@ -102,7 +102,7 @@ def main() -> None:
     plain = tokens[: max(1, 1024 // args.window)]
     settings = TuneSettings(batch_tokens=args.batch_tokens)
 
-    def tune(student: Stack, rows: torch.Tensor) -> float:
+    def tune(student: DecoderRunner, rows: torch.Tensor) -> float:
         return tune_(dense, student, segment, rows, heldout, settings).seconds
 
     tune(cut(), tokens[:1])  # the first call is slower

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import families
-from layercut.cut import cut_checkpoint, cut_segment_
 from layercut.errors import LayercutError, ModelError, SurgeryError
-from layercut.models import find_decoder
+from layercut.models.loading import find_decoder
 from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint, cut_segment_
 
 NEW_TOKENS = 8
 CUTS: dict[str, list[tuple[int, int]]] = {
@@ -76,9 +76,7 @@ def original(model_type: str, folder: Path, **facts: Any) -> Original:
     model.save_pretrained(folder)
     generates = generation_trouble(model) == ""
     trouble = _reload_trouble(model, folder, generates)
-    if trouble.startswith(
-        "logits"
-    ):  # some classes mend weights on loading: then what was loaded is the original
+    if trouble.startswith("logits"):  # some classes mend weights on loading: then what was loaded is the original
         model = type(model).from_pretrained(folder, dtype=torch.float32).eval()
         shutil.rmtree(folder)
         model.save_pretrained(folder)
@@ -130,9 +128,7 @@ def _judge_on_disk(source: Original, cut: Any, segments: Sequence[Segment], out:
     return Verdict("right")
 
 
-def _judge_refusal(
-    source: Original, cut: Any, segments: Sequence[Segment], out: Path, error: LayercutError
-) -> Verdict:
+def _judge_refusal(source: Original, cut: Any, segments: Sequence[Segment], out: Path, error: LayercutError) -> Verdict:
     """A refusal must be a SurgeryError with a hint, leave the model as it was, and be the same on disk."""
     if not isinstance(error, SurgeryError):
         return Verdict("wrong", f"{type(error).__name__}: {error.message}")
@@ -170,9 +166,7 @@ def reference_logits(model: Any, segments: Sequence[Segment]) -> torch.Tensor:
 @contextmanager
 def _skipped_xlm(stack: Any, removed: Sequence[int]) -> Iterator[None]:
     attention, feedforward = stack.attentions, stack.ffns
-    parts = [
-        part[i] for i in removed for part in (attention, feedforward, stack.layer_norm1, stack.layer_norm2)
-    ]
+    parts = [part[i] for i in removed for part in (attention, feedforward, stack.layer_norm1, stack.layer_norm2)]
     for part in parts:
         norm = isinstance(part, torch.nn.LayerNorm)
         forward = part.forward
@@ -214,9 +208,7 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
             if "prev_router_hidden_states" in bound:  # Zaya hands a second stream from layer to layer
                 return (given, bound["prev_router_hidden_states"])
             if "prev_attn_output" in bound and hasattr(output, "_replace"):  # Reformer has two streams
-                return output._replace(
-                    attn_output=bound["prev_attn_output"], hidden_states=bound["hidden_states"]
-                )
+                return output._replace(attn_output=bound["prev_attn_output"], hidden_states=bound["hidden_states"])
             return (given, *output[1:])
         if isinstance(output, list):
             return [given, *output[1:]]

@@ -453,9 +453,7 @@ def model_class(model_type: str) -> type:
                 transformers,
                 names[model_type] if isinstance(names[model_type], str) else names[model_type][0],
             )
-            if (
-                cls.config_class is CONFIG_MAPPING[model_type]
-            ):  # else it takes only the text part of this config
+            if cls.config_class is CONFIG_MAPPING[model_type]:  # else it takes only the text part of this config
                 return cls
     return cls
 

@@ -46,9 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write_model(folder: Path, layers: int = LAYERS) -> Path:
     """A random Llama with its tokenizer, as save_pretrained leaves them."""
-    model = tiny.llama(
-        layers, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=1
-    )
+    model = tiny.llama(layers, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=1)
     for i in range(3, min(5, layers)):  # two that matter less, so that a search has something to find
         model.model.layers[i].self_attn.o_proj.weight.mul_(0.3)
         model.model.layers[i].mlp.down_proj.weight.mul_(0.3)

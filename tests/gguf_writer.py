@@ -1,6 +1,6 @@
 """A tiny Llama or Gemma 3 as a .gguf file, written by hand in llama.cpp's layout. Also a stand-in for its converter:
 
-    python gguf_writer.py FOLDER --outfile FILE --outtype f16
+python gguf_writer.py FOLDER --outfile FILE --outtype f16
 """
 
 from __future__ import annotations

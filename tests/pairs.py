@@ -22,12 +22,12 @@ import torch
 
 import tiny
 import together
-from layercut import processes
-from layercut.heal import endpoints
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.state import StateFile
-from layercut.sharding import local
-from layercut.sweep import Stack
+from layercut.distributed import processes
+from layercut.distributed.sharding import local
+from layercut.healing import endpoint_tuning
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.tuning_state import StateFile
+from layercut.models.runner import DecoderRunner
 
 KINDS = ("whole", "spread")
 PHASES: dict[str, tuple[int, int, int] | None] = {
@@ -42,7 +42,7 @@ PHASES: dict[str, tuple[int, int, int] | None] = {
 def tune(kind: str, phase: str, folder: Path) -> None:
     """What each process of a pair does."""
     processes.start()
-    ending, step = PHASES[phase], endpoints._Training.step_
+    ending, step = PHASES[phase], endpoint_tuning._Training.step_
 
     steps = 0
 
@@ -53,10 +53,10 @@ def tune(kind: str, phase: str, folder: Path) -> None:
             os.kill(os.getpid(), ending[0])
         return step(training)
 
-    endpoints._Training.step_ = step_or_die  # type: ignore[method-assign]
+    endpoint_tuning._Training.step_ = step_or_die  # type: ignore[method-assign]
     StateFile.due = lambda _: True  # type: ignore[method-assign]
     model = tiny.llama() if kind == "whole" else together.spread_llama(**together.ODD)
-    dense, student = Stack(model), Stack(together.student_of(model))
+    dense, student = DecoderRunner(model), DecoderRunner(together.student_of(model))
     report = tune_(
         dense, student, together.CUT, tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2),
         TuneSettings(learning_rate=3e-3, batch_tokens=32),

@@ -1,8 +1,9 @@
-"""Imports go downward only: cli, demo, compare, plan -> pipeline -> stages -> ground. Read from the source."""
+"""The house: few rooms at the top, imports downward only, no cycles, no name twice. Read from the source."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,30 +11,26 @@ import pytest
 import layercut
 
 ROOT = Path(layercut.__file__).parent
-
-# The rooms, from the ground up; a file belongs to the room of the first part of its name under layercut.
-# data.py reads through sources.py, which reads pythontext.py: ground that stands on ground, and in this order.
-GROUND = [
-    "errors", "units", "files", "reading", "artefacts", "provenance", "configfile", "segments", "losses", "processes",
-    "memory", "sharding", "progress", "config", "runs", "checkpoints",
-    "gguf_files", "llama_rules", "gguf_config", "models", "stream", "opening", "lending",
-    "pythontext", "records", "textfiles", "sources", "chats", "selftext", "overlap", "data", "sweep",
-]  # fmt: skip
-# what several files do together is one room
-ROOMS = {
-    "findings": "report", "figures": "report", "charts": "report", "survival": "report", "remarks": "report",
-    "progressive": "report", "rules": "report",
-    "gguf_export": "export", "gguf_check": "export", "reload_streamed": "export",
-}  # fmt: skip
-STAGES = ["search", "cut", "heal", "quantize", "evaluate", "measure", "export", "report"]
-TOP = ["workbench", "stages", "rounds", "pipeline", "alone", "to_gguf", "compare", "plan", "demo", "cli"]
-ALONE = ["reload_check", "llama_check", "chat_alone"]
+LEVELS = [
+    {"errors"},
+    {"extensions", "segments", "files"},
+    {"config"},
+    {"distributed"},
+    {"progress"},
+    {"models"},
+    {"offload"},
+    {"data"},
+    # the rooms of the journey, which never import each other
+    {"layer_search", "surgery", "healing", "quantization", "evaluation"},
+    {"export"},
+    {"report"},
+    {"pipeline"},
+    {"estimate"},
+    {"cli"},
+]
+"""From the ground up: a room imports from the levels below it, and from itself."""
+ALONE = {"export.reload_process", "export.llama_cpp_process", "data.chat_process"}
 """Run by themselves in a process that must not know layercut."""
-
-
-def room(module: str) -> str:
-    first = module.split(".")[0]
-    return ROOMS.get(first, first)
 
 
 def imports(file: Path) -> set[str]:
@@ -57,31 +54,30 @@ MODULES = {
 }
 
 
-def test_every_file_has_its_place():
-    unknown = {room(module) for module in MODULES} - {*GROUND, *STAGES, *TOP, *ALONE}
-    assert not unknown, f"{sorted(unknown)}: say in tests/test_architecture.py where in the journey this stands"
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_few_rooms_at_the_top_and_each_has_its_place():
+    rooms = {room(module) for module in MODULES}
+    assert rooms == set().union(*LEVELS), "say in LEVELS where in the journey a room stands"
+    assert len(rooms) <= 21
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_downward(module):
-    place = room(module)
-    allowed = {
-        **{name: {*GROUND[:i]} for i, name in enumerate(GROUND)},
-        **{name: {*GROUND, name} for name in STAGES},
-        "workbench": {*GROUND, *STAGES},
-        "stages": {*GROUND, *STAGES, "workbench", "stages"},
-        "rounds": {*GROUND, *STAGES, "workbench", "stages"},
-        "pipeline": {*GROUND, *STAGES, "workbench", "stages", "rounds"},
-        "alone": {*GROUND, *STAGES, "stages", "pipeline"},
-        "to_gguf": {*GROUND, *STAGES},
-        "compare": {*GROUND, *STAGES, "workbench", "stages", "pipeline"},
-        "plan": {*GROUND, *STAGES, "stages", "pipeline", "plan"},
-        "demo": {*GROUND, "pipeline"},
-        # the command prints the report's closing table; all else goes through the pipeline
-        "cli": {*GROUND, "pipeline", "alone", "to_gguf", "compare", "plan", "demo", "report"},
-        "reload_check": set(),
-        "llama_check": set(),
-        "chat_alone": set(),
-    }[place]
+    level = next(i for i, rooms in enumerate(LEVELS) if room(module) in rooms)
+    allowed = set().union({room(module)}, *LEVELS[:level]) if module not in ALONE else set()
     wrong = sorted(name for name in imports(MODULES[module]) if room(name) not in allowed)
     assert not wrong, f"layercut.{module} may not import {', '.join(wrong)}; allowed are {', '.join(sorted(allowed))}"
+
+
+def test_no_two_public_classes_have_one_name():
+    names = Counter(
+        node.name
+        for file in MODULES.values()
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    twice = sorted(name for name, count in names.items() if count > 1)
+    assert not twice, f"two classes are called {', '.join(twice)}"

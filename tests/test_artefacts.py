@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from layercut.artefacts import KINDS, Damaged, check_seal, decode, kind_of, seal
 from layercut.errors import RunError
-from layercut.files import write_atomically
-from layercut.provenance import would_be_lost
-from layercut.runs import Run
+from layercut.files.writing import write_atomically
+from layercut.pipeline.artefacts import KINDS, Damaged, check_seal, decode, kind_of, seal
+from layercut.pipeline.provenance import would_be_lost
+from layercut.pipeline.run_store import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
-from layercut.checkpoints import resolve
-from layercut.cli import main
+from layercut.cli.main import main
 from layercut.errors import RunError
-from layercut.runs import STAGES, Run, write_text
+from layercut.files.json_values import write_text
+from layercut.models.checkpoints import resolve
+from layercut.pipeline.run_store import STAGES, Run
 
 Spoil = Callable[[Path], object]
 TINY = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed"]
@@ -47,9 +48,7 @@ def names(tiny_model: Path, texts: tuple[Path, Path], tmp_path: Path) -> dict[st
     }
 
 
-def command(
-    names: dict[str, str], *changes: str, model: str = "{model}", name: str = "compress"
-) -> list[str]:
+def command(names: dict[str, str], *changes: str, model: str = "{model}", name: str = "compress") -> list[str]:
     """A command that would work, and then flags that spoil it: those given last win."""
     usual = [*TINY, "--data={text}", "--eval-data={heldout}", "--out={out}"]
     given = {flag.partition("=")[0] for flag in changes}
@@ -378,9 +377,7 @@ def test_what_the_hub_refuses_is_refused(kind, names, tmp_path, capsys, monkeypa
         known = {"response": Answer()} if issubclass(error, errors.HfHubHTTPError) else {}
         raise error("it is not there", **known)
 
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.model_info", lambda *_, **__: None if kind != "unknown" else refuse()
-    )
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None if kind != "unknown" else refuse())
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     refused(command(names, "--ratio=0.25", model="owner/name"), capsys, *words)
     assert not (tmp_path / "run").exists()
@@ -410,7 +407,8 @@ OTHERS: dict[str, tuple[list[str], list[str]]] = {
     "cut over a folder": (["cut", "{model}", "--segment=3:5", "--out={tmp}"], ["exist", "--force"]),
     "evaluate nothing": (["evaluate", "./nowhere"], ["./nowhere", "neither a folder"]),
     "evaluate on no text": (
-        ["evaluate", "{model}", "--window=64", "--eval-data=nowhere.txt"], ["no file 'nowhere.txt'"],
+        ["evaluate", "{model}", "--window=64", "--eval-data=nowhere.txt"],
+        ["no file 'nowhere.txt'"],
     ),
     "search with no model": (["search", "--ratio=0.2"], ["model", "requires", "layercut search --help"]),
     "unknown command": (["compres", "{model}"], ["compres", "Did you mean", "compress", "layercut --help"]),
@@ -498,7 +496,7 @@ def test_a_disk_that_refuses_is_the_users_to_mend(error, words, tmp_path, capsys
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("layercut.report.write_report", fails)
+    monkeypatch.setattr("layercut.report.page.write_report", fails)
     refused(["report", str(tmp_path)], capsys, *words)
 
 
@@ -506,13 +504,15 @@ def test_an_error_that_is_no_disks_is_a_fault_of_ours(tmp_path, monkeypatch):
     def fails(*_: Any) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file", "/x/y")
 
-    monkeypatch.setattr("layercut.report.write_report", fails)
+    monkeypatch.setattr("layercut.report.page.write_report", fails)
     with pytest.raises(FileNotFoundError):
         main(["report", str(tmp_path)])
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.files.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(
+        "layercut.files.writing.sync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+    )
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(RunError, match=r"report\.html cannot be written: No space left"):
         write_text(tmp_path / "report.html", "new")

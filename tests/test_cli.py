@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from layercut.cli import app, main
+from layercut.cli.main import app, main
 from layercut.config import PRESETS, CompressConfig, FindConfig, HealConfig, TuneConfig, flattened, keys
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
@@ -33,7 +33,7 @@ def run(*lines: str) -> subprocess.CompletedProcess[str]:
 def test_help_of_every_command_needs_no_torch():
     done = run(
         "import sys",
-        "from layercut.cli import main",
+        "from layercut.cli.main import main",
         f"for command in {COMMANDS}:",
         "    assert main([command, '--help']) == 0",
         "assert main(['--help']) == main(['--version']) == main([]) == 0",
@@ -48,7 +48,7 @@ def test_help_of_every_command_needs_no_torch():
 def test_a_refused_flag_needs_no_torch_either():
     done = run(
         "import sys",
-        "from layercut.cli import main",
+        "from layercut.cli.main import main",
         "assert main(['compress', 'model', '--ratio', '3']) == 2",
         f"assert not [name for name in {HEAVY} if name in sys.modules]",
     )
@@ -132,7 +132,7 @@ def test_config_may_be_given_with_an_equals_sign_and_a_single_segment(tiny_model
 
 
 def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     folder = tmp_path / "run"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if not isinstance(value, bool)]
     argv = ["compress", str(tiny_model), *flags, "--no-speed", "--no-fold", "--segment=3:5", "--force"]
@@ -157,8 +157,10 @@ def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypa
 def resolved(monkeypatch, capsys):
     """The flat settings a command line comes to, without a run."""
     taken: list[CompressConfig] = []
-    monkeypatch.setattr("layercut.pipeline.compress", lambda model, config, **_: taken.append(config) or Path("run"))
-    monkeypatch.setattr("layercut.cli._show", lambda run: None)
+    monkeypatch.setattr(
+        "layercut.pipeline.journey.compress", lambda model, config, **_: taken.append(config) or Path("run")
+    )
+    monkeypatch.setattr("layercut.cli.main._show", lambda run: None)
 
     def settings(*flags: str, command: str = "compress") -> dict[str, Any]:
         assert main([command, "model", "--ratio=0.2", *flags]) == 0, capsys.readouterr().err
@@ -236,7 +238,7 @@ def test_the_resolved_config_holds_a_presets_values(tiny_model, texts, tmp_path,
 
 def test_plan_takes_what_it_knows_of_a_preset(monkeypatch, capsys):
     taken: list[Any] = []
-    monkeypatch.setattr("layercut.plan.plan_run", lambda model, config: taken.append(config) or {})
+    monkeypatch.setattr("layercut.estimate.plan_run", lambda model, config: taken.append(config) or {})
     assert main(["plan", "model", "--ratio=0.2", "--preset=fast", "--json"]) == 0, capsys.readouterr().err
     assert (taken[0].text.tokens, taken[0].heal.tune_tokens) == (8192, 32768)
 
@@ -266,7 +268,9 @@ def test_commands_of_the_journey_are_made_of_its_parts():
 
 def test_the_file_of_a_compress_run_fits_the_other_commands(tmp_path, monkeypatch, capsys):
     taken: list[CompressConfig] = []
-    monkeypatch.setattr("layercut.pipeline.compress", lambda model, config, **_: taken.append(config) or Path("run"))
+    monkeypatch.setattr(
+        "layercut.pipeline.journey.compress", lambda model, config, **_: taken.append(config) or Path("run")
+    )
     file = tmp_path / "whole.yaml"
     file.write_text(yaml.safe_dump(flattened(CompressConfig()) | {"ratio": 0.3, "bits": 4, "tasks": "piqa"}))
     assert main(["tune", "model", f"--config={file}"]) == 0, capsys.readouterr().err
@@ -282,8 +286,8 @@ def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny
     def offline(*_: object) -> None:
         raise AssertionError("the Hub is not asked")
 
-    monkeypatch.setattr("layercut.sources.from_hub", offline)
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.data.sources.from_hub", offline)
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     same = [str(tiny_model), f"--data={texts[0]}", "--tokens=64", "--window=16", "--ratio=0.2", f"--out={tmp_path}"]
 
     def begun() -> list[str]:

@@ -4,26 +4,27 @@ import io
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from rich.console import Console
 
-from layercut import charts, checkpoints, evaluate, figures, models
-from layercut import compare as module
-from layercut.artefacts import RUNS_OWN
-from layercut.cli import main
-from layercut.config import Method
-from layercut.cut import cut_segment_
-from layercut.data import stored_blocks
+from layercut import evaluation
+from layercut.cli.main import main
+from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
-from layercut.heal.endpoints import endpoints
-from layercut.losses import kl_divergence
+from layercut.extensions import criteria
+from layercut.healing.endpoint_tuning import endpoints
+from layercut.models import checkpoints, loading
+from layercut.models.losses import kl_divergence
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline import compare as module
+from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.report import charts, formatting
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
-METHODS = list(get_args(Method))
+METHODS = list(criteria)
 FAIR = ["--tune-tokens=64", "--triangle"]
 
 
@@ -48,16 +49,16 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
     comparison = json.loads((finished / "compare.json").read_text())
     assert [row["method"] for row in comparison["methods"]] == METHODS
     assert comparison["layers"] == {"before": 8, "after": 6}
-    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     heldout = stored_blocks(finished, "evaluation")
-    assert comparison["dense"]["perplexity"] == pytest.approx(evaluate.perplexity(model, heldout))
+    assert comparison["dense"]["perplexity"] == pytest.approx(evaluation.perplexity(model, heldout))
     best = {row["method"]: row for row in comparison["methods"]}["exhaustive"]
     for row in comparison["methods"]:
         segments = [Segment(*bounds) for bounds in row["segments"]]
         assert sum(map(len, segments)) == 2
-        student = models.share(model)
+        student = loading.share(model)
         cut_segment_(student, segments)
-        assert row["perplexity"]["cut"] == pytest.approx(evaluate.perplexity(student, heldout), rel=1e-5)
+        assert row["perplexity"]["cut"] == pytest.approx(evaluation.perplexity(student, heldout), rel=1e-5)
         assert (row["perplexity"]["folded"] is None) == all(fold["skipped"] for fold in row["fold"])
         assert len(segments) > 1 or row["kl"] >= best["kl"]
         found = json.loads((finished / f"compare-{row['method']}.json").read_text())
@@ -70,7 +71,7 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
     blocks = {use: stored_blocks(finished, use) for use in ("calibration", "heldout", "tuning", "evaluation")}
     rows = {use: {tuple(row.tolist()) for row in blocks[use]} for use in blocks}
     assert not rows["tuning"] & rows["calibration"] | rows["tuning"] & rows["heldout"]
-    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     apart = 0
     for row in comparison["methods"]:
         segments, tuning = [Segment(*bounds) for bounds in row["segments"]], row["tuning"]
@@ -79,9 +80,9 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
         assert tuning["trained_layers"] == endpoints(segments, 8)
         assert tuning["heldout"]["best"] <= tuning["heldout"]["start"]
         # the start is the fold where that helps on held-out rows, and else the bare cut
-        student = models.share(model)
+        student = loading.share(model)
         cut_segment_(student, segments)
-        bare = mean_kl(Stack(model), Stack(student), blocks["heldout"])
+        bare = mean_kl(DecoderRunner(model), DecoderRunner(student), blocks["heldout"])
         assert tuning["heldout"]["start"] <= bare * (1 + 1e-5)
         assert tuning["from_fold"] or tuning["heldout"]["start"] == pytest.approx(bare, rel=1e-5)
         if tuning["best_step"] == 0:
@@ -96,12 +97,12 @@ def test_the_triangle_holds_the_price_of_every_segment(finished, tiny_model):
     comparison = json.loads((finished / "compare.json").read_text())
     prices = charts.prices(comparison)
     assert set(prices) == {(s, s + n) for n in (1, 2) for s in range(8 - n + 1)}
-    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     tokens = stored_blocks(finished, "calibration")
     with torch.no_grad():
         dense = model(input_ids=tokens, use_cache=False).logits
         for bounds in [(0, 1), (3, 5), (6, 8)]:
-            student = models.share(model)
+            student = loading.share(model)
             cut_segment_(student, [Segment(*bounds)])
             expected = kl_divergence(dense, student(input_ids=tokens, use_cache=False).logits).mean().item()
             assert prices[bounds] == pytest.approx(expected, rel=1e-4)
@@ -118,17 +119,17 @@ def test_the_table_and_the_plot_name_every_method(arguments, finished, capsys):
 
 def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):
     comparison = json.loads((finished / "compare.json").read_text())
-    model = models.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
     heldout = stored_blocks(finished, "evaluation")
-    dense = evaluate.window_losses(model, heldout)
+    dense = evaluation.window_losses(model, heldout)
     for row in comparison["methods"]:
         known = {state for state, value in row["perplexity"].items() if value is not None}
         assert {state for state, error in row["standard_error"].items() if error is not None} == known
         assert "losses" not in row, "the windows' losses stay in the artefacts of the stages"
     row = comparison["methods"][0]
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, [Segment(*bounds) for bounds in row["segments"]])
-    expected = evaluate.paired_error(evaluate.window_losses(student, heldout), dense)
+    expected = evaluation.paired_error(evaluation.window_losses(student, heldout), dense)
     assert row["standard_error"]["cut"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -139,7 +140,7 @@ def test_compare_has_a_page_of_its_own(finished, texts):
     for row in comparison["methods"]:
         assert f'<th scope="row">{row["method"]}</th>' in html
         value, error = row["perplexity"]["tuned"], row["standard_error"]["tuned"]
-        assert f"{figures.short(value)} ± {figures.deviation(value * error)}" in html
+        assert f"{formatting.short(value)} ± {formatting.deviation(value * error)}" in html
     assert "<svg" in html
     assert "<script" not in html
     assert "://" not in html
@@ -179,9 +180,7 @@ def test_the_table_fits_eighty_columns(finished):
 def test_the_readmes_table_tells_what_the_run_found(finished, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     comparison, environment = (json.loads((finished / f"{name}.json").read_text()) for name in ("compare", "env"))
-    table = import_module("readme").compare_table(
-        {"ratio": 0.25, "comparison": comparison, "environment": environment}
-    )
+    table = import_module("readme").compare_table({"ratio": 0.25, "comparison": comparison, "environment": environment})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
     assert {row[0] for row in rows} == {f"`{method}`" for method in METHODS}
     kls = [float(row[2]) for row in rows]
@@ -189,8 +188,8 @@ def test_the_readmes_table_tells_what_the_run_found(finished, monkeypatch):
     found = {row["method"]: row for row in comparison["methods"]}
     for method, removed, _, cut, _, tuned, *_ in rows:
         row = found[method.strip("`")]
-        assert removed == figures.label(row["segments"])
-        assert (cut, tuned) == tuple(figures.figure(row["perplexity"][state]) for state in ("cut", "tuned"))
+        assert removed == formatting.label(row["segments"])
+        assert (cut, tuned) == tuple(formatting.figure(row["perplexity"][state]) for state in ("cut", "tuned"))
 
 
 def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatch, capsys):

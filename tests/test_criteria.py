@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.losses import kl_divergence, next_token_loss
-from layercut.search import criteria, find_segments, price_segments
-from layercut.search.exhaustive import DENSE, set_costs, set_losses, set_work
-from layercut.search.greedy import distinct, evolution, level_switch, sleb, sleb_work
-from layercut.search.result import Cost
-from layercut.search.statistics import Similarity, cosine_sums, similarity, taylor_scores
+from layercut.layer_search import criteria, find_segments, price_segments
+from layercut.layer_search.greedy import distinct, evolution, level_switch, sleb, sleb_work
+from layercut.layer_search.result import Cost
+from layercut.layer_search.statistics import Similarity, cosine_sums, similarity, taylor_scores
+from layercut.layer_search.sweep import DENSE, set_costs, set_losses, set_work
+from layercut.models import loading
+from layercut.models.losses import kl_divergence, next_token_loss
+from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments
-from layercut.sweep import Stack
+from layercut.surgery import cut_segment_
 
 BASELINES = [
     "random", "reverse-order", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb", "evolution",
@@ -32,7 +32,7 @@ SETS = [
 
 def without(model, cuts):
     """The model that is really cut."""
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, cuts)
     return student
 
@@ -54,7 +54,7 @@ def hidden_states(model, tokens):
 def test_sets_of_segments_cost_what_the_real_cuts_do(make):
     model, tokens, cost = make(layers=6), tiny.some_tokens(), Cost()
     steps = []
-    found = set_costs(Stack(model), tokens, SETS, cost, rows=4, advance=steps.append)
+    found = set_costs(DecoderRunner(model), tokens, SETS, cost, rows=4, advance=steps.append)
     assert {c.segments for c in found} == set(SETS)
     assert [c.kl for c in found] == sorted(c.kl for c in found)
     for candidate in found:
@@ -69,7 +69,7 @@ def test_sets_of_segments_cost_what_the_real_cuts_do(make):
 
 def test_losses_of_sets_carry_the_dense_stream_no_further_than_needed():
     model, tokens, cost = tiny.llama(6), tiny.some_tokens(), Cost()
-    losses = set_losses(Stack(model), tokens, SETS, cost, rows=4)
+    losses = set_losses(DecoderRunner(model), tokens, SETS, cost, rows=4)
     for cuts in SETS:
         expected = next_token_loss(logits(without(model, cuts), tokens), tokens).mean()
         assert losses[cuts] == pytest.approx(expected.item(), rel=1e-5)
@@ -79,7 +79,7 @@ def test_losses_of_sets_carry_the_dense_stream_no_further_than_needed():
 
 def test_several_given_segments_are_priced_as_one_cut():
     model, tokens = tiny.llama(6), tiny.some_tokens()
-    result = price_segments(Stack(model), tokens, [Segment(4, 5), Segment(1, 2)])
+    result = price_segments(DecoderRunner(model), tokens, [Segment(4, 5), Segment(1, 2)])
     assert result.segments == [Segment(1, 2), Segment(4, 5)]
     expected = kl_divergence(logits(model, tokens), logits(without(model, result.segments), tokens)).mean()
     assert result.candidates[0].kl == pytest.approx(expected.item(), rel=1e-4)
@@ -92,8 +92,8 @@ def test_layers_join_to_segments():
 
 def test_similarities_are_those_of_the_stock_models_hidden_states(monkeypatch):
     model, tokens, cost = tiny.llama(), tiny.some_tokens(), Cost()
-    monkeypatch.setattr("layercut.search.statistics.BUDGET_BYTES", 4 * 9 * 16 * 32 * 4)  # four rows at a time
-    found = similarity(Stack(model), tokens, cost)
+    monkeypatch.setattr("layercut.layer_search.statistics.BUDGET_BYTES", 4 * 9 * 16 * 32 * 4)  # four rows at a time
+    found = similarity(DecoderRunner(model), tokens, cost)
     states = hidden_states(model, tokens).double()
     cosines = F.cosine_similarity(states[:, None], states[None], dim=-1)  # [L + 1, L + 1, B, T]
     torch.testing.assert_close(found.cosine, cosines.mean((-1, -2)), rtol=1e-5, atol=1e-6)
@@ -131,7 +131,7 @@ def test_taylor_is_weight_times_gradient_of_the_whole_models_loss():
     model, tokens, cost = tiny.llama(), tiny.some_tokens(), Cost()
     model.model.layers[3].self_attn.q_proj.weight.requires_grad_(True)
     flags = [p.requires_grad for p in model.parameters()]
-    found = taylor_scores(Stack(model), tokens, cost, rows=4)
+    found = taylor_scores(DecoderRunner(model), tokens, cost, rows=4)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     assert (cost.layer_forwards, cost.layer_backwards) == (2 * 8 * 6, 8 * 6)
@@ -148,7 +148,7 @@ def test_one_shot_perplexity_takes_the_layers_whose_loss_rises_least():
     one_less = {i: logits(without(model, [Segment(i, i + 1)]), tokens) for i in range(8)}
     rise = {i: next_token_loss(without_i, tokens).mean().item() for i, without_i in one_less.items()}
     free = [i for i in range(8) if i not in criteria.protected_layers(8)]
-    result = find_segments(Stack(model), tokens, 3, "perplexity", seed=0)
+    result = find_segments(DecoderRunner(model), tokens, 3, "perplexity", seed=0)
     assert tuple(result.segments) == joined_segments(sorted(free, key=rise.__getitem__)[:3])
 
 
@@ -181,13 +181,13 @@ def test_sleb_is_greedy_and_costs_what_its_rounds_cost():
             losses[i] = next_token_loss(logits(student, tokens), tokens).mean().item()
         forwards += set_work([joined_segments([*removed, i]) for i in losses], 6, len(tokens))
         removed.append(min(losses, key=losses.__getitem__))
-    assert sleb(Stack(model), tokens, 3, cost) == joined_segments(removed)
+    assert sleb(DecoderRunner(model), tokens, 3, cost) == joined_segments(removed)
     assert cost.layer_forwards == forwards == sleb_work(3, 6, len(tokens))
 
 
 def test_evolution_finds_nearly_the_best_of_all_sets():
     model, tokens, cost = tiny.llama(), tiny.some_tokens(8), Cost()
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     found = evolution(stack, tokens, 2, cost, seed=0)
     exact = set_costs(stack, tokens, [joined_segments(pair) for pair in combinations(range(8), 2)], Cost())
     assert found in [candidate.segments for candidate in exact[:4]]
@@ -205,7 +205,7 @@ def test_evolution_finds_planted_layers_within_its_budget(seed):
     for i in planted:
         tiny.make_identity_(model, range(i, i + 1))
     steps = []
-    found = evolution(Stack(model), tokens, 4, cost, seed=seed, advance=steps.append)
+    found = evolution(DecoderRunner(model), tokens, 4, cost, seed=seed, advance=steps.append)
     assert found == joined_segments(planted)
     budget = sleb_work(4, 16, len(tokens))
     assert 0.8 * budget < cost.layer_forwards <= budget
@@ -213,7 +213,7 @@ def test_evolution_finds_planted_layers_within_its_budget(seed):
 
 
 def test_evolution_stops_at_a_budget_of_ones_own():
-    stack, tokens = Stack(tiny.llama(12)), tiny.some_tokens(8)
+    stack, tokens = DecoderRunner(tiny.llama(12)), tiny.some_tokens(8)
     least, some = Cost(), Cost()
     evolution(stack, tokens, 3, least, seed=0, budget=0)
     evolution(stack, tokens, 3, some, seed=0, budget=4000)
@@ -245,7 +245,7 @@ def test_planted_identity_layers_are_found(method):
     tiny.make_identity_(model, [2, 5] if apart else range(3, 5))
     # the model's own words: on random tokens a random model's loss falls when layers go
     tokens = model.generate(tiny.some_tokens(8, 4), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    result = find_segments(Stack(model), tokens, 2, method, seed=0)
+    result = find_segments(DecoderRunner(model), tokens, 2, method, seed=0)
     assert result.segments == ([Segment(2, 3), Segment(5, 6)] if apart else [Segment(3, 5)])
     assert result.candidates[0].kl == pytest.approx(0, abs=1e-6)
 
@@ -253,7 +253,7 @@ def test_planted_identity_layers_are_found(method):
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_pick_is_priced_by_its_real_cut_and_that_is_not_charged(method):
     model, tokens = tiny.llama(), tiny.some_tokens()
-    first, second = (find_segments(Stack(model), tokens, 3, method, seed=3) for _ in range(2))
+    first, second = (find_segments(DecoderRunner(model), tokens, 3, method, seed=3) for _ in range(2))
     assert first == second
     assert first.method == method
     assert sum(map(len, first.segments)) == 3
@@ -266,5 +266,5 @@ def test_a_pick_is_priced_by_its_real_cut_and_that_is_not_charged(method):
 
 
 def test_the_oracle_beside_a_baseline():
-    result = find_segments(Stack(tiny.llama()), tiny.some_tokens(), 2, "cosine", seed=0, oracle=True)
+    result = find_segments(DecoderRunner(tiny.llama()), tiny.some_tokens(), 2, "cosine", seed=0, oracle=True)
     assert result.oracle["regret"] >= 1

@@ -7,9 +7,9 @@ import torch
 
 import census
 import families
-from layercut.cut import cut_segment_
-from layercut.models import find_decoder, share
+from layercut.models.loading import find_decoder, share
 from layercut.segments import Segment
+from layercut.surgery import cut_segment_
 
 COMMON = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"]
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import census
 import families
-from layercut.cut import cut_checkpoint, cut_segment_
 from layercut.errors import LayercutError, ModelError, RunError, SurgeryError
 from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint, cut_segment_
 
 SEGMENTS = [Segment(1, 2), Segment(4, 6)]
 KEPT = [0, 2, 3, 6, 7]
@@ -94,9 +94,7 @@ def test_shards_without_an_index_are_refused_as_by_transformers(tmp_path, source
 
 
 def test_the_source_is_only_read_and_may_be_links(tmp_path, source):
-    before = digest_all = {
-        p: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.rglob("*") if p.is_file()
-    }
+    before = digest_all = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.rglob("*") if p.is_file()}
     links = tmp_path / "models--owner--name" / "snapshots" / "0123"
     links.mkdir(parents=True)
     blobs = shutil.copytree(source, tmp_path / "models--owner--name" / "blobs")
@@ -121,9 +119,7 @@ def test_tensors_the_class_does_not_know_follow_their_layer(tmp_path):
     cut_checkpoint(folder, SEGMENTS, tmp_path / "out")
     got = weights(tmp_path / "out")
     frequencies = {k: v[0].item() for k, v in got.items() if "inv_freq" in k}
-    assert frequencies == {
-        f"model.layers.{new}.self_attn.rotary_emb.inv_freq": old for new, old in enumerate(KEPT)
-    }
+    assert frequencies == {f"model.layers.{new}.self_attn.rotary_emb.inv_freq": old for new, old in enumerate(KEPT)}
     assert not any("eh_proj" in k for k in got)
     assert "mtp.norm.weight" in got
 
@@ -230,9 +226,7 @@ def small_disk(tmp_path):
     """A file system of 200 kB."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", mount], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
     yield mount
     subprocess.run(["umount", mount], check=True)
@@ -256,7 +250,7 @@ def test_read_only_target(source, small_disk):
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from layercut.cut import checkpoint, cut_checkpoint
+from layercut.surgery import checkpoint, cut_checkpoint
 from layercut.segments import Segment
 write = checkpoint.write_shard
 def slow(*args):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from layercut import checkpoints, models
-from layercut.cut import cut_gguf, cut_segment_
 from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
-from layercut.gguf_files import read_header
-from layercut.llama_rules import broken_by_count
+from layercut.models import checkpoints, loading
+from layercut.models.gguf_header import read_header
+from layercut.models.llama_cpp_rules import broken_by_count
 from layercut.segments import Segment
+from layercut.surgery import cut_gguf, cut_segment_
 
 gguf = pytest.importorskip("gguf")
 
@@ -82,9 +82,7 @@ def test_kept_blocks_are_byte_identical_and_renumbered(tmp_path):
     wanted = {n: v for n, v in old.items() if not n.startswith("blk.")}
     for place, layer in enumerate(kept):
         wanted |= {
-            n.replace(f"blk.{layer}.", f"blk.{place}.", 1): v
-            for n, v in old.items()
-            if n.startswith(f"blk.{layer}.")
+            n.replace(f"blk.{layer}.", f"blk.{place}.", 1): v for n, v in old.items() if n.startswith(f"blk.{layer}.")
         }
     assert new == wanted
     reader = gguf.GGUFReader(out)
@@ -192,10 +190,10 @@ def test_tensors_that_are_missing_are_named(tmp_path):
         with pytest.raises(ModelError, match=f"incomplete: it lacks {words}"):
             cut_gguf(damaged, [Segment(1, 2)], tmp_path / "b.gguf")
         with pytest.raises(ModelError, match=f"incomplete: it lacks {words}"):
-            models.load(checkpoints.resolve(str(damaged)))
+            loading.load(checkpoints.resolve(str(damaged)))
     nowhere = without(source, {f"blk.{i}.ffn_up.weight" for i in range(LAYERS)}, tmp_path / "damaged.gguf")
     with pytest.raises(ModelError, match=r"lacks 6 weights .* model\.layers\.0\.mlp\.up_proj\.weight"):
-        models.load(checkpoints.resolve(str(nowhere)))
+        loading.load(checkpoints.resolve(str(nowhere)))
 
 
 def without(source: Path, names: set[str], out: Path) -> Path:
@@ -225,7 +223,7 @@ def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
     link.symlink_to("../blobs/0f3a")
     checkpoint = checkpoints.resolve(str(link))
     assert checkpoint.file.read_bytes() == blob.read_bytes()
-    assert models.load_config(checkpoint).num_hidden_layers == LAYERS
+    assert loading.load_config(checkpoint).num_hidden_layers == LAYERS
     cut_gguf(checkpoint.file, [Segment(1, 2)], tmp_path / "b.gguf")
     asked = os.umask(0)
     os.umask(asked)
@@ -233,9 +231,7 @@ def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(
-        SurgeryError, match=r"does not know how llama\.cpp tells the layers of 'future' apart"
-    ):
+    with pytest.raises(SurgeryError, match=r"does not know how llama\.cpp tells the layers of 'future' apart"):
         cut_gguf(write(tmp_path / "a.gguf", "future"), [Segment(1, 2)], tmp_path / "b.gguf")
 
 

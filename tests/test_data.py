@@ -10,12 +10,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layercut import chats, data, overlap, sources, textfiles
-from layercut.data import PIECE, Reader, encode, load_blocks
+from layercut.data import blocks, chat_templates, overlap, sources, text_files
+from layercut.data.blocks import PIECE, Reader, encode, load_blocks
+from layercut.data.python_docs import paragraphs, python_docs, python_docstrings
+from layercut.data.records import as_document
+from layercut.data.sources import HubSet, documents, find, public_name, what_is_read
 from layercut.errors import DataError, ModelError
-from layercut.pythontext import paragraphs, python_docs, python_docstrings
-from layercut.records import as_document
-from layercut.sources import HubSet, documents, find, public_name, what_is_read
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
 
@@ -87,8 +87,8 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
     assert blocks.tokens.flatten().tolist() == stream[: 7 * 16]
     assert blocks.facts() == {
         "source": "pages.txt",
-        "reads": [f"file {textfiles.content(file)}"],
-        "origins": [f"file {textfiles.content(file)}"],
+        "reads": [f"file {text_files.content(file)}"],
+        "origins": [f"file {text_files.content(file)}"],
         "tokens": 112,
         "window": 16,
         "documents": blocks.documents,
@@ -140,7 +140,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(text, tokenizer):
     assert len(first.fingerprint) == 16
     changed = first.tokens.clone()
     changed[0, 0] += 1
-    assert data.fingerprint(changed) != first.fingerprint
+    assert blocks.fingerprint(changed) != first.fingerprint
 
 
 def test_a_mix_deals_blocks_in_turn_and_skip_still_holds(tmp_path, tokenizer):
@@ -177,16 +177,16 @@ def test_a_long_text_is_tokenised_as_far_as_needed(tokenizer, monkeypatch):
             return getattr(tokenizer, name)
 
     assert PIECE > 1_300_000, "WikiText-2's test text is one piece, as the field has it"
-    monkeypatch.setattr(data, "PIECE", 20_000)
+    monkeypatch.setattr(blocks, "PIECE", 20_000)
     next(encode(iter(["some words " * 1_500_000]), Counting()))
     assert max(asked) <= 20_000
     short = ["ab cd ef gh", "abcdefgh", "a\nb c"]
     for text in short:
         for longest in (3, 4, 5):
-            parts = [*data.pieces(text, longest)]
+            parts = [*blocks.pieces(text, longest)]
             assert "".join(parts) == text
             assert max(map(len, parts)) <= longest
-    assert [*data.pieces("ab cd ef gh", 6)] == ["ab cd", " ef gh"], "parted before white space"
+    assert [*blocks.pieces("ab cd ef gh", 6)] == ["ab cd", " ef gh"], "parted before white space"
 
 
 # --- text that serves two uses ---
@@ -315,7 +315,7 @@ def test_records_are_read_by_their_fields(tmp_path):
         {"instruction": "Add", "input": "1 1", "output": "2", "text": "not this"},
         {"text": None},
     )
-    found = [data.render(document) for document in words(file)]
+    found = [blocks.render(document) for document in words(file)]
     assert found == ["plain", "of a wiki", "hi\n\nho", "Add\n\n1 1\n\n2", ""]
     assert words(write_lines(tmp_path / "c.jsonl", {"a": "one", "b": "two"}) + ":b") == ["two"]
 
@@ -352,7 +352,7 @@ def test_parquet(tmp_path, monkeypatch):
     assert shuffled != names
     assert sorted(shuffled) == sorted(names)
     assert abs(names.index(shuffled[0]) - names.index(shuffled[1])) > 3, "rows of all groups are shuffled together"
-    monkeypatch.setattr(textfiles, "SHUFFLED_TOGETHER", 100)
+    monkeypatch.setattr(text_files, "SHUFFLED_TOGETHER", 100)
     assert sorted(words(tmp_path / "a.parquet", seed=0)) == sorted(names)
     assert words(f"{tmp_path}/*.parquet:text") == names
     with pytest.raises(DataError, match="no field 'body'; its fields are text, id"):
@@ -382,18 +382,18 @@ GROWING = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n
 
 def test_a_chat_template_that_never_ends_or_fills_the_memory_is_ended(monkeypatch):
     tokenizer, chat = make_tokenizer(), [{"role": "user", "content": "hi"}]
-    monkeypatch.setattr(chats, "LONGEST", 0.5)
+    monkeypatch.setattr(chat_templates, "LONGEST", 0.5)
     tokenizer.chat_template = ENDLESS
     with pytest.raises(ModelError, match=r"did not end in 0\.5 seconds") as caught:
-        chats.render_chat(tokenizer, chat)
+        chat_templates.render_chat(tokenizer, chat)
     assert "--chat-template" in caught.value.hint
-    monkeypatch.setattr(chats, "LONGEST", 60)
+    monkeypatch.setattr(chat_templates, "LONGEST", 60)
     for template in (GROWING, "{{ 'x' * 10**10 }}", "{{ 'x'|center(10**10) }}"):
         tokenizer.chat_template = template
         with pytest.raises(ModelError, match="it takes more than"):
-            chats.render_chat(tokenizer, chat, prompt=True)
+            chat_templates.render_chat(tokenizer, chat, prompt=True)
     tokenizer.chat_template = CHAT
-    assert chats.render_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert chat_templates.render_chat(tokenizer, chat) == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 # --- errors ---

@@ -18,7 +18,7 @@ import layercut
 
 ROOT = Path(__file__).parents[1]
 MOVED = callable(getattr(layercut, "search", None))
-pending = pytest.mark.skipif(not MOVED, reason="layercut.search is no function yet: the public API is not there")
+pending = pytest.mark.skipif(not MOVED, reason="layercut.layer_search is no function yet: the public API is not there")
 
 
 def run(*command: object, cwd: Path) -> str:

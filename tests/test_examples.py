@@ -17,7 +17,7 @@ from layercut import cli
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 MOVED = callable(getattr(layercut, "search", None))
-pending = pytest.mark.skipif(not MOVED, reason="layercut.search is no function yet: the public API is not there")
+pending = pytest.mark.skipif(not MOVED, reason="layercut.layer_search is no function yet: the public API is not there")
 
 
 def few(tiny_model: Path, texts: tuple[Path, Path], out: Path) -> dict[str, list[str]]:

@@ -7,13 +7,13 @@ import torch
 import transformers
 
 import tiny
-from layercut import models
-from layercut.cut import cut_segment_
-from layercut.heal.endpoints import endpoints, own_parameters_
-from layercut.heal.fold import RIDGES, Normal, fold_
-from layercut.heal.targets import find_targets
+from layercut.healing.endpoint_tuning import endpoints, own_parameters_
+from layercut.healing.least_squares import RIDGES, Normal, fold_
+from layercut.healing.linear_outputs import find_targets
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner, hidden_of, mean_kl, shared_layers
 from layercut.segments import Segment, joined_segments
-from layercut.sweep import Stack, hidden_of, mean_kl, shared_layers
+from layercut.surgery import cut_segment_
 
 SHAPE = {
     "vocab_size": tiny.VOCABULARY,
@@ -83,7 +83,7 @@ def family(name):
 
 
 def cut_copy(model, *segments):
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, list(segments))
     return student
 
@@ -132,7 +132,7 @@ def test_streamed_normal_equations_are_float64_least_squares():
 def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
     model = family(name)
     student = cut_copy(model, Segment(2, 4))
-    dense, cut = Stack(model), Stack(student)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
     tokens = tiny.some_tokens(64, 16)
     untouched = {key: p.clone() for key, p in model.named_parameters()}
     before = mean_kl(dense, cut, tokens)
@@ -151,12 +151,12 @@ def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
     model = family(name)
-    dense, cut = Stack(model), Stack(cut_copy(model, Segment(2, 4)))
+    dense, cut = DecoderRunner(model), DecoderRunner(cut_copy(model, Segment(2, 4)))
     tokens = tiny.some_tokens(64, 16)
     (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
 
     # the same by hand on a second copy, all rows at once: both together for the first, the second on what it then reads
-    plain = Stack(cut_copy(model, Segment(2, 4)))
+    plain = DecoderRunner(cut_copy(model, Segment(2, 4)))
     hidden, calls = dense.enter(tokens)
     wanted = dense.run(hidden, calls, 0, 4)
     fit = torch.arange(64) % 8 != 7
@@ -180,9 +180,9 @@ def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
 def test_experts_are_multiplied_by_the_best_matrix(name):
     model = family(name)
-    dense, cut = Stack(model), Stack(cut_copy(model, Segment(2, 4)))
+    dense, cut = DecoderRunner(model), DecoderRunner(cut_copy(model, Segment(2, 4)))
     tokens = tiny.some_tokens(64, 16)
-    plain = Stack(cut_copy(model, Segment(2, 4)))
+    plain = DecoderRunner(cut_copy(model, Segment(2, 4)))
     (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
     # the attention as it was folded, the experts as they were
     folded = cut.layers[1].self_attn.o_proj.weight
@@ -197,10 +197,10 @@ def test_experts_are_multiplied_by_the_best_matrix(name):
 
 
 def test_an_mlp_too_wide_to_solve_is_multiplied_instead(monkeypatch):
-    monkeypatch.setattr("layercut.heal.targets.WIDEST", 40)
+    monkeypatch.setattr("layercut.healing.linear_outputs.WIDEST", 40)
     model = family("gpt2")
     student = cut_copy(model, Segment(2, 4))
-    dense, cut = Stack(model), Stack(student)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
     (outcome,) = fold_(dense, cut, [Segment(2, 4)], tiny.some_tokens(64, 16), rows=16)
     assert outcome.modules == ["attn.c_proj", "mlp.c_proj"]
     changed = {key.split(".1.")[1] for key in changed_weights(student, model)}
@@ -216,22 +216,22 @@ def test_writers_are_found_in_the_models_own_number_format(dtype):
     model = family("llama").to(dtype)
     with torch.no_grad():  # a stream so large that in bfloat16 what a layer adds drowns in rounding
         model.model.embed_tokens.weight[:, 0] += 500
-    names = [target.name for target in find_targets(Stack(model), 1, tiny.some_tokens(2, 16))]
+    names = [target.name for target in find_targets(DecoderRunner(model), 1, tiny.some_tokens(2, 16))]
     assert names == ["self_attn.o_proj", "mlp.down_proj"]
 
 
 def test_nothing_is_folded_behind_a_norm():
     model = tiny.tiny(transformers.Gemma2Config(**SHAPE, head_dim=8))
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     assert find_targets(stack, 0, tiny.some_tokens(2)) == []
-    (outcome,) = fold_(stack, Stack(cut_copy(model, Segment(2, 4))), [Segment(2, 4)], tiny.some_tokens())
+    (outcome,) = fold_(stack, DecoderRunner(cut_copy(model, Segment(2, 4))), [Segment(2, 4)], tiny.some_tokens())
     assert "adds no linear output" in outcome.skipped
 
 
 def test_two_segments_and_the_stacks_ends():
     model, tokens = tiny.llama(), tiny.some_tokens(64)
     segments = [Segment(0, 1), Segment(3, 4), Segment(7, 8)]
-    dense, cut = Stack(model), Stack(cut_copy(model, *segments))
+    dense, cut = DecoderRunner(model), DecoderRunner(cut_copy(model, *segments))
     before = mean_kl(dense, cut, tokens)
     outcomes = fold_(dense, cut, segments, tokens)
     assert [o.skipped for o in outcomes] == ["no layer before the cut", None, None]
@@ -245,7 +245,7 @@ def test_two_segments_and_the_stacks_ends():
 def test_shared_layers_are_counted_by_identity():
     model = tiny.llama()
     student = cut_copy(model, Segment(4, 6))
-    dense, cut = Stack(model), Stack(student)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
     assert shared_layers(dense, cut) == 4
     layer = student.model.layers[2].mlp.down_proj
     layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
@@ -261,15 +261,15 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
     student = cut_copy(model, old, new)
     healed = student.model.layers[1].mlp.down_proj
     healed.weight = torch.nn.Parameter(1.5 * healed.weight, requires_grad=False)
-    dense, cut = Stack(model), Stack(student)
-    plain = models.share(student)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
+    plain = loading.share(student)
     (outcome,) = fold_(dense, cut, [old, new], tokens, only=[new], rows=16)
     assert (outcome.segment, outcome.layer) == ([5, 6], 3)
     assert student.model.layers[1].mlp.down_proj.weight is healed.weight
 
     hidden, calls = dense.enter(tokens)
     wanted = dense.run(hidden, calls, 0, 6)
-    out, x = read_by(Stack(plain), 3, tokens, outcome.modules)
+    out, x = read_by(DecoderRunner(plain), 3, tokens, outcome.modules)
     fit = torch.arange(64) % 8 != 7
     delta = ridge_regression(x[fit], (wanted - out)[fit], outcome.ridges[0])[:32]
     got = student.model.layers[3].self_attn.o_proj.weight - plain.model.layers[3].self_attn.o_proj.weight
@@ -281,12 +281,12 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
 def test_below_the_endpoints_of_all_cuts_nothing_was_ever_trained(radius, seed):
     """What lets tuning share the dense prefix in later rounds: it is given all cuts so far, at one radius."""
     model, draw = tiny.llama(), random.Random(seed)
-    student, removed = models.share(model), set()
+    student, removed = loading.share(model), set()
     for _ in range(3):
         start = draw.randrange(len(student.model.layers) - 1)
         kept = [i for i in range(8) if i not in removed]
         removed |= {kept[start]}
         cut_segment_(student, [Segment(start, start + 1)])
         positions = endpoints(joined_segments(removed), 8, radius)
-        assert min(positions) <= shared_layers(Stack(model), Stack(student))
-        own_parameters_(Stack(student), positions)
+        assert min(positions) <= shared_layers(DecoderRunner(model), DecoderRunner(student))
+        own_parameters_(DecoderRunner(student), positions)

@@ -14,18 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from layercut import checkpoints, export, lending, memory, models, opening, processes, stream
-from layercut.cli import main
-from layercut.cut import check_checkpoint_cut, cut_checkpoint, cut_segment_
+from layercut.cli.main import main
+from layercut.distributed import processes
 from layercut.errors import ModelError, RunError, SurgeryError
-from layercut.evaluate import perplexity
-from layercut.heal import endpoints as room
-from layercut.heal.endpoints import TuneSettings, frozen_states, tune_
-from layercut.heal.fold import fold_
-from layercut.remarks import describe_export
+from layercut.evaluation import perplexity
+from layercut.export import checkpoint
+from layercut.healing import endpoint_tuning as room
+from layercut.healing.endpoint_tuning import TuneSettings, frozen_states, tune_
+from layercut.healing.least_squares import fold_
+from layercut.models import checkpoints, layers_on_disk, loading, memory
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.offload import layer_reader, placement, shared
+from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
+from layercut.report.lines import describe_export
 from layercut.segments import Segment
-from layercut.stages.heal import TUNING_STATE, TUNING_STATES
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from test_resume import driver
 from test_stream import MODELS, saved
 
@@ -50,10 +53,10 @@ def both(tiny_model, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         # slow, and not what is compared
-        patch.setattr("layercut.export.verify_reload", lambda *_: {})
-        patch.setattr("layercut.evaluate.generations", lambda *_: ["", "", ""])
-        patch.setattr("layercut.evaluate.generation_health", lambda *_: {})
-        patch.setattr("layercut.heal.endpoints.PASS_TOKENS", 16)  # a step is several passes
+        patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+        patch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
+        patch.setattr("layercut.evaluation.generation_health", lambda *_: {})
+        patch.setattr("layercut.healing.endpoint_tuning.PASS_TOKENS", 16)  # a step is several passes
         return [compressed(mode, tiny_model, texts, folder / mode) for mode in ("on", "off")]
 
 
@@ -88,17 +91,17 @@ def test_the_checkpoint_is_the_same_and_says_how_it_was_checked(both):
 
 
 def test_a_checkpoint_that_does_not_fit_a_second_time_is_verified_from_disk(tiny_model, tmp_path, monkeypatch):
-    loaded = models.load(checkpoints.resolve(str(tiny_model)))
+    loaded = loading.load(checkpoints.resolve(str(tiny_model)))
     numbers = sum(p.numel() for p in loaded.model.parameters())
     monkeypatch.setattr(memory, "available_bytes", lambda _: numbers * (4 + loaded.dtype.itemsize) - 1)
-    check = export.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "model")["check"]
+    check = checkpoint.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "model")["check"]
     assert check["logits"] == "equal to the bit"
     assert "kB to load it whole were not free" in check["how"]
     assert check["cached_generation"] is None
     assert check["how"] in describe_export({"check": check}, tmp_path)
     next(loaded.model.parameters()).data[:, 0] += 1  # in memory, and not in the files
-    with pytest.raises(export.ReloadError, match="logits differ"):
-        export.verify(loaded.model, tmp_path / "model")
+    with pytest.raises(checkpoint.ReloadError, match="logits differ"):
+        checkpoint.verify(loaded.model, tmp_path / "model")
 
 
 def test_what_was_not_measured_is_null(both):
@@ -115,10 +118,10 @@ def test_what_was_not_measured_is_null(both):
 
 def opened(checkpoint, segments, mode, **how):
     """Stacks over a model and its cut copy, in memory or on disk."""
-    model = opening.load(checkpoint, stream=mode, **how).model
-    student = lending.share(model)
+    model = placement.load(checkpoint, stream=mode, **how).model
+    student = shared.share(model)
     cut_segment_(student, segments)
-    return Stack(model), Stack(student)
+    return DecoderRunner(model), DecoderRunner(student)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ CUT = [Segment(3, 5)]
 
 def test_a_cut_copy_borrows_the_layers_it_has(llama):
     dense, student = opened(llama, CUT, "on")
-    disk, tokens = stream.layers_on_disk(dense.model), tiny.some_tokens(2)
+    disk, tokens = layers_on_disk.layers_on_disk(dense.model), tiny.some_tokens(2)
     expected = opened(llama, CUT, "off")[1].model(input_ids=tokens).logits
     read = disk.bytes_read
     assert torch.equal(student.model(input_ids=tokens).logits, expected)
@@ -140,7 +143,7 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
     assert disk.bytes_read - read == sum(p.nbytes for p in student.layers.parameters())
     disk.leave_()
     assert all(p.is_meta for p in student.layers.parameters())
-    again = lending.share(student.model)  # a copy of a copy, from which more is cut
+    again = shared.share(student.model)  # a copy of a copy, from which more is cut
     cut_segment_(again, [Segment(0, 1)])
     twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
     assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
@@ -153,12 +156,12 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
 
 def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
     dense, student = opened(llama, CUT, "on")
-    disk, tokens = stream.layers_on_disk(dense.model), tiny.some_tokens(2)
+    disk, tokens = layers_on_disk.layers_on_disk(dense.model), tiny.some_tokens(2)
     dense_logits = dense.model(input_ids=tokens).logits
     name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
-    models.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
+    loading.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
     memory = opened(llama, CUT, "off")[1].model
-    models.replace_parameters_(memory, {name: torch.zeros(32, 64)})
+    loading.replace_parameters_(memory, {name: torch.zeros(32, 64)})
     assert torch.equal(student.model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert torch.equal(dense.model(input_ids=tokens).logits, dense_logits)
     disk.leave_()
@@ -167,12 +170,12 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
 
 
 def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
-    model = opening.load(llama, stream="on").model
-    student = lending.share(model)
+    model = placement.load(llama, stream="on").model
+    student = shared.share(model)
     layer = student.model.layers[2]
     layer.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
     with pytest.raises(ModelError, match="other weights in layer 2"):
-        Stack(student)
+        DecoderRunner(student)
 
 
 # --- fold, perplexity, files ---
@@ -190,12 +193,12 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
         if mode == "on":
             shared = {id(p) for p in dense.model.parameters()}
             healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
-            stored = stream.as_saved(student.model, healed)
+            stored = layer_reader.as_saved(student.model, healed)
             check_checkpoint_cut(checkpoint.folder, segments, stored)
             cut_checkpoint(checkpoint.folder, segments, tmp_path / "cut", healed=stored)
     assert found[0] == found[1]
     assert found[0][0][0].modules or name == "gemma2"  # behind its norms there is nothing to fold
-    written = models.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
+    written = loading.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
     expected = students[1].state_dict()
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)
@@ -208,26 +211,26 @@ def test_a_healed_weight_without_a_place_in_the_files_is_refused(llama, tmp_path
 
 def test_files_in_another_number_format(llama, tmp_path):
     cut_checkpoint(llama.folder, CUT, tmp_path / "cut", dtype=torch.bfloat16)
-    written = models.load(checkpoints.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
+    written = loading.load(checkpoints.resolve(str(tmp_path / "cut")), dtype="bfloat16").model
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == "bfloat16"
     expected = opened(llama, CUT, "off", dtype="bfloat16")[1].model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in written.state_dict().items())
-    stored = stream.stored_tensors(tmp_path / "cut").values()
+    stored = layer_reader.stored_tensors(tmp_path / "cut").values()
     assert {tensor.dtype for tensor in stored} == {"BF16"}
 
 
 def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "cpu_has", lambda feature: False)
+    monkeypatch.setattr(loading, "cpu_has", lambda feature: False)
     narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
     dense, student = opened(narrow, CUT, "on")
     fold_(dense, student, CUT, tiny.some_tokens(24))
     assert (student.model.dtype, student.stored_dtype) == (torch.float32, torch.bfloat16)
     shared = {id(p) for p in dense.model.parameters()}
     healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
-    stored = stream.as_saved(student.model, healed)
+    stored = layer_reader.as_saved(student.model, healed)
     cut_checkpoint(narrow.folder, CUT, tmp_path / "cut", healed=stored, dtype=dense.stored_dtype)
-    assert {tensor.dtype for tensor in stream.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
-    written = models.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
+    assert {tensor.dtype for tensor in layer_reader.stored_tensors(tmp_path / "cut").values()} == {"BF16"}
+    written = loading.load(checkpoints.resolve(str(tmp_path / "cut"))).model.state_dict()
     assert all(torch.equal(written[name], weight) for name, weight in healed.items())
 
 
@@ -277,7 +280,7 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     monkeypatch.setattr(room, "SCORES", 1)
     settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
     dense, student = opened(llama, CUT, "on")
-    disk = stream.layers_on_disk(dense.model)
+    disk = layers_on_disk.layers_on_disk(dense.model)
     states = frozen_states(dense, student, CUT, tokens, settings, tmp_path / "states", key="")
     assert disk.layers_read == [1] * 8
     assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4
@@ -324,7 +327,7 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
 
 
 def test_rounds_from_disk(tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})  # of the run in memory
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})  # of the run in memory
     flags = [flag for flag in RUN if not flag.startswith(("--eval", "--no-speed"))]
     flags += [f"--data={texts[0]}", "--rounds=2", "--method=exhaustive"]
     for mode in ("on", "off"):

@@ -11,7 +11,7 @@ import torch
 
 import folders
 import tiny
-from layercut import checkpoints, models
+from layercut.models import checkpoints, loading
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def benchmark(monkeypatch, tmp_path, texts):
     model = tiny.llama(5, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     file = write_gguf(model, folders.tokenizer(), tmp_path / "tiny.gguf", "Q4_1")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     frontier = import_module("frontier")
 
     def run(*flags: str, settings: tuple[str, ...] = SETTINGS) -> tuple[dict, dict]:
@@ -192,11 +192,11 @@ def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_
     assert kept["rows"][: len(first["rows"])] == first["rows"], "finished points are not measured again"
     rows = {(row["points"], row["ratio"], row["setting"]): row for row in result["rows"]}
     assert len(rows) == 2 * len(SETTINGS) + 2
-    control = models.load(checkpoints.resolve(str(tmp_path / "work" / "dense"))).model
-    plain = models.load(checkpoints.resolve(str(tmp_path / "tiny.gguf"))).model
+    control = loading.load(checkpoints.resolve(str(tmp_path / "work" / "dense"))).model
+    plain = loading.load(checkpoints.resolve(str(tmp_path / "tiny.gguf"))).model
     assert not torch.equal(control.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
     dense = rows["control", 0.0, "bf16"]
-    assert dense["bytes"] == 2 * models.parameter_count(control), "saved in bfloat16, whatever is computed in"
+    assert dense["bytes"] == 2 * loading.parameter_count(control), "saved in bfloat16, whatever is computed in"
     assert dense["rise"] == {"made": 0.0}
     assert dense["perplexity"] != result["perplexity_as_loaded"], "dithered"
     weights = sum(p.numel() * 18 / 32 if p.dim() == 2 else 4 * p.numel() for p in control.parameters())

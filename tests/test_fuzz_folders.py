@@ -18,14 +18,18 @@ from safetensors.torch import load_file, save_file
 
 import folders
 from fuzz import folders as fuzz
-from layercut import alone, checkpoints, configfile, export, models, reading, stream
-from layercut.checkpoints import resolve
+from layercut.cli import commands
 from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError, shown
-from layercut.heal.endpoints import SCORES, is_scored
-from layercut.heal.state import StateFile
-from layercut.quantize import endpoints_of
-from layercut.runs import Run
+from layercut.export import checkpoint
+from layercut.files import reading
+from layercut.healing.endpoint_tuning import SCORES, is_scored
+from layercut.healing.tuning_state import StateFile
+from layercut.models import checkpoints, config_checks, loading
+from layercut.models.checkpoints import resolve
+from layercut.offload import layer_reader
+from layercut.pipeline.run_store import Run
+from layercut.quantization import endpoints_of
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, folder):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     with fuzz.limited(20), pytest.raises(ModelError):
-        models.load(resolve(str(folder)))
+        loading.load(resolve(str(folder)))
 
 
 # --- config.json --------------------------------------------------------------------------------------------
@@ -104,10 +108,10 @@ BAD_CONFIGS: list[dict[str, Any]] = [
 
 def test_what_no_class_should_be_built_from_is_refused(tiny_model):
     sound = json.loads((tiny_model / "config.json").read_text())
-    configfile.check_config(sound, "config.json")
+    config_checks.check_config(sound, "config.json")
     for changes in BAD_CONFIGS:
         with pytest.raises(ModelError, match=r"config\.json"):
-            configfile.check_config(sound | changes, "config.json")
+            config_checks.check_config(sound | changes, "config.json")
 
 
 def test_usual_ways_to_say_things_are_not_refused():
@@ -117,13 +121,13 @@ def test_usual_ways_to_say_things_are_not_refused():
         {"time_step_limit": [0.0, float("inf")], "vision_config": {"num_hidden_layers": 0, "layers": [1, 2]}},
         {"quantization_config": {"num_heads": 0}, "dtype": {"": "float32", "text_config": "bfloat16"}},
     ):
-        configfile.check_config(fine, "config.json")
+        config_checks.check_config(fine, "config.json")
 
 
 def test_a_config_for_far_more_weights_is_refused_before_memory_is_taken(folder, monkeypatch):
     edit(folder / "config.json", vocab_size=10**9)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    for load in (models.load, stream.open_on_disk):
+    for load in (loading.load, layer_reader.open_on_disk):
         with pytest.raises(ModelError, match=r"calls for 64,000,\d+,\d+ weights, and its files hold 93,472"):
             load(resolve(str(folder)))
 
@@ -137,7 +141,7 @@ def test_an_index_that_is_none_is_refused():
         {"weight_map": {"a": "../b"}}, {"weight_map": {"a": "b"}, "metadata": "text"},
     ):  # fmt: skip
         with pytest.raises(ModelError, match=r"index\.json"):
-            configfile.check_index(content, "index.json")
+            config_checks.check_index(content, "index.json")
 
 
 def test_a_tokenizer_config_of_the_wrong_kinds_is_refused(folder):
@@ -148,23 +152,23 @@ def test_a_tokenizer_config_of_the_wrong_kinds_is_refused(folder):
     ):  # fmt: skip
         content = json.loads(file.read_text()) | changes
         with pytest.raises(ModelError, match="tokenizer_config"):
-            configfile.check_tokenizer_config(content, "tokenizer_config.json")
+            config_checks.check_tokenizer_config(content, "tokenizer_config.json")
     edit(file, model_max_length="512")
     with pytest.raises(ModelError, match="model_max_length '512'"):
-        models.load_tokenizer(resolve(str(folder)))
+        loading.load_tokenizer(resolve(str(folder)))
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tiny_model, folder, texts):
-    config = models.load_config(resolve(str(tiny_model)))
-    models.check_tokens(torch.tensor([[0, folders.VOCABULARY - 1]]), config, "m")
+    config = loading.load_config(resolve(str(tiny_model)))
+    loading.check_tokens(torch.tensor([[0, folders.VOCABULARY - 1]]), config, "m")
     with pytest.raises(ModelError, match="gives token 300, and the model's vocabulary has 300"):
-        models.check_tokens(torch.tensor([[0, folders.VOCABULARY]]), config, "m")
+        loading.check_tokens(torch.tensor([[0, folders.VOCABULARY]]), config, "m")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {token: i + 5000 for token, i in vocabulary.items() if i >= 258}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"gives token 5,\d+, and the model's vocabulary has 300"):
-        alone.evaluate_only(str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
+        commands.evaluate_only(str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
 
 
 # --- which files are the model ------------------------------------------------------------------------------
@@ -177,12 +181,12 @@ def test_of_two_layouts_all_take_the_one_that_transformers_takes(folder, tmp_pat
     save_file(other, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
     (folder / checkpoints.INDEX).write_text(json.dumps(index))
-    alone.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+    commands.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     name = "model.layers.0.self_attn.q_proj.weight"
-    opened = stream.open_on_disk(resolve(str(folder))).model
+    opened = layer_reader.open_on_disk(resolve(str(folder))).model
     opened.layers_on_disk.enter_(0)
     found = [
-        models.load(resolve(str(folder))).model.get_parameter(name),
+        loading.load(resolve(str(folder))).model.get_parameter(name),
         opened.get_parameter(name),
         load_file(tmp_path / "cut" / "model.safetensors")[name],
     ]
@@ -228,7 +232,7 @@ def test_a_cut_copies_what_belongs_to_a_model_and_nothing_else(folder, tmp_path,
     (folder / "private" / "key").write_text("secret")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.Model"})
     with caplog.at_level("INFO", "layercut"):
-        alone.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+        commands.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     there = {file.name for file in (tmp_path / "cut").iterdir()}
     assert {"LICENSE.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= there
     assert not there & {"modeling_x.py", "notes.json", "run.sh", "private"}
@@ -252,7 +256,7 @@ def test_a_companion_that_leads_out_of_the_checkpoint_is_refused(kind, folder, t
     else:
         (folder / "LICENSE.txt").symlink_to(tmp_path / "secret")
     with fuzz.limited(20), pytest.raises(ModelError, match="not a file of this checkpoint"):
-        alone.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+        commands.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     assert not (tmp_path / "cut").exists()
 
 
@@ -275,7 +279,7 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_errors_are_printed_without_control_characters(folder, tmp_path, capsys):
-    from layercut.cli import main
+    from layercut.cli.main import main
 
     bad = folder.rename(tmp_path / "\x1b[31mred")
     (bad / "config.json").write_text("{")
@@ -288,13 +292,13 @@ def test_errors_are_printed_without_control_characters(folder, tmp_path, capsys)
 
 
 def test_files_get_the_permissions_of_any_new_file(tiny_model, tmp_path):
-    loaded = models.load(resolve(str(tiny_model)), device="cpu")
+    loaded = loading.load(resolve(str(tiny_model)), device="cpu")
     old = os.umask(0o022)
     try:
         StateFile(tmp_path / "state.safetensors", key="k").save("k", {"a": [torch.zeros(1)]}, {})
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(export, "verify", lambda *_: {})
-            export.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "out")
+            patched.setattr(checkpoint, "verify", lambda *_: {})
+            checkpoint.export_checkpoint(loaded.model, loaded.tokenizer, tmp_path / "out")
     finally:
         os.umask(old)
     written = [tmp_path / "state.safetensors", *(tmp_path / "out").iterdir()]
@@ -320,7 +324,7 @@ def test_the_fresh_process_sees_what_this_one_sees_but_the_working_directory(tmp
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("sys.path", ["", str(tmp_path / "here"), str(tmp_path / "mine")])
-    assert export._environment()["PYTHONPATH"] == str(tmp_path / "mine")
+    assert checkpoint._environment()["PYTHONPATH"] == str(tmp_path / "mine")
 
 
 def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, monkeypatch):
@@ -334,7 +338,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
     alive: list[Any] = []
-    load = alone.opening.load
+    load = commands.opening.load
 
     def watched(*args: Any, **how: Any) -> Any:
         gc.collect()
@@ -343,8 +347,8 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(alone.opening, "load", watched)
-    found = alone.evaluate_only(str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
+    monkeypatch.setattr(commands.opening, "load", watched)
+    found = commands.evaluate_only(str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
     assert len(alive) == 2
     assert found.ratio is not None
     assert found.ratio[0] == 1.0

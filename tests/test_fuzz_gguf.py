@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("gguf")
 from fuzz.gguf import bounded, campaign, cut, load, outcome, seed_file
 from layercut.errors import ModelError
-from layercut.gguf_files import block_of, read_header
+from layercut.models.gguf_header import block_of, read_header
 
 
 def test_damaged_files_are_cut_or_refused(tmp_path):

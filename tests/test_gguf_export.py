@@ -16,16 +16,16 @@ import torch
 
 import folders
 import tiny
-from layercut import checkpoints, models
-from layercut.cli import main
-from layercut.cut import cut_gguf, cut_segment_
+from layercut.cli.main import main
 from layercut.errors import ModelError
-from layercut.findings import broken
-from layercut.gguf_check import by_llama_cpp as llama_cpp_computes
-from layercut.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
-from layercut.gguf_export import CONVERTER, gguf_tensors, rotary_order, tensor_types
-from layercut.gguf_files import Header, read_header
+from layercut.export.gguf import CONVERTER, gguf_tensors, rotary_order, tensor_types
+from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
+from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
+from layercut.models import checkpoints, loading
+from layercut.models.gguf_header import Header, read_header
+from layercut.report.verdicts import broken
 from layercut.segments import Segment
+from layercut.surgery import cut_gguf, cut_segment_
 
 gguf = pytest.importorskip("gguf")
 from gguf_writer import llama_layout, write_gguf  # noqa: E402 - it needs gguf
@@ -53,7 +53,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def healed(source) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model in the file, cut, with all that is beside the cut changed; and what was changed."""
-    student = models.load(checkpoints.resolve(str(source)), dtype="float32").model
+    student = loading.load(checkpoints.resolve(str(source)), dtype="float32").model
     cut_segment_(student, [SEGMENT])
     draw = torch.Generator().manual_seed(1)
     beside = ("model.layers.1.", "model.layers.2.")
@@ -62,7 +62,7 @@ def healed(source) -> tuple[Any, dict[str, torch.Tensor]]:
         for name, weight in student.named_parameters()
         if name.startswith(beside)
     }
-    models.replace_parameters_(student, changed)
+    loading.replace_parameters_(student, changed)
     return student, changed
 
 
@@ -113,13 +113,13 @@ def test_healed_layers_among_untouched_bytes(source, healed, tmp_path, kind):
         else:
             original = name if block is None or block < 2 else name.replace(f"blk.{block}.", f"blk.{block + 2}.")
             assert (found, data) == before[original]
-    loaded = models.load(checkpoints.resolve(str(out)), dtype="float32").model
+    loaded = loading.load(checkpoints.resolve(str(out)), dtype="float32").model
     difference = (logits(loaded) - logits(healed[0])).abs().mean() / logits(healed[0]).std()
     assert difference <= {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2, "q4_0": 0.3}[kind]
 
 
 def test_a_wrong_layout_is_noticed(source, healed, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.gguf_export.rotary_order", lambda rows, heads: rows)
+    monkeypatch.setattr("layercut.export.gguf.rotary_order", lambda rows, heads: rows)
     with pytest.raises(ModelError, match=r"off by .* in model\.layers\.1\.self_attn\.q_proj\.weight \(f16\)"):
         write_healed(source, healed, tmp_path / "out.gguf", "f16")
 
@@ -152,7 +152,7 @@ def gguf_run(source, texts, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     argv = ["compress", str(source), *SHORT, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layercut.export.verify_reload", lambda *_: {})
+        patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
         assert main(argv) == 0
     return run
 
@@ -175,15 +175,15 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     kept = set(contents(source).values())
     # a norm that tuning moved by less than its number format can tell has the bytes it had
     assert matrices <= sum(value not in kept for value in contents(out).values()) <= len(changed)
-    ours = models.load(checkpoints.resolve(str(gguf_run / "model"))).model
-    theirs = models.load(checkpoints.resolve(str(out))).model
+    ours = loading.load(checkpoints.resolve(str(gguf_run / "model"))).model
+    theirs = loading.load(checkpoints.resolve(str(out))).model
     assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.02 * logits(ours).float().std()
     assert main(["export", str(gguf_run), f"--out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.to_gguf.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.pipeline.gguf.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "transformers: every weight read back" in said
@@ -213,7 +213,7 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
 
 
 def test_a_model_that_rounding_ruins_is_called_broken(converter, texts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     monkeypatch.setenv(CONVERTER, str(converter))
     model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
     flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]
@@ -244,13 +244,13 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypatch, capsys):
     """llama.cpp lets every sixth layer of Gemma 3 attend to everything; here it is the second and the last."""
-    monkeypatch.setattr("layercut.to_gguf.convert", converted_here)
+    monkeypatch.setattr("layercut.pipeline.gguf.convert", converted_here)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), f"--gguf-type={kind}", f"--out={out}"]) == 0
     assert "sliding_window_pattern" in capsys.readouterr().err
     pattern = read_header(out).values["gemma3.attention.sliding_window_pattern"]
     assert pattern == [i not in (1, 7) for i in range(8)]
-    loaded, read = models.load(checkpoints.resolve(str(folder)), dtype="float32"), read_by_transformers(out)
+    loaded, read = loading.load(checkpoints.resolve(str(folder)), dtype="float32"), read_by_transformers(out)
     assert read.config.layer_types == loaded.model.config.layer_types  # from the file alone
     tokens = torch.randint(2, folders.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
     found = llama_cpp_computes(out, loaded.model, loaded.tokenizer, tokens)
@@ -260,8 +260,8 @@ def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypat
 
 @needs_llama_cpp
 def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layercut.to_gguf.convert", converted_here)
-    monkeypatch.setattr("layercut.to_gguf._say_what_slides", lambda *_: None)
+    monkeypatch.setattr("layercut.pipeline.gguf.convert", converted_here)
+    monkeypatch.setattr("layercut.pipeline.gguf._say_what_slides", lambda *_: None)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), "--gguf-type=q8_0", f"--out={out}"]) == 2
     assert "llama.cpp computes something else" in capsys.readouterr().err
@@ -270,7 +270,7 @@ def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, ca
 
 def converted_here(folder: Path, out: Path, kind: str, _: Any) -> None:
     """What the stand-in for the converter does, in this process."""
-    loaded = models.load(checkpoints.resolve(str(folder)), dtype="float32")
+    loaded = loading.load(checkpoints.resolve(str(folder)), dtype="float32")
     write_gguf(loaded.model, loaded.tokenizer, out, kind.upper())
 
 
@@ -320,7 +320,7 @@ REFUSED = [
 
 def test_a_converted_file_is_held_against_the_folders_own_layers(monkeypatch):
     def told(file: Header, config: Facts) -> list[bool] | None:
-        monkeypatch.setattr("layercut.gguf_check.read_header", lambda _: file)
+        monkeypatch.setattr("layercut.export.gguf_check.read_header", lambda _: file)
         return unlike_the_folder(file.file, config)
 
     for file, config in AS_LLAMA_CPP_HAS_IT:
@@ -355,8 +355,8 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     refused(str(gguf_run), out, "--gguf-type=q4_k_m", words="llama-cpp-py-sync")
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
-    monkeypatch.setattr("layercut.to_gguf.llama_cpp_installed", lambda: False)
-    monkeypatch.setattr("layercut.to_gguf.architecture_of", lambda _: "future")
+    monkeypatch.setattr("layercut.pipeline.gguf.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.pipeline.gguf.architecture_of", lambda _: "future")
     refused(str(future), out, f"--converter={converter}", words="how llama.cpp tells the layers of 'future' apart")
 
 
@@ -366,9 +366,9 @@ def test_llama_cpp_notices_other_weights(source, healed, tmp_path):
     write_healed(source, healed, out, "f16")
     tokens, tokenizer = torch.arange(2, 34)[None], folders.tokenizer()
     assert llama_cpp_computes(out, read_by_transformers(out), tokenizer, tokens)["logit_error"] < 0.1
-    other = models.share(student)
+    other = loading.share(student)
     q = "model.layers.1.self_attn.q_proj.weight"
-    models.replace_parameters_(other, {q: dict(student.named_parameters())[q].flip(0)})
+    loading.replace_parameters_(other, {q: dict(student.named_parameters())[q].flip(0)})
     with pytest.raises(ModelError, match="computes something else"):
         llama_cpp_computes(out, other, tokenizer, tokens)
     (tmp_path / "none.gguf").write_bytes(out.read_bytes()[:20000])

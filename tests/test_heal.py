@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from layercut import losses, models
-from layercut.cut import cut_segment_
 from layercut.errors import ConfigError, RunError
-from layercut.evaluate import perplexity
-from layercut.heal import endpoints as room
-from layercut.heal import objectives, stored
-from layercut.heal.endpoints import (
+from layercut.evaluation import perplexity
+from layercut.healing import endpoint_tuning as room
+from layercut.healing import objectives, stored_teacher
+from layercut.healing.endpoint_tuning import (
     TuneSettings,
     endpoints,
     own_parameters_,
@@ -22,16 +20,18 @@ from layercut.heal.endpoints import (
     tune_,
     warmup_then_cosine,
 )
-from layercut.heal.fold import fold_
-from layercut.heal.objectives import HeldOut, Pair
-from layercut.heal.state import StateFile
-from layercut.heal.stored import store_teacher, stored_bytes
+from layercut.healing.least_squares import fold_
+from layercut.healing.objectives import HeldOut, Pair
+from layercut.healing.stored_teacher import store_teacher, stored_bytes
+from layercut.healing.tuning_state import StateFile
+from layercut.models import loading, losses
+from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 
 def cut_copy(model, *segments):
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, list(segments))
     return student
 
@@ -55,7 +55,7 @@ def test_endpoints_are_the_layers_beside_each_cut():
 def test_only_the_endpoints_change_and_the_held_out_loss_falls(objective):
     model = tiny.llama()
     student = cut_copy(model, Segment(3, 5))
-    dense, cut = Stack(model), Stack(student)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
     before, dense_before = weights_of(student), weights_of(model)
     settings = TuneSettings(objective=objective, learning_rate=3e-3, batch_tokens=64)
     # text that the model itself finds likely, so that every objective has something to learn
@@ -92,7 +92,7 @@ def test_a_rate_that_leads_astray_is_lowered(rate, tmp_path):
     def tuned(**options):
         student = cut_copy(model, *segment)
         report = tune_(
-            Stack(model), Stack(student), segment, tiny.some_tokens(64), tiny.some_tokens(8, seed=3),
+            DecoderRunner(model), DecoderRunner(student), segment, tiny.some_tokens(64), tiny.some_tokens(8, seed=3),
             TuneSettings(learning_rate=rate, batch_tokens=32), **options,
         )  # fmt: skip
         ends.append((report, weights_of(student)))
@@ -115,7 +115,7 @@ def test_a_ruinous_rate_leaves_the_start_as_it_was():
     """Too few steps for the rate to come down: whoever scores worst is not kept."""
     model = tiny.llama()
     student = cut_copy(model, Segment(3, 5))
-    dense, cut = Stack(model), Stack(student)
+    dense, cut = DecoderRunner(model), DecoderRunner(student)
     before = weights_of(student)
     heldout = tiny.some_tokens(8, seed=3)
     start = mean_kl(dense, cut, heldout)
@@ -132,7 +132,14 @@ def test_same_tokens_same_bits():
     model, results = tiny.llama(), []
     for _ in range(2):
         student = cut_copy(model, Segment(3, 5))
-        tune_(Stack(model), Stack(student), [Segment(3, 5)], tiny.some_tokens(16), tiny.some_tokens(4), TuneSettings())
+        tune_(
+            DecoderRunner(model),
+            DecoderRunner(student),
+            [Segment(3, 5)],
+            tiny.some_tokens(16),
+            tiny.some_tokens(4),
+            TuneSettings(),
+        )
         results.append(weights_of(student))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -142,10 +149,10 @@ def test_kl_step_gradient_is_the_full_models():
     model, tokens = tiny.llama(), tiny.some_tokens(4)
     student = cut_copy(model, Segment(3, 5))
     reference = cut_copy(model, Segment(3, 5))
-    trained = own_parameters_(Stack(student), [2, 3])
-    pair = Pair(dense=Stack(model), student=Stack(student), prefix=2, last=3)
+    trained = own_parameters_(DecoderRunner(student), [2, 3])
+    pair = Pair(dense=DecoderRunner(model), student=DecoderRunner(student), prefix=2, last=3)
     pair.backward(tokens, torch.arange(4))
-    wanted = own_parameters_(Stack(reference), [2, 3])
+    wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p = model(input_ids=tokens, use_cache=False).logits
     losses.kl_divergence(p, reference(input_ids=tokens, use_cache=False).logits).mean().backward()
     for ours, theirs in zip(trained, wanted, strict=True):
@@ -248,13 +255,13 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatc
     stored = None
     if name == "stored":  # all but one token kept: no approximation but float16
         stored = store_teacher(
-            Stack(model), tokens, tiny.VOCABULARY - 1, tmp_path / "teacher", key="", temperature=t
+            DecoderRunner(model), tokens, tiny.VOCABULARY - 1, tmp_path / "teacher", key="", temperature=t
         )
-    pair = Pair(dense=Stack(model), student=Stack(student), prefix=2, last=3, stored=stored, **options)
+    pair = Pair(dense=DecoderRunner(model), student=DecoderRunner(student), prefix=2, last=3, stored=stored, **options)
     trained = own_parameters_(pair.student, [2, 3])
     loss = pair.backward(tokens, rows)
 
-    wanted = own_parameters_(Stack(reference), [2, 3])
+    wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, reference))
     kl = (F.softmax(p / t, -1) * (F.log_softmax(p / t, -1) - F.log_softmax(q / t, -1))).sum(-1).mean()
     expected = (1 - mix) * t**2 * kl + mix * F.cross_entropy(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -271,8 +278,8 @@ def test_a_step_of_several_passes_is_that_of_one(monkeypatch):
         monkeypatch.setattr(room, "PASS_TOKENS", tokens_in_pass)
         student = cut_copy(model, Segment(3, 5))
         report = tune_(
-            Stack(model), Stack(student), [Segment(3, 5)], tiny.some_tokens(6), tiny.some_tokens(2, seed=1),
-            TuneSettings(batch_tokens=80, learning_rate=1e-3),
+            DecoderRunner(model), DecoderRunner(student), [Segment(3, 5)], tiny.some_tokens(6), tiny.some_tokens(2,
+            seed=1), TuneSettings(batch_tokens=80, learning_rate=1e-3),
         )  # fmt: skip
         assert report.steps == 2  # of 5 rows and of 1
         results.append([report.curve[0]["loss"], report.curve[1]["loss"], report.heldout[-1]["loss"]])
@@ -296,7 +303,7 @@ def test_every_epoch_takes_every_row_once():
 def test_a_student_is_judged_by_what_it_is_tuned_for(objective, mix):
     """But by KL where it is tuned on hidden states, and at temperature 1."""
     model, heldout = tiny.llama(), tiny.some_tokens(6, seed=1)
-    dense, student = Stack(model), Stack(cut_copy(model, Segment(3, 5)))
+    dense, student = DecoderRunner(model), DecoderRunner(cut_copy(model, Segment(3, 5)))
     own_parameters_(student, [2, 3])
     pair = Pair(
         dense=dense, student=student, prefix=2, last=3, objective=objective, mix=mix,
@@ -313,10 +320,10 @@ def test_epochs_and_patience():
     def tuned(**settings):
         student = cut_copy(model, Segment(3, 5))
         report = tune_(
-            Stack(model), Stack(student), [Segment(3, 5)], tiny.some_tokens(8), tiny.some_tokens(4, seed=1),
-            TuneSettings(batch_tokens=16, **settings),
+            DecoderRunner(model), DecoderRunner(student), [Segment(3, 5)], tiny.some_tokens(8), tiny.some_tokens(4,
+            seed=1), TuneSettings(batch_tokens=16, **settings),
         )  # fmt: skip
-        return report, mean_kl(Stack(model), Stack(student), tiny.some_tokens(4, seed=1))
+        return report, mean_kl(DecoderRunner(model), DecoderRunner(student), tiny.some_tokens(4, seed=1))
 
     report, _ = tuned(epochs=3, learning_rate=1e-3)
     assert (report.steps, report.tokens, len(report.curve)) == (24, 3 * 8 * 16, 24)
@@ -331,8 +338,8 @@ def test_epochs_and_patience():
 
 def test_stored_teacher_is_the_dense_models_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     model, tokens, folder = tiny.llama(), tiny.some_tokens(7), tmp_path / "teacher"
-    monkeypatch.setattr(stored, "SHARD_TOKENS", 32)
-    teacher = store_teacher(Stack(model), tokens, 8, folder, key="a")
+    monkeypatch.setattr(stored_teacher, "SHARD_TOKENS", 32)
+    teacher = store_teacher(DecoderRunner(model), tokens, 8, folder, key="a")
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == [f"0000{i}.safetensors" for i in range(4)]
     size = sum(file.stat().st_size for file in files)
@@ -347,15 +354,15 @@ def test_stored_teacher_is_the_dense_models_and_goes_on_where_it_stopped(tmp_pat
 
     before, written = {file: file.read_bytes() for file in files}, files[0].stat().st_mtime_ns
     files[2].unlink()
-    store_teacher(Stack(model), tokens, 8, folder, key="a")
+    store_teacher(DecoderRunner(model), tokens, 8, folder, key="a")
     assert {file: file.read_bytes() for file in sorted(folder.iterdir())} == before
     assert files[0].stat().st_mtime_ns == written, "what was there is computed again"
-    store_teacher(Stack(model), tokens[:2], 8, folder, key="b")
+    store_teacher(DecoderRunner(model), tokens[:2], 8, folder, key="b")
     assert [file.name for file in folder.iterdir()] == ["00000.safetensors"], "those of other tokens stay"
 
 
 def test_stored_teacher_refuses_what_cannot_be(tmp_path, monkeypatch):
-    dense = Stack(tiny.llama())
+    dense = DecoderRunner(tiny.llama())
     with pytest.raises(ConfigError, match="not below the model's 96 tokens"):
         store_teacher(dense, tiny.some_tokens(), 96, tmp_path, key="")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
@@ -367,13 +374,13 @@ def test_tuning_towards_a_stored_teacher_runs_no_dense_layer_above_the_cut(tmp_p
     """It comes near what the whole teacher teaches, and the dense layers run for the held-out rows alone, once."""
     model, tokens, heldout = tiny.llama(), tiny.some_tokens(32), tiny.some_tokens(4, seed=1)
     entered, results = [], []
-    for teacher in (None, store_teacher(Stack(model), tokens, 64, tmp_path / "teacher", key="")):
-        dense, student = Stack(model), cut_copy(model, Segment(3, 5))
+    for teacher in (None, store_teacher(DecoderRunner(model), tokens, 64, tmp_path / "teacher", key="")):
+        dense, student = DecoderRunner(model), cut_copy(model, Segment(3, 5))
         # inside the layer: the stand-ins that enter and leave the stack do not come so far
         handle = dense.layers[6].mlp.register_forward_hook(lambda *_: entered.append(1))
         entered.clear()
         settings = TuneSettings(batch_tokens=64, learning_rate=3e-3)
-        report = tune_(dense, Stack(student), [Segment(3, 5)], tokens, heldout, settings, teacher=teacher)
+        report = tune_(dense, DecoderRunner(student), [Segment(3, 5)], tokens, heldout, settings, teacher=teacher)
         handle.remove()
         results.append((len(entered), report.heldout[0]["loss"], report.best))
     assert [count for count, _, _ in results] == [1 + 8, 1], "once for the held-out rows, and once a step"
@@ -388,14 +395,14 @@ def test_tuning_towards_a_stored_teacher_runs_no_dense_layer_above_the_cut(tmp_p
 def test_only_the_endpoints_differ_from_the_folded_model_to_the_bit():
     model, segment = tiny.llama().to(torch.bfloat16), [Segment(3, 5)]
     student = cut_copy(model, *segment)
-    fold_(Stack(model), Stack(student), segment, tiny.some_tokens(32))
+    fold_(DecoderRunner(model), DecoderRunner(student), segment, tiny.some_tokens(32))
     folded, owners = weights_of(student), {id(p) for p in model.parameters()}
     optimizers = []
     with pytest.MonkeyPatch.context() as patch:
         adamw = torch.optim.AdamW
         patch.setattr(torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1])
         report = tune_(
-            Stack(model), Stack(student), segment, tiny.some_tokens(32), tiny.some_tokens(4, seed=1),
+            DecoderRunner(model), DecoderRunner(student), segment, tiny.some_tokens(32), tiny.some_tokens(4, seed=1),
             TuneSettings(batch_tokens=64, learning_rate=3e-3),
         )  # fmt: skip
     assert report.best_step > 0
@@ -425,7 +432,7 @@ def test_a_state_of_other_making_is_not_gone_on_with(tmp_path):
         )
         begun = []
         tune_(
-            Stack(model), Stack(student), [Segment(3, 5)], tokens, heldout,
+            DecoderRunner(model), DecoderRunner(student), [Segment(3, 5)], tokens, heldout,
             TuneSettings(batch_tokens=32, **settings), state=StateFile(path, key=key, minutes=0),
             advance=lambda count, _: begun.append(count),
         )  # fmt: skip

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layercut import checkpoints, models
+from layercut.cli.demo import fetch_model
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
-from layercut.demo import fetch_model
 from layercut.errors import ModelError
-from layercut.pipeline import compress
+from layercut.models import checkpoints, loading
+from layercut.pipeline.journey import compress
 
 FRESH = """
 import json, sys, torch
@@ -75,7 +75,7 @@ def test_a_fresh_process_loads_what_was_exported(run):
 def test_only_the_endpoints_differ_from_the_dense_model(run):
     segment = json.loads((run / "search.json").read_text())["segments"][0]
     original = json.loads((run / "cut.json").read_text())["original_layer_index"]
-    dense = models.as_stored(models.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
+    dense = loading.as_stored(loading.load(checkpoints.resolve(str(fetch_model()))).model).state_dict()
     saved = load_file(run / "model" / "model.safetensors")
     changed = set()
     for name, weight in saved.items():

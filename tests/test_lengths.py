@@ -8,20 +8,22 @@ import pytest
 import torch
 
 import tiny
-from layercut import checkpoints, figures, models, units
-from layercut.cli import main
+from layercut.cli.main import main
 from layercut.config import SearchConfig
-from layercut.cut import cut_segment_
 from layercut.errors import ConfigError
-from layercut.losses import next_token_loss
-from layercut.pipeline import wanted_length
-from layercut.search import SearchResult, longest_within, perplexity_rise, price_segments, rescored, split_rows
-from layercut.search.exhaustive import all_segments, segment_costs
-from layercut.search.lengths import length_for_size, length_for_speedup, triangle
-from layercut.search.result import Candidate, Cost
+from layercut.files import sizes
+from layercut.files.sizes import parse_bytes
+from layercut.layer_search import SearchResult, longest_within, perplexity_rise, price_segments, rescored, split_rows
+from layercut.layer_search.budgets import length_for_size, length_for_speedup, triangle
+from layercut.layer_search.result import Candidate, Cost
+from layercut.layer_search.sweep import all_segments, segment_costs
+from layercut.models import checkpoints, loading
+from layercut.models.losses import next_token_loss
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.journey import wanted_length
+from layercut.report import formatting
 from layercut.segments import Segment
-from layercut.sweep import Stack
-from layercut.units import parse_bytes
+from layercut.surgery import cut_segment_
 
 
 @pytest.mark.parametrize(
@@ -40,12 +42,12 @@ def test_what_is_no_size_is_refused(text):
 
 def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
     model = tiny.llama()
-    total = models.parameter_bytes(model)
-    weights = [models.parameter_bytes(layer) for layer in Stack(model).layers]
+    total = loading.parameter_bytes(model)
+    weights = [loading.parameter_bytes(layer) for layer in DecoderRunner(model).layers]
     for n in range(1, 8):
-        student = models.share(model)
+        student = loading.share(model)
         cut_segment_(student, [Segment(0, n)])
-        exact = models.parameter_bytes(student)
+        exact = loading.parameter_bytes(student)
         assert length_for_size(weights, total, exact) == n
         if n < 7:
             assert length_for_size(weights, total, exact - 1) == n + 1
@@ -71,11 +73,13 @@ def test_a_speedup_is_met_by_as_few_layers_as_can():
 
 def test_the_rise_of_perplexity_is_that_of_the_real_cut():
     model, tokens = tiny.llama(), tiny.some_tokens()
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, [Segment(1, 2), Segment(5, 7)])
     losses = [next_token_loss(m(input_ids=tokens, use_cache=False).logits, tokens).mean() for m in (model, student)]
     expected = (losses[1].exp() / losses[0].exp() - 1).item()
-    assert perplexity_rise(Stack(model), tokens, (Segment(1, 2), Segment(5, 7))) == pytest.approx(expected, rel=1e-4)
+    assert perplexity_rise(DecoderRunner(model), tokens, (Segment(1, 2), Segment(5, 7))) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("allowed", range(1, 8))
@@ -101,7 +105,7 @@ def test_rows_that_verify_are_not_searched_on():
 
 
 def test_the_triangle_holds_every_segment_at_its_exact_cost():
-    stack, tokens = Stack(tiny.llama()), tiny.some_tokens()
+    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens()
     found = {(start, stop): kl for start, stop, kl in triangle(stack, tokens, 3, Cost())}
     assert len(found) == 8 + 7 + 6
     for length in (1, 2, 3):
@@ -147,8 +151,8 @@ def search(tiny_model, texts, out, *flags):
 def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monkeypatch):
     config = json.loads((tiny_model / "config.json").read_text())
     assert config["num_hidden_layers"] == 8
-    dense = models.load(checkpoints.resolve(str(tiny_model))).model
-    target = models.parameter_bytes(dense) - 2 * models.parameter_bytes(Stack(dense).layers[0])
+    dense = loading.load(checkpoints.resolve(str(tiny_model))).model
+    target = loading.parameter_bytes(dense) - 2 * loading.parameter_bytes(DecoderRunner(dense).layers[0])
     _, found = search(tiny_model, texts, tmp_path / "size", f"--target-size={target}", "--score=folded")
     assert sum(stop - start for start, stop in found["segments"]) == 2
     scores = [candidate["score"] for candidate in found["candidates"]]
@@ -165,7 +169,9 @@ def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monk
     assert found["budget"]["rise"] <= 0.5
     assert [t["segments"] for t in found["budget"]["tried"] if t["rise"] <= 0.5][-1] == found["segments"]
     capsys.readouterr()
-    monkeypatch.setattr("layercut.stages.search.perplexity_rise", lambda *_: 0.5)  # a random model may gain by a cut
+    monkeypatch.setattr(
+        "layercut.pipeline.stages.search.perplexity_rise", lambda *_: 0.5
+    )  # a random model may gain by a cut
     assert search(tiny_model, texts, tmp_path / "none", "--max-loss=0.000001")[0] == 2
     assert "no cut meets --max-loss 1e-06: the best found removes" in capsys.readouterr().err
 
@@ -177,7 +183,7 @@ def test_two_segments_from_the_command_line(tiny_model, texts, tmp_path):
 
 
 def test_given_segments_are_priced_together():
-    found = price_segments(Stack(tiny.llama()), tiny.some_tokens(), [Segment(5, 6), Segment(1, 2)])
+    found = price_segments(DecoderRunner(tiny.llama()), tiny.some_tokens(), [Segment(5, 6), Segment(1, 2)])
     assert found.candidates[0].segments == (Segment(1, 2), Segment(5, 6))
 
 
@@ -186,8 +192,8 @@ def test_given_segments_are_priced_together():
     [(100, "100 B", "100B"), (1234, "1.2 kB", "1.3kB"), (71234567, "71.2 MB", "71.3MB"), (2e9, "2.0 GB", "2GB")],
 )
 def test_sizes_are_readable_at_any_scale_and_a_flags_value_allows_what_was_asked(count, text, flag):
-    assert units.size(count) == figures.size(count) == text
-    assert units.size_flag(count) == flag
+    assert sizes.size(count) == formatting.size(count) == text
+    assert sizes.size_flag(count) == flag
     assert parse_bytes("--target-size", flag) >= count
 
 
@@ -195,7 +201,7 @@ def test_sizes_are_readable_at_any_scale_and_a_flags_value_allows_what_was_asked
 def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
     target, words, tiny_model, texts, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("layercut.opening.load", lambda *_, **__: pytest.fail("the weights are loaded"))
+    monkeypatch.setattr("layercut.offload.placement.load", lambda *_, **__: pytest.fail("the weights are loaded"))
     command = ["search", str(tiny_model), f"--data={texts[0]}", "--window=16", f"--out={tmp_path / 'run'}"]
     assert main([*command, f"--target-size={target}"]) == 2
     said = capsys.readouterr().err
@@ -204,8 +210,8 @@ def test_a_size_that_no_cut_meets_is_refused_before_the_weights_are_loaded(
     assert not (tmp_path / "run").exists()
     least = re.search(r"--target-size (\S+)\n", said)
     if target == "100":
-        config = models.load_config(checkpoints.resolve(str(tiny_model)))
-        one_left = models.parameter_bytes(models.skeleton(config, torch.float32)) - 7 * models.parameter_bytes(
-            models.find_decoder(models.skeleton(config, torch.float32)).layers[0]
+        config = loading.load_config(checkpoints.resolve(str(tiny_model)))
+        one_left = loading.parameter_bytes(loading.skeleton(config, torch.float32)) - 7 * loading.parameter_bytes(
+            loading.find_decoder(loading.skeleton(config, torch.float32)).layers[0]
         )
         assert 0 <= parse_bytes("", least[1]) - one_left < 1000

@@ -13,11 +13,11 @@ from transformers import MistralConfig
 
 import folders
 import tiny
-from layercut import evaluate
-from layercut.evaluate import generation, passkey
-from layercut.evaluate.generation import distinct, first_divergence
-from layercut.evaluate.likelihood import bucket_edges
-from layercut.losses import next_token_loss
+from layercut import evaluation
+from layercut.evaluation import generation, passkey
+from layercut.evaluation.generation import distinct, first_divergence
+from layercut.evaluation.perplexity import bucket_edges
+from layercut.models.losses import next_token_loss
 
 # ---- perplexity by position ----------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def test_losses_through_the_cache_are_those_of_one_pass(make, chunk):
     model, row = make(), tiny.some_tokens(1, 120)[0]
     expected = next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])[0]
     seen = []
-    found = evaluate.loss_by_position(model, row, chunk=chunk, advance=seen.append)
+    found = evaluation.loss_by_position(model, row, chunk=chunk, advance=seen.append)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sum(seen) == 120
 
@@ -53,42 +53,44 @@ def test_buckets_part_the_positions():
 
 def test_buckets_add_up_to_the_perplexity():
     model, windows = tiny.llama(), tiny.some_tokens(3, 128)
-    rows = evaluate.perplexity_by_position(model, windows)
+    rows = evaluation.perplexity_by_position(model, windows)
     assert [(row["start"], row["stop"]) for row in rows] == [(1, 64), (64, 128)]
     total = sum((row["stop"] - row["start"]) * math.log(row["perplexity"]) for row in rows)
-    assert math.exp(total / 127) == pytest.approx(evaluate.perplexity(model, windows), rel=1e-4)
+    assert math.exp(total / 127) == pytest.approx(evaluation.perplexity(model, windows), rel=1e-4)
 
 
 def test_the_error_of_a_ratio_is_that_of_the_paired_losses_of_windows():
     dense, tokens = tiny.llama(), tiny.some_tokens(12, 16)
     other = tiny.llama(seed=1)
-    ours, theirs = (evaluate.window_losses(model, tokens) for model in (other, dense))
+    ours, theirs = (evaluation.window_losses(model, tokens) for model in (other, dense))
     with torch.no_grad():
         logits = dense(input_ids=tokens).logits[:, :-1]
     direct = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     assert torch.allclose(theirs, direct.view(12, 15).double().mean(1), atol=1e-6)
-    assert evaluate.of_losses(ours) == evaluate.perplexity(other, tokens)
+    assert evaluation.of_losses(ours) == evaluation.perplexity(other, tokens)
     differences = [a - b for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)]
-    assert evaluate.paired_error(ours, theirs) == pytest.approx(statistics.stdev(differences) / math.sqrt(12))
-    assert evaluate.paired_error(ours, theirs) < math.hypot(ours.std() / 12**0.5, theirs.std() / 12**0.5)
-    assert evaluate.paired_error(ours, ours) == 0
-    assert evaluate.paired_error(ours[:1], theirs[:1]) is None
-    assert evaluate.paired_error(ours * math.nan, theirs) is None
+    assert evaluation.paired_error(ours, theirs) == pytest.approx(statistics.stdev(differences) / math.sqrt(12))
+    assert evaluation.paired_error(ours, theirs) < math.hypot(ours.std() / 12**0.5, theirs.std() / 12**0.5)
+    assert evaluation.paired_error(ours, ours) == 0
+    assert evaluation.paired_error(ours[:1], theirs[:1]) is None
+    assert evaluation.paired_error(ours * math.nan, theirs) is None
 
 
 def test_a_ruined_model_is_infinite_in_every_bucket():
     model = tiny.llama()
     model.model.norm.weight.fill_(float("nan"))
-    assert {row["perplexity"] for row in evaluate.perplexity_by_position(model, tiny.some_tokens(1, 80))} == {math.inf}
+    assert {row["perplexity"] for row in evaluation.perplexity_by_position(model, tiny.some_tokens(1, 80))} == {
+        math.inf
+    }
 
 
 def test_long_windows_are_the_text_in_order_and_end_with_context_or_text():
     model = tiny.llama()  # 128 positions
     blocks = torch.arange(40 * 16).view(40, 16)
-    assert torch.equal(evaluate.long_windows(blocks, 96, model), torch.arange(6 * 96).view(6, 96))
-    assert evaluate.long_windows(blocks, 4096, model).shape == (5, 128), "the context"
-    assert evaluate.long_windows(blocks[:5], 128, model).shape == (1, 80), "the text"
-    assert len(evaluate.long_windows(blocks, 32, model)) == 8, "seconds each on a CPU: eight are enough"
+    assert torch.equal(evaluation.long_windows(blocks, 96, model), torch.arange(6 * 96).view(6, 96))
+    assert evaluation.long_windows(blocks, 4096, model).shape == (5, 128), "the context"
+    assert evaluation.long_windows(blocks[:5], 128, model).shape == (1, 80), "the text"
+    assert len(evaluation.long_windows(blocks, 32, model)) == 8, "seconds each on a CPU: eight are enough"
 
 
 # ---- a hidden key --------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ class Oracle:
 def test_the_grid_counts_what_is_found():
     tokenizer = folders.tokenizer()
     trials = passkey.cases(tokenizer, 1024, seed=0)
-    grid = evaluate.passkey_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
+    grid = evaluation.passkey_grid(Oracle(tokenizer, memory=512), tokenizer, trials)
     places = [(cell["length"], cell["depth"]) for cell in grid]
     assert places == [(n, d) for n in (256, 512, 1024) for d in passkey.DEPTHS]
     assert all(cell["trials"] == passkey.TRIALS for cell in grid)
@@ -177,7 +179,7 @@ def test_repetition_and_variety():
 def test_health_is_that_of_greedy_continuations():
     dense, student = tiny.llama(seed=0), tiny.llama(seed=1)
     blocks = tiny.some_tokens(10, 40)
-    found = evaluate.generation_health(dense, student, blocks, tokens=12)
+    found = evaluation.generation_health(dense, student, blocks, tokens=12)
     assert (found["prompts"], found["prompt_tokens"], found["tokens"]) == (8, 32, 12)
     rows = {"dense": by_hand(dense, blocks[:8, :32], 12), "compressed": by_hand(student, blocks[:8, :32], 12)}
     for name, written in rows.items():
@@ -204,6 +206,6 @@ def by_hand(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def test_the_same_model_agrees_with_itself():
-    found = evaluate.generation_health(tiny.llama(), tiny.llama(), tiny.some_tokens(4, 20))
+    found = evaluation.generation_health(tiny.llama(), tiny.llama(), tiny.some_tokens(4, 20))
     assert found["dense"] == found["compressed"]
     assert found["agreement"]["shortest"] == generation.CONTINUATION

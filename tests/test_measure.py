@@ -11,16 +11,17 @@ import pytest
 import torch
 
 import tiny
-from layercut import measure, memory, models
-from layercut.cut import cut_segment_
-from layercut.measure import Seconds
+from layercut.evaluation import speed
+from layercut.evaluation.speed import Seconds
+from layercut.models import loading, memory
 from layercut.segments import Segment
+from layercut.surgery import cut_segment_
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
     dense = tiny.llama(8)
-    student = models.share(dense)
+    student = loading.share(dense)
     cut_segment_(student, [Segment(2, 4)])
     return dense, student
 
@@ -33,8 +34,8 @@ def test_ratio_ideal_and_reachable_of_known_timings(pair, monkeypatch):
         prefill = Seconds(2 + layers, 2 * (2 + layers), layers if inside else 0.0)
         return {"prefill": prefill, "decode": Seconds(1 + layers / 2, 1 + layers / 2, layers / 2 if inside else 0.0)}
 
-    monkeypatch.setattr(measure, "_time_once", timed)
-    found = measure.speed(*pair, prompt=20, decode=10, repeats=3)
+    monkeypatch.setattr(speed, "_time_once", timed)
+    found = speed.speed(*pair, prompt=20, decode=10, repeats=3)
     for phase, tokens, dense, compressed in (("prefill", 20, 10, 8), ("decode", 10, 5, 4)):
         figures = found[phase]
         assert figures["dense"] == pytest.approx(tokens / dense)
@@ -47,7 +48,7 @@ def test_ratio_ideal_and_reachable_of_known_timings(pair, monkeypatch):
 
 
 def test_real_timings_hold_together(pair):
-    found = measure.speed(*pair, prompt=24, decode=4, repeats=2)
+    found = speed.speed(*pair, prompt=24, decode=4, repeats=2)
     for phase in ("prefill", "decode"):
         figures = found[phase]
         assert 0 < figures["layer_share"] <= 1
@@ -62,21 +63,21 @@ def test_real_timings_hold_together(pair):
 
 def test_time_inside_the_layers_is_part_of_the_whole(pair):
     tokens = tiny.some_tokens(1, 64)
-    with measure._timing_layers(pair[0]) as spent:
-        begun = measure._now(pair[0])
+    with speed._timing_layers(pair[0]) as spent:
+        begun = speed._now(pair[0])
         pair[0](input_ids=tokens)
-        whole = measure._now(pair[0]) - begun
+        whole = speed._now(pair[0]) - begun
     assert 0 < spent() < whole
 
 
 def test_hooks_are_removed_after_an_error(pair):
-    with pytest.raises(RuntimeError, match="stop"), measure._timing_layers(pair[0]):
+    with pytest.raises(RuntimeError, match="stop"), speed._timing_layers(pair[0]):
         raise RuntimeError("stop")
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in pair[0].model.layers)
 
 
 def test_a_long_prompt_holds_the_cache_that_was_computed(pair):
-    found = measure.long_prompt(*pair, tokens=100, repeats=1)
+    found = speed.long_prompt(*pair, tokens=100, repeats=1)
     assert found["kv_bytes"] == found["kv_bytes_computed"]
     assert found["kv_bytes"]["compressed"] / found["kv_bytes"]["dense"] == 6 / 8
     assert min(found["prefill_seconds"].values()) > 0
@@ -84,18 +85,18 @@ def test_a_long_prompt_holds_the_cache_that_was_computed(pair):
 
 def test_memory_of_a_generation_sees_a_large_tensor(pair, monkeypatch):
     """A generation that holds 96 MB for a moment is charged about that; the process's own peak is not forgotten."""
-    if measure.generation_bytes(pair[0], 8, 1) is None:
+    if speed.generation_bytes(pair[0], 8, 1) is None:
         pytest.skip("this system does not let the peak of the resident size be set back")
-    generate, size = measure._generate, 96 * 2**20
+    generate, size = speed._generate, 96 * 2**20
 
     def hungry(*arguments: Any) -> Any:
         held = torch.ones(size, dtype=torch.uint8)
         return generate(*arguments) if len(held) else None
 
-    monkeypatch.setattr(measure, "_generate", hungry)
-    peak = measure.peak_rss_bytes()
-    assert 0.9 * size < measure.generation_bytes(pair[0], 8, 1) < 1.5 * size
-    assert measure.peak_rss_bytes() >= peak
+    monkeypatch.setattr(speed, "_generate", hungry)
+    peak = speed.peak_rss_bytes()
+    assert 0.9 * size < speed.generation_bytes(pair[0], 8, 1) < 1.5 * size
+    assert speed.peak_rss_bytes() >= peak
 
 
 def test_freed_memory_is_reused_until_it_is_given_back():
@@ -103,7 +104,7 @@ def test_freed_memory_is_reused_until_it_is_given_back():
     if memory.resident_bytes() is None or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("Linux with glibc only")
     script = """
-from layercut import memory
+from layercut.models import memory
 def held():
     blocks = [bytearray(16 * 2**20) for _ in range(12)]
     del blocks

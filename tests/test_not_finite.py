@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 import tiny
-from layercut import models
-from layercut.config import CompressConfig, Method, SearchConfig
-from layercut.cut import cut_segment_
+from layercut.config import CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import Normal, fold_
-from layercut.losses import as_price
-from layercut.remarks import describe_fold, describe_point
-from layercut.rounds import out_of_budget, within_budgets
-from layercut.runs import Run
-from layercut.search import SearchResult, find_segments, longest_within, perplexity_rise, regret
-from layercut.search.exhaustive import set_losses
-from layercut.search.prices import Objective
-from layercut.search.result import Candidate, Cost
-from layercut.search.stability import relative
+from layercut.extensions import criteria
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import Normal, fold_
+from layercut.layer_search import SearchResult, find_segments, longest_within, perplexity_rise, regret
+from layercut.layer_search.prices import Objective
+from layercut.layer_search.result import Candidate, Cost
+from layercut.layer_search.stability import relative
+from layercut.layer_search.sweep import set_losses
+from layercut.models import loading
+from layercut.models.losses import as_price
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline.iterative import out_of_budget, within_budgets
+from layercut.pipeline.run_store import Run
+from layercut.report.lines import describe_fold, describe_point
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 BAD = Segment(3, 4)
 """Of `overflowing`, what must not be cut."""
@@ -57,7 +58,7 @@ def test_what_is_not_finite_is_the_worst_price(value):
     assert (as_price(-1e-9, 0.0), as_price(-1.0), as_price(2.0)) == (0.0, -1.0, 2.0)
 
 
-CASES: list[tuple[str, Objective]] = [(method, "kl") for method in get_args(Method)]
+CASES: list[tuple[str, Objective]] = [(method, "kl") for method in list(criteria)]
 CASES += [(method, objective) for method in ("clp", "exhaustive") for objective in ("next-token", "hidden")]
 LOOK = {"clp", "exhaustive", "perplexity", "sleb", "evolution"}
 """Methods that run the cut model; the others choose by the dense one, and what they choose is priced."""
@@ -65,7 +66,7 @@ LOOK = {"clp", "exhaustive", "perplexity", "sleb", "evolution"}
 
 @pytest.mark.parametrize(("method", "objective"), CASES)
 def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method, objective):
-    stack, tokens = Stack(sound), tiny.some_tokens(4, 8)
+    stack, tokens = DecoderRunner(sound), tiny.some_tokens(4, 8)
     seeds = range(8) if method == "random" else [0]
     for seed in seeds:
         result = find_segments(stack, tokens, 1, method, seed=seed, objective=objective)
@@ -79,13 +80,13 @@ def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method, obje
 
 
 def test_two_segments_avoid_it_too(sound):
-    result = find_segments(Stack(sound), tiny.some_tokens(2, 8), 2, "clp", seed=0, count=2)
+    result = find_segments(DecoderRunner(sound), tiny.some_tokens(2, 8), 2, "clp", seed=0, count=2)
     assert result.candidates[0].segments != (BAD,)
     assert math.isfinite(result.candidates[0].kl)
 
 
 def test_losses_and_budgets_know_it(sound):
-    stack, tokens = Stack(sound), tiny.some_tokens(2, 8)
+    stack, tokens = DecoderRunner(sound), tiny.some_tokens(2, 8)
     assert set_losses(stack, tokens, [(BAD,)], Cost()) == {(BAD,): math.inf}
     assert perplexity_rise(stack, tokens, (BAD,)) == math.inf
     found = SearchResult("given", [Candidate((BAD,), math.inf)], Cost())
@@ -97,36 +98,41 @@ def test_losses_and_budgets_know_it(sound):
 
 
 def without_bad(model: Any) -> Any:
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, [BAD])
     return student
 
 
 def test_a_fold_is_judged_by_finite_figures_only(sound):
-    dense, tokens = Stack(sound), tiny.some_tokens(8, 8)
-    student = Stack(without_bad(sound))
+    dense, tokens = DecoderRunner(sound), tiny.some_tokens(8, 8)
+    student = DecoderRunner(without_bad(sound))
     assert mean_kl(dense, student, tokens) == math.inf
     sums = Normal.zeros(2, 2, torch.device("cpu"))
     sums.add_(torch.ones(1, 2), torch.full((1, 2), math.nan))
     assert sums.left(torch.zeros(2, 2).double()) == math.inf
     assert not sums.finite
-    ruined = models.share(sound)
+    ruined = loading.share(sound)
     ruined.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((32,), 6e4).half(), requires_grad=False)
     cut_segment_(ruined, [BAD])
-    (fold,) = fold_(dense, Stack(ruined), [BAD], tokens)
+    (fold,) = fold_(dense, DecoderRunner(ruined), [BAD], tokens)
     assert fold.skipped == "what reaches the cut is not finite"
 
 
 def test_tuning_keeps_the_first_finite_state(monkeypatch):
     """The start cannot be scored: any state that can is better, and one that again cannot is not kept."""
     scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
-    monkeypatch.setattr("layercut.heal.objectives.HeldOut.score", lambda self: next(scores))
+    monkeypatch.setattr("layercut.healing.objectives.HeldOut.score", lambda self: next(scores))
     model = tiny.llama(4)
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, [Segment(1, 2)])
     settings = TuneSettings(batch_tokens=16, learning_rate=1e-3)
     report = tune_(
-        Stack(model), Stack(student), [Segment(1, 2)], tiny.some_tokens(4, 16), tiny.some_tokens(2, 16, 1), settings
+        DecoderRunner(model),
+        DecoderRunner(student),
+        [Segment(1, 2)],
+        tiny.some_tokens(4, 16),
+        tiny.some_tokens(2, 16, 1),
+        settings,
     )
     assert [point["loss"] for point in report.heldout] == [math.inf, 2.0, math.inf, 1.5, 1.5]
     assert report.best_step == 3
@@ -136,27 +142,27 @@ def test_tuning_keeps_the_first_finite_state(monkeypatch):
 
 def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_named(sound):
     tokens = tiny.some_tokens(2, 8)
-    for method in get_args(Method):
+    for method in list(criteria):
         with pytest.raises(ModelError, match=r"layer 3 is the first of 7.*no weight holds NaN") as caught:
-            find_segments(Stack(without_bad(sound)), tokens, 1, method, seed=0)
+            find_segments(DecoderRunner(without_bad(sound)), tokens, 1, method, seed=0)
         assert "--dtype" in caught.value.hint
 
 
 def test_tuning_refuses_such_a_teacher_too(sound):
     dense, tokens = without_bad(sound), tiny.some_tokens(2, 8)
-    student = models.share(dense)
+    student = loading.share(dense)
     cut_segment_(student, [Segment(1, 2)])
     with pytest.raises(ModelError, match="layer 3 is the first of 7"):
-        tune_(Stack(dense), Stack(student), [Segment(1, 2)], tokens, tokens, TuneSettings())
+        tune_(DecoderRunner(dense), DecoderRunner(student), [Segment(1, 2)], tokens, tokens, TuneSettings())
 
 
 def test_weights_that_hold_nan_are_named():
     model = tiny.llama(4)
     model.model.layers[2].mlp.down_proj.weight[3, 3] = math.nan
     with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight holds NaN or Inf"):
-        find_segments(Stack(model), tiny.some_tokens(2, 8), 1, "exhaustive", seed=0)
+        find_segments(DecoderRunner(model), tiny.some_tokens(2, 8), 1, "exhaustive", seed=0)
     with pytest.raises(ModelError, match=r"down_proj\.weight holds NaN or Inf"):
-        mean_kl(Stack(model), Stack(without_bad(model)), tiny.some_tokens(2, 8))
+        mean_kl(DecoderRunner(model), DecoderRunner(without_bad(model)), tiny.some_tokens(2, 8))
 
 
 # --- files: what is not finite is written as strict JSON and read back as a number ---

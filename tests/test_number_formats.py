@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
-from layercut import checkpoints, models
-from layercut.cli import main
-from layercut.data import stored_blocks
-from layercut.evaluate import perplexity
-from layercut.quantize import quantize_
-from layercut.quantize.grid import decode, encode, fit_grid
+from layercut.cli.main import main
+from layercut.data.blocks import stored_blocks
+from layercut.evaluation import perplexity
+from layercut.models import checkpoints, loading
+from layercut.quantization import quantize_
+from layercut.quantization.grid import decode, encode, fit_grid
 
 SHORT = ["--tokens=512", "--window=32", "--tune-tokens=512", "--eval-tokens=512", "--no-speed", "--segment=2:4"]
 
@@ -33,11 +33,11 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def lacking(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
     """A CPU that has what is named, and nothing else."""
-    monkeypatch.setattr(models, "cpu_has", lambda feature: feature in features)
+    monkeypatch.setattr(loading, "cpu_has", lambda feature: feature in features)
 
 
-def load(folder: Path, **how: str) -> models.LanguageModel:
-    return models.load(checkpoints.resolve(str(folder)), device="cpu", **how)
+def load(folder: Path, **how: str) -> loading.LanguageModel:
+    return loading.load(checkpoints.resolve(str(folder)), device="cpu", **how)
 
 
 @pytest.mark.parametrize(
@@ -53,24 +53,24 @@ def load(folder: Path, **how: str) -> models.LanguageModel:
 def test_what_is_computed_in_and_what_is_saved_in(checkpoint, monkeypatch, features, asked, computed, stored):
     lacking(monkeypatch, *features)
     loaded = load(checkpoint, dtype=asked)
-    assert (loaded.dtype, loaded.model.dtype, models.stored_dtype(loaded.model)) == (computed, computed, stored)
-    count = models.parameter_count(loaded.model)
-    assert models.parameter_bytes(loaded.model) == count * stored.itemsize
+    assert (loaded.dtype, loaded.model.dtype, loading.stored_dtype(loaded.model)) == (computed, computed, stored)
+    count = loading.parameter_count(loaded.model)
+    assert loading.parameter_bytes(loaded.model) == count * stored.itemsize
 
 
 def test_float16_is_computed_in_float32_and_stays_float16(tmp_path):
     tiny.llama(3).to(torch.float16).save_pretrained(tmp_path)
     folders.tokenizer().save_pretrained(tmp_path)
     model = load(tmp_path).model
-    assert (model.dtype, models.stored_dtype(model)) == (torch.float32, torch.float16)
-    assert models.as_stored(model).dtype == torch.float16
+    assert (model.dtype, loading.stored_dtype(model)) == (torch.float32, torch.float16)
+    assert loading.as_stored(model).dtype == torch.float16
 
 
 def test_as_stored_loses_nothing_and_leaves_the_model_alone(checkpoint, monkeypatch):
     lacking(monkeypatch)
     model = load(checkpoint).model
     model.model.norm.weight.data[0] = 1 + 2**-20  # bfloat16 does not hold it: as weights that a class keeps wide
-    narrow = models.as_stored(model)
+    narrow = loading.as_stored(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     wide = [name for name, p in narrow.named_parameters() if p.dtype == torch.float32]
     assert wide == ["model.norm.weight"]

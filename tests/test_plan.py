@@ -25,8 +25,7 @@ from transformers import (
 )
 
 import tiny
-from layercut import checkpoints, measure, models
-from layercut.cli import main
+from layercut.cli.main import main
 from layercut.config import (
     CompressConfig,
     DataConfig,
@@ -36,18 +35,20 @@ from layercut.config import (
     PlanConfig,
     SearchConfig,
 )
-from layercut.cut import cut_segment_
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import together
-from layercut.heal.targets import find_targets
-from layercut.plan import GROUP, cut_parts, memory, plan_run, sizes, stage_peaks, streamed, work
-from layercut.plan.fit import Target, judge
-from layercut.plan.machine import Rates
-from layercut.plan.shape import cache_kinds, count_parts, measure_shape, skeleton
-from layercut.search import find_segments
-from layercut.search.exhaustive import DENSE, all_segments, streams_held
+from layercut.estimate import GROUP, cut_parts, memory_peaks, memory_peaks_offloaded, plan_run, sizes, stage_peaks, work
+from layercut.estimate.fit import Device, judge
+from layercut.estimate.machine import Rates
+from layercut.estimate.shape import cache_kinds, count_parts, measure_shape, skeleton
+from layercut.evaluation import speed
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import together
+from layercut.healing.linear_outputs import find_targets
+from layercut.layer_search import find_segments
+from layercut.layer_search.sweep import DENSE, all_segments, streams_held
+from layercut.models import checkpoints, loading
+from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
-from layercut.sweep import Stack
+from layercut.surgery import cut_segment_
 
 WIDTHS = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -89,14 +90,14 @@ def test_parameters_bytes_and_cache_are_those_of_the_real_model_before_and_after
     segments, after = cut_parts(stock(name), torch.float32, CUT, 2)
     assert segments == CUT
     for parts in (before, after):
-        assert parts.total == models.parameter_count(model)
-        assert sizes(parts, torch.float32)["saved"] == models.parameter_bytes(model)
-        layers = models.find_decoder(model).layers
-        assert parts.layers == [models.parameter_count(layer) for layer in layers]
+        assert parts.total == loading.parameter_count(model)
+        assert sizes(parts, torch.float32)["saved"] == loading.parameter_bytes(model)
+        layers = loading.find_decoder(model).layers
+        assert parts.layers == [loading.parameter_count(layer) for layer in layers]
         assert parts.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
         assert parts.embedding == model.get_input_embeddings().weight.numel()
         assert parts.head == (0 if parts.tied else model.get_output_embeddings().weight.numel())
-        assert parts.kv_bytes_per_token == measure.cache_bytes(model) > 0
+        assert parts.kv_bytes_per_token == speed.cache_bytes(model) > 0
         if parts is before:
             cut_segment_(model, CUT)
 
@@ -124,7 +125,7 @@ def test_caches_are_told_apart():
 def test_operations_of_a_layer_are_those_that_torch_counts_on_the_real_one(name):
     model = tiny.tiny(stock(name))
     model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    path = models.find_decoder(model).path
+    path = loading.find_decoder(model).path
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=False)
     counted = counter.get_flop_counts()
@@ -147,7 +148,7 @@ def test_operations_of_experts_are_those_of_the_experts_that_a_token_takes():
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps(trained):
     model = tiny.tiny(stock("llama-untied"))
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     hidden, calls = stack.enter(tiny.some_tokens(1, 16))
     hidden = hidden.detach().clone().requires_grad_(True)
     stack.layers[2].requires_grad_(trained)
@@ -181,9 +182,9 @@ def test_layers_that_differ_are_measured_apart():
 
 
 @pytest.fixture(scope="module")
-def llama() -> tuple[Stack, Any, torch.Tensor]:
+def llama() -> tuple[DecoderRunner, Any, torch.Tensor]:
     model = tiny.llama(12)
-    return Stack(model), measure_shape(model.config, torch.float32, 16), tiny.some_tokens(40, 16)
+    return DecoderRunner(model), measure_shape(model.config, torch.float32, 16), tiny.some_tokens(40, 16)
 
 
 @pytest.mark.parametrize("method", ["exhaustive", "cosine", "perplexity", "taylor", "sleb"])
@@ -220,7 +221,7 @@ def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gpt2", "mixtral", "qwen3"])
 def test_the_systems_that_are_counted_are_those_that_the_fold_solves(name):
     config = Qwen3Config(**WIDTHS, head_dim=16) if name == "qwen3" else FAMILIES[name]
-    targets = find_targets(Stack(tiny.tiny(config)), 2, tiny.some_tokens(2))
+    targets = find_targets(DecoderRunner(tiny.tiny(config)), 2, tiny.some_tokens(2))
     solved = [sum(target.width for target in together(targets[number:])) for number in range(len(targets))]
     assert list(work.fold_systems(measure_shape(config, torch.float32, 16))) == solved
 
@@ -228,23 +229,23 @@ def test_the_systems_that_are_counted_are_those_that_the_fold_solves(name):
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     dense, shape, tokens = llama
-    student = Stack(models.share(dense.model))
+    student = DecoderRunner(loading.share(dense.model))
     cut_segment_(student.model, [Segment(4, 7)])
-    student = Stack(student.model)
+    student = DecoderRunner(student.model)
     settings = TuneSettings(batch_tokens=32, radius=radius)
     report = tune_(dense, student, [Segment(4, 7)], tokens[:2], tokens[2:4], settings)
-    planned = memory.tune(shape, config(radius=radius), Segment(4, 7))
+    planned = memory_peaks.tune(shape, config(radius=radius), Segment(4, 7))
     # the masters' state in float32, and the parameters themselves, their gradients and their best values
     assert planned["trained state"] == report.state_bytes + 3 * 4 * report.trained_parameters
 
 
 def test_the_more_is_done_at_once_the_more_memory_it_takes(llama):
     _, shape, _ = llama
-    peak = memory.total(memory.tune(shape, config(), Segment(4, 7)))
-    assert memory.total(memory.tune(shape, config(batch_tokens=64), Segment(4, 7))) > peak
-    assert memory.total(memory.tune(shape, config(radius=2), Segment(4, 7))) > peak
-    assert memory.total(memory.tune(shape, config(objective="hidden"), Segment(4, 7))) < peak
-    early, late = (memory.tune(shape, config(), Segment(s, s + 3))["kept for backward"] for s in (1, 8))
+    peak = memory_peaks.total(memory_peaks.tune(shape, config(), Segment(4, 7)))
+    assert memory_peaks.total(memory_peaks.tune(shape, config(batch_tokens=64), Segment(4, 7))) > peak
+    assert memory_peaks.total(memory_peaks.tune(shape, config(radius=2), Segment(4, 7))) > peak
+    assert memory_peaks.total(memory_peaks.tune(shape, config(objective="hidden"), Segment(4, 7))) < peak
+    early, late = (memory_peaks.tune(shape, config(), Segment(s, s + 3))["kept for backward"] for s in (1, 8))
     assert early > late
 
 
@@ -265,7 +266,7 @@ def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
     assert peaks["tune"]["trained state"] == memory_peaks["tune"]["trained state"]
     # of the layers from the one before the cut on, the input of 32 tokens each, and two more states
     assert peaks["tune"]["inputs of a step"] == (10 - 1 + 2) * 32 * token
-    assert "logits or layer" in streamed.tune(shape, config(objective="hidden"), Segment(4, 7))
+    assert "logits or layer" in memory_peaks_offloaded.tune(shape, config(objective="hidden"), Segment(4, 7))
 
 
 def test_time_is_work_over_rates(llama):
@@ -278,16 +279,14 @@ def test_time_is_work_over_rates(llama):
 # --- what fits ---
 
 
-def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
+def needs(settings: CompressConfig, target: Device) -> dict[str, int]:
     method = 4 if settings.search.method == "clp" else 1
     return {"search": 100 + method * settings.text.window, "tune": 100 + settings.heal.batch_tokens}
 
 
 def test_flags_are_named_until_it_fits():
-    roomy, tight, tiny_one, none = (Target("x", size, accelerator=False) for size in (200, 120, 110, 90))
-    start = CompressConfig(
-        text=DataConfig(window=16), search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64)
-    )
+    roomy, tight, tiny_one, none = (Device("x", size, accelerator=False) for size in (200, 120, 110, 90))
+    start = CompressConfig(text=DataConfig(window=16), search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64))
     assert judge(roomy, start, needs, 50)["flags"] == []
     found = judge(tight, start, needs, 50)
     assert not found["fits"]
@@ -296,20 +295,20 @@ def test_flags_are_named_until_it_fits():
     assert judge(tiny_one, start, needs, 50)["flags"] is None, "no flag makes the window smaller than it is useful"
     assert "weights alone" in judge(none, start, needs, 95)["why"]
 
-    def from_disk(settings: CompressConfig, target: Target) -> dict[str, int]:
+    def from_disk(settings: CompressConfig, target: Device) -> dict[str, int]:
         return {"tune": 10 if settings.load.stream == "on" else 500}
 
     assert judge(none, start, from_disk, 95)["flags"] == ["--stream on"]
 
 
 def test_several_devices_share_what_one_cannot_hold():
-    def of(weights: int) -> Callable[[CompressConfig, Target], dict[str, int]]:
-        def needs(settings: CompressConfig, target: Target) -> dict[str, int]:
+    def of(weights: int) -> Callable[[CompressConfig, Device], dict[str, int]]:
+        def needs(settings: CompressConfig, target: Device) -> dict[str, int]:
             return {"tune": weights // (target.devices if target.spread else 1) + settings.heal.batch_tokens}
 
         return needs
 
-    four = Target("x", 150, devices=4, accelerator=False)
+    four = Device("x", 150, devices=4, accelerator=False)
     config = CompressConfig(search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64))
     found = judge(four, config, of(400), 400)
     assert (found["devices_used"], found["needs_bytes"], found["fits"]) == (4, 164, False)
@@ -322,11 +321,11 @@ def test_a_stage_over_spread_weights():
     shape = measure_shape(stock("llama-untied"), torch.bfloat16, 16)
     layer = max(shape.dense.layers)
     peak = {"weights": 2 * shape.dense.total, "trained state": 800, "logits": 7}
-    parts = memory.spread("tune", peak, shape, 8)
+    parts = memory_peaks.spread("tune", peak, shape, 8)
     assert (parts["weights"], parts["trained state"], parts["logits"]) == (2 * shape.dense.total // 8, 100, 7)
     assert parts["gathered"] >= 2 * 2 * layer
     assert parts["gradient of a layer"] == 6 * layer
-    assert "gradient of a layer" not in memory.spread("eval", peak, shape, 8)
+    assert "gradient of a layer" not in memory_peaks.spread("eval", peak, shape, 8)
 
 
 # --- the command ---

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 import tiny
 import together
-from layercut import checkpoints, memory, opening, processes
-from layercut.cli import main
+from layercut.cli.main import main
+from layercut.distributed import processes
 from layercut.errors import ConfigError
+from layercut.models import checkpoints, memory
+from layercut.offload import placement
 
 HERE = Path(__file__).parent
 RUN = ["--tokens=112", "--window=16", "--eval-window=16", "--tune-tokens=176", "--eval-tokens=112"]
@@ -30,8 +32,6 @@ RUN += ["--no-speed", "--ratio=0.25", "--oracle", "--batch-tokens=80", "--learni
 PRICES, LOSSES, WEIGHTS, SECOND_ROUND = 1e-6, 1e-5, 1e-5, 1e-4
 """Relative, of KLs; relative, of losses during tuning; absolute, of weights after it, which have a size of 0.15;
 relative, of losses on what a round before has healed (KLs of 0.01 were 2e-5 apart, 2e-7 nats)."""
-
-
 
 
 def rounds(model: Path, texts: tuple[Path, Path], out: Path) -> list[str]:
@@ -49,7 +49,7 @@ def alone(tiny_model, texts, tmp_path_factory):
     """The run folder of one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layercut.export.verify_reload", lambda *_: {})
+        patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
         assert main(compress(tiny_model, texts, run)) == 0
     return run
 
@@ -200,9 +200,7 @@ def test_the_journey_is_the_same(folder, alone, name):
     assert of(folder, 0)["codes"]["compress" if name == "run" else name] == 0
     run = folder / name
     for stage in ("search", "stability-1", "stability"):
-        ours, theirs = (
-            {k: v for k, v in artefact(where, stage).items() if k != "search"} for where in (run, alone)
-        )
+        ours, theirs = ({k: v for k, v in artefact(where, stage).items() if k != "search"} for where in (run, alone))
         close(ours, theirs, PRICES)
     ours, theirs = (artefact(where, "heal")["tuning"] for where in (run, alone))
     assert ours["best_step"] == theirs["best_step"] > 0
@@ -217,7 +215,7 @@ def test_the_journey_is_the_same(folder, alone, name):
 
 
 def test_rounds_are_the_same(folder, tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     assert main(rounds(tiny_model, texts, tmp_path / "run")) == 0
     assert [of(folder, rank)["codes"]["rounds"] for rank in (0, 1)] == [0, 0]
     for name in ("search", "search-2", "frontier"):
@@ -320,8 +318,8 @@ def test_what_fits_no_process_is_spread_where_a_part_fits(share, how, spread, ti
     """share: of the weights in one process's memory, of which there are two."""
     monkeypatch.setattr(processes, "world", lambda: 2)
     monkeypatch.setattr(processes, "launched", lambda: True)
-    monkeypatch.setattr(opening, "share_of_memory", lambda *_, **__: share)
-    assert opening.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
+    monkeypatch.setattr(placement, "share_of_memory", lambda *_, **__: share)
+    assert placement.spread(checkpoints.resolve(str(tiny_model)), **how) is spread
 
 
 def test_each_process_counts_on_its_part_of_the_memory(monkeypatch):

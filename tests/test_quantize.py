@@ -14,15 +14,16 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi
 
 import folders
 import tiny
-from layercut import checkpoints, export, models
-from layercut.cli import main
+from layercut.cli.main import main
 from layercut.config import QuantizeConfig
-from layercut.data import stored_blocks
+from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
-from layercut.evaluate import perplexity
-from layercut.quantize import endpoints_of, quantize_, quantized_weights
-from layercut.quantize.gptq import DAMPING, add_to_hessian_, gptq, output_errors
-from layercut.quantize.grid import Grid, decode, encode, fit_grid
+from layercut.evaluation import perplexity
+from layercut.export import checkpoint
+from layercut.models import checkpoints, loading
+from layercut.quantization import endpoints_of, quantize_, quantized_weights
+from layercut.quantization.gptq import DAMPING, add_to_hessian_, gptq, output_errors
+from layercut.quantization.grid import Grid, decode, encode, fit_grid
 
 TOKENS = tiny.some_tokens(32)
 
@@ -183,7 +184,7 @@ def linears(model) -> dict[str, nn.Module]:
 
 def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
     dense = tiny.llama(4)
-    student = models.share(dense)
+    student = loading.share(dense)
     found = quantize_(student, TOKENS, QuantizeConfig(bits=4))
     rows = {row["name"]: row for row in found.layers}
     assert set(rows) == set(linears(dense))
@@ -206,7 +207,7 @@ def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
 def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
     dense, distance = tiny.llama(4), {}
     for quantizer in ("rtn", "gptq"):
-        student = models.share(dense)
+        student = loading.share(dense)
         quantize_(student, TOKENS, QuantizeConfig(bits=4, quantizer=quantizer))
         heldout = tiny.some_tokens(seed=9)
         logits = [m(heldout, use_cache=False).logits.log_softmax(-1) for m in (dense, student)]
@@ -219,7 +220,7 @@ def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
 def test_the_packed_tensors_are_the_model(tied, asymmetric):
     dense = half(tiny.llama(4, tie_word_embeddings=tied))
     before = {name: weight.clone() for name, weight in dense.named_parameters()}
-    student = models.share(dense)
+    student = loading.share(dense)
     config = QuantizeConfig(bits=4, quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, endpoint_bits=8)
     found = quantize_(student, TOKENS, config, endpoints=[1, 2])
     assert all(torch.equal(weight, before[name]) for name, weight in dense.named_parameters()), "the dense model"
@@ -302,12 +303,12 @@ SIZES = {
     ids=lambda config: config.model_type,
 )
 def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     model = half(tiny.tiny(config))
     found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True))
     packing = {"packed": found.packed, "quantization_config": found.config}
-    export.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
-    loaded = models.load(checkpoints.resolve(str(tmp_path / "model")), dtype="bfloat16").model
+    checkpoint.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
+    loaded = loading.load(checkpoints.resolve(str(tmp_path / "model")), dtype="bfloat16").model
     assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
     assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
 
@@ -341,10 +342,10 @@ def test_a_tie_that_came_apart_is_noticed(tmp_path):
     weight = torch.zeros(4, 4)
     state = {"a": weight, "b": weight}
     save_file({"a": weight}, tmp_path / "model.safetensors")
-    export.check_bytes(tmp_path, state)
+    checkpoint.check_bytes(tmp_path, state)
     save_file({"a": weight, "b": weight.clone()}, tmp_path / "model.safetensors")
-    with pytest.raises(export.ReloadError, match="128 bytes of weights were saved, but the model has 64"):
-        export.check_bytes(tmp_path, state)
+    with pytest.raises(checkpoint.ReloadError, match="128 bytes of weights were saved, but the model has 64"):
+        checkpoint.check_bytes(tmp_path, state)
 
 
 # --- the journey ---
@@ -382,7 +383,7 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert quantize["bytes"]["after"] == file.stat().st_size - header
     assert quantize["bytes"]["after"] < 0.5 * quantize["bytes"]["before"]
-    loaded = models.load(checkpoints.resolve(str(quantized_run / "model")))
+    loaded = loading.load(checkpoints.resolve(str(quantized_run / "model")))
     tokens = stored_blocks(quantized_run, "evaluation")
     assert perplexity(loaded.model, tokens) == summary["perplexity"]["quantized"]
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
@@ -394,7 +395,7 @@ def test_a_run_measures_and_exports_the_quantized_model(quantized_run):
 
 
 def test_a_quantized_model_is_loaded_as_a_plain_one(quantized_run, tmp_path):
-    loaded = models.load(checkpoints.resolve(str(quantized_run / "model")), dtype="bfloat16").model
+    loaded = loading.load(checkpoints.resolve(str(quantized_run / "model")), dtype="bfloat16").model
     loaded.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(TOKENS, use_cache=False).logits, loaded(TOKENS, use_cache=False).logits)
@@ -408,7 +409,7 @@ def test_a_quantized_model_is_not_quantized_again(quantized_run, tmp_path, capsy
 
 
 def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     out = tmp_path / "int8"
     argv = ["quantize", str(tiny_model), "--bits=8", "--tokens=256", "--window=32"]
     argv += [f"--data={texts[0]}", f"--out={out}"]
@@ -416,7 +417,7 @@ def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(out)
     rows = read(out, "quantize")["layers"]
     assert {(row["bits"], row["method"]) for row in rows} == {(8, "gptq")}
-    dense, loaded = (models.load(checkpoints.resolve(str(path))).model for path in (tiny_model, out))
+    dense, loaded = (loading.load(checkpoints.resolve(str(path))).model for path in (tiny_model, out))
     logits = [m(TOKENS, use_cache=False).logits for m in (dense, loaded)]
     assert 0 < (logits[0] - logits[1]).abs().mean() < 0.1 * logits[0].std()
     assert main(argv) == 2
@@ -425,7 +426,7 @@ def test_quantize_alone(tiny_model, texts, tmp_path, monkeypatch, capsys):
 
 
 def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     flags = [*SHORT, "--segment=3:4", "--quantizer=rtn", f"--data={texts[0]}", "--eval-data=self"]
     model = str(folders.write_fragile_model(tmp_path / "fragile"))
     assert main(["compress", model, *flags, f"--out={tmp_path / 'run'}", "--bits=4"]) == 0

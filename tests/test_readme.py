@@ -106,7 +106,8 @@ def python_file(name: str) -> Path | None:
 
 
 def module_file(dotted: str) -> Path | None:
-    """Of a dotted name, such as layercut.pipeline.compress, the file of our module that it begins with, if it does."""
+    """Of a dotted name, such as layercut.pipeline.journey.compress, the file of our module that it begins with, if it
+    does."""
     root = README.parent / "src" / "layercut"
     parts = dotted.removeprefix("layercut.").split(".")[:-1]
     for file in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):
@@ -151,11 +152,13 @@ def test_documents_name_files_and_functions_that_exist(page):
 
 def test_names_that_do_not_exist_are_found():
     assert wrong_names("so `stream.load` leaves") == ["stream.load"]
-    assert wrong_names("| a | `sweep.py` `no_such_passes`, `Stack` |") == ["sweep.py: no_such_passes"]
+    assert wrong_names("| a | `models/runner.py` `no_such_passes`, `DecoderRunner` |") == ["sweep.py: no_such_passes"]
     assert wrong_names("| a | `search/gone.py` |") == ["search/gone.py"]
     assert wrong_names("see `docs/gone.md` and [here](docs/gone-too.md)") == ["docs/gone.md", "docs/gone-too.md"]
-    fine = "`summary.json` `config.yaml`, `models.share`, `layercut.pipeline.compress`, `out` and `tasks.NAME`"
-    assert wrong_names(f"{fine}\n| `search/gate.py` `concave_gate` | `max_loss` |") == []
+    fine = "`summary.json` `config.yaml`, `models.share`, `layercut.pipeline.journey.compress`, `out` and `tasks.NAME`"
+    assert wrong_names(f"{fine}\n| `layer_search/gate.py` `concave_gate` | `max_loss` |") == []
+
+
 def test_the_readme_is_short_and_has_one_table():
     text = README.read_text(encoding="utf-8")
     assert len(text.split()) <= 900

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from layercut import charts, figures, findings, progressive, rules, survival
 from layercut.errors import RunError
-from layercut.report import closing, model_card, write_report
+from layercut.report import charts, formatting, rounds, survival, thresholds, verdicts
+from layercut.report.page import closing, model_card, write_report
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EVIL = "<script>alert(1)</script>"
@@ -38,8 +38,7 @@ def search_json() -> dict[str, Any]:
         return COSTS[low] + (place - low) * (COSTS[low + 1] - COSTS[low])
 
     places = [
-        [a + (b - a) * (1 - math.exp(-step / 5)) for a, b in zip(starts, ends, strict=True)]
-        for step in range(17)
+        [a + (b - a) * (1 - math.exp(-step / 5)) for a, b in zip(starts, ends, strict=True)] for step in range(17)
     ]
     path = [{"step": s, "places": p, "losses": [cost(x) for x in p]} for s, p in enumerate(places)]
     every = [{"segments": [[s, s + 6]], "kl": kl} for s, kl in enumerate(COSTS)]
@@ -126,8 +125,15 @@ def stability_json(**changed: Any) -> dict[str, Any]:
     def row(segments: Any, kl: float) -> dict[str, Any]:
         return {"segments": segments, "kl": kl, "relative": kl / 0.84}
 
-    seeds = [{"seed": s, "segments": [[13, 19]] if s < 4 else [[12, 18]], "kl": 0.8,
-              "calibration": {"source": "web+wiki", "tokens": 4096, "fingerprint": f"f{s}"}} for s in range(5)]
+    seeds = [
+        {
+            "seed": s,
+            "segments": [[13, 19]] if s < 4 else [[12, 18]],
+            "kl": 0.8,
+            "calibration": {"source": "web+wiki", "tokens": 4096, "fingerprint": f"f{s}"},
+        }
+        for s in range(5)
+    ]
     whole = {
         "method": "clp", "search": "abc", "seeds": seeds, "tokens": 4100, "layer_forwards": 5, "worst": 1.031,
         "choices": [row([[13, 19]], 0.84) | {"seeds": 4}, row([[12, 18]], 0.866) | {"seeds": 1}],
@@ -404,11 +410,9 @@ def test_the_stability_of_another_search_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_verdicts_on_stability() -> None:
-    def verdict(**changed: Any) -> findings.Verdict:
-        found = findings.Run(
-            summary={}, search={}, heal={}, evaluation={}, env={}, stability=stability_json(**changed)
-        )
-        return next(v for v in findings.verdicts(found) if v.stage == "Stability")
+    def verdict(**changed: Any) -> verdicts.Verdict:
+        found = verdicts.Run(summary={}, search={}, heal={}, evaluation={}, env={}, stability=stability_json(**changed))
+        return next(v for v in verdicts.verdicts(found) if v.stage == "Stability")
 
     choices = stability_json()["choices"]
     agreed = verdict(choices=[choices[0] | {"seeds": 5}], worst=1.0)
@@ -423,7 +427,7 @@ def test_verdicts_on_stability() -> None:
     assert "at most 140.0% in KL against 14:20, the best on all their text" in wandering.text
     assert verdict(worst="inf").mark == "bad"
     assert "beyond measure" in verdict(worst="inf").text
-    assert not findings.verdicts(findings.Run(summary={}, search={}, heal={}, evaluation={}, env={}))
+    assert not verdicts.verdicts(verdicts.Run(summary={}, search={}, heal={}, evaluation={}, env={}))
 
 
 # ---- rounds and budgets ------------------------------------------------------------------------------------
@@ -463,8 +467,8 @@ def run_in_rounds(folder: Path, **frontier: Any) -> Path:
     return run
 
 
-def budgets_verdict(**changed: Any) -> progressive.Words | None:
-    return progressive.budgets_verdict(progressive.read_frontier(frontier_json(**changed)))
+def budgets_verdict(**changed: Any) -> rounds.Words | None:
+    return rounds.budgets_verdict(rounds.read_frontier(frontier_json(**changed)))
 
 
 def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
@@ -487,7 +491,7 @@ def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
         assert chart.count(text) == 1, text
     for bits in (16, 8, 4):
         assert f">{bits} bits<" in chart
-    marks = [v for v in findings.verdicts(findings.read_run(run)) if v.stage in ("Rounds", "Budgets")]
+    marks = [v for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage in ("Rounds", "Budgets")]
     assert [(v.stage, v.mark) for v in marks] == [("Rounds", "bad"), ("Budgets", "good")]
     assert "1: layers 14–16; 2: layers 12, 20–21" in marks[0].text
     assert "tuning did not help in round 2" in marks[0].text
@@ -508,11 +512,11 @@ def test_a_run_of_one_round_has_neither(tmp_path: Path) -> None:
 def test_the_frontier_of_other_budgets_is_left_out(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
     (run / "config.yaml").write_text("target_size: 100MB\nmax_loss: 0.05\n")
-    assert findings.read_run(run).frontier
+    assert verdicts.read_run(run).frontier
     (run / "config.yaml").write_text("ratio: 0.2\nmax_loss: null\n")
-    assert not findings.read_run(run).frontier
+    assert not verdicts.read_run(run).frontier
     (run / "config.yaml").write_text("{ not YAML")
-    assert findings.read_run(run).settings == {}
+    assert verdicts.read_run(run).settings == {}
 
 
 def test_verdicts_on_two_budgets() -> None:
@@ -521,9 +525,7 @@ def test_verdicts_on_two_budgets() -> None:
         "30 layers at 4 bits, 67.2 MB, perplexity +4.0% on held-out text: inside 100.0 MB and 5.0%, and the smallest "
         "seen within 5.0%.",
     )  # fmt: skip
-    larger = budgets_verdict(
-        chosen={"layers": 27, "bits": 8}, budgets={"target_size": "150MB", "max_loss": 0.05}
-    )
+    larger = budgets_verdict(chosen={"layers": 27, "bits": 8}, budgets={"target_size": "150MB", "max_loss": 0.05})
     assert larger
     assert larger[0] == "good"
     assert larger[2].endswith("The smallest seen within 5.0%: 30 layers at 4 bits, 67.2 MB, perplexity +4.0%.")
@@ -563,23 +565,23 @@ def test_odd_frontiers_do_not_stop_the_report(tmp_path: Path) -> None:
     html, page = report(run)
     assert "<script" not in html.lower()
     assert "9 4 1.0 MB not finite" in page.text
-    marks = [v.mark for v in findings.verdicts(findings.read_run(run)) if v.stage == "Rounds"]
+    marks = [v.mark for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage == "Rounds"]
     assert marks == ["open"]
     assert model_card(run)
 
 
 def test_a_frontier_far_beyond_its_budget_is_still_drawn() -> None:
     points = [{"layers": n, "bits": 16, "bytes": n * 2e7, "rise": rise} for n, rise in ((9, 0.01), (3, 4e3))]
-    drawn = charts.frontier_chart(progressive.read_frontier(frontier_json(points=points, chosen=None)))
+    drawn = charts.frontier_chart(rounds.read_frontier(frontier_json(points=points, chosen=None)))
     assert drawn
     assert "+400,000.0%" in drawn
-    assert charts.frontier_chart(progressive.read_frontier({})) is None
+    assert charts.frontier_chart(rounds.read_frontier({})) is None
 
 
 def test_a_model_with_all_its_layers_is_told_so() -> None:
     whole = {"layers": {"before": 30, "after": 30}, "segments": [],
              "parameters": {"before": 134515008, "after": 134515008}}  # fmt: skip
-    text = findings.headline({**summary_json(), **whole, **with_perplexity(cut=None, folded=None, tuned=None,
+    text = verdicts.headline({**summary_json(), **whole, **with_perplexity(cut=None, folded=None, tuned=None,
                                                                           quantized=46.0)})  # fmt: skip
     assert text.startswith("SmolLM2-135M-Instruct with all of its 30 layers has a perplexity")
 
@@ -587,10 +589,10 @@ def test_a_model_with_all_its_layers_is_told_so() -> None:
 # ---- the oracle beside a search that did not go by the KL ----------------------------------------------------
 
 
-def judged(tmp_path: Path, settings: str, **search: Any) -> findings.Verdict:
+def judged(tmp_path: Path, settings: str, **search: Any) -> verdicts.Verdict:
     run = make_run(tmp_path, search=search)
     (run / "config.yaml").write_text(settings)
-    found = [v for v in findings.verdicts(findings.read_run(run)) if v.stage == "Search"]
+    found = [v for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage == "Search"]
     assert len(found) == 1
     return found[0]
 
@@ -652,9 +654,7 @@ def test_the_fold_beside_an_objective_is_told_apart_by_the_settings(tmp_path: Pa
         ({"quantized": 9e9}, "broken: its perplexity (quantized)"),
     ],
 )
-def test_a_ruined_model_is_called_broken_at_the_top(
-    tmp_path: Path, values: dict[str, Any], words: str
-) -> None:
+def test_a_ruined_model_is_called_broken_at_the_top(tmp_path: Path, values: dict[str, Any], words: str) -> None:
     run = make_run(tmp_path, summary=with_perplexity(**values))
     _, page = report(run)
     assert words in page.text
@@ -665,7 +665,7 @@ def test_a_ruined_model_is_called_broken_at_the_top(
 
 @pytest.mark.parametrize("values", [{"cut": "inf"}, {"tuned": 135.0}, {"dense": None}, {"dense": "inf"}])
 def test_a_model_that_is_not_ruined_is_not_called_so(values: dict[str, Any]) -> None:
-    assert findings.broken({**summary_json(), **with_perplexity(**values)}) is None
+    assert verdicts.broken({**summary_json(), **with_perplexity(**values)}) is None
 
 
 def test_stages_that_do_not_improve_are_named(tmp_path: Path) -> None:
@@ -692,13 +692,13 @@ def test_stages_that_do_not_improve_are_named(tmp_path: Path) -> None:
 
 
 def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
-    rows = {row.name: row for row in findings.stages(summary_json())}
+    rows = {row.name: row for row in verdicts.stages(summary_json())}
     expected = (math.log(101.3) - math.log(67.4)) / (math.log(101.3) - math.log(45.1))
     assert rows["tuned"].gap_closed == pytest.approx(expected)
     assert rows["dense"].gap_closed is None
     assert rows["tuned"].over_dense == "1.49×", "no error on record"
     known = {**summary_json(), **with_perplexity(standard_error={"tuned": 0.01, "cut": "nan", "folded": 0.001})}
-    known = {row.name: row.over_dense for row in findings.stages(known)}
+    known = {row.name: row.over_dense for row in verdicts.stages(known)}
     assert (known["tuned"], known["cut"]) == ("1.49× ± 0.01", "2.25×")
     assert known["folded"].endswith("× ± 0.0018")
     assert rows["cut"].bar == pytest.approx(1.0)
@@ -706,23 +706,23 @@ def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
 
 
 def test_a_stage_that_ran_without_a_figure_says_so() -> None:
-    run = findings.Run(
+    run = verdicts.Run(
         summary={**summary_json(), **with_perplexity(tuned=None)},
         search={},
         heal=heal_json(),
         evaluation={},
         env={},
     )
-    assert any("ran, but has no finite perplexity" in verdict.text for verdict in findings.verdicts(run))
+    assert any("ran, but has no finite perplexity" in verdict.text for verdict in verdicts.verdicts(run))
 
 
 # ---- by which rules, and what a careful engineer would say -------------------------------------------------
 
 
-def concluded(folder: Path, gguf: dict[str, Any] | None = None, **changed: Any) -> findings.Verdict:
+def concluded(folder: Path, gguf: dict[str, Any] | None = None, **changed: Any) -> verdicts.Verdict:
     run = make_run(folder, **changed)
     (run / "gguf.json").write_text(json.dumps(gguf or {}))
-    return findings.conclusion(findings.read_run(run))
+    return verdicts.conclusion(verdicts.read_run(run))
 
 
 INFLATED = {
@@ -734,7 +734,7 @@ INFLATED = {
 def test_sizes_are_against_the_file_that_came(tmp_path: Path) -> None:
     run = make_run(tmp_path, summary=INFLATED)
     _, page = report(run)
-    size_of = next(v for v in findings.verdicts(findings.read_run(run)) if v.stage == "Size")
+    size_of = next(v for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage == "Size")
     assert size_of.mark == "bad"
     assert "98.4 MB → 107.1 MB on disk (+8.8%)" in size_of.text
     for text in (page.text, model_card(run), ended(run)):
@@ -786,7 +786,7 @@ def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> No
     scored = {key: survival_json()[key] for key in ("tasks", "retention")}
     scored["retention"] = {**scored["retention"], "above_chance": 0.3}
     (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"run": None, "date": "2026-01-02", **scored}))
-    found = findings.conclusion(findings.read_run(tmp_path))
+    found = verdicts.conclusion(verdicts.read_run(tmp_path))
     assert found.text.startswith("Do not ship this: 83.1% of the dense model's score is left over 2 tasks, 30.0% of")
     assert "tasks: not measured" not in report(tmp_path)[1].text
 
@@ -797,7 +797,7 @@ def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
         summary={**survival_json(), **with_perplexity(folded=110.0, tuned=67.4, quantized=70.0)},
         eval={"speed": {"decode": {"dense": 24.0, "compressed": 23.0, "ratio": 0.958, "ideal": 1.25}}},
     )
-    found = findings.verdicts(findings.read_run(run))
+    found = verdicts.verdicts(verdicts.read_run(run))
     said = " ".join(ended(run, width=2000).split())
     assert {v.stage for v in found if v.mark == "bad"} >= {"Fold", "Decode", "Tasks"}
     for verdict in found:
@@ -829,13 +829,13 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
                                                  "config_hash": "abc"}))  # fmt: skip
     again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
     (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
-    judged = {v.stage for v in findings.verdicts(findings.read_run(run))}
-    assert judged == set(rules.RULES) - {"Search"}, "a run in rounds has no one search to judge"
+    judged = {v.stage for v in verdicts.verdicts(verdicts.read_run(run))}
+    assert judged == set(thresholds.RULES) - {"Search"}, "a run in rounds has no one search to judge"
     _, page = report(run)
-    for rule in rules.RULES.values():
+    for rule in thresholds.RULES.values():
         assert {rule.good, rule.fair, rule.bad} <= {re.sub(r"\s+", " ", cell).strip() for cell in page.words}
     reference = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert rules.table() in reference, "renew it: python -c 'from layercut import rules; print(rules.table())'"
+    assert thresholds.table() in reference, "renew it: python -c 'from layercut import rules; print(rules.table())'"
 
 
 # ---- nothing that reassures or misleads ----------------------------------------------------------------------
@@ -844,8 +844,8 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
 def test_marks_have_words_and_headings_a_scope(tmp_path: Path) -> None:
     html, _ = report(make_run(tmp_path, summary=survival_json()))
     verdict = html.partition('id="verdict"')[2].partition("</ul>")[0]
-    marks = [v.mark for v in findings.verdicts(findings.read_run(tmp_path))]
-    for mark, word in rules.MARK_WORDS.items():
+    marks = [v.mark for v in verdicts.verdicts(verdicts.read_run(tmp_path))]
+    for mark, word in thresholds.MARK_WORDS.items():
         assert verdict.count(f'<span class="sr">{word}: </span>') == marks.count(mark)
     headings = re.findall(r"<th\b[^>]*>", html)
     assert len(headings) > 50
@@ -1024,9 +1024,9 @@ def test_a_model_that_only_guesses_is_called_broken(tmp_path: Path) -> None:
     assert words in model_card(run)
     assert "broken" in shown(json.loads((run / "summary.json").read_text()))
     few = {name: {**row, "items": 20} for name, row in survival_json()["tasks"].items()}
-    assert findings.broken({**summary_json(), **survival_json(retention=guess, tasks=few)}) is None, "40 items: noise"
+    assert verdicts.broken({**summary_json(), **survival_json(retention=guess, tasks=few)}) is None, "40 items: noise"
     unknown = {"mean": 0.9, "above_chance": None, "tasks": 1, "tasks_above_chance": 0}
-    assert findings.broken({**summary_json(), **survival_json(retention=unknown)}) is None
+    assert verdicts.broken({**summary_json(), **survival_json(retention=unknown)}) is None
 
 
 @pytest.mark.parametrize(
@@ -1169,25 +1169,25 @@ def test_closing_table_of_a_bare_summary_and_a_name_with_markup() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (figures.count(134515008), "134.5M"),
-        (figures.count(8_030_000_000), "8.0B"),
-        (figures.count(950), "950"),
-        (figures.count(None), "not measured"),
-        (figures.size(269060552), "269.1 MB"),
-        (figures.figure("inf"), "not finite"),
-        (figures.figure(38.4), "38.40"),
-        (figures.figure(20471.2), "20,471"),
-        (figures.figure(True), "not measured"),
-        (figures.duration(83.2), "1 min 23 s"),
-        (figures.duration(3700), "1 h 1 min"),
-        (figures.times(1.25), "1.25×"),
-        (figures.change(30, 24), "−20.0%"),
-        (figures.change(0, 24), ""),
-        (figures.label([[13, 19], [24, 25]]), "13:19, 24:25"),
-        (figures.layer_names([[13, 19], [24, 25]]), "13–18, 24"),
-        (figures.short_name("runs/a/model.gguf"), "model.gguf"),
-        (figures.short_name(MODEL), MODEL),
-        (figures.short_name("./local/model/"), "model"),
+        (formatting.count(134515008), "134.5M"),
+        (formatting.count(8_030_000_000), "8.0B"),
+        (formatting.count(950), "950"),
+        (formatting.count(None), "not measured"),
+        (formatting.size(269060552), "269.1 MB"),
+        (formatting.figure("inf"), "not finite"),
+        (formatting.figure(38.4), "38.40"),
+        (formatting.figure(20471.2), "20,471"),
+        (formatting.figure(True), "not measured"),
+        (formatting.duration(83.2), "1 min 23 s"),
+        (formatting.duration(3700), "1 h 1 min"),
+        (formatting.times(1.25), "1.25×"),
+        (formatting.change(30, 24), "−20.0%"),
+        (formatting.change(0, 24), ""),
+        (formatting.label([[13, 19], [24, 25]]), "13:19, 24:25"),
+        (formatting.layer_names([[13, 19], [24, 25]]), "13–18, 24"),
+        (formatting.short_name("runs/a/model.gguf"), "model.gguf"),
+        (formatting.short_name(MODEL), MODEL),
+        (formatting.short_name("./local/model/"), "model"),
     ],
 )
 def test_figures_as_text(text: str, expected: str) -> None:
@@ -1196,9 +1196,7 @@ def test_figures_as_text(text: str, expected: str) -> None:
 
 # ---- a real browser ----------------------------------------------------------------------------------------
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -1208,7 +1206,5 @@ def test_report_opens_in_a_browser(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "run"))
     shot = tmp_path / "shot.png"
     command = [str(BROWSER), *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,3000"]
-    subprocess.run(
-        [*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120
-    )
+    subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
     assert shot.stat().st_size > 50_000, "an empty page is far smaller"

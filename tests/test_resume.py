@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from layercut.artefacts import decode, kind_of
-from layercut.cli import main
-from layercut.runs import STAGES, TEXTS
-from layercut.stages.heal import TUNING_STATE
+from layercut.cli.main import main
+from layercut.pipeline.artefacts import decode, kind_of
+from layercut.pipeline.run_store import STAGES, TEXTS
+from layercut.pipeline.stages.heal import TUNING_STATE
 
 # Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
 # its work is done and its JSON half written; at "export/folder", the new model stands beside its place; at "step/N",
@@ -30,8 +30,10 @@ from layercut.stages.heal import TUNING_STATE
 DRIVER = """
 import os, signal, sys
 import transformers.models.llama.modeling_llama
-from layercut import cli, export, pipeline, runs
-from layercut.heal import endpoints, state
+from layercut import cli
+from layercut.export import checkpoint
+from layercut.pipeline import journey, run_store
+from layercut.healing import endpoint_tuning, tuning_state
 
 # a shell that starts the tests in the background lets them ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,14 +53,14 @@ def run(where, number, argv):
             die()
         return step(training)
 
-    write_json, runs.write_json = runs.write_json, write_half
+    write_json, run_store.write_json = run_store.write_json, write_half
     if where.startswith("step/"):
-        step, endpoints._Training.step_ = endpoints._Training.step_, at_step
+        step, endpoint_tuning._Training.step_ = endpoint_tuning._Training.step_, at_step
         if number == signal.SIGKILL:
-            state.StateFile.due = lambda _: True
-    export.verify_reload = lambda *_: {}
+            tuning_state.StateFile.due = lambda _: True
+    checkpoint.verify_reload = lambda *_: {}
     if where == "export/folder":
-        export.replace_folder = die
+        checkpoint.replace_folder = die
     os.dup2(2, 1)
     os._exit(cli.main(argv))
 
@@ -137,10 +139,10 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch):
     """
     run = shutil.copytree(whole, tmp_path / "run")
     # slow, and not what is tested here
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
-    monkeypatch.setattr("layercut.evaluate.generations", lambda *_: ["", "", ""])
-    monkeypatch.setattr("layercut.evaluate.generation_health", lambda *_: {})
-    monkeypatch.setattr("layercut.pipeline.write_report", lambda *_: None)
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
+    monkeypatch.setattr("layercut.evaluation.generation_health", lambda *_: {})
+    monkeypatch.setattr("layercut.pipeline.journey.write_report", lambda *_: None)
 
     def rerun(*more: str, model: Path = tiny_model) -> list[str]:
         before = len(started(run))
@@ -223,7 +225,7 @@ def test_a_failed_stage_is_not_taken_for_finished(again, monkeypatch):
 
     (again.run / "heal.json").unlink()
     with monkeypatch.context() as broken:
-        broken.setattr("layercut.stages.heal.tune_", fail)
+        broken.setattr("layercut.pipeline.stages.heal.tune_", fail)
         with pytest.raises(RuntimeError, match="a fault of ours"):
             again()
     assert "heal" not in artefacts(again.run)
@@ -262,7 +264,7 @@ ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("change", [*CHANGES, *(f"finished: {name}" for name in ADDITIONS)])
 def test_a_changed_flag_runs_again_what_depends_on_it(change, again, monkeypatch):
-    monkeypatch.setattr("layercut.measure.speed", lambda *_: None)
+    monkeypatch.setattr("layercut.evaluation.speed.speed", lambda *_: None)
     flags, stages = {**CHANGES, **{f"finished: {name}": row for name, row in ADDITIONS.items()}}[change]
     if change in CHANGES:
         again.stopped()
@@ -295,7 +297,7 @@ def test_every_command_for_a_folder_is_on_record(again, monkeypatch):
     assert {k: v for k, v in second.items() if k != "commands"} == {k: v for k, v in first.items() if k != "commands"}
     assert second["commands"][0] == first["commands"][0]
     assert len(second["commands"]) == 2
-    monkeypatch.setattr("layercut.provenance.versions", lambda: {"python": "3", "layercut": "9"})
+    monkeypatch.setattr("layercut.pipeline.provenance.versions", lambda: {"python": "3", "layercut": "9"})
     again("--force")
     third = json.loads((again.run / "env.json").read_text())
     assert third["versions"] == {"python": "3", "layercut": "9"}, "all was made anew"
@@ -337,7 +339,7 @@ def test_back_to_the_old_flag_after_a_kill_never_mixes_two_runs(again, whole, mo
 
     again.stopped()
     with monkeypatch.context() as killed:
-        killed.setattr("layercut.runs.write_json", die)
+        killed.setattr("layercut.pipeline.run_store.write_json", die)
         with pytest.raises(Killed):
             again("--seed=1")
     assert again() == ["text-evaluation", "text-calibration", *LAST]

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercut import checkpoints, evaluate, models
-from layercut.cli import main
-from layercut.data import stored_blocks
-from layercut.rounds import round_lengths
+from layercut import evaluation
+from layercut.cli.main import main
+from layercut.data.blocks import stored_blocks
+from layercut.models import checkpoints, loading
+from layercut.pipeline.iterative import round_lengths
 from layercut.segments import Removal, Segment, kept_layers
 
 SHORT = ["--tokens=96", "--window=16", "--tune-tokens=128", "--eval-tokens=64", "--no-speed", "--learning-rate=0.001"]
@@ -22,9 +23,9 @@ LARGE = "1GB"
 
 def quick(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes seconds each time and is tested elsewhere."""
-    patch.setattr("layercut.export.verify_reload", lambda *_: {})
-    patch.setattr("layercut.evaluate.generation_health", lambda *_: None)
-    patch.setattr("layercut.evaluate.generations", lambda *_: ["", "", ""])
+    patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    patch.setattr("layercut.evaluation.generation_health", lambda *_: None)
+    patch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
 
 
 @pytest.fixture(autouse=True)
@@ -103,20 +104,20 @@ def test_what_is_exported_is_what_the_last_round_left(two_rounds, tiny_model):
     """Rebuilt step by step from the rounds' own artefacts."""
     from safetensors.torch import load_file
 
-    from layercut.cut import cut_segment_
+    from layercut.surgery import cut_segment_
 
-    model = models.load(checkpoints.resolve(str(tiny_model))).model
+    model = loading.load(checkpoints.resolve(str(tiny_model))).model
     for number in (1, 2):
         cut_segment_(model, [Segment(*bounds) for bounds in artefact(two_rounds, f"search-{number}")["cut"]])
         for name, stage, key in (("folded", "fold", "changed"), ("tuned", "heal", "tuning")):
             if artefact(two_rounds, f"{stage}-{number}")[key]:
-                models.replace_parameters_(model, load_file(two_rounds / f"{name}-{number}.safetensors"))
-    exported = models.load(checkpoints.resolve(str(two_rounds / "model"))).model
+                loading.replace_parameters_(model, load_file(two_rounds / f"{name}-{number}.safetensors"))
+    exported = loading.load(checkpoints.resolve(str(two_rounds / "model"))).model
     theirs = exported.state_dict()
     assert {name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])} == set()
     tokens = stored_blocks(two_rounds, "evaluation")
     found = artefact(two_rounds, "summary")["perplexity"]["tuned"]
-    assert evaluate.perplexity(exported, tokens) == pytest.approx(found, rel=1e-6)
+    assert evaluation.perplexity(exported, tokens) == pytest.approx(found, rel=1e-6)
 
 
 def test_a_finished_run_of_rounds_does_nothing_again(two_rounds, tiny_model, texts):

@@ -6,16 +6,13 @@ import pytest
 import torch
 
 import tiny
-from layercut import charts, models
-from layercut.cut import cut_segment_
-from layercut.losses import kl_divergence, next_token_loss
-from layercut.search import find_segments
-from layercut.search.clp import clp_search, schedule_for
-from layercut.search.exhaustive import all_segments, segment_costs, set_costs, sweep_work
-from layercut.search.gate import GateSchedule, concave_gate, descend, gated_forward, hard_gate
-from layercut.search.prices import Prices, race
-from layercut.search.result import Cost
-from layercut.search.walls import (
+from layercut.layer_search import find_segments
+from layercut.layer_search.clp import clp_search, schedule_for
+from layercut.layer_search.gate import GateSchedule, concave_gate, descend, gated_forward, hard_gate
+from layercut.layer_search.prices import Prices, race
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import all_segments, segment_costs, set_costs, sweep_work
+from layercut.layer_search.walls import (
     all_sets,
     cuts_of,
     inside,
@@ -26,13 +23,17 @@ from layercut.search.walls import (
     step_of,
     walls_of,
 )
+from layercut.models import loading
+from layercut.models.losses import kl_divergence, next_token_loss
+from layercut.models.runner import DecoderRunner
+from layercut.report import charts
 from layercut.segments import Segment, joined_segments
-from layercut.sweep import Stack
+from layercut.surgery import cut_segment_
 
 
 def brute_force(model, tokens, segment):
     """KL of the model that is really cut."""
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, [segment])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
     return kl_divergence(p, q).mean().item()
@@ -41,7 +42,7 @@ def brute_force(model, tokens, segment):
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_one_sweep_is_brute_force(make):
     model, tokens, cost = make(), tiny.some_tokens(), Cost()
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     segments = all_segments(2, len(stack))
     found = segment_costs(stack, tokens, segments, cost, rows=4)
     assert [c.kl for c in found] == sorted(c.kl for c in found)
@@ -69,7 +70,7 @@ def test_several_wells_are_several_segments_and_touching_ones_are_one():
 
 def test_open_gate_is_the_model_and_closed_gate_is_the_cut_to_the_bit():
     model = tiny.llama()
-    stack, row = Stack(model), tiny.some_tokens(1)
+    stack, row = DecoderRunner(model), tiny.some_tokens(1)
     gates = torch.ones(3, len(stack))
     gates[1, 2:4] = 0
     gates[2, 5:8] = 0
@@ -81,7 +82,7 @@ def test_open_gate_is_the_model_and_closed_gate_is_the_cut_to_the_bit():
     torch.testing.assert_close(logits[:1], expected)
     assert torch.equal(gated[:1], dense)
     for particle, segment in ((1, Segment(2, 4)), (2, Segment(5, 8))):
-        student = models.share(model)
+        student = loading.share(model)
         cut_segment_(student, [segment])
         torch.testing.assert_close(logits[particle : particle + 1], student(input_ids=row, use_cache=False).logits)
     # the dense stream, and each particle from where it leaves that, its closed layers not entered
@@ -90,7 +91,7 @@ def test_open_gate_is_the_model_and_closed_gate_is_the_cut_to_the_bit():
 
 def test_gate_gradient_is_the_finite_difference():
     model = tiny.llama().double()
-    stack, row = Stack(model), tiny.some_tokens(1)
+    stack, row = DecoderRunner(model), tiny.some_tokens(1)
 
     def loss(place):
         gates = concave_gate(torch.stack([place, place + 2], -1), 8, 3.0)
@@ -111,7 +112,7 @@ def test_gate_gradient_is_the_finite_difference():
 def test_planted_identity_layers_are_found(start, method):
     model = tiny.llama()
     tiny.make_identity_(model, range(start, start + 2))
-    result = find_segments(Stack(model), tiny.some_tokens(), 2, method, seed=0, oracle=method == "clp")
+    result = find_segments(DecoderRunner(model), tiny.some_tokens(), 2, method, seed=0, oracle=method == "clp")
     assert result.segments == [Segment(start, start + 2)]
     assert result.candidates[0].kl == pytest.approx(0, abs=1e-6)
     if method == "clp":
@@ -123,7 +124,7 @@ def test_planted_identity_segments_are_found_two_at_a_time(cuts):
     model, length = tiny.llama(), sum(map(len, cuts))
     for segment in cuts:
         tiny.make_identity_(model, range(segment.start, segment.stop))
-    result = find_segments(Stack(model), tiny.some_tokens(), length, "clp", seed=0, count=2)
+    result = find_segments(DecoderRunner(model), tiny.some_tokens(), length, "clp", seed=0, count=2)
     assert tuple(result.segments) == cuts
     assert result.candidates[0].kl == pytest.approx(0, abs=1e-6)
 
@@ -131,11 +132,11 @@ def test_planted_identity_segments_are_found_two_at_a_time(cuts):
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_two_segments_by_the_gate_are_the_exhaustive_answer_at_the_price_of_brute_force(make):
     model, tokens = make(), tiny.some_tokens()
-    result = find_segments(Stack(model), tokens, 3, "clp", seed=0, count=2, oracle=True)
+    result = find_segments(DecoderRunner(model), tokens, 3, "clp", seed=0, count=2, oracle=True)
     assert result.oracle["regret"] == pytest.approx(1.0, abs=1e-5)
     split = next(c for c in result.candidates if len(c.segments) == 2)
     for candidate in (result.candidates[0], split):
-        student = models.share(model)
+        student = loading.share(model)
         cut_segment_(student, list(candidate.segments))
         p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
         assert candidate.kl == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-4)
@@ -188,7 +189,7 @@ def test_projection_onto_the_simplex_is_the_nearest_point():
 
 def test_prices_are_those_of_the_sweep_and_no_row_is_priced_twice():
     model, tokens, cost = tiny.llama(), tiny.some_tokens(8), Cost()
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     sets = [(segment,) for segment in all_segments(2, len(stack))]
     prices = Prices(stack, tokens, cost)
     prices.of(sets[:3], 2)
@@ -204,7 +205,7 @@ def test_prices_are_those_of_the_sweep_and_no_row_is_priced_twice():
 
 
 def test_a_race_ends_with_the_best_priced_on_all_rows():
-    stack, tokens, cost = Stack(tiny.llama()), tiny.some_tokens(16), Cost()
+    stack, tokens, cost = DecoderRunner(tiny.llama()), tiny.some_tokens(16), Cost()
     segments = all_segments(2, len(stack))
     exact = segment_costs(stack, tokens, segments, Cost())
     found = race(Prices(stack, tokens, cost), [(segment,) for segment in segments])
@@ -217,18 +218,18 @@ def test_a_race_ends_with_the_best_priced_on_all_rows():
 @pytest.mark.parametrize("method", ["clp", "exhaustive"])
 def test_other_objectives_choose_by_their_own_score(objective, method):
     model, tokens = tiny.llama(), tiny.some_tokens(8)
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     result = find_segments(stack, tokens, 2, method, seed=0, objective=objective)
     scores = {}
     for segment in all_segments(2, len(stack)):
-        student = models.share(model)
+        student = loading.share(model)
         cut_segment_(student, [segment])
         if objective == "next-token":
             logits = student(input_ids=tokens, use_cache=False).logits
             scores[segment] = next_token_loss(logits, tokens).mean().item()
         else:
             ends = []
-            for opened in (stack, Stack(student)):
+            for opened in (stack, DecoderRunner(student)):
                 hidden, calls = opened.enter(tokens)
                 ends.append(opened.run(hidden, calls, 0, len(opened)))
             error = (ends[1] - ends[0]).square().sum(-1) / ends[0].square().sum(-1)
@@ -241,10 +242,10 @@ def test_other_objectives_choose_by_their_own_score(objective, method):
 
 def test_same_seed_same_answer_and_the_path_is_recorded():
     model, tokens = tiny.llama(), tiny.some_tokens()
-    runs = [clp_search(Stack(model), tokens, 2, Cost(), seed=1, count=2) for _ in range(2)]
+    runs = [clp_search(DecoderRunner(model), tokens, 2, Cost(), seed=1, count=2) for _ in range(2)]
     assert runs[0] == runs[1]
     path = runs[0][1]
-    assert clp_search(Stack(model), tokens, 2, Cost(), seed=2, count=2)[1] != path
+    assert clp_search(DecoderRunner(model), tokens, 2, Cost(), seed=2, count=2)[1] != path
     assert len(path) == schedule_for(8, 2, 2, len(tokens)).steps + 1
     for step in path:
         assert len(step["places"]) == len(step["stops"])
@@ -259,10 +260,8 @@ def test_walls_move_by_at_most_their_stride_and_recomputing_changes_nothing(rela
     seeds = [(Segment(1, 3),), (Segment(5, 7),)]
     paths = []
     for recompute in (False, True):
-        schedule = GateSchedule(
-            particles=2, steps=5, stride=(0.5, 0.5), relaxation=relaxation, recompute=recompute
-        )
-        ends, path = descend(Stack(model), tokens, seeds, schedule, Cost())
+        schedule = GateSchedule(particles=2, steps=5, stride=(0.5, 0.5), relaxation=relaxation, recompute=recompute)
+        ends, path = descend(DecoderRunner(model), tokens, seeds, schedule, Cost())
         paths.append(path)
         for before, after in itertools.pairwise(path):
             moves = [abs(a - b) for a, b in zip(before["places"], after["places"], strict=True)]
@@ -274,7 +273,7 @@ def test_walls_move_by_at_most_their_stride_and_recomputing_changes_nothing(rela
 def test_straight_through_runs_the_real_cut():
     model, tokens = tiny.llama(), tiny.some_tokens()
     schedule = GateSchedule(particles=1, steps=1, relaxation="straight-through")
-    _, path = descend(Stack(model), tokens[:1], [(Segment(2, 4),)], schedule, Cost(), objective="hidden")
-    dense, gated = gated_forward(Stack(model), hard_gate([(Segment(2, 4),)], 8), tokens[:1], Cost())
+    _, path = descend(DecoderRunner(model), tokens[:1], [(Segment(2, 4),)], schedule, Cost(), objective="hidden")
+    dense, gated = gated_forward(DecoderRunner(model), hard_gate([(Segment(2, 4),)], 8), tokens[:1], Cost())
     expected = (gated - dense).square().sum(-1) / dense.square().sum(-1)
     assert path[0]["losses"][0] == pytest.approx(expected.mean().item(), rel=1e-5)

@@ -8,18 +8,19 @@ import torch
 
 import tiny
 from folders import write_text
-from layercut import models, stages
-from layercut.cli import main
-from layercut.cut import cut_segment_
-from layercut.findings import stability_words
-from layercut.losses import kl_divergence
-from layercut.search.stability import common_rows, judge, stability_work
+from layercut.cli.main import main
+from layercut.layer_search.stability import common_rows, judge, stability_work
+from layercut.models import loading
+from layercut.models.losses import kl_divergence
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline import stages
+from layercut.report.verdicts import stability_words
 from layercut.segments import Segment
-from layercut.sweep import Stack
+from layercut.surgery import cut_segment_
 
 
 def real_kl(model, cuts, tokens):
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, cuts)
     with torch.no_grad():
         dense, cut = (m(input_ids=tokens, use_cache=False).logits for m in (model, student))
@@ -40,7 +41,7 @@ def test_every_seed_and_every_part_gives_the_same_number_of_rows():
 def test_choices_are_judged_by_the_real_cuts_on_the_common_set():
     model = tiny.llama()
     tiny.make_identity_(model, range(4, 5))
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     blocks = {"web": tiny.some_tokens(4), "wiki": tiny.some_tokens(2, seed=1)}
     first, apart = (Segment(3, 5),), (Segment(2, 3), Segment(4, 5))
     steps = []
@@ -68,7 +69,7 @@ def test_a_choice_that_costs_nothing_is_not_divided_by_zero():
     model = tiny.llama()
     tiny.make_identity_(model, range(3, 5))
     free, dear = (Segment(3, 5),), (Segment(0, 2),)
-    found = judge(Stack(model), {"web": tiny.some_tokens(2)}, [free, dear], 2)
+    found = judge(DecoderRunner(model), {"web": tiny.some_tokens(2)}, [free, dear], 2)
     assert [row["relative"] for row in found["choices"]] == [1.0, float("inf")]
 
 
@@ -151,7 +152,7 @@ def test_seeds_that_make_no_sense_are_refused(command, texts, flags, words, caps
 
 
 def test_the_verdict_reaches_the_report_and_goes_with_its_search(command, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     whole = ["compress", *command[1:], f"--data={texts[0]}", "--no-speed", "--no-fold", "--method=cosine"]
     whole += [f"--eval-data={texts[1]}", "--eval-tokens=64", "--tune-tokens=0"]
     page = tmp_path / "run" / "report.html"

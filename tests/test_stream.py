@@ -17,11 +17,12 @@ from transformers import (
 
 import folders
 import tiny
-from layercut import checkpoints, models, opening, stream, sweep
-from layercut.cli import main
+from layercut.cli.main import main
 from layercut.errors import ModelError
-from layercut.search import find_segments
-from layercut.search.exhaustive import (
+from layercut.layer_search import find_segments
+from layercut.layer_search.result import Cost
+from layercut.layer_search.statistics import similarity, taylor_scores
+from layercut.layer_search.sweep import (
     DENSE,
     all_lengths,
     all_segments,
@@ -30,11 +31,11 @@ from layercut.search.exhaustive import (
     set_losses,
     streams_held,
 )
-from layercut.search.exhaustive import sweep as carry
-from layercut.search.result import Cost
-from layercut.search.statistics import similarity, taylor_scores
+from layercut.layer_search.sweep import sweep as carry
+from layercut.models import checkpoints, layers_on_disk, loading, runner
+from layercut.models.runner import DecoderRunner, recomputed_layer
+from layercut.offload import layer_reader, placement
 from layercut.segments import Segment
-from layercut.sweep import Stack, recomputed_layer
 from test_search import brute_force
 
 SMALL = {
@@ -71,8 +72,8 @@ def saved(model, folder):
 
 def on_disk(checkpoint, **how):
     """The model with its layers on disk, and their reader."""
-    model = opening.load(checkpoint, stream="on", **how).model
-    return model, stream.layers_on_disk(model)
+    model = placement.load(checkpoint, stream="on", **how).model
+    return model, layers_on_disk.layers_on_disk(model)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def llama(tmp_path_factory):
 def both(checkpoint):
     """Stacks over the same model in memory and on disk, and the reader of the latter."""
     model, disk = on_disk(checkpoint)
-    return Stack(models.load(checkpoint).model), Stack(model), disk
+    return DecoderRunner(loading.load(checkpoint).model), DecoderRunner(model), disk
 
 
 # --- the same model ---
@@ -93,17 +94,17 @@ def both(checkpoint):
 @pytest.mark.parametrize("name", MODELS)
 def test_on_disk_is_in_memory_to_the_bit(name, tmp_path):
     checkpoint = saved(MODELS[name](), tmp_path)
-    memory, (model, disk) = models.load(checkpoint).model, on_disk(checkpoint)
+    memory, (model, disk) = loading.load(checkpoint).model, on_disk(checkpoint)
     tokens = tiny.some_tokens(3, 16)
     expected = memory(input_ids=tokens, use_cache=False).logits
     assert torch.equal(model(input_ids=tokens, use_cache=False).logits, expected)
     assert disk.layers_read == [1] * len(disk.layers)
-    stack = Stack(model)
+    stack = DecoderRunner(model)
     hidden, calls = stack.enter(tokens)
     assert torch.equal(stack.exit(stack.run(hidden, calls, 0, len(stack)), tokens), expected)
     assert disk.layers_read == [2] * len(disk.layers)  # neither the check nor the way in and out read any
-    stored = sum(tensor.elements * 4 for tensor in stream.stored_tensors(checkpoint.folder).values())
-    layers = sum(p.nbytes for layer in models.find_decoder(memory).layers for p in layer.parameters())
+    stored = sum(tensor.elements * 4 for tensor in layer_reader.stored_tensors(checkpoint.folder).values())
+    layers = sum(p.nbytes for layer in loading.find_decoder(memory).layers for p in layer.parameters())
     assert disk.bytes_read == stored + layers  # the rest once, the layers twice
     for name, buffer in memory.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name))
@@ -112,7 +113,7 @@ def test_on_disk_is_in_memory_to_the_bit(name, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_dtype_is_the_one_that_load_would_choose(llama, dtype):
-    memory, (model, _) = models.load(llama, dtype=dtype).model, on_disk(llama, dtype=dtype)
+    memory, (model, _) = loading.load(llama, dtype=dtype).model, on_disk(llama, dtype=dtype)
     tokens = tiny.some_tokens(2)
     assert torch.equal(model(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert model.dtype == memory.dtype == getattr(torch, dtype)
@@ -130,7 +131,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     monkeypatch.setattr(disk, "_read", watched)
-    stack, tokens = Stack(model), tiny.some_tokens()
+    stack, tokens = DecoderRunner(model), tiny.some_tokens()
     segment_costs(stack, tokens, all_segments(2, 8), Cost())
     assert len(most) == 8
     taylor_scores(stack, tokens, Cost())  # and the way down
@@ -167,7 +168,7 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
     assert segment_costs(stack, tokens, segments, costs[1], rows=2) == expected  # to the bit
     assert costs[0] == costs[1]
     assert disk.layers_read == [1] * len(stack)
-    stored = stream.stored_tensors(checkpoint.folder)
+    stored = layer_reader.stored_tensors(checkpoint.folder)
     assert disk.bytes_read == sum(tensor.elements * 4 for tensor in stored.values())
 
 
@@ -218,15 +219,15 @@ def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeyp
     tokens, segments = tiny.some_tokens(6), all_segments(2, 8)
     expected = segment_costs(memory, tokens, segments, Cost(), rows=2)
     per_row = streams_held([DENSE, *((s,) for s in segments)], 8) * tokens.shape[1] * 32 * 4
-    monkeypatch.setattr(sweep, "available_bytes", lambda device: 4 * per_row / sweep.STREAMS_SHARE)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row / runner.STREAMS_SHARE)
     assert segment_costs(stack, tokens, segments, Cost(), rows=2) == expected
     assert disk.layers_read == [2] * 8
-    monkeypatch.setattr(sweep, "available_bytes", lambda device: 4 * per_row)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * per_row)
     with pytest.raises(ModelError, match="do not fit in memory"):
         taylor_scores(stack, tokens.repeat(4, 1), Cost())
 
 
-class Watched(Stack):
+class Watched(DecoderRunner):
     """Counts the hidden states that are alive when a layer has just made another one."""
 
     most, states = 0, ()
@@ -264,7 +265,7 @@ def test_the_streams_held_are_those_that_were_promised(sets):
 
 
 @pytest.mark.parametrize(("where", "how"), [
-    ("memory", recomputed_layer), ("disk", recomputed_layer), ("disk", Stack.layer),
+    ("memory", recomputed_layer), ("disk", recomputed_layer), ("disk", DecoderRunner.layer),
 ])  # fmt: skip
 def test_gradients_by_recomputation_are_the_plain_ones(llama, where, how):
     memory, stack, disk = both(llama)
@@ -278,7 +279,7 @@ def test_gradients_by_recomputation_are_the_plain_ones(llama, where, how):
             hidden = hidden + gates[i] * (layer(stack, i, hidden, calls) - hidden)
         return torch.autograd.grad(stack.exit(hidden, tokens).square().mean(), gates)[0]
 
-    expected = slope(memory, Stack.layer)
+    expected = slope(memory, DecoderRunner.layer)
     assert expected.abs().min() > 0
     torch.testing.assert_close(slope(memory if where == "memory" else stack, how), expected)
     if where == "disk":
@@ -296,7 +297,7 @@ def test_layers_that_talk_beside_the_hidden_state_are_refused_unread(llama):
     first.register_forward_hook(lambda module, args, out: heard.append(1))
     last.forward = lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs) + len(heard)
     with pytest.raises(ModelError, match="exchange more than the hidden state"):
-        Stack(model)
+        DecoderRunner(model)
     assert disk.layers_read == [0] * 8
 
 
@@ -318,22 +319,22 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_is_read(
     for change, words in (({"num_hidden_layers": 9}, "lacks 9 weights"), ({"intermediate_size": 48}, "another shape")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelError, match=words):
-            opening.load(checkpoint, stream="on")
+            placement.load(checkpoint, stream="on")
 
 
 def test_what_cannot_be_read_layer_by_layer_is_refused(tmp_path):
     shared = tiny.llama()
     shared.model.layers[3].mlp = shared.model.layers[1].mlp
     with pytest.raises(ModelError, match=r"layers 1 and 3 .* share"):
-        stream._refuse_sharing(shared)
+        layer_reader._refuse_sharing(shared)
     tied = tiny.llama()
     tied.model.norm.weight = tied.model.layers[2].input_layernorm.weight
     with pytest.raises(ModelError, match=r"ties model\.norm\.weight to layer 2"):
-        stream._refuse_sharing(tied)
+        layer_reader._refuse_sharing(tied)
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="GGUF"):
-        stream._refuse(checkpoints.Checkpoint("model", tmp_path, gguf.name), None)
+        layer_reader._refuse(checkpoints.Checkpoint("model", tmp_path, gguf.name), None)
 
 
 def test_a_model_that_changes_its_weights_as_it_runs_is_refused(tmp_path):
@@ -346,15 +347,15 @@ def test_a_model_that_changes_its_weights_as_it_runs_is_refused(tmp_path):
 
 
 def test_auto_takes_the_disk_where_memory_is_too_small(llama, monkeypatch):
-    weights = sum(p.nbytes for p in models.load(llama).model.parameters())
-    monkeypatch.setattr(opening, "available_bytes", lambda device: weights * 1.1)
-    assert opening.wanted(llama)
-    assert stream.layers_on_disk(opening.load(llama).model)
-    assert not opening.wanted(llama, dtype="bfloat16")
-    assert not opening.wanted(llama, stream="off")
-    monkeypatch.setattr(opening, "available_bytes", lambda device: weights * 1.3)
-    assert not opening.wanted(llama)
-    assert not stream.layers_on_disk(opening.load(llama).model)
+    weights = sum(p.nbytes for p in loading.load(llama).model.parameters())
+    monkeypatch.setattr(placement, "available_bytes", lambda device: weights * 1.1)
+    assert placement.wanted(llama)
+    assert layers_on_disk.layers_on_disk(placement.load(llama).model)
+    assert not placement.wanted(llama, dtype="bfloat16")
+    assert not placement.wanted(llama, stream="off")
+    monkeypatch.setattr(placement, "available_bytes", lambda device: weights * 1.3)
+    assert not placement.wanted(llama)
+    assert not layers_on_disk.layers_on_disk(placement.load(llama).model)
 
 
 def test_search_on_disk_from_the_command(tiny_model, texts, tmp_path, capsys):

@@ -5,12 +5,12 @@ import torch
 from transformers import Gemma2Config, Gemma3TextConfig, GPTNeoXConfig, OPTConfig, Qwen3Config
 
 import tiny
-from layercut import models
-from layercut.cut import cut_segment_
 from layercut.errors import ModelError
-from layercut.losses import Teacher, kl_divergence, next_token_loss
+from layercut.models import loading
+from layercut.models.losses import Teacher, kl_divergence, next_token_loss
+from layercut.models.runner import DecoderRunner, intercepted, mean_kl
 from layercut.segments import Segment
-from layercut.sweep import Stack, intercepted, mean_kl
+from layercut.surgery import cut_segment_
 
 SMALL = {
     "vocab_size": tiny.VOCABULARY,
@@ -45,7 +45,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_by_layer_is_the_models_own_forward(name):
     model = MODELS[name]()
-    stack, tokens = Stack(model), tiny.some_tokens(3, 16)
+    stack, tokens = DecoderRunner(model), tiny.some_tokens(3, 16)
     expected = model(input_ids=tokens, use_cache=False).logits
     hidden, calls = stack.enter(tokens)
     for i in range(len(stack)):
@@ -70,16 +70,16 @@ def test_layers_that_talk_beside_the_hidden_state_are_refused():
     first.register_forward_hook(lambda module, args, out: heard.append(out[..., :1]))
     last.forward = lambda hidden, *args, **kwargs: plain(hidden, *args, **kwargs) + len(heard)
     with pytest.raises(ModelError, match="exchange more than the hidden state"):
-        Stack(model)
+        DecoderRunner(model)
 
 
 def test_kl_is_torchs_own_and_so_is_its_gradient():
     generator = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 3, 5, 50, generator=generator).unbind(0)
     q.requires_grad_(True)
-    reference = torch.nn.functional.kl_div(
-        q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
+    reference = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(
+        -1
+    )
     torch.testing.assert_close(Teacher(p).kl(q), reference)
     (expected,) = torch.autograd.grad(reference.sum(), q)
     (got,) = torch.autograd.grad(Teacher(p).kl(q).sum(), q)
@@ -95,10 +95,10 @@ def test_next_token_loss_is_the_models_own_loss():
 
 def test_mean_kl_against_full_forwards():
     dense, tokens = tiny.llama(), tiny.some_tokens()
-    student = models.share(dense)
+    student = loading.share(dense)
     cut_segment_(student, [Segment(3, 5)])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (dense, student))
     expected = pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-5)
-    assert mean_kl(Stack(dense), Stack(student), tokens) == expected
-    assert mean_kl(Stack(dense), Stack(student), tokens, prefix=3) == expected
-    assert mean_kl(Stack(dense), Stack(dense), tokens) == pytest.approx(0, abs=1e-6)
+    assert mean_kl(DecoderRunner(dense), DecoderRunner(student), tokens) == expected
+    assert mean_kl(DecoderRunner(dense), DecoderRunner(student), tokens, prefix=3) == expected
+    assert mean_kl(DecoderRunner(dense), DecoderRunner(dense), tokens) == pytest.approx(0, abs=1e-6)

@@ -15,11 +15,11 @@ import torch
 
 import folders
 import tiny
-from layercut import evaluate
-from layercut.cli import main
+from layercut import evaluation
+from layercut.cli.main import main
 from layercut.errors import ConfigError, DataError, RunError
-from layercut.evaluate import harness
-from layercut.evaluate.retention import chance, flips, kept, mcnemar, speaking_metric, standard_error
+from layercut.evaluation import harness
+from layercut.evaluation.retention import chance, flips, kept, mcnemar, speaking_metric, standard_error
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------
 
@@ -68,27 +68,27 @@ def record(values: list[float], choices: list[int] | None = None, metric: str = 
 
 
 def test_a_row_compares_two_models_on_the_same_items():
-    row = evaluate.compare_records(record([1, 1, 1, 0], [2, 2, 4, 4]), record([1, 0, 0, 1], [2, 2, 4, 4]))
+    row = evaluation.compare_records(record([1, 1, 1, 0], [2, 2, 4, 4]), record([1, 0, 0, 1], [2, 2, 4, 4]))
     assert (row["dense"], row["compressed"], row["chance"]) == (0.75, 0.5, 0.375)
     assert (row["lost"], row["gained"], row["p_value"]) == (2, 1, 1.0)
     assert row["retention"] == pytest.approx(2 / 3)
     assert row["retention_above_chance"] == pytest.approx(1 / 3)
     with pytest.raises(RunError, match="not scored on the same items"):
-        evaluate.compare_records(record([1, 0]), {**record([1, 0]), "document_hash": "y"})
+        evaluation.compare_records(record([1, 0]), {**record([1, 0]), "document_hash": "y"})
 
 
 def test_retention_is_the_mean_over_tasks_that_count():
     rows = [
-        evaluate.compare_records(record([1, 1, 1, 1], [4] * 4), record([1, 1, 1, 0], [4] * 4)),
-        evaluate.compare_records(record([1, 0, 0, 0], [4] * 4), record([1, 0, 0, 0], [4] * 4)),  # at chance
-        evaluate.compare_records(record([1, 1], metric="exact_match"), record([1, 0], metric="exact_match")),
+        evaluation.compare_records(record([1, 1, 1, 1], [4] * 4), record([1, 1, 1, 0], [4] * 4)),
+        evaluation.compare_records(record([1, 0, 0, 0], [4] * 4), record([1, 0, 0, 0], [4] * 4)),  # at chance
+        evaluation.compare_records(record([1, 1], metric="exact_match"), record([1, 0], metric="exact_match")),
     ]
-    found = evaluate.retention(rows)
+    found = evaluation.retention(rows)
     assert found["mean"] == pytest.approx((0.75 + 1 + 0.5) / 3)
     assert found["above_chance"] == pytest.approx(((0.75 - 0.25) / 0.75 + 0.5) / 2)
     assert (found["tasks"], found["tasks_above_chance"]) == (3, 2)
     nothing = {"mean": None, "above_chance": None, "tasks": 0, "tasks_above_chance": 0}
-    assert evaluate.retention([]) == nothing
+    assert evaluation.retention([]) == nothing
 
 
 def test_a_perplexity_is_compared_but_not_retained():
@@ -96,9 +96,9 @@ def test_a_perplexity_is_compared_but_not_retained():
         metrics = {"word_perplexity": {"values": None, "score": score, "higher_is_better": False}}
         return {"metrics": metrics, "choices": None, "items": 2, "document_hash": "x"}
 
-    row = evaluate.compare_records(lower(30.0), lower(60.0))
+    row = evaluation.compare_records(lower(30.0), lower(60.0))
     assert (row["dense"], row["compressed"], row["retention"], row["p_value"]) == (30.0, 60.0, None, None)
-    assert evaluate.retention([row])["mean"] is None
+    assert evaluation.retention([row])["mean"] is None
 
 
 def test_the_metric_that_speaks():
@@ -109,6 +109,7 @@ def test_the_metric_that_speaks():
 
 
 # ---- lm-eval -------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -122,7 +123,7 @@ def model(seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def tasks(task_folder: Path) -> dict[str, Any]:
-    return evaluate.load_tasks(["tiny_choices", "tiny_tag"], task_folder)
+    return evaluation.load_tasks(["tiny_choices", "tiny_tag"], task_folder)
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def log_likelihood(lm: Any, tokenizer: Any, context: str, answer: str) -> float:
 
 def test_scores_are_those_of_direct_computation(tasks):
     lm, tokenizer = model(), folders.tokenizer()
-    found = evaluate.score_tasks(lm, tokenizer, tasks, limit=9, name="dense", cache=None)["tiny_choices"]
+    found = evaluation.score_tasks(lm, tokenizer, tasks, limit=9, name="dense", cache=None)["tiny_choices"]
     right = {"acc": [], "acc_norm": []}
     for document in list(tasks["tiny_choices"].eval_docs)[:9]:
         context = f"Question: {document['question']}\nAnswer:"
@@ -157,7 +158,7 @@ def test_lm_eval_itself_gives_the_same_score_and_standard_error(tasks):
     from lm_eval.models.huggingface import HFLM
 
     lm, tokenizer = model(), folders.tokenizer()
-    ours = evaluate.score_tasks(lm, tokenizer, tasks, limit=None, name="dense", cache=None)["tiny_choices"]
+    ours = evaluation.score_tasks(lm, tokenizer, tasks, limit=None, name="dense", cache=None)["tiny_choices"]
     wrapped = HFLM(pretrained=lm, tokenizer=copy.deepcopy(tokenizer), batch_size=1)
     alone = {"tasks": {"tiny_choices": tasks["tiny_choices"]}, "groups": {}}
     theirs = evaluate_directly(lm=wrapped, task_dict=alone)["results"]["tiny_choices"]
@@ -170,7 +171,7 @@ def test_lm_eval_itself_gives_the_same_score_and_standard_error(tasks):
 def test_generative_tasks_work_and_nothing_is_printed_or_changed(tasks, capfd):
     lm, tokenizer = model(), folders.tokenizer()
     weights = {id(p) for p in lm.parameters()}
-    found = evaluate.score_tasks(lm, tokenizer, tasks, limit=2, name="dense", cache=None)["tiny_sums"]
+    found = evaluation.score_tasks(lm, tokenizer, tasks, limit=2, name="dense", cache=None)["tiny_sums"]
     assert found["choices"] is None
     assert found["metrics"]["exact_match"]["values"] == [0.0, 0.0], "a random model does not add"
     assert capfd.readouterr() == ("", "")
@@ -193,7 +194,7 @@ def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, m
     tokenizer = folders.tokenizer()
 
     def score(lm: Any, limit: int = 2) -> Any:
-        return evaluate.score_tasks(lm, tokenizer, tasks, limit=limit, name="m", cache=tmp_path / "tasks")
+        return evaluation.score_tasks(lm, tokenizer, tasks, limit=limit, name="m", cache=tmp_path / "tasks")
 
     stop_at = 2
     with pytest.raises(KeyboardInterrupt):
@@ -234,11 +235,11 @@ def test_an_unknown_task_is_refused_with_near_names(task_folder, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path=None, **_: own(
         include_path=include_path, include_defaults=False))  # fmt: skip
     with pytest.raises(ConfigError, match="no task 'tiny_choises'") as refused:
-        evaluate.check_tasks(["tiny_sums", "tiny_choises"], task_folder)
+        evaluation.check_tasks(["tiny_sums", "tiny_choises"], task_folder)
     assert "did you mean tiny_choices" in refused.value.hint
-    evaluate.check_tasks(["tiny_sums", "tiny_tag"], task_folder)
+    evaluation.check_tasks(["tiny_sums", "tiny_tag"], task_folder)
     with pytest.raises(ConfigError, match="is no folder"):
-        evaluate.check_tasks(["tiny_sums"], task_folder / "nowhere")
+        evaluation.check_tasks(["tiny_sums"], task_folder / "nowhere")
 
 
 def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
@@ -246,13 +247,13 @@ def test_a_task_whose_data_cannot_be_had_is_refused(task_folder, tmp_path):
     (tmp_path / "data.py").write_text("def missing(**_):\n    raise OSError('no such set')\n")
     (tmp_path / "broken.yaml").write_text(broken)
     with pytest.raises(DataError, match="'tiny_broken' cannot be loaded: no such set"):
-        evaluate.load_tasks(["tiny_broken"], tmp_path)
+        evaluation.load_tasks(["tiny_broken"], tmp_path)
 
 
 def test_without_lm_eval_the_install_line_is_given(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match="not installed") as refused:
-        evaluate.check_tasks(["arc_easy"], None)
+        evaluation.check_tasks(["arc_easy"], None)
     assert "pip install" in refused.value.hint
 
 
@@ -268,7 +269,7 @@ def started(run: Path) -> list[str]:
 
 
 def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.verify_reload", lambda *_: {})
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     run = tmp_path / "run"
     asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}"]
     argv = ["compress", str(tiny_model), *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]

@@ -13,16 +13,17 @@ from transformers import BloomConfig
 
 import folders
 import tiny
-from layercut import checkpoints, evaluate, models
-from layercut.artefacts import RUNS_OWN
+from layercut import evaluation
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data import load_blocks
+from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError
-from layercut.evaluate import likelihood
-from layercut.pipeline import check_sources, text_stage, with_reported_window
-from layercut.runs import Run
-from layercut.stages.text import check_unseen, uses
-from layercut.workbench import Workbench
+from layercut.evaluation import perplexity
+from layercut.models import checkpoints, loading
+from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.pipeline.context import RunContext
+from layercut.pipeline.journey import check_sources, text_stage, with_reported_window
+from layercut.pipeline.run_store import Run
+from layercut.pipeline.stages.text import check_unseen, uses
 
 
 def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
@@ -37,7 +38,7 @@ def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
 def draw(model: Path, folder: Path, config: CompressConfig) -> dict:
     with Run(folder) as run:
         run.describe({})
-        text = text_stage(Workbench(checkpoints.resolve(str(model)), config, run), uses(config, "report"))
+        text = text_stage(RunContext(checkpoints.resolve(str(model)), config, run), uses(config, "report"))
         shared = {key: value for key, value in run.read("text-shared").items() if key not in RUNS_OWN}
         return text | {"shared": shared}
 
@@ -127,7 +128,7 @@ def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
 
 def test_a_run_is_not_judged_by_what_it_was_tuned_on(tiny_model, several, tmp_path):
     draw(tiny_model, tmp_path, asking(f"{several}/other.txt", f"{several}/a.txt", "python-docs"))
-    tokenizer = models.load_tokenizer(checkpoints.resolve(str(tiny_model)))
+    tokenizer = loading.load_tokenizer(checkpoints.resolve(str(tiny_model)))
 
     def judged_by(name: str, tokens: int) -> None:
         blocks = load_blocks(name, tokenizer, tokens=tokens, window=64, seed=0, order="as written")
@@ -155,7 +156,7 @@ def test_the_reported_window_is_the_models_and_no_longer_than_2048():
     assert window(128, config) == 64
     with pytest.raises(ConfigError, match="--eval-window 64 is longer than the model's 32 positions"):
         window(32, config)
-    assert evaluate.protocol(2048) == (
+    assert evaluation.protocol(2048) == (
         "perplexity of 2,048-token windows, no overlap, the first token of each not predicted"
     )
 
@@ -163,7 +164,7 @@ def test_the_reported_window_is_the_models_and_no_longer_than_2048():
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypatch):
     model, tokens = make(), tiny.some_tokens(3, 100)
-    whole = evaluate.window_losses(model, tokens)
+    whole = evaluation.window_losses(model, tokens)
     sizes = []
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[:-1].numel()))
@@ -171,8 +172,8 @@ def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypa
     def few(tokens_per_row: int, vocabulary: int) -> int:
         return max(1, 30 // tokens_per_row)
 
-    monkeypatch.setattr(likelihood, "rows_per_chunk", few)
-    parts = evaluate.window_losses(model, tokens)
+    monkeypatch.setattr(perplexity, "rows_per_chunk", few)
+    parts = evaluation.window_losses(model, tokens)
     torch.testing.assert_close(parts, whole)
     measured = [size for size in sizes if size != 8]  # 8: the check that the model can be opened up
     assert max(measured) <= 30

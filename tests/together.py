@@ -20,17 +20,21 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  loaded once, before anything is timed out
 
 import tiny
-from layercut import checkpoints, cli, export, models, opening, processes, sharding, stream
-from layercut.cut import cut_segment_
+from layercut import cli
+from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
-from layercut.heal import endpoints
-from layercut.heal.endpoints import TuneSettings, tune_
-from layercut.heal.fold import fold_
-from layercut.heal.state import StateFile
-from layercut.heal.stored import store_teacher
-from layercut.search import find_segments
+from layercut.export import checkpoint
+from layercut.healing import endpoint_tuning
+from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing.least_squares import fold_
+from layercut.healing.stored_teacher import store_teacher
+from layercut.healing.tuning_state import StateFile
+from layercut.layer_search import find_segments
+from layercut.models import checkpoints, loading
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.offload import layer_reader, placement
 from layercut.segments import Segment
-from layercut.sweep import Stack, mean_kl
+from layercut.surgery import cut_segment_
 
 METHODS = ["clp", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb", "evolution"]
 SPREAD_METHODS = ["clp", "exhaustive", "angular"]
@@ -42,7 +46,7 @@ CUT = [Segment(3, 5)]
 
 def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """What every method finds on seven rows, of which two processes have three and four."""
-    stack, tokens = Stack(model or tiny.llama()), tiny.some_tokens(7)
+    stack, tokens = DecoderRunner(model or tiny.llama()), tiny.some_tokens(7)
     found = {method: find_segments(stack, tokens, 2, method, seed=0, oracle=True).to_json() for method in methods}
     found["two"] = find_segments(stack, tokens, 3, "clp", seed=0, count=2, objective="next-token").to_json()
     return found
@@ -60,7 +64,7 @@ def spread_llama(**changes: Any) -> Any:
 
 
 def student_of(model: Any) -> Any:
-    student = models.share(model)
+    student = loading.share(model)
     cut_segment_(student, CUT)
     return student
 
@@ -68,9 +72,9 @@ def student_of(model: Any) -> Any:
 def healings(folder: Path, model: Any = None) -> dict[str, Any]:
     """Fold and tuning, by every objective. Steps have five rows and the last one: one process has nothing to do."""
     model, found = model or tiny.llama(), {}
-    dense = Stack(model)
+    dense = DecoderRunner(model)
     tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
-    folded = Stack(student_of(model))
+    folded = DecoderRunner(student_of(model))
     folds = fold_(dense, folded, CUT, tiny.some_tokens(14, seed=3))  # the row kept out is not the first of a share
     found["fold"] = folds[0].to_json() | {"kl": mean_kl(dense, folded, heldout)}
     for name, more in SETTINGS.items():
@@ -78,7 +82,7 @@ def healings(folder: Path, model: Any = None) -> dict[str, Any]:
             continue
         teacher = store_teacher(dense, tokens, 8, folder / "teacher", key="key") if name == "stored" else None
         settings = TuneSettings(learning_rate=3e-3, batch_tokens=80, epochs=2, **more)
-        report = tune_(dense, Stack(student_of(model)), CUT, tokens, heldout, settings, teacher=teacher)
+        report = tune_(dense, DecoderRunner(student_of(model)), CUT, tokens, heldout, settings, teacher=teacher)
         found[name] = [[point["loss"] for point in points] for points in (report.curve, report.heldout)]
     return found
 
@@ -89,25 +93,27 @@ class Stopped(Exception):
 
 def spreading(model: Path) -> dict[str, Any]:
     """A model that each process reads layer by layer and keeps a part of, and what tuning makes of the parts."""
-    install, whole = stream.LayersOnDisk._install_, []
+    install, whole = layer_reader.LayersOnDisk._install_, []
 
     def counted(disk: Any, tensors: Any) -> None:
         loaded = [[p for p in layer.parameters() if not p.is_meta] for layer in disk.layers]
         whole.append(sum(any(sharding.local(p) is p for p in parameters) for parameters in loaded))
         install(disk, tensors)
 
-    stream.LayersOnDisk._install_ = counted  # type: ignore[method-assign]
+    layer_reader.LayersOnDisk._install_ = counted  # type: ignore[method-assign]
     try:
-        spread = opening.load(checkpoints.resolve(str(model)), shard="on").model
+        spread = placement.load(checkpoints.resolve(str(model)), shard="on").model
     finally:
-        stream.LayersOnDisk._install_ = install  # type: ignore[method-assign]
+        layer_reader.LayersOnDisk._install_ = install  # type: ignore[method-assign]
     before = [sharding.local(p).clone() for p in spread.parameters()]
-    student = Stack(student_of(spread))
+    student = DecoderRunner(student_of(spread))
     tokens = tiny.some_tokens(4, seed=1)  # judged on what it learns, so that it does get better
-    report = tune_(Stack(spread), student, CUT, tokens, tokens, TuneSettings(learning_rate=1e-3, batch_tokens=32))
+    report = tune_(
+        DecoderRunner(spread), student, CUT, tokens, tokens, TuneSettings(learning_rate=1e-3, batch_tokens=32)
+    )
     same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
     return {
-        "bytes": models.parameter_bytes(spread),
+        "bytes": loading.parameter_bytes(spread),
         "held": sharding.bytes_held(spread),
         "student_held": sharding.bytes_held(student.model),
         "whole_before_each_layer": whole,
@@ -123,7 +129,7 @@ def stop_and_resume(folder: Path, then: Any = None) -> list[float]:
 
     then: the model that it goes on with; the same where not given.
     """
-    model, step = tiny.llama(), endpoints._Training.step_
+    model, step = tiny.llama(), endpoint_tuning._Training.step_
     tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
     state = folder / f"state-{then is None}"
 
@@ -136,18 +142,18 @@ def stop_and_resume(folder: Path, then: Any = None) -> list[float]:
         return step(training)
 
     def tune(model: Any) -> Any:
-        settings, student = TuneSettings(learning_rate=3e-3, batch_tokens=80), Stack(student_of(model))
-        return tune_(Stack(model), student, CUT, tokens, heldout, settings, state=StateFile(state))
+        settings, student = TuneSettings(learning_rate=3e-3, batch_tokens=80), DecoderRunner(student_of(model))
+        return tune_(DecoderRunner(model), student, CUT, tokens, heldout, settings, state=StateFile(state))
 
     before = signal.signal(signal.SIGTERM, stopped)
-    endpoints._Training.step_ = told  # type: ignore[method-assign]
+    endpoint_tuning._Training.step_ = told  # type: ignore[method-assign]
     try:
         tune(model)
         raise AssertionError("nothing stopped it")
     except Stopped:
         pass
     finally:
-        endpoints._Training.step_ = step  # type: ignore[method-assign]
+        endpoint_tuning._Training.step_ = step  # type: ignore[method-assign]
         signal.signal(signal.SIGTERM, before)
     report = tune(model if then is None else then)
     return [point["loss"] for point in report.curve]
@@ -188,7 +194,7 @@ def main(folder: Path) -> int:
     last = commands.pop("last")
     for name, argv in commands.items():
         found["codes"][name] = command(argv, folder, name)
-        export.verify_reload = lambda *_: {}  # type: ignore[assignment]  # once is enough
+        checkpoint.verify_reload = lambda *_: {}  # type: ignore[assignment]  # once is enough
         if found["codes"][name]:
             forget_failure()
         (folder / f"{processes.rank()}.json").write_text(json.dumps(found))
@@ -197,7 +203,7 @@ def main(folder: Path) -> int:
         raise ModelError("this process alone fails", "none")
 
     if processes.rank() == processes.world() - 1:  # where the other one waits for its share of a sum
-        endpoints.warmup_then_cosine = fails  # type: ignore[assignment]
+        endpoint_tuning.warmup_then_cosine = fails  # type: ignore[assignment]
     return command(last, folder, "last")
 
 

@@ -1,3 +1,86 @@
-"""layercut: find the run of decoder layers a language model can best do without, cut it out, heal, prove."""
+"""layercut: find the decoder layers that a language model can best do without, cut, heal, quantize, prove.
+
+    import layercut as lc
+
+    tokens = lc.token_blocks("c4", tokenizer, tokens=16384)      # [N, T] token ids, or a tensor of your own
+    found = lc.search(model, tokens, ratio=0.2)                  # which layers; nothing is changed yet
+    small = lc.cut(model, found.segments)                        # a clone that shares all weights with `model`
+    lc.fold_(small, model, tokens)                               # least squares, kept only where held-out KL falls
+    lc.tune_(small, model, more_tokens)                          # cutoff endpoint tuning
+    packed = lc.quantize(small, tokens, bits=4)
+    lc.evaluate(packed, heldout, baseline=model)
+    lc.save(packed, tokenizer, "out")                            # a stock checkpoint, verified by a fresh process
+
+    run = lc.compress("org/model", ratio=0.2, out="runs/mine")   # all of it, resumable; what the command calls
+
+`model` is any causal language model of transformers that is in memory. Nothing is written but what is asked for, and
+nothing of the process is changed: no signal handlers, no bars, no output. Messages go to the logger "layercut",
+progress to `lc.progress_to(callback)`. torch is imported when one of these is used, not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "token_blocks": "data",
+    "search": "layer_search", "SearchResult": "layer_search", "Candidate": "layer_search", "Cost": "layer_search",
+    "cut": "surgery",
+    "fold_": "healing", "tune_": "healing", "FoldResult": "healing", "TuningResult": "healing",
+    "quantize": "quantization", "Quantized": "quantization",
+    "evaluate": "evaluation", "Evaluation": "evaluation",
+    "save": "export", "Exported": "export",
+    "compress": "pipeline", "RunResult": "pipeline",
+    "Segment": "segments", "DecoderRunner": "models", "Objective": "models",
+    "criteria": "extensions", "objectives": "extensions", "quantizers": "extensions", "evaluations": "extensions",
+    "exporters": "extensions",
+    "progress_to": "progress", "LayercutError": "errors",
+}  # fmt: skip
+"""Public name -> the room that has it."""
+
+__all__ = [*_WHERE, "__version__"]
+
+if TYPE_CHECKING:
+    from layercut.data import token_blocks as token_blocks
+    from layercut.errors import LayercutError as LayercutError
+    from layercut.evaluation import Evaluation as Evaluation
+    from layercut.evaluation import evaluate as evaluate
+    from layercut.export import Exported as Exported
+    from layercut.export import save as save
+    from layercut.extensions import criteria as criteria
+    from layercut.extensions import evaluations as evaluations
+    from layercut.extensions import exporters as exporters
+    from layercut.extensions import objectives as objectives
+    from layercut.extensions import quantizers as quantizers
+    from layercut.healing import FoldResult as FoldResult
+    from layercut.healing import TuningResult as TuningResult
+    from layercut.healing import fold_ as fold_
+    from layercut.healing import tune_ as tune_
+    from layercut.layer_search import Candidate as Candidate
+    from layercut.layer_search import Cost as Cost
+    from layercut.layer_search import SearchResult as SearchResult
+    from layercut.layer_search import search as search
+    from layercut.models import DecoderRunner as DecoderRunner
+    from layercut.models import Objective as Objective
+    from layercut.pipeline import RunResult as RunResult
+    from layercut.pipeline import compress as compress
+    from layercut.progress import progress_to as progress_to
+    from layercut.quantization import Quantized as Quantized
+    from layercut.quantization import quantize as quantize
+    from layercut.segments import Segment as Segment
+    from layercut.surgery import cut as cut
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'layercut' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"layercut.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

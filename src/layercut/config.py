@@ -10,24 +10,20 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
+from layercut.extensions import Registry, criteria, objectives, quantizers
+from layercut.files.sizes import parse_bytes
 from layercut.segments import Segment
-from layercut.units import parse_bytes
 
-Method = Literal[
-    "clp", "exhaustive", "random", "reverse-order", "block-influence", "angular", "cosine",
-    "perplexity", "taylor", "sleb", "evolution",
-]  # fmt: skip
 StreamMode = Literal["auto", "on", "off"]
 ShardMode = Literal["auto", "on", "off"]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
-SearchObjective = Literal["kl", "next-token", "hidden"]
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -51,6 +47,13 @@ WHAT, RUN, TEXT, SEARCH, HEALING, QUANTIZATION, MEASURING, LOADING, RARE = (
 """The boxes of --help, in their order."""
 rare = Parameter(group=RARE)
 no_negative = Parameter(negative="")
+
+
+def one_of(registry: Registry[Any], group: Group | None = None) -> Parameter:
+    """A name from a registry, which the help lists with those that installed packages bring."""
+    return Parameter(group=group) if group else Parameter()
+
+
 rare_switch = Parameter(group=RARE, negative="")
 flat = Parameter(name="*")
 
@@ -58,8 +61,6 @@ flat = Parameter(name="*")
 def options(group: Group) -> Callable[[type], type]:
     """A dataclass whose fields are flags, in one box of --help unless a field says otherwise."""
     return Parameter(name="*", group=group)
-
-
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -139,11 +140,11 @@ class SearchConfig:
     on held-out rows. With --target-size: walk layers and bits until both are met, or say that they cannot be."""
     num_segments: int = 1
     """Remove the layers as up to so many segments; for clp and exhaustive."""
-    method: Method = "clp"
+    method: Annotated[str, one_of(criteria)] = "clp"
     """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
     baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
     that are not neighbours."""
-    search_objective: Annotated[SearchObjective, rare] = "kl"
+    search_objective: Annotated[str, one_of(objectives, RARE)] = "kl"
     """What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: it predicts the
     text. hidden: its last hidden states are the dense model's; the cheapest."""
     score: Annotated[Literal["raw", "folded"], rare] = "raw"
@@ -158,9 +159,7 @@ class SearchConfig:
         if len(given := self.given) > 1 and not self.two_budgets:
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them")
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ConfigError(
-                f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2"
-            )
+            raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
         if self.target_size is not None:
             parse_bytes("--target-size", self.target_size)
         if self.target_speedup is not None and not 1 < self.target_speedup < math.inf:
@@ -174,7 +173,9 @@ class SearchConfig:
         _ = self.segments
 
     def _check_method(self) -> None:
-        """Refuse what a method could not heed."""
+        """Refuse what is unknown, and what a method could not heed."""
+        criteria.check(self.method, "--method")
+        objectives.check(self.search_objective, "--search-objective")
         asked = {"--num-segments": self.num_segments > 1, "--search-objective": self.search_objective != "kl"}
         for flag, is_asked in asked.items():
             if is_asked and self.method not in ("clp", "exhaustive"):
@@ -243,7 +244,7 @@ class HealConfig:
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
-    objective: Literal["kl", "next-token", "hidden"] = "kl"
+    objective: Annotated[str, one_of(objectives)] = "kl"
     """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at
     the cut."""
     learning_rate: float | None = None
@@ -266,6 +267,7 @@ class HealConfig:
     towards those: the dense layers above the cut are not run again. 0: all tokens, computed anew."""
 
     def __post_init__(self) -> None:
+        objectives.check(self.objective, "--objective")
         at_least("tune_tokens", self.tune_tokens, 0)
         at_least("epochs", self.epochs, 1)
         at_least("patience", self.patience, 0)
@@ -295,7 +297,7 @@ class QuantizeConfig:
 
     bits: Literal[16, 8, 4] = 16
     """Bits for each weight of the decoder layers. 16: not quantized."""
-    quantizer: Literal["gptq", "rtn"] = "gptq"
+    quantizer: Annotated[str, one_of(quantizers)] = "gptq"
     """gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text."""
     group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
@@ -307,6 +309,7 @@ class QuantizeConfig:
     """Store embeddings and head in 8 bits too. Small models need it; transformers reads it, vLLM may not."""
 
     def __post_init__(self) -> None:
+        quantizers.check(self.quantizer, "--quantizer")
         if self.group_size is not None:
             at_least("group_size", self.group_size, 8)
 
@@ -630,7 +633,7 @@ class MethodsConfig:
 
     ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
-    methods: str = ",".join(get_args(Method))
+    methods: str = ",".join(criteria)
     """Search methods, separated by commas."""
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
     """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
@@ -648,10 +651,10 @@ class MethodsConfig:
         SearchConfig(ratio=self.ratio)
         at_least("tune_tokens", self.tune_tokens, 0)
         EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
-        unknown = [name for name in self.names if name not in get_args(Method)]
+        unknown = [name for name in self.names if name not in criteria]
         if unknown or not self.names:
             got = ", ".join(map(repr, unknown)) or "no method"
-            raise ConfigError(f"--methods names {got}", f"allowed are {', '.join(get_args(Method))}")
+            raise ConfigError(f"--methods names {got}", f"allowed are {', '.join(criteria)}")
 
     @property
     def names(self) -> list[str]:

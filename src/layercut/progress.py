@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layercut import errors
-from layercut.files import writing
+from layercut.files.writing import writing
 
 log = logging.getLogger("layercut")
 log.addHandler(logging.NullHandler())
@@ -62,7 +62,9 @@ def _say(level: int, stage: str, words: str, *, progress: bool = False) -> None:
 
 
 def _is_main() -> bool:
-    from layercut.processes import is_main  # which loads torch, for which a command that says nothing need not wait
+    from layercut.distributed.processes import (
+        is_main,  # which loads torch, for which a command that says nothing need not wait
+    )
 
     return is_main()
 

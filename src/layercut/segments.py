@@ -23,8 +23,7 @@ class Segment:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ConfigError(
-                f"segment {self.start}:{self.stop} is empty or negative; "
-                "allowed is START:STOP with 0 <= START < STOP",
+                f"segment {self.start}:{self.stop} is empty or negative; allowed is START:STOP with 0 <= START < STOP",
                 "layers are counted from 0 and STOP is not removed: --segment 13:19 removes six layers",
             )
 

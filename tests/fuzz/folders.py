@@ -32,11 +32,13 @@ from safetensors.torch import load_file, save_file
 
 import folders
 import tiny
-from layercut import alone, configfile, models, stream
-from layercut.checkpoints import resolve
+from layercut.cli import commands
 from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
-from layercut.plan import plan_run
+from layercut.estimate import plan_run
+from layercut.models import config_checks, loading
+from layercut.models.checkpoints import resolve
+from layercut.offload import layer_reader
 
 SECONDS = 10.0
 """A case may take, on each way in."""
@@ -101,8 +103,8 @@ VALUES: list[Any] = [
     [10**9] * 4, {}, {"a": 1}, {"3": {}}, {"rope_type": "yarn", "factor": 0}, {"rope_type": "text"},
 ]  # fmt: skip
 KEYS = [
-    *configfile.COUNTS, *configfile.SIZES, *configfile.EXPERTS, *configfile.TOKENS, "num_labels", "id2label",
-    "architectures", "model_type", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
+    *config_checks.COUNTS, *config_checks.SIZES, *config_checks.EXPERTS, *config_checks.TOKENS, "num_labels",
+    "id2label", "architectures", "model_type", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
     "experts_implementation", "original_layer_index", "layer_types", "quantization_config", "auto_map", "text_config",
     "rope_parameters", "rope_scaling", "sliding_window", "hidden_act", "per_layer_config", "transformers_weights",
     "tie_word_embeddings", "is_encoder_decoder", "pruned_heads", "output_attentions", "_name_or_path",
@@ -210,15 +212,15 @@ def _spoil_header(file: Path, draw: random.Random) -> str:
 def load_and_run(folder: Path, out: Path, *, on_disk: bool = False) -> None:
     checkpoint = resolve(str(folder))
     checkpoint.fingerprint()
-    loaded = (stream.open_on_disk if on_disk else models.load)(checkpoint, device="cpu")
+    loaded = (layer_reader.open_on_disk if on_disk else loading.load)(checkpoint, device="cpu")
     tokens = torch.tensor([loaded.tokenizer("some text").input_ids])
-    models.check_tokens(tokens, loaded.model.config, checkpoint.name)
+    loading.check_tokens(tokens, loaded.model.config, checkpoint.name)
     with torch.no_grad():
         loaded.model(input_ids=tokens, use_cache=False)
 
 
 def cut(folder: Path, out: Path) -> None:
-    alone.cut(str(folder), CutConfig(segment=("1:2",), out=out))
+    commands.cut(str(folder), CutConfig(segment=("1:2",), out=out))
 
 
 def plan(folder: Path, out: Path) -> None:

@@ -1,6 +1,6 @@
 """Seeded damage to a tiny .gguf file, and what reads it: each case ends well or in a LayercutError, soon and in bounds.
 
-    python -m tests.fuzz.gguf --cases 2000 --seed 0
+python -m tests.fuzz.gguf --cases 2000 --seed 0
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import folders
 import tiny
 from gguf_writer import write_gguf
-from layercut import checkpoints, models
-from layercut.cut import cut_gguf
 from layercut.errors import LayercutError
-from layercut.gguf_files import read_header
+from layercut.models import checkpoints, loading
+from layercut.models.gguf_header import read_header
 from layercut.segments import Segment
+from layercut.surgery import cut_gguf
 
 SECONDS, ROOM = 20, 1 << 30
 """Of a case: seconds, and bytes of address space beyond what the process has."""
@@ -116,11 +116,11 @@ def cut(file: Path) -> None:
 
 
 def load(file: Path) -> None:
-    models.load(checkpoints.resolve(str(file)), dtype="float32", device="cpu")
+    loading.load(checkpoints.resolve(str(file)), dtype="float32", device="cpu")
 
 
 def outcome(read: Callable[[Path], None], file: Path) -> str:
-    """"ok", "refused", or what else happened."""
+    """ "ok", "refused", or what else happened."""
     try:
         with bounded():
             read(file)

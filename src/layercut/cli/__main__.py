@@ -1,0 +1,8 @@
+"""`python -m layercut.cli`, as torchrun and accelerate launch start it."""
+
+import sys
+
+from layercut.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

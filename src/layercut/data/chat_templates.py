@@ -1,0 +1,100 @@
+"""Chat templates, rendered within bounds. Ground: text and evaluation use it.
+
+A template is a program that comes with the checkpoint. jinja2's sandbox keeps it from files and attributes, but it can
+loop for ever or build a string larger than memory; so a process of its own renders (`data/chat_process.py`), one for
+all chats, which is ended when a chat takes too long.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import DataError, ModelError
+
+START, LONGEST = 300.0, 10.0
+"""Seconds that the process may take to start, and to render one chat; a chat of a thousand messages takes 0.01 s."""
+HINT = "leave out --chat-template, or correct the data"
+PROMPT_HINT = "mend the checkpoint's chat template (chat_template.jinja or tokenizer_config.json), or delete it"
+
+
+class _Renderer:
+    """The process that renders, started when it is first needed and again after it had to be ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.end)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+        """The process's answer; "limit" where it gave none in time."""
+        try:
+            process = self._process or self._start()
+            assert process.stdin
+            process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+            process.stdin.flush()
+            found = self._line(process, LONGEST)
+        except OSError:  # it was ended from outside, or has run out of memory
+            found = b""
+        if found:
+            return json.loads(found)
+        self.end()
+        return {"limit": f"it did not end in {LONGEST:g} seconds" if found is None else "it ended its process"}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # -P: the folder of the file is no place to import from
+        command = [sys.executable, "-P", str(Path(__file__).with_name("chat_process.py"))]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        if not self._line(self._process, START):
+            self.end()
+            raise ModelError("chat templates cannot be rendered: the process for it does not start", HINT)
+        return self._process
+
+    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+        """The next line it writes; None where it takes longer, empty where it has ended."""
+        assert process.stdout
+        found, until = bytearray(), time.monotonic() + seconds
+        while not found.endswith(b"\n"):
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                return None
+            if not (read := process.stdout.raw.read(2**20)):  # type: ignore[attr-defined]
+                return b""
+            found += read
+        return bytes(found)
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_renderer = _Renderer()
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+    """A chat by the tokenizer's template; prompt: up to where the model is to answer.
+
+    DataError where the template refuses the chat, ModelError where it takes too long or too much memory.
+    """
+    roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # none, or several of which none is the default
+        raise DataError(f"the tokenizer's chat template cannot be used: {str(error)[:300]}", hint) from None
+    found = _renderer.ask(
+        {"template": template, "messages": messages, "special": tokenizer.special_tokens_map, "prompt": prompt}
+    )
+    if "limit" in found:
+        raise ModelError(f"the chat template cannot render a chat with the roles {roles}: {found['limit']}", hint)
+    if "error" in found:
+        raise DataError(f"the chat template refuses a record with the roles {roles}: {found['error']}", hint)
+    return found["text"]

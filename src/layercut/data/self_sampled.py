@@ -1,0 +1,103 @@
+"""Text that the model writes itself, for users who have none: rows of tokens sampled from its plain distribution.
+
+Part of `data/blocks.py`, which draws blocks from it as from any other source.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from layercut.data.chat_templates import render_chat
+from layercut.errors import DataError
+from layercut.models.loading import quiet_transformers
+from layercut.progress import bar
+
+ROWS = 32
+"""Rows sampled from the model in one batch."""
+
+
+def sample(
+    model: Any, tokenizer: Any, window: int, span: range, seed: int | str, *, chat_template: bool = False
+) -> torch.Tensor:
+    """Rows `span` of the model's own text, [len(span), T]: its plain distribution, temperature 1, past EOS.
+
+    Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
+    """
+    from transformers import GenerationConfig
+
+    if model is None:
+        raise DataError("--data self samples text from the model, and none is loaded", "give a file or a named set")
+    prefix = chat_prefix(tokenizer, window) if chat_template else None
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=window,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    rows = []
+    total = len(span) * (window - len(prefix or [0]))
+    with bar("sampling text from the model", total) as advance, generating(model, plain):
+
+        def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            # generate calls it after every token: where the bar moves; it never stops a row
+            advance(len(ids))
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        for first in range(span.start, span.stop, ROWS):
+            batch = min(ROWS, span.stop - first)
+            draw = random.Random(f"{seed}/{first}")
+            torch.manual_seed(draw.getrandbits(32))
+            heads = [prefix or [first_token(tokenizer, draw)] for _ in range(batch)]
+            prompt = torch.tensor(heads, device=model.device)
+            ids = prompt
+            if prompt.shape[1] < window:
+                ids = model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), use_cache=True, stopping_criteria=[step]
+                )
+            rows.append(ids.cpu())
+    return torch.cat(rows).clone()  # cloned outside inference mode, or autograd would refuse these tokens
+
+
+@contextmanager
+def generating(model: Any, plain: Any) -> Iterator[None]:
+    """Set aside the model's generation config (its EOS, penalties, cut-offs) and torch's random state."""
+    kind, own = model.device.type, model.generation_config
+    forked = torch.random.fork_rng(
+        devices=[model.device] if kind == "cuda" else [], device_type="cuda" if kind == "cpu" else kind
+    )
+    model.generation_config = plain
+    try:
+        with forked, torch.inference_mode(), quiet_transformers():
+            yield
+    finally:
+        model.generation_config = own
+
+
+def first_token(tokenizer: Any, draw: random.Random) -> int:
+    """BOS, or where there is none, a random token that is not a special one."""
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    special = {*tokenizer.all_special_ids}
+    return draw.choice([i for i in range(tokenizer.vocab_size) if i not in special])
+
+
+def chat_prefix(tokenizer: Any, window: int) -> list[int]:
+    """What the chat template writes before a user's first words: the model writes these and what follows."""
+    mark = "USERS-WORDS"
+    text = render_chat(tokenizer, [{"role": "user", "content": mark}])
+    if mark not in text:
+        raise DataError("the chat template leaves out the user's message", "leave out --chat-template")
+    ids = tokenizer(text[: text.index(mark)], add_special_tokens=False).input_ids
+    if len(ids) >= window:
+        raise DataError(
+            f"the chat template opens with {len(ids)} tokens; the window has {window}",
+            f"use a longer one: --window {4 * len(ids)}",
+        )
+    return list(ids)

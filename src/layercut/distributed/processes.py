@@ -1,0 +1,246 @@
+"""Several processes that do one run together, started by torchrun or accelerate launch. Ground: every stage may use it.
+
+All of them run the same journey on the same arguments and hold the whole model. Rows of tokens are what they share:
+each takes its part (`share`), sums go over all of them (`sum_`), and since all see the same sums all decide alike.
+What is no sum of rows one of them does, the main process, while the others wait (`on_main`). Files are written by
+the main process and read by all: the run folder lies on a file system that all of them see.
+
+With one process, started by itself, every function here is the identity, and nothing is initialised.
+
+Two things come from torch itself rather than from accelerate's PartialState, which reads the same environment:
+collectives on the CPU beside those on the GPU (sums in float64, decisions), and their time limits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from layercut.errors import ConfigError, LayercutError
+
+Result = TypeVar("Result")
+
+LONGEST_SHARE, LONGEST_WAIT = timedelta(hours=6), timedelta(days=30)
+"""A process may lag behind so far in shared work, or wait so long for the main one. A process that dies is noticed at
+once, by its closed connections and by the launcher."""
+
+
+class OtherProcessError(RuntimeError):
+    """The main process failed; what happened is said there."""
+
+
+@dataclass
+class _Started:
+    """What `start` set up."""
+
+    store: Any
+    """Keys and values that all processes see, and that outlast a process."""
+    control: Any
+    """The group in which decisions go round, on the CPU."""
+    alone: int = 0
+    """While above 0 this process works by itself."""
+
+
+_started: _Started | None = None
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def on_this_machine() -> int:
+    """How many of the processes run on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _started else 1
+
+
+def start() -> None:
+    """Join the other processes, as the environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    gloo serves tensors on the CPU, nccl those on GPUs; of several GPUs this process takes that of its LOCAL_RANK.
+    Nothing happens where there is one process, or where this was called before. Raises ConfigError where the
+    environment speaks of several processes and does not say how to find them.
+    """
+    global _started
+    if _started or not launched():
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but {', '.join(missing)} not there",
+            "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE",
+        )
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=LONGEST_SHARE)
+    control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    _started = _Started(dist.PrefixStore("layercut", store), control)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    global _started
+    if _started:
+        _started = None
+        dist.destroy_process_group()
+
+
+def check_device(device: torch.device) -> None:
+    """ConfigError where several processes would crowd on one GPU."""
+    here = on_this_machine()
+    if device.type == "cpu" or here == 1:
+        return
+    if device.index is not None:
+        raise ConfigError(
+            f"--device {device} is given to {here} processes", f"each takes its own: --device {device.type}"
+        )
+    if here > (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"{here} processes were started on a machine with {count} {device.type} devices",
+            f"start {count}, or give --device cpu",
+        )
+
+
+# --- who is who ---------------------------------------------------------------------------------------------------
+
+
+def _several() -> _Started | None:
+    return None if _started is None or _started.alone else _started
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _several() else 0
+
+
+def world() -> int:
+    """How many processes share the work that is being done now; 1 inside `on_main`."""
+    return dist.get_world_size() if _several() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user, also while it works alone."""
+    return _started is None or dist.get_rank() == 0
+
+
+# --- shared work --------------------------------------------------------------------------------------------------
+
+
+def share(length: int) -> slice:
+    """This process's part of range(length): in order, none twice, sizes differ by one at most; may be empty."""
+    return slice(length * rank() // world(), length * (rank() + 1) // world())
+
+
+def share_of_batches(length: int, batch: int) -> list[slice]:
+    """This process's part of range(length), parted into batches: of `batch`, or of fewer where some process would
+    have none."""
+    batch = max(1, min(batch, -(-length // world())))
+    parts = [slice(begin, min(begin + batch, length)) for begin in range(0, length, batch)]
+    return parts[share(len(parts))]
+
+
+def sum_(*tensors: torch.Tensor) -> None:
+    """Replace tensors by their sums over all processes: the same bits in every one."""
+    if _several():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def summed(values: list[float]) -> list[float]:
+    """Numbers summed over all processes, in float64."""
+    if not _several():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    sum_(tensor)
+    return tensor.tolist()
+
+
+def most(value: int) -> int:
+    """The largest of all processes' numbers."""
+    if not _several():
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if several := _several():
+        dist.all_reduce(torch.zeros(1), group=several.control)
+
+
+def from_main(value: Result) -> Result:
+    """The main process's value, in all of them; for what might come out differently on another machine."""
+    if not (several := _several()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=several.control, device=torch.device("cpu"))
+    return box[0]
+
+
+def on_main(compute: Callable[[], Result]) -> Result:
+    """What the main process alone computes, in all of them, which wait for it and fail with it.
+
+    Inside, there is one process: `world()` is 1, and what is shared elsewhere is not.
+    """
+    if not (several := _several()):
+        return compute()
+    barrier()
+    outcome: tuple[bool, Any] = (True, None)
+    error: BaseException | None = None
+    if is_main():
+        several.alone += 1
+        try:
+            outcome = (True, compute())
+        except Exception as caught:
+            error, outcome = caught, (False, _portable(caught))
+        finally:
+            several.alone -= 1
+    fine, value = from_main(outcome)
+    if error:
+        raise error
+    if not fine:
+        raise value
+    return value
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can raise it: that of a user as it is, a fault of ours by its name."""
+    if isinstance(error, LayercutError):
+        return error
+    return OtherProcessError(f"the main process failed: {type(error).__name__}")
+
+
+# --- failing together ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def first_to_fail(code: int) -> Iterator[int | None]:
+    """Enter when this process is about to exit with `code`, and say why inside, if it yields None.
+
+    Else another failed before, of which this one's failure is a consequence or a repetition; it yields the exit
+    code of that one, once its words are out. For the launcher ends all processes as soon as one of them has ended.
+    """
+    if not _started:
+        yield None
+        return
+    mine = f"{dist.get_rank()}:{code}"
+    try:
+        first = _started.store.compare_set("failed", "", mine).decode()
+        if first != mine:
+            _started.store.wait(["said"], timedelta(seconds=20))
+    except RuntimeError:  # the store went with the process that held it
+        yield None
+        return
+    yield None if first == mine else int(first.partition(":")[2])
+    if first == mine:
+        _started.store.set("said", "yes")

@@ -1,0 +1,117 @@
+"""Greedy continuations: a few to look at, and figures of whether they are still language.
+
+Perplexity and multiple choice overstate what survives a cut (2602.01997): a model may rank sentences well and yet
+write in circles, or write nothing that makes sense. Three figures tell, each beside the dense model's own:
+how much of the text repeats, how varied it is, and how likely the dense model finds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layercut.data.chat_templates import render_chat
+from layercut.models.losses import next_token_loss
+
+PROMPTS = (
+    "The capital of France is",
+    "Explain in one sentence why the sky is blue.",
+    "Write a Python function that returns the largest of three numbers.",
+)
+SAMPLE = 48
+"""Tokens written after each of them."""
+LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 8
+"""Tokens of a prompt and of its continuation when health is measured, and over how many prompts."""
+
+
+@torch.no_grad()
+def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = SAMPLE) -> list[str]:
+    """Greedy continuations with the cache; through the chat template where the model has one."""
+    pad = padding(tokenizer)
+    texts = []
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, prompt)
+        out = greedy(model, torch.tensor([ids]), tokens, pad)
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    return texts
+
+
+def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
+    """A prompt as tokens, through the chat template where there is one; `answer` is how the reply begins."""
+    if not tokenizer.chat_template:
+        return tokenizer(f"{prompt} {answer}" if answer else prompt).input_ids
+    chat = [{"role": "user", "content": prompt}]
+    text = render_chat(tokenizer, chat, prompt=True)
+    return tokenizer(text + answer, add_special_tokens=False).input_ids
+
+
+def padding(tokenizer: Any) -> int:
+    """A token to pad with; never looked at, since all prompts of a batch are equally long."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def greedy(model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exactly: bool = False) -> list[list[int]]:
+    """The most likely next tokens, up to `tokens` of them or the end of the text.  [B, T] -> B lists"""
+    ids = ids.to(next(model.parameters()).device)
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
+    if exactly:
+        settings["min_new_tokens"] = tokens
+    return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.shape[1] :].tolist()
+
+
+# --- health --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generation_health(
+    dense: Any, compressed: Any, blocks: torch.Tensor, *, tokens: int = CONTINUATION
+) -> dict[str, Any]:
+    """Both models continue the beginnings of `blocks` [N, T] greedily, each by exactly `tokens`; figures of both.
+
+    "dense" and "compressed": `repeated_4grams` (share of 4-grams that have occurred before in the same
+    continuation), `distinct_1`, `distinct_2` (different n-grams / n-grams), `dense_loss` (nats per token that
+    the dense model gives the continuation). "agreement": of the compressed model's tokens with the dense one's,
+    `first_divergence` is the mean number of tokens before the two part.
+    """
+    prompts = blocks[:FEWEST_PROMPTS, : min(LONGEST_PROMPT, blocks.shape[1])]
+    written = {
+        "dense": greedy(dense, prompts, tokens, 0, exactly=True),
+        "compressed": greedy(compressed, prompts, tokens, 0, exactly=True),
+    }
+    figures: dict[str, Any] = {name: _figures(dense, prompts, rows) for name, rows in written.items()}
+    parted = [first_divergence(a, b) for a, b in zip(written["dense"], written["compressed"], strict=True)]
+    return figures | {
+        "agreement": {"first_divergence": sum(parted) / len(parted), "shortest": min(parted), "longest": max(parted)},
+        "prompts": len(prompts),
+        "prompt_tokens": prompts.shape[1],
+        "tokens": tokens,
+    }
+
+
+def _figures(dense: Any, prompts: torch.Tensor, rows: Sequence[Sequence[int]]) -> dict[str, float]:
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    device = next(dense.parameters()).device
+    whole = torch.cat([prompts, torch.tensor(rows)], dim=1).to(device)
+    losses = next_token_loss(dense(input_ids=whole, use_cache=False).logits, whole)[:, prompts.shape[1] - 1 :]
+    return {
+        "repeated_4grams": mean([1 - distinct(row, 4) for row in rows]),
+        "distinct_1": mean([distinct(row, 1) for row in rows]),
+        "distinct_2": mean([distinct(row, 2) for row in rows]),
+        "dense_loss": losses.double().mean().item(),
+    }
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Different n-grams / n-grams; 1 where there are none."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two continuations begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

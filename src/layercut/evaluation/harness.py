@@ -1,0 +1,308 @@
+"""Tasks through lm-evaluation-harness, on models that are already in memory.
+
+One record a task and model (its form: `retention.py`), kept as a file in the run folder under a key of everything it
+depends on: what the model holds, the task's definition, the limit, the version of lm-eval. A run that was stopped goes
+on with the next task. lm-eval itself is an extra: `pip install 'layercut[eval]'`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercut.errors import ConfigError, DataError, first_line
+from layercut.files.json_values import digest, write_json
+from layercut.models.loading import quiet_transformers
+from layercut.models.losses import rows_per_chunk
+from layercut.progress import bar
+
+Record = dict[str, Any]
+LONGEST_ON_CPU = 2048
+"""Tokens a request may have on a CPU; longer ones lose their beginning. A window of 8,192 takes a CPU minutes."""
+MOST_ROWS = 32
+"""Rows of a batch, where the logits leave room for so many."""
+SEED = 1234  # lm-eval's own, for the choice of few-shot examples
+NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_layer_index", "architectures")
+"""Keys of a config that say where a model came from, not what it computes."""
+
+
+# --- what can be asked for ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
+    """lm-eval's index of tasks. Its own 14,000 take seconds to read: left out where `include_path` has all names.
+
+    Raises ConfigError: lm-eval is missing, no such folder, an unknown task.
+    """
+    with _quiet():
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise ConfigError(
+                "--tasks needs lm-evaluation-harness, which is not installed",
+                "pip install 'layercut[eval]', or in a checkout: pip install '.[eval]'",
+            ) from None
+        if include_path is not None and not include_path.is_dir():
+            raise ConfigError(f"--include-path {include_path} is no folder", "name a folder with lm-eval's task files")
+        folder = str(include_path) if include_path else None
+        if folder:
+            own = TaskManager(include_path=folder, include_defaults=False)
+            if set(names) <= set(own.all_tasks):
+                return own
+        every = TaskManager(include_path=folder)
+    unknown = [name for name in names if name not in set(every.all_tasks)]
+    if unknown:
+        near = [n for name in unknown for n in difflib.get_close_matches(name, every.all_tasks, 3)]
+        raise ConfigError(
+            f"lm-eval has no task {', '.join(map(repr, unknown))}",
+            (f"did you mean {', '.join(dict.fromkeys(near))}? " if near else "")
+            + "lm-eval ls tasks lists all; task files of your own: --include-path FOLDER",
+        )
+    return every
+
+
+def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
+    """Refuse what cannot be scored, before anything long is begun. Raises as `task_manager`."""
+    task_manager(tuple(names), include_path)
+
+
+def harness_version(include_path: Path | None) -> list[Any]:
+    """What scores depend on beside model and limit, as far as it costs nothing to know: lm-eval, own task files."""
+    files = sorted(p for p in include_path.rglob("*") if p.is_file()) if include_path else []
+    own = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if "__pycache__" not in p.parts]
+    return [metadata.version("lm_eval"), own]
+
+
+def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
+    """The single tasks behind the names, groups and tags taken apart. Raises DataError: data cannot be had."""
+    manager = task_manager(tuple(names), include_path)
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        try:
+            with _quiet():
+                found |= manager.load([name])["tasks"]
+        except Exception as error:  # datasets, the Hub, and the code of the task's author each have their own
+            raise DataError(
+                f"task {name!r} cannot be loaded: {first_line(error)}",
+                "check the network; tasks with data of your own: --include-path FOLDER",
+            ) from error
+    for task in found.values():  # as lm_eval.simple_evaluate does it
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+    return found
+
+
+# --- scoring -----------------------------------------------------------------------------------------------------
+
+
+def score_tasks(
+    model: Any, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None, name: str, cache: Path | None
+) -> dict[str, Record]:
+    """One record per task, from `cache` (a folder) where it is there. `tasks`: as `load_tasks` gave them.
+
+    `name` is what the progress bar calls the model. Neither model nor tokenizer is changed.
+    """
+    content = content_hash(model, tokenizer) if cache else ""
+    lm, records = None, {}
+    for task_name, task in tasks.items():
+        longest = _longest(model)
+        key = digest([content, task_name, definition(task, limit), limit, longest, metadata.version("lm_eval")])
+        file = cache / f"{task_name.replace('/', '-')}-{key}.json" if cache else None
+        record = _read(file)
+        if record is None:
+            lm = lm or language_model(model, tokenizer, longest)
+            lm.title = f"{task_name}, {name}"
+            record = _run(lm, task_name, task, limit)
+            if file:
+                file.parent.mkdir(exist_ok=True)
+                write_json(file, record)
+        records[task_name] = record
+    return records
+
+
+def _read(file: Path | None) -> Record | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file else None
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def definition(task: Any, limit: int | None) -> str:
+    """Hash of a task: what its YAML says, functions by their source, and the items that will be asked."""
+    documents = list(islice(iter(task.eval_docs), limit))
+    said = json.dumps([task.dump_config(), documents], default=str, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _longest(model: Any) -> int:
+    """Tokens a request may have: the model's own context, bounded on a CPU."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_ON_CPU
+    return min(limit, LONGEST_ON_CPU) if next(model.parameters()).device.type == "cpu" else limit
+
+
+def _run(lm: Any, name: str, task: Any, limit: int | None) -> Record:
+    from lm_eval.evaluator import evaluate
+
+    with _quiet():
+        # no bootstrap: standard errors are computed from the items, and only for means
+        results = evaluate(lm=lm, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
+    return record_of(name, task, results)
+
+
+def record_of(name: str, task: Any, results: dict[str, Any]) -> Record:
+    """lm-eval's answer for one task, boiled down to what is compared."""
+    samples = results["samples"][name]
+    better, metrics = results["higher_is_better"][name], {}
+    for key, score in results["results"][name].items():
+        metric, _, which = key.partition(",")
+        if not which or metric.endswith("_stderr") or not isinstance(score, int | float):
+            continue
+        values = [s[metric] for s in samples if s["filter"] == which and metric in s]
+        numbers = [float(v) for v in values] if all(isinstance(v, int | float) for v in values) else []
+        # only what is the mean of its items can be paired by item: not perplexity, nor a corpus's BLEU
+        mean = bool(numbers) and math.isclose(math.fsum(numbers) / len(numbers), score, rel_tol=1e-6, abs_tol=1e-9)
+        metrics[metric if which == "none" else key] = {
+            "values": numbers if mean else None,
+            "score": float(score),
+            "higher_is_better": bool(better.get(metric, True)),
+        }
+    if not metrics:
+        raise DataError(f"task {name!r} reports no number", "choose a task with a metric")
+    first = samples[0]["filter"]
+    items = [s for s in samples if s["filter"] == first]
+    hashes = "".join(f"{s['doc_id']}:{s['doc_hash']}" for s in items)
+    return {
+        "task": name,
+        "items": len(items),
+        "document_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        "choices": _choices(task, items),
+        "metrics": metrics,
+        "version": results["versions"].get(name),
+        "shots": results["n-shot"].get(name),
+    }
+
+
+def _choices(task: Any, items: Sequence[dict[str, Any]]) -> list[int] | None:
+    """How many answers each item offers; None where the answer is not picked from a list."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    try:
+        return [len(task.doc_to_choice(s["doc"])) for s in items]
+    except (AttributeError, NotImplementedError):  # a task in plain Python: one request an answer
+        return [len(s["arguments"]) for s in items]
+
+
+def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
+    """The model as lm-eval wants it, with our progress bar and with batches that fit a bounded tensor of logits."""
+    from lm_eval.models.huggingface import HFLM
+
+    vocabulary = model.config.get_text_config().vocab_size
+
+    class LanguageModel(HFLM):
+        """HFLM whose requests go through in slices, from the longest to the shortest."""
+
+        title = ""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            def length(i: int) -> int:
+                return min(longest, len(requests[i][1]) + len(requests[i][2]))
+
+            def answer(part: list[Any]) -> list[Any]:
+                return super(LanguageModel, self)._loglikelihood_tokens(part, disable_tqdm=True)
+
+            # requests of one context stay together: lm-eval answers one-token choices of one context in one pass
+            order = sorted(range(len(requests)), key=lambda i: (-length(i), requests[i][1], requests[i][2]))
+            return self._in_slices(requests, order, length, answer)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            def length(i: int) -> int:
+                return min(longest, len(requests[i].args[0]) // 2)  # about; characters are cheap to count
+
+            def answer(part: list[Any]) -> list[Any]:
+                return super(LanguageModel, self).generate_until(part, disable_tqdm=True)
+
+            order = sorted(range(len(requests)), key=lambda i: -length(i))
+            return self._in_slices(requests, order, length, answer)
+
+        def _in_slices(self, requests: Any, order: list[int], length: Callable[[int], int], answer: Any) -> list[Any]:
+            answers: list[Any] = [None] * len(requests)
+            with bar(self.title, len(requests)) as advance:
+                while order:
+                    rows = min(MOST_ROWS, rows_per_chunk(max(1, length(order[0])), vocabulary))
+                    self.batch_size_per_gpu = rows
+                    part, order = order[: 4 * rows], order[4 * rows :]
+                    for i, given in zip(part, answer([requests[i] for i in part]), strict=True):
+                        answers[i] = given
+                    advance(len(part))
+            return answers
+
+    with _quiet():
+        # a tokenizer of its own: lm-eval gives it a padding token, which must not get into what is exported
+        return LanguageModel(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            max_length=longest,
+            batch_size=1,
+            backend="causal",
+            softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
+        )
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+def content_hash(model: Any, tokenizer: Any) -> str:
+    """Of all weights and buffers, of the config but for where it came from, and of the tokenizer."""
+    seen = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
+    seen.update(json.dumps(config, sort_keys=True, default=str).encode())
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    seen.update((core.to_str() if core is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
+    return seen.hexdigest()[:16]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's own log and bars and those of datasets, silenced; errors still raise."""
+    import datasets
+    from tqdm.std import tqdm
+
+    begin = tqdm.__init__
+
+    def hidden(bar: Any, *args: Any, **kwargs: Any) -> None:
+        begin(bar, *args, **(kwargs | {"disable": True}))  # lm-eval has bars that no argument switches off
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    log, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    tqdm.__init__ = hidden
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        tqdm.__init__ = begin
+        log.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

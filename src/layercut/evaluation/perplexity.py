@@ -1,0 +1,192 @@
+"""Perplexity on held-out text, as one figure and by how much text comes before."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from layercut.distributed import processes, sharding
+from layercut.errors import ModelError
+from layercut.models.layers_on_disk import layers_on_disk
+from layercut.models.losses import next_token_loss, rows_per_chunk, slices, token_loss
+from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
+
+
+def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:
+    """exp of the mean negative log-likelihood over non-overlapping windows [N, T].
+
+    `inf` where the mean overflows or the model yields NaN: a ruined model never looks good.
+    """
+    return of_losses(window_losses(model, tokens, advance=advance))
+
+
+def of_losses(losses: torch.Tensor) -> float:
+    """Perplexity of the mean losses of windows [N]."""
+    return _exp(losses.mean().item())
+
+
+def paired_error(losses: torch.Tensor, others: torch.Tensor) -> float | None:
+    """Standard error of ln(perplexity / other perplexity), both on the same windows [N]: that of the mean difference,
+    the windows taken as a sample of such text. None where one window or a loss that is no finite number tells nothing.
+    """
+    differences = losses - others
+    if len(differences) < 2 or not differences.isfinite().all():
+        return None
+    return (differences.std() / math.sqrt(len(differences))).item()
+
+
+def protocol(window: int) -> str:
+    """How perplexity is measured, in words."""
+    return f"perplexity of {window:,}-token windows, no overlap, the first token of each not predicted"
+
+
+@torch.no_grad()
+def window_losses(
+    model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
+) -> torch.Tensor:
+    """Mean negative log-likelihood of each window, in float64.  [N, T] -> [N]
+
+    Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. Of several
+    processes each takes a share of the windows. Of a model whose layers are on disk each is read once for all windows
+    whose hidden states fit in memory. Where one window's logits are too large to have at once, the head is run on a
+    part of its positions after the other.
+    """
+    model = sharding.runnable(model)
+    rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
+    losses_of = _swept if layers_on_disk(model) else _whole
+    losses = torch.zeros(len(tokens), dtype=torch.float64)
+    for part, loss, counts in losses_of(model, tokens, rows, advance):
+        if counts:
+            losses[part] = loss.double().mean(1).cpu()
+    return torch.tensor(processes.summed(losses.tolist()), dtype=torch.float64)
+
+
+def _whole(
+    model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
+) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+    """Losses [B, T - 1] of a few windows after the other, by the model's own forward, and whether they count."""
+    device = next(model.parameters()).device
+    stack = _opened(model, tokens.shape[1])
+    for part, counts in sharding.in_step(model, processes.share_of_batches(len(tokens), rows), slice(0, 1)):
+        batch = tokens[part].to(device)
+        if stack is None:
+            loss = next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
+        else:
+            hidden, calls = stack.enter(batch)
+            loss = exit_losses(stack, stack.run(hidden, calls, 0, len(stack)), batch)
+        yield part, loss, counts
+        advance(part.stop - part.start)
+
+
+def _opened(model: Any, window: int) -> DecoderRunner | None:
+    """The model opened up, where one window's logits are too large to have at once and it can be."""
+    vocabulary = model.config.get_text_config().vocab_size
+    if window <= rows_per_chunk(1, vocabulary) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return None
+    try:
+        return DecoderRunner(model)
+    except ModelError:  # its layers exchange more than the hidden state: it is run whole
+        return None
+
+
+def exit_losses(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Losses [B, T - 1] of next tokens, from the last layer's output [B, T, D], by logits of a few positions at a
+    time."""
+    tokens, together = tokens.to(hidden.device), rows_per_chunk(len(tokens), stack.vocabulary)
+    if together >= tokens.shape[1]:
+        return next_token_loss(stack.exit(hidden, tokens), tokens)
+    targets = tokens[:, 1:]
+    parts = slices(targets.shape[1], together)
+    return torch.cat([token_loss(stack.exit(hidden, tokens, part), targets[:, part]) for part in parts], dim=1)
+
+
+def _swept(
+    model: Any, tokens: torch.Tensor, rows: int, advance: Callable[[float], None]
+) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+    """The same, of which all windows go through a layer before the next is read."""
+    stack = DecoderRunner(model)
+    for parts in shared_passes(stack, tokens, rows, streams=2):
+        batches = [tokens[part] for part in parts]
+        hidden, calls = enter_all(stack, batches)
+        for i in range(len(stack)):
+            carry_(stack, hidden, calls, i, i + 1)
+            advance(sum(map(len, batches)) / len(stack))
+        for part, batch, last in zip(parts, batches, hidden, strict=True):
+            yield part, exit_losses(stack, last, batch), True
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+MOST_LONG_WINDOWS = 8  # a CPU takes seconds for each
+
+# --- by position -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: Any, row: torch.Tensor, *, chunk: int = 512, advance: Callable[[int], None] = lambda tokens: None
+) -> torch.Tensor:
+    """Loss of each next token of one long window, through the cache, `chunk` tokens at a time.  [T] -> [T - 1]
+
+    With 49,152 words, the logits of 8,192 tokens would be 1.6 GB in float32; those of 512 are 0.1 GB. A model without a
+    cache (recurrent ones hand out a state by other names) is run once over the whole window.
+    """
+    device = next(model.parameters()).device
+    row = row.to(device)
+    chunk = min(chunk, max(16, rows_per_chunk(1, model.config.get_text_config().vocab_size)))
+    cache: dict[str, Any] = {}
+    losses = []
+    for start in range(0, len(row), chunk):
+        piece = row[start : start + chunk]
+        output = model(input_ids=piece[None], use_cache=True, **cache)
+        # what models hand out and take in by the same name; its older name goes out of use
+        name = next((name for name in ("cache", "past_key_values") if name in output), None)
+        if name is None:
+            advance(len(row))
+            return next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])[0]
+        cache = {name: output[name]}
+        wanted = row[start + 1 : start + 1 + len(piece)]  # one fewer in the last piece
+        losses.append(F.cross_entropy(output.logits[0, : len(wanted)].float(), wanted, reduction="none"))
+        advance(len(piece))
+    return torch.cat(losses)
+
+
+def long_windows(blocks: torch.Tensor, longest: int, model: Any) -> torch.Tensor:
+    """Blocks [N, T] that follow each other in the text, as few long windows [n, longest].
+
+    Shorter than asked for where the model's context or the text ends before.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    window = min(longest, context, blocks.numel())
+    stream = blocks.flatten()
+    return stream[: len(stream) // window * window].view(-1, window)[:MOST_LONG_WINDOWS]
+
+
+def bucket_edges(window: int, first: int = 64) -> list[int]:
+    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Position 0 is predicted by nothing."""
+    edges = [1]
+    while first < window:
+        edges.append(first)
+        first *= 2
+    return [*edges, window]
+
+
+def perplexity_by_position(
+    model: Any, windows: torch.Tensor, *, advance: Callable[[int], None] = lambda tokens: None
+) -> list[dict[str, Any]]:
+    """Perplexity in buckets of position over windows [N, T]: [{"start", "stop", "perplexity"}, …], stop exclusive."""
+    losses = torch.stack([loss_by_position(model, row, advance=advance).double().cpu() for row in windows])
+    edges = bucket_edges(windows.shape[1])
+    return [
+        # the loss at index i is that of the token at position i + 1
+        {"start": a, "stop": b, "perplexity": _exp(losses[:, a - 1 : b - 1].mean().item())}
+        for a, b in pairwise(edges)
+    ]

@@ -1,0 +1,279 @@
+"""How fast and how large: prefill and decode speed, cache bytes, peak memory. Dense and compressed in one run.
+
+What can be reached is not 1 / (1 - r) for a share r of the layers removed: embedding, head and the work around a
+token stay. So the layers' share of the dense model's time is measured as well, and 1 / (1 - r * share) given beside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercut.models.loading import find_decoder, parameter_bytes, stored_dtype
+
+PROMPT, DECODE, REPEATS = 512, 24, 5
+"""Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What one phase took, or what clocks say at one moment."""
+
+    wall: float
+    cpu: float
+    """Processor time of this process: other processes hardly disturb it. Says nothing of an accelerator."""
+    layers: float = 0.0
+    """Wall time inside the decoder layers, where that was timed."""
+
+    def since(self, earlier: Seconds) -> Seconds:
+        """The difference; never 0, which nothing could be divided by."""
+        least = 1e-9
+        wall, cpu = max(self.wall - earlier.wall, least), max(self.cpu - earlier.cpu, least)
+        return Seconds(wall, cpu, self.layers - earlier.layers)
+
+
+@torch.no_grad()
+def speed(
+    dense: Any, compressed: Any, *, prompt: int = PROMPT, decode: int = DECODE, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """Tokens per second of both models, interleaved so that a noisy machine is noisy for both; medians.
+
+    Of each phase: "ratio" is the median of the repeats' own ratios, "cpu_ratio" the same of processor time; "ideal" is
+    1 / (1 - r), r the share of layers removed; "layer_share" the layers' share s of the dense model's time, timed in a
+    run of its own each round; "reachable" is 1 / (1 - r s); "reached" is ratio / reachable.
+    """
+    removed = 1 - _layers(compressed) / _layers(dense)
+    rounds: list[list[dict[str, Seconds]]] = []
+    for repeat in range(-1, repeats):  # the first round warms up and does not count
+        timed = [_time_once(dense, prompt, decode), _time_once(compressed, prompt, decode)]
+        timed.append(_time_once(dense, prompt, decode, inside=True))
+        if repeat >= 0:
+            rounds.append(timed)
+    device = next(dense.parameters()).device
+    return {
+        "prefill": _phase(rounds, "prefill", prompt, removed),
+        "decode": _phase(rounds, "decode", decode, removed),
+        "prompt_tokens": prompt,
+        "decode_tokens": decode,
+        "repeats": repeats,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "kv_bytes_per_token": {"dense": cache_bytes(dense), "compressed": cache_bytes(compressed)},
+        "weight_bytes": {"dense": parameter_bytes(dense), "compressed": parameter_bytes(compressed)},
+        "generation_bytes": {
+            "dense": generation_bytes(dense, prompt, decode),
+            "compressed": generation_bytes(compressed, prompt, decode),
+        },
+    }
+
+
+def _phase(rounds: list[list[dict[str, Seconds]]], phase: str, tokens: int, removed: float) -> dict[str, Any]:
+    dense, compressed, inside = ([models[i][phase] for models in rounds] for i in range(3))
+    median = statistics.median
+    ratio = median(a.wall / b.wall for a, b in zip(dense, compressed, strict=True))
+    share = min(1.0, median(seconds.layers / seconds.wall for seconds in inside))
+    reachable = 1 / (1 - removed * share)
+    return {
+        "dense": median(tokens / seconds.wall for seconds in dense),
+        "compressed": median(tokens / seconds.wall for seconds in compressed),
+        "ratio": ratio,
+        "cpu_ratio": median(a.cpu / b.cpu for a, b in zip(dense, compressed, strict=True)),
+        "ideal": 1 / (1 - removed),
+        "layer_share": share,
+        "reachable": reachable,
+        "reached": ratio / reachable,
+    }
+
+
+def _layers(model: Any) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) -> dict[str, Seconds]:
+    """For a prompt of that many tokens, and for that many single-token steps after it, in one `generate`.
+
+    The clock is read when the first new token is there and when the last is: a difference of two generations would
+    put the noise of both prefills on the steps.
+    """
+    with _timing_layers(model) if inside else _not_timing() as spent:
+
+        def read() -> Seconds:
+            return Seconds(_now(model), time.process_time(), spent())
+
+        marks = [read()]
+
+        def token(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            if ids.shape[1] in (prompt + 1, prompt + 1 + decode):
+                marks.append(read())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        _generate(model, prompt, 1 + decode, stopping_criteria=[token])
+    begun, first, last = marks
+    return {"prefill": first.since(begun), "decode": last.since(first)}
+
+
+def _generate(model: Any, prompt: int, new: int, **more: Any) -> Any:
+    device = next(model.parameters()).device
+    tokens = torch.arange(prompt, device=device)[None] % model.config.get_text_config().vocab_size
+    return model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        **more,
+    )
+
+
+@contextmanager
+def _not_timing() -> Iterator[Callable[[], float]]:
+    yield lambda: 0.0
+
+
+@contextmanager
+def _timing_layers(model: Any) -> Iterator[Callable[[], float]]:
+    """Time what happens inside the decoder layers; call what is yielded for the seconds so far.
+
+    On CUDA by events on the stream, which do not make it wait; elsewhere by the clock, with the device waited for.
+    """
+    layers = find_decoder(model).layers
+    cuda = next(model.parameters()).device.type == "cuda"
+    marks: list[Any] = []
+
+    def mark(*_: Any) -> None:
+        if cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(_now(model))
+
+    def spent() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+            return sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True)) / 1000
+        return sum(b - a for a, b in zip(marks[::2], marks[1::2], strict=True))
+
+    modules = list(layers.values()) if isinstance(layers, torch.nn.ModuleDict) else list(layers)
+    handles = [module.register_forward_pre_hook(mark) for module in modules]
+    handles += [module.register_forward_hook(mark) for module in modules]
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _now(model: Any) -> float:
+    if next(model.parameters()).device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cache_bytes(model: Any) -> int:
+    """Bytes the cache grows by with each token, measured on the cache itself (0 for layers that only keep a state).
+
+    In the number format that the model is saved in, also where it computes in a wider one.
+    """
+    device = next(model.parameters()).device
+
+    def held(length: int) -> int:
+        tokens = torch.zeros(1, length, dtype=torch.long, device=device)
+        output = model(input_ids=tokens, use_cache=True)
+        return bytes_held(output)
+
+    return (held(12) - held(8)) // 4 * stored_dtype(model).itemsize // model.dtype.itemsize
+
+
+def bytes_held(output: Any) -> int:
+    """Bytes of all tensors of the cache that came with a model's output."""
+    cache = output.cache if "cache" in output else output.past_key_values  # its older name goes out of use
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.no_grad()
+def long_prompt(dense: Any, compressed: Any, *, tokens: int, repeats: int = 3) -> dict[str, Any]:
+    """What a prompt of that many tokens costs both models: seconds of its prefill (medians, interleaved), cache bytes.
+
+    "kv_bytes" is what the cache held after it, "kv_bytes_computed" tokens times the bytes of one. They differ where
+    layers keep a window or a state.
+    """
+    both = {"dense": dense, "compressed": compressed}
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    held: dict[str, int] = {}
+    for _ in range(repeats):
+        for name, model in both.items():
+            begun = _now(model)
+            output = _generate(model, tokens, 1)
+            seconds[name].append(_now(model) - begun)
+            held[name] = bytes_held(output)
+    return {
+        "tokens": tokens,
+        "prefill_seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
+        "kv_bytes": held,
+        "kv_bytes_computed": {name: tokens * cache_bytes(model) for name, model in both.items()},
+    }
+
+
+@torch.no_grad()
+def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
+    """The most that a generation needs on top of the weights: cache, logits, everything between. None: unknown here.
+
+    On CUDA from its allocator. On Linux from the process's resident size, whose peak can be set back; of this, memory
+    that an earlier step freed and the allocator kept is first given back, so far as the C library does that.
+    """
+    if next(model.parameters()).device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _generate(model, prompt, new)
+        return torch.cuda.max_memory_allocated() - before
+    if next(model.parameters()).device.type != "cpu" or not _reset_peak():
+        return None
+    before = _status("VmRSS")
+    _generate(model, prompt, new)
+    return max(0, _status("VmHWM") - before)
+
+
+def _reset_peak() -> bool:
+    """Give freed memory back, and set the peak of the resident size to what it is now; False where there is no way."""
+    global _forgotten_peak
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        _forgotten_peak = peak_rss_bytes()
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except (OSError, AttributeError):
+        return False
+
+
+def _status(field: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+_forgotten_peak = 0  # of the whole process: the kernel forgets it when the peak is set back
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(_forgotten_peak, peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,266 @@
+"""Is a GGUF file the model that it should be? Asked of those who will read it, before the file takes its name.
+
+What llama.cpp will take the layers for is compared with what the folder's config says (`unlike_the_folder`), and every
+weight as transformers reads it. Where llama-cpp-py-sync is installed, llama.cpp loads the file in a fresh process
+(`export/llama_cpp_process.py`), and what it computes from text longer than the sliding window has to be what the
+source computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from layercut.errors import LayercutError, ModelError, first_line
+from layercut.export.gguf import tensor_types
+from layercut.models import llama_cpp_rules as rules
+from layercut.models.checkpoints import Checkpoint
+from layercut.models.gguf_header import read_header
+from layercut.models.loading import as_stored, check_loading, load_config, quiet_transformers
+
+LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
+"""Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of
+these; a weight under the wrong name, or with its rows in the wrong order, is off by about 1.4."""
+Q4_ERROR = 0.25
+LARGEST_LOGIT_ERROR = {"f32": 0.01, "f16": 0.02, "bf16": 0.03}
+ROUNDED_PRODUCTS = 0.12
+"""Relative error of llama.cpp's logits against transformers on the same weights, by the file's type. Beside quantized
+weights llama.cpp rounds what goes into its products to 8 bits, which costs a few hundredths; float32 was 2e-6 to 5e-4
+off in tiny models of eight architectures. A window of layers in the wrong place is 0.26 and more."""
+BEYOND = 64
+"""Tokens past the sliding window that are compared, and as many before its end."""
+CHECKER = Path(__file__).with_name("llama_cpp_process.py")
+_TAKE_FOLDER = "take the checkpoint folder instead, and convert it with llama.cpp's own tools"
+
+
+def readable(architecture: str) -> bool:
+    """Whether transformers reads this architecture from GGUF."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    return architecture in GGUF_SUPPORTED_ARCHITECTURES
+
+
+def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
+    """Hold what llama.cpp makes of a converted file's layers against the config of the folder it was made from.
+
+    Returns None where they agree, else which layers attend to everything: to be written into the file as an array, by
+    `cut.cut_gguf(full=…)`. ModelError: they differ, and a file of this architecture cannot say so.
+    """
+    header, config = read_header(file), config.get_text_config(decoder=True)
+    name, layers, facts = header.architecture, header.layers, header.facts()
+    _same_numbers(name, layers, config)
+    full = _full_in_config(config, layers)
+    theirs = rules.full_layers(name, facts, layers)
+    if len({*(full or ())}) < 2 and theirs is None:
+        return None
+    if full == theirs:
+        return None
+    if full is None or len(full) != layers:
+        got = f"the folder's config lists {len(full or ())} layers, the file has {layers}"
+        raise ModelError(f"{file.name}: {got}", _TAKE_FOLDER)
+    rule = rules.PERIODS.get(name)
+    if rule and rule.array and not isinstance(facts.get(rules.PATTERN), list):
+        return full
+    odd = next((i for i, each in enumerate(full) if theirs is None or theirs[i] != each), 0)
+    why = f"every {rules.ordinal(rule.every)} layer of {name}" if rule else f"no layer of {name}"
+    if rules.COUNTED.get(name) and theirs is None:
+        why = f"no layer of {name} with {layers} layers"
+    raise ModelError(
+        f"llama.cpp treats {why} apart, the model has it otherwise (layer {odd} first), and no key says so",
+        "cut so that the kept layers stay in step with that, or take another engine",
+    )
+
+
+def _full_in_config(config: Any, layers: int) -> list[bool] | None:
+    """Which layers attend to everything, or have no rotary positions where that is what tells them apart."""
+    types, rope = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
+    if types and len({*types}) > 1:
+        return [each in ("full_attention", "attention") for each in types]
+    if rope and len({*map(bool, rope)}) > 1:
+        return [not each for each in rope]  # 1: with rotary positions
+    if types or rope:
+        return [not types or types[0] in ("full_attention", "attention")] * layers
+    return None
+
+
+def _same_numbers(name: str, layers: int, config: Any) -> None:
+    """What llama.cpp does at some numbers of layers only has to be what the config asks for. ModelError: it is not."""
+    wanted = getattr(config, "query_pre_attn_scalar", None)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    scale = rules.attention_scale(name, config.hidden_size, heads, head, layers)
+    if wanted and scale and abs(scale / wanted - 1) > 1e-6:
+        raise ModelError(
+            f"llama.cpp divides the attention of {name} with {layers} layers by the root of {scale:g}, "
+            f"the model by that of {wanted:g}",
+            _TAKE_FOLDER,
+        )
+    if name == "command-r" and bool(getattr(config, "use_qk_norm", False)) != (layers >= 64):
+        raise ModelError(
+            f"llama.cpp normalizes queries and keys of {name} from 64 layers on, and this model has {layers}",
+            _TAKE_FOLDER,
+        )
+
+
+def window_of(config: Any) -> int:
+    """Tokens that a sliding layer sees; 0: no layer slides."""
+    config = config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or []
+    slides = any(each not in ("full_attention", "attention") for each in types)
+    return int(getattr(config, "sliding_window", None) or 0) if slides else 0
+
+
+def read_by_transformers(file: Path, config: Any = None) -> Any:
+    """The model in a GGUF file, in float32. ModelError: it cannot be read, or lacks weights.
+
+    config: that of the model it was made from; not given: what the file says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config or load_config(Checkpoint(str(file), file.parent, file.name)))
+    config.dtype = torch.float32
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                file.parent, config=config, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
+        except LayercutError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{file.name} cannot be read back: {first_line(error)}", _TAKE_FOLDER) from error
+    check_loading(info, file.name)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]) -> dict[str, float]:
+    """Compare every weight of `read`, a file called `name`, with `model`'s, in the number format that it is saved in.
+
+    rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be equal
+    to the bit. Returns the relative errors of the rounded ones. ModelError: a weight is another than it should be.
+    """
+    theirs = dict(read.named_parameters())
+    ours = dict(as_stored(model).named_parameters())
+    if missing := ours.keys() ^ theirs.keys():
+        raise ModelError(f"{name}, read back, differs in {min(missing)}", _TAKE_FOLDER)
+    errors = {}
+    for parameter, weight in ours.items():
+        other = theirs[parameter]
+        if parameter not in rounded:
+            if not torch.equal(weight.cpu(), other.to(weight.dtype)):
+                raise ModelError(f"{name}, read back, holds another {parameter}", _TAKE_FOLDER)
+            continue
+        kind = rounded[parameter]
+        errors[parameter] = _distance(other, weight.cpu())
+        if not errors[parameter] <= LARGEST_ERROR.get(kind, Q4_ERROR):
+            raise ModelError(
+                f"{name}, read back, is off by {errors[parameter]:.3g} in {parameter} ({kind}): "
+                "layercut does not know how llama.cpp lays this architecture out",
+                _TAKE_FOLDER,
+            )
+    return errors
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """||found - wanted|| / ||wanted||"""
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
+
+
+def llama_cpp_installed() -> bool:
+    """Whether a fresh process would find llama-cpp-py-sync."""
+    return importlib.util.find_spec("llama_cpp_py_sync") is not None
+
+
+def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
+    """Tokens [M] that reach past the sliding window, from windows [N, T], repeated where these are too few."""
+    row, text = tokens.flatten(), config.get_text_config(decoder=True)
+    window = window_of(config)
+    length = window + BEYOND if window else tokens.shape[1]
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    return row.repeat(-(-length // row.numel()))[:length]
+
+
+@torch.no_grad()
+def by_llama_cpp(
+    file: Path, reference: Any, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
+) -> dict[str, Any]:
+    """What llama.cpp computes from the file in a fresh process, held against `reference`.
+
+    How far off its logits may be follows from the types of the file's tensors. judge: False where the reference has the
+    weights before they were rounded; they are then compared but not refused. "logit_error" is ||z - z'|| / ||z'||, each
+    position's mean taken out, since softmax does not see it: the median over positions, since a token that takes
+    another expert is off alone, of the first window or of those past the sliding window, whichever is larger. "greedy"
+    counts llama.cpp's own next tokens that the reference finds likeliest as well, given the same text before.
+    """
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    long = long_row(tokens, reference.config)
+    found, theirs, beyond = _in_fresh_process(file, tokens, long, text)
+    ours = _logits(reference, tokens[:1])
+    error = max(_off(theirs, ours), _off(beyond, _logits(reference, long[None], last=len(beyond))))
+    written = torch.tensor([found.pop("written")])
+    likeliest = _logits(reference, written)[found["prompt"] - 1 : -1].argmax(-1)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    found["perplexity"] = math.exp(min(found.pop("loss"), 700.0))
+    found |= {
+        "logit_error": error,
+        "positions": len(long),
+        "same_top": (theirs.argmax(-1) == ours.argmax(-1)).float().mean().item(),
+        "greedy": int((likeliest == written[0, found["prompt"] :]).sum()),
+        "same_token_ids": found.pop("ids") == ids,
+    }
+    kinds = [kind.lower() for kind in tensor_types(file)]
+    if judge and not error <= max(LARGEST_LOGIT_ERROR.get(kind, ROUNDED_PRODUCTS) for kind in kinds):
+        raise ModelError(
+            f"llama.cpp computes something else from {file.name}: its logits are off by {error:.3g}", _TAKE_FOLDER
+        )
+    return found
+
+
+def _in_fresh_process(
+    file: Path, tokens: torch.Tensor, long: torch.Tensor, text: str
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """What `export/llama_cpp_process.py` prints, the logits of the first window [T, V], and the long row's last ones
+    [., V]."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        np.save(scratch / "tokens.npy", tokens.numpy())
+        np.save(scratch / "long.npy", long.numpy())
+        (scratch / "text.txt").write_text(text, encoding="utf-8")
+        numbers = [str(torch.get_num_threads()), str(min(2 * BEYOND, len(long)))]
+        command = [sys.executable, "-P", str(CHECKER), str(file), str(scratch), *numbers]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise ModelError(f"llama.cpp cannot use {file.name}: {lines[-1]}", _TAKE_FOLDER)
+        logits = [torch.from_numpy(np.load(scratch / f"{name}.npy")) for name in ("logits", "long_logits")]
+        return json.loads(done.stdout.splitlines()[-1]), logits[0], logits[1]
+
+
+def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The median over positions [T] of the relative error of logits [T, V], each position's mean taken out.
+
+    Of the two halves of the positions the larger, as only those past a sliding window tell of it.
+    """
+    found, wanted = (z - z.mean(-1, keepdim=True) for z in (found, wanted))
+    errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)
+    half = len(errors) // 2
+    return max(part.median().item() for part in (errors[:half], errors[half:]) if len(part))
+
+
+def _logits(model: Any, tokens: torch.Tensor, last: int = 0) -> torch.Tensor:
+    """[1, T] -> [last or T, V]"""
+    device = next(model.parameters()).device
+    return model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=last).logits[0].float().cpu()

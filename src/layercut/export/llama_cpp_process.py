@@ -1,0 +1,120 @@
+"""Run by itself, in a fresh process, by `gguf_check.by_llama_cpp`: what llama.cpp computes from a GGUF file.
+
+Uses llama-cpp-py-sync and numpy alone. FOLDER holds tokens.npy [N, T], long.npy [M] and text.txt, and gets logits.npy,
+those of the first window [T, V], and long_logits.npy, those of the last positions of the long row [LAST, V]. Prints one
+line of JSON: the mean loss of next tokens, the prompt's length and what was written after it token by token through the
+cache, and the ids of the text.
+
+    python llama_cpp_process.py FILE.gguf FOLDER THREADS LAST
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from llama_cpp_py_sync import __version__
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+PROMPT, NEW_TOKENS = 8, 24
+AT_ONCE = 512
+"""Tokens computed at once, which bounds the room that attention takes."""
+FLOAT32 = 0
+ERROR = 4
+"""llama.cpp's level of messages that are errors."""
+
+
+class Model:
+    """A GGUF file in llama.cpp, with keys and values kept in float32, so that only weights and products are rounded."""
+
+    def __init__(self, file, positions, threads):
+        self.ffi, self.lib = get_ffi(), get_lib()
+        self.log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", self.heard)
+        self.lib.llama_log_set(self.log, self.ffi.NULL)
+        self.lib.llama_backend_init()
+        settings = self.lib.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self.model = self.lib.llama_model_load_from_file(os.fsencode(file), settings)
+        if self.model == self.ffi.NULL:
+            sys.exit("it cannot load it")
+        context = self.lib.llama_context_default_params()
+        context.n_ctx = context.n_batch = positions
+        context.n_ubatch = min(positions, AT_ONCE)
+        context.n_threads = context.n_threads_batch = threads
+        context.type_k = context.type_v = FLOAT32
+        context.flash_attn_type = 0
+        self.context = self.lib.llama_init_from_model(self.model, context)
+        if self.context == self.ffi.NULL:
+            sys.exit("it cannot make room for it")
+        self.vocabulary = self.lib.llama_model_get_vocab(self.model)
+        self.size = self.lib.llama_vocab_n_tokens(self.vocabulary)
+
+    def heard(self, level, text, _):
+        """Errors go to stderr, all else nowhere."""
+        if level == ERROR:
+            sys.stderr.write(self.ffi.string(text).decode(errors="replace"))
+
+    def logits(self, tokens, start=0, last=None):
+        """[T] -> [last or T, V] float32. start: tokens that came before; 0 empties the cache."""
+        count = len(tokens)
+        wanted = min(last or count, count)
+        if start == 0:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        batch = self.lib.llama_batch_init(count, 0, 1)
+        batch.n_tokens = count
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), start + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, i >= count - wanted
+        failed = self.lib.llama_decode(self.context, batch)
+        self.lib.llama_batch_free(batch)
+        if failed:
+            sys.exit(f"it cannot compute {count} tokens")
+        found = self.ffi.buffer(self.lib.llama_get_logits(self.context), 4 * wanted * self.size)
+        return np.frombuffer(found, dtype=np.float32).reshape(wanted, self.size).copy()
+
+    def ids(self, text):
+        """Token ids of text in UTF-8, without any that llama.cpp puts before or after it."""
+        room = self.ffi.new("llama_token[]", len(text) + 8)
+        count = self.lib.llama_tokenize(self.vocabulary, text, len(text), room, len(text) + 8, False, False)
+        return list(room[0 : max(count, 0)])
+
+
+def loss(scores, tokens):
+    """Sum of -log p(next token), in float64."""
+    z = scores[:-1].astype(np.float64)
+    highest = z.max(1)
+    normaliser = highest + np.log(np.exp(z - highest[:, None]).sum(1))
+    return float((normaliser - z[np.arange(len(z)), tokens[1:]]).sum())
+
+
+def main(file, folder, threads, last):
+    folder = Path(folder)
+    windows, long = np.load(folder / "tokens.npy"), np.load(folder / "long.npy")
+    model = Model(file, max(windows.shape[1], len(long), PROMPT + NEW_TOKENS), int(threads))
+    total = 0.0
+    for i, window in enumerate(windows):
+        scores = model.logits(window)
+        if i == 0:
+            np.save(folder / "logits.npy", scores)
+        total += loss(scores, window)
+    np.save(folder / "long_logits.npy", model.logits(long, last=int(last)))
+    written = windows[0, :PROMPT].tolist()
+    prompt = len(written)
+    token = int(model.logits(written)[-1].argmax())
+    for _ in range(NEW_TOKENS):
+        written.append(token)
+        token = int(model.logits([token], start=len(written) - 1)[-1].argmax())
+    found = {
+        "version": __version__,
+        "loss": total / (windows.size - len(windows)),
+        "prompt": prompt,
+        "new_tokens": NEW_TOKENS,
+        "written": written,
+        "ids": model.ids((folder / "text.txt").read_bytes()),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

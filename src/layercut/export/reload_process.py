@@ -1,0 +1,89 @@
+"""Run by itself, in a fresh process, by `export.verify_reload`: is the saved checkpoint the model it should be?
+
+Uses torch and transformers alone; what imports layercut here fails. Prints what it does, a line a step, and then one
+line of JSON, or fails with the difference as its last line. EXPECTED holds tokens and their logits and, where there is
+text to measure perplexity on, its rows [N, T].
+
+    python reload_process.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
+"""
+
+import json
+import math
+import sys
+
+import torch
+from safetensors.torch import load_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
+
+sys.modules["layercut"] = None  # type: ignore[assignment]  # so that `import layercut` fails, though this process may see where it lies
+NEW_TOKENS = 24
+TIE = 1e-3  # logits nearer than this may change places between two orders of summation
+
+
+def load(folder, dtype, device):
+    config = AutoConfig.from_pretrained(folder)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            sys.exit(f"{kind}: {sorted(map(str, info[kind]))[:3]}")
+    return model.to(device).eval()
+
+
+def perplexity(model, rows):
+    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run."""
+    total = 0.0
+    for row in rows:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").double().sum().item()
+    mean = total / (rows.numel() - len(rows))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+@torch.no_grad()
+def main(folder, expected, device, dtype, threads):
+    logging.set_verbosity_error()
+    torch.set_num_threads(int(threads))
+    reference = load_file(expected)
+    tokens = reference["tokens"].to(device)
+
+    print("step: loading", flush=True)
+    model = load(folder, getattr(torch, dtype), device)
+    print("step: comparing logits", flush=True)
+    got = model(input_ids=tokens, use_cache=False).logits.cpu()
+    if not torch.equal(got, reference["logits"]):
+        sys.exit(f"logits differ by up to {(got.float() - reference['logits'].float()).abs().max().item():g}")
+
+    print("step: generating", flush=True)
+    model = torch.nn.Module.float(model)  # transformers refuses model.float() where weights were quantized
+    prompt = tokens[:1, :8]
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    uncached = model(input_ids=out.sequences, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
+    chosen = torch.stack(out.logits)[:, 0].to(uncached.dtype)
+    worst = 0.0
+    for cached_step, uncached_step in zip(chosen, uncached):  # noqa: B905 - a standalone script for any Python
+        token = int(cached_step.argmax())
+        worst = max(worst, float(uncached_step.max() - uncached_step[token]))
+    if worst > TIE:
+        sys.exit(f"generation with the cache leaves the uncached one by {worst:g} in logits")
+    measured = None
+    if "text" in reference:
+        print("step: measuring perplexity", flush=True)
+        text = reference["text"].to(device)
+        measured = {"tokens": text.numel(), "value": perplexity(model, text)}
+    found = {"logits": "equal to the bit", "cached_generation": "equal", "tokens": NEW_TOKENS}
+    print(json.dumps(found | {"perplexity": measured}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

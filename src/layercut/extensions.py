@@ -1,0 +1,126 @@
+"""Where users extend layercut without editing it: one registry for each kind of part that can be replaced.
+
+    criteria      which layers to remove            --method
+    objectives    what search and healing minimise  --objective, --search-objective
+    quantizers    how a weight is rounded           --quantizer
+    evaluations   what else to measure              --evaluations
+    exporters     into which format to write        layercut export --format
+
+A part is registered by a decorator, or by an entry point of an installed package, which makes it known to the command:
+
+    @layercut.criteria.register("mypackage-middle")         [project.entry-points."layercut.criteria"]
+    def middle(runner, tokens, length, **_):                mypackage-middle = "mypackage:middle"
+        ...
+
+What a part must look like is documented where it is used: `layer_search/criteria.py`, `models/objectives.py`,
+`quantization/quantizers.py`, `evaluation/protocol.py`, `export/formats.py`. Nothing is imported before it is asked for,
+so that `layercut --help` knows all names and loads none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from layercut.errors import ConfigError
+
+Part = TypeVar("Part")
+
+
+@dataclass
+class Registry(Generic[Part]):
+    """Parts of one kind by name: those of layercut, those registered in this process, those of installed packages."""
+
+    kind: str
+    """What one of them is called in an error: "criterion"."""
+    group: str
+    """The entry points' group: "layercut.criteria"."""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """layercut's own: name -> "module:attribute"."""
+    registered: dict[str, Part] = field(default_factory=dict)
+    """Those that `register` has added in this process."""
+
+    def register(self, name: str) -> Callable[[Part], Part]:
+        """A decorator that makes a part known under a name, in this process.
+
+        Raises:
+            ConfigError: the name belongs to a part of layercut.
+        """
+        if name in self.own:
+            raise ConfigError(f"{name!r} is a {self.kind} of layercut itself", f"prefix it: mypackage-{name}")
+
+        def add(part: Part) -> Part:
+            self.registered[name] = part
+            return part
+
+        return add
+
+    @cached_property
+    def installed(self) -> dict[str, EntryPoint]:
+        """Entry points of installed packages, by name; read once, without loading any."""
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self.own}
+
+    def __iter__(self) -> Iterator[str]:
+        """All names: layercut's own in their order, then the others sorted."""
+        yield from self.own
+        yield from sorted({*self.registered, *self.installed})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self.registered or name in self.installed
+
+    def check(self, name: str, flag: str) -> None:
+        """Refuse a name that no part has.
+
+        Raises:
+            ConfigError: unknown; the hint names the nearest, or all there are.
+        """
+        if name in self:
+            return
+        near = difflib.get_close_matches(name, list(self), 1)
+        hint = f"did you mean {flag} {near[0]}?" if near else f"a package can add one: entry point group {self.group!r}"
+        raise ConfigError(f"{flag} {name!r} is unknown; there are {', '.join(self)}", hint)
+
+    def get(self, name: str) -> Part:
+        """The part of a name, imported now.
+
+        Raises:
+            ConfigError: unknown, or its package cannot be imported.
+        """
+        self.check(name, self.kind)
+        if name in self.registered:
+            return self.registered[name]
+        try:
+            if name in self.own:
+                module, _, attribute = self.own[name].partition(":")
+                return getattr(importlib.import_module(module), attribute)
+            return self.installed[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the {self.kind} {name!r} cannot be imported: {error}", "reinstall the package that brings it"
+            ) from error
+
+
+_SEARCH = "layercut.layer_search."
+criteria: Registry[Any] = Registry("criterion", "layercut.criteria", {
+    "clp": _SEARCH + "clp:Clp", "exhaustive": _SEARCH + "exhaustive:Exhaustive",
+    "random": _SEARCH + "criteria:random_segment", "reverse-order": _SEARCH + "criteria:reverse_order",
+    "block-influence": _SEARCH + "criteria:block_influence", "angular": _SEARCH + "criteria:angular",
+    "cosine": _SEARCH + "criteria:cosine", "perplexity": _SEARCH + "criteria:perplexity",
+    "taylor": _SEARCH + "criteria:taylor", "sleb": _SEARCH + "greedy:sleb", "evolution": _SEARCH + "greedy:evolution",
+})  # fmt: skip
+objectives: Registry[Any] = Registry("objective", "layercut.objectives", {
+    "kl": "layercut.models.objectives:KL", "next-token": "layercut.models.objectives:NextToken",
+    "hidden": "layercut.models.objectives:Hidden",
+})  # fmt: skip
+quantizers: Registry[Any] = Registry("quantizer", "layercut.quantizers", {
+    "gptq": "layercut.quantization.quantizers:Gptq", "rtn": "layercut.quantization.quantizers:RoundToNearest",
+})  # fmt: skip
+evaluations: Registry[Any] = Registry("evaluation", "layercut.evaluations")
+exporters: Registry[Any] = Registry("exporter", "layercut.exporters", {
+    "gguf": "layercut.export.formats:gguf", "safetensors": "layercut.export.formats:safetensors",
+})  # fmt: skip

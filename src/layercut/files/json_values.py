@@ -1,0 +1,51 @@
+"""JSON files of a run: strict JSON on disk, with figures that are not finite read back as what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from layercut.files.writing import write_atomically
+
+NOT_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
+
+
+def digest(content: Any) -> str:
+    """Short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(jsonable(content), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def jsonable(content: Any) -> Any:
+    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    if isinstance(content, dict):
+        return {str(key): jsonable(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [jsonable(value) for value in content]
+    if isinstance(content, Path):
+        return str(content)
+    return content
+
+
+def restored(content: Any) -> Any:
+    """The inverse of `jsonable` for numbers: "inf", "-inf" and "nan" in what was read from JSON are floats again."""
+    if isinstance(content, str):
+        return NOT_FINITE.get(content, content)
+    if isinstance(content, dict):
+        return {key: restored(value) for key, value in content.items()}
+    return [restored(value) for value in content] if isinstance(content, list) else content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, as every reader of the standard takes it, so that the file is there whole or not at all."""
+    write_text(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text so that the file is there whole or not at all."""
+    with write_atomically(path) as partial:
+        partial.write_text(content, encoding="utf-8")

@@ -1,0 +1,252 @@
+"""Closed-form fold: mend the cut by least squares, inside weights that are there anyway.
+
+After the cut, layer e receives what layer s - 1 puts out: x + z_a W_a + z_m W_m, its input and what its attention
+and its MLP add to the residual stream, z being what their output projections read. It used to receive h_e. Each
+projection is solved anew, the attention's first (together with the MLP's as it would be with nothing changed), then
+the MLP's on what it really reads: X minimising
+
+    || z (W + X) + rest - h_e ||^2 + ridge || X ||^2,      X = (Z'Z + ridge I)^-1 Z'Y,      Y = h_e - h
+
+with h the stream that leaves layer s - 1, in float64 from streamed Z'Z and Z'Y. The result stays a stock
+architecture (after ReplaceMe, 2505.02819, equation 5, which multiplies the MLP's *output* by a square matrix:
+W + X is any matrix, of which that is the part of the form W T; docs/log.md has what this brings). The ridge pulls
+towards the weight as it is, so that without evidence nothing changes; it is relative to the mean of Z'Z's diagonal
+and is chosen on tokens that the statistics have not seen.
+
+Where no single linear module writes to the stream, in a mixture of experts, the same square matrix T goes into every
+expert's output weights: the outputs are weighted and summed after, so that the sum is multiplied by T.
+
+A layer's *inputs* take no fold: attention and MLP read the stream through RMSNorm, which no linear map passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from layercut.distributed import processes, sharding
+from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
+from layercut.models.losses import as_price
+from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_layers, shared_passes
+from layercut.segments import Segment, kept_layers
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Tried relative ridges. Which is best hangs on the number of tokens; the ends guard against few (docs/log.md)."""
+
+HELD_OUT = 8
+"""One row in this many is kept out of the statistics and chooses the ridge."""
+
+
+@dataclass
+class Normal:
+    """Streamed sums of a least-squares problem z -> y, float64: Z'Z [I, I], Z'Y [I, D], |Y|^2 and tokens."""
+
+    zz: torch.Tensor
+    zy: torch.Tensor
+    yy: float = 0.0
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, read: int, written: int, device: torch.device) -> Normal:
+        zz, zy = (torch.zeros(read, width, dtype=torch.float64, device=device) for width in (read, written))
+        return cls(zz, zy)
+
+    def add_(self, z: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in z [..., I] and y [..., D]."""
+        z, y = z.flatten(0, -2).double(), y.flatten(0, -2).double()
+        self.zz += z.T @ z
+        self.zy += z.T @ y
+        self.yy += y.square().sum().item()
+        self.tokens += len(z)
+
+    def sum_(self) -> None:
+        """Take in what other processes have summed."""
+        processes.sum_(self.zz, self.zy)
+        self.yy, tokens = processes.summed([self.yy, self.tokens])
+        self.tokens = int(tokens)
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
+        regular = self.zz.clone()
+        regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
+        return torch.linalg.solve(regular, self.zy)
+
+    def left(self, x: torch.Tensor) -> float:
+        """|Z X - Y|^2, the squared error that X leaves; infinite where it is not finite."""
+        return as_price(self.yy - 2 * (x * self.zy).sum().item() + (x * (self.zz @ x)).sum().item(), 0.0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no sum has overflowed or is undefined, as where the cut model overflows."""
+        return math.isfinite(self.yy) and all(bool(sums.isfinite().all()) for sums in (self.zz, self.zy))
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What one fold did, or why it could not be done."""
+
+    segment: list[int]
+    layer: int | None
+    """Index, in the cut model, of the layer that was changed."""
+    modules: list[str]
+    """What was solved anew in that layer, in this order."""
+    ridges: list[float]
+    """The ridge that was chosen for each of them."""
+    error_before: float | None
+    error_after: float | None
+    """Squared error of what enters layer e, on held-out rows, relative to the plain cut's (error_before = 1)."""
+    tokens: int
+    skipped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fold_(
+    dense: DecoderRunner,
+    student: DecoderRunner,
+    segments: Sequence[Segment],
+    tokens: torch.Tensor,
+    *,
+    only: Sequence[Segment] | None = None,
+    rows: int = 8,
+    advance: Callable[[float], None] = lambda rows: None,
+) -> list[Fold]:
+    """Fold the cuts of `student`, from the first to the last.
+
+    segments: all that the student lacks of the dense model. only: those of them to fold, all where not given; the
+    student's other layers may be healed already, in whatever way. The student's changed weights are new parameters:
+    layers shared with the dense model are left as they are. tokens: [N, T]. advance: counts every row once a cut.
+    A cut is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear
+    output to the residual stream as it is, or where what reaches the cut is not finite.
+    """
+    kept = kept_layers(segments, len(dense))
+    folds = []
+    for segment in sorted(segments if only is None else only):
+        position = sum(i < segment.start for i in kept) - 1
+        folds.append(_fold_one_(dense, student, segment, position, tokens, rows, advance))
+    return folds
+
+
+@torch.no_grad()
+def _fold_one_(
+    dense: DecoderRunner,
+    student: DecoderRunner,
+    segment: Segment,
+    position: int,
+    tokens: torch.Tensor,
+    rows: int,
+    advance: Callable[[float], None],
+) -> Fold:
+    def skipped(reason: str) -> Fold:
+        return Fold([segment.start, segment.stop], None, [], [], None, None, 0, reason)
+
+    if position < 0:
+        return skipped("no layer before the cut")
+    if sharding.is_spread(student.layers[position]):
+        student.layers[position] = sharding.whole_copy(student.layer_at_rest(position))
+    targets = find_targets(student, position, tokens[:2, :32])
+    if not targets:
+        return skipped("the layer before the cut adds no linear output to the residual stream as it is")
+
+    def share_of_bar(rows: float) -> None:
+        advance(rows / len(targets))
+
+    ridges: list[float] = []
+    plain = 0.0
+    for number, target in enumerate(targets):
+        # what a later projection can do is not asked of an earlier one: they are solved together, and of the
+        # solution the first part is used; the later ones are solved again on what they then read
+        solved = together(targets[number:])
+        fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
+        judge = check if check.tokens else fit
+        if not (fit.finite and check.finite):
+            if not number:
+                return skipped("what reaches the cut is not finite")
+            break  # what was folded before made it so; the student is judged by its predictions
+        ridge, x = _solution(fit, check)
+        target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
+        ridges.append(ridge)
+        plain = plain or judge.yy
+    names = [target.name for target in targets[: len(ridges)]]
+    share = as_price(judge.left(x) / plain) if plain else 1.0
+    return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, fit.tokens + check.tokens)
+
+
+def together(targets: Sequence[LinearOutput]) -> list[LinearOutput]:
+    """The first of them, and as many of the next as one system of at most WIDEST unknowns takes."""
+    wide = list(accumulate(target.width for target in targets))
+    return [target for target, width in zip(targets, wide, strict=True) if target is targets[0] or width <= WIDEST]
+
+
+def _statistics(
+    dense: DecoderRunner,
+    student: DecoderRunner,
+    segment: Segment,
+    position: int,
+    targets: Sequence[LinearOutput],
+    tokens: torch.Tensor,
+    rows: int,
+    advance: Callable[[float], None],
+) -> tuple[Normal, Normal]:
+    """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out.
+
+    Of several processes each takes a share of the rows. Of layers on disk each, up to the cut, is read once a pass.
+    """
+    width = sum(target.width for target in targets)
+    fit, check = (Normal.zeros(width, student.hidden_size, student.device) for _ in range(2))
+    for parts, counts in sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)]):
+        batches = [tokens[part] for part in parts]
+        for part, (z, y) in zip(parts, _gaps(dense, student, segment, position, targets, batches), strict=True):
+            if not counts:
+                continue
+            held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
+            fit.add_(z[~held], y[~held])
+            check.add_(z[held], y[held])
+            advance(len(z))
+    fit.sum_()
+    check.sum_()
+    return fit, check
+
+
+def _solution(fit: Normal, check: Normal) -> tuple[float, torch.Tensor]:
+    """The ridge that is best on rows kept out, and X. With none kept out, a ridge that hardly trusts the rows."""
+    if not check.tokens:
+        return RIDGES[-2], fit.solve(RIDGES[-2])
+    ridge = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))
+    return ridge, fit.solve(ridge)
+
+
+def _gaps(
+    dense: DecoderRunner,
+    student: DecoderRunner,
+    segment: Segment,
+    position: int,
+    targets: Sequence[LinearOutput],
+    batches: Sequence[torch.Tensor],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the targets are solved from [B, T, I], side by side, and y = h_e - h, what the stream lacks [B, T, D].
+
+    The layers that are the same in both models run once.
+    """
+    shared = min(shared_layers(dense, student), position)
+    wanted, calls = enter_all(dense, batches)
+    carry_(dense, wanted, calls, 0, shared)
+    before = list(wanted)
+    carry_(dense, wanted, calls, shared, segment.stop)
+    calls = enter_all(student, batches)[1]
+    carry_(student, before, calls, shared, position)
+    layer = student.loaded(position)
+    modules = [layer.get_submodule(target.name) for target in targets]
+    for h_e, hidden, arguments in zip(wanted, before, calls, strict=True):
+        out, caught = run_and_catch(layer, hidden, arguments[position], modules)
+        parts = [
+            caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
+            for module, target in zip(modules, targets, strict=True)
+        ]
+        yield torch.cat(parts, dim=-1), h_e.float() - out.float()

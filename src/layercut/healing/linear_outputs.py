@@ -1,0 +1,252 @@
+"""What in a layer a fold can solve anew, found by what it does and not by its name. Of the room heal/, before fold.py.
+
+A linear module writes to the residual stream if the layer gives out - m without its output m. Everything is tried on
+a few tokens, on a float32 copy of the one layer, where a sum rounds too little to hide a small m.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from layercut.models.runner import DecoderRunner, hidden_of, intercepted
+
+WIDEST = 16384
+"""Widest input whose Z'Z is built, 2 GiB in float64; beyond it the output is multiplied by T, as for experts."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LinearOutput:
+    """Something inside a layer whose output is linear in weights that can be changed, and added to the stream."""
+
+    name: str
+    """The module, by its name in the layer."""
+    reads: bool
+    """A linear module whose weight is solved from what it reads; else its output is multiplied by a matrix T."""
+    weights: tuple[tuple[str, int], ...]
+    """Names, in the layer, of the weights that take the change, each with the dimension that runs over outputs."""
+    width: int
+    """How many numbers a token it is solved from: I, what it reads, or D, what it puts out."""
+
+    def fold_into_(self, layer: nn.Module, x: torch.Tensor, stored: torch.dtype) -> None:
+        """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D].
+
+        They are rounded to the number format that they are saved in.
+        """
+        for name, dim in self.weights:
+            owner, _, leaf = name.rpartition(".")
+            module = layer.get_submodule(owner)
+            weight = getattr(module, leaf)
+            new = weight.double() + (x.T if dim == 0 else x) if self.reads else multiplied(weight, dim, x)
+            setattr(module, leaf, nn.Parameter(new.to(stored).to(weight.dtype), requires_grad=False))
+
+
+def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
+    """Outputs, along `dim`, multiplied by T = I + X; an expert at a time, as float64 is four times bfloat16."""
+    if weight.dim() == 3:
+        return torch.stack([multiplied(expert, dim - 1, x).to(weight.dtype) for expert in weight])
+    outputs = weight.double().movedim(dim, -1)
+    return (outputs + outputs @ x).movedim(-1, dim)
+
+
+@torch.no_grad()
+def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> list[LinearOutput]:
+    """What to solve anew in a layer, in the order in which it runs; tokens [B, T] are for trying things out.
+
+    First choice are linear modules that write to the stream, of the attention and of the MLP, whatever the block
+    looks like. Of a mixture of experts the output is multiplied by a matrix instead.
+    Behind a norm (Gemma 2), or scaled by a constant, there is neither, and the list is empty.
+    """
+    hidden, calls = stack.enter(tokens)
+    before = stack.run(hidden, calls, 0, position)
+    probe = Probe.of(stack.loaded(position), before, calls[position])
+    found = [_of_linear(probe, name) for name in linear_writers(probe)]
+    if len(found) < 2 and (branch := multipliable_branch(probe)):
+        inside = {name for target in found for name, _ in target.weights}
+        if not {name for name, _ in branch.weights} <= inside:  # experts, with what is shared among them or without
+            others = linear_writers(probe, silent=[probe.layer.get_submodule(branch.name)])
+            outside = [name for name in others if not name.startswith(branch.name + ".")]
+            return [*(_of_linear(probe, name) for name in outside), branch]
+    return found
+
+
+def _of_linear(probe: Probe, name: str) -> LinearOutput:
+    module: Any = probe.layer.get_submodule(name)
+    weights = [(f"{name}.weight", output_dim(module))]
+    read = module.weight.shape[1 - weights[0][1]]
+    if read > WIDEST and module.bias is not None:
+        weights.append((f"{name}.bias", 0))
+    return LinearOutput(name, read <= WIDEST, tuple(weights), read if read <= WIDEST else probe.width)
+
+
+def linear_writers(probe: Probe, silent: Sequence[nn.Module] = ()) -> list[str]:
+    """Names of the linear modules whose output the layer adds to the stream as it is, in the order they run.
+
+    Those found are silenced before the others are tried, since what the attention adds also changes what the MLP
+    reads. silent: what is silenced from the start. Of lists of experts none is tried: which run hangs on the tokens.
+    """
+    tried = {
+        name: module
+        for name, module in probe.layer.named_modules()
+        if is_linear(module) and _width(module) == probe.width and not re.search(r"experts?\.\d", name)
+    }
+    found: dict[nn.Module, str] = {}
+    while True:
+        for name, module in reversed(tried.items()):
+            if module not in found and probe.adds(module, [*silent, *found]):
+                found[module] = name
+                break
+        else:
+            _, caught = probe.run(list(found))
+            return [found[module] for module in caught]
+
+
+def multipliable_branch(probe: Probe) -> LinearOutput | None:
+    """A part of the layer whose output m is added to the stream, and the weights that turn m into m T.
+
+    The weights are found by trying: without them a part of m is gone, and with their outputs permuted and some of
+    them doubled (no norm lets both pass) exactly that part is so. Weights that differ by a number in their names, the
+    experts of a list, go together. All found must together turn all of m into m T.
+    """
+    modules = reversed(list(probe.layer.named_modules()))
+    for name, module in sorted(modules, key=lambda named: named[0].count(".")):  # the whole MLP before its parts
+        if not name or isinstance(module, nn.ModuleList) or not probe.adds(module, []):
+            continue
+        groups: dict[str, list[str]] = {}
+        for leaf, _ in module.named_parameters(prefix=name):
+            groups.setdefault(re.sub(r"\d+", "#", leaf), []).append(leaf)
+        found = [
+            (leaf, dim)
+            for group in groups.values()
+            for dim in range(probe.layer.get_parameter(group[0]).dim())
+            if probe.multiplies([(leaf, dim) for leaf in group])
+            for leaf in group
+        ]
+        if found and probe.multiplies(found, module):
+            return LinearOutput(name, False, tuple(found), probe.width)
+    return None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One layer in float32 and what it receives for a few tokens."""
+
+    layer: nn.Module
+    before: torch.Tensor
+    """h [B, T, D]"""
+    call: Call
+
+    @classmethod
+    def of(cls, layer: nn.Module, before: torch.Tensor, call: Call) -> Probe:
+        def as_float(value: Any) -> Any:
+            return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        layer = copy.deepcopy(layer)
+        layer.__dict__.pop("forward", None)  # that of a layer on disk would read it, and this copy has its weights
+        return cls(layer.float(), before.float(), tree_map(as_float, call))
+
+    @property
+    def width(self) -> int:
+        return self.before.shape[-1]
+
+    def run(
+        self, modules: Sequence[nn.Module] = (), silent: Sequence[nn.Module] = ()
+    ) -> tuple[torch.Tensor, dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
+        return run_and_catch(self.layer, self.before, self.call, modules, silent)
+
+    def adds(self, module: nn.Module, silent: Sequence[nn.Module]) -> bool:
+        """Whether the layer puts out less by m without the module's output m, with the `silent` ones at zero."""
+        try:
+            out, caught = self.run([module], silent)
+        except KeyError:  # called without a hidden state
+            return False
+        if module not in caught or caught[module][1].numel() != out.numel():
+            return False
+        m = caught[module][1].reshape(out.shape)
+        rest, _ = self.run(silent=[*silent, module])
+        return bool(m.any()) and _same(out - rest, m, m, out)
+
+    def multiplies(self, weights: Sequence[tuple[str, int]], module: nn.Module | None = None) -> bool:
+        """Whether these weights' outputs times T make their part of the stream times T; of a module, all it adds."""
+        values = {name: self.layer.get_parameter(name) for name, _ in weights}
+        for name, dim in weights:
+            if values[name].shape[dim] != self.width or (values[name].dim() == 3 and dim == 0):
+                return False
+        draw = torch.Generator().manual_seed(0)
+        order = torch.randperm(self.width, generator=draw).to(self.before.device)
+        scale = 1.0 + torch.randint(2, (self.width,), generator=draw).to(self.before.device)
+
+        def changed(weight: torch.Tensor, dim: int) -> torch.Tensor:
+            return (weight.index_select(dim, order).movedim(dim, -1) * scale).movedim(-1, dim)
+
+        out, caught = self.run([module] if module else [])
+        if module:
+            m = caught[module][1].reshape(out.shape)
+        else:
+            m = out - self._run_with({name: torch.zeros_like(value) for name, value in values.items()})
+        got = self._run_with({name: changed(values[name], dim) for name, dim in weights})
+        return bool(m.any()) and _same(got, out - m + m[..., order] * scale, m, out)
+
+    def _run_with(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        args, kwargs = self.call
+        return hidden_of(torch.func.functional_call(self.layer, weights, (self.before, *args), kwargs))
+
+
+def run_and_catch(
+    layer: nn.Module,
+    before: torch.Tensor,
+    call: Call,
+    modules: Sequence[nn.Module],
+    silent: Sequence[nn.Module] = (),
+) -> tuple[torch.Tensor, dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
+    """A layer's output, and what each of these modules read and put out, in the order they ran.
+
+    A module that runs more than once, or puts out no tensor, is left out. The output of `silent` modules is zero.
+    """
+    caught: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    runs: list[nn.Module] = []
+    both = list(dict.fromkeys((*modules, *silent)))
+
+    def catch(i: int, run: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = run(x, *args, **kwargs)
+        tensor = hidden_of(output)
+        runs.append(both[i])
+        if isinstance(tensor, torch.Tensor):
+            caught[both[i]] = (x, tensor)
+        if both[i] not in silent:
+            return output
+        return (torch.zeros_like(tensor), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(tensor)
+
+    args, kwargs = call
+    with intercepted(both, catch):
+        out = hidden_of(layer(before, *args, **kwargs))
+    return out, {module: pair for module, pair in caught.items() if module in modules and runs.count(module) == 1}
+
+
+def _same(a: torch.Tensor, b: torch.Tensor, part: torch.Tensor, stream: torch.Tensor) -> bool:
+    """Equal up to what float32 rounds away in computing the part, and in adding it to the stream."""
+    bound = 1e-4 * part.abs().max() + 8 * torch.finfo(torch.float32).eps * stream.abs()
+    return bool(((a - b).abs() <= bound).all())
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or GPT-2's Conv1D, which is the same with a transposed weight."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _width(module: Any) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.nf
+
+
+def output_dim(module: nn.Module) -> int:
+    """nn.Linear holds [out, in] and computes x W'; Conv1D holds [in, out] and computes x W."""
+    return 0 if isinstance(module, nn.Linear) else 1

@@ -1,0 +1,170 @@
+"""Endpoint tuning of a model whose layers are on disk: each frozen layer is read as few times as can be.
+
+Beside endpoint tuning. Below the first trained layer nothing changes, and the dense model never does: what both make
+of the tuning tokens is computed in one sweep beforehand and kept in files (`store_states`), 2 D numbers a token. The
+trained layers stay in memory. The frozen ones above them are read twice a step, upwards and downwards, for all rows of
+the step together: of each layer's input for those rows is kept what the way down starts from again.
+
+The same batches go through the same operations as in memory, and their gradients are added up in the same order.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from layercut.errors import RunError
+from layercut.files.sizes import size
+from layercut.healing.objectives import Batch, Pair, hidden_gradient, logit_gradient
+from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
+from layercut.offload.shared import LentLayers
+
+KEY = "key"
+"""The file that says of what tokens and model the states are; written last."""
+
+
+@dataclass(frozen=True)
+class FrozenStates:
+    """Hidden states [N, T, D] in files, read by row."""
+
+    files: dict[str, IO[bytes]]
+    """By name: "shared" below the first trained layer, "wanted" what the objective compares with, where it does."""
+    row: tuple[int, int]
+    """T and D."""
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row[0] * self.row[1] * self.dtype.itemsize
+
+    def read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """[n, T, D] of these rows."""
+        found = torch.empty(len(rows), *self.row, dtype=self.dtype)
+        for into, row in zip(found, rows.tolist(), strict=True):
+            self.files[name].seek(row * self.row_bytes)
+            self.files[name].readinto(into.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        return found
+
+    def write_(self, name: str, first: int, states: torch.Tensor) -> None:
+        """[n, T, D] of the rows from `first` on."""
+        self.files[name].seek(first * self.row_bytes)
+        self.files[name].write(states.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+@torch.no_grad()
+def store_states(
+    dense: DecoderRunner,
+    tokens: torch.Tensor,
+    prefix: int,
+    stop: int | None,
+    folder: Path,
+    *,
+    rows: tuple[int, int],
+    key: str,
+    advance: Callable[[float], None] = lambda rows: None,
+) -> FrozenStates:
+    """Dense hidden states at `prefix` and at `stop` of tokens [N, T]; those that are there already are not made again.
+
+    stop: None where the objective compares with none. rows: in an optimizer step and in a pass of it, which go through
+    the layers here as they will in the first epoch. key stands for model and tokens. Raises RunError where the disk
+    is too small.
+    """
+    names = ["shared"] if stop is None else ["shared", "wanted"]
+    window = tokens.shape[1]
+    key = f"{key} prefix={prefix} stop={stop} rows={rows} of={tuple(tokens.shape)} dtype={dense.model.dtype}"
+    if (folder / KEY).is_file() and (folder / KEY).read_text() == key:
+        return _opened(folder, names, "rb", dense, window)
+    _make_room(folder, len(names) * dense.stream_bytes(tokens.numel()))
+    states = _opened(folder, names, "w+b", dense, window)
+    per_step, per_pass = rows
+    together = max(1, rows_at_once(dense, window, 1) // per_step) * per_step
+    groups = tokens.split(together)
+    say_passes(dense, groups[0].numel(), 1, len(groups))
+    for number, group in enumerate(groups):
+        batches = [batch for step in group.split(per_step) for batch in step.split(per_pass)]
+        hidden, calls = enter_all(dense, batches)
+        for name, start, end in zip(names, (0, prefix), (prefix, stop), strict=False):
+            for i in range(start, end or 0):
+                carry_(dense, hidden, calls, i, i + 1)
+                advance(len(group) / (stop or prefix))
+            first = number * together
+            for state in hidden:
+                states.write_(name, first, state)
+                first += len(state)
+    for file in states.files.values():
+        file.flush()
+    (folder / KEY).write_text(key)
+    return states
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise RunError(
+            f"tuning from disk keeps {size(needed)} in {folder}; {size(free)} are free",
+            "free some space, name another --out, or give fewer --tune-tokens",
+        )
+
+
+def _opened(folder: Path, names: Sequence[str], mode: str, dense: DecoderRunner, window: int) -> FrozenStates:
+    files = {name: (folder / name).open(mode) for name in names}
+    return FrozenStates(files, (window, dense.hidden_size), dense.model.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOnDisk(Pair):
+    """A pair whose frozen layers are on disk."""
+
+    states: FrozenStates
+    first: int
+    """The first trained layer: how far the way down goes."""
+
+    def backwards(self, batches: Sequence[Batch]) -> Iterator[float]:
+        """As in memory, layers outermost: the loss of each batch while there is no gradient yet, and then 0 with the
+        gradient of each batch at every trained layer."""
+        assert isinstance(self.student.on_disk, LentLayers)
+        with self.student.on_disk.up_and_down(self.prefix):
+            yield from self._up_and_down(batches)
+
+    def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[float]:
+        student, hidden_only = self.student, self.objective == "hidden"
+        calls = enter_all(student, [tokens for tokens, _, _ in batches])[1]
+        hidden = [self._states("shared", rows) for _, rows, _ in batches]
+        inputs: list[list[torch.Tensor]] = []
+        for i in range(self.prefix, self.last + 1 if hidden_only else len(student)):
+            inputs.append(hidden.copy())
+            with torch.no_grad():
+                carry_(student, hidden, calls, i, i + 1)
+        slopes: list[torch.Tensor] = []
+        for number, (tokens, rows, weight) in enumerate(batches):
+            wanted = self._states("wanted", rows) if "wanted" in self.states.files else None
+            if hidden_only:
+                assert wanted is not None
+                loss, slope = hidden_gradient(hidden[number], wanted.float(), weight)
+            else:
+                loss, slope = logit_gradient(self, tokens, rows, weight, hidden[number], wanted)
+            slopes.append(slope)
+            yield loss
+        del hidden
+        for i in reversed(range(self.first, self.prefix + len(inputs))):
+            before = inputs.pop()
+            for number, arguments in enumerate(calls):
+                leaf = before[number].detach().requires_grad_(i > self.first)
+                student.plain_layer(i, leaf, arguments).backward(slopes[number])
+                if leaf.grad is not None:
+                    slopes[number] = leaf.grad
+                if any(p.requires_grad for p in student.layers[i].parameters()):
+                    yield 0.0
+
+    def _states(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.states.read(name, rows).to(self.student.device)

@@ -1,0 +1,141 @@
+"""The dense model's predictions on disk: its K likeliest tokens, and one bucket for all others.
+
+Beside endpoint tuning, before it (`--teacher-topk K`). Computed once, they serve every epoch and every later run on
+the same tokens: from then on no layer of the dense model above the cut is run. 6 K + 2 bytes a token.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from layercut.distributed import processes
+from layercut.errors import ConfigError, RunError
+from layercut.files.sizes import size
+from layercut.files.writing import write_atomically, writing
+from layercut.models.losses import logit_pieces, slices
+from layercut.models.runner import DecoderRunner
+
+SHARD_TOKENS = 8192
+"""Tokens in one file; a computation that was stopped goes on with the first file that is missing."""
+
+
+class StoredTeacher:
+    """log p of the K likeliest tokens and of all others together, at some temperature, for tokens [N, T]."""
+
+    def __init__(self, folder: Path, rows: int, rows_per_file: int) -> None:
+        self.rows_per_file = rows_per_file
+        self._closing = ExitStack()
+        self._files: list[Any] = [
+            self._closing.enter_context(safe_open(_shard(folder, i), framework="pt"))
+            for i in range(-(-rows // rows_per_file))
+        ]
+
+    def read(self, rows: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p, float32 [n, K + 1], which sums to 1, and the tokens, int64 [n, K], of these rows, end to end."""
+        found = []
+        for row in rows.tolist():
+            file, i = self._files[row // self.rows_per_file], row % self.rows_per_file
+            found.append([file.get_slice(name)[i, columns] for name in ("log_p", "index")])
+        log_p, index = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return log_p.float().log_softmax(-1), index.long()
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def check_topk(k: int, vocabulary: int) -> None:
+    """ConfigError unless some of the vocabulary is left for the bucket."""
+    if k >= vocabulary:
+        raise ConfigError(
+            f"--teacher-topk {k} is not below the model's {vocabulary} tokens",
+            f"try --teacher-topk {min(64, max(1, vocabulary // 2))}",
+        )
+
+
+def stored_bytes(tokens: int, k: int) -> int:
+    """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token."""
+    return tokens * (6 * k + 2)
+
+
+@torch.no_grad()
+def store_teacher(
+    dense: DecoderRunner,
+    tokens: torch.Tensor,
+    k: int,
+    folder: Path,
+    *,
+    key: str,
+    temperature: float = 1.0,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> StoredTeacher:
+    """Compute what is missing in the folder, and open it. `key` stands for model and tokens; others' files go.
+
+    Of several processes each computes a share of the files. Raises ConfigError where K is not below the vocabulary,
+    RunError where the disk is too small.
+    """
+    check_topk(k, dense.vocabulary)
+    rows = max(1, SHARD_TOKENS // tokens.shape[1])
+    key = f"{key} k={k} t={temperature:g} rows={rows}"
+    parts = list(slices(len(tokens), rows))
+    missing = processes.on_main(lambda: _make_room(folder, key, [tokens[part].numel() for part in parts], k))
+    for i in missing[processes.share(len(missing))]:
+        likeliest = _likeliest(dense, tokens[parts[i]], k, temperature)
+        with write_atomically(_shard(folder, i)) as partial:
+            save_file(likeliest, partial, {"key": key})
+        advance(tokens[parts[i]].numel())
+    processes.barrier()
+    return StoredTeacher(folder, len(tokens), rows)
+
+
+def _make_room(folder: Path, key: str, tokens: list[int], k: int) -> list[int]:
+    """Which files, each of so many tokens, the folder lacks; those of another key are gone if all are missing."""
+    missing = [i for i in range(len(tokens)) if not _is_of(_shard(folder, i), key)]
+    if len(missing) == len(tokens):
+        shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    needed = stored_bytes(sum(tokens[i] for i in missing), k)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise RunError(
+            f"--teacher-topk {k} needs {size(needed)} on disk; {size(free)} are free",
+            f"free some space, or keep fewer: --teacher-topk {max(1, k // 4)}",
+        )
+    return missing
+
+
+def _likeliest(dense: DecoderRunner, tokens: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:
+    """index int32 [B, T, K] and log_p float16 [B, T, K + 1], the bucket of all others last."""
+    index = torch.empty(*tokens.shape, k, dtype=torch.int32)
+    log_p = torch.empty(*tokens.shape, k + 1, dtype=torch.float16)
+    for row, batch in enumerate(tokens.split(1)):
+        hidden, calls = dense.enter(batch)
+        final = dense.run(hidden, calls, 0, len(dense))
+        for rows, columns in logit_pieces(1, batch.shape[1], dense.vocabulary * 4):
+            logits = dense.exit(final[rows, columns], batch[rows, columns])[0].float() / temperature
+            log_all = logits.log_softmax(-1)
+            top = log_all.topk(k, dim=-1)
+            others = log_all.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+            index[row, columns] = top.indices.int().cpu()
+            # float16 ends at -65504: what is less likely than that has no weight either
+            log_p[row, columns] = torch.cat([top.values, others], -1).clamp_min(-6e4).half().cpu()
+    return {"index": index, "log_p": log_p}
+
+
+def _shard(folder: Path, i: int) -> Path:
+    return folder / f"{i:05d}.safetensors"
+
+
+def _is_of(file: Path, key: str) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError):
+        return False

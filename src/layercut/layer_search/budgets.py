@@ -1,0 +1,149 @@
+"""How many layers to remove, where the user gives a budget instead of a share: size, speed or loss.
+
+Size and speed are arithmetic. A loss budget needs the model: the longest cut is found whose loss stays within it on
+text that the search has not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layercut.errors import ConfigError
+from layercut.files.sizes import size, size_flag
+from layercut.layer_search.result import Cost, SearchResult
+from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses
+from layercut.models.losses import as_price
+from layercut.models.runner import DecoderRunner
+from layercut.segments import Segment
+
+UNSEEN_SHARE = 4
+"""With a loss budget, one calibration row in four is not searched on but verifies."""
+
+
+def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: int) -> int:
+    """The fewest layers n such that any n of them bring the model's weights down to the target, in bytes.
+
+    Where layers differ in size, the lightest are counted, so that the target holds whichever are removed.
+    """
+    lightest = sorted(layer_bytes)
+    n = next((n for n in range(len(lightest)) if total_bytes - sum(lightest[:n]) <= target_bytes), len(lightest))
+    if n == 0:
+        raise ConfigError(
+            f"the target size of {size(target_bytes)} is no cut: the model's weights are {size(total_bytes)}",
+            f"give a --target-size below {size(total_bytes)}",
+        )
+    if n >= len(layer_bytes):
+        smallest = total_bytes - sum(lightest[:-1])
+        raise ConfigError(
+            f"no cut of layers meets the target size of {size(target_bytes)}: with one layer left the model's "
+            f"weights are {size(smallest)}, the rest being embeddings and head",
+            f"allowed is down to --target-size {size_flag(smallest)}",
+        )
+    return n
+
+
+def length_for_speedup(layers: int, speedup: float) -> int:
+    """The fewest layers n for which the ideal speedup 1 / (1 - n / L) is reached."""
+    n = math.ceil(layers * (1 - 1 / speedup) - 1e-9)
+    if n >= layers:
+        raise ConfigError(
+            f"no cut meets --target-speedup {speedup:g}: with one layer of {layers} left it is {layers:g} at the most",
+            f"allowed is up to --target-speedup {layers:g}, and little beyond 2 leaves a model that can be healed",
+        )
+    return n
+
+
+def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calibration rows [N, T] to search on, and those that verify what was found."""
+    unseen = max(1, len(tokens) // UNSEEN_SHARE)
+    if len(tokens) < 2:
+        raise ConfigError(
+            "one row of calibration text cannot be both searched on and verified on",
+            "give two rows at least: --tokens of twice --window or more",
+        )
+    return tokens[:-unseen], tokens[-unseen:]
+
+
+def perplexity_rise(stack: DecoderRunner, tokens: torch.Tensor, cuts: Cuts) -> float:
+    """Perplexity of the real cut over the dense model's on tokens [N, T], minus 1: 0.1 is a rise of 10 %.
+
+    Infinite where a loss is, or where the quotient is beyond what a float can hold.
+    """
+    losses = set_losses(stack, tokens, [DENSE, cuts], Cost())
+    risen = as_price(losses[cuts] - losses[DENSE])
+    return math.expm1(risen) if risen < 700 else math.inf  # e^710 overflows
+
+
+@dataclass
+class Within:
+    """The longest cut within a loss budget, and what was tried on the way."""
+
+    result: SearchResult
+    rise: float
+    """Of perplexity on the tokens that verify, as a share."""
+    tried: list[dict[str, Any]]
+    """{"length", "segments", "rise"} of each length, in the order tried."""
+
+
+def longest_within(
+    budget: float, most: int, find: Callable[[int], SearchResult], rise: Callable[[Cuts], float]
+) -> Within:
+    """The most layers, up to `most`, whose best cut raises perplexity by no more than the budget.
+
+    find: the search for one length. rise: of a cut, on tokens that the search has not seen. The rise grows with the
+    length but for small dents, so the length is bisected: about log2(most) searches.
+    Raises ConfigError, naming the best that was found, where not even one layer can go.
+    """
+    tried: list[dict[str, Any]] = []
+    good: Within | None = None
+    low, high = 0, most + 1
+    while high - low > 1:
+        length = (low + high) // 2
+        result = find(length)
+        risen = rise(result.candidates[0].segments)
+        tried.append({"length": length, "segments": result.to_json()["segments"], "rise": risen})
+        if risen <= budget:
+            low, good = length, Within(result, risen, tried)
+        else:
+            high = length
+    if good is None:
+        least = min(tried, key=lambda one: one["rise"])
+        segments = ", ".join(f"{a}:{b}" for a, b in least["segments"])
+        raise ConfigError(
+            f"no cut meets --max-loss {budget:g}: the best found removes {segments} "
+            f"and raises perplexity by {least['rise']:.1%} on text that was not searched on",
+            f"allow more: --max-loss {math.ceil(1000 * least['rise']) / 1000:g}"
+            if math.isfinite(least["rise"])
+            else "no finite --max-loss allows it; try another --dtype, or other text",
+        )
+    return good
+
+
+def triangle(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    longest: int,
+    cost: Cost,
+    *,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> list[tuple[int, int, float]]:
+    """(start, stop, KL) of every segment of up to `longest` layers, exact, from one call of the sweep."""
+    sets = triangle_sets(longest, len(stack))
+    costs = set_costs(stack, tokens, sets, cost, rows=sweep_rows(stack, tokens, len(sets)), advance=advance)
+    return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
+
+
+def triangle_sets(longest: int, layers: int) -> list[Cuts]:
+    """All segments of 1 … `longest` layers, each as a set of its own."""
+    return [(Segment(s, s + n),) for n in range(1, longest + 1) for s in range(layers - n + 1)]
+
+
+def sweep_rows(stack: DecoderRunner, tokens: torch.Tensor, sets: int, budget_bytes: int = 512 * 2**20) -> int:
+    """Rows that a sweep of so many sets takes at a time: at its end, it holds a hidden state for each."""
+    stream = tokens.shape[1] * stack.hidden_size * next(stack.model.parameters()).element_size()
+    return max(1, min(8, budget_bytes // (stream * sets)))

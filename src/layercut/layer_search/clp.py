@@ -1,0 +1,155 @@
+"""CLP's search as a whole: look coarsely, descend by gradient, race what was found by the real cut.
+
+    look      every single segment, priced on a few rows: where to set out from
+    descend   the gate, from the best sets that differ (`gate.py`)
+    race      where it ended, all one-layer moves from there, and the better of the look, by successive halving
+    climb     with several segments: as long as a one-layer move of a wall of the best improves it, take it
+
+The last two go by the real cut alone, so that a bad descent costs time and never the answer. For one segment the
+look prices all there are, on one row in eight; for K segments it prices each alone and adds up, since sets of them
+are L^K many (`cheapest_sums`). What each of the four is worth on its own is in docs/log.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import nsmallest
+from typing import Any
+
+import torch
+
+from layercut.layer_search.gate import GateSchedule, descend
+from layercut.layer_search.prices import Objective, Prices, race
+from layercut.layer_search.result import Candidate, Cost
+from layercut.layer_search.sweep import Cuts, all_segments
+from layercut.layer_search.walls import neighbours, spread
+from layercut.models.runner import DecoderRunner
+from layercut.segments import Segment
+
+Sums = list[tuple[float, Cuts]]
+
+LOOK_SHARE = 2
+"""With one segment: the look's better part that races, one in two, as in any round of the race."""
+
+DESCENT_SHARE = 0.2
+"""With one segment: work of the descent over that of the sweep on all rows, at most."""
+
+SHORT_WALK = 4
+"""With several segments: steps of the descent. Longer ones lost the way in nine blind trials (docs/log.md)."""
+
+LOOK_SETS, BEAM = 4, 8
+"""With several segments: so many proposals of the look a layer race, and so many of each kind are kept."""
+
+MOST_CLIMBS = 8
+"""Rounds of climbing at most; each takes one move."""
+
+
+def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedule:
+    """How many sets descend, and for how long.
+
+    K + 2 sets for K segments, or one for every four starts of a small stack: the look has seen the landscape, so
+    that they begin in its lowest valleys. One segment may walk its own length, within DESCENT_SHARE of the sweep's
+    work, two steps at least: a step costs about half as much as a sweep of its row. Several take SHORT_WALK steps.
+    """
+    starts, kept = layers - length + 1, layers - length
+    particles = min(count + 2, max(1, starts // 4))
+    if count > 1:
+        return GateSchedule(particles=particles, steps=SHORT_WALK)
+    sweep = layers + starts * kept / 2
+    # half of the kept layers come after a segment, on average; a backward is taken as two forwards
+    step = layers + particles * (kept / 2 + 2) * 3
+    return GateSchedule(particles=particles, steps=min(4 + length, max(2, int(DESCENT_SHARE * rows * sweep / step))))
+
+
+def clp_search(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    cost: Cost,
+    *,
+    seed: int,
+    count: int = 1,
+    objective: Objective = "kl",
+    schedule: GateSchedule | None = None,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """Sets of `count` segments at most, `length` layers in all: candidates priced on all tokens [N, T], from the
+    best, and the gate's path. The same seed gives the same answer."""
+    layers = len(stack)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens[order]
+    prices = Prices(stack, tokens, cost, objective)
+    schedule = schedule or schedule_for(layers, length, count, len(tokens))
+
+    seeds, looked = look(prices, layers, length, count, schedule.particles)
+    # the last rows: those that the look has not seen
+    ends, path = descend(
+        stack, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
+    )
+    proposed = {*looked, *seeds, *ends}
+    for end in ends:
+        proposed |= set(neighbours(end, layers, count))
+    if count == 1:  # the look has been the race's first round, and has seen every neighbour
+        return race(prices, proposed, begin=2 * prices.few), path
+    return climb(prices, race(prices, proposed), layers, count), path
+
+
+def look(prices: Prices, layers: int, length: int, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
+    """Where the descent sets out from, and what the look itself proposes."""
+    if count == 1:
+        ranked = prices.ranked([(segment,) for segment in all_segments(length, layers)], prices.few)
+        return spread(ranked, particles), ranked[: -(-len(ranked) // LOOK_SHARE)]
+    rows = max(1, prices.few // 2)
+    singles = [segment for n in range(1, length + 1) for segment in all_segments(n, layers)]
+    costs = prices.of([(segment,) for segment in singles], rows).mean(-1).tolist()
+    ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), layers, length, count)
+    return spread(ranked, particles), ranked[: LOOK_SETS * layers]
+
+
+def cheapest_sums(costs: dict[Segment, float], layers: int, length: int, count: int) -> list[Cuts]:
+    """Sets of `count` segments at most with `length` layers in all, by the sum of their single costs, from the lowest.
+
+    Beam search by dynamic programming: for every number of layers removed and every place where the last segment
+    may end, the BEAM cheapest. What segments do to each other is left to the gate and the race.
+    """
+    # best[m, e]: sets of m layers that end at e or before
+    best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1)}
+    found: dict[Cuts, float] = {}
+    for _ in range(count):
+        ending: dict[tuple[int, int], Sums] = {}
+        for segment, cost in costs.items():
+            for m in range(length - len(segment) + 1):
+                before = best.get((m, segment.start - 1 if m else segment.start), [])
+                sums = [(total + cost, (*cuts, segment)) for total, cuts in before]
+                ending.setdefault((m + len(segment), segment.stop), []).extend(sums)
+        for m in range(1, length + 1):
+            for e in range(1, layers + 1):
+                options = {*best.get((m, e), []), *best.get((m, e - 1), []), *ending.get((m, e), [])}
+                best[m, e] = nsmallest(BEAM, options)
+        for e in range(1, layers + 1):
+            found |= {cuts: total for total, cuts in best[length, e]}
+        for sums in (sums for (m, _), sums in ending.items() if m == length):
+            found |= {cuts: total for total, cuts in nsmallest(BEAM, sums)}
+    return sorted(found, key=lambda cuts: (found[cuts], cuts))
+
+
+def climb(prices: Prices, found: list[Candidate], layers: int, count: int) -> list[Candidate]:
+    """Candidates, joined by what a race among the one-layer moves from the best brings, until none is better.
+
+    So what is chosen is the best of its neighbours too, as far as a race on these tokens can tell.
+    """
+    best = found[0].segments
+    known = {candidate.segments: candidate for candidate in found}
+    for _ in range(MOST_CLIMBS):
+        moves = neighbours(best, layers, count)
+        known |= {candidate.segments: candidate for candidate in race(prices, {best, *moves})}
+        ordered = sorted(known.values(), key=merit)
+        if ordered[0].segments == best:
+            break
+        best = ordered[0].segments
+    return sorted(known.values(), key=merit)
+
+
+def merit(candidate: Candidate) -> tuple[float, Cuts]:
+    """From the best; the earlier of equals."""
+    return candidate.kl if candidate.score is None else candidate.score, candidate.segments

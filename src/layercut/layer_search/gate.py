@@ -1,0 +1,189 @@
+"""CLP's differentiable concave gate (arXiv 2510.23652): find the segments by gradient descent.
+
+Layer i is mixed with the identity, h_{i+1} = g_i f_i(h_i) + (1 - g_i) h_i, by a well for each of K segments [a, b),
+the walls a and b being free numbers:
+
+    g_i = prod_k (1 - sigmoid(s (i - a_k + 1/2)) sigmoid(s (b_k - 1/2 - i))),      sum_k (b_k - a_k) = n
+
+The loss is the distance of the gated from the dense model on calibration text, KL(p || q_gated) by default; only the
+walls move. What was measured and shapes this file (docs/log.md): half-open layers are nearly harmless and a soft gate
+therefore ranks segments wrongly, so the inside of the wells stays closed (sharp walls, s grows) while they move; the
+landscape has several local minima, so several sets (particles, P) descend at once as rows of one batch; and where
+they end is only a proposal, which is then priced by the real cut (`clp.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from layercut.distributed import processes
+from layercut.layer_search.prices import Judge, Objective
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import Cuts
+from layercut.layer_search.walls import cuts_of, inside, spans_of, step_of, walls_of
+from layercut.models.losses import as_price
+from layercut.models.runner import Calls, DecoderRunner
+
+CLOSED = 1e-3
+"""A gate below this is taken as 0 and its layer is not entered; above 1 - CLOSED as 1."""
+
+HEAD_EVERY = 4
+"""The descent sends one position in so many through the head. A step is normalised, so this only adds a little noise;
+the head of a small model costs as much as a third of its layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSchedule:
+    """How the gate descends. What has no default is derived from stack and text by `clp.schedule_for`."""
+
+    particles: int
+    """P, sets that descend at once."""
+    steps: int
+    """Steps, each on one row of tokens."""
+    sharpness: tuple[float, float] = (3.0, 8.0)
+    """s at the first and at the last step."""
+    stride: tuple[float, float] = (1.0, 0.25)
+    """Longest move of a wall in one step, in layers, at the first and at the last step."""
+    relaxation: Literal["sigmoid", "straight-through"] = "sigmoid"
+    """sigmoid: walls are half open. straight-through: the forward pass is that of the nearest real cut, the slope
+    that of the sigmoid. Compared in docs/log.md."""
+    recompute: bool = False
+    """Run each layer anew in the backward pass instead of keeping what it computed: less memory, more forwards."""
+
+
+def concave_gate(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
+    """The wells of the equation above: walls [P, 2K] -> gates [P, L] in (0, 1)."""
+    i = torch.arange(layers, device=walls.device, dtype=walls.dtype)
+    left = torch.sigmoid(sharpness * (i - walls[:, 0::2, None] + 0.5))
+    right = torch.sigmoid(sharpness * (walls[:, 1::2, None] - 0.5 - i))
+    return (1 - left * right).prod(1)
+
+
+def hard_gate(sets: Sequence[Cuts], layers: int) -> torch.Tensor:
+    """0 at the layers of each set of segments, 1 elsewhere.  [P, L]"""
+    gates = torch.ones(len(sets), layers)
+    for row, cuts in zip(gates, sets, strict=True):
+        for segment in cuts:
+            row[segment.start : segment.stop] = 0
+    return gates
+
+
+def gated_forward(
+    stack: DecoderRunner,
+    gates: torch.Tensor,
+    tokens: torch.Tensor,
+    cost: Cost,
+    *,
+    moving: torch.Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states of the dense model [1, T, D] and of P gated ones [P, T, D], for one row of tokens [1, T].
+
+    A particle leaves the dense stream at its first gate that is not open; before that it costs nothing. A closed
+    layer is not entered. gates: [P, L], may require gradients. moving: [P, L], gates that get one; where not given,
+    those between 0 and 1.
+    """
+    values = gates.detach()
+    if moving is None:
+        moving = (values > CLOSED) & (values < 1 - CLOSED)
+    is_open, is_moving = ((values >= 1 - CLOSED) & ~moving).tolist(), moving.tolist()
+    layer = partial(checkpoint, stack.layer, use_reentrant=False) if recompute else stack.layer
+    calls: dict[int, Calls] = {}  # by number of rows that run together: some masks carry the batch size
+    with torch.no_grad():
+        dense, calls[1] = stack.enter(tokens)
+    streams: list[torch.Tensor | None] = [None] * len(gates)  # None: still the dense stream
+    for i in range(len(stack)):
+        streams = [dense if h is None and not is_open[p][i] else h for p, h in enumerate(streams)]
+        entered = [p for p, h in enumerate(streams) if h is not None and (is_open[p][i] or is_moving[p][i])]
+        if entered:
+            if len(entered) not in calls:
+                calls[len(entered)] = stack.enter(tokens.expand(len(entered), -1))[1]
+            before = torch.cat([streams[p] for p in entered])  # type: ignore[misc]
+            after = layer(i, before, calls[len(entered)])
+            g = gates[entered, i].to(before.dtype)[:, None, None]
+            mixed = before + g * (after - before)
+            for row, p in enumerate(entered):
+                # an open layer is passed as it is: mixing in low precision would not give f_i back to the bit
+                source = after if is_open[p][i] else mixed
+                streams[p] = source[row : row + 1]
+        with torch.no_grad():
+            dense = stack.layer(i, dense, calls[1])
+        cost.layer_forwards += len(entered) * (1 + recompute) + 1
+        cost.layer_backwards += len(entered)
+    cost.dense_tokens += tokens.numel()
+    return dense, torch.cat([dense if h is None else h for h in streams])
+
+
+def descend(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    seeds: Sequence[Cuts],
+    schedule: GateSchedule,
+    cost: Cost,
+    *,
+    count: int = 1,
+    objective: Objective = "kl",
+    advance: Callable[[int], None] = lambda steps: None,
+) -> tuple[list[Cuts], list[dict[str, Any]]]:
+    """Let sets of `count` segments descend from the seeds, one row of tokens [N, T] a step; their ends and the path.
+
+    Each set moves against its gradient, the farthest wall by the stride, whatever the slope. A step has one row, so
+    that several processes all do the same; the main one's way is taken.
+    """
+    layers, length = len(stack), sum(map(len, seeds[0]))
+    spans = torch.tensor([spans_of(cuts, layers, count) for cuts in seeds], device=stack.device)
+    momentum = torch.zeros_like(spans)
+    path: list[dict[str, Any]] = []
+    for step in range(schedule.steps):
+        done = step / max(1, schedule.steps - 1)
+        row = tokens[step % len(tokens)][None]
+        losses, slope = _slope(stack, spans, row, schedule, _anneal(schedule.sharpness, done), objective, cost)
+        path.append({"step": step, **_places(spans), "losses": [loss for loss in losses for _ in range(count)]})
+        momentum = 0.5 * momentum + 0.5 * step_of(slope)
+        spans = inside(spans + _anneal(schedule.stride, done) * momentum, layers, length)
+        advance(1)
+    path.append({"step": schedule.steps, **_places(spans), "losses": []})
+    return processes.from_main(([cuts_of(row) for row in spans.cpu()], path))
+
+
+def _slope(
+    stack: DecoderRunner,
+    spans: torch.Tensor,
+    row: torch.Tensor,
+    schedule: GateSchedule,
+    sharpness: float,
+    objective: Objective,
+    cost: Cost,
+) -> tuple[list[float], torch.Tensor]:
+    """The loss of each set of wells on one row of tokens [1, T], and dL/dspans [P, 2K + 1].
+
+    A set whose slope is not finite stays where it is: its gated model overflows there, and has no direction to go.
+    """
+    spans = spans.detach().requires_grad_(True)
+    gates = concave_gate(walls_of(spans), len(stack), sharpness)
+    moving = (gates > CLOSED) & (gates < 1 - CLOSED)
+    if schedule.relaxation == "straight-through":
+        hard = hard_gate([cuts_of(row) for row in spans.detach().cpu()], len(stack)).to(gates)
+        gates = hard + gates - gates.detach()
+    dense, gated = gated_forward(stack, gates, row, cost, moving=moving, recompute=schedule.recompute)
+    losses = Judge(objective, stack, dense, row, every=HEAD_EVERY)(gated)
+    (slope,) = torch.autograd.grad(losses.sum(), spans)
+    finite = slope.isfinite().all(-1, keepdim=True)
+    return [as_price(loss) for loss in losses.tolist()], torch.where(finite, slope, 0.0)
+
+
+def _places(spans: torch.Tensor) -> dict[str, list[float]]:
+    """Where the wells begin and end, those of the first particle first."""
+    walls = walls_of(spans.detach())
+    return {"places": walls[:, 0::2].flatten().tolist(), "stops": walls[:, 1::2].flatten().tolist()}
+
+
+def _anneal(ends: tuple[float, float], done: float) -> float:
+    """From ends[0] at 0 to ends[1] at 1, evenly in the logarithm."""
+    return ends[0] * (ends[1] / ends[0]) ** done

@@ -1,0 +1,98 @@
+"""How stable a choice of layers is: the same search on other texts, judged on a common set. After the search.
+
+The searches of S seeds, each on its own calibration text, are compared by the exact price of what they chose on rows
+that come from all of these texts in equal parts. Nothing is chosen here: it says what choosing by one seed may cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work
+from layercut.models.runner import DecoderRunner
+
+ROUNDING = 1e-6
+"""Nats a token that a KL in float32 may be off: one below it is none."""
+
+
+def common_rows(texts: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
+    """The common set, one block of rows for each part of a mix: [N, T] of each seed -> `parts` times [N / parts, T].
+
+    Row j of a text is of part j % parts. Each seed gives as many rows as any other; together they are as many as
+    one search saw, or a few more.
+    """
+    share = math.ceil(len(texts[0]) / (len(texts) * parts))
+    return [torch.cat([text[part::parts][:share] for text in texts]) for part in range(parts)]
+
+
+def rivals(choices: Sequence[Cuts], length: int, layers: int) -> list[Cuts]:
+    """What is priced: every segment of this length, and the choices that are no segment."""
+    return list(dict.fromkeys([*((segment,) for segment in all_segments(length, layers)), *choices]))
+
+
+def stability_work(choices: Sequence[Cuts], length: int, layers: int, rows: int) -> int:
+    """Layer-forwards of `judge`: one sweep over the common set."""
+    return set_work([DENSE, *rivals(choices, length, layers)], layers, rows)
+
+
+def judge(
+    stack: DecoderRunner,
+    blocks: dict[str, torch.Tensor],
+    choices: Sequence[Cuts],
+    length: int,
+    *,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> dict[str, Any]:
+    """What each seed's choice costs on the common set, and which segment of this length is the best there.
+
+    blocks: source -> rows of the common set [N, T] that come from it. KL(p || q) in nats per token; "relative" is
+    over that of the best of all segments of this length and of all choices: 1 where nothing is lost.
+    """
+    cost, sets = Cost(), rivals(choices, length, len(stack))
+    priced = {
+        source: {found.segments: found.kl for found in set_costs(stack, rows, sets, cost, advance=advance)}
+        for source, rows in blocks.items()
+    }
+    tokens = {source: rows.numel() for source, rows in blocks.items()}
+    kls = {s: sum(tokens[b] * priced[b][s] for b in blocks) / sum(tokens.values()) for s in sets}
+    counts, best = Counter(choices), cheapest(kls)
+    ordered = sorted(counts, key=lambda cuts: (-counts[cuts], kls[cuts], cuts))
+    return {
+        "choices": [_row(cuts, kls, best) | {"seeds": counts[cuts]} for cuts in ordered],
+        "best": _row(best, kls, best),
+        "worst": max(relative(kls[cuts], kls[best]) for cuts in choices),
+        "sources": [
+            {
+                "source": source,
+                "tokens": tokens[source],
+                "best": _row(cheapest(found), found, cheapest(found)),
+                "chosen": _row(choices[0], found, cheapest(found)),
+            }
+            for source, found in priced.items()
+        ],
+        "tokens": sum(tokens.values()),
+        "layer_forwards": cost.layer_forwards,
+    }
+
+
+def cheapest(kls: dict[Cuts, float]) -> Cuts:
+    """The set of lowest KL; the first of equals."""
+    return min(kls, key=lambda cuts: (kls[cuts], cuts))
+
+
+def relative(kl: float, best: float) -> float:
+    """kl / best; 1 where neither costs anything."""
+    if kl == best:
+        return 1.0
+    return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else math.inf
+
+
+def _row(cuts: Cuts, kls: dict[Cuts, float], best: Cuts) -> dict[str, Any]:
+    bounds = [[segment.start, segment.stop] for segment in cuts]
+    return {"segments": bounds, "kl": kls[cuts], "relative": relative(kls[cuts], kls[best])}

@@ -1,0 +1,198 @@
+"""The oracle: the exact cost of every segment, or of any sets of segments, in one sweep through the stack.
+
+Carry the dense stream h_0, h_1, … through the layers once. At depth s fork a stream that jumps over the segment:
+what enters layer s + n is h_s. Layer j then serves the dense stream and every fork already past its jump, so that
+all L - n + 1 candidates cost about half of running each in full, and each layer is entered once. A set of several
+segments forks at each of them; sets that begin with the same segments share a stream until they part.
+
+Of a model on disk each layer is read once, for all rows (`sweep.passes`); that needs the streams of all rows at once,
+about L - n + 2 of them, N T D numbers each.
+
+Several processes price a share of the rows each, all sets on every row; the sums are over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from layercut.distributed import processes, sharding
+from layercut.layer_search.result import Candidate, Cost
+from layercut.models.losses import as_price, next_token_loss, rows_per_chunk, slices
+from layercut.models.runner import Calls, DecoderRunner, passes_in_step, teacher_of
+from layercut.segments import Segment
+
+Cuts = tuple[Segment, ...]
+"""Segments removed together, sorted and disjoint. The empty tuple is the dense model."""
+
+DENSE: Cuts = ()
+
+
+def segment_costs(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    segments: Sequence[Segment],
+    cost: Cost,
+    *,
+    rows: int = 8,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> list[Candidate]:
+    """KL(p || q_segment) of each segment, mean over all tokens [N, T], in nats; sorted from cheapest."""
+    return set_costs(stack, tokens, [(segment,) for segment in segments], cost, rows=rows, advance=advance)
+
+
+@torch.no_grad()
+def set_costs(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    sets: Iterable[Cuts],
+    cost: Cost,
+    *,
+    rows: int = 8,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> list[Candidate]:
+    """KL(p || q) of each set of segments cut out together, mean over all tokens [N, T], in nats; from cheapest.
+
+    Infinite where it is not finite. `rows` rows of tokens go through a layer together: one sweep for each such batch,
+    or, where the layers are on disk, one for all. `advance` is told each layer that was entered.
+    """
+    totals = dict.fromkeys(sets, 0.0)
+    wanted, spent = [DENSE, *totals], Cost()
+    for batches, counts in passes_in_step(stack, tokens, rows, streams_held(wanted, len(stack))):
+        ends = sweep(stack, batches, wanted, spent if counts else Cost(), advance)
+        for b, batch in enumerate(batches):
+            for part, chunk_counts in row_chunks(stack, batch):
+                teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])
+                for cuts in totals:
+                    kl = teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
+                    totals[cuts] += kl if counts and chunk_counts else 0.0
+            spent.dense_tokens += batch.numel() * counts
+    cost.add_(spent)
+    totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
+    candidates = [Candidate(cuts, as_price(total / tokens.numel(), 0.0)) for cuts, total in totals.items()]
+    return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
+
+
+@torch.no_grad()
+def set_losses(
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    sets: Iterable[Cuts],
+    cost: Cost,
+    *,
+    rows: int = 8,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> dict[Cuts, float]:
+    """Next-token loss without each set of segments, mean over the N (T - 1) predictions, in nats.
+
+    Infinite where it is not finite. As `set_costs`, but the dense stream is carried only as far as the last fork.
+    """
+    totals, spent = dict.fromkeys(sets, 0.0), Cost()
+    for batches, counts in passes_in_step(stack, tokens, rows, streams_held(totals, len(stack))):
+        ends = sweep(stack, batches, list(totals), spent if counts else Cost(), advance)
+        for b, batch in enumerate(batches):
+            targets = stack.place(batch)
+            for part, chunk_counts in row_chunks(stack, batch):
+                for cuts in totals:
+                    logits = stack.exit(ends[cuts][b][part], batch[part])
+                    loss = next_token_loss(logits, targets[part]).sum().item()
+                    totals[cuts] += loss if counts and chunk_counts else 0.0
+    cost.add_(spent)
+    sums = processes.summed([*totals.values()])
+    return {cuts: as_price(total / (tokens.numel() - len(tokens))) for cuts, total in zip(totals, sums, strict=True)}
+
+
+def all_segments(length: int, layers: int) -> list[Segment]:
+    """The L - n + 1 segments of one length."""
+    return [Segment(start, start + length) for start in range(layers - length + 1)]
+
+
+def all_lengths(longest: int, layers: int) -> list[Segment]:
+    """The triangle: every segment of 1, 2, … `longest` layers. One `segment_costs` prices them all.
+
+    Its sweep holds a stream a segment at the end: longest * (2 L - longest + 1) / 2 of them.
+    """
+    return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
+
+
+def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
+    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows."""
+    return set_work([DENSE, *((segment,) for segment in segments)], layers, rows)
+
+
+def set_work(sets: Iterable[Cuts], layers: int, rows: int) -> int:
+    """Layer-forwards of a sweep: every stream from its last jump to where no set needs it any more."""
+    reach = _reach(sets, layers)
+    return rows * sum(max(0, stop - _entry(cuts)) for cuts, stop in reach.items())
+
+
+def sweep(
+    stack: DecoderRunner,
+    batches: Sequence[torch.Tensor],
+    sets: Sequence[Cuts],
+    cost: Cost,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> dict[Cuts, list[torch.Tensor]]:
+    """Final hidden states with each set of segments skipped, [B, T, D] a batch of tokens [B, T]; of the dense model
+    where DENSE is among the sets.
+
+    Layers outermost: each is entered once, for all batches. A stream is named by the segments it has jumped over
+    so far, and let go when no set needs it any more.
+    """
+    wanted, reach = set(sets), _reach(sets, len(stack))
+    streams: dict[Cuts, list[torch.Tensor]] = {DENSE: []}
+    calls: list[Calls] = []
+    for hidden, arguments in map(stack.enter, batches):
+        streams[DENSE].append(hidden)
+        calls.append(arguments)
+        del hidden
+    rows = sum(map(len, batches))
+    for j in range(len(stack)):
+        for cuts in sorted(reach, key=len):  # of two segments side by side, the second forks from the first
+            if cuts and cuts[-1].start == j:
+                streams[cuts] = streams[cuts[:-1]]
+        streams = {cuts: h for cuts, h in streams.items() if reach[cuts] > j or cuts in wanted}
+        entered = [cuts for cuts in streams if _entry(cuts) <= j < reach[cuts]]
+        for cuts in entered:
+            streams[cuts] = [stack.layer(j, h, c) for h, c in zip(streams[cuts], calls, strict=True)]
+        cost.layer_forwards += len(entered) * rows
+        advance(len(entered) * rows)
+    return {cuts: streams[cuts] for cuts in wanted}
+
+
+def streams_held(sets: Iterable[Cuts], layers: int) -> int:
+    """The most hidden states of all tokens that `sweep` holds at once: one a stream, one more while it is replaced.
+
+    Streams that wait to land after jumps from the same place hold one and the same state.
+    """
+    wanted = set(sets)
+    reach = _reach(wanted, layers)
+    most = 1
+    for j in range(layers):
+        alive = [cuts for cuts in reach if not cuts or cuts[-1].start <= j]
+        alive = [cuts for cuts in alive if reach[cuts] > j or cuts in wanted]
+        states = {(cuts, 0) if _entry(cuts) <= j else (cuts[:-1], cuts[-1].start) for cuts in alive}
+        most = max(most, len(states) + 1)
+    return most
+
+
+def _reach(sets: Iterable[Cuts], layers: int) -> dict[Cuts, int]:
+    """Every stream of a sweep, and the depth to which it must be carried: its last fork, or the end."""
+    reach = {DENSE: 0}
+    for cuts in sets:
+        for k, segment in enumerate(cuts):
+            reach[cuts[:k]] = max(reach.get(cuts[:k], 0), segment.start)
+        reach[cuts] = layers
+    return reach
+
+
+def _entry(cuts: Cuts) -> int:
+    """The first layer that a stream enters after its last jump."""
+    return cuts[-1].stop if cuts else 0
+
+
+def row_chunks(stack: DecoderRunner, tokens: torch.Tensor) -> list[tuple[slice, bool]]:
+    """Rows whose logits are made together, each with whether they count: see `sharding.in_step`."""
+    rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
+    return sharding.in_step(stack.model, list(slices(len(tokens), rows)), slice(0, 1))

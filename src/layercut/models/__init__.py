@@ -1,0 +1,6 @@
+"""Models: from a name to files, to a model in memory, to its decoder layers run one by one."""
+
+from layercut.models.objectives import Objective
+from layercut.models.runner import DecoderRunner
+
+__all__ = ["DecoderRunner", "Objective"]

@@ -1,0 +1,288 @@
+"""From a model's name to files on this machine, checked: a Hub id, a local folder or a .gguf file.
+
+First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
+shard names may not leave the folder, and JSON is read within limits (`files/writing.py`) and checked
+(`models/config_checks.py`) before a
+class of transformers sees it. Which files hold the weights is decided here alone, as transformers decides it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import ModelError, first_line
+from layercut.files.json_values import write_json
+from layercut.files.reading import content_digest, read_json
+from layercut.models import config_checks
+
+__all__ = ["Checkpoint", "read_json", "resolve"]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
+OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on this machine's disk: a folder, or a folder and the .gguf file in it."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """The path a user would recognise."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
+        """Hash of the content of all files that a model is read from: copies agree, any edit shows.
+
+        memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the same
+        (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core. advance: counts bytes.
+        """
+        known = _remembered(memo)
+        noted: dict[str, Any] = {}
+        for path in self.files():
+            facts = path.stat()
+            state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+            old = known.get(path.name)
+            same = isinstance(old, list) and old[:-1] == state
+            noted[path.name] = old if same else [*state, content_digest(path)]
+            advance(facts.st_size)
+        if memo and noted != known:
+            write_json(memo, noted)
+        digests = {name: facts[-1] for name, facts in noted.items()}
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+
+    def files(self) -> list[Path]:
+        """The files that a model is read from: weights, config, tokenizer, code; not its card or licence."""
+        if self.gguf:
+            return [self.file]
+        beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
+        weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
+        return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
+
+
+def _remembered(memo: Path | None) -> dict[str, Any]:
+    try:
+        found = read_json(memo) if memo else {}
+    except ModelError:  # not there, or not what was written: hash anew
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
+    """Turn MODEL (Hub id, folder or .gguf file) into files on this machine; downloads where needed.
+
+    weights False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
+
+    Raises ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
+    """
+    path = Path(name).expanduser()
+    try:
+        is_file, is_dir = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
+        raise ModelError(f"{name!r} cannot be read: {first_line(error)}", "check the path of the model") from None
+    if path.suffix == ".gguf" or is_file:
+        return _resolve_file(name, path)
+    if is_dir and name.strip():
+        if weights:
+            check_folder(path, allow_pickle=allow_pickle)
+        else:
+            check_config(path)
+        return Checkpoint(name, path.resolve())
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
+        raise ModelError(
+            f"no model at {name!r}: neither a folder nor a .gguf file, and not a Hub id (owner/name)",
+            "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
+        )
+    if not weights:
+        folder = _download(name, allow_pickle=False, weights=False)
+        check_config(folder)
+        return Checkpoint(name, folder)
+    folder = _download(name, allow_pickle=allow_pickle)
+    check_folder(folder, allow_pickle=allow_pickle)
+    return Checkpoint(name, folder)
+
+
+def _resolve_file(name: str, path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise ModelError(f"no file {name!r}", "check the path of the .gguf file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(
+            f"{name!r} is not a GGUF file (it starts with {magic!r})",
+            "give a .gguf file, a folder with config.json and *.safetensors, or a Hub id",
+        )
+    # the Hub's cache links to a file without this name, whose folder holds no other: the link is what is read
+    return Checkpoint(name, path.parent.resolve(), path.name)
+
+
+def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
+    """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
+    try:
+        answers = _hub_answers(name)
+        if not weights:
+            return Path(hf_hub_download(name, "config.json", local_files_only=not answers)).parent
+        if not answers:
+            return Path(snapshot_download(name, local_files_only=True))
+        hf_hub_download(name, "config.json")
+        left_out = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
+    except GatedRepoError:
+        raise ModelError(
+            f"{name!r} is gated: its owner must grant you access first",
+            f"accept the terms at https://huggingface.co/{name}, then run `hf auth login`",
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"no model {name!r} on the Hub, and no such folder here",
+            "check the spelling; for a private model run `hf auth login` first",
+        ) from None
+    except HFValidationError:
+        raise ModelError(
+            f"{name!r} is neither a folder, a .gguf file nor a Hub id (owner/name)",
+            "give a folder that holds config.json and *.safetensors, a .gguf file, or a Hub id",
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{name!r} is not on this machine and the Hub cannot be reached",
+            "check the network, or give a local folder or .gguf file",
+        ) from None
+    except Exception as error:  # a missing config.json, a proxy's refusal, a broken download
+        raise ModelError(
+            f"{name!r} could not be fetched from the Hub: {first_line(error)}",
+            "check the name and the network, or give a local folder or .gguf file",
+        ) from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Ask the Hub once, before anything is fetched: without a network that would try for 23 s (measured)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise  # not a name; or it answers: no such model, private, gated
+    except Exception:  # no network, offline mode, a proxy's refusal: every layer below has its own error
+        return False
+    return True
+
+
+def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
+    check_config(folder)
+    for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            config_checks.check_object(read_json(folder / name), str(folder / name))
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json) beside or instead of a model",
+            "merge it into its model first (peft: merge_and_unload), or take its files out of the folder",
+        )
+    if index := used_index(folder):
+        check_index(index)
+    if files := weight_files(folder):
+        for file in files:
+            check_shard(file)
+        return
+    pickled, other = any(folder.glob("*.bin")), sorted(file.name for file in folder.glob("*.safetensors"))
+    if other and not (pickled and allow_pickle):
+        raise ModelError(
+            f"{folder} holds {other[0]}, a name that transformers does not read, and no weights under one that it does",
+            f"give a complete model folder: {SINGLE}, or shards and {INDEX}",
+        )
+    if not pickled:
+        raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
+    if not allow_pickle:
+        raise ModelError(
+            f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+            "convert them to safetensors, or pass --allow-pickle if you trust their source",
+        )
+    if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
+        check_index(folder / PICKLE_INDEX)
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder whose config.json is missing, is not one, or says what no class should be built from."""
+    config = read_json(folder / "config.json", "a model folder needs config.json")
+    config_checks.check_config(config, str(folder / "config.json"))
+
+
+def used_index(folder: Path) -> Path | None:
+    """The index that transformers would read: where there is model.safetensors, none."""
+    index = folder / INDEX
+    return index if index.is_file() and not (folder / SINGLE).is_file() else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would take a folder's weights from: model.safetensors; else the shards
+    that the index names; else none, whatever other names there are."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if index := used_index(folder):
+        content = read_json(index)
+        config_checks.check_index(content, str(index))
+        return sorted(folder / name for name in set(content["weight_map"].values()))
+    return []
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the weight files on disk, in whatever number format they are; pickled ones where there are no others."""
+    folder = checkpoint.folder
+    files = [checkpoint.file] if checkpoint.gguf else weight_files(folder) or sorted(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
+def check_index(index: Path) -> None:
+    """Every shard an index names must lie in the index's own folder and be there."""
+    content = read_json(index)
+    config_checks.check_index(content, str(index))
+    for shard in sorted(set(content["weight_map"].values())):
+        if not (index.parent / shard).is_file():
+            raise ModelError(f"{index} names {shard}, which is not there", "fetch the missing shard again")
+
+
+def check_shard(file: Path) -> None:
+    """A safetensors file must have a readable header and all the bytes that it promises."""
+    stored_shapes(file)
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, from its header. ModelError: it is corrupt, truncated or gone."""
+    from safetensors import safe_open
+
+    try:
+        # not mapped: a mapping of the whole file would count against a limit on the process's memory
+        with safe_open(file, framework="pt", backend="pread") as shard:
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118, no dict
+    except Exception as error:  # its own kind, the system's, or Python's for numbers that are none
+        size = f"{file.stat().st_size:,} bytes" if file.exists() else "not there"
+        raise ModelError(
+            f"{file} is corrupt or truncated ({size}): {first_line(error)}", "fetch this file again"
+        ) from None
+
+
+def stored_elements(folder: Path) -> int:
+    """How many numbers a folder's safetensors files hold."""
+    return sum(prod(shape) for file in weight_files(folder) for shape in stored_shapes(file).values())

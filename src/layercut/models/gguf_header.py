@@ -1,0 +1,273 @@
+"""Reading a GGUF file: every number in its header is held against the file's size before anything is allocated.
+
+The `gguf` package and transformers allocate what a header promises, so all that reads a .gguf file comes through
+here first: `surgery/gguf.py`, `models/loading.py` and the export.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import ModelError, first_line
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+"""GGUF value type -> struct code; 8 is a string, 9 an array."""
+UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
+LARGEST_ARRAYS = 8_000_000
+"""Elements of all arrays together: the `gguf` package keeps an object for each. A vocabulary of 262,144 tokens takes
+2 million with its merges, scores and types."""
+LARGEST_NAME, LARGEST_RANK = 65_535, 4
+ALIGNMENTS = [1 << n for n in range(21)]
+FETCH = "fetch this file again"
+BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.ASCII | re.DOTALL)
+WITHOUT_FINAL_NORM = frozenset({"olmo"})
+UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
+"""Architectures in which a sound block may hold some of the tensors of another and nothing else."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands in front of the weights of a GGUF file, all of it checked."""
+
+    file: Path
+    values: dict[str, Any]
+    """Metadata by key: whole numbers, floats, bools, text, lists of them. Arrays of text are left out."""
+    tensors: dict[str, tuple[int, ...]]
+    """Shapes by name, the fastest dimension first."""
+
+    @property
+    def architecture(self) -> str:
+        return self.text("general.architecture")
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in the file, those behind the layers that predict further tokens included."""
+        return self.count(f"{self.architecture}.block_count")
+
+    @property
+    def layers(self) -> int:
+        return self.blocks - self.count(f"{self.architecture}.nextn_predict_layers", 0)
+
+    @property
+    def elements(self) -> int:
+        """How many weights the tensors hold together."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    def facts(self) -> dict[str, Any]:
+        """The metadata under the architecture's name, by key without that name."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
+
+    def text(self, key: str) -> str:
+        """A value that is text. ModelError: it is missing, or something else."""
+        if not isinstance(value := self._value(key), str):
+            raise corrupt(self.file, f"{key} is no text")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A value that is a whole number of 0 or more. ModelError: it is missing, or something else."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise corrupt(self.file, f"{key} is no whole number of 0 or more")
+        return value
+
+    def _value(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key, default)
+        if value is None:
+            raise ModelError(f"{self.file} has no {key} in its metadata", "give a GGUF file of a language model")
+        return value
+
+
+def read_header(file: Path) -> Header:
+    """The header of a GGUF file. ModelError: it is damaged, promises more than the file holds, or lacks tensors."""
+    try:
+        header = _Walk(file).header()
+        check_blocks(header)
+    except ImportError:
+        raise ModelError(
+            "reading GGUF files needs a package that is missing: gguf", 'pip install "layercut[gguf]"'
+        ) from None
+    return header
+
+
+def open_gguf(file: Path) -> tuple[Header, Any]:
+    """A file's header and a `gguf.GGUFReader` of it. ModelError: as `read_header`."""
+    header = read_header(file)
+    from gguf import GGUFReader
+
+    try:
+        return header, GGUFReader(file, "r")
+    except Exception as error:  # the reader raises whatever its parsing runs into
+        raise corrupt(file, first_line(error)) from None
+
+
+def corrupt(file: Path, why: str) -> ModelError:
+    """The error for a file that is no sound GGUF file."""
+    return ModelError(f"{file} is corrupt, truncated or no GGUF file: {why}", FETCH)
+
+
+def raw_value(field: Any) -> Any:
+    """A metadata value of a `gguf.GGUFReader`, with text as the bytes that it is: a vocabulary need not be UTF-8."""
+    if int(field.types[0]) == STRING:
+        return bytes(field.parts[field.data[0]])
+    if int(field.types[0]) == ARRAY and len(field.types) > 1 and int(field.types[-1]) == STRING:
+        return [bytes(field.parts[i]) for i in field.data]
+    return field.contents()
+
+
+def block_of(tensor: str) -> int | None:
+    """blk.13.attn_q.weight -> 13; None for tensors outside the blocks."""
+    found = BLOCK.fullmatch(tensor)
+    return int(found[1]) if found else None
+
+
+def check_blocks(header: Header) -> None:
+    """Refuse a file that lacks blocks or tensors which its own metadata and its other blocks call for."""
+    file, name, total, layers = header.file, header.architecture, header.blocks, header.layers
+    if header.count("split.count", 0) > 1:
+        return  # one of several parts holds some of the blocks; the caller says what to do
+    roles: dict[int, set[str]] = {}
+    for tensor in header.tensors:
+        if found := BLOCK.fullmatch(tensor):
+            roles.setdefault(int(found[1]), set()).add(found[2])
+        elif tensor.startswith("blk."):
+            raise corrupt(file, f"tensor {tensor!r} names no block")
+    if total > len(header.tensors) or not 0 < layers <= total:
+        raise corrupt(file, f"{name}.block_count is {total:,}, and it holds {len(header.tensors):,} tensors")
+    if beyond := [block for block in roles if block >= total]:
+        raise corrupt(file, f"it holds a block {max(beyond)}, and {name}.block_count is {total}")
+    wanted = {"token_embd.weight"} | (set() if name in WITHOUT_FINAL_NORM else {"output_norm.weight"})
+    missing = sorted(wanted - header.tensors.keys()) + [f"blk.{i}.*" for i in range(layers) if i not in roles]
+    if name not in UNEQUAL_BLOCKS:
+        missing += _missing({block: found for block, found in roles.items() if block < layers})
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ModelError(f"{file} is incomplete: it lacks {', '.join(missing[:5])}{more}", FETCH)
+
+
+def _missing(roles: dict[int, set[str]]) -> Iterable[str]:
+    """Tensors that a block lacks of a kind of block which the file has and of which this one holds a part."""
+    kinds = {frozenset(found) for found in roles.values()}
+    for block, found in sorted(roles.items()):
+        fuller = [kind for kind in kinds if found < kind]
+        for role in sorted(max(fuller, key=len) - found) if fuller else ():
+            yield f"blk.{block}.{role}"
+
+
+class _Walk:
+    """Reads a header from the front. Every length is bounded by the bytes that are left."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.size = file, file.stat().st_size
+        self.elements = 0
+
+    def header(self) -> Header:
+        """ModelError: a number in the header promises more than the file holds, or what no GGUF file has."""
+        with self.file.open("rb") as self.stream:
+            if self._take(4) != b"GGUF":
+                raise self._bad("it does not start with GGUF")
+            version = self._take(4)
+            self.order = "<" if version[:2] != b"\0\0" else ">"
+            if (number := struct.unpack(f"{self.order}I", version)[0]) not in (2, 3):
+                raise self._bad(f"version {number} is not 2 or 3")
+            tensors, pairs = self._number("Q"), self._number("Q")
+            if tensors * 24 + pairs * 13 > self.size:
+                raise self._bad(f"it promises {tensors:,} tensors and {pairs:,} metadata keys")
+            values = self._keys(pairs)
+            return Header(self.file, values, self._tensors(tensors, values.get("general.alignment", 32)))
+
+    def _bad(self, why: str) -> ModelError:
+        return corrupt(self.file, why)
+
+    def _take(self, count: int) -> bytes:
+        if count > self.size - self.stream.tell():
+            raise self._bad(f"{count:,} bytes are called for where {self.size - self.stream.tell():,} are left")
+        return self.stream.read(count)
+
+    def _skip(self, count: int) -> None:
+        if count > self.size - self.stream.tell():
+            raise self._bad(f"{count:,} bytes are called for where {self.size - self.stream.tell():,} are left")
+        self.stream.seek(count, 1)
+
+    def _number(self, code: str) -> int:
+        return struct.unpack(self.order + code, self._take(struct.calcsize(code)))[0]
+
+    def _name(self, seen: set[str]) -> str:
+        length = self._number("Q")
+        if length > LARGEST_NAME:
+            raise self._bad(f"a name of {length:,} bytes")
+        try:
+            name = self._take(length).decode()
+        except UnicodeDecodeError:
+            raise self._bad("a name that is not UTF-8") from None
+        if name in seen:
+            raise self._bad(f"{name!r} stands in it twice")
+        seen.add(name)
+        return name
+
+    def _keys(self, count: int) -> dict[str, Any]:
+        seen: set[str] = set()
+        values = {}
+        for _ in range(count):
+            name, kind = self._name(seen), self._number("I")
+            value = self._array(name) if kind == ARRAY else self._value(name, kind)
+            if value is not None:
+                values[name] = value
+            if name == "general.alignment" and (kind != UINT32 or value not in ALIGNMENTS):
+                raise self._bad("general.alignment is no power of two")
+        return values
+
+    def _value(self, name: str, kind: int) -> Any:
+        if kind == STRING:
+            return self._take(self._number("Q")).decode(errors="replace")
+        if kind not in SCALARS:
+            raise self._bad(f"{name} is of the unknown type {kind}")
+        value = self._number(SCALARS[kind])
+        if kind == BOOL and value not in (0, 1):
+            raise self._bad(f"{name} is neither true nor false")
+        return bool(value) if kind == BOOL else value
+
+    def _array(self, name: str) -> list[Any] | None:
+        kind, count = self._number("I"), self._number("Q")
+        if kind != STRING and kind not in SCALARS:
+            raise self._bad(f"{name} is an array of the type {kind}")
+        least = 8 if kind == STRING else struct.calcsize(SCALARS[kind])
+        self.elements += count
+        if count * least > self.size - self.stream.tell() or self.elements > LARGEST_ARRAYS:
+            raise self._bad(f"{name} promises {count:,} elements")
+        if kind == STRING:
+            for _ in range(count):
+                self._skip(self._number("Q"))
+            return None
+        items = struct.unpack(f"{self.order}{count}{SCALARS[kind]}", self._take(count * least))
+        return [bool(item) for item in items] if kind == BOOL else list(items)
+
+    def _tensors(self, count: int, alignment: int) -> dict[str, tuple[int, ...]]:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        seen: set[str] = set()
+        found, ends = {}, []
+        for _ in range(count):
+            name, rank = self._name(seen), self._number("I")
+            if not 1 <= rank <= LARGEST_RANK:
+                raise self._bad(f"tensor {name!r} has {rank:,} dimensions")
+            shape = [self._number("Q") for _ in range(rank)]
+            kind, offset = self._number("I"), self._number("Q")
+            try:
+                block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            except (ValueError, KeyError):
+                raise self._bad(f"tensor {name!r} is of the unknown type {kind}") from None
+            if 0 in shape or shape[0] % block or offset % alignment:
+                raise self._bad(f"tensor {name!r} cannot have the shape {shape} or start at {offset:,}")
+            found[name] = tuple(shape)
+            ends.append((offset + math.prod(shape) // block * size, name))
+        start = -(-self.stream.tell() // alignment) * alignment
+        if ends and start + max(ends)[0] > self.size:
+            raise self._bad(f"tensor {max(ends)[1]!r} ends behind the file")
+        return found

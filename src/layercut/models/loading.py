@@ -1,0 +1,615 @@
+"""From the files of a checkpoint (`models/checkpoints.py`) to a causal language model and its stack of decoder layers.
+
+Nothing a checkpoint contains is executed: remote code and pickled weights are refused unless asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercut.distributed import processes, sharding
+from layercut.errors import ModelError, first_line
+from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular
+from layercut.models import checkpoints, config_checks
+from layercut.models.checkpoints import Checkpoint, read_json
+from layercut.models.config_checks import COUNTS
+from layercut.models.gguf_config import check_size, correct_
+from layercut.models.gguf_header import read_header
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ()}
+"""What a CPU must have to multiply matrices of a number format as fast as of float32, by torch's names; any of them."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where a model keeps its decoder layers."""
+
+    path: str
+    """Dotted name of the list inside the model, e.g. "model.layers"."""
+    layers: Any
+    """An nn.ModuleList; a few architectures keep an nn.ModuleDict."""
+    config: Any
+    """The (text) config that counts these layers."""
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model with its tokenizer and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    """The number format it is computed in; `stored_dtype(model)` is the one it is saved in."""
+    device: torch.device
+
+    @property
+    def decoder(self) -> Decoder:
+        return find_decoder(self.model)
+
+
+# --- from files to a model ----------------------------------------------------------------------------------
+
+
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint, refused unless it is a decoder-only language model's."""
+    from transformers import AutoConfig
+
+    if not checkpoint.gguf:
+        checkpoints.check_config(checkpoint.folder)
+        if not trust_remote_code:
+            _refuse_remote_code(checkpoint.folder)
+    header = read_header(checkpoint.file) if checkpoint.gguf else None
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
+        )
+        if header:
+            correct_(config, header)
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise _missing_package(error) from None
+    except Exception as error:
+        raise ModelError(
+            f"the config of {checkpoint.name} cannot be read: {first_line(error)}",
+            "check that this version of transformers knows the architecture: pip install -U transformers",
+        ) from error
+    check_causal(config, checkpoint.name, trust_remote_code=trust_remote_code)
+    return config
+
+
+def _refuse_remote_code(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    raw = read_json(folder / "config.json")
+    if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{folder.name} brings its own modelling code, which layercut does not run",
+            "pass --trust-remote-code if you have read that code and trust it",
+        )
+
+
+def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
+    """Only decoder-only language models, and vision-language models whose text part is one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({config.model_type}); layercut cuts decoder-only models",
+            "give a causal language model such as Llama, Qwen or Gemma",
+        )
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    known = any(type(config) in mapping for mapping in mappings)
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not (known or remote):
+        raise ModelError(
+            f"{name} is not a causal language model (model type {config.model_type!r})",
+            "give a causal language model such as Llama, Qwen or Gemma",
+        )
+    heads = getattr(config, "architectures", None) or []
+    usual = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    classes = set().union(*(_class_names(mapping, config) for mapping in mappings))
+    if heads and not any(h.endswith(usual) or h in classes for h in heads):
+        raise ModelError(
+            f"{name} is a checkpoint of {', '.join(heads)}, which is not a causal language model",
+            "give the checkpoint with the language-modelling head",
+        )
+
+
+def _class_names(mapping: Any, config: Any) -> set[str]:
+    """Names of the classes that a mapping of transformers gives for this config."""
+    found = mapping.get(type(config), ())
+    return {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    tokenizer: Any = None,
+) -> LanguageModel:
+    """Load weights, and the tokenizer where it is not given. The model comes in eval mode, fit to be saved.
+
+    dtype "auto": the checkpoint's own, bfloat16 for GGUF files; computed in float32 where the CPU has no instructions
+    for it, and saved in it all the same (`as_stored`). Any other: computed and saved in that one.
+    device "auto": the first accelerator torch sees, else the CPU.
+    """
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    place = pick_device(device)
+    stored = pick_dtype(dtype, config, checkpoint)
+    number = computing_dtype(dtype, stored, place)
+    auto = auto_class(config, trust_remote_code=trust_remote_code)
+    refuse_larger(config, checkpoint, trust_remote_code=trust_remote_code)
+    with quiet_transformers():
+        try:
+            if checkpoint.gguf:
+                model = _load_gguf(checkpoint, config, stored)
+            else:
+                packed = _is_quantized(config)  # unpacked in the format it is stored in: a loader's own arithmetic
+                with redirect_stderr(io.StringIO()) if packed else nullcontext():  # its bars
+                    model, info = auto.from_pretrained(
+                        checkpoint.folder,
+                        config=config,
+                        dtype=stored if packed else number,
+                        use_safetensors=None if allow_pickle else True,
+                        ignore_mismatched_sizes=True,  # refused below, and by name
+                        trust_remote_code=trust_remote_code,
+                        output_loading_info=True,
+                    )
+                check_loading(info, checkpoint.name)
+                _decompress_(model)
+            if number != stored:
+                convert_parameters_(model, number)
+        except ModelError:
+            raise
+        except ImportError as error:
+            raise _missing_package(error) from None
+        except Exception as error:  # a class that divides by what a config says fails with any of them
+            raise ModelError(
+                f"{checkpoint.name} cannot be loaded: {first_line(error)}",
+                "check that the checkpoint is complete and that this version of transformers knows it",
+            ) from error
+    tokenizer = tokenizer or load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    model = model.to(place).eval().requires_grad_(False)
+    model.stored_dtype = stored
+    return LanguageModel(model, tokenizer, checkpoint, number, place)
+
+
+SAMPLE = "The quick brown fox jumps over 13 lazy dogs.\n"
+SLACK = 2**26
+"""Numbers that a model may have beyond twice those stored: tables that classes compute, such as attention masks."""
+
+
+def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
+    """Refuse a config that calls for far more numbers than the files hold, before memory is taken for them.
+
+    transformers fills what is missing or of another shape with random numbers, whatever that takes, and tells then
+    (`check_loading`). Quantized and pickled weights, and GGUF, are not counted.
+    """
+    if checkpoint.gguf or _is_quantized(config) or not checkpoints.weight_files(checkpoint.folder):
+        return
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            model = auto_class(config, trust_remote_code=trust_remote_code).from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        except Exception:  # loading builds the class likewise, and says what is wrong
+            return
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = checkpoints.stored_elements(checkpoint.folder)
+    if wanted > 2 * stored + SLACK:
+        raise ModelError(
+            f"the config of {checkpoint.name} calls for {wanted:,} weights, and its files hold {stored:,}",
+            "give the config.json that belongs to these weights",
+        )
+
+
+def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
+    """Refuse tokens, of any shape, that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        worst = int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min())
+        raise ModelError(
+            f"the tokenizer of {name} gives token {worst:,}, and the model's vocabulary has {size:,}",
+            "give the tokenizer files that belong to this model",
+        )
+
+
+def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """transformers' automatic class for a config: of language models, or of vision-language models."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # transformers names remote code in its own mapping only; a known config takes its stock class
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def build(config: Any, dtype: torch.dtype) -> Any:
+    """The stock class of a config, in eval mode; where, is the business of who calls."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    with quiet_transformers():
+        try:
+            return auto.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        except Exception as error:
+            raise ModelError(
+                f"no model can be built from this config: {first_line(error)}",
+                "check config.json, and that this version of transformers knows the architecture",
+            ) from error
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The model without memory, on the meta device."""
+    with torch.device("meta"):
+        return build(config, dtype)
+
+
+def _unmark_quantized_(model: Any) -> None:
+    """Take off what transformers remembers of a quantization that is undone, and for which it would not save."""
+    model.hf_quantizer = None
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+
+
+def _is_quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _decompress_(model: Any) -> None:
+    """A model of weights packed by compressed-tensors becomes a plain one: those weights, in its number format.
+
+    Else transformers would do half of this in the first forward, and save a model that is neither.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None:
+        return
+    from compressed_tensors.compressors.base import decompress_module
+
+    compressor.remove_decompression_hook(model)
+    for module in model.modules():
+        decompress_module(module, leave_decompressed=False)
+    _unmark_quantized_(model)
+    model.tie_weights()
+
+
+def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+    """Dequantize a GGUF file into a model that `save_pretrained` accepts; every weight has to be in the file.
+
+    transformers marks what it read from GGUF as quantized and refuses to save it; after dequantizing, that
+    mark is no longer true, so it is taken off.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    check_size(config, read_header(checkpoint.file), AutoModelForCausalLM)
+    with redirect_stderr(io.StringIO()):  # its bar does not ask whether bars are wanted
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            gguf_file=checkpoint.gguf,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,  # refused by name
+            output_loading_info=True,
+        )
+    check_loading(info, checkpoint.name)
+    _unmark_quantized_(model)
+    model.config.architectures = [type(model).__name__]
+    model.config._name_or_path = checkpoint.name
+    convert_parameters_(model, dtype)
+    return model
+
+
+def convert_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to a number format. Never model.to(dtype): that would round the rotary frequencies too, a buffer
+    which a reload keeps in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; ModelError where there is none, or where it cannot read a line of text."""
+    from transformers import AutoTokenizer
+
+    if not checkpoint.gguf:
+        check_tokenizer_files(checkpoint.folder)
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
+            )
+            tokenizer(SAMPLE)
+            return tokenizer
+        except BaseException as error:
+            # the library in Rust ends in a kind of its own that is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ModelError(
+                f"the tokenizer of {checkpoint.name} cannot be loaded: {first_line(error)}",
+                "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
+            ) from error
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder without a tokenizer, or whose tokenizer files are of a kind or size that none has."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder} holds no tokenizer",
+            "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
+        )
+    for name in TOKENIZER_FILES:
+        if not (folder / name).exists():
+            continue
+        with open_regular(folder / name) as opened:
+            size = os.fstat(opened.fileno()).st_size
+        if size > LARGEST_JSON:
+            raise ModelError(f"{folder / name} has {size:,} bytes; allowed are {LARGEST_JSON:,}", REFETCH)
+    if (folder / "tokenizer_config.json").exists():
+        file = folder / "tokenizer_config.json"
+        config_checks.check_tokenizer_config(read_json(file), str(file))
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" takes the first accelerator that torch sees, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        place = accelerator or torch.device("cpu")
+        processes.check_device(place)
+        return place
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
+    if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
+        raise ModelError(f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto")
+    if place.index is not None and place.type != "cpu" and place.index >= torch.accelerator.device_count():
+        raise ModelError(
+            f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
+            f"use --device {place.type}:0",
+        )
+    processes.check_device(place)
+    return place
+
+
+def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The number format the weights are saved in; see `load` for what "auto" means."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"--dtype {dtype!r} is unknown", f"allowed are auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if checkpoint.gguf:
+        return torch.bfloat16
+    own, text = (getattr(c, "dtype", None) for c in (config, config.get_text_config()))
+    stored = own or text or torch.float32
+    return getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+def computing_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The number format to compute in: `stored`, or float32 where "auto" is asked of a CPU that cannot multiply it.
+
+    Such a CPU takes nine times as long over bfloat16 as over float32 (AVX2, docs/log.md).
+    """
+    if dtype != "auto" or device.type != "cpu" or stored not in INSTRUCTIONS:
+        return stored
+    return stored if any(cpu_has(feature) for feature in INSTRUCTIONS[stored]) else torch.float32
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether this CPU has some instructions, by torch's names; a torch that cannot tell knows of none."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get(feature))
+
+
+def check_loading(info: dict[str, Any], name: str) -> None:
+    """Missing or mismatched weights would be filled with random numbers and only warned of: refuse."""
+    missing = sorted(info.get("missing_keys") or [])
+    mismatched = sorted(info.get("mismatched_keys") or [])
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights that its config calls for (first: {missing[0]})",
+            "the checkpoint is incomplete, or num_hidden_layers in its config.json does not fit it",
+        )
+    if mismatched:
+        weight, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{name} holds {len(mismatched)} weights of another shape than its config calls for "
+            f"(first: {weight} is {list(stored)}, called for is {list(wanted)})",
+            "give the config.json that belongs to these weights",
+        )
+
+
+def _missing_package(error: ImportError) -> ModelError:
+    if "flash" in str(error).lower():
+        return ModelError(
+            f"the config asks for an attention implementation that is missing here: {first_line(error)}",
+            "take attn_implementation out of config.json: transformers then chooses one",
+        )
+    extra = "quantize" if "compressed" in str(error) else "gguf"
+    return ModelError(
+        f"reading this model needs a package that is missing: {first_line(error)}",
+        f'pip install "layercut[{extra}]"',
+    )
+
+
+# --- the stack of decoder layers ----------------------------------------------------------------------------
+
+
+OTHER_TOWERS = ("vision", "visual", "audio", "encoder", "image", "speech", "mtp", "depth_decoder")
+"""Parts of a model whose layers are not the decoder's, by a word in their path."""
+
+
+def count_layers(config: Any) -> int:
+    """L, the number of decoder layers that a config promises; the model's own stack has the last word."""
+    text = config.get_text_config(decoder=True)
+    found = [value for name in COUNTS if isinstance(value := getattr(text, name, None), int)]
+    if not found:
+        raise ModelError(
+            f"the config of this {config.model_type!r} does not count its layers ({', '.join(COUNTS)})",
+            "use the model's own config.json",
+        )
+    return found[0]
+
+
+REPORTED_WINDOW = 2048
+"""Tokens in the windows that perplexities are reported on, where a model reaches so far: the field's length."""
+
+
+def positions(config: Any) -> int | None:
+    """How many positions a model knows; None where its config sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def reported_window(config: Any) -> int:
+    """Tokens in a window that perplexity is reported on, where the user asks for none."""
+    return min(REPORTED_WINDOW, positions(config) or REPORTED_WINDOW)
+
+
+def find_decoder(model: Any) -> Decoder:
+    """The ModuleList of decoder layers of any architecture, and the config that counts them.
+
+    Searched inside the text model only, so that vision or audio towers never match.
+    Raises ModelError: no list is as long as the config says.
+    """
+    config = model.config.get_text_config(decoder=True)
+    counts = {value for name in COUNTS if isinstance(value := getattr(config, name, None), int)}
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) in counts
+    ]
+    # BERT's relatives keep their decoder under `encoder`: only prefer what is in no other tower
+    lists = [item for item in lists if not _in_other_tower(item[0])] or lists
+    if not lists:
+        raise ModelError(
+            f"no stack of {' or '.join(map(str, sorted(counts))) or 'any number of'} decoder layers "
+            f"was found in {type(model).__name__}",
+            "this architecture is not supported; see docs/families.md for those that are",
+        )
+    # Of nested lists the outermost is the stack; of several, the one that weighs most.
+    path, layers = max(lists, key=lambda item: (-item[0].count("."), _weight(item[1])))
+    return Decoder(path, layers, config)
+
+
+def _in_other_tower(path: str) -> bool:
+    return any(word in path for word in OTHER_TOWERS)
+
+
+def _weight(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+STREAMED = "the model's layers are left on disk: for this it has to be in memory"
+STREAMED_HINT = "from disk run search, compress, tune and evaluate; with enough memory: --stream off"
+
+
+def share(model: Any) -> Any:
+    """A second model over the same weights: own modules and config, the very same parameters and buffers.
+
+    Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
+    Raises ModelError: the model's layers are on disk (`offload/layer_reader.py`); `lending.share` copies such a model.
+    """
+    if getattr(model, "layers_on_disk", None):
+        raise ModelError(STREAMED, STREAMED_HINT)
+    return copied(model)
+
+
+def copied(model: Any) -> Any:
+    """Own modules and config, the very same parameters and buffers, with data or without."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay."""
+    everywhere = list(model.named_parameters(remove_duplicate=False))
+    resident = next(parameter.device for _, parameter in everywhere if not parameter.is_meta)
+    for name, weight in weights.items():
+        old = model.get_parameter(name)  # of a layer on disk, it has no data
+        new = sharding.like(old, weight.to(resident) if old.is_meta else weight)
+        for place in [name, *(other for other, parameter in everywhere if parameter is old and other != name)]:
+            owner, _, attribute = place.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of weights, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def stored_dtype(model: Any) -> torch.dtype:
+    """The number format a model is saved in. It computes in this one, or in a wider one (`computing_dtype`)."""
+    return getattr(model, "stored_dtype", None) or model.dtype
+
+
+def as_stored(model: Any) -> Any:
+    """The model in the number format it is saved in: itself, or a copy where it computes in a wider one.
+
+    Nothing is lost: what is loaded, folded, tuned or quantized is rounded to this format at once. A weight with other
+    values, as a class may keep some in float32, stays as it is.
+    """
+    stored = stored_dtype(model)
+    if stored == model.dtype:
+        return model
+    narrow, new = share(model), {}
+    for module in narrow.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in new:
+                rounded = parameter.detach().to(stored)
+                same = torch.equal(rounded.to(parameter.dtype), parameter)
+                new[id(parameter)] = nn.Parameter(rounded, requires_grad=False) if same else parameter
+            setattr(module, name, new[id(parameter)])
+    return narrow
+
+
+def parameter_bytes(model: nn.Module, stored: torch.dtype | None = None) -> int:
+    """Bytes of the weights as saved, tied ones counted once. stored: the format, where a part of a model is given."""
+    number = stored or getattr(model, "stored_dtype", None)
+    return sum(p.numel() * min(p.itemsize, number.itemsize if number else p.itemsize) for p in model.parameters())
+
+
+# --- small helpers ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and advice while a stage shows its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    advice = os.environ.get("TRANSFORMERS_VERBOSITY")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if advice is not None:
+            os.environ["TRANSFORMERS_VERBOSITY"] = advice

@@ -1,0 +1,410 @@
+"""A decoder opened up: embeddings, then layer by layer, then the head.
+
+Search, fold and tuning all need hidden states *between* layers. `DecoderRunner` gives them for any architecture
+without knowing it: what a layer receives beside the hidden state (masks, positions, rotary embeddings, by layer
+type) is recorded from the model's own forward, in which every layer passes its input on untouched.
+
+    stack = DecoderRunner(model)
+    h, calls = stack.enter(tokens)          # embeddings [B, T, D] and what each layer will need
+    h = stack.run(h, calls, 0, 13)          # layers 0 … 12
+    logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
+
+A model whose layers are on disk (`offload/layer_reader.py`) is used alike: `stack.layer(i, …)` reads layer i where
+another one was entered last, so that a sweep takes all its rows through a layer before it goes on to the next
+(`passes`, `carry_`). So is one that is spread over several processes (`distributed/sharding.py`): it runs as a copy
+over the same weights, and all processes must take as many steps (`sharding.in_step`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from layercut.distributed import processes, sharding
+from layercut.errors import ModelError
+from layercut.files.sizes import size
+from layercut.models.layers_on_disk import layers_on_disk, without_reading
+from layercut.models.loading import find_decoder, stored_dtype
+from layercut.models.losses import Teacher, as_price, rows_per_chunk
+from layercut.models.memory import available_bytes
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+LayerForward = Callable[..., Any]
+
+
+@contextmanager
+def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, layer i computes `forward(i, run, hidden, *args, **kwargs)`; `run` is the layer's own forward.
+
+    Only `forward` of each instance is replaced, so that types, attributes and hooks stay what the model's loop
+    expects. The layers are as they were on exit, also after an error.
+    """
+    own = [layer.__dict__.get("forward") for layer in layers]
+
+    def replace(i: int, run: LayerForward) -> LayerForward:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return forward(i, run, *args, **kwargs)
+            return forward(i, run, kwargs.pop("hidden_states"), **kwargs)
+
+        return replacement
+
+    try:
+        for i, layer in enumerate(layers):
+            layer.forward = replace(i, layer.forward)
+        yield
+    finally:
+        for layer, forward_before in zip(layers, own, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward_before is not None:
+                layer.forward = forward_before
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden state in a layer's output, which is a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """A layer's output with another hidden state in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class DecoderRunner:
+    """A model's decoder, entered, run and left piece by piece.
+
+    Raises ModelError where the layers talk to each other beside the hidden state, so that running them one by
+    one is not what the model computes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.at_rest = model
+        """The model as it was given."""
+        self.model = sharding.runnable(model)
+        """The one that runs: the same, unless its weights are spread over several processes."""
+        self.layers = find_decoder(self.model).layers
+        self.on_disk = layers_on_disk(model)
+        """The reader behind the layers; None where they are in memory."""
+        self._shapes: dict[type, Any] = {}  # what each class of layer returns: needed to stand in for it
+        with without_reading(model):  # what is checked depends on the classes and the config, not on the weights
+            self._check()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of logits."""
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.model.parameters() if not p.is_meta)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The number format the weights are saved in."""
+        return stored_dtype(self.model)
+
+    def loaded(self, i: int) -> nn.Module:
+        """Layer i with its weights in memory: read now where it is on disk, and there until another is entered."""
+        if self.on_disk:
+            self.on_disk.enter_(i)
+        return self.layers[i]
+
+    def layer_at_rest(self, i: int) -> nn.Module:
+        """Layer i of the model as it was given."""
+        return find_decoder(self.at_rest).layers[i]
+
+    def stream_bytes(self, tokens: int) -> int:
+        """Bytes of one hidden state of so many tokens."""
+        return tokens * self.hidden_size * self.model.dtype.itemsize
+
+    def place(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens on the model's device."""
+        return tokens.to(self.device)
+
+    def enter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
+        """Embeddings [B, T, D] of tokens [B, T], and the further arguments of every layer for these tokens."""
+        calls: Calls = []
+        embedded: list[torch.Tensor] = []
+
+        def record(i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if i == 0:
+                embedded.append(hidden)
+            calls.append((args, kwargs))
+            return self._untouched(i, run, hidden, *args, **kwargs)
+
+        with intercepted(self.layers, record), sharding.not_gathering(self.layers):
+            self.model(input_ids=self.place(tokens), use_cache=False, **self._one_logit())
+        return embedded[0], calls
+
+    def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+        """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights."""
+        if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
+            return recomputed_layer(self, i, hidden, calls)
+        return self.plain_layer(i, hidden, calls)
+
+    def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+        """h_{i+1} = f_i(h_i), wherever the layer is."""
+        args, kwargs = calls[i]
+        return hidden_of(self.layers[i](hidden, *args, **kwargs))
+
+    def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
+        """h_stop from h_start."""
+        for i in range(start, stop):
+            for j in range(i, min(i + 2, stop)):
+                sharding.gather_ahead(self.layers[j])
+            hidden = self.layer(i, hidden, calls)
+        return hidden
+
+    def exit(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
+        """Logits [B, T, V] from the last layer's output [B, T, D], by the model's own final norm and head; of a part
+        of the T positions, where one is given."""
+        last = len(self.layers) - 1
+        kept = {} if part is None else self._keep(torch.arange(part.start, part.stop, device=self.device))
+
+        def inject(i: int, run: LayerForward, h: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._untouched(i, run, hidden if i == last else h, *args, **kwargs)
+
+        with intercepted(self.layers, inject), sharding.not_gathering(self.layers):
+            logits = self.model(input_ids=self.place(tokens), use_cache=False, **kept).logits
+        return logits if part is None or kept else logits[:, part]
+
+    def _untouched(self, i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What layer i would return had it changed nothing."""
+        kind = type(self.layers[i])
+        if kind not in self._shapes:
+            with torch.no_grad(), sharding.gathered(self.layers[i]):
+                output = run(hidden, *args, **kwargs)
+            self._shapes[kind] = tuple(None for _ in output) if isinstance(output, tuple) else None
+        return replaced_hidden(self._shapes[kind], hidden)
+
+    def _one_logit(self) -> dict[str, torch.Tensor]:
+        """Spare the head where only the way in is of interest.
+
+        As an index, not as a number: that would take a slice, and a product with rows that are not contiguous copies
+        the head's weight once for every row (measured: 8 rows and a vocabulary of 152k took 2.2 GB).
+        """
+        return self._keep(torch.zeros(1, dtype=torch.long, device=self.device))
+
+    def _keep(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Have the head run on these positions only, where the model lets it."""
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return {}
+        return {"logits_to_keep": positions}
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        tokens = torch.arange(8, device=self.device)[None] % self.vocabulary
+        expected = self.model(input_ids=tokens, use_cache=False).logits
+        hidden, calls = self.enter(tokens)
+        got = self.exit(self.run(hidden, calls, 0, len(self)), tokens)
+        # a model that overflows has the same NaN both ways; whether it may is for those who use its predictions
+        same = expected.shape == got.shape and bool(((expected == got) | (expected.isnan() & got.isnan())).all())
+        if hidden.shape[:2] != tokens.shape or not same:
+            raise ModelError(
+                f"the layers of {type(self.model).__name__} exchange more than the hidden state, "
+                "so they cannot be searched or healed one by one",
+                "cut a segment you choose yourself: layercut cut MODEL --segment START:STOP",
+            )
+
+
+def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+    """h_{i+1} = f_i(h_i), of which only h_i is kept for the backward pass: there the layer is run again.
+
+    So a gradient passes through a model of which one layer is in memory at a time; on disk, layer i is read again
+    in the backward pass, the layers below it read ahead downwards. The same gradients as `stack.layer` gives.
+    """
+    return checkpoint(
+        lambda h: stack.plain_layer(i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
+    )  # no randomness: models are in eval mode
+
+
+STREAMS_SHARE = 0.5
+"""Hidden states may take this share of the available memory; beyond it, rows go in several passes. A guess."""
+
+
+def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[torch.Tensor]]:
+    """Tokens [N, T] as batches of `rows` rows at most, grouped by pass through the stack.
+
+    streams: hidden states of all rows of a pass that are held at once. In memory a batch is a pass, since another
+    pass costs nothing. On disk all batches go in one pass, so that each layer is read once; where the streams of all
+    rows would not fit, in as few as possible. What they take is said. No rows, no passes.
+    """
+    if not len(tokens):
+        return []
+    fit = rows_at_once(stack, tokens.shape[1], streams)
+    if not stack.on_disk:
+        return [[batch] for batch in tokens.split(min(rows, fit))]
+    groups = [list(group.split(rows)) for group in tokens.split(fit)]
+    say_passes(stack, min(fit, len(tokens)) * tokens.shape[1], streams, len(groups))
+    return groups
+
+
+def passes_in_step(
+    stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int
+) -> list[tuple[list[torch.Tensor], bool]]:
+    """`passes` of this process's share of tokens [N, T], each with whether it counts: see `sharding.in_step`."""
+    mine = passes(stack, tokens[processes.share(len(tokens))], rows, streams)
+    return sharding.in_step(stack.model, mine, [tokens[:1]])
+
+
+def rows_at_once(stack: DecoderRunner, window: int, streams: int) -> int:
+    """Rows of T tokens of which so many hidden states fit in memory; one at least."""
+    return max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // (streams * stack.stream_bytes(window)))
+
+
+def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> None:
+    """Say what the hidden states of one pass take, and how often layers on disk are read."""
+    if stack.on_disk:
+        taken = size(streams * stack.stream_bytes(tokens))
+        often = f"layers are read {times} time{'s'[: times > 1]}"
+        stack.on_disk.say_once(f"{streams} hidden states of {tokens:,} tokens, {taken}; {often}")
+
+
+def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:
+    """This process's batches of tokens [N, T], of `rows` rows at most, as slices; grouped by pass as in `passes`."""
+    parts = processes.share_of_batches(len(tokens), rows)
+    if not stack.on_disk:
+        return [[part] for part in parts]
+    window = tokens.shape[1]
+    together = max(1, rows_at_once(stack, window, streams) // rows)
+    groups = [parts[i : i + together] for i in range(0, len(parts), together)]
+    say_passes(stack, max(sum(len(tokens[part]) for part in group) for group in groups) * window, streams, len(groups))
+    return groups
+
+
+def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
+    """`DecoderRunner.enter` of several batches: their embeddings, and the layers' further arguments."""
+    hidden: list[torch.Tensor] = []
+    calls: list[Calls] = []
+    for batch in batches:
+        embedded, arguments = stack.enter(batch)
+        hidden.append(embedded)
+        calls.append(arguments)
+    return hidden, calls
+
+
+def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
+    """h_start of several batches becomes h_stop, in the list; layers outermost: each is entered once for all."""
+    for i in range(start, stop):
+        for b, arguments in enumerate(calls):
+            hidden[b] = stack.layer(i, hidden[b], arguments)
+
+
+def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
+    """How many layers, from the first, are the very same weights in both models, embeddings included.
+
+    Found by identity, since after several rounds of cutting and healing no position tells it: below a new cut there
+    may be layers that were trained at an old one.
+    """
+
+    def weights(module: nn.Module) -> list[int]:
+        return [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+
+    def below(
+        stack: DecoderRunner,
+    ) -> list[int]:  # all that is not in a layer; a head of its own counts too, to be safe
+        inside = {id(tensor) for layer in stack.layers for tensor in layer.parameters()}
+        return [id(tensor) for tensor in stack.model.parameters() if id(tensor) not in inside]
+
+    if below(dense) != below(student):
+        return 0
+    pairs = zip(dense.layers, student.layers, strict=False)
+    same = [weights(ours) == weights(theirs) for ours, theirs in pairs]
+    return same.index(False) if False in same else len(same)
+
+
+def common_prefix(
+    dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int
+) -> tuple[torch.Tensor, Calls, Calls]:
+    """h_prefix [B, T, D] of two models whose layers below `prefix` are the same, and both models' layer arguments."""
+    hidden, calls = dense.enter(tokens)
+    _, student_calls = student.enter(tokens)
+    return dense.run(hidden, calls, 0, prefix), calls, student_calls
+
+
+def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> Teacher:
+    """The dense model's predictions for tokens [B, T], from what leaves its last layer [B, T, D].
+
+    Raises ModelError where a logit is not finite: nothing can be compared with such predictions.
+    """
+    teacher = Teacher(stack.exit(hidden, tokens))
+    finite = teacher.negative_entropy.isfinite()
+    if not finite.all():
+        row = int((~finite).any(-1).nonzero()[0])
+        raise not_finite(stack, tokens[row : row + 1])
+    return teacher
+
+
+def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
+    """What to say where a model's logits for a row of tokens [1, T] are not finite.
+
+    Names the weights that hold NaN or Inf, if any do, else the first layer whose output is not finite. Of weights
+    that are spread over several processes this one looks at its own part, and runs no layer, which would need all.
+    """
+    number = str(stack.model.dtype).removeprefix("torch.")
+    what = f"the model's predictions are not finite (computed in {number})"
+    held = [name for name, p in stack.model.named_parameters() if not p.is_meta and not _all_finite(p)]
+    where = ""
+    if not sharding.is_spread(stack.model):
+        prefix, first = find_decoder(stack.model).path, None
+        with torch.no_grad():
+            hidden, calls = stack.enter(row)
+            for i in range(len(stack)):
+                layer = stack.loaded(i)
+                if stack.on_disk:
+                    held += [f"{prefix}.{i}.{name}" for name, p in layer.named_parameters() if not _all_finite(p)]
+                hidden = stack.layer(i, hidden, calls)
+                first = i if first is None and not hidden.isfinite().all() else first
+        after = f"layer {first} is the first of {len(stack)}, counted from 0, whose output is not"
+        where = f": {after}" if first is not None else ": the layers' outputs are, what the head makes of them is not"
+    if held := list(dict.fromkeys(held)):  # a layer of a copy that is on disk may have weights in memory as well
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        return ModelError(
+            f"{what}: {', '.join(held[:3])}{more} hold{'s' if len(held) == 1 else ''} NaN or Inf",
+            "the checkpoint is damaged: fetch or convert it again",
+        )
+    wider = "--dtype bfloat16 or --dtype float32" if number == "float16" else "--dtype float32"
+    return ModelError(
+        f"{what}{where}; no weight holds NaN or Inf",
+        "compute in a wider number format: " + wider if number != "float32" else "this model cannot be used",
+    )
+
+
+def _all_finite(parameter: torch.Tensor) -> bool:
+    return bool(sharding.local(parameter.detach()).isfinite().all())
+
+
+@torch.no_grad()
+def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int = 0) -> float:
+    """KL(p || q) of the student's predictions, in nats per token of [N, T]; layers below `prefix` are shared.
+
+    Infinite where it is not finite; ModelError where the dense predictions are not. Of several processes each takes a
+    share of the rows.
+    """
+    total = 0.0
+    mine = shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3)
+    for parts, counts in sharding.in_step(dense.model, mine, [slice(0, 1)]):
+        batches = [tokens[part] for part in parts]
+        p, calls = enter_all(dense, batches)
+        carry_(dense, p, calls, 0, prefix)
+        q, student_calls = list(p), enter_all(student, batches)[1]
+        carry_(dense, p, calls, prefix, len(dense))
+        carry_(student, q, student_calls, prefix, len(student))
+        for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True):
+            kl = teacher_of(dense, p_hidden, batch).kl(student.exit(q_hidden, batch)).sum().item()
+            total += kl if counts else 0.0
+    return as_price(processes.summed([total])[0] / tokens.numel())

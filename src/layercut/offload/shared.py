@@ -1,0 +1,113 @@
+"""A second model over layers that are on disk: dense model and student read each layer once for both.
+
+Beside `offload/layer_reader.py`, whose reader it asks. A copy made by `share` has own modules and no reader of its
+own: what is not in a decoder layer it shares with the original, and a layer it enters is entered in the original,
+which lends its weights. What healing puts into a copy has data of its own, stays in memory and is not borrowed.
+
+    student = share(model)          # of a model in memory the same as models.share
+    cut_segment_(student, …)        # layers go, the others still know which of the original's they are
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from layercut.models import loading
+from layercut.models.layers_on_disk import layers_on_disk
+from layercut.offload.layer_reader import LayersOnDisk
+
+
+def share(model: Any) -> Any:
+    """`models.share`, also of a model whose layers are on disk, or of a copy of one."""
+    disk = layers_on_disk(model)
+    if disk is None:
+        return loading.share(model)
+    source = disk.source if isinstance(disk, LentLayers) else disk
+    assert isinstance(source, LayersOnDisk)
+    source.leave_()  # what is copied are layers without data
+    gc.collect()  # layers and their `forward` hold each other: copies of no more use would keep what is their own
+    numbers = disk.numbers() if isinstance(disk, LentLayers) else range(len(source.layers))
+    copied = loading.copied(model)
+    copied.layers_on_disk = LentLayers(source, copied, numbers)
+    return copied
+
+
+class LentLayers:
+    """The layers of a copy, lent by the reader of the original: what `LayersOnDisk` is for that.
+
+    numbers: which of the original's each layer is. Raises ModelError on entering where a cut has given a layer other
+    weights than the original has there.
+    """
+
+    def __init__(self, source: LayersOnDisk, model: Any, numbers: Sequence[int]) -> None:
+        self.source = source
+        self._lowest: int | None = None  # while it is gone up and down from there
+        self._layers = loading.find_decoder(model).layers  # the list itself: a cut takes layers out of it
+        self._number = WeakKeyDictionary(zip(self._layers, numbers, strict=True))
+        for layer, number in self._number.items():
+            layer.__dict__.pop("forward", None)  # the original's
+            layer.forward = self._on_demand(layer, layer.forward)
+            source.borrowers[number].add(layer)
+
+    def __deepcopy__(self, memo: Any) -> LentLayers:
+        return self
+
+    def numbers(self) -> list[int]:
+        """Which of the original's layers there are."""
+        return [self._number[layer] for layer in self._layers]
+
+    def enter_(self, i: int) -> None:
+        """Have layer i's weights in memory, by position in this model."""
+        self._enter_(self._layers[i])
+
+    def say_once(self, words: str) -> None:
+        self.source.say_once(words)
+
+    @contextmanager
+    def up_and_down(self, i: int) -> Iterator[None]:
+        """While open, layers are entered from i upwards and down again, and are read ahead so."""
+        self._lowest = self._number[self._layers[i]]
+        try:
+            yield
+        finally:
+            self._lowest = None
+
+    @contextmanager
+    def stand_ins(self) -> Iterator[None]:
+        with self.source.stand_ins():
+            yield
+
+    def _on_demand(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_with_weights(*args: Any, **kwargs: Any) -> Any:
+            self._enter_(layer)
+            return forward(*args, **kwargs)
+
+        return forward_with_weights
+
+    def _enter_(self, layer: nn.Module) -> None:
+        number = self._number[layer]
+        if number != self.source.resident and _borrows(layer):
+            self.source.enter_(number, self._after(number))
+
+    def _after(self, number: int) -> list[int]:
+        """The layer to read once this one is there: of those that are borrowed here the next one on the way."""
+        resident = self.source.resident
+        order = [n for one in self._layers if (n := self._number[one]) == resident or _borrows(one)]
+        place = order.index(number)
+        below, above = order[max(0, place - 1) : place], order[place + 1 : place + 2]
+        downwards = resident in above
+        if self._lowest is None:
+            return below if downwards else above
+        below = [n for n in below if n >= self._lowest]
+        return (below or above) if downwards else (above or below)
+
+
+def _borrows(layer: nn.Module) -> bool:
+    """Whether some of a layer's weights are without data."""
+    return any(tensor.is_meta for tensor in layer.state_dict(keep_vars=True).values())

@@ -1,0 +1,1 @@
+"""The journey and its run folder: which stage runs when, on what, and what it leaves. Begin with journey.py."""

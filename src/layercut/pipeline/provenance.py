@@ -1,0 +1,185 @@
+"""Who made a run folder, with what, and with which settings: env.json and config.yaml. Ground: `pipeline/run_store.py`
+stands on it.
+
+A folder is a run of ours where its env.json says with which layercut it was made; a config.yaml alone is anybody's.
+env.json tells the first command in full, and under "commands" every one that was given for the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layercut import __version__
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
+SUMMARIES = ("summary.json", "compare.json")
+"""What a finished `compress` leaves, and a finished `compare`."""
+SAME = {"out", "device", "stream", "shard"}
+"""Settings that change where a run is computed and not what it finds."""
+MORE: dict[str, Any] = {
+    "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "long_context": 0,
+    "triangle": False,
+}  # fmt: skip
+"""Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
+to another one nothing is lost."""
+APART = {"seeds", "tasks", "long_context", "triangle"}
+"""Of these, the ones whose artefacts are of their own, and stay where it is not asked for them."""
+MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods"}
+"""Settings that change what is measured and not the model."""
+
+
+# --- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run of ours."""
+    made_with = _object(folder / "env.json").get("versions")
+    return isinstance(made_with, dict) and "layercut" in made_with
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what a command of ours leaves that was killed at its very beginning."""
+    return all(path.name == ".lock" or path.name.endswith(".partial") for path in folder.iterdir())
+
+
+# --- what a command would replace ------------------------------------------------------------------------------------
+
+
+def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The settings in which a finished run differs from `config`, in words, and what of it these would replace.
+
+    Both are empty where nothing that is finished would be lost: of a run that was stopped, of one with the same
+    settings, and where new settings only measure more. A setting that the run does not know is of a newer layercut,
+    and one that `config` does not know is of another command.
+    """
+    before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
+    changed = _changed(before, config)
+    if not changed:
+        return [], []
+    summaries = [name for name in SUMMARIES if (folder / name).exists()]
+    model = (folder / "export.json").exists() and any(key not in MEASURED for key in changed)
+    if not model and not (summaries and any(not _only_more(key, before, config) for key in changed)):
+        return [], []
+    words = [
+        f"{key} was {_value(before[key])} and " + (f"is {_value(config[key])}" if key in config else "is not known now")
+        for key in changed
+    ]
+    names = ("model", *summaries, "report.html", "compare.svg")
+    return words, [name for name in names if (folder / name).exists() and (model or name != "model")]
+
+
+def begins_anew(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether what the folder will hold is of other settings than what it holds."""
+    before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
+    return not before or bool(_changed(before, config) or _changed(config, before))
+
+
+def _changed(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in before.items() if key not in SAME and config.get(key) != value]
+
+
+def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a setting of a finished run changes so that all that was measured stays, in some artefact."""
+    if key not in config:
+        return False
+    if key in ("limit", "include_path"):
+        return not (before.get("tasks") and config.get("tasks"))
+    # every method of a comparison has artefacts of its own
+    return key == "methods" or (key in MORE and MORE[key] in (before[key], *([config[key]] if key in APART else [])))
+
+
+def _value(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """config.yaml; empty where it cannot be read."""
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- with what it is made --------------------------------------------------------------------------------------------
+
+
+def described(folder: Path, processes: int, *, anew: bool) -> dict[str, Any]:
+    """env.json: of the command that began what the folder holds, and under "commands" of every one that was given.
+
+    anew: this command begins it, for its settings are others, or it was told to forget what was there.
+    """
+    now, before = environment() | {"processes": processes}, _object(folder / "env.json")
+    earlier = before.pop("commands", None)
+    if not isinstance(earlier, list):
+        earlier = [_command(before)] if "command" in before else []
+    first = now if anew or "command" not in before else before
+    return first | {"commands": [*earlier, _command(now)]}
+
+
+def _command(env: dict[str, Any]) -> dict[str, Any]:
+    return {key: env[key] for key in ("date", "command", "hardware", "processes", "versions") if key in env}
+
+
+def other_versions(folder: Path) -> list[str]:
+    """Packages that are of another version now than when the folder's run was begun, in words."""
+    before, now = _object(folder / "env.json").get("versions"), versions()
+    if not isinstance(before, dict):
+        return []
+    return [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of layercut, and of the packages that results depend on."""
+    found = {"python": platform.python_version(), "layercut": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What ran this: hardware, platform, versions, the command."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "platform": platform.platform(),
+        "hardware": gpu or cpu_name(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

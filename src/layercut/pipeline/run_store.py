@@ -1,0 +1,238 @@
+"""The run folder: one artefact a stage, resumed by content, written atomically.
+
+A stage's JSON carries a hash of everything that went into it, results of earlier stages included. A stage
+whose artefact is there with the same hash is not run again; so a run that was killed goes on from the last
+finished stage when the same command is given again, and a changed flag runs again just what depends on it. The
+JSON file is taken away when its stage is run again and written last, by rename: where it is there, and it and the files
+that it names are as they were written, the stage is whole.
+
+A finished run is not replaced by one of other settings (`pipeline/provenance.py`), unless it is told to be.
+
+Of several processes the main one holds the folder, decides whether a stage is whole, and writes; all get the same
+artefact. The folder must lie where all of them can read it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from layercut.distributed import processes
+from layercut.errors import RunError
+from layercut.files.json_values import digest, jsonable, restored, write_json, write_text
+from layercut.files.reading import differing, record
+from layercut.files.writing import disk_refusal, writing
+from layercut.models import memory
+from layercut.pipeline import provenance
+from layercut.pipeline.artefacts import SEAL, TEXTS, Damaged, check_seal, decode, kind_of, seal
+from layercut.progress import debug, say, warn
+
+Artefact = dict[str, Any]
+STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+PROOFS = ("tasks", "long")
+"""Stages that run only where they are asked for."""
+
+
+class Run:
+    """A run folder, created or gone on with. Only one command at a time may hold it."""
+
+    def __init__(self, folder: Path | str, *, force: bool = False) -> None:
+        self.folder = Path(folder)
+        self.seconds: dict[str, float] = {}
+        self._hashes: dict[str, str] = {}
+        self._lock: IO[str] | None = None
+        self._force = force
+
+        def take() -> None:
+            self._lock = self._open()
+            if force:
+                self._forget()
+
+        processes.on_main(take)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._lock:
+            self._lock.close()
+        if error is not None and (refused := disk_refusal(error, self.folder)):
+            raise refused from error
+
+    # --- stages ---
+
+    def stage(
+        self,
+        name: str,
+        inputs: Any,
+        compute: Callable[[], Artefact],
+        *,
+        after: Sequence[str] = (),
+        together: bool = False,
+    ) -> Artefact:
+        """The stage's artefact: read where it is there and of the same inputs, else computed and written.
+
+        `inputs` is anything JSON can hold; `after` names the stages whose own inputs count as well. "files" in an
+        artefact are further files of this folder without which the stage is not whole. together: several processes
+        compute it, each its share of the rows; else the main one does, and the others wait.
+        """
+        self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
+        finished = processes.on_main(lambda: self._begin(name))
+        if finished is None:
+            begun = time.perf_counter()
+            computed = compute() if together else processes.on_main(compute)
+            memory.give_back()
+            seconds = round(time.perf_counter() - begun, 2)
+            finished = processes.on_main(lambda: self._finish(name, computed, seconds))
+        if not isinstance(finished.get("seconds"), dict):
+            self.seconds[name] = finished.get("seconds", 0.0)
+        return finished
+
+    def _begin(self, name: str) -> Artefact | None:
+        """The stage's artefact where it is whole; else the folder is made ready for it."""
+        finished = self.read(name)
+        if finished is not None and self._whole(name, finished):
+            debug(name, "is whole and of the same inputs: not run again")
+            return finished
+        # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
+        for stale in (name, "summary"):
+            (self / f"{stale}.json").unlink(missing_ok=True)
+        self.event(name, 0, "started", 1, "")
+        return None
+
+    def _finish(self, name: str, computed: Artefact, seconds: float) -> Artefact:
+        """Write what a stage computed."""
+        self.seconds[name] = seconds
+        # an artefact's own "seconds" stand, such as the summary's, which are those of all stages
+        artefact: Artefact = {"seconds": seconds, "versions": provenance.versions()} | computed
+        artefact |= {"config_hash": self._hashes[name]}
+        if artefact.get("files"):
+            artefact["record"] = record([self / name for name in artefact["files"]], self.folder)
+        artefact[SEAL] = seal(jsonable(artefact))[SEAL]
+        write_json(self / f"{name}.json", artefact)
+        self.event(name, 0, "finished", seconds, "s")
+        return restored(jsonable(artefact))  # what a later run reads, to the type
+
+    def _whole(self, name: str, artefact: Artefact) -> bool:
+        """Whether an artefact is of these inputs, as it was written, and its files too."""
+        if artefact.get("config_hash") != self._hashes[name]:
+            return False
+        try:
+            check_seal(jsonable(artefact))
+            found = decode(kind_of(name), artefact, f"{name}.json")
+            self._check_files(found.files, found.record)
+        except Damaged as damage:
+            warn(name, f"{name}.json is damaged and made anew: {damage}")
+            return False
+        return True
+
+    def _check_files(self, names: Sequence[str], recorded: Mapping[str, Any]) -> None:
+        """Damaged where a file is gone or no longer what was recorded, or is no safetensors file to its end.
+
+        Of weights only headers are read.
+        """
+        if missing := [name for name in names if not (self / name).exists()]:
+            raise Damaged(f"{missing[0]} is gone")
+        if changed := differing(self.folder, recorded):
+            raise Damaged(f"{changed} is not as it was written")
+        for name in {*recorded, *names}:
+            if name.endswith(".safetensors"):
+                try:
+                    with safe_open(self / name, framework="pt"):
+                        pass
+                except (OSError, SafetensorError) as error:
+                    raise Damaged(f"{name} cannot be read: {error}") from None
+
+    def inputs_of(self, name: str) -> str:
+        """Hash of all that goes into a stage that was begun, earlier stages included."""
+        return self._hashes[name]
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A stage's artefact, or None where there is none that can be read."""
+        try:
+            artefact = restored(json.loads((self / f"{name}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return artefact if isinstance(artefact, dict) else None
+
+    # --- provenance ---
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """Write config.yaml, with every default filled in, and env.json.
+
+        Raises RunError where the folder holds a finished run of other settings, which would be lost.
+        """
+
+        def write() -> None:
+            changed, lost = provenance.would_be_lost(self.folder, config)
+            if lost:
+                raise RunError(
+                    f"{self.folder} holds a finished run of other settings ({'; '.join(changed)}); this command would "
+                    f"replace its {', '.join(lost)}",
+                    "name another --out, or pass --force to replace it",
+                )
+            if others := provenance.other_versions(self.folder):
+                say("run", f"begun with other versions: {', '.join(others)}")
+            anew = self._force or provenance.begins_anew(self.folder, config)
+            write_json(self / "env.json", provenance.described(self.folder, count, anew=anew))
+            write_text(self / "config.yaml", text)
+
+        count, text = processes.world(), yaml.safe_dump(config, sort_keys=False)
+        processes.on_main(write)
+
+    def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
+        """Append one line to metrics.jsonl; of several processes the main one does."""
+        if not processes.is_main():
+            return
+        now = round(time.time(), 3)
+        event = {"time": now, "stage": stage, "step": step, "name": name, "value": value, "unit": unit}
+        path = self / "metrics.jsonl"
+        with writing(path), path.open("ab", buffering=0) as file:
+            line, end = (json.dumps(jsonable(event)) + "\n").encode(), file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)  # half a line would spoil the next one
+                raise
+
+    # --- the folder itself ---
+
+    def _open(self) -> IO[str]:
+        if self.folder.is_file():
+            raise RunError(f"--out {self.folder} is a file", "name a folder that is new, empty, or holds a run")
+        with writing(self.folder):
+            if self.folder.is_dir() and not provenance.is_empty(self.folder) and not provenance.is_run(self.folder):
+                raise RunError(
+                    f"--out {self.folder} is not empty and holds no layercut run",
+                    "name a folder that is new, empty, or holds a run",
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # never through a link, of whoever made the folder, and nothing is truncated
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.fdopen(os.open(self / ".lock", flags, 0o666), "r+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another layercut is at work in {self.folder}", "wait for it to end, or name another --out"
+            ) from None
+        return lock
+
+    def _forget(self) -> None:
+        parts = ("compare*", "stability*", "frontier*", "tasks/*", *(f"{name}-*" for name in STAGES))
+        more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
+        for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
+            artefact.unlink(missing_ok=True)

@@ -1,0 +1,199 @@
+"""Stage: every token of a run, drawn before anything else, and none of it for two uses.
+
+An artefact for each use, so that a command draws what it needs and a later one goes on from it. Text that is reported
+on is drawn first and as it is; what is searched and tuned on gives way to it, document by document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from layercut.config import CompressConfig
+from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
+from layercut.data.chat_templates import render_chat
+from layercut.data.overlap import MOST, shared
+from layercut.data.sources import SELF, what_is_read
+from layercut.errors import DataError
+from layercut.files.json_values import digest
+from layercut.models import checkpoints, loading
+from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.pipeline.context import RunContext
+from layercut.progress import say
+from layercut.report.lines import describe_shared
+
+FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
+"""Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
+Use = Literal["evaluation", "calibration", "heldout", "tuning"]
+USED: tuple[Use, ...] = ("calibration", "heldout", "tuning")
+"""What is searched, judged and tuned on, and so not reported on; in the order in which they are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is drawn for one use."""
+
+    source: str
+    tokens: int
+    window: int
+    order: Order = "shuffled"
+    """As written, and without a chat template, as reported perplexities need it."""
+
+
+def uses(config: CompressConfig, until: str) -> list[Use]:
+    """What text a run needs as far as it goes ("search", "tune" or "report"), in the order in which it is drawn."""
+    heal, heals = config.heal, until != "search"
+    wanted: dict[Use, bool] = {
+        "evaluation": until == "report",
+        "calibration": True,
+        "heldout": config.search.score == "folded" or (heals and (heal.fold or heal.tune_tokens > 0)),
+        "tuning": heals and heal.tune_tokens > 0,
+    }
+    return [use for use, is_wanted in wanted.items() if is_wanted]
+
+
+def asked(work: RunContext, use: Use) -> Asked:
+    """What to draw for a use."""
+    text, heal, reported = work.config.text, work.config.heal, work.config.evaluate
+    if use == "evaluation":
+        return Asked(
+            source=reported.eval_data, tokens=reported.eval_tokens, window=work.reported_window, order="as written"
+        )
+    if use == "calibration":
+        return Asked(source=text.data, tokens=text.tokens, window=text.window)
+    heldout = max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE)
+    tokens = heldout if use == "heldout" else heal.tune_tokens
+    return Asked(source=heal.tune_data or text.data, tokens=tokens, window=text.window)
+
+
+def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
+    """All that decides which tokens are drawn for a use, after those for other uses were drawn."""
+    text, wanted = work.config.text, asked(work, use)
+    reads = [*what_is_read(wanted.source, reported=use == "evaluation")]
+    before: list[Any] = []
+    for other in drawn if use != "evaluation" else ():
+        # of evaluation its documents count, which are left out; of the others what they take of a common stream
+        before.append(digest(sorted(keys_of(work, other))) if other == "evaluation" else asdict(asked(work, other)))
+    return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before]
+
+
+def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> dict[str, Any]:
+    """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have."""
+    check_template(work.tokenizer)
+    reader = work.reader(*(asked(work, each).source for each in (*drawn, use)))
+    for other in drawn:
+        reader.pass_by(other, **asdict(asked(work, other)), keys=keys_of(work, other))
+    blocks = reader.draw(use, **asdict(asked(work, use)))
+    loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
+    work.save({use: blocks.tokens}, f"tokens-{use}")
+    work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
+    work.__dict__.pop("blocks", None)
+    return blocks.facts() | {"files": [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]}
+
+
+def facts(drawn: dict[str, Any]) -> dict[str, Any]:
+    """What an artefact of this stage says of the text, without what the run folder adds."""
+    return {key: value for key, value in drawn.items() if key not in RUNS_OWN}
+
+
+# --- what two uses have in common ---------------------------------------------------------------------------
+
+
+def in_common(work: RunContext) -> dict[str, Any]:
+    """What the evaluation text has in common with what is searched and tuned on; the documents that were left out.
+
+    DataError where it is too much; or where held-out rows, which decide whether a fold is kept, have too much in
+    common with other rows. Of one stream no two uses have the same tokens; what such a text repeats is its own.
+    """
+    drawn = {use: _stored(work, use) for use in work.text}
+    used = [blocks for use, blocks in drawn.items() if use in USED]
+    evaluation = drawn["evaluation"]
+    reported = shared([evaluation.tokens], [rows for blocks in used for rows in blocks.rows_by_origin().values()])
+    if reported > MOST:
+        raise DataError(
+            f"{reported:.0%} of the passages of the evaluation text {evaluation.source!r} are also in what would be "
+            "searched or tuned on",
+            "give --eval-data another text than --data and --tune-data",
+        )
+    if "heldout" in drawn:
+        _check_held_out(drawn["heldout"], [blocks for blocks in used if blocks is not drawn["heldout"]])
+    keys = frozenset().union(*(blocks.keys for blocks in used))
+    return {
+        "documents": len(evaluation.keys & keys),
+        "passages": reported,
+        "passed_over": sum(blocks.passed_over for blocks in drawn.values()),
+    }
+
+
+def _check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
+    for origin, rows in heldout.rows_by_origin().items():
+        elsewhere = [other for blocks in others for name, other in blocks.rows_by_origin().items() if name != origin]
+        if (found := shared([rows], elsewhere)) > MOST:
+            raise DataError(
+                f"{found:.0%} of the passages of the held-out text, from {heldout.source!r}, are also in other text "
+                "that would be searched or tuned on",
+                "give --tune-data the same text as --data, or one that shares nothing with it",
+            )
+
+
+def _stored(work: RunContext, use: str) -> Blocks:
+    """The blocks of a use, as they were drawn."""
+    told = work.text[use]
+    return Blocks(
+        work.blocks[use], told["source"], told["documents"], told["fingerprint"], tuple(told["reads"]),
+        tuple(told["origins"]), frozenset(keys_of(work, use)), told["passed_over"],
+    )  # fmt: skip
+
+
+def check_unseen(folder: Path, blocks: Blocks) -> None:
+    """DataError where a text that a finished run is to be evaluated on is one that it was searched or tuned on.
+
+    Told by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
+    """
+    had = [use for use in USED if (folder / f"text-{use}.json").is_file()]
+    names = {read for use in had for read in checkpoints.read_json(folder / f"text-{use}.json").get("reads", ())}
+    passages = shared([blocks.tokens], [stored_blocks(folder, use) for use in had])
+    keys = blocks.keys & {key for use in had for key in _keys(folder, use)}
+    found = {
+        "the same source": names & {*blocks.reads} - {SELF},
+        f"{len(keys):,} of its documents": len(keys) > MOST * max(1, blocks.documents),
+        f"{passages:.0%} of its passages": passages > MOST,
+    }
+    if told := [what for what, is_shared in found.items() if is_shared]:
+        raise DataError(
+            f"the run in {folder} was searched or tuned on {' and '.join(told)}: {blocks.source!r} cannot judge it",
+            "give --eval-data another text than the run's --data and --tune-data",
+        )
+    say("evaluate", describe_shared({"documents": len(keys), "passages": passages, "passed_over": 0}))
+
+
+def check_template(tokenizer: Any) -> None:
+    """Render a chat by the model's template, where it has one: a template at fault is told before anything is long."""
+    if getattr(tokenizer, "chat_template", None):
+        render_chat(tokenizer, [{"role": "user", "content": "a word"}], prompt=True)
+
+
+def key_tensor(keys: frozenset[int]) -> torch.Tensor:
+    """Keys of documents, sorted, int64."""
+    return torch.tensor(sorted(keys), dtype=torch.int64)
+
+
+def keys_of(work: RunContext, use: str) -> set[int]:
+    """The documents that a use of this run has."""
+    return _keys(work.run.folder, use)
+
+
+def _keys(folder: Path, use: str) -> set[int]:
+    return {*load_file(folder / f"documents-{use}.safetensors")[use].tolist()}
+
+
+def with_evaluation_left_out(reader: Reader, work: RunContext) -> Reader:
+    """A reader that passes over the documents of the evaluation text, where this run has drawn it."""
+    if "evaluation" in work.text:
+        reader.drawn["evaluation"] = keys_of(work, "evaluation")
+    return reader

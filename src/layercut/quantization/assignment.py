@@ -1,0 +1,100 @@
+"""Which weights are quantized, to how many bits, in groups of how many columns. Decided before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from layercut.config import GROUP_SIZES, QuantizeConfig
+from layercut.errors import ConfigError, ModelError
+from layercut.models.loading import find_decoder
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Linear modules that choose experts: tiny, and a wrong choice costs more than a rounded weight. Left as they are."""
+EMBEDDING_BITS = 8
+"""compressed-tensors stores embeddings as whole bytes."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One weight to quantize."""
+
+    name: str
+    """Dotted name of its module."""
+    layer: int | None
+    """Decoder layer it is in; None: embeddings or head."""
+    bits: int
+    group_size: int
+
+
+def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Assignment]:
+    """Every weight that `config` asks to quantize, in the order the model uses them.
+
+    endpoints: decoder layers that take `config.endpoint_bits`. Raises ModelError: no linear modules,
+    or experts merged into one tensor. ConfigError: group size.
+    """
+    decoder = find_decoder(model)
+    merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
+    if merged:  # seen with transformers 5.24: its loader then looks for packed experts, and fails
+        raise ModelError(
+            f"the experts of {type(model).__name__} are merged into one tensor ({merged[0]}), beside which "
+            "transformers cannot load weights that compressed-tensors packed",
+            "leave out --bits; layercut export RUN quantizes mixtures of experts for llama.cpp",
+        )
+    if config.endpoint_bits and not endpoints:
+        raise ConfigError("--endpoint-bits is given, but this model has no cut", "leave out --endpoint-bits")
+    inside: list[Assignment] = []
+    for i, layer in enumerate(decoder.layers):
+        bits = config.endpoint_bits if i in endpoints and config.endpoint_bits else config.bits
+        for name, module in layer.named_modules():
+            if bits < 16 and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS:
+                full = f"{decoder.path}.{i}.{name}"
+                inside.append(Assignment(full, i, bits, group_size(full, module.in_features, config)))
+    if not inside:
+        raise ModelError(
+            f"{type(model).__name__} has no linear modules in its decoder layers that could be quantized",
+            "leave out --bits; for llama.cpp, layercut export RUN --format gguf quantizes other architectures too",
+        )
+    if not config.quantize_embeddings:
+        return inside
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = []
+    for module, kind in ((first, nn.Embedding), (last, nn.Linear)):
+        if type(module) is not kind:
+            raise ModelError(
+                f"{type(model).__name__} computes its embeddings or logits in a {type(module).__name__}, "
+                "which cannot be quantized",
+                "leave out --quantize-embeddings",
+            )
+        name = next(name for name, found in model.named_modules() if found is module)
+        ends.append(Assignment(name, None, EMBEDDING_BITS, group_size(name, module.weight.shape[1], config)))
+    return [ends[0], *inside, ends[1]]
+
+
+def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
+    """The size asked for, or else the largest usual one that divides the columns. ConfigError: none does."""
+    for size in GROUP_SIZES if config.group_size is None else (config.group_size,):
+        if columns % size == 0:
+            return size
+    fitting = [size for size in range(8, min(columns, 256) + 1, 8) if columns % size == 0]
+    raise ConfigError(
+        f"{name} has {columns} columns, which groups of {config.group_size or GROUP_SIZES[-1]} do not divide",
+        f"give --group-size {fitting[-1]}" if fitting else "this model cannot be quantized in groups",
+    )
+
+
+def left_as_they_are(model: Any, targets: Sequence[Assignment]) -> list[str]:
+    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions."""
+    decoder = find_decoder(model)
+    done = {f"{target.name}.weight" for target in targets}
+    names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
+    return [name for name in names if name not in done]
+
+
+def linear_left(model: Any, targets: Sequence[Assignment]) -> list[str]:
+    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head."""
+    done = {target.name for target in targets}
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in done]

@@ -1,0 +1,73 @@
+"""GPTQ: round one column after another, and let the columns still open make up for each error.
+
+Frantar et al., arXiv 2210.17323, for one linear layer y = W x with calibration inputs X [N, I]: minimise
+||(W - Q) X'||^2 row by row, whose Hessian H = 2 X'X is the same for every row. Pure functions of tensors.
+
+The grid is fitted before any column is rounded, so that columns may be taken in any order without an index stored
+for each; the order is by falling diagonal of H. Rounding to nearest uses the same grid, so a row for which it is
+better keeps it: the error is never above that of rounding to nearest.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from layercut.quantization.grid import Grid, decode, encode
+
+DAMPING, BLOCK = 0.01, 128
+"""Share of H's mean diagonal that is added to the diagonal, and columns updated at once; both as in the paper."""
+
+
+def add_to_hessian_(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
+    """H += 2 X'X for inputs [..., I]; products in float32, the sum in H's own format."""
+    x = inputs.flatten(0, -2).float()
+    hessian += 2 * (x.T @ x).to(hessian.dtype)
+
+
+def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """||(w - w') X'||^2 of each row [O]: (w - w') H (w - w')' / 2."""
+    delta = (weight.double() - other.double()).to(hessian.dtype)
+    return ((delta @ hessian) * delta).sum(1) / 2
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes [O, I] int8 for `weight` [O, I], given H [I, I] in float32 or float64."""
+    order = hessian.diagonal().argsort(descending=True)
+    factor = inverse_factor(hessian[order][:, order]).float()
+    open_columns = weight.float()[:, order].T.contiguous()  # [I, O], so that a column is contiguous
+    group = order // grid.group_size
+    scale = grid.scale.float().T[group]  # [I, O]
+    zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float().T[group]
+    codes = torch.empty_like(open_columns)
+    columns = len(order)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.empty_like(open_columns[start:stop])
+        for j in range(start, stop):
+            column = open_columns[j]
+            codes[j] = (column / scale[j] + zero[j]).round_().clamp_(grid.lowest, grid.highest)
+            error = errors[j - start] = (column - (codes[j] - zero[j]) * scale[j]) / factor[j, j]
+            open_columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        open_columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    found = torch.empty_like(codes, dtype=torch.int8)
+    found[order] = codes.to(torch.int8)
+    return _better_rows(weight, found.T.contiguous(), encode(weight, grid), hessian, grid)
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U upper triangular with U'U = H^-1, of the damped H in which inputs that never occur stand alone."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    lower = torch.linalg.cholesky(damped)
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def _better_rows(
+    weight: torch.Tensor, found: torch.Tensor, nearest: torch.Tensor, hessian: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Row by row, whichever codes make the smaller error at the output."""
+    ours = output_errors(weight, decode(found, grid), hessian)
+    theirs = output_errors(weight, decode(nearest, grid), hessian)
+    return torch.where((ours <= theirs)[:, None], found, nearest)

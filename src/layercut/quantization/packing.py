@@ -1,0 +1,91 @@
+"""Codes and grids as compressed-tensors stores them, so that stock transformers (and vLLM) can read them.
+
+Linear weights are packed into int32 words ("pack-quantized"), which transformers refuses for embeddings: those are
+stored as plain int8 ("naive-quantized"). What this room computes and what a loader will compute are the same bits:
+`decode` does the loader's arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layercut.errors import ConfigError
+from layercut.quantization.assignment import Assignment
+from layercut.quantization.grid import Grid
+
+
+def require_library() -> None:
+    """ConfigError with the install line where compressed-tensors is missing."""
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "quantizing needs a package that is missing: compressed-tensors", 'pip install "layercut[quantize]"'
+        ) from None
+
+
+def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
+    """A weight's tensors as they go into the checkpoint, by their full names."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    stored = {"weight_scale": grid.scale.contiguous()}
+    if target.layer is None:
+        stored["weight"] = codes
+    else:
+        stored["weight_packed"] = pack_to_int32(codes, grid.bits)
+        stored["weight_shape"] = torch.tensor(codes.shape)
+    if grid.zero is not None:
+        stored["weight_zero_point"] = grid.zero if target.layer is None else pack_to_int32(grid.zero, grid.bits, 0)
+    return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
+
+
+def unpack(packed: dict[str, torch.Tensor], quantization_config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that packed tensors stand for, by parameter name, through compressed-tensors' own code."""
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    weights = {}
+    for group in quantization_config["config_groups"].values():
+        scheme = QuantizationScheme.model_validate(group)
+        compressor = BaseCompressor.get_value_from_registry(group["format"])
+        for name in group["targets"]:
+            own = {key.removeprefix(f"{name}."): t for key, t in packed.items() if key.startswith(f"{name}.weight")}
+            if "weight" in own or "weight_packed" in own:  # else a head that reads the embedding's codes
+                weights[f"{name}.weight"] = compressor.decompress(own, scheme)["weight"]
+    return weights
+
+
+def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool) -> dict[str, Any]:
+    """What config.json must say for a loader to find its way: one group of modules for each kind of grid.
+
+    left: names of linear modules that are none of the targets. vLLM fails where it finds a linear module that is
+    neither in a group nor in `ignore`.
+    """
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
+    groups: dict[str, Any] = {}
+    for kind in sorted({_kind(target) for target in targets}):
+        bits, group_size, form = kind
+        args = QuantizationArgs(
+            num_bits=bits, type="int", strategy="group", group_size=group_size, symmetric=not asymmetric
+        )
+        names = [target.name for target in targets if _kind(target) == kind]
+        groups[f"group_{len(groups)}"] = QuantizationScheme(targets=names, weights=args, format=form)
+    forms = {_kind(target)[2] for target in targets}
+    form = forms.pop() if len(forms) == 1 else "mixed-precision"
+    config = QuantizationConfig(
+        config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left)
+    )
+    return config.model_dump(mode="json")
+
+
+def _kind(target: Assignment) -> tuple[int, int, str]:
+    return target.bits, target.group_size, "naive-quantized" if target.layer is None else "pack-quantized"

@@ -1,0 +1,193 @@
+"""Values of a run's JSON files, read with care, and figures as the text people see.
+
+Ground for `report/verdicts.py`, `report/charts.py` and `report/page.py`, which end the journey. A file may be old,
+partial, or hold inf and nan; whatever is not a usable number here becomes None, and in words "not measured".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from typing import Any
+
+from layercut.files import sizes
+
+NOT_MEASURED = "not measured"
+
+
+def part(data: Any, *keys: str) -> dict[str, Any]:
+    """The object at data[key][key]…, or an empty one where there is none."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def items(data: Any, key: str) -> list[Any]:
+    """The list at data[key], or an empty one."""
+    value = data.get(key) if isinstance(data, dict) else None
+    return value if isinstance(value, list) else []
+
+
+def number(value: Any) -> float | None:
+    """A JSON value as a float, also from a string, and also inf or nan; None if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def finite(value: Any) -> float | None:
+    """As `number`, but None for inf and nan as well."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def spans(value: Any) -> list[tuple[int, int]]:
+    """[[13, 19], …] as half-open pairs; anything that is not a pair of whole numbers is dropped."""
+    pairs = value if isinstance(value, list) else []
+    return [
+        (pair[0], pair[1])
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+    ]
+
+
+def count(value: Any) -> str:
+    """134515008 -> 134.5M"""
+    found = finite(value)
+    if found is None:
+        return NOT_MEASURED
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(found) >= limit:
+            return f"{found / (1e3 if unit == 'k' else limit):.1f}{unit}"
+    return f"{found:,.0f}"
+
+
+def size(value: Any) -> str:
+    """269030016 -> 269.0 MB"""
+    found = finite(value)
+    return NOT_MEASURED if found is None else sizes.size(found)
+
+
+def figure(value: Any) -> str:
+    """A perplexity, loss or speed, to about four digits; inf and nan are said in words."""
+    found = number(value)
+    if found is None:
+        return NOT_MEASURED
+    if not math.isfinite(found):
+        return "not finite"
+    if abs(found) >= 1000:
+        return f"{found:,.0f}"
+    return f"{found:.1f}" if abs(found) >= 100 else f"{found:.2f}" if abs(found) >= 1 else f"{found:.4g}"
+
+
+def short(perplexity: Any) -> str:
+    """A perplexity in few characters, so that a ruined model's does not push columns off the table."""
+    found = finite(perplexity)
+    return count(found) if found is not None and found >= 1e5 else figure(perplexity)
+
+
+def deviation(error: float) -> str:
+    """A standard error to two digits: 0.7111 -> 0.71"""
+    return f"{error:.2g}" if error < 99.5 else short(round(error))
+
+
+def percent(value: Any) -> str:
+    """0.158 -> 15.8%"""
+    found = finite(value)
+    return NOT_MEASURED if found is None else f"{100 * found:.1f}%".replace("-", "−")
+
+
+def signed(rise: Any) -> str:
+    """0.041 -> +4.1%"""
+    found = finite(rise)
+    return "not finite" if found is None else f"{100 * found:+,.1f}%".replace("-", "−")
+
+
+def times(value: Any) -> str:
+    """1.25 -> 1.25×"""
+    found = finite(value)
+    return NOT_MEASURED if found is None else f"{found:,.0f}×" if found >= 100 else f"{found:.2f}×"
+
+
+def with_error(factor: float, error: float) -> str:
+    """A ratio and the standard error of its logarithm: 1.25, 0.008 -> 1.25× ± 0.01"""
+    absolute = factor * error
+    return f"{times(factor)} ± {absolute:.2f}" if absolute >= 0.005 else f"{factor:.4f}× ± {absolute:.4f}"
+
+
+def change(before: Any, after: Any) -> str:
+    """Relative change, signed: 30, 24 -> −20.0%"""
+    old, new = finite(before), finite(after)
+    if not old or new is None:
+        return ""
+    return f"{100 * (new / old - 1):+.1f}%".replace("-", "−")
+
+
+def duration(value: Any) -> str:
+    """83.2 -> 1 min 23 s"""
+    found = finite(value)
+    if found is None:
+        return NOT_MEASURED
+    if found < 60:
+        return f"{found:.1f} s"
+    minutes, seconds = divmod(round(found), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def label(segments: Any) -> str:
+    """[[13, 19]] -> 13:19"""
+    return ", ".join(f"{start}:{stop}" for start, stop in spans(segments)) or "none"
+
+
+def layer_names(segments: Any) -> str:
+    """[[13, 19], [24, 25]] -> 13–18, 24"""
+    names = [f"{a}–{b - 1}" if b - a > 1 else f"{a}" for a, b in spans(segments)]
+    return ", ".join(names)
+
+
+def printable(value: Any) -> str:
+    """One line of text with no control characters, for terminals, titles and Markdown."""
+    text = "" if value is None else str(value)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def short_name(model: Any) -> str:
+    """A Hub id as it is; of a path, the last part."""
+    text = printable(model)
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and not text.endswith(".gguf")
+    return text if is_hub_id else re.split(r"[/\\]", text.rstrip("/\\"))[-1] or "the model"
+
+
+LOCAL = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gguf", ".safetensors", ".yaml", ".yml")
+
+
+def is_local(text: str) -> bool:
+    """Whether a word is a path on this machine rather than a Hub id or a word."""
+    bare = text.partition(":")[0].lower()
+    return text.startswith(("/", "~", ".")) or "\\" in text or text.count("/") > 1 or bare.endswith(LOCAL)
+
+
+def base_name(text: str) -> str:
+    """Of a path its last part, for where it lies is nobody's business; anything else as it is."""
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_local(text) else text
+
+
+def source_name(source: Any) -> str:
+    """A text source that may be published: files by their base names, A+B part by part."""
+    return "+".join(map(base_name, printable(source).split("+")))
+
+
+def command_line(command: Any) -> str:
+    """A command that may be published: every path in it by its base name; --flag=PATH and A+B too."""
+    if not isinstance(command, list):
+        return ""
+    words = []
+    for word in map(str, command):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(shlex.quote(f"{flag}{equals}{source_name(value)}"))
+    return printable(" ".join(words))

@@ -1,0 +1,10 @@
+"""Surgery: remove decoder layers from any architecture, in memory, in a checkpoint folder or in a GGUF file.
+
+Third stage of the journey. A cut is either right, to the bit, or refused with the reason.
+"""
+
+from layercut.surgery.checkpoint import check_checkpoint_cut, cut_checkpoint
+from layercut.surgery.gguf import cut_gguf
+from layercut.surgery.in_memory import cut_segment_
+
+__all__ = ["check_checkpoint_cut", "cut_checkpoint", "cut_gguf", "cut_segment_"]

@@ -1,0 +1,216 @@
+"""Cut layers out of a GGUF file: blocks renumbered, their bytes untouched, per-layer metadata cut along.
+
+llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted anew), and for
+some architectures by rules in its own source (`models/llama_cpp_rules.py`), such as "every sixth layer attends to
+everything". Where a file can say otherwise it is made to say so; cuts that break any other rule are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import ConfigError, LayercutError, ModelError, SurgeryError
+from layercut.models import llama_cpp_rules as rules
+from layercut.models.gguf_header import block_of, open_gguf, raw_value
+from layercut.progress import say
+from layercut.segments import Segment, checked_segments, kept_layers
+from layercut.surgery.companions import appearing
+
+COUNTED_FROM_FRONT = ("leading_dense_block_count", "hash_layer_count")
+COUNTED_FROM_BACK = ("attention.shared_kv_layers",)
+NOT_BY_LAYER = ("rope.dimension_sections",)
+PACKED_TENSORS = ("per_layer_token_embd.weight", "per_layer_model_proj.weight")
+_CUT_FOLDER = "cut the original checkpoint folder instead, then convert it"
+
+
+def cut_gguf(
+    file: Path,
+    segments: Sequence[Segment],
+    out: Path,
+    *,
+    force: bool = False,
+    replaced: Mapping[str, tuple[Any, Any]] | None = None,
+    full: Sequence[bool] | None = None,
+) -> None:
+    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are byte-identical to the
+    source's, but for those `replaced`: (data, GGML type) by their names in the cut file.
+
+    full: of each layer of the cut file, whether it attends to everything; written as an array of sliding layers. Not
+    given: as the source has it.
+    Raises SurgeryError: llama.cpp could not be told what is left. ModelError: not a readable GGUF file, incomplete, or
+    it has no tensor of a replaced name.
+    ConfigError: `out` is not named *.gguf. RunError: it exists (unless force), cannot be written, or the disk
+    is full.
+    """
+    file, out = Path(file), Path(out)
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out} is not named as a GGUF file", f"--out {out.with_suffix('.gguf')}")
+    header, reader = open_gguf(file)
+    name, layers, facts = header.architecture, header.layers, header.facts()
+    if header.count("split.count", 0) > 1:
+        hint = "join them first: llama-gguf-split --merge FIRST.gguf WHOLE.gguf"
+        raise SurgeryError(f"{file.name} is one of several parts", hint)
+    segments = checked_segments(segments, layers)
+    kept = kept_layers(segments, layers)
+    changes: dict[str, Any] = {}
+    if segments:
+        try:
+            _refuse(reader, name, facts, kept, layers)
+        except SurgeryError as error:
+            text = ", ".join(map(str, segments))
+            hint = error.hint or _nearby(reader, name, facts, segments, layers)
+            raise SurgeryError(
+                f"{file.name} ({name}): layers {text} cannot be cut out: {error.message}", hint
+            ) from None
+        changes = _made_explicit(name, facts, kept, layers)
+    if full is not None:
+        changes[rules.PATTERN] = [not each for each in full]
+    need = sum(t.n_bytes for t in reader.tensors if block_of(t.name) in {None, *kept})
+    with appearing(out, force=force, need=need) as work:
+        if rules.PATTERN in changes and segments:
+            note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
+            say("note", f"{note} from {rules.NEEDS_BUILD} on")
+        _write(reader, work / out.name, name, kept, layers, header.blocks, changes, replaced or {})
+
+
+# --- what cannot be expressed ---------------------------------------------------------------------
+
+
+def _refuse(reader: Any, name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> None:
+    if why := rules.broken_by_count(name, facts, layers, len(kept)):
+        raise SurgeryError(why, _other_count(name, facts, layers, len(kept)) or _CUT_FOLDER)
+    if packed := [t.name for t in reader.tensors if t.name in PACKED_TENSORS]:
+        raise SurgeryError(f"{packed[0]} packs a slice for every layer", _CUT_FOLDER)
+    if not rules.known(name):
+        raise SurgeryError(f"layercut does not know how llama.cpp tells the layers of {name!r} apart", _CUT_FOLDER)
+    for period, why in rules.periods(name, facts):
+        odd = rules.off_period(period, kept)
+        if odd and not _pattern_can_say(name, facts):
+            raise SurgeryError(f"{why}, and layer {odd[0]} would come to stand at {list(kept).index(odd[0])}")
+
+
+def _pattern_can_say(name: str, facts: dict[str, Any]) -> bool:
+    """Whether an array may take the place of the architecture's own period."""
+    return name in rules.PERIODS and rules.PERIODS[name].array and not any(key in facts for key in rules.PERIOD_KEYS)
+
+
+def _other_count(name: str, facts: dict[str, Any], layers: int, after: int) -> str:
+    """The nearest number of layers to remove that breaks no rule on their number."""
+    sound = [n for n in range(1, layers) if not rules.broken_by_count(name, facts, layers, n)]
+    if not sound:
+        return ""
+    nearest = min(sound, key=lambda n: (abs(n - after), -n))
+    return f"remove {layers - nearest} layers instead of {layers - after}, or {_CUT_FOLDER}"
+
+
+def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> dict[str, Any]:
+    """Metadata that has to stand in the cut file where llama.cpp would derive something else from it."""
+    changes: dict[str, Any] = {
+        default.key: default.value(layers) for default in rules.DEFAULTS.get(name, ()) if default.key not in facts
+    }
+    full = rules.full_layers(name, facts, layers)
+    if full and _pattern_can_say(name, facts) and not isinstance(facts.get(rules.PATTERN), list):
+        left = [full[i] for i in kept]
+        if left != rules.full_layers(name, facts, len(kept)):
+            changes[rules.PATTERN] = [not each for each in left]
+    return changes
+
+
+def _nearby(reader: Any, name: str, facts: dict[str, Any], segments: Sequence[Segment], layers: int) -> str:
+    from layercut.surgery.differences import neighbours
+
+    found = []
+    for candidate in neighbours(segments, layers):
+        try:
+            _refuse(reader, name, facts, kept_layers(candidate, layers), layers)
+        except LayercutError:
+            continue
+        found.append(" ".join(f"--segment {segment}" for segment in candidate))
+    if not found:
+        return _CUT_FOLDER
+    return "segments near it that can: " + ", or ".join(found[:3])
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _write(
+    reader: Any,
+    out: Path,
+    name: str,
+    kept: list[int],
+    layers: int,
+    blocks: int,
+    changes: Mapping[str, Any],
+    replaced: Mapping[str, tuple[Any, Any]],
+) -> None:
+    from gguf import GGUFValueType, GGUFWriter
+
+    kept_blocks = kept + list(range(layers, blocks))
+    place = {old: new for new, old in enumerate(kept_blocks)}
+    writer = GGUFWriter(out, name, endianess=reader.endianess)
+    writer.data_alignment = reader.alignment
+    earlier: Any = None
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        if field.name == "layercut.original_layer_index":
+            earlier = field.contents()
+            continue
+        key = field.name.removeprefix(f"{name}.")
+        if key != field.name and key in changes:
+            continue
+        value = raw_value(field)
+        if key != field.name:
+            value = _cut_value(key, value, kept, kept_blocks, layers, blocks)
+        kind = field.types[0]
+        item = GGUFValueType(int(field.parts[3][0])) if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, value, kind, sub_type=item)
+    for key, value in changes.items():
+        is_list = isinstance(value, list)
+        kind = GGUFValueType.ARRAY if is_list else GGUFValueType.FLOAT32
+        writer.add_key_value(f"{name}.{key}", value, kind, sub_type=GGUFValueType.BOOL if is_list else None)
+    index = [earlier[i] for i in kept] if _is_index(earlier, layers) else kept
+    writer.add_key_value("layercut.original_layer_index", index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
+    tensors = [(t, _renamed(t.name, place)) for t in reader.tensors]
+    contents = {new: replaced.get(new, (t.data, t.tensor_type)) for t, new in tensors if new is not None}
+    if unknown := replaced.keys() - contents.keys():
+        raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
+    for new, (data, kind) in contents.items():
+        writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for new, (data, _) in contents.items():
+        order = None if new in replaced else reader.endianess
+        writer.write_tensor_data(data, tensor_endianess=order)
+    writer.close()
+
+
+def _is_index(earlier: Any, layers: int) -> bool:
+    """Whether an earlier cut left an index for each of the layers."""
+    return isinstance(earlier, list) and len(earlier) == layers and all(isinstance(i, int) for i in earlier)
+
+
+def _cut_value(key: str, value: Any, kept: list[int], kept_blocks: list[int], layers: int, blocks: int) -> Any:
+    if key == "block_count":
+        return len(kept_blocks)
+    if key in COUNTED_FROM_FRONT and isinstance(value, int):
+        return sum(i < value for i in kept)
+    if key in COUNTED_FROM_BACK and isinstance(value, int):
+        return sum(i >= layers - value for i in kept)
+    if isinstance(value, list) and key not in NOT_BY_LAYER:
+        if len(value) == blocks:
+            return [value[i] for i in kept_blocks]
+        if len(value) == layers:
+            return [value[i] for i in kept]
+    return value
+
+
+def _renamed(tensor: str, place: dict[int, int]) -> str | None:
+    block = block_of(tensor)
+    if block is None:
+        return tensor
+    return f"blk.{place[block]}.{tensor.split('.', 2)[2]}" if block in place else None
