@@ -6,11 +6,13 @@ In YAML the keys are the flags' names with underscores, flat: `ratio: 0.2`.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -698,6 +700,43 @@ def keys(config: type) -> set[str]:
     for one in fields(config):
         found |= keys(hints[one.name]) if is_dataclass(hints[one.name]) else {one.name}
     return found
+
+
+def from_flat(options: Mapping[str, Any]) -> CompressConfig:
+    """The configuration of a run from flat keys, which are the flags' names with underscores, as in a YAML file.
+
+    Raises ConfigError: a key that no flag has, or a value that is not allowed.
+    """
+    hints = get_type_hints(CompressConfig)
+    parts: dict[str, dict[str, Any]] = {one.name: {} for one in fields(CompressConfig)}
+    owner = {key: part for part in parts for key in keys(hints[part])}
+    for key, value in options.items():
+        if key not in owner:
+            near = difflib.get_close_matches(key, owner, 1)
+            raise ConfigError(
+                f"there is no option {key!r}", f"did you mean {near[0]!r}?" if near else "see layercut compress --help"
+            )
+        if key == "segment":
+            value = (value,) if isinstance(value, str) else tuple(value)
+        parts[owner[key]][key] = _checked(key, value, get_type_hints(hints[owner[key]])[key])
+    return CompressConfig(**{part: hints[part](**given) for part, given in parts.items()})
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """A value that is of the type its field is annotated with; paths may be given as text, floats as whole numbers."""
+    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for one in allowed:
+        choices = get_args(one)
+        if get_origin(one) is Literal and value in choices and type(value) is type(choices[choices.index(value)]):
+            return value
+        if one is Path and isinstance(value, str | Path):
+            return Path(value)
+        if one is float and type(value) in (int, float):
+            return float(value)
+        if (isinstance(one, type) and type(value) is one) or (get_origin(one) is tuple and isinstance(value, tuple)):
+            return value
+    words = [", ".join(map(repr, get_args(one))) or getattr(one, "__name__", str(one)) for one in allowed]
+    raise ConfigError(f"{key} is {value!r}", f"allowed is {' or '.join('None' if w == 'NoneType' else w for w in words)}")
 
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:
