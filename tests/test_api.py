@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
 from layercut.errors import ConfigError
@@ -33,6 +33,11 @@ def run(tiny_model, texts, tmp_path_factory):
 def blocks(run):
     uses = ("calibration", "heldout", "tuning", "evaluation")
     return {use: load_file(run.folder / f"tokens-{use}.safetensors")[use] for use in uses}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A package outside src/ brings a criterion, an objective, a quantizer and an evaluation: nothing of layercut is edited."""
+"""A package outside src/ brings a criterion, an objective, a quantizer and an evaluation, by entry points alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
 from layercut import extensions
@@ -22,6 +22,11 @@ KINDS = ("criteria", "objectives", "quantizers", "evaluations", "exporters")
 FLAGS = ["--method=mypackage-middle", "--objective=mypackage-reverse-kl", "--bits=8", "--quantizer=mypackage-nearest"]
 FLAGS += ["--evaluations=mypackage-repeats", "--ratio=0.25"]
 FEW = ["--tokens=64", "--window=16", "--eval-window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 @pytest.fixture
