@@ -51,9 +51,9 @@ rare = Parameter(group=RARE)
 no_negative = Parameter(negative="")
 
 
-def one_of(registry: Registry[Any], group: Group | None = None) -> Parameter:
-    """A name from a registry, which the help lists with those that installed packages bring."""
-    return Parameter(group=group) if group else Parameter()
+def one_of(registry: Registry[Any], text: str, group: Group | None = None) -> Parameter:
+    """A name from a registry; the help lists them all, those that installed packages bring too."""
+    return Parameter(help=f"{text} One of {', '.join(registry)}.", group=group)
 
 
 rare_switch = Parameter(group=RARE, negative="")
@@ -142,13 +142,24 @@ class SearchConfig:
     on held-out rows. With --target-size: walk layers and bits until both are met, or say that they cannot be."""
     num_segments: int = 1
     """Remove the layers as up to so many segments; for clp and exhaustive."""
-    method: Annotated[str, one_of(criteria)] = "clp"
-    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
-    baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
-    that are not neighbours."""
-    search_objective: Annotated[str, one_of(objectives, RARE)] = "kl"
-    """What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: it predicts the
-    text. hidden: its last hidden states are the dense model's; the cheapest."""
+    method: Annotated[
+        str,
+        one_of(
+            criteria,
+            "clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others "
+            "are the baselines they are compared with; block-influence, perplexity, taylor, sleb and "
+            "evolution may choose layers that are not neighbours.",
+        ),
+    ] = "clp"
+    search_objective: Annotated[
+        str,
+        one_of(
+            objectives,
+            "What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: "
+            "it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
+            RARE,
+        ),
+    ] = "kl"
     score: Annotated[Literal["raw", "folded"], rare] = "raw"
     """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
     fold, on held-out text."""
@@ -246,9 +257,14 @@ class HealConfig:
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
-    objective: Annotated[str, one_of(objectives)] = "kl"
-    """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at
-    the cut."""
+    objective: Annotated[
+        str,
+        one_of(
+            objectives,
+            "kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states "
+            "at the cut.",
+        ),
+    ] = "kl"
     learning_rate: float | None = None
     """Peak rate of AdamW, quartered where the held-out loss rises above the start's. Not given: 0.92 / hidden size,
     half of it in fewer than 64 steps."""
@@ -299,8 +315,13 @@ class QuantizeConfig:
 
     bits: Literal[16, 8, 4] = 16
     """Bits for each weight of the decoder layers. 16: not quantized."""
-    quantizer: Annotated[str, one_of(quantizers)] = "gptq"
-    """gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text."""
+    quantizer: Annotated[
+        str,
+        one_of(
+            quantizers,
+            "gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text.",
+        ),
+    ] = "gptq"
     group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
     asymmetric: Annotated[bool, rare_switch] = False
@@ -736,7 +757,9 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         if (isinstance(one, type) and type(value) is one) or (get_origin(one) is tuple and isinstance(value, tuple)):
             return value
     words = [", ".join(map(repr, get_args(one))) or getattr(one, "__name__", str(one)) for one in allowed]
-    raise ConfigError(f"{key} is {value!r}", f"allowed is {' or '.join('None' if w == 'NoneType' else w for w in words)}")
+    raise ConfigError(
+        f"{key} is {value!r}", f"allowed is {' or '.join('None' if w == 'NoneType' else w for w in words)}"
+    )
 
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:
