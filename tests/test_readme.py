@@ -155,7 +155,7 @@ def test_names_that_do_not_exist_are_found():
     assert wrong_names("| a | `models/runner.py` `no_such_passes`, `DecoderRunner` |") == ["runner.py: no_such_passes"]
     assert wrong_names("| a | `search/gone.py` |") == ["search/gone.py"]
     assert wrong_names("see `docs/gone.md` and [here](docs/gone-too.md)") == ["docs/gone.md", "docs/gone-too.md"]
-    fine = "`summary.json` `config.yaml`, `models.share`, `layercut.pipeline.journey.compress`, `out` and `tasks.NAME`"
+    fine = "`summary.json` `config.yaml`, `models.loading.share`, `layercut.pipeline.journey.compress`"
     assert wrong_names(f"{fine}\n| `layer_search/gate.py` `concave_gate` | `max_loss` |") == []
 
 

@@ -21,7 +21,8 @@ from layercut.evaluation import perplexity
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import RUNS_OWN
 from layercut.pipeline.context import RunContext
-from layercut.pipeline.journey import check_sources, text_stage, with_reported_window
+from layercut.pipeline.journey import text_stage
+from layercut.pipeline.resolve import check_sources, with_reported_window
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.text import check_unseen, uses
 

@@ -23,8 +23,8 @@ from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
 from layercut.offload import placement
-from layercut.pipeline.journey import check_window
 from layercut.pipeline.provenance import is_run, versions
+from layercut.pipeline.resolve import check_window
 from layercut.pipeline.stages.quantize import quantization_facts, quantize_with_bar_
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say

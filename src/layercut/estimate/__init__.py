@@ -9,8 +9,7 @@ for a few seconds (`machine.py`), and says where it fits (`fit.py`). What is not
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from layercut.files.sizes import parse_bytes
 from layercut.layer_search import length_for_size
 from layercut.models import checkpoints, loading
 from layercut.models.memory import memory_bytes, resident_bytes
-from layercut.pipeline.journey import check_window, wanted_length, with_reported_window
+from layercut.pipeline.resolve import check_window, wanted_length, with_reported_window
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.differences import plan_cut
 
@@ -39,6 +38,71 @@ TRIES = 12
 STAGES = ("load", "search", "fold", "tune", "eval", "export")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run that is told beforehand: the model's shape, what goes, and how it would be loaded."""
+
+    checkpoint: checkpoints.Checkpoint
+    stock: Any
+    """The model's config."""
+    journey: CompressConfig
+    asked: str
+    """--dtype"""
+    stored: torch.dtype
+    given: list[Segment]
+    """Segments given by hand."""
+    length: int
+    """Layers that go."""
+    segments: list[Segment]
+    after: Parts
+    base: int
+    """Bytes of Python and its libraries."""
+    shapes: dict[tuple[int, torch.dtype], Shape]
+    """Shapes measured so far, by window and number format."""
+
+    @property
+    def gguf(self) -> bool:
+        return self.checkpoint.gguf is not None
+
+    def number_on(self, place: str) -> torch.dtype:
+        """The number format to compute in, on "cpu" or another place."""
+        on_cpu = place == "cpu"
+        return loading.computing_dtype(self.asked, self.stored, torch.device("cpu")) if on_cpu else self.stored
+
+    def shape_at(self, window: int, number: torch.dtype) -> Shape:
+        """The model's shape for rows of so many tokens; measured once."""
+        if (window, number) not in self.shapes:
+            self.shapes[window, number] = measure_shape(self.stock, number, window)
+        return self.shapes[window, number]
+
+    def mapped(self, number: torch.dtype) -> bool:
+        """Whether weights can be mapped from the file as they are."""
+        return not self.gguf and number == loading.pick_dtype("auto", self.stock, self.checkpoint)
+
+    def peaks(self, settings: CompressConfig, on_cpu: bool) -> dict[str, memory_peaks.Peak]:
+        """The peak of each stage, in bytes by what takes them."""
+        place, number = "cpu" if on_cpu else "accelerator", self.number_on("cpu" if on_cpu else "accelerator")
+        at, libraries = self.shape_at(settings.text.window, number), self.base if on_cpu else 0
+        found = stage_peaks(at, settings, self.segments, self.length, bool(self.given), self.after, libraries)
+        if settings.load.stream == "on":
+            own = loading.pick_dtype("auto", self.stock, self.checkpoint)
+            found["load"] = memory_peaks_offloaded.load(at, own.itemsize)
+        else:
+            found["load"] = memory_peaks.load(at, gguf=self.gguf, mapped=self.mapped(number), device=place)
+        beside = {"python and libraries": self.base}
+        return {name: beside | peak if on_cpu else peak for name, peak in found.items()}
+
+    def needs(self, settings: CompressConfig, target: Device) -> dict[str, int]:
+        """Bytes that each stage needs on a device, or on each of several."""
+        found = self.peaks(settings, not target.accelerator)
+        at = self.shape_at(settings.text.window, self.number_on("accelerator" if target.accelerator else "cpu"))
+        found["export"] = least_export(at, found["export"])
+        if target.spread:  # the export is done by the main process, from the files
+            shared = [name for name in found if name not in ("load", "export")]
+            found = {name: memory_peaks.spread(name, found[name], at, target.devices) for name in shared}
+        return {name: memory_peaks.total(peak) for name, peak in found.items()}
+
+
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     """Everything `layercut compress` with the same flags will take, as one JSON object.
 
@@ -50,77 +114,68 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     checkpoint = checkpoints.resolve(model, weights=False)
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device = loading.pick_device(config.load.device)
-    asked = config.load.dtype
-    stored = loading.pick_dtype(asked, stock, checkpoint)
-    dtype = loading.computing_dtype(asked, stored, device)
+    stored = loading.pick_dtype(config.load.dtype, stock, checkpoint)
+    dtype = loading.computing_dtype(config.load.dtype, stored, device)
     check_window("--window", journey.text.window, stock)
     journey = with_reported_window(journey, stock)
-
-    @lru_cache
-    def shape_at(window: int, number: torch.dtype) -> Shape:
-        return measure_shape(stock, number, window)
-
-    shape, before = shape_at(journey.text.window, dtype), count_parts(loading.skeleton(stock, stored))
+    window = journey.text.window
+    shape, before = measure_shape(stock, dtype, window), count_parts(loading.skeleton(stock, stored))
     given = checked_segments(journey.search.segments, shape.layers)
     length = sum(map(len, given)) if given else planned_length(journey, shape, stored)
     segments, after = cut_parts(stock, stored, given, length)
     base = resident_bytes()
+    run = Planned(
+        checkpoint=checkpoint, stock=stock, journey=journey, asked=config.load.dtype, stored=stored, given=given,
+        length=length, segments=segments, after=after, base=base or 0, shapes={(window, dtype): shape},
+    )  # fmt: skip
     rates = calibrate(shape, dtype, device, checkpoint.folder) if config.calibrate else None
-
-    gguf = checkpoint.gguf is not None
-    own = loading.pick_dtype("auto", stock, checkpoint)
-
-    def number_on(place: str) -> torch.dtype:
-        return loading.computing_dtype(asked, stored, torch.device("cpu")) if place == "cpu" else stored
-
-    def peaks(settings: CompressConfig, on_cpu: bool) -> dict[str, memory_peaks.Peak]:
-        place, libraries = "cpu" if on_cpu else "accelerator", base or 0
-        at = shape_at(settings.text.window, number := number_on(place))
-        found = stage_peaks(at, settings, segments, length, bool(given), after, libraries if on_cpu else 0)
-        in_memory = memory_peaks.load(at, gguf=gguf, mapped=not gguf and number == own, device=place)
-        found["load"] = memory_peaks_offloaded.load(at, own.itemsize) if settings.load.stream == "on" else in_memory
-        return {name: {"python and libraries": libraries} | peak if on_cpu else peak for name, peak in found.items()}
-
-    def needs(settings: CompressConfig, target: Device) -> dict[str, int]:
-        found = peaks(settings, not target.accelerator)
-        at = shape_at(settings.text.window, number_on("accelerator" if target.accelerator else "cpu"))
-        found["export"] = least_export(at, found["export"])
-        if target.spread:  # the export is done by the main process, from the files
-            shared = [name for name in found if name not in ("load", "export")]
-            found = {name: memory_peaks.spread(name, found[name], shape, target.devices) for name in shared}
-        return {name: memory_peaks.total(peak) for name, peak in found.items()}
-
-    files = _file_bytes(checkpoint) or before.total * stored.itemsize
-    spent = stage_work(shape, journey, segments, length, bool(given), after, files, gguf)
-    planned = peaks(journey, device.type == "cpu")
-    stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
-    stages["export"]["least_bytes"] = memory_peaks.total(least_export(shape, planned["export"]))
     return {
         "model": model,
         "device": str(device),
         "dtype": str(stored).removeprefix("torch."),
         "computed_in": str(dtype).removeprefix("torch."),
+        **told_sizes(run, shape, before, dtype),
+        "base_bytes": base,
+        **told_stages(run, shape, before, rates, device),
+    }
+
+
+def told_sizes(run: Planned, shape: Shape, before: Parts, dtype: torch.dtype) -> dict[str, Any]:
+    """Layers, parameters and bytes before and after the cut."""
+    given, length, after = run.given, run.length, run.after
+    loaded = memory_peaks.load(shape, gguf=run.gguf, mapped=run.mapped(dtype), device="cpu")
+    return {
         "layers": {"before": shape.layers, "after": shape.layers - length},
-        "segments": [[s.start, s.stop] for s in segments],
+        "segments": [[s.start, s.stop] for s in run.segments],
         "segments_are": "given" if given else "assumed: the search decides; the middle of the stack is taken here",
         "parameters": {"before": part_counts(shape.dense), "after": part_counts(after)},
         "parameters_after_range": None if given else _range(shape.dense, length),
-        "bytes": {"before": sizes(before, stored), "after": sizes(after, stored)},
+        "bytes": {"before": sizes(before, run.stored), "after": sizes(after, run.stored)},
         "kv_bytes_per_token": {"before": before.kv_bytes_per_token, "after": after.kv_bytes_per_token},
         "caches": {"before": before.caches, "after": after.caches},
-        "base_bytes": base,
-        "host_bytes": memory_peaks.total(
-            memory_peaks.load(shape, gguf=gguf, mapped=not gguf and dtype == own, device="cpu")
-        )
-        + (base or 0),
+        "host_bytes": memory_peaks.total(loaded) + run.base,
+    }
+
+
+def told_stages(run: Planned, shape: Shape, before: Parts, rates: Rates | None, device: torch.device) -> dict[str, Any]:
+    """Work, memory and time of every stage, and where all of it fits."""
+    files = _file_bytes(run.checkpoint) or before.total * run.stored.itemsize
+    spent = stage_work(shape, run.journey, run.segments, run.length, bool(run.given), run.after, files, run.gguf)
+    planned = run.peaks(run.journey, device.type == "cpu")
+    stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
+    stages["export"]["least_bytes"] = memory_peaks.total(least_export(shape, planned["export"]))
+    return {
         "machine": rates.to_json() if rates else None,
         "stages": stages,
         "seconds": sum(s["seconds"] for s in stages.values() if s["seconds"] is not None) if rates else None,
         "fits": [
-            judge(target, journey, needs, before.total * number_on("" if target.accelerator else "cpu").itemsize)
+            judge(
+                target, run.journey, run.needs,
+                before.total * run.number_on("" if target.accelerator else "cpu").itemsize,
+            )
             for target in targets(memory_bytes())
         ],
-    }
+    }  # fmt: skip
 
 
 def least_export(shape: Shape, peak: memory_peaks.Peak) -> memory_peaks.Peak:

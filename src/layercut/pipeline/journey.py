@@ -9,114 +9,105 @@ weights but those that healing changes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from layercut import evaluation
-from layercut.config import CompressConfig, SearchConfig, flattened
-from layercut.data.sources import SELF, what_is_read
+from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
-from layercut.errors import ConfigError, ModelError
+from layercut.extensions import quantizers
 from layercut.files.json_values import write_text
-from layercut.files.sizes import parse_bytes
-from layercut.healing.stored_teacher import check_topk
-from layercut.layer_search import length_for_size, length_for_speedup
-from layercut.models import checkpoints, loading
-from layercut.offload import placement
+from layercut.models import checkpoints
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import RUNS_OWN
 from layercut.pipeline.context import RunContext
 from layercut.pipeline.iterative import heal_stages, in_rounds, search_stage
+from layercut.pipeline.resolve import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_store import Run
 from layercut.progress import say
 from layercut.report.formatting import label
 from layercut.report.lines import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report.page import model_card, write_report
 from layercut.report.verdicts import stability_words
-from layercut.segments import Removal, Segment, checked_segments, layers_to_remove
-
-Stage = Literal["search", "tune", "report"]
+from layercut.segments import Removal, Segment
 
 
 def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> Path:
-    """Search, cut, heal, measure and export `model`; returns the run folder. Goes on where a run was stopped.
+    """Search, cut, heal, measure and export `model`; a run that was stopped goes on where it was.
 
-    until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
-    Several processes that a launcher started do it together (`distributed/processes.py`); each returns the folder.
+    Args:
+        model: a Hub id, a folder, or a .gguf file.
+        config: every option; checked here, once, before anything is loaded (`resolve`).
+        until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
+
+    Returns:
+        The run folder. Several processes that a launcher started do it together (`distributed/processes.py`).
+
+    Raises:
+        LayercutError: wrong input, named with the way to mend it.
     """
     processes.start()
-    config.check()
-    if until == "search" and config.number_of_rounds > 1:
-        raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
-    checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
-    architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-    check_window("--window", config.text.window, architecture)
-    config = with_reported_window(config, architecture)
-    if config.heal.teacher_topk:
-        check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
-    layers = loading.count_layers(architecture)
-    wanted = checked_segments(config.search.segments, layers)
-    length = wanted_length(config.search, layers)
-    check_target(config, checkpoint, architecture)
-    check_sources(config, until)
-    loading.pick_device(config.load.device)
-    spread = placement.spread(checkpoint, **asdict(config.load))
-    if spread:
-        check_spread(config)
-    if until != "search" and placement.wanted(checkpoint, **asdict(config.load)):
-        check_streamed(config, spread)
-    if config.tasks.names and until == "report":
-        evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
-
-    with Run(config.run.out or default_folder(model), force=config.run.force) as run:
-        run.describe({"model": model, **flattened(config)})
-        work = RunContext(checkpoint, config, run, spread=spread)
-
-        text = text_stage(work, stages.text.uses(config, until))
-        if config.number_of_rounds > 1:
-            removal = in_rounds(work, text, length)
+    asked = resolve(model, config, until)
+    with Run(asked.config.run.out or default_folder(model), force=asked.config.run.force) as run:
+        run.describe({"model": model, **flattened(asked.config)})
+        work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread)
+        text = text_stage(work, stages.text.uses(asked.config, until))
+        if asked.config.number_of_rounds > 1:
+            removal = in_rounds(work, text, asked.length)
         else:
-            removal = search_stage(work, text, wanted, length)
-            if config.stability.seeds > 1:
+            removal = search_stage(work, text, asked.wanted, asked.length)
+            if asked.config.stability.seeds > 1:
                 say("stability", stability_words(stability_stage(work, removal)))
             if until == "search":
                 return run.folder
             heal_stages(work, text, removal)
         stages.heal.forget_tuning_(work)
-        segments, config = removal.all, work.config
-        cut, search = run.read("cut") or {}, run.read("search") or {}
-        calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
-        stored = [asdict(config.quantize), calibrated] if config.quantize.bits < 16 else None
-        quantized = run.stage("quantize", stored, lambda: stages.quantize.quantize(work, segments), after=["heal"])
-        if quantized["bits"] < 16:
-            say("quantize", describe_quantization(quantized))
-
-        export = partial(stages.export.export, work, segments)
+        quantize_stage(work, text, removal.all)
         if until == "tune":
-            exported = run.stage("export", text[stages.export.checked_on(text)], export, after=["quantize"])
-            say("export", describe_export(exported, run / "model"))
+            export_stage(work, text, removal.all)
             return run.folder
-
-        reported = [asdict(config.evaluate), text["evaluation"]]
-        judged = partial(stages.evaluate.evaluate, work, segments)
-        measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
-        proofs = further_proofs(work, segments)
-        exported = run.stage("export", text["evaluation"], export, after=["quantize"])
-        say("export", describe_export(exported, run / "model"))
-        source = checkpoints.weight_bytes(checkpoint)
-        run.stage(
-            "summary",
-            [model, source],
-            lambda: summarise(run, model, layers, search, cut, measured, exported, source) | summarise_proofs(proofs),
-            after=[*(f"text-{use}" for use in text), "search", "eval", *proofs, "export"],
-        )
-        processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
-        processes.on_main(lambda: write_report(run.folder))
+        report_stages(work, asked, text, removal.all)
         return run.folder
+
+
+def quantize_stage(work: RunContext, text: dict[str, Any], segments: Sequence[Segment]) -> None:
+    """The healed model in fewer bits, where that is asked."""
+    config = work.config.quantize
+    calibrated = text["calibration"] if quantizers.get(config.quantizer).needs_calibration else None
+    stored = [asdict(config), calibrated] if config.bits < 16 else None
+    quantized = work.run.stage("quantize", stored, partial(stages.quantize.quantize, work, segments), after=["heal"])
+    if quantized["bits"] < 16:
+        say("quantize", describe_quantization(quantized))
+
+
+def export_stage(work: RunContext, text: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
+    """The stock checkpoint, verified by a fresh process."""
+    measured = text[stages.export.checked_on(text)]
+    exported = work.run.stage("export", measured, partial(stages.export.export, work, segments), after=["quantize"])
+    say("export", describe_export(exported, work.run / "model"))
+    return exported
+
+
+def report_stages(work: RunContext, asked: ResolvedRun, text: dict[str, Any], segments: Sequence[Segment]) -> None:
+    """What survived, the checkpoint, and the page, card and summary that tell of both."""
+    run, reported = work.run, [asdict(work.config.evaluate), text["evaluation"]]
+    judged = partial(stages.evaluate.evaluate, work, segments)
+    measured = run.stage("eval", reported, judged, after=["quantize"], together=True)
+    proofs = further_proofs(work, segments)
+    exported = export_stage(work, text, segments)
+    after = [*(f"text-{use}" for use in text), "search", "eval", *proofs, "export"]
+    source = checkpoints.weight_bytes(asked.checkpoint)
+    run.stage(
+        "summary",
+        [asked.model, source],
+        lambda: summarise(work, asked, measured, exported, source) | summarise_proofs(proofs),
+        after=after,
+    )
+    processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
+    processes.on_main(lambda: write_report(run.folder))
 
 
 def text_stage(work: RunContext, uses: Sequence[stages.text.Use]) -> dict[str, Any]:
@@ -170,122 +161,15 @@ def further_proofs(work: RunContext, segments: Sequence[Segment]) -> dict[str, d
     return found
 
 
-def wanted_length(search: SearchConfig, layers: int) -> int | None:
-    """How many layers the user wants removed; None where that depends on the model's weights or on its loss."""
-    if search.ratio is not None:
-        return layers_to_remove(search.ratio, layers)
-    return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
-
-
-def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
-    """ConfigError where no number of layers meets --target-size, told from the config before weights are loaded.
-
-    With --max-loss the bits count as well, and it is told when they have been tried. A class that cannot be built
-    without its own code is counted when it is loaded.
-    """
-    if config.search.target_size is None or config.search.two_budgets:
-        return
-    stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
-    try:
-        bare = loading.skeleton(architecture, stored)
-    except ModelError:
-        return
-    weights = [loading.parameter_bytes(layer, stored) for layer in loading.find_decoder(bare).layers]
-    total = loading.parameter_bytes(bare, stored)
-    length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
-
-
-def check_sources(config: CompressConfig, until: Stage = "report") -> None:
-    """What is reported on must not be what is searched or tuned on; nothing is, of a run that ends before."""
-    if until != "report":
-        return
-    reported = what_is_read(config.evaluate.eval_data, reported=True)
-    used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
-    # the model's own text is of another seed where it is reported on
-    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - {SELF}}
-    if both:
-        words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
-        raise ConfigError(
-            f"{', '.join(words)} would be searched or tuned on and reported on as well",
-            "give --eval-data another text than --data and --tune-data",
-        )
-
-
-def check_spread(config: CompressConfig) -> None:
-    """Refuse what cannot be done over weights that are spread over several processes."""
-    refused = {
-        "--rounds": config.number_of_rounds > 1,
-        "--teacher-topk": config.heal.teacher_topk > 0,
-        "--method taylor": config.search.method == "taylor",
-    }
-    for flag, is_asked in refused.items():
-        if is_asked:
-            raise ConfigError(
-                f"{flag} needs a whole model in every process, and its weights are spread over them",
-                f"leave out {flag}; where the model fits each process's memory: --shard off",
-            )
-
-
-def check_streamed(config: CompressConfig, spread: bool) -> None:
-    """ConfigError for what a run cannot do whose layers are left on disk; before anything long is run.
-
-    spread: where the weights are spread over several processes, so it is for what the main process does by itself.
-    """
-    asked = {
-        "--bits": config.quantize.bits < 16,
-        "--tasks": bool(config.tasks.names),
-        "--long-context": config.long.long_context > 0,
-        "--teacher-topk": config.heal.teacher_topk > 0,
-        "--target-size with --max-loss": config.search.two_budgets,
-    }
-    for flag in (flag for flag, is_asked in asked.items() if is_asked):
-        raise ConfigError(
-            f"{flag} needs the model in memory, and its layers are left on disk",
-            f"leave out {flag}; with enough memory: --stream off",
-        )
-    if processes.world() > 1 and not spread:
-        raise ConfigError(
-            f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
-            "start one process; search and evaluate share their work; with enough memory: --stream off",
-        )
-
-
-def check_window(flag: str, window: int, architecture: Any) -> None:
-    """Rows of tokens must fit the positions that the model knows."""
-    limit = loading.positions(architecture)
-    if limit and window > limit:
-        raise ConfigError(
-            f"{flag} {window} is longer than the model's {limit} positions",
-            f"allowed is up to {limit}: {flag} {min(limit, 256)}",
-        )
-
-
-def with_reported_window(config: CompressConfig, architecture: Any) -> CompressConfig:
-    """The config with the window that perplexity is reported on filled in. ConfigError where the model is too short."""
-    window = config.evaluate.eval_window or loading.reported_window(architecture)
-    check_window("--eval-window", window, architecture)
-    return replace(config, evaluate=replace(config.evaluate, eval_window=window))
-
-
-def default_folder(model: str) -> Path:
-    """runs/NAME, from the last part of the model's name."""
-    return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
-
-
 def summarise(
-    run: Run,
-    model: str,
-    layers: int,
-    search: dict[str, Any],
-    cut: dict[str, Any],
-    measured: dict[str, Any],
-    exported: dict[str, Any],
-    source: int,
+    work: RunContext, asked: ResolvedRun, measured: dict[str, Any], exported: dict[str, Any], source: int
 ) -> dict[str, Any]:
-    """summary.json: the run on one page. What was not measured is null."""
+    """summary.json: the run on one page. What was not measured is null. source: bytes of the files that came."""
+    run = work.run
+    cut, search = run.read("cut") or {}, run.read("search") or {}
     return {
-        "model": model,
-        "layers": {"before": layers, "after": len(cut["original_layer_index"])},
+        "model": asked.model,
+        "layers": {"before": asked.layers, "after": len(cut["original_layer_index"])},
         "segments": search["segments"],
         "original_layer_index": cut["original_layer_index"],
         "parameters": cut["parameters"],

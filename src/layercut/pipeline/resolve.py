@@ -1,0 +1,181 @@
+"""What a run is asked to do, checked once and in one place, before anything is loaded or written.
+
+`resolve` turns a model's name and a configuration into a `ResolvedRun`; from there on nothing is checked again. Beside
+`journey.py`, which begins with it; `estimate/` and `compare.py` use its parts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from layercut import evaluation
+from layercut.config import CompressConfig, SearchConfig
+from layercut.data.sources import SELF, what_is_read
+from layercut.distributed import processes
+from layercut.errors import ConfigError, ModelError
+from layercut.files.sizes import parse_bytes
+from layercut.healing.stored_teacher import check_topk
+from layercut.layer_search import length_for_size, length_for_speedup
+from layercut.models import checkpoints, loading
+from layercut.offload import placement
+from layercut.segments import Segment, checked_segments, layers_to_remove
+
+Stage = Literal["search", "tune", "report"]
+"""How far a run goes: until the segments are known, the model is healed, or all is measured and told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run that can begin: everything that the config and the checkpoint's headers tell has been checked."""
+
+    model: str
+    """As the user named it."""
+    checkpoint: checkpoints.Checkpoint
+    config: CompressConfig
+    """With the window that perplexity is reported on filled in."""
+    layers: int
+    """L, before anything is removed."""
+    wanted: list[Segment]
+    """Segments given by hand; empty where they are searched."""
+    length: int | None
+    """Layers to remove; None where that depends on the weights or on the loss."""
+    spread: bool
+    """Whether the weights are spread over several processes."""
+
+
+def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
+    """Check a configuration against a model's config and headers.
+
+    Raises:
+        ConfigError: options that do not go together, or not with this model.
+        ModelError: no such model, or one that cannot be used.
+    """
+    config.check()
+    if until == "search" and config.number_of_rounds > 1:
+        raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
+    checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
+    architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
+    check_window("--window", config.text.window, architecture)
+    config = with_reported_window(config, architecture)
+    if config.heal.teacher_topk:
+        check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
+    layers = loading.count_layers(architecture)
+    wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
+    check_target(config, checkpoint, architecture)
+    check_sources(config, until)
+    loading.pick_device(config.load.device)
+    spread = placement.spread(checkpoint, **asdict(config.load))
+    if spread:
+        check_spread(config)
+    if until != "search" and placement.wanted(checkpoint, **asdict(config.load)):
+        check_streamed(config, spread)
+    if config.tasks.names and until == "report":
+        evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
+    return ResolvedRun(
+        model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread
+    )
+
+
+def wanted_length(search: SearchConfig, layers: int) -> int | None:
+    """How many layers the user wants removed; None where that depends on the model's weights or on its loss."""
+    if search.ratio is not None:
+        return layers_to_remove(search.ratio, layers)
+    return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
+
+
+def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
+    """ConfigError where no number of layers meets --target-size, told from the config before weights are loaded.
+
+    With --max-loss the bits count as well, and it is told when they have been tried. A class that cannot be built
+    without its own code is counted when it is loaded.
+    """
+    if config.search.target_size is None or config.search.two_budgets:
+        return
+    stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
+    try:
+        bare = loading.skeleton(architecture, stored)
+    except ModelError:
+        return
+    weights = [loading.parameter_bytes(layer, stored) for layer in loading.find_decoder(bare).layers]
+    total = loading.parameter_bytes(bare, stored)
+    length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
+
+
+def check_sources(config: CompressConfig, until: Stage = "report") -> None:
+    """What is reported on must not be what is searched or tuned on; nothing is, of a run that ends before."""
+    if until != "report":
+        return
+    reported = what_is_read(config.evaluate.eval_data, reported=True)
+    used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
+    # the model's own text is of another seed where it is reported on
+    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - {SELF}}
+    if both:
+        words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
+        raise ConfigError(
+            f"{', '.join(words)} would be searched or tuned on and reported on as well",
+            "give --eval-data another text than --data and --tune-data",
+        )
+
+
+def check_spread(config: CompressConfig) -> None:
+    """Refuse what cannot be done over weights that are spread over several processes."""
+    refused = {
+        "--rounds": config.number_of_rounds > 1,
+        "--teacher-topk": config.heal.teacher_topk > 0,
+        "--method taylor": config.search.method == "taylor",
+    }
+    for flag, is_asked in refused.items():
+        if is_asked:
+            raise ConfigError(
+                f"{flag} needs a whole model in every process, and its weights are spread over them",
+                f"leave out {flag}; where the model fits each process's memory: --shard off",
+            )
+
+
+def check_streamed(config: CompressConfig, spread: bool) -> None:
+    """ConfigError for what a run cannot do whose layers are left on disk; before anything long is run.
+
+    spread: where the weights are spread over several processes, so it is for what the main process does by itself.
+    """
+    asked = {
+        "--bits": config.quantize.bits < 16,
+        "--tasks": bool(config.tasks.names),
+        "--long-context": config.long.long_context > 0,
+        "--teacher-topk": config.heal.teacher_topk > 0,
+        "--target-size with --max-loss": config.search.two_budgets,
+    }
+    for flag in (flag for flag, is_asked in asked.items() if is_asked):
+        raise ConfigError(
+            f"{flag} needs the model in memory, and its layers are left on disk",
+            f"leave out {flag}; with enough memory: --stream off",
+        )
+    if processes.world() > 1 and not spread:
+        raise ConfigError(
+            f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
+            "start one process; search and evaluate share their work; with enough memory: --stream off",
+        )
+
+
+def check_window(flag: str, window: int, architecture: Any) -> None:
+    """Rows of tokens must fit the positions that the model knows."""
+    limit = loading.positions(architecture)
+    if limit and window > limit:
+        raise ConfigError(
+            f"{flag} {window} is longer than the model's {limit} positions",
+            f"allowed is up to {limit}: {flag} {min(limit, 256)}",
+        )
+
+
+def with_reported_window(config: CompressConfig, architecture: Any) -> CompressConfig:
+    """The config with the window that perplexity is reported on filled in. ConfigError where the model is too short."""
+    window = config.evaluate.eval_window or loading.reported_window(architecture)
+    check_window("--eval-window", window, architecture)
+    return replace(config, evaluate=replace(config.evaluate, eval_window=window))
+
+
+def default_folder(model: str) -> Path:
+    """runs/NAME, from the last part of the model's name."""
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
