@@ -262,7 +262,7 @@ def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
     token = shape.hidden * 4
     sets = [DENSE, *((segment,) for segment in all_segments(3, 12))]
     assert peaks["search"]["streams"] == streams_held(sets, 12) * 8 * 16 * token
-    assert peaks["eval"]["streams"] == 2 * 64 * token
+    assert memory_peaks_offloaded.evaluate(shape, on_disk)["streams"] == 2 * 64 * token
     assert peaks["tune"]["trained state"] == memory_peaks["tune"]["trained state"]
     # of the layers from the one before the cut on, the input of 32 tokens each, and two more states
     assert peaks["tune"]["inputs of a step"] == (10 - 1 + 2) * 32 * token
@@ -457,3 +457,15 @@ def test_nothing_there_is_refused(tmp_path, capsys):
     assert main(["plan", str(tmp_path / "missing.gguf"), "--ratio=0.3"]) == 2
     assert main(["plan", "./nowhere", "--ratio=0.3"]) == 2
     assert capsys.readouterr().err.count("hint: ") == 2
+
+
+def test_evaluation_is_told_for_the_window_that_it_reports_on(bare, capsys):
+    """Longer windows take more memory at once; the stages before know nothing of them."""
+    plans = []
+    flags = ["--ratio=0.25", "--window=16", "--eval-tokens=1024", "--no-calibrate", "--json"]
+    for window in (16, 128):
+        assert main(["plan", str(bare), *flags, f"--eval-window={window}"]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        plans.append({name: stage["parts"] for name, stage in stages.items()})
+    assert plans[1]["eval"]["logits or layer"] > plans[0]["eval"]["logits or layer"]
+    assert plans[0]["search"]["streams"] == plans[1]["search"]["streams"]

@@ -84,6 +84,11 @@ class Planned:
         place, number = "cpu" if on_cpu else "accelerator", self.number_on("cpu" if on_cpu else "accelerator")
         at, libraries = self.shape_at(settings.text.window, number), self.base if on_cpu else 0
         found = stage_peaks(at, settings, self.segments, self.length, bool(self.given), self.after, libraries)
+        reported = self.shape_at(settings.evaluate.eval_window or at.window, number)
+        if settings.load.stream == "on":
+            found["eval"] = memory_peaks_offloaded.weights(at) | memory_peaks_offloaded.evaluate(reported, settings)
+        else:
+            found["eval"] = {"weights": at.dense.total * at.itemsize} | memory_peaks.evaluate(reported, settings)
         if settings.load.stream == "on":
             own = loading.pick_dtype("auto", self.stock, self.checkpoint)
             found["load"] = memory_peaks_offloaded.load(at, own.itemsize)
@@ -160,7 +165,10 @@ def told_sizes(run: Planned, shape: Shape, before: Parts, dtype: torch.dtype) ->
 def told_stages(run: Planned, shape: Shape, before: Parts, rates: Rates | None, device: torch.device) -> dict[str, Any]:
     """Work, memory and time of every stage, and where all of it fits."""
     files = _file_bytes(run.checkpoint) or before.total * run.stored.itemsize
-    spent = stage_work(shape, run.journey, run.segments, run.length, bool(run.given), run.after, files, run.gguf)
+    reported = run.shape_at(run.journey.evaluate.eval_window or shape.window, run.number_on(device.type))
+    spent = stage_work(
+        shape, reported, run.journey, run.segments, run.length, bool(run.given), run.after, files, run.gguf
+    )
     planned = run.peaks(run.journey, device.type == "cpu")
     stages = {name: describe_stage(shape, planned[name], spent[name], rates) for name in STAGES if name in planned}
     stages["export"]["least_bytes"] = memory_peaks.total(least_export(shape, planned["export"]))
@@ -243,7 +251,6 @@ def stage_peaks(
         peaks["fold"] = weights | memory_peaks.fold(shape, rows, held)
     if config.heal.tune_tokens:
         peaks["tune"] = weights | memory_peaks.tune(shape, config, first)
-    peaks["eval"] = weights | memory_peaks.evaluate(shape, config)
     peaks["export"] = weights | memory_peaks.export(shape, after.total, base)
     return peaks
 
@@ -258,13 +265,13 @@ def streamed_peaks(
         peaks["fold"] = weights | memory_peaks_offloaded.fold(shape, config)
     if config.heal.tune_tokens:
         peaks["tune"] = weights | memory_peaks_offloaded.tune(shape, config, first)
-    peaks["eval"] = weights | memory_peaks_offloaded.evaluate(shape, config)
     peaks["export"] = weights | memory_peaks_offloaded.export(shape, config, base)
     return peaks
 
 
 def stage_work(
     shape: Shape,
+    reported: Shape,
     config: CompressConfig,
     segments: list[Segment],
     length: int,
@@ -273,7 +280,8 @@ def stage_work(
     files: int,
     gguf: bool,
 ) -> dict[str, work.Work | None]:
-    """What every stage computes; None where that cannot be told beforehand."""
+    """What every stage computes; None where that cannot be told beforehand. reported: the shape for the window that
+    perplexity is reported on."""
     first, size = min(segments), shape.itemsize
     known = given or (config.search.method in work.METHODS and config.search.num_segments == 1)
     weights = (shape.dense.total * size, after.total * size)
@@ -282,7 +290,7 @@ def stage_work(
         "search": work.search_work(shape, config, length, segments if given else []) if known else None,
         "fold": work.fold_work(shape, config, first),
         "tune": work.tune_work(shape, config, first),
-        "eval": work.evaluate_work(shape, config, first, weights),
+        "eval": work.evaluate_work(reported, config, first, weights),
         "export": work.export_work(shape, config, after, weights[1]),
     }
 

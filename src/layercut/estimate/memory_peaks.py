@@ -157,9 +157,14 @@ def tuning_logits(shape: Shape, config: CompressConfig) -> int:
 
 def evaluate(shape: Shape, config: CompressConfig) -> Peak:
     """A chunk of rows through the whole model: one layer at work, or logits, and of them those that predict something.
-    The states share the dense weights; of those that healing changed there is one set at a time."""
-    logits = chunk_logits(shape, rows_of(config.evaluate.eval_tokens, shape.window))
-    rows = logits // (shape.window * shape.vocabulary)
+    Where one row's logits are too many, those of a part of it. The states share the dense weights; of those that
+    healing changed there is one set at a time. shape: for the window that perplexity is reported on."""
+    part = rows_per_chunk(1, shape.vocabulary)
+    if shape.window > part:
+        rows, logits = 1, part * shape.vocabulary
+    else:
+        logits = chunk_logits(shape, rows_of(config.evaluate.eval_tokens, shape.window))
+        rows = logits // (shape.window * shape.vocabulary)
     logits *= 2 * shape.itemsize
     trained = sorted(shape.dense.layers)[-2 * config.heal.radius :] if config.heal.tune_tokens else []
     folded = shape.hidden * sum(shape.read) if config.heal.fold else 0

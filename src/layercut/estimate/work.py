@@ -254,7 +254,7 @@ def evaluate_work(shape: Shape, config: CompressConfig, segment: Segment, weight
     each round of `measure.speed` fills a prompt and decodes, twice with the dense model. A decoded token, or eight at
     once, reads every weight.
     """
-    rows = rows_of(config.evaluate.eval_tokens, config.text.window)
+    rows = rows_of(config.evaluate.eval_tokens, shape.window)
     kept = shape.layers - len(segment)
     after = 1 + config.heal.fold + bool(config.heal.tune_tokens)
     written = FEWEST_PROMPTS * (LONGEST_PROMPT + CONTINUATION) / shape.window
