@@ -33,7 +33,7 @@ from layercut.cli.demo import fetch_model
 from layercut.distributed import processes
 from layercut.healing.endpoint_tuning import TuneSettings, tune_
 from layercut.healing.least_squares import fold_
-from layercut.layer_search import find_segments
+from layercut.layer_search import search
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
@@ -122,7 +122,7 @@ def work(args: Namespace) -> None:
         seconds[stage] = {"wall": time.perf_counter() - wall, "cpu": processes.summed([own])[0]}
         return found
 
-    found = timed("search", lambda: find_segments(dense, calibration, length, args.method, seed=0))
+    found = timed("search", lambda: search(dense, calibration, n_layers=length, method=args.method, seed=0))
     model = loading.share(loaded.model)
     cut_segment_(model, found.segments)
     student = DecoderRunner(model)
@@ -132,7 +132,7 @@ def work(args: Namespace) -> None:
     settings, tokens = TuneSettings(batch_tokens=args.batch_tokens), rest[: args.tune_tokens // args.window]
     report = timed("tune", lambda: tune_(dense, DecoderRunner(plain), found.segments, tokens, heldout, settings))
     if processes.is_main():
-        searched = found.to_json()
+        searched = found.to_dict()
         result = {
             "segments": searched["segments"],
             "kl": {str(candidate["segments"]): candidate["kl"] for candidate in searched["candidates"]},

@@ -22,7 +22,7 @@ from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json
 from layercut.healing.endpoint_tuning import TuneSettings, tune_
 from layercut.healing.least_squares import fold_
-from layercut.layer_search import find_segments
+from layercut.layer_search import search
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.iterative import round_lengths
@@ -71,10 +71,8 @@ def in_rounds(
     lengths = round_lengths(layers_to_remove(args.ratio, len(dense)), len(dense), count)
     removal, rounds = Removal.first(()), []
     for length, tokens in zip(lengths, text["tuning"].tensor_split(len(lengths)), strict=True):
-        found = find_segments(
-            DecoderRunner(student), text["calibration"][: max(1, args.search_tokens // args.window)], length,
-            args.method, seed=args.seed,
-        )  # fmt: skip
+        rows = text["calibration"][: max(1, args.search_tokens // args.window)]
+        found = search(student, rows, n_layers=length, method=args.method, seed=args.seed)
         removal = removal.then(found.segments, len(dense))
         cut_segment_(student, list(found.segments))
         stack = DecoderRunner(student)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 
 from common import RESULTS, arguments, blocks, finish, open_model
 from layercut.files.json_values import write_json
-from layercut.layer_search import SearchResult, find_segments, regret
+from layercut.layer_search import SearchResult, regret, search
 from layercut.layer_search.gate import GateSchedule, descend
 from layercut.layer_search.prices import Prices, race
 from layercut.layer_search.result import Cost
@@ -122,8 +122,8 @@ def compared(
     stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, *, ablations: bool = True
 ) -> dict[str, Any]:
     """One segment: the sweep, the gate, and two ablations, in turns on the same tokens."""
-    exact = find_segments(stack, tokens, length, "exhaustive", seed=seed)
-    gate = find_segments(stack, tokens, length, "clp", seed=seed)
+    exact = search(stack, tokens, n_layers=length, method="exhaustive", seed=seed)
+    gate = search(stack, tokens, n_layers=length, method="clp", seed=seed)
     row = {"exhaustive": row_of(exact), "clp": row_of(gate), "regret": regret(gate, exact)}
     if ablations:
         raced = race_of_all(stack, tokens, length, seed)
@@ -138,9 +138,9 @@ def costs_at(stack: DecoderRunner, tokens: torch.Tensor, length: int, backward: 
     for repeat in range(repeats):
         brute, took = timed(lambda: brute_force(stack, tokens, length))
         seconds["brute_force"].append(took)
-        exact = find_segments(stack, tokens, length, "exhaustive", seed=repeat)
+        exact = search(stack, tokens, n_layers=length, method="exhaustive", seed=repeat)
         seconds["sweep"].append(exact.seconds)
-        gate = find_segments(stack, tokens, length, "clp", seed=repeat)
+        gate = search(stack, tokens, n_layers=length, method="clp", seed=repeat)
         seconds["gate"].append(gate.seconds)
     work = {
         "brute_force": float(brute.layer_forwards),
@@ -162,11 +162,11 @@ def costs_at(stack: DecoderRunner, tokens: torch.Tensor, length: int, backward: 
 
 def two_segments(stack: DecoderRunner, tokens: torch.Tensor, length: int, backward: float, seed: int) -> dict[str, Any]:
     """K = 2: the gate against every set there is, priced in one shared sweep, and against SLEB and evolution."""
-    gate = find_segments(stack, tokens, length, "clp", seed=seed, count=2)
-    exact = find_segments(stack, tokens, length, "exhaustive", seed=seed, count=2)
+    gate = search(stack, tokens, n_layers=length, method="clp", seed=seed, num_segments=2)
+    exact = search(stack, tokens, n_layers=length, method="exhaustive", seed=seed, num_segments=2)
     whole = len(tokens) * (len(stack) + len(exact.candidates) * (len(stack) - length))
     spent = gate.cost.layer_forwards + backward * gate.cost.layer_backwards
-    others = {name: find_segments(stack, tokens, length, name, seed=seed) for name in ("sleb", "evolution")}
+    others = {name: search(stack, tokens, n_layers=length, method=name, seed=seed) for name in ("sleb", "evolution")}
     return {
         "length": length,
         "rows": len(tokens),
@@ -222,7 +222,7 @@ def families(seeds: int) -> list[dict[str, Any]]:
                     row = {"family": family, "layers": layers, "seed": seed, "ratio": ratio, "length": length}
                     rows.append(row | compared(stack, tokens, length, seed, ablations=False))
                 if layers in (6, 12):  # two segments, against all sets
-                    gate = find_segments(stack, tokens, 3, "clp", seed=seed, count=2, oracle=True)
+                    gate = search(stack, tokens, n_layers=3, method="clp", seed=seed, num_segments=2, oracle=True)
                     found = {"regret": gate.oracle["regret"], "clp": row_of(gate)} if gate.oracle else {}
                     rows.append({"family": family, "layers": layers, "seed": seed, "segments": 2, "length": 3, **found})
                 print(family, layers, seed, [round(row["regret"], 4) for row in rows[-5:]], flush=True)

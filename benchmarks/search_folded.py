@@ -13,7 +13,7 @@ from typing import Any
 from common import arguments, blocks, finish, open_model
 from layercut import evaluation
 from layercut.healing.least_squares import fold_
-from layercut.layer_search import find_segments
+from layercut.layer_search import search
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import layers_to_remove
@@ -34,7 +34,7 @@ def main() -> None:
     reported = blocks(model, args.eval_data, args.eval_tokens, args.window, 0).tokens
     rows = []
     for ratio in args.ratios:
-        found = find_segments(stack, calibration, layers_to_remove(ratio, len(stack)), "clp", seed=0)
+        found = search(stack, calibration, n_layers=layers_to_remove(ratio, len(stack)), method="clp", seed=0)
         tried: list[dict[str, Any]] = []
         for candidate in found.candidates[:CANDIDATES]:
             student = loading.share(model.model)

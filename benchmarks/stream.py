@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import common
-from layercut.layer_search import find_segments
+from layercut import layer_search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
 from layercut.models import checkpoints, layers_on_disk, loading
 from layercut.models.runner import DecoderRunner
@@ -128,7 +128,7 @@ def search(folder: str, mode: str, ratio: float, rows: int, window: int) -> dict
     tokens = torch.randint(vocabulary, (rows, window), generator=torch.Generator().manual_seed(0))
     length = layers_to_remove(ratio, len(stack))
     held = streams_held([DENSE, *((s,) for s in all_segments(length, len(stack)))], len(stack))
-    result = find_segments(stack, tokens, length, "exhaustive", seed=0)
+    result = layer_search.search(stack, tokens, n_layers=length, method="exhaustive", seed=0)
     disk = layers_on_disk.layers_on_disk(loaded.model)
     return {
         "layers": mode.replace("on", "on disk").replace("off", "in memory"),

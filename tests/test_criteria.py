@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from layercut.layer_search import criteria, find_segments, price_segments
+from layercut.layer_search import criteria, search
 from layercut.layer_search.greedy import distinct, evolution, level_switch, sleb, sleb_work
 from layercut.layer_search.result import Cost
 from layercut.layer_search.statistics import Similarity, cosine_sums, similarity, taylor_scores
@@ -79,7 +79,7 @@ def test_losses_of_sets_carry_the_dense_stream_no_further_than_needed():
 
 def test_several_given_segments_are_priced_as_one_cut():
     model, tokens = tiny.llama(6), tiny.some_tokens()
-    result = price_segments(DecoderRunner(model), tokens, [Segment(4, 5), Segment(1, 2)])
+    result = search(DecoderRunner(model), tokens, segments=[Segment(4, 5), Segment(1, 2)])
     assert result.segments == [Segment(1, 2), Segment(4, 5)]
     expected = kl_divergence(logits(model, tokens), logits(without(model, result.segments), tokens)).mean()
     assert result.candidates[0].kl == pytest.approx(expected.item(), rel=1e-4)
@@ -102,13 +102,15 @@ def test_similarities_are_those_of_the_stock_models_hidden_states(monkeypatch):
     assert (cost.layer_forwards, cost.dense_tokens, cost.layer_backwards) == (8 * 6, tokens.numel(), 0)
 
     influence = 1 - torch.stack([cosines[i, i + 1].mean() for i in range(8)])
-    assert criteria.block_influence(found, 3) == joined_segments(influence.argsort()[:3].tolist())
+    runner = DecoderRunner(model)
+    scores = criteria.block_influence(runner, tokens, 3, cost=Cost())
+    assert criteria.lowest(scores, 3) == joined_segments(influence.argsort()[:3].tolist())
     for length in (1, 3, 8):
         starts = range(8 - length + 1)
         near = min(starts, key=lambda s, n=length: angles[s, s + n].mean().item())
         alike = max(starts, key=lambda s, n=length: cosines[s, s + n].mean().item())
-        assert criteria.angular(found, length) == (Segment(near, near + length),)
-        assert criteria.cosine(found, length) == (Segment(alike, alike + length),)
+        assert criteria.angular(runner, tokens, length, cost=Cost()) == (Segment(near, near + length),)
+        assert criteria.cosine(runner, tokens, length, cost=Cost()) == (Segment(alike, alike + length),)
 
 
 def test_cosine_is_along_the_hidden_dimension_not_along_the_tokens():
@@ -122,9 +124,9 @@ def test_cosine_is_along_the_hidden_dimension_not_along_the_tokens():
     right = Similarity(cosine_sums(states) / 12, torch.zeros(3, 3))
     wrong = Similarity(cosine_sums(states.transpose(-1, -2)) / 8, torch.zeros(3, 3))
     assert right.cosine[0, 1] == pytest.approx(1)
-    assert criteria.cosine(right, 1) == (Segment(0, 1),)
+    assert criteria.best_start(-right.cosine.diagonal(1), 1) == (Segment(0, 1),)
     assert wrong.cosine[1, 2] == pytest.approx(1)
-    assert criteria.cosine(wrong, 1) == (Segment(1, 2),)
+    assert criteria.best_start(-wrong.cosine.diagonal(1), 1) == (Segment(1, 2),)
 
 
 def test_taylor_is_weight_times_gradient_of_the_whole_models_loss():
@@ -148,7 +150,7 @@ def test_one_shot_perplexity_takes_the_layers_whose_loss_rises_least():
     one_less = {i: logits(without(model, [Segment(i, i + 1)]), tokens) for i in range(8)}
     rise = {i: next_token_loss(without_i, tokens).mean().item() for i, without_i in one_less.items()}
     free = [i for i in range(8) if i not in criteria.protected_layers(8)]
-    result = find_segments(DecoderRunner(model), tokens, 3, "perplexity", seed=0)
+    result = search(DecoderRunner(model), tokens, n_layers=3, method="perplexity", seed=0)
     assert tuple(result.segments) == joined_segments(sorted(free, key=rise.__getitem__)[:3])
 
 
@@ -162,13 +164,14 @@ def test_protected_layers_are_taken_only_where_nothing_else_is_left():
 
 
 def test_reverse_order_keeps_the_last_layer_and_random_is_uniform():
-    assert criteria.reverse_order(8, 3) == (Segment(4, 7),)
-    assert criteria.reverse_order(8, 7) == (Segment(0, 7),)
-    starts = [criteria.random_segment(8, 3, seed)[0].start for seed in range(600)]
+    runner, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens()
+    assert criteria.reverse_order(runner, tokens, 3) == (Segment(4, 7),)
+    assert criteria.reverse_order(runner, tokens, 7) == (Segment(0, 7),)
+    starts = [criteria.random_segment(runner, tokens, 3, seed=seed)[0].start for seed in range(600)]
     counts = [starts.count(s) for s in range(6)]
     assert sum(counts) == 600
     assert min(counts) > 60
-    assert criteria.random_segment(8, 3, 5) == criteria.random_segment(8, 3, 5)
+    assert criteria.random_segment(runner, tokens, 3, seed=5) == criteria.random_segment(runner, tokens, 3, seed=5)
 
 
 def test_sleb_is_greedy_and_costs_what_its_rounds_cost():
@@ -245,7 +248,7 @@ def test_planted_identity_layers_are_found(method):
     tiny.make_identity_(model, [2, 5] if apart else range(3, 5))
     # the model's own words: on random tokens a random model's loss falls when layers go
     tokens = model.generate(tiny.some_tokens(8, 4), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    result = find_segments(DecoderRunner(model), tokens, 2, method, seed=0)
+    result = search(DecoderRunner(model), tokens, n_layers=2, method=method, seed=0)
     assert result.segments == ([Segment(2, 3), Segment(5, 6)] if apart else [Segment(3, 5)])
     assert result.candidates[0].kl == pytest.approx(0, abs=1e-6)
 
@@ -253,7 +256,7 @@ def test_planted_identity_layers_are_found(method):
 @pytest.mark.parametrize("method", BASELINES)
 def test_a_pick_is_priced_by_its_real_cut_and_that_is_not_charged(method):
     model, tokens = tiny.llama(), tiny.some_tokens()
-    first, second = (find_segments(DecoderRunner(model), tokens, 3, method, seed=3) for _ in range(2))
+    first, second = (search(DecoderRunner(model), tokens, n_layers=3, method=method, seed=3) for _ in range(2))
     assert first == second
     assert first.method == method
     assert sum(map(len, first.segments)) == 3
@@ -266,5 +269,5 @@ def test_a_pick_is_priced_by_its_real_cut_and_that_is_not_charged(method):
 
 
 def test_the_oracle_beside_a_baseline():
-    result = find_segments(DecoderRunner(tiny.llama()), tiny.some_tokens(), 2, "cosine", seed=0, oracle=True)
+    result = search(DecoderRunner(tiny.llama()), tiny.some_tokens(), n_layers=2, method="cosine", seed=0, oracle=True)
     assert result.oracle["regret"] >= 1

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import tiny
+from layercut import layer_search
 from layercut.cli.command_line import main
 from layercut.config import SearchConfig
 from layercut.errors import ConfigError
 from layercut.files import sizes
 from layercut.files.sizes import parse_bytes
-from layercut.layer_search import SearchResult, longest_within, perplexity_rise, price_segments, rescored, split_rows
+from layercut.layer_search import SearchResult, longest_within, perplexity_rise, rescored, split_rows
 from layercut.layer_search.budgets import length_for_size, length_for_speedup, triangle
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import all_segments, segment_costs
@@ -119,7 +120,7 @@ def test_another_score_reorders_the_first_candidates_alone():
     result = SearchResult("clp", [Candidate(c, float(i)) for i, c in enumerate(cuts)], Cost())
     judged = rescored(result, lambda c: -c[0].start, most=3)
     assert [c.segments for c in judged.candidates] == [cuts[2], cuts[1], cuts[0]]
-    assert judged.candidates[0].to_json() == {"segments": [[2, 3]], "kl": 2.0, "score": -2}
+    assert judged.candidates[0].to_dict() == {"segments": [[2, 3]], "kl": 2.0, "score": -2}
 
 
 REFUSED = {
@@ -183,7 +184,9 @@ def test_two_segments_from_the_command_line(tiny_model, texts, tmp_path):
 
 
 def test_given_segments_are_priced_together():
-    found = price_segments(DecoderRunner(tiny.llama()), tiny.some_tokens(), [Segment(5, 6), Segment(1, 2)])
+    found = layer_search.search(
+        DecoderRunner(tiny.llama()), tiny.some_tokens(), segments=[Segment(5, 6), Segment(1, 2)]
+    )
     assert found.candidates[0].segments == (Segment(1, 2), Segment(5, 6))
 
 

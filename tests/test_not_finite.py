@@ -16,8 +16,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.extensions import criteria
 from layercut.healing.endpoint_tuning import TuneSettings, tune_
 from layercut.healing.least_squares import Normal, fold_
-from layercut.layer_search import SearchResult, find_segments, longest_within, perplexity_rise, regret
-from layercut.layer_search.prices import Objective
+from layercut.layer_search import SearchResult, longest_within, perplexity_rise, regret, search
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.stability import relative
 from layercut.layer_search.sweep import set_losses
@@ -58,7 +57,7 @@ def test_what_is_not_finite_is_the_worst_price(value):
     assert (as_price(-1e-9, 0.0), as_price(-1.0), as_price(2.0)) == (0.0, -1.0, 2.0)
 
 
-CASES: list[tuple[str, Objective]] = [(method, "kl") for method in list(criteria)]
+CASES: list[tuple[str, str]] = [(method, "kl") for method in list(criteria)]
 CASES += [(method, objective) for method in ("clp", "exhaustive") for objective in ("next-token", "hidden")]
 LOOK = {"clp", "exhaustive", "perplexity", "sleb", "evolution"}
 """Methods that run the cut model; the others choose by the dense one, and what they choose is priced."""
@@ -69,7 +68,7 @@ def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method, obje
     stack, tokens = DecoderRunner(sound), tiny.some_tokens(4, 8)
     seeds = range(8) if method == "random" else [0]
     for seed in seeds:
-        result = find_segments(stack, tokens, 1, method, seed=seed, objective=objective)
+        result = search(stack, tokens, n_layers=1, method=method, seed=seed, objective=objective)
         assert result.segments != [BAD] or method not in LOOK
         for candidate in result.candidates:
             prices = [candidate.kl, *([] if candidate.score is None else [candidate.score])]
@@ -80,7 +79,7 @@ def test_no_method_takes_a_cut_that_overflows_for_a_free_one(sound, method, obje
 
 
 def test_two_segments_avoid_it_too(sound):
-    result = find_segments(DecoderRunner(sound), tiny.some_tokens(2, 8), 2, "clp", seed=0, count=2)
+    result = search(DecoderRunner(sound), tiny.some_tokens(2, 8), n_layers=2, method="clp", seed=0, num_segments=2)
     assert result.candidates[0].segments != (BAD,)
     assert math.isfinite(result.candidates[0].kl)
 
@@ -144,7 +143,7 @@ def test_dense_predictions_that_are_not_finite_are_refused_and_the_layer_is_name
     tokens = tiny.some_tokens(2, 8)
     for method in list(criteria):
         with pytest.raises(ModelError, match=r"layer 3 is the first of 7.*no weight holds NaN") as caught:
-            find_segments(DecoderRunner(without_bad(sound)), tokens, 1, method, seed=0)
+            search(DecoderRunner(without_bad(sound)), tokens, n_layers=1, method=method, seed=0)
         assert "--dtype" in caught.value.hint
 
 
@@ -160,7 +159,7 @@ def test_weights_that_hold_nan_are_named():
     model = tiny.llama(4)
     model.model.layers[2].mlp.down_proj.weight[3, 3] = math.nan
     with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj\.weight holds NaN or Inf"):
-        find_segments(DecoderRunner(model), tiny.some_tokens(2, 8), 1, "exhaustive", seed=0)
+        search(DecoderRunner(model), tiny.some_tokens(2, 8), n_layers=1, method="exhaustive", seed=0)
     with pytest.raises(ModelError, match=r"down_proj\.weight holds NaN or Inf"):
         mean_kl(DecoderRunner(model), DecoderRunner(without_bad(model)), tiny.some_tokens(2, 8))
 

@@ -43,7 +43,7 @@ from layercut.evaluation import speed
 from layercut.healing.endpoint_tuning import TuneSettings, tune_
 from layercut.healing.least_squares import together
 from layercut.healing.linear_outputs import find_targets
-from layercut.layer_search import find_segments
+from layercut.layer_search import search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner
@@ -191,7 +191,7 @@ def llama() -> tuple[DecoderRunner, Any, torch.Tensor]:
 @pytest.mark.parametrize("rows", [3, 9])
 def test_layer_forwards_are_those_that_the_search_counts(llama, method, rows):
     stack, shape, tokens = llama
-    cost = find_segments(stack, tokens[:rows], 3, method, seed=0).cost
+    cost = search(stack, tokens[:rows], n_layers=3, method=method, seed=0).cost
     planned = work.METHODS[method](12, 3, rows, shape)
     # a baseline's pick is priced as well, which is not in its own cost
     extra = 0 if method == "exhaustive" else work._priced_pick(12, 3, rows).least
@@ -209,7 +209,7 @@ def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
     stack, shape, tokens = llama
     planned = work.METHODS["clp"](12, length, rows, shape)
     for seed in (0, 1):
-        cost = find_segments(stack, tokens[:rows], length, "clp", seed=seed).cost
+        cost = search(stack, tokens[:rows], n_layers=length, method="clp", seed=seed).cost
         for counted, bounds in (
             (cost.layer_forwards, planned.layer_forwards), (cost.layer_backwards, planned.layer_backwards)
         ):  # fmt: skip

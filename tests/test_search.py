@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny
-from layercut.layer_search import find_segments
-from layercut.layer_search.clp import clp_search, schedule_for
+from layercut.layer_search import search
+from layercut.layer_search.clp import clp, schedule_for
 from layercut.layer_search.gate import GateSchedule, concave_gate, descend, gated_forward, hard_gate
 from layercut.layer_search.prices import Prices, race
 from layercut.layer_search.result import Cost
@@ -25,6 +25,7 @@ from layercut.layer_search.walls import (
 )
 from layercut.models import loading
 from layercut.models.losses import kl_divergence, next_token_loss
+from layercut.models.objectives import Hidden
 from layercut.models.runner import DecoderRunner
 from layercut.report import charts
 from layercut.segments import Segment, joined_segments
@@ -112,7 +113,7 @@ def test_gate_gradient_is_the_finite_difference():
 def test_planted_identity_layers_are_found(start, method):
     model = tiny.llama()
     tiny.make_identity_(model, range(start, start + 2))
-    result = find_segments(DecoderRunner(model), tiny.some_tokens(), 2, method, seed=0, oracle=method == "clp")
+    result = search(DecoderRunner(model), tiny.some_tokens(), n_layers=2, method=method, oracle=method == "clp")
     assert result.segments == [Segment(start, start + 2)]
     assert result.candidates[0].kl == pytest.approx(0, abs=1e-6)
     if method == "clp":
@@ -124,7 +125,7 @@ def test_planted_identity_segments_are_found_two_at_a_time(cuts):
     model, length = tiny.llama(), sum(map(len, cuts))
     for segment in cuts:
         tiny.make_identity_(model, range(segment.start, segment.stop))
-    result = find_segments(DecoderRunner(model), tiny.some_tokens(), length, "clp", seed=0, count=2)
+    result = search(DecoderRunner(model), tiny.some_tokens(), n_layers=length, method="clp", seed=0, num_segments=2)
     assert tuple(result.segments) == cuts
     assert result.candidates[0].kl == pytest.approx(0, abs=1e-6)
 
@@ -132,7 +133,7 @@ def test_planted_identity_segments_are_found_two_at_a_time(cuts):
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_two_segments_by_the_gate_are_the_exhaustive_answer_at_the_price_of_brute_force(make):
     model, tokens = make(), tiny.some_tokens()
-    result = find_segments(DecoderRunner(model), tokens, 3, "clp", seed=0, count=2, oracle=True)
+    result = search(DecoderRunner(model), tokens, n_layers=3, method="clp", seed=0, num_segments=2, oracle=True)
     assert result.oracle["regret"] == pytest.approx(1.0, abs=1e-5)
     split = next(c for c in result.candidates if len(c.segments) == 2)
     for candidate in (result.candidates[0], split):
@@ -219,7 +220,7 @@ def test_a_race_ends_with_the_best_priced_on_all_rows():
 def test_other_objectives_choose_by_their_own_score(objective, method):
     model, tokens = tiny.llama(), tiny.some_tokens(8)
     stack = DecoderRunner(model)
-    result = find_segments(stack, tokens, 2, method, seed=0, objective=objective)
+    result = search(stack, tokens, n_layers=2, method=method, seed=0, objective=objective)
     scores = {}
     for segment in all_segments(2, len(stack)):
         student = loading.share(model)
@@ -242,10 +243,10 @@ def test_other_objectives_choose_by_their_own_score(objective, method):
 
 def test_same_seed_same_answer_and_the_path_is_recorded():
     model, tokens = tiny.llama(), tiny.some_tokens()
-    runs = [clp_search(DecoderRunner(model), tokens, 2, Cost(), seed=1, count=2) for _ in range(2)]
+    runs = [clp(DecoderRunner(model), tokens, 2, cost=Cost(), seed=1, num_segments=2) for _ in range(2)]
     assert runs[0] == runs[1]
-    path = runs[0][1]
-    assert clp_search(DecoderRunner(model), tokens, 2, Cost(), seed=2, count=2)[1] != path
+    path = runs[0].path
+    assert clp(DecoderRunner(model), tokens, 2, cost=Cost(), seed=2, num_segments=2).path != path
     assert len(path) == schedule_for(8, 2, 2, len(tokens)).steps + 1
     for step in path:
         assert len(step["places"]) == len(step["stops"])
@@ -273,7 +274,7 @@ def test_walls_move_by_at_most_their_stride_and_recomputing_changes_nothing(rela
 def test_straight_through_runs_the_real_cut():
     model, tokens = tiny.llama(), tiny.some_tokens()
     schedule = GateSchedule(particles=1, steps=1, relaxation="straight-through")
-    _, path = descend(DecoderRunner(model), tokens[:1], [(Segment(2, 4),)], schedule, Cost(), objective="hidden")
+    _, path = descend(DecoderRunner(model), tokens[:1], [(Segment(2, 4),)], schedule, Cost(), objective=Hidden())
     dense, gated = gated_forward(DecoderRunner(model), hard_gate([(Segment(2, 4),)], 8), tokens[:1], Cost())
     expected = (gated - dense).square().sum(-1) / dense.square().sum(-1)
     assert path[0]["losses"][0] == pytest.approx(expected.mean().item(), rel=1e-5)

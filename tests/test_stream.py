@@ -19,7 +19,7 @@ import folders
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
-from layercut.layer_search import find_segments
+from layercut.layer_search import search
 from layercut.layer_search.result import Cost
 from layercut.layer_search.statistics import similarity, taylor_scores
 from layercut.layer_search.sweep import (
@@ -135,7 +135,7 @@ def test_two_layers_are_in_memory_at_most(llama, monkeypatch):
     segment_costs(stack, tokens, all_segments(2, 8), Cost())
     assert len(most) == 8
     taylor_scores(stack, tokens, Cost())  # and the way down
-    find_segments(stack, tokens, 2, "clp", seed=0)
+    search(stack, tokens, n_layers=2, method="clp", seed=0)
     for i in (0, 5, 2):  # and where another layer was read ahead
         disk.enter_(i)
     assert max(most) == 2
@@ -211,7 +211,8 @@ def test_weights_changed_while_they_are_in_memory_are_not_lost_unsaid(llama):
 def test_other_methods_search_on_disk_too(llama, method):
     memory, stack, _ = both(llama)
     tokens = tiny.some_tokens(4)
-    assert find_segments(stack, tokens, 2, method, seed=0) == find_segments(memory, tokens, 2, method, seed=0)
+    found, expected = (search(runner, tokens, n_layers=2, method=method) for runner in (stack, memory))
+    assert found == expected
 
 
 def test_rows_go_in_several_passes_where_their_streams_do_not_fit(llama, monkeypatch):

@@ -29,7 +29,7 @@ from layercut.healing.endpoint_tuning import TuneSettings, tune_
 from layercut.healing.least_squares import fold_
 from layercut.healing.stored_teacher import store_teacher
 from layercut.healing.tuning_state import StateFile
-from layercut.layer_search import find_segments
+from layercut.layer_search import search
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import layer_reader, placement
@@ -47,8 +47,9 @@ CUT = [Segment(3, 5)]
 def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, Any]:
     """What every method finds on seven rows, of which two processes have three and four."""
     stack, tokens = DecoderRunner(model or tiny.llama()), tiny.some_tokens(7)
-    found = {method: find_segments(stack, tokens, 2, method, seed=0, oracle=True).to_json() for method in methods}
-    found["two"] = find_segments(stack, tokens, 3, "clp", seed=0, count=2, objective="next-token").to_json()
+    two = {"n_layers": 2, "oracle": True}
+    found = {method: search(stack, tokens, method=method, **two).to_dict() for method in methods}
+    found["two"] = search(stack, tokens, n_layers=3, num_segments=2, objective="next-token").to_dict()
     return found
 
 

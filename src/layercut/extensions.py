@@ -107,11 +107,12 @@ class Registry(Generic[Part]):
 
 _SEARCH = "layercut.layer_search."
 criteria: Registry[Any] = Registry("criterion", "layercut.criteria", {
-    "clp": _SEARCH + "clp:Clp", "exhaustive": _SEARCH + "exhaustive:Exhaustive",
+    "clp": _SEARCH + "clp:clp", "exhaustive": _SEARCH + "exhaustive:exhaustive",
     "random": _SEARCH + "criteria:random_segment", "reverse-order": _SEARCH + "criteria:reverse_order",
     "block-influence": _SEARCH + "criteria:block_influence", "angular": _SEARCH + "criteria:angular",
     "cosine": _SEARCH + "criteria:cosine", "perplexity": _SEARCH + "criteria:perplexity",
-    "taylor": _SEARCH + "criteria:taylor", "sleb": _SEARCH + "greedy:sleb", "evolution": _SEARCH + "greedy:evolution",
+    "taylor": _SEARCH + "criteria:taylor", "sleb": _SEARCH + "criteria:sleb",
+    "evolution": _SEARCH + "criteria:evolution",
 })  # fmt: skip
 objectives: Registry[Any] = Registry("objective", "layercut.objectives", {
     "kl": "layercut.models.objectives:KL", "next-token": "layercut.models.objectives:NextToken",

@@ -1,172 +1,186 @@
-"""Find the layers that a model can best do without. Every method goes in by `find_segments` and comes out alike."""
+"""Find the layers that a model can best do without, by any criterion: `search`."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from layercut.errors import ConfigError
-from layercut.layer_search import criteria
+from layercut import extensions
+from layercut.distributed import processes
+from layercut.errors import ConfigError, DataError
 from layercut.layer_search.budgets import (
     length_for_size,
     length_for_speedup,
     longest_within,
     perplexity_rise,
     split_rows,
-    sweep_rows,
-    triangle,
-    triangle_sets,
+    with_triangle,
 )
-from layercut.layer_search.clp import clp_search, merit, schedule_for
-from layercut.layer_search.greedy import evolution, sleb, sleb_work
-from layercut.layer_search.prices import Objective, Prices, candidates
-from layercut.layer_search.result import Candidate, Cost, SearchResult
-from layercut.layer_search.statistics import similarity, taylor_scores
-from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
-from layercut.layer_search.walls import all_sets, number_of_sets
-from layercut.models.runner import DecoderRunner
+from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
+from layercut.layer_search.prices import as_objective, is_kl
+from layercut.layer_search.result import Candidate, Cost, SearchResult, regret, rescored
+from layercut.layer_search.sweep import DENSE, set_costs, set_work
+from layercut.models.loading import check_tokens, positions
+from layercut.models.objectives import Objective
+from layercut.models.runner import DecoderRunner, opened
 from layercut.progress import bar
-from layercut.segments import Segment
+from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
-    "Candidate", "Cost", "SearchResult", "add_triangle_", "find_segments", "length_for_size", "length_for_speedup",
-    "longest_within", "perplexity_rise", "price_segments", "rescored", "split_rows",
+    "Candidate", "Cost", "Criterion", "SearchResult", "length_for_size", "length_for_speedup", "longest_within",
+    "perplexity_rise", "regret", "rescored", "search", "split_rows", "with_triangle",
 ]  # fmt: skip
 
-MOST_SETS = 20_000
-"""Exhaustive search refuses more sets than these; the gate does not."""
+
+def search(
+    model: Any,
+    tokens: torch.Tensor,
+    *,
+    ratio: float | None = None,
+    n_layers: int | None = None,
+    segments: Sequence[Segment] | None = None,
+    num_segments: int = 1,
+    method: str | Criterion = "clp",
+    objective: str | Objective = "kl",
+    seed: int = 0,
+    oracle: bool = False,
+) -> SearchResult:
+    """Find the layers that the model can best do without. Nothing is cut, and the model stays as it is.
+
+    One of `ratio`, `n_layers` and `segments` says what to remove. What a criterion picks is priced by the real cut on
+    all tokens, KL(p || q) between the dense model's predictions p and the cut one's q; that is in neither the result's
+    `cost` nor its `seconds`, which hold what the criterion itself needs.
+
+    Args:
+        model: a causal LM of transformers in memory, or a `DecoderRunner` of one.
+        tokens: calibration token ids [N, T], at least one row of two tokens.
+        ratio: share of the layers to remove, between 0 and 1.
+        n_layers: n, how many layers to remove.
+        segments: no search: price these, removed together.
+        num_segments: into how many segments at most; for criteria that take it (clp, exhaustive).
+        method: a name in `layercut.criteria`, or a criterion itself (`criteria.Criterion`). "clp" is CLP's concave
+            gate (2510.23652) with a race by the real cut.
+        objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
+        seed: of everything drawn at random: the same seed gives the same result.
+        oracle: run the exhaustive search as well and put its answer and the regret beside the result.
+
+    Returns:
+        `SearchResult`: `segments` to hand to `layercut.cut`, all candidates from the best, and what finding them cost.
+
+    Raises:
+        ConfigError: none or several of the three are given, they do not fit the model, the method or objective is
+            unknown or does not take what was asked, or a criterion picked something else than n layers.
+        DataError: the tokens are not [N, T] token ids of this model.
+        ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
+    """
+    with opened(model) as runner:
+        check_calibration(runner, tokens)
+        length = wanted_length(len(runner), ratio, n_layers, segments)
+        if segments is not None:
+            return priced(runner, tokens, segments)
+        name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+        criterion: Criterion = extensions.criteria.get(method) if isinstance(method, str) else method
+        asked: dict[str, Any] = {"num_segments": min(num_segments, length), "objective": as_objective(objective)}
+        check_asked(criterion, name, num_segments > 1, not is_kl(asked["objective"]))
+        cost, begun = Cost(), time.perf_counter()
+        with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
+            options = accepted(criterion, {"seed": seed, "cost": cost, "advance": advance, **asked})
+            picked = criterion(runner, tokens, length, **options)
+        seconds = time.perf_counter() - begun
+        result = replace(judged(runner, tokens, length, name, picked, cost), seconds=seconds)
+        if oracle and criterion is not (exhaustive := extensions.criteria.get("exhaustive")):
+            result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **asked))
+        return result
 
 
-def find_segments(
-    stack: DecoderRunner,
+def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
+    """n, layers to remove in all, from the one of the three that is given. ConfigError where that is not one of them,
+    or does not fit a model of so many layers."""
+    given = {"ratio": ratio is not None, "n_layers": n_layers is not None, "segments": segments is not None}
+    if sum(given.values()) != 1:
+        names = [name for name, is_given in given.items() if is_given]
+        raise ConfigError(
+            f"{' and '.join(names) or 'none'} of ratio, n_layers and segments is given; allowed is one of them",
+            "a fifth of the layers: ratio=0.2",
+        )
+    if segments is not None:
+        return sum(map(len, checked_segments(segments, layers)))
+    if ratio is not None:
+        return layers_to_remove(ratio, layers)
+    assert n_layers is not None
+    if not 1 <= n_layers < layers:
+        raise ConfigError(f"{n_layers} of {layers} layers cannot be removed", f"allowed are 1 to {layers - 1}")
+    return n_layers
+
+
+def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
+    """DataError for tokens that are not token ids [N, T] with T >= 2 within the model's positions; ModelError for ids
+    beyond its vocabulary."""
+    if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise DataError(
+            f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")
+            + "; allowed are token ids, int64 [N, T] with N >= 1 and T >= 2",
+            "cut text into rows of equal length: layercut.token_blocks",
+        )
+    config = runner.model.config
+    if (limit := positions(config)) and tokens.shape[1] > limit:
+        raise DataError(f"rows of {tokens.shape[1]} tokens are longer than the model's {limit} positions", "cut them")
+    check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)
+
+
+def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool) -> None:
+    """ConfigError for what a criterion does not name as a parameter and would not heed."""
+    for option, is_asked in {"num_segments": several, "objective": other_objective}.items():
+        if is_asked and not names(criterion, option):
+            raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
+
+
+def priced(runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment]) -> SearchResult:
+    """Segments given by hand, priced as the one cut that they are."""
+    cost, cuts = Cost(), tuple(checked_segments(segments, len(runner)))
+    with bar("pricing the cut", set_work([DENSE, cuts], len(runner), len(tokens))) as advance:
+        return SearchResult("given", set_costs(runner, tokens, [cuts], cost, advance=advance), cost)
+
+
+def judged(
+    runner: DecoderRunner,
     tokens: torch.Tensor,
     length: int,
-    method: str,
-    *,
-    seed: int,
-    oracle: bool = False,
-    count: int = 1,
-    objective: Objective = "kl",
+    name: str,
+    picked: Sequence[Segment] | torch.Tensor | SearchResult,
+    cost: Cost,
 ) -> SearchResult:
-    """Search `length` layers to remove on calibration tokens [N, T], by any of `config.Method`.
+    """What a criterion returned, as a result: priced by the real cut, where the criterion has not done so itself.
 
-    count: into so many segments at most; objective: what makes a cut good. Both are for clp and exhaustive, which
-    price their candidates as part of the search. What a baseline picks is priced too, by the KL of the real cut on
-    all tokens, but that is in neither its `cost` nor its `seconds`, which hold what the method itself needs.
+    Raises:
+        ConfigError: it is not of this model's layers, or not n of them.
     """
-    begun = time.perf_counter()
-    if count > length:
+    if isinstance(picked, torch.Tensor):
+        if picked.shape != (len(runner),):
+            raise ConfigError(
+                f"the criterion {name!r} returned scores of shape {list(picked.shape)}; allowed is [{len(runner)}]",
+                "one score a layer, the lowest are removed",
+            )
+        picked = lowest(picked, length)
+    segments = picked.segments if isinstance(picked, SearchResult) else picked
+    cuts = tuple(checked_segments(segments, len(runner)))
+    if sum(map(len, cuts)) != length:
         raise ConfigError(
-            f"{length} layers cannot be removed as {count} segments", f"allowed is --num-segments 1 to {length}"
+            f"the criterion {name!r} picked {sum(map(len, cuts))} layers ({', '.join(map(str, cuts)) or 'none'}), "
+            f"and {length} were asked for",
+            "its segments must have `length` layers in all",
         )
-    if method == "exhaustive":
-        result = _exhaustive(stack, tokens, length, count, objective)
-        result.seconds = time.perf_counter() - begun
-    elif method == "clp":
-        result = _clp(stack, tokens, length, seed, count, objective)
-        result.seconds = time.perf_counter() - begun
-    else:
-        picked = _pick(stack, tokens, length, method, seed, cost := Cost())
-        seconds = time.perf_counter() - begun
-        result = SearchResult(method, set_costs(stack, tokens, [picked], Cost()), cost, seconds=seconds)
-    if oracle and method != "exhaustive":
-        _add_oracle_(result, _exhaustive(stack, tokens, length, count, objective))
-    return result
+    if isinstance(picked, SearchResult):
+        return replace(picked, method=name)
+    cuts = processes.from_main(cuts)
+    return SearchResult(name, set_costs(runner, tokens, [cuts], Cost()), cost)
 
 
-def _add_oracle_(result: SearchResult, exact: SearchResult) -> None:
-    """Lay the exhaustive answer beside a result."""
-    result.oracle = exact.to_json() | {"kl": exact.candidates[0].kl, "regret": regret(result, exact)}
-
-
-def regret(result: SearchResult, oracle: SearchResult) -> float:
-    """Price of the segments found over that of the best there are, as both searched: 1 is perfect."""
-    found, best = merit(result.candidates[0])[0], merit(oracle.candidates[0])[0]
-    return 1.0 if found == best else found / best if best > 0 else math.inf
-
-
-def price_segments(stack: DecoderRunner, tokens: torch.Tensor, segments: list[Segment]) -> SearchResult:
-    """No search: segments given by hand, priced as the one cut they are."""
-    cost, cuts = Cost(), tuple(sorted(segments))
-    with bar("pricing the cut", set_work([DENSE, cuts], len(stack), len(tokens))) as advance:
-        return SearchResult("given", set_costs(stack, tokens, [cuts], cost, advance=advance), cost)
-
-
-def rescored(result: SearchResult, score: Callable[[Cuts], float], most: int = 4) -> SearchResult:
-    """The search's first candidates, judged by a dearer score than it could afford for all; lower is better."""
-    judged = [replace(c, score=score(c.segments)) for c in result.candidates[:most]]
-    return replace(result, candidates=sorted(judged, key=merit))
-
-
-def add_triangle_(result: SearchResult, stack: DecoderRunner, tokens: torch.Tensor, length: int) -> None:
-    """Price every segment of up to `length` layers exactly, for `result.triangle`; its cost is not the search's."""
-    sets = triangle_sets(length, len(stack))
-    with bar(f"sweeping {len(sets)} segments", set_work([DENSE, *sets], len(stack), len(tokens))) as advance:
-        result.triangle = triangle(stack, tokens, length, Cost(), advance=advance)
-
-
-def _exhaustive(
-    stack: DecoderRunner, tokens: torch.Tensor, length: int, count: int, objective: Objective
-) -> SearchResult:
-    cost, layers = Cost(), len(stack)
-    if (number := number_of_sets(length, layers, count)) > MOST_SETS:
-        raise ConfigError(
-            f"{number:,} sets of {count} segments are too many to price them all; allowed are {MOST_SETS:,}",
-            f"search them by the gate: --method clp --num-segments {count}",
-        )
-    sets = all_sets(length, layers, count)
-    if objective != "kl":
-        prices = Prices(stack, tokens, cost, objective)
-        with bar(f"sweeping {number} sets", None):
-            return SearchResult("exhaustive", candidates(prices, prices.ranked(sets, len(tokens))), cost)
-    rows = sweep_rows(stack, tokens, number)
-    with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
-        return SearchResult("exhaustive", set_costs(stack, tokens, sets, cost, rows=rows, advance=advance), cost)
-
-
-def _clp(
-    stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, count: int, objective: Objective
-) -> SearchResult:
-    cost = Cost()
-    schedule = schedule_for(len(stack), length, count, len(tokens))
-    with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
-        found, path = clp_search(
-            stack, tokens, length, cost, seed=seed, count=count, objective=objective, schedule=schedule,
-            advance=advance,
-        )  # fmt: skip
-    return SearchResult("clp", found, cost, path)
-
-
-def _pick(stack: DecoderRunner, tokens: torch.Tensor, length: int, method: str, seed: int, cost: Cost) -> Cuts:
-    """What a baseline chooses; what that took is added to `cost`."""
-    layers, rows = len(stack), len(tokens)
-    match method:
-        case "random":
-            return criteria.random_segment(layers, length, seed)
-        case "reverse-order":
-            return criteria.reverse_order(layers, length)
-        case "block-influence" | "angular" | "cosine":
-            with bar(method, rows) as advance:
-                statistics = similarity(stack, tokens, cost, advance=advance)
-            if method == "block-influence":
-                return criteria.block_influence(statistics, length)
-            return (criteria.angular if method == "angular" else criteria.cosine)(statistics, length)
-        case "perplexity":
-            sets = [(Segment(i, i + 1),) for i in range(layers)]
-            with bar(method, set_work(sets, layers, rows)) as advance:
-                losses = set_losses(stack, tokens, sets, cost, advance=advance)
-            return criteria.one_shot(torch.tensor([losses[cuts] for cuts in sets]), length)
-        case "taylor":
-            with bar(method, rows) as advance:
-                return criteria.one_shot(taylor_scores(stack, tokens, cost, advance=advance), length)
-        case "sleb":
-            with bar(method, length) as advance:
-                return sleb(stack, tokens, length, cost, advance=advance)
-        case "evolution":
-            with bar(method, sleb_work(length, layers, rows)) as advance:
-                return evolution(stack, tokens, length, cost, seed=seed, advance=advance)
-    raise ValueError(f"unknown method {method!r}")
+def beside_oracle(result: SearchResult, exact: SearchResult) -> SearchResult:
+    """The result with the exhaustive one beside it."""
+    return replace(result, oracle=exact.to_dict() | {"kl": exact.kl, "regret": regret(result, exact)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ import torch
 from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
-from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses
+from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner
+from layercut.progress import bar
 from layercut.segments import Segment
 
 UNSEEN_SHARE = 4
@@ -106,7 +107,7 @@ def longest_within(
         length = (low + high) // 2
         result = find(length)
         risen = rise(result.candidates[0].segments)
-        tried.append({"length": length, "segments": result.to_json()["segments"], "rise": risen})
+        tried.append({"length": length, "segments": result.to_dict()["segments"], "rise": risen})
         if risen <= budget:
             low, good = length, Within(result, risen, tried)
         else:
@@ -136,6 +137,23 @@ def triangle(
     sets = triangle_sets(longest, len(stack))
     costs = set_costs(stack, tokens, sets, cost, rows=sweep_rows(stack, tokens, len(sets)), advance=advance)
     return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
+
+
+def with_triangle(result: SearchResult, runner: DecoderRunner, tokens: torch.Tensor, longest: int) -> SearchResult:
+    """Price every segment of up to `longest` layers exactly, beside a result, whose cost stays the search's.
+
+    Args:
+        result: to which the prices are added.
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        longest: layers of the longest segments.
+
+    Returns:
+        The result with its `triangle`.
+    """
+    sets = triangle_sets(longest, len(runner))
+    with bar(f"sweeping {len(sets)} segments", set_work([DENSE, *sets], len(runner), len(tokens))) as advance:
+        return replace(result, triangle=triangle(runner, tokens, longest, Cost(), advance=advance))
 
 
 def triangle_sets(longest: int, layers: int) -> list[Cuts]:

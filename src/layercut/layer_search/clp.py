@@ -12,18 +12,18 @@ are L^K many (`cheapest_sums`). What each of the four is worth on its own is in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from heapq import nsmallest
-from typing import Any
 
 import torch
 
 from layercut.layer_search.gate import GateSchedule, descend
-from layercut.layer_search.prices import Objective, Prices, race
-from layercut.layer_search.result import Candidate, Cost
+from layercut.layer_search.prices import Prices, as_objective, race
+from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.sweep import Cuts, all_segments
 from layercut.layer_search.walls import neighbours, spread
+from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
+from layercut.progress import bar
 from layercut.segments import Segment
 
 Sums = list[tuple[float, Cuts]]
@@ -61,37 +61,54 @@ def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedul
     return GateSchedule(particles=particles, steps=min(4 + length, max(2, int(DESCENT_SHARE * rows * sweep / step))))
 
 
-def clp_search(
-    stack: DecoderRunner,
+def clp(
+    runner: DecoderRunner,
     tokens: torch.Tensor,
     length: int,
-    cost: Cost,
     *,
-    seed: int,
-    count: int = 1,
-    objective: Objective = "kl",
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
     schedule: GateSchedule | None = None,
-    advance: Callable[[int], None] = lambda steps: None,
-) -> tuple[list[Candidate], list[dict[str, Any]]]:
-    """Sets of `count` segments at most, `length` layers in all: candidates priced on all tokens [N, T], from the
-    best, and the gate's path. The same seed gives the same answer."""
-    layers = len(stack)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    tokens = tokens[order]
-    prices = Prices(stack, tokens, cost, objective)
-    schedule = schedule or schedule_for(layers, length, count, len(tokens))
+) -> SearchResult:
+    """CLP's concave gate (2510.23652), made safe by a race by the real cut.
 
-    seeds, looked = look(prices, layers, length, count, schedule.particles)
-    # the last rows: those that the look has not seen
-    ends, path = descend(
-        stack, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
-    )
-    proposed = {*looked, *seeds, *ends}
-    for end in ends:
-        proposed |= set(neighbours(end, layers, count))
-    if count == 1:  # the look has been the race's first round, and has seen every neighbour
-        return race(prices, proposed, begin=2 * prices.few), path
-    return climb(prices, race(prices, proposed), layers, count), path
+    What each part contributes (docs/log.md): the coarse pricing and the race find the answer. They found the best
+    segment in every case that was compared with the exhaustive search, with and without the descent between them; no
+    case is known in which the gradient proposed a set that they would have missed. The descent is kept short, at most
+    a fifth of a sweep's work, and shows how the loss falls (`SearchResult.path`). With several segments, where not
+    all sets can be priced, the coarse pricing proposes, the descent adds where it ends, and race and climb decide.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer passes are added.
+        seed: of the order in which the rows are taken.
+        num_segments: K, into how many segments at most.
+        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        schedule: of the descent; by `schedule_for` where not given.
+
+    Returns:
+        Candidates priced on all tokens, from the best, and the descent's path.
+    """
+    layers, count, objective = len(runner), num_segments, as_objective(objective)
+    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+    prices = Prices(runner, tokens, cost, objective)
+    schedule = schedule or schedule_for(layers, length, count, len(tokens))
+    with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
+        seeds, looked = look(prices, layers, length, count, schedule.particles)
+        # the last rows: those that the coarse pricing has not seen
+        ends, path = descend(
+            runner, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
+        )
+        proposed = {*looked, *seeds, *ends, *(near for end in ends for near in neighbours(end, layers, count))}
+        if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
+            found = race(prices, proposed, begin=2 * prices.few)
+        else:
+            found = climb(prices, race(prices, proposed), layers, count)
+    return SearchResult("clp", found, cost, path)
 
 
 def look(prices: Prices, layers: int, length: int, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
@@ -148,8 +165,3 @@ def climb(prices: Prices, found: list[Candidate], layers: int, count: int) -> li
             break
         best = ordered[0].segments
     return sorted(known.values(), key=merit)
-
-
-def merit(candidate: Candidate) -> tuple[float, Cuts]:
-    """From the best; the earlier of equals."""
-    return candidate.kl if candidate.score is None else candidate.score, candidate.segments

@@ -23,11 +23,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from layercut.distributed import processes
-from layercut.layer_search.prices import Judge, Objective
+from layercut.layer_search.prices import Judge
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import Cuts
 from layercut.layer_search.walls import cuts_of, inside, spans_of, step_of, walls_of
 from layercut.models.losses import as_price
+from layercut.models.objectives import KL, Objective
 from layercut.models.runner import Calls, DecoderRunner
 
 CLOSED = 1e-3
@@ -120,6 +121,7 @@ def gated_forward(
     return dense, torch.cat([dense if h is None else h for h in streams])
 
 
+@torch.enable_grad()
 def descend(
     stack: DecoderRunner,
     tokens: torch.Tensor,
@@ -128,23 +130,48 @@ def descend(
     cost: Cost,
     *,
     count: int = 1,
-    objective: Objective = "kl",
+    objective: Objective | None = None,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[Cuts], list[dict[str, Any]]]:
-    """Let sets of `count` segments descend from the seeds, one row of tokens [N, T] a step; their ends and the path.
+    """Let sets of segments descend the gate's loss, one row of tokens a step.
 
-    Each set moves against its gradient, the farthest wall by the stride, whatever the slope. A step has one row, so
-    that several processes all do the same; the main one's way is taken.
+    Each set moves against its gradient, the farthest wall by the stride, whatever the slope; one whose slope is not
+    finite stays where it is, since its gated model overflows there. A step has one row, so that several processes all
+    do the same; the main one's path is taken.
+
+    Args:
+        stack: the dense model.
+        tokens: token ids [N, T]; step i takes row i modulo N.
+        seeds: P sets of n layers, where the descent begins.
+        schedule: steps, sharpness and strides.
+        cost: to which the layer passes are added.
+        count: K, segments a set has at most.
+        objective: the loss, mean over tokens; KL in nats per token where not given.
+        advance: told each step.
+
+    Returns:
+        The set of whole segments nearest to where each ends, and the path (`SearchResult.path`).
     """
     layers, length = len(stack), sum(map(len, seeds[0]))
-    spans = torch.tensor([spans_of(cuts, layers, count) for cuts in seeds], device=stack.device)
+    objective = objective or KL()
+    spans = torch.tensor([spans_of(cuts, layers, count) for cuts in seeds], device=stack.device)  # [P, 2K + 1]
     momentum = torch.zeros_like(spans)
     path: list[dict[str, Any]] = []
     for step in range(schedule.steps):
         done = step / max(1, schedule.steps - 1)
         row = tokens[step % len(tokens)][None]
-        losses, slope = _slope(stack, spans, row, schedule, _anneal(schedule.sharpness, done), objective, cost)
-        path.append({"step": step, **_places(spans), "losses": [loss for loss in losses for _ in range(count)]})
+        spans.requires_grad_(True)
+        gates = concave_gate(walls_of(spans), layers, _anneal(schedule.sharpness, done))  # [P, L]
+        moving = (gates > CLOSED) & (gates < 1 - CLOSED)
+        if schedule.relaxation == "straight-through":
+            gates = _hard_forward(gates, spans)
+        dense, gated = gated_forward(stack, gates, row, cost, moving=moving, recompute=schedule.recompute)
+        losses = Judge(objective, stack, dense, row, every=HEAD_EVERY)(gated)  # [P]
+        (slope,) = torch.autograd.grad(losses.sum(), spans)
+        slope = torch.where(slope.isfinite().all(-1, keepdim=True), slope, 0.0)
+        spans = spans.detach()
+        found = [as_price(loss) for loss in losses.tolist()]
+        path.append({"step": step, **_places(spans), "losses": [loss for loss in found for _ in range(count)]})
         momentum = 0.5 * momentum + 0.5 * step_of(slope)
         spans = inside(spans + _anneal(schedule.stride, done) * momentum, layers, length)
         advance(1)
@@ -152,30 +179,10 @@ def descend(
     return processes.from_main(([cuts_of(row) for row in spans.cpu()], path))
 
 
-def _slope(
-    stack: DecoderRunner,
-    spans: torch.Tensor,
-    row: torch.Tensor,
-    schedule: GateSchedule,
-    sharpness: float,
-    objective: Objective,
-    cost: Cost,
-) -> tuple[list[float], torch.Tensor]:
-    """The loss of each set of wells on one row of tokens [1, T], and dL/dspans [P, 2K + 1].
-
-    A set whose slope is not finite stays where it is: its gated model overflows there, and has no direction to go.
-    """
-    spans = spans.detach().requires_grad_(True)
-    gates = concave_gate(walls_of(spans), len(stack), sharpness)
-    moving = (gates > CLOSED) & (gates < 1 - CLOSED)
-    if schedule.relaxation == "straight-through":
-        hard = hard_gate([cuts_of(row) for row in spans.detach().cpu()], len(stack)).to(gates)
-        gates = hard + gates - gates.detach()
-    dense, gated = gated_forward(stack, gates, row, cost, moving=moving, recompute=schedule.recompute)
-    losses = Judge(objective, stack, dense, row, every=HEAD_EVERY)(gated)
-    (slope,) = torch.autograd.grad(losses.sum(), spans)
-    finite = slope.isfinite().all(-1, keepdim=True)
-    return [as_price(loss) for loss in losses.tolist()], torch.where(finite, slope, 0.0)
+def _hard_forward(gates: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    """Gates [P, L] with the value of the nearest real cut and the slope of the soft ones (straight-through)."""
+    hard = hard_gate([cuts_of(row) for row in spans.detach().cpu()], gates.shape[1]).to(gates)
+    return hard + gates - gates.detach()
 
 
 def _places(spans: torch.Tensor) -> dict[str, list[float]]:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from layercut.distributed import processes, sharding
+from layercut.extensions import objectives
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
 from layercut.models.losses import as_price
-from layercut.models.runner import DecoderRunner, teacher_of
-
-Objective = Literal["kl", "next-token", "hidden"]
+from layercut.models.objectives import KL, Objective
+from layercut.models.runner import DecoderRunner, dense_logits
 
 FIRST_SHARE, FINALISTS = 8, 3
 """A race begins on one row in eight (two at least); so many candidates at least are priced on all rows."""
@@ -29,45 +28,66 @@ BUDGET_BYTES = 512 * 2**20
 """Hidden states at the end of a sweep, held at once; one row and sixteen sets at least."""
 
 
+def as_objective(objective: str | Objective) -> Objective:
+    """An objective by its name in `layercut.objectives`, or itself. ConfigError for a name that is unknown."""
+    if isinstance(objective, Objective):
+        return objective
+    found = objectives.get(objective)
+    return found() if isinstance(found, type) else found
+
+
+def is_kl(objective: Objective) -> bool:
+    """Whether an objective is what candidates are priced by in any case: KL(p || q) at temperature 1."""
+    return type(objective) is KL and objective.temperature == 1 and not objective.mix
+
+
 class Judge:
-    """How far a stream is from the dense one, mean over the tokens of each row; differentiable in the stream.
-
-    kl: KL(p || q) of the predictions, nats. next-token: the loss on the text, nats. hidden: |h - h_dense|^2 /
-    |h_dense|^2 of the last hidden states, which spares the head.
-
-    dense: h_L [B, T, D] for tokens [B, T]. `every`: one position in so many goes through the head, which is applied
-    to each by itself, so that a look costs less and remains an honest sample.
-    """
+    """An objective, mean over the tokens of each row, of hidden states after the last layer; differentiable in them."""
 
     def __init__(
         self, objective: Objective, stack: DecoderRunner, dense: torch.Tensor, tokens: torch.Tensor, every: int = 1
     ) -> None:
-        self.objective, self.stack, self.dense = objective, stack, dense
-        last = tokens.shape[1] - (objective == "next-token")
-        self.seen = slice(0, last, every)
+        """Prepare what all that is judged shares.
+
+        Args:
+            objective: what is measured.
+            stack: whose head makes logits of hidden states.
+            dense: the dense model's hidden states h_L [B, T, D].
+            tokens: token ids [B, T].
+            every: only one position in so many goes through the head; of hidden states all are compared.
+
+        Raises:
+            ModelError: the objective needs the dense model's logits, and one is not finite.
+        """
+        self.stack, self.reads = stack, objective.reads
+        # what does not need the dense model compares with the next token, and the last position has none
+        last = tokens.shape[1] - (not objective.needs_dense)
+        self.seen = slice(0, last, 1 if self.reads == "hidden" else every)
         self.tokens = tokens[:, self.seen]
-        self.targets = stack.place(tokens)[:, 1:][:, ::every]
-        if objective == "kl":
+        targets = F.pad(stack.place(tokens)[:, 1:], (0, 1), value=-1)[:, self.seen]
+        compared = None
+        if objective.needs_dense:
             with torch.no_grad():
-                self.teacher = teacher_of(stack, dense[:, self.seen], self.tokens)
+                compared = dense[:, self.seen]
+                compared = compared if self.reads == "hidden" else dense_logits(stack, compared, self.tokens)
+        self.loss = objective.against(compared, targets)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B]; or, where there is one row of tokens, [P, T, D] -> [P]."""
-        if self.objective == "hidden":
-            norm = self.dense.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            return ((hidden.float() - self.dense.float()).square().sum(-1) / norm).mean(-1)
-        logits = self.stack.exit(hidden[:, self.seen], self.tokens.expand(len(hidden), -1))
-        if self.objective == "kl":
-            return self.teacher.kl(logits).mean(-1)
-        targets = self.targets.expand(len(hidden), -1)
-        return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").mean(-1)
+        student = hidden[:, self.seen]
+        if self.reads == "logits":
+            student = self.stack.exit(student, self.tokens.expand(len(hidden), -1))
+        return self.loss(student).mean(-1)
 
 
 class Prices:
     """The price of every set that was asked for, on each row of tokens [N, T] so far."""
 
-    def __init__(self, stack: DecoderRunner, tokens: torch.Tensor, cost: Cost, objective: Objective = "kl") -> None:
-        self.stack, self.tokens, self.cost, self.objective = stack, tokens, cost, objective
+    def __init__(
+        self, stack: DecoderRunner, tokens: torch.Tensor, cost: Cost, objective: Objective | None = None
+    ) -> None:
+        """tokens: [N, T]; cost: to which is added what is spent; objective: KL where not given."""
+        self.stack, self.tokens, self.cost, self.objective = stack, tokens, cost, objective or KL()
         self.known: dict[Cuts, list[float]] = {}
 
     @property
@@ -150,7 +170,7 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
     """Sets priced on all rows as they were searched; where that is not by KL, their KL beside it, at no cost of the
     search's."""
     means = prices.of(sets, prices.rows).mean(-1).tolist()
-    if prices.objective == "kl":
+    if is_kl(prices.objective):
         return [Candidate(cuts, as_price(mean, 0.0)) for cuts, mean in zip(sets, means, strict=True)]
     kl = Prices(prices.stack, prices.tokens, Cost()).of(sets, prices.rows).mean(-1).tolist()
     return [Candidate(cuts, as_price(k, 0.0), mean) for cuts, k, mean in zip(sets, kl, means, strict=True)]

@@ -1,8 +1,11 @@
-"""What every search method returns, whatever way it went: segments, the candidates it priced, what that cost."""
+"""What every search returns: the segments, the candidates that it priced, and what that cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import html
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layercut.distributed import processes
@@ -16,58 +19,71 @@ class Candidate:
     segments: tuple[Segment, ...]
     kl: float
     score: float | None = None
-    """What the search went by, where that is not the KL; lower is better."""
+    """What the search minimised, where that is not the KL; lower is better."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """{"segments": [[start, stop], …], "kl"}, and "score" where there is one."""
         score = {} if self.score is None else {"score": self.score}
         return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl, **score}
 
 
 @dataclass
 class Cost:
-    """What a search spent, independent of the machine. One layer applied to one row of tokens counts one."""
+    """What a search spent, independent of the machine. A criterion adds to it while it works."""
 
     dense_tokens: int = 0
     """Tokens that went through the whole dense model."""
     layer_forwards: int = 0
+    """Layers applied to rows of tokens: one layer applied to one row [1, T] counts one."""
     layer_backwards: int = 0
+    """Backward passes of one layer for one row."""
 
     def add_(self, share: Cost) -> None:
-        """Take in what every process spent on its share of the rows."""
+        """Add what every process spent on its share of the rows."""
         spent = processes.summed([share.dense_tokens, share.layer_forwards, share.layer_backwards])
         self.dense_tokens += int(spent[0])
         self.layer_forwards += int(spent[1])
         self.layer_backwards += int(spent[2])
 
 
-@dataclass
+@dataclass(frozen=True)
 class SearchResult:
-    """The outcome of a search: `candidates` are sorted from the best, `segments` are those of the first."""
+    """The outcome of a search."""
 
     method: str
+    """The criterion's name; "given" where the segments were given."""
     candidates: list[Candidate]
+    """All that were priced on all tokens, from the best; at least one."""
     cost: Cost
+    """What the criterion spent, without the pricing of what it picked, the oracle and the triangle."""
     path: list[dict[str, Any]] = field(default_factory=list)
-    """The gate's way, a step: "step", "places" and "stops" [P * K], where its wells begin and end, "losses" [P * K],
-    the loss of each well's set; empty for methods without one."""
+    """The gate's descent, one entry a step: "step", "places" and "stops" [P * K], where its wells begin and end (in
+    layers), "losses" [P * K], the loss of each well's set; empty for criteria without one."""
     oracle: dict[str, Any] | None = None
-    """The exhaustive answer beside it, where it was asked for."""
+    """The exhaustive result as a dict, with its "kl" (nats per token) and "regret"; where it was asked for."""
     triangle: list[tuple[int, int, float]] | None = None
-    """(start, stop, KL) of every segment up to some length, where that was asked for."""
+    """(start, stop, KL in nats per token) of every segment up to some length, where that was asked for."""
     budget: dict[str, Any] | None = None
-    """What a loss budget allowed: {"max_loss", "rise", "tried": [{"length", "segments", "rise"}]}."""
+    """What a loss budget allowed: {"max_loss", "rise", "tried": [{"length", "segments", "rise"}]}, as shares."""
     seconds: float = field(default=0.0, compare=False)
-    """What the search took, by the same rule as `cost`: without what is measured beside it."""
+    """Wall-clock time of what `cost` counts."""
 
     @property
     def segments(self) -> list[Segment]:
+        """The segments to remove, in order: those of the best candidate."""
         return list(self.candidates[0].segments)
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def kl(self) -> float:
+        """KL(p || q) of the best candidate's real cut, in nats per token."""
+        return self.candidates[0].kl
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the seconds, as JSON values; segments are [start, stop], costs are in `Cost`'s units."""
         return {
             "method": self.method,
             "segments": [[s.start, s.stop] for s in self.segments],
-            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
             "oracle": self.oracle,
             "path": self.path,
             "triangle": None if self.triangle is None else [list(row) for row in self.triangle],
@@ -76,3 +92,69 @@ class SearchResult:
             "layer_forwards": self.cost.layer_forwards,
             "layer_backwards": self.cost.layer_backwards,
         }
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw each candidate as a bar over the layers that it removes, at the height of its KL; the best is marked.
+
+        Args:
+            axes: matplotlib Axes to draw on; new ones of the current pyplot figure where not given.
+
+        Returns:
+            The Axes.
+        """
+        if axes is None:
+            import matplotlib.pyplot as plt
+
+            axes = plt.subplots()[1]
+        best, finite = self.candidates[0], [c for c in self.candidates if math.isfinite(c.kl)]
+        for candidate in reversed(finite):
+            colour, width = ("tab:red", 3.0) if candidate is best else ("tab:gray", 1.0)
+            for s in candidate.segments:
+                axes.plot([s.start - 0.5, s.stop - 0.5], [candidate.kl] * 2, color=colour, linewidth=width)
+        if finite and min(c.kl for c in finite) > 0:
+            axes.set_yscale("log")
+        axes.set(xlabel="layers removed", ylabel="KL, nats per token", title=f"{self.method}: {_named(best)}")
+        return axes
+
+    def _repr_html_(self, most: int = 10) -> str:
+        """A table of the best candidates, for notebooks."""
+        scored = any(c.score is not None for c in self.candidates)
+        names = ["remove", "KL (nats per token)", *(["score"] if scored else [])]
+        rows = [[_named(c), f"{c.kl:.4g}", *([f"{c.score:.4g}"] if c.score is not None else [])]
+                for c in self.candidates[:most]]  # fmt: skip
+        head = "".join(f"<th>{name}</th>" for name in names)
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+        left = len(self.candidates) - most
+        foot = f", {left} more candidates" if left > 0 else ""
+        caption = f"{html.escape(self.method)}: {self.cost.layer_forwards:,} layer-forwards{foot}"
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _named(candidate: Candidate) -> str:
+    return ", ".join(map(str, candidate.segments))
+
+
+def merit(candidate: Candidate) -> tuple[float, tuple[Segment, ...]]:
+    """What candidates are sorted by: score, or KL where there is none; the earlier of equals."""
+    return candidate.kl if candidate.score is None else candidate.score, candidate.segments
+
+
+def regret(result: SearchResult, oracle: SearchResult) -> float:
+    """The price of the segments found over the lowest there is, as both searches priced them: 1 is the optimum."""
+    found, best = merit(result.candidates[0])[0], merit(oracle.candidates[0])[0]
+    return 1.0 if found == best else found / best if best > 0 else math.inf
+
+
+def rescored(result: SearchResult, score: Callable[[tuple[Segment, ...]], float], most: int = 4) -> SearchResult:
+    """The first candidates, sorted by a score that would be too expensive for all of them.
+
+    Args:
+        result: a search's result.
+        score: of segments removed together; lower is better.
+        most: how many candidates are kept and scored.
+
+    Returns:
+        The result with these candidates only, each with its `score`, from the best.
+    """
+    judged = [replace(c, score=score(c.segments)) for c in result.candidates[:most]]
+    return replace(result, candidates=sorted(judged, key=merit))

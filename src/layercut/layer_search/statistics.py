@@ -85,6 +85,7 @@ def angular_sums(last: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ibd,jbd->bij", unit, unit).clamp(-1, 1).arccos().sum(0) / torch.pi
 
 
+@torch.enable_grad()
 def taylor_scores(
     stack: DecoderRunner,
     tokens: torch.Tensor,

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 
 from layercut.models.losses import (
     Teacher,
@@ -66,16 +67,51 @@ class Objective:
         leaf = student.detach().requires_grad_(True)
         with torch.enable_grad():
             loss = self.loss(leaf, dense, targets)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`loss` as a function of the student alone, with what many students share computed once."""
-        return lambda student: self.loss(student.float(), dense, targets)
+        """`loss` as a function of the student alone, with what many students share computed once.
+
+        Args:
+            dense: logits [B, T, V] of the dense model, or its hidden states [B, T, D]; None as in `loss`.
+            targets: token ids [B, T], as in `loss`.
+
+        Returns:
+            A function of the student's [B, T, V] or [B, T, D], or, where B is 1, of P students' [P, T, …]; it gives
+            [B, T] or [P, T] and is differentiable.
+        """
+
+        def loss(student: torch.Tensor) -> torch.Tensor:
+            flat, shape = student.float().flatten(0, 1), student.shape[:2]
+            p = None if dense is None else dense.float().expand(student.shape).flatten(0, 1)
+            index = targets.expand(shape).flatten()
+            if torch.is_grad_enabled() and student.requires_grad:
+                return _WithGradient.apply(flat, self, p, index).view(shape)
+            return self.loss(flat, p, index).view(shape)
+
+        return loss
 
     def judge(self) -> Objective:
         """What held-out rows are scored by during tuning: logits are what counts, at temperature 1."""
         return self if self.reads == "logits" else KL()
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss per token [M] of a student [M, …], backwards by `Objective.loss_and_gradient`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, objective: Objective, dense: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        loss, gradient = objective.loss_and_gradient(student, dense, targets)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].unsqueeze(-1), None, None, None
 
 
 class KL(Objective):
@@ -139,6 +175,13 @@ class NextToken(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return next_token_and_gradient(student, targets)
 
+    def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def loss(student: torch.Tensor) -> torch.Tensor:
+            logits, index = student.float().transpose(1, 2), targets.expand(len(student), -1)
+            return F.cross_entropy(logits, index, reduction="none", ignore_index=-1)
+
+        return loss
+
 
 class Hidden(Objective):
     """|h - h_dense|² / |h_dense|²; the norm is each token's own in a search, the mean of a pass in tuning."""
@@ -150,6 +193,9 @@ class Hidden(Objective):
         assert dense is not None
         norm = dense.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         return (student.float() - dense.float()).square().sum(-1) / norm
+
+    def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda student: self.loss(student, dense, targets)
 
 
 __all__ = ["KL", "Hidden", "NextToken", "Objective", "kl_divergence"]

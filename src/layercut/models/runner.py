@@ -221,6 +221,28 @@ class DecoderRunner:
             )
 
 
+@contextmanager
+def opened(model: Any) -> Iterator[DecoderRunner]:
+    """A runner of a model, or the runner itself, with dropout off and no gradients in the weights while open.
+
+    On exit the modules are in training mode, and the parameters take gradients, where they were and did before.
+    """
+    module = model.at_rest if isinstance(model, DecoderRunner) else model
+    training = [part for part in module.modules() if part.training]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for part in training:
+            part.training = False
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield model if isinstance(model, DecoderRunner) else DecoderRunner(model)
+    finally:
+        for part in training:
+            part.training = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
     """h_{i+1} = f_i(h_i), of which only h_i is kept for the backward pass: there the layer is run again.
 
@@ -341,12 +363,20 @@ def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor)
 
     Raises ModelError where a logit is not finite: nothing can be compared with such predictions.
     """
-    teacher = Teacher(stack.exit(hidden, tokens))
-    finite = teacher.negative_entropy.isfinite()
+    return Teacher(dense_logits(stack, hidden, tokens))
+
+
+def dense_logits(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The dense model's logits [B, T, V] for tokens [B, T], from what leaves its last layer [B, T, D].
+
+    Raises ModelError where one is not finite: nothing can be compared with such predictions.
+    """
+    logits = stack.exit(hidden, tokens)
+    finite = logits.isfinite().all(-1)
     if not finite.all():
         row = int((~finite).any(-1).nonzero()[0])
         raise not_finite(stack, tokens[row : row + 1])
-    return teacher
+    return logits
 
 
 def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:

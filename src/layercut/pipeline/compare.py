@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from layercut import evaluation
+from layercut import evaluation, layer_search
 from layercut.config import CompareConfig, flattened
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, SurgeryError
 from layercut.files.writing import write_atomically
 from layercut.healing.endpoint_tuning import tune_
 from layercut.healing.least_squares import fold_
-from layercut.layer_search import find_segments
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, sweep_work
 from layercut.models import checkpoints, loading
@@ -122,7 +121,7 @@ def compare(model: str, config: CompareConfig) -> Path:
 def search_by(work: RunContext, method: str, length: int) -> dict[str, Any]:
     """What one method removes, its KL on the calibration tokens, and what finding it took."""
     stack, tokens = work.stack, work.blocks["calibration"]
-    result = find_segments(stack, tokens, length, method, seed=work.config.text.seed)
+    result = layer_search.search(stack, tokens, n_layers=length, method=method, seed=work.config.text.seed)
     return {
         "method": method,
         "segments": [[s.start, s.stop] for s in result.segments],

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from layercut import layer_search
 from layercut.config import CompressConfig
 from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes, size_flag
-from layercut.layer_search import price_segments
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import stages
@@ -252,7 +252,7 @@ def rounds_searched(work: RunContext, done: Sequence[Round]) -> dict[str, Any]:
     """search.json of several rounds: all that they removed, priced as one cut, and what each chose."""
     each = [part.read("search") for part in done]
     removal = done[-1].removal if done and done[-1].removal else Removal.first(())
-    found = price_segments(work.stack, work.blocks["calibration"], list(removal.all)).to_json()
+    found = layer_search.search(work.stack, work.blocks["calibration"], segments=removal.all).to_dict()
     kept = ("method", "segments", "cut", "candidates", "seconds", "layer_forwards", "layer_backwards")
     return found | {
         "method": each[-1]["method"] if each else "none",

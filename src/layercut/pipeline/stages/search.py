@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
+from layercut import layer_search
+from layercut.config import SearchConfig
 from layercut.data.blocks import Blocks
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
@@ -16,14 +18,12 @@ from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_
 from layercut.layer_search import (
     SearchResult,
-    add_triangle_,
-    find_segments,
     length_for_size,
     longest_within,
     perplexity_rise,
-    price_segments,
     rescored,
     split_rows,
+    with_triangle,
 )
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.models import loading
@@ -36,29 +36,30 @@ from layercut.segments import Segment
 
 def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> dict[str, Any]:
     """The segments to remove: those given, or the search's answer."""
-    config, tokens = work.config.search, work.blocks["calibration"]
+    config, tokens, seed = work.config.search, work.blocks["calibration"], work.config.text.seed
     if wanted:
-        result = price_segments(work.before_stack, tokens, list(wanted))
+        result = layer_search.search(work.before_stack, tokens, segments=wanted)
     elif length is None and config.max_loss is not None:
         result = search_within(work, config.max_loss)
     else:
         length = length_for_target(work) if length is None else length
-        result = find(work, tokens, length, work.config.text.seed, oracle=config.oracle)
+        how = asked(config, length)
+        result = layer_search.search(work.before_stack, tokens, **how, seed=seed, oracle=config.oracle)
     if config.score == "folded":
         result = rescored(result, partial(folded_kl, work))
     if config.all_lengths:
-        add_triangle_(result, work.before_stack, tokens, sum(map(len, result.segments)))
-    found = result.to_json() | {"seed": work.config.text.seed, "calibration": work.text["calibration"]}
-    return work.in_dense_layers(found)
+        result = with_triangle(result, work.before_stack, tokens, sum(map(len, result.segments)))
+    return work.in_dense_layers(result.to_dict() | {"seed": seed, "calibration": work.text["calibration"]})
 
 
-def find(work: RunContext, tokens: torch.Tensor, length: int, seed: int, *, oracle: bool = False) -> SearchResult:
-    """The search itself, for one length, on any tokens."""
-    config = work.config.search
-    return find_segments(
-        work.before_stack, tokens, length, config.method, seed=seed, oracle=oracle,
-        count=min(config.num_segments, length), objective=config.search_objective,
-    )  # fmt: skip
+def asked(config: SearchConfig, length: int) -> dict[str, Any]:
+    """What the configuration says about the search for so many layers, as arguments of `layer_search.search`."""
+    return {
+        "n_layers": length,
+        "num_segments": config.num_segments,
+        "method": config.method,
+        "objective": config.search_objective,
+    }
 
 
 def search_again(work: RunContext, seed: int, length: int) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def search_again(work: RunContext, seed: int, length: int) -> dict[str, Any]:
 
     drawn = processes.on_main(draw)
     work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-    found = find(work, drawn.tokens, length, seed).to_json()
+    result = layer_search.search(work.before_stack, drawn.tokens, **asked(work.config.search, length), seed=seed)
+    found = result.to_dict()
     kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
     facts = {"seed": seed, "kl": found["candidates"][0]["kl"], "calibration": drawn.facts()}
     return facts | {key: found[key] for key in kept} | {"files": [f"stability-{seed}.safetensors"]}
@@ -100,15 +102,15 @@ def stability(work: RunContext, search: dict[str, Any], again: list[dict[str, An
 
 def search_within(work: RunContext, max_loss: float) -> SearchResult:
     """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
-    rows, unseen = split_rows(work.blocks["calibration"])
+    config, (rows, unseen) = work.config.search, split_rows(work.blocks["calibration"])
+    seed = work.config.text.seed
     within = longest_within(
         max_loss,
         len(work.before_stack) - 1,
-        lambda length: find(work, rows, length, work.config.text.seed),
+        lambda length: layer_search.search(work.before_stack, rows, **asked(config, length), seed=seed),
         lambda cuts: perplexity_rise(work.before_stack, unseen, cuts),
     )
-    within.result.budget = {"max_loss": max_loss, "rise": within.rise, "tried": within.tried}
-    return within.result
+    return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
 
 
 def length_for_target(work: RunContext) -> int:

@@ -1,0 +1,59 @@
+"""The criterion `exhaustive`: price every segment, or every set of segments, by its real cut in one sweep."""
+
+from __future__ import annotations
+
+import torch
+
+from layercut.errors import ConfigError
+from layercut.layer_search.budgets import sweep_rows
+from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
+from layercut.layer_search.result import Cost, SearchResult
+from layercut.layer_search.sweep import DENSE, set_costs, set_work
+from layercut.layer_search.walls import all_sets, number_of_sets
+from layercut.models.objectives import Objective
+from layercut.models.runner import DecoderRunner
+from layercut.progress import bar
+
+MOST_SETS = 20_000
+"""More sets than these are refused."""
+
+
+def exhaustive(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+) -> SearchResult:
+    """Price every set of at most `num_segments` segments with `length` layers in all; the best is the optimum.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
+        num_segments: K, into how many segments at most.
+        objective: what a cut is priced by; in nats per token for "kl" and "next-token".
+
+    Returns:
+        All sets as candidates, from the best.
+
+    Raises:
+        ConfigError: there are more than `MOST_SETS` sets.
+    """
+    layers, objective = len(runner), as_objective(objective)
+    if (number := number_of_sets(length, layers, num_segments)) > MOST_SETS:
+        raise ConfigError(
+            f"{number:,} sets of {num_segments} segments are too many to price them all; allowed are {MOST_SETS:,}",
+            f"search them by the gate: --method clp --num-segments {num_segments}",
+        )
+    sets = all_sets(length, layers, num_segments)
+    if not is_kl(objective):
+        prices = Prices(runner, tokens, cost, objective)
+        with bar(f"sweeping {number} sets", None):
+            return SearchResult("exhaustive", candidates(prices, prices.ranked(sets, len(tokens))), cost)
+    rows = sweep_rows(runner, tokens, number)
+    with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
+        return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, rows=rows, advance=advance), cost)

@@ -1,0 +1,264 @@
+"""`layercut.search` on a model in memory: what it returns, refuses and leaves alone, and one's own parts."""
+
+import json
+import threading
+from dataclasses import FrozenInstanceError, replace
+
+import matplotlib as mpl
+import pytest
+import torch
+
+import tiny
+from layercut import extensions
+from layercut.errors import ConfigError, DataError, ModelError
+from layercut.estimate.work import METHODS
+from layercut.layer_search import Candidate, Cost, SearchResult, criteria, search
+from layercut.layer_search.criteria import accepted
+from layercut.layer_search.sweep import set_costs
+from layercut.models.losses import kl_divergence
+from layercut.models.objectives import KL, Objective
+from layercut.models.runner import DecoderRunner
+from layercut.segments import Segment
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.llama()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registries whose additions are forgotten again."""
+    for registry in (extensions.criteria, extensions.objectives):
+        monkeypatch.setattr(registry, "registered", dict(registry.registered))
+    return extensions.criteria
+
+
+def state(model):
+    """All that a search might leave changed."""
+    parts = [(part.training, sorted(part.__dict__), len(part._forward_hooks)) for part in model.modules()]
+    weights = {name: (p.requires_grad, p.grad, p.data_ptr(), p.sum().item()) for name, p in model.named_parameters()}
+    return parts, weights, model.config.to_dict()
+
+
+@pytest.mark.parametrize("method", list(extensions.criteria))
+def test_the_model_is_as_it_was_and_the_answer_that_of_one_at_rest(model, method):
+    """A model as from_pretrained gives it, and one in training mode with dropout, in which nothing else may change."""
+    at_rest = search(model, tiny.some_tokens(), n_layers=2, method=method, seed=3)
+    busy = tiny.llama(attention_dropout=0.5)
+    busy.train().requires_grad_(True)
+    busy.model.layers[2].eval()
+    busy.model.norm.weight.requires_grad_(False)
+    before, threads = state(busy), threading.active_count()
+    with torch.no_grad():
+        found = search(busy, tiny.some_tokens(), n_layers=2, method=method, seed=3)
+    assert state(busy) == before
+    assert threading.active_count() == threads
+    assert found == at_rest
+    assert found.method == method
+
+
+def test_a_share_a_number_and_a_runner_are_the_same_search(model):
+    tokens = tiny.some_tokens()
+    found = search(model, tokens, ratio=0.25)
+    assert found == search(DecoderRunner(model), tokens, n_layers=2)
+    assert sum(map(len, found.segments)) == 2
+    assert found.kl == found.candidates[0].kl
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "none of ratio, n_layers and segments"),
+        ({"ratio": 0.2, "n_layers": 2}, "ratio and n_layers of ratio"),
+        ({"ratio": 0.01}, "is 0 layers"),
+        ({"n_layers": 8}, "8 of 8 layers cannot be removed"),
+        ({"segments": [Segment(6, 9)]}, "beyond the model's 8 layers"),
+        ({"n_layers": 2, "method": "sled"}, "'sled' is unknown"),
+        ({"n_layers": 2, "objective": "kk"}, "'kk' is unknown"),
+        ({"n_layers": 2, "method": "sleb", "num_segments": 2}, "num_segments is not for the criterion 'sleb'"),
+        ({"n_layers": 2, "method": "cosine", "objective": "hidden"}, "objective is not for the criterion 'cosine'"),
+    ],
+)
+def test_what_does_not_make_sense_is_refused_with_a_hint(model, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        search(model, tiny.some_tokens(), **changes)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.zeros(16, dtype=torch.long), torch.zeros(2, 1).long(), torch.rand(2, 16), torch.zeros(1, 999).long()],
+)
+def test_tokens_that_are_no_rows_of_ids_are_refused(model, tokens):
+    with pytest.raises(DataError):
+        search(model, tokens, n_layers=2)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(model):
+    with pytest.raises(ModelError, match="vocabulary"):
+        search(model, torch.full((2, 8), tiny.VOCABULARY), n_layers=2)
+
+
+def test_a_result_is_frozen_serialises_and_shows_itself(model):
+    mpl.use("agg")
+    found = search(model, tiny.some_tokens(), n_layers=2, objective="hidden", oracle=True)
+    with pytest.raises(FrozenInstanceError):
+        found.method = "mine"
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["segments"] == [[s.start, s.stop] for s in found.segments]
+    assert set(told) == {
+        "method", "segments", "candidates", "oracle", "path", "triangle", "budget", "dense_tokens", "layer_forwards",
+        "layer_backwards",
+    }  # fmt: skip
+    table = replace(found, method="<b>")._repr_html_()
+    assert "&lt;b&gt;" in table
+    assert str(found.segments[0]) in table
+    axes = found.plot()
+    assert str(found.segments[0]) in axes.get_title()
+    assert len(axes.lines) == sum(len(c.segments) for c in found.candidates)
+    assert found.plot(axes) is axes
+
+
+# --- criteria of one's own ---
+
+
+def test_a_criterion_by_decorator_or_as_a_function_is_priced_by_the_real_cut(model, registered):
+    tokens = tiny.some_tokens()
+
+    @registered.register("test-middle")
+    def middle(runner, tokens, length, **_):
+        start = (len(runner) - length) // 2
+        return [Segment(start, start + length)]
+
+    found = search(model, tokens, n_layers=2, method="test-middle")
+    assert found.method == "test-middle"
+    assert found.segments == [Segment(3, 5)]
+    assert found.candidates == set_costs(DecoderRunner(model), tokens, [(Segment(3, 5),)], Cost())
+    assert search(model, tokens, n_layers=2, method=middle).candidates == found.candidates
+
+
+def test_a_criterion_is_given_what_it_names(model):
+    given = {}
+
+    def curious(runner, tokens, length, *, seed, cost, advance):
+        given.update(seed=seed, length=length)
+        cost.layer_forwards += 7
+        advance(1)
+        return torch.arange(8.0)
+
+    found = search(model, tiny.some_tokens(), n_layers=3, method=curious, seed=5)
+    assert given == {"seed": 5, "length": 3}
+    assert found.segments == [Segment(0, 3)], "scores: the lowest go"
+    assert found.cost == Cost(layer_forwards=7)
+    assert accepted(lambda runner, tokens, length, seed: (), {"seed": 1, "cost": 2}) == {"seed": 1}
+    assert accepted(lambda runner, tokens, length, **options: (), {"seed": 1, "cost": 2}) == {"seed": 1, "cost": 2}
+
+
+def test_a_criterion_may_price_its_own_candidates_and_search_several_segments(model):
+    def pairs(runner, tokens, length, *, num_segments, objective, cost):
+        assert num_segments == length == 2
+        assert isinstance(objective, KL)
+        best = Candidate((Segment(1, 2), Segment(4, 5)), 0.5)
+        return SearchResult("whatever", [best, Candidate((Segment(1, 3),), 0.75)], cost)
+
+    found = search(model, tiny.some_tokens(), n_layers=2, method=pairs, num_segments=3, oracle=True)
+    assert (found.method, found.kl, len(found.candidates)) == ("pairs", 0.5, 2)
+    assert found.oracle["regret"] == 0.5 / found.oracle["kl"]
+
+
+@pytest.mark.parametrize(
+    ("picked", "message"),
+    [
+        ([Segment(1, 2)], "picked 1 layers"),
+        ([], r"picked 0 layers \(none\)"),
+        ([Segment(7, 9)], "beyond"),
+        (torch.zeros(3), r"scores of shape \[3\]; allowed is \[8\]"),
+    ],
+)
+def test_what_a_criterion_may_not_pick(model, picked, message):
+    with pytest.raises(ConfigError, match=message):
+        search(model, tiny.some_tokens(), n_layers=2, method=lambda runner, tokens, length: picked)
+
+
+def test_every_criterion_of_layercut_is_found_and_only_unknown_ones_have_unknown_cost(registered):
+    for name in registered.own:
+        assert callable(registered.get(name))
+    assert set(METHODS) == set(registered.own) - {"evolution"}
+    assert "test-mine" not in METHODS
+
+
+# --- objectives of one's own ---
+
+
+class ReverseKL(Objective):
+    def loss(self, student, dense, targets):
+        q, p = student.log_softmax(-1), dense.log_softmax(-1)
+        return (q.exp() * (q - p)).sum(-1)
+
+
+class Rank(Objective):
+    """Without the dense model: it depends on the next token alone, and the last position has none."""
+
+    needs_dense = False
+
+    def loss(self, student, dense, targets):
+        assert dense is None
+        assert (targets >= 0).all()
+        return -student.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("method", ["clp", "exhaustive"])
+def test_an_objective_of_ones_own_is_what_candidates_are_scored_by(model, method, registered):
+    extensions.objectives.register("test-reverse")(ReverseKL)
+    tokens = tiny.some_tokens()
+    found = search(model, tokens, n_layers=2, method=method, objective="test-reverse")
+    assert found == search(model, tokens, n_layers=2, method=method, objective=ReverseKL())
+    best = found.candidates[0]
+    student = tiny.llama()
+    cut = [
+        layer for i, layer in enumerate(student.model.layers) if not best.segments[0].start <= i < best.segments[0].stop
+    ]
+    student.model.layers = torch.nn.ModuleList(cut)
+    p, q = (each(input_ids=tokens, use_cache=False).logits for each in (model, student))
+    assert best.score == pytest.approx(kl_divergence(q, p).mean().item(), rel=1e-4)
+    assert best.kl == pytest.approx(kl_divergence(p, q).mean().item(), rel=1e-4)
+    assert best.score == min(c.score for c in found.candidates)
+
+
+def test_objectives_of_ones_own_reach_what_layercuts_reach_with_the_same_formula(model):
+    """The descent's path too: so gradients, positions and shapes are the same."""
+    tokens = tiny.some_tokens()
+
+    class SameKL(Objective):
+        def loss(self, student, dense, targets):
+            return kl_divergence(dense, student)
+
+    class SameHidden(Objective):
+        reads = "hidden"
+
+        def loss(self, student, dense, targets):
+            return (student - dense).square().sum(-1) / dense.square().sum(-1)
+
+    for mine, theirs in (
+        (SameKL(), "kl"),
+        (Rank(), "next-token"),
+        (SameHidden(), "hidden"),
+        (KL(mix=1.0), "next-token"),
+    ):
+        one, other = (search(model, tokens, n_layers=2, objective=objective) for objective in (mine, theirs))
+        assert one.segments == other.segments
+        for mine_step, step in zip(one.path, other.path, strict=True):
+            assert mine_step["losses"] == pytest.approx(step["losses"], rel=1e-4)
+            assert mine_step["places"] == pytest.approx(step["places"], abs=1e-3)
+
+
+def test_a_warm_kl_is_searched_by_too(model):
+    found = search(model, tiny.some_tokens(), n_layers=2, objective=KL(temperature=2.0))
+    assert found.candidates[0].score is not None
+
+
+def test_scores_are_taken_from_the_lowest_and_nan_is_the_worst():
+    scores = torch.tensor([3.0, float("nan"), 1.0, 2.0])
+    assert criteria.lowest(scores, 2) == (Segment(2, 4),)
+    assert criteria.lowest(scores, 3) == (Segment(0, 1), Segment(2, 4))
