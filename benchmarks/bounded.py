@@ -51,7 +51,7 @@ def flags(args: Any) -> list[str]:
 
 def journey(argv: list[str], limit: int, held_out: int) -> None:
     """The command under the limit, in this process; prints each stage's peak and seconds."""
-    from layercut.cli.main import main as command
+    from layercut.cli.command_line import main as command
 
     text.FEWEST_HELD_OUT = held_out
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -78,7 +78,7 @@ def journey(argv: list[str], limit: int, held_out: int) -> None:
 
 def plan(argv: list[str], held_out: int) -> None:
     """`layercut plan`, in this process, for so few rows held out."""
-    from layercut.cli.main import main as command
+    from layercut.cli.command_line import main as command
 
     work.FEWEST_HELD_OUT = held_out
     sys.exit(command(argv))

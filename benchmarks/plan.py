@@ -166,7 +166,7 @@ def planned(model: Path, given: dict[str, Any], method: str) -> dict[str, Any]:
     """In a process of its own, as the command is: what this one holds is not to be counted."""
     flags = ["--tokens", given["tokens"], "--window", given["window"], "--ratio", LENGTH, "--method", method]
     flags += ["--dtype", given["dtype"], "--tune-tokens", 4096, "--eval-tokens", 2048, "--json"]
-    command = [sys.executable, "-m", "layercut.cli.main", "plan", str(model), *map(str, flags)]
+    command = [sys.executable, "-m", "layercut.cli.command_line", "plan", str(model), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr)

@@ -17,7 +17,7 @@ import torch
 
 import tiny
 from layercut import evaluation, extensions, progress
-from layercut.cli.main import main
+from layercut.cli import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, LayercutError, ModelError
 from layercut.evaluation import Evaluation, evaluate

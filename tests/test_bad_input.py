@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.errors import RunError
 from layercut.files.json_values import write_text
 from layercut.models.checkpoints import resolve

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from layercut.cli.main import app, main
+from layercut.cli.command_line import app, main
 from layercut.config import PRESETS, CompressConfig, FindConfig, HealConfig, TuneConfig, flattened, keys
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
@@ -33,7 +33,7 @@ def run(*lines: str) -> subprocess.CompletedProcess[str]:
 def test_help_of_every_command_needs_no_torch():
     done = run(
         "import sys",
-        "from layercut.cli.main import main",
+        "from layercut.cli.command_line import main",
         f"for command in {COMMANDS}:",
         "    assert main([command, '--help']) == 0",
         "assert main(['--help']) == main(['--version']) == main([]) == 0",
@@ -48,7 +48,7 @@ def test_help_of_every_command_needs_no_torch():
 def test_a_refused_flag_needs_no_torch_either():
     done = run(
         "import sys",
-        "from layercut.cli.main import main",
+        "from layercut.cli.command_line import main",
         "assert main(['compress', 'model', '--ratio', '3']) == 2",
         f"assert not [name for name in {HEAVY} if name in sys.modules]",
     )
@@ -160,7 +160,7 @@ def resolved(monkeypatch, capsys):
     monkeypatch.setattr(
         "layercut.pipeline.journey.compress", lambda model, config, **_: taken.append(config) or Path("run")
     )
-    monkeypatch.setattr("layercut.cli.main._show", lambda run: None)
+    monkeypatch.setattr("layercut.cli.command_line._show", lambda run: None)
 
     def settings(*flags: str, command: str = "compress") -> dict[str, Any]:
         assert main([command, "model", "--ratio=0.2", *flags]) == 0, capsys.readouterr().err

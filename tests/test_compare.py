@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from layercut import evaluation
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
 from layercut.extensions import criteria

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.distributed import processes
 from layercut.errors import ModelError, RunError, SurgeryError
 from layercut.evaluation import perplexity

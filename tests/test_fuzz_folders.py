@@ -279,7 +279,7 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_errors_are_printed_without_control_characters(folder, tmp_path, capsys):
-    from layercut.cli.main import main
+    from layercut.cli.command_line import main
 
     bad = folder.rename(tmp_path / "\x1b[31mred")
     (bad / "config.json").write_text("{")

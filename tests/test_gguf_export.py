@@ -16,7 +16,7 @@ import torch
 
 import folders
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.export.gguf import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes

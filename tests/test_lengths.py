@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.config import SearchConfig
 from layercut.errors import ConfigError
 from layercut.files import sizes

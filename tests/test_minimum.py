@@ -8,7 +8,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-pyyaml", "peft"}
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-pyyaml", "peft", "build", "setuptools"}
+TOOLS |= {"zensical", "mkdocstrings-python", "layercut"}
 """What tests and benchmarks are run with, and not what is tested."""
 
 

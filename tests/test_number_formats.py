@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.evaluation import perplexity
 from layercut.models import checkpoints, loading

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.config import (
     CompressConfig,
     DataConfig,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import tiny
 import together
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.models import checkpoints, memory

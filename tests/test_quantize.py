@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi
 
 import folders
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError

@@ -151,8 +151,8 @@ def test_documents_name_files_and_functions_that_exist(page):
 
 
 def test_names_that_do_not_exist_are_found():
-    assert wrong_names("so `stream.load` leaves") == ["stream.load"]
-    assert wrong_names("| a | `models/runner.py` `no_such_passes`, `DecoderRunner` |") == ["sweep.py: no_such_passes"]
+    assert wrong_names("so `models.loading.read` leaves") == ["models.loading.read"]
+    assert wrong_names("| a | `models/runner.py` `no_such_passes`, `DecoderRunner` |") == ["runner.py: no_such_passes"]
     assert wrong_names("| a | `search/gone.py` |") == ["search/gone.py"]
     assert wrong_names("see `docs/gone.md` and [here](docs/gone-too.md)") == ["docs/gone.md", "docs/gone-too.md"]
     fine = "`summary.json` `config.yaml`, `models.share`, `layercut.pipeline.journey.compress`, `out` and `tasks.NAME`"

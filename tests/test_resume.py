@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.pipeline.artefacts import decode, kind_of
 from layercut.pipeline.run_store import STAGES, TEXTS
 from layercut.pipeline.stages.heal import TUNING_STATE

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layercut import evaluation
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.models import checkpoints, loading
 from layercut.pipeline.iterative import round_lengths

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from folders import write_text
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.models import loading
 from layercut.models.losses import kl_divergence

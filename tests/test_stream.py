@@ -17,7 +17,7 @@ from transformers import (
 
 import folders
 import tiny
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.layer_search import find_segments
 from layercut.layer_search.result import Cost

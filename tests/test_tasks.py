@@ -16,7 +16,7 @@ import torch
 import folders
 import tiny
 from layercut import evaluation
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from layercut.errors import ConfigError, DataError, RunError
 from layercut.evaluation import harness
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, speaking_metric, standard_error

@@ -6,11 +6,13 @@ In YAML the keys are the flags' names with underscores, flat: `ratio: 0.2`.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -49,9 +51,9 @@ rare = Parameter(group=RARE)
 no_negative = Parameter(negative="")
 
 
-def one_of(registry: Registry[Any], group: Group | None = None) -> Parameter:
-    """A name from a registry, which the help lists with those that installed packages bring."""
-    return Parameter(group=group) if group else Parameter()
+def one_of(registry: Registry[Any], text: str, group: Group | None = None) -> Parameter:
+    """A name from a registry; the help lists them all, those that installed packages bring too."""
+    return Parameter(help=f"{text} One of {', '.join(registry)}.", group=group)
 
 
 rare_switch = Parameter(group=RARE, negative="")
@@ -145,13 +147,24 @@ class SearchConfig:
     on held-out rows. With --target-size: walk layers and bits until both are met, or say that they cannot be."""
     num_segments: int = 1
     """Remove the layers as up to so many segments; for clp and exhaustive."""
-    method: Annotated[str, one_of(criteria)] = "clp"
-    """clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others are the
-    baselines they are compared with; block-influence, perplexity, taylor, sleb and evolution may choose layers
-    that are not neighbours."""
-    search_objective: Annotated[str, one_of(objectives, RARE)] = "kl"
-    """What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: it predicts the
-    text. hidden: its last hidden states are the dense model's; the cheapest."""
+    method: Annotated[
+        str,
+        one_of(
+            criteria,
+            "clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others "
+            "are the baselines they are compared with; block-influence, perplexity, taylor, sleb and "
+            "evolution may choose layers that are not neighbours.",
+        ),
+    ] = "clp"
+    search_objective: Annotated[
+        str,
+        one_of(
+            objectives,
+            "What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: "
+            "it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
+            RARE,
+        ),
+    ] = "kl"
     score: Annotated[Literal["raw", "folded"], rare] = "raw"
     """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
     fold, on held-out text."""
@@ -249,9 +262,14 @@ class HealConfig:
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
-    objective: Annotated[str, one_of(objectives)] = "kl"
-    """kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states at
-    the cut."""
+    objective: Annotated[
+        str,
+        one_of(
+            objectives,
+            "kl: match the dense model's predictions. next-token: the text's. hidden: the dense hidden states "
+            "at the cut.",
+        ),
+    ] = "kl"
     learning_rate: float | None = None
     """Peak rate of AdamW, quartered where the held-out loss rises above the start's. Not given: 0.92 / hidden size,
     half of it in fewer than 64 steps."""
@@ -302,8 +320,13 @@ class QuantizeConfig:
 
     bits: Literal[16, 8, 4] = 16
     """Bits for each weight of the decoder layers. 16: not quantized."""
-    quantizer: Annotated[str, one_of(quantizers)] = "gptq"
-    """gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text."""
+    quantizer: Annotated[
+        str,
+        one_of(
+            quantizers,
+            "gptq: calibrated on the calibration text, column by column. rtn: round to nearest, without text.",
+        ),
+    ] = "gptq"
     group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
     asymmetric: Annotated[bool, rare_switch] = False
@@ -351,8 +374,13 @@ class TasksConfig:
     """Items of each task, from its first; all where not given."""
     include_path: Annotated[Path | None, rare] = None
     """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
-    evaluations: str = ""
-    """Evaluations that installed packages bring, by name, separated by commas. Not given: none."""
+    evaluations: Annotated[
+        str,
+        Parameter(
+            help="Evaluations that packages bring, by name, separated by commas. Not given: none. Installed: "
+            f"{', '.join(evaluations) or 'none'}."
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         if self.limit is not None:
@@ -712,6 +740,45 @@ def keys(config: type) -> set[str]:
     for one in fields(config):
         found |= keys(hints[one.name]) if is_dataclass(hints[one.name]) else {one.name}
     return found
+
+
+def from_flat(options: Mapping[str, Any]) -> CompressConfig:
+    """The configuration of a run from flat keys, which are the flags' names with underscores, as in a YAML file.
+
+    Raises ConfigError: a key that no flag has, or a value that is not allowed.
+    """
+    hints = get_type_hints(CompressConfig)
+    parts: dict[str, dict[str, Any]] = {one.name: {} for one in fields(CompressConfig)}
+    owner = {key: part for part in parts for key in keys(hints[part])}
+    for key, value in options.items():
+        if key not in owner:
+            near = difflib.get_close_matches(key, owner, 1)
+            raise ConfigError(
+                f"there is no option {key!r}", f"did you mean {near[0]!r}?" if near else "see layercut compress --help"
+            )
+        if key == "segment":
+            value = (value,) if isinstance(value, str) else tuple(value)
+        parts[owner[key]][key] = _checked(key, value, get_type_hints(hints[owner[key]])[key])
+    return CompressConfig(**{part: hints[part](**given) for part, given in parts.items()})
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """A value that is of the type its field is annotated with; paths may be given as text, floats as whole numbers."""
+    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for one in allowed:
+        choices = get_args(one)
+        if get_origin(one) is Literal and value in choices and type(value) is type(choices[choices.index(value)]):
+            return value
+        if one is Path and isinstance(value, str | Path):
+            return Path(value)
+        if one is float and type(value) in (int, float):
+            return float(value)
+        if (isinstance(one, type) and type(value) is one) or (get_origin(one) is tuple and isinstance(value, tuple)):
+            return value
+    words = [", ".join(map(repr, get_args(one))) or getattr(one, "__name__", str(one)) for one in allowed]
+    raise ConfigError(
+        f"{key} is {value!r}", f"allowed is {' or '.join('None' if w == 'NoneType' else w for w in words)}"
+    )
 
 
 def flattened(config: CompressConfig | CompareConfig) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """The command `layercut`: parse, call, print."""
 
-from layercut.cli.main import main
+from layercut.cli.command_line import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,131 @@
+"""The API on a model in memory gives what the command gives, to the bit, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import layercut as lc
+from layercut.errors import ConfigError
+
+OPTIONS = {
+    "ratio": 0.25, "tokens": 64, "window": 16, "tune_tokens": 96, "batch_tokens": 32, "eval_tokens": 64,
+    "eval_window": 16, "speed": False, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("api") / "run"
+    return lc.compress(tiny_model, data=str(texts[0]), eval_data=str(texts[1]), out=out, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def blocks(run):
+    uses = ("calibration", "heldout", "tuning", "evaluation")
+    return {use: load_file(run.folder / f"tokens-{use}.safetensors")[use] for use in uses}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def test_step_by_step_gives_what_the_command_gives(run, blocks, model, tokenizer, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibration, heldout = blocks["calibration"], blocks["heldout"]
+    found = lc.search(model, calibration, ratio=0.25)
+    assert [(s.start, s.stop) for s in found.segments] == run.segments
+    assert found.candidates[0].kl == json.loads((run.folder / "search.json").read_text())["candidates"][0]["kl"]
+    small = lc.cut(model, found.segments)
+    folded = lc.fold_(small, model, torch.cat([calibration, blocks["tuning"]]), heldout=heldout)
+    recorded = json.loads((run.folder / "fold.json").read_text())["fold"][0]
+    assert (folded.kept, folded.kl_before, folded.kl_after) == tuple(
+        recorded[key] for key in ("kept", "kl_before", "kl_after")
+    )
+    lc.tune_(small, model, blocks["tuning"], heldout=heldout, batch_tokens=32)
+    measured = lc.evaluate(small, blocks["evaluation"], baseline=model)
+    assert measured.perplexity == run.summary["perplexity"]["tuned"]
+    assert measured.baseline_perplexity == run.summary["perplexity"]["dense"]
+    lc.save(small, tokenizer, tmp_path / "out")
+    saved, exported = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run.model))
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(saved[name], exported[name]) for name in saved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the dense model"
+
+
+def test_a_call_changes_nothing_of_the_process_and_writes_nothing(blocks, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    loggers = [list(logging.getLogger(name).handlers) for name in (None, "layercut", "transformers")]
+    threads, hooks = set(threading.enumerate()), [dict(m._forward_hooks) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+
+    def during(*_: object) -> None:
+        assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+    with lc.progress_to(during):
+        found = lc.search(model, blocks["calibration"], ratio=0.25)
+        small = lc.cut(model, found.segments)
+        lc.fold_(small, model, blocks["calibration"], heldout=blocks["heldout"])
+        lc.tune_(small, model, blocks["tuning"], heldout=blocks["heldout"], batch_tokens=32)
+        packed = lc.quantize(small, blocks["calibration"], bits=8)
+        lc.evaluate(packed, blocks["evaluation"], baseline=model)
+    assert list(Path(tmp_path).iterdir()) == []
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert [list(logging.getLogger(name).handlers) for name in (None, "layercut", "transformers")] == loggers
+    assert set(threading.enumerate()) == threads
+    assert [dict(m._forward_hooks) for m in model.modules()] == hooks
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_told_to_a_callback(blocks, model):
+    seen: list[tuple] = []
+    with lc.progress_to(lambda *step: seen.append(step)):
+        lc.search(model, blocks["calibration"], ratio=0.25)
+    assert seen
+    told = len(seen)
+    lc.search(model, blocks["calibration"], ratio=0.25)
+    assert len(seen) == told
+
+
+def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_model, model, tmp_path):
+    for options, words in [
+        ({"ratoi": 0.2}, "there is no option 'ratoi'"), ({"ratio": "much"}, "ratio is 'much'"),
+        ({"ratio": 0.2, "bits": 5}, "bits is 5"), ({"ratio": 0.2, "method": "none"}, "--method 'none' is unknown"),
+        ({"ratio": 0.2, "preset": "slow"}, "preset 'slow'"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            lc.compress(tiny_model, out=tmp_path / "run", **options)
+    with pytest.raises(ConfigError, match="takes a model's name or path"):
+        lc.compress(model, ratio=0.2)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_package_is_imported_without_torch_and_names_what_it_has():
+    import subprocess
+    import sys
+
+    code = "import sys, layercut; dir(layercut); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    for name in lc.__all__:
+        assert getattr(lc, name).__doc__ or name == "__version__", f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lc.nothing  # noqa: B018
