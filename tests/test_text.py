@@ -157,7 +157,7 @@ def test_the_reported_window_is_the_models_and_no_longer_than_2048():
     assert window(128, config) == 64
     with pytest.raises(ConfigError, match="--eval-window 64 is longer than the model's 32 positions"):
         window(32, config)
-    assert evaluation.protocol(2048) == (
+    assert evaluation.perplexity_protocol(2048) == (
         "perplexity of 2,048-token windows, no overlap, the first token of each not predicted"
     )
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
-from layercut.extensions import Registry, criteria, objectives, quantizers
+from layercut.extensions import Registry, criteria, evaluations, objectives, quantizers
 from layercut.files.sizes import parse_bytes
 from layercut.segments import Segment
 
@@ -70,6 +70,11 @@ def at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
+
+
+def split_names(text: str) -> list[str]:
+    """Names separated by commas, each once, in the order given."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 @options(LOADING)
@@ -361,7 +366,7 @@ class EvaluateConfig:
 @options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-    """Tasks of lm-evaluation-harness, scored on the dense and on the compressed model."""
+    """Tasks of lm-evaluation-harness and evaluations of packages, run on the dense and on the compressed model."""
 
     tasks: str = ""
     """Tasks, groups or tags of lm-evaluation-harness, separated by commas: arc_easy,piqa. Not given: none."""
@@ -369,15 +374,29 @@ class TasksConfig:
     """Items of each task, from its first; all where not given."""
     include_path: Annotated[Path | None, rare] = None
     """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
+    evaluations: Annotated[
+        str,
+        Parameter(
+            help="Evaluations that packages bring, by name, separated by commas. Not given: none. Installed: "
+            f"{', '.join(evaluations) or 'none'}."
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         if self.limit is not None:
             at_least("limit", self.limit, 1)
+        for name in self.evaluation_names:
+            evaluations.check(name, "--evaluations")
 
     @property
     def names(self) -> list[str]:
         """The tasks, each once, in the order given."""
-        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+        return split_names(self.tasks)
+
+    @property
+    def evaluation_names(self) -> list[str]:
+        """The evaluations, each once, in the order given."""
+        return split_names(self.evaluations)
 
 
 @options(MEASURING)
@@ -401,14 +420,14 @@ class PerplexityConfig:
     tasks: TasksConfig = field(default_factory=TasksConfig)
     eval_data: str | None = None
     """Held-out text for perplexity, named like --data; wikitext2 is its test split. Not given: wikitext2, or no text
-    where --tasks is given."""
+    where --tasks or --evaluations is given."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
     eval_window: Annotated[int | None, Parameter(alias="--window")] = None
     """Tokens in a window: windows do not overlap, the first token of each is not predicted. Not given: 2048, or as
     many as the model has positions."""
     seed: int = 0
-    """Seed of the text, where --eval-data is self."""
+    """Seed of the evaluations, and of the text where --eval-data is self."""
     config: Annotated[Path | None, Parameter(group=RUN)] = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
@@ -682,7 +701,7 @@ class MethodsConfig:
     @property
     def names(self) -> list[str]:
         """The methods, each once, in the order given."""
-        return list(dict.fromkeys(name.strip() for name in self.methods.split(",") if name.strip()))
+        return split_names(self.methods)
 
 
 @flat

@@ -1,8 +1,9 @@
-"""What is said while a stage runs: lines in the log, and a bar or a line every 30 s about how far it is. Ground.
+"""What is said while a stage runs: lines in the log, and a bar or a line every 30 s about how far it is.
 
-All of it goes through the logger "layercut" of the standard library, so that nothing is printed where layercut is used
+Messages go through the logger "layercut" of the standard library, so that nothing is printed where layercut is used
 as a library and no handler is installed. The command installs them (`shown`): on a terminal a bar and short lines,
 elsewhere lines with their time, one for each message whatever its length. All on stderr; stdout is for results.
+A library's user gets progress by a callback of their own (`progress_to`). Nobody listening, no thread is started.
 
 Of several processes the main one speaks, and its bar counts its share of the work.
 """
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +38,11 @@ LOOK = 0.5
 
 _bars = False
 """Whether bars are drawn: on a terminal, in a command that was not told to be quiet."""
+
+Callback = Callable[[str, float, float | None, str], object]
+"""(description, done, total, words): what is under way, steps done of how many in all (None: not known), and what
+there is to say beside it, such as a loss."""
+_callback: ContextVar[Callback | None] = ContextVar("layercut_progress", default=None)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
@@ -72,6 +79,38 @@ def _is_main() -> bool:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def progress_to(callback: Callback) -> Iterator[None]:
+    """Have a function told how far the work is that is begun while this is open.
+
+        with lc.progress_to(lambda description, done, total, words: print(description, done, total, words)):
+            lc.search(model, tokens, ratio=0.2)
+
+    It holds for the thread (or asyncio task) that opened it; the innermost one open counts. Of several processes the
+    main one calls it.
+
+    Args:
+        callback: called with (description, done, total, words) when work begins, with done = 0, and after each step.
+            total is None where nobody knows it. Work that cannot count its steps is measured from a thread of its own,
+            which calls it then; what it raises elsewhere stops the work.
+    """
+    token = _callback.set(callback)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
+
+
+def _is_heard() -> bool:
+    """Whether a handler takes what is logged about progress."""
+    logger: logging.Logger | None = log if log.isEnabledFor(logging.INFO) else None
+    while logger is not None:
+        if any(not isinstance(h, logging.NullHandler) and h.level <= logging.INFO for h in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
 @dataclass
 class _Task:
     """Work that is under way."""
@@ -103,11 +142,18 @@ def bar(
     total: steps in all; None where nobody knows. measure: tells the steps done so far, of work that cannot count them.
     """
     task, over = _Task(description, total), threading.Event()
+    main = _is_main()
+    callback, heard = (_callback.get(), _is_heard()) if main else (None, False)
     with _drawn(task) as draw:
+
+        def show() -> None:
+            draw()
+            if callback is not None:
+                callback(task.description, task.done, task.total, task.words)
 
         def advance(steps: float = 1, words: str = "") -> None:
             task.done, task.words = task.done + steps, words
-            draw()
+            show()
 
         def watch() -> None:
             told = task.begun
@@ -118,8 +164,9 @@ def bar(
                     told = time.monotonic()
                     _say(logging.INFO, "progress", task.line(), progress=True)
 
-        watching = _is_main() and (measure is not None or log.isEnabledFor(logging.INFO))
+        watching = heard or (main and measure is not None and (callback is not None or _bars))
         watcher = threading.Thread(target=watch, name="layercut-progress", daemon=True)
+        show()
         if watching:
             watcher.start()
         try:

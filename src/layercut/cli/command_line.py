@@ -169,14 +169,14 @@ def evaluate(
     config: PerplexityConfig | None = None,
     log: Log = None,
 ) -> None:
-    """Perplexity and tasks of a model, or of a run's dense and compressed model side by side.
+    """Perplexity, tasks and more of a model, or of a run's dense and compressed model side by side.
 
     For example:
 
         layercut evaluate runs/small --eval-data c4:validation
     """
     from layercut.cli.commands import evaluate_only
-    from layercut.report.page import task_lines
+    from layercut.report.page import evaluation_lines, task_lines
 
     config = config or PerplexityConfig()
     found = evaluate_only(model, config)
@@ -188,7 +188,7 @@ def evaluate(
     if found.ratio:
         value, error = found.ratio
         print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
-    for line in task_lines(found.tasks, found.retention):
+    for line in (*task_lines(found.tasks, found.retention), *evaluation_lines(found.evaluations)):
         print(line)
 
 

@@ -22,6 +22,7 @@ from layercut.export.checkpoint import export_checkpoint, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
+from layercut.models.layers_on_disk import layers_on_disk
 from layercut.offload import placement
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve import check_window
@@ -55,11 +56,11 @@ def cut(model: str, config: CutConfig) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluated:
     """What `layercut evaluate` found, of one model or of a run's two."""
 
     perplexity: dict[str, float]
-    """By the model's name; empty where only tasks were asked for."""
+    """By the model's name; empty where it was not asked for."""
     tasks: dict[str, dict[str, Any]]
     """A row for each task; of one model alone, compared with itself."""
     ratio: tuple[float, float | None] | None
@@ -67,9 +68,13 @@ class Evaluation:
     retention: dict[str, Any] | None
     """Over the tasks; None of one model alone."""
     text: dict[str, Any] | None
-    """Source, tokens, window and fingerprint of the text; None where only tasks were asked for."""
+    """Source, tokens, window and fingerprint of the text; None where it was not asked for."""
     limit: int | None
     """Items of each task, where that was limited."""
+    evaluations: evaluation.Rows
+    """Evaluation, metric -> figure by the model's name, and "higher_is_better"."""
+    seed: int
+    """Of the evaluations."""
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints and a run keeps: the figures, and on what they were measured by which versions."""
@@ -81,13 +86,14 @@ class Evaluation:
             "tasks": self.tasks,
             "retention": self.retention,
             "limit": self.limit,
+            **({"evaluations": self.evaluations, "seed": self.seed} if self.evaluations else {}),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "versions": versions(),
         })  # fmt: skip
 
 
-def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
-    """Perplexity and tasks of a model, or of a run's dense and compressed model on the same tokens and items.
+def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
+    """Perplexity, tasks and packages' evaluations of a model, or of a run's dense and compressed model alike.
 
     What was found of a run is kept in its evaluations/, where `layercut report` finds it.
     """
@@ -97,22 +103,25 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluation:
     return found
 
 
-def _keep(run: Path, found: Evaluation) -> None:
+def _keep(run: Path, found: Evaluated) -> None:
     """Write evaluations/NAME.json, NAME by what was asked: the same question again replaces its answer."""
     asked = [found.text, sorted(found.tasks), found.limit]
+    if found.evaluations:
+        asked += [sorted(found.evaluations), found.seed]
     of = checkpoints.read_json(run / "summary.json").get("config_hash")
     (run / "evaluations").mkdir(exist_ok=True)
     write_json(run / "evaluations" / f"{digest([asked, of])}.json", {"run": of} | found.to_json())
 
 
-def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
+def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
     processes.start()
     run, cache = Path(target), None
     names = {target: target}
     asked = config.tasks
     if asked.names:
         evaluation.check_tasks(asked.names, asked.include_path)
-    source_of_text = config.eval_data or (None if asked.names else "wikitext2")
+    functions = evaluation.named(asked.evaluation_names)
+    source_of_text = config.eval_data or (None if asked.names or functions else "wikitext2")
     if is_run(run):
         if not (run / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
@@ -121,6 +130,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
     tasks = evaluation.load_tasks(asked.names, asked.include_path) if asked.names else {}
     losses: dict[str, torch.Tensor] = {}
     records: list[dict[str, Any]] = []
+    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in functions}
     drawn: Blocks | None = None
     for name, source in names.items():
         judged = _Judged(source, name, config, source_of_text, drawn, run if cache else None)
@@ -128,6 +138,8 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
             records.append(judged.tasks(tasks, cache))
         if source_of_text is not None:
             losses[name] = judged.losses()
+        for one, function in functions.items():
+            figures[one][name] = judged.figures(one, function)
         drawn = judged.blocks
         del judged  # one model at a time: the next is loaded when this one's memory is free
         memory.give_back()
@@ -136,13 +148,15 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluation:
     if len(losses) == 2:
         error = evaluation.paired_error(losses["compressed"], losses["dense"])
         ratio = perplexities["compressed"] / perplexities["dense"], error
-    return Evaluation(
+    return Evaluated(
         perplexity=perplexities,
         ratio=ratio,
         tasks=found["tasks"],
         retention=found["retention"] if len(records) == 2 else None,
         text=drawn.facts() if drawn else None,
         limit=asked.limit,
+        evaluations={one: evaluation.metric_rows(functions[one], of_models) for one, of_models in figures.items()},
+        seed=config.seed,
     )
 
 
@@ -169,14 +183,29 @@ class _Judged:
             check_window("--eval-window", self.window, stock)
         self.name, self.config, self.run = name, config, run
         self.loaded = placement.load(checkpoint, **asdict(config.load))
-        if sharding.is_spread(self.loaded.model) and (config.tasks.names or "self" in split_mix(text or "")):
+        if sharding.is_spread(self.loaded.model) and self._needs_one_process(text):
             raise ConfigError(
-                "tasks, and text from the model itself, are of one process, and the weights are spread over several",
+                "tasks, evaluations, and text from the model itself are of one process, and the weights are spread",
                 "start one process",
             )
         self.blocks = blocks
         if text is not None and blocks is None:
             self.blocks = processes.on_main(lambda: self._drawn(text))
+
+    def _needs_one_process(self, text: str | None) -> bool:
+        asked = self.config.tasks
+        return bool(asked.names or asked.evaluation_names or "self" in split_mix(text or ""))
+
+    def figures(self, name: str, function: evaluation.EvaluationFunction) -> dict[str, float]:
+        """What a package's evaluation returns, in the main process."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        if layers_on_disk(model):
+            raise ConfigError(
+                "--evaluations needs the model in memory, and its layers are left on disk",
+                "leave out --evaluations; with enough memory: --stream off",
+            )
+        say("evaluate", f"{name} of {self.name}")
+        return processes.on_main(lambda: evaluation.measure(name, function, model, tokenizer, seed=self.config.seed))
 
     def tasks(self, tasks: dict[str, Any], cache: Path | None) -> dict[str, Any]:
         """Scores of the main process, item by item."""
@@ -200,7 +229,7 @@ class _Judged:
         loading.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
         if self.run:
             check_unseen(self.run, blocks)
-        say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluation.protocol(self.window)}")
+        say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluation.perplexity_protocol(self.window)}")
         return blocks
 
 

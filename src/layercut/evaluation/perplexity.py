@@ -1,4 +1,7 @@
-"""Perplexity on held-out text, as one figure and by how much text comes before."""
+"""Perplexity on held-out text, as one figure, against another model's, and by how much text comes before.
+
+The evaluate stage, `layercut evaluate`, `layercut compare` and `layercut.evaluate` all measure by these functions.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.models.layers_on_disk import layers_on_disk
-from layercut.models.losses import next_token_loss, rows_per_chunk, slices, token_loss
+from layercut.models.losses import kl_divergence, next_token_loss, rows_per_chunk, slices, token_loss
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 
 
@@ -41,7 +44,7 @@ def paired_error(losses: torch.Tensor, others: torch.Tensor) -> float | None:
     return (differences.std() / math.sqrt(len(differences))).item()
 
 
-def protocol(window: int) -> str:
+def perplexity_protocol(window: int) -> str:
     """How perplexity is measured, in words."""
     return f"perplexity of {window:,}-token windows, no overlap, the first token of each not predicted"
 
@@ -82,6 +85,69 @@ def _whole(
             loss = exit_losses(stack, stack.run(hidden, calls, 0, len(stack)), batch)
         yield part, loss, counts
         advance(part.stop - part.start)
+
+
+@torch.no_grad()
+def compared_losses(
+    model: Any, baseline: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of each window: the losses of both models, as `window_losses` gives them, and KL(baseline || model).
+
+    Each model is run once over a window, and the KL is taken from the same logits: the mean over the T - 1 positions
+    that the losses are of.
+
+    Args:
+        model: what is judged.
+        baseline: what it is compared with, of the same vocabulary.
+        tokens: token ids [N, T].
+        advance: called with the number of windows that a model has been run over, 2 N in all.
+
+    Returns:
+        Losses of `model`, losses of `baseline`, KL: float64 [N] each, in nats per token. The KL is None where layers
+        are on disk: each model is then run by itself, since both cannot be had at once.
+    """
+    if layers_on_disk(model) or layers_on_disk(baseline):
+        mine, theirs = (window_losses(each, tokens, advance=advance) for each in (model, baseline))
+        return mine, theirs, None
+    student, dense = (sharding.runnable(each) for each in (model, baseline))
+    stacks = [_opened(each, tokens.shape[1]) for each in (student, dense)]
+    rows = rows_per_chunk(tokens.shape[1], student.config.get_text_config().vocab_size)
+    found = torch.zeros(3, len(tokens), dtype=torch.float64)
+    for part, counts in sharding.in_step(dense, processes.share_of_batches(len(tokens), rows), slice(0, 1)):
+        batch = tokens[part]
+        q, p = (_next_logits(each, stack, batch) for each, stack in zip((student, dense), stacks, strict=True))
+        terms = [_terms(q(where), p(where), batch[:, 1:][:, where]) for where in _positions(stacks, batch)]
+        if counts:
+            found[:, part] = torch.cat(terms, dim=2).double().mean(2).cpu()
+        advance(2 * len(batch))
+    mine, theirs, kl = torch.tensor(processes.summed(found.flatten().tolist()), dtype=torch.float64).view(3, -1)
+    return mine, theirs, kl
+
+
+def _next_logits(model: Any, stack: DecoderRunner | None, batch: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+    """Run a model over a batch [B, T]; its logits [B, n, V] at n positions are then had by their slice."""
+    batch = batch.to(next(model.parameters()).device)
+    if stack is None:
+        logits = model(input_ids=batch, use_cache=False).logits
+        return lambda where: logits[:, where]
+    opened = stack  # for the type checker
+    hidden, calls = opened.enter(batch)
+    last = opened.run(hidden, calls, 0, len(opened))
+    return lambda where: opened.exit(last, batch, where)
+
+
+def _positions(stacks: list[DecoderRunner | None], batch: torch.Tensor) -> list[slice]:
+    """The T - 1 positions of a batch [B, T] that predict a token: all at once, or so many as the logits leave room."""
+    last = batch.shape[1] - 1
+    together = [rows_per_chunk(len(batch), stack.vocabulary) for stack in stacks if stack]
+    return [*slices(last, min(together))] if together else [slice(0, last)]
+
+
+def _terms(q: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses of a model and of its baseline, and KL(p || q), on one device.  [B, n, V] twice, [B, n] -> [3, B, n]"""
+    losses = [token_loss(each, targets.to(each.device)) for each in (q, p)]
+    kl = kl_divergence(p.to(q.device), q)
+    return torch.stack([each.to(q.device) for each in (*losses, kl)])
 
 
 def _opened(model: Any, window: int) -> DecoderRunner | None:

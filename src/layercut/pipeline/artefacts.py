@@ -311,6 +311,25 @@ class EvaluateArtefact(Artefact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure of a user's evaluation; None where it was not returned for that model."""
+
+    dense: float | None
+    compressed: float | None
+    higher_is_better: bool | None = None
+    """None where the evaluation does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationsArtefact(Artefact):
+    """evaluations.json"""
+
+    evaluations: dict[str, dict[str, Metric]]
+    """By evaluation, then by metric."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportArtefact(Artefact):
     """export.json"""
 
@@ -336,6 +355,7 @@ class SummaryArtefact(Artefact):
     speed: dict[str, Any] | None = None
     generation_health: dict[str, Any] | None = None
     long_context: dict[str, Any] | None = None
+    evaluations: dict[str, dict[str, Metric]] | None = None
 
 
 TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
@@ -346,6 +366,7 @@ KINDS: dict[str, type[Artefact]] = {
     "heal": HealArtefact,
     "quantize": QuantizeArtefact,
     "eval": EvaluateArtefact,
+    "evaluations": EvaluationsArtefact,
     "export": ExportArtefact,
     "summary": SummaryArtefact,
 }

@@ -124,7 +124,7 @@ def text_stage(work: RunContext, uses: Sequence[stages.text.Use]) -> dict[str, A
         if use != "heldout":
             say(use, "{tokens:,} tokens of {source}".format(**drawn))
     if "evaluation" in uses:
-        say("evaluation", evaluation.protocol(work.text["evaluation"]["window"]))
+        say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"]["window"]))
         after = [f"text-{use}" for use in uses]
         common = work.run.stage("text-shared", None, partial(stages.text.in_common, work), after=after)
         say("evaluation", describe_shared(common))
@@ -147,7 +147,7 @@ def stability_stage(work: RunContext, removal: Removal) -> dict[str, Any]:
 
 
 def further_proofs(work: RunContext, segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:
-    """The artefacts of tasks and of long context, as far as they were asked for."""
+    """The artefacts of tasks, of long context and of packages' evaluations, as far as they were asked for."""
     config, run = work.config, work.run
     found: dict[str, dict[str, Any]] = {}
     if config.tasks.names:
@@ -158,6 +158,11 @@ def further_proofs(work: RunContext, segments: Sequence[Segment]) -> dict[str, d
         asked = [config.long.long_context, config.text.seed, work.text["evaluation"]]
         found["long"] = run.stage("long", asked, lambda: stages.evaluate.long(work, segments), after=["quantize"])
         say("long", "up to {window:,} tokens".format(**found["long"]))
+    if functions := evaluation.named(config.tasks.evaluation_names):
+        asked = [[name, evaluation.source_digest(each)] for name, each in functions.items()]
+        measured = partial(stages.evaluate.others, work, segments, functions)
+        found["evaluations"] = run.stage("evaluations", [asked, config.text.seed], measured, after=["quantize"])
+        say("evaluations", ", ".join(functions))
     return found
 
 
@@ -183,10 +188,11 @@ def summarise(
 
 
 def summarise_proofs(proofs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the summary takes over of tasks and long context; null where they were not measured."""
+    """What the summary takes over of these artefacts; null where they were not measured."""
     tasks, long = proofs.get("tasks"), proofs.get("long")
     return {
         "tasks": tasks["tasks"] if tasks else None,
         "retention": tasks["retention"] if tasks else None,
         "long_context": {k: v for k, v in long.items() if k not in RUNS_OWN} if long else None,
+        "evaluations": proofs["evaluations"]["evaluations"] if "evaluations" in proofs else None,
     }

@@ -27,12 +27,12 @@ SUMMARIES = ("summary.json", "compare.json")
 SAME = {"out", "device", "stream", "shard"}
 """Settings that change where a run is computed and not what it finds."""
 MORE: dict[str, Any] = {
-    "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "long_context": 0,
-    "triangle": False,
+    "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "evaluations": "",
+    "long_context": 0, "triangle": False,
 }  # fmt: skip
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
-APART = {"seeds", "tasks", "long_context", "triangle"}
+APART = {"seeds", "tasks", "evaluations", "long_context", "triangle"}
 """Of these, the ones whose artefacts are of their own, and stay where it is not asked for them."""
 MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods"}
 """Settings that change what is measured and not the model."""

@@ -74,6 +74,8 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         check_streamed(config, spread)
     if config.tasks.names and until == "report":
         evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
+    if until == "report":
+        evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is told now
     return ResolvedRun(
         model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread
     )
@@ -143,6 +145,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
     asked = {
         "--bits": config.quantize.bits < 16,
         "--tasks": bool(config.tasks.names),
+        "--evaluations": bool(config.tasks.evaluation_names),
         "--long-context": config.long.long_context > 0,
         "--teacher-topk": config.heal.teacher_topk > 0,
         "--target-size with --max-loss": config.search.two_budgets,

@@ -38,7 +38,7 @@ from layercut.progress import debug, say, warn
 
 Artefact = dict[str, Any]
 STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
-PROOFS = ("tasks", "long")
+PROOFS = ("tasks", "long", "evaluations")
 """Stages that run only where they are asked for."""
 
 

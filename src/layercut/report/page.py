@@ -153,6 +153,7 @@ def _facts(run: verdicts.RunFacts) -> dict[str, Any]:
         "long": part(run.summary, "long_context"),
         "health": survival.health(run.summary),
         "warning": survival.generation_warning(run.summary),
+        "measured": survival.evaluation_rows(run.summary),
         "generations": [part(pair) for pair in items(run.evaluation, "generations")],
         "versions": part(run.summary, "versions") or part(run.env, "versions"),
         "command": formatting.command_line(run.env.get("command")),
@@ -241,6 +242,16 @@ def task_lines(rows: dict[str, Any], retained: dict[str, Any] | None) -> list[st
         table.append(["retention", _cell(retained["mean"])])
         table.append(["retention above chance", _cell(retained["above_chance"])])
     return ["\t".join(row) for row in table]
+
+
+def evaluation_lines(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Figures of packages' evaluations as lines of cells parted by tabs, a heading with the models' names first; none
+    where none was asked for."""
+    rows = [(name, metric, row) for name, metrics in found.items() for metric, row in metrics.items()]
+    models = [key for key in rows[0][2] if key != "higher_is_better"] if rows else []
+    table = [["evaluation", "metric", *models]] if rows else []
+    table += [[name, metric, *(_cell(row[model]) for model in models)] for name, metric, row in rows]
+    return ["\t".join(map(formatting.printable, row)) for row in table]
 
 
 def _cell(value: Any) -> str:
@@ -336,6 +347,9 @@ def _task_rows(summary: dict[str, Any]) -> list[Row]:
     for key, name in (("mean", "retention"), ("above_chance", "retention above chance")):
         if finite(retained.get(key)) is not None:
             rows.append((name, "", formatting.percent(retained[key]), ""))
+    for row in survival.evaluation_rows(summary):
+        figures = (formatting.figure(row[which]) for which in ("dense", "compressed"))
+        rows.append((formatting.printable(f"{row['name']}, {row['metric']}"), *figures, row["change"]))
     grid = survival.keys(summary)
     if grid:
         before, after = (f"{grid[which]:.0f}/{grid['trials']:.0f}" for which in ("dense", "compressed"))

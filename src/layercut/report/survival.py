@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from layercut.report.formatting import figure, finite, items, number, part, percent, times
+from layercut.report.formatting import change, figure, finite, items, number, part, percent, times
 from layercut.report.thresholds import (
     CIRCLES,
     CLOSE,
@@ -86,6 +86,29 @@ def tasks_verdict(summary: dict[str, Any]) -> Words | None:
 def retained_mark(kept: float) -> str:
     """The mark of a share that is left."""
     return "good" if kept >= GOOD_RETENTION else "fair" if kept >= FAIR_RETENTION else "bad"
+
+
+# ---- evaluations of packages ---------------------------------------------------------------------------------
+
+
+def evaluation_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each metric of each evaluation: name, metric, dense, compressed, and the change in words."""
+    return [
+        {"name": name, "metric": metric, "dense": row.get("dense"), "compressed": row.get("compressed"),
+         "change": _change_words(part(row))}
+        for name, metrics in part(summary, "evaluations").items()
+        for metric, row in part(metrics).items()
+        if isinstance(row, dict)
+    ]  # fmt: skip
+
+
+def _change_words(row: dict[str, Any]) -> str:
+    """−20.0%, worse: the change, and what the evaluation says of its direction."""
+    dense, compressed, higher = finite(row.get("dense")), finite(row.get("compressed")), row.get("higher_is_better")
+    words = [change(dense, compressed)]
+    if dense is not None and compressed is not None and dense != compressed and isinstance(higher, bool):
+        words.append("better" if (compressed > dense) == higher else "worse")
+    return ", ".join(filter(None, words))
 
 
 # ---- long context --------------------------------------------------------------------------------------------

@@ -158,6 +158,7 @@ def evaluation_row(found: dict[str, Any]) -> dict[str, Any]:
         "perplexity": part(found, "perplexity"),
         "ratio": "" if factor is None else times(factor) if error is None else with_error(factor, error),
         "tasks": survival.task_rows(found),
+        "measured": survival.evaluation_rows(found),
         "retention": part(found, "retention"),
     }
 

@@ -1,8 +1,8 @@
-"""Stages: what survived. Perplexity of every state, generations and speed, tasks, long context."""
+"""Stages: what survived. Perplexity of every state, generations and speed, tasks, long context, others' evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
     return {
         "perplexity": {
             "dataset": told["source"], "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
-            "protocol": measures.protocol(tokens.shape[1]), "fingerprint": told["fingerprint"],
+            "protocol": measures.perplexity_protocol(tokens.shape[1]), "fingerprint": told["fingerprint"],
             "standard_error": errors, "shared": text.facts(work.run.read("text-shared") or {}),
         },
         **beside,
@@ -80,6 +80,16 @@ def score(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
         for name, m in both.items()
     }
     return measures.compare_tasks(records["dense"], records["compressed"]) | {"limit": asked.limit}
+
+
+def others(work: RunContext, segments: Sequence[Segment], functions: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluations that packages bring, dense and compressed, from the run's seed."""
+    both = {
+        "dense": lambda: work.dense.model,
+        "compressed": lambda: work.student(segments, "folded", "tuned", "quantized"),
+    }
+    seed = work.config.text.seed
+    return {"evaluations": measures.measure_all(functions, both, work.tokenizer, seed=seed), "seed": seed}
 
 
 def long(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:

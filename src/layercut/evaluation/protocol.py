@@ -1,0 +1,159 @@
+"""What an evaluation of a user must look like, and how it is run: on the dense and on the compressed model alike.
+
+An evaluation is a function of a model that returns figures by name. It is registered by a decorator, or by an entry
+point of the group "layercut.evaluations", and asked for by `--evaluations mypackage-digits` or
+`layercut.evaluate(…, evaluations=["mypackage-digits"], tokenizer=tokenizer)`:
+
+    @layercut.evaluations.register("mypackage-digits")
+    def digits(model, tokenizer, *, seed):
+        prompts = make_prompts(random.Random(seed))
+        return {"accuracy": …, "seconds": …}
+
+    digits.higher_is_better = {"accuracy": True, "seconds": False}      # optional: what reports say of a change
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from layercut import extensions
+from layercut.errors import ConfigError
+from layercut.progress import bar
+
+
+class EvaluationFunction(Protocol):
+    """What `layercut.evaluations` holds. It may have an attribute `higher_is_better`, a mapping of metric to bool."""
+
+    def __call__(self, model: Any, tokenizer: Any, *, seed: int) -> Mapping[str, float]:
+        """Measure a model.
+
+        Args:
+            model: a causal language model of transformers, in eval mode and without gradients; to be left as it is.
+            tokenizer: its tokenizer; to be left as it is.
+            seed: of everything that is drawn at random, so that two models are asked the same. torch's own generator
+                is seeded with it, and put back afterwards.
+
+        Returns:
+            Metric to figure, the same metrics for every model. inf and nan are figures: those of a ruined model.
+        """
+        ...
+
+
+def named(evaluations: Sequence[str | EvaluationFunction]) -> dict[str, EvaluationFunction]:
+    """Functions by name: names are looked up in the registry, a function of one's own is called what it is called.
+
+    Raises:
+        ConfigError: a name is unknown, or its package cannot be imported, or two have one name.
+    """
+    found: dict[str, EvaluationFunction] = {}
+    for given in evaluations:
+        name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
+        if name in found:
+            raise ConfigError(f"two evaluations are called {name!r}", "give each once, and under a name of its own")
+        found[name] = extensions.evaluations.get(given) if isinstance(given, str) else given
+    return found
+
+
+def measure(name: str, evaluation: EvaluationFunction, model: Any, tokenizer: Any, *, seed: int) -> dict[str, float]:
+    """Run one evaluation on one model.
+
+    Args:
+        name: what errors and progress call it.
+        evaluation: the function.
+        model: a causal language model; its training mode is put back afterwards.
+        tokenizer: its tokenizer.
+        seed: handed on.
+
+    Returns:
+        Metric to figure.
+
+    Raises:
+        ConfigError: the function returns anything else. What the function itself raises is not caught.
+    """
+    device = next(model.parameters()).device
+    on = [device] if device.type == "cuda" else []
+    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=on):
+        torch.manual_seed(seed)
+        figures = evaluation(model, tokenizer, seed=seed)
+    try:
+        return {_text(metric): float(value) for metric, value in dict(figures).items()}
+    except (TypeError, ValueError):
+        got = f"{type(figures).__name__} {str(figures)[:60]!r}"
+        raise ConfigError(
+            f"the evaluation {name!r} returned {got}; allowed is a mapping of metric to number",
+            'such as {"accuracy": 0.5}',
+        ) from None
+
+
+def _text(metric: Any) -> str:
+    if not isinstance(metric, str):
+        raise TypeError
+    return metric
+
+
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""Evaluation, metric -> figure by the name of a model, and "higher_is_better": bool, None where nobody says."""
+
+
+def measure_all(
+    evaluations: Mapping[str, EvaluationFunction], models: Mapping[str, Callable[[], Any]], tokenizer: Any, *, seed: int
+) -> Rows:
+    """Run evaluations on models, each of which is made when its turn comes.
+
+    Args:
+        evaluations: functions by name.
+        models: a model's name, such as "dense", to what gives the model.
+        tokenizer: of all these models.
+        seed: of all evaluations.
+
+    Returns:
+        {evaluation: {metric: {name of a model: figure or None, …, "higher_is_better": bool | None}}}; None where a
+        metric was not returned for that model.
+    """
+    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in evaluations}
+    with bar("evaluations", len(models) * len(evaluations)) as advance:
+        for which, model in models.items():
+            judged = model()
+            for name, evaluation in evaluations.items():
+                figures[name][which] = measure(name, evaluation, judged, tokenizer, seed=seed)
+                advance(1, f"{name}, {which}")
+    return {name: metric_rows(evaluations[name], of_models) for name, of_models in figures.items()}
+
+
+def metric_rows(
+    evaluation: EvaluationFunction, figures: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """One evaluation's figures by model, as one row a metric."""
+    better = getattr(evaluation, "higher_is_better", {})
+    metrics = dict.fromkeys(metric for each in figures.values() for metric in each)
+    return {
+        metric: {which: each.get(metric) for which, each in figures.items()} | {"higher_is_better": better.get(metric)}
+        for metric in metrics
+    }
+
+
+def source_digest(evaluation: EvaluationFunction) -> str | None:
+    """Hash of a function's source, by which a changed one is run again; None where Python has no source of it."""
+    try:
+        return hashlib.sha256(inspect.getsource(evaluation).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
+@contextmanager
+def in_eval_mode(*models: Any) -> Iterator[None]:
+    """Models in eval mode while open; each module's own mode is put back afterwards."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
