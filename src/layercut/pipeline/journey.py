@@ -33,6 +33,7 @@ from layercut.pipeline.context import RunContext
 from layercut.pipeline.iterative import heal_stages, in_rounds, search_stage
 from layercut.pipeline.run_store import Run
 from layercut.progress import say
+from layercut.quantization.quantizers import resolve
 from layercut.report.formatting import label
 from layercut.report.lines import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report.page import model_card, write_report
@@ -89,7 +90,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
         stages.heal.forget_tuning_(work)
         segments, config = removal.all, work.config
         cut, search = run.read("cut") or {}, run.read("search") or {}
-        calibrated = text["calibration"] if config.quantize.quantizer == "gptq" else None
+        calibrated = text["calibration"] if resolve(config.quantize.quantizer)[1].needs_calibration else None
         stored = [asdict(config.quantize), calibrated] if config.quantize.bits < 16 else None
         quantized = run.stage("quantize", stored, lambda: stages.quantize.quantize(work, segments), after=["heal"])
         if quantized["bits"] < 16:
