@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ from layercut.export.gguf import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
-from layercut.pipeline.stages.quantize import quantization_facts
-from layercut.quantization import endpoints_of, quantize_
+from layercut.quantization import quantize
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
 
@@ -196,12 +195,11 @@ def measured(model: Any, setting: QuantizeConfig | str, segments: list[list[int]
     if isinstance(setting, str):
         assert given.gguf is not None
         return throughout(model, setting, segments, given.gguf, given.texts)
-    student, size = loading.share(model), loading.parameter_bytes(model)
+    size = loading.parameter_bytes(model)
     if setting.bits < 16:
-        endpoints = endpoints_of(model.config, len(loading.find_decoder(model)))
-        found = quantize_(student, given.calibration, setting, endpoints=endpoints)
-        size = quantization_facts(found, student, setting)["bytes"]["after"]
-    return {"bytes": size, "perplexity": perplexities(student, given.texts)}
+        found = quantize(model, given.calibration, **asdict(setting))
+        model, size = found.model, found.bytes_after
+    return {"bytes": size, "perplexity": perplexities(model, given.texts)}
 
 
 def throughout(

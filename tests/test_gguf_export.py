@@ -183,7 +183,7 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.pipeline.gguf.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.gguf_writing.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "transformers: every weight read back" in said
@@ -244,7 +244,7 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypatch, capsys):
     """llama.cpp lets every sixth layer of Gemma 3 attend to everything; here it is the second and the last."""
-    monkeypatch.setattr("layercut.pipeline.gguf.convert", converted_here)
+    monkeypatch.setattr("layercut.export.gguf_writing.convert", converted_here)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), f"--gguf-type={kind}", f"--out={out}"]) == 0
     assert "sliding_window_pattern" in capsys.readouterr().err
@@ -260,8 +260,8 @@ def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypat
 
 @needs_llama_cpp
 def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layercut.pipeline.gguf.convert", converted_here)
-    monkeypatch.setattr("layercut.pipeline.gguf._say_what_slides", lambda *_: None)
+    monkeypatch.setattr("layercut.export.gguf_writing.convert", converted_here)
+    monkeypatch.setattr("layercut.export.gguf_writing._say_what_slides", lambda *_: None)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), "--gguf-type=q8_0", f"--out={out}"]) == 2
     assert "llama.cpp computes something else" in capsys.readouterr().err
@@ -355,8 +355,8 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     refused(str(gguf_run), out, "--gguf-type=q4_k_m", words="llama-cpp-py-sync")
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
-    monkeypatch.setattr("layercut.pipeline.gguf.llama_cpp_installed", lambda: False)
-    monkeypatch.setattr("layercut.pipeline.gguf.architecture_of", lambda _: "future")
+    monkeypatch.setattr("layercut.export.gguf_writing.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.gguf_writing.architecture_of", lambda _: "future")
     refused(str(future), out, f"--converter={converter}", words="how llama.cpp tells the layers of 'future' apart")
 
 

@@ -186,7 +186,7 @@ def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
     dense = tiny.llama(4)
     student = loading.share(dense)
     found = quantize_(student, TOKENS, QuantizeConfig(bits=4))
-    rows = {row["name"]: row for row in found.layers}
+    rows = {row.name: row for row in found.weights}
     assert set(rows) == set(linears(dense))
     for i in range(4):
         name, caught = f"model.layers.{i}.self_attn.q_proj", []
@@ -199,9 +199,9 @@ def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
         weight, rounded = (m.get_submodule(name).weight for m in (dense, student))
         whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
         expected = (output_errors(weight, rounded, hessian).sum() / whole).item()
-        assert rows[name]["output_error"] == pytest.approx(expected, rel=1e-4)
-        assert rows[name]["method"] == "gptq"
-    assert all(row["output_error"] <= row["rtn_output_error"] for row in found.layers)
+        assert rows[name].output_error == pytest.approx(expected, rel=1e-4)
+        assert rows[name].method == "gptq"
+    assert all(row.output_error <= row.rtn_output_error for row in found.weights)
 
 
 def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
@@ -233,11 +233,11 @@ def test_the_packed_tensors_are_the_model(tied, asymmetric):
         else:
             assert (name, tied) == ("lm_head.weight", True)
     assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
-    bits = {row["name"]: row["bits"] for row in found.layers}
+    bits = {row.name: row.bits for row in found.weights}
     assert {bits[name] for name in bits if ".layers.1." in name or ".layers.2." in name} == {8}
     assert {bits[name] for name in bits if ".layers.0." in name or ".layers.3." in name} == {4}
     assert bits["model.embed_tokens"] == 8
-    sizes = {row["group_size"] for row in found.layers}
+    sizes = {row.group_size for row in found.weights}
     assert sizes == {32, 64}, "the largest that divides: 32 columns, and 64 of the MLP's output"
 
 
@@ -278,10 +278,10 @@ def test_the_config_says_what_vllm_asks(options):
 def test_bits_and_bytes_of_the_packed_weights():
     model = half(tiny.llama(2))
     found = quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn"))
-    for row in found.layers:
-        weight = model.get_submodule(row["name"]).weight
-        groups = weight.numel() // row["group_size"]
-        assert row["bytes"] == weight.numel() // 2 + 2 * groups + 2 * 8  # codes, scales, the shape
+    for row in found.weights:
+        weight = model.get_submodule(row.name).weight
+        groups = weight.numel() // row.group_size
+        assert row.bytes == weight.numel() // 2 + 2 * groups + 2 * 8  # codes, scales, the shape
 
 
 def test_endpoints_are_read_off_the_config():

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
-from layercut.extensions import Registry, criteria, evaluations, objectives, quantizers
+from layercut.extensions import Registry, criteria, evaluations, exporters, objectives, quantizers
 from layercut.files.sizes import parse_bytes
 from layercut.segments import Segment
 
@@ -650,9 +650,10 @@ class ExportConfig:
     """A finished run or a model in another file format."""
 
     out: Path
-    """The file to write, NAME.gguf."""
-    format: Literal["gguf"] = "gguf"
-    """gguf: for llama.cpp."""
+    """What to write: NAME.gguf; of safetensors a folder."""
+    format: Annotated[str, one_of(exporters)] = "gguf"
+    """gguf: for llama.cpp. safetensors: a checkpoint folder of float weights, also of a .gguf file or of a quantized
+    checkpoint."""
     gguf_type: GgufType = "q8_0"
     """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
     left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama.cpp (extra
@@ -664,7 +665,8 @@ class ExportConfig:
     """Replace what is at --out."""
 
     def __post_init__(self) -> None:
-        if self.out.suffix != ".gguf":
+        exporters.check(self.format, "--format")
+        if self.format == "gguf" and self.out.suffix != ".gguf":
             raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")
 
 

@@ -6,9 +6,11 @@ stop, are its *endpoints*: the only ones that healing trains.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from layercut.errors import ConfigError
 
@@ -47,6 +49,33 @@ class Segment:
                 "for layers 13 to 18: --segment 13:19",
             ) from None
         return cls(*bounds)
+
+
+def as_segments(segments: Any) -> list[Segment]:
+    """Segments as a person may give them: each a Segment, a pair (13, 19) or "13:19"; one alone or several.
+
+    Raises:
+        ConfigError: something else.
+    """
+    alone = isinstance(segments, str | Segment) or (
+        isinstance(segments, tuple) and len(segments) == 2 and all(isinstance(bound, int) for bound in segments)
+    )
+    return [_as_segment(one) for one in ([segments] if alone else segments)]
+
+
+def _as_segment(given: Any) -> Segment:
+    if isinstance(given, Segment):
+        return given
+    if isinstance(given, str):
+        return Segment.parse(given)
+    try:
+        start, stop = given
+        return Segment(operator.index(start), operator.index(stop))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{given!r} is no segment; allowed are Segment(13, 19), (13, 19) and '13:19'",
+            "several segments are given as a list: [(3, 5), (13, 19)]",
+        ) from None
 
 
 def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:

@@ -151,13 +151,13 @@ def export(
     config: ExportConfig,
     log: Log = None,
 ) -> None:
-    """Write a finished run's model as a GGUF file for llama.cpp.
+    """Write a finished run's model in another format: a GGUF file for llama.cpp, or that of a package.
 
     For example:
 
         layercut export runs/small --out small.gguf
     """
-    from layercut.pipeline.gguf import export
+    from layercut.pipeline.conversion import export
 
     print(shown(str(export(model, config))))
 

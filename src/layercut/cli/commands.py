@@ -1,4 +1,4 @@
-"""One stage alone, on a model or on a finished run: cut, evaluate, quantize. (`pipeline/gguf.py`: export.)
+"""One stage alone, on a model or on a finished run: cut, evaluate, quantize. (`pipeline/conversion.py`: export.)
 
 Beside `pipeline.compress`, over the same rooms, for what is decided only when a run is done.
 """
@@ -18,7 +18,7 @@ from layercut.data.blocks import Blocks, load_blocks, stored_blocks
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError, RunError
-from layercut.export.checkpoint import export_checkpoint, text_to_check
+from layercut.export.checkpoint import save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
@@ -26,12 +26,13 @@ from layercut.models.layers_on_disk import layers_on_disk
 from layercut.offload import placement
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve import check_window
-from layercut.pipeline.stages.quantize import quantization_facts, quantize_with_bar_
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
+from layercut.quantization import quantize_
+from layercut.quantization.quantizers import resolve
 from layercut.report.lines import describe_quantization
 from layercut.segments import Segment
-from layercut.surgery import cut_checkpoint, cut_gguf, cut_segment_
+from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
 
 
 def cut(model: str, config: CutConfig) -> Path:
@@ -50,8 +51,7 @@ def cut(model: str, config: CutConfig) -> Path:
         if config.out.exists() and not config.force:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         loaded = loading.load(checkpoint)
-        cut_segment_(loaded.model, config.segments)
-        export_checkpoint(loaded.model, loaded.tokenizer, config.out)
+        save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     return config.out
 
 
@@ -249,28 +249,28 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if placement.wanted(source, **asdict(config.load)):
         raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
     loaded = placement.load(source, **asdict(config.load))
-    model = loaded.model
-    if config.quantize.quantizer == "rtn":
-        tokens = torch.empty(0, config.text.window, dtype=torch.long)
-    elif of_run and config.text == DataConfig():
-        tokens = stored_blocks(run, "calibration")
-    else:
-        text = config.text
-        tokens = load_blocks(
-            text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
-            chat_template=text.chat_template, model=model,
-        ).tokens  # fmt: skip
-        loading.check_tokens(tokens, model.config, source.name)
+    tokens = None
+    if resolve(config.quantize.quantizer)[1].needs_calibration:
+        own = of_run and config.text == DataConfig()
+        tokens = stored_blocks(run, "calibration") if own else _calibration(loaded, config.text)
     cut = _cut_of(run) if of_run else []
-    found = quantize_with_bar_(model, tokens, config.quantize, endpoints=cut)
-    facts = quantization_facts(found, model, config.quantize)
+    found = quantize_(loaded.model, tokens, config.quantize, endpoints=cut)  # in place: old weights leave memory
+    facts = found.to_dict()
     say("quantize", describe_quantization(facts))
     unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
-    exported = export_checkpoint(
-        model, loaded.tokenizer, config.out, packed=found.packed, quantization_config=found.config, text=unseen
-    )
-    write_json(config.out / "quantize.json", facts | {"exported_bytes": exported["bytes"], "check": exported["check"]})
+    exported = save(found, loaded.tokenizer, config.out, text=unseen, overwrite=config.force)
+    write_json(config.out / "quantize.json", facts | {"exported_bytes": exported.bytes, "check": exported.check})
     return config.out
+
+
+def _calibration(loaded: loading.LanguageModel, text: DataConfig) -> torch.Tensor:
+    """Token ids [N, T] of the text that the flags name."""
+    tokens = load_blocks(
+        text.data, loaded.tokenizer, tokens=text.tokens, window=text.window, seed=text.seed,
+        chat_template=text.chat_template, model=loaded.model,
+    ).tokens  # fmt: skip
+    loading.check_tokens(tokens, loaded.model.config, loaded.checkpoint.name)
+    return tokens
 
 
 def _cut_of(run: Path) -> list[int]:

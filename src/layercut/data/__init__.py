@@ -1,1 +1,5 @@
 """Text becomes token blocks: sources, documents, and which text serves which use."""
+
+from layercut.data.blocks import token_blocks
+
+__all__ = ["token_blocks"]

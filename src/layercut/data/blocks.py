@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -30,6 +30,8 @@ from layercut.data.records import Document
 from layercut.data.self_sampled import sample
 from layercut.data.sources import SELF, Source, find, public_name, split_mix
 from layercut.errors import DataError
+from layercut.models.runner import DecoderRunner
+from layercut.offload.shared import share
 
 Order = Literal["shuffled", "as written"]
 PIECE = 2_000_000
@@ -79,6 +81,50 @@ class Blocks:
 def stored_blocks(folder: Path, use: str) -> torch.Tensor:
     """The blocks [N, T] that a run drew for a use: calibration, heldout, tuning or evaluation."""
     return load_file(folder / f"tokens-{use}.safetensors")[use]
+
+
+def token_blocks(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    window: int = 256,
+    seed: int = 0,
+    chat_template: bool = False,
+    model: Any = None,
+    order: Order = "shuffled",
+) -> torch.Tensor:
+    """Text as token ids, to search, heal, quantize or measure on.
+
+    Documents are laid end to end, each marked off as the tokenizer does it (BOS or EOS), and cut into rows of equal
+    length. The same source, seed and tokenizer always give the same rows.
+
+    Args:
+        source: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet file or glob,
+            python-docs, python-docstrings, or self (sampled from `model`); several joined with +, row by row in turn.
+        tokenizer: a tokenizer of transformers.
+        tokens: token ids in all, rounded up to whole rows.
+        window: T, tokens in a row.
+        seed: of the order of documents, and of what is sampled.
+        chat_template: render chats and instructions by the tokenizer's template.
+        model: the causal LM that "self" is sampled from.
+        order: "shuffled" documents, of the training split where a source has splits; or "as written", of the split
+            that perplexities are reported on (wikitext2: test, c4: validation).
+
+    Returns:
+        int64 [N, T] on the CPU, N = ceil(tokens / window).
+
+    Raises:
+        DataError: no such source, unreadable, unreachable or too short; a template that is missing.
+    """
+    if order not in get_args(Order):
+        raise DataError(f"order={order!r} is unknown", f"allowed are {', '.join(map(repr, get_args(Order)))}")
+    if model is not None:  # a clone: dropout is off in it, and its generation config is set for sampling
+        model = share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
+    return load_blocks(
+        str(source), tokenizer, tokens=tokens, window=window, seed=seed, chat_template=chat_template, model=model,
+        order=order,
+    ).tokens  # fmt: skip
 
 
 def load_blocks(

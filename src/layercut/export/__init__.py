@@ -1,1 +1,10 @@
-"""Hand the result over: a stock checkpoint or a GGUF file, read back by those who will use it."""
+"""What is left as files that other software reads: a stock checkpoint, verified by a fresh process, or GGUF.
+
+Last stage of the journey. `checkpoint.py`: a folder of safetensors. `gguf.py` and `gguf_check.py`: GGUF's tensors, and
+whether a file is the model that it should be. `formats.py`: how `layercut export` finds a format, and what a format of
+a package's own must look like.
+"""
+
+from layercut.export.checkpoint import Exported, save
+
+__all__ = ["Exported", "save"]

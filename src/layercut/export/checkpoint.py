@@ -1,7 +1,8 @@
-"""Hand the result over: a stock Hugging Face folder, proved by a fresh process that knows nothing of layercut.
+"""A model as a stock Hugging Face folder, verified by a fresh process that cannot import layercut.
 
-A quantized model comes as a plain model whose weights are the rounded ones, and the packed tensors that stand for
-them; saved are the packed ones, and a reload must compute the same logits to the bit.
+`save` is for a model of the caller's, `export_checkpoint` what it and the command's export stage do. A quantized model
+comes as a plain model whose weights are the rounded ones, and the packed tensors that stand for them; saved are the
+packed ones, and a reload must compute the same logits to the bit.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ import torch
 from safetensors.torch import save_file
 
 from layercut.data.blocks import in_rows
+from layercut.errors import ModelError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, memory
-from layercut.models.loading import as_stored, quiet_transformers
+from layercut.models.loading import as_stored, quiet_transformers, share
+from layercut.models.runner import DecoderRunner
 from layercut.offload import layer_reader
 from layercut.progress import bar
+from layercut.quantization import Quantized
 
 CHECKER = Path(__file__).with_name("reload_process.py")
 STEP = "step: "
@@ -39,6 +44,75 @@ class ReloadError(Exception):
     """The saved model is not the model in memory. A fault of ours: never shown as the user's."""
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint that was written."""
+
+    folder: Path
+    bytes: int
+    """Of the weight files."""
+    check: Mapping[str, Any] | None
+    """What the fresh process found: "logits", "cached_generation", the "tokens" it generated, and "perplexity" on
+    `text`; None: not verified."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON."""
+        return {"folder": str(self.folder), "bytes": self.bytes, "check": dict(self.check) if self.check else None}
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    verify: bool = True,
+    text: torch.Tensor | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Save a model as a stock checkpoint folder; `model` stays as it is.
+
+    The folder appears whole or not at all: only after a fresh process, with stock transformers and without layercut,
+    has loaded it, computed the same logits to the bit and generated with the cache what is computed without it.
+
+    Args:
+        model: a causal LM of transformers in memory, a DecoderRunner of one, or what `layercut.quantize` returned.
+        tokenizer: a tokenizer of transformers.
+        folder: where to write.
+        verify: whether to start that process.
+        text: token ids [N, T] on which it measures perplexity.
+        overwrite: replace what is in the folder.
+
+    Raises:
+        RunError: the folder is there and not empty, or cannot be written.
+        ModelError: no model of transformers, such as one in an adapter's wrapper.
+        ReloadError: what was saved is not what is in memory, which is a fault of layercut or transformers.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.is_file() or (not overwrite and folder.is_dir() and any(folder.iterdir())):
+        raise RunError(f"{folder} exists already", "name another folder, or replace this one: overwrite=True")
+    packing: dict[str, Any] = {}
+    if isinstance(model, Quantized):
+        packing = {"packed": dict(model.packed), "quantization_config": dict(model.config)}
+    given = model.at_rest if isinstance(model, DecoderRunner) else model.model if packing else model
+    _check_stock(given)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    clone = share(given).eval()
+    found = export_checkpoint(clone, tokenizer, folder, text=text, check=verify, **packing)
+    return Exported(folder, found["bytes"], found["check"])
+
+
+def _check_stock(model: Any) -> None:
+    """Refuse what `save_pretrained` would not write as a checkpoint of its own."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"a {type(model).__name__} is no model of transformers that could be saved as a stock checkpoint",
+            "take adapters and wrappers off first; of peft: model = model.merge_and_unload()",
+        )
+
+
 def export_checkpoint(
     model: Any,
     tokenizer: Any,
@@ -47,13 +121,25 @@ def export_checkpoint(
     packed: dict[str, torch.Tensor] | None = None,
     quantization_config: dict[str, Any] | None = None,
     text: torch.Tensor | None = None,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Save model, tokenizer and generation config; verify; only then put the folder in its place.
 
-    packed: tensors to save for the weights of `model` that they stand for, which quantization_config describes.
-    text: tokens [N, T] to measure perplexity on again, by the fresh process.
-    Returns {"bytes": of the weight files, "check": what the fresh process saw}. Raises RunError where the disk
-    does not let us, ReloadError where the reloaded model differs or a weight was saved twice.
+    Args:
+        model: a causal LM of transformers, in eval mode.
+        tokenizer: saved beside it.
+        folder: replaced where it is there.
+        packed: tensors to save for the weights of `model` that they stand for.
+        quantization_config: describes the packed tensors.
+        text: token ids [N, T] to measure perplexity on, by the fresh process.
+        check: whether a fresh process verifies what was saved.
+
+    Returns:
+        {"bytes": of the weight files, "check": what the fresh process found, None where there was none}.
+
+    Raises:
+        RunError: the disk does not let us write.
+        ReloadError: the reloaded model differs, or a weight was saved twice.
     """
     model = as_stored(model)
     state = stored_state(model, packed or {})
@@ -67,13 +153,15 @@ def export_checkpoint(
             tokenizer.save_pretrained(partial)
         usual_mode_(partial)
         check_bytes(partial, state)
-        check = verify_reload(model, partial, text) if packed else verify(model, partial, text)
+        found = None
+        if check:
+            found = verify_reload(model, partial, text) if packed else verify(model, partial, text)
         with writing(folder):
             replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"bytes": size, "check": check}
+    return {"bytes": size, "check": found}
 
 
 @contextmanager
@@ -149,9 +237,15 @@ def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[s
 def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
-    Logits must be equal to the bit in the saved number format; greedy generation with the cache must give the tokens
-    that full forwards without it give (in float32, where ties are not made by rounding). Of `text` [N, T] the process
-    measures the perplexity, in float32 as well: some CPUs take many times as long over narrower formats.
+    Logits must be equal to the bit in the dtype that is saved; greedy generation with the cache must give the tokens
+    that forward passes without it give (in float32, where rounding makes no ties). Of `text` [N, T] the process
+    measures the perplexity, in float32 as well: some CPUs take many times as long over narrower dtypes.
+
+    Returns:
+        What the process found.
+
+    Raises:
+        ReloadError: it cannot load the folder, or computes something else.
     """
     return _verified(model, folder, ["-P", str(CHECKER)], text)
 
@@ -167,8 +261,11 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor | None = None) -> dict[str, Any]:
-    """What the checker prints, which is given a few tokens, the model's logits and perhaps text. ReloadError where it
-    fails."""
+    """What the checker prints, which is given a few tokens, the model's logits and perhaps text.
+
+    Where the caller chose another attention than transformers would, the checker takes it too: sums in another order
+    are not equal to the bit.
+    """
     parameter = next(model.parameters())
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -182,6 +279,8 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
             save_file(expected, file)
         command = [sys.executable, *checker, str(folder), str(file)]
         command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
+        attention = getattr(model.config, "_attn_implementation", None)
+        command += [attention] if "-m" not in checker and attention not in (None, "sdpa") else []
         return _checked(command, Path(scratch) / "stderr")
 
 

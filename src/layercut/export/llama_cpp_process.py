@@ -19,7 +19,7 @@ from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
 PROMPT, NEW_TOKENS = 8, 24
 AT_ONCE = 512
-"""Tokens computed at once, which bounds the room that attention takes."""
+"""Tokens computed at once, which bounds the memory that attention takes."""
 FLOAT32 = 0
 ERROR = 4
 """llama.cpp's level of messages that are errors."""
@@ -46,7 +46,7 @@ class Model:
         context.flash_attn_type = 0
         self.context = self.lib.llama_init_from_model(self.model, context)
         if self.context == self.ffi.NULL:
-            sys.exit("it cannot make room for it")
+            sys.exit("it has not enough memory for it")
         self.vocabulary = self.lib.llama_model_get_vocab(self.model)
         self.size = self.lib.llama_vocab_n_tokens(self.vocabulary)
 
@@ -89,6 +89,7 @@ def loss(scores, tokens):
 
 
 def main(file, folder, threads, last):
+    """Compute from FOLDER's tokens, write logits there, print the rest."""
     folder = Path(folder)
     windows, long = np.load(folder / "tokens.npy"), np.load(folder / "long.npy")
     model = Model(file, max(windows.shape[1], len(long), PROMPT + NEW_TOKENS), int(threads))

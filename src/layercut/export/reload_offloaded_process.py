@@ -20,6 +20,7 @@ from layercut.offload import layer_reader
 
 @torch.no_grad()
 def main(folder: str, expected: str, device: str, dtype: str, threads: str) -> None:
+    """Open the folder, compare logits; prints what was found."""
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
     print("step: opening", flush=True)

@@ -4,7 +4,9 @@ Uses torch and transformers alone; what imports layercut here fails. Prints what
 line of JSON, or fails with the difference as its last line. EXPECTED holds tokens and their logits and, where there is
 text to measure perplexity on, its rows [N, T].
 
-    python reload_process.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS
+    python reload_process.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS [ATTENTION]
+
+ATTENTION: transformers' attn_implementation, where it is not the one that transformers chooses.
 """
 
 import json
@@ -16,15 +18,17 @@ from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
-sys.modules["layercut"] = None  # type: ignore[assignment]  # so that `import layercut` fails, though this process may see where it lies
+sys.modules["layercut"] = None  # type: ignore[assignment]  # so that `import layercut` fails, though it may be on this process's path
 NEW_TOKENS = 24
 TIE = 1e-3  # logits nearer than this may change places between two orders of summation
 
 
-def load(folder, dtype, device):
+def load(folder, dtype, device, attention):
+    """The model, by stock transformers; exits where a weight is missing, left over or of another shape."""
     config = AutoConfig.from_pretrained(folder)
+    chosen = {"attn_implementation": attention} if attention else {}
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-    model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **chosen)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             sys.exit(f"{kind}: {sorted(map(str, info[kind]))[:3]}")
@@ -42,14 +46,15 @@ def perplexity(model, rows):
 
 
 @torch.no_grad()
-def main(folder, expected, device, dtype, threads):
+def main(folder, expected, device, dtype, threads, attention=None):
+    """Load, compare logits, generate, measure perplexity; prints what was found."""
     logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
     tokens = reference["tokens"].to(device)
 
     print("step: loading", flush=True)
-    model = load(folder, getattr(torch, dtype), device)
+    model = load(folder, getattr(torch, dtype), device, attention)
     print("step: comparing logits", flush=True)
     got = model(input_ids=tokens, use_cache=False).logits.cpu()
     if not torch.equal(got, reference["logits"]):

@@ -18,7 +18,6 @@ from typing import Any
 from layercut import evaluation
 from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
-from layercut.extensions import quantizers
 from layercut.files.json_values import write_text
 from layercut.models import checkpoints
 from layercut.pipeline import stages
@@ -28,6 +27,7 @@ from layercut.pipeline.iterative import heal_stages, in_rounds, search_stage
 from layercut.pipeline.resolve import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_store import Run
 from layercut.progress import say
+from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.report.formatting import label
 from layercut.report.lines import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report.page import model_card, write_report
@@ -76,7 +76,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
 def quantize_stage(work: RunContext, text: dict[str, Any], segments: Sequence[Segment]) -> None:
     """The healed model in fewer bits, where that is asked."""
     config = work.config.quantize
-    calibrated = text["calibration"] if quantizers.get(config.quantizer).needs_calibration else None
+    calibrated = text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
     stored = [asdict(config), calibrated] if config.bits < 16 else None
     quantized = work.run.stage("quantize", stored, partial(stages.quantize.quantize, work, segments), after=["heal"])
     if quantized["bits"] < 16:

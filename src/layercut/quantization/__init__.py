@@ -1,50 +1,134 @@
-"""Quantize: store what is left in 8 or 4 bits a weight. After healing, before the last measurement.
+"""Quantize: store the weights that are left in 8 or 4 bits each. After healing, before the last measurement.
 
-    found = quantize_(model, tokens, config)
+    found = quantize(model, tokens, bits=4)
 
-leaves `model` a plain model whose weights are the rounded ones, to the bit those that a reload will compute, and
-returns the packed tensors for the checkpoint. Weights only: activations stay in the model's number format.
+`found.model` is a plain model whose weights are the rounded ones, to the bit those that a reload will compute;
+`found.packed` are the tensors for the checkpoint. Weights only: activations stay in the model's dtype.
 
-One decoder layer after another, each calibrated on what the quantized layers before it give out, so that later
-layers make up for earlier ones as far as they can; only one layer's Hessians are held.
+One decoder layer after another, each calibrated on what the quantized layers before it compute, so that later layers
+compensate the errors of earlier ones as far as they can; only one layer's Hessians are in memory. Which weights:
+`assignment.py`; the points a weight may take: `grid.py`; which point: `quantizers.py`; the file format: `packing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from layercut.config import QuantizeConfig
-from layercut.errors import ModelError
+from layercut.errors import ConfigError, ModelError
+from layercut.models import loading
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.runner import Calls, DecoderRunner, intercepted
+from layercut.progress import bar
 from layercut.quantization.assignment import Assignment, left_as_they_are, linear_left, plan
-from layercut.quantization.gptq import add_to_hessian_, gptq, output_errors
+from layercut.quantization.gptq import add_to_hessian_, output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
-from layercut.quantization.packing import pack, quantization_config, require_library, unpack
+from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
+from layercut.quantization.quantizers import Quantizer, codes, resolve
+from layercut.quantization.result import Quantized, QuantizedWeight
 
-__all__ = ["Quantization", "endpoints_of", "quantize_", "quantized_weights"]
+__all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 
 BATCH_TOKENS = 2048
 Batches = list[tuple[torch.Tensor, Calls]]
+QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """What was done to each weight, and the tensors for the checkpoint."""
+def quantize(
+    model: Any,
+    tokens: torch.Tensor | None = None,
+    *,
+    bits: Literal[8, 4],
+    quantizer: str | Quantizer = "gptq",
+    group_size: int | None = None,
+    asymmetric: bool = False,
+    quantize_embeddings: bool = False,
+    endpoint_bits: Literal[16, 8] | None = None,
+    endpoints: Sequence[int] = (),
+) -> Quantized:
+    """Round the weights of the decoder layers to a few bits; `model` stays as it is.
 
-    layers: list[dict[str, Any]]
-    """By weight: name, method, bits, group_size, bytes, weight_error = ||W - Q||^2 / ||W||^2, and where calibrated
-    output_error = ||(W - Q) X'||^2 / ||W X'||^2 and rtn_output_error, the same of rounding to nearest."""
-    left: list[str]
-    """Matrices in the decoder layers that stay as they were."""
-    packed: dict[str, torch.Tensor]
-    config: dict[str, Any]
-    """quantization_config for config.json."""
+    Args:
+        model: a causal LM of transformers in memory, or a DecoderRunner of one.
+        tokens: calibration token ids [N, T]; needed where the quantizer is calibrated, as gptq is.
+        bits: bits of a weight.
+        quantizer: a name of `layercut.quantizers` ("gptq", "rtn", one of a package), or a class or function as
+            `quantization/quantizers.py` describes it.
+        group_size: columns that share a scale; None: the largest of 128, 64 and 32 that divides a weight's columns.
+        asymmetric: store a zero point for every group as well.
+        quantize_embeddings: store embeddings and head in 8 bits too.
+        endpoint_bits: bits of the layers beside a cut; None: as `bits`. 16: they are not quantized.
+        endpoints: layers beside a cut, by their place in `model`; those that its config tells of are found without.
+
+    Returns:
+        A clone with the rounded weights, the packed tensors, and what became of each weight.
+
+    Raises:
+        ConfigError: compressed-tensors is missing, an unknown quantizer, no tokens for a calibrated one, or a group
+            size that does not divide a weight's columns.
+        ModelError: nothing that could be quantized, weights that are not finite, or (calibrated) a model that cannot
+            be run layer by layer.
+    """
+    if bits not in (4, 8):
+        raise ConfigError(f"bits={bits!r} is not among what weights can be stored in", "allowed are 8 and 4")
+    own = {"quantizer": quantizer} if isinstance(quantizer, str) else {}
+    config = QuantizeConfig(
+        bits=bits, group_size=group_size, asymmetric=asymmetric, quantize_embeddings=quantize_embeddings,
+        endpoint_bits=endpoint_bits, **own,
+    )  # fmt: skip
+    clone = loading.share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
+    return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer)
+
+
+@torch.no_grad()
+def quantize_(
+    model: Any,
+    tokens: torch.Tensor | None,
+    config: QuantizeConfig,
+    *,
+    endpoints: Sequence[int] = (),
+    quantizer: str | Quantizer | None = None,
+) -> Quantized:
+    """`quantize` in place: new parameters are put in, tensors that another model shares stay, ties are kept.
+
+    quantizer: in the place of `config.quantizer`.
+    """
+    require_library()
+    name, rounds = resolve(quantizer or config.quantizer)
+    if rounds.needs_calibration and (tokens is None or not tokens.numel()):
+        raise ConfigError(f"the quantizer {name} is calibrated on tokens, and none are given", "give tokens [N, T]")
+    layers = len(loading.find_decoder(model))
+    targets = plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)}))
+    left, before = left_as_they_are(model, targets), loading.parameter_bytes(model)
+    rows: list[QuantizedWeight] = []
+    packed: dict[str, torch.Tensor] = {}
+
+    def quantize_one(target: Assignment, hessian: torch.Tensor | None) -> None:
+        row, stored, weight = _quantize_weight(model, target, hessian, config, (name, rounds))
+        rows.append(row)
+        packed.update(stored)
+        replace_parameters_(model, {f"{target.name}.weight": weight})
+
+    _embeddings_and_head(model, [target for target in targets if target.layer is None], packed, quantize_one)
+    inside = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
+    wanted = {layer: list(group) for layer, group in inside if layer is not None}
+    with bar(f"quantizing to {config.bits} bits", layers) as advance:
+        if rounds.needs_calibration:
+            assert tokens is not None
+            _layer_by_layer(DecoderRunner(model), tokens, wanted, quantize_one, advance)
+        else:
+            for group in wanted.values():
+                for target in group:
+                    quantize_one(target, None)
+                advance(1)
+    described = quantization_config(targets, linear_left(model, targets), asymmetric=config.asymmetric)
+    after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
+    asked = vars(config) | {"quantizer": name}
+    return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked)
 
 
 def endpoints_of(config: Any, layers: int) -> list[int]:
@@ -68,66 +152,35 @@ def original_layer_index(config: Any) -> list[int] | None:
     return found or getattr(config.get_text_config(), "original_layer_index", None)
 
 
-def quantized_weights(packed: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Parameters by name, as any loader computes them from the packed tensors."""
-    require_library()
-    return unpack(packed, config)
-
-
-@torch.no_grad()
-def quantize_(
-    model: Any,
-    tokens: torch.Tensor,
-    config: QuantizeConfig,
-    *,
-    endpoints: Sequence[int] = (),
-    advance: Callable[[int], None] = lambda layers: None,
-) -> Quantization:
-    """Quantize `model` in place; tokens [N, T] calibrate, and are not looked at where `config.quantizer` is rtn.
-
-    New parameters are put in; tensors that another model shares are left alone, ties are kept.
-    Raises ConfigError: compressed-tensors is missing, or the group size does not fit. ModelError: nothing to
-    quantize, weights that are not finite, or (gptq) a model that cannot be run layer by layer.
-    """
-    require_library()
-    targets = plan(model, config, endpoints)
-    rows: list[dict[str, Any]] = []
-    packed: dict[str, torch.Tensor] = {}
-
-    def quantize_one(target: Assignment, hessian: torch.Tensor | None) -> None:
-        row, stored, weight = _quantize_weight(model, target, hessian, config)
-        rows.append(row)
-        packed.update(stored)
-        replace_parameters_(model, {f"{target.name}.weight": weight})
-
-    left = left_as_they_are(model, targets)
-    ends = [target for target in targets if target.layer is None]
-    tied = bool(ends) and model.get_submodule(ends[0].name).weight is model.get_submodule(ends[1].name).weight
-    if ends:
-        quantize_one(ends[0], None)
+def _embeddings_and_head(
+    model: Any, ends: Sequence[Assignment], packed: dict[str, torch.Tensor], quantize_one: QuantizeOne
+) -> None:
+    """The weights outside the decoder layers, without calibration; tied ones once, with scales under both names."""
+    if not ends:
+        return
+    first, last = ends
+    tied = model.get_submodule(first.name).weight is model.get_submodule(last.name).weight
+    quantize_one(first, None)
     if tied:
         packed.update(_scales_for_tied_head(ends, packed))
-    elif ends:
-        quantize_one(ends[1], None)
-    by_layer = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
-    if config.quantizer == "rtn":
-        for _, group in by_layer:
-            for target in group:
-                quantize_one(target, None)
-            advance(1)
     else:
-        wanted = {layer: list(group) for layer, group in by_layer if layer is not None}
-        _layer_by_layer(DecoderRunner(model), tokens, wanted, quantize_one, advance)
-    described = quantization_config(targets, linear_left(model, targets), asymmetric=config.asymmetric)
-    return Quantization(rows, left, packed, described)
+        quantize_one(last, None)
+
+
+def _bytes_left(model: Any, rows: Sequence[QuantizedWeight]) -> int:
+    """Bytes, as saved, of the parameters that were not quantized; tied ones counted once."""
+    parameters = {id(p): p for p in model.parameters()}
+    covered = {id(model.get_submodule(row.name).weight) for row in rows}
+    stored = stored_dtype(model).itemsize
+    return sum(p.numel() * min(stored, p.itemsize) for key, p in parameters.items() if key not in covered)
 
 
 def _layer_by_layer(
     stack: DecoderRunner,
     tokens: torch.Tensor,
     wanted: dict[int, list[Assignment]],
-    quantize_one: Callable[[Assignment, torch.Tensor | None], None],
-    advance: Callable[[int], None],
+    quantize_one: QuantizeOne,
+    advance: Callable[..., None],
 ) -> None:
     """Hessians of a layer, then its weights, then its outputs for the next one."""
     batches = [stack.enter(batch) for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
@@ -175,31 +228,40 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def _quantize_weight(
-    model: Any, target: Assignment, hessian: torch.Tensor | None, config: QuantizeConfig
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor]:
-    """One weight: its line of the report, its packed tensors, and what they stand for."""
+    model: Any,
+    target: Assignment,
+    hessian: torch.Tensor | None,
+    config: QuantizeConfig,
+    quantizer: tuple[str, Quantizer],
+) -> tuple[QuantizedWeight, dict[str, torch.Tensor], torch.Tensor]:
+    """One weight: its line of the report, its packed tensors, and what they stand for.
+
+    A calibrated quantizer rounds what has no Hessian to nearest.
+    """
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "this model is ruined already")
     grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.asymmetric, dtype=stored_dtype(model))
     nearest = encode(weight, grid)
-    codes = nearest if hessian is None else gptq(weight, hessian, grid)
-    rounded, plain = decode(codes, grid), decode(nearest, grid)
-    stored = pack(target, codes, grid)
-    row = {
-        "name": target.name,
-        "method": "rtn" if hessian is None else "gptq",
-        "bits": target.bits,
-        "group_size": target.group_size,
-        "bytes": sum(t.nbytes for t in stored.values()),
-        "weight_error": _share((weight.float() - rounded.float()).square().sum(), weight.float().square().sum()),
-        "output_error": None,
-        "rtn_output_error": None,
-    }
+    uncalibrated = hessian is None and quantizer[1].needs_calibration
+    chosen = nearest if uncalibrated else codes(*quantizer, weight, hessian, grid)
+    rounded = decode(chosen, grid)
+    stored = pack(target, chosen, grid)
+    output = rtn = None
     if hessian is not None:
         whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
-        row["output_error"] = _share(output_errors(weight, rounded, hessian).sum(), whole)
-        row["rtn_output_error"] = _share(output_errors(weight, plain, hessian).sum(), whole)
+        output = _share(output_errors(weight, rounded, hessian).sum(), whole)
+        rtn = _share(output_errors(weight, decode(nearest, grid), hessian).sum(), whole)
+    row = QuantizedWeight(
+        name=target.name,
+        method="rtn" if uncalibrated else quantizer[0],
+        bits=target.bits,
+        group_size=target.group_size,
+        bytes=sum(t.nbytes for t in stored.values()),
+        weight_error=_share((weight.float() - rounded.float()).square().sum(), weight.float().square().sum()),
+        output_error=output,
+        rtn_output_error=rtn,
+    )
     return row, stored, rounded
 
 

@@ -33,8 +33,14 @@ class Assignment:
 def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Assignment]:
     """Every weight that `config` asks to quantize, in the order the model uses them.
 
-    endpoints: decoder layers that take `config.endpoint_bits`. Raises ModelError: no linear modules,
-    or experts merged into one tensor. ConfigError: group size.
+    Args:
+        model: a causal LM of transformers.
+        config: bits, group size, whether embeddings and head are quantized too.
+        endpoints: decoder layers that take `config.endpoint_bits`.
+
+    Raises:
+        ModelError: no linear modules, or experts merged into one tensor.
+        ConfigError: endpoint bits without a cut, or a group size that does not divide the columns.
     """
     decoder = find_decoder(model)
     merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
@@ -75,7 +81,11 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
 
 
 def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
-    """The size asked for, or else the largest usual one that divides the columns. ConfigError: none does."""
+    """The size asked for, or else the largest usual one that divides the columns.
+
+    Raises:
+        ConfigError: none does.
+    """
     for size in GROUP_SIZES if config.group_size is None else (config.group_size,):
         if columns % size == 0:
             return size

@@ -19,7 +19,7 @@ DAMPING, BLOCK = 0.01, 128
 
 
 def add_to_hessian_(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
-    """H += 2 X'X for inputs [..., I]; products in float32, the sum in H's own format."""
+    """H += 2 X'X for inputs [..., I]; products in float32, the sum in H's own dtype."""
     x = inputs.flatten(0, -2).float()
     hessian += 2 * (x.T @ x).to(hessian.dtype)
 
@@ -31,7 +31,16 @@ def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tens
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes [O, I] int8 for `weight` [O, I], given H [I, I] in float32 or float64."""
+    """The codes that GPTQ chooses (Frantar et al., 2210.17323, algorithm 1).
+
+    Args:
+        weight: [O, I].
+        hessian: H = 2 X'X [I, I] in float32 or float64.
+        grid: fitted to `weight`.
+
+    Returns:
+        Codes [O, I] int8, row by row never worse at the output than rounding to nearest.
+    """
     order = hessian.diagonal().argsort(descending=True)
     factor = inverse_factor(hessian[order][:, order]).float()
     open_columns = weight.float()[:, order].T.contiguous()  # [I, O], so that a column is contiguous
@@ -55,7 +64,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tenso
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """U upper triangular with U'U = H^-1, of the damped H in which inputs that never occur stand alone."""
+    """U [I, I] upper triangular with U'U = H^-1, H damped; an input that never occurs gets 1 on the diagonal."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1

@@ -1,6 +1,6 @@
 """The points a weight may take: a scale, and where asked a zero point, for every group of columns.
 
-Ground of the quantize room: pure functions of tensors. Shapes: O outputs, I inputs of a linear layer y = W x,
+Pure functions of tensors. Shapes: O outputs, I inputs of a linear layer y = W x,
 G = I / group size. A weight is stored as codes q of b bits; it stands for (q - z) s.
 """
 
@@ -16,18 +16,22 @@ class Grid:
     """Scales and zero points of one weight [O, I]."""
 
     scale: torch.Tensor
-    """[O, G], in the model's own number format: rounded before any weight is, as it will be stored."""
+    """[O, G], in the dtype that the model is saved in: rounded before any weight is, as it will be stored."""
     zero: torch.Tensor | None
     """[O, G] int8; None: symmetric, every zero point is 0."""
     bits: int
+    """Of a code."""
     group_size: int
+    """Columns that share a scale."""
 
     @property
     def lowest(self) -> int:
+        """The smallest code."""
         return -(2 ** (self.bits - 1))
 
     @property
     def highest(self) -> int:
+        """The largest code."""
         return 2 ** (self.bits - 1) - 1
 
 
@@ -35,6 +39,13 @@ def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bo
     """The grid that just covers each group of `weight` [O, I]; 0 is always one of its points.
 
     Symmetric: s = max|w| / (2^b - 1) * 2, z = 0. Asymmetric: s = (max - min) / (2^b - 1), z = lowest - min / s.
+
+    Args:
+        weight: [O, I], of any dtype; computed in float32.
+        bits: b.
+        group_size: columns that share a scale; divides I.
+        asymmetric: with zero points.
+        dtype: of the scales, as they are stored.
     """
     grouped = weight.float().unflatten(1, (-1, group_size))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
@@ -58,7 +69,7 @@ def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The weight [O, I] that codes stand for, in the scale's number format, by the arithmetic that loaders use."""
+    """The weight [O, I] that codes stand for, in the scale's dtype, by the arithmetic that loaders use."""
     grouped = codes.unflatten(1, (-1, grid.group_size)).to(grid.scale.dtype)
     if grid.zero is not None:
         grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)

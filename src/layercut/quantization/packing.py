@@ -1,13 +1,13 @@
 """Codes and grids as compressed-tensors stores them, so that stock transformers (and vLLM) can read them.
 
 Linear weights are packed into int32 words ("pack-quantized"), which transformers refuses for embeddings: those are
-stored as plain int8 ("naive-quantized"). What this room computes and what a loader will compute are the same bits:
+stored as plain int8 ("naive-quantized"). What is computed here and what a loader will compute are the same bits:
 `decode` does the loader's arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,22 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
     return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
 
 
-def unpack(packed: dict[str, torch.Tensor], quantization_config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that packed tensors stand for, by parameter name, through compressed-tensors' own code."""
+def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights [O, I] that packed tensors stand for, by parameter name, as any loader computes them.
+
+    Args:
+        packed: tensors by their full names, as `pack` gives them.
+        config: the `quantization_config` that describes them.
+
+    Raises:
+        ConfigError: compressed-tensors is missing.
+    """
+    require_library()
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     weights = {}
-    for group in quantization_config["config_groups"].values():
+    for group in config["config_groups"].values():
         scheme = QuantizationScheme.model_validate(group)
         compressor = BaseCompressor.get_value_from_registry(group["format"])
         for name in group["targets"]:

@@ -13,12 +13,20 @@ from layercut.errors import RunError
 
 
 @contextmanager
-def appearing(target: Path, *, force: bool = False, need: int = 0) -> Iterator[Path]:
+def appearing(target: Path, *, force: bool = False, need: int = 0, within: bool = False) -> Iterator[Path]:
     """A temporary sibling to fill, which takes the name `target` when the block ends well and is removed
     otherwise.
 
-    What an earlier, killed run left beside `target` is removed first. need: bytes that must be free.
-    Raises RunError: the target exists (unless force), cannot be written, or the disk is full.
+    What an earlier, killed run left beside `target` is removed first.
+
+    Args:
+        target: where the result goes.
+        force: replace what is there.
+        need: bytes that must be free.
+        within: the result is the file or folder of the target's name in the sibling, as it is of a .gguf file.
+
+    Raises:
+        RunError: the target exists, cannot be written, or the disk is full.
     """
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not force:
@@ -37,7 +45,7 @@ def appearing(target: Path, *, force: bool = False, need: int = 0) -> Iterator[P
         old = target.parent / f"{work.name}-old"
         if os.path.lexists(target):
             target.rename(old)
-        produced = work / target.name if target.suffix == ".gguf" else work
+        produced = work / target.name if within or target.suffix == ".gguf" else work
         produced.rename(target)
         _remove(old)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Cut layers out of a model in memory."""
+"""Cut layers out of a model in memory: `cut` in a clone, `cut_segment_` in place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,36 @@ from torch import nn
 
 from layercut.distributed.sharding import is_spread
 from layercut.errors import SurgeryError
-from layercut.segments import Segment
+from layercut.models.runner import DecoderRunner
+from layercut.offload.shared import share
+from layercut.segments import Segment, as_segments
 from layercut.surgery.differences import CutPlan, plan_cut
 from layercut.surgery.position_rules import rescaled
+
+
+def cut(model: Any, segments: Any) -> Any:
+    """A clone of the model without some of its layers, which shares all weights; `model` stays as it is.
+
+    The clone can be run, trained and saved at once. What is trained in it has to be its own parameters first:
+    `layercut.fold_` and `layercut.tune_` see to that.
+
+    Args:
+        model: a causal LM of transformers, in memory or with its layers on disk, or a DecoderRunner of one.
+        segments: the layers to remove, each a Segment, a pair (13, 19) or "13:19" (19 stays), in any order. None at
+            all: a clone with all layers.
+
+    Returns:
+        The clone; `config.original_layer_index` tells where its layers stood in the first model of all.
+
+    Raises:
+        ConfigError: a segment outside the stack, overlapping ones, or all layers.
+        SurgeryError: stock transformers cannot express what would be left.
+    """
+    clone = share(model.at_rest if isinstance(model, DecoderRunner) else model)
+    removed = as_segments(segments)
+    if removed:
+        cut_segment_(clone, removed)
+    return clone
 
 
 def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
@@ -22,8 +49,9 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     as it was.
     `model.config.original_layer_index` tells where the kept layers stood in the first model of all.
 
-    Raises SurgeryError, before anything is changed, when stock transformers cannot express what would be
-    left.
+    Raises:
+        ConfigError: a segment outside the stack, overlapping ones, or all layers.
+        SurgeryError: stock transformers cannot express what would be left; nothing is changed then.
     """
     plan = plan_cut(model.config, type(model), segments)
     _check_same(model, plan)

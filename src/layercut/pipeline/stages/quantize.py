@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from layercut import evaluation
-from layercut.config import QuantizeConfig
+from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
 from layercut.pipeline.context import RunContext
-from layercut.progress import bar
-from layercut.quantization import Quantization, endpoints_of, quantize_
 from layercut.segments import Segment
 
 
@@ -24,11 +20,10 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
     config = work.config.quantize
     if config.bits == 16:
         return {"bits": 16, "layers": []}
-    student = work.student(segments, "folded", "tuned")
-    beside = endpoints(segments, work.layers)
-    found = quantize_with_bar_(student, work.blocks["calibration"], config, endpoints=beside)
-    work.save(found.packed, "quantized")
-    return quantization_facts(found, student, config) | {"files": ["quantized.safetensors"]}
+    student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
+    found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
+    work.save(dict(found.packed), "quantized")
+    return found.to_dict() | {"files": ["quantized.safetensors"]}
 
 
 def frontier(work: RunContext, bits: Sequence[int]) -> dict[str, Any]:
@@ -38,38 +33,10 @@ def frontier(work: RunContext, bits: Sequence[int]) -> dict[str, Any]:
 
 def point(work: RunContext, model: Any, bits: int) -> dict[str, Any]:
     """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows."""
-    quantize = replace(work.config.quantize, bits=bits)  # type: ignore[arg-type]
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
-        model = loading.share(model)
-        found = quantize_with_bar_(model, work.blocks["calibration"], quantize)
-        size = quantization_facts(found, model, quantize)["bytes"]["after"]
+        asked = asdict(work.config.quantize) | {"bits": bits}
+        found = rounding.quantize(model, work.blocks["calibration"], **asked)
+        model, size = found.model, found.bytes_after
     perplexity = evaluation.perplexity(model, work.blocks["heldout"])
     return {"layers": layers, "bits": bits, "bytes": size, "rise": as_price(perplexity / work.heldout_perplexity - 1)}
-
-
-def quantize_with_bar_(
-    model: Any, tokens: torch.Tensor, config: QuantizeConfig, *, endpoints: Sequence[int] = ()
-) -> Quantization:
-    """`quantize_`, with a bar. endpoints: layers beside a cut, besides those found in the model's own config."""
-    layers = len(loading.find_decoder(model))
-    beside = sorted({*endpoints, *endpoints_of(model.config, layers)})
-    with bar(f"quantizing to {config.bits} bits", layers) as advance:
-        return quantize_(model, tokens, config, endpoints=beside, advance=advance)
-
-
-def quantization_facts(found: Quantization, model: Any, config: QuantizeConfig) -> dict[str, Any]:
-    """quantize.json: what was asked, what became of every weight, and how many bytes that makes."""
-    parameters = {id(p): p for p in model.parameters()}
-    quantized = {row["name"] for row in found.layers}
-    covered = {id(model.get_submodule(name).weight) for name in quantized}
-    stored = loading.stored_dtype(model).itemsize
-    after = sum(p.numel() * min(stored, p.itemsize) for key, p in parameters.items() if key not in covered)
-    after += sum(t.nbytes for t in found.packed.values())
-    return {
-        **asdict(config),
-        "layers": found.layers,
-        "left": found.left,
-        "bytes": {"before": loading.parameter_bytes(model), "after": after},
-        "quantization_config": found.config,
-    }

@@ -1,6 +1,8 @@
-"""A finished run, or a checkpoint folder, as a GGUF file: written, read back by those who will use it, measured again.
+"""The GGUF file of a run or of a checkpoint folder: written, read back by those who will use it, measured again.
 
-Beside `pipeline.compress`, over the same rooms, like `cli/commands.py`.
+Two ways, between which `export/formats.py` chooses. A run that began from a .gguf file goes back into one: the bytes of
+all that was not healed stay (`write_healed`). A checkpoint folder goes through llama.cpp's converter
+(`write_converted`).
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from layercut.config import ExportConfig
-from layercut.data.blocks import load_blocks, stored_blocks
-from layercut.errors import ModelError, RunError
+from layercut.data.blocks import load_blocks
+from layercut.errors import ModelError
 from layercut.evaluation import perplexity
-from layercut.export.checkpoint import CHECK_TOKENS, text_to_check
+from layercut.export.checkpoint import CHECK_TOKENS
 from layercut.export.gguf import (
     CONVERTED,
     PLAIN,
@@ -25,8 +27,6 @@ from layercut.export.gguf import (
     gguf_tensors,
     quantize_by_llama_cpp,
     requantized,
-    require_llama_cpp,
-    tensor_types,
 )
 from layercut.export.gguf_check import (
     by_llama_cpp,
@@ -36,78 +36,32 @@ from layercut.export.gguf_check import (
     readable,
     unlike_the_folder,
 )
-from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.models import llama_cpp_rules as rules
-from layercut.pipeline.provenance import is_run
 from layercut.progress import bar, say
-from layercut.report.lines import describe_gguf_check
-from layercut.report.page import write_report
-from layercut.report.verdicts import broken
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf, cut_segment_
-from layercut.surgery.companions import appearing
 
 WINDOW = 256
 """Tokens a row of the text that a GGUF file is measured on where no run brings its own."""
 
 
-def export(target: str, config: ExportConfig) -> Path:
-    """Write a finished run's model, or a checkpoint folder, as a GGUF file; returns the file.
+def write_healed(run: Path, source: str, file: Path, kind: str, text: torch.Tensor) -> dict[str, Any]:
+    """The source file without the run's segments, with what healing changed written anew.
 
-    A run that began from a .gguf file keeps the bytes of all it did not heal. The file is read back, compared and
-    measured again before it takes its name. In a run's folder, `gguf.json` tells what was seen, the tensor types really
-    written, and whether the file is broken; the report takes it over.
+    Args:
+        run: the folder of a finished run that began from `source`.
+        source: a .gguf file.
+        file: where to write.
+        kind: the GGML type of what was healed, in lower case; a K-quant: of all matrices.
+        text: token ids [N, T] to measure on.
+
+    Returns:
+        "healed": names of parameters, "errors": relative error of each that was rounded, "again": what was measured.
+
+    Raises:
+        ModelError: the file, read back, is not the run's model.
     """
-    run, kind = Path(target), config.gguf_type
-    if kind not in PLAIN:
-        require_llama_cpp()
-    of_run = is_run(run)
-    if of_run and not (run / "summary.json").is_file():
-        raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
-    summary = checkpoints.read_json(run / "summary.json") if of_run else {}
-    with appearing(config.out, force=config.force) as work:
-        file = work / config.out.name
-        if of_run and summary["model"].endswith(".gguf"):
-            facts = _healed_gguf(run, summary["model"], file, kind)
-        else:
-            folder, text = (run / "model", _text_of(run)) if of_run else (run, None)
-            facts = _converted(folder, file, config, text)
-        facts |= {"file": config.out.name, "bytes": file.stat().st_size, "tensor_types": tensor_types(file)}
-    types = ", ".join(f"{name} {count}" for name, count in facts["tensor_types"].items())
-    say("export", f"{facts['bytes']:,} bytes; tensors: {types}")
-    for words in describe_gguf_check(facts):
-        say("check", words)
-    if of_run:
-        facts["broken"] = broken(_with_file(summary, facts["again"]))
-        if facts["broken"]:
-            say("warning", facts["broken"])
-        write_json(run / "gguf.json", facts | {"run": summary["config_hash"]})
-        write_report(run)
-    return config.out
-
-
-def _text_of(run: Path) -> torch.Tensor:
-    """The first of a run's evaluation tokens [N, T]."""
-    return text_to_check(stored_blocks(run, "evaluation"))
-
-
-def _with_file(summary: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a run with the GGUF file in the place of the quantized model.
-
-    It was measured on fewer tokens than the run's own: taken is the run's last perplexity before quantization, times
-    what writing the file did to it on those.
-    """
-    figures, measured = summary["perplexity"] | {"quantized": None}, again["perplexity"]
-    written = measured["file"] or (again["llama_cpp"] or {}).get("perplexity")
-    last = [figures[name] for name in ("cut", "folded", "tuned") if figures[name] is not None]
-    if last and written:
-        figures["quantized"] = last[-1] * written / measured["model"]
-    return summary | {"perplexity": figures}
-
-
-def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any]:
-    """The source file without the run's segments, with what healing changed written anew."""
     checkpoint = checkpoints.resolve(source)
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     segments = [Segment(*bounds) for bounds in checkpoints.read_json(run / "cut.json")["segments"]]
@@ -129,7 +83,7 @@ def _healed_gguf(run: Path, source: str, file: Path, kind: str) -> dict[str, Any
         read = read_by_transformers(file, student.config)
         errors = compare_weights(file.name, read, student, _matrices(student, kind))
     with bar("measuring again", None):
-        again = _measure_again(file, student, read, loaded.tokenizer, _text_of(run))
+        again = _measure_again(file, student, read, loaded.tokenizer, text)
     return {"healed": sorted(healed), "errors": errors, "again": again}
 
 
@@ -141,10 +95,22 @@ def _healed_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "folded.safetensors") if fold["changed"] else {}
 
 
-def _converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tensor | None) -> dict[str, Any]:
+def write_converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tensor | None) -> dict[str, Any]:
     """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits.
 
-    text: tokens [N, T] to measure on; Python's own documentation where none are given.
+    Args:
+        folder: a checkpoint of float weights.
+        file: where to write.
+        config: the type of the weights, and where the converter is.
+        text: token ids [N, T] to measure on; None: Python's own documentation.
+
+    Returns:
+        "errors": relative error of each parameter that was rounded, "again": what was measured.
+
+    Raises:
+        ConfigError: there is no converter.
+        ModelError: a quantized folder, an architecture that llama.cpp does not know, or the file, read back, is not the
+            folder's model.
     """
     kind = config.gguf_type
     checkpoints.check_folder(folder)
@@ -162,25 +128,32 @@ def _converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tenso
             cut_gguf(plain, [], file, replaced=requantized(plain, kind))
         elif plain != file:
             quantize_by_llama_cpp(plain, file, kind)
-    name = architecture_of(file)
+    return _read_and_measured(plain, file, loaded, kind, text if text is not None else _some_text(loaded))
+
+
+def _read_and_measured(plain: Path, file: Path, loaded: Any, kind: str, text: torch.Tensor) -> dict[str, Any]:
+    """Compare a converted file with the model it was made from. plain: the file before its weights were rounded."""
+    name, model = architecture_of(file), loaded.model
     if not rules.known(name) and not llama_cpp_installed():
         raise ModelError(
             f"layercut does not know how llama.cpp tells the layers of {name!r} apart, and llama.cpp is not installed",
             'pip install "layercut[llamacpp]"',
         )
-    read = read_by_transformers(file, loaded.model.config) if readable(name) else None
-    errors = {} if read is None else compare_weights(file.name, read, loaded.model, _matrices(loaded.model, kind))
-    if text is None:
-        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
-        window = min(WINDOW, positions)
-        text = load_blocks(
-            "python-docs", loaded.tokenizer, tokens=CHECK_TOKENS, window=window, seed=0, order="as written"
-        ).tokens
+    read = read_by_transformers(file, model.config) if readable(name) else None
+    errors = {} if read is None else compare_weights(file.name, read, model, _matrices(model, kind))
     with bar("measuring again", None):
         if plain != file and llama_cpp_installed():  # what quantization costs would hide a small difference
-            by_llama_cpp(plain, loaded.model, loaded.tokenizer, text)
-        again = _measure_again(file, loaded.model, read, loaded.tokenizer, text, judge=plain == file)
+            by_llama_cpp(plain, model, loaded.tokenizer, text)
+        again = _measure_again(file, model, read, loaded.tokenizer, text, judge=plain == file)
     return {"errors": errors, "again": again}
+
+
+def _some_text(loaded: Any) -> torch.Tensor:
+    """Token ids [N, T] of Python's own documentation."""
+    window = min(WINDOW, loading.positions(loaded.model.config) or WINDOW)
+    return load_blocks(
+        "python-docs", loaded.tokenizer, tokens=CHECK_TOKENS, window=window, seed=0, order="as written"
+    ).tokens
 
 
 def _say_what_slides(file: Path, config: Any) -> None:

@@ -1,0 +1,94 @@
+"""A finished run's model, or a checkpoint folder, in another file format: what `layercut export` does.
+
+Beside `pipeline/journey.py`, like `cli/commands.py`. The format itself is an exporter (`export/formats.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from layercut.config import ExportConfig
+from layercut.errors import ConfigError, RunError
+from layercut.export.formats import ExportSource
+from layercut.extensions import exporters
+from layercut.files.json_values import write_json
+from layercut.models import checkpoints
+from layercut.pipeline.provenance import is_run
+from layercut.progress import say
+from layercut.report.lines import describe_export, describe_gguf_check
+from layercut.report.page import write_report
+from layercut.report.verdicts import broken
+from layercut.surgery.companions import appearing
+
+
+def export(target: str, config: ExportConfig) -> Path:
+    """Write a finished run's model, or a checkpoint, in the format that is asked for; returns what was written.
+
+    It takes its name only when the exporter has ended well, and GGUF and safetensors are read back, compared and
+    measured again by then. Of a GGUF file the run's `gguf.json` tells what was seen, the tensor types really written,
+    and whether the file is broken; the report shows it.
+
+    Raises:
+        RunError: the run is not finished, or the file is there.
+        ConfigError: no such format, or an exporter that wrote nothing.
+    """
+    run, exporter = Path(target), exporters.get(config.format)
+    of_run = is_run(run)
+    if of_run and not (run / "summary.json").is_file():
+        raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
+    source = ExportSource(run / "model", run) if of_run else ExportSource(run)
+    with appearing(config.out, force=config.force, within=True) as work:
+        written = work / config.out.name
+        facts = exporter(source, written, config) or {}
+        if not written.exists():
+            raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "mend the exporter")
+        facts |= {"file": config.out.name, "bytes": _bytes_of(written)}
+    _say(config, facts)
+    if of_run and config.format == "gguf":
+        _keep(run, facts)
+    return config.out
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of all in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _say(config: ExportConfig, facts: dict[str, Any]) -> None:
+    """Lines about what was written; of a package's exporter each fact on a line."""
+    if config.format == "gguf":
+        types = ", ".join(f"{kind} {count}" for kind, count in facts["tensor_types"].items())
+        say("export", f"{facts['bytes']:,} bytes; tensors: {types}")
+        for words in describe_gguf_check(facts):
+            say("check", words)
+    elif config.format == "safetensors":
+        say("export", describe_export(facts, config.out))
+    else:
+        for key, value in facts.items():
+            say("export", f"{key}: {value}")
+
+
+def _keep(run: Path, facts: dict[str, Any]) -> None:
+    """gguf.json in the run's folder, and the report again."""
+    summary = checkpoints.read_json(run / "summary.json")
+    facts["broken"] = broken(_with_file(summary, facts["again"]))
+    if facts["broken"]:
+        say("warning", facts["broken"])
+    write_json(run / "gguf.json", facts | {"run": summary["config_hash"]})
+    write_report(run)
+
+
+def _with_file(summary: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run with the GGUF file in the place of the quantized model.
+
+    It was measured on fewer tokens than the run's own: taken is the run's last perplexity before quantization, times
+    what writing the file did to it on those.
+    """
+    figures, measured = summary["perplexity"] | {"quantized": None}, again["perplexity"]
+    written = measured["file"] or (again["llama_cpp"] or {}).get("perplexity")
+    last = [figures[name] for name in ("cut", "folded", "tuned") if figures[name] is not None]
+    if last and written:
+        figures["quantized"] = last[-1] * written / measured["model"]
+    return summary | {"perplexity": figures}

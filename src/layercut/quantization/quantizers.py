@@ -1,0 +1,106 @@
+"""Quantizers: how the codes of one weight are chosen. What a quantizer must look like, and layercut's own two.
+
+A quantizer is a function, or a class without arguments whose instances can be called:
+
+    @layercut.quantizers.register("mypackage-floor")
+    class Floor:
+        needs_calibration = False
+
+        def __call__(self, weight, hessian, grid):
+            scaled = weight.float() / grid.scale.float().repeat_interleave(grid.group_size, 1)
+            return scaled.floor().clamp(grid.lowest, grid.highest)
+
+Everything around it is layercut's: which weights, the grid of points that a weight may take (`grid.py`), the Hessians,
+packing, the errors of the report. The codes are stored as compressed-tensors stores them, so stock loaders read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from layercut.errors import ConfigError
+from layercut.extensions import quantizers
+from layercut.quantization.gptq import gptq
+from layercut.quantization.grid import Grid, encode
+
+
+class Quantizer(Protocol):
+    """Chooses the codes of one weight, after its grid is fitted and before it is packed."""
+
+    needs_calibration: bool
+    """Whether it asks for the Hessian. True: calibration tokens must be given, the model is run on them layer by
+    layer, and a weight without a Hessian (embeddings, an expert to which no token was sent) is rounded to nearest."""
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        """The codes of a weight.
+
+        Args:
+            weight: [O, I] of a linear layer y = W x (an embedding: [V, D]), on the model's device, in its dtype.
+            hessian: H = 2 X'X [I, I] of the layer's inputs X [N, I], as the quantized layers before it compute them,
+                in float64 (float32 on mps); None where `needs_calibration` is False.
+            grid: scales and zero points: code q stands for (q - z) s.
+
+        Returns:
+            Whole numbers [O, I], of any dtype, from `grid.lowest` to `grid.highest`.
+        """
+        ...
+
+
+class Gptq:
+    """Column by column; the columns that are still open compensate each rounding error (Frantar, 2210.17323)."""
+
+    needs_calibration = True
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        assert hessian is not None
+        return gptq(weight, hessian, grid)
+
+
+class RoundToNearest:
+    """Each weight for itself: the nearest point of the grid."""
+
+    needs_calibration = False
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        return encode(weight, grid)
+
+
+def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quantizer]:
+    """A quantizer and what reports call it, from a registered name, a class or a function.
+
+    Raises:
+        ConfigError: no such name, or no `needs_calibration`.
+    """
+    name = quantizer if isinstance(quantizer, str) else ""
+    found: Any = quantizers.get(name) if name else quantizer
+    if isinstance(found, type):
+        found = found()
+    name = name or getattr(found, "__name__", type(found).__name__)
+    if not callable(found) or not isinstance(getattr(found, "needs_calibration", None), bool):
+        raise ConfigError(
+            f"the quantizer {name} is no quantizer: it has to be callable, with needs_calibration = True or False",
+            "the protocol is in layercut/quantization/quantizers.py",
+        )
+    return name, found
+
+
+def codes(name: str, quantizer: Quantizer, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> Any:
+    """What a quantizer makes of a weight, checked: int8 [O, I].
+
+    Raises:
+        ConfigError: another shape, fractions, or codes outside the grid.
+    """
+    found = quantizer(weight, hessian, grid)
+    wanted = f"wanted are whole numbers {list(weight.shape)} from {grid.lowest} to {grid.highest}"
+    hint = "mend the quantizer, or use --quantizer gptq"
+    if not isinstance(found, torch.Tensor) or found.shape != weight.shape:
+        got = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ConfigError(f"the quantizer {name} gave {got}; {wanted}", hint)
+    low, high = found.min().item(), found.max().item()
+    whole = found.to(torch.int8)
+    if not grid.lowest <= low <= high <= grid.highest or not torch.equal(whole.to(found.dtype), found):
+        raise ConfigError(f"the quantizer {name} gave codes from {low:g} to {high:g}; {wanted}", hint)
+    return whole

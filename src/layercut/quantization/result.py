@@ -1,0 +1,78 @@
+"""What quantization did: to the model, and to each weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """What became of one weight W [O, I], Q after rounding."""
+
+    name: str
+    """Dotted name of its module."""
+    method: str
+    """The quantizer: "gptq", "rtn" or another's name."""
+    bits: int
+    group_size: int
+    """Columns that share a scale."""
+    bytes: int
+    """Codes, scales and zero points, as stored."""
+    weight_error: float
+    """||W - Q||² / ||W||²"""
+    output_error: float | None
+    """||(W - Q) X'||² / ||W X'||² on the calibration inputs X; None where it was not calibrated."""
+    rtn_output_error: float | None
+    """The same of rounding to nearest."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model with rounded weights, and the tensors that a checkpoint stores in their place."""
+
+    model: Any = field(repr=False)
+    """A plain causal LM whose weights are the rounded ones, to the bit those that a loader computes."""
+    packed: Mapping[str, torch.Tensor] = field(repr=False)
+    """The stored tensors by name, as compressed-tensors packs them; on the CPU."""
+    config: Mapping[str, Any] = field(repr=False)
+    """`quantization_config` for config.json."""
+    weights: tuple[QuantizedWeight, ...] = field(repr=False)
+    """In the order in which they were rounded."""
+    left: tuple[str, ...]
+    """Matrices in the decoder layers that stay as they were, such as routers."""
+    bytes_before: int
+    """All weights as saved, tied ones counted once."""
+    bytes_after: int
+    settings: Mapping[str, Any]
+    """What was asked: bits, quantizer, group_size, asymmetric, endpoint_bits, quantize_embeddings."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model and its tensors, fit for JSON; what a run keeps as quantize.json."""
+        return {
+            **self.settings,
+            "layers": [asdict(row) for row in self.weights],
+            "left": list(self.left),
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
+            "quantization_config": dict(self.config),
+        }
+
+    def _repr_html_(self) -> str:
+        """A row for each kind of weight, for notebooks."""
+        counts = Counter((row.bits, row.method) for row in self.weights)
+        rows = []
+        for bits, method in sorted(counts):
+            these = [row for row in self.weights if (row.bits, row.method) == (bits, method)]
+            errors = [row.output_error for row in these if row.output_error is not None]
+            worst = f"{max(errors):.2g}" if errors else ""
+            cells = (bits, escape(method), len(these), f"{sum(row.bytes for row in these):,}", worst)
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        heads = ("bits", "quantizer", "weights", "bytes", "largest output error")
+        head = "<tr>" + "".join(f"<th>{name}</th>" for name in heads) + "</tr>"
+        size = f"<p>{self.bytes_before:,} bytes before, {self.bytes_after:,} after</p>"
+        return f"<table>{head}{''.join(rows)}</table>{size}"
