@@ -72,6 +72,12 @@ def test_imports_go_downward(module):
     assert not wrong, f"layercut.{module} may not import {', '.join(wrong)}; allowed are {', '.join(sorted(allowed))}"
 
 
+def test_no_two_modules_have_one_name():
+    names = Counter(file.stem for file in MODULES.values() if file.stem not in ("__init__", "__main__"))
+    twice = sorted(name for name, count in names.items() if count > 1)
+    assert not twice, f"two modules are called {', '.join(twice)}"
+
+
 def test_no_two_public_classes_have_one_name():
     names = Counter(
         node.name

@@ -250,14 +250,14 @@ def test_read_only_target(source, small_disk):
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from layercut.surgery import checkpoint, cut_checkpoint
+from layercut.surgery import checkpoint_cut, cut_checkpoint
 from layercut.segments import Segment
-write = checkpoint.write_shard
+write = checkpoint_cut.write_shard
 def slow(*args):
     write(*args)
     print("wrote", flush=True)
     time.sleep(60)
-checkpoint.write_shard = slow
+checkpoint_cut.write_shard = slow
 cut_checkpoint(Path(sys.argv[1]), [Segment(1, 2)], Path(sys.argv[2]))
 """
 

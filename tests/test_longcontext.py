@@ -16,7 +16,7 @@ import tiny
 from layercut import evaluation
 from layercut.evaluation import generation, passkey
 from layercut.evaluation.generation import distinct, first_divergence
-from layercut.evaluation.perplexity import bucket_edges
+from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
 
 # ---- perplexity by position ----------------------------------------------------------------------------------

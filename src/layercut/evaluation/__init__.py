@@ -1,18 +1,16 @@
 """What survived: the figures that are reported of a model, never fed back into search or tuning.
 
 Everything is measured on the dense and on the compressed model, on the same tokens, items and prompts:
-perplexity (`perplexity.py`), greedy continuations and their health (`generation.py`), the tasks of
+perplexity (`likelihood.py`), greedy continuations and their health (`generation.py`), the tasks of
 lm-evaluation-harness (`harness.py`) with the paired arithmetic of what was lost (`retention.py`), keys hidden in
 long text (`passkey.py`), and the evaluations of users (`protocol.py`). The pipeline calls these and writes what they
 return; `evaluate` (`in_memory.py`) is for those who have a model in memory.
 """
 
+from layercut.evaluation.comparison import Evaluation, evaluate
 from layercut.evaluation.generation import PROMPTS, generation_health, generations
 from layercut.evaluation.harness import Record, check_tasks, harness_version, load_tasks, score_tasks
-from layercut.evaluation.in_memory import Evaluation, evaluate
-from layercut.evaluation.passkey import cases as passkey_cases
-from layercut.evaluation.passkey import passkey_grid
-from layercut.evaluation.perplexity import (
+from layercut.evaluation.likelihood import (
     compared_losses,
     long_windows,
     loss_by_position,
@@ -23,6 +21,8 @@ from layercut.evaluation.perplexity import (
     perplexity_protocol,
     window_losses,
 )
+from layercut.evaluation.passkey import cases as passkey_cases
+from layercut.evaluation.passkey import passkey_grid
 from layercut.evaluation.protocol import (
     EvaluationFunction,
     Rows,

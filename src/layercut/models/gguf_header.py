@@ -1,7 +1,7 @@
 """Reading a GGUF file: every number in its header is held against the file's size before anything is allocated.
 
 The `gguf` package and transformers allocate what a header promises, so all that reads a .gguf file comes through
-here first: `surgery/gguf.py`, `models/loading.py` and the export.
+here first: `surgery/gguf_cut.py`, `models/loading.py` and the export.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from layercut.quantization.gptq import add_to_hessian_, output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantizers import Quantizer, codes, resolve
-from layercut.quantization.result import Quantized, QuantizedWeight
+from layercut.quantization.quantized import Quantized, QuantizedWeight
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 

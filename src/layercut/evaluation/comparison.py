@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError, DataError, ModelError
-from layercut.evaluation.perplexity import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
+from layercut.evaluation.likelihood import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
 from layercut.evaluation.protocol import EvaluationFunction, Rows, in_eval_mode, measure_all, named
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner
