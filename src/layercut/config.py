@@ -651,9 +651,14 @@ class ExportConfig:
 
     out: Path
     """What to write: NAME.gguf; of safetensors a folder."""
-    format: Annotated[str, one_of(exporters)] = "gguf"
-    """gguf: for llama.cpp. safetensors: a checkpoint folder of float weights, also of a .gguf file or of a quantized
-    checkpoint."""
+    format: Annotated[
+        str,
+        one_of(
+            exporters,
+            "gguf: for llama.cpp. safetensors: a checkpoint folder of float weights, also of a .gguf file or of a "
+            "quantized checkpoint.",
+        ),
+    ] = "gguf"
     gguf_type: GgufType = "q8_0"
     """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
     left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama.cpp (extra
