@@ -103,6 +103,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "layers": {"before": shape.layers, "after": shape.layers - length},
         "segments": [[s.start, s.stop] for s in segments],
         "segments_are": "given" if given else "assumed: the search decides; the middle of the stack is taken here",
+        "search_is": None if given else work.unknown_search(journey.search.method),
         "parameters": {"before": part_counts(shape.dense), "after": part_counts(after)},
         "parameters_after_range": None if given else _range(shape.dense, length),
         "bytes": {"before": sizes(before, stored), "after": sizes(after, stored)},
