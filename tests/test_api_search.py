@@ -7,9 +7,12 @@ from dataclasses import FrozenInstanceError, replace
 import matplotlib as mpl
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiny
 from layercut import extensions
+from layercut.cli.main import main
+from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.estimate.work import METHODS
 from layercut.layer_search import Candidate, Cost, SearchResult, criteria, search
@@ -186,6 +189,23 @@ def test_every_criterion_of_layercut_is_found_and_only_unknown_ones_have_unknown
         assert callable(registered.get(name))
     assert set(METHODS) == set(registered.own) - {"evolution"}
     assert "test-mine" not in METHODS
+
+
+@pytest.mark.parametrize("method", ["clp", "test-ends"])
+def test_the_command_finds_what_the_api_finds(tiny_model, texts, tmp_path, registered, method):
+    @registered.register("test-ends")
+    def ends(runner, tokens, length, **_):
+        return [Segment(0, 1), Segment(len(runner) - length + 1, len(runner))]
+
+    out = tmp_path / "run"
+    settings = [f"--data={texts[0]}", "--tokens=128", "--window=16", "--ratio=0.4", f"--out={out}"]
+    assert main(["search", str(tiny_model), *settings, f"--method={method}"]) == 0
+    artefact = json.loads((out / "search.json").read_text())
+    tokens = stored_blocks(out, "calibration")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    found = search(model, tokens, ratio=0.4, method=method, seed=artefact["seed"]).to_dict()
+    assert {key: artefact[key] for key in found} == found
+    assert found["method"] == method
 
 
 # --- objectives of one's own ---

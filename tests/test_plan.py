@@ -40,6 +40,7 @@ from layercut.estimate.fit import Device, judge
 from layercut.estimate.machine import Rates
 from layercut.estimate.shape import cache_kinds, count_parts, measure_shape, skeleton
 from layercut.evaluation import speed
+from layercut.extensions import criteria
 from layercut.healing.endpoint_tuning import TuneSettings, tune_
 from layercut.healing.least_squares import together
 from layercut.healing.linear_outputs import find_targets
@@ -363,6 +364,17 @@ def test_tables_and_a_calibration(bare, capsys):
     assert "tied to the embedding" in words
     assert "tune" not in words, "nothing is tuned"
     assert "8 x 80 GB GPUs" in words
+
+
+def test_the_search_by_a_criterion_of_ones_own_is_planned_as_unknown(bare, monkeypatch, capsys):
+    monkeypatch.setitem(criteria.registered, "test-mine", lambda runner, tokens, length: [])
+    words = ["plan", str(bare), "--ratio=0.3", "--no-calibrate", "--window=16", "--method=test-mine"]
+    assert main([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["stages"]["search"]["flops"] is plan["stages"]["search"]["layer_forwards"] is None
+    assert main(words) == 0
+    assert "What the criterion 'test-mine' computes and holds is unknown" in capsys.readouterr().out
+    assert all((work.unknown_search(name) is None) == (name in criteria.own) for name in criteria)
 
 
 def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):

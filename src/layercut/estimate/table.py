@@ -22,6 +22,8 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     )
     yield _sizes(plan)
     yield _stages(plan)
+    if plan["search_is"]:
+        yield plan["search_is"]
     yield _fits(plan)
     export = plan["stages"]["export"]
     if export["least_bytes"] < export["peak_bytes"]:

@@ -14,6 +14,7 @@ from layercut.estimate.shape import Parts, Shape
 from layercut.evaluation import speed
 from layercut.evaluation.generation import CONTINUATION, FEWEST_PROMPTS, LONGEST_PROMPT, PROMPTS, SAMPLE
 from layercut.export.checkpoint import CHECK_TOKENS
+from layercut.extensions import criteria
 from layercut.healing.endpoint_tuning import SCORES, endpoints
 from layercut.healing.least_squares import HELD_OUT, RIDGES, WIDEST
 from layercut.layer_search.clp import LOOK_SHARE, schedule_for
@@ -195,7 +196,18 @@ METHODS: dict[str, Callable[[int, int, int, Shape], Work]] = {
     "taylor": _one_pass(2, 1),
     "sleb": _sleb,
 }
-"""Methods whose work can be told beforehand; evolution's depends on the sets it draws."""
+"""Methods whose work can be told beforehand; evolution's depends on the sets it draws, and what a criterion of another
+package computes is not known here."""
+
+
+def unknown_search(method: str) -> str | None:
+    """What to say about the search by a criterion that layercut does not have itself; None for its own."""
+    if method in criteria.own:
+        return None
+    return (
+        f"What the criterion {method!r} computes and holds is unknown: its time is not counted, "
+        "its memory is taken as the exhaustive search's."
+    )
 
 
 def fold_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
