@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from layercut import evaluation
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError
-from layercut.evaluation import perplexity
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import RUNS_OWN
 from layercut.pipeline.context import RunContext
@@ -172,7 +172,7 @@ def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypa
     def few(tokens_per_row: int, vocabulary: int) -> int:
         return max(1, 30 // tokens_per_row)
 
-    monkeypatch.setattr(perplexity, "rows_per_chunk", few)
+    monkeypatch.setattr(sys.modules["layercut.evaluation.perplexity"], "rows_per_chunk", few)
     parts = evaluation.window_losses(model, tokens)
     torch.testing.assert_close(parts, whole)
     measured = [size for size in sizes if size != 8]  # 8: the check that the model can be opened up
