@@ -411,7 +411,9 @@ def test_the_stability_of_another_search_is_not_shown(tmp_path: Path) -> None:
 
 def test_verdicts_on_stability() -> None:
     def verdict(**changed: Any) -> verdicts.Verdict:
-        found = verdicts.Run(summary={}, search={}, heal={}, evaluation={}, env={}, stability=stability_json(**changed))
+        found = verdicts.RunFacts(
+            summary={}, search={}, heal={}, evaluation={}, env={}, stability=stability_json(**changed)
+        )
         return next(v for v in verdicts.verdicts(found) if v.stage == "Stability")
 
     choices = stability_json()["choices"]
@@ -427,7 +429,7 @@ def test_verdicts_on_stability() -> None:
     assert "at most 140.0% in KL against 14:20, the best on all their text" in wandering.text
     assert verdict(worst="inf").mark == "bad"
     assert "beyond measure" in verdict(worst="inf").text
-    assert not verdicts.verdicts(verdicts.Run(summary={}, search={}, heal={}, evaluation={}, env={}))
+    assert not verdicts.verdicts(verdicts.RunFacts(summary={}, search={}, heal={}, evaluation={}, env={}))
 
 
 # ---- rounds and budgets ------------------------------------------------------------------------------------
@@ -706,7 +708,7 @@ def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
 
 
 def test_a_stage_that_ran_without_a_figure_says_so() -> None:
-    run = verdicts.Run(
+    run = verdicts.RunFacts(
         summary={**summary_json(), **with_perplexity(tuned=None)},
         search={},
         heal=heal_json(),
@@ -1208,3 +1210,32 @@ def test_report_opens_in_a_browser(tmp_path: Path) -> None:
     command = [str(BROWSER), *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,3000"]
     subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
     assert shot.stat().st_size > 50_000, "an empty page is far smaller"
+
+
+def test_what_packages_measured_and_tuned_by_is_shown_and_escaped(tmp_path: Path) -> None:
+    rows = {
+        "score": {"dense": 0.8, "compressed": 0.6, "higher_is_better": True},
+        "errors": {"dense": 4, "compressed": 2, "higher_is_better": False},
+        "same": {"dense": 1, "compressed": 1, "higher_is_better": True},
+        "open": {"dense": 2, "compressed": 3, "higher_is_better": None},
+        "ruined": {"dense": 2, "compressed": "inf", "higher_is_better": False},
+        "none": {"dense": None, "compressed": None},
+        "odd": None,
+    }
+    measured = {"evaluations": {"pack<b>age": rows, "broken": 3}}
+    tuning = {**heal_json()["tuning"], "objective": "mine", "label": "reverse <i>KL</i>", "unit": "$x^$ units"}
+    run = make_run(tmp_path, summary=measured, heal={"tuning": tuning})
+    html, page = report(run)
+    assert "<b>age" not in html
+    assert "<i>KL" not in html
+    assert "by the objective reverse <i>KL</i>" in page.text
+    changes = {row["metric"]: row["change"] for row in survival.evaluation_rows(measured)}
+    assert changes == {
+        "score": "−25.0%, worse", "errors": "−50.0%, better", "same": "+0.0%", "open": "+50.0%",
+        "ruined": "", "none": "",
+    }  # fmt: skip
+    card, terminal = model_card(run), shown({**summary_json(), **measured})
+    assert "`pack<b>age`" in card
+    for text in (page.text, card, terminal):
+        for words in ("pack<b>age", "errors", "−50.0%, better", "+50.0%", "not finite"):
+            assert words in text, words

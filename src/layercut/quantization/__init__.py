@@ -28,8 +28,8 @@ from layercut.quantization.assignment import Assignment, left_as_they_are, linea
 from layercut.quantization.gptq import add_to_hessian_, output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
-from layercut.quantization.quantizers import Quantizer, codes, resolve
 from layercut.quantization.quantized import Quantized, QuantizedWeight
+from layercut.quantization.quantizers import Quantizer, codes, resolve
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 

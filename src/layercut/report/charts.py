@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from layercut.report.formatting import count, figure, finite, items, label, part, percent, size, spans
+from layercut.report.formatting import count, figure, finite, items, label, part, percent, printable, size, spans
 from layercut.report.rounds import Frontier
 
 # Stand-ins for the page's CSS variables: matplotlib wants a colour, and these hardly occur by chance.
@@ -356,7 +356,8 @@ def tuning_chart(heal: dict[str, Any]) -> str | None:
     train, held = _curve(items(tuning, "curve")), _curve(items(tuning, "heldout"))
     if not train and not held:
         return None
-    objective = {"kl": "KL to the dense model, nats"}.get(str(tuning.get("objective")), "loss, nats")
+    unit = printable(tuning.get("unit") or "nats").replace("$", "")  # which matplotlib would take for a formula
+    objective = {"kl": "KL to the dense model, nats"}.get(str(tuning.get("objective")), f"loss, {unit}")
     with drawing("tuning", "tokens trained on", objective) as d:
         if train:
             d.axes.plot(
