@@ -56,6 +56,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
     config = with_reported_window(config, architecture)
+    stages.heal.objective(config.heal)  # one of a package is imported now, so that what is wrong with it is said first
     if config.heal.teacher_topk:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = loading.count_layers(architecture)

@@ -356,7 +356,9 @@ def tuning_chart(heal: dict[str, Any]) -> str | None:
     train, held = _curve(items(tuning, "curve")), _curve(items(tuning, "heldout"))
     if not train and not held:
         return None
-    objective = {"kl": "KL to the dense model, nats"}.get(str(tuning.get("objective")), "loss, nats")
+    old = "KL to the dense model" if tuning.get("objective") == "kl" else "loss"  # of a run without a label
+    label = str(tuning.get("label") or old)
+    objective = f"{label}, nats" if tuning.get("heldout_label", label) == label else "loss"
     with drawing("tuning", "tokens trained on", objective) as d:
         if train:
             d.axes.plot(
