@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from layercut.healing.objectives import HeldOut, Pair, logit_gradient
 from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
 from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
-from layercut.healing.objectives import HeldOut, Pair, logit_gradient
 from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
 from layercut.segments import Segment

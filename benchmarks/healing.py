@@ -36,6 +36,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from layercut.healing.objectives import HeldOut, Pair
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -46,7 +47,6 @@ from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json, write_text
 from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, tune_
 from layercut.healing.least_squares import fold_
-from layercut.healing.objectives import HeldOut, Pair
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.pipeline.provenance import environment

@@ -24,9 +24,9 @@ import tiny
 import together
 from layercut.distributed import processes
 from layercut.distributed.sharding import local
-from layercut.healing import endpoint_tuning
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.tuning_state import StateFile
+from layercut.healing import endpoint_tuning, tune_
+from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.models.runner import DecoderRunner
 
 KINDS = ("whole", "spread")
@@ -57,10 +57,10 @@ def tune(kind: str, phase: str, folder: Path) -> None:
     StateFile.due = lambda _: True  # type: ignore[method-assign]
     model = tiny.llama() if kind == "whole" else together.spread_llama(**together.ODD)
     dense, student = DecoderRunner(model), DecoderRunner(together.student_of(model))
+    state = StateFile(folder / f"{kind}-{'straight' if phase == 'straight' else 'broken'}")
     report = tune_(
-        dense, student, together.CUT, tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2),
-        TuneSettings(learning_rate=3e-3, batch_tokens=32),
-        state=StateFile(folder / f"{kind}-{'straight' if phase == 'straight' else 'broken'}"),
+        student, dense, tiny.some_tokens(11, seed=1), heldout=tiny.some_tokens(3, seed=2), learning_rate=3e-3,
+        batch_tokens=32, files=TuningFiles(state=state, stopping=asked_to_stop),
     )  # fmt: skip
     weights = hashlib.sha256()
     for p in student.model.parameters():

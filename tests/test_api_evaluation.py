@@ -19,7 +19,7 @@ from layercut import evaluation, extensions, progress
 from layercut.cli import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, LayercutError, ModelError
-from layercut.evaluation import Evaluation, evaluate
+from layercut.evaluation import Evaluation, evaluate, likelihood
 from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
@@ -75,8 +75,7 @@ def test_windows_whose_logits_are_too_large_are_compared_in_parts(make, monkeypa
     for model in (dense, small):
         head = model.get_output_embeddings()
         head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[:-1].numel()))
-    module = likelihood  # the package has a function of that name
-    monkeypatch.setattr(module, "rows_per_chunk", lambda tokens, vocabulary: max(1, 15 // tokens))
+    monkeypatch.setattr(likelihood, "rows_per_chunk", lambda tokens, vocabulary: max(1, 15 // tokens))
     parts = evaluate(small, TOKENS, baseline=dense)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
     assert (parts.perplexity, parts.ratio) == pytest.approx((whole.perplexity, whole.ratio), rel=1e-5)

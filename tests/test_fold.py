@@ -8,7 +8,7 @@ import transformers
 
 import tiny
 from layercut.healing.endpoint_tuning import endpoints, own_parameters_
-from layercut.healing.least_squares import RIDGES, Normal, fold_
+from layercut.healing.least_squares import RIDGES, Normal, fold_cut_
 from layercut.healing.linear_outputs import find_targets
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, hidden_of, mean_kl, shared_layers
@@ -136,7 +136,7 @@ def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
     tokens = tiny.some_tokens(64, 16)
     untouched = {key: p.clone() for key, p in model.named_parameters()}
     before = mean_kl(dense, cut, tokens)
-    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+    outcome = fold_cut_(cut, dense, Segment(2, 4), tokens, rows=16)
     assert outcome.modules == FAMILIES[name][1]
     assert outcome.layer == 1
     assert set(outcome.ridges) <= set(RIDGES)
@@ -153,7 +153,7 @@ def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
     model = family(name)
     dense, cut = DecoderRunner(model), DecoderRunner(cut_copy(model, Segment(2, 4)))
     tokens = tiny.some_tokens(64, 16)
-    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+    outcome = fold_cut_(cut, dense, Segment(2, 4), tokens, rows=16)
 
     # the same by hand on a second copy, all rows at once: both together for the first, the second on what it then reads
     plain = DecoderRunner(cut_copy(model, Segment(2, 4)))
@@ -183,7 +183,7 @@ def test_experts_are_multiplied_by_the_best_matrix(name):
     dense, cut = DecoderRunner(model), DecoderRunner(cut_copy(model, Segment(2, 4)))
     tokens = tiny.some_tokens(64, 16)
     plain = DecoderRunner(cut_copy(model, Segment(2, 4)))
-    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tokens, rows=16)
+    outcome = fold_cut_(cut, dense, Segment(2, 4), tokens, rows=16)
     # the attention as it was folded, the experts as they were
     folded = cut.layers[1].self_attn.o_proj.weight
     plain.layers[1].self_attn.o_proj.weight = folded
@@ -201,7 +201,7 @@ def test_an_mlp_too_wide_to_solve_is_multiplied_instead(monkeypatch):
     model = family("gpt2")
     student = cut_copy(model, Segment(2, 4))
     dense, cut = DecoderRunner(model), DecoderRunner(student)
-    (outcome,) = fold_(dense, cut, [Segment(2, 4)], tiny.some_tokens(64, 16), rows=16)
+    outcome = fold_cut_(cut, dense, Segment(2, 4), tiny.some_tokens(64, 16), rows=16)
     assert outcome.modules == ["attn.c_proj", "mlp.c_proj"]
     changed = {key.split(".1.")[1] for key in changed_weights(student, model)}
     assert changed == {"attn.c_proj.weight", "mlp.c_proj.weight", "mlp.c_proj.bias"}
@@ -224,7 +224,7 @@ def test_nothing_is_folded_behind_a_norm():
     model = tiny.tiny(transformers.Gemma2Config(**SHAPE, head_dim=8))
     stack = DecoderRunner(model)
     assert find_targets(stack, 0, tiny.some_tokens(2)) == []
-    (outcome,) = fold_(stack, DecoderRunner(cut_copy(model, Segment(2, 4))), [Segment(2, 4)], tiny.some_tokens())
+    outcome = fold_cut_(DecoderRunner(cut_copy(model, Segment(2, 4))), stack, Segment(2, 4), tiny.some_tokens())
     assert "adds no linear output" in outcome.skipped
 
 
@@ -233,7 +233,7 @@ def test_two_segments_and_the_stacks_ends():
     segments = [Segment(0, 1), Segment(3, 4), Segment(7, 8)]
     dense, cut = DecoderRunner(model), DecoderRunner(cut_copy(model, *segments))
     before = mean_kl(dense, cut, tokens)
-    outcomes = fold_(dense, cut, segments, tokens)
+    outcomes = [fold_cut_(cut, dense, segment, tokens) for segment in segments]
     assert [o.skipped for o in outcomes] == ["no layer before the cut", None, None]
     assert [o.layer for o in outcomes] == [None, 1, 4]
     assert mean_kl(dense, cut, tokens) < before
@@ -263,7 +263,7 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
     healed.weight = torch.nn.Parameter(1.5 * healed.weight, requires_grad=False)
     dense, cut = DecoderRunner(model), DecoderRunner(student)
     plain = loading.share(student)
-    (outcome,) = fold_(dense, cut, [old, new], tokens, only=[new], rows=16)
+    outcome = fold_cut_(cut, dense, new, tokens, rows=16)
     assert (outcome.segment, outcome.layer) == ([5, 6], 3)
     assert student.model.layers[1].mlp.down_proj.weight is healed.weight
 

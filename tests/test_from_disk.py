@@ -20,9 +20,11 @@ from layercut.errors import ModelError, RunError, SurgeryError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning as room
-from layercut.healing.endpoint_tuning import TuneSettings, frozen_states, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
+from layercut.healing.least_squares import fold_cut_
 from layercut.models import checkpoints, layers_on_disk, loading, memory
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import layer_reader, placement, shared
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
@@ -187,7 +189,7 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
     tokens, found, students = tiny.some_tokens(24), [], []
     for mode in ("on", "off"):
         dense, student = opened(checkpoint, segments, mode)
-        folds = fold_(dense, student, segments, tokens)
+        folds = [fold_cut_(student, dense, segment, tokens) for segment in segments]
         found.append([folds, mean_kl(dense, student, tokens[:4], 1), perplexity(student.model, tokens[:6])])
         students.append(student.model)
         if mode == "on":
@@ -223,7 +225,7 @@ def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeyp
     monkeypatch.setattr(loading, "cpu_has", lambda feature: False)
     narrow = saved(tiny.llama().to(torch.bfloat16), tmp_path / "source")
     dense, student = opened(narrow, CUT, "on")
-    fold_(dense, student, CUT, tiny.some_tokens(24))
+    fold_cut_(student, dense, CUT[0], tiny.some_tokens(24))
     assert (student.model.dtype, student.stored_dtype) == (torch.float32, torch.bfloat16)
     shared = {id(p) for p in dense.model.parameters()}
     healed = {n: p for n, p in student.model.named_parameters() if id(p) not in shared}
@@ -238,7 +240,7 @@ def test_what_is_computed_in_a_wider_format_is_saved_as_it_was(tmp_path, monkeyp
 
 SETTINGS = {
     "kl": {},
-    "mixed": {"temperature": 2.0, "mix": 0.3},
+    "mixed": {"objective": KL(temperature=2.0, mix=0.3)},
     "next-token": {"objective": "next-token"},
     "hidden": {"objective": "hidden"},
     "two epochs": {"epochs": 2, "radius": 2},
@@ -250,8 +252,9 @@ def tuned(checkpoint, mode, folder, segments, settings, tokens, **how):
     dense, student = opened(checkpoint, segments, mode, **how)
     states = None
     if mode == "on":
-        states = frozen_states(dense, student, segments, tokens, settings, folder, key="")
-    report = tune_(dense, student, segments, tokens, tiny.some_tokens(8, 16, seed=3), settings, states=states)
+        states = frozen_states(student, dense, tokens, settings, folder, key="")
+    files = TuningFiles(states=states)
+    report = tune_(student, dense, tokens, heldout=tiny.some_tokens(8, 16, seed=3), files=files, **vars(settings))
     weights = {n: p for n, p in student.model.named_parameters() if n.startswith("model.layers.") and not p.is_meta}
     return report, weights, dense
 
@@ -281,17 +284,18 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
     dense, student = opened(llama, CUT, "on")
     disk = layers_on_disk.layers_on_disk(dense.model)
-    states = frozen_states(dense, student, CUT, tokens, settings, tmp_path / "states", key="")
+    states = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
     assert disk.layers_read == [1] * 8
     assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4
-    tune_(dense, student, CUT, tokens, tiny.some_tokens(4, 16, seed=3), settings, states=states)
+    heldout, files = tiny.some_tokens(4, 16, seed=3), TuningFiles(states=states)
+    tune_(student, dense, tokens, heldout=heldout, files=files, **vars(settings))
     steps, scores = 6, 2
     assert max(disk.layers_read[:2]) <= 3  # for the tuning tokens, for the rows held out, and ahead in vain
     assert max(disk.layers_read[2:6]) <= 4  # and to be copied before training
     # of the two above the cut one is still there at either turn
     assert max(disk.layers_read[6:]) <= 2 + scores + steps + 2
     below = disk.layers_read[:2]
-    again = frozen_states(dense, student, CUT, tokens, settings, tmp_path / "states", key="")
+    again = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
     assert torch.equal(again.read("wanted", torch.tensor([5])), states.read("wanted", torch.tensor([5])))
     assert disk.layers_read[:2] == below, "states that are there are made again"
 
@@ -301,7 +305,7 @@ def test_states_need_room(llama, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(RunError, match=r"1\.0 kB are free"):
-        frozen_states(dense, student, CUT, tiny.some_tokens(24, 16), TuneSettings(), tmp_path / "states", key="")
+        frozen_states(student, dense, tiny.some_tokens(24, 16), TuneSettings(), tmp_path / "states", key="")
 
 
 def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, texts, tmp_path):

@@ -14,8 +14,8 @@ import tiny
 from layercut.config import CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
 from layercut.extensions import criteria
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.least_squares import Normal, fold_
+from layercut.healing import tune_
+from layercut.healing.least_squares import Normal, fold_cut_
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, regret, search
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.stability import relative
@@ -113,26 +113,19 @@ def test_a_fold_is_judged_by_finite_figures_only(sound):
     ruined = loading.share(sound)
     ruined.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((32,), 6e4).half(), requires_grad=False)
     cut_segment_(ruined, [BAD])
-    (fold,) = fold_(dense, DecoderRunner(ruined), [BAD], tokens)
+    fold = fold_cut_(DecoderRunner(ruined), dense, BAD, tokens)
     assert fold.skipped == "what reaches the cut is not finite"
 
 
 def test_tuning_keeps_the_first_finite_state(monkeypatch):
     """The start cannot be scored: any state that can is better, and one that again cannot is not kept."""
     scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
-    monkeypatch.setattr("layercut.healing.objectives.HeldOut.score", lambda self: next(scores))
+    monkeypatch.setattr("layercut.healing.passes.HeldOut.score", lambda self: next(scores))
     model = tiny.llama(4)
     student = loading.share(model)
     cut_segment_(student, [Segment(1, 2)])
-    settings = TuneSettings(batch_tokens=16, learning_rate=1e-3)
-    report = tune_(
-        DecoderRunner(model),
-        DecoderRunner(student),
-        [Segment(1, 2)],
-        tiny.some_tokens(4, 16),
-        tiny.some_tokens(2, 16, 1),
-        settings,
-    )
+    heldout = tiny.some_tokens(2, 16, 1)
+    report = tune_(student, model, tiny.some_tokens(4, 16), heldout=heldout, batch_tokens=16, learning_rate=1e-3)
     assert [point["loss"] for point in report.heldout] == [math.inf, 2.0, math.inf, 1.5, 1.5]
     assert report.best_step == 3
     assert report.best == 1.5
@@ -152,7 +145,7 @@ def test_tuning_refuses_such_a_teacher_too(sound):
     student = loading.share(dense)
     cut_segment_(student, [Segment(1, 2)])
     with pytest.raises(ModelError, match="layer 3 is the first of 7"):
-        tune_(DecoderRunner(dense), DecoderRunner(student), [Segment(1, 2)], tokens, tokens, TuneSettings())
+        tune_(student, dense, tokens, heldout=tokens)
 
 
 def test_weights_that_hold_nan_are_named():

@@ -41,7 +41,7 @@ from layercut.estimate.machine import Rates
 from layercut.estimate.shape import cache_kinds, count_parts, measure_shape, skeleton
 from layercut.evaluation import speed
 from layercut.extensions import criteria
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
+from layercut.healing import tune_
 from layercut.healing.least_squares import together
 from layercut.healing.linear_outputs import find_targets
 from layercut.layer_search import search
@@ -233,8 +233,7 @@ def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     student = DecoderRunner(loading.share(dense.model))
     cut_segment_(student.model, [Segment(4, 7)])
     student = DecoderRunner(student.model)
-    settings = TuneSettings(batch_tokens=32, radius=radius)
-    report = tune_(dense, student, [Segment(4, 7)], tokens[:2], tokens[2:4], settings)
+    report = tune_(student, dense, tokens[:2], heldout=tokens[2:4], batch_tokens=32, radius=radius)
     planned = memory_peaks.tune(shape, config(radius=radius), Segment(4, 7))
     # the masters' state in float32, and the parameters themselves, their gradients and their best values
     assert planned["trained state"] == report.state_bytes + 3 * 4 * report.trained_parameters

@@ -24,11 +24,11 @@ from layercut import cli
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.export import checkpoint
-from layercut.healing import endpoint_tuning
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import endpoint_tuning, tune_
+from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.least_squares import fold_cut_
 from layercut.healing.stored_teacher import store_teacher
-from layercut.healing.tuning_state import StateFile
+from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -76,14 +76,21 @@ def healings(folder: Path, model: Any = None) -> dict[str, Any]:
     dense = DecoderRunner(model)
     tokens, heldout = tiny.some_tokens(11, seed=1), tiny.some_tokens(3, seed=2)
     folded = DecoderRunner(student_of(model))
-    folds = fold_(dense, folded, CUT, tiny.some_tokens(14, seed=3))  # the row kept out is not the first of a share
-    found["fold"] = folds[0].to_json() | {"kl": mean_kl(dense, folded, heldout)}
+    fold = fold_cut_(
+        folded, dense, CUT[0], tiny.some_tokens(14, seed=3)
+    )  # the row kept out is not the first of a share
+    found["fold"] = fold.to_dict() | {"kl": mean_kl(dense, folded, heldout)}
     for name, more in SETTINGS.items():
         if name == "stored" and sharding.is_spread(model):
             continue
         teacher = store_teacher(dense, tokens, 8, folder / "teacher", key="key") if name == "stored" else None
-        settings = TuneSettings(learning_rate=3e-3, batch_tokens=80, epochs=2, **more)
-        report = tune_(dense, DecoderRunner(student_of(model)), CUT, tokens, heldout, settings, teacher=teacher)
+        settings = {
+            "learning_rate": 3e-3,
+            "batch_tokens": 80,
+            "epochs": 2,
+            "files": TuningFiles(teacher=teacher),
+        } | more
+        report = tune_(DecoderRunner(student_of(model)), dense, tokens, heldout=heldout, **settings)
         found[name] = [[point["loss"] for point in points] for points in (report.curve, report.heldout)]
     return found
 
@@ -109,9 +116,7 @@ def spreading(model: Path) -> dict[str, Any]:
     before = [sharding.local(p).clone() for p in spread.parameters()]
     student = DecoderRunner(student_of(spread))
     tokens = tiny.some_tokens(4, seed=1)  # judged on what it learns, so that it does get better
-    report = tune_(
-        DecoderRunner(spread), student, CUT, tokens, tokens, TuneSettings(learning_rate=1e-3, batch_tokens=32)
-    )
+    report = tune_(student, DecoderRunner(spread), tokens, heldout=tokens, learning_rate=1e-3, batch_tokens=32)
     same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
     return {
         "bytes": loading.parameter_bytes(spread),
@@ -143,8 +148,10 @@ def stop_and_resume(folder: Path, then: Any = None) -> list[float]:
         return step(training)
 
     def tune(model: Any) -> Any:
-        settings, student = TuneSettings(learning_rate=3e-3, batch_tokens=80), DecoderRunner(student_of(model))
-        return tune_(DecoderRunner(model), student, CUT, tokens, heldout, settings, state=StateFile(state))
+        student, files = DecoderRunner(student_of(model)), TuningFiles(state=StateFile(state), stopping=asked_to_stop)
+        return tune_(
+            student, DecoderRunner(model), tokens, heldout=heldout, learning_rate=3e-3, batch_tokens=80, files=files
+        )
 
     before = signal.signal(signal.SIGTERM, stopped)
     endpoint_tuning._Training.step_ = told  # type: ignore[method-assign]

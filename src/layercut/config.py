@@ -302,7 +302,7 @@ class HealConfig:
         for name, value, neutral in (
             ("temperature", self.temperature, 1), ("mix", self.mix, 0), ("teacher-topk", self.teacher_topk, 0),
         ):  # fmt: skip
-            if self.objective != "kl" and value != neutral:
+            if self.objective in objectives.own and self.objective != "kl" and value != neutral:
                 raise ConfigError(
                     f"--{name} {value:g} is given with --objective {self.objective}",
                     f"it belongs to --objective kl; leave out --{name}",

@@ -153,7 +153,7 @@ def told_sizes(run: Planned, shape: Shape, before: Parts, dtype: torch.dtype) ->
         "layers": {"before": shape.layers, "after": shape.layers - length},
         "segments": [[s.start, s.stop] for s in run.segments],
         "segments_are": "given" if given else "assumed: the search decides; the middle of the stack is taken here",
-        "search_is": None if given else work.unknown_search(journey.search.method),
+        "search_is": None if given else work.unknown_search(run.journey.search.method),
         "parameters": {"before": part_counts(shape.dense), "after": part_counts(after)},
         "parameters_after_range": None if given else _range(shape.dense, length),
         "bytes": {"before": sizes(before, run.stored), "after": sizes(after, run.stored)},

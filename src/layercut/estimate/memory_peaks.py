@@ -17,6 +17,7 @@ from layercut.healing.endpoint_tuning import PASS_TOKENS, endpoints
 from layercut.layer_search.clp import schedule_for
 from layercut.layer_search.sweep import all_segments
 from layercut.models.losses import PIECE_BYTES, rows_per_chunk
+from layercut.pipeline.stages.heal import objective
 from layercut.segments import Segment
 
 SWEPT_ROWS = 8
@@ -130,7 +131,7 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
     trained = endpoints([segment], shape.layers, heal.radius)
     kept = [i for i in range(shape.layers) if not segment.start <= i < segment.stop]
     parameters = sum(shape.dense.layers[kept[p]] for p in trained)
-    stop = max(trained) + 1 if heal.objective == "hidden" else len(kept)
+    stop = max(trained) + 1 if objective(heal).reads == "hidden" else len(kept)
     saved = sum(
         shape.costs[kept[p]].saved_trained if p in trained else shape.costs[kept[p]].saved
         for p in range(min(trained), stop)
@@ -139,7 +140,7 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
     return {
         "trained state": parameters * (3 * shape.itemsize + 16),
         "kept for backward": pass_rows(shape, config) * saved,
-        "logits": tuning_logits(shape, config) if heal.objective != "hidden" else 0,
+        "logits": tuning_logits(shape, config) if objective(heal).reads == "logits" else 0,
         "held-out states": 2 * held * shape.window * shape.hidden * shape.itemsize,
     }
 

@@ -15,6 +15,7 @@ from layercut.estimate.work import descent_entered, fold_rows, held_out_tokens, 
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.layer_search.clp import schedule_for
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
+from layercut.pipeline.stages.heal import objective
 from layercut.segments import Segment
 
 
@@ -71,7 +72,7 @@ def tune(shape: Shape, config: CompressConfig, segment: Segment) -> Peak:
     heal, at_rest = config.heal, memory_peaks.tune(shape, config, segment)
     trained = endpoints([segment], shape.layers, heal.radius)
     kept = shape.layers - len(segment)
-    stop = max(trained) + 1 if heal.objective == "hidden" else kept
+    stop = max(trained) + 1 if objective(heal).reads == "hidden" else kept
     token = shape.hidden * shape.itemsize
     step = min(max(heal.batch_tokens, shape.window), heal.tune_tokens)
     held = rows_of(held_out_tokens(config), shape.window) * shape.window

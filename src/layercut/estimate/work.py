@@ -20,7 +20,7 @@ from layercut.healing.least_squares import HELD_OUT, RIDGES, WIDEST
 from layercut.layer_search.clp import LOOK_SHARE, schedule_for
 from layercut.layer_search.prices import FINALISTS, FIRST_SHARE
 from layercut.layer_search.sweep import DENSE, all_segments, set_work, sweep_work
-from layercut.pipeline.stages.heal import FOLD_TOKENS
+from layercut.pipeline.stages.heal import FOLD_TOKENS, objective
 from layercut.pipeline.stages.text import FEWEST_HELD_OUT, HELD_OUT_SHARE
 from layercut.segments import Segment, joined_segments
 
@@ -245,14 +245,16 @@ def tune_work(shape: Shape, config: CompressConfig, segment: Segment) -> Work:
     trained = endpoints([segment], shape.layers, heal.radius)
     kept = shape.layers - len(segment)
     suffix = kept - min(trained)
-    dense = {"kl": shape.layers, "hidden": max(trained) + 1 + len(segment), "next-token": min(trained)}[heal.objective]
-    if heal.objective == "hidden":
+    minimised = objective(heal)
+    logits, judge = minimised.reads == "logits", minimised.judge()
+    if not logits:
         suffix = max(trained) + 1 - min(trained)
-    scored = {"next-token": kept}.get(heal.objective, shape.layers + kept - min(trained))
+    dense = suffix + min(trained) + len(segment) if minimised.needs_dense else min(trained)
+    scored = shape.layers + kept - min(trained) if judge.needs_dense else kept
     forwards = rows * (dense + suffix) + HELD_OUT_SCORES * held * scored
-    heads = {"kl": 2 * rows, "next-token": rows, "hidden": 0}[heal.objective]
-    heads += HELD_OUT_SCORES * held * (1 if heal.objective == "next-token" else 2)
-    back = 0 if heal.objective == "hidden" else rows
+    heads = rows * (1 + minimised.needs_dense) if logits else 0
+    heads += HELD_OUT_SCORES * held * (1 + judge.needs_dense)
+    back = rows if logits else 0
     found = _work(shape, Bounds.exactly(forwards), Bounds.exactly(rows * suffix), heads=heads, heads_back=back)
     mean = (shape.total("flops_trained") - shape.total("flops_backward")) / shape.layers
     return replace(found, flops=found.flops + rows * len(trained) * mean)

@@ -5,18 +5,21 @@ the prefix runs once and without gradients. Gradients flow from the logits down 
 gradients, float32 master weights and AdamW's moments exist for the trained layers only. The student is at all
 times the stock model, its weights rounded to the number format they are saved in: what is measured is what is saved.
 
-Objectives (`objectives.py`): "kl" (KL(p || q) on the logits, the default), "next-token" (the paper's setting),
-"hidden" (what leaves the last trained layer should be what left it in the dense model; no logits, cheap and weaker).
+What is minimised is an `Objective` (`models/objectives.py`): "kl" (KL(p || q) on the logits, the default),
+"next-token" (the paper's setting), "hidden" (what leaves the last trained layer should be what left it in the dense
+model; no logits, cheap and weaker), or one of the caller's own.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,19 @@ from torch import nn
 
 from layercut.data.blocks import fingerprint
 from layercut.distributed import processes, sharding
+from layercut.errors import ConfigError
 from layercut.files.json_values import digest
-from layercut.healing.objectives import HeldOut, Objective, Pair
+from layercut.healing.inputs import removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
+from layercut.healing.passes import Batch, HeldOut, Pair
 from layercut.healing.stored_teacher import StoredTeacher
-from layercut.healing.tuning_state import StateFile, asked_to_stop
-from layercut.models import memory
+from layercut.healing.tuning_result import TuningResult
+from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models.losses import as_price, slices
+from layercut.models.objectives import Objective, objective_of
+from layercut.models.prepared import prepared
 from layercut.models.runner import DecoderRunner, shared_layers
+from layercut.progress import bar
 from layercut.segments import Segment, kept_layers
 
 PASS_TOKENS = 1024
@@ -48,48 +56,59 @@ FEW_STEPS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """How long and how fast to train, and towards what."""
+    """How long and how fast to train, and towards what: the arguments of `tune_` by these names."""
 
-    objective: Objective = "kl"
+    objective: str | Objective = "kl"
     learning_rate: float | None = None
     """Peak rate of AdamW; None takes `default_learning_rate` of the width and the steps."""
     batch_tokens: int = 1024
+    """Tokens in one optimizer step."""
     radius: int = 1
     """Layers trained on each side of a cut."""
-    temperature: float = 1.0
-    """Of both models' predictions in the objective "kl"."""
-    mix: float = 0.0
-    """Share, 0 to 1, of the next-token loss in the objective "kl"."""
     epochs: int = 1
     """Passes over the tokens; from the second on their rows are shuffled, by the epoch's number."""
     patience: int = 0
     """Stop after so many held-out scores in a row without a new best; 0 never does."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch_tokens", 1), ("radius", 1), ("epochs", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed are whole numbers from {least} on", "")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise ConfigError(f"learning_rate is {self.learning_rate:g}, outside 0 to 1", "try 1e-4, or leave it out")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, as JSON values."""
+        objective = objective_of(self.objective)
+        return vars(self) | {"temperature": 1.0, "mix": 0.0} | objective.options | {"objective": objective.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningFiles:
+    """What tuning reads from and keeps on disk, and how it is told to stop: nothing, where the caller names nothing."""
+
+    teacher: StoredTeacher | None = None
+    """The dense predictions on the tokens, stored beforehand (`store_teacher`), for an objective that can use them."""
+    states: FrozenStates | None = None
+    """Of models whose layers are on disk: what does not change, stored beforehand (`frozen_states`)."""
+    state: StateFile | None = None
+    """Where to keep the state; one of the same making that is there is resumed, and ends in the same bits."""
+    stopping: Callable[[], AbstractContextManager[Stop]] = never_asked
+    """Opened while steps are made: a stop that it notes is acted on after the step, once the state is written."""
+
 
 @dataclass
-class Tuning:
-    """What was trained and how it went. Losses are means per token, in nats for logits."""
+class _Progress:
+    """What changes from step to step, beside tensors: see `TuningResult`."""
 
-    objective: str
-    tokens: int
-    """Tokens trained on, those of every epoch counted."""
-    steps: int
-    learning_rate: float
-    trained_layers: list[int]
-    trained_parameters: int
-    state_bytes: int
-    """Bytes of masters, gradients and moments: all there is beside the shared weights."""
+    tokens: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     heldout: list[dict[str, float]] = field(default_factory=list)
     best_step: int = 0
     setbacks: list[int] = field(default_factory=list)
-    """Steps after which the held-out loss stood above that of the start (or was no number): each time training went
-    on from the best state, at a quarter of the rate."""
-    tokens_per_second: float = 0.0
     seconds: float = 0.0
-    """Of training, without scoring; over all processes where it was stopped and resumed."""
     cpu_seconds: float = 0.0
-    """The same, of processor time over all threads: other work on the machine does not stretch it."""
     stopped_early: bool = False
 
     @property
@@ -97,13 +116,115 @@ class Tuning:
         """Steps done."""
         return len(self.curve)
 
-    @property
-    def best(self) -> float:
-        """The lowest held-out loss so far."""
-        return min(point["loss"] for point in self.heldout)
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+def tune_(
+    student: Any,
+    dense: Any,
+    tokens: torch.Tensor,
+    *,
+    heldout: torch.Tensor | None = None,
+    objective: str | Objective = "kl",
+    learning_rate: float | None = None,
+    batch_tokens: int = 1024,
+    radius: int = 1,
+    epochs: int = 1,
+    patience: int = 0,
+    files: TuningFiles = TuningFiles(),
+) -> TuningResult:
+    """Train the layers beside the student's cuts, in place, and leave it in its best state by held-out loss.
+
+    Cutoff endpoint tuning (CLP, 2510.23652). The held-out loss is taken before the first step, so that the end is
+    never worse than the start, and a rate that makes it rise is lowered. The trained layers get parameters of their
+    own, so that a dense model that shares weights with the student is left as it is. Deterministic: no randomness is
+    used beside the seeded order of later epochs. Of several processes each takes a share of every step's rows.
+
+    Args:
+        student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
+        dense: the model that it was cut from.
+        tokens: token ids [N, T] to train on, in their order.
+        heldout: token ids [M, T] that judge; not given, the last eighth of the rows of `tokens`, one at least, which
+            are then not trained on.
+        objective: a registered name, or an `Objective`: KL(temperature=2, mix=0.1).
+        learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
+        batch_tokens: tokens in one optimizer step.
+        radius: layers trained on each side of a cut.
+        epochs: passes over the tokens; from the second on their rows are shuffled.
+        patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
+        files: what to keep on disk; nothing by default.
+
+    Returns:
+        What was trained, and the losses.
+
+    Raises:
+        ConfigError: an argument is outside what is allowed, or it cannot be seen which layers the student lacks.
+        ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
+    """
+    settings = TuneSettings(
+        objective=objective_of(objective), learning_rate=learning_rate, batch_tokens=batch_tokens, radius=radius,
+        epochs=epochs, patience=patience,
+    )  # fmt: skip
+    tokens, heldout = with_held_out(tokens, heldout)
+    opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
+    with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
+        training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
+        try:
+            judge = training.begin_(heldout, files, advance)
+            with files.stopping() as stop:
+                while training.unfinished:
+                    count = training.step_()
+                    if is_scored(training.report.step, training.steps):
+                        training.note_score_(judge.score())
+                    advance(count, f"loss {training.report.curve[-1]['loss']:.4f}")
+                    training.keep(files.state, stop)
+        finally:
+            training.finish_()
+    return training.result()
+
+
+def _pair(
+    student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, files: TuningFiles
+) -> tuple[Pair, list[int]]:
+    """The two models and the objective; the positions of the layers that are trained."""
+    positions = endpoints(removed_segments(student, dense), len(dense), settings.radius)
+    objective = objective_of(settings.objective)
+    if files.teacher and not all(term.stored_topk for _, term in objective.terms() if term.needs_dense):
+        raise ConfigError(f"the objective {objective.name} needs all of the dense model's logits", "store no teacher")
+    # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
+    prefix = min(min(positions), shared_layers(dense, student))
+    pair = Pair(
+        dense=dense, student=student, prefix=prefix, last=max(positions), objective=objective, stored=files.teacher
+    )
+    if files.states:
+        pair = PairOnDisk(**vars(pair), states=files.states, first=min(positions))
+    return pair, positions
+
+
+def frozen_states(
+    student: DecoderRunner,
+    dense: DecoderRunner,
+    tokens: torch.Tensor,
+    settings: TuneSettings,
+    folder: Path,
+    *,
+    key: str,
+) -> FrozenStates:
+    """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step.
+
+    Args:
+        student: the cut model.
+        dense: the model that it was cut from.
+        tokens: token ids [N, T], all that are trained on.
+        settings: those of `tune_`.
+        folder: where to keep the states; those of the same key that are there are not computed again.
+        key: stands for model and tokens.
+
+    Raises:
+        RunError: the disk is too small.
+    """
+    (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
+    rows = rows_per_step(settings, window), max(1, PASS_TOKENS // window)
+    with bar("running the frozen layers once", len(tokens)) as advance:
+        return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
 
 
 def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:
@@ -122,126 +243,63 @@ def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
     return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0)
 
 
-def tune_(
-    dense: DecoderRunner,
-    student: DecoderRunner,
-    segments: Sequence[Segment],
-    tokens: torch.Tensor,
-    heldout: torch.Tensor,
-    settings: TuneSettings,
-    *,
-    advance: Callable[[int, float], None] = lambda tokens, loss: None,
-    teacher: StoredTeacher | None = None,
-    states: FrozenStates | None = None,
-    state: StateFile | None = None,
-) -> Tuning:
-    """Train the student's endpoints on tokens [N, T] in their order; leave it in its best state by held-out loss.
-
-    heldout: [M, T], never trained on; it is scored before the first step, so that the end is never worse than the
-    start, and a rate that leads astray is lowered (`Tuning.setbacks`). teacher: the dense predictions on `tokens`,
-    stored beforehand (for "kl"). states: of models whose layers are on disk, what does not change, stored beforehand.
-    state: where to keep the state; one that is there and of the same making is gone on with, and ends in the same bits.
-    Deterministic: no randomness is used beside the seeded order of later epochs. Of several processes each takes a
-    share of every step's rows; gradients and scores are summed, and all make the same steps, of a spread model
-    (`distributed/sharding.py`) each on its parts of the trained weights.
-    """
-    memory.reuse_freed()
-    positions = endpoints(segments, len(dense), settings.radius)
-    # below the first trained layer nothing differs, unless an earlier round trained more neighbours of its cut
-    prefix = min(min(positions), shared_layers(dense, student))
-    pair = Pair(
-        dense=dense, student=student, prefix=prefix, last=max(positions),
-        objective=settings.objective, temperature=settings.temperature, mix=settings.mix, stored=teacher,
-    )  # fmt: skip
-    if states:
-        pair = PairOnDisk(**vars(pair), states=states, first=min(positions))
-    training = _Training(pair, positions, own_parameters_(student, positions), tokens, settings)
-    report = training.report
-    key = training.key(heldout, [state.key if state else "", teacher is not None])
-    judge = HeldOut(pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
-    try:
-        found = state.load(key) if state else None
-        if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
-            training.restore_(*found)
-            if report.curve:
-                advance(int(report.curve[-1]["tokens"]), report.curve[-1]["loss"])
-        else:
-            training.note_score_(judge.score())
-        with asked_to_stop() as stop:
-            while report.step < report.steps and not report.stopped_early:
-                count = training.step_()
-                if is_scored(report.step, report.steps):
-                    training.note_score_(judge.score())
-                advance(count, report.curve[-1]["loss"])
-                if (number := processes.most(stop.signal or 0)) and not stop.signal:
-                    signal.raise_signal(number)  # all stop after the same step, or some would wait for one that is gone
-                if state and processes.from_main(bool(stop.signal) or state.due()):
-                    training.save(state, key)
-                if stop.signal:
-                    processes.barrier()
-                stop.now()
-    finally:
-        training.finish_()
-    return report
-
-
-def frozen_states(
-    dense: DecoderRunner,
-    student: DecoderRunner,
-    segments: Sequence[Segment],
-    tokens: torch.Tensor,
-    settings: TuneSettings,
-    folder: Path,
-    *,
-    key: str,
-    advance: Callable[[float], None] = lambda rows: None,
-) -> FrozenStates:
-    """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step.
-
-    advance: counts every row once.
-    """
-    positions = endpoints(segments, len(dense), settings.radius)
-    prefix = min(min(positions), shared_layers(dense, student))
-    removed = len(dense) - len(student)
-    stop = {"kl": len(dense), "hidden": max(positions) + 1 + removed, "next-token": None}[settings.objective]
-    window = tokens.shape[1]
-    rows = rows_per_step(settings, window), max(1, PASS_TOKENS // window)
-    return store_states(dense, tokens, prefix, stop, folder, rows=rows, key=key, advance=advance)
-
-
 class _Training:
-    """What changes from step to step: all of it is in `tensors` and `report`."""
+    """The loop's parts. What changes from step to step is in `tensors` and `report`."""
 
-    def __init__(
-        self,
-        pair: Pair,
-        positions: list[int],
-        trained: list[nn.Parameter],
-        tokens: torch.Tensor,
-        settings: TuneSettings,
-    ) -> None:
-        self.pair, self.trained, self.tokens, self.settings = pair, trained, tokens, settings
+    def __init__(self, pair: Pair, positions: list[int], tokens: torch.Tensor, settings: TuneSettings) -> None:
+        self.pair, self.tokens, self.settings, self.report = pair, tokens, settings, _Progress()
+        self.positions, self.trained = positions, own_parameters_(pair.student, positions)
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
-        steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
-        rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size, steps)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-        count = sum(p.numel() for p in trained)
-        self.report = Tuning(
-            objective=settings.objective,
-            tokens=0,
-            steps=steps,
-            learning_rate=rate,
-            trained_layers=positions,
-            trained_parameters=count,
-            state_bytes=4 * 4 * count,
-        )
+        self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
+        self.rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size, self.steps)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.state_key = ""
 
     @property
     def own(self) -> list[torch.Tensor]:
         """What this process holds of the trained weights. Asked for anew each time: FSDP2 may move a part to pad it."""
         return [sharding.local(p.detach()) for p in self.trained]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a step to make."""
+        return self.report.step < self.steps and not self.report.stopped_early
+
+    def begin_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> HeldOut:
+        """Resume from the state on disk where there is one of the same making, else take the first score; the judge."""
+        self.state_key = self.key(heldout, [files.state.key if files.state else "", files.teacher is not None])
+        judge = HeldOut(self.pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
+        found = files.state.load(self.state_key) if files.state else None
+        if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
+            self.restore_(*found)
+            if self.report.curve:
+                advance(int(self.report.curve[-1]["tokens"]), f"loss {self.report.curve[-1]['loss']:.4f}")
+        else:
+            self.note_score_(judge.score())
+        return judge
+
+    def keep(self, state: StateFile | None, stop: Stop) -> None:
+        """Write the state where it is due, and stop where that was asked for."""
+        if (number := processes.most(stop.signal or 0)) and not stop.signal:
+            signal.raise_signal(number)  # all stop after the same step, or some would wait for one that is gone
+        if state and processes.from_main(bool(stop.signal) or state.due()):
+            self.save(state, self.state_key)
+        if stop.signal:
+            processes.barrier()
+        stop.now()
+
+    def result(self) -> TuningResult:
+        """All of it, as of now."""
+        objective, count = self.pair.objective, sum(p.numel() for p in self.trained)
+        return TuningResult(
+            objective=objective.name, label=objective.label, heldout_label=objective.judge().label, steps=self.steps,
+            learning_rate=self.rate, trained_layers=list(self.positions), trained_parameters=count,
+            state_bytes=4 * 4 * count,
+            tokens_per_second=self.report.tokens / self.report.seconds if self.report.seconds else 0.0,
+            **copy.deepcopy(vars(self.report)),
+        )  # fmt: skip
 
     def key(self, heldout: torch.Tensor, more: list[Any]) -> str:
         """Hash of all that decides the result, the weights that are started from included."""
@@ -249,45 +307,21 @@ class _Training:
         for p in self.trained:
             start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
         data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout)]
-        plan = [asdict(self.settings), self.report.learning_rate, self.report.steps, self.report.trained_layers]
+        plan = [self.settings.facts, self.rate, self.steps, self.positions]
         return digest([more, plan, data, start.hexdigest()])
 
     def step_(self) -> int:
-        """One optimizer step on the next rows; the tokens in them."""
-        report, settings = self.report, self.settings
-        begun, cpu = time.perf_counter(), time.process_time()
-        rows = rows_of_step(report.step, len(self.tokens), rows_per_step(settings, self.tokens.shape[1]))
-        loss = self._gradient_(rows)
-        rate = report.learning_rate * warmup_then_cosine(report.step, report.steps) * SETBACK ** len(report.setbacks)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self._clip_(1.0)
-        self.optimizer.step()
-        for master, p in zip(self.masters, self.own, strict=True):
-            p.copy_(master.detach().to(self.stored))
-        count = len(rows) * self.tokens.shape[1]
-        report.seconds += time.perf_counter() - begun
-        report.cpu_seconds += time.process_time() - cpu
-        report.tokens += count
-        spent = {"seconds": round(report.seconds, 2), "cpu_seconds": round(report.cpu_seconds, 2)}
-        report.curve.append({"step": report.step + 1, "tokens": report.tokens, "loss": loss, **spent})
-        return count
+        """One optimizer step on the next rows; the tokens in them.
 
-    def _gradient_(self, rows: torch.Tensor) -> float:
-        """Fill the masters' float32 gradients with that of the mean loss over these rows; the loss.
-
-        Each process takes its share of the passes and weighs it by its rows, so that the sum over all of them is the
-        mean over the step's rows. Passes are made smaller where there are fewer than processes, but for "hidden",
-        which is relative to the pass it is taken over: there a step's passes are always the same.
-        Of a spread model every backward pass sums over the processes by itself.
+        The gradient is that of the mean loss over the step's rows: each process takes its share of the passes and
+        weighs it by its rows. Of a model spread over the processes every backward pass sums over them by itself.
         """
-        total, model = 0.0, self.pair.student.model
+        report, model = self.report, self.pair.student.model
+        begun, cpu, total = time.perf_counter(), time.process_time(), 0.0
+        rows = rows_of_step(report.step, len(self.tokens), rows_per_step(self.settings, self.tokens.shape[1]))
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        batches = []
-        for part, counts in sharding.in_step(model, self._passes(len(rows)), slice(0, 1)):
-            batches.append((self.tokens[rows[part]], rows[part], len(rows[part]) / len(rows) if counts else 0.0))
-        for loss in self.pair.backwards(batches):
+        for loss in self.pair.backward(self._batches(rows)):
             total += loss
             for master, p in zip(self.masters, self.trained, strict=True):
                 if p.grad is not None and master.grad is not None:
@@ -295,7 +329,37 @@ class _Training:
                 p.grad = None
         if not sharding.is_spread(model):
             processes.sum_(*(master.grad for master in self.masters if master.grad is not None))
-        return processes.summed([total])[0]
+        total = processes.summed([total])[0]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
+        self._clip_(1.0)
+        self.optimizer.step()
+        for master, own in zip(self.masters, self.own, strict=True):
+            own.copy_(master.detach().to(self.stored))
+        count = len(rows) * self.tokens.shape[1]
+        report.seconds += time.perf_counter() - begun
+        report.cpu_seconds += time.process_time() - cpu
+        report.tokens += count
+        spent = {"seconds": round(report.seconds, 2), "cpu_seconds": round(report.cpu_seconds, 2)}
+        report.curve.append({"step": report.step + 1, "tokens": report.tokens, "loss": total, **spent})
+        return count
+
+    def _batches(self, rows: torch.Tensor) -> list[Batch]:
+        """This process's passes over the rows of a step, each with its weight.
+
+        They are made smaller where there are fewer than processes, unless a loss is relative to the pass that it is
+        taken over: then a step's passes are always the same.
+        """
+        size = max(1, PASS_TOKENS // self.tokens.shape[1])
+        if any(term.whole_pass for _, term in self.pair.objective.terms()):
+            parts = list(slices(len(rows), size))
+            parts = parts[processes.share(len(parts))]
+        else:
+            parts = processes.share_of_batches(len(rows), size)
+        return [
+            (self.tokens[rows[part]], rows[part], len(rows[part]) / len(rows) if counts else 0.0)
+            for part, counts in sharding.in_step(self.pair.student.model, parts, slice(0, 1))
+        ]
 
     def _clip_(self, most: float) -> None:
         """Scale the gradients down where their norm, over all processes, is above `most`."""
@@ -304,14 +368,6 @@ class _Training:
             norm = norm.new_tensor(math.sqrt(processes.summed([norm.item() ** 2])[0]))
         nn.utils.clip_grads_with_norm_(self.masters, most, norm)
 
-    def _passes(self, rows: int) -> list[slice]:
-        """This process's passes over the rows of a step."""
-        size = max(1, PASS_TOKENS // self.tokens.shape[1])
-        if self.settings.objective == "hidden":
-            passes = list(slices(rows, size))
-            return passes[processes.share(len(passes))]
-        return processes.share_of_batches(rows, size)
-
     def note_score_(self, score: float) -> None:
         """Remember a held-out loss, the weights where they are the best so far, and whether to stop.
 
@@ -319,18 +375,18 @@ class _Training:
         """
         report, score = self.report, as_price(score)
         first = not report.heldout
-        if not first and score < report.best:
+        if not first and score < min(point["loss"] for point in report.heldout):
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]
         report.heldout.append({"step": report.step, "tokens": report.tokens, "loss": score})
         worse = math.isinf(score) or score > report.heldout[0]["loss"]
-        if not first and worse and report.step < report.steps:
+        if not first and worse and report.step < self.steps:
             self.step_back_()
         since = sum(point["step"] > report.best_step for point in report.heldout)
-        report.stopped_early = 0 < self.settings.patience <= since and report.step < report.steps
+        report.stopped_early = 0 < self.settings.patience <= since and report.step < self.steps
 
     def step_back_(self) -> None:
-        """Go on from the best state, slower, and with no momentum: the rate was too high for this model."""
+        """Return to the best state, to continue slower and with no momentum: the rate was too high for this model."""
         self.report.setbacks.append(self.report.step)
         for p, master, best in zip(self.own, self.masters, self.best_state, strict=True):
             master.copy_(best)
@@ -340,13 +396,12 @@ class _Training:
             moments["exp_avg_sq"].zero_()
 
     def finish_(self) -> None:
-        """Leave the student in its best state, frozen."""
+        """Leave the student in its best state, without gradients."""
         for p, value in zip(self.own, self.best_state, strict=True):
             p.copy_(value)
         for p in self.trained:
             p.requires_grad_(False)
             p.grad = None
-        self.report.tokens_per_second = self.report.tokens / self.report.seconds if self.report.seconds else 0.0
 
     # --- to disk and back ---
 
@@ -355,7 +410,7 @@ class _Training:
         if processes.is_main() or sharding.is_spread(self.pair.student.model):
             tensors = self.tensors()
             if processes.is_main():
-                state.save(key, tensors, self.report.to_json())
+                state.save(key, tensors, self.result().to_dict())
 
     def tensors(self) -> dict[str, Sequence[torch.Tensor]]:
         moments = [self.optimizer.state[m] for m in self.masters]
@@ -371,7 +426,7 @@ class _Training:
 
     @torch.no_grad()
     def restore_(self, tensors: dict[str, list[torch.Tensor]], facts: dict[str, Any]) -> None:
-        vars(self.report).update(facts)
+        vars(self.report).update({name: facts[name] for name in vars(self.report)})
         own = {
             name: [sharding.part_like(p, value) for p, value in zip(self.trained, values, strict=True)]
             for name, values in tensors.items()

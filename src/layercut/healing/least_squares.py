@@ -1,4 +1,4 @@
-"""Closed-form fold: mend the cut by least squares, inside weights that are there anyway.
+"""Least-squares compensation, "the fold": change the layer before a cut so that the stream is what it was after it.
 
 After the cut, layer e receives what layer s - 1 puts out: x + z_a W_a + z_m W_m, its input and what its attention
 and its MLP add to the residual stream, z being what their output projections read. It used to receive h_e. Each
@@ -30,10 +30,13 @@ from typing import Any
 import torch
 
 from layercut.distributed import processes, sharding
+from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
 from layercut.models.losses import as_price
-from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_layers, shared_passes
-from layercut.segments import Segment, kept_layers
+from layercut.models.prepared import prepared
+from layercut.models.runner import DecoderRunner, carry_, enter_all, mean_kl, shared_layers, shared_passes
+from layercut.progress import bar
+from layercut.segments import Segment
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Tried relative ridges. Which is best hangs on the number of tokens; the ends guard against few (docs/log.md)."""
@@ -91,68 +94,145 @@ class Fold:
     """What one fold did, or why it could not be done."""
 
     segment: list[int]
+    """The cut: its first layer and the first one after it, in the dense model."""
     layer: int | None
     """Index, in the cut model, of the layer that was changed."""
     modules: list[str]
     """What was solved anew in that layer, in this order."""
     ridges: list[float]
-    """The ridge that was chosen for each of them."""
+    """The ridge that was chosen for each of them, relative to the mean of Z'Z's diagonal."""
     error_before: float | None
     error_after: float | None
     """Squared error of what enters layer e, on held-out rows, relative to the plain cut's (error_before = 1)."""
     tokens: int
+    """Tokens that it was solved and chosen on."""
     skipped: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Of JSON values alone, by the fields' names."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What the fold of every cut did, and whether it was kept."""
+
+    cuts: tuple[Fold, ...]
+    """One for each cut, from the first to the last."""
+    kl_before: float
+    """KL(dense || student) on the held-out rows before the fold, mean nats per token."""
+    kl_after: float
+    """The same after it, also where it was then undone."""
+    kept: bool
+    """Whether the student is left folded; if not, it has the very weights that it had before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of JSON values alone, by the fields' names."""
         return asdict(self)
 
 
 def fold_(
-    dense: DecoderRunner,
-    student: DecoderRunner,
-    segments: Sequence[Segment],
+    student: Any,
+    dense: Any,
     tokens: torch.Tensor,
     *,
-    only: Sequence[Segment] | None = None,
+    heldout: torch.Tensor | None = None,
+    segments: Sequence[Segment] | None = None,
     rows: int = 8,
-    advance: Callable[[float], None] = lambda rows: None,
-) -> list[Fold]:
-    """Fold the cuts of `student`, from the first to the last.
+) -> FoldResult:
+    """Compensate the student's cuts by least squares in the layer before each, in place, where held-out KL falls.
 
-    segments: all that the student lacks of the dense model. only: those of them to fold, all where not given; the
-    student's other layers may be healed already, in whatever way. The student's changed weights are new parameters:
-    layers shared with the dense model are left as they are. tokens: [N, T]. advance: counts every row once a cut.
-    A cut is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear
-    output to the residual stream as it is, or where what reaches the cut is not finite.
+    After ReplaceMe (2505.02819, equation 5); see this module's docstring for what is solved. Where the KL does not
+    fall, the student is left as it was, to the bit. What is changed gets parameters of its own, so that a dense model
+    that shares weights with the student is left as it is. Of several processes each takes a share of the rows.
+
+    Args:
+        student: a model without some of the dense model's layers (`layercut.cut`), healed before or not; its config's
+            `original_layer_index` says which.
+        dense: the model that it was cut from, which may have been cut before itself.
+        tokens: token ids [N, T] to solve on.
+        heldout: token ids [M, T] that decide whether the fold is kept; not given, the last eighth of the rows of
+            `tokens`, one at least, which are then not solved on.
+        segments: the cuts to fold, in the dense model's layers; not given, all.
+        rows: rows of `tokens` in one pass through the model.
+
+    Returns:
+        What was solved at each cut, and the KL before and after.
+
+    Raises:
+        ConfigError: the tokens are not [N, T] token ids, or it cannot be seen which layers the student lacks.
+        ModelError: the dense model's predictions are not finite, or its layers cannot be run one by one.
     """
-    kept = kept_layers(segments, len(dense))
-    folds = []
-    for segment in sorted(segments if only is None else only):
-        position = sum(i < segment.start for i in kept) - 1
-        folds.append(_fold_one_(dense, student, segment, position, tokens, rows, advance))
-    return folds
+    tokens, heldout = with_held_out(tokens, heldout)
+    with prepared(student, dense) as (cut, whole):
+        segments = sorted(removed_segments(cut, whole) if segments is None else segments)
+        before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
+        undo_ = _undoing(cut, {_position(cut, whole, segment) for segment in segments})
+        with bar("folding", len(segments) * len(tokens)) as advance:
+            folds = tuple(fold_cut_(cut, whole, segment, tokens, rows, advance) for segment in segments)
+        after = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
+        if not after < before:
+            undo_()
+    return FoldResult(folds, before, after, after < before)
+
+
+def _undoing(student: DecoderRunner, positions: set[int]) -> Callable[[], None]:
+    """What puts the student's layers at these positions back as they are now, with the very same parameters."""
+
+    def nothing_read() -> None:
+        if student.on_disk:
+            student.on_disk.leave_()
+
+    nothing_read()
+    layers = {i: student.layers[i] for i in positions if i >= 0}
+    weights = [(module, dict(module._parameters)) for layer in layers.values() for module in layer.modules()]
+
+    def undo_() -> None:
+        nothing_read()
+        for i, layer in layers.items():
+            student.layers[i] = layer
+        for module, parameters in weights:
+            module._parameters.update(parameters)
+
+    return undo_
+
+
+def _position(student: DecoderRunner, dense: DecoderRunner, segment: Segment) -> int:
+    """The layer before a cut, in the student; -1 where the cut begins the stack."""
+    return sum(i < segment.start for i in kept_positions(student, dense)) - 1
 
 
 @torch.no_grad()
-def _fold_one_(
-    dense: DecoderRunner,
+def fold_cut_(
     student: DecoderRunner,
+    dense: DecoderRunner,
     segment: Segment,
-    position: int,
     tokens: torch.Tensor,
-    rows: int,
-    advance: Callable[[float], None],
+    rows: int = 8,
+    advance: Callable[[float], None] = lambda rows: None,
 ) -> Fold:
-    def skipped(reason: str) -> Fold:
-        return Fold([segment.start, segment.stop], None, [], [], None, None, 0, reason)
+    """Fold one cut, whether that helps or not.
 
+    The student's changed weights are new parameters; its other layers may be healed already, in whatever way. A cut
+    is skipped, with the reason, where there is no layer before it, where nothing in that layer adds a linear output
+    to the residual stream as it is, or where what reaches the cut is not finite.
+
+    Args:
+        student: the cut model.
+        dense: the model that it was cut from.
+        segment: the cut, in the dense model's layers.
+        tokens: token ids [N, T].
+        rows: rows of a pass.
+        advance: counts every row once.
+    """
+    position = _position(student, dense, segment)
     if position < 0:
-        return skipped("no layer before the cut")
+        return _skipped(segment, "no layer before the cut")
     if sharding.is_spread(student.layers[position]):
         student.layers[position] = sharding.whole_copy(student.layer_at_rest(position))
     targets = find_targets(student, position, tokens[:2, :32])
     if not targets:
-        return skipped("the layer before the cut adds no linear output to the residual stream as it is")
+        return _skipped(segment, "the layer before the cut adds no linear output to the residual stream as it is")
 
     def share_of_bar(rows: float) -> None:
         advance(rows / len(targets))
@@ -167,15 +247,22 @@ def _fold_one_(
         judge = check if check.tokens else fit
         if not (fit.finite and check.finite):
             if not number:
-                return skipped("what reaches the cut is not finite")
+                return _skipped(segment, "what reaches the cut is not finite")
             break  # what was folded before made it so; the student is judged by its predictions
-        ridge, x = _solution(fit, check)
+        ridge = RIDGES[-2]  # with no rows kept out, one that hardly trusts the rows
+        if check.tokens:
+            ridge = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))
+        x = fit.solve(ridge)
         target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
         ridges.append(ridge)
         plain = plain or judge.yy
     names = [target.name for target in targets[: len(ridges)]]
     share = as_price(judge.left(x) / plain) if plain else 1.0
     return Fold([segment.start, segment.stop], position, names, ridges, 1.0, share, fit.tokens + check.tokens)
+
+
+def _skipped(segment: Segment, reason: str) -> Fold:
+    return Fold([segment.start, segment.stop], None, [], [], None, None, 0, reason)
 
 
 def together(targets: Sequence[LinearOutput]) -> list[LinearOutput]:
@@ -212,14 +299,6 @@ def _statistics(
     fit.sum_()
     check.sum_()
     return fit, check
-
-
-def _solution(fit: Normal, check: Normal) -> tuple[float, torch.Tensor]:
-    """The ridge that is best on rows kept out, and X. With none kept out, a ridge that hardly trusts the rows."""
-    if not check.tokens:
-        return RIDGES[-2], fit.solve(RIDGES[-2])
-    ridge = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))
-    return ridge, fit.solve(ridge)
 
 
 def _gaps(

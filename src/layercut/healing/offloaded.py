@@ -20,7 +20,7 @@ import torch
 
 from layercut.errors import RunError
 from layercut.files.sizes import size
-from layercut.healing.objectives import Batch, Pair, hidden_gradient, logit_gradient
+from layercut.healing.passes import Batch, Pair, loss_gradient
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
 from layercut.offload.shared import LentLayers
 
@@ -129,7 +129,7 @@ class PairOnDisk(Pair):
     first: int
     """The first trained layer: how far the way down goes."""
 
-    def backwards(self, batches: Sequence[Batch]) -> Iterator[float]:
+    def backward(self, batches: Sequence[Batch]) -> Iterator[float]:
         """As in memory, layers outermost: the loss of each batch while there is no gradient yet, and then 0 with the
         gradient of each batch at every trained layer."""
         assert isinstance(self.student.on_disk, LentLayers)
@@ -137,22 +137,18 @@ class PairOnDisk(Pair):
             yield from self._up_and_down(batches)
 
     def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[float]:
-        student, hidden_only = self.student, self.objective == "hidden"
+        student = self.student
         calls = enter_all(student, [tokens for tokens, _, _ in batches])[1]
         hidden = [self._states("shared", rows) for _, rows, _ in batches]
         inputs: list[list[torch.Tensor]] = []
-        for i in range(self.prefix, self.last + 1 if hidden_only else len(student)):
+        for i in range(self.prefix, self.student_stop):
             inputs.append(hidden.copy())
             with torch.no_grad():
                 carry_(student, hidden, calls, i, i + 1)
         slopes: list[torch.Tensor] = []
-        for number, (tokens, rows, weight) in enumerate(batches):
-            wanted = self._states("wanted", rows) if "wanted" in self.states.files else None
-            if hidden_only:
-                assert wanted is not None
-                loss, slope = hidden_gradient(hidden[number], wanted.float(), weight)
-            else:
-                loss, slope = logit_gradient(self, tokens, rows, weight, hidden[number], wanted)
+        for number, batch in enumerate(batches):
+            wanted = self._states("wanted", batch[1]) if "wanted" in self.states.files else None
+            loss, slope = loss_gradient(self, batch, hidden[number], wanted)
             slopes.append(slope)
             yield loss
         del hidden

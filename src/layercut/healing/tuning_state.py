@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class StateFile:
 
 
 class Stop:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal. One that nobody sets is never asked."""
 
     signal: int | None = None
 
@@ -94,3 +94,8 @@ def asked_to_stop() -> Iterator[Stop]:
     finally:
         restore()
     stop.now()
+
+
+def never_asked() -> AbstractContextManager[Stop]:
+    """What a library call uses instead: no signal handler is installed, and signals act at once."""
+    return nullcontext(Stop())

@@ -16,6 +16,9 @@ class LayerReader(Protocol):
     def enter_(self, i: int) -> None:
         """Have layer i's weights in memory."""
 
+    def leave_(self) -> None:
+        """Drop the weights of the layer that is in memory."""
+
     def say_once(self, words: str) -> None:
         """A line about streaming, unless it was the last one said."""
 

@@ -1,6 +1,6 @@
 """What makes a cut model good: the losses that a search prices cuts by and that endpoint tuning minimises.
 
-Between the formulas (`losses.py`) and those who use them (`layer_search/prices.py`, `healing/objectives.py`). To add
+Between the formulas (`losses.py`) and those who use them (`layer_search/prices.py`, `healing/passes.py`). To add
 one, subclass `Objective`, override `loss`, and register the class:
 
     @layercut.objectives.register("mypackage-reverse-kl")
@@ -14,12 +14,14 @@ p is the dense model's next-token distribution, q the cut one's (the student's).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
+from layercut.errors import ConfigError
+from layercut.extensions import objectives
 from layercut.models.losses import (
     Teacher,
     bucket_kl_and_gradient,
@@ -32,7 +34,9 @@ from layercut.models.losses import (
 class Objective:
     """A loss per token. The constructor takes the options it knows as keywords, from `--temperature` and `--mix`."""
 
-    label: ClassVar[str] = "loss"
+    name: str = "objective"
+    """What it is registered as; of an unregistered class its own name."""
+    label: str = "loss"
     """What reports call it."""
     reads: ClassVar[Literal["logits", "hidden"]] = "logits"
     """What it compares: logits after the head, or hidden states: in a search those after the last layer, in tuning
@@ -41,10 +45,26 @@ class Objective:
     """Whether the dense model is run on the same tokens."""
     stored_topk: ClassVar[bool] = False
     """Whether it can do with the dense model's K likeliest tokens from disk (`loss_and_gradient_topk`)."""
+    per_target: ClassVar[bool] = False
+    """Whether the loss is that of the next token, and 0 where there is none: the last of a row of T. The mean is then
+    over the T - 1 others."""
+    whole_pass: ClassVar[bool] = False
+    """Whether a token's loss depends on which tokens share its forward pass: several processes then split a step by
+    passes, and not by rows."""
 
     def __init__(self, **options: Any) -> None:
         if options:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(options)}")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plain values that its instance holds: with the name, what tells one objective from another."""
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, int | float | str)}
+        return {key: value for key, value in plain.items() if not hasattr(Objective, key)}
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
         """The loss of each token, differentiable in `student`.
@@ -63,12 +83,24 @@ class Objective:
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`loss` [M], and the gradient of its sum in `student` [M, V]; by autograd unless written out."""
+        """`loss` [M], and the gradient of its sum in `student`, [M, V] or [M, D]; by autograd unless written out."""
         leaf = student.detach().requires_grad_(True)
         with torch.enable_grad():
             loss = self.loss(leaf, dense, targets)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient
+
+    def loss_and_gradient_topk(
+        self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same where `stored_topk`: against p of K tokens and one bucket for all others.
+
+        Args:
+            student: float32 logits [M, V].
+            log_p: float32 [M, K + 1], the bucket last.
+            index: token ids [M, K].
+        """
+        raise NotImplementedError
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """`loss` as a function of the student alone, with what many students share computed once.
@@ -92,8 +124,12 @@ class Objective:
 
         return loss
 
+    def terms(self) -> list[tuple[float, Objective]]:
+        """The objectives that it is the weighted sum of, each with its weight: itself, unless it mixes several."""
+        return [(1.0, self)]
+
     def judge(self) -> Objective:
-        """What held-out rows are scored by during tuning: logits are what counts, at temperature 1."""
+        """What held-out rows are scored by during tuning; it reads logits, since these are what counts."""
         return self if self.reads == "logits" else KL()
 
 
@@ -117,58 +153,68 @@ class _WithGradient(torch.autograd.Function):
 class KL(Objective):
     """t² KL(p_t || q_t), p_t = softmax(logits / t) (Hinton, 1503.02531); with `mix`, that share of next-token loss."""
 
-    label = "KL"
+    name = "kl"
+    label = "KL to the dense model"
     stored_topk = True
 
     def __init__(self, *, temperature: float = 1.0, mix: float = 0.0) -> None:
+        if not 0 < temperature < float("inf"):
+            raise ConfigError(f"the temperature {temperature:g} is not above 0", "try 2")
+        if not 0 <= mix <= 1:
+            raise ConfigError(f"mix = {mix:g} is outside 0 to 1", "a tenth of the next-token loss: mix=0.1")
         self.temperature, self.mix = temperature, mix
         self.needs_dense = mix < 1
+        if mix:
+            self.label = f"{self.label} and {NextToken.label}" if mix < 1 else NextToken.label
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        return self.loss_and_gradient(student, dense, targets)[0]
+        if self.mix:
+            return torch.stack([share * term.loss(student, dense, targets) for share, term in self.terms()]).sum(0)
+        assert dense is not None
+        if self.temperature == 1:
+            return kl_divergence(dense, student)
+        return self.temperature**2 * kl_divergence(dense / self.temperature, student / self.temperature)
 
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = []
-        if dense is not None and self.mix < 1:
-            terms.append((1 - self.mix, *kl_and_gradient(dense.float(), student, self.temperature)))
-        return self._mixed(terms, student, targets)
+        if self.mix:
+            return weighted([(w, *term.loss_and_gradient(student, dense, targets)) for w, term in self.terms()])
+        assert dense is not None
+        return kl_and_gradient(dense, student, self.temperature)
 
     def loss_and_gradient_topk(
-        self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor, targets: torch.Tensor
+        self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with p of K tokens and one bucket for all others.  log_p: [M, K + 1], index: [M, K]"""
-        kl = bucket_kl_and_gradient(log_p, index, student, self.temperature)
-        return self._mixed([(1 - self.mix, *kl)], student, targets)
-
-    def _mixed(
-        self, terms: list[tuple[float, torch.Tensor, torch.Tensor]], student: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.mix:
-            terms.append((self.mix, *next_token_and_gradient(student, targets)))
-        if len(terms) == 1 and terms[0][0] == 1:
-            return terms[0][1:]
-        loss = torch.stack([weight * each for weight, each, _ in terms]).sum(0)
-        return loss, torch.stack([weight * slope for weight, _, slope in terms]).sum(0)
+        return bucket_kl_and_gradient(log_p, index, student, self.temperature)
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         if self.mix or self.temperature != 1 or dense is None:
             return super().against(dense, targets)
         return Teacher(dense).kl
 
+    def terms(self) -> list[tuple[float, Objective]]:
+        if not self.mix:
+            return [(1.0, self)]
+        divergence: list[tuple[float, Objective]] = [(1 - self.mix, KL(temperature=self.temperature))]
+        return [*divergence[: self.mix < 1], (self.mix, NextToken())]
+
     def judge(self) -> Objective:
+        """At temperature 1, whatever that of training."""
         return KL(mix=self.mix)
 
 
 class NextToken(Objective):
     """Cross entropy of the text's next token: the paper's setting (CLP, 2510.23652)."""
 
+    name = "next-token"
     label = "next-token loss"
     needs_dense = False
+    per_target = True
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        return next_token_and_gradient(student, targets)[0]
+        some, index = targets >= 0, targets.clamp_min(0)[:, None]
+        return -F.log_softmax(student, -1).gather(-1, index)[:, 0] * some
 
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
@@ -186,8 +232,10 @@ class NextToken(Objective):
 class Hidden(Objective):
     """|h - h_dense|² / |h_dense|²; the norm is each token's own in a search, the mean of a pass in tuning."""
 
-    label = "hidden states"
+    name = "hidden"
+    label = "relative error of hidden states"
     reads = "hidden"
+    whole_pass = True
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
         assert dense is not None
@@ -197,5 +245,46 @@ class Hidden(Objective):
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda student: self.loss(student, dense, targets)
 
+    def loss_and_gradient(
+        self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a pass of M tokens: |h - h_dense|² / mean |h_dense|², so that tokens of a small norm do not decide."""
+        assert dense is not None
+        gap, norm = student - dense, dense.square().sum(-1).mean()
+        return gap.square().sum(-1) / norm, 2 * gap / norm
 
-__all__ = ["KL", "Hidden", "NextToken", "Objective", "kl_divergence"]
+
+def weighted(terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of losses [M] and of gradients [M, V], each of a term with its weight."""
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1:]
+    return (
+        torch.stack([weight * loss for weight, loss, _ in terms]).sum(0),
+        torch.stack([weight * slope for weight, _, slope in terms]).sum(0),
+    )
+
+
+def objective_of(given: str | Objective | type[Objective], **options: Any) -> Objective:
+    """An objective from its name or class, with these options of its constructor; an instance is returned as it is.
+
+    Raises:
+        ConfigError: unknown, not an `Objective`, or it takes no such options.
+    """
+    if isinstance(given, Objective):
+        return given
+    kind = objectives.get(given) if isinstance(given, str) else given
+    try:
+        made = kind(**options)
+    except TypeError as error:
+        told = ", ".join(f"--{name} {value:g}" for name, value in options.items()) or "no options"
+        raise ConfigError(
+            f"the objective {given!r} cannot be used with {told}: {error}", "leave out what it does not take"
+        ) from error
+    if not isinstance(made, Objective):
+        raise ConfigError(f"the objective {given!r} is a {type(made).__name__}", "subclass layercut.Objective")
+    if isinstance(given, str):
+        made.name = given
+    return made
+
+
+__all__ = ["KL", "Hidden", "NextToken", "Objective", "kl_divergence", "objective_of"]

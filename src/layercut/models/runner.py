@@ -109,6 +109,13 @@ class DecoderRunner:
         return self.model.config.get_text_config().hidden_size
 
     @property
+    def original_layer_index(self) -> list[int] | None:
+        """Where each layer stood in the first model of all, as a cut notes it in the config; None without a note."""
+        config = self.at_rest.config
+        found = getattr(config, "original_layer_index", None)
+        return found or getattr(config.get_text_config(), "original_layer_index", None)
+
+    @property
     def device(self) -> torch.device:
         return next(p.device for p in self.model.parameters() if not p.is_meta)
 

@@ -66,6 +66,10 @@ class LentLayers:
         """Have layer i's weights in memory, by position in this model."""
         self._enter_(self._layers[i])
 
+    def leave_(self) -> None:
+        """Drop the weights in memory: layers hold again what they hold while others are read."""
+        self.source.leave_()
+
     def say_once(self, words: str) -> None:
         self.source.say_once(words)
 

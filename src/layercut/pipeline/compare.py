@@ -24,11 +24,13 @@ from layercut.config import CompareConfig, flattened
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, SurgeryError
 from layercut.files.writing import write_atomically
-from layercut.healing.endpoint_tuning import tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuningFiles
+from layercut.healing.least_squares import fold_cut_
+from layercut.healing.tuning_state import asked_to_stop
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, sweep_work
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
 from layercut.pipeline.artefacts import RUNS_OWN
@@ -181,9 +183,10 @@ def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> di
         return nothing | {"refused": error.message}
     found, tokens = measured(work, student), work.blocks["calibration"]
     bare = nothing | {"cut": found["perplexity"], "losses": {"cut": found["losses"]}}
+    runner = DecoderRunner(student)
     with bar("folding", len(segments) * len(tokens)) as advance:
         folds = [
-            fold.to_json() for fold in fold_(work.stack, DecoderRunner(student), segments, tokens, advance=advance)
+            fold_cut_(runner, work.stack, segment, tokens, advance=advance).to_dict() for segment in sorted(segments)
         ]
     if all(fold["skipped"] for fold in folds):
         return bare | {"fold": folds}
@@ -207,11 +210,9 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> di
         loading.replace_parameters_(mended, load_file(work.run / folded[0]))
         kept = mean_kl(stack, DecoderRunner(mended), heldout) < mean_kl(stack, DecoderRunner(student), heldout)
         student = mended if kept else student
-    with bar("tuning the endpoints", tokens.numel()) as advance:
-        report = tune_(
-            stack, DecoderRunner(student), segments, tokens, heldout, tune_settings(work.config.heal),
-            advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"),
-        )  # fmt: skip
+    settings, files = tune_settings(work.config.heal), TuningFiles(stopping=asked_to_stop)
+    memory.reuse_freed()
+    report = tune_(student, stack, tokens, heldout=heldout, files=files, **vars(settings))
     losses = [point["loss"] for point in report.heldout]
     say("tune", f"{', '.join(map(str, segments))}: held-out loss {losses[0]:.4f} -> {min(losses):.4f}")
     found = measured(work, student)

@@ -357,7 +357,9 @@ def tuning_chart(heal: dict[str, Any]) -> str | None:
     if not train and not held:
         return None
     unit = printable(tuning.get("unit") or "nats").replace("$", "")  # which matplotlib would take for a formula
-    objective = {"kl": "KL to the dense model, nats"}.get(str(tuning.get("objective")), f"loss, {unit}")
+    old = "KL to the dense model" if tuning.get("objective") == "kl" else "loss"  # of a run without a label
+    label = printable(tuning.get("label") or old).replace("$", "")
+    objective = f"{label}, {unit}" if tuning.get("heldout_label", label) == label else f"loss, {unit}"
     with drawing("tuning", "tokens trained on", objective) as d:
         if train:
             d.axes.plot(

@@ -11,15 +11,17 @@ import torch
 from layercut.config import HealConfig
 from layercut.data.blocks import fingerprint
 from layercut.distributed import processes
+from layercut.errors import ConfigError
 from layercut.files.json_values import digest
 from layercut.files.sizes import size
-from layercut.healing.endpoint_tuning import TuneSettings, frozen_states, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import fold_, tune_
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.offloaded import FrozenStates
 from layercut.healing.stored_teacher import StoredTeacher, store_teacher, stored_bytes
-from layercut.healing.tuning_state import StateFile
-from layercut.models import layers_on_disk, loading
-from layercut.models.runner import DecoderRunner, mean_kl, shared_layers
+from layercut.healing.tuning_state import StateFile, asked_to_stop
+from layercut.models import layers_on_disk, loading, memory
+from layercut.models.objectives import Objective, objective_of
+from layercut.models.runner import DecoderRunner
 from layercut.offload import layer_reader, shared
 from layercut.pipeline.context import RunContext
 from layercut.progress import bar, say
@@ -56,19 +58,15 @@ def cut(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
 
 
 def fold(work: RunContext, removal: Removal) -> dict[str, Any]:
-    """The closed-form fold, kept where it brings the student nearer to the dense model on held-out tokens."""
+    """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens."""
     if not work.config.heal.fold:
         return {"fold": [], "changed": []}
     student, heldout = DecoderRunner(work.student(removal.cut)), work.blocks["heldout"]
-    before = mean_kl(work.stack, student, heldout, shared_layers(work.stack, student))
-    tokens = fold_tokens(work)
-    with bar("folding", len(removal.new) * len(tokens)) as advance:
-        folds = fold_(work.stack, student, removal.all, tokens, only=removal.new, advance=advance)
-    after = mean_kl(work.stack, student, heldout, shared_layers(work.stack, student))
-    kept = after < before
-    changed = work.save_changes(student.model, "folded") if kept else []
-    outcome = [f.to_json() | {"kl_before": before, "kl_after": after, "kept": kept} for f in folds]
-    return {"fold": outcome, "changed": changed, "files": [f"{work.name('folded')}.safetensors"] if kept else []}
+    found = fold_(student, work.stack, fold_tokens(work), heldout=heldout, segments=removal.new)
+    changed = work.save_changes(student.model, "folded") if found.kept else []
+    told = {"kl_before": found.kl_before, "kl_after": found.kl_after, "kept": found.kept}
+    files = [f"{work.name('folded')}.safetensors"] if found.kept else []
+    return {"fold": [cut.to_dict() | told for cut in found.cuts], "changed": changed, "files": files}
 
 
 def fold_tokens(work: RunContext) -> torch.Tensor:
@@ -87,23 +85,19 @@ def tune(work: RunContext, removal: Removal) -> dict[str, Any]:
     student = DecoderRunner(work.student(removal.cut, "folded"))
     tokens, heldout = work.tuning, work.blocks["heldout"]
     teacher = stored_teacher(work, tokens, fingerprint(tokens)) if heal.teacher_topk else None
-    states = stored_states(work, student, removal, tokens) if student.on_disk else None
-    with bar("tuning the endpoints", heal.epochs * tokens.numel()) as advance:
-        report = tune_(
-            work.stack, student, removal.all, tokens, heldout, tune_settings(heal),
-            advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"),
-            teacher=teacher,
-            states=states,
-            state=StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(work.name("heal"))),
-        )  # fmt: skip
+    states = stored_states(work, student, tokens) if student.on_disk else None
+    state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(work.name("heal")))
+    files = TuningFiles(teacher=teacher, states=states, state=state, stopping=asked_to_stop)
+    memory.reuse_freed()
+    report = tune_(student, work.stack, tokens, heldout=heldout, files=files, **vars(tune_settings(heal)))
     if states:
         states.close()
     for point in report.curve:
         work.run.event(work.name("heal"), int(point["step"]), "loss", point["loss"], "nats/token")
     changed = work.save_changes(student.model, "tuned")
-    tuning = report.to_json() | {"data": text["tuning"]}
-    files = [f"{work.name('tuned')}.safetensors"]
-    return {"fold": fold["fold"], "tuning": tuning, "changed": changed, "files": files}
+    tuning = report.to_dict() | {"data": text["tuning"]}
+    weights = [f"{work.name('tuned')}.safetensors"]
+    return {"fold": fold["fold"], "tuning": tuning, "changed": changed, "files": weights}
 
 
 def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> StoredTeacher:
@@ -118,14 +112,11 @@ def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> 
         )  # fmt: skip
 
 
-def stored_states(work: RunContext, student: DecoderRunner, removal: Removal, tokens: torch.Tensor) -> FrozenStates:
+def stored_states(work: RunContext, student: DecoderRunner, tokens: torch.Tensor) -> FrozenStates:
     """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
     key = digest([work.run.inputs_of(work.name("heal")), fingerprint(tokens)])
-    with bar("running the frozen layers once", len(tokens)) as advance:
-        return frozen_states(
-            work.stack, student, removal.all, tokens, tune_settings(work.config.heal), work.run / TUNING_STATES,
-            key=key, advance=advance,
-        )  # fmt: skip
+    settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES
+    return frozen_states(student, work.stack, tokens, settings, folder, key=key)
 
 
 def forget_tuning_(work: RunContext) -> None:
@@ -141,12 +132,23 @@ def forget_tuning_(work: RunContext) -> None:
 def tune_settings(heal: HealConfig) -> TuneSettings:
     """What tuning itself takes of the options."""
     return TuneSettings(
-        objective=heal.objective,
-        learning_rate=heal.learning_rate,
-        batch_tokens=heal.batch_tokens,
-        radius=heal.radius,
-        temperature=heal.temperature,
-        mix=heal.mix,
-        epochs=heal.epochs,
-        patience=heal.patience,
-    )
+        objective=objective(heal), learning_rate=heal.learning_rate, batch_tokens=heal.batch_tokens,
+        radius=heal.radius, epochs=heal.epochs, patience=heal.patience,
+    )  # fmt: skip
+
+
+def objective(heal: HealConfig) -> Objective:
+    """What tuning minimises, with the options that were given.
+
+    Raises:
+        ConfigError: its package cannot be imported, or it takes no such option.
+    """
+    given = {"temperature": (heal.temperature, 1.0), "mix": (heal.mix, 0.0)}
+    options = {name: value for name, (value, neutral) in given.items() if value != neutral}
+    found = objective_of(heal.objective, **options)
+    if heal.teacher_topk and not found.stored_topk:
+        raise ConfigError(
+            f"--objective {heal.objective} needs all of the dense model's logits, and --teacher-topk keeps some",
+            "leave out --teacher-topk",
+        )
+    return found

@@ -15,7 +15,7 @@ from layercut.data.blocks import Blocks
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
 from layercut.files.sizes import parse_bytes
-from layercut.healing.least_squares import fold_
+from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import (
     SearchResult,
     length_for_size,
@@ -124,5 +124,6 @@ def length_for_target(work: RunContext) -> int:
 def folded_kl(work: RunContext, segments: Sequence[Segment]) -> float:
     """KL(p || q) on held-out tokens of the student without the segments, after its fold."""
     student = DecoderRunner(work.student(segments))
-    fold_(work.stack, student, segments, work.blocks["calibration"])
+    for segment in sorted(segments):
+        fold_cut_(student, work.stack, segment, work.blocks["calibration"])
     return mean_kl(work.stack, student, work.blocks["heldout"])

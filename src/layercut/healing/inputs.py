@@ -1,0 +1,73 @@
+"""What healing is given: token ids, rows of them held out, and a student that says which layers it lacks.
+
+Before the least squares (`least_squares.py`) and endpoint tuning (`endpoint_tuning.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from layercut.errors import ConfigError
+from layercut.models.runner import DecoderRunner
+from layercut.segments import Segment, joined_segments
+
+SHARE_HELD_OUT = 8
+"""Where the caller gives no held-out rows, the last 1 in so many of the tokens' rows are held out, one at least."""
+
+
+def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows to heal on [N, T] and rows to judge on [M, T]; the last eighth of the first where none are given.
+
+    Raises:
+        ConfigError: not token ids in rows, or too few rows to hold any out.
+    """
+    for name, rows in (("tokens", tokens), ("heldout", heldout)):
+        if rows is None:
+            continue
+        if rows.dim() != 2 or rows.is_floating_point() or not rows.numel():
+            raise ConfigError(
+                f"{name} has the shape {list(rows.shape)} and the type {rows.dtype}; wanted are token ids [N, T]",
+                "blocks of text: layercut.token_blocks(source, tokenizer, tokens=16384)",
+            )
+    if heldout is not None:
+        return tokens, heldout
+    if len(tokens) < 2:
+        raise ConfigError("of one row of tokens none can be held out", "give more rows, or heldout=")
+    held = max(1, len(tokens) // SHARE_HELD_OUT)
+    return tokens[:-held], tokens[-held:]
+
+
+def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:
+    """Positions, in the dense model, of the student's layers: from `original_layer_index` of both models' configs.
+
+    The dense model may have been cut before; the index of both is then in the layers of the first model of all.
+
+    Raises:
+        ConfigError: the student has layers that the dense model lacks, or does not say which.
+    """
+    whole = dense.original_layer_index or list(range(len(dense)))
+    ours = student.original_layer_index or (whole if len(student) == len(dense) else [])
+    place = {original: position for position, original in enumerate(whole)}
+    kept = [place.get(original, -1) for original in ours]
+    if len(kept) != len(student) or len(place) != len(dense) or kept != sorted({*kept} - {-1}):
+        raise ConfigError(
+            f"which of the dense model's {len(dense)} layers the student's {len(student)} are cannot be seen from "
+            "original_layer_index in its config",
+            "cut it from the dense model with layercut.cut, which notes it",
+        )
+    return kept
+
+
+def removed_segments(student: DecoderRunner, dense: DecoderRunner) -> tuple[Segment, ...]:
+    """What the student lacks of the dense model, in the dense model's layers.
+
+    Raises:
+        ConfigError: nothing, or what it lacks is not to be seen.
+    """
+    segments = joined_segments(set(range(len(dense))) - set(kept_positions(student, dense)))
+    if not segments:
+        raise ConfigError(
+            f"the student has all {len(dense)} layers of the dense model: there is no cut to heal",
+            "cut some first: student = layercut.cut(dense, segments)",
+        )
+    return segments

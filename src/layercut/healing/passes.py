@@ -1,0 +1,212 @@
+"""One forward and backward pass of endpoint tuning for a few rows of tokens, and the score of held-out rows.
+
+Between the loop (`endpoint_tuning.py`) and the loss (`models/objectives.py`). Dense teacher and cut student share
+every hidden state below the first trained layer, so the prefix runs once and without gradients. From the logits down
+the gradient is written out by hand, piece by piece: vocabulary-sized tensors are the largest there are.
+
+B rows of T tokens in a pass, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from layercut.distributed import processes, sharding
+from layercut.healing.stored_teacher import StoredTeacher
+from layercut.models.losses import logit_pieces, slices, tokens_at_once
+from layercut.models.objectives import KL, Objective, weighted
+from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
+
+Batch = tuple[torch.Tensor, torch.Tensor, float]
+"""Tokens [B, T], where they stand among those that are tuned on [B], the weight of their mean loss in the step's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A dense model and its cut copy, equal below `prefix`, and what the copy is trained for."""
+
+    dense: DecoderRunner
+    student: DecoderRunner
+    prefix: int
+    """The first trained layer."""
+    last: int
+    """The last trained layer, counted in the student."""
+    objective: Objective = field(default_factory=KL)
+    stored: StoredTeacher | None = None
+    """The dense predictions on the tuning tokens, where they were stored."""
+
+    @property
+    def student_stop(self) -> int:
+        """How many layers of the student are run: all, or up to the last trained one where hidden states are read."""
+        return self.last + 1 if self.objective.reads == "hidden" else len(self.student)
+
+    @property
+    def dense_stop(self) -> int | None:
+        """The dense layers that correspond; None where the objective compares with no dense model."""
+        removed = len(self.dense) - len(self.student)
+        return self.student_stop + removed if self.objective.needs_dense else None
+
+    def backward(self, batches: Sequence[Batch]) -> Iterator[float]:
+        """Add the gradient of weight x the mean loss of each batch, in turn, to the trained parameters.
+
+        Yields:
+            The weighted loss of what the parameters hold the gradients of now; the caller takes and clears these
+            before it asks for the next.
+        """
+        for batch in batches:
+            out, wanted = self.forward(batch[0])
+            loss, gradient = loss_gradient(self, batch, out, wanted)
+            out.backward(gradient)
+            yield loss
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What leaves the student's layers that are run, and the dense model's where needed, for tokens [B, T].
+
+        Returns:
+            [B, T, D] with a graph down to the first trained layer, and [B, T, D] or None without one.
+        """
+        with torch.no_grad():
+            if self.dense_stop is None or self.stored:
+                hidden, calls = self.student.enter(tokens)
+                shared, wanted = self.student.run(hidden, calls, 0, self.prefix), None
+            else:
+                shared, dense_calls, calls = common_prefix(self.dense, self.student, tokens, self.prefix)
+                wanted = self.dense.run(shared, dense_calls, self.prefix, self.dense_stop)
+        return self.student.run(shared, calls, self.prefix, self.student_stop), wanted
+
+
+def loss_gradient(
+    pair: Pair, batch: Batch, out: torch.Tensor, wanted: torch.Tensor | None
+) -> tuple[float, torch.Tensor]:
+    """weight x the mean loss of what leaves the student's layers, and its gradient there.
+
+    Args:
+        pair: the models and the objective.
+        batch: tokens [B, T], their rows, their weight.
+        out: [B, T, D] of the student.
+        wanted: the same of the dense model; None where the objective needs none, or it was stored.
+
+    Returns:
+        The loss, and its gradient [B, T, D] in the number format of `out`.
+    """
+    (tokens, _, weight), student = batch, pair.student
+    targets, scale = next_tokens(student.place(tokens)), weight / tokens.numel()
+    if pair.objective.reads == "hidden":
+        h, h_dense = (x if x is None else x.detach().float().flatten(0, 1) for x in (out, wanted))
+        assert h is not None
+        losses, slope = pair.objective.loss_and_gradient(h, h_dense, targets.flatten())
+        return losses.sum().item() * scale, slope.mul(scale).to(out.dtype).view_as(out)
+    terms = terms_per_token(pair.objective, tokens.shape[1])
+    total, gradient = 0.0, torch.empty_like(out)
+    pieces = list(logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
+    for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
+        leaf = out[piece].detach().requires_grad_(True)
+        logits = student.exit(leaf, tokens[piece])  # [b, t, V]
+        with torch.no_grad():
+            z, known, following = logits.detach().flatten(0, 1), _known(pair, batch, piece, wanted), targets[piece]
+            slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)
+            for part in slices(len(z), tokens_at_once(z)):  # float32 exists for a few tokens at a time
+                q, p = z[part].float(), known[0][part].float() if known else None
+                found = []
+                for share, term in terms:
+                    if p is not None and pair.stored and term.needs_dense:
+                        found.append((share, *term.loss_and_gradient_topk(q, p, known[1][part])))
+                    else:
+                        found.append((share, *term.loss_and_gradient(q, p, following.flatten()[part])))
+                losses, slopes = weighted(found)
+                loss += losses.sum()
+                slope[part] = slopes.mul_(scale)
+        logits.backward(slope.view_as(logits))
+        assert leaf.grad is not None
+        if counts:
+            total += loss.item()
+            gradient[piece] = leaf.grad
+    return total * scale, gradient
+
+
+def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
+    """The objective's terms with weights for a mean over T tokens: of a row's T - 1 predictions each counts more."""
+    return [(share * (window / (window - 1) if term.per_target else 1.0), term) for share, term in objective.terms()]
+
+
+def _known(
+    pair: Pair, batch: Batch, piece: tuple[slice, slice], wanted: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """What the dense model predicts for a piece of M tokens: logits [M, V], or log_p [M, K + 1] and index [M, K]; or
+    nothing."""
+    tokens, rows, _ = batch
+    if pair.stored:
+        return tuple(x.to(pair.student.device) for x in pair.stored.read(rows[piece[0]], piece[1]))
+    if wanted is None:
+        return ()
+    return (pair.dense.exit(wanted[piece], tokens[piece]).flatten(0, 1),)
+
+
+def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of batches of tokens [B, T], the dense hidden states at the end and the shared ones at `prefix`, [B, T, D]."""
+    with torch.no_grad():
+        hidden, calls = enter_all(pair.dense, batches)
+        carry_(pair.dense, hidden, calls, 0, pair.prefix)
+        shared = list(hidden)
+        carry_(pair.dense, hidden, calls, pair.prefix, len(pair.dense))
+    return list(zip(hidden, shared, strict=True))
+
+
+def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """What each token is to predict, -1 at the end of a row.  [B, T] -> [B, T]"""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
+
+
+class HeldOut:
+    """Rows that judge a student during tuning. What stays as it is from score to score is computed once.
+
+    That is h at `prefix` and the dense h at the end, in the model's own number format: 2 D numbers a token. Of several
+    processes each takes a share of the rows; the score is over all.
+
+    Raises:
+        ModelError: a dense state is not finite, so that nothing can be compared with it.
+    """
+
+    def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
+        self.pair, self.tokens, self.objective = pair, tokens, pair.objective.judge()
+        self.parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
+        self.batches = [tokens[part] for part, _ in self.parts]
+        self.states = dense_states(pair, self.batches)
+        for batch, (final, _) in zip(self.batches, self.states, strict=True):
+            if not (finite := final.isfinite().flatten(1).all(1)).all():
+                row = int((~finite).nonzero()[0])
+                raise not_finite(pair.dense, batch[row : row + 1])
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits."""
+        pair, terms = self.pair, self.objective.terms()
+        sums = [0.0] * len(terms)
+        outs = [shared for _, shared in self.states]
+        carry_(pair.student, outs, enter_all(pair.student, self.batches)[1], pair.prefix, len(pair.student))
+        for (_, mine), batch, (final, _), out in zip(self.parts, self.batches, self.states, outs, strict=True):
+            targets = next_tokens(pair.student.place(batch))
+            pieces = list(logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()))
+            for piece, counts in sharding.in_step(pair.student.model, pieces, pieces[0]):
+                q, p = pair.student.exit(out[piece], batch[piece]).flatten(0, 1), None
+                if self.objective.needs_dense:
+                    p = pair.dense.exit(final[piece], batch[piece]).flatten(0, 1)
+                if mine and counts:
+                    for i, (_, term) in enumerate(terms):
+                        sums[i] += _summed(term, q, p, targets[piece].flatten())
+        tokens, ends = self.tokens.numel(), len(self.tokens)
+        return sum(
+            share * found / (tokens - ends if term.per_target else tokens)
+            for (share, term), found in zip(terms, processes.summed(sums), strict=True)
+        )
+
+
+def _summed(term: Objective, q: torch.Tensor, p: torch.Tensor | None, targets: torch.Tensor) -> float:
+    """The loss of logits [M, V], summed; float32 exists for a few tokens at a time."""
+    total = torch.zeros((), device=q.device)
+    for part in slices(len(q), tokens_at_once(q)):
+        total += term.loss(q[part].float(), None if p is None else p[part].float(), targets[part]).sum()
+    return total.item()

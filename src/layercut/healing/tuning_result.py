@@ -1,0 +1,75 @@
+"""What endpoint tuning found. Beside the loop (`endpoint_tuning.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningResult:
+    """What was trained and how it went. Losses are means per token, in nats for logits."""
+
+    objective: str
+    """Its name."""
+    label: str
+    """What reports call the objective."""
+    heldout_label: str
+    """What they call the held-out loss: another one where the objective reads hidden states."""
+    tokens: int
+    """Tokens trained on, those of every epoch counted."""
+    steps: int
+    """Optimizer steps planned; fewer were done where `stopped_early`."""
+    learning_rate: float
+    """Peak rate of AdamW."""
+    trained_layers: list[int]
+    """Positions in the cut model."""
+    trained_parameters: int
+    state_bytes: int
+    """Bytes of masters, gradients and moments: all there is beside the shared weights."""
+    curve: list[dict[str, float]]
+    """After each step: step, tokens, loss of its rows, seconds and cpu_seconds so far."""
+    heldout: list[dict[str, float]]
+    """Before the first step and at each score: step, tokens, loss."""
+    best_step: int
+    """After which the student was as it was left; 0 where no step was an improvement."""
+    setbacks: list[int]
+    """Steps after which the held-out loss stood above that of the start (or was no number): each time training went
+    on from the best state, at a quarter of the rate."""
+    tokens_per_second: float
+    seconds: float
+    """Of training, without scoring; over all processes where it was stopped and resumed."""
+    cpu_seconds: float
+    """The same, of processor time over all threads: other work on the machine does not stretch it."""
+    stopped_early: bool
+
+    @property
+    def best(self) -> float:
+        """The lowest held-out loss."""
+        return min(point["loss"] for point in self.heldout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of JSON values alone, by the fields' names."""
+        return asdict(self)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Training and held-out loss over the tokens trained on, the state that was kept marked.
+
+        Args:
+            axes: matplotlib Axes to draw into; new ones where not given.
+
+        Returns:
+            The Axes.
+        """
+        if axes is None:
+            from matplotlib.figure import Figure
+
+            axes = Figure(layout="constrained").add_subplot()
+        for name, points in (("training", self.curve), ("held-out", self.heldout)):
+            axes.plot([p["tokens"] for p in points], [p["loss"] for p in points], label=name)
+        best = [(p["tokens"], p["loss"]) for p in self.heldout if p["step"] == self.best_step]
+        axes.plot(*zip(*best, strict=True), "o", mfc="none", label="kept")
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel(f"{self.label}, nats" if self.label == self.heldout_label else "loss")
+        axes.legend()
+        return axes

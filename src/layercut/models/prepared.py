@@ -1,0 +1,52 @@
+"""Models of a caller as layercut runs them: in eval mode, without gradients, layer by layer; and as they were after.
+
+Between a public function, which takes any causal language model in memory, and the rooms, which take runners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from layercut.models.runner import DecoderRunner
+
+
+@contextmanager
+def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
+    """Runners of models, which while open are in eval mode and need no gradients.
+
+    On exit, also after an error, every module has its training mode and every parameter, by name, its
+    `requires_grad` again: also one that was put in meanwhile in the place of another.
+
+    Args:
+        models: of transformers, or `DecoderRunner`s of such.
+
+    Yields:
+        A runner for each.
+
+    Raises:
+        ModelError: the layers exchange more than the hidden state.
+    """
+    at_rest = [model.at_rest if isinstance(model, DecoderRunner) else model for model in models]
+    flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
+    modes = [[(module, module.training) for module in model.modules()] for model in at_rest]
+    try:
+        for model in at_rest:
+            model.eval()
+            _set_flags_(model, {})
+        yield [model if isinstance(model, DecoderRunner) else DecoderRunner(model) for model in models]
+    finally:
+        for model, before, modules in zip(at_rest, flags, modes, strict=True):
+            _set_flags_(model, before)
+            for module, training in modules:
+                module.training = training
+
+
+def _set_flags_(model: nn.Module, flags: dict[str, bool]) -> None:
+    """`requires_grad` of every parameter by name, False where it is not told."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != flags.get(name, False):
+            parameter.requires_grad_(flags.get(name, False))
