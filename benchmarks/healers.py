@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layercut.healing.objectives import HeldOut, Pair, logit_gradient
+from layercut.healing.teacher_student import HeldOut, Pair, logit_gradient
 from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine

@@ -36,7 +36,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from layercut.healing.objectives import HeldOut, Pair
+from layercut.healing.teacher_student import HeldOut, Pair
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

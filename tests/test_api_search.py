@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 import matplotlib as mpl
 import pytest
 import torch
-from layercut.cli.main import main
+from layercut.cli.command_line import main
 from transformers import AutoModelForCausalLM
 
 import tiny

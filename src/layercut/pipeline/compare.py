@@ -46,7 +46,7 @@ from layercut.report.formatting import short
 from layercut.report.page import write_comparison
 from layercut.report.verdicts import by_kl
 from layercut.segments import Segment, layers_to_remove
-from layercut.surgery import cut_segment_
+from layercut.surgery import cut
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,10 +175,9 @@ def what_is_left(work: RunContext, bounds: list[list[int]], text: dict[str, Any]
 
 def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> dict[str, Any]:
     """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning."""
-    student = loading.share(work.dense.model)
     nothing: dict[str, Any] = {"cut": None, "folded": None, "losses": {}, "fold": [], "files": [], "refused": None}
     try:
-        cut_segment_(student, segments)
+        student = cut(work.dense.model, segments)
     except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
         return nothing | {"refused": error.message}
     found, tokens = measured(work, student), work.blocks["calibration"]
@@ -201,12 +200,10 @@ def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> di
 def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> dict[str, Any]:
     """Endpoint tuning as the journey does it: from the fold where that helps on the held-out rows."""
     stack, heldout, tokens = work.stack, work.blocks["heldout"], work.blocks["tuning"]
-    student = loading.share(work.dense.model)
-    cut_segment_(student, segments)
+    student = cut(work.dense.model, segments)
     kept = False
     if folded:
-        mended = loading.share(work.dense.model)
-        cut_segment_(mended, segments)
+        mended = cut(work.dense.model, segments)
         loading.replace_parameters_(mended, load_file(work.run / folded[0]))
         kept = mean_kl(stack, DecoderRunner(mended), heldout) < mean_kl(stack, DecoderRunner(student), heldout)
         student = mended if kept else student

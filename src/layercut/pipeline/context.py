@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from layercut import evaluation
+from layercut import evaluation, surgery
 from layercut.config import CompressConfig, ShardMode
 from layercut.data.blocks import Reader, stored_blocks
 from layercut.data.sources import split_mix
@@ -24,12 +24,11 @@ from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, layers_on_disk, loading
 from layercut.models.runner import DecoderRunner
-from layercut.offload import placement, shared
+from layercut.offload import placement
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
 from layercut.quantization import quantized_weights
 from layercut.segments import Removal, Segment
-from layercut.surgery import cut_segment_
 
 
 @dataclass
@@ -172,9 +171,7 @@ class RunContext:
 
     def student(self, cut: Sequence[Segment], *weights: str) -> Any:
         """The model that is cut without some layers, over the same tensors, then with what healing changed."""
-        student = shared.share(self.before)
-        if cut:
-            cut_segment_(student, cut)
+        student = surgery.cut(self.before, cut)
         kept = {"folded": ("fold", "changed"), "tuned": ("heal", "tuning")}
         for name in weights:
             if name == "quantized":
