@@ -149,13 +149,18 @@ def evaluate(
     if len({each.config.get_text_config().vocab_size for each in models.values()}) > 1:
         raise ModelError("the baseline has another vocabulary than the model", "give the model that this one came from")
     tokens = heldout.long()
-    theirs = kl = None
     with in_eval_mode(*models.values()), bar("perplexity", len(models) * len(tokens)) as advance:
         if baseline is None:
-            mine = window_losses(model, tokens, advance=advance)
+            mine, theirs, kl = window_losses(model, tokens, advance=advance), None, None
         else:
             mine, theirs, kl = compared_losses(model, models["baseline"], tokens, advance=advance)
-    figures = {name: (lambda judged=each: judged) for name, each in models.items()}
+    given = {name: (lambda judged=each: judged) for name, each in models.items()}
+    figures = measure_all(functions, given, tokenizer, seed=seed) if functions else {}
+    return _evaluation(mine, theirs, kl, tokens=heldout.numel(), window=heldout.shape[1], evaluations=figures)
+
+
+def _evaluation(mine: torch.Tensor, theirs: torch.Tensor | None, kl: torch.Tensor | None, **more: Any) -> Evaluation:
+    """From the windows' losses and KL, [N] each."""
     return Evaluation(
         perplexity=of_losses(mine),
         baseline_perplexity=None if theirs is None else of_losses(theirs),
@@ -164,9 +169,7 @@ def evaluate(
         kl=None if kl is None else kl.mean().item(),
         losses=tuple(mine.tolist()),
         baseline_losses=None if theirs is None else tuple(theirs.tolist()),
-        tokens=heldout.numel(),
-        window=heldout.shape[1],
-        evaluations=measure_all(functions, figures, tokenizer, seed=seed) if functions else {},
+        **more,
     )
 
 

@@ -1,8 +1,15 @@
 """Tasks through lm-evaluation-harness, on models that are already in memory.
 
 One record a task and model (its form: `retention.py`), kept as a file in the run folder under a key of everything it
-depends on: what the model holds, the task's definition, the limit, the version of lm-eval. A run that was stopped goes
-on with the next task. lm-eval itself is an extra: `pip install 'layercut[eval]'`.
+depends on: what the model holds, the task's definition, the limit, the version of lm-eval. A run that was stopped
+continues with the next task. lm-eval itself is an extra: `pip install 'layercut[eval]'`.
+
+Each task is one call of `lm_eval.evaluator.evaluate`. `simple_evaluate` around it is not used: it describes the
+machine after every call (`add_env_info`), which takes some 10 s, and would be called once a task and model, since a
+record is kept as soon as a task is done; and it loads the tasks itself, by when their definitions, which are part of
+the record's key, must be known. What it does to the tasks (few-shot number and seed) is done in `load_tasks`.
+HFLM is subclassed for two reasons alone: its batch size is one number for all lengths, or found by running out of
+memory, which a CPU does not survive; and its bar is not ours.
 """
 
 from __future__ import annotations
