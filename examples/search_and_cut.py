@@ -16,7 +16,7 @@ tokens_in_all, window = (int(value) for value in (*sys.argv[5:], "16384", "256")
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 tokens = lc.token_blocks(calibration, tokenizer, tokens=tokens_in_all, window=window)
-heldout = lc.token_blocks(evaluation, tokenizer, tokens=tokens_in_all, window=window)
+heldout = lc.token_blocks(evaluation, tokenizer, tokens=tokens_in_all, window=window, order="as written")
 
 found = lc.search(model, tokens, ratio=0.2)
 print("remove", *found.segments)

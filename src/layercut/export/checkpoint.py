@@ -41,7 +41,7 @@ CHECK_TOKENS, CHECK_WINDOW = 4096, 256
 
 
 class ReloadError(Exception):
-    """The saved model is not the model in memory. A fault of ours: never shown as the user's."""
+    """The saved model is not the model in memory: a fault of layercut or transformers, not of the input."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,19 @@ def growing(folder: Path, state: dict[str, torch.Tensor]) -> Iterator[None]:
 
 
 def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
-    """Put a checkpoint in its place that was written from files, once a fresh process has computed from it what this
-    model, whose layers are on disk, computes. As `export_checkpoint` otherwise."""
+    """Verify a checkpoint that was written from files, then put the folder in its place.
+
+    Args:
+        model: what it should be; its layers are on disk.
+        partial: the folder that was written.
+        folder: its place.
+
+    Returns:
+        As `export_checkpoint`.
+
+    Raises:
+        ReloadError: a fresh process computes something else from it.
+    """
     try:
         check = verify_streamed(model, partial)
         with writing(folder):
@@ -208,7 +219,11 @@ def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterat
 
 
 def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """ReloadError where the files hold more than the tensors do: a tie that came apart is saved twice."""
+    """Refuse files that hold more bytes than the tensors do.
+
+    Raises:
+        ReloadError: a tied weight was saved twice.
+    """
     expected, saved = distinct_bytes(state), 0
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -224,8 +239,9 @@ def distinct_bytes(state: dict[str, torch.Tensor]) -> int:
 
 
 def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
-    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`, and under "how"
-    that it was so."""
+    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`, and "how" in
+    what it returns says so.
+    """
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
     needed = sum(p.numel() for p in model.parameters()) * (parameter.itemsize + torch.float32.itemsize)
     if needed <= memory.available_bytes(parameter.device) or not layer_reader.read_by_layer(checkpoint, model.config):
@@ -255,6 +271,9 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
 
     Logits must be equal to the bit. transformers' loader places each layer's weights, but they are never whole in
     the new process's memory, and nothing is generated.
+
+    Raises:
+        ReloadError: it cannot load the folder, or computes something else.
     """
     return _verified(model, folder, ["-P", "-m", "layercut.export.reload_offloaded_process"])
 
@@ -305,8 +324,7 @@ def _checked(command: list[str], errors: Path) -> dict[str, Any]:
 
 def _environment() -> dict[str, str]:
     """For a fresh process with -P: it finds the packages that this one finds, wherever they lie, but none in the folder
-    where the user happens to be. Of layercut's own path it needs nothing, and `export/reload_process.py` bars that
-    import."""
+    where the user happens to be. It needs nothing of layercut, and `export/reload_process.py` refuses to import it."""
     here = os.getcwd()
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.abspath(path) != here]
     no_more = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}

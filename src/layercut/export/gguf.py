@@ -1,8 +1,8 @@
-"""A healed model as a GGUF file for llama.cpp; `export/gguf_check.py` reads it back before it counts as done.
+"""A healed model as a GGUF file for llama.cpp; `export/gguf_check.py` reads it back.
 
 Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
-in llama.cpp's names and layout, and `cut.cut_gguf` writes them among the kept tensors, whose bytes stay as they were.
-A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
+in llama.cpp's names and layout, and `surgery.cut_gguf` writes them among the kept tensors, whose bytes stay as they
+were. A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
 another `gguf` package along. K-quants are llama.cpp's own (llama-cpp-py-sync).
 """
 
@@ -22,7 +22,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.models.gguf_header import open_gguf, read_header
 
 PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
-"""Number formats that the `gguf` package itself writes."""
+"""GGML types that the `gguf` package itself writes."""
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 """Those that llama.cpp's converter writes."""
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
@@ -37,7 +37,10 @@ def gguf_tensors(
     """Weights by parameter name -> (numpy data, GGML type) by llama.cpp's name. Vectors are written in float32.
 
     Rows of query and key of the architecture "llama" are put in llama.cpp's order of rotary pairs. A matrix whose
-    columns do not fill blocks of 32 is written in float16. ModelError: llama.cpp has no name for a weight.
+    columns do not fill blocks of 32 is written in float16.
+
+    Raises:
+        ModelError: llama.cpp has no name for a weight.
     """
     from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quants
 
@@ -73,7 +76,7 @@ def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
-    """The matrices of a GGUF file in another type, for `cut.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
+    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
     from gguf import GGMLQuantizationType, quants
 
     found = {}
@@ -101,10 +104,21 @@ def tensor_types(file: Path) -> dict[str, int]:
 
 
 def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> None:
-    """A checkpoint folder to a GGUF file by llama.cpp's converter. ConfigError: there is none. ModelError: it fails."""
+    """A checkpoint folder to a GGUF file, by llama.cpp's converter.
+
+    Args:
+        folder: a checkpoint of float weights.
+        out: the file to write.
+        gguf_type: one of `CONVERTED`.
+        converter: the folder that holds convert_hf_to_gguf.py; None: $LAYERCUT_GGUF_CONVERTER.
+
+    Raises:
+        ConfigError: there is no converter.
+        ModelError: it fails.
+    """
     place = converter or (Path(os.environ[CONVERTER]) if os.environ.get(CONVERTER) else None)
     if place is None or not (place / "convert_hf_to_gguf.py").is_file():
-        got = f"{place} holds no convert_hf_to_gguf.py" if place else "llama.cpp's converter is not to be had"
+        got = f"{place} holds no convert_hf_to_gguf.py" if place else "llama.cpp's converter is missing"
         raise ConfigError(f"writing GGUF from a checkpoint folder: {got}", INSTALL_CONVERTER)
     # a script's own folder comes first among the places Python looks in, so the converter finds its own gguf
     command = [sys.executable, str(place / "convert_hf_to_gguf.py"), str(folder)]
@@ -118,7 +132,12 @@ def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> 
 
 
 def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
-    """K-quants of a GGUF file. ConfigError: llama-cpp-py-sync is missing. ModelError: llama.cpp refuses."""
+    """K-quants of a GGUF file.
+
+    Raises:
+        ConfigError: llama-cpp-py-sync is missing.
+        ModelError: llama.cpp refuses.
+    """
     library = require_llama_cpp()
     library.llama_backend_init()
     settings = library.llama_model_quantize_default_params()
@@ -140,7 +159,11 @@ def ffi_of() -> Any:
 
 
 def require_llama_cpp() -> Any:
-    """llama.cpp's C functions. ConfigError with the install line where llama-cpp-py-sync is missing."""
+    """llama.cpp's C functions.
+
+    Raises:
+        ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
+    """
     try:
         from llama_cpp_py_sync._cffi_bindings import get_lib
     except ImportError:

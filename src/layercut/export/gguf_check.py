@@ -1,4 +1,4 @@
-"""Is a GGUF file the model that it should be? Asked of those who will read it, before the file takes its name.
+"""Is a GGUF file the model that it should be? Checked with transformers and llama.cpp, before the file takes its name.
 
 What llama.cpp will take the layers for is compared with what the folder's config says (`unlike_the_folder`), and every
 weight as transformers reads it. Where llama-cpp-py-sync is installed, llama.cpp loads the file in a fresh process
@@ -54,10 +54,14 @@ def readable(architecture: str) -> bool:
 
 
 def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
-    """Hold what llama.cpp makes of a converted file's layers against the config of the folder it was made from.
+    """Compare what llama.cpp makes of a converted file's layers with the config of the folder it was made from.
 
-    Returns None where they agree, else which layers attend to everything: to be written into the file as an array, by
-    `cut.cut_gguf(full=…)`. ModelError: they differ, and a file of this architecture cannot say so.
+    Returns:
+        None where they agree, else of each layer whether it attends to all tokens: to be written into the file as an
+        array, by `surgery.cut_gguf(full=…)`.
+
+    Raises:
+        ModelError: they differ, and llama.cpp reads no such array for this architecture.
     """
     header, config = read_header(file), config.get_text_config(decoder=True)
     name, layers, facts = header.architecture, header.layers, header.facts()
@@ -97,7 +101,11 @@ def _full_in_config(config: Any, layers: int) -> list[bool] | None:
 
 
 def _same_numbers(name: str, layers: int, config: Any) -> None:
-    """What llama.cpp does at some numbers of layers only has to be what the config asks for. ModelError: it is not."""
+    """What llama.cpp does at some numbers of layers only has to be what the config asks for.
+
+    Raises:
+        ModelError: it is not.
+    """
     wanted = getattr(config, "query_pre_attn_scalar", None)
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -124,9 +132,14 @@ def window_of(config: Any) -> int:
 
 
 def read_by_transformers(file: Path, config: Any = None) -> Any:
-    """The model in a GGUF file, in float32. ModelError: it cannot be read, or lacks weights.
+    """The model in a GGUF file, in float32.
 
-    config: that of the model it was made from; not given: what the file says.
+    Args:
+        file: a GGUF file.
+        config: that of the model it was made from; None: what the file says.
+
+    Raises:
+        ModelError: it cannot be read, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -147,10 +160,20 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
 
 @torch.no_grad()
 def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]) -> dict[str, float]:
-    """Compare every weight of `read`, a file called `name`, with `model`'s, in the number format that it is saved in.
+    """Compare every weight of a file with the model's, in the dtype that the model is saved in.
 
-    rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be equal
-    to the bit. Returns the relative errors of the rounded ones. ModelError: a weight is another than it should be.
+    Args:
+        name: of the file, for errors.
+        read: the model that was read from it.
+        model: what it should be.
+        rounded: the GGML type, in lower case, of each parameter that was rounded when written; all others must be
+            equal to the bit.
+
+    Returns:
+        ||found - wanted|| / ||wanted|| of the rounded parameters.
+
+    Raises:
+        ModelError: a weight is another than it should be.
     """
     theirs = dict(read.named_parameters())
     ours = dict(as_stored(model).named_parameters())
@@ -197,13 +220,25 @@ def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
 def by_llama_cpp(
     file: Path, reference: Any, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
 ) -> dict[str, Any]:
-    """What llama.cpp computes from the file in a fresh process, held against `reference`.
+    """What llama.cpp computes from the file in a fresh process, compared with a reference.
 
-    How far off its logits may be follows from the types of the file's tensors. judge: False where the reference has the
-    weights before they were rounded; they are then compared but not refused. "logit_error" is ||z - z'|| / ||z'||, each
-    position's mean taken out, since softmax does not see it: the median over positions, since a token that takes
-    another expert is off alone, of the first window or of those past the sliding window, whichever is larger. "greedy"
-    counts llama.cpp's own next tokens that the reference finds likeliest as well, given the same text before.
+    Args:
+        file: a GGUF file.
+        reference: a causal LM of transformers with the same weights.
+        tokenizer: its tokenizer, whose token ids are compared with llama.cpp's.
+        tokens: token ids [N, T].
+        judge: whether to refuse a file whose logits are too far off, which depends on the types of its tensors. False
+            where the reference has the weights before they were rounded.
+
+    Returns:
+        "logit_error": ||z - z'|| / ||z'||, each position's mean taken out, since softmax does not depend on it: the
+        median over positions, since a token that takes another expert is off alone, of the first window or of those
+        past the sliding window, whichever is larger. "greedy": how many of llama.cpp's own next tokens the reference
+        finds likeliest as well, given the same text before. "perplexity", "positions", "same_top", "same_token_ids",
+        "version".
+
+    Raises:
+        ModelError: llama.cpp cannot load the file, or computes something else.
     """
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     long = long_row(tokens, reference.config)

@@ -1,4 +1,4 @@
-"""The GGUF file of a run or of a checkpoint folder: written, read back by those who will use it, measured again.
+"""The GGUF file of a run or of a checkpoint folder: written, read back by transformers and llama.cpp, measured again.
 
 Two ways, between which `export/formats.py` chooses. A run that began from a .gguf file goes back into one: the bytes of
 all that was not healed stay (`write_healed`). A checkpoint folder goes through llama.cpp's converter
@@ -159,7 +159,8 @@ def _some_text(loaded: Any) -> torch.Tensor:
 def _say_what_slides(file: Path, config: Any) -> None:
     """Write into a converted file which layers slide, where llama.cpp would take others.
 
-    ModelError: it does not read that.
+    Raises:
+        ModelError: llama.cpp does not read that for this architecture.
     """
     full = unlike_the_folder(file, config)
     if full is None:
@@ -180,9 +181,11 @@ def _measure_again(
 ) -> dict[str, Any]:
     """Perplexity on tokens [N, T] of `model`, of the file as transformers `read` it, and of the file in llama.cpp.
 
-    read: None where transformers does not know the architecture; llama.cpp is then held against `model`, and refused
-    for it unless `judge` is False. What was not measured is None. ModelError: llama.cpp refuses the file, or computes
-    something else.
+    read: None where transformers does not know the architecture; llama.cpp is then compared with `model`, and the file
+    refused where they differ, unless `judge` is False. What was not measured is None.
+
+    Raises:
+        ModelError: llama.cpp refuses the file, or computes something else.
     """
     found = {"model": perplexity(model, tokens), "file": None if read is None else perplexity(read, tokens)}
     theirs = None

@@ -40,9 +40,9 @@ COMPANIONS = (
     "NOTICE*", "USE_POLICY*", "MODEL_CARD*",
 )  # fmt: skip
 """Files that belong to a model and are copied beside its weights. Nothing else is: code would have to be trusted, and
-what else lies in a folder need not be meant for those who get the result."""
+other files may be private."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of number formats that weights are converted between."""
+"""Safetensors' names of dtypes that weights are converted between."""
 
 
 def cut_checkpoint(
@@ -56,13 +56,24 @@ def cut_checkpoint(
 ) -> list[str]:
     """Write to `out` the checkpoint in `folder` without the layers of `segments`.
 
-    Weights are streamed (a tensor is read only where its values change), config and index rewritten, `COMPANIONS`
-    copied. `out` appears at the end, whole; the source is only read. Returns the names of files left behind.
-    healed: weights of the cut model to store instead, by the names they are saved under. dtype: the number format
-    to store weights in, where it is not the checkpoint's own.
-    Raises SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
-    ModelError: the source is incomplete or corrupt, or a companion is a link to a file outside of it.
-    RunError: `out` exists (unless force), cannot be written, or the disk is full.
+    Weights are copied as byte ranges (a tensor is read only where its values change), config and index rewritten,
+    `COMPANIONS` copied. `out` appears at the end, whole; the source is only read.
+
+    Args:
+        folder: a checkpoint of safetensors.
+        segments: the layers to remove.
+        out: the new folder.
+        force: replace what is at `out`.
+        healed: weights of the cut model to store in the place of the source's, by the names they are saved under.
+        dtype: of the stored weights, where it is not the checkpoint's own.
+
+    Returns:
+        Names of files that were not copied, since they are no known part of a model.
+
+    Raises:
+        SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
+        ModelError: the source is incomplete or corrupt, or a companion is a link to a file outside of it.
+        RunError: `out` exists, cannot be written, or the disk is full.
     """
     folder, out = Path(folder).resolve(), Path(out)
     companions, left = _companions(folder)
@@ -389,7 +400,8 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
 def _companions(folder: Path) -> tuple[list[Path], list[str]]:
     """Paths below a folder of the files to copy, and the names of those left behind, weights and config aside.
 
-    ModelError: one is a link that leaves the checkpoint, so that copying it would publish another file.
+    Raises:
+        ModelError: one is a link that leaves the checkpoint, so that copying it would publish another file.
     """
     wanted = sorted({path for pattern in COMPANIONS for path in folder.glob(pattern)})
     for path in wanted:

@@ -80,8 +80,16 @@ def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
 
 
 def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> CutPlan:
-    """Work out a cut of `cls(config)`, or raise SurgeryError (with the nearest segments that work in its
-    hint).
+    """Everything that a cut of `cls(config)` has to change, worked out without weights.
+
+    Args:
+        config: of the model as it is.
+        cls: its class.
+        segments: the layers to remove.
+
+    Raises:
+        ConfigError: segments outside the stack, overlapping, or all of it.
+        SurgeryError: stock transformers cannot express the cut; the hint names the nearest segments that work.
     """
     before = skeleton(cls, config)
     try:

@@ -34,15 +34,22 @@ def cut_gguf(
     replaced: Mapping[str, tuple[Any, Any]] | None = None,
     full: Sequence[bool] | None = None,
 ) -> None:
-    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are byte-identical to the
-    source's, but for those `replaced`: (data, GGML type) by their names in the cut file.
+    """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are copied byte for byte.
 
-    full: of each layer of the cut file, whether it attends to everything; written as an array of sliding layers. Not
-    given: as the source has it.
-    Raises SurgeryError: llama.cpp could not be told what is left. ModelError: not a readable GGUF file, incomplete, or
-    it has no tensor of a replaced name.
-    ConfigError: `out` is not named *.gguf. RunError: it exists (unless force), cannot be written, or the disk
-    is full.
+    Args:
+        file: a GGUF file, whole.
+        segments: the layers to remove; none: the file as it is, but for what is replaced.
+        out: NAME.gguf.
+        force: replace what is at `out`.
+        replaced: (data, GGML type) to store in the place of the source's, by the names in the cut file.
+        full: of each layer of the cut file, whether it attends to all tokens; written as an array of sliding layers.
+            None: as the source has it.
+
+    Raises:
+        SurgeryError: llama.cpp has no key or rule that describes what is left.
+        ModelError: not a readable GGUF file, incomplete, or it has no tensor of a replaced name.
+        ConfigError: `out` is not named *.gguf.
+        RunError: `out` exists, cannot be written, or the disk is full.
     """
     file, out = Path(file), Path(out)
     if out.suffix != ".gguf":

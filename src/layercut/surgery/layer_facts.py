@@ -116,10 +116,16 @@ def facts_by_layer(text_config: Any, layers: int) -> dict[str, list[Any]]:
 
 
 def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) -> Any:
-    """The config of the model that keeps only the layers `kept` of `layers`; the argument is left as it is.
+    """The config of the model that keeps only some layers; the argument is left as it is.
 
-    config: the whole config; text_config: the part of it (or itself) that describes the decoder.
-    Raises SurgeryError when no config of this class describes the layers that stay.
+    Args:
+        config: the whole config.
+        text_config: the part of it (or itself) that describes the decoder.
+        kept: the layers that stay.
+        layers: how many there are.
+
+    Raises:
+        SurgeryError: no config of this class describes the layers that stay.
     """
     memo: dict[int, Any] = {}
     new = copy.deepcopy(config, memo)

@@ -1,7 +1,7 @@
 """Architectures whose layers differ by position in ways that no config states: what to do with the weights.
 
-`explain` looks at the differences a plan found and turns those that are understood into edits of weights.
-Whatever it does not explain makes the cut be refused.
+`explain` turns those of a plan's differences that are understood into edits of weights. A cut with any other
+difference is refused.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Adjustment:
 
 
 def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
-    """Refuse, before anything is built, what is known to run wrong although a config can be written for
-    it.
+    """Refuse, before anything is built, what is known to run wrong although a config can be written for it.
+
+    Raises:
+        SurgeryError: such a cut.
     """
     _needs_attention(text_config, kept)
     _needs_attention_first(text_config, kept)

@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file that was looked into but not read."""
+    """A safetensors file of which only the header was read."""
 
     file: Path
     entries: dict[str, Entry]
@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to write: a range of an existing file, or bytes made when their turn comes."""
+    """A tensor to write: a range of an existing file, or bytes made when they are written."""
 
     name: str
     dtype: str
@@ -54,7 +54,11 @@ class Output:
 
 
 def read_shard(file: Path) -> Shard:
-    """Read a file's header; ModelError where it is corrupt or shorter than it promises."""
+    """Read a file's header.
+
+    Raises:
+        ModelError: it is corrupt, or the file is shorter than it says.
+    """
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -79,7 +83,11 @@ def _entry(name: str, facts: dict[str, Any], base: int) -> Entry:
 
 
 def write_shard(file: Path, source: Path, outputs: list[Output], metadata: dict[str, str]) -> None:
-    """Write a safetensors file from ranges of `source` and made bytes, in the order given. Raises OSError."""
+    """Write a safetensors file from ranges of `source` and made bytes, in the order given.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for out in outputs:

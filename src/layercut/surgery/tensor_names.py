@@ -84,7 +84,8 @@ def layer_of(name: str, stacks: Sequence[str]) -> int | None:
 def renumbered(key: str, old: int, new: int, read: DiskNames, wanted: str) -> str:
     """The disk name that reads as `wanted`, made from a name of layer `old` for layer `new`.
 
-    Raises SurgeryError: the name's scheme is not understood.
+    Raises:
+        SurgeryError: the name's scheme is not understood.
     """
     if old == new and read.to_memory(key) == wanted:
         return key
