@@ -53,7 +53,8 @@ no_negative = Parameter(negative="")
 
 def one_of(registry: Registry[Any], text: str, group: Group | None = None) -> Parameter:
     """A name from a registry; the help lists them all, those that installed packages bring too."""
-    return Parameter(help=f"{text} One of {', '.join(registry)}.", group=group)
+    help = f"{text} One of {', '.join(registry)}."
+    return Parameter(help=help, group=group) if group else Parameter(help=help)
 
 
 rare_switch = Parameter(group=RARE, negative="")
