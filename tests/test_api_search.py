@@ -208,6 +208,17 @@ def test_the_command_finds_what_the_api_finds(tiny_model, texts, tmp_path, regis
     assert found["method"] == method
 
 
+def test_the_command_asks_a_criterion_of_ones_own_whether_it_takes_several_segments(
+    tiny_model, texts, tmp_path, registered, capsys
+):
+    registered.register("test-one")(lambda runner, tokens, length: [Segment(0, length)])
+    settings = [f"--data={texts[0]}", "--tokens=128", "--window=16", "--ratio=0.4", f"--out={tmp_path / 'run'}"]
+    assert main(["search", str(tiny_model), *settings, "--method=test-one", "--num-segments=2"]) == 2
+    assert "num_segments is not for the criterion 'test-one'" in capsys.readouterr().err
+    assert main(["search", str(tiny_model), *settings, "--method=sleb", "--num-segments=2"]) == 2
+    assert "--num-segments is not for --method sleb" in capsys.readouterr().err
+
+
 # --- objectives of one's own ---
 
 

@@ -22,8 +22,9 @@ MODULES = {
     "The journey": ["pipeline.journey", "pipeline.iterative", "pipeline.run_store"],
     "Models": ["models.loading", "models.runner", "models.losses", "models.objectives"],
     "Search": [
-        "layer_search.clp", "layer_search.gate", "layer_search.sweep", "layer_search.prices", "layer_search.criteria",
-        "layer_search.greedy", "layer_search.statistics", "layer_search.budgets", "layer_search.stability",
+        "layer_search.criteria", "layer_search.clp", "layer_search.gate", "layer_search.prices", "layer_search.sweep",
+        "layer_search.exhaustive", "layer_search.greedy", "layer_search.statistics", "layer_search.budgets",
+        "layer_search.stability",
     ],
     "Surgery": ["surgery.in_memory", "surgery.checkpoint", "surgery.gguf", "surgery.layer_facts"],
     "Healing": ["healing.least_squares", "healing.endpoint_tuning", "healing.objectives", "healing.tuning_state"],

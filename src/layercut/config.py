@@ -197,7 +197,8 @@ class SearchConfig:
         objectives.check(self.search_objective, "--search-objective")
         asked = {"--num-segments": self.num_segments > 1, "--search-objective": self.search_objective != "kl"}
         for flag, is_asked in asked.items():
-            if is_asked and self.method not in ("clp", "exhaustive"):
+            # of other packages' criteria, the search itself asks whether they take it
+            if is_asked and self.method in criteria.own and self.method not in ("clp", "exhaustive"):
                 raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")

@@ -17,7 +17,7 @@ from layercut.export.checkpoint import CHECK_TOKENS
 from layercut.extensions import criteria
 from layercut.healing.endpoint_tuning import SCORES, endpoints
 from layercut.healing.least_squares import HELD_OUT, RIDGES, WIDEST
-from layercut.layer_search.clp import LOOK_SHARE, schedule_for
+from layercut.layer_search.clp import COARSE_SHARE, schedule_for
 from layercut.layer_search.prices import FINALISTS, FIRST_SHARE
 from layercut.layer_search.sweep import DENSE, all_segments, set_work, sweep_work
 from layercut.pipeline.stages.heal import FOLD_TOKENS, objective
@@ -100,7 +100,7 @@ def exhaustive_work(layers: int, length: int, rows: int, shape: Shape) -> Work:
 
 
 def clp_work(layers: int, length: int, rows: int, shape: Shape) -> Work:
-    """Look, descent and race for one segment (`layer_search/clp.py`); the last two depend on where the descent goes."""
+    """Coarse pricing, descent and race for one segment (`layer_search/clp.py`); the last two depend on the descent."""
     schedule = schedule_for(layers, length, 1, rows)
     few = min(rows, max(2, rows // FIRST_SHARE))
     everything = all_segments(length, layers)
@@ -124,13 +124,13 @@ def descent_entered(layers: int, length: int, particles: int) -> Bounds:
 
 
 def race_work(layers: int, length: int, few: int, rows: int, particles: int) -> tuple[Bounds, float]:
-    """(layer-forwards, rows of logits) of `prices.race` among the look's better part and where the descent went.
+    """(layer-forwards, rows of logits) of `prices.race` among the better half of the coarse pricing and the ends.
 
     A row that was priced is not priced again; each round halves what is alive and doubles the rows.
     """
     starts = layers - length + 1
-    alive = min(starts, -(-starts // LOOK_SHARE) + particles)
-    most_alive = min(starts, alive + 4 * particles)  # ends and their neighbours that the look did not think of
+    alive = min(starts, -(-starts // COARSE_SHARE) + particles)
+    most_alive = min(starts, alive + 4 * particles)  # ends and their neighbours that are not in that half
     total, heads, priced, seen = Bounds.exactly(0), 0, few, min(rows, 2 * few)
     while True:
         new = seen - priced

@@ -27,9 +27,20 @@ UNSEEN_SHARE = 4
 
 
 def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: int) -> int:
-    """The fewest layers n such that any n of them bring the model's weights down to the target, in bytes.
+    """The fewest layers n such that any n of them bring the model's weights down to a size.
 
-    Where layers differ in size, the lightest are counted, so that the target holds whichever are removed.
+    Where layers differ in size, the lightest are counted, so that the target is met whichever are removed.
+
+    Args:
+        layer_bytes: bytes of each layer.
+        total_bytes: of the whole model.
+        target_bytes: that may be left.
+
+    Returns:
+        n, at least 1.
+
+    Raises:
+        ConfigError: the model is as small already, or is larger with one layer left.
     """
     lightest = sorted(layer_bytes)
     n = next((n for n in range(len(lightest)) if total_bytes - sum(lightest[:n]) <= target_bytes), len(lightest))
@@ -49,7 +60,18 @@ def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: 
 
 
 def length_for_speedup(layers: int, speedup: float) -> int:
-    """The fewest layers n for which the ideal speedup 1 / (1 - n / L) is reached."""
+    """The fewest layers n for which the ideal speedup is reached: 1 / (1 - n / L).
+
+    Args:
+        layers: L.
+        speedup: above 1.
+
+    Returns:
+        n.
+
+    Raises:
+        ConfigError: all layers would have to go.
+    """
     n = math.ceil(layers * (1 - 1 / speedup) - 1e-9)
     if n >= layers:
         raise ConfigError(
@@ -71,9 +93,16 @@ def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def perplexity_rise(stack: DecoderRunner, tokens: torch.Tensor, cuts: Cuts) -> float:
-    """Perplexity of the real cut over the dense model's on tokens [N, T], minus 1: 0.1 is a rise of 10 %.
+    """How much a cut raises perplexity.
 
-    Infinite where a loss is, or where the quotient is beyond what a float can hold.
+    Args:
+        stack: the dense model.
+        tokens: token ids [N, T] that were not searched on.
+        cuts: segments removed together.
+
+    Returns:
+        Perplexity of the real cut over the dense model's, minus 1: 0.1 is a rise of 10 %. Infinite where a loss is, or
+        where the quotient is beyond what a float can hold.
     """
     losses = set_losses(stack, tokens, [DENSE, cuts], Cost())
     risen = as_price(losses[cuts] - losses[DENSE])
@@ -94,11 +123,21 @@ class Within:
 def longest_within(
     budget: float, most: int, find: Callable[[int], SearchResult], rise: Callable[[Cuts], float]
 ) -> Within:
-    """The most layers, up to `most`, whose best cut raises perplexity by no more than the budget.
+    """The most layers whose best cut raises perplexity by no more than a budget.
 
-    find: the search for one length. rise: of a cut, on tokens that the search has not seen. The rise grows with the
-    length but for small dents, so the length is bisected: about log2(most) searches.
-    Raises ConfigError, naming the best that was found, where not even one layer can go.
+    The rise grows with the length but for small dents, so the length is bisected: about log2(most) searches.
+
+    Args:
+        budget: rise of perplexity that is allowed, as a share.
+        most: layers that may be removed at most.
+        find: the search for one length.
+        rise: of perplexity by a cut, as a share, on tokens that the search has not seen.
+
+    Returns:
+        The result of the longest length within the budget, and all that was tried.
+
+    Raises:
+        ConfigError: not even one layer can go; the message names the best that was found.
     """
     tried: list[dict[str, Any]] = []
     good: Within | None = None
@@ -133,7 +172,18 @@ def triangle(
     *,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[tuple[int, int, float]]:
-    """(start, stop, KL) of every segment of up to `longest` layers, exact, from one call of the sweep."""
+    """Price every segment of up to `longest` layers exactly, in one sweep.
+
+    Args:
+        stack: the dense model.
+        tokens: calibration token ids [N, T].
+        longest: layers of the longest segments.
+        cost: to which the layer-forwards are added.
+        advance: told the layer-forwards.
+
+    Returns:
+        (start, stop, KL in nats per token) of each, sorted.
+    """
     sets = triangle_sets(longest, len(stack))
     costs = set_costs(stack, tokens, sets, cost, rows=sweep_rows(stack, tokens, len(sets)), advance=advance)
     return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)

@@ -1,13 +1,13 @@
-"""CLP's search as a whole: look coarsely, descend by gradient, race what was found by the real cut.
+"""The criterion `clp`: price coarsely, descend by gradient, race what was found by the real cut.
 
-    look      every single segment, priced on a few rows: where to set out from
-    descend   the gate, from the best sets that differ (`gate.py`)
-    race      where it ended, all one-layer moves from there, and the better of the look, by successive halving
-    climb     with several segments: as long as a one-layer move of a wall of the best improves it, take it
+    price_coarsely  every single segment on a few rows: where the descent starts
+    descend         the gate, from the best sets that differ (`gate.py`)
+    race            where it ended, all one-layer moves from there, and the better half of the coarse pricing
+    climb           with several segments: one-layer moves of the best, as long as one improves it
 
-The last two go by the real cut alone, so that a bad descent costs time and never the answer. For one segment the
-look prices all there are, on one row in eight; for K segments it prices each alone and adds up, since sets of them
-are L^K many (`cheapest_sums`). What each of the four is worth on its own is in docs/log.md.
+Race and climb go by the real cut alone, so that a bad descent costs time and not the answer. For one segment the
+coarse pricing covers all there are, on one row in eight; for K segments it prices each alone and adds up, since there
+are L^K sets (`cheapest_sums`). What each part contributes was measured: see `clp` and docs/log.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from layercut.segments import Segment
 
 Sums = list[tuple[float, Cuts]]
 
-LOOK_SHARE = 2
-"""With one segment: the look's better part that races, one in two, as in any round of the race."""
+COARSE_SHARE = 2
+"""With one segment: of the coarsely priced, the better one in two races, as in any round of the race."""
 
 DESCENT_SHARE = 0.2
 """With one segment: work of the descent over that of the sweep on all rows, at most."""
@@ -37,8 +37,8 @@ DESCENT_SHARE = 0.2
 SHORT_WALK = 4
 """With several segments: steps of the descent. Longer ones lost the way in nine blind trials (docs/log.md)."""
 
-LOOK_SETS, BEAM = 4, 8
-"""With several segments: so many proposals of the look a layer race, and so many of each kind are kept."""
+COARSE_SETS, BEAM = 4, 8
+"""With several segments: so many proposals a layer race, and `cheapest_sums` keeps so many sets of each kind."""
 
 MOST_CLIMBS = 8
 """Rounds of climbing at most; each takes one move."""
@@ -47,9 +47,18 @@ MOST_CLIMBS = 8
 def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedule:
     """How many sets descend, and for how long.
 
-    K + 2 sets for K segments, or one for every four starts of a small stack: the look has seen the landscape, so
-    that they begin in its lowest valleys. One segment may walk its own length, within DESCENT_SHARE of the sweep's
-    work, two steps at least: a step costs about half as much as a sweep of its row. Several take SHORT_WALK steps.
+    K + 2 sets for K segments, or one for every four starts of a small stack; the coarse pricing says where they begin.
+    One segment takes as many steps as it has layers and four more, within DESCENT_SHARE of the sweep's work, two at
+    least: a step costs about half as much as a sweep of its row. Several segments take SHORT_WALK steps.
+
+    Args:
+        layers: L.
+        length: n, layers to remove.
+        count: K, segments.
+        rows: N, calibration rows.
+
+    Returns:
+        The schedule.
     """
     starts, kept = layers - length + 1, layers - length
     particles = min(count + 2, max(1, starts // 4))
@@ -98,12 +107,12 @@ def clp(
     prices = Prices(runner, tokens, cost, objective)
     schedule = schedule or schedule_for(layers, length, count, len(tokens))
     with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
-        seeds, looked = look(prices, layers, length, count, schedule.particles)
+        seeds, coarse = price_coarsely(prices, layers, length, count, schedule.particles)
         # the last rows: those that the coarse pricing has not seen
         ends, path = descend(
             runner, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
         )
-        proposed = {*looked, *seeds, *ends, *(near for end in ends for near in neighbours(end, layers, count))}
+        proposed = {*coarse, *seeds, *ends, *(near for end in ends for near in neighbours(end, layers, count))}
         if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
             found = race(prices, proposed, begin=2 * prices.few)
         else:
@@ -111,23 +120,45 @@ def clp(
     return SearchResult("clp", found, cost, path)
 
 
-def look(prices: Prices, layers: int, length: int, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
-    """Where the descent sets out from, and what the look itself proposes."""
+def price_coarsely(
+    prices: Prices, layers: int, length: int, count: int, particles: int
+) -> tuple[list[Cuts], list[Cuts]]:
+    """Price every single segment on a few rows.
+
+    Args:
+        prices: of the calibration rows.
+        layers: L.
+        length: n, layers to remove.
+        count: K, segments.
+        particles: P, sets that descend.
+
+    Returns:
+        P sets that differ, for the descent to begin at, and those that race whatever the descent finds.
+    """
     if count == 1:
         ranked = prices.ranked([(segment,) for segment in all_segments(length, layers)], prices.few)
-        return spread(ranked, particles), ranked[: -(-len(ranked) // LOOK_SHARE)]
+        return spread(ranked, particles), ranked[: -(-len(ranked) // COARSE_SHARE)]
     rows = max(1, prices.few // 2)
     singles = [segment for n in range(1, length + 1) for segment in all_segments(n, layers)]
     costs = prices.of([(segment,) for segment in singles], rows).mean(-1).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), layers, length, count)
-    return spread(ranked, particles), ranked[: LOOK_SETS * layers]
+    return spread(ranked, particles), ranked[: COARSE_SETS * layers]
 
 
 def cheapest_sums(costs: dict[Segment, float], layers: int, length: int, count: int) -> list[Cuts]:
-    """Sets of `count` segments at most with `length` layers in all, by the sum of their single costs, from the lowest.
+    """Sets of `count` segments at most with `length` layers in all, by the sum of their single costs.
 
     Beam search by dynamic programming: for every number of layers removed and every place where the last segment
     may end, the BEAM cheapest. What segments do to each other is left to the gate and the race.
+
+    Args:
+        costs: the price of each segment removed alone.
+        layers: L.
+        length: n.
+        count: K.
+
+    Returns:
+        Sets from the lowest sum.
     """
     # best[m, e]: sets of m layers that end at e or before
     best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1)}
@@ -151,9 +182,17 @@ def cheapest_sums(costs: dict[Segment, float], layers: int, length: int, count: 
 
 
 def climb(prices: Prices, found: list[Candidate], layers: int, count: int) -> list[Candidate]:
-    """Candidates, joined by what a race among the one-layer moves from the best brings, until none is better.
+    """Race the one-layer moves of the best candidate against it until none is better.
 
-    So what is chosen is the best of its neighbours too, as far as a race on these tokens can tell.
+    Args:
+        prices: of the calibration rows.
+        found: candidates priced on all rows, from the best.
+        layers: L.
+        count: K.
+
+    Returns:
+        These candidates and all that the races priced on all rows, from the best, which is the best of its neighbours
+        as far as a race on these tokens can tell.
     """
     best = found[0].segments
     known = {candidate.segments: candidate for candidate in found}

@@ -59,7 +59,16 @@ class GateSchedule:
 
 
 def concave_gate(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
-    """The wells of the equation above: walls [P, 2K] -> gates [P, L] in (0, 1)."""
+    """The wells of the equation above (after CLP, 2510.23652; this form is ours).
+
+    Args:
+        walls: a_1, b_1, … of each set, in layers [P, 2K].
+        layers: L.
+        sharpness: s, per layer.
+
+    Returns:
+        Gates g_i [P, L] in (0, 1): 0 removes layer i, 1 keeps it.
+    """
     i = torch.arange(layers, device=walls.device, dtype=walls.dtype)
     left = torch.sigmoid(sharpness * (i - walls[:, 0::2, None] + 0.5))
     right = torch.sigmoid(sharpness * (walls[:, 1::2, None] - 0.5 - i))
@@ -84,11 +93,21 @@ def gated_forward(
     moving: torch.Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states of the dense model [1, T, D] and of P gated ones [P, T, D], for one row of tokens [1, T].
+    """Run the dense model and P gated ones, h_{i+1} = g_i f_i(h_i) + (1 - g_i) h_i, on one row of tokens.
 
     A particle leaves the dense stream at its first gate that is not open; before that it costs nothing. A closed
-    layer is not entered. gates: [P, L], may require gradients. moving: [P, L], gates that get one; where not given,
-    those between 0 and 1.
+    layer is not entered.
+
+    Args:
+        stack: the dense model.
+        gates: [P, L]; may require gradients.
+        tokens: token ids [1, T].
+        cost: to which the layer passes are added.
+        moving: bool [P, L], the gates that get a gradient; those between 0 and 1 where not given.
+        recompute: run each layer again in the backward pass instead of keeping what it computed.
+
+    Returns:
+        Hidden states after the last layer, of the dense model [1, T, D] and of the gated ones [P, T, D].
     """
     values = gates.detach()
     if moving is None:

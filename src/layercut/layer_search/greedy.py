@@ -1,7 +1,7 @@
 """The baselines that measure again and again what they have chosen so far: SLEB and EvoPress's evolution.
 
 Candidates of one round are priced in one sweep, in which they share what they have in common; that is less work
-than in the papers' own programs, and it is what `cost` counts. Both grow with the calibration tokens: SLEB looks at
+than in the papers' own programs, and it is what `cost` counts. Both grow with the calibration tokens: SLEB reads
 all of them in every round, and evolution may spend as many layer-forwards as SLEB.
 """
 
@@ -18,9 +18,9 @@ from layercut.models.runner import DecoderRunner
 from layercut.segments import joined_segments
 
 FIRST, OFFSPRING, SURVIVORS = 16, 16, 2
-"""Evolution: random sets at the outset, children a generation, and those of them that are looked at twice."""
+"""Evolution: random sets at the outset, children a generation, and those of them that are priced a second time."""
 
-FIRST_LOOK, SECOND_LOOK, FEWEST_ROWS = 16, 4, 2
+FIRST_SHARE, SECOND_SHARE, FEWEST_ROWS = 16, 4, 2
 """Rows that children, and then survivors, are priced on: one in so many, but never fewer. The number is a guess."""
 
 FEWEST_GENERATIONS = 4
@@ -37,7 +37,17 @@ def sleb(
 ) -> Cuts:
     """Greedy (SLEB, 2402.09025): n times, remove the layer without which the next-token loss is lowest.
 
-    The loss is that of the model without all layers removed so far, on all tokens [N, T], measured anew each time.
+    The loss is that of the model without all layers removed so far, on all tokens, measured anew each time.
+
+    Args:
+        stack: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added: `sleb_work` of them.
+        advance: told each removed layer.
+
+    Returns:
+        The n layers, as segments.
     """
     removed: set[int] = set()
     for _ in range(length):
@@ -73,17 +83,28 @@ def evolution(
     from each other, made by level switches (a kept layer is removed and a removed one kept). Selection takes two
     steps on growing numbers of tokens, drawn anew each time: the children on a few rows, then the best of them and
     the parent on more; the fittest is the next parent. The paper's programs run hundreds of generations of
-    attention and MLP apart on up to 131,072 tokens; here a generation is begun only while all of it fits the
-    `budget` of layer-forwards. Not given, that is what SLEB needs on the same tokens [N, T].
+    attention and MLP apart on up to 131,072 tokens; here a generation is begun only while all of it fits the budget.
+
+    Args:
+        stack: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
+        seed: of sets, mutations and rows.
+        budget: layer-forwards; what SLEB needs on the same tokens where not given.
+        advance: told the layer-forwards.
+
+    Returns:
+        The n layers of the last parent, as segments.
     """
     generator = torch.Generator().manual_seed(seed)
     layers, rows = len(stack), len(tokens)
-    few, more = (min(rows, max(FEWEST_ROWS, rows // share)) for share in (FIRST_LOOK, SECOND_LOOK))
+    few, more = (min(rows, max(FEWEST_ROWS, rows // share)) for share in (FIRST_SHARE, SECOND_SHARE))
     budget = sleb_work(length, layers, rows) if budget is None else budget
     begun = cost.layer_forwards
 
-    def fittest(sets: Iterable[Cuts], looked_at: int, survivors: int) -> list[Cuts]:
-        some = torch.randperm(rows, generator=generator)[:looked_at]
+    def fittest(sets: Iterable[Cuts], number: int, survivors: int) -> list[Cuts]:
+        some = torch.randperm(rows, generator=generator)[:number]
         priced = set_costs(stack, tokens[some], dict.fromkeys(sets), cost, advance=advance)
         return [found.segments for found in priced[:survivors]]
 
@@ -94,7 +115,7 @@ def evolution(
     generation = 0
     while True:
         children = distinct(partial(level_switch, parent, layers, generator), OFFSPRING, parent)
-        # the second look by its upper bound: who survives is not known yet
+        # the second pricing by its upper bound: who survives is not known yet
         price = set_work([DENSE, *children], layers, few) + more * layers * (2 + SURVIVORS)
         spent = cost.layer_forwards - begun
         if not children or (generation >= FEWEST_GENERATIONS and spent + price > budget):

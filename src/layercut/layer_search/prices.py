@@ -1,7 +1,7 @@
 """What sets of segments cost by the real cut, row by row, and the race that finds the best without pricing all.
 
 Costs of one row are paired: a hard row is hard for every candidate. So a few rows tell most candidates apart, and
-only those that they cannot are looked at again: successive halving. A row's price is computed once and kept.
+only those that they cannot are priced on more: successive halving. A row's price is computed once and kept.
 """
 
 from __future__ import annotations
@@ -92,15 +92,24 @@ class Prices:
 
     @property
     def rows(self) -> int:
+        """N."""
         return len(self.tokens)
 
     @property
     def few(self) -> int:
-        """Rows of a first look."""
+        """Rows of the first, coarse pricing."""
         return min(self.rows, max(2, self.rows // FIRST_SHARE))
 
     def of(self, sets: Sequence[Cuts], rows: int) -> torch.Tensor:
-        """Prices on the first `rows` rows, those not known yet measured now; infinite where not finite.  [C, rows]"""
+        """Prices on the first `rows` rows; those that are not known yet are measured now.
+
+        Args:
+            sets: C sets of segments, each removed together.
+            rows: how many of the N rows.
+
+        Returns:
+            float64 [C, rows], infinite where not finite.
+        """
         missing: dict[int, list[Cuts]] = {}
         for cuts in dict.fromkeys(sets):
             if (have := len(self.known.setdefault(cuts, []))) < rows:
@@ -151,11 +160,19 @@ class Prices:
 
 
 def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> list[Candidate]:
-    """Successive halving: the sets that survive it, priced on all rows, from the cheapest.
+    """Successive halving: all sets are priced on a few rows, the better half on twice as many, and so on.
 
-    All are priced on a few rows (`begin`), the better half on twice as many, and so on; FINALISTS at least reach the
-    end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of 16 rows each, the race among
-    all segments from two rows on found the best every time, for 0.36 of the sweep (docs/log.md).
+    FINALISTS at least reach the end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of
+    16 rows each, the race among all segments from two rows on found the best every time, for 0.36 of the sweep
+    (docs/log.md).
+
+    Args:
+        prices: of the calibration rows.
+        sets: what races.
+        begin: rows of the first round; one in FIRST_SHARE where not given.
+
+    Returns:
+        Those that reach the end, priced on all rows, from the cheapest.
     """
     alive, seen = sorted(set(sets)), min(prices.rows, begin or prices.few)
     while True:
@@ -167,8 +184,10 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> l
 
 
 def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
-    """Sets priced on all rows as they were searched; where that is not by KL, their KL beside it, at no cost of the
-    search's."""
+    """Sets as candidates, in their order, priced on all rows by the objective.
+
+    Where that is not KL, their KL is measured beside it, which is not counted as a cost of the search.
+    """
     means = prices.of(sets, prices.rows).mean(-1).tolist()
     if is_kl(prices.objective):
         return [Candidate(cuts, as_price(mean, 0.0)) for cuts, mean in zip(sets, means, strict=True)]

@@ -51,8 +51,16 @@ def judge(
 ) -> dict[str, Any]:
     """What each seed's choice costs on the common set, and which segment of this length is the best there.
 
-    blocks: source -> rows of the common set [N, T] that come from it. KL(p || q) in nats per token; "relative" is
-    over that of the best of all segments of this length and of all choices: 1 where nothing is lost.
+    Args:
+        stack: the dense model.
+        blocks: source -> rows of the common set [N, T] that come from it.
+        choices: what each seed chose.
+        length: n, layers of each choice.
+        advance: told the layer-forwards.
+
+    Returns:
+        "choices", "best", "worst", "sources", "tokens", "layer_forwards". KL(p || q) in nats per token; "relative" is
+        over that of the best of all segments of this length and of all choices: 1 where nothing is lost.
     """
     cost, sets = Cost(), rivals(choices, length, len(stack))
     priced = {

@@ -38,7 +38,17 @@ class Similarity:
 def similarity(
     stack: DecoderRunner, tokens: torch.Tensor, cost: Cost, *, advance: Callable[[int], None] = lambda rows: None
 ) -> Similarity:
-    """Both matrices from one pass of [N, T] tokens: L layer-forwards a row."""
+    """Both matrices from one pass through the dense model: L layer-forwards a row.
+
+    Args:
+        stack: the dense model.
+        tokens: calibration token ids [N, T].
+        cost: to which the layer-forwards are added.
+        advance: told the rows.
+
+    Returns:
+        The similarities, mean over tokens and over rows.
+    """
     depth = len(stack) + 1
     cosine = torch.zeros(depth, depth, dtype=torch.float64)
     angular = torch.zeros(depth, depth, dtype=torch.float64)

@@ -52,10 +52,22 @@ def set_costs(
     rows: int = 8,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q) of each set of segments cut out together, mean over all tokens [N, T], in nats; from cheapest.
+    """KL(p || q) of each set of segments cut out together.
 
-    Infinite where it is not finite. `rows` rows of tokens go through a layer together: one sweep for each such batch,
-    or, where the layers are on disk, one for all. `advance` is told each layer that was entered.
+    Args:
+        stack: the dense model.
+        tokens: token ids [N, T].
+        sets: what is priced.
+        cost: to which the layer-forwards are added.
+        rows: rows of tokens that go through a layer together: one sweep for each such batch, or, where the layers are
+            on disk, one for all.
+        advance: told the layer-forwards.
+
+    Returns:
+        Candidates with their KL, mean over all tokens in nats, infinite where it is not finite; from the cheapest.
+
+    Raises:
+        ModelError: the dense predictions are not finite.
     """
     totals = dict.fromkeys(sets, 0.0)
     wanted, spent = [DENSE, *totals], Cost()
@@ -84,9 +96,13 @@ def set_losses(
     rows: int = 8,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, float]:
-    """Next-token loss without each set of segments, mean over the N (T - 1) predictions, in nats.
+    """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork.
 
-    Infinite where it is not finite. As `set_costs`, but the dense stream is carried only as far as the last fork.
+    Args:
+        stack, tokens, sets, cost, rows, advance: as of `set_costs`.
+
+    Returns:
+        The loss of each set, mean over the N (T - 1) predictions in nats, infinite where it is not finite.
     """
     totals, spent = dict.fromkeys(sets, 0.0), Cost()
     for batches, counts in passes_in_step(stack, tokens, rows, streams_held(totals, len(stack))):
@@ -134,11 +150,20 @@ def sweep(
     cost: Cost,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, list[torch.Tensor]]:
-    """Final hidden states with each set of segments skipped, [B, T, D] a batch of tokens [B, T]; of the dense model
-    where DENSE is among the sets.
+    """Hidden states after the last layer with each set of segments skipped.
 
     Layers outermost: each is entered once, for all batches. A stream is named by the segments it has jumped over
-    so far, and let go when no set needs it any more.
+    so far, and freed when no set needs it any more.
+
+    Args:
+        stack: the dense model.
+        batches: token ids [B, T] each.
+        sets: what is skipped; DENSE for the dense model itself.
+        cost: to which the layer-forwards are added.
+        advance: told the layer-forwards.
+
+    Returns:
+        For each set the hidden states [B, T, D] of each batch.
     """
     wanted, reach = set(sets), _reach(sets, len(stack))
     streams: dict[Cuts, list[torch.Tensor]] = {DENSE: []}
