@@ -356,7 +356,7 @@ def tuning_chart(heal: dict[str, Any]) -> str | None:
     train, held = _curve(items(tuning, "curve")), _curve(items(tuning, "heldout"))
     if not train and not held:
         return None
-    unit = printable(tuning.get("unit") or "nats").replace("$", "")  # which matplotlib would take for a formula
+    unit = printable(tuning.get("unit") or "nats")
     objective = {"kl": "KL to the dense model, nats"}.get(str(tuning.get("objective")), f"loss, {unit}")
     with drawing("tuning", "tokens trained on", objective) as d:
         if train:
