@@ -469,8 +469,9 @@ def run_in_rounds(folder: Path, **frontier: Any) -> Path:
     return run
 
 
-def budgets_verdict(**changed: Any) -> rounds.Words | None:
-    return rounds.budgets_verdict(rounds.read_frontier(frontier_json(**changed)))
+def budgets_verdict(**changed: Any) -> tuple[str, str, str] | None:
+    found = rounds.budgets_verdict(rounds.read_frontier(frontier_json(**changed)))
+    return (found.mark, found.stage, found.text) if found else None
 
 
 def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
@@ -813,7 +814,7 @@ def test_generation_that_repeats_more_is_no_tick() -> None:
                   "compressed": {"repeated_4grams": repeated, "dense_loss": loss}}  # fmt: skip
         words = survival.generation_verdict({"generation_health": health})
         assert words
-        return words[0]
+        return words.mark
 
     assert mark(0.477, 0.6) == "fair"
     assert mark(0.36, 0.7) == "good"

@@ -12,9 +12,7 @@ from typing import Any
 from layercut.errors import ConfigError
 from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import figure, finite, items, layer_names, number, part, percent, signed, size, spans
-
-Words = tuple[str, str, str]
-"""Mark, stage, text of a verdict."""
+from layercut.report.thresholds import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def _runs(layers: set[int]) -> list[list[int]]:
     return runs
 
 
-def rounds_verdict(search: dict[str, Any], heal: dict[str, Any]) -> Words | None:
+def rounds_verdict(search: dict[str, Any], heal: dict[str, Any]) -> Verdict | None:
     """Whether tuning healed something in every round; None of a run that was not in rounds."""
     rows = round_rows(search, heal)
     if not rows:
@@ -77,12 +75,13 @@ def rounds_verdict(search: dict[str, Any], heal: dict[str, Any]) -> Words | None
     text = f"{len(rows)} {'round' if len(rows) == 1 else 'rounds'} ({removed})"
     tuned = [(row.number, row.before, row.after) for row in rows if row.before is not None and row.after is not None]
     if len(tuned) < len(rows):
-        return "open", "Rounds", f"{text}; not every round has held-out losses on record."
+        return Verdict("open", "Rounds", f"{text}; not every round has held-out losses on record.")
     losses = ", ".join(f"{figure(before)} → {figure(after)}" for _, before, after in tuned)
     failed = [str(n) for n, before, after in tuned if after >= before]
     if failed:
-        return "bad", "Rounds", f"{text}; held-out loss {losses}: tuning did not help in round {', '.join(failed)}."
-    return "good", "Rounds", f"{text}; tuning lowered the held-out loss in each: {losses}."
+        text += f"; held-out loss {losses}: tuning did not help in round {', '.join(failed)}."
+        return Verdict("bad", "Rounds", text)
+    return Verdict("good", "Rounds", f"{text}; tuning lowered the held-out loss in each: {losses}.")
 
 
 # ---- the frontier ------------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def read_frontier(found: dict[str, Any]) -> Frontier | None:
     return Frontier(points=points, size=allowed, loss=loss) if points else None
 
 
-def budgets_verdict(frontier: Frontier | None) -> Words | None:
+def budgets_verdict(frontier: Frontier | None) -> Verdict | None:
     """Whether the budgets were met, and by what; None where there was none."""
     if frontier is None or frontier.loss is None:
         return None
@@ -161,7 +160,7 @@ def budgets_verdict(frontier: Frontier | None) -> Words | None:
             text += f", and the smallest seen {within}"
         elif smallest:
             text += f". The smallest seen {within}: {smallest.words}"
-        return "good", "Budgets", f"{text}."
+        return Verdict("good", "Budgets", f"{text}.")
     misses = []
     if smallest:
         misses.append(f"the smallest {within} ({smallest.words}) is {size(smallest.bytes - frontier.size)} too large")
@@ -170,21 +169,22 @@ def budgets_verdict(frontier: Frontier | None) -> Words | None:
         misses.append(f"the best of that size ({least.words}) is {over(least.rise, frontier.loss)} over the loss")
     tiniest = size(min(p.bytes for p in frontier.points))
     missed = "; ".join(misses) or f"nothing seen keeps either; the smallest is {tiniest}"
-    return "bad", "Budgets", f"nothing seen is inside both {both}: {missed}."
+    return Verdict("bad", "Budgets", f"nothing seen is inside both {both}: {missed}.")
 
 
-def _one_budget(frontier: Frontier, smallest: FrontierPoint | None, within: str) -> Words:
+def _one_budget(frontier: Frontier, smallest: FrontierPoint | None, within: str) -> Verdict:
     """Of a budget of loss alone; a round beyond it was undone."""
     assert frontier.loss is not None
     beyond = [p for p in frontier.points if not p.fits]
     if smallest is None:
         least = min(frontier.points, key=lambda p: p.rise if p.rise == p.rise else float("inf"))
-        return "bad", "Budgets", f"nothing seen is {within}: {least.words}, {over(least.rise, frontier.loss)} over it."
+        missed = over(least.rise, frontier.loss)
+        return Verdict("bad", "Budgets", f"nothing seen is {within}: {least.words}, {missed} over it.")
     text = f"the smallest seen {within}: {smallest.words} on held-out text"
     if beyond:
         missed = over(beyond[-1].rise, frontier.loss)
         text += f". One more round ({beyond[-1].words}) was {missed} over it and was undone"
-    return "good", "Budgets", f"{text}."
+    return Verdict("good", "Budgets", f"{text}.")
 
 
 def over(rise: float, budget: float) -> str:

@@ -22,11 +22,8 @@ from layercut.report.thresholds import (
     REPEATS,
     SIGNIFICANT,
     UNLIKELY,
+    Verdict,
 )
-
-Words = tuple[str, str, str]
-"""Mark (good, fair, bad, open), what was judged, and the sentence."""
-
 
 # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -65,7 +62,7 @@ def figure_of_tasks(count: Any) -> str:
     return "the tasks" if found is None else f"{found:.0f} task{'' if found == 1 else 's'}"
 
 
-def tasks_verdict(summary: dict[str, Any]) -> Words | None:
+def tasks_verdict(summary: dict[str, Any]) -> Verdict | None:
     """What is retained, and how many tasks got worse or better by more than chance."""
     retained = part(summary, "retention")
     mean, above = finite(retained.get("mean")), finite(retained.get("above_chance"))
@@ -79,8 +76,8 @@ def tasks_verdict(summary: dict[str, Any]) -> Words | None:
     text += f"; {worse} got worse by more than chance" if worse else "; none got worse by more than chance"
     text += f", {len(changed) - worse} better" if len(changed) > worse else ""
     if above is None:
-        return "open", "Tasks", f"{text}. The dense model itself is not above chance."
-    return retained_mark(above), "Tasks", f"{text}."
+        return Verdict("open", "Tasks", f"{text}. The dense model itself is not above chance.")
+    return Verdict(retained_mark(above), "Tasks", f"{text}.")
 
 
 def retained_mark(kept: float) -> str:
@@ -128,14 +125,14 @@ def positions(summary: dict[str, Any]) -> list[tuple[int, int, float | None, flo
     return [(*bounds, dense.get(bounds), value) for bounds, value in compressed.items()]
 
 
-def long_verdict(summary: dict[str, Any]) -> Words | None:
+def long_verdict(summary: dict[str, Any]) -> Verdict | None:
     """Whether far positions lost more than near ones."""
     rows = positions(summary)
     if not rows:
         return None
     pairs = [(dense, compressed) for _, _, dense, compressed in (rows[0], rows[-1])]
     if any(value is None or value <= 0 for pair in pairs for value in pair):
-        return "bad", "Long context", "a perplexity is not a finite number."
+        return Verdict("bad", "Long context", "a perplexity is not a finite number.")
     near, far = (compressed / dense for dense, compressed in pairs)  # type: ignore[operator]
     (_, first, *_), (start, stop, dense, compressed) = rows[0], rows[-1]
     text = (
@@ -143,7 +140,7 @@ def long_verdict(summary: dict[str, Any]) -> Words | None:
         f"{figure(dense)}; over the first {first - 1} it is {times(near)}."
     )
     hurt = len(rows) > 1 and math.log(far) > math.log(near) + LONG_LOSS
-    return ("bad" if hurt else "good" if far <= CLOSE else "fair"), "Long context", text
+    return Verdict("bad" if hurt else "good" if far <= CLOSE else "fair", "Long context", text)
 
 
 def keys(summary: dict[str, Any]) -> dict[str, Any] | None:
@@ -165,7 +162,7 @@ def keys(summary: dict[str, Any]) -> dict[str, Any] | None:
     return {"lengths": lengths, "rows": rows, "dense": dense, "compressed": compressed, "trials": trials}
 
 
-def keys_verdict(summary: dict[str, Any]) -> Words | None:
+def keys_verdict(summary: dict[str, Any]) -> Verdict | None:
     """How many hidden keys are found."""
     grid = keys(summary)
     if grid is None:
@@ -175,9 +172,9 @@ def keys_verdict(summary: dict[str, Any]) -> Words | None:
         f"{grid['lengths'][-1]:,.0f} tokens; the dense model {grid['dense']:.0f}"
     )
     if grid["dense"] == 0:
-        return "open", "Hidden keys", f"{text}: this task shows nothing about such a model."
+        return Verdict("open", "Hidden keys", f"{text}: this task shows nothing about such a model.")
     kept = grid["compressed"] / grid["dense"]
-    return retained_mark(kept), "Hidden keys", f"{text}."
+    return Verdict(retained_mark(kept), "Hidden keys", f"{text}.")
 
 
 # ---- generations ---------------------------------------------------------------------------------------------
@@ -206,14 +203,14 @@ def generation_warning(summary: dict[str, Any]) -> str | None:
     return f"Generation did not survive: {', and '.join(reasons)}. Read the samples." if reasons else None
 
 
-def generation_verdict(summary: dict[str, Any]) -> Words | None:
+def generation_verdict(summary: dict[str, Any]) -> Verdict | None:
     """Whether generative quality survived, with how soon the two models part."""
     found = health(summary)
     if not found:
         return None
     warning = generation_warning(summary)
     if warning:
-        return "bad", "Generation", warning.partition(": ")[2]
+        return Verdict("bad", "Generation", warning.partition(": ")[2])
     parted, tokens = finite(part(found, "agreement").get("first_divergence")), finite(found.get("tokens"))
     repeats = [percent(part(found, name).get("repeated_4grams")) for name in ("dense", "compressed")]
     text = f"repeats {repeats[1]} of its 4-grams, the dense model {repeats[0]}"
@@ -222,8 +219,8 @@ def generation_verdict(summary: dict[str, Any]) -> Words | None:
     old, new = (finite(part(found, name).get("repeated_4grams")) for name in ("dense", "compressed"))
     likely, unlikely = (finite(part(found, name).get("dense_loss")) for name in ("dense", "compressed"))
     if old is None or new is None:
-        return "open", "Generation", f"{text}."
+        return Verdict("open", "Generation", f"{text}.")
     if likely is not None and unlikely is not None and unlikely > likely + UNLIKELY:
         text += f"; the dense model gives its text {figure(unlikely)} nats per token, its own {figure(likely)}"
-        return "fair", "Generation", f"{text}."
-    return ("good" if new <= old + REPEATS else "fair"), "Generation", f"{text}."
+        return Verdict("fair", "Generation", f"{text}.")
+    return Verdict("good" if new <= old + REPEATS else "fair", "Generation", f"{text}.")

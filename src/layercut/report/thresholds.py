@@ -1,4 +1,4 @@
-"""By which limits a run is judged: every one of them, and the table that tells people.
+"""By which limits a run is judged: every one of them, the table that tells people, and what a verdict is.
 
 Ground for `report/verdicts.py`, `report/survival.py` and `report/rounds.py`, which judge; the table is shown in the
 report and in docs/reference.md. Apart from the arithmetic of chance, the limits are conventions and not measurements.
@@ -35,6 +35,30 @@ LONG_LOSS = 0.1
 MARKS = {"good": "✓", "fair": "!", "bad": "✗", "open": "–"}
 MARK_WORDS = {"good": "passed", "fair": "caution", "bad": "failed", "open": "not judged"}
 """What a mark is called where it is read aloud, and in the terminal."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One stage, judged by its own numbers and the rule of its name (`RULES`)."""
+
+    mark: str
+    """good, fair, bad, or open: not known, or nothing that could be good or bad."""
+    stage: str
+    text: str
+
+    @property
+    def sign(self) -> str:
+        return MARKS[self.mark]
+
+    @property
+    def words(self) -> str:
+        """What the mark says, to be read aloud."""
+        return MARK_WORDS[self.mark]
+
+
+def graded(value: float, good: float, fair: float) -> str:
+    """The mark of a figure of which less is better; bad where it is no number."""
+    return "good" if value <= good else "fair" if value <= fair else "bad"
 
 
 @dataclass(frozen=True, kw_only=True)

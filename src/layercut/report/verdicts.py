@@ -39,12 +39,12 @@ from layercut.report.thresholds import (
     CLOSE,
     FAIR,
     FASTER,
-    MARK_WORDS,
-    MARKS,
     NEAR_BEST,
     ROUNDED,
     ROUNDED_FAIR,
     SLOWER,
+    Verdict,
+    graded,
 )
 
 STAGES = ("dense", "cut", "folded", "tuned", "quantized")
@@ -330,44 +330,16 @@ def _perplexity_words(summary: dict[str, Any]) -> str:
     return f"has a perplexity{where} of {figure(value)} {state}, {against}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One stage, judged by its own numbers and the rule of its name (`report/thresholds.py`)."""
-
-    mark: str
-    """good, fair, bad, or open: not known, or nothing that could be good or bad."""
-    stage: str
-    text: str
-
-    @property
-    def sign(self) -> str:
-        return MARKS[self.mark]
-
-    @property
-    def words(self) -> str:
-        """What the mark says, to be read aloud."""
-        return MARK_WORDS[self.mark]
-
-
-def graded(value: float, good: float, fair: float) -> str:
-    """The mark of a figure of which less is better; bad where it is no number."""
-    return "good" if value <= good else "fair" if value <= fair else "bad"
-
-
 def verdicts(run: RunFacts) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     found = [_result_verdict(run.summary), _search_verdict(run), _stability_verdict(run.stability)]
-    found += [_cut_verdict(run.summary)]
-    progress = (
-        rounds.rounds_verdict(run.search, run.heal),
-        rounds.budgets_verdict(rounds.read_frontier(run.frontier)),
-    )
-    found += [Verdict(*words) for words in progress if words]
+    found += [_cut_verdict(run.summary), rounds.rounds_verdict(run.search, run.heal)]
+    found += [rounds.budgets_verdict(rounds.read_frontier(run.frontier))]
     found += [_healing_verdict(run, "folded", "Fold"), _healing_verdict(run, "tuned", "Tuning")]
     found += [_quantize_verdict(run), _size_verdict(run), _gguf_verdict(run)]
     found += [_speed_verdict(run, "prefill"), _speed_verdict(run, "decode")]
     survived = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
-    found += [Verdict(*words) for judge in survived if (words := judge(with_tasks(run)))]
+    found += [judge(with_tasks(run)) for judge in survived]
     return [verdict for verdict in found if verdict]
 
 
