@@ -87,7 +87,7 @@ class Objective:
         leaf = student.detach().requires_grad_(True)
         with torch.enable_grad():
             loss = self.loss(leaf, dense, targets)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient
 
     def loss_and_gradient_topk(
