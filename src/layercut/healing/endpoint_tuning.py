@@ -142,8 +142,7 @@ def tune_(
         student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
         dense: the model that it was cut from.
         tokens: token ids [N, T] to train on, in their order.
-        heldout: token ids [M, T] that judge; not given, the last eighth of the rows of `tokens`, one at least, which
-            are then not trained on.
+        heldout: token ids [M, T] that judge; not given, the last eighth of the rows, one at least, is not trained on.
         objective: a registered name, or an `Objective`: `models.objectives.KL(temperature=2, mix=0.1)`.
         learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
         batch_tokens: tokens in one optimizer step.
