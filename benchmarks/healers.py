@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layercut.healing.teacher_student import HeldOut, Pair, logit_gradient
+from layercut.healing.teacher_student import HeldOut, Pair
 from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
 from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
+from layercut.healing.passes import HeldOut, Pair, loss_gradient
 from layercut.models.memory import reuse_freed
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
 from layercut.segments import Segment
 
@@ -110,7 +112,7 @@ def train_(
     autograd: both models run whole, on float32 logits (without a mixture).
     """
     reuse_freed()
-    pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1, mix=mix)
+    pair = Pair(dense=dense, student=student, prefix=prefix, last=len(student) - 1, objective=KL(mix=mix))
     masters = [p.detach().float().clone() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
@@ -159,15 +161,15 @@ def train_(
 
 def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     """Add the gradient of weight x the mean KL over tokens [B, T] to what is trained; that loss."""
-    rows = torch.arange(len(tokens))
+    batch = tokens, torch.arange(len(tokens)), weight
     if pair.prefix:
-        return pair.backward(tokens, rows, weight)
+        return sum(pair.backward([batch]))
     with torch.no_grad():
         hidden, calls = pair.dense.enter(tokens)
         final = pair.dense.run(hidden, calls, 0, len(pair.dense))
     hidden, calls = pair.student.enter(tokens)  # by embeddings of its own, where these are trained
     out = pair.student.run(hidden, calls, 0, len(pair.student))
-    loss, gradient = logit_gradient(pair, tokens, rows, weight, out, final)
+    loss, gradient = loss_gradient(pair, batch, out, final)
     out.backward(gradient)
     return loss
 

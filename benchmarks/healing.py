@@ -45,9 +45,13 @@ from healers import BASELINES, PASS_TOKENS, judged, patch_, train_
 from layercut.data.blocks import load_blocks
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json, write_text
-from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate
+from layercut.healing.least_squares import fold_cut_
+from layercut.healing.passes import HeldOut, Pair
 from layercut.models import loading
+from layercut.models.memory import reuse_freed
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.pipeline.provenance import environment
 from layercut.segments import Segment
@@ -56,13 +60,14 @@ from memory import high_water, settled_bytes
 
 matplotlib.use("svg")
 
+MIX = 0.3
 TUNED: dict[str, dict[str, Any]] = {
     "endpoints": {},
     "no-fold": {},
     "radius-2": {"radius": 2},
     "next-token": {"objective": "next-token"},
     "hidden": {"objective": "hidden"},
-    "mix": {"mix": 0.3},
+    "mix": {"objective": KL(mix=MIX)},
     "self-text": {},
 }
 """Endpoint tuning and its variants, by what differs from the default."""
@@ -361,7 +366,7 @@ def folded_student(
     if folded.is_file():
         loading.replace_parameters_(student, load_file(folded))
         return stack
-    fold_(dense, stack, [segment], calibration)
+    fold_cut_(stack, dense, segment, calibration)
     shared = {id(p) for p in dense.model.parameters()}
     save_file({name: p.detach() for name, p in student.named_parameters() if id(p) not in shared}, folded)
     return stack
@@ -407,12 +412,13 @@ def healed(
     if args.only in BASELINES:
         shared = shared_layers(dense, student)  # as the fold left it; asked before a head of its own hides it
         trained, first = BASELINES[args.only][0](student, segment)
-        mix = TUNED["mix"]["mix"] if args.only == "lora-mix" else 0.0
+        mix = MIX if args.only == "lora-mix" else 0.0
         by_autograd = args.only == "lora-autograd"
         prefix = min(first, shared)
         return train_(dense, student, trained, prefix, tokens, heldout, rate, args.batch_tokens, mix, by_autograd)
-    settings = TuneSettings(learning_rate=rate, batch_tokens=args.batch_tokens, **TUNED[args.only])
-    report = tune_(dense, student, [segment], tokens, heldout, settings)
+    how = {"learning_rate": rate, "batch_tokens": args.batch_tokens} | TUNED[args.only]
+    reuse_freed()
+    report = tune_(student, dense, tokens, heldout=heldout, **how)
     kept = ("tokens", "seconds", "cpu_seconds", "trained_parameters", "curve", "heldout")
     return {key: getattr(report, key) for key in kept}
 

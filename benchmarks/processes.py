@@ -31,10 +31,11 @@ import torch
 from common import arguments, blocks, finish, open_model
 from layercut.cli.demo import fetch_model
 from layercut.distributed import processes
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import tune_
+from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import search
 from layercut.models import checkpoints, loading
+from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
 from layercut.segments import layers_to_remove
@@ -126,11 +127,13 @@ def work(args: Namespace) -> None:
     model = loading.share(loaded.model)
     cut_segment_(model, found.segments)
     student = DecoderRunner(model)
-    folds = timed("fold", lambda: fold_(dense, student, found.segments, rest[: args.fold_tokens // args.window]))
+    rows = rest[: args.fold_tokens // args.window]
+    folds = timed("fold", lambda: [fold_cut_(student, dense, segment, rows) for segment in found.segments])
     plain = loading.share(loaded.model)  # tuned from the plain cut: what is compared does not hang on the fold
     cut_segment_(plain, found.segments)
-    settings, tokens = TuneSettings(batch_tokens=args.batch_tokens), rest[: args.tune_tokens // args.window]
-    report = timed("tune", lambda: tune_(dense, DecoderRunner(plain), found.segments, tokens, heldout, settings))
+    tokens, how = rest[: args.tune_tokens // args.window], {"heldout": heldout, "batch_tokens": args.batch_tokens}
+    reuse_freed()
+    report = timed("tune", lambda: tune_(DecoderRunner(plain), dense, tokens, **how))
     if processes.is_main():
         searched = found.to_dict()
         result = {

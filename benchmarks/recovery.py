@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from common import arguments, blocks, finish, open_model
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.least_squares import fold_
-from layercut.healing.tuning_state import StateFile
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
+from layercut.healing.least_squares import fold_cut_
+from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.models import loading
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.progress import bar
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -79,17 +80,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(part.read_text()) if part.is_file() else []
     if not rows:
         student, clock = cut(), Clock()
-        folds, spent = fold_(dense, student, segment, calibration), clock.read()
+        fold, spent = fold_cut_(student, dense, segment[0], calibration), clock.read()
         keep(student, "folded")
         rows = [
             {"state": "dense", **measured(dense)},
             {"state": "cut", **measured(cut())},
-            {"state": "folded", "fold": folds[0].to_json(), **spent, **measured(student)},
+            {"state": "folded", "fold": fold.to_dict(), **spent, **measured(student)},
         ]
         write_json(part, rows)
     for radius in args.radius:
         settings = TuneSettings(
-            radius=radius, epochs=args.epochs, mix=args.mix,
+            radius=radius, epochs=args.epochs, objective=KL(mix=args.mix),
             learning_rate=args.learning_rate or None, batch_tokens=args.batch_tokens,
         )  # fmt: skip
         for count in sorted(args.tokens):
@@ -100,11 +101,11 @@ def main() -> None:
             name = "-".join(map(str, settled.values()))
             state = StateFile(work / f"{name}.state")
             resumed = state.path.is_file()
-            with bar(f"tuning, {count:,} tokens", count) as advance:
-                report = tune_(
-                    dense, student, segment, tokens[: math.ceil(count / args.epochs / args.window)], heldout, settings,
-                    advance=lambda seen, loss: advance(seen, f"loss {loss:.4f}"), state=state,
-                )  # fmt: skip
+            files, rows_of_count = (
+                TuningFiles(state=state, stopping=asked_to_stop),
+                math.ceil(count / args.epochs / args.window),
+            )
+            report = tune_(student, dense, tokens[:rows_of_count], heldout=heldout, files=files, **vars(settings))
             spent = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
             row = {"state": "tuned", **settled, "batch_tokens": args.batch_tokens, **spent}
             kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")

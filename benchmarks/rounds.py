@@ -20,8 +20,9 @@ import torch
 from common import arguments, blocks, finish, open_model
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuneSettings
+from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import search
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -78,10 +79,10 @@ def in_rounds(
         stack = DecoderRunner(student)
         state: dict[str, Any] = {"removed": [[cut.start, cut.stop] for cut in removal.new]}
         state["kl_cut"] = mean_kl(dense, stack, text["heldout"])
-        fold_(dense, stack, removal.all, text["calibration"], only=removal.new)
+        for segment in removal.new:
+            fold_cut_(stack, dense, segment, text["calibration"])
         state["kl_folded"] = mean_kl(dense, stack, text["heldout"])
-        settings = TuneSettings(batch_tokens=args.batch_tokens)
-        report = tune_(dense, stack, removal.all, tokens, text["heldout"], settings)
+        report = tune_(stack, dense, tokens, heldout=text["heldout"], batch_tokens=args.batch_tokens)
         state |= {"kl_tuned": mean_kl(dense, stack, text["heldout"]), "trained_layers": report.trained_layers}
         rounds.append(state | {"tune_tokens": tokens.numel()})
         print(rounds[-1], flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from common import arguments, blocks, finish, open_model
 from layercut import evaluation
-from layercut.healing.least_squares import fold_
+from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import search
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -43,7 +43,8 @@ def main() -> None:
             row = {"segments": " ".join(map(str, candidate.segments)), "kl": candidate.kl}
             row |= {"heldout_kl_cut": mean_kl(stack, opened, heldout)}
             row |= {"perplexity_cut": evaluation.perplexity(student, reported)}
-            fold_(stack, opened, list(candidate.segments), calibration)
+            for segment in candidate.segments:
+                fold_cut_(opened, stack, segment, calibration)
             row |= {"heldout_kl_folded": mean_kl(stack, opened, heldout)}
             tried.append(row | {"perplexity_folded": evaluation.perplexity(student, reported)})
         raw, folded = (min(tried, key=lambda row: row[key]) for key in ("kl", "heldout_kl_folded"))

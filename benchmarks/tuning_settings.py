@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import arguments, blocks, finish, open_model
 from layercut.evaluation import perplexity
-from layercut.healing.endpoint_tuning import TuneSettings, tune_
-from layercut.healing.least_squares import fold_
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
+from layercut.healing.least_squares import fold_cut_
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.models import loading
+from layercut.models.memory import reuse_freed
+from layercut.models.objectives import objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -30,14 +32,17 @@ VARIANTS = [
     "default", "learning_rate=4e-4", "learning_rate=1.6e-3", "learning_rate=3e-3", "batch_tokens=1024",
     "batch_tokens=4096", "temperature=2", "mix=0.1", "objective=next-token", "radius=2", "topk=16", "topk=64",
 ]  # fmt: skip
-KINDS: dict[str, Any] = {"objective": str, "batch_tokens": int, "radius": int, "epochs": int, "patience": int}
+KINDS: dict[str, Any] = {"batch_tokens": int, "radius": int, "epochs": int, "patience": int}
 
 
 def parse(variant: str) -> tuple[TuneSettings, int]:
     """The settings a variant names, and its K."""
     pairs = dict(part.split("=") for part in variant.split(",") if part != "default")
     k = int(pairs.pop("topk", 0))
-    return replace(TuneSettings(), **{name: KINDS.get(name, float)(value) for name, value in pairs.items()}), k
+    options = {name: float(pairs.pop(name)) for name in ("temperature", "mix") if name in pairs}
+    objective = objective_of(pairs.pop("objective", "kl"), **options)
+    settings = {name: KINDS.get(name, float)(value) for name, value in pairs.items()}
+    return TuneSettings(objective=objective, **settings), k
 
 
 def main() -> None:
@@ -59,8 +64,9 @@ def main() -> None:
         cut_segment_(student, segment)
         return DecoderRunner(student)
 
+    reuse_freed()
     folded = cut()
-    fold_(dense, folded, segment, fold)
+    fold_cut_(folded, dense, segment[0], fold)
     shared = {id(p) for p in model.model.parameters()}
     start = {n: p.detach().clone() for n, p in folded.model.named_parameters() if id(p) not in shared}
     before = {"judge_kl": mean_kl(dense, folded, judge), "judge_perplexity": perplexity(folded.model, judge)}
@@ -72,7 +78,9 @@ def main() -> None:
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             teacher = store_teacher(dense, tokens, k, Path(folder) / "teacher", key="") if k else None
-            report = tune_(dense, student, segment, tokens, heldout, settings, teacher=teacher)
+            report = tune_(
+                student, dense, tokens, heldout=heldout, files=TuningFiles(teacher=teacher), **vars(settings)
+            )
         rows.append(
             {
                 "variant": variant,

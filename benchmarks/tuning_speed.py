@@ -28,8 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import arguments, blocks, finish, open_model
 from healers import autograd_
-from layercut.healing.endpoint_tuning import TuneSettings, endpoints, own_parameters_, tune_
+from layercut.healing import tune_
+from layercut.healing.endpoint_tuning import TuneSettings, endpoints, own_parameters_
 from layercut.models import loading
+from layercut.models.memory import reuse_freed
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -100,10 +102,10 @@ def main() -> None:
     other = cut()
     trained = own_parameters_(other, positions)
     plain = tokens[: max(1, 1024 // args.window)]
-    settings = TuneSettings(batch_tokens=args.batch_tokens)
+    reuse_freed()
 
     def tune(student: DecoderRunner, rows: torch.Tensor) -> float:
-        return tune_(dense, student, segment, rows, heldout, settings).seconds
+        return tune_(student, dense, rows, heldout=heldout, batch_tokens=args.batch_tokens).seconds
 
     tune(cut(), tokens[:1])  # the first call is slower
     rows: list[dict[str, Any]] = []

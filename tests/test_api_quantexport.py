@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from layercut.cli.command_line import main
 from torch import nn
 
 import folders
 import layercut as lc
 import tiny
+from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError, ModelError, RunError, SurgeryError

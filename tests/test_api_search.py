@@ -7,11 +7,11 @@ from dataclasses import FrozenInstanceError, replace
 import matplotlib as mpl
 import pytest
 import torch
-from layercut.cli.command_line import main
 from transformers import AutoModelForCausalLM
 
 import tiny
 from layercut import extensions
+from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.estimate.work import METHODS

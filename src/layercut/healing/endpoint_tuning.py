@@ -73,7 +73,7 @@ class TuneSettings:
     def __post_init__(self) -> None:
         for name, least in (("batch_tokens", 1), ("radius", 1), ("epochs", 1), ("patience", 0)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; allowed are whole numbers from {least} on", "")
+                raise ConfigError(f"{name} is {getattr(self, name)}, below {least}", f"the least is {name}={least}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate:g}, outside 0 to 1", "try 1e-4, or leave it out")
 
@@ -135,16 +135,15 @@ def tune_(
 
     Cutoff endpoint tuning (CLP, 2510.23652). The held-out loss is taken before the first step, so that the end is
     never worse than the start, and a rate that makes it rise is lowered. The trained layers get parameters of their
-    own, so that a dense model that shares weights with the student is left as it is. Deterministic: no randomness is
-    used beside the seeded order of later epochs. Of several processes each takes a share of every step's rows.
+    own, so that a dense model that shares weights with the student is left as it is. Deterministic: later epochs'
+    order is seeded. Of several processes each takes a share of every step's rows.
 
     Args:
         student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
         dense: the model that it was cut from.
         tokens: token ids [N, T] to train on, in their order.
-        heldout: token ids [M, T] that judge; not given, the last eighth of the rows of `tokens`, one at least, which
-            are then not trained on.
-        objective: a registered name, or an `Objective`: KL(temperature=2, mix=0.1).
+        heldout: token ids [M, T] that judge; not given, the last eighth of the rows, one at least, is not trained on.
+        objective: a registered name, or an `Objective`: `models.objectives.KL(temperature=2, mix=0.1)`.
         learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
         batch_tokens: tokens in one optimizer step.
         radius: layers trained on each side of a cut.
@@ -160,8 +159,8 @@ def tune_(
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
     settings = TuneSettings(
-        objective=objective_of(objective), learning_rate=learning_rate, batch_tokens=batch_tokens, radius=radius,
-        epochs=epochs, patience=patience,
+        objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
+        learning_rate=learning_rate,
     )  # fmt: skip
     tokens, heldout = with_held_out(tokens, heldout)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
@@ -172,8 +171,7 @@ def tune_(
             with files.stopping() as stop:
                 while training.unfinished:
                     count = training.step_()
-                    if is_scored(training.report.step, training.steps):
-                        training.note_score_(judge.score())
+                    training.score_(judge)
                     advance(count, f"loss {training.report.curve[-1]['loss']:.4f}")
                     training.keep(files.state, stop)
         finally:
@@ -367,6 +365,11 @@ class _Training:
         if sharding.is_spread(self.pair.student.model):
             norm = norm.new_tensor(math.sqrt(processes.summed([norm.item() ** 2])[0]))
         nn.utils.clip_grads_with_norm_(self.masters, most, norm)
+
+    def score_(self, judge: HeldOut) -> None:
+        """Take the held-out loss, where it is due after this step."""
+        if is_scored(self.report.step, self.steps):
+            self.note_score_(judge.score())
 
     def note_score_(self, score: float) -> None:
         """Remember a held-out loss, the weights where they are the best so far, and whether to stop.

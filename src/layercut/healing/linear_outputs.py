@@ -1,4 +1,5 @@
-"""What in a layer a fold can solve anew, found by what it does and not by its name. Of the room heal/, before fold.py.
+"""What in a layer a fold can solve anew, found by what it does and not by its name. Before the least squares
+(`least_squares.py`).
 
 A linear module writes to the residual stream if the layer gives out - m without its output m. Everything is tried on
 a few tokens, on a float32 copy of the one layer, where a sum rounds too little to hide a small m.
