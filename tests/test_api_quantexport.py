@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import folders
@@ -195,6 +200,11 @@ def test_quantizers_that_are_wrong_are_refused():
     with pytest.raises(ConfigError, match="'gtpq' is unknown") as refusal:
         lc.quantize(model, TOKENS, bits=4, quantizer="gtpq")
     assert "gptq" in refusal.value.hint
+    for wrong, words in ((TOKENS[0], r"\[16\] of int64"), (TOKENS.float(), "of float32")):
+        with pytest.raises(DataError, match=words):
+            lc.quantize(model, wrong, bits=4)
+    with pytest.raises(ModelError, match="token 96"):
+        lc.quantize(model, TOKENS.clamp(min=96), bits=4)
     with pytest.raises(ConfigError, match="bits=3"):
         lc.quantize(model, TOKENS, bits=3)
 
@@ -325,6 +335,31 @@ def test_packed_weights_are_written_out_as_float_ones(tmp_path, monkeypatch):
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert torch.equal(logits(loading.load(checkpoints.resolve(str(out))).model), logits(packed.model))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "packed"]
+
+
+def process_state() -> list:
+    handlers = [list(logging.getLogger(name).handlers) for name in ("", "layercut", "transformers")]
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads = {thread.name for thread in threading.enumerate()}
+    numbers = (torch.get_num_threads(), torch.random.get_rng_state().sum().item(), torch.is_grad_enabled())
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    return [handlers, signals, threads, numbers, bars, transformers.utils.logging.get_verbosity(), dict(os.environ)]
+
+
+def test_nothing_of_the_process_is_changed(texts, tmp_path, monkeypatch, capfd):
+    """While messages are listened to, which starts the threads of bars."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("layercut"), "level", logging.INFO)
+    tokenizer, model = folders.tokenizer(), tiny.llama(4, vocab_size=folders.VOCABULARY)
+    before = process_state()
+    lc.token_blocks("self", tokenizer, tokens=32, window=16, model=model)
+    tokens = lc.token_blocks(texts[0], tokenizer, tokens=64, window=16)
+    packed = lc.quantize(lc.cut(model, "1:2"), tokens, bits=4)
+    assert not list(tmp_path.iterdir())
+    lc.save(packed, tokenizer, "model", verify=False)
+    assert process_state() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_parts_of_layercuts_own_can_be_had():

@@ -7,7 +7,7 @@ always give the same stream of blocks.
 A `Reader` draws for the several uses of a run (search, tuning, judging, reporting) so that no text serves two. What is
 the same text is decided by what is read, not by what it is called: one stream for each set, split or content of files,
 from which every use takes what the one before left; and a document that another use has, from whatever source, is
-passed over. What that cannot see, the same text parted into other documents, `data/overlap.py` finds in the tokens.
+passed over. What that cannot see, the same text split into other documents, `data/overlap.py` finds in the tokens.
 """
 
 from __future__ import annotations
@@ -141,11 +141,22 @@ def load_blocks(
 ) -> Blocks:
     """Blocks [skip, skip + N) of the source's stream, N = ceil(tokens / window), T = window, for one use alone.
 
-    Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. In a
-    mix, the blocks are dealt in turn from its parts. `skip` counts blocks of this window: calls whose blocks
-    must not overlap use one window and one order. `chat_template` renders records with messages or
-    instructions by the tokenizer's template. `model` is needed for "self" only.
-    Raises DataError: no such source, unreadable, unreachable, too short.
+    Documents come in an order shuffled by the seed, or "as written", which reported perplexities need. The blocks of a
+    mix come from its parts in turn.
+
+    Args:
+        source: as `token_blocks` takes it.
+        tokenizer: a tokenizer of transformers.
+        tokens: token ids in all, rounded up to whole blocks.
+        window: T.
+        seed: of the order of documents, and of what is sampled.
+        skip: blocks of this window to leave out first: calls whose blocks must not overlap use one window and order.
+        order: "shuffled" or "as written".
+        chat_template: render records with messages or instructions by the tokenizer's template.
+        model: needed for "self" only.
+
+    Raises:
+        DataError: no such source, unreadable, unreachable, too short.
     """
     reader = Reader(tokenizer, seed=seed, model=model, chat_template=chat_template)
     return reader.draw("", source, tokens=tokens, window=window, skip=skip, order=order)
@@ -284,7 +295,7 @@ class _Text:
 
     def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
         """Rows `span` of what is left, [len(span), T]; those before are given to nobody. refused: documents to leave
-        out, by their key. A document that was begun is gone on with."""
+        out, by their key. A document that was begun is continued."""
         self._refused, self._passed_over = refused, 0
         begin, end = span.start * window, span.stop * window
         while len(self._ids) < end:

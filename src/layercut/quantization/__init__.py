@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from layercut.config import QuantizeConfig
-from layercut.errors import ConfigError, ModelError
+from layercut.errors import ConfigError, DataError, ModelError
 from layercut.models import loading
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.runner import Calls, DecoderRunner, intercepted
@@ -70,8 +70,9 @@ def quantize(
     Raises:
         ConfigError: compressed-tensors is missing, an unknown quantizer, no tokens for a calibrated one, or a group
             size that does not divide a weight's columns.
-        ModelError: nothing that could be quantized, weights that are not finite, or (calibrated) a model that cannot
-            be run layer by layer.
+        DataError: tokens that are not [N, T] token ids.
+        ModelError: nothing that could be quantized, weights that are not finite, tokens outside the vocabulary, or
+            (calibrated) a model that cannot be run layer by layer.
     """
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits!r} is not among what weights can be stored in", "allowed are 8 and 4")
@@ -101,6 +102,8 @@ def quantize_(
     name, rounds = resolve(quantizer or config.quantizer)
     if rounds.needs_calibration and (tokens is None or not tokens.numel()):
         raise ConfigError(f"the quantizer {name} is calibrated on tokens, and none are given", "give tokens [N, T]")
+    if tokens is not None:
+        _check_tokens(tokens, model)
     layers = len(loading.find_decoder(model))
     targets = plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)}))
     left, before = left_as_they_are(model, targets), loading.parameter_bytes(model)
@@ -129,6 +132,14 @@ def quantize_(
     after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
     asked = vars(config) | {"quantizer": name}
     return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked)
+
+
+def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
+    """Refuse what is not [N, T] token ids of this model."""
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        got = f"{list(tokens.shape)} of {str(tokens.dtype).removeprefix('torch.')}"
+        raise DataError(f"tokens are {got}; wanted are token ids [N, T] of int64", "layercut.token_blocks makes them")
+    loading.check_tokens(tokens, model.config, type(model).__name__)
 
 
 def endpoints_of(config: Any, layers: int) -> list[int]:
