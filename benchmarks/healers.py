@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layercut.healing.teacher_student import HeldOut, Pair
 from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine

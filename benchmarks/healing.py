@@ -36,7 +36,6 @@ from typing import Any
 
 import matplotlib
 import torch
-from layercut.healing.teacher_student import HeldOut, Pair
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
