@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
+from layercut.files.whole_folder import appearing
 from layercut.models import loading
 from layercut.pipeline.journey import compress
-from layercut.surgery.companions import appearing
 
 BLOCK = 32  # columns that share a grid in Q4_1 and Q8_0
 

@@ -38,7 +38,7 @@ from layercut.config import (
     SearchConfig,
 )
 from layercut.evaluation import perplexity
-from layercut.export.gguf import architecture_of, gguf_tensors
+from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress

@@ -19,7 +19,7 @@ from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
 from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
-from layercut.healing.passes import HeldOut, Pair, loss_gradient
+from layercut.healing.tuning_pass import HeldOut, Pair, loss_gradient
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden

@@ -47,7 +47,7 @@ from layercut.files.json_values import write_json, write_text
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate
 from layercut.healing.least_squares import fold_cut_
-from layercut.healing.passes import HeldOut, Pair
+from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.models import loading
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL

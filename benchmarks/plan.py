@@ -31,8 +31,8 @@ from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConf
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline import stages
-from layercut.pipeline.context import RunContext
 from layercut.pipeline.provenance import environment
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.segments import Removal, Segment
 from memory import Children, high_water, reset_peak

@@ -24,7 +24,7 @@ import torch
 
 from common import arguments, finish, open_model
 from layercut.evaluation import speed
-from layercut.export.gguf import requantized
+from layercut.export.gguf_tensors import requantized
 from layercut.models import loading
 from layercut.segments import Segment, layers_to_remove
 from layercut.surgery import cut_gguf, cut_segment_

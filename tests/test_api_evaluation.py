@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tiny
-from layercut import evaluation, extensions, progress
+from layercut import evaluation, progress, registries
 from layercut.cli import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, LayercutError, ModelError
@@ -42,7 +42,7 @@ def pair() -> tuple[Any, Any]:
 def registry(monkeypatch) -> dict[str, Any]:
     """What is registered in a test is forgotten after it."""
     registered: dict[str, Any] = {}
-    monkeypatch.setattr(extensions.evaluations, "registered", registered)
+    monkeypatch.setattr(registries.evaluations, "registered", registered)
     return registered
 
 
@@ -187,7 +187,7 @@ def test_the_result_is_plain_frozen_and_shown(pair):
 def test_an_evaluation_is_run_on_both_models_alike(pair, registry):
     asked = []
 
-    @extensions.evaluations.register("mypackage-draws")
+    @registries.evaluations.register("mypackage-draws")
     def draws(model: Any, tokenizer: Any, *, seed: int) -> dict[str, Any]:
         asked.append((model, tokenizer, seed, model.training, torch.is_grad_enabled()))
         layers = model.config.num_hidden_layers
@@ -216,7 +216,7 @@ def test_the_command_runs_them_keeps_them_and_shows_them(registry, tiny_model, t
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     calls = []
 
-    @extensions.evaluations.register("mypackage-head")
+    @registries.evaluations.register("mypackage-head")
     def head(model: Any, tokenizer: Any, *, seed: int) -> dict[str, float]:
         calls.append(seed)
         ids = torch.tensor([tokenizer("ba ko rin")["input_ids"]])

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 import tiny
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError
-from layercut.extensions import objectives
 from layercut.healing import FoldResult, TuningResult, endpoint_tuning, fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import removed_segments, with_held_out
@@ -25,6 +24,7 @@ from layercut.healing.stored_teacher import store_teacher
 from layercut.models import loading
 from layercut.models.objectives import KL, Hidden, NextToken, Objective, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.registries import objectives
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 

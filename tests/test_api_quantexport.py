@@ -23,9 +23,9 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError, ModelError, RunError, SurgeryError
-from layercut.extensions import exporters, quantizers
 from layercut.models import checkpoints, loading
 from layercut.quantization import quantize_, quantized_weights
+from layercut.registries import exporters, quantizers
 from layercut.segments import Segment, as_segments
 from layercut.surgery import cut_segment_
 

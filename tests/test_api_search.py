@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from layercut import extensions
+from layercut import registries
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, DataError, ModelError
@@ -32,9 +32,9 @@ def model():
 @pytest.fixture
 def registered(monkeypatch):
     """Registries whose additions are forgotten again."""
-    for registry in (extensions.criteria, extensions.objectives):
+    for registry in (registries.criteria, registries.objectives):
         monkeypatch.setattr(registry, "registered", dict(registry.registered))
-    return extensions.criteria
+    return registries.criteria
 
 
 def state(model):
@@ -44,7 +44,7 @@ def state(model):
     return parts, weights, model.config.to_dict()
 
 
-@pytest.mark.parametrize("method", list(extensions.criteria))
+@pytest.mark.parametrize("method", list(registries.criteria))
 def test_the_model_is_as_it_was_and_the_answer_that_of_one_at_rest(model, method):
     """A model as from_pretrained gives it, and one in training mode with dropout, in which nothing else may change."""
     at_rest = search(model, tiny.some_tokens(), n_layers=2, method=method, seed=3)
@@ -241,7 +241,7 @@ class Rank(Objective):
 
 @pytest.mark.parametrize("method", ["clp", "exhaustive"])
 def test_an_objective_of_ones_own_is_what_candidates_are_scored_by(model, method, registered):
-    extensions.objectives.register("test-reverse")(ReverseKL)
+    registries.objectives.register("test-reverse")(ReverseKL)
     tokens = tiny.some_tokens()
     found = search(model, tokens, n_layers=2, method=method, objective="test-reverse")
     assert found == search(model, tokens, n_layers=2, method=method, objective=ReverseKL())

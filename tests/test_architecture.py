@@ -13,7 +13,7 @@ import layercut
 ROOT = Path(layercut.__file__).parent
 LEVELS = [
     {"errors"},
-    {"extensions", "segments", "files"},
+    {"registries", "segments", "files"},
     {"config"},
     {"distributed"},
     {"progress"},
@@ -87,3 +87,13 @@ def test_no_two_public_classes_have_one_name():
     )
     twice = sorted(name for name, count in names.items() if count > 1)
     assert not twice, f"two classes are called {', '.join(twice)}"
+
+
+def test_no_function_is_longer_than_a_screen():
+    long = [
+        f"{module}:{node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for module, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > 60
+    ]
+    assert not long, f"at most 60 lines, docstring included: {', '.join(long)}"

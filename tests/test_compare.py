@@ -13,13 +13,13 @@ from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
-from layercut.extensions import criteria
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
 from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.registries import criteria
 from layercut.report import charts, formatting
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
-from layercut import extensions
+from layercut import registries
 from layercut.cli import main
 from layercut.errors import ConfigError
 
@@ -33,11 +33,11 @@ def tokenizer(tiny_model):
 def installed(monkeypatch):
     """The package's entry points, as pip would have left them."""
     monkeypatch.syspath_prepend(PACKAGE)
-    registries = [getattr(extensions, kind) for kind in KINDS]
-    for registry in registries:
+    every = [getattr(registries, kind) for kind in KINDS]
+    for registry in every:
         registry.__dict__.pop("installed", None)
     yield
-    for registry in registries:
+    for registry in every:
         registry.__dict__.pop("installed", None)
 
 
@@ -100,6 +100,6 @@ def test_a_part_of_this_process_is_registered_by_a_decorator():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_of_layercut_can_be_imported(kind):
-    registry = getattr(extensions, kind)
+    registry = getattr(registries, kind)
     for name in registry.own:
         assert callable(registry.get(name))

@@ -23,12 +23,12 @@ from layercut.healing import endpoint_tuning as room
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.least_squares import fold_cut_
-from layercut.models import checkpoints, layers_on_disk, loading, memory
+from layercut.models import checkpoints, layer_reader_protocol, loading, memory
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.offload import layer_reader, placement, shared
+from layercut.offload import layer_reader, placement, weight_sharing
 from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
-from layercut.report.lines import describe_export
+from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment
 from layercut.surgery import check_checkpoint_cut, cut_checkpoint, cut_segment_
 from test_resume import driver
@@ -121,7 +121,7 @@ def test_what_was_not_measured_is_null(both):
 def opened(checkpoint, segments, mode, **how):
     """Stacks over a model and its cut copy, in memory or on disk."""
     model = placement.load(checkpoint, stream=mode, **how).model
-    student = shared.share(model)
+    student = weight_sharing.share(model)
     cut_segment_(student, segments)
     return DecoderRunner(model), DecoderRunner(student)
 
@@ -137,7 +137,7 @@ CUT = [Segment(3, 5)]
 
 def test_a_cut_copy_borrows_the_layers_it_has(llama):
     dense, student = opened(llama, CUT, "on")
-    disk, tokens = layers_on_disk.layers_on_disk(dense.model), tiny.some_tokens(2)
+    disk, tokens = layer_reader_protocol.layers_on_disk(dense.model), tiny.some_tokens(2)
     expected = opened(llama, CUT, "off")[1].model(input_ids=tokens).logits
     read = disk.bytes_read
     assert torch.equal(student.model(input_ids=tokens).logits, expected)
@@ -145,7 +145,7 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
     assert disk.bytes_read - read == sum(p.nbytes for p in student.layers.parameters())
     disk.leave_()
     assert all(p.is_meta for p in student.layers.parameters())
-    again = shared.share(student.model)  # a copy of a copy, from which more is cut
+    again = weight_sharing.share(student.model)  # a copy of a copy, from which more is cut
     cut_segment_(again, [Segment(0, 1)])
     twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
     assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
@@ -158,7 +158,7 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
 
 def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
     dense, student = opened(llama, CUT, "on")
-    disk, tokens = layers_on_disk.layers_on_disk(dense.model), tiny.some_tokens(2)
+    disk, tokens = layer_reader_protocol.layers_on_disk(dense.model), tiny.some_tokens(2)
     dense_logits = dense.model(input_ids=tokens).logits
     name = "model.layers.3.mlp.down_proj.weight"  # layer 5 of the dense model
     loading.replace_parameters_(student.model, {name: torch.zeros(32, 64)})
@@ -173,7 +173,7 @@ def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):
 
 def test_a_cut_that_changes_weights_of_layers_is_refused(llama):
     model = placement.load(llama, stream="on").model
-    student = shared.share(model)
+    student = weight_sharing.share(model)
     layer = student.model.layers[2]
     layer.mlp.up_proj.weight = torch.nn.Parameter(torch.empty(64, 32, device="meta"), requires_grad=False)
     with pytest.raises(ModelError, match="other weights in layer 2"):
@@ -209,7 +209,7 @@ def test_fold_perplexity_and_files_are_those_of_the_model_in_memory(name, tmp_pa
 def test_a_fold_that_does_not_help_is_undone(llama, monkeypatch):
     """The layer is read from disk again, and nothing of it stays in memory."""
     dense, student = opened(llama, CUT, "on")
-    disk, tokens, kls = layers_on_disk.layers_on_disk(dense.model), tiny.some_tokens(24), iter([1.0, 1.0])
+    disk, tokens, kls = layer_reader_protocol.layers_on_disk(dense.model), tiny.some_tokens(24), iter([1.0, 1.0])
     logits = student.model(input_ids=tokens[:2]).logits
     monkeypatch.setattr("layercut.healing.least_squares.mean_kl", lambda *_: next(kls))
     found = fold_(student, dense, tokens)
@@ -297,7 +297,7 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     monkeypatch.setattr(room, "SCORES", 1)
     settings, tokens = TuneSettings(batch_tokens=64), tiny.some_tokens(24, 16)
     dense, student = opened(llama, CUT, "on")
-    disk = layers_on_disk.layers_on_disk(dense.model)
+    disk = layer_reader_protocol.layers_on_disk(dense.model)
     states = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
     assert disk.layers_read == [1] * 8
     assert (tmp_path / "states" / "shared").stat().st_size == 24 * 16 * 32 * 4

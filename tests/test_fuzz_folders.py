@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import folders
 from fuzz import folders as fuzz
-from layercut.cli import commands
+from layercut.cli import single_stage
 from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError, shown
 from layercut.export import checkpoint
@@ -168,7 +168,9 @@ def test_tokens_beyond_the_vocabulary_are_refused(tiny_model, folder, texts):
     vocabulary |= {token: i + 5000 for token, i in vocabulary.items() if i >= 258}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"gives token 5,\d+, and the model's vocabulary has 300"):
-        commands.evaluate_only(str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
+        single_stage.evaluate_only(
+            str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
+        )
 
 
 # --- which files are the model ------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_of_two_layouts_all_take_the_one_that_transformers_takes(folder, tmp_pat
     save_file(other, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
     (folder / checkpoints.INDEX).write_text(json.dumps(index))
-    commands.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+    single_stage.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     name = "model.layers.0.self_attn.q_proj.weight"
     opened = layer_reader.open_on_disk(resolve(str(folder))).model
     opened.layers_on_disk.enter_(0)
@@ -232,7 +234,7 @@ def test_a_cut_copies_what_belongs_to_a_model_and_nothing_else(folder, tmp_path,
     (folder / "private" / "key").write_text("secret")
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.Model"})
     with caplog.at_level("INFO", "layercut"):
-        commands.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+        single_stage.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     there = {file.name for file in (tmp_path / "cut").iterdir()}
     assert {"LICENSE.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= there
     assert not there & {"modeling_x.py", "notes.json", "run.sh", "private"}
@@ -256,7 +258,7 @@ def test_a_companion_that_leads_out_of_the_checkpoint_is_refused(kind, folder, t
     else:
         (folder / "LICENSE.txt").symlink_to(tmp_path / "secret")
     with fuzz.limited(20), pytest.raises(ModelError, match="not a file of this checkpoint"):
-        commands.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
+        single_stage.cut(str(folder), CutConfig(segment=("3:5",), out=tmp_path / "cut"))
     assert not (tmp_path / "cut").exists()
 
 
@@ -338,7 +340,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
     alive: list[Any] = []
-    load = commands.opening.load
+    load = single_stage.opening.load
 
     def watched(*args: Any, **how: Any) -> Any:
         gc.collect()
@@ -347,8 +349,10 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(commands.opening, "load", watched)
-    found = commands.evaluate_only(str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
+    monkeypatch.setattr(single_stage.opening, "load", watched)
+    found = single_stage.evaluate_only(
+        str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
+    )
     assert len(alive) == 2
     assert found.ratio is not None
     assert found.ratio[0] == 1.0

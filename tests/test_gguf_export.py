@@ -18,9 +18,9 @@ import folders
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
-from layercut.export.gguf import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
+from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import Header, read_header
 from layercut.report.verdicts import broken
@@ -119,7 +119,7 @@ def test_healed_layers_among_untouched_bytes(source, healed, tmp_path, kind):
 
 
 def test_a_wrong_layout_is_noticed(source, healed, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.gguf.rotary_order", lambda rows, heads: rows)
+    monkeypatch.setattr("layercut.export.gguf_tensors.rotary_order", lambda rows, heads: rows)
     with pytest.raises(ModelError, match=r"off by .* in model\.layers\.1\.self_attn\.q_proj\.weight \(f16\)"):
         write_healed(source, healed, tmp_path / "out.gguf", "f16")
 
@@ -183,7 +183,7 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.gguf_writing.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "transformers: every weight read back" in said
@@ -244,7 +244,7 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
 def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypatch, capsys):
     """llama.cpp lets every sixth layer of Gemma 3 attend to everything; here it is the second and the last."""
-    monkeypatch.setattr("layercut.export.gguf_writing.convert", converted_here)
+    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), f"--gguf-type={kind}", f"--out={out}"]) == 0
     assert "sliding_window_pattern" in capsys.readouterr().err
@@ -260,8 +260,8 @@ def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypat
 
 @needs_llama_cpp
 def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layercut.export.gguf_writing.convert", converted_here)
-    monkeypatch.setattr("layercut.export.gguf_writing._say_what_slides", lambda *_: None)
+    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
+    monkeypatch.setattr("layercut.export.gguf_export._say_what_slides", lambda *_: None)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), "--gguf-type=q8_0", f"--out={out}"]) == 2
     assert "llama.cpp computes something else" in capsys.readouterr().err
@@ -355,8 +355,8 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     refused(str(gguf_run), out, "--gguf-type=q4_k_m", words="llama-cpp-py-sync")
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
-    monkeypatch.setattr("layercut.export.gguf_writing.llama_cpp_installed", lambda: False)
-    monkeypatch.setattr("layercut.export.gguf_writing.architecture_of", lambda _: "future")
+    monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.gguf_export.architecture_of", lambda _: "future")
     refused(str(future), out, f"--converter={converter}", words="how llama.cpp tells the layers of 'future' apart")
 
 

@@ -12,16 +12,10 @@ import tiny
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning as room
-from layercut.healing import fold_, passes, stored_teacher, tune_
-from layercut.healing.endpoint_tuning import (
-    TuningFiles,
-    endpoints,
-    own_parameters_,
-    rows_of_step,
-    warmup_then_cosine,
-)
-from layercut.healing.passes import HeldOut, Pair
+from layercut.healing import fold_, stored_teacher, tune_, tuning_pass
+from layercut.healing.endpoint_tuning import TuningFiles, endpoints, own_parameters_, rows_of_step, warmup_then_cosine
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
+from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import loading, losses
 from layercut.models.objectives import KL, objective_of
@@ -244,7 +238,7 @@ DIRECT = {
 def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatch, tmp_path):
     """Chunks of 5 tokens, or all at once."""
     model, tokens, rows = tiny.llama(), tiny.some_tokens(4), torch.arange(4)
-    monkeypatch.setattr(passes, "logit_pieces", lambda *a: losses.logit_pieces(*a, budget_bytes=budget))
+    monkeypatch.setattr(tuning_pass, "logit_pieces", lambda *a: losses.logit_pieces(*a, budget_bytes=budget))
     student, reference = (cut_copy(model, Segment(3, 5)) for _ in range(2))
     options = DIRECT[name]
     t, mix = options.get("temperature", 1.0), options.get("mix", 1.0 if name == "next-token" else 0.0)

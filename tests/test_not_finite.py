@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 import tiny
 from layercut.config import CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.extensions import criteria
 from layercut.healing import tune_
 from layercut.healing.least_squares import Normal, fold_cut_
 from layercut.layer_search import SearchResult, longest_within, perplexity_rise, regret, search
@@ -25,7 +24,8 @@ from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.iterative import out_of_budget, within_budgets
 from layercut.pipeline.run_store import Run
-from layercut.report.lines import describe_fold, describe_point
+from layercut.registries import criteria
+from layercut.report.stage_lines import describe_fold, describe_point
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -120,7 +120,7 @@ def test_a_fold_is_judged_by_finite_figures_only(sound):
 def test_tuning_keeps_the_first_finite_state(monkeypatch):
     """The start cannot be scored: any state that can is better, and one that again cannot is not kept."""
     scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
-    monkeypatch.setattr("layercut.healing.passes.HeldOut.score", lambda self: next(scores))
+    monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: next(scores))
     model = tiny.llama(4)
     student = loading.share(model)
     cut_segment_(student, [Segment(1, 2)])

@@ -40,7 +40,6 @@ from layercut.estimate.fit import Device, judge
 from layercut.estimate.machine import Rates
 from layercut.estimate.shape import cache_kinds, count_parts, measure_shape, skeleton
 from layercut.evaluation import speed
-from layercut.extensions import criteria
 from layercut.healing import tune_
 from layercut.healing.least_squares import together
 from layercut.healing.linear_outputs import find_targets
@@ -48,6 +47,7 @@ from layercut.layer_search import search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner
+from layercut.registries import criteria
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 

@@ -20,9 +20,9 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import RUNS_OWN
-from layercut.pipeline.context import RunContext
 from layercut.pipeline.journey import text_stage
 from layercut.pipeline.resolve import check_sources, with_reported_window
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.text import check_unseen, uses
 

@@ -18,19 +18,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GENERATED = ROOT / "docs" / "generated"
 MODULES = {
-    "Settings and errors": ["config", "errors", "segments", "extensions", "progress"],
-    "The journey": ["pipeline.journey", "pipeline.iterative", "pipeline.run_store"],
+    "Settings and errors": ["config", "errors", "segments", "registries", "progress"],
+    "The journey": ["pipeline.journey", "pipeline.resolve", "pipeline.iterative", "pipeline.run_store"],
     "Models": ["models.loading", "models.runner", "models.losses", "models.objectives"],
     "Search": [
         "layer_search.criteria", "layer_search.clp", "layer_search.gate", "layer_search.prices", "layer_search.sweep",
         "layer_search.exhaustive", "layer_search.greedy", "layer_search.statistics", "layer_search.budgets",
         "layer_search.stability",
     ],
-    "Surgery": ["surgery.in_memory", "surgery.checkpoint", "surgery.gguf", "surgery.layer_facts"],
-    "Healing": ["healing.least_squares", "healing.endpoint_tuning", "healing.objectives", "healing.tuning_state"],
+    "Surgery": ["surgery.in_memory", "surgery.checkpoint_cut", "surgery.gguf_cut", "surgery.config_cut"],
+    "Healing": ["healing.least_squares", "healing.endpoint_tuning", "healing.tuning_pass", "healing.tuning_state"],
     "Quantization": ["quantization.gptq", "quantization.grid", "quantization.packing"],
-    "Evaluation": ["evaluation.perplexity", "evaluation.generation", "evaluation.retention", "evaluation.passkey"],
-    "Export": ["export.checkpoint", "export.gguf", "export.gguf_check"],
+    "Evaluation": ["evaluation.likelihood", "evaluation.generation", "evaluation.retention", "evaluation.passkey"],
+    "Export": ["export.checkpoint", "export.gguf_export", "export.gguf_check"],
 }  # fmt: skip
 """Modules of layercut in the reference, under their headings."""
 

@@ -35,8 +35,8 @@ _WHERE = {
     "save": "export", "Exported": "export",
     "compress": "pipeline", "RunResult": "pipeline",
     "Segment": "segments", "DecoderRunner": "models", "Objective": "models",
-    "criteria": "extensions", "objectives": "extensions", "quantizers": "extensions", "evaluations": "extensions",
-    "exporters": "extensions",
+    "criteria": "registries", "objectives": "registries", "quantizers": "registries", "evaluations": "registries",
+    "exporters": "registries",
     "progress_to": "progress", "LayercutError": "errors",
 }  # fmt: skip
 """Public name -> the room that has it."""
@@ -50,11 +50,6 @@ if TYPE_CHECKING:
     from layercut.evaluation import evaluate as evaluate
     from layercut.export import Exported as Exported
     from layercut.export import save as save
-    from layercut.extensions import criteria as criteria
-    from layercut.extensions import evaluations as evaluations
-    from layercut.extensions import exporters as exporters
-    from layercut.extensions import objectives as objectives
-    from layercut.extensions import quantizers as quantizers
     from layercut.healing import FoldResult as FoldResult
     from layercut.healing import TuningResult as TuningResult
     from layercut.healing import fold_ as fold_
@@ -70,6 +65,11 @@ if TYPE_CHECKING:
     from layercut.progress import progress_to as progress_to
     from layercut.quantization import Quantized as Quantized
     from layercut.quantization import quantize as quantize
+    from layercut.registries import criteria as criteria
+    from layercut.registries import evaluations as evaluations
+    from layercut.registries import exporters as exporters
+    from layercut.registries import objectives as objectives
+    from layercut.registries import quantizers as quantizers
     from layercut.segments import Segment as Segment
     from layercut.surgery import cut as cut
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from cyclopts import Group, Parameter
 
 from layercut.errors import ConfigError
-from layercut.extensions import Registry, criteria, evaluations, exporters, objectives, quantizers
 from layercut.files.sizes import parse_bytes
+from layercut.registries import Registry, criteria, evaluations, exporters, objectives, quantizers
 from layercut.segments import Segment
 
 StreamMode = Literal["auto", "on", "off"]

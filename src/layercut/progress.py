@@ -69,9 +69,7 @@ def _say(level: int, stage: str, words: str, *, progress: bool = False) -> None:
 
 
 def _is_main() -> bool:
-    from layercut.distributed.processes import (
-        is_main,  # which loads torch, for which a command that says nothing need not wait
-    )
+    from layercut.distributed.processes import is_main
 
     return is_main()
 

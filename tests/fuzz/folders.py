@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import folders
 import tiny
-from layercut.cli import commands
+from layercut.cli import single_stage
 from layercut.config import CutConfig, PlanConfig, SearchConfig
 from layercut.errors import LayercutError
 from layercut.estimate import plan_run
@@ -220,7 +220,7 @@ def load_and_run(folder: Path, out: Path, *, on_disk: bool = False) -> None:
 
 
 def cut(folder: Path, out: Path) -> None:
-    commands.cut(str(folder), CutConfig(segment=("1:2",), out=out))
+    single_stage.cut(str(folder), CutConfig(segment=("1:2",), out=out))
 
 
 def plan(folder: Path, out: Path) -> None:

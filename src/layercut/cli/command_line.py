@@ -121,7 +121,7 @@ def cut(model: Model, *, config: CutConfig, log: Log = None) -> None:
 
         layercut cut MODEL --segment 13:19 --out smaller
     """
-    from layercut.cli.commands import cut
+    from layercut.cli.single_stage import cut
 
     print(shown(str(cut(model, config))))
 
@@ -139,7 +139,7 @@ def quantize(
 
         layercut quantize MODEL --bits 4 --out quantized
     """
-    from layercut.cli.commands import quantize_alone
+    from layercut.cli.single_stage import quantize_alone
 
     print(shown(str(quantize_alone(model, config))))
 
@@ -175,7 +175,7 @@ def evaluate(
 
         layercut evaluate runs/small --eval-data c4:validation
     """
-    from layercut.cli.commands import evaluate_only
+    from layercut.cli.single_stage import evaluate_only
     from layercut.report.page import evaluation_lines, task_lines
 
     config = config or PerplexityConfig()

@@ -31,7 +31,7 @@ from layercut.data.self_sampled import sample
 from layercut.data.sources import SELF, Source, find, public_name, split_mix
 from layercut.errors import DataError
 from layercut.models.runner import DecoderRunner
-from layercut.offload.shared import share
+from layercut.offload.weight_sharing import share
 
 Order = Literal["shuffled", "as written"]
 PIECE = 2_000_000

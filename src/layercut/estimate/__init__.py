@@ -26,7 +26,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.memory import memory_bytes, resident_bytes
 from layercut.pipeline.resolve import check_window, wanted_length, with_reported_window
 from layercut.segments import Segment, checked_segments
-from layercut.surgery.differences import plan_cut
+from layercut.surgery.cut_plan import plan_cut
 
 GROUP = 128
 """Numbers that share one 16-bit scale in weight-only quantization."""

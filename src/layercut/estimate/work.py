@@ -14,7 +14,6 @@ from layercut.estimate.shape import Parts, Shape
 from layercut.evaluation import speed
 from layercut.evaluation.generation import CONTINUATION, FEWEST_PROMPTS, LONGEST_PROMPT, PROMPTS, SAMPLE
 from layercut.export.checkpoint import CHECK_TOKENS
-from layercut.extensions import criteria
 from layercut.healing.endpoint_tuning import SCORES, endpoints
 from layercut.healing.least_squares import HELD_OUT, RIDGES, WIDEST
 from layercut.layer_search.clp import COARSE_SHARE, schedule_for
@@ -22,6 +21,7 @@ from layercut.layer_search.prices import FINALISTS, FIRST_SHARE
 from layercut.layer_search.sweep import DENSE, all_segments, set_work, sweep_work
 from layercut.pipeline.stages.heal import FOLD_TOKENS, objective
 from layercut.pipeline.stages.text import FEWEST_HELD_OUT, HELD_OUT_SHARE
+from layercut.registries import criteria
 from layercut.segments import Segment, joined_segments
 
 FRESH_PROCESS = 8.0

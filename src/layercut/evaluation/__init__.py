@@ -4,7 +4,7 @@ Everything is measured on the dense and on the compressed model, on the same tok
 perplexity (`likelihood.py`), greedy continuations and their health (`generation.py`), the tasks of
 lm-evaluation-harness (`harness.py`) with the paired arithmetic of what was lost (`retention.py`), keys hidden in
 long text (`passkey.py`), and the evaluations of users (`protocol.py`). The pipeline calls these and writes what they
-return; `evaluate` (`in_memory.py`) is for those who have a model in memory.
+return; `evaluate` (`comparison.py`) is for those who have a model in memory.
 """
 
 from layercut.evaluation.comparison import Evaluation, evaluate

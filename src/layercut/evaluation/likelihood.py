@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
-from layercut.models.layers_on_disk import layers_on_disk
+from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.models.losses import kl_divergence, next_token_loss, rows_per_chunk, slices, token_loss
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 

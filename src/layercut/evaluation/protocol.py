@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from layercut import extensions
+from layercut import registries
 from layercut.errors import ConfigError
 from layercut.progress import bar
 
@@ -56,7 +56,7 @@ def named(evaluations: Sequence[str | EvaluationFunction]) -> dict[str, Evaluati
         name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
         if name in found:
             raise ConfigError(f"two evaluations are called {name!r}", "give each once, and under a name of its own")
-        found[name] = extensions.evaluations.get(given) if isinstance(given, str) else given
+        found[name] = registries.evaluations.get(given) if isinstance(given, str) else given
     return found
 
 

@@ -23,8 +23,8 @@ import torch
 from layercut.config import ExportConfig
 from layercut.data.blocks import stored_blocks
 from layercut.export.checkpoint import save, text_to_check
-from layercut.export.gguf import PLAIN, require_llama_cpp, tensor_types
-from layercut.export.gguf_writing import write_converted, write_healed
+from layercut.export.gguf_export import write_converted, write_healed
+from layercut.export.gguf_tensors import PLAIN, require_llama_cpp, tensor_types
 from layercut.models import checkpoints, loading
 
 

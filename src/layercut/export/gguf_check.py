@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from layercut.errors import LayercutError, ModelError, first_line
-from layercut.export.gguf import tensor_types
+from layercut.export.gguf_tensors import tensor_types
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.checkpoints import Checkpoint
 from layercut.models.gguf_header import read_header

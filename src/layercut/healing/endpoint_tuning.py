@@ -32,13 +32,13 @@ from layercut.errors import ConfigError
 from layercut.files.json_values import digest
 from layercut.healing.inputs import removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
-from layercut.healing.passes import Batch, HeldOut, Pair
 from layercut.healing.stored_teacher import StoredTeacher
+from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
+from layercut.models.callers_model import prepared
 from layercut.models.losses import as_price, slices
 from layercut.models.objectives import Objective, objective_of
-from layercut.models.prepared import prepared
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.progress import bar
 from layercut.segments import Segment, kept_layers

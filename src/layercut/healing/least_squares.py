@@ -32,8 +32,8 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
+from layercut.models.callers_model import prepared
 from layercut.models.losses import as_price
-from layercut.models.prepared import prepared
 from layercut.models.runner import DecoderRunner, carry_, enter_all, mean_kl, shared_layers, shared_passes
 from layercut.progress import bar
 from layercut.segments import Segment

@@ -20,9 +20,9 @@ import torch
 
 from layercut.errors import RunError
 from layercut.files.sizes import size
-from layercut.healing.passes import Batch, Pair, loss_gradient
+from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
-from layercut.offload.shared import LentLayers
+from layercut.offload.weight_sharing import LentLayers
 
 KEY = "key"
 """The file that says of what tokens and model the states are; written last."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from layercut import extensions
+from layercut import registries
 from layercut.distributed import processes
 from layercut.errors import ConfigError, DataError
 from layercut.layer_search.budgets import (
@@ -84,7 +84,7 @@ def search(
         if segments is not None:
             return priced(runner, tokens, segments)
         name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-        criterion: Criterion = extensions.criteria.get(method) if isinstance(method, str) else method
+        criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
         asked: dict[str, Any] = {"num_segments": min(num_segments, length), "objective": as_objective(objective)}
         check_asked(criterion, name, num_segments > 1, not is_kl(asked["objective"]))
         cost, begun = Cost(), time.perf_counter()
@@ -93,7 +93,7 @@ def search(
             picked = criterion(runner, tokens, length, **options)
         seconds = time.perf_counter() - begun
         result = replace(judged(runner, tokens, length, name, picked, cost), seconds=seconds)
-        if oracle and criterion is not (exhaustive := extensions.criteria.get("exhaustive")):
+        if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
             result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **asked))
         return result
 

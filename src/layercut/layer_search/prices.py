@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from layercut.distributed import processes, sharding
-from layercut.extensions import objectives
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
 from layercut.models.runner import DecoderRunner, dense_logits
+from layercut.registries import objectives
 
 FIRST_SHARE, FINALISTS = 8, 3
 """A race begins on one row in eight (two at least); so many candidates at least are priced on all rows."""

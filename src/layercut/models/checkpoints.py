@@ -1,7 +1,7 @@
 """From a model's name to files on this machine, checked: a Hub id, a local folder or a .gguf file.
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
-shard names may not leave the folder, and JSON is read within limits (`files/writing.py`) and checked
+shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
 (`models/config_checks.py`) before a
 class of transformers sees it. Which files hold the weights is decided here alone, as transformers decides it.
 """

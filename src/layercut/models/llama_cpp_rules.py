@@ -2,7 +2,7 @@
 
 llama.cpp tells layers apart by tensors, by arrays in the metadata and by rules in its own source; a cut may break the
 last. This is the table of those rules, used where a GGUF file is cut (`surgery/gguf_cut.py`), read (in `models/`) and
-written (`export/gguf_writing.py`). Source: llama.cpp's load_hparams, b11739; entries marked "tried" were held
+written (`export/gguf_export.py`). Source: llama.cpp's load_hparams, b11739; entries marked "tried" were held
 against transformers' logits past the sliding window with tiny random models, the others are by reading.
 """
 

@@ -7,7 +7,7 @@ in nats per token, computed in float32 whatever the model's own number format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,9 +78,6 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 # --- losses whose gradient is written out: for tuning, where each is wanted once ---------------------------------
 
-Term = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(tokens, their float32 logits [n, V]) -> loss per token [n] and its gradient in the logits [n, V]."""
-
 
 def kl_and_gradient(
     p_logits: torch.Tensor, z: torch.Tensor, temperature: float = 1.0
@@ -124,21 +121,6 @@ def next_token_and_gradient(z: torch.Tensor, targets: torch.Tensor) -> tuple[tor
 
 def _scaled_(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x if factor == 1 else x.mul_(factor)
-
-
-def loss_and_gradient(
-    logits: torch.Tensor, term: Term, scale: float, budget_bytes: int | None = None
-) -> tuple[float, torch.Tensor]:
-    """Summed loss of logits [n, V] in any number format, and scale x its gradient in that format.
-
-    float32 exists for a few tokens at a time.
-    """
-    gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-    for part in slices(len(logits), tokens_at_once(logits, budget_bytes)):
-        loss, slope = term(part, logits[part].float())
-        total += loss.sum()
-        gradient[part] = _scaled_(slope, scale)
-    return total.item(), gradient
 
 
 def tokens_at_once(logits: torch.Tensor, budget_bytes: int | None = None) -> int:

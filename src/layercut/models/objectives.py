@@ -1,6 +1,6 @@
 """What makes a cut model good: the losses that a search prices cuts by and that endpoint tuning minimises.
 
-Between the formulas (`losses.py`) and those who use them (`layer_search/prices.py`, `healing/passes.py`). To add
+Between the formulas (`losses.py`) and those who use them (`layer_search/prices.py`, `healing/tuning_pass.py`). To add
 one, subclass `Objective`, override `loss`, and register the class:
 
     @layercut.objectives.register("mypackage-reverse-kl")
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from layercut.errors import ConfigError
-from layercut.extensions import objectives
 from layercut.models.losses import (
     Teacher,
     bucket_kl_and_gradient,
@@ -29,6 +28,7 @@ from layercut.models.losses import (
     kl_divergence,
     next_token_and_gradient,
 )
+from layercut.registries import objectives
 
 
 class Objective:

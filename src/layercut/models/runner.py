@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.files.sizes import size
-from layercut.models.layers_on_disk import layers_on_disk, without_reading
+from layercut.models.layer_reader_protocol import layers_on_disk, without_reading
 from layercut.models.loading import find_decoder, stored_dtype
 from layercut.models.losses import Teacher, as_price, rows_per_chunk
 from layercut.models.memory import available_bytes

@@ -9,7 +9,7 @@ Which stored tensor becomes which weight is decided by transformers' own loader:
 tensors without data, which tells what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
 
-A cut copy of such a model borrows its layers: `offload/shared.py`.
+A cut copy of such a model borrows its layers: `offload/weight_sharing.py`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from layercut.pipeline.library import RunResult, compress
+from layercut.pipeline.api import RunResult, compress
 
 __all__ = ["RunResult", "compress"]

@@ -34,9 +34,9 @@ from layercut.models import checkpoints, loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
 from layercut.pipeline.artefacts import RUNS_OWN
-from layercut.pipeline.context import RunContext
 from layercut.pipeline.journey import text_stage
 from layercut.pipeline.resolve import check_sources, check_window, default_folder, with_reported_window
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings
 from layercut.pipeline.stages.text import Use

@@ -1,6 +1,6 @@
 """A finished run's model, or a checkpoint folder, in another file format: what `layercut export` does.
 
-Beside `pipeline/journey.py`, like `cli/commands.py`. The format itself is an exporter (`export/formats.py`).
+Beside `pipeline/journey.py`, like `cli/single_stage.py`. The format itself is an exporter (`export/formats.py`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 from layercut.config import ExportConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.formats import ExportSource
-from layercut.extensions import exporters
 from layercut.files.json_values import write_json
+from layercut.files.whole_folder import appearing
 from layercut.models import checkpoints
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say
-from layercut.report.lines import describe_export, describe_gguf_check
+from layercut.registries import exporters
 from layercut.report.page import write_report
+from layercut.report.stage_lines import describe_export, describe_gguf_check
 from layercut.report.verdicts import broken
-from layercut.surgery.companions import appearing
 
 
 def export(target: str, config: ExportConfig) -> Path:

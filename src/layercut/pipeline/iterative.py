@@ -24,9 +24,9 @@ from layercut.files.sizes import parse_bytes, size_flag
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import stages
-from layercut.pipeline.context import RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
-from layercut.report.lines import describe_fold, describe_point, describe_tuning
+from layercut.report.stage_lines import describe_fold, describe_point, describe_tuning
 from layercut.segments import Removal, Segment
 
 FRONTIER_BITS = (16, 8, 4)

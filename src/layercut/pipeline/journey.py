@@ -22,15 +22,15 @@ from layercut.files.json_values import write_text
 from layercut.models import checkpoints
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import RUNS_OWN
-from layercut.pipeline.context import RunContext
 from layercut.pipeline.iterative import heal_stages, in_rounds, search_stage
 from layercut.pipeline.resolve import ResolvedRun, Stage, default_folder, resolve
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.report.formatting import label
-from layercut.report.lines import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report.page import model_card, write_report
+from layercut.report.stage_lines import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
 

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 
 from layercut.errors import ConfigError
-from layercut.extensions import quantizers
 from layercut.quantization.gptq import gptq
 from layercut.quantization.grid import Grid, encode
+from layercut.registries import quantizers
 
 
 class Quantizer(Protocol):

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 
 from layercut.errors import ModelError, SurgeryError
+from layercut.files.whole_folder import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
 from layercut.models.loading import load_config
 from layercut.segments import Segment
-from layercut.surgery import layer_facts
-from layercut.surgery.companions import appearing
-from layercut.surgery.differences import CutPlan, plan_cut
-from layercut.surgery.position_rules import Read
+from layercut.surgery import config_cut
+from layercut.surgery.cut_plan import CutPlan, plan_cut
 from layercut.surgery.safetensors_io import Entry, Output, Shard, read_shard, write_shard
 from layercut.surgery.tensor_names import DiskNames, in_reading_order, layer_of, renumbered
+from layercut.surgery.weight_adjustments import Read
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "special_tokens_map.json",
@@ -437,11 +437,11 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
     Facts that the source left to rules or defaults are written out. Where the mended file would not read as
     planned (an old rule in it wins over the new list), the whole config is written anew.
     """
-    wanted = layer_facts.reread(plan.config).to_dict()
+    wanted = config_cut.reread(plan.config).to_dict()
     mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
     _quantization_names_(mended, plan)
     try:
-        if layer_facts.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
+        if config_cut.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
             return mended
     except SurgeryError:  # the class refuses the mixture of old and new facts
         pass

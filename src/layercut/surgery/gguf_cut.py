@@ -11,16 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercut.errors import ConfigError, LayercutError, ModelError, SurgeryError
+from layercut.errors import ConfigError, LayercutError, SurgeryError
+from layercut.files.whole_folder import appearing
 from layercut.models import llama_cpp_rules as rules
-from layercut.models.gguf_header import block_of, open_gguf, raw_value
+from layercut.models.gguf_header import block_of, open_gguf
 from layercut.progress import say
 from layercut.segments import Segment, checked_segments, kept_layers
-from layercut.surgery.companions import appearing
+from layercut.surgery.gguf_writer import write_gguf
 
-COUNTED_FROM_FRONT = ("leading_dense_block_count", "hash_layer_count")
-COUNTED_FROM_BACK = ("attention.shared_kv_layers",)
-NOT_BY_LAYER = ("rope.dimension_sections",)
 PACKED_TENSORS = ("per_layer_token_embd.weight", "per_layer_model_proj.weight")
 _CUT_FOLDER = "cut the original checkpoint folder instead, then convert it"
 
@@ -79,7 +77,7 @@ def cut_gguf(
         if rules.PATTERN in changes and segments:
             note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
             say("note", f"{note} from {rules.NEEDS_BUILD} on")
-        _write(reader, work / out.name, name, kept, layers, header.blocks, changes, replaced or {})
+        write_gguf(reader, work / out.name, name, kept, layers, header.blocks, changes, replaced or {})
 
 
 # --- what cannot be expressed ---------------------------------------------------------------------
@@ -126,7 +124,7 @@ def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers
 
 
 def _nearby(reader: Any, name: str, facts: dict[str, Any], segments: Sequence[Segment], layers: int) -> str:
-    from layercut.surgery.differences import neighbours
+    from layercut.surgery.cut_plan import neighbours
 
     found = []
     for candidate in neighbours(segments, layers):
@@ -138,86 +136,3 @@ def _nearby(reader: Any, name: str, facts: dict[str, Any], segments: Sequence[Se
     if not found:
         return _CUT_FOLDER
     return "segments near it that can: " + ", or ".join(found[:3])
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def _write(
-    reader: Any,
-    out: Path,
-    name: str,
-    kept: list[int],
-    layers: int,
-    blocks: int,
-    changes: Mapping[str, Any],
-    replaced: Mapping[str, tuple[Any, Any]],
-) -> None:
-    from gguf import GGUFValueType, GGUFWriter
-
-    kept_blocks = kept + list(range(layers, blocks))
-    place = {old: new for new, old in enumerate(kept_blocks)}
-    writer = GGUFWriter(out, name, endianess=reader.endianess)
-    writer.data_alignment = reader.alignment
-    earlier: Any = None
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        if field.name == "layercut.original_layer_index":
-            earlier = field.contents()
-            continue
-        key = field.name.removeprefix(f"{name}.")
-        if key != field.name and key in changes:
-            continue
-        value = raw_value(field)
-        if key != field.name:
-            value = _cut_value(key, value, kept, kept_blocks, layers, blocks)
-        kind = field.types[0]
-        item = GGUFValueType(int(field.parts[3][0])) if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, value, kind, sub_type=item)
-    for key, value in changes.items():
-        is_list = isinstance(value, list)
-        kind = GGUFValueType.ARRAY if is_list else GGUFValueType.FLOAT32
-        writer.add_key_value(f"{name}.{key}", value, kind, sub_type=GGUFValueType.BOOL if is_list else None)
-    index = [earlier[i] for i in kept] if _is_index(earlier, layers) else kept
-    writer.add_key_value("layercut.original_layer_index", index, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
-    tensors = [(t, _renamed(t.name, place)) for t in reader.tensors]
-    contents = {new: replaced.get(new, (t.data, t.tensor_type)) for t, new in tensors if new is not None}
-    if unknown := replaced.keys() - contents.keys():
-        raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
-    for new, (data, kind) in contents.items():
-        writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for new, (data, _) in contents.items():
-        order = None if new in replaced else reader.endianess
-        writer.write_tensor_data(data, tensor_endianess=order)
-    writer.close()
-
-
-def _is_index(earlier: Any, layers: int) -> bool:
-    """Whether an earlier cut left an index for each of the layers."""
-    return isinstance(earlier, list) and len(earlier) == layers and all(isinstance(i, int) for i in earlier)
-
-
-def _cut_value(key: str, value: Any, kept: list[int], kept_blocks: list[int], layers: int, blocks: int) -> Any:
-    if key == "block_count":
-        return len(kept_blocks)
-    if key in COUNTED_FROM_FRONT and isinstance(value, int):
-        return sum(i < value for i in kept)
-    if key in COUNTED_FROM_BACK and isinstance(value, int):
-        return sum(i >= layers - value for i in kept)
-    if isinstance(value, list) and key not in NOT_BY_LAYER:
-        if len(value) == blocks:
-            return [value[i] for i in kept_blocks]
-        if len(value) == layers:
-            return [value[i] for i in kept]
-    return value
-
-
-def _renamed(tensor: str, place: dict[int, int]) -> str | None:
-    block = block_of(tensor)
-    if block is None:
-        return tensor
-    return f"blk.{place[block]}.{tensor.split('.', 2)[2]}" if block in place else None

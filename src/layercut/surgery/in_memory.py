@@ -10,10 +10,10 @@ from torch import nn
 from layercut.distributed.sharding import is_spread
 from layercut.errors import SurgeryError
 from layercut.models.runner import DecoderRunner
-from layercut.offload.shared import share
+from layercut.offload.weight_sharing import share
 from layercut.segments import Segment, as_segments
-from layercut.surgery.differences import CutPlan, plan_cut
-from layercut.surgery.position_rules import rescaled
+from layercut.surgery.cut_plan import CutPlan, plan_cut
+from layercut.surgery.weight_adjustments import rescaled
 
 
 def cut(model: Any, segments: Any) -> Any:

@@ -11,8 +11,8 @@ from layercut import evaluation as measures
 from layercut.data.blocks import in_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
-from layercut.models import layers_on_disk
-from layercut.pipeline.context import RunContext
+from layercut.models import layer_reader_protocol
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages import text
 from layercut.progress import bar, say
 from layercut.segments import Segment
@@ -55,7 +55,7 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
 def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> dict[str, Any]:
     """What the dense and the last model write, and how fast; not measured where layers are on disk, which would be
     read again for every token written."""
-    if layers_on_disk.layers_on_disk(last):
+    if layer_reader_protocol.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
         return {"generations": None, "health": None, "speed": None, "peak_rss_bytes": speed.peak_rss_bytes()}
     samples = [measures.generations(m, work.tokenizer) for m in (work.dense.model, last)]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
-from layercut.models import layers_on_disk
+from layercut.models import layer_reader_protocol
 from layercut.offload import layer_reader
-from layercut.pipeline.context import RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.progress import bar
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint
@@ -26,7 +26,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
         packing["packed"] = load_file(work.run / "quantized.safetensors")
         packing["quantization_config"] = quantized["quantization_config"]
     model = work.student(segments, "folded", "tuned", "quantized")
-    if layers_on_disk.layers_on_disk(model):
+    if layer_reader_protocol.layers_on_disk(model):
         return export_files(work, model, segments) | {"files": ["model"]}
     exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
     # what the fresh process should have found

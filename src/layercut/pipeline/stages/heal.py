@@ -19,11 +19,11 @@ from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_s
 from layercut.healing.offloaded import FrozenStates
 from layercut.healing.stored_teacher import StoredTeacher, store_teacher, stored_bytes
 from layercut.healing.tuning_state import StateFile, asked_to_stop
-from layercut.models import layers_on_disk, loading, memory
+from layercut.models import layer_reader_protocol, loading, memory
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner
-from layercut.offload import layer_reader, shared
-from layercut.pipeline.context import RunContext
+from layercut.offload import layer_reader, weight_sharing
+from layercut.pipeline.run_context import RunContext
 from layercut.progress import bar, say
 from layercut.segments import Removal, Segment, kept_layers
 from layercut.surgery import check_checkpoint_cut, cut_segment_
@@ -42,10 +42,10 @@ def cut(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
     segments: in the dense model's layers, all that is removed.
     """
     dense = work.dense.model
-    student = shared.share(dense)
+    student = weight_sharing.share(dense)
     if segments:
         cut_segment_(student, segments)
-    if layers_on_disk.layers_on_disk(dense):  # what would come to light at the end of the run
+    if layer_reader_protocol.layers_on_disk(dense):  # what would come to light at the end of the run
         layers = loading.find_decoder(student)
         names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
         check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))

@@ -11,7 +11,7 @@ from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
-from layercut.pipeline.context import RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.segments import Segment
 
 

@@ -28,7 +28,7 @@ from layercut.layer_search import (
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.pipeline.context import RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar
 from layercut.segments import Segment

@@ -23,9 +23,9 @@ from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import RUNS_OWN
-from layercut.pipeline.context import RunContext
+from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
-from layercut.report.lines import describe_shared
+from layercut.report.stage_lines import describe_shared
 
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""

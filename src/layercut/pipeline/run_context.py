@@ -22,7 +22,7 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
-from layercut.models import checkpoints, layers_on_disk, loading
+from layercut.models import checkpoints, layer_reader_protocol, loading
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
 from layercut.pipeline.run_store import Run
@@ -84,7 +84,7 @@ class RunContext:
         """The model, spread over the processes or not, and a line about it."""
         how = asdict(self.config.load) | {"shard": shard}
         loaded = placement.load(self.checkpoint, **how, tokenizer=self.tokenizer)
-        where = ", layers left on disk" if layers_on_disk.layers_on_disk(loaded.model) else ""
+        where = ", layers left on disk" if layer_reader_protocol.layers_on_disk(loaded.model) else ""
         if sharding.is_spread(loaded.model):
             held = size(sharding.bytes_held(loaded.model))
             where = f", spread over {processes.world()} processes, {held} in this one"
@@ -112,7 +112,7 @@ class RunContext:
         """Draws blocks of these sources for several uses; by the run's seed where no other is given."""
         text, own = self.config.text, [source for source in sources if "self" in split_mix(source)]
         model = self.dense.model if own else None
-        if model is not None and layers_on_disk.layers_on_disk(model):
+        if model is not None and layer_reader_protocol.layers_on_disk(model):
             raise ConfigError(
                 f"{own[0]!r} has the model write text, for which layers on disk would be read for every token",
                 "give another text, or --stream off",

@@ -19,15 +19,6 @@ from layercut.data.blocks import load_blocks
 from layercut.errors import ModelError
 from layercut.evaluation import perplexity
 from layercut.export.checkpoint import CHECK_TOKENS
-from layercut.export.gguf import (
-    CONVERTED,
-    PLAIN,
-    architecture_of,
-    convert,
-    gguf_tensors,
-    quantize_by_llama_cpp,
-    requantized,
-)
 from layercut.export.gguf_check import (
     by_llama_cpp,
     compare_weights,
@@ -35,6 +26,15 @@ from layercut.export.gguf_check import (
     read_by_transformers,
     readable,
     unlike_the_folder,
+)
+from layercut.export.gguf_tensors import (
+    CONVERTED,
+    PLAIN,
+    architecture_of,
+    convert,
+    gguf_tensors,
+    quantize_by_llama_cpp,
+    requantized,
 )
 from layercut.models import checkpoints, loading
 from layercut.models import llama_cpp_rules as rules

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from layercut.models import loading
-from layercut.models.layers_on_disk import layers_on_disk
+from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.offload.layer_reader import LayersOnDisk
 
 

@@ -22,7 +22,7 @@ from layercut.export.checkpoint import save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
-from layercut.models.layers_on_disk import layers_on_disk
+from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.offload import placement
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve import check_window
@@ -30,7 +30,7 @@ from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
 from layercut.quantization import quantize_
 from layercut.quantization.quantizers import resolve
-from layercut.report.lines import describe_quantization
+from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
 

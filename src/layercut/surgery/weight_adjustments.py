@@ -16,7 +16,7 @@ import torch
 from layercut.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from layercut.surgery.differences import CutPlan, Difference
+    from layercut.surgery.cut_plan import CutPlan, Difference
 
 Read = Callable[[str], torch.Tensor]
 """A weight by its name in memory before the cut."""

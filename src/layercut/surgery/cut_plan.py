@@ -27,7 +27,7 @@ from torch import nn
 from layercut.errors import LayercutError, ModelError, SurgeryError, first_line
 from layercut.models.loading import Decoder, find_decoder, quiet_transformers
 from layercut.segments import Segment, checked_segments, kept_layers
-from layercut.surgery import layer_facts, position_rules
+from layercut.surgery import config_cut, weight_adjustments
 
 PATIENCE = 15.0
 """Seconds after which the search for segments that work instead of a refused one ends."""
@@ -54,7 +54,7 @@ class CutPlan:
     """Dotted names of all lists with one entry per layer; `path` is the first."""
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     """(module name before the cut, attribute, new value)"""
-    edits: dict[str, position_rules.Edit] = field(default_factory=dict)
+    edits: dict[str, weight_adjustments.Edit] = field(default_factory=dict)
     """Tensors, by name after the cut, whose values change; see `adjust`."""
     dropped: frozenset[str] = frozenset()
     """Tensors, by name after the cut, that the new position must not have."""
@@ -108,17 +108,17 @@ def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> CutPlan:
 
 def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]) -> CutPlan:
     layers = len(decoder)
-    position_rules.refuse(decoder.config, kept, layers)
+    weight_adjustments.refuse(decoder.config, kept, layers)
     old_text = _own_part(config, decoder, before)
-    new = layer_facts.cut_config(config, old_text, kept, layers)
-    loaded = layer_facts.reread(new)
+    new = config_cut.cut_config(config, old_text, kept, layers)
+    loaded = config_cut.reread(new)
     _copy_unsaved(config, loaded)
     after = skeleton(cls, loaded, hint="")
     stacks = _stacks(before, after, decoder, kept)
     plan = CutPlan(kept=kept, config=new, before=before, after=after, path=decoder.path, stacks=stacks)
     differences = list(_differences(plan))
     attributes, differences = _moved(differences, plan, layers)
-    adjustment = position_rules.explain(differences, plan, old_text, layers)
+    adjustment = weight_adjustments.explain(differences, plan, old_text, layers)
     if adjustment.unexplained:
         raise SurgeryError(_describe(adjustment.unexplained))
     attributes += adjustment.attributes
@@ -139,7 +139,7 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
 def skeleton(cls: type, config: Any, hint: str = "check that this version of transformers can load the model") -> Any:
     """The model class built from a config, without weights: every tensor on the meta device."""
     config = copy.deepcopy(config)
-    for part in layer_facts.parts(config):
+    for part in config_cut.parts(config):
         if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
             vars(part)["dtype"] = getattr(torch, dtype)
     with quiet_transformers(), torch.device("meta"):
