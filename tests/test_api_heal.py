@@ -70,6 +70,7 @@ def test_a_fold_is_kept_where_held_out_kl_falls_and_leaves_the_dense_model():
     assert [(cut.segment, cut.layer, cut.skipped) for cut in found.cuts] == [([3, 5], 2, None)]
     assert state_of(model) == before
     assert json.dumps(found.to_dict())
+    assert "self_attn.o_proj, mlp.down_proj of layer 2" in found._repr_html_()
     # a new weight is trainable where the one before it was
     assert [name for name, p in student.named_parameters() if not p.requires_grad] == [FROZEN]
     assert student.model.layers[4].mlp.training  # layer 6 of the dense model
@@ -164,6 +165,7 @@ def test_tuning_leaves_the_process_and_the_dense_model_alone(monkeypatch, tmp_pa
     }  # fmt: skip
     assert keys < json.loads(json.dumps(found.to_dict())).keys()
     assert found.plot().get_ylabel() == "KL to the dense model, nats"
+    assert "<th>trained layers</th><td>2, 3</td>" in found._repr_html_()
 
 
 def test_a_failure_leaves_the_student_as_it_was(monkeypatch):

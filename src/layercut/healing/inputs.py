@@ -26,7 +26,7 @@ def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None) -> tuple[t
             continue
         if rows.dim() != 2 or rows.is_floating_point() or not len(rows) or rows.shape[1] < 2:
             raise ConfigError(
-                f"{name} has the shape {list(rows.shape)} and the type {rows.dtype}; wanted are ids [N, T], T > 1",
+                f"{name} has the shape {list(rows.shape)} and type {rows.dtype}; wanted are token ids [N, T], T > 1",
                 "blocks of text: layercut.token_blocks(source, tokenizer, tokens=16384)",
             )
     if heldout is not None:

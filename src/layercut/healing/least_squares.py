@@ -21,6 +21,7 @@ A layer's *inputs* take no fold: attention and MLP read the stream through RMSNo
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -129,6 +130,15 @@ class FoldResult:
     def to_dict(self) -> dict[str, Any]:
         """Of JSON values alone, by the fields' names."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What matters of it as a table, in a notebook."""
+        rows = [("held-out KL", f"{self.kl_before:.4g} → {self.kl_after:.4g}, {'kept' if self.kept else 'undone'}")]
+        for cut in self.cuts:
+            done = cut.skipped or f"{', '.join(cut.modules)} of layer {cut.layer}: error 1 → {cut.error_after:.3g}"
+            rows.append((f"cut {cut.segment[0]}:{cut.segment[1]}", done))
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
+        return f"<table>{''.join(cells)}</table>"
 
 
 def fold_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +52,19 @@ class TuningResult:
     def to_dict(self) -> dict[str, Any]:
         """Of JSON values alone, by the fields' names."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What matters of it as a table, in a notebook."""
+        rows = {
+            "objective": self.label,
+            "trained layers": ", ".join(map(str, self.trained_layers)),
+            "trained parameters": f"{self.trained_parameters:,}",
+            "tokens": f"{self.tokens:,}",
+            f"held-out {self.heldout_label}": f"{self.heldout[0]['loss']:.4g} → {self.best:.4g}",
+            "kept": f"after step {self.best_step} of {self.steps}",
+        }
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items())
+        return f"<table>{''.join(cells)}</table>"
 
     def plot(self, axes: Any = None) -> Any:
         """Training and held-out loss over the tokens trained on, the state that was kept marked.
