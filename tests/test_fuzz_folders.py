@@ -338,7 +338,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
     alive: list[Any] = []
-    load = commands.opening.load
+    load = commands.placement.load
 
     def watched(*args: Any, **how: Any) -> Any:
         gc.collect()
@@ -347,7 +347,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(commands.opening, "load", watched)
+    monkeypatch.setattr(commands.placement, "load", watched)
     found = commands.evaluate_only(str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16))
     assert len(alive) == 2
     assert found.ratio is not None
