@@ -340,7 +340,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
     alive: list[Any] = []
-    load = single_stage.opening.load
+    load = single_stage.placement.load
 
     def watched(*args: Any, **how: Any) -> Any:
         gc.collect()
@@ -349,7 +349,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(single_stage.opening, "load", watched)
+    monkeypatch.setattr(single_stage.placement, "load", watched)
     found = single_stage.evaluate_only(
         str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
     )
