@@ -70,8 +70,7 @@ def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch
 
 def test_configs_run(tiny_model, texts, tmp_path, capsys):
     """Settings by goal: those of `compress` as far as the search, or healing where the search needs it; `compare`."""
-    common = ["--data", str(texts[0]), "--tokens", "64", "--window", "16", "--tune-tokens", "64"]
-    common += ["--eval-data", str(texts[1]), "--eval-tokens", "64"]
+    common = ["--data", str(texts[0]), "--tokens", "64", "--window", "16"]
     files = sorted((EXAMPLES / "configs").glob("*.yaml"))
     assert len(files) >= 5
     for file in files:
@@ -79,10 +78,11 @@ def test_configs_run(tiny_model, texts, tmp_path, capsys):
         assert shown[1] == str(file.relative_to(ROOT))
         command, words = shown[0], [*common, "--config", str(file), "--out", str(tmp_path / file.stem)]
         if command == "compare":
-            words += ["--methods", "clp,cosine"]
+            words += ["--methods", "clp,cosine", "--tune-tokens", "64"]
+            words += ["--eval-data", str(texts[1]), "--eval-tokens", "64"]
         elif "target_size" in yaml.safe_load(file.read_text()):  # rounds: each search needs the healing before it
             command = "tune"
-            words += ["--target-size", "250KB", "--batch-tokens", "32"]  # what 8 bits make of the tiny model
+            words += ["--tune-tokens", "64", "--target-size", "250KB", "--batch-tokens", "32"]  # what 8 bits make of the tiny model
         else:
             command = "search"
         assert cli.main([command, str(tiny_model), *words]) == 0, (file.name, capsys.readouterr().err)
