@@ -82,7 +82,7 @@ def test_configs_run(tiny_model, texts, tmp_path, capsys):
             words += ["--eval-data", str(texts[1]), "--eval-tokens", "64"]
         elif "target_size" in yaml.safe_load(file.read_text()):  # rounds: each search needs the healing before it
             command = "tune"
-            words += ["--tune-tokens", "64", "--target-size", "250KB", "--batch-tokens", "32"]  # what 8 bits make of the tiny model
+            words += ["--tune-tokens", "64", "--target-size", "250KB", "--batch-tokens", "32"]  # 8 bits of it
         else:
             command = "search"
         assert cli.main([command, str(tiny_model), *words]) == 0, (file.name, capsys.readouterr().err)
