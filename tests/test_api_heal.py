@@ -206,7 +206,9 @@ class Shrink(Objective):
 
 
 @pytest.mark.parametrize(
-    "objective", [KL(), KL(temperature=2.0), KL(mix=0.3), KL(mix=1.0), NextToken(), AutogradKL()], ids=repr
+    "objective",
+    [KL(), KL(temperature=2.0), KL(mix=0.3), KL(mix=1.0), NextToken(), AutogradKL()],
+    ids=["kl", "temperature", "mixed", "text alone", "next-token", "by autograd"],
 )
 def test_every_loss_has_the_gradient_that_it_says(objective):
     draw = torch.Generator().manual_seed(0)
