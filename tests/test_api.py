@@ -26,7 +26,17 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def run(tiny_model, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("api") / "run"
-    return lc.compress(tiny_model, data=str(texts[0]), eval_data=str(texts[1]), out=out, **OPTIONS)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    told: list[str] = []
+
+    def during(description: str, *_: object) -> None:
+        told.append(description)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    with lc.progress_to(during):
+        run = lc.compress(tiny_model, data=str(texts[0]), eval_data=str(texts[1]), out=out, **OPTIONS)
+    assert [words for words in told if "tuning" in words], "the handlers were looked at while it was tuned"
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def compress(
     """
     from layercut.pipeline.journey import compress
 
-    _show(compress(model, config or CompressConfig()))
+    _show(compress(model, config or CompressConfig(), own_process=True))
 
 
 @app.command
@@ -93,7 +93,7 @@ def search(model: Model, *, config: FindConfig | None = None, log: Log = None, p
     """
     from layercut.pipeline.journey import compress
 
-    run = compress(model, (config or FindConfig()).journey(), until="search")
+    run = compress(model, (config or FindConfig()).journey(), until="search", own_process=True)
     found = json.loads((run / "search.json").read_text())
     for candidate in found["candidates"]:
         bounds = " ".join(f"{start}:{stop}" for start, stop in candidate["segments"])
@@ -110,7 +110,8 @@ def tune(model: Model, *, config: TuneConfig | None = None, log: Log = None, pre
     """
     from layercut.pipeline.journey import compress
 
-    print(shown(str(compress(model, (config or TuneConfig()).journey(), until="tune") / "model")))
+    tuned = compress(model, (config or TuneConfig()).journey(), until="tune", own_process=True)
+    print(shown(str(tuned / "model")))
 
 
 @app.command

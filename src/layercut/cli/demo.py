@@ -35,7 +35,7 @@ def demo(run: RunConfig) -> Path:
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
-    return compress(str(fetch_model()), config)
+    return compress(str(fetch_model()), config, own_process=True)
 
 
 def cache_folder() -> Path:

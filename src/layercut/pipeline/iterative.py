@@ -93,8 +93,8 @@ def in_rounds(work: RunContext, text: dict[str, Any], length: int | None) -> Rem
         if chosen:
             break
         part = Round(
-            work.checkpoint, config, run, rounds=rounds, text=text, whole=work, number=number,
-            previous=done[-1] if done else None,
+            work.checkpoint, config, run, rounds=rounds, own_process=work.own_process, text=text, whole=work,
+            number=number, previous=done[-1] if done else None,
         )  # fmt: skip
         say("round", f"{number} of {rounds}" + (" at most" if budget else ""))
         after = [done[-1].name("heal")] if done else []

@@ -35,13 +35,15 @@ from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
 
 
-def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> Path:
+def compress(model: str, config: CompressConfig, *, until: Stage = "report", own_process: bool = False) -> Path:
     """Search, cut, heal, measure and export `model`; a run that was stopped goes on where it was.
 
     Args:
         model: a Hub id, a folder, or a .gguf file.
         config: every option; checked here, once, before anything is loaded (`resolve`).
         until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
+        own_process: whether this process is the command's own, so that SIGINT and SIGTERM may be caught while tuning,
+            to keep its state first, and the C library told to keep freed memory. A library call changes neither.
 
     Returns:
         The run folder. Several processes that a launcher started do it together (`distributed/processes.py`).
@@ -53,7 +55,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report") -> 
     asked = resolve(model, config, until)
     with Run(asked.config.run.out or default_folder(model), force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)})
-        work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread)
+        work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
         text = text_stage(work, stages.text.uses(asked.config, until))
         if asked.config.number_of_rounds > 1:
             removal = in_rounds(work, text, asked.length)

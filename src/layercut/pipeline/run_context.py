@@ -42,6 +42,8 @@ class RunContext:
     """Among which the tuning tokens are dealt out."""
     spread: bool = False
     """Whether the weights are spread over several processes."""
+    own_process: bool = False
+    """Whether signals may be caught and the allocator be set: in a command, not in a library call."""
     text: dict[str, Any] = field(default_factory=dict)
     """What the text stage has drawn, by use: source, tokens, window, documents, fingerprint."""
 

@@ -18,7 +18,7 @@ from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.offloaded import FrozenStates
 from layercut.healing.stored_teacher import StoredTeacher, store_teacher, stored_bytes
-from layercut.healing.tuning_state import StateFile, asked_to_stop
+from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
 from layercut.models import layer_reader_protocol, loading, memory
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner
@@ -87,8 +87,10 @@ def tune(work: RunContext, removal: Removal) -> dict[str, Any]:
     teacher = stored_teacher(work, tokens, fingerprint(tokens)) if heal.teacher_topk else None
     states = stored_states(work, student, tokens) if student.on_disk else None
     state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(work.name("heal")))
-    files = TuningFiles(teacher=teacher, states=states, state=state, stopping=asked_to_stop)
-    memory.reuse_freed()
+    stopping = asked_to_stop if work.own_process else never_asked
+    files = TuningFiles(teacher=teacher, states=states, state=state, stopping=stopping)
+    if work.own_process:
+        memory.reuse_freed()
     report = tune_(student, work.stack, tokens, heldout=heldout, files=files, **vars(tune_settings(heal)))
     if states:
         states.close()
