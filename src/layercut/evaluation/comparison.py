@@ -12,8 +12,9 @@ import torch
 
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.evaluation.likelihood import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
-from layercut.evaluation.protocol import EvaluationFunction, Rows, in_eval_mode, measure_all, named
+from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
 from layercut.models import loading
+from layercut.models.callers_model import in_eval_mode
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 

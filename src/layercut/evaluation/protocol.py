@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from layercut import registries
 from layercut.errors import ConfigError
+from layercut.models.callers_model import in_eval_mode
 from layercut.progress import bar
 
 
@@ -144,16 +144,3 @@ def source_digest(evaluation: EvaluationFunction) -> str | None:
         return hashlib.sha256(inspect.getsource(evaluation).encode()).hexdigest()[:16]
     except (OSError, TypeError):
         return None
-
-
-@contextmanager
-def in_eval_mode(*models: Any) -> Iterator[None]:
-    """Models in eval mode while open; each module's own mode is put back afterwards."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

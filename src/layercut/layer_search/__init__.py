@@ -25,9 +25,10 @@ from layercut.layer_search.criteria import Criterion, accepted, lowest, names, t
 from layercut.layer_search.prices import as_objective, is_kl
 from layercut.layer_search.result import Candidate, Cost, SearchResult, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
+from layercut.models.callers_model import prepared
 from layercut.models.loading import check_tokens, positions
 from layercut.models.objectives import Objective
-from layercut.models.runner import DecoderRunner, opened
+from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
@@ -78,7 +79,7 @@ def search(
         DataError: the tokens are not [N, T] token ids of this model.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
-    with opened(model) as runner:
+    with prepared(model) as (runner,):
         check_calibration(runner, tokens)
         length = wanted_length(len(runner), ratio, n_layers, segments)
         if segments is not None:

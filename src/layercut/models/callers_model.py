@@ -32,17 +32,27 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
     """
     at_rest = [model.at_rest if isinstance(model, DecoderRunner) else model for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
-    modes = [[(module, module.training) for module in model.modules()] for model in at_rest]
+    with in_eval_mode(*at_rest):
+        try:
+            for model in at_rest:
+                _set_flags_(model, {})
+            yield [model if isinstance(model, DecoderRunner) else DecoderRunner(model) for model in models]
+        finally:
+            for model, before in zip(at_rest, flags, strict=True):
+                _set_flags_(model, before)
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode while open; each module's own mode is put back afterwards, also after an error."""
+    training = [module for model in models for module in model.modules() if module.training]
     try:
-        for model in at_rest:
-            model.eval()
-            _set_flags_(model, {})
-        yield [model if isinstance(model, DecoderRunner) else DecoderRunner(model) for model in models]
+        for module in training:
+            module.training = False
+        yield
     finally:
-        for model, before, modules in zip(at_rest, flags, modes, strict=True):
-            _set_flags_(model, before)
-            for module, training in modules:
-                module.training = training
+        for module in training:
+            module.training = True
 
 
 def _set_flags_(model: nn.Module, flags: dict[str, bool]) -> None:

@@ -228,28 +228,6 @@ class DecoderRunner:
             )
 
 
-@contextmanager
-def opened(model: Any) -> Iterator[DecoderRunner]:
-    """A runner of a model, or the runner itself, with dropout off and no gradients in the weights while open.
-
-    On exit the modules are in training mode, and the parameters take gradients, where they were and did before.
-    """
-    module = model.at_rest if isinstance(model, DecoderRunner) else model
-    training = [part for part in module.modules() if part.training]
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for part in training:
-            part.training = False
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield model if isinstance(model, DecoderRunner) else DecoderRunner(model)
-    finally:
-        for part in training:
-            part.training = True
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
     """h_{i+1} = f_i(h_i), of which only h_i is kept for the backward pass: there the layer is run again.
 
