@@ -1,6 +1,6 @@
 """Everything that can be wrong with what a user gave us.
 
-Raised anywhere, caught in one place (`cli.main`), which prints two lines and exits with 2:
+Raised anywhere, caught in one place (`cli.command_line.main`), which prints two lines and exits with 2:
 
     error: what was got, and what is allowed
     hint: the command or step that mends it

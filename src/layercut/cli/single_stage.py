@@ -1,6 +1,6 @@
 """One stage alone, on a model or on a finished run: cut, evaluate, quantize. (`pipeline/conversion.py`: export.)
 
-Beside `pipeline.compress`, over the same rooms, for what is decided only when a run is done.
+Beside `journey.compress`, over the same rooms, for what is decided only when a run is done.
 """
 
 from __future__ import annotations

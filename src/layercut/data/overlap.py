@@ -16,8 +16,8 @@ import torch
 PASSAGE = 64
 """Tokens in a passage, some 45 words: no two people write these alike."""
 MOST = 0.05
-"""Share of the passages of a text on which is judged that other text may hold as well. A guess: quotations and licences
-that a set of web pages repeats come to less (docs/log.md), copies to all."""
+"""Share of the passages of a text on which is judged that other text may hold as well. A guess, not
+measured: quotations and licences that a set of web pages repeats should come to less, copies come to all."""
 BASE = 0x9E3779B97F4A7C15
 """Odd, so that it has an inverse modulo 2^64: the golden ratio's fraction."""
 

@@ -1,7 +1,7 @@
 """Peaks of the stages where the decoder layers are left on disk: beside `models/memory.py`, in the same terms.
 
 In memory are what is no layer, the layer at work and the one that is read ahead. Rows go through a layer together
-(`sweep.passes`), so that hidden states of all of them are held; where those would not fit, a run takes several passes,
+(`runner.passes`), so that hidden states of all of them are held; where those would not fit, a run takes several passes,
 and what is said here is that of one.
 """
 
@@ -100,7 +100,7 @@ def export(shape: Shape, config: CompressConfig, base: int) -> Peak:
 
 def verified(shape: Shape, base: int) -> int:
     """Bytes of the fresh process that opens the result with its layers on disk and computes 64 tokens; of a run in
-    memory where there is not more (`export.verify`). base: Python and its libraries."""
+    memory where there is not more (`checkpoint.verify`). base: Python and its libraries."""
     return memory_peaks.total(weights(shape)) + base
 
 

@@ -52,7 +52,7 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one stage spends. One layer applied to one row counts one, as in `search.Cost`."""
+    """What one stage spends. One layer applied to one row counts one, as in `result.Cost`."""
 
     layer_forwards: Bounds = field(default_factory=lambda: Bounds.exactly(0))
     layer_backwards: Bounds = field(default_factory=lambda: Bounds.exactly(0))
@@ -265,7 +265,7 @@ def evaluate_work(shape: Shape, config: CompressConfig, segment: Segment, weight
     and after.
 
     Both models write after three prompts and, for their health, after eight at once, which the dense one then scores;
-    each round of `measure.speed` fills a prompt and decodes, twice with the dense model. A decoded token, or eight at
+    each round of `speed.speed` fills a prompt and decodes, twice with the dense model. A decoded token, or eight at
     once, reads every weight.
     """
     rows = rows_of(config.evaluate.eval_tokens, shape.window)

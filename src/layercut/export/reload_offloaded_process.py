@@ -1,4 +1,4 @@
-"""Run by itself, in a fresh process, by `export.verify_streamed`: is the saved checkpoint the model it should be?
+"""Run by itself, in a fresh process, by `checkpoint.verify_streamed`: is the saved checkpoint the model it should be?
 
 For what does not fit in memory: the layers stay on disk. Prints what it does, a line a step, and then one line of
 JSON, or fails with the difference as its last line.

@@ -1,4 +1,4 @@
-"""Run by itself, in a fresh process, by `export.verify_reload`: is the saved checkpoint the model it should be?
+"""Run by itself, in a fresh process, by `checkpoint.verify_reload`: is the saved checkpoint the model it should be?
 
 Uses torch and transformers alone; what imports layercut here fails. Prints what it does, a line a step, and then one
 line of JSON, or fails with the difference as its last line. EXPECTED holds tokens and their logits and, where there is

@@ -2,7 +2,7 @@
 
 `write_atomically` is the one way in which a file of a result is written. A full disk, a quota, a read-only file system
 or a missing permission is the user's to mend: `writing` says it with the path that was written, `disk_refusal` for what
-comes up elsewhere, in `cli.main`.
+comes up elsewhere, in `cli.command_line.main`.
 """
 
 from __future__ import annotations

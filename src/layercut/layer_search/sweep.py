@@ -5,7 +5,7 @@ what enters layer s + n is h_s. Layer j then serves the dense stream and every f
 all L - n + 1 candidates cost about half of running each in full, and each layer is entered once. A set of several
 segments forks at each of them; sets that begin with the same segments share a stream until they part.
 
-Of a model on disk each layer is read once, for all rows (`sweep.passes`); that needs the streams of all rows at once,
+Of a model on disk each layer is read once, for all rows (`runner.passes`); that needs the streams of all rows at once,
 about L - n + 2 of them, N T D numbers each.
 
 Several processes price a share of the rows each, all sets on every row; the sums are over all of them.

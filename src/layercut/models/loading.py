@@ -532,7 +532,8 @@ def share(model: Any) -> Any:
     """A second model over the same weights: own modules and config, the very same parameters and buffers.
 
     Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
-    Raises ModelError: the model's layers are on disk (`offload/layer_reader.py`); `lending.share` copies such a model.
+    Raises ModelError: the model's layers are on disk (`offload/layer_reader.py`); such a model is
+    copied by `offload/weight_sharing.py`.
     """
     if getattr(model, "layers_on_disk", None):
         raise ModelError(STREAMED, STREAMED_HINT)

@@ -97,10 +97,10 @@ def open_on_disk(
     allow_pickle: bool = False,
     tokenizer: Any = None,
 ) -> loading.LanguageModel:
-    """Open a safetensors folder with its decoder layers left on disk. dtype and device: as `models.load` takes them.
+    """Open a safetensors folder with its decoder layers left on disk. dtype and device: as `loading.load` takes them.
 
     Raises ModelError: GGUF, pickled or quantized weights, modelling code of its own, weights that several layers
-    share, and all that `models.load` refuses.
+    share, and all that `loading.load` refuses.
     """
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     _refuse(checkpoint, config)
@@ -141,7 +141,7 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
                 ignore_mismatched_sizes=True,  # refused below, and by name
                 output_loading_info=True,
             )
-        except Exception as error:  # as in `models.load`
+        except Exception as error:  # as in `loading.load`
             raise ModelError(f"{checkpoint.name} cannot be opened: {first_line(error)}", IN_MEMORY) from error
     loading.check_loading(info, checkpoint.name)
     if info.get("conversion_errors"):

@@ -23,9 +23,9 @@ FITS = 0.8
 def load(
     checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> loading.LanguageModel:
-    """`models.load`, or the same model with its weights spread over the processes or its layers left on disk.
+    """`loading.load`, or the same model with its weights spread over the processes or its layers left on disk.
 
-    how: the arguments of `models.load`. "auto": where the weights would take more than `FITS` of the memory that is
+    how: the arguments of `loading.load`. "auto": where the weights would take more than `FITS` of the memory that is
     available, they are spread if there are several processes that have room for a part each, else left on disk.
     """
     if spread(checkpoint, stream=stream, shard=shard, **how):
@@ -77,7 +77,7 @@ def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
 def load_spread(
     checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
 ) -> loading.LanguageModel:
-    """`models.load`, of which each process keeps its part of every weight (`distributed/sharding.py`).
+    """`loading.load`, of which each process keeps its part of every weight (`distributed/sharding.py`).
 
     A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
     at a time. What cannot be read so (GGUF, pickled or quantized weights, code of its own) is loaded whole into the

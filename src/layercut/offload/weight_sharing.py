@@ -24,7 +24,7 @@ from layercut.offload.layer_reader import LayersOnDisk
 
 
 def share(model: Any) -> Any:
-    """`models.share`, also of a model whose layers are on disk, or of a copy of one."""
+    """`loading.share`, also of a model whose layers are on disk, or of a copy of one."""
     disk = layers_on_disk(model)
     if disk is None:
         return loading.share(model)
