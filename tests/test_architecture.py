@@ -99,8 +99,26 @@ def test_no_function_is_longer_than_a_screen():
     assert not long, f"at most 60 lines, docstring included: {', '.join(long)}"
 
 
-OTHER_ROOMS = {"models", "healing", "quantization", "surgery", "evaluation", "export", "data", "offload", "distributed",
-               "files", "cli", "pipeline", "report", "estimate", "config", "progress", "registries", "segments"}  # fmt: skip
+OTHER_ROOMS = {
+    "models",
+    "healing",
+    "quantization",
+    "surgery",
+    "evaluation",
+    "export",
+    "data",
+    "offload",
+    "distributed",
+    "files",
+    "cli",
+    "pipeline",
+    "report",
+    "estimate",
+    "config",
+    "progress",
+    "registries",
+    "segments",
+}
 
 
 def public_functions(node: ast.AST, prefix: str = ""):

@@ -107,7 +107,7 @@ def taylor_scores(
     """sum_w |w dL/dw| over the weight matrices of each layer, L being the next-token loss.
 
     First-order estimate of what removing each weight costs (Taylor+ of Shortened LLaMA, 2402.02834). The backward pass
-    goes layer by layer, each recomputed from its input; gradients, summed over the rows, are held in float32. 2 L layer-
+    goes layer by layer, each recomputed from its input; gradients, summed over rows, are in float32. 2 L layer-
     forwards and L layer-backwards a row; every process computes all of it, since the sums are as large as the model.
     Layers on disk are read twice, and all rows go in one pass.
 
