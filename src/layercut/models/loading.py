@@ -198,19 +198,9 @@ def load(
             if checkpoint.gguf:
                 model = _load_gguf(checkpoint, config, stored)
             else:
-                packed = _is_quantized(config)  # unpacked in the format it is stored in: a loader's own arithmetic
-                with redirect_stderr(io.StringIO()) if packed else nullcontext():  # its bars
-                    model, info = auto.from_pretrained(
-                        checkpoint.folder,
-                        config=config,
-                        dtype=stored if packed else number,
-                        use_safetensors=None if allow_pickle else True,
-                        ignore_mismatched_sizes=True,  # refused below, and by name
-                        trust_remote_code=trust_remote_code,
-                        output_loading_info=True,
-                    )
-                check_loading(info, checkpoint.name)
-                _decompress_(model)
+                options = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+                # packed weights are unpacked in the dtype they are stored in: a loader's own arithmetic
+                model = _load_folder(auto, checkpoint, config, stored if _is_quantized(config) else number, options)
             if number != stored:
                 convert_parameters_(model, number)
         except ModelError:
@@ -372,6 +362,22 @@ def _decompress_(model: Any) -> None:
         decompress_module(module, leave_decompressed=False)
     _unmark_quantized_(model)
     model.tie_weights()
+
+
+def _load_folder(auto: Any, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """A folder's model by transformers' automatic class; every weight has to be in the folder, in its shape."""
+    with redirect_stderr(io.StringIO()) if _is_quantized(config) else nullcontext():  # its bars
+        model, info = auto.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # refused by name
+            output_loading_info=True,
+            **options,
+        )
+    check_loading(info, checkpoint.name)
+    _decompress_(model)
+    return model
 
 
 def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:

@@ -122,6 +122,7 @@ def kl_and_gradient(
     Returns:
         The loss [n] in nats, and the gradient of its sum in z [n, V].
     """
+    # in place where a tensor is not needed again: each is [n, V], the largest there are
     log_p, log_q = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (p_logits, z))
     p = log_p.exp()
     loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
@@ -147,7 +148,8 @@ def bucket_kl_and_gradient(
     log_q = F.log_softmax(z if temperature == 1 else z / temperature, -1)
     log_q_k = log_q.gather(-1, index)
     q = log_q.exp_()
-    q_k = q.gather(-1, index)
+    q_k = q.gather(-1, index)  # [n, K]
+    # q of the bucket summed from the others, not 1 - sum of q_k, which would cancel to noise where q_k is nearly all
     others = q.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
     p, p_bucket = log_p[:, :-1].exp(), log_p[:, -1:].exp()
     loss = torch.linalg.vecdot(log_p.exp(), log_p - torch.cat([log_q_k, others.log()], -1))

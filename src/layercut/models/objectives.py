@@ -180,7 +180,7 @@ class KL(Objective):
             self.label = f"{self.label} and {NextToken.label}" if mix < 1 else NextToken.label
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        """t² KL(p_t || q_t), mixed with the next-token loss where `mix` is above 0; arguments as of `Objective.loss`."""
+        """t² KL(p_t || q_t), mixed with the next-token loss where `mix` > 0; arguments as of `Objective.loss`."""
         if self.mix:
             return torch.stack([share * term.loss(student, dense, targets) for share, term in self.terms()]).sum(0)
         assert dense is not None
