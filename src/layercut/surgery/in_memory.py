@@ -49,6 +49,10 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     as it was.
     `model.config.original_layer_index` tells where the kept layers stood in the first model of all.
 
+    Args:
+        model: a causal LM of transformers, changed in place.
+        segments: the layers to remove.
+
     Raises:
         ConfigError: a segment outside the stack, overlapping ones, or all layers.
         SurgeryError: stock transformers cannot express what would be left; nothing is changed then.
@@ -91,9 +95,7 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
 
 
 def _check_same(model: Any, plan: CutPlan) -> None:
-    """The plan was made on a fresh model of the class; a model that was changed since may need something
-    else.
-    """
+    """Refuse a model that was changed since its class built it: the plan was made on a fresh model of the class."""
     real = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     plain = {name: tuple(tensor.shape) for name, tensor in plan.before.state_dict(keep_vars=True).items()}
     odd = sorted(name for name in real.keys() | plain.keys() if real.get(name) != plain.get(name))
@@ -132,9 +134,7 @@ def _pairs(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _with_children(facts: dict[str, Any], old: Any) -> dict[str, Any]:
-    """Keep the nested config objects themselves, which modules share; each is brought up to date on its
-    own.
-    """
+    """Keep the nested config objects themselves, which modules share; each is brought up to date on its own."""
     return {k: vars(old).get(k, v) if hasattr(v, "to_dict") else v for k, v in facts.items()}
 
 
