@@ -196,7 +196,7 @@ def _drawn(task: _Task) -> Iterator[Callable[[], None]]:
 
 
 def duration(seconds: float) -> str:
-    """80 -> 1 min 20 s"""
+    """Seconds in words: 80 -> 1 min 20 s."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     if hours:

@@ -129,7 +129,15 @@ def measure_all(
 def metric_rows(
     evaluation: EvaluationFunction, figures: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """One evaluation's figures by model, as one row a metric."""
+    """One evaluation's figures by model, as one row a metric.
+
+    Args:
+        evaluation: whose `higher_is_better` counts.
+        figures: metric -> figure, by the name of a model.
+
+    Returns:
+        Metric -> figures by the name of a model, and "higher_is_better".
+    """
     better = getattr(evaluation, "higher_is_better", {})
     metrics = dict.fromkeys(metric for each in figures.values() for metric in each)
     return {

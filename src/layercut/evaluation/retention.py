@@ -40,7 +40,18 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def flips(dense: Sequence[float], compressed: Sequence[float]) -> tuple[int, int] | None:
-    """(right -> wrong, wrong -> right) over the same items; None where values are not all 0 or 1."""
+    """Items that went from right to wrong, and from wrong to right.
+
+    Args:
+        dense: value of each item.
+        compressed: of the same items.
+
+    Returns:
+        (lost, gained); None where values are not all 0 or 1.
+
+    Raises:
+        ValueError: the numbers of items differ.
+    """
     if len(dense) != len(compressed):
         raise ValueError(f"{len(dense)} and {len(compressed)} items are not paired")
     if not {*dense, *compressed} <= {0.0, 1.0}:
@@ -50,7 +61,15 @@ def flips(dense: Sequence[float], compressed: Sequence[float]) -> tuple[int, int
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact binomial p-value of McNemar's test: how likely so uneven a split of the flips is by chance."""
+    """Two-sided exact binomial p-value of McNemar's test: how likely so uneven a split of the flips is by chance.
+
+    Args:
+        lost: items that went from right to wrong.
+        gained: from wrong to right.
+
+    Returns:
+        p, at most 1.
+    """
     n, fewer = lost + gained, min(lost, gained)
     tail = term = 1  # term: n over k
     for k in range(fewer):
@@ -60,7 +79,16 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def kept(score: float, dense: float, floor: float = 0.0) -> float | None:
-    """(score - floor) / (dense - floor); None where the dense model is not above the floor."""
+    """(score - floor) / (dense - floor): the share of a score above some floor that was retained.
+
+    Args:
+        score: of the compressed model.
+        dense: of the dense one.
+        floor: such as the score of guessing.
+
+    Returns:
+        1 where nothing was lost; None where the dense model is not above the floor.
+    """
     return (score - floor) / (dense - floor) if dense > floor else None
 
 
@@ -77,7 +105,15 @@ def speaking_metric(record: Mapping[str, Any]) -> str:
 def compare_records(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Row:
     """One task's row: both scores with standard errors, flips and p-value, retention; the other metrics beside it.
 
-    Raises RunError where the two records are not of the same items.
+    Args:
+        dense: record of the dense model.
+        compressed: record of the compressed one.
+
+    Returns:
+        The row.
+
+    Raises:
+        RunError: the two records are not of the same items.
     """
     if dense["document_hash"] != compressed["document_hash"] or dense["items"] != compressed["items"]:
         raise RunError(
@@ -91,7 +127,15 @@ def compare_records(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> 
 
 
 def compare_tasks(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Row:
-    """Records by task of two models -> {"tasks": row by task, "retention": over all}."""
+    """Compare the records of two models, task by task.
+
+    Args:
+        dense: records by task.
+        compressed: records of the same tasks.
+
+    Returns:
+        {"tasks": row by task, "retention": over all}.
+    """
     rows = {name: compare_records(dense[name], compressed[name]) for name in dense}
     return {"tasks": rows, "retention": retention(rows.values())}
 

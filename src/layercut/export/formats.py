@@ -54,6 +54,14 @@ user can mend."""
 def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
     """A GGUF file for llama.cpp, read back and compared; a run that began from one keeps the bytes it did not heal.
 
+    Args:
+        source: what is exported.
+        out: the file to write.
+        options: `gguf_type` and `converter` count.
+
+    Returns:
+        What was written and measured, as JSON values.
+
     Raises:
         ConfigError: llama-cpp-py-sync (K-quants) or llama.cpp's converter (checkpoint folders) is missing.
         ModelError: llama.cpp does not know the architecture, or reads something else from the file.
@@ -71,6 +79,14 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
 
 def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
     """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed weights.
+
+    Args:
+        source: what is exported.
+        out: the folder to write.
+        options: none count.
+
+    Returns:
+        What the fresh process found, as JSON values.
 
     Raises:
         ModelError: the model cannot be loaded.

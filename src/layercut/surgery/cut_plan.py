@@ -309,7 +309,7 @@ def _moved(
 
 
 def _is_left_over(difference: Difference, plan: CutPlan) -> bool:
-    """Whether something outside the layers serves a kind of layer that is removed, such as its RoPE: it may stay, unused."""
+    """Whether something outside the layers serves a kind of layer that is removed, such as its RoPE: it may stay."""
     module, other = plan.before.get_submodule(difference.module), plan.after.get_submodule(difference.module)
     if difference.is_tensor:
         return difference.new is None and difference.what in module._non_persistent_buffers_set

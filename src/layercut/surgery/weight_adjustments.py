@@ -254,7 +254,7 @@ def _add_edit(result: Adjustment, plan: CutPlan, name: str, edit: Edit) -> None:
 
 
 def rescaled(model: Any, plan: CutPlan) -> dict[str, Edit]:
-    """Undo, for the layers that stay, RWKV's division of weights by 2 ** (index // n), done in place when it first runs.
+    """Undo, for the layers that stay, RWKV's in-place division of weights by 2 ** (index // n) in its first run.
 
     The weights are copied, also in a model that has not run: else its first run would change those of the original.
 
