@@ -100,10 +100,6 @@ def test_no_function_is_longer_than_a_screen():
 
 
 OTHER_ROOMS = {
-    "data",
-    "offload",
-    "distributed",
-    "files",
     "cli",
     "pipeline",
     "report",

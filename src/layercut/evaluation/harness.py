@@ -277,7 +277,7 @@ def _choices(task: Any, items: Sequence[dict[str, Any]]) -> list[int] | None:
 
 
 def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
-    """The model as lm-eval wants it, with layercut's progress bar and with batches that fit a bounded tensor of logits.
+    """The model as lm-eval wants it, with layercut's progress bar and bounded tensors of logits.
 
     Args:
         model: a causal LM of transformers.
@@ -332,13 +332,9 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
     with _quiet():
         # a tokenizer of its own: lm-eval gives it a padding token, which must not get into what is exported
         return LanguageModel(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            max_length=longest,
-            batch_size=1,
-            backend="causal",
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal",
             softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
-        )
+        )  # fmt: skip
 
 
 # --- small things ------------------------------------------------------------------------------------------------

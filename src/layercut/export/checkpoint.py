@@ -378,10 +378,10 @@ def _checked(command: list[str], errors: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a fresh process with -P: it finds the packages that this one finds, but none in the working
-    folder.
+    """The environment of a fresh process with -P, which finds the packages that this one finds.
 
-    It needs nothing of layercut, and `export/reload_process.py` refuses to import it.
+    None is found in the folder where the user happens to be. The process needs nothing of layercut, and
+    `export/reload_process.py` refuses to import it.
     """
     here = os.getcwd()
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.abspath(path) != here]

@@ -22,7 +22,7 @@ from layercut.errors import RunError
 from layercut.files.sizes import size
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
-from layercut.offload.weight_sharing import LentLayers
+from layercut.offload.weight_sharing import SharedLayers
 
 KEY = "key"
 """The file that says of what tokens and model the states are; written last."""
@@ -166,7 +166,7 @@ class PairOnDisk(Pair):
             trained
             layer.
         """
-        assert isinstance(self.student.on_disk, LentLayers)
+        assert isinstance(self.student.on_disk, SharedLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)
 
