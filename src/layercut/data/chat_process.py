@@ -19,7 +19,7 @@ LONGEST = 2**26
 
 
 def bound_memory() -> None:
-    """Let allocations fail beyond what is mapped now and MEMORY; where the system has no such limit, only time bounds it."""
+    """Let allocations fail beyond what is mapped now and MEMORY, where the system has such a limit."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()

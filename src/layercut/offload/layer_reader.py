@@ -286,7 +286,7 @@ class LayersOnDisk:
         self._versions = self._unchanged.copy()  # of what each layer holds now
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
-        self._random: dict[Any, dict[str, torch.Tensor]] | None = (
+        """Put the weights in memory into the layers of clones, for all that they have no data of their own for."""
             None  # by kind of layer, while `random_weights` is open
         )
         self._said = ""

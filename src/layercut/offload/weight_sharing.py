@@ -106,7 +106,7 @@ class SharedLayers:
             self.source.enter_(number, self._after(number))
 
     def _after(self, number: int) -> list[int]:
-        """The layer to read once this one is there: of those that are borrowed here the next one on the way."""
+        """The layer to read once this one is there: the next one on the way whose weights the clone lacks."""
         resident = self.source.resident
         order = [n for one in self._layers if (n := self._number[one]) == resident or _lacks_weights(one)]
         place = order.index(number)
