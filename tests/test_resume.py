@@ -1,4 +1,4 @@
-"""A run that is stopped goes on from the last finished stage and ends as if it had never been stopped."""
+"""A run that is stopped is resumed after the last finished stage and ends as if it had never been stopped."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
     with driver(arguments(tiny_model, texts, run), log) as run_until:
         assert run_until("search", signal.SIGINT) == 130
     assert "Traceback" not in log.read_text()
-    assert log.read_text().splitlines()[-1].startswith("stopped; the same command goes on")
+    assert log.read_text().splitlines()[-1].startswith("stopped; the same command resumes")
     assert list(artefacts(run)) == [*TEXTS, "text-shared"]
 
 

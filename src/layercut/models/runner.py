@@ -10,7 +10,7 @@ type) is recorded from the model's own forward, in which every layer passes its 
     logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
 
 A model whose layers are on disk (`offload/layer_reader.py`) is used alike: `stack.layer(i, …)` reads layer i where
-another one was entered last, so that a sweep takes all its rows through a layer before it goes on to the next
+another one was entered last, so that a sweep takes all its rows through a layer before the next one
 (`passes`, `carry_`). So is one that is spread over several processes (`distributed/sharding.py`): it runs as a copy
 over the same weights, and all processes must take as many steps (`sharding.in_step`).
 """

@@ -286,9 +286,8 @@ class LayersOnDisk:
         self._versions = self._unchanged.copy()  # of what each layer holds now
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
-        """Put the weights in memory into the layers of clones, for all that they have no data of their own for."""
-            None  # by kind of layer, while `random_weights` is open
-        )
+        # by kind of layer, while `random_weights` is open
+        self._random: dict[Any, dict[str, torch.Tensor]] | None = None
         self._said = ""
         self.clone_layers: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
         """Layers of clones of the model, which get the weights of these where they have none of their own."""
@@ -383,7 +382,7 @@ class LayersOnDisk:
         self.resident = None
 
     def _fill_clones_(self, i: int) -> None:
-        """Give the weights in memory to the clone_layers, for all that they have no data of their own for."""
+        """Put the weights in memory into the layers of clones, where these have no data of their own."""
         weights = _tensors(self.layers[i])
         for clone_layer in self.clone_layers[i]:
             for name, tensor in _tensors(clone_layer).items():
