@@ -28,6 +28,7 @@ from layercut.files.sizes import size
 from layercut.files.writing import replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, memory
 from layercut.models.loading import as_stored, quiet_transformers, share
+from layercut.models.older_names import add_older_names_
 from layercut.models.runner import DecoderRunner
 from layercut.offload import layer_reader
 from layercut.progress import bar
@@ -154,6 +155,7 @@ def export_checkpoint(
                 # a copy: for some architectures transformers empties the dict that it is given
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
+            add_older_names_(partial)
         usual_mode_(partial)
         check_bytes(partial, state)
         found = None

@@ -24,6 +24,7 @@ from layercut.errors import ModelError, SurgeryError
 from layercut.files.whole_folder import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
 from layercut.models.loading import load_config
+from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut
 from layercut.surgery.cut_plan import CutPlan, plan_cut
@@ -84,6 +85,7 @@ def cut_checkpoint(
             (work / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, work / path)
         (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        add_older_names_(work)
         _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
     return left
 
