@@ -175,7 +175,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
         ratio=ratio,
         tasks=found["tasks"],
         retention=found["retention"] if len(records) == 2 else None,
-        text=drawn.facts() if drawn else None,
+        text=asdict(drawn.facts()) if drawn else None,
         limit=asked.limit,
         evaluations={one: evaluation.metric_rows(functions[one], of_models) for one, of_models in figures.items()},
         seed=config.seed,

@@ -39,6 +39,26 @@ PIECE = 2_000_000
 All of WikiText-2's test text is one piece, as the field has it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """Where token blocks come from, for a run's provenance; fit to be published."""
+
+    source: str
+    """As the user named it; of a file its name alone."""
+    reads: list[str]
+    """What was read, each by its one name (`Source.reads`)."""
+    origins: list[str]
+    """The stream of each part of the mix."""
+    tokens: int
+    window: int
+    """Tokens in a row."""
+    documents: int
+    passed_over: int
+    """Documents that were left out, since another use of the run has them."""
+    fingerprint: str
+    """First 16 hex digits of the SHA-256 of the token ids."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Token blocks and where they came from."""
@@ -60,18 +80,13 @@ class Blocks:
     passed_over: int = 0
     """Documents that were left out, since another use of the run has them."""
 
-    def facts(self) -> dict[str, Any]:
-        """For the run's provenance; fit to be published."""
-        return {
-            "source": public_name(self.source),
-            "reads": list(self.reads),
-            "origins": list(self.origins),
-            "tokens": self.tokens.numel(),
-            "window": self.tokens.shape[1],
-            "documents": self.documents,
-            "passed_over": self.passed_over,
-            "fingerprint": self.fingerprint,
-        }
+    def facts(self) -> TextFacts:
+        """All but the tokens and the documents' keys."""
+        return TextFacts(
+            source=public_name(self.source), reads=list(self.reads), origins=list(self.origins),
+            tokens=self.tokens.numel(), window=self.tokens.shape[1], documents=self.documents,
+            passed_over=self.passed_over, fingerprint=self.fingerprint,
+        )  # fmt: skip
 
     def rows_by_origin(self) -> dict[str, torch.Tensor]:
         """The rows of each stream, {stream: [n, T]}."""

@@ -200,30 +200,47 @@ def from_main(value: Result) -> Result:
     return box[0]
 
 
-def on_main(compute: Callable[[], Result]) -> Result:
-    """Compute in the main process alone, and broadcast the value, or the error.
+@dataclass
+class MainAlone:
+    """Work of the main process: see `main_alone`."""
+
+    mine: bool
+    """Whether it is this process that does it."""
+    value: Any = None
+    """What came out of it: set by the process that does it; in all of them at the end."""
+
+
+@contextmanager
+def main_alone() -> Iterator[MainAlone]:
+    """Work that the main process alone does, while the others wait; all get its `value`, or fail with it.
 
     Inside, there is one process: `world()` is 1, and what is split elsewhere is not.
     """
+    work = MainAlone(is_main())
     if not (several := _several()):
-        return compute()
+        yield work
+        return
     barrier()
-    outcome: tuple[bool, Any] = (True, None)
-    error: BaseException | None = None
-    if is_main():
-        several.alone += 1
-        try:
-            outcome = (True, compute())
-        except Exception as caught:
-            error, outcome = caught, (False, _portable(caught))
-        finally:
-            several.alone -= 1
-    fine, value = from_main(outcome)
-    if error:
-        raise error
-    if not fine:
-        raise value
-    return value
+    error: Exception | None = None
+    several.alone += work.mine
+    try:
+        yield work
+    except Exception as caught:
+        error = caught
+    finally:
+        several.alone -= work.mine
+    told, work.value = from_main((error and _portable(error), work.value))
+    if failed := error or told:
+        raise failed
+
+
+def on_main(compute: Callable[[], Result]) -> Result:
+    """Compute in the main process alone, and broadcast the value, or the error (`main_alone`)."""
+    with main_alone() as work:
+        if work.mine:
+            work.value = compute()
+    result: Result = work.value
+    return result
 
 
 def _portable(error: Exception) -> Exception:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from layercut.files.writing import write_atomically
 
+OPTIONAL = {"optional": True}
+"""Metadata of a dataclass's field that JSON leaves out where it has its default."""
 NOT_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
 
@@ -19,16 +22,27 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text."""
+    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text.
+
+    Dataclasses become objects with their fields' names as keys, without OPTIONAL fields that have their default.
+    """
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
         return {str(key): jsonable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [jsonable(value) for value in content]
+    if is_dataclass(content) and not isinstance(content, type):
+        held = ((each, getattr(content, each.name)) for each in fields(content))
+        return {each.name: jsonable(value) for each, value in held if not _is_left_out(each, value)}
     if isinstance(content, Path):
         return str(content)
     return content
+
+
+def _is_left_out(field: Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return bool(field.metadata.get("optional")) and value == default
 
 
 def restored(content: Any) -> Any:
