@@ -23,7 +23,7 @@ from layercut.layer_search.sweep import set_losses
 from layercut.models import loading
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.pipeline.artefacts import Artefact, FrontierPoint
+from layercut.pipeline.artefacts import Artefact, FrontierRecord
 from layercut.pipeline.iterative import out_of_budget, within_budgets
 from layercut.pipeline.run_store import Run
 from layercut.registries import criteria
@@ -199,7 +199,7 @@ def test_a_stage_returns_the_same_figures_whenever_it_is_asked(tmp_path):
 def test_what_is_said_and_decided_takes_figures_that_are_not_finite():
     fold = {"segment": [3, 4], "skipped": None, "layer": 2, "modules": ["mlp.down_proj"], "kept": True}
     assert "inf -> 2.5000, kept" in describe_fold(fold | {"kl_before": math.inf, "kl_after": 2.5})
-    point = FrontierPoint(layers=7, bits=4, bytes=2_000_000, rise=math.inf)
+    point = FrontierRecord(layers=7, bits=4, bytes=2_000_000, rise=math.inf)
     assert describe_point(vars(point)) == "7 layers at 4 bits: 2.0 MB, perplexity not finite"
     config = CompressConfig(search=SearchConfig(max_loss=0.1))
     assert "first round leaves no finite loss" in out_of_budget([point], config).hint

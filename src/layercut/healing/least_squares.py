@@ -193,13 +193,15 @@ def fold_(
     with prepared(student, dense) as (cut, whole):
         segments = sorted(removed_segments(cut, whole) if segments is None else segments)
         before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
+        folds: list[Fold] = []
         undo_ = _undoing(cut, {_position(cut, whole, segment) for segment in segments})
         with bar("folding", len(segments) * len(tokens)) as advance:
-            folds = tuple(fold_cut_(cut, whole, segment, tokens, rows, advance) for segment in segments)
+            for segment in segments:
+                folds.append(fold_cut_(cut, whole, segment, tokens, rows, advance))
         after = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
         if not after < before:
             undo_()
-    return FoldResult(folds, before, after, after < before)
+    return FoldResult(tuple(folds), before, after, after < before)
 
 
 def _undoing(student: DecoderRunner, positions: set[int]) -> Callable[[], None]:

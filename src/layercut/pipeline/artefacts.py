@@ -351,7 +351,7 @@ class HealArtefact(Artefact):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierPoint:
+class FrontierRecord:
     """Size and loss of what is left, at one number of bits."""
 
     layers: int
@@ -365,7 +365,7 @@ class FrontierPoint:
 class FrontierArtefact(Artefact):
     """frontier-ROUND.json"""
 
-    points: list[FrontierPoint]
+    points: list[FrontierRecord]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from layercut.pipeline.artefacts import (
     Bits,
     CutArtefact,
     FoldArtefact,
-    FrontierPoint,
+    FrontierRecord,
     HealArtefact,
     RoundRecord,
     SearchArtefact,
@@ -51,8 +51,8 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     if length is None and budget is None:
         length = stages.search.length_for_target(work)
     done: list[Round] = []
-    points: list[FrontierPoint] = []
-    chosen: FrontierPoint | None = None
+    points: list[FrontierRecord] = []
+    chosen: FrontierRecord | None = None
     if config.search.two_budgets:
         measured = [work.source, text["heldout"], text["calibration"], config.quantize]
         points += stages.quantize.frontier(Round(work), bits, measured)
@@ -147,7 +147,7 @@ def round_lengths(length: int | None, layers: int, rounds: int) -> list[int]:
     return [n for n in (length // rounds + (number < length % rounds) for number in range(rounds)) if n]
 
 
-def within_budgets(points: Sequence[FrontierPoint], config: CompressConfig) -> FrontierPoint | None:
+def within_budgets(points: Sequence[FrontierRecord], config: CompressConfig) -> FrontierRecord | None:
     """Of the points inside both budgets the one of least loss; None where there is none, or only one budget."""
     search = config.search
     if not search.two_budgets or search.max_loss is None or search.target_size is None:
@@ -162,7 +162,7 @@ def budgets(config: CompressConfig) -> dict[str, Any]:
     return {"target_size": config.search.target_size, "max_loss": config.search.max_loss}
 
 
-def out_of_budget(points: Sequence[FrontierPoint], config: CompressConfig) -> ConfigError:
+def out_of_budget(points: Sequence[FrontierRecord], config: CompressConfig) -> ConfigError:
     """What to say where no point is inside: the nearest on either side."""
     search = config.search
     seen = "; ".join(describe_point(vars(point)) for point in points)

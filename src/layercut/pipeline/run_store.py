@@ -46,7 +46,7 @@ PROOFS = ("tasks", "long", "evaluations")
 
 
 @dataclass
-class Stage(Generic[Kind]):
+class RunStage(Generic[Kind]):
     """A stage of a run, as `Run.stage` opens it."""
 
     kind: type[Kind]
@@ -96,7 +96,7 @@ class Run:
     @contextmanager
     def stage(
         self, kind: type[Kind], name: str, inputs: Any, *, after: Sequence[str] = (), together: bool = False
-    ) -> Iterator[Stage[Kind]]:
+    ) -> Iterator[RunStage[Kind]]:
         """Open a stage, whose artefact is read where it is there and of the same inputs, else found and written.
 
             with run.stage(CutArtefact, "cut", inputs, after=["search"]) as stage:
@@ -113,7 +113,7 @@ class Run:
                 wait.
         """
         self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
-        stage = Stage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
+        stage = RunStage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
         if stage.found is not None:
             yield stage
         else:

@@ -11,7 +11,7 @@ from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
-from layercut.pipeline.artefacts import Bits, FrontierArtefact, FrontierPoint, QuantizeArtefact, decode
+from layercut.pipeline.artefacts import Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact, decode
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
@@ -37,7 +37,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     return stage.artefact
 
 
-def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierPoint]:
+def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
     """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model."""
     work, after = this.work, [this.name("heal")] if this.removal else []
     with work.run.stage(FrontierArtefact, f"frontier-{this.number or 0}", inputs, after=after) as stage:
@@ -46,7 +46,7 @@ def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[F
     return stage.artefact.points
 
 
-def point(work: RunContext, model: Any, bits: Bits) -> FrontierPoint:
+def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
     """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows."""
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
@@ -55,4 +55,4 @@ def point(work: RunContext, model: Any, bits: Bits) -> FrontierPoint:
         model, size = found.model, found.bytes_after
     perplexity = evaluation.perplexity(model, work.blocks["heldout"])
     rise = as_price(perplexity / work.heldout_perplexity - 1)
-    return FrontierPoint(layers=layers, bits=bits, bytes=size, rise=rise)
+    return FrontierRecord(layers=layers, bits=bits, bytes=size, rise=rise)
