@@ -56,4 +56,3 @@ def test_from_the_command_to_the_formulas_are_few_calls(tiny_model, texts, tmp_p
         path = paths[name]
         count = len(path) - 1 - path.index("pipeline.journey.compress")
         assert count <= most, f"{count} calls, at most {most}: {' -> '.join(path)}"
-        print(count, " -> ".join(path))  # noqa: T201

@@ -209,7 +209,7 @@ class KL(Objective):
         log_q_k = log_q.gather(-1, index)
         q = log_q.exp_()
         q_k = q.gather(-1, index)  # [M, K]
-        # q of the bucket summed from the others, not 1 - sum of q_k, which would cancel to noise where q_k is nearly all
+        # q of the bucket summed from the others, not 1 - sum of q_k, which cancels to noise where q_k is nearly all
         others = q.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
         p, p_bucket = log_p[:, :-1].exp(), log_p[:, -1:].exp()
         loss = torch.linalg.vecdot(log_p.exp(), log_p - torch.cat([log_q_k, others.log()], -1))

@@ -259,7 +259,7 @@ class SearchArtefact(Artefact, SearchCost):
     oracle: dict[str, Any] | None = None
     triangle: list[tuple[int, int, float]] | None = None
     budget: dict[str, Any] | None = None
-    rounds: list[RoundRecord] = field(default_factory=list, metadata=OPTIONAL)
+    rounds: list[RoundRecord] | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def kl(self) -> float:
@@ -347,7 +347,7 @@ class HealArtefact(Artefact):
     fold: list[FoldRecord]
     tuning: TuningRecord | None
     changed: list[str]
-    rounds: list[TuningRecord | None] = field(default_factory=list, metadata=OPTIONAL)
+    rounds: list[TuningRecord | None] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
