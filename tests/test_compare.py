@@ -221,15 +221,15 @@ def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatc
 
 def test_methods_resume_one_by_one(arguments, tmp_path, monkeypatch, capsys):
     tried = []
-    real = module.search_by
+    real = module.layer_search.search
 
-    def recorded(work, method, length):
+    def recorded(*args, method, **how):
         if method == stop_at:
             raise KeyboardInterrupt
         tried.append(method)
-        return real(work, method, length)
+        return real(*args, method=method, **how)
 
-    monkeypatch.setattr(module, "search_by", recorded)
+    monkeypatch.setattr(module.layer_search, "search", recorded)
     out = f"--out={tmp_path / 'run'}"
     stop_at = "cosine"
     assert main([*arguments, out, "--methods=random,cosine,angular"]) == 130

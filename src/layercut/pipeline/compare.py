@@ -142,7 +142,8 @@ def search_by(work: RunContext, method: str, length: int) -> MethodChoice:
                 dense_tokens=result.cost.dense_tokens,
             )
     found = stage.artefact
-    say("compare", f"{found.method}: remove {formatting.label(found.segments)}, KL {formatting.figure(found.kl)}")
+    removed = ", ".join(map(str, segments_of(found.segments)))
+    say("compare", f"{found.method}: remove {removed}, KL {formatting.figure(found.kl)}")
     return found.facts
 
 

@@ -40,7 +40,6 @@ from layercut.pipeline.artefacts import (
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
-from layercut.report.formatting import label
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
 
@@ -135,7 +134,7 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
                 layer_backwards=result.cost.layer_backwards, files=[f"stability-{seed}.safetensors"],
             )  # fmt: skip
-    say("stability", f"seed {seed}: remove {label(stage.artefact.segments)}")
+    say("stability", f"seed {seed}: remove {', '.join(map(str, segments_of(stage.artefact.segments)))}")
     return stage.artefact
 
 
