@@ -19,7 +19,7 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text."""
+    """Replace what JSON cannot express: infinite and undefined numbers become strings (`restored`), paths text."""
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
