@@ -4,8 +4,8 @@ After loading, before search. A source of text (`data/sources.py`), a mix of sev
 sampled from the dense model (`data/self_sampled.py`), is cut into blocks of exactly T tokens. The same source and seed
 always give the same stream of blocks.
 
-A `Reader` draws for the several uses of a run (search, tuning, held-out, evaluation); no text is used twice. What is the
-same text is decided by what is read, not by what it is called: one stream for each set, split or content of
+A `Reader` draws for the several uses of a run (search, tuning, held-out, evaluation); no text is used twice. What is
+the same text is decided by what is read, not by what it is called: one stream for each set, split or content of
 files, from which every use takes what the one before left; and a document that another use has, from whatever source,
 is skipped. What that cannot see, the same text split into other documents, `data/overlap.py` finds in the tokens.
 """
