@@ -307,7 +307,7 @@ class HealConfig:
     """Stop tuning after so many held-out scores in a row without a new best, of 8 in all; 0 never does."""
     teacher_topk: Annotated[int, rare] = 0
     """Keep the dense model's K likeliest tokens and the rest as one on disk, 6 K + 2 bytes a token, and tune
-    towards those: the dense layers above the cut are not run again. 0: all tokens, computed anew."""
+    towards those: the dense layers above the cut are not run again. 0: all tokens, computed in every step."""
 
     def __post_init__(self) -> None:
         objectives.check(self.objective, "--objective")
@@ -606,7 +606,7 @@ class PlanConfig:
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: bool = True
-    """Measure this machine for a few seconds, to tell how long it will take."""
+    """Measure this machine for a few seconds, to estimate how long it will take."""
     json: Annotated[bool, no_negative] = False
     """Print everything as JSON instead of tables."""
     config: Path | None = None

@@ -237,7 +237,7 @@ def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, pre
 
 @app.command
 def report(run: RunFolder, *, log: Log = None) -> None:
-    """Write report.html anew from what a run folder holds."""
+    """Write report.html again from what a run folder holds."""
     from layercut.report.page import write_report
 
     print(shown(str(write_report(run))))

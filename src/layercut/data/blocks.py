@@ -4,8 +4,8 @@ After loading, before search. A source of text (`data/sources.py`), a mix of sev
 sampled from the dense model (`data/self_sampled.py`), is cut into blocks of exactly T tokens. The same source and seed
 always give the same stream of blocks.
 
-A `Reader` draws for the several uses of a run (search, tuning, held-out, evaluation) so that no text serves two. What
-is the same text is decided by what is read, not by what it is called: one stream for each set, split or content of
+A `Reader` draws for the several uses of a run (search, tuning, held-out, evaluation); no text is used twice. What is
+the same text is decided by what is read, not by what it is called: one stream for each set, split or content of
 files, from which every use takes what the one before left; and a document that another use has, from whatever source,
 is skipped. What that cannot see, the same text split into other documents, `data/overlap.py` finds in the tokens.
 """
@@ -190,7 +190,7 @@ def load_blocks(
 
 @dataclass
 class Reader:
-    """Draws the blocks of several uses, so that no text serves two of them."""
+    """Draws the blocks of several uses, so that no text is used twice."""
 
     tokenizer: Any
     seed: int
@@ -340,7 +340,7 @@ class _Text:
         self._given = 0
         self._ids = array("q")
         self._parts: list[list[int]] = []
-        """[number, key, tokens] of the documents that the ids which nobody has taken yet are of."""
+        """[number, key, tokens] of the documents that the ids not yet taken are of."""
 
     def _pass_over(self, key: int) -> bool:
         refused = self._refused(key)

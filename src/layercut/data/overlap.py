@@ -58,8 +58,8 @@ def shared(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> fl
     Returns:
         Between 0 and 1.
     """
-    ours, theirs = (_union(rows) for rows in (judged, others))
-    return float(np.isin(ours, theirs, assume_unique=True).mean()) if len(ours) and len(theirs) else 0.0
+    a, b = (_union(rows) for rows in (judged, others))
+    return float(np.isin(a, b, assume_unique=True).mean()) if len(a) and len(b) else 0.0
 
 
 def _union(rows: Sequence[torch.Tensor]) -> np.ndarray:

@@ -68,7 +68,7 @@ def start() -> None:
     Nothing happens where there is one process, or where this was called before.
 
     Raises:
-        ConfigError: the environment speaks of several processes and does not say how to find them.
+        ConfigError: the environment is that of several processes and does not say how to find them.
     """
     global _started
     if _started or not launched():
@@ -268,7 +268,7 @@ def first_to_fail(code: int) -> Iterator[int | None]:
         first = _started.store.compare_set("failed", "", mine).decode()
         if first != mine:
             _started.store.wait(["said"], timedelta(seconds=20))
-    except RuntimeError:  # the store went with the process that held it
+    except RuntimeError:  # the store ended with the process that held it
         yield None
         return
     yield None if first == mine else int(first.partition(":")[2])

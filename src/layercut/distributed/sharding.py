@@ -166,7 +166,7 @@ def _mesh(kind: str, group: Any) -> DeviceMesh:
 def whole_copy(layer: nn.Module) -> nn.Module:
     """A plain copy of a layer at rest with all of its weights in this process; for work inside of one layer.
 
-    `origin` tells where its weights came from.
+    `origin` says where its weights came from.
     """
     values = {id(p): nn.Parameter(whole(p.detach()), requires_grad=False) for p in layer.parameters()}
     for p in layer.parameters():

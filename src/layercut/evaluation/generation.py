@@ -121,9 +121,9 @@ def generation_health(
         "compressed": greedy(compressed, prompts, tokens, 0, exactly=True),
     }
     figures: dict[str, Any] = {name: _figures(dense, prompts, rows) for name, rows in written.items()}
-    parted = [first_divergence(a, b) for a, b in zip(written["dense"], written["compressed"], strict=True)]
+    common = [first_divergence(a, b) for a, b in zip(written["dense"], written["compressed"], strict=True)]
     return figures | {
-        "agreement": {"first_divergence": sum(parted) / len(parted), "shortest": min(parted), "longest": max(parted)},
+        "agreement": {"first_divergence": sum(common) / len(common), "shortest": min(common), "longest": max(common)},
         "prompts": len(prompts),
         "prompt_tokens": prompts.shape[1],
         "tokens": tokens,

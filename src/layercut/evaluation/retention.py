@@ -20,7 +20,7 @@ from layercut.errors import RunError
 
 Row = dict[str, Any]
 PREFERRED = ("acc_norm", "acc", "exact_match")
-"""Which metric speaks for a task: the first of these that it reports, else the first one where higher is better."""
+"""Which metric represents a task: the first of these that it reports, else the first one where higher is better."""
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 """Metrics by which guessing among n choices scores 1 / n."""
 
@@ -92,8 +92,8 @@ def kept(score: float, dense: float, floor: float = 0.0) -> float | None:
     return (score - floor) / (dense - floor) if dense > floor else None
 
 
-def speaking_metric(record: Mapping[str, Any]) -> str:
-    """The metric that speaks for a task; a name may carry a filter, as in "exact_match,strict-match"."""
+def representative_metric(record: Mapping[str, Any]) -> str:
+    """The metric that represents a task; a name may carry a filter, as in "exact_match,strict-match"."""
     metrics = record["metrics"]
     for wanted in PREFERRED:
         for name in metrics:
@@ -120,7 +120,7 @@ def compare_records(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> 
             "the dense and the compressed model were not scored on the same items",
             "run again with --force; if that does not help, the task draws its items at random",
         )
-    metric = speaking_metric(dense)
+    metric = representative_metric(dense)
     rows = {name: _compare(dense, compressed, name) for name in dense["metrics"]}
     others = {name: row for name, row in rows.items() if name != metric}
     return {"metric": metric, "items": dense["items"], **rows[metric], "others": others}

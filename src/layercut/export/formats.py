@@ -48,7 +48,7 @@ Exporter = Callable[[ExportSource, Path, ExportConfig], dict[str, Any]]
 
 out: a path that does not exist yet, of the name asked for, on which the exporter writes a file or a folder; it is moved
 to its place when the exporter has returned, and removed where it raises. Raise a LayercutError with a hint for what the
-user can mend."""
+user can correct."""
 
 
 def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:

@@ -182,13 +182,13 @@ def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]
     Raises:
         ModelError: a weight is another than it should be.
     """
-    theirs = dict(read.named_parameters())
-    ours = dict(as_stored(model).named_parameters())
-    if missing := ours.keys() ^ theirs.keys():
+    found = dict(read.named_parameters())
+    wanted = dict(as_stored(model).named_parameters())
+    if missing := wanted.keys() ^ found.keys():
         raise ModelError(f"{name}, read back, differs in {min(missing)}", _TAKE_FOLDER)
     errors = {}
-    for parameter, weight in ours.items():
-        other = theirs[parameter]
+    for parameter, weight in wanted.items():
+        other = found[parameter]
         if parameter not in rounded:
             if not torch.equal(weight.cpu(), other.to(weight.dtype)):
                 raise ModelError(f"{name}, read back, holds another {parameter}", _TAKE_FOLDER)
@@ -305,7 +305,7 @@ def _in_fresh_process(
 def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The median over positions [T] of the relative error of logits [T, V], each position's mean taken out.
 
-    Of the two halves of the positions the larger, as only those past a sliding window tell of it.
+    Of the two halves of the positions the larger, since a sliding window shows only past its end.
     """
     found, wanted = (z - z.mean(-1, keepdim=True) for z in (found, wanted))
     errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)

@@ -22,7 +22,7 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text.
+    """Replace what JSON cannot express: infinite and undefined numbers become strings (`restored`), paths text.
 
     Dataclasses become objects with their fields' names as keys, without OPTIONAL fields that have their default.
     """

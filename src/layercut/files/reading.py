@@ -33,7 +33,7 @@ def open_regular(path: Path) -> BinaryIO:
         FileNotFoundError: there is nothing.
     """
     try:
-        # a pipe that nobody writes to would be waited for without O_NONBLOCK, which does nothing to regular files
+        # a pipe without a writer would block without O_NONBLOCK, which does nothing to regular files
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise

@@ -21,7 +21,7 @@ from layercut.errors import RunError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 REFUSALS = (*FULL, *CLOSED, errno.EFBIG)
-"""What a disk answers that the user can mend, and that no fault of ours brings about."""
+"""Errors of a disk that the user can correct, and that no fault of layercut causes."""
 
 
 @contextmanager

@@ -163,8 +163,7 @@ class PairOnDisk(Pair):
 
         Yields:
             The loss of each batch while there is no gradient yet, and then 0 with the gradient of each batch at every
-            trained
-            layer.
+            trained layer.
         """
         assert isinstance(self.student.on_disk, SharedLayers)
         with self.student.on_disk.up_and_down(self.prefix):

@@ -48,8 +48,7 @@ class Checkpoint:
 
         Args:
             memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the
-                same
-                (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
+                same (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
             advance: called with the bytes done.
 
         Returns:
@@ -81,7 +80,7 @@ class Checkpoint:
 def _remembered(memo: Path | None) -> dict[str, Any]:
     try:
         found = read_json(memo) if memo else {}
-    except ModelError:  # not there, or not what was written: hash anew
+    except ModelError:  # not there, or not what was written: hash again
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -237,7 +236,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
         raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
     if not allow_pickle:
         raise ModelError(
-            f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+            f"{folder} holds pickled weights (*.bin); reading them can run code inside the file",
             "convert them to safetensors, or pass --allow-pickle if you trust their source",
         )
     if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():

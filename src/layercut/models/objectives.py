@@ -56,7 +56,7 @@ class Objective:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The plain values that its instance holds: with the name, what tells one objective from another."""
+        """The plain values that its instance holds: with the name, what identifies an objective."""
         plain = {key: value for key, value in vars(self).items() if isinstance(value, int | float | str)}
         return {key: value for key, value in plain.items() if not hasattr(Objective, key)}
 
@@ -329,9 +329,9 @@ def objective_of(given: str | Objective | type[Objective], **options: Any) -> Ob
     try:
         made = kind(**options)
     except TypeError as error:
-        told = ", ".join(f"--{name} {value:g}" for name, value in options.items()) or "no options"
+        given_options = ", ".join(f"--{name} {value:g}" for name, value in options.items()) or "no options"
         raise ConfigError(
-            f"the objective {given!r} cannot be used with {told}: {error}", "leave out what it does not take"
+            f"the objective {given!r} cannot be used with {given_options}: {error}", "leave out what it does not take"
         ) from error
     if not isinstance(made, Objective):
         raise ConfigError(f"the objective {given!r} is a {type(made).__name__}", "subclass layercut.Objective")

@@ -6,7 +6,7 @@ read ahead by one thread, so that at most two layers are in memory. Embeddings, 
 no decoder layer stay resident.
 
 Which stored tensor becomes which weight is decided by transformers' own loader: once for the whole checkpoint on
-tensors without data, which tells what is missing or of a wrong shape before anything is read, and again for
+tensors without data, which shows what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
 
 A cut clone of such a model shares its layers: `offload/weight_sharing.py`.
@@ -130,8 +130,7 @@ def open_on_disk(
 
     Raises:
         ModelError: GGUF, pickled or quantized weights, modelling code of its own, weights that several layers share,
-            and
-            all that `loading.load` refuses.
+            and all that `loading.load` refuses.
     """
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     _refuse(checkpoint, config)

@@ -448,7 +448,7 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
     """The config.json of the cut model: the source's, with what the cut changed.
 
     Facts that the source left to rules or defaults are written out. Where the patched file would not read as
-    planned (an old rule in it wins over the new list), the whole config is written anew.
+    planned (an old rule in it wins over the new list), the whole config is written instead.
 
     Args:
         raw: the source's config.json.
@@ -459,11 +459,11 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
         The new config.json, as JSON values.
     """
     wanted = config_cut.reread(plan.config).to_dict()
-    mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
-    _quantization_names_(mended, plan)
+    patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
+    _quantization_names_(patched, plan)
     try:
-        if config_cut.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
-            return mended
+        if config_cut.read_as(type(old), json.dumps(patched)).to_dict() == wanted:
+            return patched
     except SurgeryError:  # the class refuses the mixture of old and new facts
         pass
     whole = json.loads(plan.config.to_json_string(use_diff=True))

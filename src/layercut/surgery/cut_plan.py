@@ -7,7 +7,7 @@ between the two, layer by kept layer, is exactly what a loader would do differen
     a count                                     to be set
     anything else                               a fact the cut config does not carry over: the cut is refused
 
-So a per-layer fact that nobody listed cannot slip through: it shows as a difference, and is named in the
+So a per-layer fact that is not listed anywhere is not missed: it shows as a difference, and is named in the
 refusal.
 """
 

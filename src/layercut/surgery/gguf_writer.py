@@ -74,7 +74,7 @@ def _write_metadata(
     blocks: int,
     changes: Mapping[str, Any],
 ) -> None:
-    """Keys and values: those that came, cut where they count or list layers, and `changes`."""
+    """Keys and values: the source's, cut where they count or list layers, and `changes`."""
     from gguf import GGUFValueType
 
     earlier: Any = None

@@ -28,7 +28,7 @@ def cut(model: Any, segments: Any) -> Any:
             all: a clone with all layers.
 
     Returns:
-        The clone; `config.original_layer_index` tells where its layers stood in the first model of all.
+        The clone; `config.original_layer_index` says where its layers stood in the first model of all.
 
     Raises:
         ConfigError: a segment outside the stack, overlapping ones, or all layers.
@@ -47,7 +47,7 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     The layers leave every list that has one entry per layer; layer indices, counts and per-layer facts of the
     config follow; tensors that must change are replaced, never written to, so a model that shares them stays
     as it was.
-    `model.config.original_layer_index` tells where the kept layers stood in the first model of all.
+    `model.config.original_layer_index` says where the kept layers stood in the first model of all.
 
     Args:
         model: a causal LM of transformers, changed in place.
@@ -65,7 +65,7 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     edits = plan.edits | rescaled(model, plan)
     if (edits or plan.added) and is_spread(model):
         raise SurgeryError(
-            f"cutting a {type(model).__name__} changes weights, and they are spread over several processes",
+            f"cutting a {type(model).__name__} changes weights, and they are sharded over several processes",
             "where the model fits each process's memory: --shard off",
         )
     edited = {name: edit(lambda key: weights[key].detach()) for name, edit in edits.items()}
