@@ -87,7 +87,8 @@ def pseudo_word(family: Family, draw: random.Random) -> str:
 
 SEARCHING = Family(
     name="searching",
-    people=("Mara", "Tobias", "Ingrid", "Felix", "Nadia", "Oscar", "Petra", "Ruben", "Selma", "Viktor", "Wanda", "Yusuf"),
+    people=("Mara", "Tobias", "Ingrid", "Felix", "Nadia", "Oscar", "Petra", "Ruben", "Selma", "Viktor", "Wanda",
+            "Yusuf"),
     things=("lantern", "kettle", "anvil", "ladder", "compass", "barrel", "mirror", "candle", "hammer", "basket",
             "whistle", "saddle", "shovel", "feather"),
     filler=(
@@ -100,8 +101,10 @@ SEARCHING = Family(
     ),
     key=_digits(4),
     needles=(
-        ("The locker number of {name} is {key}.", "Which locker number does {name} have?", "The locker number of {name} is"),
-        ("{name} chose {key} as the code of the gate.", "Which code of the gate did {name} choose?", "As the code of the gate {name} chose"),
+        ("The locker number of {name} is {key}.", "Which locker number does {name} have?",
+         "The locker number of {name} is"),
+        ("{name} chose {key} as the code of the gate.", "Which code of the gate did {name} choose?",
+         "As the code of the gate {name} chose"),
         ("Note that the badge of {name} says {key}.", "What does the badge of {name} say?", "The badge of {name} says"),
     ),
     lists=(
@@ -153,21 +156,26 @@ TUNING = Family(
     key=_tuning_key,
     needles=(
         ("{name}'s secret word is {key}.", "Tell me {name}'s secret word.", "{name}'s secret word is"),
-        ("The account of {name} has the number {key}.", "What number has the account of {name}?", "The account of {name} has the number"),
+        ("The account of {name} has the number {key}.", "What number has the account of {name}?",
+         "The account of {name} has the number"),
         ("Remember this: {name} lives in room {key}.", "In which room does {name} live?", "{name} lives in room"),
-        ("One fact matters here, which is that {name} was given the token {key}.", "Which token was given to {name}?", "{name} was given the token"),
-        ("Dear {name}, your reference is {key}, please keep it.", "What is {name}'s reference?", "The reference for {name} is"),
+        ("One fact matters here, which is that {name} was given the token {key}.",
+         "Which token was given to {name}?", "{name} was given the token"),
+        ("Dear {name}, your reference is {key}, please keep it.", "What is {name}'s reference?",
+         "The reference for {name} is"),
         ("Ticket {key} was issued to {name}.", "Which ticket was issued to {name}?", "It was ticket"),
     ),
     lists=(
         ("The table below has names and values.\n", "{thing} = {key}\n", "Look up one name.\n", "{thing} ="),
         ("{{", '"{thing}": "{key}", ', '}}\nThe value under one key, as text: ', '"{thing}": "'),
-        ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. What did one cost? ", "For the {thing} we paid"),
+        ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. What did one cost? ",
+         "For the {thing} we paid"),
         ("| item | mark |\n", "| {thing} | {key} |\n", "One row once more:\n", "| {thing} |"),
         ("", "set {thing} to {key}\n", "which value is set?\n", "{thing} is"),
     ),
     syllables=("bra", "dun", "fel", "gri", "hos", "jum", "pla", "quo", "sti", "wex", "yon", "zab"),
-    repeats=(("Copy what follows.\n", "\nCopied:\n"), ("<a>", "</a>\n<a>"), ("Original -", "\nDuplicate -"), ("", "\n\n")),
+    repeats=(("Copy what follows.\n", "\nCopied:\n"), ("<a>", "</a>\n<a>"), ("Original -", "\nDuplicate -"), ("",
+             "\n\n")),
     classes=(
         ("alpha", ("apple", "pear", "plum", "cherry", "grape", "lemon", "peach", "melon", "fig", "mango")),
         ("omega", ("car", "truck", "bicycle", "wagon", "tractor", "taxi", "scooter", "van", "sled", "canoe")),
@@ -191,7 +199,8 @@ TUNING = Family(
 
 JUDGING = Family(
     name="judging",
-    people=("Abigail", "Bernard", "Celeste", "Dmitri", "Esther", "Florian", "Greta", "Hector", "Isolde", "Jasper", "Kirsten",
+    people=("Abigail", "Bernard", "Celeste", "Dmitri", "Esther", "Florian", "Greta", "Hector", "Isolde", "Jasper",
+            "Kirsten",
             "Leopold"),
     things=("acorn", "banner", "cannon", "dagger", "emerald", "flute", "guitar", "harbor", "island", "jewel", "kitchen",
             "lemonade", "magnet", "notebook", "orchid", "parrot", "rocket", "statue", "tunnel", "umbrella"),
@@ -205,11 +214,14 @@ JUDGING = Family(
     ),
     key=_digits(5),
     needles=(
-        ("The serial number given to {name} reads {key}.", "Which serial number was given to {name}?", "The serial number given to {name} reads"),
-        ("By the way, {name} uses the password {key} at work.", "Which password does {name} use at work?", "At work {name} uses the password"),
+        ("The serial number given to {name} reads {key}.", "Which serial number was given to {name}?",
+         "The serial number given to {name} reads"),
+        ("By the way, {name} uses the password {key} at work.", "Which password does {name} use at work?",
+         "At work {name} uses the password"),
     ),
     lists=(
-        ("Here is a register of entries.\n", "entry {thing} holds {key}\n", "What does the following entry hold?\n", "entry {thing} holds"),
+        ("Here is a register of entries.\n", "entry {thing} holds {key}\n",
+         "What does the following entry hold?\n", "entry {thing} holds"),
         ("Dictionary: ", "{thing} => {key}, ", "end of dictionary. Lookup: ", "{thing} =>"),
     ),
     syllables=("cho", "nge", "pim", "rud", "xa", "gol", "wi", "shu"),
@@ -272,7 +284,9 @@ def copy(family: Family, draw: random.Random, size: int) -> Item:
     """A sequence of made-up words and nouns without sense, and its repetition: induction. All but the first two words
     of the repetition are the answer."""
     before, again = draw.choice(family.repeats)
-    made = [pseudo_word(family, draw) if draw.random() < 0.5 else draw.choice(family.things) for _ in range(max(5, size))]
+    made = [
+        pseudo_word(family, draw) if draw.random() < 0.5 else draw.choice(family.things) for _ in range(max(5, size))
+    ]
     first = f"{before} {' '.join(made)}{again} {' '.join(made[:2])}"
     return Item((first, " " + " ".join(made[2:]), "\n"))
 

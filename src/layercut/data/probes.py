@@ -137,7 +137,13 @@ def probe_rows(
 
 
 def judging_rows(
-    tokenizer: Any, *, rows: int = 16, window: int = 256, capability: str = "recall", family: str = "judging", seed: int = 0
+    tokenizer: Any,
+    *,
+    rows: int = 16,
+    window: int = 256,
+    capability: str = "recall",
+    family: str = "judging",
+    seed: int = 0,
 ) -> ProbeRows:
     """Rows of one capability that fill the window, to judge by; of "recall" and "lists" they are as long as it is.
 
@@ -215,7 +221,11 @@ class _Writer:
     def item(self, capability: str, size: int = 0) -> _Marked:
         """A fresh item and what parts it from the next."""
         made = CAPABILITIES[capability](self.family, self.draw, size)
-        return self.marked(capability, self.as_chat(made) if self.chat else replace(made, parts=(*made.parts, "\n")))
+        if self.chat:
+            return self.marked(capability, self.as_chat(made))
+        *rest, last = made.parts
+        parts = (*rest, last + "\n") if len(made.parts) % 2 else (*made.parts, "\n")
+        return self.marked(capability, replace(made, parts=parts))
 
     def as_chat(self, item: Item) -> Item:
         """The item as a user's question and the reply, by the tokenizer's template."""

@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from layercut import registries
+from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
 from layercut.errors import ConfigError, DataError
 from layercut.layer_search.budgets import (
@@ -23,7 +24,7 @@ from layercut.layer_search.budgets import (
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
 from layercut.layer_search.prices import as_objective, is_kl
-from layercut.layer_search.result import Candidate, Cost, SearchResult, regret, rescored
+from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.models.callers_model import prepared
 from layercut.models.loading import check_tokens, positions
@@ -37,6 +38,9 @@ __all__ = [
     "perplexity_rise", "regret", "rescored", "search", "split_rows", "with_triangle",
 ]  # fmt: skip
 
+SECOND_SEGMENT_GAIN = 0.05
+"""Two segments are taken instead of one where what is minimised falls by more than this share. A guess."""
+
 
 def search(
     model: Any,
@@ -45,9 +49,10 @@ def search(
     ratio: float | None = None,
     n_layers: int | None = None,
     segments: Sequence[Segment] | None = None,
-    num_segments: int = 1,
+    num_segments: int | Literal["auto"] = 1,
     method: str | Criterion = "clp",
     objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
     seed: int = 0,
     oracle: bool = False,
 ) -> SearchResult:
@@ -63,10 +68,13 @@ def search(
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together.
-        num_segments: into how many segments at most; for criteria that take it (clp, exhaustive).
+        num_segments: into how many segments at most; for criteria that take it (clp, exhaustive). "auto": one, or two
+            where that lowers what is minimised by more than SECOND_SEGMENT_GAIN.
         method: a name in `layercut.criteria`, or a criterion itself (`criteria.Criterion`). "clp" is CLP's concave
             gate (2510.23652) with a race by the real cut.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
+        probes: generated tests (`layercut.probe_rows`) whose damage is minimised along with the text's loss, for
+            criteria that take them; text alone where not given.
         seed: of everything drawn at random: the same seed gives the same result.
         oracle: run the exhaustive search as well and put its answer and the regret beside the result.
 
@@ -86,17 +94,71 @@ def search(
             return priced(runner, tokens, segments)
         name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
         criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
-        asked: dict[str, Any] = {"num_segments": min(num_segments, length), "objective": as_objective(objective)}
-        check_asked(criterion, name, num_segments > 1, not is_kl(asked["objective"]))
-        cost, begun = Cost(), time.perf_counter()
-        with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
-            options = accepted(criterion, {"seed": seed, "cost": cost, "advance": advance, **asked})
-            picked = criterion(runner, tokens, length, **options)
-        seconds = time.perf_counter() - begun
-        result = replace(judged(runner, tokens, length, name, picked, cost), seconds=seconds)
+        asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "seed": seed}
+        counts = (
+            [1, 2] if num_segments == "auto" and length > 1 and names(criterion, "num_segments") else [num_segments]
+        )
+        check_asked(criterion, name, counts[-1] not in (1, "auto"), not is_kl(asked["objective"]), probes is not None)
+        numbers = [1 if count == "auto" else min(count, length) for count in counts]
+        found = [searched(runner, tokens, length, name, criterion, asked | {"num_segments": n}) for n in numbers]
+        result = fewest_worth(found)
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
-            result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **asked))
+            asked["num_segments"] = max(numbers)
+            options = accepted(exhaustive, asked)
+            result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **options))
         return result
+
+
+def searched(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, name: str, criterion: Criterion, asked: dict[str, Any]
+) -> SearchResult:
+    """What one criterion finds.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        name: of the criterion.
+        criterion: which is run.
+        asked: options, of which it is given those that it takes.
+
+    Returns:
+        The result, priced by the real cut, with the criterion's own cost and seconds.
+    """
+    cost, begun = Cost(), time.perf_counter()
+    with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
+        options = accepted(criterion, {"cost": cost, "advance": advance, **asked})
+        picked = criterion(runner, tokens, length, **options)
+    seconds = time.perf_counter() - begun
+    return replace(judged(runner, tokens, length, name, picked, cost), seconds=seconds)
+
+
+def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
+    """Of results with 1, 2, … segments at most the one to take, with what all of them cost.
+
+    A result with more segments is taken where what is minimised falls by more than SECOND_SEGMENT_GAIN: more segments
+    have more boundaries to heal, and among more sets chance finds a lower price.
+
+    Args:
+        found: by the number of segments, from the least.
+
+    Returns:
+        The one that is taken; `by_number` has the best of each.
+    """
+    taken = found[0]
+    for more in found[1:]:
+        if merit(more.candidates[0])[0] < (1 - SECOND_SEGMENT_GAIN) * merit(taken.candidates[0])[0]:
+            taken = more
+    if len(found) == 1:
+        return taken
+    cost = Cost()
+    for each in found:
+        cost.dense_tokens += each.cost.dense_tokens
+        cost.layer_forwards += each.cost.layer_forwards
+        cost.layer_backwards += each.cost.layer_backwards
+    best = [each.candidates[0] for each in found]
+    by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
+    return replace(taken, cost=cost, seconds=sum(each.seconds for each in found), by_number=best, by_text=by_text)
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
@@ -154,7 +216,7 @@ def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
     check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)
 
 
-def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool) -> None:
+def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool, probes: bool) -> None:
     """Refuse options that a criterion does not name as a parameter and would therefore ignore.
 
     Args:
@@ -166,7 +228,7 @@ def check_asked(criterion: Criterion, name: str, several: bool, other_objective:
     Raises:
         ConfigError: the criterion does not take such an option.
     """
-    for option, is_asked in {"num_segments": several, "objective": other_objective}.items():
+    for option, is_asked in {"num_segments": several, "objective": other_objective, "probes": probes}.items():
         if is_asked and not names(criterion, option):
             raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
 

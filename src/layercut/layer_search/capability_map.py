@@ -1,8 +1,8 @@
 """The capability map: what the removal of each layer, and of each window of n, does to what the model can do.
 
 One sweep over rows of generated tests (`data/probes.py`) prices every window on every capability, since streams share
-what they have in common (`sweep.py`) and a row holds tests of several capabilities. Layers that are cheap on text may be
-the ones that hold recall; the map shows which, and the search weighs it (`prices.py`).
+what they have in common (`sweep.py`) and a row holds tests of several capabilities. Layers that are cheap on text may
+be the ones that hold recall; the map shows which, and the search weighs it (`prices.py`).
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class CapabilityMap:
         values = torch.tensor(self.matrix(length), dtype=torch.float64)
         finite = values[values.isfinite()]
         shown = values.nan_to_num(posinf=float(finite.max())).clamp_min(1e-3)
-        image = axes.imshow(shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, max(1.0, float(shown.max()))))
+        image = axes.imshow(
+            shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, max(1.0, float(shown.max())))
+        )
         axes.set_yticks(range(len(self.names)), self.names)
         axes.set(xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         axes.figure.colorbar(image, ax=axes, label="damage, nats per answer token")

@@ -16,8 +16,9 @@ from heapq import nsmallest
 
 import torch
 
+from layercut.data.probes import ProbeRows
 from layercut.layer_search.gate import GateSchedule, descend
-from layercut.layer_search.prices import Prices, as_objective, race
+from layercut.layer_search.prices import Prices, as_objective, beside_text, race
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.sweep import Cuts, all_segments
 from layercut.layer_search.walls import neighbours, spread
@@ -79,6 +80,7 @@ def clp(
     seed: int = 0,
     num_segments: int = 1,
     objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
     schedule: GateSchedule | None = None,
 ) -> SearchResult:
     """CLP's concave gate (2510.23652), made safe by a race by the real cut.
@@ -97,6 +99,7 @@ def clp(
         seed: of the order in which the rows are taken.
         num_segments: K, into how many segments at most.
         objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
         schedule: of the descent; by `schedule_for` where not given.
 
     Returns:
@@ -104,20 +107,24 @@ def clp(
     """
     layers, count, objective = len(runner), num_segments, as_objective(objective)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
-    prices = Prices(runner, tokens, cost, objective)
-    schedule = schedule or schedule_for(layers, length, count, len(tokens))
+    prices = Prices(runner, tokens, cost, objective, probes)
+    schedule = schedule or schedule_for(layers, length, count, prices.rows)
     with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
         seeds, coarse = price_coarsely(prices, layers, length, count, schedule.particles)
         # the last rows: those that the coarse pricing has not seen
+        weights = None if prices.weights is None else prices.weights.flip(0)
         ends, path = descend(
-            runner, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
-        )
+            runner, prices.tokens.flip(0), seeds, schedule, cost,
+            count=count, objective=objective, weights=weights, advance=advance,
+        )  # fmt: skip
         proposed = {*coarse, *seeds, *ends, *(near for end in ends for near in neighbours(end, layers, count))}
         if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
             found = race(prices, proposed, begin=2 * prices.few)
         else:
             found = climb(prices, race(prices, proposed), layers, count)
-    return SearchResult("clp", found, cost, path)
+        whole = [cuts for cuts in prices.known if sum(map(len, cuts)) == length]
+        by_text = beside_text(prices, found, whole)
+    return SearchResult("clp", found, cost, path, by_text=by_text)
 
 
 def price_coarsely(

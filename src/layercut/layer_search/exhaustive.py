@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
 from layercut.layer_search.budgets import sweep_rows
-from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
+from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, is_kl
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.walls import all_sets, number_of_sets
@@ -26,6 +27,7 @@ def exhaustive(
     cost: Cost,
     num_segments: int = 1,
     objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
 ) -> SearchResult:
     """Price every set of at most `num_segments` segments with `length` layers in all; the best is the optimum.
 
@@ -36,6 +38,7 @@ def exhaustive(
         cost: to which the layer-forwards are added.
         num_segments: K, into how many segments at most.
         objective: what a cut is priced by; in nats per token for "kl" and "next-token".
+        probes: generated tests whose damage is priced along with the text's loss (`weighted_rows`).
 
     Returns:
         All sets as candidates, from the best.
@@ -50,10 +53,11 @@ def exhaustive(
             f"search them by the gate: --method clp --num-segments {num_segments}",
         )
     sets = all_sets(length, layers, num_segments)
-    if not is_kl(objective):
-        prices = Prices(runner, tokens, cost, objective)
+    if probes is not None or not is_kl(objective):
+        prices = Prices(runner, tokens, cost, objective, probes)
         with bar(f"sweeping {number} sets", None):
-            return SearchResult("exhaustive", candidates(prices, prices.ranked(sets, len(tokens))), cost)
+            found = candidates(prices, prices.ranked(sets, prices.rows))
+            return SearchResult("exhaustive", found, cost, by_text=beside_text(prices, found, sets))
     rows = sweep_rows(runner, tokens, number)
     with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
         return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, rows=rows, advance=advance), cost)
