@@ -173,9 +173,9 @@ def test_the_map_holds_the_damage_of_every_window(model, probes):
     assert len(found.damage) == 5 + 4
     assert found.names == (*probes.names, TEXT)
     direct = capability_figures(cut(model, [Segment(2, 4)]), model, probes).damage
-    assert found.row(2, 4) == pytest.approx(direct | {TEXT: found.row(2, 4)[TEXT]}, rel=1e-4)
+    assert found.damage[2, 4] == pytest.approx(direct | {TEXT: found.damage[2, 4][TEXT]}, rel=1e-4)
     priced = set_costs(DecoderRunner(model), text, [(Segment(2, 3),)], Cost())[0]
-    assert found.row(2, 3)[TEXT] == pytest.approx(priced.kl)
+    assert found.damage[2, 3][TEXT] == pytest.approx(priced.kl)
     assert len(found.to_dict()["windows"]) == 9
     assert len(found.words()) == len(probes.names)
     assert found.holders()["recall"][0] in range(5)

@@ -23,7 +23,7 @@ from layercut.layer_search.budgets import (
     with_triangle,
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
-from layercut.layer_search.prices import as_objective, is_kl
+from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.models.callers_model import prepared
@@ -68,8 +68,7 @@ def search(
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together.
-        num_segments: into how many segments at most; for criteria that take it (clp, exhaustive). "auto": one, or two
-            where that lowers what is minimised by more than SECOND_SEGMENT_GAIN.
+        num_segments: how many segments at most, for clp and exhaustive; "auto": two where that pays (`fewest_worth`).
         method: a name in `layercut.criteria`, or a criterion itself (`criteria.Criterion`). "clp" is CLP's concave
             gate (2510.23652) with a race by the real cut.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
@@ -91,22 +90,34 @@ def search(
         check_calibration(runner, tokens)
         length = wanted_length(len(runner), ratio, n_layers, segments)
         if segments is not None:
-            return priced(runner, tokens, segments)
+            return priced(runner, tokens, segments, probes)
         name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
         criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
         asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "seed": seed}
-        counts = (
-            [1, 2] if num_segments == "auto" and length > 1 and names(criterion, "num_segments") else [num_segments]
-        )
-        check_asked(criterion, name, counts[-1] not in (1, "auto"), not is_kl(asked["objective"]), probes is not None)
-        numbers = [1 if count == "auto" else min(count, length) for count in counts]
+        check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
+        numbers = numbers_of_segments(num_segments, length, criterion)
         found = [searched(runner, tokens, length, name, criterion, asked | {"num_segments": n}) for n in numbers]
         result = fewest_worth(found)
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
-            asked["num_segments"] = max(numbers)
-            options = accepted(exhaustive, asked)
+            options = accepted(exhaustive, asked | {"num_segments": numbers[-1]})
             result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **options))
         return result
+
+
+def numbers_of_segments(asked: int | Literal["auto"], length: int, criterion: Criterion) -> list[int]:
+    """K of each search that is made: what is asked, or for "auto" 1 and 2 of a criterion that takes several.
+
+    Args:
+        asked: K, or "auto".
+        length: n, layers to remove.
+        criterion: which searches.
+
+    Returns:
+        One K or two, none above n.
+    """
+    if asked == "auto":
+        return [1, 2] if length > 1 and names(criterion, "num_segments") else [1]
+    return [min(asked, length)]
 
 
 def searched(
@@ -224,6 +235,7 @@ def check_asked(criterion: Criterion, name: str, several: bool, other_objective:
         name: its name, for the message.
         several: whether more than one segment is asked for.
         other_objective: whether an objective other than KL is asked for.
+        probes: whether generated tests are given.
 
     Raises:
         ConfigError: the criterion does not take such an option.
@@ -233,22 +245,24 @@ def check_asked(criterion: Criterion, name: str, several: bool, other_objective:
             raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
 
 
-def priced(runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment]) -> SearchResult:
-    """The KL of segments given by hand, removed together.
+def priced(
+    runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment], probes: ProbeRows | None = None
+) -> SearchResult:
+    """Segments given by hand, priced as the one cut that they are.
 
     Args:
         runner: the dense model.
         tokens: calibration token ids [N, T].
-        segments: to be removed together.
+        segments: what is removed.
+        probes: generated tests, whose damage is measured beside the text's loss.
 
     Returns:
-        A result of one candidate, under the method "given".
-
-    Raises:
-        ConfigError: the segments overlap or do not fit the model.
+        The result of method "given".
     """
     cost, cuts = Cost(), tuple(checked_segments(segments, len(runner)))
     with bar("pricing the cut", set_work([DENSE, cuts], len(runner), len(tokens))) as advance:
+        if probes is not None:
+            return SearchResult("given", candidates(Prices(runner, tokens, cost, probes=probes), [cuts]), cost)
         return SearchResult("given", set_costs(runner, tokens, [cuts], cost, advance=advance), cost)
 
 

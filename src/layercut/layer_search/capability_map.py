@@ -48,10 +48,6 @@ class CapabilityMap:
     cost: Cost = field(default_factory=Cost, compare=False)
     """What the sweep spent."""
 
-    def row(self, start: int, stop: int) -> dict[str, float]:
-        """The damage of one window by name."""
-        return self.damage[start, stop]
-
     def lengths(self) -> list[int]:
         """The lengths of the windows that were priced."""
         return sorted({stop - start for start, stop in self.damage})
