@@ -81,7 +81,15 @@ def _tuning_key(draw: random.Random) -> str:
 
 
 def pseudo_word(family: Family, draw: random.Random) -> str:
-    """Two or three syllables, which mean nothing."""
+    """Two or three syllables, which mean nothing.
+
+    Args:
+        family: whose syllables.
+        draw: where they are drawn from.
+
+    Returns:
+        The word.
+    """
     return "".join(draw.choices(family.syllables, k=draw.choice((2, 2, 3))))
 
 
@@ -248,11 +256,15 @@ JUDGING = Family(
 FAMILIES = {family.name: family for family in (SEARCHING, TUNING, JUDGING)}
 
 Writer = Callable[[Family, random.Random, int], Item]
-"""Writes one item; `size` says how much: sentences of filler, lines of a list, words to repeat, examples."""
+"""Writes one item of a family with a random generator; `size`, of those that grow: sentences of filler, lines of a
+list, words to repeat."""
 
 
 def recall(family: Family, draw: random.Random, size: int) -> Item:
-    """Keys hidden in filler, one for every six sentences and one more, of which each is asked for; in any order."""
+    """Keys hidden in filler, one for every six sentences and one more, of which each is asked for; in any order.
+
+    Arguments as of `Writer`.
+    """
     filler = [draw.choice(family.filler) for _ in range(size)]
     told, asked, begins = draw.choice(family.needles)
     people = draw.sample(family.people, min(len(family.people), 1 + size // 6))
@@ -267,7 +279,10 @@ def recall(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def lists(family: Family, draw: random.Random, size: int) -> Item:
-    """A list of keys and values, of which one in four is asked for again."""
+    """A list of keys and values, of which one in four is asked for again.
+
+    Arguments as of `Writer`.
+    """
     head, line, asked, begins = draw.choice(family.lists)
     things = draw.sample(family.things, min(len(family.things), max(3, size)))
     values = {thing: family.key(draw) for thing in things}
@@ -281,8 +296,10 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def copy(family: Family, draw: random.Random, size: int) -> Item:
-    """A sequence of made-up words and nouns without sense, and its repetition: induction. All but the first two words
-    of the repetition are the answer."""
+    """A sequence of made-up words and nouns, and its repetition, of which all but two words are the answer.
+
+    Induction: nothing else tells the next word. Arguments as of `Writer`.
+    """
     before, again = draw.choice(family.repeats)
     made = [
         pseudo_word(family, draw) if draw.random() < 0.5 else draw.choice(family.things) for _ in range(max(5, size))
@@ -292,7 +309,10 @@ def copy(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def labels(family: Family, draw: random.Random, size: int) -> Item:
-    """Words of two classes with labels that only the examples explain; the last three labels are the answers."""
+    """Words of two classes with labels that only the examples explain; the last three labels are the answers.
+
+    Arguments as of `Writer`.
+    """
     line, classes = draw.choice(family.labelled), list(family.classes)
     names = [name for name, _ in classes]
     draw.shuffle(names)  # which label a class carries changes from item to item
@@ -310,7 +330,10 @@ def labels(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def sums(family: Family, draw: random.Random, size: int) -> Item:
-    """Three sums of numbers below ten as examples, and one to solve."""
+    """Three sums of numbers below ten as examples, and one to solve.
+
+    Arguments as of `Writer`.
+    """
     pairs = [(a, b) for a in range(1, 10) for b in range(1, 10) if (a + 2 * b) % 3 == family.remainder]
     form, equals = draw.choice(family.sums)
     some = draw.sample(pairs, 4)
@@ -320,7 +343,10 @@ def sums(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def structure(family: Family, draw: random.Random, size: int) -> Item:
-    """Code of which the last words follow from what stands before, or brackets that are to be closed."""
+    """Code of which the last words follow from what stands before, or brackets that are to be closed.
+
+    Arguments as of `Writer`.
+    """
     if draw.random() < 0.5:
         names = draw.sample(family.things, 3)
         text, answer = (part.format(**dict(zip("xyz", names, strict=True))) for part in draw.choice(family.code))
@@ -335,7 +361,10 @@ def structure(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def formats(family: Family, draw: random.Random, size: int) -> Item:
-    """A form that is stated and shown twice, and then to be kept with other words."""
+    """A form that is stated and shown twice, and then to be kept with other words.
+
+    Arguments as of `Writer`.
+    """
     told, form, demand = draw.choice(family.formats)
     text = demand
     for number in range(3):

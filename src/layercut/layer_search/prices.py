@@ -48,8 +48,10 @@ def is_kl(objective: Objective) -> bool:
 
 
 class Judge:
-    """An objective, mean over the tokens of each row or weighted, of hidden states after the last layer; differentiable
-    in them."""
+    """An objective, mean or weighted sum over the tokens of each row, of hidden states after the last layer.
+
+    It is differentiable in them.
+    """
 
     def __init__(
         self,
