@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,20 +16,25 @@ import torch
 import folders
 import tiny
 from layercut import layer_search
+from layercut.cli.command_line import main
+from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
 from layercut.data import probe_families
+from layercut.data.blocks import Reader
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
 from layercut.data.probes import ProbeRows, capability_names, judging_rows, probe_rows
+from layercut.data.sources import find, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
 from layercut.layer_search import prices, search
-from layercut.layer_search.capability_map import TEXT, capability_costs, capability_map
+from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
+from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -136,8 +144,7 @@ def test_rows_weigh_every_capability_alike(probes):
 
 def test_what_does_not_fit_is_left_out(tokenizer):
     assert probe_rows(tokenizer, rows=2, window=12).names == ()
-    with pytest.raises(DataError, match="no test of recall fits 12 tokens"):
-        judging_rows(tokenizer, window=12)
+    assert judging_rows(tokenizer, window=12).names == ()
 
 
 def test_names_of_capabilities():
@@ -268,3 +275,66 @@ def test_the_gate_descends_by_the_answers(model, probes):
 def test_pseudo_words_are_of_their_family():
     word = probe_families.pseudo_word(FAMILIES["tuning"], random.Random(1))
     assert any(word.startswith(syllable) for syllable in FAMILIES["tuning"].syllables)
+
+
+# ---- in a mix, and in a run ----------------------------------------------------------------------------------
+
+
+def test_a_mix_gives_every_part_its_share():
+    assert turns([find("python-docs")]) == (0,)
+    assert turns([find("python-docs"), find("python-docstrings")]) == (0, 1)
+    order = turns([find("python-docs"), find("python-docstrings"), find("probes:0.25")])
+    assert [order.count(part) for part in range(3)] == [3, 3, 2]
+    for share in ("0", "1", "much"):
+        with pytest.raises(DataError, match="is not between 0 and 1"):
+            find(f"probes:{share}")
+
+
+def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer, texts):
+    reader = Reader(tokenizer, seed=0)
+    source = f"{texts[0]}+probes:0.25"
+    first, second = (reader.draw(use, source, tokens=8 * 300, window=300) for use in ("heldout", "tuning"))
+    rows = {origin: len(found) for origin, found in first.rows_by_origin().items()}
+    assert rows["probes"] == 2
+    assert sum(rows.values()) == 8
+    made = probe_rows(tokenizer, rows=4, window=300, family="tuning").tokens
+    assert (first.rows_by_origin()["probes"] == made[:2]).all()
+    assert (second.rows_by_origin()["probes"] == made[2:]).all()
+    later = Reader(tokenizer, seed=0)
+    later.pass_by("heldout", source, tokens=8 * 300, window=300, keys={*first.keys})
+    assert (later.draw("tuning", source, tokens=8 * 300, window=300).tokens == second.tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "a.txt+probes:0.25"),
+        ({"probe_share": 0.1}, "a.txt+probes:0.1"),
+        ({"probe_share": 0.0}, "a.txt"),
+        ({"tune_data": "b.txt"}, "b.txt+probes:0.25"),
+        ({"tune_data": "python-docs+probes:0.5"}, "python-docs+probes:0.5"),
+    ],
+)
+def test_what_is_tuned_on_has_its_share_of_tests(given, found):
+    config = CompressConfig(text=DataConfig(data="a.txt"), heal=HealConfig(**given))
+    assert tuning_source(SimpleNamespace(config=config, tests_fit=True)) == found
+    none = replace(config, search=SearchConfig(preserve="none"))
+    assert tuning_source(SimpleNamespace(config=none, tests_fit=True)) == (given.get("tune_data") or "a.txt")
+    assert tuning_source(SimpleNamespace(config=config, tests_fit=False)) == (given.get("tune_data") or "a.txt")
+
+
+def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--tune-tokens=0"]
+    flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25", f"--out={out}"]
+    assert main(["compress", str(tiny_model), *flags, "--preserve=sums,recall"]) == 2
+    assert "no test of recall fits rows of 128 tokens" in capsys.readouterr().err
+    assert main(["compress", str(tiny_model), *flags]) == 0, capsys.readouterr().err
+    search, found, told = (json.loads((out / f"{n}.json").read_text()) for n in ("search", "capabilities", "summary"))
+    assert search["tests"]["capabilities"] == found["map"]["names"][:-1]
+    best = search["candidates"][0]
+    assert best["score"] == pytest.approx(best["kl"] + best["damage"], rel=1e-5)
+    assert search["by_text"]["kl"] <= best["kl"] + 1e-9
+    assert next(len(each["segments"]) for each in search["by_number"]) == 1
+    assert len(found["map"]["windows"]) == folders.LAYERS
+    assert told["capabilities"]["hits"].keys() == found["judged"]["dense_hits"].keys()

@@ -23,6 +23,7 @@ from layercut.layer_search.budgets import (
     with_triangle,
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
+from layercut.layer_search.damage_map import CapabilityMap, capability_map
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
@@ -34,8 +35,9 @@ from layercut.progress import bar
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
-    "Candidate", "Cost", "Criterion", "SearchResult", "length_for_size", "length_for_speedup", "longest_within",
-    "perplexity_rise", "regret", "rescored", "search", "split_rows", "with_triangle",
+    "Candidate", "CapabilityMap", "Cost", "Criterion", "SearchResult", "capability_map", "length_for_size",
+    "length_for_speedup", "longest_within", "perplexity_rise", "regret", "rescored", "search", "split_rows",
+    "with_triangle",
 ]  # fmt: skip
 
 SECOND_SEGMENT_GAIN = 0.05
@@ -68,7 +70,7 @@ def search(
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together.
-        num_segments: how many segments at most, for clp and exhaustive; "auto": two where that pays (`fewest_worth`).
+        num_segments: how many segments at most, for clp and exhaustive; "auto": two where that pays.
         method: a name in `layercut.criteria`, or a criterion itself (`criteria.Criterion`). "clp" is CLP's concave
             gate (2510.23652) with a race by the real cut.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
@@ -95,7 +97,7 @@ def search(
         criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
         asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "seed": seed}
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
-        numbers = numbers_of_segments(num_segments, length, criterion)
+        numbers = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
         found = [searched(runner, tokens, length, name, criterion, asked | {"num_segments": n}) for n in numbers]
         result = fewest_worth(found)
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
@@ -104,19 +106,19 @@ def search(
         return result
 
 
-def numbers_of_segments(asked: int | Literal["auto"], length: int, criterion: Criterion) -> list[int]:
-    """K of each search that is made: what is asked, or for "auto" 1 and 2 of a criterion that takes several.
+def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: bool) -> list[int]:
+    """K of each search that is made: what is asked, or for "auto" 1, and 2 where they are to be compared.
 
     Args:
         asked: K, or "auto".
         length: n, layers to remove.
-        criterion: which searches.
+        compares: whether "auto" compares: generated tests are given, and the criterion takes several segments.
 
     Returns:
         One K or two, none above n.
     """
     if asked == "auto":
-        return [1, 2] if length > 1 and names(criterion, "num_segments") else [1]
+        return [1, 2] if length > 1 and compares else [1]
     return [min(asked, length)]
 
 

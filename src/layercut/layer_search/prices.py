@@ -84,6 +84,7 @@ class Judge:
         self.weights = None
         if weights is not None:
             counted = (weights[:, :last] > 0).any(0).nonzero()[:, 0]
+            counted = counted if len(counted) else torch.zeros(1, dtype=torch.long)  # rows that no test fitted
             self.seen = counted[:: max(1, len(counted) * step // last)]  # few answers are all compared
             some = weights[:, self.seen]
             # a row's weights keep their sum, whichever of its positions are compared

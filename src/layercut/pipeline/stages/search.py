@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,11 +13,14 @@ from safetensors.torch import load_file
 from layercut import layer_search
 from layercut.config import SearchConfig
 from layercut.data.blocks import Blocks
+from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
+from layercut.errors import ConfigError
 from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import (
+    Candidate,
     SearchResult,
     length_for_size,
     longest_within,
@@ -25,6 +29,7 @@ from layercut.layer_search import (
     split_rows,
     with_triangle,
 )
+from layercut.layer_search.criteria import names
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -40,8 +45,13 @@ from layercut.pipeline.artefacts import (
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
+from layercut.registries import criteria
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
+
+TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
+"""Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
+recall from the others (docs/log.md)."""
 
 
 def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
@@ -52,19 +62,19 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         scored.append(work.text["heldout"])
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
-            stack, tokens = this.stack, work.blocks["calibration"]
+            stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
             if wanted:
-                result = layer_search.search(stack, tokens, segments=wanted)
+                result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
             elif length is None and config.max_loss is not None:
-                result = search_within(this, config.max_loss)
+                result = search_within(this, config.max_loss, tests)
             else:
                 how = asked(config, length_for_target(work) if length is None else length)
-                result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
+                result = layer_search.search(stack, tokens, **how, probes=tests, seed=seed, oracle=config.oracle)
             if config.score == "folded":
                 result = rescored(result, partial(folded_kl, this))
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
-            stage.found = recorded(result, work, this)
+            stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
     words = ", ".join(map(str, this.removal.all))
@@ -81,10 +91,9 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         method=result.method,
         segments=bounds_of(this.removed(chosen).all if this and several else chosen),
         cut=bounds_of(chosen) if several else None,
-        candidates=[
-            CandidateRecord(segments=bounds_of(each.segments), kl=each.kl, score=each.score)
-            for each in result.candidates
-        ],
+        candidates=list(map(candidate_record, result.candidates)),
+        by_text=candidate_record(result.by_text) if result.by_text else None,
+        by_number=list(map(candidate_record, result.by_number)),
         oracle=result.oracle,
         path=result.path,
         triangle=result.triangle,
@@ -95,6 +104,39 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         seed=work.config.text.seed,
         calibration=work.text["calibration"],
     )
+
+
+def candidate_record(found: Candidate) -> CandidateRecord:
+    """A candidate as artefacts hold it."""
+    return CandidateRecord(
+        segments=bounds_of(found.segments), kl=found.kl, score=found.score, damage=found.damage
+    )  # fmt: skip
+
+
+def generated_tests(work: RunContext, seed: int | None = None) -> ProbeRows | None:
+    """Rows of tests that the search weighs with the text, one in five rows; None where it goes by the text alone.
+
+    Raises:
+        ConfigError: what --preserve names fits no row.
+    """
+    config, text = work.config.search, work.config.text
+    wanted = capability_names(config.preserve)
+    if not wanted or not names(criteria.get(config.method), "probes"):
+        return None
+    rows = max(FEWEST_TESTS, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
+    made = probe_rows(
+        work.tokenizer, rows=rows, window=text.window, capabilities=wanted, seed=text.seed if seed is None else seed,
+        weight=config.preserve_weight,
+    )  # fmt: skip
+    left = [name for name in wanted if name not in made.names]
+    if left and config.preserve != "all":
+        raise ConfigError(
+            f"no test of {', '.join(left)} fits rows of {text.window} tokens", "give longer rows: --window 256"
+        )
+    if left:
+        what = "none: layers are chosen by the text alone" if not made.names else "all but " + ", ".join(left)
+        say("search", f"generated tests that fit rows of {text.window} tokens: {what}")
+    return made if made.names else None
 
 
 def asked(config: SearchConfig, length: int) -> dict[str, Any]:
@@ -128,7 +170,8 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-            result = layer_search.search(work.stack, drawn.tokens, **asked(config, length), seed=seed)
+            tests = generated_tests(work, seed)
+            result = layer_search.search(work.stack, drawn.tokens, **asked(config, length), probes=tests, seed=seed)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -163,14 +206,14 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
     return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **found)
 
 
-def search_within(this: Round, max_loss: float) -> SearchResult:
+def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> SearchResult:
     """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
     work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
     config, seed = work.config.search, work.config.text.seed
     within = longest_within(
         max_loss,
         len(this.stack) - 1,
-        lambda length: layer_search.search(this.stack, rows, **asked(config, length), seed=seed),
+        lambda length: layer_search.search(this.stack, rows, **asked(config, length), probes=tests, seed=seed),
         lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
