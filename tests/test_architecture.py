@@ -1,4 +1,4 @@
-"""The house: few rooms at the top, imports downward only, no cycles, no name twice. Read from the source."""
+"""Architecture: few packages at the top, imports downward only, no cycles, unique names. Read from the source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEVELS = [
     {"estimate"},
     {"cli"},
 ]
-"""From the ground up: a room imports from the levels below it, and from itself."""
+"""From the lowest level up: a package imports from the levels below it, and from itself."""
 ALONE = {"export.reload_process", "export.llama_cpp_process", "data.chat_process"}
 """Run by themselves in a process that must not know layercut."""
 

@@ -231,7 +231,7 @@ def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(SurgeryError, match=r"does not know how llama\.cpp tells the layers of 'future' apart"):
+    with pytest.raises(SurgeryError, match=r"does not know how llama\.cpp distinguishes the layers of 'future'"):
         cut_gguf(write(tmp_path / "a.gguf", "future"), [Segment(1, 2)], tmp_path / "b.gguf")
 
 

@@ -104,7 +104,7 @@ class ModelConfig:
     device: str = "auto"
     """auto (the first accelerator, else the CPU), cpu, cuda, cuda:N, mps or xpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
+    """Dtype to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
     instructions for it, computed in float32 and saved in it all the same."""
     trust_remote_code: Annotated[bool, rare_switch] = False
     """Run modelling code that comes with the checkpoint."""
@@ -688,7 +688,7 @@ class ExportConfig:
         ),
     ] = "gguf"
     gguf_type: GgufType = "q8_0"
-    """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
+    """GGML type of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
     left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama.cpp (extra
     llamacpp)."""
     converter: Annotated[Path | None, rare] = None

@@ -126,7 +126,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
 
 
 def _keep(run: Path, found: Evaluated) -> None:
-    """Write evaluations/NAME.json, NAME by what was asked: the same question again replaces its answer."""
+    """Write evaluations/NAME.json, NAME a hash of what was measured: measured again, it is replaced."""
     asked = [found.text, sorted(found.tasks), found.limit]
     if found.evaluations:
         asked += [sorted(found.evaluations), found.seed]

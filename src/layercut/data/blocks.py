@@ -463,7 +463,7 @@ def encode(
 
 
 def document_key(document: Document) -> int:
-    """63 bits by which a document is recognised, wherever it stands and however it is wrapped."""
+    """63 bits by which a document is recognised, whatever its source and line breaks."""
     return _hash(re.sub(r"\s+", " ", render(document)).strip().encode("utf-8", "surrogatepass"))
 
 
