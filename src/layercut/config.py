@@ -23,6 +23,10 @@ from layercut.segments import Segment
 
 StreamMode = Literal["auto", "on", "off"]
 ShardMode = Literal["auto", "on", "off"]
+CONSUMER_NAMES = (
+    "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
+)  # fmt: skip
+"""Software by which a written model may have to be read right; what each makes of it is in `export/consumers.py`."""
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
