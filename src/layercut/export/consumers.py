@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from layercut.config import CONSUMER_NAMES
+from layercut.config import CONSUMER_NAMES, QuantizeConfig
 from layercut.errors import ConfigError
 from layercut.layer_search import Restriction
 from layercut.models import llama_cpp_rules
+from layercut.models.loading import count_layers
 from layercut.models.older_names import READ_BY_4
-from layercut.segments import Segment, kept_layers
+from layercut.segments import Segment, checked_segments, kept_layers
 
 Written = Literal["float", "int8", "int4", "int8 embeddings", "gguf"]
 """What a model is written as: a folder of float weights, of packed ones, of those with packed embeddings; a file."""
@@ -218,8 +219,7 @@ def readings(
         written: as what the cut model is written.
         names: the consumers.
     """
-    text = config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers
+    text, layers = config.get_text_config(decoder=True), count_layers(config)
     kept = kept_layers(list(segments), layers)
     return [_reading(name, text, layers, kept, written) for name in names]
 
@@ -342,12 +342,12 @@ def restriction(config: Any, names: Sequence[str], length: int) -> Restriction:
     Raises:
         ConfigError: none does, or one of them does not load this architecture.
     """
-    text = config.get_text_config(decoder=True)
-    found = _restriction(text, names, length)
-    if found.cheapest([0.0] * text.num_hidden_layers) is None:
-        near = sorted(range(1, text.num_hidden_layers), key=lambda n: abs(n - length))
-        fitting = (n for n in near if _restriction(text, names, n).segments())
-        hint = next((f"{n} layers can go: --ratio {n / text.num_hidden_layers:.3f}" for n in fitting), "")
+    text, layers = config.get_text_config(decoder=True), count_layers(config)
+    found = _restriction(text, layers, names, length)
+    if found.cheapest([0.0] * layers) is None:
+        near = sorted(range(1, layers), key=lambda n: abs(n - length))
+        fitting = (n for n in near if _restriction(text, layers, names, n).segments())
+        hint = next((f"{n} layers can go: --ratio {n / layers:.3f}" for n in fitting), "")
         raise ConfigError(
             f"no cut of {length} layers stays right in {_titles(names)}: {found.why}",
             hint or "leave out --for, and see what the report says",
@@ -355,8 +355,7 @@ def restriction(config: Any, names: Sequence[str], length: int) -> Restriction:
     return found
 
 
-def _restriction(text: Any, names: Sequence[str], length: int) -> Restriction:
-    layers = text.num_hidden_layers
+def _restriction(text: Any, layers: int, names: Sequence[str], length: int) -> Restriction:
     left = layers - length
     may = [[True] * left for _ in range(layers)]
     why = []
@@ -391,6 +390,31 @@ def check_written(names: Sequence[str], written: Written) -> None:
                 f"{consumer.title} does not read {_WORDS[written]}; it reads {allowed}{folder}",
                 "leave out --bits and --quantize-embeddings, or leave it out of --for",
             )
+
+
+def check_cut(config: Any, segments: Sequence[Segment], names: Sequence[str], written: Written) -> None:
+    """Refuse a cut, or a number format, that one of these consumers would misread or not read.
+
+    Args:
+        config: of the whole model, before the cut.
+        segments: the layers to remove.
+        names: the consumers; none: nothing is refused.
+        written: as what the cut model is written.
+
+    Raises:
+        ConfigError: which one and why; the hint names cuts or formats that are right.
+    """
+    if names:
+        check_written(names, written)
+        checked = checked_segments(segments, count_layers(config))
+        restriction(config, names, sum(map(len, checked))).check(checked)
+
+
+def written_by(quantize: QuantizeConfig) -> Written:
+    """What a folder holds that is quantized so."""
+    if quantize.bits == 16:
+        return "float"
+    return "int8 embeddings" if quantize.quantize_embeddings else "int8" if quantize.bits == 8 else "int4"
 
 
 def _titles(names: Sequence[str]) -> str:
