@@ -59,6 +59,10 @@ class Consumer:
     tried: str = ""
     """Version and how; what was only read says so."""
 
+    def takes(self, written: Written) -> bool:
+        """Whether it reads that, or a GGUF file that `layercut export` makes of it."""
+        return written in self.reads or (written == "float" and "gguf" in self.reads)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -236,7 +240,7 @@ def _reading(name: str, text: Any, layers: int, kept: list[int], written: Writte
     for model_type, why in consumer.refuses:
         if text.model_type == model_type:
             return Reading(name, "refused", why)
-    if not _reads(consumer, written):
+    if not consumer.takes(written):
         return Reading(name, "refused", f"it does not read {_WORDS[written]}")
     for rule in _rules_for(consumer, text):
         odd = _odd_layer(rule, text, kept)
@@ -289,11 +293,6 @@ _WORDS = {
     "float": "folders", "int8": "int8 weights of compressed-tensors", "int4": "int4 weights of compressed-tensors",
     "int8 embeddings": "int8 embeddings", "gguf": "GGUF files",
 }  # fmt: skip
-
-
-def _reads(consumer: Consumer, written: Written) -> bool:
-    """Whether it reads that, or a GGUF file that `layercut export` makes of it."""
-    return written in consumer.reads or (written == "float" and "gguf" in consumer.reads)
 
 
 def _noted(consumer: Consumer, text: Any, kept: list[int], written: Written) -> tuple[Literal["right", "note"], str]:
@@ -383,7 +382,7 @@ def check_written(names: Sequence[str], written: Written) -> None:
     """
     for name in names:
         consumer = CONSUMERS[name]
-        if not _reads(consumer, written):
+        if not consumer.takes(written):
             allowed = ", ".join(_WORDS[one] for one in consumer.reads)
             folder = ", and folders of float weights by way of layercut export" if "float" not in consumer.reads else ""
             raise ConfigError(
@@ -408,6 +407,29 @@ def check_cut(config: Any, segments: Sequence[Segment], names: Sequence[str], wr
         check_written(names, written)
         checked = checked_segments(segments, count_layers(config))
         restriction(config, names, sum(map(len, checked))).check(checked)
+
+
+def check_model(config: Any, names: Sequence[str], written: Written) -> list[Reading]:
+    """What all consumers make of a model as it is, once those of `names` read it right.
+
+    Args:
+        config: of the model that is written.
+        names: the consumers that have to read it right.
+        written: as what it is written.
+
+    Returns:
+        What each of all consumers makes of it.
+
+    Raises:
+        ConfigError: one of `names` does not.
+    """
+    check_written(names, written)
+    found = readings(config, [], written)
+    for one in found:
+        if one.consumer in names and one.verdict in ("misread", "refused"):
+            hint = "leave it out of --for, or cut the whole model again with the same --for"
+            raise ConfigError(f"{CONSUMERS[one.consumer].title} would not read this model right: {one.words}", hint)
+    return found
 
 
 def written_by(quantize: QuantizeConfig) -> Written:
