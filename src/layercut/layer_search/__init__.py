@@ -78,8 +78,7 @@ def search(
 
     Raises:
         ConfigError: none or several of the three are given, they do not fit the model, the method or objective is
-            unknown or does not take what was asked, or a criterion picked something else than n layers, or a cut
-            that `restriction` forbids.
+            unknown or does not take what was asked, or a criterion picked other than n layers, or a forbidden cut.
         DataError: the tokens are not [N, T] token ids of this model.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
