@@ -2,7 +2,7 @@
 
 A stage makes one of these, `Run.stage` writes it, and every later stage reads its attributes. The names of the fields
 are the keys of the JSON files; `jsonable` writes them. `decode` turns JSON into these classes and raises Damaged where
-a key is missing or of another type, so that the stage is run again; keys that a class does not name are passed over.
+a key is missing or of another type, so that the stage is run again; keys that a class does not name are ignored.
 `seal` and `check_seal` find what types cannot, such as a number that was changed.
 """
 
@@ -34,10 +34,21 @@ class Damaged(ValueError):
 
 
 def decode(kind: type[Kind], content: Any, where: str = "") -> Kind:
-    """`content`, as `json.loads` gives it, as a `kind`: a dataclass, or whatever its fields may be.
+    """JSON as a dataclass, or as whatever its fields may be.
 
     Fields may be bool, int, float (also as one of NOT_FINITE), str, Any, dataclasses, Literal, X | None, list[X],
-    dict[str, X], tuple[X, Y] and tuple[X, ...]. A key that is not there takes the field's default. Raises Damaged.
+    dict[str, X], tuple[X, Y] and tuple[X, ...]. A key that is not there takes the field's default.
+
+    Args:
+        kind: the type.
+        content: as `json.loads` gives it.
+        where: what messages call it; the type's name where not given.
+
+    Returns:
+        An instance of `kind`.
+
+    Raises:
+        Damaged: a key is missing or of another type.
     """
     return _decoded(kind, content, where or getattr(kind, "__name__", "the artefact"))
 
@@ -128,7 +139,11 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(content: dict[str, Any]) -> None:
-    """Damaged where a JSON object is not as it was sealed; an object without a seal is of an older layercut."""
+    """Check that a JSON object is as it was sealed; one without a seal is of an older layercut.
+
+    Raises:
+        Damaged: it is not.
+    """
     if SEAL in content and content[SEAL] != _hash(content):
         raise Damaged("it is not as it was written")
 
@@ -184,7 +199,7 @@ def _part(kind: type[Kind], whole: Any) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class TextArtefact(Artefact, TextFacts):
-    """text-USE.json"""
+    """text-USE.json."""
 
     @property
     def facts(self) -> TextFacts:
@@ -205,7 +220,7 @@ class SharedText:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedTextArtefact(Artefact, SharedText):
-    """text-shared.json"""
+    """text-shared.json."""
 
     @property
     def facts(self) -> SharedText:
@@ -246,7 +261,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArtefact(Artefact, SearchCost):
-    """search.json"""
+    """search.json."""
 
     method: str
     segments: list[Bounds]
@@ -279,12 +294,12 @@ class SeedChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedArtefact(Artefact, SeedChoice, SearchCost):
-    """stability-SEED.json"""
+    """stability-SEED.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityArtefact(Artefact):
-    """stability.json; from `choices` on what `layer_search.stability.judge` returns"""
+    """stability.json; from `choices` on what `layer_search.stability.judge` returns."""
 
     method: str
     search: str
@@ -308,7 +323,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True, kw_only=True)
 class CutArtefact(Artefact):
-    """cut.json"""
+    """cut.json."""
 
     segments: list[Bounds]
     original_layer_index: list[int]
@@ -327,7 +342,7 @@ class FoldRecord(Fold):
 
 @dataclass(frozen=True, kw_only=True)
 class FoldArtefact(Artefact):
-    """fold.json"""
+    """fold.json."""
 
     fold: list[FoldRecord]
     changed: list[str]
@@ -342,7 +357,7 @@ class TuningRecord(TuningResult):
 
 @dataclass(frozen=True, kw_only=True)
 class HealArtefact(Artefact):
-    """heal.json"""
+    """heal.json."""
 
     fold: list[FoldRecord]
     tuning: TuningRecord | None
@@ -363,14 +378,14 @@ class FrontierRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierArtefact(Artefact):
-    """frontier-ROUND.json"""
+    """frontier-ROUND.json."""
 
     points: list[FrontierRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeArtefact(Artefact):
-    """quantize.json; at 16 bits nothing but `bits` and no layers"""
+    """quantize.json; at 16 bits nothing but `bits` and no layers."""
 
     bits: Bits
     layers: list[dict[str, Any]]
@@ -424,14 +439,14 @@ class CloserLook:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArtefact(Artefact, CloserLook):
-    """eval.json"""
+    """eval.json."""
 
     perplexity: Perplexities
 
 
 @dataclass(frozen=True, kw_only=True)
 class TasksArtefact(Artefact):
-    """tasks.json: what `evaluation.compare_tasks` returns, and --limit"""
+    """tasks.json: what `evaluation.compare_tasks` returns, and --limit."""
 
     tasks: dict[str, Any]
     retention: dict[str, Any]
@@ -451,7 +466,7 @@ class LongContext:
 
 @dataclass(frozen=True, kw_only=True)
 class LongArtefact(Artefact, LongContext):
-    """long.json"""
+    """long.json."""
 
     @property
     def facts(self) -> LongContext:
@@ -471,7 +486,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationsArtefact(Artefact):
-    """evaluations.json"""
+    """evaluations.json."""
 
     evaluations: dict[str, dict[str, Metric]]
     """By evaluation, then by metric."""
@@ -480,7 +495,7 @@ class EvaluationsArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArtefact(Artefact):
-    """export.json"""
+    """export.json."""
 
     bytes: int
     check: dict[str, Any]
@@ -519,7 +534,7 @@ class SummaryArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareDenseArtefact(Artefact):
-    """compare-dense.json"""
+    """compare-dense.json."""
 
     perplexity: float
     losses: list[float]
@@ -538,7 +553,7 @@ class MethodChoice(SearchCost):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareMethodArtefact(Artefact, MethodChoice):
-    """compare-METHOD.json"""
+    """compare-METHOD.json."""
 
     @property
     def facts(self) -> MethodChoice:
@@ -548,7 +563,7 @@ class CompareMethodArtefact(Artefact, MethodChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareTriangleArtefact(Artefact):
-    """compare-triangle.json: KL of every segment up to some length on the calibration tokens"""
+    """compare-triangle.json: KL of every segment up to some length on the calibration tokens."""
 
     triangle: list[tuple[int, int, float]]
     layer_forwards: int
@@ -556,7 +571,7 @@ class CompareTriangleArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCutArtefact(Artefact):
-    """compare-at-SEGMENTS-cut.json: perplexity of what is left, plain and folded; None where it was not measured"""
+    """compare-at-SEGMENTS-cut.json: perplexity of what is left, plain and folded; None where it was not measured."""
 
     cut: float | None = None
     folded: float | None = None
@@ -590,7 +605,7 @@ class ComparedTuning:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareTunedArtefact(Artefact):
-    """compare-at-SEGMENTS-tuned.json"""
+    """compare-at-SEGMENTS-tuned.json."""
 
     tuned: float
     losses: list[float]
@@ -617,7 +632,7 @@ class DensePerplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArtefact(Artefact):
-    """compare.json"""
+    """compare.json."""
 
     model: str
     layers: BeforeAfter
