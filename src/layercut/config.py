@@ -491,20 +491,38 @@ class LogConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
-    """The whole journey."""
+class FindConfig:
+    """The journey as far as the search."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def journey(self) -> CompressConfig:
+        """The run that begins so; what this part of it does not use is at its default."""
+        return CompressConfig(**vars(self))
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(FindConfig):
+    """The journey up to the checkpoint, with nothing measured."""
+
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(TuneConfig):
+    """The whole journey."""
+
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
         """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first.
@@ -558,41 +576,6 @@ class CompressConfig:
             raise ConfigError(
                 "several rounds are healed in between, and --tune-tokens is 0", "give --tune-tokens, or --rounds 1"
             )
-
-
-@flat
-@dataclass(frozen=True, kw_only=True)
-class FindConfig:
-    """The journey as far as the search."""
-
-    load: ModelConfig = field(default_factory=ModelConfig)
-    text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def journey(self) -> CompressConfig:
-        """The run that begins so; what the search does not use is at its default."""
-        return CompressConfig(**vars(self))
-
-
-@flat
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """The journey up to the checkpoint, with nothing measured."""
-
-    load: ModelConfig = field(default_factory=ModelConfig)
-    text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    heal: HealConfig = field(default_factory=HealConfig)
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def journey(self) -> CompressConfig:
-        """The run that begins so; what healing does not use is at its default."""
-        return CompressConfig(**vars(self))
 
 
 @options(RUN)

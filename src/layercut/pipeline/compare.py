@@ -33,8 +33,8 @@ from layercut.layer_search.sweep import all_segments, segment_costs, sweep_work
 from layercut.models import checkpoints, loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
-from layercut.pipeline.artefacts import (
-    BeforeAfter,
+from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
+from layercut.pipeline.compare_artefacts import (
     CompareArtefact,
     CompareCutArtefact,
     CompareDenseArtefact,
@@ -46,8 +46,6 @@ from layercut.pipeline.artefacts import (
     DensePerplexity,
     MethodChoice,
     StartAndBest,
-    bounds_of,
-    segments_of,
 )
 from layercut.pipeline.resolve import check_sources, check_window, default_folder, with_reported_window
 from layercut.pipeline.run_context import RunContext

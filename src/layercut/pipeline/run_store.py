@@ -32,10 +32,11 @@ from layercut.distributed import processes
 from layercut.errors import RunError
 from layercut.files.json_values import digest, jsonable, restored, write_json, write_text
 from layercut.files.reading import differing, record
+from layercut.files.typed_json import Damaged, check_seal, decode, seal
 from layercut.files.writing import disk_refusal, writing
 from layercut.models import memory
 from layercut.pipeline import provenance
-from layercut.pipeline.artefacts import Artefact, Damaged, check_seal, decode, seal
+from layercut.pipeline.artefacts import Artefact
 from layercut.progress import debug, say, warn
 
 Kind = TypeVar("Kind", bound=Artefact)

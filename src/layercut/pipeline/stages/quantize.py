@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from layercut import evaluation
@@ -11,7 +11,7 @@ from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
-from layercut.pipeline.artefacts import Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact, decode
+from layercut.pipeline.artefacts import BeforeAfter, Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
@@ -39,7 +39,14 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
             work.save(dict(found.packed), "quantized")
-            stage.found = replace(decode(QuantizeArtefact, found.to_dict()), files=["quantized.safetensors"])
+            stage.found = QuantizeArtefact(
+                **vars(config),
+                layers=list(found.weights),
+                left=list(found.left),
+                bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
+                quantization_config=dict(found.config),
+                files=["quantized.safetensors"],
+            )
     if stage.artefact.bits < 16:
         say("quantize", describe_quantization(asdict(stage.artefact)))
     return stage.artefact
