@@ -78,7 +78,15 @@ class Reading:
 
 
 def every(number: int, key: str = "") -> Places:
-    """Every so-and-so-many-th layer is apart; where the config has a whole number under `key`, that is the period."""
+    """A rule by a period: the last of every so many layers is apart.
+
+    Args:
+        number: the period.
+        key: a key of the config under which a whole number replaces it.
+
+    Returns:
+        The rule.
+    """
 
     def places(config: Any, layers: int) -> list[bool]:
         found = getattr(config, key, None) if key else None
@@ -89,13 +97,29 @@ def every(number: int, key: str = "") -> Places:
 
 
 def by_length_of_pattern(config: Any, layers: int) -> list[bool]:
-    """The last of every len(sliding_window_pattern) layers is apart; without a pattern all are."""
+    """The last of every len(sliding_window_pattern) layers is apart; without a pattern all are.
+
+    Args:
+        config: of the decoder.
+        layers: how many there are.
+
+    Returns:
+        Of each place whether its layer is apart.
+    """
     pattern = getattr(config, "sliding_window_pattern", None)
     return [not pattern or (i + 1) % len(str(pattern)) == 0 for i in range(layers)]
 
 
 def by_letters(config: Any, layers: int) -> list[bool]:
-    """sliding_window_pattern is text such as LLLG, repeated; G is apart."""
+    """sliding_window_pattern is text such as LLLG, repeated; G is apart.
+
+    Args:
+        config: of the decoder.
+        layers: how many there are.
+
+    Returns:
+        Of each place whether its layer is apart.
+    """
     pattern = getattr(config, "sliding_window_pattern", None)
     return [not isinstance(pattern, str) or pattern[i % len(pattern)] == "G" for i in range(layers)]
 
@@ -222,6 +246,9 @@ def readings(
         segments: the layers to remove.
         written: as what the cut model is written.
         names: the consumers.
+
+    Returns:
+        A reading of each, in the order of the names.
     """
     text, layers = config.get_text_config(decoder=True), count_layers(config)
     kept = kept_layers(list(segments), layers)
@@ -262,7 +289,15 @@ def _odd_layer(rule: IndexRule, text: Any, kept: Sequence[int]) -> int | None:
 
 
 def layers_apart(text: Any, aspect: Aspect) -> list[bool] | None:
-    """Which layers attend to everything, or have no rotary positions; None: the config does not tell layers apart."""
+    """Which layers are of the rarer kind: attend to everything, or have no rotary positions.
+
+    Args:
+        text: the config of the decoder.
+        aspect: which of the two.
+
+    Returns:
+        Of each layer whether it is; None: the config does not tell layers apart.
+    """
     if aspect == "no_rope_layers":
         listed = getattr(text, "no_rope_layers", None)
         return [not each for each in listed] if listed else None  # 1: with rotary positions
@@ -338,6 +373,9 @@ def restriction(config: Any, names: Sequence[str], length: int) -> Restriction:
         names: the consumers.
         length: n, layers to remove.
 
+    Returns:
+        The restriction, for `layer_search.search`.
+
     Raises:
         ConfigError: none does, or one of them does not load this architecture.
     """
@@ -376,6 +414,10 @@ def _restriction(text: Any, layers: int, names: Sequence[str], length: int) -> R
 
 def check_written(names: Sequence[str], written: Written) -> None:
     """Refuse a number format that one of these consumers does not read.
+
+    Args:
+        names: the consumers.
+        written: as what a model is written.
 
     Raises:
         ConfigError: which one, and what it reads.

@@ -359,5 +359,17 @@ def _lowest_allowed(values: list[float], protected: Set[int], restriction: Restr
 
 
 def allowed_segments(runner: DecoderRunner, length: int, restriction: Restriction | None) -> list[Segment]:
-    """The single segments of n layers that may be removed; ConfigError: there are none."""
+    """The single segments of n layers that may be removed.
+
+    Args:
+        runner: the dense model.
+        length: n, layers to remove.
+        restriction: of the cuts that may be chosen.
+
+    Returns:
+        The segments, by their start.
+
+    Raises:
+        ConfigError: there are none.
+    """
     return (restriction or Restriction.none(len(runner), length)).needed_segments()

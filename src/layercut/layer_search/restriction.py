@@ -28,7 +28,15 @@ class Restriction:
 
     @classmethod
     def none(cls, layers: int, length: int) -> Restriction:
-        """All cuts of `length` of `layers` layers are allowed."""
+        """All cuts are allowed.
+
+        Args:
+            layers: L.
+            length: n, layers to remove.
+
+        Returns:
+            The restriction that is none.
+        """
         return cls(((True,) * (layers - length),) * layers)
 
     @property
@@ -42,11 +50,28 @@ class Restriction:
         return all(map(all, self.may))
 
     def keeps(self, start: int, stop: int, removed: int) -> bool:
-        """Whether layers start … stop - 1 may stay where `removed` layers before them go."""
+        """Whether layers start … stop - 1 may stay.
+
+        Args:
+            start: the first layer.
+            stop: the one after the last.
+            removed: how many layers before them go.
+
+        Returns:
+            Whether each may stand where it would.
+        """
         return all(self.may_keep(i, removed) for i in range(start, stop))
 
     def may_keep(self, layer: int, removed: int) -> bool:
-        """Whether a layer may stay where `removed` layers before it go."""
+        """Whether a layer may stay.
+
+        Args:
+            layer: i.
+            removed: how many layers before it go.
+
+        Returns:
+            Whether it may stand at place i - removed.
+        """
         return layer - removed < len(self.may[0]) and self.may[layer][layer - removed]
 
     def allows(self, cuts: Iterable[Segment]) -> bool:
@@ -86,11 +111,14 @@ class Restriction:
         )
 
     def cheapest(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts | None:
-        """The allowed cut whose layers have the lowest sum of costs [L]; the earlier of equals; None: there is none.
+        """The allowed cut whose layers have the lowest sum of costs; the earlier of equals.
 
         Args:
-            costs: of removing each layer.
+            costs: of removing each layer [L].
             must: layers that have to be among the removed ones.
+
+        Returns:
+            Its segments; None: there is no such cut.
         """
         best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by the number of layers removed so far
         for i, cost in enumerate(costs):
@@ -107,6 +135,13 @@ class Restriction:
     def needed(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts:
         """`cheapest`, where there has to be one.
 
+        Args:
+            costs: of removing each layer [L].
+            must: layers that have to be among the removed ones.
+
+        Returns:
+            Its segments.
+
         Raises:
             ConfigError: there is none.
         """
@@ -117,5 +152,13 @@ class Restriction:
         return cuts
 
     def drawn(self, generator: torch.Generator, must: Set[int] = frozenset()) -> Cuts:
-        """An allowed cut at random that removes all of `must`, which have to be of an allowed one."""
+        """An allowed cut at random.
+
+        Args:
+            generator: of the draw.
+            must: layers of an allowed cut that have to be among the removed ones.
+
+        Returns:
+            Its segments.
+        """
         return self.needed(torch.rand(len(self.may), generator=generator).tolist(), must)
