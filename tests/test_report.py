@@ -781,6 +781,22 @@ def test_the_closing_line(tmp_path: Path, summary: dict[str, Any], mark: str, wo
     assert words.split(" on ")[0] in " ".join(ended(tmp_path).split()), "the last thing the terminal says"
 
 
+def test_the_closing_line_names_what_failed(tmp_path: Path) -> None:
+    found = concluded(tmp_path / "fold", summary=with_perplexity(folded=110.0, tuned=46.0))
+    assert found.mark == "fair", "a stage that failed is no tick"
+    assert "is acceptable; look first at Fold, which failed. No task" in found.text
+    left = {"mean": 0.9, "above_chance": 0.6}
+    both = concluded(
+        tmp_path / "both",
+        summary={**with_perplexity(folded=110.0, tuned=46.0, quantized=51.0), **survival_json(retention=left)},
+        search={"segments": [[12, 18]]},
+    )
+    assert "look first at Search, Fold, Long context, which failed; and then at Quantization, Tasks" in both.text
+    healed = concluded(tmp_path / "cut", summary=with_perplexity(cut=500.0, tuned=46.0))
+    assert healed.mark == "good", "the cut's price is in the result"
+    assert "failed" not in healed.text
+
+
 def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> None:
     assert "No task was measured" in concluded(tmp_path).text
     (tmp_path / "evaluations").mkdir()
@@ -831,12 +847,13 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
     again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
     (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
     judged = {v.stage for v in verdicts.verdicts(read_run(run))}
-    assert judged == {rule.name for rule in thresholds.rules()} - {"Search"}, "a run in rounds has no one search to judge"
+    ruled = {rule.name for rule in thresholds.rules()}
+    assert judged == ruled - {"Search"}, "a run in rounds has no one search to judge"
     _, page = report(run)
     for rule in thresholds.rules():
         assert {rule.good, rule.fair, rule.bad} <= {re.sub(r"\s+", " ", cell).strip() for cell in page.words}
     reference = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert thresholds.table() in reference, "renew it: python -c 'from layercut.report import thresholds; print(thresholds.table())'"
+    assert thresholds.table() in reference, "renew it with layercut.report.thresholds.table()"
 
 
 # ---- nothing that reassures or misleads ----------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Json:
     """
 
     def __init__(self, value: Any = None) -> None:
-        self._value = value._value if isinstance(value, Json) else value
+        self._value: Any = value._value if isinstance(value, Json) else value
 
     def __getattr__(self, name: str) -> Json:
         if name.startswith("_"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercut.files.writing import write_atomically
 from layercut.report import charts, tables, thresholds, verdicts
-from layercut.report.formatting import Json, command_line, finite, printable, short_name, size
+from layercut.report.formatting import command_line, printable, short_name
 from layercut.report.run_facts import RunFacts, read_json, read_run
 from layercut.report.sections import chapter
 from layercut.report.templating import lines, page

@@ -46,7 +46,7 @@ CHAPTERS = {
         Section("rounds", lambda run: {"rows": tables.round_rows(run)}),
         Section("frontier", lambda run: _with_chart(tables.frontier(run.frontier), charts.frontier_chart)),
         Section("tuning", lambda run: {"chart": charts.tuning_chart(run.heal)}),
-        Section("fold", lambda run: {"rows": list(run.heal.fold)}),
+        Section("fold", lambda run: {"rows": list(run.heal.fold)}, wide=True),
         Section("unmeasured", lambda run: {"names": tables.unmeasured(run)}, wide=True),
         Section("provenance", lambda run: {"model": formatting.short_name(run.summary.model)}, wide=True),
     ],

@@ -79,7 +79,8 @@ def _result(run: RunFacts) -> Verdict | None:
     factor, last, dense = final_factor(run.summary), last_stage(run.summary), perplexities(run.summary).get("dense")
     if factor is None or last is None:
         return None
-    return _judged("Result", _graded(factor, limits.CLOSE, limits.FAIR), state=last[0], value=last[1], factor=factor, dense=dense)
+    mark = _graded(factor, limits.CLOSE, limits.FAIR)
+    return _judged("Result", mark, state=last[0], value=last[1], factor=factor, dense=dense)
 
 
 def _search(run: RunFacts) -> Verdict | None:
@@ -396,7 +397,7 @@ def conclusion(run: RunFacts) -> Verdict:
         why, mark = "larger" if larger else "worse" if factor > limits.FAIR else "tasks", "bad"
     else:
         why, mark = "usable", "good" if factor <= limits.CLOSE and not failed and not weak else "fair"
-    without = Json({"perplexity": {name: value for name, value in perplexities(summary).items() if name != "quantized"}})
+    without = Json({"perplexity": {k: value for k, value in perplexities(summary).items() if k != "quantized"}})
     before = final_factor(without) if "quantized" in perplexities(summary) else None
     text = _say("conclusion", why=why, ruined=ruined, factor=factor, came=came, after=summary.bytes.after,
                 better=better_way(run), rounded=before if before is not None and before <= limits.FAIR else None,
