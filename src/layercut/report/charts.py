@@ -1,9 +1,9 @@
 """The pictures of the report, as inline SVG that follows the page's light or dark colours.
 
-Used by `report/sections.py` at the end of the journey. matplotlib draws (and is imported only when drawing) in one
-style, `STYLE`; `inline` strips its SVG of everything that points outside the page, turns fixed colours into CSS
-variables, and gives marks hover titles. No markup of the user enters a chart. A chart is None when there is nothing to
-draw.
+Used by `report/sections.py` at the end of the journey. matplotlib draws (and is imported only when drawing) in the
+style of templates/charts.mplstyle; `inline` strips its SVG of everything that points outside the page, turns fixed
+colours into CSS variables, and gives marks hover titles. No markup of the user enters a chart. A chart is None when
+there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -19,21 +19,12 @@ from xml.etree import ElementTree
 
 from layercut.report.formatting import Json, count, figure, finite, label, percent, printable, size, spans, whole_number
 from layercut.report.tables import Frontier, runs_of
+from layercut.report.templating import TEMPLATES
 
 # Stand-ins for the page's CSS variables: matplotlib wants a colour, and these hardly occur by chance.
 INK, MUTED, GRID, ACCENT, SECOND, SURFACE = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", SECOND: "second", SURFACE: "surface"}
 LOSS_COLOURS = ("#2b7fd0", "#8c86b0", "#e07b28")  # low to high; readable on light and dark, also colour-blind
-STYLE = {
-    "figure.figsize": (6.1, 3.9), "figure.constrained_layout.use": True, "savefig.transparent": True,
-    "svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False,
-    "font.family": "DejaVu Sans", "font.size": 11.5, "text.color": INK, "axes.unicode_minus": False,
-    "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID,
-    "xtick.color": MUTED, "xtick.major.size": 0, "ytick.color": MUTED, "ytick.major.size": 0,
-    "legend.frameon": False, "legend.fontsize": 10.5, "legend.labelcolor": INK, "legend.borderaxespad": 0.2,
-    "legend.handlelength": 1.4, "legend.columnspacing": 1.3, "legend.handletextpad": 0.5,
-}  # fmt: skip
 Point = tuple[float, float, str]
 """x, y and hover title."""
 
@@ -54,6 +45,11 @@ class Drawing:
         """Draw a mark with a hover title at each point; `name`: of all of them, for the legend."""
         for number, (x, y, title) in enumerate(points):
             self.tip(self.axes.plot(x, y, ls="none", label="_" if number else name, **style)[0], title)
+
+    def series(self, points: list[Point], name: str, colour: str) -> None:
+        """Draw a line with a mark and a hover title at each point."""
+        self.axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, lw=2, label=name)
+        self.marks(points, marker="o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
 
     def svg(self, legend: int = 0) -> str:
         """Finish: an <svg> element to be put inside a page, with a legend of so many columns above the axes."""
@@ -77,10 +73,10 @@ def drawing(name: str, description: str, **axes: Any) -> Iterator[Drawing]:
     Yields:
         The drawing.
     """
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(TEMPLATES / "charts.mplstyle"):
         yield Drawing(name, description, Figure().add_subplot(**axes))
 
 
@@ -115,7 +111,8 @@ def _log_axis(axis: Any, low: float, high: float) -> None:
     """Ticks of a log axis that read 0.5, 1, 2 instead of powers of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+    steps = range(1, 10) if high / low < 5 else (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
 
@@ -244,12 +241,11 @@ def path_chart(search: Any, most_steps: int = 120) -> str | None:
 
 def _step(row: Json) -> tuple[float, list[float], list[float | None]] | None:
     """One row of the path, or None if it is not numbers. Losses that are not finite are None."""
-    step, places = finite(row.step), [finite(place) for place in row.places]
+    step, places = finite(row.step), [place for place in map(finite, row.places) if place is not None]
     losses = [loss if (loss := finite(value)) and loss > 0 else None for value in row.losses]
-    known = [place for place in places if place is not None]
-    if step is None or not known or len(known) != len(places):
+    if step is None or not places or len(places) < len(list(row.places)):
         return None
-    return step, known, losses + [None] * (len(known) - len(losses))
+    return step, places, losses + [None] * (len(places) - len(losses))
 
 
 Prices = dict[tuple[int, int], float]
@@ -327,10 +323,9 @@ def tuning_chart(heal: Any) -> str | None:
     description = "Loss over the tokens trained on: training, held-out, and the step that was kept"
     with drawing("tuning", description, xlabel="tokens trained on", ylabel=f"{shown}, {unit}".replace("$", "")) as d:
         d.axes.plot([t for _, t, _ in train], [loss for *_, loss in train], color=MUTED, lw=1.1, label="training")
-        d.axes.plot([t for _, t, _ in held], [loss for *_, loss in held], color=ACCENT, lw=2, label="held-out")
         points = [(tokens, loss, f"step {step:g}, {count(tokens)} tokens: held-out loss {figure(loss)}")
                   for step, tokens, loss in held]  # fmt: skip
-        d.marks(points, marker="o", ms=5, mfc=ACCENT, mec=SURFACE, mew=0.8)
+        d.series(points, "held-out", ACCENT)
         kept = [(tokens, loss, f"kept: step {step:g}, loss {figure(loss)}")
                 for step, tokens, loss in held or train if step == finite(tuning.best_step)]  # fmt: skip
         d.marks(kept[:1], "kept", marker="o", ms=14, mfc="none", mec=SECOND, mew=2)
@@ -359,8 +354,7 @@ def position_chart(rows: list[tuple[int, int, float | None, float | None]]) -> s
                  f"positions {row[0]:,} to {row[1] - 1:,}: {figure(row[which])} ({name})")
                 for row in known if row[which] is not None
             ]  # fmt: skip
-            d.axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, lw=2, label=name)
-            d.marks(points, marker="o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
+            d.series(points, name, colour)
         d.axes.set_xscale("log")
         d.axes.set_xticks([stop for _, stop, *_ in known], minor=False)
         d.axes.set_xticks([], minor=True)
@@ -381,8 +375,7 @@ def frontier_chart(frontier: Frontier | None) -> str | None:
             series = sorted((p for p in known if p.bits == bits), key=lambda p: p.bytes)
             colour = {16: MUTED, 8: ACCENT, 4: SECOND}.get(bits, INK)
             points = [(p.bytes / 1e6, 100 * p.rise, f"{p.words}{', chosen' if p.chosen else ''}") for p in series]
-            d.axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, lw=1.6, label=f"{bits} bits")
-            d.marks(points, marker="o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
+            d.series(points, f"{bits} bits", colour)
         ring = [(p.bytes / 1e6, 100 * p.rise, f"chosen: {p.words}") for p in known if p.chosen]
         d.marks(ring, "chosen", marker="o", ms=14, mfc="none", mec=INK, mew=2)
         dashed: dict[str, Any] = {"color": INK, "lw": 1.2, "ls": (0, (4, 3)), "zorder": 1}

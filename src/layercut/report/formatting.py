@@ -1,7 +1,7 @@
 """Values of a run's JSON files, read with care, and figures as the text people see.
 
-Used by all of `report/`, at the end of the journey. A file may be old,
-partial, or hold inf and nan; whatever is not a usable number here becomes None, and in words "not measured".
+Used by all of `report/`, at the end of the journey. A file may be old, partial, or hold inf and nan; whatever is not a
+usable number becomes None here, and "not measured" in words.
 """
 
 from __future__ import annotations

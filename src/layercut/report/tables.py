@@ -22,7 +22,6 @@ from layercut.report.formatting import (
     printable,
     signed,
     size,
-    source_name,
     spans,
     times,
     whole_number,
@@ -277,18 +276,7 @@ def frontier(found: Json) -> Frontier | None:
     return Frontier(points=points, size=allowed, loss=loss) if points else None
 
 
-# ---- what was read, and what was not measured --------------------------------------------------------------
-
-
-def sources(run: RunFacts) -> list[tuple[str, str, Json, Json]]:
-    """(what for, source, tokens, fingerprint) of each text the run read."""
-    scored = run.summary.perplexity or run.evaluation.perplexity
-    texts = [
-        ("calibration: search and fold", run.search.calibration, run.search.calibration.source),
-        ("tuning", run.heal.tuning.data, run.heal.tuning.data.source),
-        ("evaluation", scored, scored.dataset),
-    ]
-    return [(use, source_name(name), text.tokens, text.fingerprint) for use, text, name in texts if text]
+# ---- what was searched, and what was not measured --------------------------------------------------------------
 
 
 def bytes_that_came(summary: Json) -> float | None:
@@ -329,7 +317,7 @@ def unmeasured(run: RunFacts) -> list[str]:
         "size on disk": run.summary.bytes,
         "tasks": task_rows(run.scored),
         "long context": positions(run.summary),
-        "generations": list(run.evaluation.generations) or run.summary.generation_health,
+        "generations": list(run.evaluation.generations) or run.health,
     }
     return [name for name, known in there.items() if not known]
 

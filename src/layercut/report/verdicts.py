@@ -46,9 +46,13 @@ class Verdict:
 def verdicts(run: RunFacts) -> list[Verdict]:
     """Did each stage do its job? Stages that did not run are left out."""
     judges: list[Callable[[RunFacts], Verdict | None]] = [
-        _result, _search, _stability, _cut, _rounds, _budgets, _fold, _tuning, _quantization, _size, _gguf,
+        _result, _search, _stability, _cut, _rounds,
+        lambda run: budgets_verdict(tables.frontier(run.frontier)),
+        lambda run: _healing(run, "Fold", "folded"), lambda run: _healing(run, "Tuning", "tuned"),
+        _quantization, _size, _gguf,
         lambda run: _speed(run, "prefill"), lambda run: _speed(run, "decode"),
-        _tasks, _long_context, _hidden_keys, _generation,
+        _tasks, _long_context, _hidden_keys,
+        lambda run: generation_verdict(run.health),
     ]  # fmt: skip
     return [found for judge in judges if (found := judge(run))]
 
@@ -162,15 +166,11 @@ def _rounds(run: RunFacts) -> Verdict | None:
     return _judged("Rounds", mark, rows=rows, known=len(tuned) == len(rows), failed=failed)
 
 
-def _budgets(run: RunFacts) -> Verdict | None:
-    found = tables.frontier(run.frontier)
-    return budgets_verdict(found) if found and found.loss is not None else None
-
-
-def budgets_verdict(found: tables.Frontier) -> Verdict:
-    """Whether the budgets were met, and by what; `found` has a budget of loss."""
+def budgets_verdict(found: tables.Frontier | None) -> Verdict | None:
+    """Whether the budgets were met, and by what; None where there was no budget of loss."""
+    if found is None or found.loss is None:
+        return None
     allowed = found.loss
-    assert allowed is not None
     by_size = min((p for p in found.points if p.rise <= allowed), key=lambda p: (p.bytes, p.rise), default=None)
     small = [p for p in found.points if (found.size is None or p.bytes <= found.size) and not math.isnan(p.rise)]
     choice = next((p for p in found.points if p.chosen), None) if found.size is not None else by_size
@@ -180,18 +180,10 @@ def budgets_verdict(found: tables.Frontier) -> Verdict:
                    tiniest=min(p.bytes for p in found.points))  # fmt: skip
 
 
-def _fold(run: RunFacts) -> Verdict | None:
-    return _healing(run, "Fold", "folded", ran=bool(run.heal.fold))
-
-
-def _tuning(run: RunFacts) -> Verdict | None:
-    return _healing(run, "Tuning", "tuned", ran=bool(run.heal.tuning))
-
-
-def _healing(run: RunFacts, stage: str, state: str, *, ran: bool) -> Verdict | None:
+def _healing(run: RunFacts, stage: str, state: str) -> Verdict | None:
     """A healing stage against the last measured stage before it."""
     found = perplexities(run.summary)
-    if state not in found and not ran:
+    if state not in found and not (run.heal.fold if state == "folded" else run.heal.tuning):
         return None
     old = next((found[s] for s in reversed(STAGES[1 : STAGES.index(state)]) if s in found), None)
     new, better = found.get(state), None
@@ -306,13 +298,9 @@ def _hidden_keys(run: RunFacts) -> Verdict | None:
     return _judged("Hidden keys", mark, grid=grid)
 
 
-def _generation(run: RunFacts) -> Verdict | None:
-    return generation_verdict(run.summary.generation_health)
-
-
 def generation_verdict(health: Json) -> Verdict | None:
-    """Whether generative quality survived, with how soon the two models part; `health` is that of summary.json."""
-    if not (health.dense and health.compressed):
+    """Whether generative quality survived, with how soon the two models part; of RunFacts.health."""
+    if not health:
         return None
     warning = generation_warning(health)
     if warning:
@@ -327,8 +315,6 @@ def generation_verdict(health: Json) -> Verdict | None:
 
 def generation_warning(health: Json) -> str:
     """In plain words, that generative quality did not survive; empty where it did, or where it was not measured."""
-    if not (health.dense and health.compressed):
-        return ""
     old, new = finite(health.dense.repeated_4grams), finite(health.compressed.repeated_4grams)
     likely, unlikely = finite(health.dense.dense_loss), number(health.compressed.dense_loss)
     circles = old is not None and new is not None and new > old + limits.CIRCLES
@@ -383,7 +369,7 @@ def conclusion(run: RunFacts) -> Verdict:
     marks = {verdict.stage: verdict.mark for verdict in verdicts(run)}
     came, weight = tables.bytes_that_came(summary), finite(run.gguf.bytes)
     exported = weight is not None and came is not None and weight < came and not run.gguf.broken
-    ruined = broken(summary, run.scored) or generation_warning(summary.generation_health)
+    ruined = broken(summary, run.scored) or generation_warning(run.health)
     counted = {s: mark for s, mark in marks.items() if s not in JUDGED_BY_THE_RESULT and (s != "Size" or not exported)}
     failed, weak = ([s for s, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
     if not any(marks.get(phase, "good") == "good" for phase in ("Prefill", "Decode")):
