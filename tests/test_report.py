@@ -22,6 +22,8 @@ from layercut.report import charts, formatting, tables, thresholds, verdicts
 from layercut.report.formatting import Json
 from layercut.report.page import closing, model_card, write_report
 from layercut.report.run_facts import RunFacts, read_run
+from layercut.report.sections import CHAPTERS
+from layercut.report.templating import TEMPLATES
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EVIL = "<script>alert(1)</script>"
@@ -253,6 +255,17 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
     assert html.count("<title>layer ") == 30 + 24, "each layer of both stacks has a hover title"
     assert "<title>layer 12, now layer 12: folded, tuned</title>" in html
     assert "<title>layer 19, now layer 13: tuned</title>" in html
+
+
+def test_the_page_starts_with_the_result_then_the_proofs_then_the_details(tmp_path: Path) -> None:
+    html, page = report(make_run(tmp_path, summary=survival_json()))
+    words = ("Usable where", "6 of its 30 layers", "Task score retained", "Hidden keys found", "What was cut", "Proofs",
+             "Did each stage do its job?", "Perplexity, stage by stage", "Details", "Cost of the candidates")  # fmt: skip
+    start = html.replace("Do not ship this", "Usable where").partition("<main>")[2]
+    assert [start.index(text) for text in words] == sorted(start.index(text) for text in words)
+    names = [section.name for sections in CHAPTERS.values() for section in sections]
+    assert [name for name in page.ids if name in names] == [name for name in names if name in page.ids]
+    assert sorted(names) == sorted(part.stem for part in (TEMPLATES / "sections").iterdir()), "one part a section"
 
 
 def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ CHAPTERS = {
         Section("path", lambda run: {"chart": charts.path_chart(run.search)}),
         Section("triangle", lambda run: {"chart": charts.triangle_chart(run.search)}),
         Section("stability", lambda run: {"choices": list(run.stability.choices)}),
-        Section("rounds", lambda run: {"rows": tables.round_rows(run)}),
+        Section("rounds", lambda run: {"rows": tables.round_rows(run)}, wide=True),
         Section("frontier", lambda run: _with_chart(tables.frontier(run.frontier), charts.frontier_chart)),
         Section("tuning", lambda run: {"chart": charts.tuning_chart(run.heal)}),
         Section("fold", lambda run: {"rows": list(run.heal.fold)}, wide=True),
