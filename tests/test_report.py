@@ -259,8 +259,10 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
 
 def test_the_page_starts_with_the_result_then_the_proofs_then_the_details(tmp_path: Path) -> None:
     html, page = report(make_run(tmp_path, summary=survival_json()))
-    words = ("Usable where", "6 of its 30 layers", "Task score retained", "Hidden keys found", "What was cut", "Proofs",
-             "Did each stage do its job?", "Perplexity, stage by stage", "Details", "Cost of the candidates")  # fmt: skip
+    words = (
+        "Usable where", "6 of its 30 layers", "Task score retained", "Hidden keys found", "What was cut", "Proofs",
+        "Did each stage do its job?", "Perplexity, stage by stage", "Details", "Cost of the candidates",
+    )  # fmt: skip
     start = html.replace("Do not ship this", "Usable where").partition("<main>")[2]
     assert [start.index(text) for text in words] == sorted(start.index(text) for text in words)
     names = [section.name for sections in CHAPTERS.values() for section in sections]
