@@ -301,7 +301,7 @@ def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer
     assert (first.rows_by_origin()["probes"] == made[:2]).all()
     assert (second.rows_by_origin()["probes"] == made[2:]).all()
     later = Reader(tokenizer, seed=0)
-    later.pass_by("heldout", source, tokens=8 * 300, window=300, keys={*first.keys})
+    later.skip_blocks("heldout", source, tokens=8 * 300, window=300, keys={*first.keys})
     assert (later.draw("tuning", source, tokens=8 * 300, window=300).tokens == second.tokens).all()
 
 

@@ -254,7 +254,7 @@ class Reader:
             frozenset(keys), passed_over,
         )  # fmt: skip
 
-    def pass_by(
+    def skip_blocks(
         self, use: str, source: str, *, tokens: int, window: int, keys: set[int], order: Order = "shuffled"
     ) -> None:
         """Skip blocks that a use has from an earlier run, so that later draws are the same as if they were drawn now.
@@ -274,7 +274,7 @@ class Reader:
         for i, part in enumerate(parts):
             rows = sum(order_of[j % len(order_of)] == i for j in range(count))
             if rows and order == "shuffled":
-                self._stream(part, order).pass_by(rows, window, lambda key: self._is_anothers(key, use))
+                self._stream(part, order).skip_blocks(rows, window, lambda key: self._is_anothers(key, use))
         self.drawn[use] = keys
 
     def _is_anothers(self, key: int, use: str) -> bool:
@@ -381,7 +381,7 @@ class _Text:
         self._forget(end)
         return _Taken(rows, keys, self._passed_over)
 
-    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+    def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Skip the next rows."""
         self.take(range(count), window, refused)
 
@@ -422,7 +422,7 @@ class _Own:
         rows = sample(self._model, self._tokenizer, window, wanted, self._seed, chat_template=self._chat)
         return _Taken(rows, [_hash(row.numpy().tobytes()) for row in rows], 0)
 
-    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+    def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Skip the next rows."""
         self._given += count
 
@@ -445,7 +445,7 @@ class _Generated:
             raise DataError(f"no generated test fits rows of {window} tokens", "give longer rows: --window 256")
         return _Taken(made.tokens, [_hash(row.numpy().tobytes()) for row in made.tokens], 0)
 
-    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+    def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Give the next rows to nobody: somebody has them."""
         self._given += count
 
@@ -494,7 +494,7 @@ def encode(
 
 
 def document_key(document: Document) -> int:
-    """63 bits by which a document is recognised, wherever it stands and however it is wrapped."""
+    """63 bits by which a document is recognised, whatever its source and line breaks."""
     return _hash(re.sub(r"\s+", " ", render(document)).strip().encode("utf-8", "surrogatepass"))
 
 

@@ -51,7 +51,7 @@ REPORTED = {"wikitext2": "test", "c4": "validation"}
 is train."""
 PYTHON = {"python-docs": python_docs, "python-docstrings": python_docstrings}
 SELF = "self"
-"""Text that the model writes itself: what it is made of stands in `data/self_sampled.py`."""
+"""Text that the model writes itself: see `data/self_sampled.py`."""
 TESTS = "probes"
 """Generated tests of what a model can do (`data/probes.py`); "probes:0.25" for a quarter of a mix's rows."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")

@@ -25,6 +25,7 @@ from layercut.layer_search.budgets import (
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
 from layercut.layer_search.damage_map import CapabilityMap, capability_map
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.models.callers_model import prepared
@@ -35,9 +36,9 @@ from layercut.progress import bar
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
-    "Candidate", "CapabilityMap", "Cost", "Criterion", "SearchResult", "capability_map", "length_for_size",
-    "length_for_speedup", "longest_within", "perplexity_rise", "regret", "rescored", "search", "split_rows",
-    "with_triangle",
+    "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
+    "length_for_size", "length_for_speedup", "longest_within", "perplexity_rise", "regret", "rescored", "search",
+    "split_rows", "with_triangle",
 ]  # fmt: skip
 
 SECOND_SEGMENT_GAIN = 0.05
@@ -57,12 +58,12 @@ def search(
     probes: ProbeRows | None = None,
     seed: int = 0,
     oracle: bool = False,
+    restriction: Restriction | None = None,
 ) -> SearchResult:
     """Find the layers that the model can best do without. Nothing is cut, and the model stays as it is.
 
     One of `ratio`, `n_layers` and `segments` says what to remove. What a criterion picks is priced by the real cut on
-    all tokens, KL(p || q) between the dense model's predictions p and the cut one's q; that is in neither the result's
-    `cost` nor its `seconds`, which hold what the criterion itself needs.
+    all tokens, KL(p || q) of the dense p and the cut q, outside the result's `cost` and `seconds`.
 
     Args:
         model: a causal LM of transformers in memory, or a `DecoderRunner` of one.
@@ -71,39 +72,46 @@ def search(
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together.
         num_segments: how many segments at most, for clp and exhaustive; "auto": two where that pays.
-        method: a name in `layercut.criteria`, or a criterion itself (`criteria.Criterion`). "clp" is CLP's concave
-            gate (2510.23652) with a race by the real cut.
+        method: a name in `layercut.criteria`, or a `Criterion`; "clp" is CLP's gate (2510.23652) with a race by KL.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
-        probes: generated tests (`layercut.probe_rows`) whose damage is minimised along with the text's loss, for
-            criteria that take them; text alone where not given.
+        probes: generated tests (`layercut.probe_rows`), for clp and exhaustive to minimise their damage with the loss.
         seed: of everything drawn at random: the same seed gives the same result.
         oracle: run the exhaustive search as well and put its answer and the regret beside the result.
+        restriction: of the cuts that may be chosen, for this number of layers; of `segments` too.
 
     Returns:
         `SearchResult`: `segments` to hand to `layercut.cut`, all candidates from the best, and what finding them cost.
 
     Raises:
-        ConfigError: none or several of the three are given, they do not fit the model, the method or objective is
-            unknown or does not take what was asked, or a criterion picked something else than n layers.
+        ConfigError: none or several of the three are given, something is unknown, or does not fit model or method.
         DataError: the tokens are not [N, T] token ids of this model.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
     with prepared(model) as (runner,):
         check_calibration(runner, tokens)
         length = wanted_length(len(runner), ratio, n_layers, segments)
+        limits = restriction or Restriction.none(len(runner), length)
         if segments is not None:
+            limits.check(segments)
             return priced(runner, tokens, segments, probes)
-        name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-        criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
-        asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "seed": seed}
+        limits.needed([0.0] * len(runner))  # raises where no cut is allowed
+        name, criterion = named_criterion(method)
+        asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "restriction": limits}
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
         numbers = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
-        found = [searched(runner, tokens, length, name, criterion, asked | {"num_segments": n}) for n in numbers]
-        result = fewest_worth(found)
+        each = ({"seed": seed, "num_segments": n, **asked} for n in numbers)
+        result = fewest_worth([chosen(runner, tokens, limits, criterion, name, options) for options in each])
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
             options = accepted(exhaustive, asked | {"num_segments": numbers[-1]})
             result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **options))
         return result
+
+
+def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
+    """A criterion and its name, from either."""
+    if isinstance(method, str):
+        return method, registries.criteria.get(method)
+    return getattr(method, "__name__", type(method).__name__), method
 
 
 def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: bool) -> list[int]:
@@ -120,30 +128,6 @@ def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: boo
     if asked == "auto":
         return [1, 2] if length > 1 and compares else [1]
     return [min(asked, length)]
-
-
-def searched(
-    runner: DecoderRunner, tokens: torch.Tensor, length: int, name: str, criterion: Criterion, asked: dict[str, Any]
-) -> SearchResult:
-    """What one criterion finds.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        length: n, layers to remove.
-        name: of the criterion.
-        criterion: which is run.
-        asked: options, of which it is given those that it takes.
-
-    Returns:
-        The result, priced by the real cut, with the criterion's own cost and seconds.
-    """
-    cost, begun = Cost(), time.perf_counter()
-    with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
-        options = accepted(criterion, {"cost": cost, "advance": advance, **asked})
-        picked = criterion(runner, tokens, length, **options)
-    seconds = time.perf_counter() - begun
-    return replace(judged(runner, tokens, length, name, picked, cost), seconds=seconds)
 
 
 def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
@@ -172,6 +156,35 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
     best = [each.candidates[0] for each in found]
     by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
     return replace(taken, cost=cost, seconds=sum(each.seconds for each in found), by_number=best, by_text=by_text)
+
+
+def chosen(
+    runner: DecoderRunner, tokens: torch.Tensor, limits: Restriction, criterion: Criterion, name: str,
+    options: dict[str, Any],
+) -> SearchResult:  # fmt: skip
+    """Run a criterion, timed, with those of the options that it takes; refuse what it must not choose.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        limits: how many layers to remove, and which cuts are allowed.
+        criterion: which chooses.
+        name: of the criterion.
+        options: "seed", "num_segments", "objective", "probes" and "restriction".
+
+    Returns:
+        The result, with what the criterion cost and how long it took.
+
+    Raises:
+        ConfigError: as of `judged`.
+    """
+    cost, begun = Cost(), time.perf_counter()
+    with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
+        picked = criterion(
+            runner, tokens, limits.length, **accepted(criterion, {"cost": cost, "advance": advance, **options})
+        )
+    seconds = time.perf_counter() - begun
+    return replace(judged(runner, tokens, limits, name, picked, cost), seconds=seconds)
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
@@ -271,7 +284,7 @@ def priced(
 def judged(
     runner: DecoderRunner,
     tokens: torch.Tensor,
-    length: int,
+    limits: Restriction,
     name: str,
     picked: Sequence[Segment] | torch.Tensor | SearchResult,
     cost: Cost,
@@ -281,7 +294,7 @@ def judged(
     Args:
         runner: the dense model.
         tokens: calibration token ids [N, T].
-        length: n, layers that were to be removed.
+        limits: how many layers were to be removed, and which cuts are allowed.
         name: of the criterion.
         picked: its choice: segments, scores [L] or a result.
         cost: what the criterion spent; pricing its choice is not added.
@@ -290,7 +303,7 @@ def judged(
         The result, its `method` being `name`.
 
     Raises:
-        ConfigError: the choice is not of this model's layers, or not n of them.
+        ConfigError: the choice is not of this model's layers, not n of them, or forbidden.
     """
     if isinstance(picked, torch.Tensor):
         if picked.shape != (len(runner),):
@@ -298,15 +311,17 @@ def judged(
                 f"the criterion {name!r} returned scores of shape {list(picked.shape)}; allowed is [{len(runner)}]",
                 "one score a layer, the lowest are removed",
             )
-        picked = lowest(picked, length)
+        picked = lowest(picked, limits.length, restriction=limits)
     segments = picked.segments if isinstance(picked, SearchResult) else picked
     cuts = tuple(checked_segments(segments, len(runner)))
+    length = limits.length
     if sum(map(len, cuts)) != length:
         raise ConfigError(
             f"the criterion {name!r} picked {sum(map(len, cuts))} layers ({', '.join(map(str, cuts)) or 'none'}), "
             f"and {length} were asked for",
             "its segments must have `length` layers in all",
         )
+    limits.check(cuts)
     if isinstance(picked, SearchResult):
         return replace(picked, method=name)
     cuts = processes.from_main(cuts)
