@@ -164,7 +164,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
             figures[one][name] = judged.figures(one, function)
         drawn = judged.blocks
         del judged  # one model at a time: the next is loaded when this one's memory is free
-        memory.give_back()
+        memory.release_freed()
     found = evaluation.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
     perplexities, ratio = {name: evaluation.of_losses(each) for name, each in losses.items()}, None
     if len(losses) == 2:

@@ -58,13 +58,21 @@ RUNS_OWN = {each.name for each in fields(Artefact)} | {SEAL}
 
 
 def part_of(kind: type[Kind], whole: Any) -> Kind:
-    """The fields of a dataclass that `whole` inherits from, as an instance of it alone."""
+    """The fields of a dataclass that an object has too, such as one that inherits from it, as an instance of it alone.
+
+    Args:
+        kind: the dataclass.
+        whole: has all of its fields.
+
+    Returns:
+        An instance of `kind`.
+    """
     return kind(**{each.name: getattr(whole, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextArtefact(Artefact, TextFacts):
-    """text-USE.json"""
+    """text-USE.json."""
 
     @property
     def facts(self) -> TextFacts:
@@ -85,7 +93,7 @@ class SharedText:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedTextArtefact(Artefact, SharedText):
-    """text-shared.json"""
+    """text-shared.json."""
 
     @property
     def facts(self) -> SharedText:
@@ -126,7 +134,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArtefact(Artefact, SearchCost):
-    """search.json"""
+    """search.json."""
 
     method: str
     segments: list[Bounds]
@@ -159,12 +167,12 @@ class SeedChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedArtefact(Artefact, SeedChoice, SearchCost):
-    """stability-SEED.json"""
+    """stability-SEED.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityArtefact(Artefact, Stability):
-    """stability.json"""
+    """stability.json."""
 
     method: str
     search: str
@@ -182,7 +190,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True, kw_only=True)
 class CutArtefact(Artefact):
-    """cut.json"""
+    """cut.json."""
 
     segments: list[Bounds]
     original_layer_index: list[int]
@@ -201,7 +209,7 @@ class FoldRecord(Fold):
 
 @dataclass(frozen=True, kw_only=True)
 class FoldArtefact(Artefact):
-    """fold.json"""
+    """fold.json."""
 
     fold: list[FoldRecord]
     changed: list[str]
@@ -216,7 +224,7 @@ class TuningRecord(TuningResult):
 
 @dataclass(frozen=True, kw_only=True)
 class HealArtefact(Artefact):
-    """heal.json"""
+    """heal.json."""
 
     fold: list[FoldRecord]
     tuning: TuningRecord | None
@@ -237,14 +245,14 @@ class FrontierRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierArtefact(Artefact):
-    """frontier-ROUND.json"""
+    """frontier-ROUND.json."""
 
     points: list[FrontierRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeArtefact(Artefact):
-    """quantize.json; at 16 bits nothing but `bits` and no layers"""
+    """quantize.json; at 16 bits nothing but `bits` and no layers."""
 
     bits: Bits
     layers: list[QuantizedWeight]
@@ -298,14 +306,14 @@ class CloserLook:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArtefact(Artefact, CloserLook):
-    """eval.json"""
+    """eval.json."""
 
     perplexity: Perplexities
 
 
 @dataclass(frozen=True, kw_only=True)
 class TasksArtefact(Artefact):
-    """tasks.json: what `evaluation.compare_tasks` returns, and --limit"""
+    """tasks.json: what `evaluation.compare_tasks` returns, and --limit."""
 
     tasks: dict[str, Any]
     retention: dict[str, Any]
@@ -325,7 +333,7 @@ class LongContext:
 
 @dataclass(frozen=True, kw_only=True)
 class LongArtefact(Artefact, LongContext):
-    """long.json"""
+    """long.json."""
 
     @property
     def facts(self) -> LongContext:
@@ -345,7 +353,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationsArtefact(Artefact):
-    """evaluations.json"""
+    """evaluations.json."""
 
     evaluations: dict[str, dict[str, Metric]]
     """By evaluation, then by metric."""
@@ -354,7 +362,7 @@ class EvaluationsArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArtefact(Artefact):
-    """export.json"""
+    """export.json."""
 
     bytes: int
     check: dict[str, Any]

@@ -11,7 +11,7 @@ from layercut.pipeline.artefacts import Artefact, BeforeAfter, Bounds, SearchCos
 
 @dataclass(frozen=True, kw_only=True)
 class CompareDenseArtefact(Artefact):
-    """compare-dense.json"""
+    """compare-dense.json."""
 
     perplexity: float
     losses: list[float]
@@ -30,7 +30,7 @@ class MethodChoice(SearchCost):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareMethodArtefact(Artefact, MethodChoice):
-    """compare-METHOD.json"""
+    """compare-METHOD.json."""
 
     @property
     def facts(self) -> MethodChoice:
@@ -40,7 +40,7 @@ class CompareMethodArtefact(Artefact, MethodChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareTriangleArtefact(Artefact):
-    """compare-triangle.json: KL of every segment up to some length on the calibration tokens"""
+    """compare-triangle.json: KL of every segment up to some length on the calibration tokens."""
 
     triangle: list[tuple[int, int, float]]
     layer_forwards: int
@@ -48,7 +48,7 @@ class CompareTriangleArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCutArtefact(Artefact):
-    """compare-at-SEGMENTS-cut.json: perplexity of what is left, plain and folded; None where it was not measured"""
+    """compare-at-SEGMENTS-cut.json: perplexity of what is left, plain and folded; None where it was not measured."""
 
     cut: float | None = None
     folded: float | None = None
@@ -82,7 +82,7 @@ class ComparedTuning:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareTunedArtefact(Artefact):
-    """compare-at-SEGMENTS-tuned.json"""
+    """compare-at-SEGMENTS-tuned.json."""
 
     tuned: float
     losses: list[float]
@@ -109,7 +109,7 @@ class DensePerplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArtefact(Artefact):
-    """compare.json"""
+    """compare.json."""
 
     model: str
     layers: BeforeAfter

@@ -20,7 +20,15 @@ from layercut.segments import Segment
 
 
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
-    """The healed student's weights in fewer bits, where that is asked."""
+    """The healed student's weights in fewer bits, where that is asked.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     config = work.config.quantize
     calibrated = work.text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
     inputs = [config, calibrated] if config.bits < 16 else None
@@ -45,7 +53,16 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
 
 
 def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
-    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model."""
+    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model.
+
+    Args:
+        this: the round.
+        bits: that are tried.
+        inputs: what the figures depend on.
+
+    Returns:
+        A point for each number of bits.
+    """
     work, after = this.work, [this.name("heal")] if this.removal else []
     with work.run.stage(FrontierArtefact, f"frontier-{this.number or 0}", inputs, after=after) as stage:
         if stage.open:
@@ -54,7 +71,16 @@ def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[F
 
 
 def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
-    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows."""
+    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows.
+
+    Args:
+        work: of the run.
+        model: what a round left.
+        bits: of each weight; 16: not quantized.
+
+    Returns:
+        The point.
+    """
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
         asked = asdict(work.config.quantize) | {"bits": bits}
