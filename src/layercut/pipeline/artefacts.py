@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from layercut.data.blocks import TextFacts
+from layercut.export.consumers import Reading
 from layercut.files.json_values import OPTIONAL
 from layercut.files.typed_json import SEAL
 from layercut.healing.least_squares import Fold
@@ -394,3 +395,5 @@ class SummaryArtefact(Artefact):
     retention: dict[str, Any] | None
     long_context: LongContext | None
     evaluations: dict[str, dict[str, Metric]] | None
+    consumers: list[Reading] = field(default_factory=list, metadata=OPTIONAL)
+    """What software that may load the exported model makes of it."""
