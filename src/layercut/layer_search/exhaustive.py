@@ -6,12 +6,13 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
-from layercut.layer_search.budgets import sweep_rows
 from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
+from layercut.layer_search.search_cost import all_segments_cost, costs
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.walls import all_sets, number_of_sets
+from layercut.models.batch_sizes import swept_rows
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -20,6 +21,7 @@ MOST_SETS = 20_000
 """More sets than these are refused."""
 
 
+@costs(all_segments_cost, prices_itself=True)
 def exhaustive(
     runner: DecoderRunner,
     tokens: torch.Tensor,
@@ -68,6 +70,6 @@ def exhaustive(
         with bar(f"sweeping {number} sets", None):
             found = candidates(prices, prices.ranked(sets, prices.rows))
             return SearchResult("exhaustive", found, cost, by_text=beside_text(prices, found, sets))
-    rows = sweep_rows(runner, tokens, number)
+    rows = swept_rows(runner.stream_bytes(tokens.shape[1]), number)
     with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
         return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, rows=rows, advance=advance), cost)
