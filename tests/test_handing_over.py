@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 from transformers.utils.chat_template_utils import render_jinja_template
 
+import folders
+import tiny
+from layercut.cli.command_line import main
 from layercut.errors import DataError
 from layercut.export.chat_format import ChatFormat, chat_format
 from layercut.export.mergekit_config import mergekit_config, runs
+from layercut.export.modelfile import modelfile
+from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -82,7 +92,12 @@ def test_a_chat_from_the_pieces_is_the_templates(template, begins):
 
 @pytest.mark.parametrize(
     ("template", "why"),
-    [(COUNTED, "where it stands"), (OFTEN, "how many there are"), (FIRST_TWO, "once, in its place"), (DATED, "date of the day")],
+    [
+        (COUNTED, "where it stands"),
+        (OFTEN, "how many there are"),
+        (FIRST_TWO, "once, in its place"),
+        (DATED, "date of the day"),
+    ],
 )
 def test_a_template_that_is_no_such_pieces_is_refused_with_the_reason(template, why):
     with pytest.raises(DataError, match=why):
@@ -122,3 +137,111 @@ def test_slices_of_mergekit_are_the_kept_layers(kept, ranges):
     ]
     assert layers == kept
 
+
+# --- beside what the commands write ---
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    """A quantized model of 6 layers with a chat template and a licence in its metadata."""
+    pytest.importorskip("gguf")
+    from gguf_writer import with_metadata, write_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    model = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    plain = write_gguf(model, folders.tokenizer(), folder / "plain.gguf", "Q4_1")
+    said = {"tokenizer.chat_template": TURNS, "general.license": "mit"}
+    return with_metadata(plain, folder / "chatty.Q4_1.gguf", said)
+
+
+def test_a_cut_gguf_file_comes_with_a_modelfile_and_a_card(gguf_file, tmp_path):
+    out = tmp_path / "small.gguf"
+    assert main(["cut", str(gguf_file), "--segment", "2:4", "--out", str(out), "--quiet"]) == 0
+    first, template, stop = (tmp_path / "small.Modelfile").read_text().splitlines()
+    assert first == "FROM ./small.gguf"
+    begun = 'TEMPLATE """{{ if .System }}{{ "<system> " }}{{ .System }}{{ "</s><user> " }}{{ else }}{{ "<user> " }}'
+    assert template.startswith(begun), template
+        template
+    )
+    assert stop == 'PARAMETER stop "</s>"'
+    card = (tmp_path / "small.README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["license"], front["base_model"], front["library_name"]) == ("mit", "chatty", "gguf")
+    assert "without layers 2:4" in card
+
+
+def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_writer import write_gguf
+
+    model = tiny.llama(2, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    lines = modelfile(write_gguf(model, folders.tokenizer(), tmp_path / "x.gguf")).splitlines()
+    assert lines[1].startswith("# No TEMPLATE: the file has no chat template. Ollama then looks")
+    assert lines[2:] == ['PARAMETER stop "</s>"']
+
+
+def test_quantize_writes_a_card(tiny_model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "int8"
+    assert main(["quantize", str(tiny_model), "--bits", "8", "--quantizer", "rtn", "--out", str(out), "--quiet"]) == 0
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("tiny-llama", "quantized")
+    assert "pip install compressed-tensors" in card
+    assert "Nothing was measured on this model" in card
+
+
+# --- chat ---
+
+
+@pytest.fixture
+def chatted(tiny_model, tmp_path, monkeypatch, capsys):
+    """Give lines to `layercut chat` on a run made up of two models; what it prints."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    cut_checkpoint(tiny_model, [Segment(3, 5)], run / "model", force=True)
+    (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
+    (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
+
+    def chat(lines: str, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = main(["chat", str(run), "--quiet", *flags])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run, chat
+
+
+def test_both_models_answer_every_message(chatted):
+    _, chat = chatted
+    code, out, err = chat("ba ko rin\n\nba ko rin\n/new\nba ko rin\n", "--max-new-tokens", "4")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith(("dense: ", "compressed: "))]
+    assert len(lines) == 6
+    assert lines[0] != lines[2], "the second message goes on from the first"
+    assert lines[:2] == lines[4:], "a new chat forgets"
+
+
+def test_the_oldest_messages_are_left_out_where_a_chat_gets_too_long(chatted):
+    _, chat = chatted
+    code, out, err = chat("ba ko rin tel mu sha on ter li fe\n" * 6, "--max-new-tokens", "8")
+    assert code == 0, err
+    assert out.count("compressed: ") == 6
+    code, _, err = chat("ba ko rin " * 60)
+    assert code == 2
+    assert "positions" in err
+
+
+def test_a_run_without_a_finished_model_is_refused(chatted, tmp_path, capsys):
+    run, chat = chatted
+    (run / "summary.json").unlink()
+    code, out, err = chat("ba\n")
+    assert (code, out) == (2, "")
+    assert "is not finished" in err
+    assert main(["chat", str(tmp_path / "none")]) == 2
+    assert "is no run folder" in capsys.readouterr().err

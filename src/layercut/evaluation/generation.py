@@ -53,10 +53,17 @@ def padding(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def greedy(model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exactly: bool = False) -> list[list[int]]:
-    """The most likely next tokens, up to `tokens` of them or the end of the text.  [B, T] -> B lists"""
+def greedy(
+    model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exactly: bool = False, streamer: Any = None
+) -> list[list[int]]:
+    """The most likely next tokens, up to `tokens` of them or the end of the text.  [B, T] -> B lists
+
+    streamer: a streamer of transformers, which is given each token of a single row.
+    """
     ids = ids.to(next(model.parameters()).device)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
+    if streamer is not None:
+        settings["streamer"] = streamer
     if exactly:
         settings["min_new_tokens"] = tokens
     return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.shape[1] :].tolist()

@@ -59,18 +59,14 @@ class ChatFormat:
 
     def to_go(self) -> str:
         """The same as a template of Go's text/template over .System and .Messages, as Ollama takes it."""
-        opening = f"{{{{ {_go(self.opening)} }}}}"
+        opening, asked, answered, answering = map(_written, (self.opening, self.asked, self.answered, self.answering))
         if self.system:
-            before, after = map(_go, self.system)
-            opening = f"{{{{ if .System }}}}{{{{ {before} }}}}{{{{ .System }}}}{{{{ {after} }}}}{{{{ else }}}}{opening}{{{{ end }}}}"
-        return (
-            opening
-            + "{{ $asked := false }}{{ range .Messages }}"
-            + '{{ if eq .Role "user" }}{{ if $asked }}{{ %s }}{{ end }}{{ $asked = true }}{{ .Content }}'
-            % _go(self.asked)
-            + '{{ else if eq .Role "assistant" }}{{ %s }}{{ .Content }}{{ end }}{{ end }}{{ %s }}'
-            % (_go(self.answered), _go(self.answering))
-        )
+            before, after = map(_written, self.system)
+            opening = "{{ if .System }}" + before + "{{ .System }}" + after + "{{ else }}" + opening + "{{ end }}"
+        user = "{{ if $asked }}" + asked + "{{ end }}{{ $asked = true }}{{ .Content }}"
+        turn = '{{ if eq .Role "user" }}' + user
+        turn += '{{ else if eq .Role "assistant" }}' + answered + "{{ .Content }}{{ end }}"
+        return opening + "{{ $asked := false }}{{ range .Messages }}" + turn + "{{ end }}" + answering
 
 
 def chat_format(template: str, render: Render) -> ChatFormat:
@@ -119,7 +115,7 @@ def _around(render: Render, chat: list[Message]) -> list[str]:
     return [text[end:start] for (_, end), (start, _) in pairwise([*places, (len(text), len(text))])]
 
 
-def _go(text: str) -> str:
-    """A string literal of Go."""
+def _written(text: str) -> str:
+    """A template of Go that writes this text: a string literal, in which no white space is lost."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    return '{{ "' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '" }}'

@@ -13,8 +13,7 @@ from layercut.errors import ConfigError, LayercutError, first_line
 from layercut.progress import bar
 
 LOGIN = "run `hf auth login`, or set HF_TOKEN; a token with write access: https://huggingface.co/settings/tokens"
-WRITERS = ("write", "admin")
-"""Roles in an organisation whose members may make a repository of its own."""
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def check_destination(name: str, *, private: bool = False) -> str:
@@ -82,26 +81,31 @@ def _check_not_public(repo_id: str) -> None:
         )
 
 
-def push(files: Mapping[str, Path | bytes], repo_id: str, *, private: bool = False, message: str = "") -> str:
+def push(
+    files: Mapping[str, Path | bytes], repo_id: str, *, private: bool = False, replaces_weights: bool = False
+) -> str:
     """Upload files as one commit; the repository is made where there is none. Returns its address.
 
     Args:
         files: what to upload, by the path in the repository.
         repo_id: owner/name, as `check_destination` returned it.
         private: make it private, where it is made.
-        message: of the commit.
+        replaces_weights: delete other safetensors files there, which loaders could take for a part of the model.
 
     Raises:
-        ConfigError: the Hub refuses it, or cannot be reached. What was uploaded is not uploaded again next time.
+        ConfigError: the Hub refuses it, or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(library_name="layercut")
-    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     try:
         with bar(f"uploading to {repo_id}", None):
             address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-            api.create_commit(repo_id, adds, commit_message=message or "Upload of layercut")
+            there = api.list_repo_files(repo_id) if replaces_weights else []
+            stale = [name for name in there if name.endswith(WEIGHTS) and name not in files]
+            adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+            deletes = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale]
+            api.create_commit(repo_id, [*deletes, *adds], commit_message="A model made smaller by layercut")
     except Exception as error:
         raise _refused(error, f"{repo_id} could not be uploaded") from error
     return str(address)

@@ -1,6 +1,6 @@
 """A Modelfile for Ollama, from what a GGUF file says of its tokenizer and chat template.
 
-    ollama create NAME -f small.Modelfile
+ollama create NAME -f small.Modelfile
 """
 
 from __future__ import annotations

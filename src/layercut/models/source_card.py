@@ -70,7 +70,7 @@ def source_card(model: str) -> SourceCard:
         return _of_folder(path, hub_id)
     if HUB_ID.fullmatch(model):
         return _described(model.rpartition("/")[2], model, _front_matter(_hub_readme(model)))
-    return SourceCard(name=path.name or "model", hub_id=hub_id)
+    return _described(_stem(path) or "model", hub_id, {})  # it is not there any more
 
 
 def _of_folder(path: Path, hub_id: str | None) -> SourceCard:
@@ -99,14 +99,19 @@ def _of_gguf(path: Path, hub_id: str | None) -> SourceCard:
         "license_link": values.get("general.license.link"),
         "language": values.get("general.languages"),
     }
-    return _described(QUANTIZED_NAME.sub("", path.stem), hub_id, front)
+    return _described(_stem(path), hub_id, front)
+
+
+def _stem(path: Path) -> str:
+    """The name of a folder; of a GGUF file without its number format."""
+    return QUANTIZED_NAME.sub("", path.stem) if path.suffix == ".gguf" else path.name
 
 
 def _described(name: str, hub_id: str | None, front: dict[str, Any]) -> SourceCard:
     """With what a card's front matter says, as far as it is text."""
     licence, licence_name, link = (_text(front.get(key)) for key in ("license", "license_name", "license_link"))
     return SourceCard(
-        name=name,
+        name=" ".join("".join(c if c.isprintable() else " " for c in name).split()),
         hub_id=hub_id,
         license=licence,
         license_name=licence_name,

@@ -29,7 +29,8 @@ from layercut.pipeline.run_store import Run
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.report.formatting import label
-from layercut.report.page import model_card, write_report
+from layercut.report.model_card import model_card
+from layercut.report.page import write_report
 from layercut.report.stage_lines import describe_export, describe_quantization, describe_retention, describe_shared
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment

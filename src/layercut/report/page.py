@@ -1,8 +1,8 @@
 """A finished run as a page, a model card and a table: the last stage of the journey.
 
 `write_report` makes report.html from the JSON files of a run folder, one file that needs nothing beside it;
-`model_card` the README.md of the exported checkpoint; `closing` what the terminal shows at the end;
-`write_comparison` compare.html, the page of `layercut compare`.
+`card_body` is the text of a model card (`report/model_card.py`); `closing` what the terminal shows at the end;
+`write_comparison` makes compare.html, the page of `layercut compare`.
 What the figures mean is decided in `report/verdicts.py`; `report/charts.py` draws the pictures; templates/ has the
 layout. Whatever a user or a model wrote is escaped, and the page's content policy forbids scripts and the network.
 """
@@ -71,21 +71,17 @@ def _write_page(target: Path, template: str, pictures: dict[str, str | None], fa
     return target
 
 
-def model_card(run: Path) -> str:
-    """README.md for the checkpoint exported from RUN. RunError if RUN is not the folder of a finished run."""
-    import yaml
+def card_body(run: Path, use: str) -> str:
+    """What the model card of RUN's checkpoint says below its front matter. RunError if RUN is no finished run's folder.
 
-    found = verdicts.read_run(run)
-    name = formatting.short_name(found.summary.get("model"))
-    front = {
-        "base_model": name,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["layercut", "pruned", "layer-pruning", "depth-pruning"],
-    }
-    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
-    body = _templates(escape=False).get_template("model_card.md").render(**_facts(found))
-    return f"---\n{header}---\n\n{body}"
+    use: how to load it, as Markdown.
+    """
+    return filled("model_card.md", **_facts(verdicts.read_run(run)), use=use)
+
+
+def filled(template: str, **facts: Any) -> str:
+    """A template of Markdown, filled in; text of users has to go through `code` or `prose` there."""
+    return _templates(escape=False).get_template(template).render(**facts)
 
 
 def _templates(*, escape: bool) -> Environment:
