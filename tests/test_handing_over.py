@@ -166,8 +166,6 @@ def test_a_cut_gguf_file_comes_with_a_modelfile_and_a_card(gguf_file, tmp_path):
     assert first == "FROM ./small.gguf"
     begun = 'TEMPLATE """{{ if .System }}{{ "<system> " }}{{ .System }}{{ "</s><user> " }}{{ else }}{{ "<user> " }}'
     assert template.startswith(begun), template
-        template
-    )
     assert stop == 'PARAMETER stop "</s>"'
     card = (tmp_path / "small.README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
