@@ -1,6 +1,6 @@
 """The GGUF file of a run or of a checkpoint folder: written, read back by transformers and llama.cpp, measured again.
 
-Two ways, between which `export/formats.py` chooses. A run that began from a .gguf file goes back into one: the bytes of
+Two ways, between which `export/formats.py` chooses. A run that began from a .gguf file gives one again: the bytes of
 all that was not healed stay (`write_healed`). A checkpoint folder goes through llama.cpp's converter
 (`write_converted`).
 """
@@ -47,7 +47,7 @@ WINDOW = 256
 
 
 def write_healed(run: Path, source: str, file: Path, kind: str, text: torch.Tensor) -> dict[str, Any]:
-    """The source file without the run's segments, with what healing changed written anew.
+    """The source file without the run's segments, with what healing changed replaced.
 
     Args:
         run: the folder of a finished run that began from `source`.
@@ -123,7 +123,7 @@ def write_converted(folder: Path, file: Path, config: ExportConfig, text: torch.
     plain = file if kind in CONVERTED else file.with_name("plain.gguf")
     with bar("converting", None):
         convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter)
-        _say_what_slides(plain, loaded.model.config)
+        _write_sliding_layers_(plain, loaded.model.config)
         if kind == "q4_0":
             cut_gguf(plain, [], file, replaced=requantized(plain, kind))
         elif plain != file:
@@ -156,7 +156,7 @@ def _some_text(loaded: Any) -> torch.Tensor:
     ).tokens
 
 
-def _say_what_slides(file: Path, config: Any) -> None:
+def _write_sliding_layers_(file: Path, config: Any) -> None:
     """Write into a converted file which layers slide, where llama.cpp would take others.
 
     Raises:

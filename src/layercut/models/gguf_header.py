@@ -33,7 +33,7 @@ UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
 
 @dataclass(frozen=True)
 class Header:
-    """What stands in front of the weights of a GGUF file, all of it checked."""
+    """The metadata and tensor list in front of the weights of a GGUF file, all of it checked."""
 
     file: Path
     values: dict[str, Any]
@@ -44,6 +44,7 @@ class Header:
 
     @property
     def architecture(self) -> str:
+        """llama.cpp's name of the architecture, such as "llama" or "qwen3"."""
         return self.text("general.architecture")
 
     @property
@@ -53,6 +54,7 @@ class Header:
 
     @property
     def layers(self) -> int:
+        """L, decoder layers: the blocks without those that predict further tokens."""
         return self.blocks - self.count(f"{self.architecture}.nextn_predict_layers", 0)
 
     @property
@@ -66,13 +68,28 @@ class Header:
         return {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
 
     def text(self, key: str) -> str:
-        """A value that is text. ModelError: it is missing, or something else."""
+        """A metadata value that is text.
+
+        Raises:
+            ModelError: it is missing, or something else.
+        """
         if not isinstance(value := self._value(key), str):
             raise corrupt(self.file, f"{key} is no text")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A value that is a whole number of 0 or more. ModelError: it is missing, or something else."""
+        """A metadata value that is a whole number of 0 or more.
+
+        Args:
+            key: of the metadata.
+            default: where the key is missing; None: it must be there.
+
+        Returns:
+            The number.
+
+        Raises:
+            ModelError: it is missing, or something else.
+        """
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise corrupt(self.file, f"{key} is no whole number of 0 or more")
@@ -86,12 +103,20 @@ class Header:
 
 
 def read_header(file: Path, texts: Container[str] = ()) -> Header:
-    """The header of a GGUF file. ModelError: it is damaged, promises more than the file holds, or lacks tensors.
+    """The header of a GGUF file.
 
-    texts: keys of arrays of text to keep, such as those of the vocabulary.
+    Args:
+        file: a .gguf file.
+        texts: keys of arrays of text to keep, such as those of the vocabulary.
+
+    Returns:
+        What stands in front of the weights.
+
+    Raises:
+        ModelError: it is damaged, promises more than the file holds, or lacks tensors.
     """
     try:
-        header = _Walk(file, texts).header()
+        header = _HeaderParser(file, texts).header()
         check_blocks(header)
     except ImportError:
         raise ModelError(
@@ -112,7 +137,15 @@ def open_gguf(file: Path) -> tuple[Header, Any]:
 
 
 def corrupt(file: Path, why: str) -> ModelError:
-    """The error for a file that is no sound GGUF file."""
+    """The error for a file that is no sound GGUF file.
+
+    Args:
+        file: the file.
+        why: what is wrong with it.
+
+    Returns:
+        The error, to be raised.
+    """
     return ModelError(f"{file} is corrupt, truncated or no GGUF file: {why}", FETCH)
 
 
@@ -164,7 +197,7 @@ def _missing(roles: dict[int, set[str]]) -> Iterable[str]:
             yield f"blk.{block}.{role}"
 
 
-class _Walk:
+class _HeaderParser:
     """Reads a header from the front. Every length is bounded by the bytes that are left."""
 
     def __init__(self, file: Path, texts: Container[str]) -> None:
