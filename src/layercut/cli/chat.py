@@ -62,6 +62,10 @@ class Speaker:
 def chat(run: Path, config: ChatConfig) -> None:
     """Read messages from stdin, print both models' answers.
 
+    Args:
+        run: the folder of a finished run.
+        config: how the models are loaded, and how long answers may be.
+
     Raises:
         RunError: `run` holds no finished model.
         ModelError: a model does not fit into memory.

@@ -115,6 +115,9 @@ def render_template(
         special: tokens that it may use, by names such as bos_token.
         prompt: up to where the model is to answer.
 
+    Returns:
+        Text.
+
     Raises:
         DataError: the template refuses the chat.
         ModelError: it takes too long, or too much memory.

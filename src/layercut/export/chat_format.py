@@ -76,6 +76,9 @@ def chat_format(template: str, render: Render) -> ChatFormat:
         template: its source.
         render: renders a chat by it.
 
+    Returns:
+        The text around messages.
+
     Raises:
         DataError: it cannot be said by such pieces; the message says why.
         LayercutError: whatever `render` raises for a chat without a system message.

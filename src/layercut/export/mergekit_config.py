@@ -17,12 +17,15 @@ NAME = "mergekit.yaml"
 
 
 def mergekit_config(model: str, original_layer_index: Sequence[int], dtype: str) -> str:
-    """The YAML text.
+    """The cut as a passthrough merge.
 
     Args:
         model: the source, as mergekit takes it: a Hub id, or a folder.
         original_layer_index: of each layer that is left, its place in the source, from 0.
         dtype: number format of the result, such as bfloat16.
+
+    Returns:
+        YAML.
     """
     slices = [{"sources": [{"model": model, "layer_range": list(run)}]} for run in runs(original_layer_index)]
     config = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}

@@ -68,7 +68,15 @@ def _write_mergekit(folder: Path, made: Made) -> None:
 
 
 def push(target: str, name: str, *, private: bool = False) -> str:
-    """Upload a finished run's model, a checkpoint folder or a .gguf file; returns the address.
+    """Upload a finished run's model, a checkpoint folder or a .gguf file.
+
+    Args:
+        target: the run's folder, the folder or the file.
+        name: of the repository: owner/name, or name.
+        private: whether the repository must not be public.
+
+    Returns:
+        The address of the repository.
 
     Raises:
         ConfigError: it cannot be uploaded there.
@@ -87,12 +95,15 @@ def push(target: str, name: str, *, private: bool = False) -> str:
 
 
 def upload(path: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a checkpoint folder, or a .gguf file with what is beside it; returns the address.
+    """Upload a checkpoint folder, or a .gguf file with what is beside it.
 
     Args:
         path: the folder or the file.
         repo_id: owner/name, as `destination` returned it.
         private: make the repository private, where it is made.
+
+    Returns:
+        The address of the repository.
 
     Raises:
         ConfigError: the Hub refuses it, or cannot be reached.
