@@ -104,7 +104,7 @@ class ModelConfig:
     device: str = "auto"
     """auto (the first accelerator, else the CPU), cpu, cuda, cuda:N, mps or xpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
+    """Dtype to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
     instructions for it, computed in float32 and saved in it all the same."""
     trust_remote_code: Annotated[bool, rare_switch] = False
     """Run modelling code that comes with the checkpoint."""
@@ -507,20 +507,38 @@ class LogConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
-    """The whole journey."""
+class FindConfig:
+    """The journey as far as the search."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def journey(self) -> CompressConfig:
+        """The run that begins so; what this part of it does not use is at its default."""
+        return CompressConfig(**vars(self))
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(FindConfig):
+    """The journey up to the checkpoint, with nothing measured."""
+
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(TuneConfig):
+    """The whole journey."""
+
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
-    run: RunConfig = field(default_factory=RunConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
     def check(self) -> None:
@@ -575,41 +593,6 @@ class CompressConfig:
             raise ConfigError(
                 "several rounds are healed in between, and --tune-tokens is 0", "give --tune-tokens, or --rounds 1"
             )
-
-
-@flat
-@dataclass(frozen=True, kw_only=True)
-class FindConfig:
-    """The journey as far as the search."""
-
-    load: ModelConfig = field(default_factory=ModelConfig)
-    text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def journey(self) -> CompressConfig:
-        """The run that begins so; what the search does not use is at its default."""
-        return CompressConfig(**vars(self))
-
-
-@flat
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """The journey up to the checkpoint, with nothing measured."""
-
-    load: ModelConfig = field(default_factory=ModelConfig)
-    text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    heal: HealConfig = field(default_factory=HealConfig)
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def journey(self) -> CompressConfig:
-        """The run that begins so; what healing does not use is at its default."""
-        return CompressConfig(**vars(self))
 
 
 @options(RUN)
@@ -707,7 +690,7 @@ class ExportConfig:
         ),
     ] = "gguf"
     gguf_type: GgufType = "q8_0"
-    """Number format of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
+    """GGML type of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
     left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama.cpp (extra
     llamacpp)."""
     converter: Annotated[Path | None, rare] = None

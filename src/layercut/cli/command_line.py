@@ -435,7 +435,7 @@ def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
 
 
 def _value(arguments: list[str], flag: str) -> str | None:
-    """What stands behind a flag; None where it is not given."""
+    """The value of a flag; None where it is not given."""
     found = None
     for argument, following in pairwise([*arguments, ""]):
         if argument == flag:

@@ -148,7 +148,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
 
 
 def _keep(run: Path, found: Evaluated) -> None:
-    """Write evaluations/NAME.json, NAME by what was asked: the same question again replaces its answer."""
+    """Write evaluations/NAME.json, NAME a hash of what was measured: measured again, it is replaced."""
     asked = [found.text, sorted(found.tasks), found.limit]
     if found.evaluations:
         asked += [sorted(found.evaluations), found.seed]
@@ -186,7 +186,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
             figures[one][name] = judged.figures(one, function)
         drawn = judged.blocks
         del judged  # one model at a time: the next is loaded when this one's memory is free
-        memory.give_back()
+        memory.release_freed()
     found = evaluation.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
     perplexities, ratio = {name: evaluation.of_losses(each) for name, each in losses.items()}, None
     if len(losses) == 2:

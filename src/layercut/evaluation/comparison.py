@@ -1,4 +1,4 @@
-"""`layercut.evaluate`: what a model in memory is worth on held-out text, by itself or against a baseline."""
+"""`layercut.evaluate`: measure a model in memory on held-out text, by itself or against a baseline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Evaluation:
     """What `evaluate` measured. `str()` is one line, `_repr_html_` a table, `plot()` shows the windows one by one."""
 
     perplexity: float
-    """exp of the mean loss; inf of a ruined model."""
+    """exp of the mean loss; inf where a loss overflows or is NaN."""
     baseline_perplexity: float | None
     """The baseline's on the same tokens; None without one, as all that compares."""
     ratio: float | None

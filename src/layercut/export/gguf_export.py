@@ -136,7 +136,7 @@ def _read_and_measured(plain: Path, file: Path, loaded: Any, kind: str, text: to
     name, model = architecture_of(file), loaded.model
     if not rules.known(name) and not llama_cpp_installed():
         raise ModelError(
-            f"layercut does not know how llama.cpp tells the layers of {name!r} apart, and llama.cpp is not installed",
+            f"layercut does not know how llama.cpp distinguishes the layers of {name!r}, and it is not installed",
             'pip install "layercut[llamacpp]"',
         )
     read = read_by_transformers(file, model.config) if readable(name) else None

@@ -1,4 +1,4 @@
-"""What endpoint tuning found. Beside the loop (`endpoint_tuning.py`)."""
+"""The result of endpoint tuning (`endpoint_tuning.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a criterion is, and those that measure the model once, each with its paper's formula.
+"""The protocol of a criterion, and the criteria that measure the model once, each with its paper's formula.
 
 A criterion says which layers to remove. It is a function, found by its name in `layercut.criteria`:
 

@@ -26,11 +26,18 @@ from layercut.report.verdicts import broken
 
 
 def export(target: str, config: ExportConfig) -> Path:
-    """Write a finished run's model, or a checkpoint, in the format that is asked for; returns what was written.
+    """Write a finished run's model, or a checkpoint, in the format that is asked for.
 
     It takes its name only when the exporter has ended well, and GGUF and safetensors are read back, compared and
-    measured again by then. Of a GGUF file the run's `gguf.json` tells what was seen, the tensor types really written,
+    measured again by then. Of a GGUF file the run's `gguf.json` holds what was found, the tensor types really written,
     and whether the file is broken; the report shows it.
+
+    Args:
+        target: a run folder, or a checkpoint folder.
+        config: format, and where to write.
+
+    Returns:
+        What was written.
 
     Raises:
         RunError: the run is not finished, or the file is there.
@@ -45,7 +52,7 @@ def export(target: str, config: ExportConfig) -> Path:
         written = work / config.out.name
         facts = exporter(source, written, config) or {}
         if not written.exists():
-            raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "mend the exporter")
+            raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "correct the exporter")
         facts |= {"file": config.out.name, "bytes": _bytes_of(written)}
     _say(config, facts)
     if of_run and config.format == "gguf":

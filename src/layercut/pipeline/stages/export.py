@@ -21,7 +21,15 @@ from layercut.surgery import cut_checkpoint
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The healed and, where asked, quantized student as a stock checkpoint, verified by a fresh process."""
+    """The healed and, where asked, quantized student as a stock checkpoint, verified by a fresh process.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     used = checked_on(work.text)
     with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
         if stage.open:
@@ -56,7 +64,16 @@ def checked_on(text: Container[str]) -> str:
 
 
 def export_files(work: RunContext, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
+    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed.
+
+    Args:
+        work: of the run.
+        student: the healed model.
+        segments: that are removed.
+
+    Returns:
+        As `export_checkpoint`.
+    """
     healed, partial = layer_reader.as_saved(student, work.changed(student)), work.run / ".model.partial"
     dtype = work.stack.stored_dtype
     with bar("saving", None):

@@ -45,7 +45,16 @@ from layercut.segments import Removal, Segment
 
 
 def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
-    """Which layers go: those given, or the search's answer; in a round of several, of those that are left."""
+    """Which layers go: those given, or the search's answer; in a round of several, of those that are left.
+
+    Args:
+        this: the round.
+        wanted: segments given by hand; empty where they are searched.
+        length: n, layers to remove; None where that depends on the weights or on the loss.
+
+    Returns:
+        What is removed once this round is done.
+    """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
     scored = [work.source, work.text["calibration"], seed, config, length]
     if config.score == "folded":
@@ -73,8 +82,19 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
 
 
 def recorded(result: SearchResult, work: RunContext, this: Round | None = None) -> SearchArtefact:
-    """A search as its artefact holds it; of a round of several, candidates stay in the layers of the model that is
-    cut, and what was chosen among them is `cut`."""
+    """A search as its artefact holds it.
+
+    Of a round of several, candidates stay in the layers of the model that is cut, and what was chosen among them is
+    `cut`.
+
+    Args:
+        result: of the search.
+        work: of the run.
+        this: the round; None of all rounds together.
+
+    Returns:
+        The artefact.
+    """
     chosen = result.segments
     several = this is not None and this.number is not None
     return SearchArtefact(
@@ -98,7 +118,15 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
 
 
 def asked(config: SearchConfig, length: int) -> dict[str, Any]:
-    """What the configuration says about the search for so many layers, as arguments of `layer_search.search`."""
+    """What the configuration says about a search, as arguments of `layer_search.search`.
+
+    Args:
+        config: how to search.
+        length: n, layers to remove.
+
+    Returns:
+        Keyword arguments.
+    """
     return {
         "n_layers": length,
         "num_segments": config.num_segments,
@@ -108,7 +136,15 @@ def asked(config: SearchConfig, length: int) -> dict[str, Any]:
 
 
 def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
-    """Search again, on other text from other seeds, and judge all choices on a common set; one artefact a seed."""
+    """Search again, on other text from other seeds, and compare all choices on a common set; one artefact a seed.
+
+    Args:
+        work: of the run.
+        removal: what the first search chose.
+
+    Returns:
+        The artefact.
+    """
     run, seeds = work.run, work.config.stability.seeds
     search, first = run.artefact(SearchArtefact, "search"), work.config.text.seed
     again = [search_again(work, seed, sum(map(len, removal.all))) for seed in range(first + 1, first + seeds)]
@@ -121,7 +157,16 @@ def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
 
 
 def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
-    """What the search chooses on the calibration text of another seed."""
+    """One more search, on other text from another seed.
+
+    Args:
+        work: of the run.
+        seed: of the text and of the search.
+        length: n, layers to remove.
+
+    Returns:
+        The artefact.
+    """
     text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False)
     inputs = [work.source, text, config, length]
     with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:
@@ -139,14 +184,31 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
 
 
 def draw_again(work: RunContext, seed: int) -> Blocks:
-    """The calibration text of another seed."""
+    """Calibration blocks from another seed.
+
+    Args:
+        work: of the run.
+        seed: of the order of documents.
+
+    Returns:
+        The blocks.
+    """
     text = work.config.text
     reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
     return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
 
 
 def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefact]) -> StabilityArtefact:
-    """The choices of all seeds, priced on rows that all their texts gave to."""
+    """What each seed's choice costs on the common set.
+
+    Args:
+        work: of the run.
+        search: the first search.
+        again: the others.
+
+    Returns:
+        The artefact.
+    """
     texts = [work.blocks["calibration"]]
     texts += [load_file(work.run / file)["calibration"] for found in again for file in found.files]
     sources = list(map(public_name, split_mix(work.config.text.data)))
@@ -164,7 +226,15 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
 
 
 def search_within(this: Round, max_loss: float) -> SearchResult:
-    """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
+    """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on.
+
+    Args:
+        this: the round.
+        max_loss: the rise that is allowed, as a share.
+
+    Returns:
+        The result, with its `budget`.
+    """
     work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
     config, seed = work.config.search, work.config.text.seed
     within = longest_within(
@@ -177,7 +247,7 @@ def search_within(this: Round, max_loss: float) -> SearchResult:
 
 
 def length_for_target(work: RunContext) -> int:
-    """Layers to remove for --target-size: counted in the number format that is computed and saved in."""
+    """Layers to remove for --target-size: counted in the dtype that is computed and saved in."""
     model = work.dense.model
     target = parse_bytes("--target-size", work.config.search.target_size or "")
     weights = [loading.parameter_bytes(layer, work.stack.stored_dtype) for layer in work.stack.layers]
@@ -185,7 +255,15 @@ def length_for_target(work: RunContext) -> int:
 
 
 def folded_kl(this: Round, segments: Sequence[Segment]) -> float:
-    """KL(p || q) on held-out tokens of the student without the segments, after its fold."""
+    """KL(p || q) on held-out tokens of the student without the segments, after its fold.
+
+    Args:
+        this: the round.
+        segments: that are removed.
+
+    Returns:
+        Nats per token.
+    """
     work, student = this.work, DecoderRunner(this.student(segments))
     for segment in sorted(segments):
         fold_cut_(student, work.stack, segment, work.blocks["calibration"])
