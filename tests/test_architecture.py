@@ -13,7 +13,7 @@ import layercut
 ROOT = Path(layercut.__file__).parent
 LEVELS = [
     {"errors"},
-    {"registries", "segments", "files"},
+    {"registries", "segments", "files", "plotting"},
     {"config"},
     {"distributed"},
     {"progress"},

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 import folders
 from layercut.models.source_card import SourceCard, source_card
-from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_config, model_card
+from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, model_card
 from test_report import MODEL, make_run
 
 README = """---
@@ -105,7 +105,7 @@ def test_what_layercut_made_stands_for_the_model_it_was_made_from(tmp_path):
     made = Made(source=SourceCard(name="name", hub_id="org/name", license="mit"), done="Cut.", segments=[(3, 5)])
     (tmp_path / "README.md").write_text(checkpoint_card(made))
     (tmp_path / "config.json").write_text(json.dumps({"original_layer_index": [0, 1, 2, 5, 6, 7]}))
-    found = from_config(tmp_path)
+    found = from_folder(tmp_path)
     assert (found.source.hub_id, found.source.license) == ("org/name", "mit")
     assert found.segments == [(3, 5)]
 

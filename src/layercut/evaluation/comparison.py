@@ -16,6 +16,7 @@ from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, 
 from layercut.models import loading
 from layercut.models.callers_model import in_eval_mode
 from layercut.models.runner import DecoderRunner
+from layercut.plotting import axes_or_new
 from layercut.progress import bar
 
 
@@ -88,18 +89,14 @@ class Evaluation:
         Returns:
             The Axes.
         """
-        if ax is None:
-            from matplotlib.figure import Figure
-
-            ax = Figure(figsize=(4.5, 4.5), layout="constrained").add_subplot()
         if self.baseline_losses is None:
+            ax = axes_or_new(ax, xlabel="window", ylabel="loss, nats per token")
             ax.plot(self.losses, ".")
-            ax.set(xlabel="window", ylabel="loss, nats per token")
             return ax
+        ax = axes_or_new(ax, xlabel="baseline's loss of a window, nats per token", ylabel="model's loss")
         ax.plot(self.baseline_losses, self.losses, ".")
         if ends := [loss for loss in (*self.baseline_losses, *self.losses) if math.isfinite(loss)]:
             ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=1)
-        ax.set(xlabel="baseline's loss of a window, nats per token", ylabel="model's loss")
         return ax
 
 

@@ -56,7 +56,7 @@ from layercut.progress import bar, say
 from layercut.report import charts, formatting
 from layercut.report.formatting import short
 from layercut.report.page import write_comparison
-from layercut.report.verdicts import by_kl
+from layercut.report.tables import by_kl
 from layercut.segments import Segment, layers_to_remove
 from layercut.surgery import cut
 

@@ -19,7 +19,7 @@ from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say
 from layercut.registries import exporters
-from layercut.report.model_card import Figure, Made, from_config, of_run
+from layercut.report.model_card import Figure, Made, from_folder, of_run
 from layercut.report.page import write_report
 from layercut.report.stage_lines import describe_export, describe_gguf_check
 from layercut.report.verdicts import broken
@@ -66,7 +66,7 @@ def export(target: str, config: ExportConfig) -> Path:
 
 def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, Any]) -> Made:
     """What the card of the written file or folder says."""
-    plain = of_run(run) if run else from_config(Path(target))
+    plain = of_run(run) if run else from_folder(Path(target))
     if config.format != "gguf":
         return replace(plain, done="Float weights as a checkpoint folder.", number_format="", packed=False)
     types = ", ".join(f"{kind} ({count})" for kind, count in facts["tensor_types"].items())

@@ -11,21 +11,22 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from layercut.data.sources import find
 from layercut.errors import LayercutError
-from layercut.models import checkpoints
 from layercut.models.source_card import SourceCard, source_card
-from layercut.report.formatting import finite, part, printable, source_name, spans
-from layercut.report.page import card_body, filled
+from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
+from layercut.report.page import card_body
+from layercut.report.run_facts import RunFacts, read_json, read_run
+from layercut.report.templating import page
 
 HERE = "path/to/this/folder"
 """Stands in the commands of a card for where the model is; `addressed` puts the Hub id there."""
-STAGES = ("quantized", "tuned", "folded", "cut", "dense")
+STAGES = ("quantized", "tuned", "folded", "cut")
 """States of the model in a run, the last one first."""
 
 
@@ -85,60 +86,50 @@ def checkpoint_card(made: Made, run: Path | None = None) -> str:
     """
     before = card_body(run, use="") if run else ""
     shown = {"segments": [list(pair) for pair in made.segments], "index": json.dumps([*made.original_layer_index])}
-    text = filled("checkpoint_card.md", made=made, use=use(made), before=before, **shown)
+    text = page("checkpoint_card.md", made=made, use=use(made), before=before, **shown)
     return front_matter(made) + text
 
 
 def of_run(run: Path) -> Made:
-    """The checkpoint in a finished run's folder."""
-    summary = _read(run / "summary.json")
-    bits = finite(_read(run / "quantize.json").get("bits"))
-    number_format = f"int{bits:.0f}" if bits in (4, 8) else ""
+    """The checkpoint in a finished run's folder. RunError if it is no finished run's folder."""
+    found = read_run(run)
+    bits = whole_number(found.quantization.bits)
+    number_format = f"int{bits}" if bits in (4, 8) else ""
     return Made(
-        source=source_card(str(summary.get("model"))),
+        source=source_card(str(found.summary.model)),
         done="",
-        segments=spans(summary.get("segments")),
-        original_layer_index=summary.get("original_layer_index") or (),
+        segments=spans(found.summary.segments),
+        original_layer_index=_whole_numbers(found.summary.original_layer_index),
         number_format=number_format,
         packed=bool(number_format),
-        figures=run_figures(summary),
+        figures=run_figures(found),
     )
 
 
-def from_config(folder: Path) -> Made:
+def from_folder(folder: Path) -> Made:
     """A checkpoint folder, or a .gguf file; of a cut one, with the layers that its config names."""
-    config = _read(folder / "config.json")
-    index = config.get("original_layer_index")
-    kept = [i for i in index if type(i) is int] if isinstance(index, list) else []
-    removed = sorted(set(range(max(kept, default=-1) + 1)) - set(kept))
-    starts = [i for i in removed if i - 1 not in removed]
-    segments = [(start, next(i for i in range(start, len(kept) + len(removed) + 1) if i not in removed))
-                for start in starts]  # fmt: skip
+    config = folder / "config.json"
+    kept = _whole_numbers(read_json(config).original_layer_index) if config.is_file() else []
+    ends = [(kept[i - 1] + 1 if i else 0, layer) for i, layer in enumerate(kept)]
+    segments = [(start, stop) for start, stop in ends if start < stop]
     return Made(source=source_card(str(folder)), done="", segments=segments, original_layer_index=kept)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        found = checkpoints.read_json(path)
-    except LayercutError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _whole_numbers(values: Json) -> list[int]:
+    return [number for value in values if (number := whole_number(value)) is not None]
 
 
-def run_figures(summary: Mapping[str, Any]) -> list[Figure]:
+def run_figures(run: RunFacts) -> list[Figure]:
     """Perplexity of the last state that was measured, and each task's main score."""
-    found, perplexity = [], part(summary, "perplexity")
-    last = next((value for name in STAGES[:-1] if (value := finite(perplexity.get(name))) is not None), None)
+    found, perplexity = [], run.summary.perplexity
+    last = next((value for name in STAGES if (value := finite(perplexity[name])) is not None), None)
     if last is not None:
-        words = f"{perplexity.get('tokens')} tokens in windows of {perplexity.get('window')}"
-        found.append(Figure(metric="perplexity", value=last, dataset=str(perplexity.get("dataset") or ""), words=words))
-    for task, row in part(summary, "tasks").items():
-        if (score := finite(part(row).get("compressed"))) is not None:
-            words = f"{part(row).get('items')} items"
-            found.append(
-                Figure(metric=str(part(row).get("metric") or "acc"), value=score, dataset=str(task), words=words)
-            )
+        words = f"{perplexity.tokens} tokens in windows of {perplexity.window}"
+        found.append(Figure(metric="perplexity", value=last, dataset=str(perplexity.dataset), words=words))
+    for task, row in run.scored.tasks.entries():
+        if (score := finite(row.compressed)) is not None:
+            metric, words = str(row.metric) or "score", f"{row['items']} items" if row["items"] else ""
+            found.append(Figure(metric=metric, value=score, dataset=task, words=words))
     return found
 
 
@@ -200,11 +191,11 @@ def use(made: Made) -> str:
     name = re.sub(r"[^a-z0-9._-]+", "-", made.title.lower()).strip("-")
     gguf = printable(made.gguf)
     files = {
-        "file": shlex.quote(f"{HERE}/{gguf}"),
+        "path": shlex.quote(f"{HERE}/{gguf}"),
         "modelfile": shlex.quote(f"{gguf.removesuffix('.gguf')}.Modelfile"),
         "python_name": json.dumps(gguf),
     }
-    return filled("model_card_use.md", made=made, here=HERE, name=name, **files)
+    return page("model_card_use.md", made=made, here=HERE, name=name, **files)
 
 
 def addressed(card: str, repo_id: str) -> str:
