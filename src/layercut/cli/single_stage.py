@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from layercut import evaluation
-from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
+from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig, consumer_names
 from layercut.data.blocks import Blocks, load_blocks, stored_blocks
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError, RunError
+from layercut.export import consumers
 from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
@@ -30,7 +31,7 @@ from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve import check_window
 from layercut.pipeline.stages.text import check_unseen
-from layercut.progress import bar, say
+from layercut.progress import bar, say, warn
 from layercut.quantization import quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.model_card import Figure, Made, of_run
@@ -57,6 +58,9 @@ def cut(model: str, config: CutConfig) -> Path:
     """
     repo_id = destination(config.hub)
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
+    stock = loading.load_config(checkpoint)
+    written: consumers.Written = "gguf" if config.out.suffix == ".gguf" else "float"
+    consumers.check_cut(stock, config.segments, consumer_names(config.consumers), written)
     if not checkpoint.gguf:
         left = cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
         if left:
@@ -68,6 +72,8 @@ def cut(model: str, config: CutConfig) -> Path:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
+    for words in consumers.misread(consumers.readings(stock, config.segments, written)):
+        warn("cut", words)
     describe_(config.out, _cut_model(model, config))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
@@ -300,6 +306,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         ModelError: the model is quantized already, or does not fit in memory.
     """
     config.check()
+    consumers.check_written(consumer_names(config.consumers), consumers.written_by(config.quantize))
     repo_id = destination(config.hub)
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")

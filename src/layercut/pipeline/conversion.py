@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layercut.config import ExportConfig
+from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError, RunError
+from layercut.export import consumers
 from layercut.export.formats import ExportSource
 from layercut.files.json_values import write_json
 from layercut.files.whole_folder import appearing
-from layercut.models import checkpoints
+from layercut.models import checkpoints, loading
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run
-from layercut.progress import say
+from layercut.progress import say, warn
 from layercut.registries import exporters
 from layercut.report.model_card import Figure, Made, from_folder, of_run
 from layercut.report.page import write_report
@@ -48,6 +49,7 @@ def export(target: str, config: ExportConfig) -> Path:
     if of_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
     source = ExportSource(run / "model", run) if of_run else ExportSource(run)
+    _say_who_misreads(source.model, config)
     with appearing(config.out, force=config.force, within=True) as work:
         written = work / config.out.name
         facts = exporter(source, written, config) or {}
@@ -79,6 +81,19 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
     number_format = "" if config.gguf_type in ("f32", "f16", "bf16") else config.gguf_type.upper()
     done = f"As a GGUF file; tensors: {types}."
     return replace(plain, done=done, number_format=number_format, packed=False, gguf=config.out.name, figures=figures)
+
+
+def _say_who_misreads(model: Path, config: ExportConfig) -> None:
+    """Warn of consumers that would misread the model in this format; a package's own format is its own business.
+
+    Raises:
+        ConfigError: one that --for names would.
+    """
+    if config.format in exporters.own:
+        stock = loading.load_config(checkpoints.resolve(str(model)))
+        written: consumers.Written = "gguf" if config.format == "gguf" else "float"
+        for words in consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written)):
+            warn("export", words)
 
 
 def _bytes_of(path: Path) -> int:

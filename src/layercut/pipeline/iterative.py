@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from layercut import layer_search
-from layercut.config import CompressConfig
+from layercut.config import CompressConfig, consumer_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError
+from layercut.export.consumers import CONSUMERS, written_by
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes, size_flag
 from layercut.pipeline import stages
@@ -57,7 +58,7 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     """
     config, text, count = work.config, work.text, work.config.number_of_rounds
     budget = config.search.max_loss
-    bits: tuple[Bits, ...] = FRONTIER_BITS if config.search.two_budgets else (config.quantize.bits,)
+    bits: tuple[Bits, ...] = tried_bits(config) if config.search.two_budgets else (config.quantize.bits,)
     if length is None and budget is None:
         length = stages.search.length_for_target(work)
     done: list[Round] = []
@@ -93,6 +94,13 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     if chosen:
         work.config = replace(config, quantize=replace(config.quantize, bits=chosen.bits))
     return gathered(work, done)
+
+
+def tried_bits(config: CompressConfig) -> tuple[Bits, ...]:
+    """The bits of two budgets' walk, without those that a consumer of --for does not read."""
+    names = consumer_names(config.search.consumers)
+    as_written = {bits: written_by(replace(config.quantize, bits=bits)) for bits in FRONTIER_BITS}
+    return tuple(bits for bits, written in as_written.items() if all(CONSUMERS[name].takes(written) for name in names))
 
 
 def gathered(work: RunContext, done: Sequence[Round]) -> Removal:

@@ -104,17 +104,20 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
         stages.evaluate.others(work, segments)
         measured.append("evaluations")
     stages.export.export(work, segments)
-    summarise(work, asked, measured)
+    summarise(work, asked, segments, measured)
     processes.on_main(lambda: describe_run_(run.folder))
     processes.on_main(lambda: write_report(run.folder))
 
 
-def summarise(work: RunContext, asked: ResolvedRun, measured: Sequence[str]) -> SummaryArtefact:
+def summarise(
+    work: RunContext, asked: ResolvedRun, segments: Sequence[Segment], measured: Sequence[str]
+) -> SummaryArtefact:
     """summary.json, from the artefacts of the stages that were run.
 
     Args:
         work: of the run.
         asked: the run as it was resolved.
+        segments: what was removed.
         measured: names of the stages that evaluate.
 
     Returns:
@@ -145,5 +148,6 @@ def summarise(work: RunContext, asked: ResolvedRun, measured: Sequence[str]) -> 
                 retention=tasks.retention if tasks else None,
                 long_context=long.facts if long else None,
                 evaluations=others.evaluations if others else None,
+                consumers=stages.export.read_by(work, segments),
             )
     return stage.artefact

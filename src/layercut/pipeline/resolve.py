@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layercut import evaluation
-from layercut.config import CompressConfig, SearchConfig
+from layercut.config import CompressConfig, SearchConfig, consumer_names
 from layercut.data.sources import SELF, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
+from layercut.export import consumers
 from layercut.files.sizes import parse_bytes
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
@@ -73,6 +74,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     layers = loading.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_target(config, checkpoint, architecture)
+    check_consumers(config, architecture, wanted, length)
     check_sources(config, until)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
@@ -131,6 +133,28 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     weights = [loading.parameter_bytes(layer, stored) for layer in loading.find_decoder(bare).layers]
     total = loading.parameter_bytes(bare, stored)
     length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
+
+
+def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None) -> None:
+    """Refuse what the consumers of --for would misread.
+
+    Args:
+        config: of the run.
+        architecture: the model's config.
+        wanted: segments given by hand.
+        length: n, layers to remove, where it is known.
+
+    Raises:
+        ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
+    """
+    names = consumer_names(config.search.consumers)
+    if not names:
+        return
+    consumers.check_written(names, consumers.written_by(config.quantize))
+    if wanted:
+        consumers.restriction(architecture, names, sum(map(len, wanted))).check(wanted)
+    elif length is not None:
+        consumers.restriction(architecture, names, length)
 
 
 def check_sources(config: CompressConfig, until: Stage = "report") -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from safetensors.torch import load_file
 
 from layercut import layer_search
-from layercut.config import SearchConfig
+from layercut.config import consumer_names
 from layercut.data.blocks import Blocks
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
+from layercut.export.consumers import restriction
+from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import (
+    Restriction,
     SearchResult,
     length_for_size,
     longest_within,
@@ -63,11 +66,12 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         if stage.open:
             stack, tokens = this.stack, work.blocks["calibration"]
             if wanted:
-                result = layer_search.search(stack, tokens, segments=wanted)
+                allowed = limits(this, sum(map(len, wanted)))
+                result = layer_search.search(stack, tokens, segments=wanted, restriction=allowed)
             elif length is None and config.max_loss is not None:
                 result = search_within(this, config.max_loss)
             else:
-                how = asked(config, length_for_target(work) if length is None else length)
+                how = asked(this, length_for_target(work) if length is None else length)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
             if config.score == "folded":
                 result = rescored(result, partial(folded_kl, this))
@@ -117,22 +121,47 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
     )
 
 
-def asked(config: SearchConfig, length: int) -> dict[str, Any]:
+def asked(this: Round, length: int) -> dict[str, Any]:
     """What the configuration says about a search, as arguments of `layer_search.search`.
 
     Args:
-        config: how to search.
+        this: the round.
         length: n, layers to remove.
 
     Returns:
         Keyword arguments.
     """
+    config = this.work.config.search
     return {
+        "restriction": limits(this, length),
         "n_layers": length,
         "num_segments": config.num_segments,
         "method": config.method,
         "objective": config.search_objective,
     }
+
+
+def limits(this: Round, length: int) -> Restriction | None:
+    """The cuts that stay right in the consumers of --for, how many of which are left is logged.
+
+    Args:
+        this: the round.
+        length: n, layers to remove.
+
+    Returns:
+        The restriction; None: no consumer is named.
+
+    Raises:
+        ConfigError: no cut of so many layers does.
+    """
+    names = consumer_names(this.work.config.search.consumers)
+    if not names:
+        return None
+    found = restriction(this.stack.model.config, names, length)
+    if not found.is_none:
+        left, every = len(found.segments()), len(this.stack) - length + 1
+        say("search", f"--for {','.join(names)}: {left} of {every} segments of {length} layers stay right: {found.why}")
+    return found
 
 
 def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
@@ -152,7 +181,7 @@ def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
     with run.stage(StabilityArtefact, "stability", hashes, after=["search"], together=True) as stage:
         if stage.open:
             stage.found = judged(work, search, again)
-    say("stability", stability_words(asdict(stage.artefact)))
+    say("stability", stability_words(restored(jsonable(stage.artefact))))
     return stage.artefact
 
 
@@ -173,7 +202,7 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-            result = layer_search.search(work.stack, drawn.tokens, **asked(config, length), seed=seed)
+            result = layer_search.search(work.stack, drawn.tokens, **asked(Round(work), length), seed=seed)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -222,7 +251,7 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
     seeds = [
         SeedChoice(seed=one.seed, segments=one.segments, kl=one.kl, calibration=one.calibration) for one in searches
     ]
-    return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **found)
+    return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **vars(found))
 
 
 def search_within(this: Round, max_loss: float) -> SearchResult:
@@ -236,11 +265,11 @@ def search_within(this: Round, max_loss: float) -> SearchResult:
         The result, with its `budget`.
     """
     work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
-    config, seed = work.config.search, work.config.text.seed
+    seed = work.config.text.seed
     within = longest_within(
         max_loss,
         len(this.stack) - 1,
-        lambda length: layer_search.search(this.stack, rows, **asked(config, length), seed=seed),
+        lambda length: layer_search.search(this.stack, rows, **asked(this, length), seed=seed),
         lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
