@@ -228,7 +228,12 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
 def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesArtefact | None:
     """Which layers hold what, and what the compressed model can still do of tests that it was not tuned on.
 
-    None where no test fits a row of the run's window, or --preserve is none.
+    Args:
+        work: of the run.
+        segments: all that is removed, in the dense model's layers.
+
+    Returns:
+        The artefact; None where no test fits a row of the run's window, or --preserve is none.
     """
     config, text = work.config.search, work.config.text
     if config.preserve == "none" or not work.tests_fit:
@@ -253,7 +258,15 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
 
 
 def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedTests, list[HitsByLength]]:
-    """The compressed model beside the dense one on tests of the judging family, all and by length."""
+    """The compressed model beside the dense one, on tests of the judging family.
+
+    Args:
+        work: of the run.
+        segments: all that is removed, in the dense model's layers.
+
+    Returns:
+        Figures of all capabilities in rows of the run's window, and hit rates of recall and lists by length.
+    """
     model, text = work.student(segments, "folded", "tuned", "quantized"), work.config.text
     longest = min(LONGEST_TEST, loading.positions(work.architecture) or LONGEST_TEST)
     rows = probe_rows(work.tokenizer, rows=JUDGED_ROWS, window=text.window, family="judging", seed=text.seed)
