@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs fuzz test-families test-minimum clean
+.PHONY: demo test lint docs fuzz test-engines test-families test-minimum clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
@@ -24,6 +24,13 @@ fuzz: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python tools/docs_pages.py
 	$(BIN)/python -m zensical build --strict
+
+# What other engines make of the models that layercut writes, each in an environment of its own under build/engines:
+# two minutes once they are installed. vLLM (3.4 GB) only where ENGINES names it. Writes the table of docs/guides/engines.md.
+ENGINES :=
+test-engines: $(STAMP)
+	$(BIN)/python -m tests.engines $(ENGINES)
+	$(BIN)/python benchmarks/readme.py
 
 test-families: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m families tests

@@ -27,7 +27,7 @@ from stage_two import frontier_table, speed_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = RESULTS / "demo.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guides" / "engines.md")
 
 
 def take_over(run: Path) -> None:
@@ -138,6 +138,35 @@ def shapes_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def engines_table(result: dict) -> str:
+    """What each engine makes of each model."""
+    rows = result["rows"]
+    models = list(dict.fromkeys(model for row in rows.values() for model in row["models"]))
+    lines = [
+        f"`make test-engines`, CPU ({result['machine']}); reference: {result['reference']}. In brackets the largest "
+        "difference of a token's loss, in nats, and how many of the 24 greedy tokens are the reference's.",
+        "",
+        f"| engine | {' | '.join(models)} | date |",
+        f"|---|{'---|' * len(models)}---|",
+    ]
+    notes: dict[str, int] = {}
+    for name, row in rows.items():
+        cells = [f"{name} {row['version']}".strip()]
+        for model in models:
+            found = row["models"].get(model, {"verdict": "not tried", "reason": row.get("not_installed", "")})
+            cell = found["verdict"]
+            if found.get("largest") is not None:
+                cell += f" ({found['largest']:.0e}, {found['greedy']}/24)"
+            said = found.get("layercut", "") if cell.startswith("misread") else ""
+            if reason := "; ".join(filter(None, [found["reason"] if cell != "right" else "", said])):
+                number = notes.setdefault(reason.replace("|", "¦"), len(notes) + 1)
+                cell += f" [{number}]"
+            cells.append(cell)
+        lines.append(f"| {' | '.join([*cells, row['date']])} |")
+    lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
+    return "\n".join(lines)
+
+
 def each(pattern: str, made_by: Callable[[dict], str]) -> str:
     """The tables of several runs of a benchmark, one after the other."""
     return "\n\n".join(made_by(json.loads(file.read_text())) for file in sorted(RESULTS.glob(pattern)))
@@ -167,7 +196,7 @@ def filled(text: str) -> str:
     regions |= {"results": headline()}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
-    later |= {"speed": speed_table, "shapes": shapes_table}
+    later |= {"speed": speed_table, "shapes": shapes_table, "engines": engines_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)

@@ -72,9 +72,10 @@ def cut(model: str, config: CutConfig) -> Path:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
-    for words in consumers.misread(consumers.readings(stock, config.segments, written)):
+    misread = consumers.misread(consumers.readings(stock, config.segments, written))
+    for words in misread:
         warn("cut", words)
-    describe_(config.out, _cut_model(model, config))
+    describe_(config.out, replace(_cut_model(model, config), misread=misread))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out

@@ -49,7 +49,7 @@ def export(target: str, config: ExportConfig) -> Path:
     if of_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
     source = ExportSource(run / "model", run) if of_run else ExportSource(run)
-    _say_who_misreads(source.model, config)
+    misread = _say_who_misreads(source.model, config)
     with appearing(config.out, force=config.force, within=True) as work:
         written = work / config.out.name
         facts = exporter(source, written, config) or {}
@@ -60,7 +60,8 @@ def export(target: str, config: ExportConfig) -> Path:
     if of_run and config.format == "gguf":
         _keep(run, facts)
     if config.format in exporters.own:
-        describe_(config.out, _made(target, run if of_run else None, config, facts), run if of_run else None)
+        made = replace(_made(target, run if of_run else None, config, facts), misread=misread)
+        describe_(config.out, made, run if of_run else None)
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
@@ -83,17 +84,20 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
     return replace(plain, done=done, number_format=number_format, packed=False, gguf=config.out.name, figures=figures)
 
 
-def _say_who_misreads(model: Path, config: ExportConfig) -> None:
+def _say_who_misreads(model: Path, config: ExportConfig) -> list[str]:
     """Warn of consumers that would misread the model in this format; a package's own format is its own business.
 
     Raises:
         ConfigError: one that --for names would.
     """
-    if config.format in exporters.own:
-        stock = loading.load_config(checkpoints.resolve(str(model)))
-        written: consumers.Written = "gguf" if config.format == "gguf" else "float"
-        for words in consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written)):
-            warn("export", words)
+    if config.format not in exporters.own:
+        return []
+    stock = loading.load_config(checkpoints.resolve(str(model)))
+    written: consumers.Written = "gguf" if config.format == "gguf" else "float"
+    misread = consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written))
+    for words in misread:
+        warn("export", words)
+    return misread
 
 
 def _bytes_of(path: Path) -> int:

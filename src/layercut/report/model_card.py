@@ -62,6 +62,8 @@ class Made:
     packed: bool = False
     """Whether the weights are in the format of compressed-tensors."""
     figures: Sequence[Figure] = ()
+    misread: Sequence[str] = ()
+    """Lines that say who would misread it (`export/consumers.py`)."""
 
     @property
     def title(self) -> str:
