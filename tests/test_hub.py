@@ -26,7 +26,7 @@ import contextlib, io, json, os, sys
 import hub_stand_in
 from layercut.cli.command_line import main
 
-model, text, out = sys.argv[1:]
+model, calibration, text, out = sys.argv[1:]
 said = {}
 
 def run(name, *arguments, token=hub_stand_in.GOOD, **environment):
@@ -49,6 +49,12 @@ run("private there", "push", f"{out}/cut", "small", "--private")
 run("private", "push", f"{out}/cut", "lab/other", "--private", "--quiet")
 run("evaluate", "evaluate", "me/small", "--eval-data", text, "--eval-tokens", "64", "--window", "16", "--quiet")
 run("evaluate here", "evaluate", f"{out}/cut", "--eval-data", text, "--eval-tokens", "64", "--window", "16", "--quiet")
+
+few = ["--data", calibration, "--eval-data", text, "--tokens", "64", "--window", "16", "--tune-tokens", "0"]
+few += ["--eval-tokens", "64", "--no-fold", "--no-speed", "--segment", "3:5", "--quiet"]
+run("compress no token", "compress", model, *few, "--out", f"{out}/run", "--push-to-hub", "run", token=None)
+said["nothing begun"] = not os.path.exists(f"{out}/run")
+run("compress", "compress", model, *few, "--out", f"{out}/run", "--push-to-hub", "run", "--private")
 
 from transformers import AutoModelForCausalLM
 said["layers"] = len(AutoModelForCausalLM.from_pretrained("me/small").model.layers)
@@ -76,7 +82,7 @@ def said(hub, tiny_model, texts, tmp_path_factory):
         "HF_ENDPOINT": hub.address, "HF_HOME": str(out / "home"), "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(Path(__file__).parent),
     }  # fmt: skip
-    command = [sys.executable, "-c", SCRIPT, str(tiny_model), str(texts[1]), str(out)]
+    command = [sys.executable, "-c", SCRIPT, str(tiny_model), str(texts[0]), str(texts[1]), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]) | {"out": out}
@@ -86,6 +92,7 @@ def said(hub, tiny_model, texts, tmp_path_factory):
     ("name", "words"),
     [
         ("no token", "needs a token, and there is none"),
+        ("compress no token", "needs a token, and there is none"),
         ("refused", "the token is refused (401)"),
         ("reads", "the token may only read"),
         ("stranger", "no member of 'them'"),
@@ -134,6 +141,21 @@ def test_it_is_evaluated_and_loaded_by_its_id(said):
     assert printed.split()[0] == "me/small"
     assert printed.split()[1] == said["evaluate here"][1].split()[1], "the same perplexity as of the folder"
     assert float(printed.split()[1]) > 1
+
+
+def test_a_run_is_pushed_at_its_end_and_only_its_model(said, hub):
+    assert said["nothing begun"]
+    code, _, errors = said["compress"]
+    assert code == 0, errors
+    pushed, model = hub.repositories["me/run"], said["out"] / "run" / "model"
+    assert pushed.private
+    assert set(pushed.files) == {path.name for path in model.iterdir()}
+    assert pushed.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
+    front = yaml.safe_load(pushed.files["README.md"].decode().split("---\n")[1])
+    (figure,) = front["model-index"][0]["results"]
+    summary = json.loads((said["out"] / "run" / "summary.json").read_text())
+    assert figure["metrics"][0]["value"] == summary["perplexity"]["cut"]
+    assert str(said["out"]) not in pushed.files["README.md"].decode(), "no path of this machine"
 
 
 def test_the_card_and_mergekits_slices_are_of_the_cut(said, hub):

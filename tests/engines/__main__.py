@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import transformers
 
 from engines.environments import ENGINES, Engine, NotInstalledError, python_of
 from engines.gguf import gguf_of
@@ -37,6 +38,7 @@ def main() -> int:
     if unknown := sorted({*asked.engines} - {*ENGINES}):
         parser.error(f"no engine {', '.join(unknown)}; there are {', '.join(ENGINES)}")
     torch.set_num_threads(asked.threads)
+    transformers.utils.logging.disable_progress_bar()
     names = asked.engines or [name for name in ENGINES if name != "vLLM"]
     earlier = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
     rows = {name: earlier[name] for name in ENGINES if name in earlier and name not in names}
@@ -93,8 +95,6 @@ def _one(engine: Engine, python: Path, each: Case) -> Judged:
 
 
 def _write(rows: dict[str, Any]) -> None:
-    import transformers
-
     reference = f"transformers {transformers.__version__}, torch {torch.__version__}, float32"
     content = {
         "reference": reference,
