@@ -1,6 +1,6 @@
 """A criterion of your own beside layercut's: the segment across which hidden states change their norm least.
 
-    python examples/own_criterion.py MODEL CALIBRATION [TOKENS] [WINDOW]
+python examples/own_criterion.py MODEL CALIBRATION [TOKENS] [WINDOW]
 """
 
 import sys

@@ -97,3 +97,53 @@ def test_no_function_is_longer_than_a_screen():
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > 60
     ]
     assert not long, f"at most 60 lines, docstring included: {', '.join(long)}"
+
+
+OTHER_ROOMS = {
+    "surgery",
+    "evaluation",
+    "export",
+    "data",
+    "offload",
+    "distributed",
+    "files",
+    "cli",
+    "pipeline",
+    "report",
+    "estimate",
+    "config",
+    "progress",
+    "registries",
+    "segments",
+}
+
+
+def public_functions(node: ast.AST, prefix: str = ""):
+    """Functions and methods whose names, and whose classes' names, begin without an underscore; not nested ones."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public_functions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+            yield f"{prefix}{child.name}", child
+
+
+def test_public_functions_of_several_arguments_describe_them_and_what_they_return():
+    """That each argument of an `Args:` section is described is ruff's D417; that there is such a section, this test's.
+
+    An override may point to the method that it overrides instead: "as of `Objective.loss`".
+    """
+    wrong = []
+    for module, file in MODULES.items():
+        for name, function in public_functions(ast.parse(file.read_text(encoding="utf-8"))):
+            spec, text = function.args, ast.get_docstring(function) or ""
+            arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
+            several = len([a for a in arguments if a.arg not in ("self", "cls")]) > 1
+            returns = function.returns is not None and ast.unparse(function.returns) not in (
+                "None",
+                "NoReturn",
+                "Never",
+            )
+            complete = "Args:\n" in text and (not returns or "Returns:\n" in text or "Yields:\n" in text)
+            if several and not complete and "as of `" not in text and room(module) not in OTHER_ROOMS:
+                wrong.append(f"{module}.{name}")
+    assert not wrong, f"docstrings without Args or Returns: {', '.join(wrong)}"

@@ -86,14 +86,14 @@ class TuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningFiles:
-    """What tuning reads from and keeps on disk, and how it is told to stop: nothing, where the caller names nothing."""
+    """What tuning reads from and keeps on disk, and how it is asked to stop: nothing by default."""
 
     teacher: StoredTeacher | None = None
     """The dense predictions on the tokens, stored beforehand (`store_teacher`), for an objective that can use them."""
     states: FrozenStates | None = None
     """Of models whose layers are on disk: what does not change, stored beforehand (`frozen_states`)."""
     state: StateFile | None = None
-    """Where to keep the state; one of the same making that is there is resumed, and ends in the same bits."""
+    """Where to keep the state; one of the same key that is there is resumed, to the same bits."""
     stopping: Callable[[], AbstractContextManager[Stop]] = never_asked
     """Opened while steps are made: a stop that it notes is acted on after the step, once the state is written."""
 
@@ -218,6 +218,9 @@ def frozen_states(
 
     Raises:
         RunError: the disk is too small.
+
+    Returns:
+        The states, in open files; `close` them.
     """
     (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
     rows = rows_per_step(settings, window), max(1, PASS_TOKENS // window)
@@ -226,7 +229,16 @@ def frozen_states(
 
 
 def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:
-    """Positions, in the cut model, of the layers beside each cut: s - 1 and e, or more of them by the radius."""
+    """Positions, in the cut model, of the layers beside each cut: s - 1 and e, or more of them by the radius.
+
+    Args:
+        segments: the cuts, in the dense model's layers.
+        layers: L of the dense model.
+        radius: layers on each side of a cut.
+
+    Returns:
+        Positions, sorted.
+    """
     kept = kept_layers(segments, layers)
     beside: set[int] = set()
     for segment in segments:
@@ -236,8 +248,19 @@ def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list
 
 
 def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
-    """1.6e-3 at a width of 576, the best there in 128 steps of 1,024 tokens, and half of it in few, the best in 12
-    (docs/log.md). Where few end, and the inverse law in the width, are guesses."""
+    """1.6e-3 x 576 / D, and half of it in fewer than `FEW_STEPS` steps.
+
+    1.6e-3 was the best at a width of 576 in 128 steps of 1,024 tokens, half of it the best in 12 (docs/log.md). Where
+    few
+    ends, and the inverse law in the width, are guesses.
+
+    Args:
+        hidden_size: D.
+        steps: optimizer steps planned.
+
+    Returns:
+        Peak learning rate of AdamW.
+    """
     return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0)
 
 
@@ -262,11 +285,15 @@ class _Training:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is a step to make."""
+        """Whether there is a step left."""
         return self.report.step < self.steps and not self.report.stopped_early
 
     def begin_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> HeldOut:
-        """Resume from the state on disk where there is one of the same making, else take the first score; the judge."""
+        """Resume from the state on disk where its key is the same, else take the first score.
+
+        Returns:
+            What scores the held-out rows.
+        """
         self.state_key = self.key(heldout, [files.state.key if files.state else "", files.teacher is not None])
         judge = HeldOut(self.pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
         found = files.state.load(self.state_key) if files.state else None
@@ -281,7 +308,7 @@ class _Training:
     def keep(self, state: StateFile | None, stop: Stop) -> None:
         """Write the state where it is due, and stop where that was asked for."""
         if (number := processes.most(stop.signal or 0)) and not stop.signal:
-            signal.raise_signal(number)  # all stop after the same step, or some would wait for one that is gone
+            signal.raise_signal(number)  # all stop after the same step, or some would wait in an all-reduce forever
         if state and processes.from_main(bool(stop.signal) or state.due()):
             self.save(state, self.state_key)
         if stop.signal:
@@ -332,6 +359,7 @@ class _Training:
             group["lr"] = self.rate * warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
         self._clip_(1.0)
         self.optimizer.step()
+        # rounded to the dtype that is saved: what the next step computes with is what will be on disk
         for master, own in zip(self.masters, self.own, strict=True):
             own.copy_(master.detach().to(self.stored))
         count = len(rows) * self.tokens.shape[1]
@@ -409,7 +437,7 @@ class _Training:
     # --- to disk and back ---
 
     def save(self, state: StateFile, key: str) -> None:
-        """Have the main process write it; whole, also of a spread model, so that any number of processes can go on."""
+        """Have the main process write it; unsharded, so that any number of processes can resume."""
         if processes.is_main() or sharding.is_spread(self.pair.student.model):
             tensors = self.tensors()
             if processes.is_main():
@@ -447,17 +475,42 @@ class _Training:
 
 
 def is_scored(step: int, steps: int) -> bool:
-    """Whether the held-out loss is taken after step 1, 2, …, steps: `SCORES` times, evenly, the last among them."""
+    """Whether the held-out loss is taken after a step: `SCORES` times, evenly, the last step among them.
+
+    Args:
+        step: 1, 2, …, steps.
+        steps: optimizer steps planned.
+
+    Returns:
+        True where it is due.
+    """
     return step * SCORES // steps > (step - 1) * SCORES // steps
 
 
 def rows_per_step(settings: TuneSettings, window: int) -> int:
-    """Rows of tokens in one optimizer step."""
+    """Rows of tokens in one optimizer step.
+
+    Args:
+        settings: whose `batch_tokens` counts.
+        window: T, tokens of a row.
+
+    Returns:
+        At least 1.
+    """
     return max(1, settings.batch_tokens // window)
 
 
 def rows_of_step(step: int, rows: int, batch: int) -> torch.Tensor:
-    """The rows, of `rows`, that step 0, 1, … trains on: in their order, in later epochs in one drawn by its number."""
+    """The rows that a step trains on: in their order, in later epochs in a random one seeded by the epoch's number.
+
+    Args:
+        step: 0, 1, …
+        rows: N.
+        batch: rows per step.
+
+    Returns:
+        Indices, int64 [batch], fewer at the end of an epoch.
+    """
     epoch, place = divmod(step, math.ceil(rows / batch))
     order = torch.arange(rows)
     if epoch:
@@ -466,7 +519,15 @@ def rows_of_step(step: int, rows: int, batch: int) -> torch.Tensor:
 
 
 def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn.Parameter]:
-    """Give the layers at these positions parameters of their own, trainable, and return them."""
+    """Give the layers at these positions parameters of their own, trainable.
+
+    Args:
+        student: the cut model, whose parameters may be shared with the dense one.
+        positions: of the layers, in the student.
+
+    Returns:
+        The new parameters.
+    """
     own: list[nn.Parameter] = []
     for position in positions:
         if sharding.is_spread(student.model):
@@ -483,7 +544,15 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
 
 
 def warmup_then_cosine(step: int, steps: int) -> float:
-    """Share of the peak rate: up over the first 5 % of the steps, then down a cosine to 5 %."""
+    """Share of the peak rate: up over the first 5 % of the steps, then down a cosine to 5 %.
+
+    Args:
+        step: 0, 1, …
+        steps: optimizer steps planned.
+
+    Returns:
+        Between 0.05 and 1 from the end of the warm-up on.
+    """
     warmup = max(1, round(0.05 * steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""What healing is given: token ids, rows of them held out, and a student that says which layers it lacks.
+"""Checks of healing's inputs: token ids, rows of them held out, and a student that says which layers it lacks.
 
 Before the least squares (`least_squares.py`) and endpoint tuning (`endpoint_tuning.py`).
 """
@@ -16,7 +16,14 @@ SHARE_HELD_OUT = 8
 
 
 def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to heal on [N, T] and rows to judge on [M, T]; the last eighth of the first where none are given.
+    """Rows to heal on and rows to score on; the last eighth of the first where none are given.
+
+    Args:
+        tokens: token ids [N, T].
+        heldout: token ids [M, T], or None.
+
+    Returns:
+        Both, which have no row in common where they were split here.
 
     Raises:
         ConfigError: not token ids in rows, or too few rows to hold any out.
@@ -42,6 +49,13 @@ def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:
 
     The dense model may have been cut before; the index of both is then in the layers of the first model of all.
 
+    Args:
+        student: the cut model.
+        dense: the model that it was cut from.
+
+    Returns:
+        One position for each layer of the student, rising.
+
     Raises:
         ConfigError: the student has layers that the dense model lacks, or does not say which.
     """
@@ -59,10 +73,17 @@ def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:
 
 
 def removed_segments(student: DecoderRunner, dense: DecoderRunner) -> tuple[Segment, ...]:
-    """What the student lacks of the dense model, in the dense model's layers.
+    """What the student lacks of the dense model.
+
+    Args:
+        student: the cut model.
+        dense: the model that it was cut from.
+
+    Returns:
+        Segments in the dense model's layers.
 
     Raises:
-        ConfigError: nothing, or what it lacks is not to be seen.
+        ConfigError: it lacks nothing, or its config does not say what.
     """
     segments = joined_segments(set(range(len(dense))) - set(kept_positions(student, dense)))
     if not segments:

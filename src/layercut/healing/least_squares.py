@@ -40,7 +40,8 @@ from layercut.progress import bar
 from layercut.segments import Segment
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Tried relative ridges. Which is best hangs on the number of tokens; the ends guard against few (docs/log.md)."""
+"""Relative ridges that are tried. Which is best depends on the number of tokens; the largest guard against few
+(docs/log.md)."""
 
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
@@ -57,11 +58,26 @@ class Normal:
 
     @classmethod
     def zeros(cls, read: int, written: int, device: torch.device) -> Normal:
+        """Sums of no tokens yet.
+
+        Args:
+            read: I, width of z.
+            written: D, width of y.
+            device: of the sums.
+
+        Returns:
+            Zeros.
+        """
         zz, zy = (torch.zeros(read, width, dtype=torch.float64, device=device) for width in (read, written))
         return cls(zz, zy)
 
     def add_(self, z: torch.Tensor, y: torch.Tensor) -> None:
-        """Take in z [..., I] and y [..., D]."""
+        """Add the products of some tokens to the sums.
+
+        Args:
+            z: what the projection reads [..., I].
+            y: what is to be added to the stream [..., D].
+        """
         z, y = z.flatten(0, -2).double(), y.flatten(0, -2).double()
         self.zz += z.T @ z
         self.zy += z.T @ y
@@ -69,14 +85,14 @@ class Normal:
         self.tokens += len(z)
 
     def sum_(self) -> None:
-        """Take in what other processes have summed."""
+        """All-reduce: add what other processes have summed."""
         processes.sum_(self.zz, self.zy)
         self.yy, tokens = processes.summed([self.yy, self.tokens])
         self.tokens = int(tokens)
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
-        regular = self.zz.clone()
+        regular = self.zz.clone()  # [I, I], positive semi-definite; the ridge makes it invertible
         regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
         return torch.linalg.solve(regular, self.zy)
 
@@ -234,6 +250,9 @@ def fold_cut_(
         tokens: token ids [N, T].
         rows: rows of a pass.
         advance: counts every row once.
+
+    Returns:
+        What was solved, or why nothing was.
     """
     position = _position(student, dense, segment)
     if position < 0:
@@ -250,19 +269,19 @@ def fold_cut_(
     ridges: list[float] = []
     plain = 0.0
     for number, target in enumerate(targets):
-        # what a later projection can do is not asked of an earlier one: they are solved together, and of the
-        # solution the first part is used; the later ones are solved again on what they then read
+        # jointly with the later projections, so that an earlier one does not take over their part; only its own rows
+        # of X are used, and the later ones are solved again on what they then read
         solved = together(targets[number:])
         fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
         judge = check if check.tokens else fit
         if not (fit.finite and check.finite):
             if not number:
                 return _skipped(segment, "what reaches the cut is not finite")
-            break  # what was folded before made it so; the student is judged by its predictions
+            break  # by an earlier projection of this fold, which held-out KL then judges
         ridge = RIDGES[-2]  # with no rows kept out, one that hardly trusts the rows
         if check.tokens:
             ridge = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))
-        x = fit.solve(ridge)
+        x = fit.solve(ridge)  # [sum of widths, D]
         target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
         ridges.append(ridge)
         plain = plain or judge.yy

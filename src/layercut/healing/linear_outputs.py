@@ -1,8 +1,8 @@
-"""What in a layer a fold can solve anew, found by what it does and not by its name. Before the least squares
-(`least_squares.py`).
+"""What in a layer the least squares can solve anew, found by what it does and not by its name.
 
-A linear module writes to the residual stream if the layer gives out - m without its output m. Everything is tried on
-a few tokens, on a float32 copy of the one layer, where a sum rounds too little to hide a small m.
+Before the least squares (`least_squares.py`). A linear module writes to the residual stream if the layer gives out - m
+without its output m. Everything is tried on a few tokens, on a float32 copy of the one layer, where a sum rounds too
+little to hide a small m.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class LinearOutput:
     def fold_into_(self, layer: nn.Module, x: torch.Tensor, stored: torch.dtype) -> None:
         """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D].
 
-        They are rounded to the number format that they are saved in.
+        Args:
+            layer: whose parameters are replaced.
+            x: X, float64.
+            stored: the dtype that the weights are saved in, to which the new ones are rounded.
         """
         for name, dim in self.weights:
             owner, _, leaf = name.rpartition(".")
@@ -52,7 +55,16 @@ class LinearOutput:
 
 
 def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
-    """Outputs, along `dim`, multiplied by T = I + X; an expert at a time, as float64 is four times bfloat16."""
+    """Outputs, along `dim`, multiplied by T = I + X; an expert at a time, as float64 is four times bfloat16.
+
+    Args:
+        weight: [O, I], [I, O], or a stack of such [E, …].
+        dim: the dimension that runs over outputs.
+        x: X [D, D], float64.
+
+    Returns:
+        A weight of the same shape.
+    """
     if weight.dim() == 3:
         return torch.stack([multiplied(expert, dim - 1, x).to(weight.dtype) for expert in weight])
     outputs = weight.double().movedim(dim, -1)
@@ -61,11 +73,19 @@ def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> list[LinearOutput]:
-    """What to solve anew in a layer, in the order in which it runs; tokens [B, T] are for trying things out.
+    """What to solve anew in a layer, in the order in which it runs.
 
     First choice are linear modules that write to the stream, of the attention and of the MLP, whatever the block
     looks like. Of a mixture of experts the output is multiplied by a matrix instead.
     Behind a norm (Gemma 2), or scaled by a constant, there is neither, and the list is empty.
+
+    Args:
+        stack: the model.
+        position: the layer.
+        tokens: token ids [B, T] for trying things out.
+
+    Returns:
+        The targets; empty where there are none.
     """
     hidden, calls = stack.enter(tokens)
     before = stack.run(hidden, calls, 0, position)
@@ -92,8 +112,15 @@ def _of_linear(probe: Probe, name: str) -> LinearOutput:
 def linear_writers(probe: Probe, silent: Sequence[nn.Module] = ()) -> list[str]:
     """Names of the linear modules whose output the layer adds to the stream as it is, in the order they run.
 
-    Those found are silenced before the others are tried, since what the attention adds also changes what the MLP
-    reads. silent: what is silenced from the start. Of lists of experts none is tried: which run hangs on the tokens.
+    Those found are set to zero before the others are tried, since what the attention adds also changes what the MLP
+    reads. Of lists of experts none is tried: which run depends on the tokens.
+
+    Args:
+        probe: the layer and its inputs.
+        silent: modules whose output is zero from the start.
+
+    Returns:
+        Names in the layer.
     """
     tried = {
         name: module
@@ -148,6 +175,17 @@ class Probe:
 
     @classmethod
     def of(cls, layer: nn.Module, before: torch.Tensor, call: Call) -> Probe:
+        """A float32 copy of a layer, of its input and of its further arguments.
+
+        Args:
+            layer: left as it is.
+            before: h [B, T, D].
+            call: its further arguments.
+
+        Returns:
+            The probe.
+        """
+
         def as_float(value: Any) -> Any:
             return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
@@ -157,15 +195,25 @@ class Probe:
 
     @property
     def width(self) -> int:
+        """D, the hidden size."""
         return self.before.shape[-1]
 
     def run(
         self, modules: Sequence[nn.Module] = (), silent: Sequence[nn.Module] = ()
     ) -> tuple[torch.Tensor, dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
+        """The layer's output, and what some modules read and put out; as of `run_and_catch`."""
         return run_and_catch(self.layer, self.before, self.call, modules, silent)
 
     def adds(self, module: nn.Module, silent: Sequence[nn.Module]) -> bool:
-        """Whether the layer puts out less by m without the module's output m, with the `silent` ones at zero."""
+        """Whether the layer puts out less by m without the module's output m.
+
+        Args:
+            module: of the layer.
+            silent: modules whose output is zero meanwhile.
+
+        Returns:
+            False also where m is zero or has another shape than the stream.
+        """
         try:
             out, caught = self.run([module], silent)
         except KeyError:  # called without a hidden state
@@ -177,7 +225,15 @@ class Probe:
         return bool(m.any()) and _same(out - rest, m, m, out)
 
     def multiplies(self, weights: Sequence[tuple[str, int]], module: nn.Module | None = None) -> bool:
-        """Whether these weights' outputs times T make their part of the stream times T; of a module, all it adds."""
+        """Whether these weights' outputs times T make their part of the stream times T.
+
+        Args:
+            weights: names in the layer, each with the dimension that runs over outputs.
+            module: where given, the part is all that this module adds.
+
+        Returns:
+            True where a permutation with some outputs doubled, for T, passes through.
+        """
         values = {name: self.layer.get_parameter(name) for name, _ in weights}
         for name, dim in weights:
             if values[name].shape[dim] != self.width or (values[name].dim() == 3 and dim == 0):
@@ -211,7 +267,17 @@ def run_and_catch(
 ) -> tuple[torch.Tensor, dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]]:
     """A layer's output, and what each of these modules read and put out, in the order they ran.
 
-    A module that runs more than once, or puts out no tensor, is left out. The output of `silent` modules is zero.
+    A module that runs more than once, or puts out no tensor, is left out.
+
+    Args:
+        layer: that is run.
+        before: h [B, T, D].
+        call: its further arguments.
+        modules: of the layer, whose inputs and outputs are wanted.
+        silent: modules whose output is replaced by zeros.
+
+    Returns:
+        The output [B, T, D], and (input, output) by module.
     """
     caught: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
     runs: list[nn.Module] = []

@@ -40,10 +40,19 @@ class FrozenStates:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row, T x D numbers."""
         return self.row[0] * self.row[1] * self.dtype.itemsize
 
     def read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """[n, T, D] of these rows."""
+        """Hidden states of some rows.
+
+        Args:
+            name: of the file.
+            rows: indices [n].
+
+        Returns:
+            [n, T, D] on the CPU.
+        """
         found = torch.empty(len(rows), *self.row, dtype=self.dtype)
         for into, row in zip(found, rows.tolist(), strict=True):
             self.files[name].seek(row * self.row_bytes)
@@ -51,11 +60,18 @@ class FrozenStates:
         return found
 
     def write_(self, name: str, first: int, states: torch.Tensor) -> None:
-        """[n, T, D] of the rows from `first` on."""
+        """Write hidden states of the rows from `first` on.
+
+        Args:
+            name: of the file.
+            first: the first row.
+            states: [n, T, D].
+        """
         self.files[name].seek(first * self.row_bytes)
         self.files[name].write(states.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
     def close(self) -> None:
+        """Close the files."""
         for file in self.files.values():
             file.close()
 
@@ -72,11 +88,24 @@ def store_states(
     key: str,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> FrozenStates:
-    """Dense hidden states at `prefix` and at `stop` of tokens [N, T]; those that are there already are not made again.
+    """Dense hidden states at `prefix` and at `stop`; those that are there already are not computed again.
 
-    stop: None where the objective compares with none. rows: in an optimizer step and in a pass of it, which go through
-    the layers here as they will in the first epoch. key stands for model and tokens. Raises RunError where the disk
-    is too small.
+    Args:
+        dense: the dense model.
+        tokens: token ids [N, T].
+        prefix: the first trained layer.
+        stop: the layer whose input the objective compares with; None where it compares with none.
+        folder: where to keep the files.
+        rows: in an optimizer step and in a pass of it, which go through the layers here as they will in the first
+            epoch.
+        key: stands for model and tokens.
+        advance: called with the rows done.
+
+    Returns:
+        The states, in open files.
+
+    Raises:
+        RunError: the disk is too small.
     """
     names = ["shared"] if stop is None else ["shared", "wanted"]
     window = tokens.shape[1]
@@ -130,8 +159,13 @@ class PairOnDisk(Pair):
     """The first trained layer: how far the way down goes."""
 
     def backward(self, batches: Sequence[Batch]) -> Iterator[float]:
-        """As in memory, layers outermost: the loss of each batch while there is no gradient yet, and then 0 with the
-        gradient of each batch at every trained layer."""
+        """As in memory, but with layers outermost, so that each is read twice a step.
+
+        Yields:
+            The loss of each batch while there is no gradient yet, and then 0 with the gradient of each batch at every
+            trained
+            layer.
+        """
         assert isinstance(self.student.on_disk, LentLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)

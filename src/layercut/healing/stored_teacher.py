@@ -39,7 +39,15 @@ class StoredTeacher:
         ]
 
     def read(self, rows: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p, float32 [n, K + 1], which sums to 1, and the tokens, int64 [n, K], of these rows, end to end."""
+        """The dense model's predictions for some rows, one after another.
+
+        Args:
+            rows: indices [n] of rows.
+            columns: positions in each.
+
+        Returns:
+            log p, float32 [M, K + 1], which sums to 1, the bucket last; and token ids, int64 [M, K].
+        """
         found = []
         for row in rows.tolist():
             file, i = self._files[row // self.rows_per_file], row % self.rows_per_file
@@ -48,11 +56,20 @@ class StoredTeacher:
         return log_p.float().log_softmax(-1), index.long()
 
     def close(self) -> None:
+        """Close the files."""
         self._closing.close()
 
 
 def check_topk(k: int, vocabulary: int) -> None:
-    """ConfigError unless some of the vocabulary is left for the bucket."""
+    """Refuse a K that leaves nothing of the vocabulary for the bucket.
+
+    Args:
+        k: tokens kept of each prediction.
+        vocabulary: V.
+
+    Raises:
+        ConfigError: K is not below V.
+    """
     if k >= vocabulary:
         raise ConfigError(
             f"--teacher-topk {k} is not below the model's {vocabulary} tokens",
@@ -61,7 +78,15 @@ def check_topk(k: int, vocabulary: int) -> None:
 
 
 def stored_bytes(tokens: int, k: int) -> int:
-    """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token."""
+    """What will be on disk: K tokens of 4 bytes and K + 1 log-probabilities of 2, for every token.
+
+    Args:
+        tokens: how many.
+        k: K.
+
+    Returns:
+        Bytes.
+    """
     return tokens * (6 * k + 2)
 
 
@@ -76,10 +101,23 @@ def store_teacher(
     temperature: float = 1.0,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> StoredTeacher:
-    """Compute what is missing in the folder, and open it. `key` stands for model and tokens; others' files go.
+    """Compute what is missing in the folder, and open it. Of several processes each computes a share of the files.
 
-    Of several processes each computes a share of the files. Raises ConfigError where K is not below the vocabulary,
-    RunError where the disk is too small.
+    Args:
+        dense: the dense model.
+        tokens: token ids [N, T].
+        k: tokens kept of each prediction.
+        folder: where to keep the files; those of another key are removed.
+        key: stands for model and tokens.
+        temperature: t; p = softmax(logits / t).
+        advance: called with the tokens done.
+
+    Returns:
+        The stored predictions, in open files.
+
+    Raises:
+        ConfigError: K is not below the vocabulary.
+        RunError: the disk is too small.
     """
     check_topk(k, dense.vocabulary)
     rows = max(1, SHARD_TOKENS // tokens.shape[1])

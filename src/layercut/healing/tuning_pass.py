@@ -103,11 +103,11 @@ def loss_gradient(
     total, gradient = 0.0, torch.empty_like(out)
     pieces = list(logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
     for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
-        leaf = out[piece].detach().requires_grad_(True)
+        leaf = out[piece].detach().requires_grad_(True)  # [b, t, D]: the graph of the head ends here
         logits = student.exit(leaf, tokens[piece])  # [b, t, V]
         with torch.no_grad():
             z, known, following = logits.detach().flatten(0, 1), _known(pair, batch, piece, wanted), targets[piece]
-            slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)
+            slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
             for part in slices(len(z), tokens_at_once(z)):  # float32 exists for a few tokens at a time
                 q, p = z[part].float(), known[0][part].float() if known else None
                 found = []
@@ -119,7 +119,7 @@ def loss_gradient(
                 losses, slopes = weighted(found)
                 loss += losses.sum()
                 slope[part] = slopes.mul_(scale)
-        logits.backward(slope.view_as(logits))
+        logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`
         assert leaf.grad is not None
         if counts:
             total += loss.item()
@@ -128,15 +128,26 @@ def loss_gradient(
 
 
 def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
-    """The objective's terms with weights for a mean over T tokens: of a row's T - 1 predictions each counts more."""
+    """The objective's terms with weights for a mean over T tokens: of a row's T - 1 predictions each counts more.
+
+    Args:
+        objective: whose terms.
+        window: T.
+
+    Returns:
+        Weights and terms.
+    """
     return [(share * (window / (window - 1) if term.per_target else 1.0), term) for share, term in objective.terms()]
 
 
 def _known(
     pair: Pair, batch: Batch, piece: tuple[slice, slice], wanted: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """What the dense model predicts for a piece of M tokens: logits [M, V], or log_p [M, K + 1] and index [M, K]; or
-    nothing."""
+    """What the dense model predicts for a piece of M tokens; empty where the objective needs none.
+
+    Returns:
+        Logits [M, V]; or log_p [M, K + 1] and index [M, K] where they were stored.
+    """
     tokens, rows, _ = batch
     if pair.stored:
         return tuple(x.to(pair.student.device) for x in pair.stored.read(rows[piece[0]], piece[1]))
@@ -146,7 +157,15 @@ def _known(
 
 
 def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of batches of tokens [B, T], the dense hidden states at the end and the shared ones at `prefix`, [B, T, D]."""
+    """The dense hidden states at the end, and those at `prefix`, which the student shares.
+
+    Args:
+        pair: the models.
+        batches: token ids [B, T] each.
+
+    Returns:
+        (h_L, h_prefix) [B, T, D] of each batch.
+    """
     with torch.no_grad():
         hidden, calls = enter_all(pair.dense, batches)
         carry_(pair.dense, hidden, calls, 0, pair.prefix)
@@ -156,7 +175,7 @@ def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torc
 
 
 def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """What each token is to predict, -1 at the end of a row.  [B, T] -> [B, T]"""
+    """What each token is to predict, -1 at the end of a row: [B, T] -> [B, T]."""
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The state of a tuning that is under way, on disk, so that a stopped one goes on to the very same weights.
+"""The state of a tuning that is under way, on disk, so that a stopped one is resumed to the very same weights.
 
 Beside endpoint tuning. One safetensors file: float32 masters, AdamW's moments, the best weights so far, and in its
 header the step, the curves and a key. It is written by rename, every few minutes and when the process is asked to
@@ -24,9 +24,12 @@ from layercut.files.writing import write_atomically
 
 
 class StateFile:
-    """Where the state lies, and when it is due again.
+    """Where the state is kept, and when it is due again.
 
-    key: hash of what decides the result and tuning does not see for itself, which is the frozen weights.
+    Args:
+        path: of the file.
+        key: hash of what decides the result and tuning does not see for itself, which is the frozen weights.
+        minutes: between two writes.
     """
 
     def __init__(self, path: Path, *, key: str = "", minutes: float = 5.0) -> None:
@@ -34,10 +37,20 @@ class StateFile:
         self._written = time.monotonic()
 
     def due(self) -> bool:
+        """Whether the last write is so many minutes ago."""
         return time.monotonic() - self._written >= 60 * self.minutes
 
     def save(self, key: str, tensors: dict[str, Sequence[torch.Tensor]], facts: dict[str, Any]) -> None:
-        """Write the state whole or not at all. Raises RunError where the disk is full."""
+        """Write the state whole or not at all.
+
+        Args:
+            key: hash of what decides the result.
+            tensors: by name, one for each trained parameter.
+            facts: JSON values.
+
+        Raises:
+            RunError: the disk is full.
+        """
         named = {f"{name}.{i}": t.detach().cpu() for name, many in tensors.items() for i, t in enumerate(many)}
         with write_atomically(self.path) as partial:
             save_file(named, partial, {"key": key, "facts": json.dumps(facts)})
@@ -64,7 +77,7 @@ class Stop:
     signal: int | None = None
 
     def now(self) -> None:
-        """Stop as the signal would have, had nobody waited for it."""
+        """Raise the signal again, so that it acts as it would have at once."""
         if self.signal is not None:
             signal.raise_signal(self.signal)
 

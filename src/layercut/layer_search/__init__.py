@@ -100,8 +100,20 @@ def search(
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
-    """n, layers to remove in all, from the one of the three that is given. ConfigError where that is not one of them,
-    or does not fit a model of so many layers."""
+    """n, the number of layers to remove, from the one of the three that is given.
+
+    Args:
+        layers: L, decoder layers of the model.
+        ratio: share of the layers, between 0 and 1.
+        n_layers: n itself.
+        segments: segments [start, stop) to remove together.
+
+    Returns:
+        n, between 1 and L - 1.
+
+    Raises:
+        ConfigError: none or several are given, or the one given does not fit L layers.
+    """
     given = {"ratio": ratio is not None, "n_layers": n_layers is not None, "segments": segments is not None}
     if sum(given.values()) != 1:
         names = [name for name, is_given in given.items() if is_given]
@@ -120,8 +132,16 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
 
 
 def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
-    """DataError for tokens that are not token ids [N, T] with T >= 2 within the model's positions; ModelError for ids
-    beyond its vocabulary."""
+    """Refuse calibration tokens that the model cannot run on.
+
+    Args:
+        runner: the dense model.
+        tokens: what should be token ids [N, T], N >= 1, T >= 2.
+
+    Raises:
+        DataError: another shape or dtype, or T exceeds the model's positions.
+        ModelError: an id lies beyond the vocabulary.
+    """
     if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise DataError(
             f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")
@@ -135,14 +155,36 @@ def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
 
 
 def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool) -> None:
-    """ConfigError for what a criterion does not name as a parameter and would not heed."""
+    """Refuse options that a criterion does not name as a parameter and would therefore ignore.
+
+    Args:
+        criterion: the criterion.
+        name: its name, for the message.
+        several: whether more than one segment is asked for.
+        other_objective: whether an objective other than KL is asked for.
+
+    Raises:
+        ConfigError: the criterion does not take such an option.
+    """
     for option, is_asked in {"num_segments": several, "objective": other_objective}.items():
         if is_asked and not names(criterion, option):
             raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
 
 
 def priced(runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment]) -> SearchResult:
-    """Segments given by hand, priced as the one cut that they are."""
+    """The KL of segments given by hand, removed together.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        segments: to be removed together.
+
+    Returns:
+        A result of one candidate, under the method "given".
+
+    Raises:
+        ConfigError: the segments overlap or do not fit the model.
+    """
     cost, cuts = Cost(), tuple(checked_segments(segments, len(runner)))
     with bar("pricing the cut", set_work([DENSE, cuts], len(runner), len(tokens))) as advance:
         return SearchResult("given", set_costs(runner, tokens, [cuts], cost, advance=advance), cost)
@@ -158,8 +200,19 @@ def judged(
 ) -> SearchResult:
     """What a criterion returned, as a result: priced by the real cut, where the criterion has not done so itself.
 
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers that were to be removed.
+        name: of the criterion.
+        picked: its choice: segments, scores [L] or a result.
+        cost: what the criterion spent; pricing its choice is not added.
+
+    Returns:
+        The result, its `method` being `name`.
+
     Raises:
-        ConfigError: it is not of this model's layers, or not n of them.
+        ConfigError: the choice is not of this model's layers, or not n of them.
     """
     if isinstance(picked, torch.Tensor):
         if picked.shape != (len(runner),):
@@ -183,5 +236,13 @@ def judged(
 
 
 def beside_oracle(result: SearchResult, exact: SearchResult) -> SearchResult:
-    """The result with the exhaustive one beside it."""
+    """Add the exhaustive search's answer and the regret to a result.
+
+    Args:
+        result: of another criterion.
+        exact: of the exhaustive search on the same tokens.
+
+    Returns:
+        `result` with its `oracle`.
+    """
     return replace(result, oracle=exact.to_dict() | {"kl": exact.kl, "regret": regret(result, exact)})

@@ -82,7 +82,11 @@ def length_for_speedup(layers: int, speedup: float) -> int:
 
 
 def split_rows(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration rows [N, T] to search on, and those that verify what was found."""
+    """Split calibration rows [N, T] into those to search on and those that verify what was found.
+
+    Raises:
+        ConfigError: there is only one row.
+    """
     unseen = max(1, len(tokens) // UNSEEN_SHARE)
     if len(tokens) < 2:
         raise ConfigError(
@@ -179,7 +183,7 @@ def triangle(
         tokens: calibration token ids [N, T].
         longest: layers of the longest segments.
         cost: to which the layer-forwards are added.
-        advance: told the layer-forwards.
+        advance: called with the layer-forwards done.
 
     Returns:
         (start, stop, KL in nats per token) of each, sorted.
@@ -207,11 +211,29 @@ def with_triangle(result: SearchResult, runner: DecoderRunner, tokens: torch.Ten
 
 
 def triangle_sets(longest: int, layers: int) -> list[Cuts]:
-    """All segments of 1 … `longest` layers, each as a set of its own."""
+    """All segments of 1 … `longest` layers, each as a set of its own.
+
+    Args:
+        longest: layers of the longest segments.
+        layers: L.
+
+    Returns:
+        longest * (2 L - longest + 1) / 2 sets, by length, then by start.
+    """
     return [(Segment(s, s + n),) for n in range(1, longest + 1) for s in range(layers - n + 1)]
 
 
 def sweep_rows(stack: DecoderRunner, tokens: torch.Tensor, sets: int, budget_bytes: int = 512 * 2**20) -> int:
-    """Rows that a sweep of so many sets takes at a time: at its end, it holds a hidden state for each."""
+    """Rows per batch of a sweep, which at its end holds one hidden state for each set.
+
+    Args:
+        stack: the dense model.
+        tokens: token ids [N, T].
+        sets: how many sets are priced.
+        budget_bytes: for the hidden states, in bytes.
+
+    Returns:
+        Between 1 and 8.
+    """
     stream = tokens.shape[1] * stack.hidden_size * next(stack.model.parameters()).element_size()
     return max(1, min(8, budget_bytes // (stream * sets)))

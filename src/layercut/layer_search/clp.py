@@ -160,13 +160,14 @@ def cheapest_sums(costs: dict[Segment, float], layers: int, length: int, count: 
     Returns:
         Sets from the lowest sum.
     """
-    # best[m, e]: sets of m layers that end at e or before
+    # best[m, e]: sets of m layers that end at e or before; each round of the loop adds one segment
     best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1)}
     found: dict[Cuts, float] = {}
     for _ in range(count):
         ending: dict[tuple[int, int], Sums] = {}
         for segment, cost in costs.items():
             for m in range(length - len(segment) + 1):
+                # at least one kept layer between two segments, or they would be one
                 before = best.get((m, segment.start - 1 if m else segment.start), [])
                 sums = [(total + cost, (*cuts, segment)) for total, cuts in before]
                 ending.setdefault((m + len(segment), segment.stop), []).extend(sums)

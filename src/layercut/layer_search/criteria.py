@@ -56,7 +56,8 @@ class Criterion(Protocol):
             runner: the dense model, layer by layer (`models/runner.py`); `runner.model` is the model itself.
             tokens: calibration token ids [N, T], on the CPU or wherever the caller has them: see `runner.place`.
             length: n, layers to remove, in all.
-            args: none; `options`: as above.
+            *args: none.
+            **options: those of the keyword arguments above that it names.
 
         Returns:
             Segments with n layers in all; or scores [L], of which the n lowest are removed, the earlier of equals; or
@@ -66,50 +67,133 @@ class Criterion(Protocol):
 
 
 def names(criterion: Callable[..., Any], option: str) -> bool:
-    """Whether a criterion has a parameter of that name."""
+    """Whether a criterion has a parameter of that name.
+
+    Args:
+        criterion: the criterion.
+        option: the parameter's name.
+
+    Returns:
+        True where its signature names the option; `**options` does not count.
+    """
     return option in inspect.signature(criterion).parameters
 
 
 def takes(criterion: Callable[..., Any], option: str) -> bool:
-    """Whether a criterion is given an option: it names it, or takes `**options`."""
+    """Whether a criterion accepts an option: it names it, or takes `**options`.
+
+    Args:
+        criterion: the criterion.
+        option: the parameter's name.
+
+    Returns:
+        True where the option may be passed.
+    """
     parameters = inspect.signature(criterion).parameters.values()
     return names(criterion, option) or any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def accepted(criterion: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that a criterion takes."""
+    """Those of the options that a criterion takes.
+
+    Args:
+        criterion: the criterion.
+        options: keyword arguments by name.
+
+    Returns:
+        The subset to pass to it.
+    """
     return {name: value for name, value in options.items() if takes(criterion, name)}
 
 
 def random_segment(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int) -> Cuts:
-    """s uniform in 0 … L - n: what any criterion must beat."""
+    """A start drawn uniformly from 0 … L - n: the baseline that any criterion must beat.
+
+    Args:
+        runner: the dense model.
+        tokens: not used.
+        length: n, layers to remove.
+        seed: of the draw.
+
+    Returns:
+        One segment of n layers.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = int(torch.randint(len(runner) - length + 1, (), generator=generator))
     return (Segment(start, start + length),)
 
 
 def reverse_order(runner: DecoderRunner, tokens: torch.Tensor, length: int) -> Cuts:
-    """[L - 1 - n, L - 1): the last n layers, but the very last one, which is kept (2411.15558)."""
+    """[L - 1 - n, L - 1): the last n layers, but the very last one, which is kept (2411.15558).
+
+    Args:
+        runner: the dense model.
+        tokens: not used.
+        length: n, layers to remove.
+
+    Returns:
+        One segment of n layers.
+    """
     return (Segment(len(runner) - 1 - length, len(runner) - 1),)
 
 
 def block_influence(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> torch.Tensor:
-    """BI_i = 1 - E[cos(h_i, h_{i+1})], over all tokens: scores [L] (ShortGPT, 2403.03853)."""
+    """BI_i = 1 - E[cos(h_i, h_{i+1})], over all tokens (ShortGPT, 2403.03853).
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n; the scores do not depend on it.
+        cost: to which the layer-forwards are added.
+
+    Returns:
+        Scores [L], float64; the n lowest are removed.
+    """
     return 1 - _measured("block-influence", runner, tokens, cost).cosine.diagonal(1)
 
 
 def angular(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
-    """argmin_s E[arccos(cos(h_s, h_{s+n})) / pi], over the last token of each row (UIDL, 2403.17887)."""
+    """argmin_s E[arccos(cos(h_s, h_{s+n})) / pi], over the last token of each row (UIDL, 2403.17887).
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
+
+    Returns:
+        One segment of n layers.
+    """
     return best_start(_measured("angular", runner, tokens, cost).angular.diagonal(length), length)
 
 
 def cosine(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
-    """argmax_s E[cos(h_s, h_{s+n})], over all tokens, along the hidden dimension (LLM-Streamline, 2403.19135)."""
+    """argmax_s E[cos(h_s, h_{s+n})], over all tokens, along the hidden dimension (LLM-Streamline, 2403.19135).
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
+
+    Returns:
+        One segment of n layers.
+    """
     return best_start(-_measured("cosine", runner, tokens, cost).cosine.diagonal(length), length)
 
 
 def perplexity(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
-    """The n layers without each of which, alone, the next-token loss is lowest (Shortened LLaMA, 2402.02834)."""
+    """The n layers without each of which, alone, the next-token loss is lowest (Shortened LLaMA, 2402.02834).
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
+
+    Returns:
+        The n layers as segments; the first 4 and the last 2 are kept.
+    """
     sets = [(Segment(i, i + 1),) for i in range(len(runner))]
     with bar("perplexity", set_work(sets, len(runner), len(tokens))) as advance:
         losses = set_losses(runner, tokens, sets, cost, advance=advance)
@@ -117,19 +201,50 @@ def perplexity(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost
 
 
 def taylor(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
-    """The n layers of lowest sum |w dL/dw| over their weights, L the next-token loss (Shortened LLaMA, 2402.02834)."""
+    """The n layers of lowest sum |w dL/dw| over their weights, L the next-token loss (Shortened LLaMA, 2402.02834).
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer passes are added.
+
+    Returns:
+        The n layers as segments; the first 4 and the last 2 are kept.
+    """
     with bar("taylor", len(tokens)) as advance:
         return one_shot(taylor_scores(runner, tokens, cost, advance=advance), length)
 
 
 def sleb(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
-    """n times, the layer without which the next-token loss is lowest (SLEB, 2402.09025): `greedy.sleb`."""
+    """Greedily, n times, the layer without which the next-token loss is lowest (SLEB, 2402.09025): `greedy.sleb`.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
+
+    Returns:
+        The n layers as segments.
+    """
     with bar("sleb", length) as advance:
         return greedy.sleb(runner, tokens, length, cost, advance=advance)
 
 
 def evolution(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int, cost: Cost) -> Cuts:
-    """Sets of n layers by mutation and selection, by their KL (after EvoPress, 2410.14649): `greedy.evolution`."""
+    """Sets of n layers by mutation and selection, by their KL (after EvoPress, 2410.14649): `greedy.evolution`.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        seed: of sets, mutations and rows.
+        cost: to which the layer-forwards are added.
+
+    Returns:
+        The n layers as segments.
+    """
     with bar("evolution", greedy.sleb_work(length, len(runner), len(tokens))) as advance:
         return greedy.evolution(runner, tokens, length, cost, seed=seed, advance=advance)
 
@@ -143,12 +258,28 @@ def _measured(name: str, runner: DecoderRunner, tokens: torch.Tensor, cost: Cost
 
 
 def one_shot(scores: torch.Tensor, length: int) -> Cuts:
-    """The n layers of lowest score [L], each scored alone, none of the protected (Shortened LLaMA, 2402.02834)."""
+    """The n layers of lowest score, each scored alone, none of the protected (Shortened LLaMA, 2402.02834).
+
+    Args:
+        scores: of each layer [L]; not finite counts as infinite.
+        length: n, layers to remove.
+
+    Returns:
+        The n layers as segments.
+    """
     return lowest(scores, length, protected_layers(len(scores)))
 
 
 def best_start(scores: torch.Tensor, length: int) -> Cuts:
-    """The segment of n layers whose start has the lowest score [L - n + 1]; the earlier of equals."""
+    """The segment of n layers whose start has the lowest score; the earlier of equals.
+
+    Args:
+        scores: of each start [L - n + 1]; not finite counts as infinite.
+        length: n, layers to remove.
+
+    Returns:
+        One segment.
+    """
     values = [as_price(score) for score in scores.tolist()]
     start = values.index(min(values))
     return (Segment(start, start + length),)
@@ -161,7 +292,16 @@ def protected_layers(layers: int) -> set[int]:
 
 
 def lowest(scores: torch.Tensor, length: int, protected: Set[int] = frozenset()) -> Cuts:
-    """The n layers of lowest score [L]; protected ones only where the others are too few. The earlier of equals."""
+    """The n layers of lowest score; protected ones only where the others are too few. The earlier of equals.
+
+    Args:
+        scores: of each layer [L]; not finite counts as infinite.
+        length: n, layers to remove.
+        protected: layers to keep where possible.
+
+    Returns:
+        The n layers as segments.
+    """
     values = [as_price(score) for score in scores.tolist()]
     order = sorted(range(len(values)), key=lambda i: (i in protected, values[i], i))
     return joined_segments(order[:length])

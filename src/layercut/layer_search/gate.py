@@ -59,7 +59,7 @@ class GateSchedule:
 
 
 def concave_gate(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:
-    """The wells of the equation above (after CLP, 2510.23652; this form is ours).
+    """The wells of the equation above (after CLP, 2510.23652; the product of two sigmoids is layercut's own form).
 
     Args:
         walls: a_1, b_1, … of each set, in layers [P, 2K].
@@ -76,7 +76,15 @@ def concave_gate(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Te
 
 
 def hard_gate(sets: Sequence[Cuts], layers: int) -> torch.Tensor:
-    """0 at the layers of each set of segments, 1 elsewhere.  [P, L]"""
+    """The gate of a real cut: 0 at the layers of each set of segments, 1 elsewhere.
+
+    Args:
+        sets: P sets of segments.
+        layers: L.
+
+    Returns:
+        Gates [P, L], float32.
+    """
     gates = torch.ones(len(sets), layers)
     for row, cuts in zip(gates, sets, strict=True):
         for segment in cuts:
@@ -124,12 +132,12 @@ def gated_forward(
         if entered:
             if len(entered) not in calls:
                 calls[len(entered)] = stack.enter(tokens.expand(len(entered), -1))[1]
-            before = torch.cat([streams[p] for p in entered])  # type: ignore[misc]
+            before = torch.cat([streams[p] for p in entered])  # type: ignore[misc]  # [E, T, D]
             after = layer(i, before, calls[len(entered)])
             g = gates[entered, i].to(before.dtype)[:, None, None]
             mixed = before + g * (after - before)
             for row, p in enumerate(entered):
-                # an open layer is passed as it is: mixing in low precision would not give f_i back to the bit
+                # of an open layer take f_i(h) itself: h + 1 (f_i(h) - h) rounds to something else in low precision
                 source = after if is_open[p][i] else mixed
                 streams[p] = source[row : row + 1]
         with torch.no_grad():
@@ -166,7 +174,7 @@ def descend(
         cost: to which the layer passes are added.
         count: K, segments a set has at most.
         objective: the loss, mean over tokens; KL in nats per token where not given.
-        advance: told each step.
+        advance: called with 1 after each step.
 
     Returns:
         The set of whole segments nearest to where each ends, and the path (`SearchResult.path`).
@@ -186,11 +194,12 @@ def descend(
             gates = _hard_forward(gates, spans)
         dense, gated = gated_forward(stack, gates, row, cost, moving=moving, recompute=schedule.recompute)
         losses = Judge(objective, stack, dense, row, every=HEAD_EVERY)(gated)  # [P]
-        (slope,) = torch.autograd.grad(losses.sum(), spans)
+        (slope,) = torch.autograd.grad(losses.sum(), spans)  # [P, 2K + 1]: particles are independent rows
         slope = torch.where(slope.isfinite().all(-1, keepdim=True), slope, 0.0)
         spans = spans.detach()
         found = [as_price(loss) for loss in losses.tolist()]
         path.append({"step": step, **_places(spans), "losses": [loss for loss in found for _ in range(count)]})
+        # normalised (`step_of`), since costs differ by orders of magnitude along the stack; the mean smooths rows
         momentum = 0.5 * momentum + 0.5 * step_of(slope)
         spans = inside(spans + _anneal(schedule.stride, done) * momentum, layers, length)
         advance(1)

@@ -44,7 +44,7 @@ def sleb(
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added: `sleb_work` of them.
-        advance: told each removed layer.
+        advance: called with 1 after each removed layer.
 
     Returns:
         The n layers, as segments.
@@ -63,6 +63,14 @@ def sleb_work(length: int, layers: int, rows: int) -> int:
 
     With m layers left, the candidate at place p enters the m - 1 - p layers behind it, and the stream that they
     all fork from enters m - 1: (m - 1)(m + 2) / 2 a round and row.
+
+    Args:
+        length: n, layers to remove.
+        layers: L.
+        rows: N, calibration rows.
+
+    Returns:
+        Layer-forwards of one row [1, T] each.
     """
     return rows * sum((m - 1) * (m + 2) // 2 for m in range(layers - length + 1, layers + 1))
 
@@ -92,7 +100,7 @@ def evolution(
         cost: to which the layer-forwards are added.
         seed: of sets, mutations and rows.
         budget: layer-forwards; what SLEB needs on the same tokens where not given.
-        advance: told the layer-forwards.
+        advance: called with the layer-forwards done.
 
     Returns:
         The n layers of the last parent, as segments.
@@ -125,7 +133,16 @@ def evolution(
 
 
 def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts]:
-    """Up to `wanted` different sets, none of `besides`; fewer where ten times as many draws have no more."""
+    """Up to `wanted` different sets; fewer where ten times as many draws have no more.
+
+    Args:
+        draw: draws one set.
+        wanted: how many.
+        *besides: sets that are not wanted.
+
+    Returns:
+        The sets, in the order drawn.
+    """
     found: dict[Cuts, None] = {}
     for _ in range(10 * wanted):
         if len(found) < wanted and (drawn := draw()) not in besides:
@@ -134,7 +151,16 @@ def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts
 
 
 def level_switch(cuts: Cuts, layers: int, generator: torch.Generator) -> Cuts:
-    """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress."""
+    """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress.
+
+    Args:
+        cuts: the parent's segments.
+        layers: L.
+        generator: of the draws.
+
+    Returns:
+        The child's segments, of as many layers.
+    """
     removed = [i for segment in cuts for i in range(segment.start, segment.stop)]
     kept = [i for i in range(layers) if i not in removed]
     wanted = int(torch.randint(1, 4, (2,), generator=generator).min())

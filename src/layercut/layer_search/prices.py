@@ -29,7 +29,11 @@ BUDGET_BYTES = 512 * 2**20
 
 
 def as_objective(objective: str | Objective) -> Objective:
-    """An objective by its name in `layercut.objectives`, or itself. ConfigError for a name that is unknown."""
+    """An objective by its name in `layercut.objectives`, or itself.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
     if isinstance(objective, Objective):
         return objective
     found = objectives.get(objective)
@@ -86,7 +90,14 @@ class Prices:
     def __init__(
         self, stack: DecoderRunner, tokens: torch.Tensor, cost: Cost, objective: Objective | None = None
     ) -> None:
-        """tokens: [N, T]; cost: to which is added what is spent; objective: KL where not given."""
+        """Nothing is measured before it is asked for.
+
+        Args:
+            stack: the dense model.
+            tokens: calibration token ids [N, T].
+            cost: to which the layer-forwards are added.
+            objective: what is measured; KL where not given.
+        """
         self.stack, self.tokens, self.cost, self.objective = stack, tokens, cost, objective or KL()
         self.known: dict[Cuts, list[float]] = {}
 
@@ -142,7 +153,7 @@ class Prices:
             self.known[cuts] += map(as_price, found)
 
     def _of_batch(self, sets: list[Cuts], batch: torch.Tensor, cost: Cost) -> torch.Tensor:
-        """[B, T] -> [C, B]"""
+        """The price of each set on each row of a batch: token ids [B, T] -> [C, B]."""
         ends = {cuts: streams for cuts, (streams,) in sweep(self.stack, [batch], [DENSE, *sets], cost).items()}
         found: list[list[float]] = [[] for _ in sets]
         for part, counts in row_chunks(self.stack, batch):
@@ -153,7 +164,15 @@ class Prices:
         return torch.tensor(found, dtype=torch.float64)
 
     def ranked(self, sets: Iterable[Cuts], rows: int) -> list[Cuts]:
-        """Sets from the cheapest on the first `rows` rows; the earlier of equals."""
+        """Sets from the cheapest on the first `rows` rows; the earlier of equals.
+
+        Args:
+            sets: C sets of segments.
+            rows: how many of the N rows.
+
+        Returns:
+            The C sets, by their mean price.
+        """
         sets = sorted(sets)
         means = self.of(sets, rows).mean(-1).tolist()
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
@@ -187,6 +206,13 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
     """Sets as candidates, in their order, priced on all rows by the objective.
 
     Where that is not KL, their KL is measured beside it, which is not counted as a cost of the search.
+
+    Args:
+        prices: of the calibration rows.
+        sets: C sets of segments.
+
+    Returns:
+        C candidates; KL in nats per token, `score` in the objective's unit.
     """
     means = prices.of(sets, prices.rows).mean(-1).tolist()
     if is_kl(prices.objective):

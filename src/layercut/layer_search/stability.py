@@ -22,22 +22,48 @@ ROUNDING = 1e-6
 
 
 def common_rows(texts: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-    """The common set, one block of rows for each part of a mix: [N, T] of each seed -> `parts` times [N / parts, T].
+    """The common set, one block of rows for each part of a mix.
 
     Row j of a text is of part j % parts. Each seed gives as many rows as any other; together they are as many as
     one search saw, or a few more.
+
+    Args:
+        texts: token ids [N, T] of each seed's search.
+        parts: sources in the calibration mix.
+
+    Returns:
+        `parts` blocks [about N / parts, T].
     """
     share = math.ceil(len(texts[0]) / (len(texts) * parts))
     return [torch.cat([text[part::parts][:share] for text in texts]) for part in range(parts)]
 
 
 def rivals(choices: Sequence[Cuts], length: int, layers: int) -> list[Cuts]:
-    """What is priced: every segment of this length, and the choices that are no segment."""
+    """What is priced: every segment of this length, and the choices that are no single segment.
+
+    Args:
+        choices: what each seed chose.
+        length: n, layers of each choice.
+        layers: L.
+
+    Returns:
+        The sets, without repetition.
+    """
     return list(dict.fromkeys([*((segment,) for segment in all_segments(length, layers)), *choices]))
 
 
 def stability_work(choices: Sequence[Cuts], length: int, layers: int, rows: int) -> int:
-    """Layer-forwards of `judge`: one sweep over the common set."""
+    """Layer-forwards of `judge`: one sweep over the common set.
+
+    Args:
+        choices: what each seed chose.
+        length: n, layers of each choice.
+        layers: L.
+        rows: of the common set.
+
+    Returns:
+        Layer-forwards of one row [1, T] each.
+    """
     return set_work([DENSE, *rivals(choices, length, layers)], layers, rows)
 
 
@@ -56,7 +82,7 @@ def judge(
         blocks: source -> rows of the common set [N, T] that come from it.
         choices: what each seed chose.
         length: n, layers of each choice.
-        advance: told the layer-forwards.
+        advance: called with the layer-forwards done.
 
     Returns:
         "choices", "best", "worst", "sources", "tokens", "layer_forwards". KL(p || q) in nats per token; "relative" is
@@ -95,7 +121,15 @@ def cheapest(kls: dict[Cuts, float]) -> Cuts:
 
 
 def relative(kl: float, best: float) -> float:
-    """kl / best; 1 where neither costs anything."""
+    """A KL over the best one; 1 where both are zero within `ROUNDING`.
+
+    Args:
+        kl: KL(p || q), nats per token.
+        best: the lowest KL, nats per token.
+
+    Returns:
+        The quotient, at least 1; infinite where only the best is zero.
+    """
     if kl == best:
         return 1.0
     return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else math.inf

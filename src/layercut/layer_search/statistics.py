@@ -44,7 +44,7 @@ def similarity(
         stack: the dense model.
         tokens: calibration token ids [N, T].
         cost: to which the layer-forwards are added.
-        advance: told the rows.
+        advance: called with the rows done.
 
     Returns:
         The similarities, mean over tokens and over rows.
@@ -80,7 +80,7 @@ def _all_states(stack: DecoderRunner, batches: list[torch.Tensor]) -> list[tuple
 
 
 def cosine_sums(states: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of cos(h_i, h_j).  [L + 1, B, T, D] -> [L + 1, L + 1]
+    """Sum over tokens of cos(h_i, h_j): [L + 1, B, T, D] -> [L + 1, L + 1], float64.
 
     Along the hidden dimension D, one cosine a token; along the tokens (a fault of some re-implementations)
     it would be another criterion, which chooses other segments.
@@ -90,7 +90,7 @@ def cosine_sums(states: torch.Tensor) -> torch.Tensor:
 
 
 def angular_sums(last: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of arccos(cos(h_i, h_j)) / pi.  [L + 1, B, D] -> [L + 1, L + 1]"""
+    """Sum over rows of arccos(cos(h_i, h_j)) / pi: [L + 1, B, D] -> [L + 1, L + 1], float64."""
     unit = F.normalize(last.double(), dim=-1)  # float64: arccos is steep where two states are nearly the same
     return torch.einsum("ibd,jbd->bij", unit, unit).clamp(-1, 1).arccos().sum(0) / torch.pi
 
@@ -104,16 +104,25 @@ def taylor_scores(
     rows: int = 4,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> torch.Tensor:
-    """sum_w |w dL/dw| over the weight matrices of each layer, L the next-token loss on [N, T] tokens.  [L], float64
+    """sum_w |w dL/dw| over the weight matrices of each layer, L being the next-token loss.
 
-    First-order estimate of what removing each weight costs (Taylor+ of Shortened LLaMA, 2402.02834). Backwards layer
-    by layer, each run anew from its input, so that one layer's activations are held at a time; the gradients of the
-    layers' matrices, summed over the rows, are held in float32. 2 L layer-forwards and L layer-backwards a row.
+    First-order estimate of what removing each weight costs (Taylor+ of Shortened LLaMA, 2402.02834). The backward pass
+    goes layer by layer, each recomputed from its input; gradients, summed over rows, are in float32. 2 L layer-
+    forwards and L layer-backwards a row; every process computes all of it, since the sums are as large as the model.
+    Layers on disk are read twice, and all rows go in one pass.
 
-    Of several processes each computes all of it: what is summed over the rows is as large as the model.
+    Args:
+        stack: the dense model.
+        tokens: calibration token ids [N, T].
+        cost: to which the layer passes are added.
+        rows: rows per batch.
+        advance: called with the rows done.
 
-    Layers on disk are read twice, and the gradients of one layer are held at a time, for which all rows go in one
-    pass; ModelError where their hidden states do not fit in memory.
+    Returns:
+        Scores [L], float64.
+
+    Raises:
+        ModelError: the layers are on disk, and the hidden states of all rows do not fit in memory.
     """
     scores = torch.zeros(len(stack), dtype=torch.float64)
     sums: list[list[torch.Tensor]] = [[] for _ in range(len(stack))]
@@ -140,7 +149,7 @@ def taylor_scores(
                     for p, g in zip(matrices, sums[i], strict=True)
                 )
                 sums[i] = []
-            del matrices  # or they would outlast the layer they came with
+            del matrices  # a reference would keep a layer on disk in memory
         for batch in batches:
             cost.layer_forwards += 2 * len(stack) * len(batch)
             cost.layer_backwards += len(stack) * len(batch)

@@ -38,7 +38,19 @@ def segment_costs(
     rows: int = 8,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
-    """KL(p || q_segment) of each segment, mean over all tokens [N, T], in nats; sorted from cheapest."""
+    """KL(p || q) of each segment cut out alone: `set_costs` of sets of one.
+
+    Args:
+        stack: the dense model.
+        tokens: token ids [N, T].
+        segments: what is priced.
+        cost: to which the layer-forwards are added.
+        rows: rows per batch.
+        advance: called with the layer-forwards done.
+
+    Returns:
+        Candidates with their KL, mean over all tokens in nats; from the cheapest.
+    """
     return set_costs(stack, tokens, [(segment,) for segment in segments], cost, rows=rows, advance=advance)
 
 
@@ -61,7 +73,7 @@ def set_costs(
         cost: to which the layer-forwards are added.
         rows: rows of tokens that go through a layer together: one sweep for each such batch, or, where the layers are
             on disk, one for all.
-        advance: told the layer-forwards.
+        advance: called with the layer-forwards done.
 
     Returns:
         Candidates with their KL, mean over all tokens in nats, infinite where it is not finite; from the cheapest.
@@ -75,7 +87,7 @@ def set_costs(
         ends = sweep(stack, batches, wanted, spent if counts else Cost(), advance)
         for b, batch in enumerate(batches):
             for part, chunk_counts in row_chunks(stack, batch):
-                teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])
+                teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])  # p [rows, T, V], for all sets
                 for cuts in totals:
                     kl = teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
                     totals[cuts] += kl if counts and chunk_counts else 0.0
@@ -99,7 +111,12 @@ def set_losses(
     """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork.
 
     Args:
-        stack, tokens, sets, cost, rows, advance: as of `set_costs`.
+        stack: the dense model.
+        tokens: token ids [N, T].
+        sets: what is priced.
+        cost: to which the layer-forwards are added.
+        rows: rows per batch, as of `set_costs`.
+        advance: called with the layer-forwards done.
 
     Returns:
         The loss of each set, mean over the N (T - 1) predictions in nats, infinite where it is not finite.
@@ -120,7 +137,15 @@ def set_losses(
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:
-    """The L - n + 1 segments of one length."""
+    """The L - n + 1 segments of one length.
+
+    Args:
+        length: n.
+        layers: L.
+
+    Returns:
+        From the earliest start.
+    """
     return [Segment(start, start + length) for start in range(layers - length + 1)]
 
 
@@ -128,17 +153,42 @@ def all_lengths(longest: int, layers: int) -> list[Segment]:
     """The triangle: every segment of 1, 2, … `longest` layers. One `segment_costs` prices them all.
 
     Its sweep holds a stream a segment at the end: longest * (2 L - longest + 1) / 2 of them.
+
+    Args:
+        longest: layers of the longest segments.
+        layers: L.
+
+    Returns:
+        By length, then by start.
     """
     return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
 
 
 def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
-    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows."""
+    """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows.
+
+    Args:
+        segments: what is priced.
+        layers: L.
+        rows: N.
+
+    Returns:
+        Layer-forwards of one row [1, T] each.
+    """
     return set_work([DENSE, *((segment,) for segment in segments)], layers, rows)
 
 
 def set_work(sets: Iterable[Cuts], layers: int, rows: int) -> int:
-    """Layer-forwards of a sweep: every stream from its last jump to where no set needs it any more."""
+    """Layer-forwards of a sweep: every stream from its last jump to where no set needs it any more.
+
+    Args:
+        sets: what is priced; with DENSE where the dense model's predictions are needed.
+        layers: L.
+        rows: N.
+
+    Returns:
+        Layer-forwards of one row [1, T] each.
+    """
     reach = _reach(sets, layers)
     return rows * sum(max(0, stop - _entry(cuts)) for cuts, stop in reach.items())
 
@@ -160,12 +210,13 @@ def sweep(
         batches: token ids [B, T] each.
         sets: what is skipped; DENSE for the dense model itself.
         cost: to which the layer-forwards are added.
-        advance: told the layer-forwards.
+        advance: called with the layer-forwards done.
 
     Returns:
         For each set the hidden states [B, T, D] of each batch.
     """
     wanted, reach = set(sets), _reach(sets, len(stack))
+    # hidden states [B, T, D] of each batch, by the segments that the stream has jumped over
     streams: dict[Cuts, list[torch.Tensor]] = {DENSE: []}
     calls: list[Calls] = []
     for hidden, arguments in map(stack.enter, batches):
@@ -177,7 +228,9 @@ def sweep(
         for cuts in sorted(reach, key=len):  # of two segments side by side, the second forks from the first
             if cuts and cuts[-1].start == j:
                 streams[cuts] = streams[cuts[:-1]]
+        # a stream past its last fork is freed, unless it is an answer
         streams = {cuts: h for cuts, h in streams.items() if reach[cuts] > j or cuts in wanted}
+        # one that jumps over layer j waits: it enters at the end of its segment
         entered = [cuts for cuts in streams if _entry(cuts) <= j < reach[cuts]]
         for cuts in entered:
             streams[cuts] = [stack.layer(j, h, c) for h, c in zip(streams[cuts], calls, strict=True)]
@@ -190,6 +243,13 @@ def streams_held(sets: Iterable[Cuts], layers: int) -> int:
     """The most hidden states of all tokens that `sweep` holds at once: one a stream, one more while it is replaced.
 
     Streams that wait to land after jumps from the same place hold one and the same state.
+
+    Args:
+        sets: what is priced.
+        layers: L.
+
+    Returns:
+        How many tensors [N, T, D].
     """
     wanted = set(sets)
     reach = _reach(wanted, layers)
@@ -218,6 +278,14 @@ def _entry(cuts: Cuts) -> int:
 
 
 def row_chunks(stack: DecoderRunner, tokens: torch.Tensor) -> list[tuple[slice, bool]]:
-    """Rows whose logits are made together, each with whether they count: see `sharding.in_step`."""
+    """Rows whose logits are computed together, so that [rows, T, V] fits in memory.
+
+    Args:
+        stack: the dense model.
+        tokens: token ids [B, T].
+
+    Returns:
+        Slices of the rows, each with whether it counts: see `sharding.in_step`.
+    """
     rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
     return sharding.in_step(stack.model, list(slices(len(tokens), rows)), slice(0, 1))

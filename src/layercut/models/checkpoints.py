@@ -3,8 +3,8 @@ a .gguf file.
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
 shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
-(`models/config_checks.py`) before a
-class of transformers sees it. Which files hold the weights is decided here alone, as transformers decides it.
+(`models/config_checks.py`) before a class of transformers sees it. Which files hold the weights is decided here alone,
+as transformers decides it.
 """
 
 from __future__ import annotations
@@ -50,10 +50,16 @@ class Checkpoint:
         return self.folder / self.gguf if self.gguf else self.folder
 
     def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
-        """Hash of the content of all files that a model is read from: copies agree, any edit shows.
+        """Hash of the content of all files that a model is read from: equal for copies, changed by any edit.
 
-        memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the same
-        (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core. advance: counts bytes.
+        Args:
+            memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the
+                same
+                (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
+            advance: called with the bytes done.
+
+        Returns:
+            16 hexadecimal digits.
         """
         known = _remembered(memo)
         noted: dict[str, Any] = {}
@@ -92,8 +98,11 @@ def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> C
     Args:
         name: a Hub id; OWNER/NAME:FILE.gguf, a file of a Hub repository; a folder, one that holds but a .gguf file
             too; or a .gguf file.
-        allow_pickle: whether pickled weights are let through.
+        allow_pickle: whether pickled weights (*.bin) are accepted.
         weights: False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
+
+    Returns:
+        The checkpoint, checked.
 
     Raises:
         ModelError: no such model, gated, no network, not a model folder, weights that are unsafe to read.
@@ -267,7 +276,15 @@ def _hub_answers(name: str) -> bool:
 
 
 def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
-    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it."""
+    """Refuse a folder that is not a model, or whose weights are pickled, missing, truncated or outside it.
+
+    Args:
+        folder: of the model.
+        allow_pickle: whether pickled weights (*.bin) are accepted.
+
+    Raises:
+        ModelError: what is wrong with it.
+    """
     check_config(folder)
     for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
@@ -313,8 +330,10 @@ def used_index(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would take a folder's weights from: model.safetensors; else the shards
-    that the index names; else none, whatever other names there are."""
+    """The safetensors files that transformers would take a folder's weights from.
+
+    model.safetensors; else the shards that the index names; else none, whatever other names there are.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if index := used_index(folder):

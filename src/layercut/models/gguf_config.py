@@ -1,4 +1,4 @@
-"""transformers' reading of a GGUF file put right: what it leaves out of the config, and sizes that the file lacks.
+"""Corrections to transformers' reading of a GGUF file: what it leaves out of the config, and sizes that the file lacks.
 
 Between `models/gguf_header.py` (the header) and `models/loading.py` (which loads). transformers takes a period of
 sliding layers and the scale of attention from its own defaults; llama.cpp takes them from the file and from
@@ -23,7 +23,12 @@ SLACK = 2
 def correct_(config: Any, header: Header) -> None:
     """Write into a config what llama.cpp makes of the file: which layers slide, and how attention is scaled.
 
-    ModelError: the file says something that is no such fact.
+    Args:
+        config: transformers' config of the file, changed in place.
+        header: of the file.
+
+    Raises:
+        ModelError: the file's facts contradict each other or the config.
     """
     facts, layers = header.facts(), header.layers
     if getattr(config, "num_hidden_layers", layers) != layers:
@@ -43,7 +48,15 @@ def correct_(config: Any, header: Header) -> None:
 def check_size(config: Any, header: Header, auto: Any) -> None:
     """Refuse a config that calls for more weights than the file holds, before room for them is made.
 
-    Built without data, by transformers' automatic class `auto`.
+    The model is built on the meta device, without data.
+
+    Args:
+        config: transformers' config of the file.
+        header: of the file.
+        auto: transformers' automatic class for it.
+
+    Raises:
+        ModelError: the config calls for more than `SLACK` times the weights in the file.
     """
     numbers = [value for value in config.to_dict().values() if isinstance(value, int)]
     if any(abs(value) > max(1 << 31, header.elements) for value in numbers):

@@ -33,7 +33,7 @@ UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
 
 @dataclass(frozen=True)
 class Header:
-    """What stands in front of the weights of a GGUF file, all of it checked."""
+    """The metadata and tensor list in front of the weights of a GGUF file, all of it checked."""
 
     file: Path
     values: dict[str, Any]
@@ -43,6 +43,7 @@ class Header:
 
     @property
     def architecture(self) -> str:
+        """llama.cpp's name of the architecture, such as "llama" or "qwen3"."""
         return self.text("general.architecture")
 
     @property
@@ -52,6 +53,7 @@ class Header:
 
     @property
     def layers(self) -> int:
+        """L, decoder layers: the blocks without those that predict further tokens."""
         return self.blocks - self.count(f"{self.architecture}.nextn_predict_layers", 0)
 
     @property
@@ -65,13 +67,28 @@ class Header:
         return {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
 
     def text(self, key: str) -> str:
-        """A value that is text. ModelError: it is missing, or something else."""
+        """A metadata value that is text.
+
+        Raises:
+            ModelError: it is missing, or something else.
+        """
         if not isinstance(value := self._value(key), str):
             raise corrupt(self.file, f"{key} is no text")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A value that is a whole number of 0 or more. ModelError: it is missing, or something else."""
+        """A metadata value that is a whole number of 0 or more.
+
+        Args:
+            key: of the metadata.
+            default: where the key is missing; None: it must be there.
+
+        Returns:
+            The number.
+
+        Raises:
+            ModelError: it is missing, or something else.
+        """
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise corrupt(self.file, f"{key} is no whole number of 0 or more")
@@ -108,7 +125,15 @@ def open_gguf(file: Path) -> tuple[Header, Any]:
 
 
 def corrupt(file: Path, why: str) -> ModelError:
-    """The error for a file that is no sound GGUF file."""
+    """The error for a file that is no sound GGUF file.
+
+    Args:
+        file: the file.
+        why: what is wrong with it.
+
+    Returns:
+        The error, to be raised.
+    """
     return ModelError(f"{file} is corrupt, truncated or no GGUF file: {why}", FETCH)
 
 

@@ -2,8 +2,8 @@
 
 llama.cpp tells layers apart by tensors, by arrays in the metadata and by rules in its own source; a cut may break the
 last. This is the table of those rules, used where a GGUF file is cut (`surgery/gguf_cut.py`), read (in `models/`) and
-written (`export/gguf_export.py`). Source: llama.cpp's load_hparams, b11739; entries marked "tried" were held
-against transformers' logits past the sliding window with tiny random models, the others are by reading.
+written (`export/gguf_export.py`). Source: llama.cpp's load_hparams, b11739; entries marked "tried" were compared
+with transformers' logits past the sliding window with tiny random models, the others are by reading.
 """
 
 from __future__ import annotations
@@ -104,9 +104,16 @@ def known(architecture: str) -> bool:
 
 
 def broken_by_count(architecture: str, facts: dict[str, Any], before: int, after: int) -> str:
-    """What a change of the number of layers would change in llama.cpp, in words; empty: nothing.
+    """What a change of the number of layers would change in llama.cpp, in words.
 
-    facts: the file's metadata under the architecture's name, without that name.
+    Args:
+        architecture: llama.cpp's name.
+        facts: the file's metadata under the architecture's name, without that name.
+        before: L of the dense model.
+        after: L of the cut one.
+
+    Returns:
+        A sentence for the error; empty where nothing changes.
     """
     if architecture in SCALED_BY_COUNT and before != after:
         return f"llama.cpp {SCALED_BY_COUNT[architecture]}"
@@ -118,10 +125,17 @@ def broken_by_count(architecture: str, facts: dict[str, Any], before: int, after
 
 
 def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[bool] | None:
-    """Which layers attend to everything, as llama.cpp makes them of a file's metadata; None: all are of one kind.
+    """Which layers attend to everything, as llama.cpp makes them of a file's metadata.
 
-    facts: the file's metadata under the architecture's name, without that name. The sliding window of EXAONE 4 is not
-    applied but at 64 layers, whatever the file says.
+    The sliding window of EXAONE 4 is not applied but at 64 layers, whatever the file says.
+
+    Args:
+        architecture: llama.cpp's name.
+        facts: the file's metadata under the architecture's name, without that name.
+        layers: L.
+
+    Returns:
+        For each layer whether it attends to everything; None where all are of one kind.
     """
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     if rule and rule.window_only and not facts.get("attention.sliding_window"):
@@ -142,7 +156,15 @@ def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[b
 
 
 def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
-    """Periods by which llama.cpp tells layers apart, each with its reason in words, where no array overrides them."""
+    """Periods by which llama.cpp tells layers apart, where no array overrides them.
+
+    Args:
+        architecture: llama.cpp's name.
+        facts: the file's metadata under the architecture's name, without that name.
+
+    Returns:
+        Each period in layers, with its reason in words.
+    """
     found = []
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     if _is_number(pattern) and pattern > 1:
@@ -162,7 +184,15 @@ def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
 
 
 def off_period(period: int, kept: Sequence[int]) -> list[int]:
-    """The kept layers that would stand where the period makes them something else."""
+    """The kept layers that would stand where the period makes them something else.
+
+    Args:
+        period: in layers; the last of each is special.
+        kept: old indices of the kept layers, in order.
+
+    Returns:
+        Old indices of those whose old and new index differ in kind.
+    """
     return [i for new, i in enumerate(kept) if (i % period == period - 1) != (new % period == period - 1)]
 
 
@@ -173,7 +203,18 @@ def ordinal(number: int) -> str:
 
 
 def attention_scale(architecture: str, width: int, heads: int, head_width: int, layers: int) -> float | None:
-    """The number whose inverse root llama.cpp scales attention by, where it differs from the head's width by a rule."""
+    """The number whose inverse root llama.cpp scales attention by, where it differs from the head's width by a rule.
+
+    Args:
+        architecture: llama.cpp's name.
+        width: D, the hidden size.
+        heads: of attention.
+        head_width: of one head.
+        layers: L.
+
+    Returns:
+        The number; None for architectures without such a rule.
+    """
     if architecture not in ("gemma2", "gemma3"):
         return None
     return width / heads if any(layers in rule.at for rule in COUNTED[architecture]) else head_width

@@ -62,6 +62,7 @@ class LanguageModel:
 
     @property
     def decoder(self) -> Decoder:
+        """The model's list of decoder layers: `find_decoder`."""
         return find_decoder(self.model)
 
 
@@ -69,7 +70,18 @@ class LanguageModel:
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint, refused unless it is a decoder-only language model's."""
+    """The config of a checkpoint, refused unless it is a decoder-only language model's.
+
+    Args:
+        checkpoint: the files.
+        trust_remote_code: whether modelling code from the folder may run.
+
+    Returns:
+        transformers' config.
+
+    Raises:
+        ModelError: it cannot be read, needs remote code, or is of another kind of model.
+    """
     from transformers import AutoConfig
 
     if not checkpoint.gguf:
@@ -108,7 +120,16 @@ def _refuse_remote_code(folder: Path) -> None:
 
 
 def check_causal(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
-    """Only decoder-only language models, and vision-language models whose text part is one."""
+    """Accept only decoder-only language models, and vision-language models whose text part is one.
+
+    Args:
+        config: transformers' config.
+        name: of the model, for the message.
+        trust_remote_code: whether a class of the folder's own code counts.
+
+    Raises:
+        ModelError: an encoder-decoder model, or one without a language-modelling head.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if getattr(config, "is_encoder_decoder", False):
@@ -149,11 +170,22 @@ def load(
     allow_pickle: bool = False,
     tokenizer: Any = None,
 ) -> LanguageModel:
-    """Load weights, and the tokenizer where it is not given. The model comes in eval mode, fit to be saved.
+    """Load weights, and the tokenizer where it is not given.
 
-    dtype "auto": the checkpoint's own, bfloat16 for GGUF files; computed in float32 where the CPU has no instructions
-    for it, and saved in it all the same (`as_stored`). Any other: computed and saved in that one.
-    device "auto": the first accelerator torch sees, else the CPU.
+    Args:
+        checkpoint: the files.
+        dtype: "auto": the checkpoint's own, bfloat16 for GGUF files; computed in float32 where the CPU has no
+            instructions for it, and saved in it all the same (`as_stored`). Any other: computed and saved in that one.
+        device: "auto": the first accelerator torch sees, else the CPU.
+        trust_remote_code: whether modelling code from the folder may run.
+        allow_pickle: whether pickled weights are read.
+        tokenizer: one that is loaded already.
+
+    Returns:
+        The model in eval mode, without gradients, fit to be saved.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, of another kind, or does not fit its config; no such device or dtype.
     """
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     place = pick_device(device)
@@ -166,19 +198,9 @@ def load(
             if checkpoint.gguf:
                 model = _load_gguf(checkpoint, config, stored)
             else:
-                packed = _is_quantized(config)  # unpacked in the format it is stored in: a loader's own arithmetic
-                with redirect_stderr(io.StringIO()) if packed else nullcontext():  # its bars
-                    model, info = auto.from_pretrained(
-                        checkpoint.folder,
-                        config=config,
-                        dtype=stored if packed else number,
-                        use_safetensors=None if allow_pickle else True,
-                        ignore_mismatched_sizes=True,  # refused below, and by name
-                        trust_remote_code=trust_remote_code,
-                        output_loading_info=True,
-                    )
-                check_loading(info, checkpoint.name)
-                _decompress_(model)
+                options = {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+                # packed weights are unpacked in the dtype they are stored in: a loader's own arithmetic
+                model = _load_folder(auto, checkpoint, config, stored if _is_quantized(config) else number, options)
             if number != stored:
                 convert_parameters_(model, number)
         except ModelError:
@@ -204,8 +226,16 @@ SLACK = 2**26
 def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
     """Refuse a config that calls for far more numbers than the files hold, before memory is taken for them.
 
-    transformers fills what is missing or of another shape with random numbers, whatever that takes, and tells then
+    transformers fills what is missing or of another shape with random numbers, however many, and reports it afterwards
     (`check_loading`). Quantized and pickled weights, and GGUF, are not counted.
+
+    Args:
+        config: transformers' config.
+        checkpoint: the files.
+        trust_remote_code: whether modelling code from the folder may run.
+
+    Raises:
+        ModelError: it calls for more than twice what is stored, and `SLACK`.
     """
     if checkpoint.gguf or _is_quantized(config) or not checkpoints.weight_files(checkpoint.folder):
         return
@@ -226,7 +256,16 @@ def refuse_larger(config: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
 
 
 def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
-    """Refuse tokens, of any shape, that the model has no embedding for."""
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        tokens: token ids of any shape.
+        config: transformers' config.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: an id is negative or not below the vocabulary's size.
+    """
     size = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(size, int) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         worst = int(tokens.max()) if int(tokens.max()) >= size else int(tokens.min())
@@ -237,7 +276,15 @@ def check_tokens(tokens: torch.Tensor, config: Any, name: str) -> None:
 
 
 def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """transformers' automatic class for a config: of language models, or of vision-language models."""
+    """transformers' automatic class for a config: of language models, or of vision-language models.
+
+    Args:
+        config: transformers' config.
+        trust_remote_code: whether a class of the folder's own code counts.
+
+    Returns:
+        `AutoModelForCausalLM` or `AutoModelForImageTextToText`.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     # transformers names remote code in its own mapping only; a known config takes its stock class
@@ -247,7 +294,18 @@ def auto_class(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:
-    """The stock class of a config, in eval mode; where, is the business of who calls."""
+    """The stock class of a config with initial weights, in eval mode, on torch's default device.
+
+    Args:
+        config: transformers' config.
+        dtype: of the parameters.
+
+    Returns:
+        The model, without gradients.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -262,7 +320,15 @@ def build(config: Any, dtype: torch.dtype) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The model without memory, on the meta device."""
+    """The model without memory, on the meta device.
+
+    Args:
+        config: transformers' config.
+        dtype: of the parameters.
+
+    Returns:
+        As `build`.
+    """
     with torch.device("meta"):
         return build(config, dtype)
 
@@ -298,6 +364,22 @@ def _decompress_(model: Any) -> None:
     model.tie_weights()
 
 
+def _load_folder(auto: Any, checkpoint: Checkpoint, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """A folder's model by transformers' automatic class; every weight has to be in the folder, in its shape."""
+    with redirect_stderr(io.StringIO()) if _is_quantized(config) else nullcontext():  # its bars
+        model, info = auto.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # refused by name
+            output_loading_info=True,
+            **options,
+        )
+    check_loading(info, checkpoint.name)
+    _decompress_(model)
+    return model
+
+
 def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     """Dequantize a GGUF file into a model that `save_pretrained` accepts; every weight has to be in the file.
 
@@ -326,14 +408,31 @@ def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
 
 
 def convert_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters to a number format. Never model.to(dtype): that would round the rotary frequencies too, a buffer
-    which a reload keeps in float32."""
+    """Convert a model's parameters to a dtype, in place.
+
+    Never model.to(dtype): that would round the rotary frequencies too, a buffer which a reload keeps in float32.
+
+    Args:
+        model: changed in place.
+        dtype: of the parameters afterwards.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint; ModelError where there is none, or where it cannot read a line of text."""
+    """The tokenizer of a checkpoint, tried on a line of text.
+
+    Args:
+        checkpoint: the files.
+        trust_remote_code: whether code from the folder may run.
+
+    Returns:
+        transformers' tokenizer.
+
+    Raises:
+        ModelError: there is none, or it cannot read a line of text.
+    """
     from transformers import AutoTokenizer
 
     if not checkpoint.gguf:
@@ -375,7 +474,11 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" takes the first accelerator that torch sees, else the CPU."""
+    """The device of a name; "auto" takes the first accelerator that torch sees, else the CPU.
+
+    Raises:
+        ModelError: torch does not know it, or this machine does not have it.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
         place = accelerator or torch.device("cpu")
@@ -397,7 +500,19 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The number format the weights are saved in; see `load` for what "auto" means."""
+    """The dtype that the weights are saved in; see `load` for what "auto" means.
+
+    Args:
+        dtype: "auto" or a name in `DTYPES`.
+        config: transformers' config.
+        checkpoint: the files.
+
+    Returns:
+        torch's dtype.
+
+    Raises:
+        ModelError: the name is unknown.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ModelError(f"--dtype {dtype!r} is unknown", f"allowed are auto, {', '.join(DTYPES)}")
@@ -410,9 +525,17 @@ def pick_dtype(dtype: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def computing_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The number format to compute in: `stored`, or float32 where "auto" is asked of a CPU that cannot multiply it.
+    """The dtype to compute in: `stored`, or float32 where "auto" is asked of a CPU that cannot multiply it.
 
     Such a CPU takes nine times as long over bfloat16 as over float32 (AVX2, docs/log.md).
+
+    Args:
+        dtype: as the user gave it.
+        stored: that the weights are saved in.
+        device: that computes.
+
+    Returns:
+        torch's dtype.
     """
     if dtype != "auto" or device.type != "cpu" or stored not in INSTRUCTIONS:
         return stored
@@ -426,7 +549,15 @@ def cpu_has(feature: str) -> bool:
 
 
 def check_loading(info: dict[str, Any], name: str) -> None:
-    """Missing or mismatched weights would be filled with random numbers and only warned of: refuse."""
+    """Refuse missing or mismatched weights, which transformers fills with random numbers and only warns of.
+
+    Args:
+        info: transformers' `output_loading_info`.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: a weight is missing or of another shape.
+    """
     missing = sorted(info.get("missing_keys") or [])
     mismatched = sorted(info.get("mismatched_keys") or [])
     if missing:
@@ -494,7 +625,9 @@ def find_decoder(model: Any) -> Decoder:
     """The ModuleList of decoder layers of any architecture, and the config that counts them.
 
     Searched inside the text model only, so that vision or audio towers never match.
-    Raises ModelError: no list is as long as the config says.
+
+    Raises:
+        ModelError: no list is as long as the config says.
     """
     config = model.config.get_text_config(decoder=True)
     counts = {value for name in COUNTS if isinstance(value := getattr(config, name, None), int)}
@@ -531,9 +664,11 @@ STREAMED_HINT = "from disk run search, compress, tune and evaluate; with enough 
 def share(model: Any) -> Any:
     """A second model over the same weights: own modules and config, the very same parameters and buffers.
 
-    Cutting or retraining layers of the copy leaves the original as it is, and memory is used once.
-    Raises ModelError: the model's layers are on disk (`offload/layer_reader.py`); such a model is
-    copied by `offload/weight_sharing.py`.
+    Cutting or retraining layers of the clone leaves the original as it is, and memory is used once.
+
+    Raises:
+        ModelError: the model's layers are on disk (`offload/layer_reader.py`); such a model is copied by
+            `offload/weight_sharing.py`.
     """
     if getattr(model, "layers_on_disk", None):
         raise ModelError(STREAMED, STREAMED_HINT)
@@ -547,7 +682,12 @@ def copied(model: Any) -> Any:
 
 
 def replace_parameters_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay."""
+    """Put new parameters in by name, also where they are tied to another name; tensors of other models stay.
+
+    Args:
+        model: changed in place.
+        weights: tensors by parameter name, of the same shapes.
+    """
     everywhere = list(model.named_parameters(remove_duplicate=False))
     resident = next(parameter.device for _, parameter in everywhere if not parameter.is_meta)
     for name, weight in weights.items():
@@ -589,7 +729,15 @@ def as_stored(model: Any) -> Any:
 
 
 def parameter_bytes(model: nn.Module, stored: torch.dtype | None = None) -> int:
-    """Bytes of the weights as saved, tied ones counted once. stored: the format, where a part of a model is given."""
+    """Bytes of the weights as saved, tied ones counted once.
+
+    Args:
+        model: a model, or a part of one.
+        stored: the dtype it is saved in, where a part of a model is given, which does not know it.
+
+    Returns:
+        Bytes.
+    """
     number = stored or getattr(model, "stored_dtype", None)
     return sum(p.numel() * min(p.itemsize, number.itemsize if number else p.itemsize) for p in model.parameters())
 

@@ -18,8 +18,14 @@ def as_price(value: float, least: float = -math.inf) -> float:
     """A price or a loss as it is compared with others: infinite, the worst there is, where it is not a finite number.
 
     NaN compares as neither more nor less than anything, so that max(0.0, nan) is 0.0 and min may return it: whatever
-    is compared passes through here first. least: what a finite value is raised to, 0 for a divergence, which is never
-    negative but for rounding.
+    is compared passes through here first.
+
+    Args:
+        value: as computed.
+        least: what a finite value is raised to, 0 for a divergence, which is negative only by rounding.
+
+    Returns:
+        A number that is not NaN.
     """
     return max(least, value) if math.isfinite(value) else math.inf
 
@@ -37,7 +43,7 @@ class Teacher:
         self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
 
     def kl(self, q_logits: torch.Tensor) -> torch.Tensor:
-        """KL(p || q) per token, differentiable in q_logits.  [..., V] -> [...]"""
+        """KL(p || q) per token, differentiable in the student's logits: [..., V] -> [...]."""
         return self.negative_entropy + _CrossEntropy.apply(q_logits, self.p)
 
 
@@ -59,17 +65,41 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) per token.  [..., V], [..., V] -> [...]"""
+    """KL(p || q) per token.
+
+    Args:
+        p_logits: of the dense model [..., V].
+        q_logits: of the cut model [..., V].
+
+    Returns:
+        [...], in nats; differentiable in q_logits.
+    """
     return Teacher(p_logits).kl(q_logits)
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each next token.  [B, T, V], [B, T] -> [B, T - 1]"""
+    """Cross entropy of each next token.
+
+    Args:
+        logits: [B, T, V].
+        tokens: token ids [B, T].
+
+    Returns:
+        [B, T - 1], in nats.
+    """
     return token_loss(logits[:, :-1], tokens[:, 1:])
 
 
 def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each token, a few of them in float32 at a time.  [B, T, V], [B, T] -> [B, T]"""
+    """Cross entropy of each token, a few of them in float32 at a time.
+
+    Args:
+        logits: [B, T, V].
+        tokens: token ids [B, T] that they predict.
+
+    Returns:
+        [B, T], in nats.
+    """
     z, targets = logits.flatten(0, 1), tokens.flatten()
     parts = slices(len(z), tokens_at_once(logits))
     losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
@@ -82,10 +112,17 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def kl_and_gradient(
     p_logits: torch.Tensor, z: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """t^2 KL(p_t || q_t) per token, p_t = softmax(p_logits / t) (Hinton, 1503.02531), and t (q_t - p_t).
+    """t^2 KL(p_t || q_t) per token, p_t = softmax(p_logits / t) (Hinton, 1503.02531), and its gradient t (q_t - p_t).
 
-    float32 [n, V] twice -> [n], [n, V].
+    Args:
+        p_logits: float32 [n, V], of the dense model.
+        z: float32 [n, V], the student's logits.
+        temperature: t.
+
+    Returns:
+        The loss [n] in nats, and the gradient of its sum in z [n, V].
     """
+    # in place where a tensor is not needed again: each is [n, V], the largest there are
     log_p, log_q = (F.log_softmax(x if temperature == 1 else x / temperature, -1) for x in (p_logits, z))
     p = log_p.exp()
     loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
@@ -97,13 +134,22 @@ def bucket_kl_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same between p and q of K tokens and one bucket that holds all others; never above the full KL.
 
-    log_p: float32 [n, K + 1], the bucket last; index: int64 [n, K]; z: float32 [n, V]. With q_b = 1 - sum of q over
-    the K, the gradient is t (q - p) at the K and t q (1 - p_b / q_b) at the others.
+    With q_b = 1 - sum of q over the K, the gradient is t (q - p) at the K and t q (1 - p_b / q_b) at the others.
+
+    Args:
+        log_p: float32 [n, K + 1], log-probabilities at temperature t, the bucket last.
+        index: int64 [n, K], token ids of the K.
+        z: float32 [n, V], the student's logits.
+        temperature: t.
+
+    Returns:
+        The loss [n] in nats, and the gradient of its sum in z [n, V].
     """
     log_q = F.log_softmax(z if temperature == 1 else z / temperature, -1)
     log_q_k = log_q.gather(-1, index)
     q = log_q.exp_()
-    q_k = q.gather(-1, index)
+    q_k = q.gather(-1, index)  # [n, K]
+    # q of the bucket summed from the others, not 1 - sum of q_k, which would cancel to noise where q_k is nearly all
     others = q.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
     p, p_bucket = log_p[:, :-1].exp(), log_p[:, -1:].exp()
     loss = torch.linalg.vecdot(log_p.exp(), log_p - torch.cat([log_q_k, others.log()], -1))
@@ -112,7 +158,15 @@ def bucket_kl_and_gradient(
 
 
 def next_token_and_gradient(z: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy, 0 where the target is negative (none), and its gradient.  [n, V], [n] -> [n], [n, V]"""
+    """Cross entropy of the next token, 0 where there is none, and its gradient.
+
+    Args:
+        z: float32 logits [n, V].
+        targets: token ids [n], negative where there is none.
+
+    Returns:
+        The loss [n] in nats, and the gradient of its sum in z [n, V].
+    """
     some, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
     log_q = F.log_softmax(z, -1)
     loss = -log_q.gather(-1, index) * some
@@ -124,14 +178,31 @@ def _scaled_(x: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def tokens_at_once(logits: torch.Tensor, budget_bytes: int | None = None) -> int:
-    """How many tokens' logits [..., V] to have in float32: on a CPU so few (half a MiB a thread) that they, and what is
-    made of them, stay in its inner cache, docs/log.md."""
+    """How many tokens' logits to have in float32 at a time.
+
+    On a CPU so few (half a MiB a thread) that they, and what is made of them, stay in its inner cache (docs/log.md).
+
+    Args:
+        logits: [..., V].
+        budget_bytes: for them in float32; by device where not given.
+
+    Returns:
+        At least 1.
+    """
     budget = budget_bytes or (torch.get_num_threads() * 2**19 if logits.device.type == "cpu" else 256 * 2**20)
     return max(1, budget // (4 * logits.shape[-1]))
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """range(length) in runs of `step`."""
+    """range(length) in runs of `step`.
+
+    Args:
+        length: how many in all.
+        step: how many in a run, the last one excepted.
+
+    Yields:
+        Slices, in order.
+    """
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
@@ -143,7 +214,17 @@ PIECE_BYTES = 32 * 2**20
 def logit_pieces(
     rows: int, window: int, bytes_per_token: int, budget_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget."""
+    """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget.
+
+    Args:
+        rows: N.
+        window: T.
+        bytes_per_token: of the logits of one token.
+        budget_bytes: of the logits of a piece.
+
+    Yields:
+        Slices of the rows and of the positions.
+    """
     tokens = max(1, budget_bytes // bytes_per_token)
     for part in slices(rows, max(1, tokens // window)):
         for columns in slices(window, min(window, tokens)):
@@ -151,5 +232,14 @@ def logit_pieces(
 
 
 def rows_per_chunk(tokens_per_row: int, vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
-    """How many rows of logits fit the budget in float32: [rows, T, V] tensors are the largest there are."""
+    """How many rows of logits fit the budget in float32: [rows, T, V] tensors are the largest there are.
+
+    Args:
+        tokens_per_row: T.
+        vocabulary: V.
+        budget_bytes: in bytes.
+
+    Returns:
+        At least 1.
+    """
     return max(1, budget_bytes // (tokens_per_row * vocabulary * 4))

@@ -16,7 +16,7 @@ from layercut.distributed import processes
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can be had without swapping: of the machine, within a container's limit, and of the device.
+    """Memory that can be allocated without swapping: of the machine, within a container's limit, and of the device.
 
     Of several processes on a machine each has an even part of it, within the limits that the process has by itself
     (`ulimit -v`, `ulimit -d`).
@@ -61,7 +61,7 @@ def memory_bytes() -> int | None:
 
 
 def give_back() -> None:
-    """To the system, what a stage left unused: the C library keeps it otherwise, where it has `malloc_trim` (glibc)."""
+    """Return freed memory to the system: the C library keeps it otherwise, where it has `malloc_trim` (glibc)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
@@ -73,10 +73,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def reuse_freed(most: int = 256 * 2**20) -> None:
-    """From now on let glibc keep up to so many freed bytes for what is asked for next.
+    """From now on let glibc keep up to so many freed bytes for later allocations.
 
-    For work whose steps take and free the same again and again: otherwise it gives pages back and has each zeroed anew,
-    which took 5 % of tuning on a CPU (docs/log.md). `give_back` still gives back all.
+    For work whose steps allocate and free the same again and again: otherwise it returns pages and has each zeroed
+    anew,
+    which took 5 % of tuning on a CPU (docs/log.md). `give_back` still returns all.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are

@@ -83,7 +83,16 @@ class Objective:
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`loss` [M], and the gradient of its sum in `student`, [M, V] or [M, D]; by autograd unless written out."""
+        """`loss`, and the gradient of its sum in `student`; by autograd unless written out.
+
+        Args:
+            student: float32 logits [M, V] or hidden states [M, D].
+            dense: the same of the dense model; None where `needs_dense` is False.
+            targets: token ids [M], -1 where there is none.
+
+        Returns:
+            [M], and [M, V] or [M, D]; without a graph.
+        """
         leaf = student.detach().requires_grad_(True)
         with torch.enable_grad():
             loss = self.loss(leaf, dense, targets)
@@ -99,6 +108,9 @@ class Objective:
             student: float32 logits [M, V].
             log_p: float32 [M, K + 1], the bucket last.
             index: token ids [M, K].
+
+        Returns:
+            The loss [M], and the gradient of its sum in `student` [M, V].
         """
         raise NotImplementedError
 
@@ -168,6 +180,7 @@ class KL(Objective):
             self.label = f"{self.label} and {NextToken.label}" if mix < 1 else NextToken.label
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+        """t² KL(p_t || q_t), mixed with the next-token loss where `mix` > 0; arguments as of `Objective.loss`."""
         if self.mix:
             return torch.stack([share * term.loss(student, dense, targets) for share, term in self.terms()]).sum(0)
         assert dense is not None
@@ -178,6 +191,7 @@ class KL(Objective):
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """t² KL(p_t || q_t) and t (q_t - p_t), written out; arguments as of `Objective.loss_and_gradient`."""
         if self.mix:
             return weighted([(w, *term.loss_and_gradient(student, dense, targets)) for w, term in self.terms()])
         assert dense is not None
@@ -186,14 +200,17 @@ class KL(Objective):
     def loss_and_gradient_topk(
         self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL over K tokens and a bucket, at this temperature; arguments as of `Objective.loss_and_gradient_topk`."""
         return bucket_kl_and_gradient(log_p, index, student, self.temperature)
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """KL with log p computed once for all students; arguments as of `Objective.against`."""
         if self.mix or self.temperature != 1 or dense is None:
             return super().against(dense, targets)
         return Teacher(dense).kl
 
     def terms(self) -> list[tuple[float, Objective]]:
+        """The divergence and the next-token loss, with the weights 1 - mix and mix; those of weight 0 are left out."""
         if not self.mix:
             return [(1.0, self)]
         divergence: list[tuple[float, Objective]] = [(1 - self.mix, KL(temperature=self.temperature))]
@@ -213,15 +230,19 @@ class NextToken(Objective):
     per_target = True
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+        """-log q(target), 0 where there is no target; arguments as of `Objective.loss`."""
         some, index = targets >= 0, targets.clamp_min(0)[:, None]
         return -F.log_softmax(student, -1).gather(-1, index)[:, 0] * some
 
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log q(target) and q - onehot(target), written out; arguments as of `Objective.loss_and_gradient`."""
         return next_token_and_gradient(student, targets)
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Cross entropy of each student; arguments as of `Objective.against`."""
+
         def loss(student: torch.Tensor) -> torch.Tensor:
             logits, index = student.float().transpose(1, 2), targets.expand(len(student), -1)
             return F.cross_entropy(logits, index, reduction="none", ignore_index=-1)
@@ -238,17 +259,22 @@ class Hidden(Objective):
     whole_pass = True
 
     def loss(self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+        """|h - h_dense|² / |h_dense|² of each token; arguments as of `Objective.loss`."""
         assert dense is not None
         norm = dense.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         return (student.float() - dense.float()).square().sum(-1) / norm
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The relative error of each student, each token over its own norm; arguments as of `Objective.against`."""
         return lambda student: self.loss(student, dense, targets)
 
     def loss_and_gradient(
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a pass of M tokens: |h - h_dense|² / mean |h_dense|², so that tokens of a small norm do not decide."""
+        """For a pass of M tokens: |h - h_dense|² / mean |h_dense|², so that tokens of a small norm do not decide.
+
+        Arguments as of `Objective.loss_and_gradient`.
+        """
         assert dense is not None
         gap, norm = student - dense, dense.square().sum(-1).mean()
         return gap.square().sum(-1) / norm, 2 * gap / norm
@@ -265,7 +291,14 @@ def weighted(terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple
 
 
 def objective_of(given: str | Objective | type[Objective], **options: Any) -> Objective:
-    """An objective from its name or class, with these options of its constructor; an instance is returned as it is.
+    """An objective from its name or class, with options of its constructor; an instance is returned as it is.
+
+    Args:
+        given: a name in `layercut.objectives`, a class or an instance.
+        **options: of the constructor; an instance has its own.
+
+    Returns:
+        The objective.
 
     Raises:
         ConfigError: unknown, not an `Objective`, or it takes no such options.

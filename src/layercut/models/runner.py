@@ -44,6 +44,13 @@ def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
 
     Only `forward` of each instance is replaced, so that types, attributes and hooks stay what the model's loop
     expects. The layers are as they were on exit, also after an error.
+
+    Args:
+        layers: whose forward is replaced.
+        forward: what is computed instead.
+
+    Yields:
+        Nothing.
     """
     own = [layer.__dict__.get("forward") for layer in layers]
 
@@ -72,15 +79,27 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    """A layer's output with another hidden state in it."""
+    """A layer's output with another hidden state in it.
+
+    Args:
+        output: of a layer, a tensor or a tuple that starts with one.
+        hidden: [B, T, D].
+
+    Returns:
+        Of the same structure as `output`.
+    """
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 class DecoderRunner:
-    """A model's decoder, entered, run and left piece by piece.
+    """A model's decoder, run piece by piece: embeddings, any of the layers, final norm and head.
 
-    Raises ModelError where the layers talk to each other beside the hidden state, so that running them one by
-    one is not what the model computes.
+    Args:
+        model: a causal LM of transformers, in memory, with layers on disk or spread over processes.
+
+    Raises:
+        ModelError: layers exchange more than the hidden state, so that running them one by one is not what the model
+            computes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -117,6 +136,7 @@ class DecoderRunner:
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights that are in memory."""
         return next(p.device for p in self.model.parameters() if not p.is_meta)
 
     @property
@@ -158,18 +178,37 @@ class DecoderRunner:
         return embedded[0], calls
 
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights."""
+        """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights.
+
+        Args:
+            i: the layer.
+            hidden: h_i [B, T, D].
+            calls: the layers' further arguments, from `enter` of the same tokens.
+
+        Returns:
+            h_{i+1} [B, T, D].
+        """
         if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
             return recomputed_layer(self, i, hidden, calls)
         return self.plain_layer(i, hidden, calls)
 
     def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """h_{i+1} = f_i(h_i), wherever the layer is."""
+        """h_{i+1} = f_i(h_i), wherever the layer is; arguments as of `DecoderRunner.layer`."""
         args, kwargs = calls[i]
         return hidden_of(self.layers[i](hidden, *args, **kwargs))
 
     def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
-        """h_stop from h_start."""
+        """h_stop from h_start: layers start, start + 1, …, stop - 1.
+
+        Args:
+            hidden: h_start [B, T, D].
+            calls: the layers' further arguments, from `enter` of the same tokens.
+            start: the first layer.
+            stop: the layer after the last.
+
+        Returns:
+            h_stop [B, T, D].
+        """
         for i in range(start, stop):
             for j in range(i, min(i + 2, stop)):
                 sharding.gather_ahead(self.layers[j])
@@ -177,8 +216,16 @@ class DecoderRunner:
         return hidden
 
     def exit(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
-        """Logits [B, T, V] from the last layer's output [B, T, D], by the model's own final norm and head; of a part
-        of the T positions, where one is given."""
+        """Logits from the last layer's output, by the model's own final norm and head.
+
+        Args:
+            hidden: h_L [B, T, D].
+            tokens: token ids [B, T].
+            part: positions whose logits are wanted; all where not given.
+
+        Returns:
+            Logits [B, T, V], or of the part.
+        """
         last = len(self.layers) - 1
         kept = {} if part is None else self._keep(torch.arange(part.start, part.stop, device=self.device))
 
@@ -233,6 +280,15 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
 
     So a gradient passes through a model of which one layer is in memory at a time; on disk, layer i is read again
     in the backward pass, the layers below it read ahead downwards. The same gradients as `stack.layer` gives.
+
+    Args:
+        stack: the model.
+        i: the layer.
+        hidden: h_i [B, T, D].
+        calls: the layers' further arguments.
+
+    Returns:
+        h_{i+1} [B, T, D].
     """
     return checkpoint(
         lambda h: stack.plain_layer(i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
@@ -244,11 +300,20 @@ STREAMS_SHARE = 0.5
 
 
 def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[torch.Tensor]]:
-    """Tokens [N, T] as batches of `rows` rows at most, grouped by pass through the stack.
+    """Tokens as batches, grouped by pass through the stack.
 
-    streams: hidden states of all rows of a pass that are held at once. In memory a batch is a pass, since another
-    pass costs nothing. On disk all batches go in one pass, so that each layer is read once; where the streams of all
-    rows would not fit, in as few as possible. What they take is said. No rows, no passes.
+    In memory a batch is a pass, since another pass costs nothing. On disk all batches go in one pass, so that each
+    layer
+    is read once; where the hidden states of all rows would not fit, in as few as possible. What they take is logged.
+
+    Args:
+        stack: the model.
+        tokens: token ids [N, T].
+        rows: rows of a batch at most.
+        streams: hidden states of all rows of a pass that are held at once.
+
+    Returns:
+        Passes, each a list of batches [B, T]; none where there are no rows.
     """
     if not len(tokens):
         return []
@@ -263,18 +328,44 @@ def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) 
 def passes_in_step(
     stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int
 ) -> list[tuple[list[torch.Tensor], bool]]:
-    """`passes` of this process's share of tokens [N, T], each with whether it counts: see `sharding.in_step`."""
+    """`passes` of this process's share of the rows, as many on every process.
+
+    Args:
+        stack: the model.
+        tokens: token ids [N, T].
+        rows: rows of a batch at most.
+        streams: hidden states of all rows of a pass that are held at once.
+
+    Returns:
+        Passes, each with whether it counts: see `sharding.in_step`.
+    """
     mine = passes(stack, tokens[processes.share(len(tokens))], rows, streams)
     return sharding.in_step(stack.model, mine, [tokens[:1]])
 
 
 def rows_at_once(stack: DecoderRunner, window: int, streams: int) -> int:
-    """Rows of T tokens of which so many hidden states fit in memory; one at least."""
+    """Rows of tokens whose hidden states fit in memory.
+
+    Args:
+        stack: the model.
+        window: T.
+        streams: hidden states of each row that are held at once.
+
+    Returns:
+        At least 1.
+    """
     return max(1, int(STREAMS_SHARE * available_bytes(stack.device)) // (streams * stack.stream_bytes(window)))
 
 
 def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> None:
-    """Say what the hidden states of one pass take, and how often layers on disk are read."""
+    """Say what the hidden states of one pass take, and how often layers on disk are read.
+
+    Args:
+        stack: the model; nothing is said of one in memory.
+        tokens: in a pass.
+        streams: hidden states of them that are held at once.
+        times: how many passes.
+    """
     if stack.on_disk:
         taken = size(streams * stack.stream_bytes(tokens))
         often = f"layers are read {times} time{'s'[: times > 1]}"
@@ -282,7 +373,17 @@ def say_passes(stack: DecoderRunner, tokens: int, streams: int, times: int) -> N
 
 
 def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) -> list[list[slice]]:
-    """This process's batches of tokens [N, T], of `rows` rows at most, as slices; grouped by pass as in `passes`."""
+    """This process's batches of rows, as slices; grouped by pass as in `passes`.
+
+    Args:
+        stack: the model.
+        tokens: token ids [N, T].
+        rows: rows of a batch at most.
+        streams: hidden states of all rows of a pass that are held at once.
+
+    Returns:
+        Passes, each a list of slices of the N rows.
+    """
     parts = processes.share_of_batches(len(tokens), rows)
     if not stack.on_disk:
         return [[part] for part in parts]
@@ -294,7 +395,15 @@ def shared_passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams
 
 
 def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Calls]]:
-    """`DecoderRunner.enter` of several batches: their embeddings, and the layers' further arguments."""
+    """`DecoderRunner.enter` of several batches.
+
+    Args:
+        stack: the model.
+        batches: token ids [B, T] each.
+
+    Returns:
+        Their embeddings [B, T, D], and the layers' further arguments for each.
+    """
     hidden: list[torch.Tensor] = []
     calls: list[Calls] = []
     for batch in batches:
@@ -305,7 +414,15 @@ def enter_all(stack: DecoderRunner, batches: Sequence[torch.Tensor]) -> tuple[li
 
 
 def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Calls], start: int, stop: int) -> None:
-    """h_start of several batches becomes h_stop, in the list; layers outermost: each is entered once for all."""
+    """Replace h_start of several batches by h_stop; layers outermost: each is entered once for all.
+
+    Args:
+        stack: the model.
+        hidden: h_start [B, T, D] of each batch, replaced in the list.
+        calls: the layers' further arguments for each.
+        start: the first layer.
+        stop: the layer after the last.
+    """
     for i in range(start, stop):
         for b, arguments in enumerate(calls):
             hidden[b] = stack.layer(i, hidden[b], arguments)
@@ -316,6 +433,13 @@ def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
 
     Found by identity, since after several rounds of cutting and healing no position tells it: below a new cut there
     may be layers that were trained at an old one.
+
+    Args:
+        dense: the dense model.
+        student: the cut one.
+
+    Returns:
+        The number; 0 where the embeddings, norms or heads differ.
     """
 
     def weights(module: nn.Module) -> list[int]:
@@ -337,24 +461,52 @@ def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
 def common_prefix(
     dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int
 ) -> tuple[torch.Tensor, Calls, Calls]:
-    """h_prefix [B, T, D] of two models whose layers below `prefix` are the same, and both models' layer arguments."""
+    """h_prefix of two models whose layers below `prefix` are the same, computed once.
+
+    Args:
+        dense: the dense model.
+        student: the cut one.
+        tokens: token ids [B, T].
+        prefix: the first layer that differs.
+
+    Returns:
+        h_prefix [B, T, D], and both models' layer arguments.
+    """
     hidden, calls = dense.enter(tokens)
     _, student_calls = student.enter(tokens)
     return dense.run(hidden, calls, 0, prefix), calls, student_calls
 
 
 def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> Teacher:
-    """The dense model's predictions for tokens [B, T], from what leaves its last layer [B, T, D].
+    """The dense model's predictions, prepared for comparison with any number of students.
 
-    Raises ModelError where a logit is not finite: nothing can be compared with such predictions.
+    Args:
+        stack: the dense model.
+        hidden: what leaves its last layer [B, T, D].
+        tokens: token ids [B, T].
+
+    Returns:
+        p of each token.
+
+    Raises:
+        ModelError: a logit is not finite: nothing can be compared with such predictions.
     """
     return Teacher(dense_logits(stack, hidden, tokens))
 
 
 def dense_logits(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model's logits [B, T, V] for tokens [B, T], from what leaves its last layer [B, T, D].
+    """The dense model's logits, checked.
 
-    Raises ModelError where one is not finite: nothing can be compared with such predictions.
+    Args:
+        stack: the dense model.
+        hidden: what leaves its last layer [B, T, D].
+        tokens: token ids [B, T].
+
+    Returns:
+        Logits [B, T, V].
+
+    Raises:
+        ModelError: one is not finite: nothing can be compared with such predictions.
     """
     logits = stack.exit(hidden, tokens)
     finite = logits.isfinite().all(-1)
@@ -365,10 +517,18 @@ def dense_logits(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tenso
 
 
 def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
-    """What to say where a model's logits for a row of tokens [1, T] are not finite.
+    """The error for a model whose logits for a row of tokens are not finite.
 
     Names the weights that hold NaN or Inf, if any do, else the first layer whose output is not finite. Of weights
-    that are spread over several processes this one looks at its own part, and runs no layer, which would need all.
+    that are sharded over several processes only this process's part is examined, and no layer is run, which would need
+    all.
+
+    Args:
+        stack: the model.
+        row: token ids [1, T].
+
+    Returns:
+        The error, to be raised.
     """
     number = str(stack.model.dtype).removeprefix("torch.")
     what = f"the model's predictions are not finite (computed in {number})"
@@ -405,10 +565,19 @@ def _all_finite(parameter: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, prefix: int = 0) -> float:
-    """KL(p || q) of the student's predictions, in nats per token of [N, T]; layers below `prefix` are shared.
+    """KL(p || q) of the student's predictions. Of several processes each takes a share of the rows.
 
-    Infinite where it is not finite; ModelError where the dense predictions are not. Of several processes each takes a
-    share of the rows.
+    Args:
+        dense: the dense model, p.
+        student: the cut one, q.
+        tokens: token ids [N, T].
+        prefix: layers below it are shared and run once.
+
+    Returns:
+        Nats per token, mean over all tokens; infinite where it is not finite.
+
+    Raises:
+        ModelError: the dense predictions are not finite.
     """
     total = 0.0
     mine = shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3)

@@ -96,7 +96,20 @@ def quantize_(
 ) -> Quantized:
     """`quantize` in place: new parameters are put in, tensors that another model shares stay, ties are kept.
 
-    quantizer: in the place of `config.quantizer`.
+    Args:
+        model: a causal LM of transformers in memory, changed in place.
+        tokens: calibration token ids [N, T], or None.
+        config: bits, group size and the like.
+        endpoints: layers beside a cut, by their place in `model`.
+        quantizer: in the place of `config.quantizer`.
+
+    Returns:
+        As `quantize`, of this model.
+
+    Raises:
+        ConfigError: as `quantize`.
+        DataError: as `quantize`.
+        ModelError: as `quantize`.
     """
     require_library()
     name, rounds = resolve(quantizer or config.quantizer)
@@ -143,10 +156,17 @@ def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
 
 
 def endpoints_of(config: Any, layers: int) -> list[int]:
-    """Layers beside a cut, from `original_layer_index` in a model's config; empty for a model that was not cut.
+    """Layers beside a cut, from `original_layer_index` in a model's config.
 
     The index does not tell how many layers there were. It is only there after a cut, so that one without a gap means a
     cut at the stack's end; a cut there beside another one does not show.
+
+    Args:
+        config: of the model.
+        layers: L of the cut model.
+
+    Returns:
+        Positions, sorted; empty for a model that was not cut.
     """
     index = original_layer_index(config)
     if not index or len(index) != layers:
@@ -245,9 +265,10 @@ def _quantize_weight(
     config: QuantizeConfig,
     quantizer: tuple[str, Quantizer],
 ) -> tuple[QuantizedWeight, dict[str, torch.Tensor], torch.Tensor]:
-    """One weight: its line of the report, its packed tensors, and what they stand for.
+    """Quantize one weight; a calibrated quantizer rounds what has no Hessian to nearest.
 
-    A calibrated quantizer rounds what has no Hessian to nearest.
+    Returns:
+        Its line of the report, its packed tensors, and the weight that they stand for.
     """
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():

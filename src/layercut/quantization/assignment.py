@@ -41,6 +41,9 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
     Raises:
         ModelError: no linear modules, or experts merged into one tensor.
         ConfigError: endpoint bits without a cut, or a group size that does not divide the columns.
+
+    Returns:
+        The weights: embeddings, decoder layers, head.
     """
     decoder = find_decoder(model)
     merged = [name for name, p in decoder.layers.named_parameters() if p.dim() == 3 and "experts" in name]
@@ -83,6 +86,14 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
 def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
     """The size asked for, or else the largest usual one that divides the columns.
 
+    Args:
+        name: of the weight, for the message.
+        columns: I.
+        config: whose `group_size` counts.
+
+    Returns:
+        Columns that share a scale.
+
     Raises:
         ConfigError: none does.
     """
@@ -97,7 +108,15 @@ def group_size(name: str, columns: int, config: QuantizeConfig) -> int:
 
 
 def left_as_they_are(model: Any, targets: Sequence[Assignment]) -> list[str]:
-    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions."""
+    """Matrices and larger in the decoder layers that no target covers, such as routers and convolutions.
+
+    Args:
+        model: a causal LM of transformers.
+        targets: what is quantized.
+
+    Returns:
+        Names of parameters.
+    """
     decoder = find_decoder(model)
     done = {f"{target.name}.weight" for target in targets}
     names = (f"{decoder.path}.{name}" for name, p in decoder.layers.named_parameters() if p.dim() >= 2)
@@ -105,6 +124,14 @@ def left_as_they_are(model: Any, targets: Sequence[Assignment]) -> list[str]:
 
 
 def linear_left(model: Any, targets: Sequence[Assignment]) -> list[str]:
-    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head."""
+    """Linear modules anywhere in the model that no target covers: routers, layers left at 16 bits, the head.
+
+    Args:
+        model: a causal LM of transformers.
+        targets: what is quantized.
+
+    Returns:
+        Names of modules.
+    """
     done = {target.name for target in targets}
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in done]

@@ -1,4 +1,4 @@
-"""GPTQ: round one column after another, and let the columns still open make up for each error.
+"""GPTQ: round one column after another, and let the columns not yet rounded compensate each error.
 
 Frantar et al., arXiv 2210.17323, for one linear layer y = W x with calibration inputs X [N, I]: minimise
 ||(W - Q) X'||^2 row by row, whose Hessian H = 2 X'X is the same for every row. Pure functions of tensors.
@@ -19,13 +19,27 @@ DAMPING, BLOCK = 0.01, 128
 
 
 def add_to_hessian_(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
-    """H += 2 X'X for inputs [..., I]; products in float32, the sum in H's own dtype."""
+    """H += 2 X'X; products in float32, the sum in H's own dtype.
+
+    Args:
+        hessian: H [I, I], changed in place.
+        inputs: X [..., I].
+    """
     x = inputs.flatten(0, -2).float()
     hessian += 2 * (x.T @ x).to(hessian.dtype)
 
 
 def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """||(w - w') X'||^2 of each row [O]: (w - w') H (w - w')' / 2."""
+    """||(w - w') X'||^2 of each row: (w - w') H (w - w')' / 2.
+
+    Args:
+        weight: w [O, I].
+        other: w' [O, I].
+        hessian: H = 2 X'X [I, I].
+
+    Returns:
+        [O], in H's dtype.
+    """
     delta = (weight.double() - other.double()).to(hessian.dtype)
     return ((delta @ hessian) * delta).sum(1) / 2
 
@@ -41,8 +55,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tenso
     Returns:
         Codes [O, I] int8, row by row never worse at the output than rounding to nearest.
     """
-    order = hessian.diagonal().argsort(descending=True)
-    factor = inverse_factor(hessian[order][:, order]).float()
+    order = hessian.diagonal().argsort(descending=True)  # columns of the largest inputs first: most can compensate
+    factor = inverse_factor(hessian[order][:, order]).float()  # U [I, I], U'U = H^-1
     open_columns = weight.float()[:, order].T.contiguous()  # [I, O], so that a column is contiguous
     group = order // grid.group_size
     scale = grid.scale.float().T[group]  # [I, O]
@@ -55,7 +69,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tenso
         for j in range(start, stop):
             column = open_columns[j]
             codes[j] = (column / scale[j] + zero[j]).round_().clamp_(grid.lowest, grid.highest)
-            error = errors[j - start] = (column - (codes[j] - zero[j]) * scale[j]) / factor[j, j]
+            error = errors[j - start] = (column - (codes[j] - zero[j]) * scale[j]) / factor[j, j]  # [O]
+            # w_k -= e_j U_jk for the columns k > j of this block; those beyond it are updated once for the whole block
             open_columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         open_columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     found = torch.empty_like(codes, dtype=torch.int8)
@@ -76,7 +91,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 def _better_rows(
     weight: torch.Tensor, found: torch.Tensor, nearest: torch.Tensor, hessian: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """Row by row, whichever codes make the smaller error at the output."""
-    ours = output_errors(weight, decode(found, grid), hessian)
-    theirs = output_errors(weight, decode(nearest, grid), hessian)
-    return torch.where((ours <= theirs)[:, None], found, nearest)
+    """Row by row, those codes that make the smaller error at the output."""
+    error = output_errors(weight, decode(found, grid), hessian)  # [O]
+    error_of_nearest = output_errors(weight, decode(nearest, grid), hessian)
+    return torch.where((error <= error_of_nearest)[:, None], found, nearest)

@@ -46,6 +46,9 @@ def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bo
         group_size: columns that share a scale; divides I.
         asymmetric: with zero points.
         dtype: of the scales, as they are stored.
+
+    Returns:
+        Scales [O, I / group_size], and zero points of the same shape where asymmetric.
     """
     grouped = weight.float().unflatten(1, (-1, group_size))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
@@ -61,7 +64,15 @@ def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bo
 
 
 def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes [O, I] int8 of the nearest grid points: round to nearest (RTN)."""
+    """Codes of the nearest grid points: round to nearest (RTN).
+
+    Args:
+        weight: [O, I].
+        grid: fitted to it.
+
+    Returns:
+        Codes [O, I], int8.
+    """
     scaled = weight.float().unflatten(1, (-1, grid.group_size)) / grid.scale.float().unsqueeze(-1)
     if grid.zero is not None:
         scaled = scaled + grid.zero.float().unsqueeze(-1)
@@ -69,7 +80,15 @@ def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The weight [O, I] that codes stand for, in the scale's dtype, by the arithmetic that loaders use."""
+    """The weight that codes stand for, (q - z) s, in the scale's dtype, by the arithmetic that loaders use.
+
+    Args:
+        codes: q [O, I], int8.
+        grid: scales and zero points.
+
+    Returns:
+        [O, I].
+    """
     grouped = codes.unflatten(1, (-1, grid.group_size)).to(grid.scale.dtype)
     if grid.zero is not None:
         grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)

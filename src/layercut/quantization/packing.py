@@ -28,7 +28,16 @@ def require_library() -> None:
 
 
 def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
-    """A weight's tensors as they go into the checkpoint, by their full names."""
+    """A weight's tensors as they go into the checkpoint.
+
+    Args:
+        target: the weight.
+        codes: [O, I], int8.
+        grid: scales and zero points.
+
+    Returns:
+        Tensors on the CPU by their full names.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     stored = {"weight_scale": grid.scale.contiguous()}
@@ -43,11 +52,14 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
 
 
 def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights [O, I] that packed tensors stand for, by parameter name, as any loader computes them.
+    """The weights [O, I] that packed tensors stand for, as any loader computes them.
 
     Args:
         packed: tensors by their full names, as `pack` gives them.
         config: the `quantization_config` that describes them.
+
+    Returns:
+        Weights by parameter name.
 
     Raises:
         ConfigError: compressed-tensors is missing.
@@ -68,10 +80,17 @@ def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, A
 
 
 def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool) -> dict[str, Any]:
-    """What config.json must say for a loader to find its way: one group of modules for each kind of grid.
+    """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
 
-    left: names of linear modules that are none of the targets. vLLM fails where it finds a linear module that is
-    neither in a group nor in `ignore`.
+    vLLM fails where it finds a linear module that is neither in a group nor in `ignore`.
+
+    Args:
+        targets: what is quantized.
+        left: names of linear modules that are none of the targets.
+        asymmetric: with zero points.
+
+    Returns:
+        `quantization_config`, as JSON values.
     """
     from compressed_tensors.quantization import (
         QuantizationArgs,

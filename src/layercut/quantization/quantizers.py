@@ -88,14 +88,24 @@ def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quant
 
 
 def codes(name: str, quantizer: Quantizer, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> Any:
-    """What a quantizer makes of a weight, checked: int8 [O, I].
+    """What a quantizer makes of a weight, checked.
+
+    Args:
+        name: of the quantizer, for the message.
+        quantizer: that chooses the codes.
+        weight: [O, I].
+        hessian: H = 2 X'X [I, I], or None.
+        grid: fitted to the weight.
+
+    Returns:
+        Codes [O, I], int8.
 
     Raises:
         ConfigError: another shape, fractions, or codes outside the grid.
     """
     found = quantizer(weight, hessian, grid)
     wanted = f"wanted are whole numbers {list(weight.shape)} from {grid.lowest} to {grid.highest}"
-    hint = "mend the quantizer, or use --quantizer gptq"
+    hint = "correct the quantizer, or use --quantizer gptq"
     if not isinstance(found, torch.Tensor) or found.shape != weight.shape:
         got = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise ConfigError(f"the quantizer {name} gave {got}; {wanted}", hint)

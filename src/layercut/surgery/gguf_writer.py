@@ -5,12 +5,13 @@ Used where a file is cut (`gguf_cut.py`) and where a healed one is exported (`ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layercut.errors import ModelError
-from layercut.models.gguf_header import block_of, raw_value
+from layercut.models.gguf_header import Header, block_of, raw_value
+from layercut.segments import Segment, kept_layers
 from layercut.surgery.gguf_metadata import Entry, general_entries
 
 COUNTED_FROM_FRONT = ("leading_dense_block_count", "hash_layer_count")
@@ -124,6 +125,21 @@ def _cut_value(key: str, value: Any, kept: list[int], kept_blocks: list[int], la
         if len(value) == layers:
             return [value[i] for i in kept]
     return value
+
+
+def names_after(header: Header, segments: Sequence[Segment]) -> dict[str, str]:
+    """What the tensors that stay are called once segments are cut out of a file.
+
+    Args:
+        header: of the file that came.
+        segments: the layers to remove.
+
+    Returns:
+        The new name by the old one.
+    """
+    kept = kept_layers(segments, header.layers)
+    place = {old: new for new, old in enumerate([*kept, *range(header.layers, header.blocks)])}
+    return {name: new for name in header.tensors if (new := _renamed(name, place)) is not None}
 
 
 def _renamed(tensor: str, place: dict[int, int]) -> str | None:
