@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: repositories are folders, read by huggingface_hub as it reads the real one."""
+"""A stand-in for the Hub on this machine: repositories are folders, which huggingface_hub reads as it does the Hub."""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ def quantize_file(source: Path, out: Path, kind: str, importance: Mapping[str, n
         "llama_model_quantize_params *", settings))  # fmt: skip
     del alive
     if failed:
-        why = next((line.strip() for line in reversed(said) if "fail" in line or "rror" in line or "issing" in line), "")
+        why = next(
+            (line.strip() for line in reversed(said) if "fail" in line or "rror" in line or "issing" in line), ""
+        )
         told = f": {why}" if why else ""
         raise ModelError(f"llama.cpp cannot quantize {source.name} to {kind}{told}", "take another --gguf-type")
 

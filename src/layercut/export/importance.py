@@ -27,8 +27,8 @@ def importance(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         tokens: token ids [N, T].
 
     Returns:
-        [columns] in float32, by the name of the weight; of modules that are no `nn.Linear`, such as fused experts, there
-        is none.
+        [columns] in float32, by the name of the weight; of modules that are no `nn.Linear`, such as fused experts,
+        there is none.
     """
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}

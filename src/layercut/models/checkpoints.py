@@ -152,6 +152,12 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
     return Checkpoint(name, path.parent.resolve(), path.name)
 
 
+def names_a_gguf(name: str) -> bool:
+    """Whether a model's name is that of a .gguf file, told without reading or fetching it."""
+    path = Path(name).expanduser()
+    return name.endswith(".gguf") or path.is_file() or (path.is_dir() and not (path / "config.json").exists())
+
+
 def _only_gguf(folder: Path) -> Path | None:
     """The .gguf file of a folder that holds no other model; None where there is none."""
     if (folder / "config.json").exists():
@@ -191,7 +197,8 @@ def _gguf_files(repository: str) -> list[str]:
     """The .gguf files of a repository on the Hub."""
     from huggingface_hub import HfApi
 
-    return sorted(file for file in HfApi().list_repo_files(repository) if file.endswith(".gguf"))
+    siblings = HfApi().model_info(repository).siblings or []
+    return sorted(each.rfilename for each in siblings if each.rfilename.endswith(".gguf"))
 
 
 def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
