@@ -418,7 +418,7 @@ def test_importance_is_the_mean_square_of_what_goes_in():
 
 @needs_llama_cpp
 def test_a_file_in_an_importance_quant(source, tmp_path):
-    """A .gguf file that is not cut; IQ2_XS cannot be had without an importance matrix, and 256 columns fill its blocks."""
+    """A .gguf file that is not cut. IQ2_XS needs an importance matrix, and 256 columns to fill its blocks."""
     model = tiny.llama(3, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, hidden_size=256)
     came, out = write_gguf(model, folders.tokenizer(), tmp_path / "came.gguf", "F16"), tmp_path / "out.gguf"
     assert main(["export", str(came), "--gguf-type=iq2_xs", f"--out={out}"]) == 0
