@@ -107,5 +107,5 @@ def headline_words(speed: dict, frontier: dict) -> str:
         f"Decoding: {times(fifth['decode']['ratio'])} as fast. "
         f"The smallest model of the frontier, {smallest['layers']} layers in {smallest['setting']}, has "
         f"{smallest['share']:.0%} of the bytes and {1 + max(smallest['rise'].values()):.1f} times the perplexity: "
-        "a ruin."
+        "unusable."
     )

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,38 @@ from safetensors.torch import save_file
 from common import arguments
 from layercut.cli.demo import fetch_model
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, ModelConfig, SearchConfig
+from layercut.data.blocks import Blocks
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline import stages
+from layercut.pipeline.artefacts import (
+    Artefact,
+    BeforeAfter,
+    CutArtefact,
+    FoldArtefact,
+    HealArtefact,
+    QuantizeArtefact,
+    SearchArtefact,
+    SharedTextArtefact,
+    TextArtefact,
+)
 from layercut.pipeline.provenance import environment
-from layercut.pipeline.run_context import RunContext
+from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.run_store import Run
 from layercut.segments import Removal, Segment
 from memory import Children, high_water, reset_peak
 
 STAGES = ["load", "exhaustive", "clp", "fold", "tune", "eval", "export"]
 LENGTH = 0.2
-EARLIER = {"tune": ["fold"], "eval": ["fold", "heal", "quantize"], "export": ["fold", "heal", "quantize"]}
-"""What a stage reads; where it was not measured before, it is assumed to have changed nothing."""
-ASSUMED = {"fold": [], "changed": [], "tuning": None, "bits": 16}
+NOTHING = BeforeAfter(before=0, after=0)
+ASSUMED: dict[str, Artefact] = {
+    "cut": CutArtefact(segments=[], original_layer_index=[], parameters=NOTHING, bytes=NOTHING),
+    "fold": FoldArtefact(fold=[], changed=[]),
+    "heal": HealArtefact(fold=[], tuning=None, changed=[]),
+    "quantize": QuantizeArtefact(bits=16, layers=[]),
+    "text-shared": SharedTextArtefact(documents=0, passages=0.0, passed_over=0),
+}
+"""What the stages before the one that is measured left: nothing is changed."""
 KEYS = ("model", "dtype", "stage")
 
 
@@ -185,30 +203,37 @@ def measure(job: dict[str, Any]) -> None:
         length = round(LENGTH * layers)
         segments = [Segment((layers - length) // 2, (layers - length) // 2 + length)]
         draw_tokens(work, config)
-        run.stage("cut", None, lambda: {"segments": [[s.start, s.stop] for s in segments]})
-        jobs = {
-            "load": lambda: work.dense and {},
-            "exhaustive": lambda: stages.search.search(work, [], length),
-            "clp": lambda: stages.search.search(work, [], length),
-            "fold": lambda: stages.heal.fold(work, Removal.first(segments)),
-            "tune": lambda: stages.heal.tune(work, Removal.first(segments)),
-            "eval": lambda: stages.prove.evaluate(work, segments),
+        this, removal = Round(work), Removal.first(segments)
+        jobs: dict[str, Callable[[], Any]] = {
+            "load": lambda: work.dense,
+            "exhaustive": lambda: stages.search.search(this, [], length),
+            "clp": lambda: stages.search.search(this, [], length),
+            "fold": lambda: stages.heal.fold(this, removal),
+            "tune": lambda: stages.heal.tune(this, removal),
+            "eval": lambda: stages.evaluate.evaluate(work, segments),
             "export": lambda: stages.export.export(work, segments),
         }
-        names = {"fold": "fold", "tune": "heal"}  # whose artefacts later stages read
         if stage != "load":
             _ = work.stack
-            for earlier in EARLIER.get(stage, []):
-                if run.read(earlier) is None:
-                    run.stage(earlier, "assumed", lambda: ASSUMED)
+            for name, artefact in ASSUMED.items():
+                assume(run, name, artefact)
         before = reset_peak()
         children = Children() if stage == "export" else None
         begun = time.perf_counter()
-        found = run.stage(names[stage], time.time(), jobs[stage]) if stage in names else jobs[stage]()
+        jobs[stage]()
         seconds = time.perf_counter() - begun
         peak = high_water() if children is None else children.stop()
+        found = run.artefact(SearchArtefact, "search") if stage in ("exhaustive", "clp") else None
     keys = ("layer_forwards", "layer_backwards")
-    print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": {k: found.get(k) for k in keys}}))
+    spent = {key: getattr(found, key, None) for key in keys}
+    print(json.dumps({"peak": peak, "before": before, "seconds": seconds, "work": spent}))
+
+
+def assume(run: Run, name: str, artefact: Artefact) -> None:
+    """A stage that was not run, with what it is taken to have left."""
+    with run.stage(type(artefact), name, "assumed") as stage:
+        if stage.open:
+            stage.found = artefact
 
 
 def draw_tokens(work: RunContext, config: CompressConfig) -> None:
@@ -221,10 +246,10 @@ def draw_tokens(work: RunContext, config: CompressConfig) -> None:
         "evaluation": config.evaluate.eval_tokens,
     }
     drawn = {use: torch.randint(250, (-(-count // window), window)) for use, count in counts.items()}
-    facts = {"source": "random", "tokens": 0, "fingerprint": ""}
     for use, tokens in drawn.items():
         save_file({use: tokens}, work.run / f"tokens-{use}.safetensors")
-        work.run.stage(f"text-{use}", None, lambda: facts)
+        facts = Blocks(tokens, "random", documents=0, fingerprint="").facts()
+        assume(work.run, f"text-{use}", TextArtefact(**vars(facts)))
         work.text[use] = facts
 
 

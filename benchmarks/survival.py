@@ -9,6 +9,7 @@ model's, on the same tokens, items and prompts, with the warnings that a report 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def main() -> None:
         say(name, f"perplexity {seen[name]['perplexity']:.2f}")
     rows = [compare(name, seen, evaluation.generation_health(model.model, students[name], tokens.tokens))
             for name in args.segments]  # fmt: skip
-    facts = {"evaluation": tokens.facts(), "limit": args.limit, "longest": args.longest, "seed": args.seed}
+    facts = {"evaluation": asdict(tokens.facts()), "limit": args.limit, "longest": args.longest, "seed": args.seed}
     finish(args.out, model, "retention above chance, keys and health tell a ruined model", rows, **facts)
 
 

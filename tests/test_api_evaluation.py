@@ -339,7 +339,7 @@ def test_an_error_of_the_callback_stops_the_work():
 
 
 def test_work_that_cannot_count_is_measured_only_where_somebody_listens(monkeypatch):
-    monkeypatch.setattr(progress, "LOOK", 0.01)
+    monkeypatch.setattr(progress, "MEASURE_EVERY", 0.01)
     seen, asked = threading.Event(), []
 
     def measure() -> float:

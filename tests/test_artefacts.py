@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -16,8 +15,9 @@ import yaml
 from safetensors.torch import save_file
 
 from layercut.errors import RunError
+from layercut.files.json_values import jsonable
 from layercut.files.writing import write_atomically
-from layercut.pipeline.artefacts import KINDS, Damaged, check_seal, decode, kind_of, seal
+from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, Damaged, check_seal, decode, seal
 from layercut.pipeline.provenance import would_be_lost
 from layercut.pipeline.run_store import Run
 
@@ -90,17 +90,13 @@ def test_what_a_seal_finds():
         check_seal(sealed | {"a": 2})
 
 
-def test_a_round_has_the_artefacts_of_a_run():
-    assert kind_of("search-2") is KINDS["search"]
-    assert kind_of("compare-exhaustive") is kind_of("stability") is not KINDS["search"]
-
-
 # --- in a run folder ---
 
-CUT = {
-    "segments": [[1, 2]], "original_layer_index": [0, 2], "parameters": {"before": 2, "after": 1},
-    "bytes": {"before": 8, "after": 4}, "files": ["part.safetensors", "folder"],
-}  # fmt: skip
+CUT = CutArtefact(
+    segments=[(1, 2)], original_layer_index=[0, 2], parameters=BeforeAfter(before=2, after=1),
+    bytes=BeforeAfter(before=8, after=4), files=["part.safetensors", "folder"],
+)  # fmt: skip
+REQUIRED = ("segments", "original_layer_index", "parameters", "bytes")
 
 
 @pytest.fixture
@@ -108,18 +104,22 @@ def begun(tmp_path: Path) -> Any:
     """A run folder with a stage in it; call what it yields for how often the stage was computed by then."""
     times = 0
 
-    def compute() -> dict[str, Any]:
+    def compute() -> CutArtefact:
         nonlocal times
         times += 1
         save_file({"x": torch.ones(4)}, tmp_path / "run" / "part.safetensors")
         (tmp_path / "run" / "folder").mkdir(exist_ok=True)
         (tmp_path / "run" / "folder" / "inside").write_text("text")
-        return copy.deepcopy(CUT)
+        return CUT
 
     def again() -> int:
         with Run(tmp_path / "run") as run:
             run.describe({"model": "m"})
-            run.stage("cut", "inputs", compute)
+            with run.stage(CutArtefact, "cut", "inputs") as stage:
+                if stage.open:
+                    stage.found = compute()
+            assert (stage.artefact.segments, stage.artefact.bytes) == (CUT.segments, CUT.bytes)
+            assert run.artefact(CutArtefact, "cut") is stage.artefact
         return times
 
     again.folder = tmp_path / "run"  # type: ignore[attr-defined]
@@ -134,13 +134,13 @@ def test_an_artefact_with_anything_missing_changed_or_nested_is_made_anew(begun)
     damaged += [sound | {key: value} for key in sound for value in (None, {"nested": sound[key]}, [sound[key]])]
     # with the seal gone as well, types alone find it
     unsealed = {k: v for k, v in sound.items() if k != "content_hash"}
-    damaged += [unsealed | {key: None} for key in CUT]
-    damaged += [{k: v for k, v in unsealed.items() if k != key} for key in CUT if key != "files"]
+    damaged += [unsealed | {key: None} for key in (*REQUIRED, "files")]
+    damaged += [{k: v for k, v in unsealed.items() if k != key} for key in REQUIRED]
     with Run(begun.folder) as run:
         run._hashes["cut"] = sound["config_hash"]
-        assert run._whole("cut", sound)
+        assert run._whole(CutArtefact, "cut", sound)
         for content in damaged:
-            assert not run._whole("cut", json.loads(json.dumps(content))), content
+            assert not run._whole(CutArtefact, "cut", json.loads(json.dumps(content))), content
     for number, text in enumerate((json.dumps(damaged[0]), "[" * 100_000), start=2):
         file.write_text(text)
         assert begun() == number
@@ -166,6 +166,21 @@ def test_a_stage_whose_files_are_not_as_they_were_is_run_again(damage, begun):
     assert begun() == 2
     assert tensors.read_bytes() == content
     assert begun() == 2
+
+
+def test_an_optional_field_is_left_out_of_the_json_where_it_has_its_default(begun):
+    written = json.loads((begun.folder / "cut.json").read_text())
+    assert written["files"] == CUT.files
+    assert not {"files", "record"} & jsonable(CutArtefact(**{key: getattr(CUT, key) for key in REQUIRED})).keys()
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path):
+    with Run(tmp_path / "run") as run, pytest.raises(KeyError):
+        run.describe({"model": "m"})
+        with run.stage(CutArtefact, "cut", "inputs") as stage:
+            assert stage.open
+            raise KeyError
+    assert not (tmp_path / "run" / "cut.json").exists()
 
 
 def test_a_folder_with_a_config_yaml_is_not_a_run(tmp_path):

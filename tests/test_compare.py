@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
-from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.pipeline.artefacts import RUNS_OWN, MethodChoice
 from layercut.registries import criteria
 from layercut.report import charts, formatting
 from layercut.segments import Segment
@@ -197,9 +198,11 @@ def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatc
     cut_and_fold, tune = module.cut_and_fold, module.tune
     monkeypatch.setattr(module, "cut_and_fold", lambda *a: measured.append(a[1]) or cut_and_fold(*a))
     monkeypatch.setattr(module, "tune", lambda *a: tuned.append(a[1]) or tune(*a))
-    same = {"method": "", "segments": [[2, 3], [5, 6]], "kl": 1.0, "search_seconds": 0.0}
-    same |= dict.fromkeys(("layer_forwards", "layer_backwards", "dense_tokens"), 0)
-    monkeypatch.setattr(module, "search_by", lambda work, method, length: same | {"method": method})
+    same = MethodChoice(
+        method="", segments=[(2, 3), (5, 6)], kl=1.0, search_seconds=0.0, layer_forwards=0, layer_backwards=0,
+        dense_tokens=0,
+    )  # fmt: skip
+    monkeypatch.setattr(module, "search_by", lambda work, method, length: replace(same, method=method))
     command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=sleb,evolution"]
     assert main([*command, "--tune-tokens=32"]) == 0
     assert measured == tuned == [[Segment(2, 3), Segment(5, 6)]]
@@ -218,15 +221,15 @@ def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatc
 
 def test_methods_resume_one_by_one(arguments, tmp_path, monkeypatch, capsys):
     tried = []
-    real = module.search_by
+    real = module.layer_search.search
 
-    def recorded(work, method, length):
+    def recorded(*args, method, **how):
         if method == stop_at:
             raise KeyboardInterrupt
         tried.append(method)
-        return real(work, method, length)
+        return real(*args, method=method, **how)
 
-    monkeypatch.setattr(module, "search_by", recorded)
+    monkeypatch.setattr(module.layer_search, "search", recorded)
     out = f"--out={tmp_path / 'run'}"
     stop_at = "cosine"
     assert main([*arguments, out, "--methods=random,cosine,angular"]) == 130

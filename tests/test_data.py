@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_blocks_are_exact_and_in_written_order(text, tokenizer):
     pages = file.read_text().split("\n\n\n")
     stream = [i for page in pages for i in [0, *tokenizer(page, add_special_tokens=False).input_ids]]
     assert blocks.tokens.flatten().tolist() == stream[: 7 * 16]
-    assert blocks.facts() == {
+    assert asdict(blocks.facts()) == {
         "source": "pages.txt",
         "reads": [f"file {text_files.content(file)}"],
         "origins": [f"file {text_files.content(file)}"],
@@ -240,7 +241,7 @@ def test_a_repeated_document_serves_one_use(tmp_path, tokenizer):
     assert first.documents == len(first.keys)
     assert not first.keys & rest.keys
     assert rest.passed_over > 0
-    assert rest.facts()["passed_over"] == rest.passed_over
+    assert rest.facts().passed_over == rest.passed_over
 
 
 def test_self_is_other_text_where_it_is_reported_on(llama, tokenizer):

@@ -150,10 +150,10 @@ def test_a_cut_copy_borrows_the_layers_it_has(llama):
     twice = opened(llama, [Segment(0, 1), *CUT], "off")[1].model
     assert torch.equal(again(input_ids=tokens).logits, twice(input_ids=tokens).logits)
     assert disk.layers_read == [1, 2, 2, 0, 0, 2, 2, 2]
-    weights, borrowers = student.model.state_dict(), sum(map(len, disk.borrowers))
+    weights, clone_layers = student.model.state_dict(), sum(map(len, disk.clone_layers))
     del again, weights
     gc.collect()
-    assert sum(map(len, disk.borrowers)) < borrowers, "copies are held for ever"
+    assert sum(map(len, disk.clone_layers)) < clone_layers, "copies are held for ever"
 
 
 def test_what_a_copy_has_of_its_own_is_not_borrowed(llama):

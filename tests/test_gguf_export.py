@@ -269,7 +269,7 @@ def test_layers_off_the_period_are_written_as_an_array(kind, tmp_path, monkeypat
 @needs_llama_cpp
 def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
-    monkeypatch.setattr("layercut.export.gguf_export._say_what_slides", lambda *_: None)
+    monkeypatch.setattr("layercut.export.gguf_export._write_sliding_layers_", lambda *_: None)
     folder, out = a_gemma3(tmp_path / "gemma", [1, 7]), tmp_path / "out.gguf"
     assert main(["export", str(folder), "--gguf-type=q8_0", f"--out={out}"]) == 2
     assert "llama.cpp computes something else" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import loading, losses
-from layercut.models.objectives import KL, objective_of
+from layercut.models.objectives import KL, NextToken, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -167,6 +167,9 @@ def test_schedule_rises_then_falls():
 # --- losses with gradients written out, against autograd and direct formulas ---
 
 
+NONE = torch.full((5,), -1)
+
+
 def logits_of(seed, rows=5):
     return 3 * torch.randn(rows, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -185,7 +188,7 @@ def test_kl_and_its_gradient_at_a_temperature(t):
     def direct(leaf):
         return t**2 * (F.softmax(p / t, -1) * (F.log_softmax(p / t, -1) - F.log_softmax(leaf / t, -1))).sum(-1)
 
-    torch.testing.assert_close(losses.kl_and_gradient(p, z, t), autograd(direct, z))
+    torch.testing.assert_close(KL(temperature=t).loss_and_gradient(z, p, NONE), autograd(direct, z))
 
 
 @pytest.mark.parametrize(("k", "t"), [(1, 1.0), (6, 2.0), (19, 1.0)])
@@ -199,9 +202,9 @@ def test_bucket_kl_and_its_gradient(k, t):
         others = (q * torch.ones_like(q).scatter(-1, index, 0.0)).sum(-1, keepdim=True)
         return t**2 * (bucketed * (bucketed / torch.cat([q.gather(-1, index), others], -1)).log()).sum(-1)
 
-    loss, gradient = losses.bucket_kl_and_gradient(bucketed.log(), index, z, t)
+    loss, gradient = KL(temperature=t).loss_and_gradient_topk(z, bucketed.log(), index)
     torch.testing.assert_close((loss, gradient), autograd(direct, z))
-    full, full_gradient = losses.kl_and_gradient(logits_of(0), z, t)
+    full, full_gradient = KL(temperature=t).loss_and_gradient(z, logits_of(0), NONE)
     assert (loss <= full + 1e-12).all(), "merging outcomes cannot raise a divergence"
     if k == 19:  # a bucket of one token is that token
         torch.testing.assert_close((loss, gradient), (full, full_gradient))
@@ -210,7 +213,7 @@ def test_bucket_kl_and_its_gradient(k, t):
 def test_next_token_loss_and_its_gradient():
     z, targets = logits_of(1), torch.tensor([3, 0, -1, 19, 3])
     expected = autograd(lambda leaf: F.cross_entropy(leaf, targets, ignore_index=-1, reduction="none"), z)
-    torch.testing.assert_close(losses.next_token_and_gradient(z, targets), expected)
+    torch.testing.assert_close(NextToken().loss_and_gradient(z, None, targets), expected)
 
 
 @pytest.mark.parametrize("budget", [1, 4 * 20 * 2, 2**20])

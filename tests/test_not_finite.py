@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from layercut.layer_search.sweep import set_losses
 from layercut.models import loading
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline.artefacts import Artefact, FrontierRecord
 from layercut.pipeline.iterative import out_of_budget, within_budgets
 from layercut.pipeline.run_store import Run
 from layercut.registries import criteria
@@ -160,26 +162,36 @@ def test_weights_that_hold_nan_are_named():
 # --- files: what is not finite is written as strict JSON and read back as a number ---
 
 
-FIGURES = {"rise": math.inf, "curve": [{"loss": math.nan}, {"loss": 1.5}], "low": -math.inf, "word": "infinite"}
+@dataclass(frozen=True, kw_only=True)
+class Figures(Artefact):
+    rise: float = math.inf
+    curve: tuple[dict[str, float], ...] = ({"loss": math.nan}, {"loss": 1.5})
+    low: float = -math.inf
+    word: str = "infinite"
+    pair: tuple[int, int] = (1, 2)
 
 
 def test_a_stage_returns_the_same_figures_whenever_it_is_asked(tmp_path):
     def refuse(word: str) -> Any:
         raise AssertionError(f"{word} is no JSON")
 
-    computed: list[int] = []
+    computed: list[Figures] = []
     found = []
     for _ in range(2):
         with Run(tmp_path / "run") as run:
             run.describe({})
-            found.append(run.stage("figures", "inputs", lambda: computed.append(1) or FIGURES | {"pair": (1, 2)}))
-    assert computed == [1]
+            with run.stage(Figures, "figures", "inputs") as stage:
+                if stage.open:
+                    stage.found = Figures()
+                    computed.append(stage.found)
+            found.append(stage.artefact)
+    assert len(computed) == 1
     # repr: NaN is not equal to itself
     assert repr(found[0]) == repr(found[1])
-    assert found[0]["rise"] == math.inf
-    assert found[0]["low"] == -math.inf
-    assert math.isnan(found[0]["curve"][0]["loss"])
-    assert (found[0]["word"], found[0]["pair"]) == ("infinite", [1, 2])
+    assert found[0].rise == math.inf
+    assert found[0].low == -math.inf
+    assert math.isnan(found[0].curve[0]["loss"])
+    assert (found[0].word, found[0].pair) == ("infinite", (1, 2))
     json.loads((tmp_path / "run" / "figures.json").read_text(), parse_constant=refuse)
     json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=refuse)
 
@@ -187,8 +199,8 @@ def test_a_stage_returns_the_same_figures_whenever_it_is_asked(tmp_path):
 def test_what_is_said_and_decided_takes_figures_that_are_not_finite():
     fold = {"segment": [3, 4], "skipped": None, "layer": 2, "modules": ["mlp.down_proj"], "kept": True}
     assert "inf -> 2.5000, kept" in describe_fold(fold | {"kl_before": math.inf, "kl_after": 2.5})
-    point = {"layers": 7, "bits": 4, "bytes": 2e6, "rise": math.inf}
-    assert describe_point(point) == "7 layers at 4 bits: 2.0 MB, perplexity not finite"
+    point = FrontierRecord(layers=7, bits=4, bytes=2_000_000, rise=math.inf)
+    assert describe_point(vars(point)) == "7 layers at 4 bits: 2.0 MB, perplexity not finite"
     config = CompressConfig(search=SearchConfig(max_loss=0.1))
     assert "first round leaves no finite loss" in out_of_budget([point], config).hint
     both = CompressConfig(search=SearchConfig(max_loss=0.1, target_size="3MB"))

@@ -72,7 +72,7 @@ def test_long_work_says_how_far_it_is(stderr, monkeypatch):
 
 def test_work_that_cannot_count_is_measured(stderr, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.02)
-    monkeypatch.setattr(progress, "LOOK", 0.01)
+    monkeypatch.setattr(progress, "MEASURE_EVERY", 0.01)
     with shown(), bar("saving", 4000, lambda: 3000):
         time.sleep(0.1)
     assert "saving: 75% (3,000 of 4,000)" in stderr.getvalue()

@@ -1,4 +1,4 @@
-"""A run that is stopped goes on from the last finished stage and ends as if it had never been stopped."""
+"""A run that is stopped is resumed after the last finished stage and ends as if it had never been stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import pytest
 from safetensors import safe_open
 
 from layercut.cli.command_line import main
-from layercut.pipeline.artefacts import decode, kind_of
+from layercut.files.json_values import jsonable
+from layercut.pipeline import artefacts as kinds
 from layercut.pipeline.run_store import STAGES, TEXTS
 from layercut.pipeline.stages.heal import TUNING_STATE
 
@@ -215,7 +216,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
     with driver(arguments(tiny_model, texts, run), log) as run_until:
         assert run_until("search", signal.SIGINT) == 130
     assert "Traceback" not in log.read_text()
-    assert log.read_text().splitlines()[-1].startswith("stopped; the same command goes on")
+    assert log.read_text().splitlines()[-1].startswith("stopped; the same command resumes")
     assert list(artefacts(run)) == [*TEXTS, "text-shared"]
 
 
@@ -378,9 +379,20 @@ def test_a_stage_whose_file_was_truncated_runs_again(file, again, whole):
     assert path.read_bytes() == (whole / file).read_bytes()
 
 
+KINDS: dict[str, type[kinds.Artefact]] = {
+    **dict.fromkeys(TEXTS, kinds.TextArtefact), "text-shared": kinds.SharedTextArtefact, "search": kinds.SearchArtefact,
+    "cut": kinds.CutArtefact, "fold": kinds.FoldArtefact, "heal": kinds.HealArtefact,
+    "quantize": kinds.QuantizeArtefact, "eval": kinds.EvaluateArtefact, "export": kinds.ExportArtefact,
+    "summary": kinds.SummaryArtefact,
+}  # fmt: skip
+
+
 def test_every_artefact_of_a_run_is_of_its_type(whole):
+    """And of no more keys than its type has."""
     for stage in STAGES:
-        found = decode(kind_of(stage), json.loads((whole / f"{stage}.json").read_text()))
+        content = json.loads((whole / f"{stage}.json").read_text())
+        found = kinds.decode(KINDS[stage], content)
+        assert jsonable(found) == {key: value for key, value in content.items() if key != kinds.SEAL}
         assert found.versions
         assert found.config_hash
 

@@ -84,21 +84,21 @@ def artefact(tmp_path: Path, name: str):
 
 
 def test_seeds_search_on_other_text_and_resume_one_by_one(command, texts, tmp_path, monkeypatch, capsys):
-    tried, real = [], stages.search.search_again
-    judged, judge_ = [], stages.search.stability
+    tried, draw_ = [], stages.search.draw_again
+    counts, judge_ = [], stages.search.judged
 
-    def search_again(work, seed, length):
+    def draw_again(work, seed):
         if seed == stop_at:
             raise KeyboardInterrupt
         tried.append(seed)
-        return real(work, seed, length)
+        return draw_(work, seed)
 
-    def stability(work, *args):
-        judged.append(len(tried))
-        return judge_(work, *args)
+    def judged(*args):
+        counts.append(len(tried))
+        return judge_(*args)
 
-    monkeypatch.setattr(stages.search, "search_again", search_again)
-    monkeypatch.setattr(stages.search, "stability", stability)
+    monkeypatch.setattr(stages.search, "draw_again", draw_again)
+    monkeypatch.setattr(stages.search, "judged", judged)
     command.append(f"--data={texts[0]}")
     stop_at = 2
     assert main([*command, "--seeds=3"]) == 130
@@ -115,7 +115,7 @@ def test_seeds_search_on_other_text_and_resume_one_by_one(command, texts, tmp_pa
     assert sum(row["seeds"] for row in found["choices"]) == 3
     assert stability_words(found) in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--seeds=4"]) == 0
-    assert (tried, judged) == ([1, 2, 3], [2, 3])
+    assert (tried, counts) == ([1, 2, 3], [2, 3])
     # a seed asked for by its own name chooses what it chose here
     elsewhere = [flag for flag in command if not flag.startswith("--out")]
     assert main([*elsewhere, "--seed=2", f"--out={tmp_path / 'other'}"]) == 0

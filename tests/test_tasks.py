@@ -19,7 +19,7 @@ from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.errors import ConfigError, DataError, RunError
 from layercut.evaluation import harness
-from layercut.evaluation.retention import chance, flips, kept, mcnemar, speaking_metric, standard_error
+from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------
 
@@ -103,9 +103,9 @@ def test_a_perplexity_is_compared_but_not_retained():
 
 def test_the_metric_that_speaks():
     both = record([1, 0], acc_norm={"values": [1, 1], "score": 1.0, "higher_is_better": True})
-    assert speaking_metric(both) == "acc_norm"
-    assert speaking_metric(record([1, 0], metric="exact_match,strict-match")) == "exact_match,strict-match"
-    assert speaking_metric(record([1, 0], metric="f1")) == "f1"
+    assert representative_metric(both) == "acc_norm"
+    assert representative_metric(record([1, 0], metric="exact_match,strict-match")) == "exact_match,strict-match"
+    assert representative_metric(record([1, 0], metric="f1")) == "f1"
 
 
 # ---- lm-eval -------------------------------------------------------------------------------------------------

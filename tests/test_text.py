@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,11 @@ from layercut.data.blocks import load_blocks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.models import checkpoints, loading
-from layercut.pipeline.artefacts import RUNS_OWN
-from layercut.pipeline.journey import text_stage
+from layercut.pipeline.artefacts import SharedTextArtefact
 from layercut.pipeline.resolve import check_sources, with_reported_window
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
-from layercut.pipeline.stages.text import check_unseen, uses
+from layercut.pipeline.stages.text import check_unseen, draw_all, uses
 
 
 def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
@@ -39,9 +38,10 @@ def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
 def draw(model: Path, folder: Path, config: CompressConfig) -> dict:
     with Run(folder) as run:
         run.describe({})
-        text = text_stage(RunContext(checkpoints.resolve(str(model)), config, run), uses(config, "report"))
-        shared = {key: value for key, value in run.read("text-shared").items() if key not in RUNS_OWN}
-        return text | {"shared": shared}
+        work = RunContext(checkpoints.resolve(str(model)), config, run)
+        draw_all(work, uses(config, "report"))
+        shared = run.artefact(SharedTextArtefact, "text-shared").facts
+        return {use: asdict(facts) for use, facts in work.text.items()} | {"shared": asdict(shared)}
 
 
 @pytest.fixture(scope="module")

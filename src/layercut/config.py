@@ -56,7 +56,16 @@ no_negative = Parameter(negative="")
 
 
 def one_of(registry: Registry[Any], text: str, group: Group | None = None) -> Parameter:
-    """A name from a registry; the help lists them all, those that installed packages bring too."""
+    """A name from a registry; the help lists them all, also those of installed packages.
+
+    Args:
+        registry: of the names.
+        text: the help before the list.
+        group: box of --help, where it is not the class's.
+
+    Returns:
+        The parameter.
+    """
     help = f"{text} One of {', '.join(registry)}."
     return Parameter(help=help, group=group) if group else Parameter(help=help)
 
@@ -66,12 +75,21 @@ flat = Parameter(name="*")
 
 
 def options(group: Group) -> Callable[[type], type]:
-    """A dataclass whose fields are flags, in one box of --help unless a field says otherwise."""
+    """A decorator of dataclasses whose fields are flags, in one box of --help unless a field says otherwise."""
     return Parameter(name="*", group=group)
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """ConfigError unless value >= least; `name` is the field's."""
+    """Refuse a value that is too small.
+
+    Args:
+        name: the field's.
+        value: as the user gave it.
+        least: the smallest that is allowed.
+
+    Raises:
+        ConfigError: value < least, or it is NaN.
+    """
     if not value >= least:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(f"{flag} {value:g} is too small", f"allowed is {least:g} or more")
@@ -100,7 +118,7 @@ class ModelConfig:
     """Leave the decoder layers on disk and read each when it is needed, for what is larger than memory.
     auto: where the weights would take more than 0.8 of the memory available."""
     shard: Annotated[ShardMode, rare] = "auto"
-    """Spread the weights over several processes, which gather each layer when it runs, to heal what is larger than
+    """Shard the weights over several processes, which gather each layer when it runs, to heal what is larger than
     one device. auto: where there are several and the weights would take more than 0.8 of one's memory."""
 
     def __post_init__(self) -> None:
@@ -149,7 +167,7 @@ class SearchConfig:
     max_loss: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as many layers as raise perplexity by no more than this share (0.1 is 10 %). In one
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
-    on held-out rows. With --target-size: walk layers and bits until both are met, or say that they cannot be."""
+    on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
     num_segments: int = 1
     """Remove the layers as up to so many segments; for clp and exhaustive."""
     method: Annotated[
@@ -174,7 +192,7 @@ class SearchConfig:
     """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
     fold, on held-out text."""
     oracle: Annotated[bool, rare_switch] = False
-    """Price every segment exactly as well, to show how near the gate came."""
+    """Price every segment exactly as well, to show the gate's regret."""
     all_lengths: Annotated[bool, rare_switch] = False
     """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
@@ -196,7 +214,7 @@ class SearchConfig:
         _ = self.segments
 
     def _check_method(self) -> None:
-        """Refuse what is unknown, and what a method could not heed."""
+        """Refuse a name that is unknown, and options that a method would ignore."""
         criteria.check(self.method, "--method")
         objectives.check(self.search_objective, "--search-objective")
         asked = {"--num-segments": self.num_segments > 1, "--search-objective": self.search_objective != "kl"}
@@ -293,7 +311,7 @@ class HealConfig:
     """Stop tuning after so many held-out scores in a row without a new best, of 8 in all; 0 never does."""
     teacher_topk: Annotated[int, rare] = 0
     """Keep the dense model's K likeliest tokens and the rest as one on disk, 6 K + 2 bytes a token, and tune
-    towards those: the dense layers above the cut are not run again. 0: all tokens, computed anew."""
+    towards those: the dense layers above the cut are not run again. 0: all tokens, computed in every step."""
 
     def __post_init__(self) -> None:
         objectives.check(self.objective, "--objective")
@@ -447,10 +465,10 @@ class PerplexityConfig:
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives."""
+    """The run folder."""
 
     out: Path | None = None
-    """Run folder; runs/NAME where not given. A run that was stopped goes on there."""
+    """Run folder; runs/NAME where not given. A run that was stopped is resumed there."""
     force: Annotated[bool, Parameter(negative="")] = False
     """Run finished stages again, also where a finished run of other settings is there, which is then replaced."""
     config: Path | None = None
@@ -461,12 +479,12 @@ class RunConfig:
 @flat
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is said on stderr while a command runs."""
+    """What is logged on stderr while a command runs."""
 
     quiet: Annotated[bool, Parameter(negative="")] = False
-    """Say nothing but warnings and errors."""
+    """Log nothing but warnings and errors."""
     verbose: Annotated[bool, Parameter(negative="")] = False
-    """Say as well what is taken over from an earlier command."""
+    """Log as well what is reused from an earlier command."""
     log_file: Path | None = None
     """Append all of it to this file too, with times, and progress every 30 s."""
 
@@ -493,7 +511,11 @@ class CompressConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
-        """What is asked of the whole; not on construction, so that a mistyped --ratoi is named first."""
+        """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first.
+
+        Raises:
+            ConfigError: flags that exclude each other, or none that says what to remove.
+        """
         if not self.search.given:
             raise ConfigError(
                 "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
@@ -502,11 +524,11 @@ class CompressConfig:
             self._check_rounds()
         elif self.search.two_budgets:
             raise ConfigError(
-                "--target-size with --max-loss is a walk in rounds, and --rounds 1 leaves none", "leave out --rounds"
+                "--target-size with --max-loss needs several rounds, and --rounds 1 is given", "leave out --rounds"
             )
         if self.search.segment and self.stability.seeds > 1:
             raise ConfigError(
-                "--seeds repeats a search, and --segment leaves none", "give --ratio, or leave out --seeds"
+                "--seeds repeats a search, and --segment replaces it", "give --ratio, or leave out --seeds"
             )
         self._check_bits()
 
@@ -516,7 +538,7 @@ class CompressConfig:
         return self.rounds.rounds or (5 if self.search.two_budgets else 1)
 
     def _check_bits(self) -> None:
-        """Refuse what nothing would heed: two budgets walk the bits, beginning with the whole model's."""
+        """Refuse bits that would be ignored: with two budgets they are varied, beginning with the whole model's."""
         quantize = self.quantize
         if self.search.two_budgets:
             if quantize.bits != 16 or quantize.endpoint_bits:
@@ -530,9 +552,9 @@ class CompressConfig:
             )
 
     def _check_rounds(self) -> None:
-        """Refuse what several rounds could not heed."""
+        """Refuse flags that several rounds would ignore."""
         if self.search.segment:
-            raise ConfigError("--rounds repeats a search, and --segment leaves none", "give --ratio instead")
+            raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
         for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score != "raw")):
             if is_asked:
                 raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
@@ -588,7 +610,7 @@ class PlanConfig:
     heal: HealConfig = field(default_factory=HealConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: bool = True
-    """Measure this machine for a few seconds, to tell how long it will take."""
+    """Measure this machine for a few seconds, to estimate how long it will take."""
     json: Annotated[bool, no_negative] = False
     """Print everything as JSON instead of tables."""
     config: Path | None = None
@@ -645,7 +667,11 @@ class QuantizeAloneConfig:
     a compress run, the other commands take the keys they know."""
 
     def check(self) -> None:
-        """What is asked of the whole; not on construction, so that a mistyped --bit is named first."""
+        """Check the whole; not on construction, so that a mistyped --bit is named first.
+
+        Raises:
+            ConfigError: no --bits is given.
+        """
         if self.quantize.bits == 16:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
 
@@ -729,7 +755,11 @@ class CompareConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def journey(self) -> CompressConfig:
-        """The same model and tokens as `compress` would take. Checked as a whole."""
+        """The run with the same model and tokens, checked as a whole.
+
+        Raises:
+            ConfigError: no --ratio is given.
+        """
         config = CompressConfig(
             load=self.load,
             text=self.text,
@@ -759,7 +789,8 @@ def keys(config: type) -> set[str]:
 def from_flat(options: Mapping[str, Any]) -> CompressConfig:
     """The configuration of a run from flat keys, which are the flags' names with underscores, as in a YAML file.
 
-    Raises ConfigError: a key that no flag has, or a value that is not allowed.
+    Raises:
+        ConfigError: a key that no flag has, or a value that is not allowed.
     """
     hints = get_type_hints(CompressConfig)
     parts: dict[str, dict[str, Any]] = {one.name: {} for one in fields(CompressConfig)}

@@ -1,11 +1,11 @@
-"""Everything that can be wrong with what a user gave us.
+"""Everything that can be wrong with a user's input.
 
 Raised anywhere, caught in one place (`cli.command_line.main`), which prints two lines and exits with 2:
 
     error: what was got, and what is allowed
-    hint: the command or step that mends it
+    hint: the command or step that corrects it
 
-Any other exception is a fault of ours and exits with 1.
+Any other exception is a fault of layercut and exits with 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unicodedata import category
 
 
 class LayercutError(Exception):
-    """A wrong input. `message` says what was got and what is allowed, `hint` how to mend it."""
+    """A wrong input. `message` says what was got and what is allowed, `hint` how to correct it."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

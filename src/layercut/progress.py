@@ -1,11 +1,12 @@
-"""What is said while a stage runs: lines in the log, and a bar or a line every 30 s about how far it is.
+"""Messages and progress of a stage: lines in the log, and a bar or a line every 30 s about how far it is.
 
 Messages go through the logger "layercut" of the standard library, so that nothing is printed where layercut is used
 as a library and no handler is installed. The command installs them (`shown`): on a terminal a bar and short lines,
 elsewhere lines with their time, one for each message whatever its length. All on stderr; stdout is for results.
-A library's user gets progress by a callback of their own (`progress_to`). Nobody listening, no thread is started.
+A library's user gets progress by a callback of their own (`progress_to`). Without a handler or callback no thread is
+started.
 
-Of several processes the main one speaks, and its bar counts its share of the work.
+Of several processes the main one logs, and its bar counts its share of the work.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ console = Console(stderr=True, highlight=False)
 
 EVERY = 30.0
 """Seconds between two lines about the progress of a stage."""
-LOOK = 0.5
-"""Seconds between two looks at work whose progress is measured from outside."""
+MEASURE_EVERY = 0.5
+"""Seconds between two measurements of work that cannot count its steps."""
 
 _bars = False
-"""Whether bars are drawn: on a terminal, in a command that was not told to be quiet."""
+"""Whether bars are drawn: on a terminal, in a command without --quiet."""
 
 Callback = Callable[[str, float, float | None, str], object]
 """(description, done, total, words): what is under way, steps done of how many in all (None: not known), and what
@@ -49,17 +50,32 @@ _callback: ContextVar[Callback | None] = ContextVar("layercut_progress", default
 
 
 def say(stage: str, words: str) -> None:
-    """One line about a stage."""
+    """Log one line about a stage.
+
+    Args:
+        stage: such as "search".
+        words: the message.
+    """
     _say(logging.INFO, stage, words)
 
 
 def warn(stage: str, words: str) -> None:
-    """One line that is seen also with --quiet."""
+    """Log one line that is shown also with --quiet.
+
+    Args:
+        stage: such as "search".
+        words: the message.
+    """
     _say(logging.WARNING, stage, words)
 
 
 def debug(stage: str, words: str) -> None:
-    """One line that is seen with --verbose and in the log file."""
+    """Log one line that is shown with --verbose and in the log file.
+
+    Args:
+        stage: such as "search".
+        words: the message.
+    """
     _say(logging.DEBUG, stage, words)
 
 
@@ -79,7 +95,7 @@ def _is_main() -> bool:
 
 @contextmanager
 def progress_to(callback: Callback) -> Iterator[None]:
-    """Have a function told how far the work is that is begun while this is open.
+    """Have a function called with the progress of the work that is begun while this is open.
 
         with lc.progress_to(lambda description, done, total, words: print(description, done, total, words)):
             lc.search(model, tokens, ratio=0.2)
@@ -89,7 +105,7 @@ def progress_to(callback: Callback) -> Iterator[None]:
 
     Args:
         callback: called with (description, done, total, words) when work begins, with done = 0, and after each step.
-            total is None where nobody knows it. Work that cannot count its steps is measured from a thread of its own,
+            total is None where it is not known. Work that cannot count its steps is measured from a thread of its own,
             which calls it then; what it raises elsewhere stops the work.
     """
     token = _callback.set(callback)
@@ -100,7 +116,7 @@ def progress_to(callback: Callback) -> Iterator[None]:
 
 
 def _is_heard() -> bool:
-    """Whether a handler takes what is logged about progress."""
+    """Whether a handler takes messages about progress."""
     logger: logging.Logger | None = log if log.isEnabledFor(logging.INFO) else None
     while logger is not None:
         if any(not isinstance(h, logging.NullHandler) and h.level <= logging.INFO for h in logger.handlers):
@@ -137,7 +153,13 @@ def bar(
 ) -> Iterator[Callable[..., None]]:
     """Show how far work is; call what it yields with the steps done, and optionally words to show beside it.
 
-    total: steps in all; None where nobody knows. measure: tells the steps done so far, of work that cannot count them.
+    Args:
+        description: of the work.
+        total: steps in all; None where not known.
+        measure: returns the steps done so far, of work that cannot count them.
+
+    Yields:
+        advance(steps=1, words="").
     """
     task, over = _Task(description, total), threading.Event()
     main = _is_main()
@@ -154,12 +176,12 @@ def bar(
             show()
 
         def watch() -> None:
-            told = task.begun
-            while not over.wait(LOOK if measure else EVERY):
+            logged = task.begun
+            while not over.wait(MEASURE_EVERY if measure else EVERY):
                 if measure:
                     advance(measure() - task.done)
-                if time.monotonic() - told >= EVERY:
-                    told = time.monotonic()
+                if time.monotonic() - logged >= EVERY:
+                    logged = time.monotonic()
                     _say(logging.INFO, "progress", task.line(), progress=True)
 
         watching = heard or (main and measure is not None and (callback is not None or _bars))
@@ -196,7 +218,7 @@ def _drawn(task: _Task) -> Iterator[Callable[[], None]]:
 
 
 def duration(seconds: float) -> str:
-    """80 -> 1 min 20 s"""
+    """Seconds in words: 80 -> 1 min 20 s."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     if hours:
@@ -243,10 +265,18 @@ class _OneLine(logging.Formatter):
 
 @contextmanager
 def shown(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> Iterator[None]:
-    """While open, messages are seen on stderr and appended to a file; the command's own doing, once.
+    """While open, messages are written to stderr and appended to a file; the command calls this once.
 
-    quiet: on stderr warnings alone. verbose: what `debug` says too. The file gets all of it, and progress every 30 s.
-    Raises RunError where the file cannot be written.
+    Args:
+        quiet: on stderr warnings alone.
+        verbose: on stderr what `debug` logs too.
+        log_file: gets all of it, and progress every 30 s.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     global _bars
     terminal = console.is_terminal

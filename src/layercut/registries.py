@@ -76,6 +76,10 @@ class Registry(Generic[Part]):
     def check(self, name: str, flag: str) -> None:
         """Refuse a name that no part has.
 
+        Args:
+            name: as the user gave it.
+            flag: that it was given to, for the message.
+
         Raises:
             ConfigError: unknown; the hint names the nearest, or all there are.
         """

@@ -37,7 +37,11 @@ class Segment:
 
     @classmethod
     def parse(cls, text: str) -> Segment:
-        """Read "13:19"."""
+        """Read "13:19".
+
+        Raises:
+            ConfigError: it is not of this form.
+        """
         start, colon, stop = text.partition(":")
         try:
             if not colon:
@@ -79,7 +83,18 @@ def _as_segment(given: Any) -> Segment:
 
 
 def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
-    """Sort segments and check them against a stack of `layers`: inside it, disjoint, and not all of it."""
+    """Sort segments and check them against a stack: inside it, disjoint, and not all of it.
+
+    Args:
+        segments: in any order.
+        layers: L.
+
+    Returns:
+        The segments, sorted.
+
+    Raises:
+        ConfigError: what is wrong with them.
+    """
     ordered = sorted(segments)
     for segment in ordered:
         if segment.stop > layers:
@@ -102,7 +117,18 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
 
 
 def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
-    """Original indices of the layers that stay, in order: the `original_layer_index` of the cut model."""
+    """Original indices of the layers that stay, in order: the `original_layer_index` of the cut model.
+
+    Args:
+        segments: that are removed, in any order.
+        layers: L.
+
+    Returns:
+        L - n indices.
+
+    Raises:
+        ConfigError: as `checked_segments`.
+    """
     ordered = checked_segments(segments, layers)
     removed = {i for segment in ordered for i in range(segment.start, segment.stop)}
     return [i for i in range(layers) if i not in removed]
@@ -135,7 +161,15 @@ class Removal:
         return cls(segments, segments, segments)
 
     def then(self, cut: Iterable[Segment], layers: int) -> Removal:
-        """Of the model that this removal left, which had so many layers at first."""
+        """The removal after one more round.
+
+        Args:
+            cut: what the next round removes of the model that this removal left.
+            layers: L of the dense model.
+
+        Returns:
+            Both rounds together.
+        """
         segments, kept = tuple(sorted(cut)), kept_layers(self.all, layers)
         fresh = {kept[i] for segment in segments for i in range(segment.start, segment.stop)}
         removed = fresh.union(*(range(segment.start, segment.stop) for segment in self.all))
@@ -144,7 +178,18 @@ class Removal:
 
 
 def layers_to_remove(ratio: float, layers: int) -> int:
-    """n = round(ratio * layers), at least one layer and never all of them."""
+    """n = round(ratio * layers), at least one layer and never all of them.
+
+    Args:
+        ratio: share of the layers, between 0 and 1.
+        layers: L.
+
+    Returns:
+        n.
+
+    Raises:
+        ConfigError: the ratio is outside 0 to 1, or n is 0 or L.
+    """
     if not 0 < ratio < 1:
         raise ConfigError(
             f"--ratio {ratio:g} is outside 0 to 1",

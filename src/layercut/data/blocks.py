@@ -4,10 +4,10 @@ After loading, before search. A source of text (`data/sources.py`), a mix of sev
 sampled from the dense model (`data/self_sampled.py`), is cut into blocks of exactly T tokens. The same source and seed
 always give the same stream of blocks.
 
-A `Reader` draws for the several uses of a run (search, tuning, judging, reporting) so that no text serves two. What is
-the same text is decided by what is read, not by what it is called: one stream for each set, split or content of files,
-from which every use takes what the one before left; and a document that another use has, from whatever source, is
-passed over. What that cannot see, the same text split into other documents, `data/overlap.py` finds in the tokens.
+A `Reader` draws for the several uses of a run (search, tuning, held-out, evaluation); no text is used twice. What is
+the same text is decided by what is read, not by what it is called: one stream for each set, split or content of
+files, from which every use takes what the one before left; and a document that another use has, from whatever source,
+is skipped. What that cannot see, the same text split into other documents, `data/overlap.py` finds in the tokens.
 """
 
 from __future__ import annotations
@@ -39,6 +39,26 @@ PIECE = 2_000_000
 All of WikiText-2's test text is one piece, as the field has it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """Where token blocks come from, for a run's provenance; fit to be published."""
+
+    source: str
+    """As the user named it; of a file its name alone."""
+    reads: list[str]
+    """What was read, each by its one name (`Source.reads`)."""
+    origins: list[str]
+    """The stream of each part of the mix."""
+    tokens: int
+    window: int
+    """Tokens in a row."""
+    documents: int
+    passed_over: int
+    """Documents that were left out, since another use of the run has them."""
+    fingerprint: str
+    """First 16 hex digits of the SHA-256 of the token ids."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Token blocks and where they came from."""
@@ -60,18 +80,13 @@ class Blocks:
     passed_over: int = 0
     """Documents that were left out, since another use of the run has them."""
 
-    def facts(self) -> dict[str, Any]:
-        """For the run's provenance; fit to be published."""
-        return {
-            "source": public_name(self.source),
-            "reads": list(self.reads),
-            "origins": list(self.origins),
-            "tokens": self.tokens.numel(),
-            "window": self.tokens.shape[1],
-            "documents": self.documents,
-            "passed_over": self.passed_over,
-            "fingerprint": self.fingerprint,
-        }
+    def facts(self) -> TextFacts:
+        """All but the tokens and the documents' keys."""
+        return TextFacts(
+            source=public_name(self.source), reads=list(self.reads), origins=list(self.origins),
+            tokens=self.tokens.numel(), window=self.tokens.shape[1], documents=self.documents,
+            passed_over=self.passed_over, fingerprint=self.fingerprint,
+        )  # fmt: skip
 
     def rows_by_origin(self) -> dict[str, torch.Tensor]:
         """The rows of each stream, {stream: [n, T]}."""
@@ -79,7 +94,15 @@ class Blocks:
 
 
 def stored_blocks(folder: Path, use: str) -> torch.Tensor:
-    """The blocks [N, T] that a run drew for a use: calibration, heldout, tuning or evaluation."""
+    """The blocks that a run drew for a use.
+
+    Args:
+        folder: of the run.
+        use: calibration, heldout, tuning or evaluation.
+
+    Returns:
+        Token ids [N, T].
+    """
     return load_file(folder / f"tokens-{use}.safetensors")[use]
 
 
@@ -96,7 +119,7 @@ def token_blocks(
 ) -> torch.Tensor:
     """Text as token ids, to search, heal, quantize or measure on.
 
-    Documents are laid end to end, each marked off as the tokenizer does it (BOS or EOS), and cut into rows of equal
+    Documents are concatenated, each separated as the tokenizer does it (BOS or EOS), and cut into rows of equal
     length. The same source, seed and tokenizer always give the same rows.
 
     Args:
@@ -157,6 +180,9 @@ def load_blocks(
 
     Raises:
         DataError: no such source, unreadable, unreachable, too short.
+
+    Returns:
+        The blocks, with what they were drawn from.
     """
     reader = Reader(tokenizer, seed=seed, model=model, chat_template=chat_template)
     return reader.draw("", source, tokens=tokens, window=window, skip=skip, order=order)
@@ -164,7 +190,7 @@ def load_blocks(
 
 @dataclass
 class Reader:
-    """Draws the blocks of several uses, so that no text serves two of them."""
+    """Draws the blocks of several uses, so that no text is used twice."""
 
     tokenizer: Any
     seed: int
@@ -181,7 +207,19 @@ class Reader:
     ) -> Blocks:
         """N = ceil(tokens / window) blocks of the source for this use, from where an earlier use of it stopped.
 
-        skip: blocks that nobody gets. See `load_blocks`.
+        Args:
+            use: what the blocks are for; no other use gets their documents.
+            source: as `token_blocks` takes it.
+            tokens: token ids in all, rounded up to whole blocks.
+            window: T.
+            order: "shuffled" or "as written".
+            skip: blocks that no use gets.
+
+        Returns:
+            The blocks, with what they were drawn from.
+
+        Raises:
+            DataError: no such source, unreadable, unreachable, too short.
         """
         if tokens < 1 or window < 1 or skip < 0:
             raise DataError(
@@ -214,9 +252,17 @@ class Reader:
     def pass_by(
         self, use: str, source: str, *, tokens: int, window: int, keys: set[int], order: Order = "shuffled"
     ) -> None:
-        """Go on as if these blocks had been drawn for a use, which has them already. keys: of its documents.
+        """Skip blocks that a use has from an earlier run, so that later draws are the same as if they were drawn now.
 
         Text is read again to find where it stops; nothing is sampled from the model.
+
+        Args:
+            use: that has them.
+            source: as `token_blocks` takes it.
+            tokens: token ids in all, rounded up to whole blocks.
+            window: T.
+            keys: of their documents.
+            order: "shuffled" or "as written".
         """
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]
         count = math.ceil(tokens / window)
@@ -251,7 +297,15 @@ def _origin(part: Source) -> str:
 
 
 def in_rows(blocks: torch.Tensor, window: int) -> torch.Tensor:
-    """Blocks [N, T] that follow each other in the text as shorter rows [M, window]; as they are where T is no more."""
+    """Blocks that follow each other in the text as shorter rows; as they are where they are no longer than that.
+
+    Args:
+        blocks: token ids [N, T].
+        window: tokens of a row.
+
+    Returns:
+        Token ids [M, window].
+    """
     if blocks.shape[1] <= window:
         return blocks
     stream = blocks.flatten()
@@ -276,7 +330,7 @@ class _Taken:
 
 
 class _Text:
-    """Documents laid end to end, from which tokens are taken."""
+    """Concatenated documents, from which tokens are taken."""
 
     def __init__(self, name: str, texts: Iterator[Document], tokenizer: Any, chat_template: bool) -> None:
         self.name = name
@@ -286,7 +340,7 @@ class _Text:
         self._given = 0
         self._ids = array("q")
         self._parts: list[list[int]] = []
-        """[number, key, tokens] of the documents that the ids which nobody has taken yet are of."""
+        """[number, key, tokens] of the documents that the ids not yet taken are of."""
 
     def _pass_over(self, key: int) -> bool:
         refused = self._refused(key)
@@ -294,8 +348,10 @@ class _Text:
         return refused
 
     def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
-        """Rows `span` of what is left, [len(span), T]; those before are given to nobody. refused: documents to leave
-        out, by their key. A document that was begun is continued."""
+        """Rows `span` of what is left, [len(span), T]; those before are skipped.
+
+        `refused` says which documents to leave out, by their key. A document that was begun is continued.
+        """
         self._refused, self._passed_over = refused, 0
         begin, end = span.start * window, span.stop * window
         while len(self._ids) < end:
@@ -318,7 +374,7 @@ class _Text:
         return _Taken(rows, keys, self._passed_over)
 
     def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
-        """Give the next rows to nobody: somebody has them."""
+        """Skip the next rows."""
         self.take(range(count), window, refused)
 
     def _forget(self, count: int) -> None:
@@ -359,7 +415,7 @@ class _Own:
         return _Taken(rows, [_hash(row.numpy().tobytes()) for row in rows], 0)
 
     def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
-        """Give the next rows to nobody: somebody has them."""
+        """Skip the next rows."""
         self._given += count
 
 
@@ -373,11 +429,19 @@ def encode(
     chat_template: bool = False,
     passed_over: Callable[[int], bool] = lambda key: False,
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """(number, key, token ids) of each document that is not empty, a long one in pieces, marked off from the others
-    as the model expects.
+    """Token ids of each document that is not empty, a long one in pieces, separated as the model expects.
 
-    Behind BOS where the tokenizer puts one by itself; else before EOS, if it has one. A mark that is already
-    there, as chat templates may write it, is not doubled. passed_over: whether to leave out a document, by its key.
+    Behind BOS where the tokenizer puts one by itself; else before EOS, if it has one. A separator that is already
+    there, as chat templates may write it, is not doubled.
+
+    Args:
+        texts: documents.
+        tokenizer: a tokenizer of transformers.
+        chat_template: render chats and instructions by its template.
+        passed_over: whether to leave out a document, by its key.
+
+    Yields:
+        (number of the document, its key, token ids) of each piece.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
@@ -399,7 +463,7 @@ def encode(
 
 
 def document_key(document: Document) -> int:
-    """63 bits by which a document is known, wherever it stands and however it is wrapped."""
+    """63 bits by which a document is recognised, wherever it stands and however it is wrapped."""
     return _hash(re.sub(r"\s+", " ", render(document)).strip().encode("utf-8", "surrogatepass"))
 
 
@@ -408,7 +472,15 @@ def _hash(content: bytes) -> int:
 
 
 def pieces(text: str, longest: int | None = None) -> Iterator[str]:
-    """The text in parts of so many characters at most (PIECE), parted before white space where there is some."""
+    """The text in parts of bounded length, split before white space where there is some.
+
+    Args:
+        text: any.
+        longest: characters of a part at most; `PIECE` where not given.
+
+    Yields:
+        The parts, in order.
+    """
     start, longest = 0, longest or PIECE
     while len(text) - start > longest:
         stop = start + longest
@@ -421,7 +493,15 @@ def pieces(text: str, longest: int | None = None) -> Iterator[str]:
 
 
 def render(document: Document, chat_tokenizer: Any = None) -> str:
-    """A document as text; messages through the chat template if one is given, else one below the other."""
+    """A document as text; messages through the chat template if one is given, else one below the other.
+
+    Args:
+        document: a text or the messages of a chat.
+        chat_tokenizer: whose template renders chats; None: no template.
+
+    Returns:
+        The text.
+    """
     if isinstance(document, str):
         return document
     if chat_tokenizer is None:

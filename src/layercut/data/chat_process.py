@@ -19,7 +19,7 @@ LONGEST = 2**26
 
 
 def bound_memory() -> None:
-    """Let allocations fail beyond what is mapped now and MEMORY. Where the system has no such limit, time is left."""
+    """Let allocations fail beyond what is mapped now and MEMORY, where the system has such a limit."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
@@ -48,6 +48,7 @@ def answer(asked: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
+    """Read a chat a line from stdin, and write it rendered to stdout."""
     import transformers.utils.chat_template_utils  # noqa: F401  before the memory is bounded
 
     bound_memory()

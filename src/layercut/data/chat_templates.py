@@ -1,4 +1,4 @@
-"""Chat templates, rendered within bounds. Ground: text and evaluation use it.
+"""Chat templates, rendered within bounds of time and memory; used for text and by evaluation.
 
 A template is a program that comes with the checkpoint. jinja2's sandbox keeps it from files and attributes, but it can
 loop for ever or build a string larger than memory; so a process of its own renders (`data/chat_process.py`), one for
@@ -21,7 +21,7 @@ from layercut.errors import DataError, ModelError
 START, LONGEST = 300.0, 10.0
 """Seconds that the process may take to start, and to render one chat; a chat of a thousand messages takes 0.01 s."""
 HINT = "leave out --chat-template, or correct the data"
-PROMPT_HINT = "mend the checkpoint's chat template (chat_template.jinja or tokenizer_config.json), or delete it"
+PROMPT_HINT = "correct the checkpoint's chat template (chat_template.jinja or tokenizer_config.json), or delete it"
 
 
 class _Renderer:
@@ -81,9 +81,19 @@ _renderer = _Renderer()
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-    """A chat by the tokenizer's template; prompt: up to where the model is to answer.
+    """A chat by the tokenizer's template.
 
-    DataError where the template refuses the chat, ModelError where it takes too long or too much memory.
+    Args:
+        tokenizer: a tokenizer of transformers.
+        messages: of the chat, each with "role" and "content".
+        prompt: whether to end where the model is to answer.
+
+    Returns:
+        The text.
+
+    Raises:
+        DataError: the template refuses the chat.
+        ModelError: it takes too long or too much memory.
     """
     roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
     try:

@@ -1,4 +1,4 @@
-"""Whether two texts are the same in part, told by their tokens: however they are called, stored and parted.
+"""Whether two texts are the same in part, by their tokens: however they are called, stored and split into documents.
 
 Beside `data/blocks.py`, which keeps whole documents apart. A passage is a run of PASSAGE tokens, known by a hash of 64
 bits; of two sets of rows, the share of the one's different passages that are in the other as well is what they have in
@@ -49,9 +49,17 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def shared(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    """Share of the passages of some rows, each [N, T], that are in other rows as well; 0 where they have none."""
-    ours, theirs = (_union(rows) for rows in (judged, others))
-    return float(np.isin(ours, theirs, assume_unique=True).mean()) if len(ours) and len(theirs) else 0.0
+    """Share of the passages of some rows that are in other rows as well; 0 where either has none.
+
+    Args:
+        judged: token ids [N, T] each.
+        others: token ids [N, T] each.
+
+    Returns:
+        Between 0 and 1.
+    """
+    a, b = (_union(rows) for rows in (judged, others))
+    return float(np.isin(a, b, assume_unique=True).mean()) if len(a) and len(b) else 0.0
 
 
 def _union(rows: Sequence[torch.Tensor]) -> np.ndarray:
@@ -59,7 +67,15 @@ def _union(rows: Sequence[torch.Tensor]) -> np.ndarray:
 
 
 def by_origin(tokens: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Rows [N, T] that come from several streams in turn, {stream: [n, T]}."""
+    """Split rows that come from several streams in turn.
+
+    Args:
+        tokens: token ids [N, T].
+        origins: names of the streams; row i is of stream i modulo their number.
+
+    Returns:
+        Token ids [n, T] by stream.
+    """
     found: dict[str, list[torch.Tensor]] = {}
     for i, origin in enumerate(origins):
         found.setdefault(origin, []).append(tokens[i :: len(origins)])

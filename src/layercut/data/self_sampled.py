@@ -24,9 +24,23 @@ ROWS = 32
 def sample(
     model: Any, tokenizer: Any, window: int, span: range, seed: int | str, *, chat_template: bool = False
 ) -> torch.Tensor:
-    """Rows `span` of the model's own text, [len(span), T]: its plain distribution, temperature 1, past EOS.
+    """Rows of the model's own text: its plain distribution, temperature 1, past EOS.
 
     Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        window: T.
+        span: numbers of the rows.
+        seed: of the run.
+        chat_template: begin each row as a user's message.
+
+    Returns:
+        Token ids [len(span), T], on the CPU.
+
+    Raises:
+        DataError: there is no model, or the chat template does not suit.
     """
     from transformers import GenerationConfig
 
@@ -67,7 +81,15 @@ def sample(
 
 @contextmanager
 def generating(model: Any, plain: Any) -> Iterator[None]:
-    """Set aside the model's generation config (its EOS, penalties, cut-offs) and torch's random state."""
+    """While open, another generation config, and a random state that is put back afterwards.
+
+    Args:
+        model: whose generation config (EOS, penalties, cut-offs) is set aside.
+        plain: the config meanwhile.
+
+    Yields:
+        Nothing.
+    """
     kind, own = model.device.type, model.generation_config
     forked = torch.random.fork_rng(
         devices=[model.device] if kind == "cuda" else [], device_type="cuda" if kind == "cpu" else kind
@@ -81,7 +103,15 @@ def generating(model: Any, plain: Any) -> Iterator[None]:
 
 
 def first_token(tokenizer: Any, draw: random.Random) -> int:
-    """BOS, or where there is none, a random token that is not a special one."""
+    """BOS, or where there is none, a random token that is not a special one.
+
+    Args:
+        tokenizer: of the model.
+        draw: random numbers.
+
+    Returns:
+        A token id.
+    """
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
     special = {*tokenizer.all_special_ids}
@@ -89,7 +119,18 @@ def first_token(tokenizer: Any, draw: random.Random) -> int:
 
 
 def chat_prefix(tokenizer: Any, window: int) -> list[int]:
-    """What the chat template writes before a user's first words: the model writes these and what follows."""
+    """What the chat template writes before a user's first words: the model writes these and what follows.
+
+    Args:
+        tokenizer: of the model.
+        window: T.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        DataError: the template leaves out the user's message, or opens with more than T tokens.
+    """
     mark = "USERS-WORDS"
     text = render_chat(tokenizer, [{"role": "user", "content": mark}])
     if mark not in text:

@@ -1,7 +1,7 @@
 """Where text comes from: named sets, any Hub set, files of this machine, and the documentation inside Python.
 
-The ground under `data/blocks.py`, which packs these documents into token blocks. `find` says what a name means: which
-set, configuration and split, or which files; two names of the same thing are told to be so by what they read.
+Below `data/blocks.py`, which packs these documents into token blocks. `find` says what a name means: which set,
+configuration and split, or which files; two names of the same thing are recognised by what they read.
 `documents` yields one after the other, so that nothing is read that is not needed: in an order shuffled by the seed,
 or as written where there is none. Data is only ever read: loading scripts of data sets are not run.
 """
@@ -65,8 +65,10 @@ class Source:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What is read, by one name however it is spelled: a set by its id, configuration and split, a file by what
-        it holds."""
+        """What is read, by one name however it is spelled.
+
+        A set by its id, configuration and split, a file by a hash of its content.
+        """
         if self.hub:
             return (f"{self.hub.path.casefold()}@{self.hub.config or 'default'}:{self.hub.split}",)
         return tuple(f"file {content(file)}" for file in self.files) or (self.name,)
@@ -81,9 +83,17 @@ class Source:
 
 
 def find(name: str, *, reported: bool = False) -> Source:
-    """What a name means. DataError: there is no such source.
+    """What a source's name means.
 
-    reported: figures are to be reported on it, for which some named sets have a split of their own.
+    Args:
+        name: as the user gave it.
+        reported: whether figures are to be reported on it, for which some named sets have a split of their own.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: there is no such source.
     """
     head, _, split = name.partition(":")
     if name in PYTHON or name == SELF:
@@ -105,7 +115,15 @@ def find(name: str, *, reported: bool = False) -> Source:
 
 
 def documents(name: str, seed: int | None) -> Iterator[Document]:
-    """The documents of one source, as written, and of the split that is reported on, where `seed` is None."""
+    """The documents of one source.
+
+    Args:
+        name: as the user gave it.
+        seed: of their order; None: as written, and of the split that is reported on.
+
+    Returns:
+        Documents, read as they are asked for.
+    """
     return find(name, reported=seed is None).documents(seed)
 
 
@@ -122,7 +140,15 @@ def split_mix(source: str) -> list[str]:
 
 
 def what_is_read(source: str, *, reported: bool = False) -> dict[str, str]:
-    """What a source or a mix reads, each by its one name (`Source.reads`), and how the user named it."""
+    """What a source or a mix reads, and how the user named it.
+
+    Args:
+        source: as the user gave it.
+        reported: as `find`.
+
+    Returns:
+        The user's name of each part by what it reads (`Source.reads`).
+    """
     return {
         read: part for part in split_mix(source) for read in find(part, reported=reported).reads
     }  # fmt: skip
@@ -142,7 +168,15 @@ def public_name(source: str) -> str:
 
 
 def from_hub(dataset: HubSet, seed: int | None) -> Iterator[Document]:
-    """Documents of a Hub set, streamed and shuffled through a buffer, or whole where the set is small."""
+    """Documents of a Hub set, streamed and shuffled through a buffer, or whole where the set is small.
+
+    Args:
+        dataset: the set.
+        seed: of their order; None: as written.
+
+    Yields:
+        Documents.
+    """
     rows = _hub_rows(dataset, None if dataset.lines else seed)
     if not dataset.lines:
         for row in rows:

@@ -28,7 +28,7 @@ SHUFFLED_TOGETHER = 2**30
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is meant as a path: it exists, is rooted, has wildcards, or ends as one of our files."""
+    """Whether a name is meant as a path: it exists, is rooted, has wildcards, or ends as a file of text does."""
     bare = re.sub(r":[^:/\\]*$", "", name)
     return (
         name.startswith((".", "/", "~"))
@@ -79,7 +79,16 @@ def _content(file: Path, *_: int) -> str:
 
 
 def from_files(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
-    """Documents of .txt, .json and .jsonl files, or of .parquet files."""
+    """Documents of .txt, .json and .jsonl files, or of .parquet files.
+
+    Args:
+        files: all of one of the two kinds.
+        column: the field to read, or None.
+        seed: of their order; None: as written.
+
+    Yields:
+        Documents.
+    """
     parquet = [file for file in files if file.suffix == ".parquet"]
     if len(parquet) not in (0, len(files)):
         raise DataError("the pattern matches .parquet and other files", "give one pattern each: --data A+B")
@@ -96,8 +105,11 @@ def from_files(files: list[Path], column: str | None, seed: int | None) -> Itera
 
 
 def _from_parquet(files: list[Path], column: str | None, seed: int | None) -> Iterator[Document]:
-    """Documents of tables. Shuffled are the groups of rows that a file is written in, then, of as many groups as fit
-    in SHUFFLED_TOGETHER, the rows."""
+    """Documents of tables.
+
+    Shuffled are the row groups that a file is written in, then, of as many groups as fit in SHUFFLED_TOGETHER, the
+    rows.
+    """
     where = str(files[0])
     try:
         groups = in_order([(file, *group) for file in files for group in _row_groups(file, column)], seed)
@@ -198,7 +210,19 @@ def _read_json(file: Path, start: int, stop: int, line: int) -> tuple[str | Reco
 
 
 def parsed(text: str, where: str, hint: str = "each line must hold one object") -> Any:
-    """What JSON says; DataError where it is none, nests too deep, or holds a number of thousands of digits."""
+    """A JSON value.
+
+    Args:
+        text: JSON.
+        where: file and line, for messages.
+        hint: of the error where it is no JSON.
+
+    Returns:
+        The value.
+
+    Raises:
+        DataError: it is no JSON, nests too deep, or holds a number of thousands of digits.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

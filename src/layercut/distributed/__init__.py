@@ -1,1 +1,1 @@
-"""Several processes that do one run together, and weights spread over them."""
+"""Several processes that do one run together, and weights sharded over them."""

@@ -1,7 +1,7 @@
-"""Several processes that do one run together, started by torchrun or accelerate launch. Ground: every stage may use it.
+"""Several processes that do one run together, started by torchrun or accelerate launch. Every stage may use it.
 
 All of them run the same journey on the same arguments and hold the whole model. Rows of tokens are what they share:
-each takes its part (`share`), sums go over all of them (`sum_`), and since all see the same sums all decide alike.
+each takes its part (`share`), sums are all-reduced (`sum_`), and since all see the same sums all decide alike.
 What is no sum of rows one of them does, the main process, while the others wait (`on_main`). Files are written by
 the main process and read by all: the run folder lies on a file system that all of them see.
 
@@ -62,11 +62,13 @@ def on_this_machine() -> int:
 
 
 def start() -> None:
-    """Join the other processes, as the environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """Join the other processes, by the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     gloo serves tensors on the CPU, nccl those on GPUs; of several GPUs this process takes that of its LOCAL_RANK.
-    Nothing happens where there is one process, or where this was called before. Raises ConfigError where the
-    environment speaks of several processes and does not say how to find them.
+    Nothing happens where there is one process, or where this was called before.
+
+    Raises:
+        ConfigError: the environment is that of several processes and does not say how to find them.
     """
     global _started
     if _started or not launched():
@@ -94,7 +96,11 @@ def stop() -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """ConfigError where several processes would crowd on one GPU."""
+    """Refuse a device that several processes on this machine would share.
+
+    Raises:
+        ConfigError: one GPU is named for several processes, or there are more processes than GPUs.
+    """
     here = on_this_machine()
     if device.type == "cpu" or here == 1:
         return
@@ -127,7 +133,7 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks to the user, also while it works alone."""
+    """Whether this process writes files and prints, also inside `on_main`."""
     return _started is None or dist.get_rank() == 0
 
 
@@ -140,22 +146,29 @@ def share(length: int) -> slice:
 
 
 def share_of_batches(length: int, batch: int) -> list[slice]:
-    """This process's part of range(length), parted into batches: of `batch`, or of fewer where some process would
-    have none."""
+    """This process's part of range(length), in batches; in smaller ones where some process would have none.
+
+    Args:
+        length: how many rows in all.
+        batch: rows of a batch at most.
+
+    Returns:
+        Slices of the rows.
+    """
     batch = max(1, min(batch, -(-length // world())))
     parts = [slice(begin, min(begin + batch, length)) for begin in range(0, length, batch)]
     return parts[share(len(parts))]
 
 
 def sum_(*tensors: torch.Tensor) -> None:
-    """Replace tensors by their sums over all processes: the same bits in every one."""
+    """All-reduce: replace tensors by their sums over all processes, the same bits in every one."""
     if _several():
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
 
 
 def summed(values: list[float]) -> list[float]:
-    """Numbers summed over all processes, in float64."""
+    """All-reduce of numbers, in float64."""
     if not _several():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -164,7 +177,7 @@ def summed(values: list[float]) -> list[float]:
 
 
 def most(value: int) -> int:
-    """The largest of all processes' numbers."""
+    """The largest of all processes' numbers (all-reduce with max)."""
     if not _several():
         return value
     tensor = torch.tensor(value)
@@ -179,7 +192,7 @@ def barrier() -> None:
 
 
 def from_main(value: Result) -> Result:
-    """The main process's value, in all of them; for what might come out differently on another machine."""
+    """Broadcast the main process's value; for what might come out differently on another machine."""
     if not (several := _several()):
         return value
     box = [value]
@@ -187,34 +200,51 @@ def from_main(value: Result) -> Result:
     return box[0]
 
 
-def on_main(compute: Callable[[], Result]) -> Result:
-    """What the main process alone computes, in all of them, which wait for it and fail with it.
+@dataclass
+class MainAlone:
+    """Work of the main process: see `main_alone`."""
 
-    Inside, there is one process: `world()` is 1, and what is shared elsewhere is not.
+    mine: bool
+    """Whether it is this process that does it."""
+    value: Any = None
+    """What came out of it: set by the process that does it; in all of them at the end."""
+
+
+@contextmanager
+def main_alone() -> Iterator[MainAlone]:
+    """Work that the main process alone does, while the others wait; all get its `value`, or fail with it.
+
+    Inside, there is one process: `world()` is 1, and what is split elsewhere is not.
     """
+    work = MainAlone(is_main())
     if not (several := _several()):
-        return compute()
+        yield work
+        return
     barrier()
-    outcome: tuple[bool, Any] = (True, None)
-    error: BaseException | None = None
-    if is_main():
-        several.alone += 1
-        try:
-            outcome = (True, compute())
-        except Exception as caught:
-            error, outcome = caught, (False, _portable(caught))
-        finally:
-            several.alone -= 1
-    fine, value = from_main(outcome)
-    if error:
-        raise error
-    if not fine:
-        raise value
-    return value
+    error: Exception | None = None
+    several.alone += work.mine
+    try:
+        yield work
+    except Exception as caught:
+        error = caught
+    finally:
+        several.alone -= work.mine
+    told, work.value = from_main((error and _portable(error), work.value))
+    if failed := error or told:
+        raise failed
+
+
+def on_main(compute: Callable[[], Result]) -> Result:
+    """Compute in the main process alone, and broadcast the value, or the error (`main_alone`)."""
+    with main_alone() as work:
+        if work.mine:
+            work.value = compute()
+    result: Result = work.value
+    return result
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as another process can raise it: that of a user as it is, a fault of ours by its name."""
+    """The error as another process can raise it: a user's as it is, a fault of layercut by its name."""
     if isinstance(error, LayercutError):
         return error
     return OtherProcessError(f"the main process failed: {type(error).__name__}")
@@ -225,10 +255,10 @@ def _portable(error: Exception) -> Exception:
 
 @contextmanager
 def first_to_fail(code: int) -> Iterator[int | None]:
-    """Enter when this process is about to exit with `code`, and say why inside, if it yields None.
+    """Enter when this process is about to exit with `code`, and print the reason inside, if it yields None.
 
     Else another failed before, of which this one's failure is a consequence or a repetition; it yields the exit
-    code of that one, once its words are out. For the launcher ends all processes as soon as one of them has ended.
+    code of that one, once its message is printed. For the launcher ends all processes as soon as one of them has ended.
     """
     if not _started:
         yield None
@@ -238,7 +268,7 @@ def first_to_fail(code: int) -> Iterator[int | None]:
         first = _started.store.compare_set("failed", "", mine).decode()
         if first != mine:
             _started.store.wait(["said"], timedelta(seconds=20))
-    except RuntimeError:  # the store went with the process that held it
+    except RuntimeError:  # the store ended with the process that held it
         yield None
         return
     yield None if first == mine else int(first.partition(":")[2])

@@ -1,15 +1,15 @@
-"""A model spread over several processes, of which each holds a part of every weight. Ground, below `models/loading.py`.
+"""A model sharded over several processes, of which each holds a part of every weight. Below `models/loading.py`.
 
-For models larger than one device. A weight is a DTensor, parted along its first dimension; torch's FSDP2
+For models larger than one device. A weight is a DTensor, sharded along its first dimension; torch's FSDP2
 (`fully_shard`) gathers a decoder layer from all processes when it runs and drops it afterwards, and what is no layer
 (embeddings, final norm, head) when the model itself is called.
 
 FSDP2 changes a module's class, refuses copies of it, and keeps every parameter in one place. Here two models share
-weights, and copies are cut and healed. So a model *at rest* is a plain one whose parameters happen to be DTensors: it
+weights, and clones are cut and healed. So a model *at rest* is a plain one whose parameters happen to be DTensors: it
 is shared, cut and compared by the identity of its parameters as any other. `runnable` makes of it the copy that
-FSDP2 runs, over the very same parts.
+FSDP2 runs, over the very same shards.
 
-A gather needs all processes: over a spread model they must run the same layers equally often, whatever rows each has
+A gather needs all processes: over a sharded model they must run the same layers equally often, whatever rows each has
 (`in_step`), and none may run it alone.
 """
 
@@ -40,7 +40,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether the model's weights are spread over the processes."""
+    """Whether the model's weights are sharded over the processes."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
@@ -48,23 +48,39 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def part_of(whole: torch.Tensor) -> torch.Tensor:
-    """The rows of a tensor that this process holds: as even as torch.chunk parts them, perhaps none."""
+    """The rows of a tensor that this process holds: as even as torch.chunk splits them, perhaps none."""
     size = math.ceil(len(whole) / dist.get_world_size())
     return whole[dist.get_rank() * size :][:size]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: the memory itself. All of it where it is not spread."""
+    """This process's shard of a tensor: the memory itself. All of it where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Of a whole tensor what this process holds of such a parameter."""
+    """This process's part of a whole tensor, as it holds a parameter.
+
+    Args:
+        parameter: sharded or not.
+        whole: a tensor of its shape.
+
+    Returns:
+        The shard, or all of it.
+    """
     return part_of(whole) if isinstance(parameter, DTensor) else whole
 
 
 def whole(parameter: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
-    """A parameter, or what each process has computed for its part of it, gathered from all of them."""
+    """A parameter, or what each process has computed for its shard of it, gathered from all of them.
+
+    Args:
+        parameter: sharded or not.
+        part: of this process; None: the parameter's own.
+
+    Returns:
+        The whole tensor, in every process.
+    """
     if not isinstance(parameter, DTensor):
         return parameter if part is None else part
     if part is not None:
@@ -73,8 +89,15 @@ def whole(parameter: torch.Tensor, part: torch.Tensor | None = None) -> torch.Te
 
 
 def like(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter with another whole value, spread as the one it is for; where that has no data (of a layer on
-    disk), on the value's own device."""
+    """A frozen parameter with another whole value, sharded as the one it is for.
+
+    Args:
+        parameter: whose dtype, device and sharding count.
+        value: the whole value.
+
+    Returns:
+        The new parameter; where the old one has no data (of a layer on disk), on the value's own device.
+    """
     value = value.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         return _spread(value, local(parameter).device, parameter.device_mesh, requires_grad=False)
@@ -100,9 +123,15 @@ def _assembled(part: torch.Tensor, shape: torch.Size, mesh: DeviceMesh) -> DTens
 
 
 def spread_(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Leave of every weight this process's part, on `device`. Layers are taken one at a time, the rest at the end.
+    """Keep this process's shard of every weight, and drop the rest.
 
-    So no more need be whole than the layer that `layers` yields. Single numbers are not parted.
+    Layers are taken one at a time, what is no layer at the end, so that no more need be whole than the layer that
+    `layers` yields. Single numbers are not sharded.
+
+    Args:
+        model: changed in place.
+        layers: its decoder layers, perhaps loaded one by one.
+        device: of the shards.
     """
     mesh = _mesh(device.type, dist.group.WORLD)
     for layer in layers:
@@ -137,7 +166,7 @@ def _mesh(kind: str, group: Any) -> DeviceMesh:
 def whole_copy(layer: nn.Module) -> nn.Module:
     """A plain copy of a layer at rest with all of its weights in this process; for work inside of one layer.
 
-    `origin` tells where its weights came from.
+    `origin` says where its weights came from.
     """
     values = {id(p): nn.Parameter(whole(p.detach()), requires_grad=False) for p in layer.parameters()}
     for p in layer.parameters():
@@ -146,7 +175,7 @@ def whole_copy(layer: nn.Module) -> nn.Module:
 
 
 def origin(parameter: nn.Parameter) -> nn.Parameter:
-    """The spread weight that a whole one was gathered from; else itself."""
+    """The sharded weight that a whole one was gathered from; else itself."""
     return getattr(parameter, "spread_as", parameter)
 
 
@@ -154,7 +183,7 @@ def origin(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def runnable(model: Any) -> Any:
-    """A copy of a spread model at rest that can be called, over the same parts; any other model as it is."""
+    """A copy of a sharded model at rest that can be called, over the same shards; any other model as it is."""
     if not is_spread(model) or isinstance(model, FSDPModule):
         return model
     running = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
@@ -165,9 +194,9 @@ def runnable(model: Any) -> Any:
 
 
 def trainable_copy(layer: nn.Module) -> nn.Module:
-    """A layer at rest as one that runs, with trainable weights of its own, spread like the others.
+    """A layer at rest as one that runs, with trainable weights of its own, sharded like the others.
 
-    A backward pass sums their gradients over all processes, in float32, and leaves each its part.
+    A backward pass sums their gradients over all processes, in float32, and leaves each its shard.
     """
     own = {
         id(p): nn.Parameter(p.detach().clone(), requires_grad=True) if p.is_floating_point() else p
@@ -247,10 +276,18 @@ def not_gathering(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def in_step(model: nn.Module, parts: Sequence[Part], spare: Part) -> list[tuple[Part, bool]]:
-    """This process's parts of shared work, each with whether it counts.
+    """This process's parts of the work, each with whether it counts.
 
-    Over a spread model as many as the process with the most has, `spare` being run for nothing: else the others would
-    wait for weights that this one does not help to gather.
+    Over a sharded model as many as the process with the most has, `spare` being run without counting: else the others
+    would wait for weights that this one does not help to gather.
+
+    Args:
+        model: that is run on the parts.
+        parts: of this process.
+        spare: a small part, for the passes that do not count.
+
+    Returns:
+        Parts with True, and `spare` with False.
     """
     mine = [(part, True) for part in parts]
     if not is_spread(model):

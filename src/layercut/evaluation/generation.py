@@ -1,7 +1,7 @@
-"""Greedy continuations: a few to look at, and figures of whether they are still language.
+"""Greedy continuations: a few to read, and figures of whether they are still language.
 
 Perplexity and multiple choice overstate what survives a cut (2602.01997): a model may rank sentences well and yet
-write in circles, or write nothing that makes sense. Three figures tell, each beside the dense model's own:
+repeat itself, or write nothing that makes sense. Three figures show it, each beside the dense model's own:
 how much of the text repeats, how varied it is, and how likely the dense model finds it.
 """
 
@@ -29,7 +29,17 @@ LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 8
 
 @torch.no_grad()
 def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *, tokens: int = SAMPLE) -> list[str]:
-    """Greedy continuations with the cache; through the chat template where the model has one."""
+    """Greedy continuations with the cache; through the chat template where the model has one.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        prompts: to be continued.
+        tokens: new tokens at most.
+
+    Returns:
+        One text for each prompt, without the prompt.
+    """
     pad = padding(tokenizer)
     texts = []
     for prompt in prompts:
@@ -40,7 +50,16 @@ def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *,
 
 
 def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
-    """A prompt as tokens, through the chat template where there is one; `answer` is how the reply begins."""
+    """A prompt as tokens, through the chat template where there is one.
+
+    Args:
+        tokenizer: of the model.
+        prompt: what the user says.
+        answer: how the reply begins.
+
+    Returns:
+        Token ids.
+    """
     if not tokenizer.chat_template:
         return tokenizer(f"{prompt} {answer}" if answer else prompt).input_ids
     chat = [{"role": "user", "content": prompt}]
@@ -49,12 +68,23 @@ def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
 
 
 def padding(tokenizer: Any) -> int:
-    """A token to pad with; never looked at, since all prompts of a batch are equally long."""
+    """A token to pad with; it is never read, since all prompts of a batch are equally long."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def greedy(model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exactly: bool = False) -> list[list[int]]:
-    """The most likely next tokens, up to `tokens` of them or the end of the text.  [B, T] -> B lists"""
+    """The most likely next tokens, up to the end of the text.
+
+    Args:
+        model: a causal LM of transformers.
+        ids: prompts of equal length, token ids [B, T].
+        tokens: new tokens at most.
+        pad: a token to pad with.
+        exactly: whether the end of the text is passed over until there are so many.
+
+    Returns:
+        B lists of new token ids.
+    """
     ids = ids.to(next(model.parameters()).device)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
     if exactly:
@@ -69,12 +99,21 @@ def greedy(model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exact
 def generation_health(
     dense: Any, compressed: Any, blocks: torch.Tensor, *, tokens: int = CONTINUATION
 ) -> dict[str, Any]:
-    """Both models continue the beginnings of `blocks` [N, T] greedily, each by exactly `tokens`; figures of both.
+    """Both models continue the beginnings of the blocks greedily, each by exactly `tokens`; figures of both.
 
     "dense" and "compressed": `repeated_4grams` (share of 4-grams that have occurred before in the same
     continuation), `distinct_1`, `distinct_2` (different n-grams / n-grams), `dense_loss` (nats per token that
     the dense model gives the continuation). "agreement": of the compressed model's tokens with the dense one's,
     `first_divergence` is the mean number of tokens before the two part.
+
+    Args:
+        dense: the dense model.
+        compressed: the compressed one.
+        blocks: token ids [N, T], whose first tokens are the prompts.
+        tokens: new tokens.
+
+    Returns:
+        The figures, as JSON values.
     """
     prompts = blocks[:FEWEST_PROMPTS, : min(LONGEST_PROMPT, blocks.shape[1])]
     written = {
@@ -82,9 +121,9 @@ def generation_health(
         "compressed": greedy(compressed, prompts, tokens, 0, exactly=True),
     }
     figures: dict[str, Any] = {name: _figures(dense, prompts, rows) for name, rows in written.items()}
-    parted = [first_divergence(a, b) for a, b in zip(written["dense"], written["compressed"], strict=True)]
+    common = [first_divergence(a, b) for a, b in zip(written["dense"], written["compressed"], strict=True)]
     return figures | {
-        "agreement": {"first_divergence": sum(parted) / len(parted), "shortest": min(parted), "longest": max(parted)},
+        "agreement": {"first_divergence": sum(common) / len(common), "shortest": min(common), "longest": max(common)},
         "prompts": len(prompts),
         "prompt_tokens": prompts.shape[1],
         "tokens": tokens,
@@ -107,11 +146,27 @@ def _figures(dense: Any, prompts: torch.Tensor, rows: Sequence[Sequence[int]]) -
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
-    """Different n-grams / n-grams; 1 where there are none."""
+    """Different n-grams / n-grams; 1 where there are none.
+
+    Args:
+        tokens: token ids.
+        n: tokens of an n-gram.
+
+    Returns:
+        Between 0 and 1.
+    """
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two continuations begin with in common."""
+    """How many tokens two continuations begin with in common.
+
+    Args:
+        a: token ids.
+        b: token ids.
+
+    Returns:
+        The number.
+    """
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

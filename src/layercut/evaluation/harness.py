@@ -6,10 +6,10 @@ continues with the next task. lm-eval itself is an extra: `pip install 'layercut
 
 Each task is one call of `lm_eval.evaluator.evaluate`. `simple_evaluate` around it is not used: it describes the
 machine after every call (`add_env_info`), which takes some 10 s, and would be called once a task and model, since a
-record is kept as soon as a task is done; and it loads the tasks itself, by when their definitions, which are part of
-the record's key, must be known. What it does to the tasks (few-shot number and seed) is done in `load_tasks`.
+record is kept as soon as a task is done; and it loads the tasks itself, while their definitions, which are part of
+the record's key, must be known before. What it does to the tasks (few-shot number and seed) is done in `load_tasks`.
 HFLM is subclassed for two reasons alone: its batch size is one number for all lengths, or found by running out of
-memory, which a CPU does not survive; and its bar is not ours.
+memory, which a CPU does not survive; and its progress bar is not layercut's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,15 @@ NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_lay
 def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
     """lm-eval's index of tasks. Its own 14,000 take seconds to read: left out where `include_path` has all names.
 
-    Raises ConfigError: lm-eval is missing, no such folder, an unknown task.
+    Args:
+        names: tasks, groups and tags.
+        include_path: a folder of task files, or None.
+
+    Returns:
+        lm-eval's `TaskManager`.
+
+    Raises:
+        ConfigError: lm-eval is missing, no such folder, an unknown task.
     """
     with _quiet():
         try:
@@ -84,7 +92,15 @@ def task_manager(names: tuple[str, ...], include_path: Path | None) -> Any:
 
 
 def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
-    """Refuse what cannot be scored, before anything long is begun. Raises as `task_manager`."""
+    """Refuse what cannot be scored, before anything long is begun.
+
+    Args:
+        names: tasks, groups and tags.
+        include_path: a folder of task files, or None.
+
+    Raises:
+        ConfigError: as `task_manager`.
+    """
     task_manager(tuple(names), include_path)
 
 
@@ -96,7 +112,19 @@ def harness_version(include_path: Path | None) -> list[Any]:
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
-    """The single tasks behind the names, groups and tags taken apart. Raises DataError: data cannot be had."""
+    """The single tasks behind the names, groups and tags expanded.
+
+    Args:
+        names: tasks, groups and tags.
+        include_path: a folder of task files, or None.
+
+    Returns:
+        lm-eval's tasks by name.
+
+    Raises:
+        ConfigError: as `task_manager`.
+        DataError: a task's data cannot be loaded.
+    """
     manager = task_manager(tuple(names), include_path)
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
@@ -121,9 +149,21 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any
 def score_tasks(
     model: Any, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None, name: str, cache: Path | None
 ) -> dict[str, Record]:
-    """One record per task, from `cache` (a folder) where it is there. `tasks`: as `load_tasks` gave them.
+    """One record per task, from the cache where it is there. Neither model nor tokenizer is changed.
 
-    `name` is what the progress bar calls the model. Neither model nor tokenizer is changed.
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        tasks: as `load_tasks` gave them.
+        limit: items of each task at most; None: all.
+        name: what the progress bar calls the model.
+        cache: a folder of records; None: nothing is kept.
+
+    Returns:
+        Records by task, as `retention.py` describes them.
+
+    Raises:
+        DataError: a task reports no number.
     """
     content = content_hash(model, tokenizer) if cache else ""
     lm, records = None, {}
@@ -152,7 +192,15 @@ def _read(file: Path | None) -> Record | None:
 
 
 def definition(task: Any, limit: int | None) -> str:
-    """Hash of a task: what its YAML says, functions by their source, and the items that will be asked."""
+    """Hash of a task: what its YAML says, functions by their source, and the items that will be asked.
+
+    Args:
+        task: of lm-eval.
+        limit: items at most; None: all.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     documents = list(islice(iter(task.eval_docs), limit))
     said = json.dumps([task.dump_config(), documents], default=str, sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -174,7 +222,19 @@ def _run(lm: Any, name: str, task: Any, limit: int | None) -> Record:
 
 
 def record_of(name: str, task: Any, results: dict[str, Any]) -> Record:
-    """lm-eval's answer for one task, boiled down to what is compared."""
+    """lm-eval's answer for one task, reduced to what is compared.
+
+    Args:
+        name: of the task.
+        task: of lm-eval.
+        results: of `lm_eval.evaluator.evaluate`.
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: the task reports no number.
+    """
     samples = results["samples"][name]
     better, metrics = results["higher_is_better"][name], {}
     for key, score in results["results"][name].items():
@@ -217,7 +277,16 @@ def _choices(task: Any, items: Sequence[dict[str, Any]]) -> list[int] | None:
 
 
 def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
-    """The model as lm-eval wants it, with our progress bar and with batches that fit a bounded tensor of logits."""
+    """The model as lm-eval wants it, with layercut's progress bar and bounded tensors of logits.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer, which is copied.
+        longest: tokens of a request at most.
+
+    Returns:
+        An lm-eval model.
+    """
     from lm_eval.models.huggingface import HFLM
 
     vocabulary = model.config.get_text_config().vocab_size
@@ -263,20 +332,24 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
     with _quiet():
         # a tokenizer of its own: lm-eval gives it a padding token, which must not get into what is exported
         return LanguageModel(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            max_length=longest,
-            batch_size=1,
-            backend="causal",
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal",
             softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
-        )
+        )  # fmt: skip
 
 
 # --- small things ------------------------------------------------------------------------------------------------
 
 
 def content_hash(model: Any, tokenizer: Any) -> str:
-    """Of all weights and buffers, of the config but for where it came from, and of the tokenizer."""
+    """Hash of all weights and buffers, of the config but for where it came from, and of the tokenizer.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     seen = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

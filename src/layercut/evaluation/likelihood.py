@@ -22,9 +22,15 @@ from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_pass
 
 
 def perplexity(model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None) -> float:
-    """exp of the mean negative log-likelihood over non-overlapping windows [N, T].
+    """exp of the mean negative log-likelihood over non-overlapping windows.
 
-    `inf` where the mean overflows or the model yields NaN: a ruined model never looks good.
+    Args:
+        model: a causal LM of transformers.
+        tokens: token ids [N, T]; the first of each window is not predicted.
+        advance: called with the windows done.
+
+    Returns:
+        Perplexity; infinite where the mean overflows or the model yields NaN.
     """
     return of_losses(window_losses(model, tokens, advance=advance))
 
@@ -35,8 +41,16 @@ def of_losses(losses: torch.Tensor) -> float:
 
 
 def paired_error(losses: torch.Tensor, others: torch.Tensor) -> float | None:
-    """Standard error of ln(perplexity / other perplexity), both on the same windows [N]: that of the mean difference,
-    the windows taken as a sample of such text. None where one window or a loss that is no finite number tells nothing.
+    """Standard error of ln(perplexity / other perplexity) on the same windows: that of the mean paired difference.
+
+    The windows are taken as a sample of such text.
+
+    Args:
+        losses: of each window [N], nats per token.
+        others: the same of the other model.
+
+    Returns:
+        Nats per token; None for one window, or where a loss is not finite.
     """
     differences = losses - others
     if len(differences) < 2 or not differences.isfinite().all():
@@ -53,12 +67,20 @@ def perplexity_protocol(window: int) -> str:
 def window_losses(
     model: Any, tokens: torch.Tensor, *, advance: Callable[[float], None] = lambda rows: None
 ) -> torch.Tensor:
-    """Mean negative log-likelihood of each window, in float64.  [N, T] -> [N]
+    """Mean negative log-likelihood of each window.
 
     Each window predicts its T - 1 tokens after the first; every model is measured on the same tokens. Of several
     processes each takes a share of the windows. Of a model whose layers are on disk each is read once for all windows
     whose hidden states fit in memory. Where one window's logits are too large to have at once, the head is run on a
     part of its positions after the other.
+
+    Args:
+        model: a causal LM of transformers.
+        tokens: token ids [N, T].
+        advance: called with the windows done.
+
+    Returns:
+        Losses [N], float64, nats per token.
     """
     model = sharding.runnable(model)
     rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
@@ -144,14 +166,14 @@ def _positions(stacks: list[DecoderRunner | None], batch: torch.Tensor) -> list[
 
 
 def _terms(q: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses of a model and of its baseline, and KL(p || q), on one device.  [B, n, V] twice, [B, n] -> [3, B, n]"""
+    """Losses of a model and of its baseline, and KL(p || q), on one device: [B, n, V] twice, [B, n] -> [3, B, n]."""
     losses = [token_loss(each, targets.to(each.device)) for each in (q, p)]
     kl = kl_divergence(p.to(q.device), q)
     return torch.stack([each.to(q.device) for each in (*losses, kl)])
 
 
 def _opened(model: Any, window: int) -> DecoderRunner | None:
-    """The model opened up, where one window's logits are too large to have at once and it can be."""
+    """A runner of the model, where one window's logits are too large to have at once and its layers can be run."""
     vocabulary = model.config.get_text_config().vocab_size
     if window <= rows_per_chunk(1, vocabulary) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
@@ -162,8 +184,16 @@ def _opened(model: Any, window: int) -> DecoderRunner | None:
 
 
 def exit_losses(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Losses [B, T - 1] of next tokens, from the last layer's output [B, T, D], by logits of a few positions at a
-    time."""
+    """Losses of next tokens from the last layer's output, by logits of a few positions at a time.
+
+    Args:
+        stack: the model.
+        hidden: h_L [B, T, D].
+        tokens: token ids [B, T].
+
+    Returns:
+        [B, T - 1], nats.
+    """
     tokens, together = tokens.to(hidden.device), rows_per_chunk(len(tokens), stack.vocabulary)
     if together >= tokens.shape[1]:
         return next_token_loss(stack.exit(hidden, tokens), tokens)
@@ -200,10 +230,19 @@ MOST_LONG_WINDOWS = 8  # a CPU takes seconds for each
 def loss_by_position(
     model: Any, row: torch.Tensor, *, chunk: int = 512, advance: Callable[[int], None] = lambda tokens: None
 ) -> torch.Tensor:
-    """Loss of each next token of one long window, through the cache, `chunk` tokens at a time.  [T] -> [T - 1]
+    """Loss of each next token of one long window, through the cache, `chunk` tokens at a time.
 
     With 49,152 words, the logits of 8,192 tokens would be 1.6 GB in float32; those of 512 are 0.1 GB. A model without a
-    cache (recurrent ones hand out a state by other names) is run once over the whole window.
+    cache (recurrent ones return a state by other names) is run once over the whole window.
+
+    Args:
+        model: a causal LM of transformers.
+        row: token ids [T].
+        chunk: tokens of one forward pass at most.
+        advance: called with the tokens done.
+
+    Returns:
+        [T - 1], nats.
     """
     device = next(model.parameters()).device
     row = row.to(device)
@@ -213,7 +252,7 @@ def loss_by_position(
     for start in range(0, len(row), chunk):
         piece = row[start : start + chunk]
         output = model(input_ids=piece[None], use_cache=True, **cache)
-        # what models hand out and take in by the same name; its older name goes out of use
+        # models return the cache and accept it under the same name; the older of the two is deprecated
         name = next((name for name in ("cache", "past_key_values") if name in output), None)
         if name is None:
             advance(len(row))
@@ -226,9 +265,17 @@ def loss_by_position(
 
 
 def long_windows(blocks: torch.Tensor, longest: int, model: Any) -> torch.Tensor:
-    """Blocks [N, T] that follow each other in the text, as few long windows [n, longest].
+    """Blocks that follow each other in the text, as few long windows.
 
     Shorter than asked for where the model's context or the text ends before.
+
+    Args:
+        blocks: token ids [N, T], in the order of the text.
+        longest: tokens of a window at most.
+        model: whose context counts.
+
+    Returns:
+        Token ids [n, longest], n at most `MOST_LONG_WINDOWS`.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
     window = min(longest, context, blocks.numel())
@@ -237,7 +284,15 @@ def long_windows(blocks: torch.Tensor, longest: int, model: Any) -> torch.Tensor
 
 
 def bucket_edges(window: int, first: int = 64) -> list[int]:
-    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Position 0 is predicted by nothing."""
+    """Edges of position buckets that double in width: 1, 64, 128, 256, … window. Nothing predicts position 0.
+
+    Args:
+        window: tokens.
+        first: the second edge.
+
+    Returns:
+        Rising positions.
+    """
     edges = [1]
     while first < window:
         edges.append(first)
@@ -248,7 +303,16 @@ def bucket_edges(window: int, first: int = 64) -> list[int]:
 def perplexity_by_position(
     model: Any, windows: torch.Tensor, *, advance: Callable[[int], None] = lambda tokens: None
 ) -> list[dict[str, Any]]:
-    """Perplexity in buckets of position over windows [N, T]: [{"start", "stop", "perplexity"}, …], stop exclusive."""
+    """Perplexity in buckets of position.
+
+    Args:
+        model: a causal LM of transformers.
+        windows: token ids [N, T].
+        advance: called with the tokens done.
+
+    Returns:
+        [{"start", "stop", "perplexity"}, …], stop exclusive.
+    """
     losses = torch.stack([loss_by_position(model, row, advance=advance).double().cpu() for row in windows])
     edges = bucket_edges(windows.shape[1])
     return [

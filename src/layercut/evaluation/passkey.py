@@ -1,7 +1,7 @@
-"""A key hidden in long text: can the model still fetch it, from any depth, at any length?
+"""A key hidden in long text: whether the model can still retrieve it, from any depth, at any length.
 
-After the passkey retrieval task of Mohtashami and Jaggi (2305.16300); words and filler are our own. Long context is
-what depth pruning may spoil unseen: perplexity averages over tokens that need no distant ones.
+After the passkey retrieval task of Mohtashami and Jaggi (2305.16300), with words and filler of layercut's own. Long
+context is what depth pruning may spoil unseen: perplexity averages over tokens that need no distant ones.
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ REPLY = "The pass key is"
 
 
 def prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tuple[list[int], str] | None:
-    """Tokens of a prompt of at most `length`, filled up as far as whole sentences go, and the key; None: too short.
+    """A prompt with a key hidden in it, filled up as far as whole sentences go.
 
-    depth: 0 hides the key at the beginning of the filler, 1 at its end.
+    Args:
+        tokenizer: of the model.
+        length: tokens at most.
+        depth: 0 hides the key at the beginning of the filler, 1 at its end.
+        draw: of key and sentences.
+
+    Returns:
+        Token ids and the key; None where the length is too short for any.
     """
     key = f"{draw.randrange(10_000, 100_000)}"
     needle = f"The pass key is {key}. Remember it: {key} is the pass key."
@@ -58,12 +65,31 @@ def prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tu
 
 
 def lengths(longest: int, steps: int = 4, shortest: int = 128) -> list[int]:
-    """`longest` and its halves, no shorter than `shortest`, ascending."""
+    """`longest` and its halves, ascending.
+
+    Args:
+        longest: tokens.
+        steps: how many at most.
+        shortest: tokens at least, unless `longest` is shorter.
+
+    Returns:
+        Lengths in tokens.
+    """
     return sorted({longest >> i for i in range(steps) if longest >> i >= shortest} or {longest})
 
 
 def cases(tokenizer: Any, longest: int, seed: int, trials: int = TRIALS) -> list[tuple[int, float, list[int], str]]:
-    """(length, depth, prompt, key) of every trial; the same for every model of that tokenizer."""
+    """The prompts of every trial; the same for every model of that tokenizer.
+
+    Args:
+        tokenizer: of the models.
+        longest: tokens of the longest prompts.
+        seed: of keys and sentences.
+        trials: at each length and depth.
+
+    Returns:
+        (length, depth, prompt as token ids, key) of every trial.
+    """
     draw, found = random.Random(seed), []
     for length in lengths(longest):
         for depth in DEPTHS:
@@ -82,7 +108,17 @@ def passkey_grid(
     *,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[dict[str, Any]]:
-    """How often the model's greedy reply gives the key: [{"length", "depth", "found", "trials"}, …]."""
+    """How often the model's greedy reply gives the key.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        trials: of `cases`.
+        advance: called with the tokens done.
+
+    Returns:
+        [{"length", "depth", "found", "trials"}, …].
+    """
     grid: dict[tuple[int, float], list[bool]] = {}
     for length, depth, ids, key in trials:
         reply = tokenizer.decode(greedy(model, torch.tensor([ids]), ANSWER, padding(tokenizer))[0])

@@ -68,7 +68,7 @@ def measure(name: str, evaluation: EvaluationFunction, model: Any, tokenizer: An
         evaluation: the function.
         model: a causal language model; its training mode is put back afterwards.
         tokenizer: its tokenizer.
-        seed: handed on.
+        seed: passed to the function.
 
     Returns:
         Metric to figure.
@@ -98,7 +98,7 @@ def _text(metric: Any) -> str:
 
 
 Rows = dict[str, dict[str, dict[str, Any]]]
-"""Evaluation, metric -> figure by the name of a model, and "higher_is_better": bool, None where nobody says."""
+"""Evaluation, metric -> figure by the name of a model, and "higher_is_better": bool, None where not known."""
 
 
 def measure_all(
@@ -129,7 +129,15 @@ def measure_all(
 def metric_rows(
     evaluation: EvaluationFunction, figures: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """One evaluation's figures by model, as one row a metric."""
+    """One evaluation's figures by model, as one row a metric.
+
+    Args:
+        evaluation: whose `higher_is_better` counts.
+        figures: metric -> figure, by the name of a model.
+
+    Returns:
+        Metric -> figures by the name of a model, and "higher_is_better".
+    """
     better = getattr(evaluation, "higher_is_better", {})
     metrics = dict.fromkeys(metric for each in figures.values() for metric in each)
     return {

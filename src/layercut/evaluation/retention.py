@@ -20,7 +20,7 @@ from layercut.errors import RunError
 
 Row = dict[str, Any]
 PREFERRED = ("acc_norm", "acc", "exact_match")
-"""Which metric speaks for a task: the first of these that it reports, else the first one where higher is better."""
+"""Which metric represents a task: the first of these that it reports, else the first one where higher is better."""
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 """Metrics by which guessing among n choices scores 1 / n."""
 
@@ -40,7 +40,18 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def flips(dense: Sequence[float], compressed: Sequence[float]) -> tuple[int, int] | None:
-    """(right -> wrong, wrong -> right) over the same items; None where values are not all 0 or 1."""
+    """Items that went from right to wrong, and from wrong to right.
+
+    Args:
+        dense: value of each item.
+        compressed: of the same items.
+
+    Returns:
+        (lost, gained); None where values are not all 0 or 1.
+
+    Raises:
+        ValueError: the numbers of items differ.
+    """
     if len(dense) != len(compressed):
         raise ValueError(f"{len(dense)} and {len(compressed)} items are not paired")
     if not {*dense, *compressed} <= {0.0, 1.0}:
@@ -50,7 +61,15 @@ def flips(dense: Sequence[float], compressed: Sequence[float]) -> tuple[int, int
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact binomial p-value of McNemar's test: how likely so uneven a split of the flips is by chance."""
+    """Two-sided exact binomial p-value of McNemar's test: how likely so uneven a split of the flips is by chance.
+
+    Args:
+        lost: items that went from right to wrong.
+        gained: from wrong to right.
+
+    Returns:
+        p, at most 1.
+    """
     n, fewer = lost + gained, min(lost, gained)
     tail = term = 1  # term: n over k
     for k in range(fewer):
@@ -60,12 +79,21 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def kept(score: float, dense: float, floor: float = 0.0) -> float | None:
-    """(score - floor) / (dense - floor); None where the dense model is not above the floor."""
+    """(score - floor) / (dense - floor): the share of a score above some floor that was retained.
+
+    Args:
+        score: of the compressed model.
+        dense: of the dense one.
+        floor: such as the score of guessing.
+
+    Returns:
+        1 where nothing was lost; None where the dense model is not above the floor.
+    """
     return (score - floor) / (dense - floor) if dense > floor else None
 
 
-def speaking_metric(record: Mapping[str, Any]) -> str:
-    """The metric that speaks for a task; a name may carry a filter, as in "exact_match,strict-match"."""
+def representative_metric(record: Mapping[str, Any]) -> str:
+    """The metric that represents a task; a name may carry a filter, as in "exact_match,strict-match"."""
     metrics = record["metrics"]
     for wanted in PREFERRED:
         for name in metrics:
@@ -77,21 +105,37 @@ def speaking_metric(record: Mapping[str, Any]) -> str:
 def compare_records(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Row:
     """One task's row: both scores with standard errors, flips and p-value, retention; the other metrics beside it.
 
-    Raises RunError where the two records are not of the same items.
+    Args:
+        dense: record of the dense model.
+        compressed: record of the compressed one.
+
+    Returns:
+        The row.
+
+    Raises:
+        RunError: the two records are not of the same items.
     """
     if dense["document_hash"] != compressed["document_hash"] or dense["items"] != compressed["items"]:
         raise RunError(
             "the dense and the compressed model were not scored on the same items",
             "run again with --force; if that does not help, the task draws its items at random",
         )
-    metric = speaking_metric(dense)
+    metric = representative_metric(dense)
     rows = {name: _compare(dense, compressed, name) for name in dense["metrics"]}
     others = {name: row for name, row in rows.items() if name != metric}
     return {"metric": metric, "items": dense["items"], **rows[metric], "others": others}
 
 
 def compare_tasks(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Row:
-    """Records by task of two models -> {"tasks": row by task, "retention": over all}."""
+    """Compare the records of two models, task by task.
+
+    Args:
+        dense: records by task.
+        compressed: records of the same tasks.
+
+    Returns:
+        {"tasks": row by task, "retention": over all}.
+    """
     rows = {name: compare_records(dense[name], compressed[name]) for name in dense}
     return {"tasks": rows, "retention": retention(rows.values())}
 

@@ -52,6 +52,16 @@ def speed(
     Of each phase: "ratio" is the median of the repeats' own ratios, "cpu_ratio" the same of processor time; "ideal" is
     1 / (1 - r), r the share of layers removed; "layer_share" the layers' share s of the dense model's time, timed in a
     run of its own each round; "reachable" is 1 / (1 - r s); "reached" is ratio / reachable.
+
+    Args:
+        dense: the dense model.
+        compressed: the compressed one.
+        prompt: tokens of the prompt.
+        decode: single-token steps after it.
+        repeats: rounds beside the one that warms up.
+
+    Returns:
+        The figures, as JSON values; speeds in tokens per second, sizes in bytes.
     """
     removed = 1 - _layers(compressed) / _layers(dense)
     rounds: list[list[dict[str, Seconds]]] = []
@@ -204,17 +214,26 @@ def cache_bytes(model: Any) -> int:
 
 def bytes_held(output: Any) -> int:
     """Bytes of all tensors of the cache that came with a model's output."""
-    cache = output.cache if "cache" in output else output.past_key_values  # its older name goes out of use
+    cache = output.cache if "cache" in output else output.past_key_values  # the deprecated name
     tensors = [t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @torch.no_grad()
 def long_prompt(dense: Any, compressed: Any, *, tokens: int, repeats: int = 3) -> dict[str, Any]:
-    """What a prompt of that many tokens costs both models: seconds of its prefill (medians, interleaved), cache bytes.
+    """What a long prompt costs both models: seconds of its prefill (medians, interleaved), cache bytes.
 
     "kv_bytes" is what the cache held after it, "kv_bytes_computed" tokens times the bytes of one. They differ where
     layers keep a window or a state.
+
+    Args:
+        dense: the dense model.
+        compressed: the compressed one.
+        tokens: of the prompt.
+        repeats: of the prefill.
+
+    Returns:
+        The figures of both, as JSON values.
     """
     both = {"dense": dense, "compressed": compressed}
     seconds: dict[str, list[float]] = {name: [] for name in both}
@@ -235,10 +254,18 @@ def long_prompt(dense: Any, compressed: Any, *, tokens: int, repeats: int = 3) -
 
 @torch.no_grad()
 def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
-    """The most that a generation needs on top of the weights: cache, logits, everything between. None: unknown here.
+    """The most memory that a generation needs on top of the weights: cache, logits, activations.
 
-    On CUDA from its allocator. On Linux from the process's resident size, whose peak can be set back; of this, memory
-    that an earlier step freed and the allocator kept is first given back, so far as the C library does that.
+    On CUDA from its allocator. On Linux from the process's resident size, whose peak can be reset; of this, memory
+    that an earlier step freed and the allocator kept is first released, so far as the C library does that.
+
+    Args:
+        model: a causal LM of transformers.
+        prompt: tokens of the prompt.
+        new: tokens generated.
+
+    Returns:
+        Bytes; None where they cannot be measured.
     """
     if next(model.parameters()).device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -253,7 +280,7 @@ def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
 
 
 def _reset_peak() -> bool:
-    """Give freed memory back, and set the peak of the resident size to what it is now; False where there is no way."""
+    """Release freed memory, and set the peak of the resident size to what it is now; False where there is no way."""
     global _forgotten_peak
     try:
         ctypes.CDLL(None).malloc_trim(0)

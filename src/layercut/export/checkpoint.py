@@ -28,6 +28,7 @@ from layercut.files.sizes import size
 from layercut.files.writing import replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, memory
 from layercut.models.loading import as_stored, quiet_transformers, share
+from layercut.models.older_names import add_older_names_
 from layercut.models.runner import DecoderRunner
 from layercut.offload import layer_reader
 from layercut.progress import bar
@@ -86,6 +87,9 @@ def save(
         RunError: the folder is there and not empty, or cannot be written.
         ModelError: no model of transformers, such as one in an adapter's wrapper.
         ReloadError: what was saved is not what is in memory, which is a fault of layercut or transformers.
+
+    Returns:
+        The folder, its size, and what the fresh process found.
     """
     folder = Path(os.path.abspath(folder))
     if folder.is_file() or (not overwrite and folder.is_dir() and any(folder.iterdir())):
@@ -138,7 +142,7 @@ def export_checkpoint(
         {"bytes": of the weight files, "check": what the fresh process found, None where there was none}.
 
     Raises:
-        RunError: the disk does not let us write.
+        RunError: it cannot be written.
         ReloadError: the reloaded model differs, or a weight was saved twice.
     """
     model = as_stored(model)
@@ -151,6 +155,7 @@ def export_checkpoint(
                 # a copy: for some architectures transformers empties the dict that it is given
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
+            add_older_names_(partial)
         usual_mode_(partial)
         check_bytes(partial, state)
         found = None
@@ -166,7 +171,15 @@ def export_checkpoint(
 
 @contextmanager
 def growing(folder: Path, state: dict[str, torch.Tensor]) -> Iterator[None]:
-    """While open, a bar that follows how many bytes are in a folder into which the model is saved."""
+    """While open, a bar that follows how many bytes are in a folder into which the model is saved.
+
+    Args:
+        folder: where the model is saved.
+        state: its tensors by name.
+
+    Yields:
+        Nothing.
+    """
 
     def written() -> float:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.exists())
@@ -199,7 +212,15 @@ def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
 
 
 def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, with packed ones in the place of the weights that they stand for."""
+    """The model's tensors by name, with packed ones in the place of the weights that they stand for.
+
+    Args:
+        model: a causal LM of transformers.
+        packed: tensors by their full names; may be empty.
+
+    Returns:
+        What a checkpoint stores.
+    """
     quantized = {key.rpartition(".")[0] for key in packed}
     state = {name: t for name, t in model.state_dict().items() if name.removesuffix(".weight") not in quantized}
     return state | packed
@@ -207,7 +228,15 @@ def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch
 
 @contextmanager
 def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterator[None]:
-    """While open, the config says how the weights are quantized; the model in memory is a plain one."""
+    """While open, the config says how the weights are quantized; the model in memory is a plain one.
+
+    Args:
+        config: of the model.
+        quantization_config: describes the packed tensors; None: the config stays as it is.
+
+    Yields:
+        Nothing.
+    """
     if quantization_config is None:
         yield
         return
@@ -221,6 +250,10 @@ def described(config: Any, quantization_config: dict[str, Any] | None) -> Iterat
 def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Refuse files that hold more bytes than the tensors do.
 
+    Args:
+        folder: that was written.
+        state: its tensors by name.
+
     Raises:
         ReloadError: a tied weight was saved twice.
     """
@@ -230,7 +263,9 @@ def check_bytes(folder: Path, state: dict[str, torch.Tensor]) -> None:
             header = 8 + int.from_bytes(stream.read(8), "little")
         saved += file.stat().st_size - header
     if saved > expected:
-        raise ReloadError(f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tie came apart")
+        raise ReloadError(
+            f"{saved:,} bytes of weights were saved, but the model has {expected:,}: a tied weight was saved twice"
+        )
 
 
 def distinct_bytes(state: dict[str, torch.Tensor]) -> int:
@@ -239,8 +274,18 @@ def distinct_bytes(state: dict[str, torch.Tensor]) -> int:
 
 
 def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[str, Any]:
-    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`, and "how" in
-    what it returns says so.
+    """`verify_reload`; where its process would not fit into memory beside this one, `verify_streamed`.
+
+    Args:
+        model: in memory.
+        folder: that was written.
+        text: token ids [N, T] to measure perplexity on.
+
+    Returns:
+        What the process found; "how" in it says where it did less.
+
+    Raises:
+        ReloadError: it cannot load the folder, or computes something else.
     """
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
     needed = sum(p.numel() for p in model.parameters()) * (parameter.itemsize + torch.float32.itemsize)
@@ -254,8 +299,13 @@ def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) ->
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
     Logits must be equal to the bit in the dtype that is saved; greedy generation with the cache must give the tokens
-    that forward passes without it give (in float32, where rounding makes no ties). Of `text` [N, T] the process
-    measures the perplexity, in float32 as well: some CPUs take many times as long over narrower dtypes.
+    that forward passes without it give (in float32, where rounding makes no ties). Of `text` the process measures the
+    perplexity, in float32 as well: some CPUs take many times as long over narrower dtypes.
+
+    Args:
+        model: in memory.
+        folder: that was written.
+        text: token ids [N, T], or None.
 
     Returns:
         What the process found.
@@ -271,6 +321,13 @@ def verify_streamed(model: Any, folder: Path) -> dict[str, Any]:
 
     Logits must be equal to the bit. transformers' loader places each layer's weights, but they are never whole in
     the new process's memory, and nothing is generated.
+
+    Args:
+        model: in memory, or with its layers on disk.
+        folder: that was written.
+
+    Returns:
+        What the process found.
 
     Raises:
         ReloadError: it cannot load the folder, or computes something else.
@@ -323,8 +380,11 @@ def _checked(command: list[str], errors: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """For a fresh process with -P: it finds the packages that this one finds, wherever they lie, but none in the folder
-    where the user happens to be. It needs nothing of layercut, and `export/reload_process.py` refuses to import it."""
+    """The environment of a fresh process with -P, which finds the packages that this one finds.
+
+    None is found in the folder where the user happens to be. The process needs nothing of layercut, and
+    `export/reload_process.py` refuses to import it.
+    """
     here = os.getcwd()
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.abspath(path) != here]
     no_more = {"PYTHONNOUSERSITE": "1"} if sys.flags.no_user_site else {}
@@ -332,7 +392,14 @@ def _environment() -> dict[str, str]:
 
 
 def text_to_check(blocks: torch.Tensor, window: int = CHECK_WINDOW) -> torch.Tensor:
-    """The first tokens of blocks [N, T], as many as what was exported is measured on again, in rows of no more than
-    `window`."""
+    """The first tokens of blocks, as many as what was exported is measured on again.
+
+    Args:
+        blocks: token ids [N, T].
+        window: tokens of a row at most.
+
+    Returns:
+        Token ids, `CHECK_TOKENS` in all at most, or one row.
+    """
     rows = in_rows(blocks, window)
     return rows[: max(1, CHECK_TOKENS // rows.shape[1])].contiguous()

@@ -77,11 +77,19 @@ Exporter = Callable[[ExportSource, Path, ExportConfig], dict[str, Any]]
 
 out: a path that does not exist yet, of the name asked for, on which the exporter writes a file or a folder; it is moved
 to its place when the exporter has returned, and removed where it raises. Raise a LayercutError with a hint for what the
-user can mend."""
+user can correct."""
 
 
 def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
     """A GGUF file for llama.cpp, read back and compared; a run that began from one keeps the bytes it did not heal.
+
+    Args:
+        source: what is exported.
+        out: the file to write.
+        options: `gguf_type` and `converter` count.
+
+    Returns:
+        What was written and measured, as JSON values.
 
     Raises:
         ConfigError: llama-cpp-py-sync (K-quants) or llama.cpp's converter (checkpoint folders) is missing.
@@ -129,6 +137,14 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
 
 def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:
     """A stock checkpoint folder of float weights, verified by a fresh process: of a .gguf file, or of packed weights.
+
+    Args:
+        source: what is exported.
+        out: the folder to write.
+        options: none count.
+
+    Returns:
+        What the fresh process found, as JSON values.
 
     Raises:
         ModelError: the model cannot be loaded.

@@ -1,4 +1,4 @@
-"""Is a GGUF file the model that it should be? Checked with transformers and llama.cpp, before the file takes its name.
+"""Checks with transformers and llama.cpp that a GGUF file is the model that it should be, before it takes its name.
 
 What llama.cpp will take the layers for is compared with what the folder's config says (`unlike_the_folder`), and every
 weight as transformers reads it. Where llama-cpp-py-sync is installed, llama.cpp loads the file in a fresh process
@@ -43,7 +43,7 @@ off in tiny models of eight architectures. A window of layers in the wrong place
 BEYOND = 64
 """Tokens past the sliding window that are compared, and as many before its end."""
 CHECKER = Path(__file__).with_name("llama_cpp_process.py")
-_TAKE_FOLDER = "take the checkpoint folder instead, and convert it with llama.cpp's own tools"
+_TAKE_FOLDER = "use the checkpoint folder instead, and convert it with llama.cpp's own tools"
 
 
 def readable(architecture: str) -> bool:
@@ -55,6 +55,10 @@ def readable(architecture: str) -> bool:
 
 def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
     """Compare what llama.cpp makes of a converted file's layers with the config of the folder it was made from.
+
+    Args:
+        file: a GGUF file.
+        config: of the folder.
 
     Returns:
         None where they agree, else of each layer whether it attends to all tokens: to be written into the file as an
@@ -140,6 +144,9 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
 
     Raises:
         ModelError: it cannot be read, or lacks weights.
+
+    Returns:
+        The model, in eval mode, without gradients.
     """
     from transformers import AutoModelForCausalLM
 
@@ -175,13 +182,13 @@ def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]
     Raises:
         ModelError: a weight is another than it should be.
     """
-    theirs = dict(read.named_parameters())
-    ours = dict(as_stored(model).named_parameters())
-    if missing := ours.keys() ^ theirs.keys():
+    found = dict(read.named_parameters())
+    wanted = dict(as_stored(model).named_parameters())
+    if missing := wanted.keys() ^ found.keys():
         raise ModelError(f"{name}, read back, differs in {min(missing)}", _TAKE_FOLDER)
     errors = {}
-    for parameter, weight in ours.items():
-        other = theirs[parameter]
+    for parameter, weight in wanted.items():
+        other = found[parameter]
         if parameter not in rounded:
             if not torch.equal(weight.cpu(), other.to(weight.dtype)):
                 raise ModelError(f"{name}, read back, holds another {parameter}", _TAKE_FOLDER)
@@ -208,12 +215,20 @@ def largest_error(kind: str) -> float:
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """||found - wanted|| / ||wanted||"""
+    """The relative error ||found - wanted|| / ||wanted||."""
     return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
 
 
 def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
-    """Tokens [M] that reach past the sliding window, from windows [N, T], repeated where these are too few."""
+    """Tokens that reach past the sliding window, repeated where the text is too short.
+
+    Args:
+        tokens: token ids [N, T].
+        config: of the model.
+
+    Returns:
+        Token ids [M].
+    """
     row, text = tokens.flatten(), config.get_text_config(decoder=True)
     window = window_of(config)
     length = window + BEYOND if window else tokens.shape[1]
@@ -279,8 +294,11 @@ def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
 def _in_fresh_process(
     file: Path, tokens: torch.Tensor, long: torch.Tensor, text: str
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """What `export/llama_cpp_process.py` prints, the logits of the first window [T, V], and the long row's last ones
-    [., V]."""
+    """Run `export/llama_cpp_process.py` on a file.
+
+    Returns:
+        What it prints, the logits of the first window [T, V], and the long row's last ones [., V].
+    """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         np.save(scratch / "tokens.npy", tokens.numpy())
@@ -304,7 +322,7 @@ def _printed(file: Path, scratch: Path, *more: str) -> dict[str, Any]:
 def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The median over positions [T] of the relative error of logits [T, V], each position's mean taken out.
 
-    Of the two halves of the positions the larger, as only those past a sliding window tell of it.
+    Of the two halves of the positions the larger, since a sliding window shows only past its end.
     """
     found, wanted = (z - z.mean(-1, keepdim=True) for z in (found, wanted))
     errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-30)
@@ -313,6 +331,6 @@ def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _logits(model: Any, tokens: torch.Tensor, last: int = 0) -> torch.Tensor:
-    """[1, T] -> [last or T, V]"""
+    """Logits of a row of tokens: [1, T] -> [last or T, V]."""
     device = next(model.parameters()).device
     return model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=last).logits[0].float().cpu()

@@ -230,7 +230,7 @@ def write_converted(
     plain = file if kind in CONVERTED else file.with_name("unrounded.gguf")
     with bar("converting", None):
         convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter, name)
-        _say_what_slides(plain, loaded.model.config)
+        _write_sliding_layers_(plain, loaded.model.config)
     _refuse_unknown(architecture_of(plain))
     columns: dict[str, torch.Tensor] = {}
     if plain != file:
@@ -291,7 +291,7 @@ def _some_text(loaded: Any) -> torch.Tensor:
     ).tokens
 
 
-def _say_what_slides(file: Path, config: Any) -> None:
+def _write_sliding_layers_(file: Path, config: Any) -> None:
     """Write into a converted file which layers slide, where llama.cpp would take others.
 
     Raises:

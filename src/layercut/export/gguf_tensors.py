@@ -112,7 +112,15 @@ def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str
 
 
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates."""
+    """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates.
+
+    Args:
+        rows: [heads * d, …].
+        heads: how many.
+
+    Returns:
+        The same rows in the other order.
+    """
     halves = rows.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
 

@@ -1,4 +1,4 @@
-"""Run by itself, in a fresh process, by `checkpoint.verify_streamed`: is the saved checkpoint the model it should be?
+"""Verify that a saved checkpoint is the model it should be, in a fresh process, run by `checkpoint.verify_streamed`.
 
 For what does not fit in memory: the layers stay on disk. Prints what it does, a line a step, and then one line of
 JSON, or fails with the difference as its last line.
@@ -20,7 +20,15 @@ from layercut.offload import layer_reader
 
 @torch.no_grad()
 def main(folder: str, expected: str, device: str, dtype: str, threads: str) -> None:
-    """Open the folder, compare logits; prints what was found."""
+    """Open the folder, compare logits; prints what was found, or exits with the difference.
+
+    Args:
+        folder: the checkpoint.
+        expected: a safetensors file of "tokens" [B, T] and "logits" [B, T, V].
+        device: torch's name.
+        dtype: torch's name.
+        threads: of the CPU.
+    """
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
     print("step: opening", flush=True)

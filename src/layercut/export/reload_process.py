@@ -1,4 +1,4 @@
-"""Run by itself, in a fresh process, by `checkpoint.verify_reload`: is the saved checkpoint the model it should be?
+"""Verify that a saved checkpoint is the model it should be, in a fresh process, run by `checkpoint.verify_reload`.
 
 Uses torch and transformers alone; what imports layercut here fails. Prints what it does, a line a step, and then one
 line of JSON, or fails with the difference as its last line. EXPECTED holds tokens and their logits and, where there is
@@ -24,7 +24,17 @@ TIE = 1e-3  # logits nearer than this may change places between two orders of su
 
 
 def load(folder, dtype, device, attention):
-    """The model, by stock transformers; exits where a weight is missing, left over or of another shape."""
+    """The model, by stock transformers; exits where a weight is missing, left over or of another shape.
+
+    Args:
+        folder: the checkpoint.
+        dtype: of torch.
+        device: torch's name.
+        attention: attn_implementation; None: transformers' choice.
+
+    Returns:
+        The model, in eval mode.
+    """
     config = AutoConfig.from_pretrained(folder)
     chosen = {"attn_implementation": attention} if attention else {}
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -36,7 +46,15 @@ def load(folder, dtype, device, attention):
 
 
 def perplexity(model, rows):
-    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run."""
+    """exp of the mean loss of every token but each row's first; inf where it is NaN or too large, as in a run.
+
+    Args:
+        model: a causal LM of transformers.
+        rows: token ids [N, T].
+
+    Returns:
+        Perplexity.
+    """
     total = 0.0
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
@@ -47,7 +65,16 @@ def perplexity(model, rows):
 
 @torch.no_grad()
 def main(folder, expected, device, dtype, threads, attention=None):
-    """Load, compare logits, generate, measure perplexity; prints what was found."""
+    """Load, compare logits, generate, measure perplexity; prints what was found, or exits with the difference.
+
+    Args:
+        folder: the checkpoint.
+        expected: a safetensors file of "tokens" [B, T], "logits" [B, T, V] and perhaps "text" [N, T].
+        device: torch's name.
+        dtype: torch's name.
+        threads: of the CPU.
+        attention: attn_implementation; None: transformers' choice.
+    """
     logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
     reference = load_file(expected)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from layercut.files.writing import write_atomically
 
+OPTIONAL = {"optional": True}
+"""Metadata of a dataclass's field that JSON leaves out where it has its default."""
 NOT_FINITE = {str(number): number for number in (math.inf, -math.inf, math.nan)}
 
 
@@ -19,16 +22,27 @@ def digest(content: Any) -> str:
 
 
 def jsonable(content: Any) -> Any:
-    """Replace what JSON has no word for: infinite and undefined numbers become strings (`restored`), paths text."""
+    """Replace what JSON cannot express: infinite and undefined numbers become strings (`restored`), paths text.
+
+    Dataclasses become objects with their fields' names as keys, without OPTIONAL fields that have their default.
+    """
     if isinstance(content, float) and not math.isfinite(content):
         return str(content)
     if isinstance(content, dict):
         return {str(key): jsonable(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [jsonable(value) for value in content]
+    if is_dataclass(content) and not isinstance(content, type):
+        held = ((each, getattr(content, each.name)) for each in fields(content))
+        return {each.name: jsonable(value) for each, value in held if not _is_left_out(each, value)}
     if isinstance(content, Path):
         return str(content)
     return content
+
+
+def _is_left_out(field: Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return bool(field.metadata.get("optional")) and value == default
 
 
 def restored(content: Any) -> Any:
@@ -41,11 +55,27 @@ def restored(content: Any) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, as every reader of the standard takes it, so that the file is there whole or not at all."""
+    """Write strict JSON, so that the file is there whole or not at all.
+
+    Args:
+        path: of the file.
+        content: anything that `jsonable` takes.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     write_text(path, json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write text so that the file is there whole or not at all."""
+    """Write text so that the file is there whole or not at all.
+
+    Args:
+        path: of the file.
+        content: UTF-8 text.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     with write_atomically(path) as partial:
         partial.write_text(content, encoding="utf-8")

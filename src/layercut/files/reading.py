@@ -1,8 +1,7 @@
-"""Reading files that come from elsewhere, within limits, and saying what a file is: for `models/checkpoints.py` and
-`pipeline/run_store.py`.
+"""Reading files that come from elsewhere, within limits, and digests by which a changed file is recognised.
 
-A checkpoint's JSON files are read by `read_json` alone: regular files of bounded size, depth and numbers, whose text is
-Unicode. Digests tell whether a file is still the one that was recorded.
+For `models/checkpoints.py` and `pipeline/run_store.py`. A checkpoint's JSON files are read by `read_json` alone:
+regular files of bounded size, depth and numbers, whose text is Unicode.
 """
 
 from __future__ import annotations
@@ -29,10 +28,12 @@ REFETCH = "fetch this file again"
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read it; a folder, pipe or device in its place is refused, and never waited for.
 
-    Raises ModelError; FileNotFoundError where there is nothing.
+    Raises:
+        ModelError: it is no regular file, or cannot be read.
+        FileNotFoundError: there is nothing.
     """
     try:
-        # a pipe that nobody writes to would be waited for without O_NONBLOCK, which does nothing to regular files
+        # a pipe without a writer would block without O_NONBLOCK, which does nothing to regular files
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -45,9 +46,17 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path, need: str = "") -> Any:
-    """What a JSON file holds. need: why it has to be there.
+    """What a JSON file holds.
 
-    Raises ModelError: no such file, not a regular one, not JSON, or beyond the limits above.
+    Args:
+        path: of the file.
+        need: why it has to be there, for the message.
+
+    Returns:
+        The JSON value.
+
+    Raises:
+        ModelError: no such file, not a regular one, not JSON, or beyond the limits above.
     """
     try:
         with open_regular(path) as file:
@@ -63,7 +72,18 @@ def read_json(path: Path, need: str = "") -> Any:
 
 
 def parse_json(raw: bytes, name: str) -> Any:
-    """JSON text within the limits above; ModelError otherwise. name: of the file, for the message."""
+    """JSON text within the limits above.
+
+    Args:
+        raw: the file's bytes.
+        name: of the file, for the message.
+
+    Returns:
+        The JSON value.
+
+    Raises:
+        ModelError: not JSON, or beyond the limits.
+    """
     try:
         content = json.loads(raw.decode("utf-8"), parse_int=_whole)
         _check(content)
@@ -125,13 +145,29 @@ def outline_digest(path: Path) -> str:
 
 
 def record(paths: Iterable[Path], base: Path) -> dict[str, list[Any]]:
-    """[bytes, `outline_digest`] of each file, and of every file in each folder, by its path from `base`."""
+    """Size and digest of each file, and of every file in each folder.
+
+    Args:
+        paths: files and folders; what is not there is left out.
+        base: a folder that holds them.
+
+    Returns:
+        [bytes, `outline_digest`] by the path from `base`.
+    """
     files = [file for path in paths for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
     return {str(file.relative_to(base)): [file.stat().st_size, outline_digest(file)] for file in files}
 
 
 def differing(folder: Path, recorded: Mapping[str, Any]) -> str | None:
-    """The first file that is gone, or no longer has the size and digest that `record` noted; None where all have."""
+    """The first file that is missing, or no longer has the size and digest that `record` noted.
+
+    Args:
+        folder: the base of the paths.
+        recorded: as `record` gives it.
+
+    Returns:
+        The file's path from `folder`; None where all are the same.
+    """
     for name, noted in recorded.items():
         try:
             if [(folder / name).stat().st_size, outline_digest(folder / name)] != noted:

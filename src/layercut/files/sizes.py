@@ -1,4 +1,4 @@
-"""Bytes as people read and write them: 200MB in a flag, 269.0 MB in a line. Ground: all sizes come from here."""
+"""Bytes as people read and write them: 200MB in a flag, 269.0 MB in a line. All sizes come from here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def parse_bytes(flag: str, text: str) -> int:
-    """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20. ConfigError where it is no size."""
+    """Bytes of "200MB", "1.5GiB" or a plain number; MB is 10^6 bytes and MiB 2^20.
+
+    Args:
+        flag: that the text was given to, for the message.
+        text: as the user gave it.
+
+    Returns:
+        Bytes, at least 1.
+
+    Raises:
+        ConfigError: it is no size.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
     unit = (found[2] or "B").upper() if found else ""
     size = round(float(found[1]) * SIZES[unit]) if found and unit in SIZES else 0

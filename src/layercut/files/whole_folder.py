@@ -14,16 +14,18 @@ from layercut.errors import RunError
 
 @contextmanager
 def appearing(target: Path, *, force: bool = False, need: int = 0, within: bool = False) -> Iterator[Path]:
-    """A temporary sibling to fill, which takes the name `target` when the block ends well and is removed
-    otherwise.
+    """A temporary sibling to fill, which takes the name `target` when the block ends without an error.
 
-    What an earlier, killed run left beside `target` is removed first.
+    Else it is removed. What an earlier, killed run left beside `target` is removed first.
 
     Args:
         target: where the result goes.
         force: replace what is there.
         need: bytes that must be free.
         within: the result is the file or folder of the target's name in the sibling, as it is of a .gguf file.
+
+    Yields:
+        The sibling.
 
     Raises:
         RunError: the target exists, cannot be written, or the disk is full.
@@ -67,9 +69,7 @@ def _readable(error: OSError, target: Path, need: int) -> RunError:
 
 
 def _remove(path: Path) -> None:
-    """Remove what is there; what cannot be removed (a read-only disk) stays, the error that led here
-    matters more.
-    """
+    """Remove what is there; what cannot be removed (a read-only disk) stays, since an error before matters more."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

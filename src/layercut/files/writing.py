@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, and what a disk that refuses them makes of a command. Ground: all use it.
+"""Files that are there whole or not at all, and errors of a full or read-only disk. Every stage uses it.
 
 `write_atomically` is the one way in which a file of a result is written. A full disk, a quota, a read-only file system
-or a missing permission is the user's to mend: `writing` says it with the path that was written, `disk_refusal` for what
-comes up elsewhere, in `cli.command_line.main`.
+or a missing permission is for the user to correct: `writing` says it with the path that was written, `disk_refusal`
+for what is raised elsewhere, in `cli.command_line.main`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from layercut.errors import RunError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 REFUSALS = (*FULL, *CLOSED, errno.EFBIG)
-"""What a disk answers that the user can mend, and that no fault of ours brings about."""
+"""Errors of a disk that the user can correct, and that no fault of layercut causes."""
 
 
 @contextmanager
@@ -29,8 +29,10 @@ def write_atomically(path: Path) -> Iterator[Path]:
     """Yield the path of an empty file beside `path` to write to; it takes the name `path` when the block ends well.
 
     By then it is on the disk, and so is the folder's entry for it; its mode is what the umask gives, whatever the
-    writer made of it. When the block fails nothing is left, and `path` is as it was. Raises RunError where the system
-    refuses to write.
+    writer made of it. When the block fails nothing is left, and `path` is as it was.
+
+    Raises:
+        RunError: the system refuses to write.
     """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
@@ -50,7 +52,12 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then."""
+    """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then.
+
+    Args:
+        partial: the finished folder.
+        final: its place.
+    """
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     for path in (*partial.rglob("*"), partial):
@@ -63,8 +70,10 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 
 def usual_mode_(path: Path) -> None:
-    """Give a file the permissions that any new file here gets: libraries that write by way of a temporary file leave
-    0600. A folder: every file in it."""
+    """Give a file, or every file in a folder, the permissions that any new file here gets.
+
+    Libraries that write by way of a temporary file leave 0600.
+    """
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     if not files:
         return
@@ -81,7 +90,11 @@ def usual_mode_(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError where that fails."""
+    """Wait until a file, or a folder's list of names, is on the disk.
+
+    Raises:
+        OSError: that fails.
+    """
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -107,9 +120,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_refusal(error: BaseException, path: Path | None = None) -> RunError | None:
-    """What to tell the user of an error that a full, read-only or closed disk raised; None of any other.
+    """What to tell the user of an error that a full, read-only or closed disk raised.
 
-    path: what was being written, where the error does not name it.
+    Args:
+        error: that was raised.
+        path: what was being written, where the error does not name it.
+
+    Returns:
+        The error to print; None of any other.
     """
     found = system_error(error)
     if found is None or found.errno not in REFUSALS:

@@ -251,8 +251,7 @@ def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
     """1.6e-3 x 576 / D, and half of it in fewer than `FEW_STEPS` steps.
 
     1.6e-3 was the best at a width of 576 in 128 steps of 1,024 tokens, half of it the best in 12 (docs/log.md). Where
-    few
-    ends, and the inverse law in the width, are guesses.
+    few ends, and the inverse law in the width, are guesses.
 
     Args:
         hidden_size: D.
@@ -280,7 +279,7 @@ class _Training:
 
     @property
     def own(self) -> list[torch.Tensor]:
-        """What this process holds of the trained weights. Asked for anew each time: FSDP2 may move a part to pad it."""
+        """What this process holds of the trained weights. Read again each time: FSDP2 may move a part to pad it."""
         return [sharding.local(p.detach()) for p in self.trained]
 
     @property
@@ -339,7 +338,7 @@ class _Training:
         """One optimizer step on the next rows; the tokens in them.
 
         The gradient is that of the mean loss over the step's rows: each process takes its share of the passes and
-        weighs it by its rows. Of a model spread over the processes every backward pass sums over them by itself.
+        weighs it by its rows. Of a sharded model every backward pass sums over the processes by itself.
         """
         report, model = self.report, self.pair.student.model
         begun, cpu, total = time.perf_counter(), time.process_time(), 0.0

@@ -60,9 +60,9 @@ def kept_positions(student: DecoderRunner, dense: DecoderRunner) -> list[int]:
         ConfigError: the student has layers that the dense model lacks, or does not say which.
     """
     whole = dense.original_layer_index or list(range(len(dense)))
-    ours = student.original_layer_index or (whole if len(student) == len(dense) else [])
+    indices = student.original_layer_index or (whole if len(student) == len(dense) else [])
     place = {original: position for position, original in enumerate(whole)}
-    kept = [place.get(original, -1) for original in ours]
+    kept = [place.get(original, -1) for original in indices]
     if len(kept) != len(student) or len(place) != len(dense) or kept != sorted({*kept} - {-1}):
         raise ConfigError(
             f"which of the dense model's {len(dense)} layers the student's {len(student)} are cannot be seen from "

@@ -2,7 +2,7 @@
 
 After the cut, layer e receives what layer s - 1 puts out: x + z_a W_a + z_m W_m, its input and what its attention
 and its MLP add to the residual stream, z being what their output projections read. It used to receive h_e. Each
-projection is solved anew, the attention's first (together with the MLP's as it would be with nothing changed), then
+projection is solved again, the attention's first (together with the MLP's as it would be with nothing changed), then
 the MLP's on what it really reads: X minimising
 
     || z (W + X) + rest - h_e ||^2 + ridge || X ||^2,      X = (Z'Z + ridge I)^-1 Z'Y,      Y = h_e - h
@@ -115,7 +115,7 @@ class Fold:
     layer: int | None
     """Index, in the cut model, of the layer that was changed."""
     modules: list[str]
-    """What was solved anew in that layer, in this order."""
+    """What was solved again in that layer, in this order."""
     ridges: list[float]
     """The ridge that was chosen for each of them, relative to the mean of Z'Z's diagonal."""
     error_before: float | None
@@ -193,13 +193,15 @@ def fold_(
     with prepared(student, dense) as (cut, whole):
         segments = sorted(removed_segments(cut, whole) if segments is None else segments)
         before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
+        folds: list[Fold] = []
         undo_ = _undoing(cut, {_position(cut, whole, segment) for segment in segments})
         with bar("folding", len(segments) * len(tokens)) as advance:
-            folds = tuple(fold_cut_(cut, whole, segment, tokens, rows, advance) for segment in segments)
+            for segment in segments:
+                folds.append(fold_cut_(cut, whole, segment, tokens, rows, advance))
         after = mean_kl(whole, cut, heldout, shared_layers(whole, cut))
         if not after < before:
             undo_()
-    return FoldResult(folds, before, after, after < before)
+    return FoldResult(tuple(folds), before, after, after < before)
 
 
 def _undoing(student: DecoderRunner, positions: set[int]) -> Callable[[], None]:

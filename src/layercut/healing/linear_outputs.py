@@ -1,4 +1,4 @@
-"""What in a layer the least squares can solve anew, found by what it does and not by its name.
+"""Find what in a layer the least squares can solve again, by what it does and not by its name.
 
 Before the least squares (`least_squares.py`). A linear module writes to the residual stream if the layer gives out - m
 without its output m. Everything is tried on a few tokens, on a float32 copy of the one layer, where a sum rounds too
@@ -73,7 +73,7 @@ def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> list[LinearOutput]:
-    """What to solve anew in a layer, in the order in which it runs.
+    """What to solve again in a layer, in the order in which it runs.
 
     First choice are linear modules that write to the stream, of the attention and of the MLP, whatever the block
     looks like. Of a mixture of experts the output is multiplied by a matrix instead.

@@ -22,7 +22,7 @@ from layercut.errors import RunError
 from layercut.files.sizes import size
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
-from layercut.offload.weight_sharing import LentLayers
+from layercut.offload.weight_sharing import SharedLayers
 
 KEY = "key"
 """The file that says of what tokens and model the states are; written last."""
@@ -163,10 +163,9 @@ class PairOnDisk(Pair):
 
         Yields:
             The loss of each batch while there is no gradient yet, and then 0 with the gradient of each batch at every
-            trained
-            layer.
+            trained layer.
         """
-        assert isinstance(self.student.on_disk, LentLayers)
+        assert isinstance(self.student.on_disk, SharedLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)
 

@@ -24,7 +24,7 @@ from layercut.models.losses import logit_pieces, slices
 from layercut.models.runner import DecoderRunner
 
 SHARD_TOKENS = 8192
-"""Tokens in one file; a computation that was stopped goes on with the first file that is missing."""
+"""Tokens in one file; a computation that was stopped is resumed with the first file that is missing."""
 
 
 class StoredTeacher:

@@ -72,7 +72,7 @@ class StateFile:
 
 
 class Stop:
-    """Whether this process was asked to stop, and by which signal. One that nobody sets is never asked."""
+    """Whether this process was asked to stop, and by which signal. Never, unless something sets it."""
 
     signal: int | None = None
 

@@ -34,8 +34,8 @@ COARSE_SHARE = 2
 DESCENT_SHARE = 0.2
 """With one segment: work of the descent over that of the sweep on all rows, at most."""
 
-SHORT_WALK = 4
-"""With several segments: steps of the descent. Longer ones lost the way in nine blind trials (docs/log.md)."""
+SHORT_DESCENT = 4
+"""With several segments: steps of the descent. Longer ones ended at worse sets in nine blind trials (docs/log.md)."""
 
 COARSE_SETS, BEAM = 4, 8
 """With several segments: so many proposals a layer race, and `cheapest_sums` keeps so many sets of each kind."""
@@ -49,7 +49,7 @@ def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedul
 
     K + 2 sets for K segments, or one for every four starts of a small stack; the coarse pricing says where they begin.
     One segment takes as many steps as it has layers and four more, within DESCENT_SHARE of the sweep's work, two at
-    least: a step costs about half as much as a sweep of its row. Several segments take SHORT_WALK steps.
+    least: a step costs about half as much as a sweep of its row. Several segments take SHORT_DESCENT steps.
 
     Args:
         layers: L.
@@ -63,7 +63,7 @@ def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedul
     starts, kept = layers - length + 1, layers - length
     particles = min(count + 2, max(1, starts // 4))
     if count > 1:
-        return GateSchedule(particles=particles, steps=SHORT_WALK)
+        return GateSchedule(particles=particles, steps=SHORT_DESCENT)
     sweep = layers + starts * kept / 2
     # half of the kept layers come after a segment, on average; a backward is taken as two forwards
     step = layers + particles * (kept / 2 + 2) * 3

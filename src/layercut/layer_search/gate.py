@@ -55,7 +55,7 @@ class GateSchedule:
     """sigmoid: walls are half open. straight-through: the forward pass is that of the nearest real cut, the slope
     that of the sigmoid. Compared in docs/log.md."""
     recompute: bool = False
-    """Run each layer anew in the backward pass instead of keeping what it computed: less memory, more forwards."""
+    """Run each layer again in the backward pass instead of keeping what it computed: less memory, more forwards."""
 
 
 def concave_gate(walls: torch.Tensor, layers: int, sharpness: float) -> torch.Tensor:

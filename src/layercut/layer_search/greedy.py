@@ -37,7 +37,7 @@ def sleb(
 ) -> Cuts:
     """Greedy (SLEB, 2402.09025): n times, remove the layer without which the next-token loss is lowest.
 
-    The loss is that of the model without all layers removed so far, on all tokens, measured anew each time.
+    The loss is that of the model without all layers removed so far, on all tokens, measured again each time.
 
     Args:
         stack: the dense model.
@@ -89,7 +89,7 @@ def evolution(
 
     One parent; the first is the best of some random sets. Each generation has children that differ from it and
     from each other, made by level switches (a kept layer is removed and a removed one kept). Selection takes two
-    steps on growing numbers of tokens, drawn anew each time: the children on a few rows, then the best of them and
+    steps on growing numbers of tokens, drawn again each time: the children on a few rows, then the best of them and
     the parent on more; the fittest is the next parent. The paper's programs run hundreds of generations of
     attention and MLP apart on up to 131,072 tokens; here a generation is begun only while all of it fits the budget.
 

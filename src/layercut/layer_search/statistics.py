@@ -1,4 +1,4 @@
-"""What one pass of the calibration tokens through the dense model tells about its layers.
+"""Statistics of the layers from one pass of the calibration tokens through the dense model.
 
 The baselines of `criteria.py` are functions of these sums. Only the hidden states of a few rows are held at once;
 where the layers are on disk, those of all rows, so that each layer is read once.

@@ -56,7 +56,7 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def _set_flags_(model: nn.Module, flags: dict[str, bool]) -> None:
-    """`requires_grad` of every parameter by name, False where it is not told."""
+    """`requires_grad` of every parameter by name, False where it is not given."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad != flags.get(name, False):
             parameter.requires_grad_(flags.get(name, False))

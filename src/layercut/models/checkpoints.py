@@ -1,5 +1,4 @@
-"""From a model's name to files on this machine, checked: a Hub id, a .gguf file of a Hub repository, a local folder or
-a .gguf file.
+"""From a model's name to files on this machine, checked: a Hub id or a .gguf file there, a local folder or .gguf file.
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
 shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
@@ -54,8 +53,7 @@ class Checkpoint:
 
         Args:
             memo: a file that keeps each file's hash beside its size, inode and times of change. Where these are the
-                same
-                (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
+                same (the last cannot be set back), it is not read again; else at 1.8 GB/s of one core.
             advance: called with the bytes done.
 
         Returns:
@@ -87,7 +85,7 @@ class Checkpoint:
 def _remembered(memo: Path | None) -> dict[str, Any]:
     try:
         found = read_json(memo) if memo else {}
-    except ModelError:  # not there, or not what was written: hash anew
+    except ModelError:  # not there, or not what was written: hash again
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -317,7 +315,7 @@ def check_folder(folder: Path, *, allow_pickle: bool = False) -> None:
         raise ModelError(f"{folder} holds no weights (*.safetensors)", "give a complete model folder")
     if not allow_pickle:
         raise ModelError(
-            f"{folder} holds pickled weights (*.bin); reading them can run code that came with the file",
+            f"{folder} holds pickled weights (*.bin); reading them can run code inside the file",
             "convert them to safetensors, or pass --allow-pickle if you trust their source",
         )
     if not (folder / PICKLE_SINGLE).is_file() and (folder / PICKLE_INDEX).is_file():

@@ -35,7 +35,7 @@ EXPERTS = (
 MOST_EXPERTS = 2**16
 MOST_LABELS = 100_000
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-MEND = "use the model's own config.json; fetch it again"
+REPLACE_CONFIG = "use the model's own config.json; fetch it again"
 OPEN = ("quantization_config", "compression_config", "per_layer_config")
 """Parts whose numbers mean something else."""
 
@@ -209,11 +209,11 @@ def check_index(content: Any, name: str) -> None:
         if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
             raise ModelError(
                 f"{name} names the shard {shard!r}, which lies outside the model folder",
-                "do not use this checkpoint, or mend the index by hand if you made it",
+                "do not use this checkpoint, or correct the index by hand if you made it",
             )
 
 
 def _wrong(name: str, key: str, value: Any, allowed: str) -> ModelError:
     got = repr(value)
     got = got if len(got) <= 60 else f"{got[:57]}..."
-    return ModelError(f"{name} has {key} {got}; allowed: {allowed}", MEND)
+    return ModelError(f"{name} has {key} {got}; allowed: {allowed}", REPLACE_CONFIG)

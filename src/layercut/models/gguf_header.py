@@ -104,7 +104,7 @@ class Header:
 def read_header(file: Path) -> Header:
     """The header of a GGUF file. ModelError: it is damaged, promises more than the file holds, or lacks tensors."""
     try:
-        header = _Walk(file).header()
+        header = _HeaderParser(file).header()
         check_blocks(header)
     except ImportError:
         raise ModelError(
@@ -185,7 +185,7 @@ def _missing(roles: dict[int, set[str]]) -> Iterable[str]:
             yield f"blk.{block}.{role}"
 
 
-class _Walk:
+class _HeaderParser:
     """Reads a header from the front. Every length is bounded by the bytes that are left."""
 
     def __init__(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""How code that runs a model's layers meets layers that are left on disk; `offload/` has the reader behind this.
+"""The interface between code that runs a model's layers and a reader of layers on disk; `offload/` implements it.
 
 A model whose layers are on disk carries its reader as the attribute `layers_on_disk`; a model in memory has none.
 """
@@ -11,18 +11,18 @@ from typing import Any, Protocol
 
 
 class LayerReader(Protocol):
-    """What has a model's layers in memory when they are entered."""
+    """Loads a model's layers when they are entered."""
 
     def enter_(self, i: int) -> None:
-        """Have layer i's weights in memory."""
+        """Load layer i's weights."""
 
     def leave_(self) -> None:
         """Drop the weights of the layer that is in memory."""
 
     def say_once(self, words: str) -> None:
-        """A line about streaming, unless it was the last one said."""
+        """Log a line about streaming, unless it was the last one."""
 
-    def stand_ins(self) -> AbstractContextManager[None]:
+    def random_weights(self) -> AbstractContextManager[None]:
         """While open, layers entered get random weights."""
 
 
@@ -38,5 +38,5 @@ def without_reading(model: Any) -> Iterator[None]:
     For what depends on a model's structure alone. Weights are drawn by the class's own initialisation, seeded.
     """
     disk = layers_on_disk(model)
-    with disk.stand_ins() if disk else nullcontext():
+    with disk.random_weights() if disk else nullcontext():
         yield

@@ -489,7 +489,7 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"no device {device!r}", "allowed are auto, cpu, cuda, cuda:N, mps, xpu") from None
     if place.type != "cpu" and (accelerator is None or place.type != accelerator.type):
-        raise ModelError(f"device {device!r} is not to be had on this machine", "use --device cpu, or --device auto")
+        raise ModelError(f"device {device!r} is not available on this machine", "use --device cpu, or --device auto")
     if place.index is not None and place.type != "cpu" and place.index >= torch.accelerator.device_count():
         raise ModelError(
             f"device {device!r} is not there: this machine has {torch.accelerator.device_count()}",
@@ -543,7 +543,7 @@ def computing_dtype(dtype: str, stored: torch.dtype, device: torch.device) -> to
 
 
 def cpu_has(feature: str) -> bool:
-    """Whether this CPU has some instructions, by torch's names; a torch that cannot tell knows of none."""
+    """Whether this CPU has some instructions, by torch's names; none where torch cannot say."""
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get(feature))
 

@@ -47,7 +47,7 @@ def _within_limits() -> Iterator[int]:
 
 
 def resident_bytes() -> int | None:
-    """What this process holds now: Python and its libraries, as in any run. None where the system does not tell."""
+    """What this process holds now: Python and its libraries, as in any run. None where the system does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None
@@ -76,10 +76,9 @@ def reuse_freed(most: int = 256 * 2**20) -> None:
     """From now on let glibc keep up to so many freed bytes for later allocations.
 
     For work whose steps allocate and free the same again and again: otherwise it returns pages and has each zeroed
-    anew,
-    which took 5 % of tuning on a CPU (docs/log.md). `give_back` still returns all.
+    again, which took 5 % of tuning on a CPU (docs/log.md). `give_back` still returns all.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are
         library.mallopt(_M_TRIM_THRESHOLD, most)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest there is: larger pieces are given back at once
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest there is: larger pieces are returned at once

@@ -21,13 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from layercut.errors import ConfigError
-from layercut.models.losses import (
-    Teacher,
-    bucket_kl_and_gradient,
-    kl_and_gradient,
-    kl_divergence,
-    next_token_and_gradient,
-)
+from layercut.models.losses import Teacher, kl_divergence
 from layercut.registries import objectives
 
 
@@ -62,7 +56,7 @@ class Objective:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The plain values that its instance holds: with the name, what tells one objective from another."""
+        """The plain values that its instance holds: with the name, what identifies an objective."""
         plain = {key: value for key, value in vars(self).items() if isinstance(value, int | float | str)}
         return {key: value for key, value in plain.items() if not hasattr(Objective, key)}
 
@@ -195,13 +189,32 @@ class KL(Objective):
         if self.mix:
             return weighted([(w, *term.loss_and_gradient(student, dense, targets)) for w, term in self.terms()])
         assert dense is not None
-        return kl_and_gradient(dense, student, self.temperature)
+        t = self.temperature
+        # in place where a tensor is not needed again: each is [M, V], the largest there are
+        log_p, log_q = (F.log_softmax(x if t == 1 else x / t, -1) for x in (dense, student))
+        p = log_p.exp()
+        loss = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        return t**2 * loss, _scaled_(log_q.exp_().sub_(p), t)
 
     def loss_and_gradient_topk(
         self, student: torch.Tensor, log_p: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL over K tokens and a bucket, at this temperature; arguments as of `Objective.loss_and_gradient_topk`."""
-        return bucket_kl_and_gradient(log_p, index, student, self.temperature)
+        """KL between p and q of K tokens and one bucket b that holds all others; never above the full KL.
+
+        With q_b = 1 - sum of q over the K, the gradient is t (q - p) at the K and t q (1 - p_b / q_b) at the others.
+        Arguments as of `Objective.loss_and_gradient_topk`, log_p at this temperature.
+        """
+        t = self.temperature
+        log_q = F.log_softmax(student if t == 1 else student / t, -1)
+        log_q_k = log_q.gather(-1, index)
+        q = log_q.exp_()
+        q_k = q.gather(-1, index)  # [M, K]
+        # q of the bucket summed from the others, not 1 - sum of q_k, which cancels to noise where q_k is nearly all
+        others = q.scatter_(-1, index, 0.0).sum(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).tiny)
+        p, p_bucket = log_p[:, :-1].exp(), log_p[:, -1:].exp()
+        loss = torch.linalg.vecdot(log_p.exp(), log_p - torch.cat([log_q_k, others.log()], -1))
+        gradient = q.mul_(1 - p_bucket / others).scatter_(-1, index, q_k - p)
+        return t**2 * loss, _scaled_(gradient, t)
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """KL with log p computed once for all students; arguments as of `Objective.against`."""
@@ -238,7 +251,10 @@ class NextToken(Objective):
         self, student: torch.Tensor, dense: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-log q(target) and q - onehot(target), written out; arguments as of `Objective.loss_and_gradient`."""
-        return next_token_and_gradient(student, targets)
+        some, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
+        log_q = F.log_softmax(student, -1)
+        loss = -log_q.gather(-1, index) * some
+        return loss[:, 0], log_q.exp_().scatter_add_(-1, index, -torch.ones_like(loss)).mul_(some)
 
     def against(self, dense: torch.Tensor | None, targets: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Cross entropy of each student; arguments as of `Objective.against`."""
@@ -280,6 +296,10 @@ class Hidden(Objective):
         return gap.square().sum(-1) / norm, 2 * gap / norm
 
 
+def _scaled_(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1 else x.mul_(factor)
+
+
 def weighted(terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of losses [M] and of gradients [M, V], each of a term with its weight."""
     if len(terms) == 1 and terms[0][0] == 1:
@@ -309,9 +329,9 @@ def objective_of(given: str | Objective | type[Objective], **options: Any) -> Ob
     try:
         made = kind(**options)
     except TypeError as error:
-        told = ", ".join(f"--{name} {value:g}" for name, value in options.items()) or "no options"
+        given_options = ", ".join(f"--{name} {value:g}" for name, value in options.items()) or "no options"
         raise ConfigError(
-            f"the objective {given!r} cannot be used with {told}: {error}", "leave out what it does not take"
+            f"the objective {given!r} cannot be used with {given_options}: {error}", "leave out what it does not take"
         ) from error
     if not isinstance(made, Objective):
         raise ConfigError(f"the objective {given!r} is a {type(made).__name__}", "subclass layercut.Objective")

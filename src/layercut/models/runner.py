@@ -10,8 +10,8 @@ type) is recorded from the model's own forward, in which every layer passes its 
     logits = stack.exit(h, tokens)          # final norm and head [B, T, V]
 
 A model whose layers are on disk (`offload/layer_reader.py`) is used alike: `stack.layer(i, …)` reads layer i where
-another one was entered last, so that a sweep takes all its rows through a layer before it goes on to the next
-(`passes`, `carry_`). So is one that is spread over several processes (`distributed/sharding.py`): it runs as a copy
+another one was entered last, so that a sweep takes all its rows through a layer before the next one
+(`passes`, `carry_`). So is one that is sharded over several processes (`distributed/sharding.py`): it runs as a copy
 over the same weights, and all processes must take as many steps (`sharding.in_step`).
 """
 
@@ -95,7 +95,7 @@ class DecoderRunner:
     """A model's decoder, run piece by piece: embeddings, any of the layers, final norm and head.
 
     Args:
-        model: a causal LM of transformers, in memory, with layers on disk or spread over processes.
+        model: a causal LM of transformers, in memory, with layers on disk or sharded over processes.
 
     Raises:
         ModelError: layers exchange more than the hidden state, so that running them one by one is not what the model
@@ -106,7 +106,7 @@ class DecoderRunner:
         self.at_rest = model
         """The model as it was given."""
         self.model = sharding.runnable(model)
-        """The one that runs: the same, unless its weights are spread over several processes."""
+        """The one that runs: the same, unless its weights are sharded over several processes."""
         self.layers = find_decoder(self.model).layers
         self.on_disk = layers_on_disk(model)
         """The reader behind the layers; None where they are in memory."""
@@ -303,8 +303,8 @@ def passes(stack: DecoderRunner, tokens: torch.Tensor, rows: int, streams: int) 
     """Tokens as batches, grouped by pass through the stack.
 
     In memory a batch is a pass, since another pass costs nothing. On disk all batches go in one pass, so that each
-    layer
-    is read once; where the hidden states of all rows would not fit, in as few as possible. What they take is logged.
+    layer is read once; where the hidden states of all rows would not fit, in as few as possible. What they take is
+    logged.
 
     Args:
         stack: the model.
@@ -431,7 +431,7 @@ def carry_(stack: DecoderRunner, hidden: list[torch.Tensor], calls: Sequence[Cal
 def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
     """How many layers, from the first, are the very same weights in both models, embeddings included.
 
-    Found by identity, since after several rounds of cutting and healing no position tells it: below a new cut there
+    Found by identity, since after several rounds of cutting and healing no position shows it: below a new cut there
     may be layers that were trained at an old one.
 
     Args:
@@ -454,7 +454,7 @@ def shared_layers(dense: DecoderRunner, student: DecoderRunner) -> int:
     if below(dense) != below(student):
         return 0
     pairs = zip(dense.layers, student.layers, strict=False)
-    same = [weights(ours) == weights(theirs) for ours, theirs in pairs]
+    same = [weights(one) == weights(other) for one, other in pairs]
     return same.index(False) if False in same else len(same)
 
 

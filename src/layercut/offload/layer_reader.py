@@ -6,10 +6,10 @@ read ahead by one thread, so that at most two layers are in memory. Embeddings, 
 no decoder layer stay resident.
 
 Which stored tensor becomes which weight is decided by transformers' own loader: once for the whole checkpoint on
-tensors without data, which tells what is missing or of a wrong shape before anything is read, and again for
+tensors without data, which shows what is missing or of a wrong shape before anything is read, and again for
 each layer on the real ones. Fused experts, renamed and tied weights are what they are when loaded at once.
 
-A cut copy of such a model borrows its layers: `offload/weight_sharing.py`.
+A cut clone of such a model shares its layers: `offload/weight_sharing.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ IN_MEMORY = "load it in memory instead: --stream off"
 
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a model under the names, and in the pieces, in which its class saves them."""
+    """Weights of a model under the names, and in the pieces, in which its class saves them.
+
+    Args:
+        model: of transformers.
+        tensors: weights by name in memory.
+
+    Returns:
+        Tensors by name on disk.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
@@ -52,13 +60,23 @@ class Stored:
 
     @property
     def elements(self) -> int:
+        """How many numbers it holds."""
         return torch.Size(self.shape).numel()
 
     def __getitem__(self, key: Any) -> Stored:
-        """transformers' loader asks for `tensor[...]` and then for `.to(...)`: this stands in for a tensor there."""
+        """Itself: transformers' loader asks for `tensor[...]` and then for `.to(...)`."""
         return self
 
     def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of this shape without data, for transformers' loader.
+
+        Args:
+            device: not used; the result is on the meta device.
+            dtype: of the result.
+
+        Returns:
+            An empty tensor.
+        """
         return torch.empty(self.shape, dtype=dtype, device="meta")
 
 
@@ -97,10 +115,22 @@ def open_on_disk(
     allow_pickle: bool = False,
     tokenizer: Any = None,
 ) -> loading.LanguageModel:
-    """Open a safetensors folder with its decoder layers left on disk. dtype and device: as `loading.load` takes them.
+    """Open a safetensors folder with its decoder layers left on disk.
 
-    Raises ModelError: GGUF, pickled or quantized weights, modelling code of its own, weights that several layers
-    share, and all that `loading.load` refuses.
+    Args:
+        checkpoint: the files.
+        dtype: as `loading.load`.
+        device: as `loading.load`.
+        trust_remote_code: as `loading.load`; such code is refused here in any case.
+        allow_pickle: not used; pickled weights are refused here in any case.
+        tokenizer: one that is loaded already.
+
+    Returns:
+        The model, whose layers are read when they are called.
+
+    Raises:
+        ModelError: GGUF, pickled or quantized weights, modelling code of its own, weights that several layers share,
+            and all that `loading.load` refuses.
     """
     config = loading.load_config(checkpoint, trust_remote_code=trust_remote_code)
     _refuse(checkpoint, config)
@@ -153,7 +183,15 @@ def _build(checkpoint: checkpoints.Checkpoint, config: Any, tensors: Mapping[str
 
 
 def read_by_layer(checkpoint: checkpoints.Checkpoint, config: Any) -> bool:
-    """Whether a checkpoint is of a kind that is read layer by layer."""
+    """Whether a checkpoint is of a kind that is read layer by layer.
+
+    Args:
+        checkpoint: the files.
+        config: transformers' config.
+
+    Returns:
+        False for GGUF, pickled or quantized weights, and for modelling code of its own.
+    """
     try:
         _refuse(checkpoint, config)
     except ModelError:
@@ -229,7 +267,11 @@ def _read(stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
 class LayersOnDisk:
     """Reads decoder layers when they are entered. `layers_read` and `bytes_read` count what that took.
 
-    model: its layers have weights without data. stored: what each layer is made of.
+    Args:
+        model: its layers have weights without data.
+        stored: what each layer is made of.
+        dtype: of the weights in memory.
+        device: of the weights in memory.
     """
 
     def __init__(self, model: Any, stored: list[dict[str, Stored]], dtype: torch.dtype, device: torch.device) -> None:
@@ -243,10 +285,11 @@ class LayersOnDisk:
         self._versions = self._unchanged.copy()  # of what each layer holds now
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="layer-reader")
-        self._random: dict[Any, dict[str, torch.Tensor]] | None = None  # stand-ins, while they are wanted
+        # by kind of layer, while `random_weights` is open
+        self._random: dict[Any, dict[str, torch.Tensor]] | None = None
         self._said = ""
-        self.borrowers: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
-        """Layers of copies of the model, which get the weights of these where they have none of their own."""
+        self.clone_layers: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
+        """Layers of clones of the model, which get the weights of these where they have none of their own."""
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
@@ -259,8 +302,8 @@ class LayersOnDisk:
             say("stream", words)
         self._said = words
 
-    def hand_over(self) -> Iterator[nn.Module]:
-        """Each layer in turn, read and left to the one who takes it; afterwards nothing is on disk any more."""
+    def load_one_by_one(self) -> Iterator[nn.Module]:
+        """Each layer in turn, read, for the caller to keep; afterwards nothing is on disk any more."""
         for i, layer in enumerate(self.layers):
             self.enter_(i)
             self.resident = None
@@ -283,15 +326,21 @@ class LayersOnDisk:
         return forward_with_weights
 
     def enter_(self, i: int, ahead: Sequence[int] | None = None) -> None:
-        """Have layer i's weights in memory, drop those of the layer before, and begin to read the one after.
+        """Load layer i's weights, drop those of the layer before, and begin to read the one after.
 
-        After is upwards, or downwards where the last step went down, as in a backward pass. ahead: the one after, or
-        none, where the model being run does not have all layers.
+        After is upwards, or downwards where the last step went down, as in a backward pass.
+
+        Args:
+            i: the layer.
+            ahead: layers to read next, one or none, where the model being run does not have all layers.
+
+        Raises:
+            ModelError: a file has changed since it was opened, or the model changes its weights as it runs.
         """
         if i == self.resident:
             return
         if self._random is not None:
-            self._stand_in_(i, self._random)
+            self._set_random_(i, self._random)
             return
         self._refuse_changed(i)  # here those without data, which the model may have changed before it calls them
         if ahead is None:
@@ -307,38 +356,42 @@ class LayersOnDisk:
             raise
         self.layers[i].requires_grad_(False)
         self._versions[i] = _versions(self.layers[i])
-        self._lend_(i)
+        self._fill_clones_(i)
         for j in ahead:
             self._ahead = j, self._reader.submit(self._read, j)
 
     def leave_(self) -> None:
-        """Drop the weights of the layer that is in memory; ModelError where they were changed there."""
+        """Drop the weights of the layer that is in memory.
+
+        Raises:
+            ModelError: they were changed there.
+        """
         if self.resident is not None and self._random is None:
             self._refuse_changed(self.resident)
         self._drop_()
 
     def _drop_(self) -> None:
         if (i := self.resident) is not None:
-            lent = _tensors(self.layers[i])
-            for borrower in self.borrowers[i]:
-                own = _tensors(borrower)
-                _put_(borrower, {name: self._empty[i][name] for name in lent if own.get(name) is lent[name]})
+            shared = _tensors(self.layers[i])
+            for clone_layer in self.clone_layers[i]:
+                own = _tensors(clone_layer)
+                _put_(clone_layer, {name: self._empty[i][name] for name in shared if own.get(name) is shared[name]})
             _put_(self.layers[i], self._empty[i])
             self._versions[i] = self._unchanged[i]
         self.resident = None
 
-    def _lend_(self, i: int) -> None:
-        """Give the weights in memory to the borrowers, for all that they have no data of their own for."""
+    def _fill_clones_(self, i: int) -> None:
+        """Put the weights in memory into the layers of clones, where these have no data of their own."""
         weights = _tensors(self.layers[i])
-        for borrower in self.borrowers[i]:
-            for name, tensor in _tensors(borrower).items():
+        for clone_layer in self.clone_layers[i]:
+            for name, tensor in _tensors(clone_layer).items():
                 if tensor.is_meta:
                     if tensor is not self._empty[i].get(name):
                         raise ModelError(
                             f"{type(self.model).__name__} has other weights in layer {i} where layers are cut out",
                             IN_MEMORY,
                         )
-                    _put_(borrower, {name: weights[name]})
+                    _put_(clone_layer, {name: weights[name]})
 
     def _refuse_changed(self, i: int) -> None:
         """Changes in place would be lost when the layer is read again."""
@@ -385,8 +438,8 @@ class LayersOnDisk:
     # --- structure without weights ---
 
     @contextmanager
-    def stand_ins(self) -> Iterator[None]:
-        """While open, layers entered get random weights: of one seed for all layers of one make."""
+    def random_weights(self) -> Iterator[None]:
+        """While open, layers entered get random weights: of one seed for all layers of one kind."""
         self.leave_()
         self._random = {}
         try:
@@ -395,21 +448,21 @@ class LayersOnDisk:
             self._drop_()
             self._random = None
 
-    def _stand_in_(self, i: int, made: dict[Any, dict[str, torch.Tensor]]) -> None:
+    def _set_random_(self, i: int, made: dict[Any, dict[str, torch.Tensor]]) -> None:
         self.leave_()
         layer = self.layers[i]
-        make = type(layer), tuple((n, t.shape, t.dtype) for n, t in self._empty[i].items())
-        if make in made:
-            _put_(layer, made[make])
+        kind = type(layer), tuple((n, t.shape, t.dtype) for n, t in self._empty[i].items())
+        if kind in made:
+            _put_(layer, made[kind])
         else:
             _put_(layer, {name: _blank(tensor, self.device) for name, tensor in self._empty[i].items()})
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(0)
                 for module in layer.modules():
                     self._owner(layer)._init_weights(module)
-            made[make] = _tensors(layer)
+            made[kind] = _tensors(layer)
         self.resident = i
-        self._lend_(i)
+        self._fill_clones_(i)
 
     def _owner(self, layer: nn.Module) -> Any:
         """The innermost model around a layer: in a vision-language model, the language model."""

@@ -1,7 +1,7 @@
-"""Where a model's weights lie while it runs: in memory, spread over several processes, or on disk.
+"""Where a model's weights lie while it runs: in memory, sharded over several processes, or on disk.
 
-The one way in for all commands: `models/loading.py` loads, `offload/layer_reader.py` leaves the layers on disk,
-`distributed/sharding.py` spreads.
+The one entry point for all commands: `models/loading.py` loads, `offload/layer_reader.py` leaves the layers on disk,
+`distributed/sharding.py` shards.
 """
 
 from __future__ import annotations
@@ -23,10 +23,23 @@ FITS = 0.8
 def load(
     checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> loading.LanguageModel:
-    """`loading.load`, or the same model with its weights spread over the processes or its layers left on disk.
+    """`loading.load`, or the same model with its weights sharded over the processes or its layers left on disk.
 
-    how: the arguments of `loading.load`. "auto": where the weights would take more than `FITS` of the memory that is
-    available, they are spread if there are several processes that have room for a part each, else left on disk.
+    "auto": where the weights would take more than `FITS` of the memory that is available, they are sharded if there are
+    several processes that have room for a part each, else left on disk.
+
+    Args:
+        checkpoint: the files.
+        stream: whether layers are left on disk.
+        shard: whether weights are sharded.
+        **how: the other arguments of `loading.load`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: `shard` is "on" and there is one process.
+        ModelError: as `loading.load`.
     """
     if spread(checkpoint, stream=stream, shard=shard, **how):
         return load_spread(checkpoint, **how)
@@ -36,7 +49,16 @@ def load(
 
 
 def wanted(checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
-    """Whether `load` in one process would leave the layers on disk. Reads headers only."""
+    """Whether `load` in one process would leave the layers on disk. Reads headers only.
+
+    Args:
+        checkpoint: the files.
+        stream: whether layers are left on disk.
+        **how: the other arguments of `loading.load`.
+
+    Returns:
+        True where it would.
+    """
     if stream != "auto":
         return stream == "on"
     return share_of_memory(checkpoint, **how) > FITS
@@ -45,9 +67,19 @@ def wanted(checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", *
 def spread(
     checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
 ) -> bool:
-    """Whether `load` would spread the weights over the processes, which must ask together. Reads headers only.
+    """Whether `load` would shard the weights over the processes, all of which must call this. Reads headers only.
 
-    Raises ConfigError where one process is to do so.
+    Args:
+        checkpoint: the files.
+        stream: whether layers are left on disk.
+        shard: whether weights are sharded.
+        **how: the other arguments of `loading.load`.
+
+    Returns:
+        True where it would.
+
+    Raises:
+        ConfigError: `shard` is "on" and there is one process.
     """
     count = processes.world()
     if shard == "on" and not processes.launched():
@@ -62,7 +94,15 @@ def spread(
 
 
 def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
-    """Bytes of the weights over those that this process has; 0 of what cannot be loaded but at once."""
+    """Bytes of the weights over those that this process has; 0 of what can only be loaded at once.
+
+    Args:
+        checkpoint: the files.
+        **how: the arguments of `loading.load`.
+
+    Returns:
+        A share; above 1 where the weights do not fit.
+    """
     if checkpoint.gguf or not checkpoints.weight_files(checkpoint.folder):
         return 0.0
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
@@ -77,16 +117,25 @@ def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
 def load_spread(
     checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
 ) -> loading.LanguageModel:
-    """`loading.load`, of which each process keeps its part of every weight (`distributed/sharding.py`).
+    """`loading.load`, of which each process keeps its shard of every weight (`distributed/sharding.py`).
 
     A safetensors folder is read layer by layer, by every process in full: two layers and what is no layer are whole
     at a time. What cannot be read so (GGUF, pickled or quantized weights, code of its own) is loaded whole into the
     machine's memory, by one process after the other.
+
+    Args:
+        checkpoint: the files.
+        dtype: as `loading.load`.
+        device: as `loading.load`.
+        **how: the other arguments of `loading.load`.
+
+    Returns:
+        The model, with this process's shards.
     """
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if read_by_layer(checkpoint, config):
         loaded = open_on_disk(checkpoint, dtype=dtype, device=device, **how)
-        sharding.spread_(loaded.model, loaded.model.layers_on_disk.hand_over(), loaded.device)
+        sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
         return loaded
     place = loading.pick_device(device)
     stored = loading.pick_dtype(dtype, config, checkpoint)

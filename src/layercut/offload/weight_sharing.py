@@ -1,11 +1,11 @@
-"""A second model over layers that are on disk: dense model and student read each layer once for both.
+"""A clone of a model whose layers are on disk: dense model and student read each layer once for both.
 
-Beside `offload/layer_reader.py`, whose reader it asks. A copy made by `share` has own modules and no reader of its
+Beside `offload/layer_reader.py`, whose reader it uses. A clone made by `share` has own modules and no reader of its
 own: what is not in a decoder layer it shares with the original, and a layer it enters is entered in the original,
-which lends its weights. What healing puts into a copy has data of its own, stays in memory and is not borrowed.
+whose weights it then uses. What healing puts into a clone has data of its own and stays in memory.
 
     student = share(model)          # of a model in memory the same as models.share
-    cut_segment_(student, …)        # layers go, the others still know which of the original's they are
+    cut_segment_(student, …)        # layers are removed, the others still know which of the original's they are
 """
 
 from __future__ import annotations
@@ -24,38 +24,42 @@ from layercut.offload.layer_reader import LayersOnDisk
 
 
 def share(model: Any) -> Any:
-    """`loading.share`, also of a model whose layers are on disk, or of a copy of one."""
+    """`loading.share`, also of a model whose layers are on disk, or of a clone of one."""
     disk = layers_on_disk(model)
     if disk is None:
         return loading.share(model)
-    source = disk.source if isinstance(disk, LentLayers) else disk
+    source = disk.source if isinstance(disk, SharedLayers) else disk
     assert isinstance(source, LayersOnDisk)
     source.leave_()  # what is copied are layers without data
-    gc.collect()  # layers and their `forward` hold each other: copies of no more use would keep what is their own
-    numbers = disk.numbers() if isinstance(disk, LentLayers) else range(len(source.layers))
+    gc.collect()  # layers and their `forward` refer to each other: unused clones would keep their own weights
+    numbers = disk.numbers() if isinstance(disk, SharedLayers) else range(len(source.layers))
     copied = loading.copied(model)
-    copied.layers_on_disk = LentLayers(source, copied, numbers)
+    copied.layers_on_disk = SharedLayers(source, copied, numbers)
     return copied
 
 
-class LentLayers:
-    """The layers of a copy, lent by the reader of the original: what `LayersOnDisk` is for that.
+class SharedLayers:
+    """The layers of a clone, whose weights the original's reader loads: what `LayersOnDisk` is for the original.
 
-    numbers: which of the original's each layer is. Raises ModelError on entering where a cut has given a layer other
-    weights than the original has there.
+    Entering a layer raises ModelError where a cut has given it other weights than the original has there.
+
+    Args:
+        source: the original's reader.
+        model: the clone.
+        numbers: which of the original's layers each is.
     """
 
     def __init__(self, source: LayersOnDisk, model: Any, numbers: Sequence[int]) -> None:
         self.source = source
-        self._lowest: int | None = None  # while it is gone up and down from there
-        self._layers = loading.find_decoder(model).layers  # the list itself: a cut takes layers out of it
+        self._lowest: int | None = None  # while layers are entered upwards from there and down again
+        self._layers = loading.find_decoder(model).layers  # the list itself: a cut removes layers from it
         self._number = WeakKeyDictionary(zip(self._layers, numbers, strict=True))
         for layer, number in self._number.items():
             layer.__dict__.pop("forward", None)  # the original's
             layer.forward = self._on_demand(layer, layer.forward)
-            source.borrowers[number].add(layer)
+            source.clone_layers[number].add(layer)
 
-    def __deepcopy__(self, memo: Any) -> LentLayers:
+    def __deepcopy__(self, memo: Any) -> SharedLayers:
         return self
 
     def numbers(self) -> list[int]:
@@ -63,7 +67,7 @@ class LentLayers:
         return [self._number[layer] for layer in self._layers]
 
     def enter_(self, i: int) -> None:
-        """Have layer i's weights in memory, by position in this model."""
+        """Load layer i's weights, by position in this model."""
         self._enter_(self._layers[i])
 
     def leave_(self) -> None:
@@ -71,6 +75,7 @@ class LentLayers:
         self.source.leave_()
 
     def say_once(self, words: str) -> None:
+        """Log a line about streaming, unless it was the last one."""
         self.source.say_once(words)
 
     @contextmanager
@@ -83,8 +88,9 @@ class LentLayers:
             self._lowest = None
 
     @contextmanager
-    def stand_ins(self) -> Iterator[None]:
-        with self.source.stand_ins():
+    def random_weights(self) -> Iterator[None]:
+        """While open, layers entered get random weights, and nothing is read."""
+        with self.source.random_weights():
             yield
 
     def _on_demand(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,13 +102,13 @@ class LentLayers:
 
     def _enter_(self, layer: nn.Module) -> None:
         number = self._number[layer]
-        if number != self.source.resident and _borrows(layer):
+        if number != self.source.resident and _lacks_weights(layer):
             self.source.enter_(number, self._after(number))
 
     def _after(self, number: int) -> list[int]:
-        """The layer to read once this one is there: of those that are borrowed here the next one on the way."""
+        """The layer to read once this one is there: the next one on the way whose weights the clone lacks."""
         resident = self.source.resident
-        order = [n for one in self._layers if (n := self._number[one]) == resident or _borrows(one)]
+        order = [n for one in self._layers if (n := self._number[one]) == resident or _lacks_weights(one)]
         place = order.index(number)
         below, above = order[max(0, place - 1) : place], order[place + 1 : place + 2]
         downwards = resident in above
@@ -112,6 +118,6 @@ class LentLayers:
         return (below or above) if downwards else (above or below)
 
 
-def _borrows(layer: nn.Module) -> bool:
+def _lacks_weights(layer: nn.Module) -> bool:
     """Whether some of a layer's weights are without data."""
     return any(tensor.is_meta for tensor in layer.state_dict(keep_vars=True).values())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from layercut import evaluation, layer_search
 from layercut.config import CompareConfig, flattened
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, SurgeryError
+from layercut.files.json_values import jsonable, restored
 from layercut.files.writing import write_atomically
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuningFiles
@@ -33,13 +33,27 @@ from layercut.layer_search.sweep import all_segments, segment_costs, sweep_work
 from layercut.models import checkpoints, loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
-from layercut.pipeline.artefacts import RUNS_OWN
-from layercut.pipeline.journey import text_stage
+from layercut.pipeline.artefacts import (
+    BeforeAfter,
+    CompareArtefact,
+    CompareCutArtefact,
+    CompareDenseArtefact,
+    ComparedMethod,
+    ComparedTuning,
+    CompareMethodArtefact,
+    CompareTriangleArtefact,
+    CompareTunedArtefact,
+    DensePerplexity,
+    MethodChoice,
+    StartAndBest,
+    bounds_of,
+    segments_of,
+)
 from layercut.pipeline.resolve import check_sources, check_window, default_folder, with_reported_window
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings
-from layercut.pipeline.stages.text import Use
+from layercut.pipeline.stages.text import Use, draw_all
 from layercut.progress import bar, say
 from layercut.report import charts, formatting
 from layercut.report.formatting import short
@@ -79,125 +93,134 @@ def compare(model: str, config: CompareConfig) -> Path:
         run.describe({"model": model, **flattened(config)})
         work = RunContext(checkpoint, journey, run)
         judged: list[Use] = ["heldout", "tuning"] if journey.heal.tune_tokens else []
-        text = text_stage(work, ["calibration", *judged, "evaluation"])
-
-        calibrated = [work.source, text["calibration"]]
-        dense = run.stage(
-            "compare-dense", [work.source, text["evaluation"], WINDOWS], lambda: measured(work), together=True
-        )
-        rows = []
-        for method in methods:
-            search = partial(search_by, work, method, length)
-            inputs = [*calibrated, config.text.seed, method, length]
-            found = run.stage(f"compare-{method}", inputs, search, together=True)
-            say("compare", describe_search(found))
-            chosen = {key: value for key, value in found.items() if key not in RUNS_OWN}
-            rows.append(chosen | what_is_left(work, found["segments"], text, dense["losses"]))
-        prices = None
-        if config.compare.triangle:
-            priced = partial(triangle, work, length)
-            prices = run.stage("compare-triangle", [*calibrated, length], priced, together=True)
-
-        run.stage(
-            "compare",
-            [dense["config_hash"], rows, prices],
-            lambda: {
-                "model": model,
-                "layers": {"before": layers, "after": layers - length},
-                "calibration": text["calibration"],
-                "tuning": text.get("tuning"),
-                "evaluation": text["evaluation"],
-                "dense": {"perplexity": dense["perplexity"]},
-                "methods": rows,
-                "triangle": prices and prices["triangle"],
-            },
-        )
-        processes.on_main(lambda: draw_picks(run.read("compare") or {}, run / "compare.svg"))
+        draw_all(work, ["calibration", *judged, "evaluation"])
+        with run.stage(
+            CompareDenseArtefact, "compare-dense", [work.source, work.text["evaluation"], WINDOWS], together=True
+        ) as stage:
+            if stage.open:
+                losses = window_losses(work, work.dense.model)
+                stage.found = CompareDenseArtefact(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
+        dense = stage.artefact
+        rows = [what_is_left(work, search_by(work, method, length), dense.losses) for method in methods]
+        prices = triangle(work, length) if config.compare.triangle else None
+        with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices]) as comparison:
+            if comparison.open:
+                comparison.found = CompareArtefact(
+                    model=model,
+                    layers=BeforeAfter(before=layers, after=layers - length),
+                    calibration=work.text["calibration"],
+                    tuning=work.text.get("tuning"),
+                    evaluation=work.text["evaluation"],
+                    dense=DensePerplexity(perplexity=dense.perplexity),
+                    methods=rows,
+                    triangle=prices.triangle if prices else None,
+                )
+        found = restored(jsonable(comparison.artefact))
+        processes.on_main(lambda: draw_picks(found, run / "compare.svg"))
         processes.on_main(lambda: write_comparison(run.folder))
         return run.folder
 
 
-# --- stages: each returns its artefact ---
+# --- stages ------------------------------------------------------------------------------------------------------
 
 
-def search_by(work: RunContext, method: str, length: int) -> dict[str, Any]:
+def search_by(work: RunContext, method: str, length: int) -> MethodChoice:
     """What one method removes, its KL on the calibration tokens, and what finding it took."""
-    stack, tokens = work.stack, work.blocks["calibration"]
-    result = layer_search.search(stack, tokens, n_layers=length, method=method, seed=work.config.text.seed)
-    return {
-        "method": method,
-        "segments": [[s.start, s.stop] for s in result.segments],
-        "kl": result.candidates[0].kl,
-        "search_seconds": round(result.seconds, 3),
-        "layer_forwards": result.cost.layer_forwards,
-        "layer_backwards": result.cost.layer_backwards,
-        "dense_tokens": result.cost.dense_tokens,
-    }
+    seed = work.config.text.seed
+    inputs = [work.source, work.text["calibration"], seed, method, length]
+    with work.run.stage(CompareMethodArtefact, f"compare-{method}", inputs, together=True) as stage:
+        if stage.open:
+            tokens = work.blocks["calibration"]
+            result = layer_search.search(work.stack, tokens, n_layers=length, method=method, seed=seed)
+            stage.found = CompareMethodArtefact(
+                method=method,
+                segments=bounds_of(result.segments),
+                kl=result.kl,
+                search_seconds=round(result.seconds, 3),
+                layer_forwards=result.cost.layer_forwards,
+                layer_backwards=result.cost.layer_backwards,
+                dense_tokens=result.cost.dense_tokens,
+            )
+    found = stage.artefact
+    removed = ", ".join(map(str, segments_of(found.segments)))
+    say("compare", f"{found.method}: remove {removed}, KL {formatting.figure(found.kl)}")
+    return found.facts
 
 
-def triangle(work: RunContext, length: int) -> dict[str, Any]:
-    """KL of every segment of 1 … `length` layers on the calibration tokens, [[start, stop, kl], …], in one sweep."""
-    stack, tokens, cost = work.stack, work.blocks["calibration"], Cost()
-    segments = [s for n in range(1, length + 1) for s in all_segments(n, len(stack))]
-    work_ahead = sweep_work(segments, len(stack), len(tokens))
-    with bar(f"sweeping {len(segments)} segments", work_ahead) as advance:
-        priced = segment_costs(stack, tokens, segments, cost, rows=TRIANGLE_ROWS, advance=advance)
-    found = sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in priced)
-    return {"triangle": [list(price) for price in found], "layer_forwards": cost.layer_forwards}
+def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
+    """KL of every segment of 1 … `length` layers on the calibration tokens, in one sweep."""
+    inputs = [work.source, work.text["calibration"], length]
+    with work.run.stage(CompareTriangleArtefact, "compare-triangle", inputs, together=True) as stage:
+        if stage.open:
+            stack, tokens, cost = work.stack, work.blocks["calibration"], Cost()
+            segments = [s for n in range(1, length + 1) for s in all_segments(n, len(stack))]
+            total = sweep_work(segments, len(stack), len(tokens))
+            with bar(f"sweeping {len(segments)} segments", total) as advance:
+                priced = segment_costs(stack, tokens, segments, cost, rows=TRIANGLE_ROWS, advance=advance)
+            prices = sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in priced)
+            stage.found = CompareTriangleArtefact(triangle=prices, layer_forwards=cost.layer_forwards)
+    return stage.artefact
 
 
-def what_is_left(work: RunContext, bounds: list[list[int]], text: dict[str, Any], dense: list[float]) -> dict[str, Any]:
-    """The measured part of a row: the same stages, and so the same figures, for all methods that remove the same.
+def what_is_left(work: RunContext, chosen: MethodChoice, dense: list[float]) -> ComparedMethod:
+    """A method's row: the same stages, and so the same figures, for all methods that remove the same.
 
     dense: the dense model's mean loss of each window, beside which the standard errors are taken.
     """
-    segments = [Segment(*pair) for pair in bounds]
+    segments = segments_of(chosen.segments)
     at = "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
-    inputs = [work.source, text["calibration"], text["evaluation"], bounds, WINDOWS]
-    cut = work.run.stage(f"{at}-cut", inputs, partial(cut_and_fold, work, segments, f"{at}-folded"), together=True)
-    row = {
-        "perplexity": {"cut": cut["cut"], "folded": cut["folded"], "tuned": None},
-        "standard_error": {state: error_of(losses, dense) for state, losses in cut["losses"].items()},
-        "fold": cut["fold"],
-        "tuning": None,
-        "refused": cut["refused"],
-    }
-    if not work.config.heal.tune_tokens or cut["refused"]:
+    inputs = [work.source, work.text["calibration"], work.text["evaluation"], chosen.segments, WINDOWS]
+    with work.run.stage(CompareCutArtefact, f"{at}-cut", inputs, together=True) as cutting:
+        if cutting.open:
+            cutting.found = cut_and_fold(work, segments, f"{at}-folded")
+    cut = cutting.artefact
+    row = ComparedMethod(
+        **vars(chosen),
+        perplexity={"cut": cut.cut, "folded": cut.folded, "tuned": None},
+        standard_error={state: error_of(losses, dense) for state, losses in cut.losses.items()},
+        fold=cut.fold,
+        tuning=None,
+        refused=cut.refused,
+    )
+    if not work.config.heal.tune_tokens or cut.refused:
         return row
-    inputs = [*inputs, asdict(work.config.heal), text["tuning"], text["heldout"]]
-    tuned = work.run.stage(f"{at}-tuned", inputs, partial(tune, work, segments, cut["files"]), together=True)
-    return row | {
-        "perplexity": row["perplexity"] | {"tuned": tuned["tuned"]},
-        "standard_error": row["standard_error"] | {"tuned": error_of(tuned["losses"], dense)},
-        "tuning": tuned["tuning"],
-    }
+    inputs = [*inputs, work.config.heal, work.text["tuning"], work.text["heldout"]]
+    with work.run.stage(CompareTunedArtefact, f"{at}-tuned", inputs, together=True) as tuning:
+        if tuning.open:
+            tuning.found = tune(work, segments, cut.files)
+    tuned = tuning.artefact
+    return replace(
+        row,
+        perplexity=row.perplexity | {"tuned": tuned.tuned},
+        standard_error=row.standard_error | {"tuned": error_of(tuned.losses, dense)},
+        tuning=tuned.tuning,
+    )
 
 
-def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> dict[str, Any]:
+def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> CompareCutArtefact:
     """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning."""
-    nothing: dict[str, Any] = {"cut": None, "folded": None, "losses": {}, "fold": [], "files": [], "refused": None}
     try:
         student = cut(work.dense.model, segments)
     except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
-        return nothing | {"refused": error.message}
-    found, tokens = measured(work, student), work.blocks["calibration"]
-    bare = nothing | {"cut": found["perplexity"], "losses": {"cut": found["losses"]}}
+        return CompareCutArtefact(refused=error.message)
+    losses, tokens = {"cut": window_losses(work, student)}, work.blocks["calibration"]
     runner = DecoderRunner(student)
     with bar("folding", len(segments) * len(tokens)) as advance:
-        folds = [
-            fold_cut_(runner, work.stack, segment, tokens, advance=advance).to_dict() for segment in sorted(segments)
-        ]
-    if all(fold["skipped"] for fold in folds):
-        return bare | {"fold": folds}
-    work.save_changes(student, name)
-    folded = measured(work, student)
-    return bare | {
-        "folded": folded["perplexity"], "losses": bare["losses"] | {"folded": folded["losses"]},
-        "fold": folds, "files": [f"{name}.safetensors"],
-    }  # fmt: skip
+        folds = [fold_cut_(runner, work.stack, segment, tokens, advance=advance) for segment in sorted(segments)]
+    is_folded = not all(fold.skipped for fold in folds)
+    if is_folded:
+        work.save(work.changed(student), name)
+        losses["folded"] = window_losses(work, student)
+    return CompareCutArtefact(
+        cut=evaluation.of_losses(losses["cut"]),
+        folded=evaluation.of_losses(losses["folded"]) if is_folded else None,
+        losses={state: each.tolist() for state, each in losses.items()},
+        fold=folds,
+        files=[f"{name}.safetensors"] if is_folded else [],
+    )
 
 
-def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> dict[str, Any]:
+def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> CompareTunedArtefact:
     """Endpoint tuning as the journey does it: from the fold where that helps on the held-out rows."""
     stack, heldout, tokens = work.stack, work.blocks["heldout"], work.blocks["tuning"]
     student = cut(work.dense.model, segments)
@@ -210,44 +233,38 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> di
     settings, files = tune_settings(work.config.heal), TuningFiles(stopping=asked_to_stop)
     memory.reuse_freed()
     report = tune_(student, stack, tokens, heldout=heldout, files=files, **vars(settings))
-    losses = [point["loss"] for point in report.heldout]
-    say("tune", f"{', '.join(map(str, segments))}: held-out loss {losses[0]:.4f} -> {min(losses):.4f}")
-    found = measured(work, student)
-    return {
-        "tuned": found["perplexity"],
-        "losses": found["losses"],
-        "tuning": {
-            "tokens": report.tokens,
-            "trained_layers": report.trained_layers,
-            "trained_parameters": report.trained_parameters,
-            "from_fold": kept,
-            "heldout": {"start": losses[0], "best": min(losses)},
-            "best_step": report.best_step,
-            "tokens_per_second": report.tokens_per_second,
-        },
-    }
+    start = report.heldout[0]["loss"]
+    say("tune", f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
+    losses = window_losses(work, student)
+    return CompareTunedArtefact(
+        tuned=evaluation.of_losses(losses),
+        losses=losses.tolist(),
+        tuning=ComparedTuning(
+            tokens=report.tokens,
+            trained_layers=report.trained_layers,
+            trained_parameters=report.trained_parameters,
+            from_fold=kept,
+            heldout=StartAndBest(start=start, best=report.best),
+            best_step=report.best_step,
+            tokens_per_second=report.tokens_per_second,
+        ),
+    )
 
 
-def measured(work: RunContext, student: Any = None) -> dict[str, Any]:
-    """Of the student, or of the dense model, on the held-out tokens: perplexity, and the mean loss of each window."""
+def window_losses(work: RunContext, model: Any) -> torch.Tensor:
+    """The mean loss of each window of the evaluation tokens [N]."""
     tokens = work.blocks["evaluation"]
     with bar("perplexity", len(tokens)) as advance:
-        losses = evaluation.window_losses(work.dense.model if student is None else student, tokens, advance=advance)
-    return {"perplexity": evaluation.of_losses(losses), "losses": losses.tolist()}
+        return evaluation.window_losses(model, tokens, advance=advance)
 
 
-def error_of(losses: list[Any], dense: list[Any]) -> float | None:
+def error_of(losses: list[float], dense: list[float]) -> float | None:
     """Standard error of ln(perplexity / dense), paired over the windows; None where it cannot be told."""
-    ours, theirs = (torch.tensor([float(x) for x in each], dtype=torch.float64) for each in (losses, dense))
+    ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in (losses, dense))
     return evaluation.paired_error(ours, theirs)
 
 
 # --- what people see -------------------------------------------------------------------------------------------
-
-
-def describe_search(row: dict[str, Any]) -> str:
-    """One line about a method."""
-    return f"{row['method']}: remove {formatting.label(row['segments'])}, KL {formatting.figure(row['kl'])}"
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:

@@ -1,7 +1,8 @@
-"""What the stages of a journey do, one method each; `pipeline/journey.py` says in which order and what each depends on.
+"""What the stages of a run share: the models and the token blocks, made when first needed, and the run folder.
 
-A stage takes the tokens and the models it needs from here, calls into its room, and returns its artefact. The dense
-model and the cut one (the *student*) share all weights but those that healing changes.
+`RunContext` is of the whole run; a `Round` is one search, cut, fold and tuning in it. Between the journey, which makes
+both, and the stages (`stages/`). The dense model and the cut one (the *student*) share all weights but those that
+healing changes.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, ShardMode
-from layercut.data.blocks import Reader, stored_blocks
+from layercut.data.blocks import Reader, TextFacts, stored_blocks
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
@@ -25,10 +26,14 @@ from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, layer_reader_protocol, loading
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
+from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
 from layercut.quantization import quantized_weights
 from layercut.segments import Removal, Segment
+
+Weights = Literal["folded", "tuned", "quantized"]
+"""What stages change in the cut model, in this order."""
 
 
 @dataclass
@@ -38,14 +43,12 @@ class RunContext:
     checkpoint: checkpoints.Checkpoint
     config: CompressConfig
     run: Run
-    rounds: int = 1
-    """Among which the tuning tokens are dealt out."""
     spread: bool = False
     """Whether the weights are spread over several processes."""
     own_process: bool = False
     """Whether signals may be caught and the allocator be set: in a command, not in a library call."""
-    text: dict[str, Any] = field(default_factory=dict)
-    """What the text stage has drawn, by use: source, tokens, window, documents, fingerprint."""
+    text: dict[str, TextFacts] = field(default_factory=dict)
+    """What the text stage has drawn, by use."""
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -127,43 +130,6 @@ class RunContext:
         """Tokens in the windows that perplexity is reported on."""
         return self.config.evaluate.eval_window or loading.reported_window(self.architecture)
 
-    # --- what a round of several has of its own: see `Round` ---
-
-    @property
-    def before(self) -> Any:
-        """The model that is cut."""
-        return self.dense.model
-
-    @property
-    def before_stack(self) -> DecoderRunner:
-        return self.stack
-
-    def name(self, part: str) -> str:
-        """What an artefact, a file or a stage is called."""
-        return part
-
-    def read(self, stage: str) -> dict[str, Any]:
-        """An artefact of this round."""
-        return self.run.read(self.name(stage)) or {}
-
-    def removed(self, search: dict[str, Any]) -> Removal:
-        """What a search's artefact says is to go."""
-        return Removal.first(Segment(*bounds) for bounds in search["segments"])
-
-    def in_dense_layers(self, search: dict[str, Any]) -> dict[str, Any]:
-        """A search's artefact whose `segments` are in the dense model's layers."""
-        return search
-
-    @property
-    def healed(self) -> Any:
-        """What is left once this is done: the dense model where nothing is."""
-        return self.before
-
-    @property
-    def tuning(self) -> torch.Tensor:
-        """Blocks to tune on [N, T]."""
-        return self.blocks["tuning"]
-
     @cached_property
     def heldout_perplexity(self) -> float:
         """The dense model's, on the rows that judge healing."""
@@ -171,35 +137,13 @@ class RunContext:
 
     # --- the student and its changed weights ---
 
-    def student(self, cut: Sequence[Segment], *weights: str) -> Any:
-        """The model that is cut without some layers, over the same tensors, then with what healing changed."""
-        student = surgery.cut(self.before, cut)
-        kept = {"folded": ("fold", "changed"), "tuned": ("heal", "tuning")}
-        for name in weights:
-            if name == "quantized":
-                self.put_quantized_(student)
-                continue
-            stage, key = kept[name]
-            if self.read(stage).get(key):
-                loading.replace_parameters_(student, load_file(self.run / f"{self.name(name)}.safetensors"))
-        return student
+    def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
+        """The dense model without some layers, over the same tensors, then with weights of earlier stages in it."""
+        return Round(self).student(cut, *weights)
 
-    def put_quantized_(self, student: Any) -> None:
-        """Put the rounded weights in, where the run quantizes."""
-        artefact = self.run.read("quantize") or {}
-        if artefact["bits"] < 16:
-            packed = load_file(self.run / "quantized.safetensors")
-            loading.replace_parameters_(student, quantized_weights(packed, artefact["quantization_config"]))
-
-    def save_changes(self, student: Any, name: str) -> list[str]:
-        """Write the parameters that are no longer those of the model that was cut; their names."""
-        changed = self.changed(student)
-        self.save(changed, self.name(name))
-        return sorted(changed)
-
-    def changed(self, student: Any) -> dict[str, torch.Tensor]:
-        """The parameters that are no longer those of the model that was cut, by name."""
-        shared = {id(p) for p in self.before.parameters()}
+    def changed(self, student: Any, base: Any = None) -> dict[str, torch.Tensor]:
+        """The parameters that are no longer those of `base`, the dense model where not given, by name."""
+        shared = {id(p) for p in (self.dense.model if base is None else base).parameters()}
         own = {n: p for n, p in student.named_parameters() if id(sharding.origin(p)) not in shared}
         return {n: sharding.whole(p.detach()).cpu() for n, p in own.items()}
 
@@ -211,3 +155,79 @@ class RunContext:
                 save_file(tensors, partial)
 
         processes.on_main(write)
+
+
+@dataclass
+class Round:
+    """One search, cut, fold and tuning: the only one of a run, or one of several, each from what the last one healed.
+
+    The teacher is the dense model throughout. Tokens to tune on are divided evenly, no token twice.
+    """
+
+    work: RunContext
+    number: int | None = None
+    """From 1, where there are several: the artefacts are then search-1.json and so on."""
+    of: int = 1
+    previous: Round | None = None
+    removal: Removal | None = None
+    """What is removed in all once this round is done; known after its search."""
+
+    @property
+    def after(self) -> list[str]:
+        """The stage that this round's stages depend on."""
+        return [self.previous.name("heal")] if self.previous else []
+
+    def name(self, part: str) -> str:
+        """What an artefact, a file or a stage of this round is called."""
+        return part if self.number is None else f"{part}-{self.number}"
+
+    @property
+    def before(self) -> Any:
+        """The model that is cut."""
+        return self.previous.healed if self.previous else self.work.dense.model
+
+    @cached_property
+    def stack(self) -> DecoderRunner:
+        """The layers of the model that is cut."""
+        return DecoderRunner(self.before) if self.previous else self.work.stack
+
+    @cached_property
+    def healed(self) -> Any:
+        """What this round leaves; what it begins with, where it removes nothing."""
+        return self.student(self.removal.cut, "folded", "tuned") if self.removal else self.before
+
+    @property
+    def tuning(self) -> torch.Tensor:
+        """This round's blocks to tune on [N, T]."""
+        return self.work.blocks["tuning"].tensor_split(self.of)[(self.number or 1) - 1]
+
+    def removed(self, cut: Sequence[Segment]) -> Removal:
+        """What is removed in all where this round removes `cut`, in the layers of the model that it cuts."""
+        if self.previous is None or self.previous.removal is None:
+            return Removal.first(cut)
+        return self.previous.removal.then(cut, self.work.layers)
+
+    def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
+        """The model that is cut without some layers, over the same tensors, then with what stages have changed."""
+        run, student = self.work.run, surgery.cut(self.before, cut)
+        for each in weights:
+            if each == "quantized":
+                quantized = run.artefact(QuantizeArtefact, "quantize")
+                if quantized.quantization_config:
+                    packed = load_file(run / "quantized.safetensors")
+                    loading.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
+                continue
+            is_changed = (
+                run.artefact(FoldArtefact, self.name("fold")).changed
+                if each == "folded"
+                else run.artefact(HealArtefact, self.name("heal")).tuning
+            )
+            if is_changed:
+                loading.replace_parameters_(student, load_file(run / f"{self.name(each)}.safetensors"))
+        return student
+
+    def save_changes(self, student: Any, weights: Weights) -> list[str]:
+        """Write the parameters that are no longer those of the model that was cut; their names."""
+        changed = self.work.changed(student, self.before)
+        self.work.save(changed, self.name(weights))
+        return sorted(changed)

@@ -19,9 +19,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -33,13 +35,30 @@ from layercut.files.reading import differing, record
 from layercut.files.writing import disk_refusal, writing
 from layercut.models import memory
 from layercut.pipeline import provenance
-from layercut.pipeline.artefacts import SEAL, TEXTS, Damaged, check_seal, decode, kind_of, seal
+from layercut.pipeline.artefacts import Artefact, Damaged, check_seal, decode, seal
 from layercut.progress import debug, say, warn
 
-Artefact = dict[str, Any]
+Kind = TypeVar("Kind", bound=Artefact)
+TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
 STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long", "evaluations")
 """Stages that run only where they are asked for."""
+
+
+@dataclass
+class RunStage(Generic[Kind]):
+    """A stage of a run, as `Run.stage` opens it."""
+
+    kind: type[Kind]
+    open: bool = False
+    """Whether this process is to find the artefact and set it as `found`."""
+    found: Kind | None = None
+
+    @property
+    def artefact(self) -> Kind:
+        """What the run folder holds, to the type that a later run reads; known once the stage is closed."""
+        assert self.found is not None
+        return self.found
 
 
 class Run:
@@ -49,6 +68,7 @@ class Run:
         self.folder = Path(folder)
         self.seconds: dict[str, float] = {}
         self._hashes: dict[str, str] = {}
+        self._artefacts: dict[str, Artefact] = {}
         self._lock: IO[str] | None = None
         self._force = force
 
@@ -73,37 +93,57 @@ class Run:
 
     # --- stages ---
 
+    @contextmanager
     def stage(
-        self,
-        name: str,
-        inputs: Any,
-        compute: Callable[[], Artefact],
-        *,
-        after: Sequence[str] = (),
-        together: bool = False,
-    ) -> Artefact:
-        """The stage's artefact: read where it is there and of the same inputs, else computed and written.
+        self, kind: type[Kind], name: str, inputs: Any, *, after: Sequence[str] = (), together: bool = False
+    ) -> Iterator[RunStage[Kind]]:
+        """Open a stage, whose artefact is read where it is there and of the same inputs, else found and written.
 
-        `inputs` is anything JSON can hold; `after` names the stages whose own inputs count as well. "files" in an
-        artefact are further files of this folder without which the stage is not whole. together: several processes
-        compute it, each its share of the rows; else the main one does, and the others wait.
+            with run.stage(CutArtefact, "cut", inputs, after=["search"]) as stage:
+                if stage.open:
+                    stage.found = CutArtefact(…)
+            cut = stage.artefact
+
+        Args:
+            kind: what the stage leaves.
+            name: of its JSON file.
+            inputs: anything JSON can hold, and dataclasses: what the artefact depends on.
+            after: stages whose own inputs count as well.
+            together: several processes find it, each its share of the rows; else the main one does, and the others
+                wait.
         """
         self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
-        finished = processes.on_main(lambda: self._begin(name))
-        if finished is None:
+        stage = RunStage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
+        if stage.found is not None:
+            yield stage
+        else:
+            memory.give_back()  # what earlier stages held
             begun = time.perf_counter()
-            computed = compute() if together else processes.on_main(compute)
-            memory.give_back()
-            seconds = round(time.perf_counter() - begun, 2)
-            finished = processes.on_main(lambda: self._finish(name, computed, seconds))
-        if not isinstance(finished.get("seconds"), dict):
-            self.seconds[name] = finished.get("seconds", 0.0)
-        return finished
+            if together:
+                stage.open = True
+                yield stage
+            else:
+                with processes.main_alone() as work:
+                    stage.open = work.mine
+                    yield stage
+                    work.value = stage.found
+                stage.found = work.value
+            seconds, found = round(time.perf_counter() - begun, 2), stage.artefact
+            stage.open, stage.found = False, processes.on_main(lambda: self._finish(name, found, seconds))
+        self._artefacts[name] = stage.artefact
+        if not isinstance(stage.artefact.seconds, dict):
+            self.seconds[name] = stage.artefact.seconds
 
-    def _begin(self, name: str) -> Artefact | None:
+    def artefact(self, kind: type[Kind], name: str) -> Kind:
+        """What a stage that was closed left."""
+        found = self._artefacts[name]
+        assert isinstance(found, kind)
+        return found
+
+    def _begin(self, kind: type[Kind], name: str) -> Kind | None:
         """The stage's artefact where it is whole; else the folder is made ready for it."""
-        finished = self.read(name)
-        if finished is not None and self._whole(name, finished):
+        content = self._read(name)
+        if content is not None and (finished := self._whole(kind, name, content)) is not None:
             debug(name, "is whole and of the same inputs: not run again")
             return finished
         # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
@@ -112,31 +152,30 @@ class Run:
         self.event(name, 0, "started", 1, "")
         return None
 
-    def _finish(self, name: str, computed: Artefact, seconds: float) -> Artefact:
-        """Write what a stage computed."""
+    def _finish(self, name: str, found: Kind, seconds: float) -> Kind:
+        """Write what a stage found."""
         self.seconds[name] = seconds
-        # an artefact's own "seconds" stand, such as the summary's, which are those of all stages
-        artefact: Artefact = {"seconds": seconds, "versions": provenance.versions()} | computed
-        artefact |= {"config_hash": self._hashes[name]}
-        if artefact.get("files"):
-            artefact["record"] = record([self / name for name in artefact["files"]], self.folder)
-        artefact[SEAL] = seal(jsonable(artefact))[SEAL]
-        write_json(self / f"{name}.json", artefact)
+        if not isinstance(found.seconds, dict):  # the summary's are those of all stages
+            found = replace(found, seconds=seconds)
+        files = record([self / file for file in found.files], self.folder) if found.files else {}
+        found = replace(found, versions=provenance.versions(), config_hash=self._hashes[name], record=files)
+        content = seal(jsonable(found))
+        write_json(self / f"{name}.json", content)
         self.event(name, 0, "finished", seconds, "s")
-        return restored(jsonable(artefact))  # what a later run reads, to the type
+        return decode(type(found), restored(content))  # what a later run reads, to the type
 
-    def _whole(self, name: str, artefact: Artefact) -> bool:
-        """Whether an artefact is of these inputs, as it was written, and its files too."""
-        if artefact.get("config_hash") != self._hashes[name]:
-            return False
+    def _whole(self, kind: type[Kind], name: str, content: dict[str, Any]) -> Kind | None:
+        """The artefact, where it is of these inputs, as it was written, and its files too."""
+        if content.get("config_hash") != self._hashes[name]:
+            return None
         try:
-            check_seal(jsonable(artefact))
-            found = decode(kind_of(name), artefact, f"{name}.json")
+            check_seal(jsonable(content))
+            found = decode(kind, content, f"{name}.json")
             self._check_files(found.files, found.record)
         except Damaged as damage:
             warn(name, f"{name}.json is damaged and made anew: {damage}")
-            return False
-        return True
+            return None
+        return found
 
     def _check_files(self, names: Sequence[str], recorded: Mapping[str, Any]) -> None:
         """Damaged where a file is gone or no longer what was recorded, or is no safetensors file to its end.
@@ -159,8 +198,8 @@ class Run:
         """Hash of all that goes into a stage that was begun, earlier stages included."""
         return self._hashes[name]
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A stage's artefact, or None where there is none that can be read."""
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A stage's JSON, or None where there is none that can be read."""
         try:
             artefact = restored(json.loads((self / f"{name}.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):

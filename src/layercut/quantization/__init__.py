@@ -62,7 +62,7 @@ def quantize(
         asymmetric: store a zero point for every group as well.
         quantize_embeddings: store embeddings and head in 8 bits too.
         endpoint_bits: bits of the layers beside a cut; None: as `bits`. 16: they are not quantized.
-        endpoints: layers beside a cut, by their place in `model`; those that its config tells of are found without.
+        endpoints: layers beside a cut, by their place in `model`; those that its config shows are found in any case.
 
     Returns:
         A clone with the rounded weights, the packed tensors, and what became of each weight.
@@ -158,7 +158,7 @@ def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
 def endpoints_of(config: Any, layers: int) -> list[int]:
     """Layers beside a cut, from `original_layer_index` in a model's config.
 
-    The index does not tell how many layers there were. It is only there after a cut, so that one without a gap means a
+    The index does not say how many layers there were. It is only there after a cut, so that one without a gap means a
     cut at the stack's end; a cut there beside another one does not show.
 
     Args:

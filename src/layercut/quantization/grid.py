@@ -55,7 +55,7 @@ def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bo
     steps = 2**bits - 1
     span = high - low if asymmetric else 2 * torch.maximum(high, -low)
     scale = (span / steps).to(dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # nothing but zeros, or too small to be told from 0
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # nothing but zeros, or too small to differ from 0
     if not asymmetric:
         return Grid(scale, None, bits, group_size)
     lowest = -(2 ** (bits - 1))

@@ -50,11 +50,12 @@ class Quantizer(Protocol):
 
 
 class Gptq:
-    """Column by column; the columns that are still open compensate each rounding error (Frantar, 2210.17323)."""
+    """GPTQ: column by column; the columns not yet rounded compensate each error (Frantar et al., 2210.17323)."""
 
     needs_calibration = True
 
     def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        """Codes by GPTQ; as of `Quantizer.__call__`."""
         assert hessian is not None
         return gptq(weight, hessian, grid)
 
@@ -65,6 +66,7 @@ class RoundToNearest:
     needs_calibration = False
 
     def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        """Codes of the nearest grid points; as of `Quantizer.__call__`."""
         return encode(weight, grid)
 
 

@@ -24,6 +24,7 @@ from layercut.errors import ModelError, SurgeryError
 from layercut.files.whole_folder import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
 from layercut.models.loading import load_config
+from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut
 from layercut.surgery.cut_plan import CutPlan, plan_cut
@@ -84,12 +85,23 @@ def cut_checkpoint(
             (work / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, work / path)
         (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        add_older_names_(work)
         _write(work, [(shard, outputs) for shard, outputs in jobs if outputs], folder)
     return left
 
 
 def check_checkpoint_cut(folder: Path, segments: Sequence[Segment], healed: Mapping[str, torch.Tensor]) -> None:
-    """Raise what `cut_checkpoint` would for this cut and weights of these names, of which none needs data."""
+    """Raise what `cut_checkpoint` would for this cut and weights of these names; no tensor is read.
+
+    Args:
+        folder: a checkpoint of safetensors.
+        segments: the layers to remove.
+        healed: weights of the cut model, by the names they are saved under; their shapes count.
+
+    Raises:
+        SurgeryError: stock transformers cannot express the cut, or a healed weight has no place in the files.
+        ModelError: the source is incomplete or corrupt.
+    """
     _planned(folder, segments, healed, None)
 
 
@@ -118,7 +130,11 @@ def _planned(
 
 
 def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bool:
-    """Have config.json name this number format; whether it is another than the checkpoint's."""
+    """Have config.json name this dtype.
+
+    Returns:
+        Whether it is another than the checkpoint's.
+    """
     text = config.get_text_config()
     stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None)).removeprefix("torch.")
     name = str(dtype).removeprefix("torch.")
@@ -133,9 +149,7 @@ def _declare_(raw: dict[str, Any], config: Any, dtype: torch.dtype | None) -> bo
 
 
 def model_class(config: Any) -> type:
-    """The class a checkpoint was saved from, if this transformers has it; else the one its config stands
-    for.
-    """
+    """The class a checkpoint was saved from, if this transformers has it; else the one its config stands for."""
     import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -209,9 +223,7 @@ def _new_names(keys: Sequence[str], plan: CutPlan) -> Names:
 
 
 def _unprefixed(name: str, where: tuple[str, int], new: int) -> str:
-    """A name the class does not know, which lacks the base model's prefix (GPT-2's old masks
-    `h.0.attn.bias`).
-    """
+    """A name the class does not know, which lacks the base model's prefix (GPT-2's old masks `h.0.attn.bias`)."""
     short = where[0].partition(".")[2]
     return re.sub(rf"^{re.escape(short)}\.\d+(?=\.|$)", f"{short}.{new}", name)
 
@@ -219,8 +231,9 @@ def _unprefixed(name: str, where: tuple[str, int], new: int) -> str:
 def _move_shared(
     gone: dict[str, str], on_disk: dict[str, str], in_memory: dict[str, str], plan: CutPlan, after: DiskNames
 ) -> None:
-    """Weights shared between layers are stored under one of them; if that one goes, another takes them
-    over (Zamba).
+    """Keep weights that removed layers share with kept ones, under a kept layer's name.
+
+    Weights shared between layers are stored under one of them; if that one is removed, another takes them over (Zamba).
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in plan.before.named_parameters(remove_duplicate=False):
@@ -398,7 +411,7 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
 
 
 def _companions(folder: Path) -> tuple[list[Path], list[str]]:
-    """Paths below a folder of the files to copy, and the names of those left behind, weights and config aside.
+    """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config aside.
 
     Raises:
         ModelError: one is a link that leaves the checkpoint, so that copying it would publish another file.
@@ -434,15 +447,23 @@ def _belongs(path: Path, folder: Path) -> bool:
 def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
     """The config.json of the cut model: the source's, with what the cut changed.
 
-    Facts that the source left to rules or defaults are written out. Where the mended file would not read as
-    planned (an old rule in it wins over the new list), the whole config is written anew.
+    Facts that the source left to rules or defaults are written out. Where the patched file would not read as
+    planned (an old rule in it wins over the new list), the whole config is written instead.
+
+    Args:
+        raw: the source's config.json.
+        old: transformers' reading of it.
+        plan: of the cut.
+
+    Returns:
+        The new config.json, as JSON values.
     """
     wanted = config_cut.reread(plan.config).to_dict()
-    mended = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
-    _quantization_names_(mended, plan)
+    patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
+    _quantization_names_(patched, plan)
     try:
-        if config_cut.read_as(type(old), json.dumps(mended)).to_dict() == wanted:
-            return mended
+        if config_cut.read_as(type(old), json.dumps(patched)).to_dict() == wanted:
+            return patched
     except SurgeryError:  # the class refuses the mixture of old and new facts
         pass
     whole = json.loads(plan.config.to_json_string(use_diff=True))
@@ -467,9 +488,7 @@ def _patched(raw: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> d
 
 
 def _quantization_names_(config: dict[str, Any], plan: CutPlan) -> None:
-    """Quantizers list modules by name (`modules_to_not_convert`, `ignore`): those names move with their
-    layers.
-    """
+    """Renumber the modules that a quantization config lists by name (`modules_to_not_convert`, `ignore`)."""
     if isinstance(config.get("quantization_config"), dict):
         config["quantization_config"] = _renamed(config["quantization_config"], plan)
 

@@ -100,13 +100,29 @@ def parts(config: Any) -> list[Any]:
 
 
 def count_names(text_config: Any, layers: int) -> list[str]:
-    """The attributes that count the decoder layers and would have to change with them."""
+    """The attributes that count the decoder layers and would have to change with them.
+
+    Args:
+        text_config: the part of the config that describes the decoder.
+        layers: L.
+
+    Returns:
+        Names.
+    """
     stored = vars(text_config)
     return [name for name in COUNTS if isinstance(stored.get(name), int) and stored[name] == layers]
 
 
 def facts_by_layer(text_config: Any, layers: int) -> dict[str, list[Any]]:
-    """Every list with one value per layer that the config holds or derives, by name."""
+    """Every list with one value per layer that the config holds or derives.
+
+    Args:
+        text_config: the part of the config that describes the decoder.
+        layers: L.
+
+    Returns:
+        Lists by name.
+    """
     found = {}
     for name in BY_LAYER:
         value = getattr(text_config, name, None)
@@ -126,6 +142,9 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
 
     Raises:
         SurgeryError: no config of this class describes the layers that stay.
+
+    Returns:
+        The new config, with `original_layer_index`.
     """
     memo: dict[int, Any] = {}
     new = copy.deepcopy(config, memo)
@@ -140,7 +159,19 @@ def cut_config(config: Any, text_config: Any, kept: Sequence[int], layers: int) 
 
 
 def original_layer_index(config: Any, kept: Sequence[int], layers: int) -> list[int]:
-    """Where the kept layers stood in the model this one was cut from, through all earlier cuts."""
+    """Where the kept layers stood in the model this one was cut from, through all earlier cuts.
+
+    Args:
+        config: the whole config, before the cut.
+        kept: the layers that stay.
+        layers: L before the cut.
+
+    Returns:
+        One index for each kept layer.
+
+    Raises:
+        SurgeryError: the config's own index is of another number of layers.
+    """
     before = getattr(config, "original_layer_index", None)
     if before and len(before) != layers:
         raise SurgeryError(
@@ -161,7 +192,7 @@ def _refuse_unknown_lists(text: Any, layers: int) -> None:
         if len(value) == layers and layers > 4:  # shorter lists are as long as the stack by chance too often
             raise SurgeryError(
                 f"the config's {name!r} holds {layers} values, perhaps one per layer, unknown to layercut",
-                "report this model type; its per-layer facts have to be learnt before it can be cut",
+                "report this model type: layercut has to know such a list before it can cut it",
             )
 
 
@@ -213,9 +244,7 @@ def _set(text: Any, name: str, value: Any) -> None:
 
 
 def _decoder_sparse_step(text: Any, kept: Sequence[int], layers: int) -> None:
-    """Qwen-MoE: layer i is sparse where (i + 1) % step == 0. Spelled out in `mlp_only_layers`, with step
-    1.
-    """
+    """Qwen-MoE: layer i is sparse where (i + 1) % step == 0. Spelled out in `mlp_only_layers`, with step 1."""
     step = vars(text).get("decoder_sparse_step")
     if isinstance(step, int) and step > 1 and "mlp_only_layers" in vars(text):
         dense = {new for new, old in enumerate(kept) if (old + 1) % step}
@@ -245,8 +274,14 @@ def _period_and_offset(text: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def solve_period(wanted: Sequence[bool], period: int) -> tuple[int, int] | None:
-    """(period, offset) with wanted[i] == (i % period == offset) for all i, nearest to `period`; None if
-    there is none.
+    """(period, offset) with wanted[i] == (i % period == offset) for all i, nearest to the old period.
+
+    Args:
+        wanted: of each kept layer, whether it is one of those that the rule names.
+        period: of the dense model.
+
+    Returns:
+        Both; None if there are none.
     """
     fits = [
         (p, o)
@@ -296,9 +331,7 @@ def _sections(text: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def _scale_depth(text: Any, kept: Sequence[int], layers: int) -> None:
-    """MiniCPM3 multiplies residuals by scale_depth / sqrt(layers), a product that must stay the same to
-    the bit.
-    """
+    """MiniCPM3 multiplies residuals by scale_depth / sqrt(layers), a product that must stay the same to the bit."""
     scale = vars(text).get("scale_depth")
     if not isinstance(scale, int | float):
         return
@@ -329,9 +362,7 @@ def _kv_sources(text: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def _no_multi_token_prediction(text: Any, kept: Sequence[int], layers: int) -> None:
-    """Extra prediction blocks sit behind the last layer on disk; loaders ignore them by fixed number.
-    They go.
-    """
+    """Remove multi-token-prediction blocks, which loaders ignore by their fixed number behind the last layer."""
     if vars(text).get("num_nextn_predict_layers"):
         _set(text, "num_nextn_predict_layers", 0)
 
@@ -357,7 +388,18 @@ def reread(config: Any) -> Any:
 
 
 def read_as(cls: type, text: str) -> Any:
-    """A config class's reading of a config.json; SurgeryError where it refuses the facts in it."""
+    """A config class's reading of a config.json.
+
+    Args:
+        cls: the class.
+        text: the JSON text.
+
+    Returns:
+        The config.
+
+    Raises:
+        SurgeryError: the class refuses the facts in it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ between the two, layer by kept layer, is exactly what a loader would do differen
     a count                                     to be set
     anything else                               a fact the cut config does not carry over: the cut is refused
 
-So a per-layer fact that nobody listed cannot slip through: it shows as a difference, and is named in the
+So a per-layer fact that is not listed anywhere is not missed: it shows as a difference, and is named in the
 refusal.
 """
 
@@ -67,7 +67,16 @@ class CutPlan:
 
 
 def rename(name: str, stacks: Sequence[str], kept: Sequence[int]) -> str | None:
-    """Renumber the layer in a dotted name; None for a removed layer, unchanged outside the stacks."""
+    """Renumber the layer in a dotted name.
+
+    Args:
+        name: of a module or tensor in memory.
+        stacks: dotted names of the lists with one entry per layer.
+        kept: the layers that stay.
+
+    Returns:
+        The new name, unchanged outside the stacks; None for a removed layer.
+    """
     for stack in stacks:
         if name.startswith(stack + "."):
             index, dot, rest = name[len(stack) + 1 :].partition(".")
@@ -90,6 +99,9 @@ def plan_cut(config: Any, cls: type, segments: Sequence[Segment]) -> CutPlan:
     Raises:
         ConfigError: segments outside the stack, overlapping, or all of it.
         SurgeryError: stock transformers cannot express the cut; the hint names the nearest segments that work.
+
+    Returns:
+        The plan.
     """
     before = skeleton(cls, config)
     try:
@@ -137,7 +149,19 @@ def _plan(config: Any, cls: type, before: Any, decoder: Decoder, kept: list[int]
 
 
 def skeleton(cls: type, config: Any, hint: str = "check that this version of transformers can load the model") -> Any:
-    """The model class built from a config, without weights: every tensor on the meta device."""
+    """The model class built from a config, without weights: every tensor on the meta device.
+
+    Args:
+        cls: the class.
+        config: left as it is.
+        hint: of the error.
+
+    Returns:
+        The model.
+
+    Raises:
+        SurgeryError: the class cannot be built from the config.
+    """
     config = copy.deepcopy(config)
     for part in config_cut.parts(config):
         if isinstance(dtype := vars(part).get("dtype"), str):  # as read from JSON; loaders resolve it, classes do not
@@ -202,9 +226,7 @@ class Difference:
 
     @property
     def is_tensor(self) -> bool:
-        """Whether a parameter or buffer differs (then old and new are shapes, or None where there is
-        none).
-        """
+        """Whether a parameter or buffer differs; then old and new are shapes, or None where there is none."""
         return isinstance(self.old, torch.Size) or isinstance(self.new, torch.Size)
 
 
@@ -242,9 +264,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared, or None for objects that say nothing about a layer (modules,
-    functions).
-    """
+    """A value that can be compared; None for objects that say nothing about a layer (modules, functions)."""
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
         return value
     if isinstance(value, Enum):
@@ -289,9 +309,7 @@ def _moved(
 
 
 def _is_left_over(difference: Difference, plan: CutPlan) -> bool:
-    """Something outside the layers for a kind of layer that is gone, such as its RoPE: it may stay,
-    unused.
-    """
+    """Whether something outside the layers serves a kind of layer that is removed, such as its RoPE: it may stay."""
     module, other = plan.before.get_submodule(difference.module), plan.after.get_submodule(difference.module)
     if difference.is_tensor:
         return difference.new is None and difference.what in module._non_persistent_buffers_set
@@ -342,8 +360,18 @@ def _shape(size: Any) -> str:
 
 
 def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequence[Segment], most: int = 3) -> str:
-    """Name up to `most` segments near the wanted ones that can be cut; tried one after the other, nearest
-    first.
+    """Name segments near the wanted ones that can be cut; tried one after the other, nearest first.
+
+    Args:
+        config: of the model as it is.
+        cls: its class.
+        before: the model on the meta device.
+        decoder: its decoder layers.
+        segments: the wanted ones.
+        most: how many to name.
+
+    Returns:
+        A sentence for the error's hint.
     """
     found: list[str] = []
     until = time.monotonic() + PATIENCE
@@ -361,7 +389,16 @@ def nearby(config: Any, cls: type, before: Any, decoder: Decoder, segments: Sequ
 
 
 def neighbours(segments: Sequence[Segment], layers: int, tries: int = 40) -> list[list[Segment]]:
-    """The same segments shifted together, and each of them longer or shorter at either end; nearest first."""
+    """The same segments shifted together, and each of them longer or shorter at either end; nearest first.
+
+    Args:
+        segments: the wanted ones.
+        layers: L.
+        tries: how many at most.
+
+    Returns:
+        Sets of segments that fit the stack.
+    """
     moves: list[tuple[int, list[Segment]]] = []
     for shift in range(-layers, layers + 1):
         for grow in range(-4, 5):

@@ -1,6 +1,6 @@
 """Cut layers out of a GGUF file: blocks renumbered, their bytes untouched, per-layer metadata cut along.
 
-llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted anew), and for
+llama.cpp describes layers by arrays in the metadata (sliced here), by a few numbers (counted again), and for
 some architectures by rules in its own source (`models/llama_cpp_rules.py`), such as "every sixth layer attends to
 everything". Where a file can say otherwise it is made to say so; cuts that break any other rule are refused.
 """

@@ -1,4 +1,4 @@
-"""The bytes of a GGUF file: written from one that came, without some layers and with other tensors in their place.
+"""Write a GGUF file from another one, without some layers and with other tensors in their place.
 
 Used where a file is cut (`gguf_cut.py`) and where a healed one is exported (`export/gguf_export.py`).
 """
@@ -29,14 +29,15 @@ def write_gguf(
     changes: Mapping[str, Any],
     replaced: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Write the file: the metadata that came, adapted to the layers that stay, and their tensors byte for byte.
+    """Write the file: the source's metadata, adapted to the layers that stay, and their tensors byte for byte.
 
     Args:
-        reader: of the file that came.
+        reader: of the source file.
         out: the file to write.
         name: the architecture, by which its keys begin.
-        kept: the layers that stay, by their number in the file that came.
-        layers: L, how many there were; `blocks` counts those that follow the decoder too (next-token prediction).
+        kept: the layers that stay, by their number in the source.
+        layers: L, how many there were.
+        blocks: L and those that follow the decoder (next-token prediction).
         changes: keys of the architecture with other values.
         replaced: tensors that healing changed, by name after the cut: data and type.
 
@@ -77,7 +78,7 @@ def _write_metadata(
     changes: Mapping[str, Any],
     general: Mapping[str, Entry | None],
 ) -> None:
-    """Keys and values: those that came, cut where they count or list layers, `changes`, and what is `general`."""
+    """Keys and values: the source's, cut where they count or list layers, `changes`, and what is `general`."""
     from gguf import GGUFValueType
 
     earlier: Any = None
@@ -131,7 +132,7 @@ def names_after(header: Header, segments: Sequence[Segment]) -> dict[str, str]:
     """What the tensors that stay are called once segments are cut out of a file.
 
     Args:
-        header: of the file that came.
+        header: of the source file.
         segments: the layers to remove.
 
     Returns:

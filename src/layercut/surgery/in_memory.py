@@ -28,7 +28,7 @@ def cut(model: Any, segments: Any) -> Any:
             all: a clone with all layers.
 
     Returns:
-        The clone; `config.original_layer_index` tells where its layers stood in the first model of all.
+        The clone; `config.original_layer_index` says where its layers stood in the first model of all.
 
     Raises:
         ConfigError: a segment outside the stack, overlapping ones, or all layers.
@@ -47,7 +47,11 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     The layers leave every list that has one entry per layer; layer indices, counts and per-layer facts of the
     config follow; tensors that must change are replaced, never written to, so a model that shares them stays
     as it was.
-    `model.config.original_layer_index` tells where the kept layers stood in the first model of all.
+    `model.config.original_layer_index` says where the kept layers stood in the first model of all.
+
+    Args:
+        model: a causal LM of transformers, changed in place.
+        segments: the layers to remove.
 
     Raises:
         ConfigError: a segment outside the stack, overlapping ones, or all layers.
@@ -61,7 +65,7 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
     edits = plan.edits | rescaled(model, plan)
     if (edits or plan.added) and is_spread(model):
         raise SurgeryError(
-            f"cutting a {type(model).__name__} changes weights, and they are spread over several processes",
+            f"cutting a {type(model).__name__} changes weights, and they are sharded over several processes",
             "where the model fits each process's memory: --shard off",
         )
     edited = {name: edit(lambda key: weights[key].detach()) for name, edit in edits.items()}
@@ -91,9 +95,7 @@ def cut_segment_(model: Any, segments: Sequence[Segment]) -> None:
 
 
 def _check_same(model: Any, plan: CutPlan) -> None:
-    """The plan was made on a fresh model of the class; a model that was changed since may need something
-    else.
-    """
+    """Refuse a model that was changed since its class built it: the plan was made on a fresh model of the class."""
     real = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     plain = {name: tuple(tensor.shape) for name, tensor in plan.before.state_dict(keep_vars=True).items()}
     odd = sorted(name for name in real.keys() | plain.keys() if real.get(name) != plain.get(name))
@@ -132,9 +134,7 @@ def _pairs(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _with_children(facts: dict[str, Any], old: Any) -> dict[str, Any]:
-    """Keep the nested config objects themselves, which modules share; each is brought up to date on its
-    own.
-    """
+    """Keep the nested config objects themselves, which modules share; each is brought up to date on its own."""
     return {k: vars(old).get(k, v) if hasattr(v, "to_dict") else v for k, v in facts.items()}
 
 

@@ -83,7 +83,13 @@ def _entry(name: str, facts: dict[str, Any], base: int) -> Entry:
 
 
 def write_shard(file: Path, source: Path, outputs: list[Output], metadata: dict[str, str]) -> None:
-    """Write a safetensors file from ranges of `source` and made bytes, in the order given.
+    """Write a safetensors file from ranges of `source` and computed bytes, in the order given.
+
+    Args:
+        file: to write; it must not exist.
+        source: the safetensors file that ranges are copied from.
+        outputs: the tensors.
+        metadata: of the header; none where empty.
 
     Raises:
         OSError: it cannot be written.

@@ -1,9 +1,8 @@
 """From the names of weights on disk to the names in memory, and back for other layers.
 
 Many checkpoints name their weights otherwise than the model does (`transformer.h.3` for `model.layers.3`, one
-tensor per expert for a fused one, two blocks for one layer). transformers knows the way in; the way back is
-found by trying:
-of the numbers in a disk name, the right ones to change are those that make it read as the wanted name.
+tensor per expert for a fused one, two blocks for one layer). transformers maps disk names to memory; the inverse is
+found by trying: of the numbers in a disk name, the right ones to change are those that make it read as the wanted name.
 """
 
 from __future__ import annotations
@@ -60,9 +59,16 @@ class DiskNames:
         return any(re.search(pattern, name) for pattern in self._optional)
 
     def layer(self, key: str, stacks: Sequence[str]) -> tuple[str, int] | None:
-        """(stack, index) of the layer a tensor on disk belongs to; None for a tensor outside the stacks.
+        """The layer a tensor on disk belongs to.
 
         A tensor that the class does not know (old buffers, scales of a quantizer) still belongs to its layer.
+
+        Args:
+            key: the tensor's name on disk.
+            stacks: dotted names of the lists with one entry per layer.
+
+        Returns:
+            (stack, index); None for a tensor outside the stacks.
         """
         name = self.to_memory(key)
         for candidate in (name, f"{self._prefix}.{name}"):
@@ -73,7 +79,15 @@ class DiskNames:
 
 
 def layer_of(name: str, stacks: Sequence[str]) -> int | None:
-    """The index in a name in memory; None for a name outside the stacks."""
+    """The layer index in a name in memory.
+
+    Args:
+        name: of a module or tensor.
+        stacks: dotted names of the lists with one entry per layer.
+
+    Returns:
+        The index; None for a name outside the stacks.
+    """
     for stack in stacks:
         index = name[len(stack) + 1 :].partition(".")[0]
         if name.startswith(stack + ".") and index.isdigit():
@@ -83,6 +97,16 @@ def layer_of(name: str, stacks: Sequence[str]) -> int | None:
 
 def renumbered(key: str, old: int, new: int, read: DiskNames, wanted: str) -> str:
     """The disk name that reads as `wanted`, made from a name of layer `old` for layer `new`.
+
+    Args:
+        key: the name on disk.
+        old: its layer before the cut.
+        new: its layer after it.
+        read: how the class reads names.
+        wanted: the name in memory after the cut.
+
+    Returns:
+        The new name on disk.
 
     Raises:
         SurgeryError: the name's scheme is not understood.

@@ -38,6 +38,11 @@ class Adjustment:
 def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
     """Refuse, before anything is built, what is known to run wrong although a config can be written for it.
 
+    Args:
+        text_config: the part of the config that describes the decoder.
+        kept: the layers that stay.
+        layers: L.
+
     Raises:
         SurgeryError: such a cut.
     """
@@ -49,7 +54,17 @@ def refuse(text_config: Any, kept: Sequence[int], layers: int) -> None:
 
 
 def explain(differences: list[Difference], plan: CutPlan, text_config: Any, layers: int) -> Adjustment:
-    """Turn the differences that are understood into edits; keep the others as unexplained."""
+    """Turn the differences that are understood into edits; keep the others as unexplained.
+
+    Args:
+        differences: of the stock class before and after the cut.
+        plan: of the cut, as far as it is made.
+        text_config: the part of the config that describes the decoder.
+        layers: L.
+
+    Returns:
+        Edits, new attributes, tensors to drop and to add, and what is unexplained.
+    """
     result = Adjustment(unexplained=list(differences))
     for handler in HANDLERS:
         handler(result, plan, text_config, layers)
@@ -71,9 +86,7 @@ ATTENTION_FREE_FAILS = frozenset(
         "zamba2",
     }
 )
-"""Hybrids whose cached generation asks an attention layer for the length so far, and raises where there
-is none.
-"""
+"""Hybrids whose cached generation asks an attention layer for the length so far, and raises where there is none."""
 
 
 def _needs_attention(text_config: Any, kept: Sequence[int]) -> None:
@@ -88,9 +101,7 @@ def _needs_attention(text_config: Any, kept: Sequence[int]) -> None:
 
 
 def _needs_attention_first(text_config: Any, kept: Sequence[int]) -> None:
-    """MiniMax's cache counts tokens in the first layer; where that is linear, stock cached generation
-    goes astray.
-    """
+    """Refuse a linear layer in front of MiniMax, whose cache counts tokens in the first layer."""
     types = getattr(text_config, "layer_types", None)
     if getattr(text_config, "model_type", "") == "minimax" and types and types[kept[0]] == "linear_attention":
         raise SurgeryError(
@@ -106,9 +117,7 @@ def _residual_blocks(text_config: Any, kept: Sequence[int], layers: int) -> None
 
 
 def _shared_indexers(text_config: Any, kept: Sequence[int], layers: int) -> None:
-    """GLM-MoE-DSA, HY-V4: a layer marked "shared" attends to the tokens that the last "full" one before
-    it picked.
-    """
+    """GLM-MoE-DSA, HY-V4: a "shared" layer attends to the tokens that the last "full" one before it picked."""
     types = getattr(text_config, "indexer_types", None)
     if not types or len(types) != layers:
         return
@@ -161,10 +170,9 @@ def _slices(name: str, dim: int, kept: Sequence[int], layers: int) -> Edit:
 
 
 def _kv_store(result: Adjustment, plan: CutPlan, text_config: Any, layers: int) -> None:
-    """Gemma 3n and 4: the last layer of each kind that makes its own keys and values stores them for those
-    that reuse.
+    """Gemma 3n and 4: let another layer of a kind store keys and values, where no kept layer of it reuses any.
 
-    Another layer may become the one that stores where no kept layer of its kind reuses anything.
+    The last layer of each kind that computes its own keys and values stores them for those that reuse them.
     """
     modes, types = getattr(text_config, "kv_sharing_modes", None), getattr(text_config, "layer_types", None)
     if not modes or not types:
@@ -194,9 +202,7 @@ def _scaled(name: str, factor: float, rows: slice = slice(None), dim: int = 0) -
 
 
 def _inverse_layer_scale(result: Adjustment, plan: CutPlan, text_config: Any, layers: int) -> None:
-    """GPT-2 with scale_attn_by_inverse_layer_idx: scores are divided by index + 1. Folded into the
-    queries.
-    """
+    """GPT-2 with scale_attn_by_inverse_layer_idx divides scores by index + 1: multiplied into the queries."""
     if not getattr(text_config, "scale_attn_by_inverse_layer_idx", False):
         return
     for difference in list(result.unexplained):
@@ -248,11 +254,16 @@ def _add_edit(result: Adjustment, plan: CutPlan, name: str, edit: Edit) -> None:
 
 
 def rescaled(model: Any, plan: CutPlan) -> dict[str, Edit]:
-    """RWKV divides weights by 2 ** (index // n) in place when it first runs. Undo that for the layers that
-    stay.
+    """Undo, for the layers that stay, RWKV's in-place division of weights by 2 ** (index // n) in its first run.
 
-    The weights are copied, also in a model that has not run: else its first run would change those of the
-    original.
+    The weights are copied, also in a model that has not run: else its first run would change those of the original.
+
+    Args:
+        model: in memory.
+        plan: of the cut.
+
+    Returns:
+        Edits by tensor name after the cut; none for other architectures.
     """
     every = getattr(model.config, "rescale_every", 0)
     owners = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
@@ -284,9 +295,7 @@ def _last_bias(result: Adjustment, plan: CutPlan, text_config: Any, layers: int)
 
 
 def _first_router(result: Adjustment, plan: CutPlan, text_config: Any, layers: int) -> None:
-    """Zaya: a router adds the previous layer's scores, scaled; the first layer has none before it, and no
-    scale.
-    """
+    """Zaya: the first layer has no scale, since a router adds the previous layer's scores, scaled."""
     if text_config.model_type != "zaya":
         return
     for difference in list(result.unexplained):

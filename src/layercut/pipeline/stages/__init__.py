@@ -1,14 +1,25 @@
-"""What the stages of a journey do; `pipeline/journey.py` says in which order and what each depends on.
+"""The stages of a run; `pipeline/journey.py` says in which order.
 
     text.py      draws every token of a run
-    search.py    finds the segments to remove
+    search.py    finds the segments to remove, and whether other text would have chosen the same
     heal.py      cuts, folds, tunes
     quantize.py  stores what is left in fewer bits
-    evaluate.py     perplexity, generations, speed, tasks, long context
+    evaluate.py  perplexity, generations, speed, tasks, long context
     export.py    writes the stock checkpoint, and has a fresh process read it
 
-A stage is a function of the workbench: it takes the tokens and the models it needs from there, calls into its room, and
-returns its artefact.
+A stage is a function of the `RunContext`, or of a `Round`. It says what it depends on, calls into its room where its
+artefact is not there yet, says a line about it, and returns the artefact:
+
+    def count(work: RunContext, segments: Sequence[Segment]) -> CountArtefact:
+        with work.run.stage(CountArtefact, "count", [work.text["evaluation"]], after=["quantize"]) as stage:
+            if stage.open:
+                model = work.student(segments, "folded", "tuned", "quantized")
+                stage.found = CountArtefact(parameters=loading.parameter_count(model))
+        say("count", f"{stage.artefact.parameters:,} parameters")
+        return stage.artefact
+
+Among the inputs is what the stage uses and no more, so that a changed flag runs again just what depends on it; of text
+it uses the tokens, whatever flags they came by. `CountArtefact` is a dataclass in `pipeline/artefacts.py`.
 """
 
 from layercut.pipeline.stages import evaluate, export, heal, quantize, search, text

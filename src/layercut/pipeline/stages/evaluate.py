@@ -12,100 +12,155 @@ from layercut.data.blocks import in_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
 from layercut.models import layer_reader_protocol
-from layercut.pipeline.run_context import RunContext
-from layercut.pipeline.stages import text
+from layercut.pipeline.artefacts import (
+    CloserLook,
+    EvaluateArtefact,
+    EvaluationsArtefact,
+    FoldArtefact,
+    Generation,
+    HealArtefact,
+    LongArtefact,
+    Metric,
+    Perplexities,
+    QuantizeArtefact,
+    SharedTextArtefact,
+    TasksArtefact,
+)
+from layercut.pipeline.run_context import RunContext, Weights
 from layercut.progress import bar, say
+from layercut.report.stage_lines import describe_retention
 from layercut.segments import Segment
 
 
-def evaluate(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
+def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
     """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
-    tokens, told = work.blocks["evaluation"], work.text["evaluation"]
-    fold, heal = work.run.read("fold") or {}, work.run.read("heal") or {}
-    states: dict[str, list[str] | None] = {"dense": None, "cut": []}
-    if fold["changed"]:
+    inputs = [work.config.evaluate, work.text["evaluation"]]
+    with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
+        if stage.open:
+            tokens, states = work.blocks["evaluation"], states_of(work)
+            losses: dict[str, torch.Tensor] = {}
+            with bar("perplexity", (1 + len(states)) * len(tokens)) as advance:
+                losses["dense"] = measures.window_losses(work.dense.model, tokens, advance=advance)
+                for state, weights in states.items():
+                    model = work.student(segments, *weights)
+                    losses[state] = measures.window_losses(model, tokens, advance=advance)
+            last = [*states.values()][-1]
+            beside = processes.on_main(lambda: look_closer(work, work.student(segments, *last), tokens))
+            stage.found = EvaluateArtefact(perplexity=perplexities(work, losses), **vars(beside))
+    return stage.artefact
+
+
+def states_of(work: RunContext) -> dict[str, list[Weights]]:
+    """The states of the cut model that this run has, in order, and the weights that each has of earlier stages."""
+    run = work.run
+    states: dict[str, list[Weights]] = {"cut": []}
+    if run.artefact(FoldArtefact, "fold").changed:
         states["folded"] = ["folded"]
-    if heal["tuning"]:
+    if run.artefact(HealArtefact, "heal").tuning:
         states["tuned"] = ["folded", "tuned"]
-    if (work.run.read("quantize") or {})["bits"] < 16:
+    if run.artefact(QuantizeArtefact, "quantize").bits < 16:
         states["quantized"] = ["folded", "tuned", "quantized"]
-    figures: dict[str, Any] = dict.fromkeys(("dense", "cut", "folded", "tuned", "quantized"))
-    losses: dict[str, torch.Tensor] = {}
+    return states
 
-    def model(state: str) -> Any:
-        weights = states[state]
-        return work.dense.model if weights is None else work.student(segments, *weights)
 
-    with bar("perplexity", len(states) * len(tokens)) as advance:
-        for state in states:
-            losses[state] = measures.window_losses(model(state), tokens, advance=advance)
-            figures[state] = measures.of_losses(losses[state])
-    errors = {name: measures.paired_error(of, losses["dense"]) for name, of in losses.items() if name != "dense"}
-    beside = processes.on_main(lambda: look_closer(work, model([*states][-1]), tokens))
-    return {
-        "perplexity": {
-            "dataset": told["source"], "window": tokens.shape[1], "tokens": tokens.numel(), **figures,
-            "protocol": measures.perplexity_protocol(tokens.shape[1]), "fingerprint": told["fingerprint"],
-            "standard_error": errors, "shared": text.facts(work.run.read("text-shared") or {}),
+def perplexities(work: RunContext, losses: Mapping[str, torch.Tensor]) -> Perplexities:
+    """From the windows' losses [N] of each state."""
+    text, found = work.text["evaluation"], {state: measures.of_losses(of) for state, of in losses.items()}
+    return Perplexities(
+        dataset=text.source,
+        window=text.window,
+        tokens=text.tokens,
+        dense=found["dense"],
+        cut=found["cut"],
+        folded=found.get("folded"),
+        tuned=found.get("tuned"),
+        quantized=found.get("quantized"),
+        protocol=measures.perplexity_protocol(text.window),
+        fingerprint=text.fingerprint,
+        standard_error={
+            state: measures.paired_error(of, losses["dense"]) for state, of in losses.items() if state != "dense"
         },
-        **beside,
-    }  # fmt: skip
+        shared=work.run.artefact(SharedTextArtefact, "text-shared").facts,
+    )
 
 
-def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> dict[str, Any]:
+def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook:
     """What the dense and the last model write, and how fast; not measured where layers are on disk, which would be
     read again for every token written."""
     if layer_reader_protocol.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
-        return {"generations": None, "health": None, "speed": None, "peak_rss_bytes": speed.peak_rss_bytes()}
+        return CloserLook(generations=None, health=None, speed=None, peak_rss_bytes=speed.peak_rss_bytes())
     samples = [measures.generations(m, work.tokenizer) for m in (work.dense.model, last)]
-    return {
-        "generations": [
-            {"prompt": prompt, "dense": dense, "compressed": compressed}
+    return CloserLook(
+        generations=[
+            Generation(prompt=prompt, dense=dense, compressed=compressed)
             for prompt, dense, compressed in zip(measures.PROMPTS, *samples, strict=True)
         ],
-        "health": measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window)),
-        "speed": speed.speed(work.dense.model, last) if work.config.evaluate.speed else None,
-        "peak_rss_bytes": speed.peak_rss_bytes(),
-    }
+        health=measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window)),
+        speed=speed.speed(work.dense.model, last) if work.config.evaluate.speed else None,
+        peak_rss_bytes=speed.peak_rss_bytes(),
+    )
 
 
-def score(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
+def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
     """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
-    asked, tokenizer = work.config.tasks, work.tokenizer
-    tasks = measures.load_tasks(asked.names, asked.include_path)
-    both = {"dense": work.dense.model, "compressed": work.student(segments, "folded", "tuned", "quantized")}
-    records = {
-        name: measures.score_tasks(m, tokenizer, tasks, limit=asked.limit, name=name, cache=work.run / "tasks")
-        for name, m in both.items()
-    }
-    return measures.compare_tasks(records["dense"], records["compressed"]) | {"limit": asked.limit}
+    asked = work.config.tasks
+    inputs = [asked.names, asked.limit, measures.harness_version(asked.include_path)]
+    with work.run.stage(TasksArtefact, "tasks", inputs, after=["quantize"]) as stage:
+        if stage.open:
+            tasks, cache = measures.load_tasks(asked.names, asked.include_path), work.run / "tasks"
+            records = {
+                name: measures.score_tasks(m, work.tokenizer, tasks, limit=asked.limit, name=name, cache=cache)
+                for name, m in dense_and_compressed(work, segments).items()
+            }
+            found = measures.compare_tasks(records["dense"], records["compressed"])
+            stage.found = TasksArtefact(**found, limit=asked.limit)
+    say("tasks", describe_retention(stage.artefact.retention))
+    return stage.artefact
 
 
-def others(work: RunContext, segments: Sequence[Segment], functions: Mapping[str, Any]) -> dict[str, Any]:
+def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact:
     """Evaluations that packages bring, dense and compressed, from the run's seed."""
-    both = {
-        "dense": lambda: work.dense.model,
-        "compressed": lambda: work.student(segments, "folded", "tuned", "quantized"),
-    }
-    seed = work.config.text.seed
-    return {"evaluations": measures.measure_all(functions, both, work.tokenizer, seed=seed), "seed": seed}
+    functions, seed = measures.named(work.config.tasks.evaluation_names), work.config.text.seed
+    inputs = [[[name, measures.source_digest(each)] for name, each in functions.items()], seed]
+    with work.run.stage(EvaluationsArtefact, "evaluations", inputs, after=["quantize"]) as stage:
+        if stage.open:
+            both = {
+                "dense": lambda: work.dense.model,
+                "compressed": lambda: work.student(segments, "folded", "tuned", "quantized"),
+            }
+            found = measures.measure_all(functions, both, work.tokenizer, seed=seed)
+            rows = {name: {key: Metric(**row) for key, row in of.items()} for name, of in found.items()}
+            stage.found = EvaluationsArtefact(evaluations=rows, seed=seed)
+    say("evaluations", ", ".join(functions))
+    return stage.artefact
 
 
-def long(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
+def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
     """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
-    both = {"dense": work.dense.model, "compressed": work.student(segments, "folded", "tuned", "quantized")}
-    windows = measures.long_windows(work.blocks["evaluation"], work.config.long.long_context, work.dense.model)
-    longest, tokenizer = windows.shape[1], work.tokenizer
-    trials = measures.passkey_cases(tokenizer, longest, work.config.text.seed)
-    total = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in trials))
-    with bar("long context", total) as advance:
-        positions = {n: measures.perplexity_by_position(m, windows, advance=advance) for n, m in both.items()}
-        grids = {n: measures.passkey_grid(m, tokenizer, trials, advance=advance) for n, m in both.items()}
-    return {
-        "window": longest,
-        "windows": len(windows),
-        "perplexity": positions,
-        "passkey": grids | {"seed": work.config.text.seed} if trials else None,
-        "cost": speed.long_prompt(*both.values(), tokens=longest),
-    }
+    asked, seed = work.config.long.long_context, work.config.text.seed
+    inputs = [asked, seed, work.text["evaluation"]]
+    with work.run.stage(LongArtefact, "long", inputs, after=["quantize"]) as stage:
+        if stage.open:
+            both, tokenizer = dense_and_compressed(work, segments), work.tokenizer
+            windows = measures.long_windows(work.blocks["evaluation"], asked, work.dense.model)
+            longest = windows.shape[1]
+            trials = measures.passkey_cases(tokenizer, longest, seed)
+            total = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in trials))
+            with bar("long context", total) as advance:
+                positions = {n: measures.perplexity_by_position(m, windows, advance=advance) for n, m in both.items()}
+                grids = {n: measures.passkey_grid(m, tokenizer, trials, advance=advance) for n, m in both.items()}
+            stage.found = LongArtefact(
+                window=longest,
+                windows=len(windows),
+                perplexity=positions,
+                passkey=grids | {"seed": seed} if trials else None,
+                cost=speed.long_prompt(*both.values(), tokens=longest),
+            )
+    say("long", f"up to {stage.artefact.window:,} tokens")
+    return stage.artefact
+
+
+def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
+    """The model as it came, and what the run has made of it."""
+    return {"dense": work.dense.model, "compressed": work.student(segments, "folded", "tuned", "quantized")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from safetensors.torch import load_file
@@ -11,32 +12,45 @@ from layercut import evaluation
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
 from layercut.models import layer_reader_protocol
 from layercut.offload import layer_reader
+from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
-from layercut.progress import bar
+from layercut.progress import bar, say
+from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint
 
 
-def export(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The healed and, where asked, quantized student as a stock checkpoint."""
-    quantized = work.run.read("quantize") or {}
-    text = text_to_check(work.blocks[checked_on(work.text)])
-    packing: dict[str, Any] = {}
-    if quantized["bits"] < 16:
-        packing["packed"] = load_file(work.run / "quantized.safetensors")
-        packing["quantization_config"] = quantized["quantization_config"]
-    model = work.student(segments, "folded", "tuned", "quantized")
-    if layer_reader_protocol.layers_on_disk(model):
-        return export_files(work, model, segments) | {"files": ["model"]}
-    exported = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing)
-    # what the fresh process should have found
-    with bar("perplexity of what was saved", len(text)) as advance:
-        value = evaluation.perplexity(model, text, advance=advance)
-    exported["perplexity"] = {"tokens": text.numel(), "value": value}
-    return exported | {"files": ["model"]}
+def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
+    """The healed and, where asked, quantized student as a stock checkpoint, verified by a fresh process."""
+    used = checked_on(work.text)
+    with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
+        if stage.open:
+            text = text_to_check(work.blocks[used])
+            model = work.student(segments, "folded", "tuned", "quantized")
+            if layer_reader_protocol.layers_on_disk(model):
+                written = export_files(work, model, segments)
+                stage.found = ExportArtefact(**written, files=["model"])
+            else:
+                written = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing(work))
+                # what the fresh process should have found
+                with bar("perplexity of what was saved", len(text)) as advance:
+                    value = evaluation.perplexity(model, text, advance=advance)
+                measured = {"tokens": text.numel(), "value": value}
+                stage.found = ExportArtefact(**written, perplexity=measured, files=["model"])
+    say("export", describe_export(asdict(stage.artefact), work.run / "model"))
+    return stage.artefact
 
 
-def checked_on(text: Mapping[str, Any]) -> str:
+def packing(work: RunContext) -> dict[str, Any]:
+    """What `export_checkpoint` takes of a quantized model."""
+    quantized = work.run.artefact(QuantizeArtefact, "quantize")
+    if quantized.bits == 16:
+        return {}
+    packed = load_file(work.run / "quantized.safetensors")
+    return {"packed": packed, "quantization_config": quantized.quantization_config}
+
+
+def checked_on(text: Container[str]) -> str:
     """The use whose tokens measure what was saved: the evaluation's, in a run that is not evaluated held-out ones."""
     return next(use for use in ("evaluation", "heldout", "calibration") if use in text)
 

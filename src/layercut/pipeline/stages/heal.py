@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
+from layercut import surgery
 from layercut.config import HealConfig
 from layercut.data.blocks import fingerprint
 from layercut.distributed import processes
@@ -22,11 +23,20 @@ from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
 from layercut.models import layer_reader_protocol, loading, memory
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner
-from layercut.offload import layer_reader, weight_sharing
-from layercut.pipeline.run_context import RunContext
+from layercut.offload import layer_reader
+from layercut.pipeline.artefacts import (
+    BeforeAfter,
+    CutArtefact,
+    FoldArtefact,
+    FoldRecord,
+    HealArtefact,
+    TuningRecord,
+    bounds_of,
+)
+from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import bar, say
+from layercut.report.stage_lines import describe_fold, describe_tuning
 from layercut.segments import Removal, Segment, kept_layers
-from layercut.surgery import check_checkpoint_cut, cut_segment_
 
 TUNING_STATE = "tuning-state.safetensors"
 """Where tuning stands, written every few minutes and when it is stopped; gone when the stage is done."""
@@ -36,70 +46,103 @@ FOLD_TOKENS = 65536
 """Tokens that the fold is solved on, at most. From 4,096 to 16,384 to 65,536 it closed more each time (docs/log.md)."""
 
 
-def cut(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
-    """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing.
+def cut(this: Round, removal: Removal) -> CutArtefact:
+    """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
+    work, inputs = this.work, [this.work.source, bounds_of(removal.all)]
+    with work.run.stage(CutArtefact, this.name("cut"), inputs, after=this.after, together=True) as stage:
+        if stage.open:
+            stage.found = cut_once(work, removal.all)
+    parameters = stage.artefact.parameters
+    say("cut", f"{parameters.before:,} -> {parameters.after:,} parameters")
+    return stage.artefact
 
-    segments: in the dense model's layers, all that is removed.
-    """
-    dense = work.dense.model
-    student = weight_sharing.share(dense)
-    if segments:
-        cut_segment_(student, segments)
+
+def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
+    """What is left without these segments of the dense model's layers."""
+    dense, student = work.dense.model, surgery.cut(work.dense.model, segments)
     if layer_reader_protocol.layers_on_disk(dense):  # what would come to light at the end of the run
         layers = loading.find_decoder(student)
         names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
-        check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
-    return {
-        "segments": [[s.start, s.stop] for s in segments],
-        "original_layer_index": kept_layers(segments, work.layers),
-        "parameters": {"before": loading.parameter_count(dense), "after": loading.parameter_count(student)},
-        "bytes": {"before": loading.parameter_bytes(dense), "after": loading.parameter_bytes(student)},
-    }
+        surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
+    parameters, sizes = loading.parameter_count, loading.parameter_bytes
+    return CutArtefact(
+        segments=bounds_of(segments),
+        original_layer_index=kept_layers(segments, work.layers),
+        parameters=BeforeAfter(before=parameters(dense), after=parameters(student)),
+        bytes=BeforeAfter(before=sizes(dense), after=sizes(student)),
+    )
 
 
-def fold(work: RunContext, removal: Removal) -> dict[str, Any]:
+def fold(this: Round, removal: Removal) -> FoldArtefact:
     """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens."""
-    if not work.config.heal.fold:
-        return {"fold": [], "changed": []}
-    student, heldout = DecoderRunner(work.student(removal.cut)), work.blocks["heldout"]
-    found = fold_(student, work.stack, fold_tokens(work), heldout=heldout, segments=removal.new)
-    changed = work.save_changes(student.model, "folded") if found.kept else []
-    told = {"kl_before": found.kl_before, "kl_after": found.kl_after, "kept": found.kept}
-    files = [f"{work.name('folded')}.safetensors"] if found.kept else []
-    return {"fold": [cut.to_dict() | told for cut in found.cuts], "changed": changed, "files": files}
+    work, is_asked, text = this.work, this.work.config.heal.fold, this.work.text
+    inputs = [is_asked, text["calibration"], text.get("tuning"), text.get("heldout"), this.of]
+    after = [this.name("cut")]
+    with work.run.stage(FoldArtefact, this.name("fold"), inputs, after=after, together=True) as stage:
+        if stage.open and not is_asked:
+            stage.found = FoldArtefact(fold=[], changed=[])
+        elif stage.open:
+            student, heldout = DecoderRunner(this.student(removal.cut)), work.blocks["heldout"]
+            found = fold_(student, work.stack, fold_tokens(this), heldout=heldout, segments=removal.new)
+            stage.found = FoldArtefact(
+                fold=[
+                    FoldRecord(**vars(each), kl_before=found.kl_before, kl_after=found.kl_after, kept=found.kept)
+                    for each in found.cuts
+                ],
+                changed=this.save_changes(student.model, "folded") if found.kept else [],
+                files=[f"{this.name('folded')}.safetensors"] if found.kept else [],
+            )
+    for outcome in stage.artefact.fold:
+        say("fold", describe_fold(asdict(outcome)))
+    return stage.artefact
 
 
-def fold_tokens(work: RunContext) -> torch.Tensor:
+def fold_tokens(this: Round) -> torch.Tensor:
     """Calibration tokens, and as many of those to tune on as make FOLD_TOKENS: more text, better least squares."""
-    rows = [work.blocks["calibration"]]
-    if "tuning" in work.blocks:
-        rows.append(work.tuning[: max(0, FOLD_TOKENS - rows[0].numel()) // work.tuning.shape[1]])
+    rows = [this.work.blocks["calibration"]]
+    if "tuning" in this.work.blocks:
+        rows.append(this.tuning[: max(0, FOLD_TOKENS - rows[0].numel()) // this.tuning.shape[1]])
     return torch.cat(rows)
 
 
-def tune(work: RunContext, removal: Removal) -> dict[str, Any]:
+def tune(this: Round, removal: Removal) -> HealArtefact:
     """Cutoff endpoint tuning, from the fold where that was kept."""
-    fold, heal, text = work.read("fold"), work.config.heal, work.text
-    if not heal.tune_tokens:
-        return {"fold": fold["fold"], "tuning": None, "changed": fold["changed"]}
-    student = DecoderRunner(work.student(removal.cut, "folded"))
-    tokens, heldout = work.tuning, work.blocks["heldout"]
-    teacher = stored_teacher(work, tokens, fingerprint(tokens)) if heal.teacher_topk else None
-    states = stored_states(work, student, tokens) if student.on_disk else None
-    state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(work.name("heal")))
+    work, config, text = this.work, this.work.config.heal, this.work.text
+    fold = work.run.artefact(FoldArtefact, this.name("fold"))
+    inputs, after = [config, text.get("tuning"), text.get("heldout")], [this.name("fold")]
+    with work.run.stage(HealArtefact, this.name("heal"), inputs, after=after, together=True) as stage:
+        if stage.open and not config.tune_tokens:
+            stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)
+        elif stage.open:
+            student = DecoderRunner(this.student(removal.cut, "folded"))
+            files = tuning_files(this, student)
+            if work.own_process:
+                memory.reuse_freed()
+            heldout, settings = work.blocks["heldout"], tune_settings(config)
+            report = tune_(student, work.stack, this.tuning, heldout=heldout, files=files, **vars(settings))
+            if files.states:
+                files.states.close()
+            for point in report.curve:
+                work.run.event(this.name("heal"), int(point["step"]), "loss", point["loss"], "nats/token")
+            stage.found = HealArtefact(
+                fold=fold.fold,
+                tuning=TuningRecord(**vars(report), data=text["tuning"]),
+                changed=this.save_changes(student.model, "tuned"),
+                files=[f"{this.name('tuned')}.safetensors"],
+            )
+    if tuning := stage.artefact.tuning:
+        say("tune", describe_tuning(asdict(tuning)))
+    return stage.artefact
+
+
+def tuning_files(this: Round, student: DecoderRunner) -> TuningFiles:
+    """What tuning reads from and keeps in the run folder."""
+    work, tokens = this.work, this.tuning
+    teacher = stored_teacher(work, tokens, fingerprint(tokens)) if work.config.heal.teacher_topk else None
+    states = stored_states(this, student, tokens) if student.on_disk else None
+    state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(this.name("heal")))
     stopping = asked_to_stop if work.own_process else never_asked
-    files = TuningFiles(teacher=teacher, states=states, state=state, stopping=stopping)
-    if work.own_process:
-        memory.reuse_freed()
-    report = tune_(student, work.stack, tokens, heldout=heldout, files=files, **vars(tune_settings(heal)))
-    if states:
-        states.close()
-    for point in report.curve:
-        work.run.event(work.name("heal"), int(point["step"]), "loss", point["loss"], "nats/token")
-    changed = work.save_changes(student.model, "tuned")
-    tuning = report.to_dict() | {"data": text["tuning"]}
-    weights = [f"{work.name('tuned')}.safetensors"]
-    return {"fold": fold["fold"], "tuning": tuning, "changed": changed, "files": weights}
+    return TuningFiles(teacher=teacher, states=states, state=state, stopping=stopping)
 
 
 def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> StoredTeacher:
@@ -114,9 +157,10 @@ def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> 
         )  # fmt: skip
 
 
-def stored_states(work: RunContext, student: DecoderRunner, tokens: torch.Tensor) -> FrozenStates:
+def stored_states(this: Round, student: DecoderRunner, tokens: torch.Tensor) -> FrozenStates:
     """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
-    key = digest([work.run.inputs_of(work.name("heal")), fingerprint(tokens)])
+    work = this.work
+    key = digest([work.run.inputs_of(this.name("heal")), fingerprint(tokens)])
     settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES
     return frozen_states(student, work.stack, tokens, settings, folder, key=key)
 

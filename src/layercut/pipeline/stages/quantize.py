@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from layercut import evaluation
@@ -11,27 +11,42 @@ from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
-from layercut.pipeline.run_context import RunContext
+from layercut.pipeline.artefacts import Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact, decode
+from layercut.pipeline.run_context import Round, RunContext
+from layercut.progress import say
+from layercut.quantization.quantizers import resolve as quantizer_of
+from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment
 
 
-def quantize(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
+def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     """The healed student's weights in fewer bits, where that is asked."""
     config = work.config.quantize
-    if config.bits == 16:
-        return {"bits": 16, "layers": []}
-    student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
-    found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
-    work.save(dict(found.packed), "quantized")
-    return found.to_dict() | {"files": ["quantized.safetensors"]}
+    calibrated = work.text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
+    inputs = [config, calibrated] if config.bits < 16 else None
+    with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
+        if stage.open and config.bits == 16:
+            stage.found = QuantizeArtefact(bits=16, layers=[])
+        elif stage.open:
+            student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
+            found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
+            work.save(dict(found.packed), "quantized")
+            stage.found = replace(decode(QuantizeArtefact, found.to_dict()), files=["quantized.safetensors"])
+    if stage.artefact.bits < 16:
+        say("quantize", describe_quantization(asdict(stage.artefact)))
+    return stage.artefact
 
 
-def frontier(work: RunContext, bits: Sequence[int]) -> dict[str, Any]:
-    """Size and loss of what is left, at several numbers of bits."""
-    return {"points": [point(work, work.healed, width) for width in bits]}
+def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
+    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model."""
+    work, after = this.work, [this.name("heal")] if this.removal else []
+    with work.run.stage(FrontierArtefact, f"frontier-{this.number or 0}", inputs, after=after) as stage:
+        if stage.open:
+            stage.found = FrontierArtefact(points=[point(work, this.healed, width) for width in bits])
+    return stage.artefact.points
 
 
-def point(work: RunContext, model: Any, bits: int) -> dict[str, Any]:
+def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
     """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows."""
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
@@ -39,4 +54,5 @@ def point(work: RunContext, model: Any, bits: int) -> dict[str, Any]:
         found = rounding.quantize(model, work.blocks["calibration"], **asked)
         model, size = found.model, found.bytes_after
     perplexity = evaluation.perplexity(model, work.blocks["heldout"])
-    return {"layers": layers, "bits": bits, "bytes": size, "rise": as_price(perplexity / work.heldout_perplexity - 1)}
+    rise = as_price(perplexity / work.heldout_perplexity - 1)
+    return FrontierRecord(layers=layers, bits=bits, bytes=size, rise=rise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -28,28 +28,73 @@ from layercut.layer_search import (
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.pipeline.run_context import RunContext
+from layercut.pipeline.artefacts import (
+    CandidateRecord,
+    SearchArtefact,
+    SeedArtefact,
+    SeedChoice,
+    StabilityArtefact,
+    bounds_of,
+    segments_of,
+)
+from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
-from layercut.progress import bar
-from layercut.segments import Segment
+from layercut.progress import bar, say
+from layercut.report.verdicts import stability_words
+from layercut.segments import Removal, Segment
 
 
-def search(work: RunContext, wanted: Sequence[Segment], length: int | None) -> dict[str, Any]:
-    """The segments to remove: those given, or the search's answer."""
-    config, tokens, seed = work.config.search, work.blocks["calibration"], work.config.text.seed
-    if wanted:
-        result = layer_search.search(work.before_stack, tokens, segments=wanted)
-    elif length is None and config.max_loss is not None:
-        result = search_within(work, config.max_loss)
-    else:
-        length = length_for_target(work) if length is None else length
-        how = asked(config, length)
-        result = layer_search.search(work.before_stack, tokens, **how, seed=seed, oracle=config.oracle)
+def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
+    """Which layers go: those given, or the search's answer; in a round of several, of those that are left."""
+    work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
+    scored = [work.source, work.text["calibration"], seed, config, length]
     if config.score == "folded":
-        result = rescored(result, partial(folded_kl, work))
-    if config.all_lengths:
-        result = with_triangle(result, work.before_stack, tokens, sum(map(len, result.segments)))
-    return work.in_dense_layers(result.to_dict() | {"seed": seed, "calibration": work.text["calibration"]})
+        scored.append(work.text["heldout"])
+    with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
+        if stage.open:
+            stack, tokens = this.stack, work.blocks["calibration"]
+            if wanted:
+                result = layer_search.search(stack, tokens, segments=wanted)
+            elif length is None and config.max_loss is not None:
+                result = search_within(this, config.max_loss)
+            else:
+                how = asked(config, length_for_target(work) if length is None else length)
+                result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
+            if config.score == "folded":
+                result = rescored(result, partial(folded_kl, this))
+            if config.all_lengths:
+                result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
+            stage.found = recorded(result, work, this)
+    found = stage.artefact
+    this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
+    words = ", ".join(map(str, this.removal.all))
+    say("search", f"{found.method}: remove {words} of {work.layers} layers")
+    return this.removal
+
+
+def recorded(result: SearchResult, work: RunContext, this: Round | None = None) -> SearchArtefact:
+    """A search as its artefact holds it; of a round of several, candidates stay in the layers of the model that is
+    cut, and what was chosen among them is `cut`."""
+    chosen = result.segments
+    several = this is not None and this.number is not None
+    return SearchArtefact(
+        method=result.method,
+        segments=bounds_of(this.removed(chosen).all if this and several else chosen),
+        cut=bounds_of(chosen) if several else None,
+        candidates=[
+            CandidateRecord(segments=bounds_of(each.segments), kl=each.kl, score=each.score)
+            for each in result.candidates
+        ],
+        oracle=result.oracle,
+        path=result.path,
+        triangle=result.triangle,
+        budget=result.budget,
+        dense_tokens=result.cost.dense_tokens,
+        layer_forwards=result.cost.layer_forwards,
+        layer_backwards=result.cost.layer_backwards,
+        seed=work.config.text.seed,
+        calibration=work.text["calibration"],
+    )
 
 
 def asked(config: SearchConfig, length: int) -> dict[str, Any]:
@@ -62,53 +107,71 @@ def asked(config: SearchConfig, length: int) -> dict[str, Any]:
     }
 
 
-def search_again(work: RunContext, seed: int, length: int) -> dict[str, Any]:
+def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
+    """Search again, on other text from other seeds, and judge all choices on a common set; one artefact a seed."""
+    run, seeds = work.run, work.config.stability.seeds
+    search, first = run.artefact(SearchArtefact, "search"), work.config.text.seed
+    again = [search_again(work, seed, sum(map(len, removal.all))) for seed in range(first + 1, first + seeds)]
+    hashes = [found.config_hash for found in again]
+    with run.stage(StabilityArtefact, "stability", hashes, after=["search"], together=True) as stage:
+        if stage.open:
+            stage.found = judged(work, search, again)
+    say("stability", stability_words(asdict(stage.artefact)))
+    return stage.artefact
+
+
+def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
     """What the search chooses on the calibration text of another seed."""
+    text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False)
+    inputs = [work.source, text, config, length]
+    with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:
+        if stage.open:
+            drawn = processes.on_main(lambda: draw_again(work, seed))
+            work.save({"calibration": drawn.tokens}, f"stability-{seed}")
+            result = layer_search.search(work.stack, drawn.tokens, **asked(config, length), seed=seed)
+            stage.found = SeedArtefact(
+                seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
+                dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
+                layer_backwards=result.cost.layer_backwards, files=[f"stability-{seed}.safetensors"],
+            )  # fmt: skip
+    say("stability", f"seed {seed}: remove {', '.join(map(str, segments_of(stage.artefact.segments)))}")
+    return stage.artefact
+
+
+def draw_again(work: RunContext, seed: int) -> Blocks:
+    """The calibration text of another seed."""
     text = work.config.text
-
-    def draw() -> Blocks:
-        reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
-        return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
-
-    drawn = processes.on_main(draw)
-    work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-    result = layer_search.search(work.before_stack, drawn.tokens, **asked(work.config.search, length), seed=seed)
-    found = result.to_dict()
-    kept = ("segments", "dense_tokens", "layer_forwards", "layer_backwards")
-    facts = {"seed": seed, "kl": found["candidates"][0]["kl"], "calibration": drawn.facts()}
-    return facts | {key: found[key] for key in kept} | {"files": [f"stability-{seed}.safetensors"]}
+    reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
+    return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
 
 
-def stability(work: RunContext, search: dict[str, Any], again: list[dict[str, Any]], length: int) -> dict[str, Any]:
+def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefact]) -> StabilityArtefact:
     """The choices of all seeds, priced on rows that all their texts gave to."""
     texts = [work.blocks["calibration"]]
-    texts += [load_file(work.run / file)["calibration"] for found in again for file in found["files"]]
+    texts += [load_file(work.run / file)["calibration"] for found in again for file in found.files]
     sources = list(map(public_name, split_mix(work.config.text.data)))
     blocks = {source: rows for source, rows in zip(sources, common_rows(texts, len(sources)), strict=True) if len(rows)}
-    searches = [search | {"kl": search["candidates"][0]["kl"]}, *again]
-    choices = [tuple(Segment(*bounds) for bounds in found["segments"]) for found in searches]
-    rows = sum(map(len, blocks.values()))
+    searches: list[SearchArtefact | SeedArtefact] = [search, *again]
+    choices = [tuple(segments_of(found.segments)) for found in searches]
+    length, rows = sum(map(len, choices[0])), sum(map(len, blocks.values()))
     total = stability_work(choices, length, len(work.stack), rows)
     with bar("pricing every seed's choice", total) as advance:
         found = judge(work.stack, blocks, choices, length, advance=advance)
-    told = ("seed", "segments", "kl", "calibration")
-    return {
-        "method": search["method"],
-        "search": search["config_hash"],
-        "seeds": [{key: one[key] for key in told} for one in searches],
-        **found,
-    }
+    seeds = [
+        SeedChoice(seed=one.seed, segments=one.segments, kl=one.kl, calibration=one.calibration) for one in searches
+    ]
+    return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **found)
 
 
-def search_within(work: RunContext, max_loss: float) -> SearchResult:
+def search_within(this: Round, max_loss: float) -> SearchResult:
     """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
-    config, (rows, unseen) = work.config.search, split_rows(work.blocks["calibration"])
-    seed = work.config.text.seed
+    work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
+    config, seed = work.config.search, work.config.text.seed
     within = longest_within(
         max_loss,
-        len(work.before_stack) - 1,
-        lambda length: layer_search.search(work.before_stack, rows, **asked(config, length), seed=seed),
-        lambda cuts: perplexity_rise(work.before_stack, unseen, cuts),
+        len(this.stack) - 1,
+        lambda length: layer_search.search(this.stack, rows, **asked(config, length), seed=seed),
+        lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
 
@@ -121,9 +184,9 @@ def length_for_target(work: RunContext) -> int:
     return length_for_size(weights, loading.parameter_bytes(model), target)
 
 
-def folded_kl(work: RunContext, segments: Sequence[Segment]) -> float:
+def folded_kl(this: Round, segments: Sequence[Segment]) -> float:
     """KL(p || q) on held-out tokens of the student without the segments, after its fold."""
-    student = DecoderRunner(work.student(segments))
+    work, student = this.work, DecoderRunner(this.student(segments))
     for segment in sorted(segments):
         fold_cut_(student, work.stack, segment, work.blocks["calibration"])
     return mean_kl(work.stack, student, work.blocks["heldout"])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
+from layercut import evaluation
 from layercut.config import CompressConfig
 from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
 from layercut.data.chat_templates import render_chat
@@ -22,7 +23,7 @@ from layercut.data.sources import SELF, what_is_read
 from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading
-from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
 from layercut.report.stage_lines import describe_shared
@@ -82,52 +83,67 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
     return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before]
 
 
-def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> dict[str, Any]:
+def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
+    """Draw the tokens of these uses, each an artefact of its own, and say where they come from; into `work.text`."""
+    for use in uses:
+        drawn = draw(work, use, list(uses[: uses.index(use)]))
+        work.text[use] = drawn.facts
+        if use != "heldout":
+            say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
+    if "evaluation" in uses:
+        say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"].window))
+        say("evaluation", describe_shared(asdict(in_common(work, uses))))
+
+
+def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
     """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have."""
-    check_template(work.tokenizer)
-    reader = work.reader(*(asked(work, each).source for each in (*drawn, use)))
-    for other in drawn:
-        reader.pass_by(other, **asdict(asked(work, other)), keys=keys_of(work, other))
-    blocks = reader.draw(use, **asdict(asked(work, use)))
-    loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
-    work.save({use: blocks.tokens}, f"tokens-{use}")
-    work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
-    work.__dict__.pop("blocks", None)
-    return blocks.facts() | {"files": [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]}
-
-
-def facts(drawn: dict[str, Any]) -> dict[str, Any]:
-    """What an artefact of this stage says of the text, without what the run folder adds."""
-    return {key: value for key, value in drawn.items() if key not in RUNS_OWN}
+    with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
+        if stage.open:
+            check_template(work.tokenizer)
+            reader = work.reader(*(asked(work, each).source for each in (*drawn, use)))
+            for other in drawn:
+                reader.pass_by(other, **asdict(asked(work, other)), keys=keys_of(work, other))
+            blocks = reader.draw(use, **asdict(asked(work, use)))
+            loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
+            work.save({use: blocks.tokens}, f"tokens-{use}")
+            work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
+            work.__dict__.pop("blocks", None)
+            files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]
+            stage.found = TextArtefact(**vars(blocks.facts()), files=files)
+    return stage.artefact
 
 
 # --- what two uses have in common ---------------------------------------------------------------------------
 
 
-def in_common(work: RunContext) -> dict[str, Any]:
+def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
     """What the evaluation text has in common with what is searched and tuned on; the documents that were left out.
 
     DataError where it is too much; or where held-out rows, which decide whether a fold is kept, have too much in
     common with other rows. Of one stream no two uses have the same tokens; what such a text repeats is its own.
     """
-    drawn = {use: _stored(work, use) for use in work.text}
-    used = [blocks for use, blocks in drawn.items() if use in USED]
-    evaluation = drawn["evaluation"]
-    reported = shared([evaluation.tokens], [rows for blocks in used for rows in blocks.rows_by_origin().values()])
-    if reported > MOST:
-        raise DataError(
-            f"{reported:.0%} of the passages of the evaluation text {evaluation.source!r} are also in what would be "
-            "searched or tuned on",
-            "give --eval-data another text than --data and --tune-data",
-        )
-    if "heldout" in drawn:
-        _check_held_out(drawn["heldout"], [blocks for blocks in used if blocks is not drawn["heldout"]])
-    keys = frozenset().union(*(blocks.keys for blocks in used))
-    return {
-        "documents": len(evaluation.keys & keys),
-        "passages": reported,
-        "passed_over": sum(blocks.passed_over for blocks in drawn.values()),
-    }
+    with work.run.stage(SharedTextArtefact, "text-shared", None, after=[f"text-{use}" for use in uses]) as stage:
+        if stage.open:
+            drawn = {use: _stored(work, use) for use in work.text}
+            used = [blocks for use, blocks in drawn.items() if use in USED]
+            evaluated = drawn["evaluation"]
+            streams = [rows for blocks in used for rows in blocks.rows_by_origin().values()]
+            reported = shared([evaluated.tokens], streams)
+            if reported > MOST:
+                raise DataError(
+                    f"{reported:.0%} of the passages of the evaluation text {evaluated.source!r} are also in what "
+                    "would be searched or tuned on",
+                    "give --eval-data another text than --data and --tune-data",
+                )
+            if "heldout" in drawn:
+                _check_held_out(drawn["heldout"], [blocks for blocks in used if blocks is not drawn["heldout"]])
+            keys = frozenset().union(*(blocks.keys for blocks in used))
+            stage.found = SharedTextArtefact(
+                documents=len(evaluated.keys & keys),
+                passages=reported,
+                passed_over=sum(blocks.passed_over for blocks in drawn.values()),
+            )
+    return stage.artefact.facts
 
 
 def _check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
@@ -145,8 +161,8 @@ def _stored(work: RunContext, use: str) -> Blocks:
     """The blocks of a use, as they were drawn."""
     told = work.text[use]
     return Blocks(
-        work.blocks[use], told["source"], told["documents"], told["fingerprint"], tuple(told["reads"]),
-        tuple(told["origins"]), frozenset(keys_of(work, use)), told["passed_over"],
+        work.blocks[use], told.source, told.documents, told.fingerprint, tuple(told.reads), tuple(told.origins),
+        frozenset(keys_of(work, use)), told.passed_over,
     )  # fmt: skip
 
 

@@ -1,0 +1,151 @@
+"""config.json and tokenizer_config.json as loaders older than transformers 5 read them, beside what is there.
+
+transformers 5 writes `rope_parameters`, `dtype` and the tokenizer class `TokenizersBackend`. transformers 4, mlx-lm and
+OpenVINO's exporter read `rope_theta`, `torch_dtype` and `PreTrainedTokenizerFast`, and take their defaults where these
+are missing: silently another model. So every folder that layercut writes holds both, last of all
+(`surgery/checkpoint_cut.py`, `export/checkpoint.py`). Which old names a config has, the class in transformers 5 tells
+itself: only those are written from which alone it reads the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from layercut.files.writing import write_atomically
+from layercut.models.checkpoints import read_json
+
+NEW_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
+"""Tokenizer classes of no model in particular, by their names in transformers 5, and those in 4; 5 reads both."""
+TEXT_PARTS = ("text", "llm", "language", "decoder", "thinker")
+"""What the keys of nested configs of text models have in them."""
+BASES = {"rope_theta", "rotary_emb_base", "global_rope_theta"}
+"""Old names of the base of rotary positions."""
+MACHINES_OWN = ("is_local", "local_files_only")
+"""What transformers 5 writes into tokenizer_config.json about how the tokenizer was loaded."""
+
+
+def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that says the same, to older loaders too: `rope_theta`, `rope_scaling`, … and `torch_dtype`.
+
+    The argument is left as it is. What no old name can say is left out: see `unsaid`.
+    """
+    new = copy.deepcopy(config)
+    for part in _parts(new):
+        if isinstance(part.get("dtype"), str):
+            part.setdefault("torch_dtype", part["dtype"])
+        for key, value in (_rope_in_old_names(part) or {}).items():
+            part[key] = value
+    return new
+
+
+def unsaid(config: dict[str, Any]) -> list[str]:
+    """Keys of a config.json that older loaders do not read and no old name says; they need transformers 5."""
+    return ["rope_parameters"] if any(_rope_in_old_names(part) is None for part in _parts(config)) else []
+
+
+def add_older_names_(folder: Path) -> None:
+    """Write them into the config.json and the tokenizer_config.json of a checkpoint folder."""
+    _rewrite_(folder / "config.json", with_older_names)
+    if (folder / "tokenizer_config.json").is_file():
+        _rewrite_(folder / "tokenizer_config.json", older_tokenizer)
+
+
+def _rewrite_(file: Path, change: Any) -> None:
+    content = read_json(file)
+    if isinstance(content, dict) and (changed := change(content)) != content:
+        with write_atomically(file) as partial:
+            partial.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json whose class and lists of tokens transformers 4 knows too."""
+    new = {key: value for key, value in config.items() if key not in MACHINES_OWN}
+    if (name := config.get("tokenizer_class")) in NEW_CLASSES:
+        new["tokenizer_class"] = NEW_CLASSES[name]
+    if isinstance(extra := config.get("extra_special_tokens"), list):  # in 4 this is a dict of named tokens
+        del new["extra_special_tokens"]
+        new.setdefault("additional_special_tokens", extra)
+    return new
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config and those nested in it that describe text models; those of vision have no old names."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value and any(word in key for word in TEXT_PARTS):
+            yield from _parts(value)
+
+
+def _rope_in_old_names(part: dict[str, Any]) -> dict[str, Any] | None:
+    """The old names that say a part's `rope_parameters`; {}: there is nothing to say; None: none do.
+
+    Tried are the names that model types have used. They count where the part's class reads the same from them without
+    `rope_parameters`, and from both.
+    """
+    from transformers import CONFIG_MAPPING
+
+    wanted = part.get("rope_parameters")
+    if not isinstance(wanted, dict) or not wanted or part.get("model_type") not in CONFIG_MAPPING:
+        return {}
+    cls = CONFIG_MAPPING[part["model_type"]]
+    read = _rope_read(cls, part)
+    as_it_is: list[dict[str, Any]] = [{}] if BASES & part.keys() else []
+    for names in (*as_it_is, *_candidates(wanted)):
+        both = part | names
+        alone = {key: value for key, value in both.items() if key != "rope_parameters"}
+        if read == _rope_read(cls, alone) == _rope_read(cls, both):
+            return names
+    return None
+
+
+def _candidates(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`rope_parameters` under the names that older configs had, most common first."""
+    if not all(isinstance(value, dict) for value in rope.values()):
+        theta, share, scaling = _in_three(rope)
+        yield {"rope_theta": theta} | share | scaling
+        yield {"rotary_emb_base": theta, "rotary_pct": rope.get("partial_rotary_factor", 1.0)} | scaling  # GPT-NeoX
+        return
+    whole, local = rope.get("full_attention"), rope.get("sliding_attention")
+    if not whole or not local:
+        return
+    theta, share, scaling = _in_three(whole)
+    if local.get("rope_theta") == theta:
+        yield {"rope_theta": theta} | share | scaling  # OLMo 3
+    if "rope_theta" in local:
+        yield {"rope_theta": theta, "rope_local_base_freq": local["rope_theta"]} | share | scaling  # Gemma 3
+        yield {"global_rope_theta": theta, "local_rope_theta": local["rope_theta"]} | share | scaling  # ModernBERT
+
+
+def _in_three(rope: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The base, and what is said by the keys `partial_rotary_factor` and `rope_scaling`, where there is something."""
+    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    kind = rest.get("type", rest.get("rope_type", "default"))
+    if "type" in rest:  # as the source had it; some classes of transformers 4 count the keys
+        rest.pop("rope_type", None)
+    if kind == "longrope":
+        rest.pop("original_max_position_embeddings", None)  # stands beside it
+    part = rope.get("partial_rotary_factor", 1.0)
+    share = {"partial_rotary_factor": part} if part != 1.0 else {}
+    scaled = kind != "default" or rest.keys() - {"rope_type", "type"}
+    return rope.get("rope_theta"), share, {"rope_scaling": rest} if scaled else {}
+
+
+def _rope_read(cls: Any, config: dict[str, Any]) -> Any:
+    """What a config class makes of the rotary positions in a config.json; None: it refuses it."""
+    try:
+        found = cls.from_dict(copy.deepcopy(config)).rope_parameters
+    except Exception:  # classes refuse values by many kinds of errors
+        return None
+    if not isinstance(found, dict):
+        return found
+    kinds = {key: value for key, value in found.items() if isinstance(value, dict)} or {"": found}
+    return {kind: _told(part) for kind, part in kinds.items()}
+
+
+def _told(rope: dict[str, Any]) -> dict[str, Any]:
+    """Without what repeats `rope_type`, and a share that is the default."""
+    return {k: v for k, v in rope.items() if k != "type" and not (k == "partial_rotary_factor" and v == 1.0)}

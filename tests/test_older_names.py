@@ -1,0 +1,149 @@
+"""Configs and tokenizers that transformers 5 writes, and loaders that are older read too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import folders
+import tiny
+from layercut.export.checkpoint import save
+from layercut.models.older_names import add_older_names_, older_tokenizer, unsaid, with_older_names
+from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 8192}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+OLD: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 100000.0},
+    "llama 3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
+    "phi3": {"rope_theta": 20000.0, "rope_scaling": LONG, "original_max_position_embeddings": 4096},
+    "gpt_neox": {"rotary_emb_base": 20000, "rotary_pct": 0.25},
+    "stablelm": {"rope_theta": 20000, "partial_rotary_factor": 0.25},
+    "gemma3_text": {
+        "rope_theta": 2e6, "rope_local_base_freq": 20000.0, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
+    "olmo3": {"rope_theta": 500000.0, "rope_scaling": YARN | {"rope_type": "yarn"}, "max_position_embeddings": 65536},
+    "gpt_oss": {"rope_theta": 150000, "rope_scaling": YARN | {"rope_type": "yarn"}},
+    "qwen2_vl_text": {"rope_theta": 2e6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+}  # fmt: skip
+"""Configs as transformers 4 wrote them; `rope_parameters` is what transformers 5 makes of their keys."""
+
+
+def read(config: dict[str, Any], folder: Path) -> Any:
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_what_an_old_config_said_is_said_again(name, tmp_path):
+    old = SIZES | {"model_type": name.split()[0], "torch_dtype": "bfloat16"} | OLD[name]
+    written = json.loads(read(old, tmp_path).to_json_string())
+    assert "rope_parameters" in written
+    new = with_older_names(written)
+    assert {key: new.get(key) for key in (*OLD[name], "torch_dtype")} == {
+        key: old[key] for key in (*OLD[name], "torch_dtype")
+    }
+    assert unsaid(written) == []
+    assert with_older_names(new) == new
+    found, wanted = read(new, tmp_path).to_dict(), read(written, tmp_path).to_dict()
+    assert found["rope_parameters"] == wanted["rope_parameters"]
+
+
+def test_the_text_part_of_a_larger_config_too(tmp_path):
+    text = SIZES | {"model_type": "gemma3_text"} | OLD["gemma3_text"]
+    written = json.loads(read({"model_type": "gemma3", "text_config": text}, tmp_path).to_json_string())
+    new = with_older_names(written)
+    assert {key: new["text_config"][key] for key in OLD["gemma3_text"]} == OLD["gemma3_text"]
+    assert new["vision_config"] == written["vision_config"]
+
+
+def test_what_no_old_name_says_is_named():
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    rope["full_attention"] = {"rope_type": "default", "rope_theta": 1e6}
+    config = {"model_type": "gemma3_text", "rope_parameters": rope}
+    assert unsaid(config) == ["rope_parameters"]
+    assert with_older_names(config) == config
+
+
+def test_a_tokenizer_keeps_its_class_unless_it_has_none(tmp_path):
+    assert older_tokenizer({"tokenizer_class": "Qwen2Tokenizer"}) == {"tokenizer_class": "Qwen2Tokenizer"}
+    tokenizer = folders.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    tokenizer.save_pretrained(tmp_path)
+    before = AutoTokenizer.from_pretrained(tmp_path)
+    tiny.llama(2).config.save_pretrained(tmp_path)
+    add_older_names_(tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert said["additional_special_tokens"] == ["<tool>"]
+    assert "extra_special_tokens" not in said
+    after = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(after) is type(before)
+    text = "<s>ba korin<tool> telmu"
+    assert after(text).input_ids == before(text).input_ids
+    assert after.all_special_tokens == before.all_special_tokens
+    assert after.decode(after(text).input_ids, skip_special_tokens=True) == before.decode(
+        before(text).input_ids, skip_special_tokens=True
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, Path]:
+    """One model by all ways that layercut writes a folder, its rotary base another than the default."""
+    place = tmp_path_factory.mktemp("ways")
+    model = tiny.llama(4, vocab_size=folders.VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    model.save_pretrained(place / "source")
+    folders.tokenizer().save_pretrained(place / "source")
+    cut_checkpoint(place / "source", [Segment(1, 2)], place / "cut")
+    save(model, folders.tokenizer(), place / "saved", verify=False)
+    return {"cut": place / "cut", "saved": place / "saved"}
+
+
+@pytest.mark.parametrize("way", ["cut", "saved"])
+def test_every_way_out_writes_both(way, written):
+    folder = written[way]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 777.0
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~mask}
+
+
+READ_BY_4 = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+assert transformers.__version__.startswith("4."), transformers.__version__
+with torch.no_grad():
+    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor(tokens)).logits
+torch.save({"logits": logits, "ids": AutoTokenizer.from_pretrained(folder)("ba korin telmu").input_ids}, out)
+"""
+
+
+@pytest.mark.parametrize("way", ["cut", "saved"])
+def test_transformers_4_computes_the_same(way, written, tmp_path):
+    """Run where $LAYERCUT_TRANSFORMERS_4 is the python of an environment with transformers 4."""
+    python = os.environ.get("LAYERCUT_TRANSFORMERS_4", "")
+    if not shutil.which(python):
+        pytest.skip("LAYERCUT_TRANSFORMERS_4 names no python with transformers 4")
+    tokens, out = tiny.some_tokens(2), tmp_path / "found.pt"
+    subprocess.run([python, "-c", READ_BY_4, written[way], json.dumps(tokens.tolist()), out], check=True)
+    theirs = torch.load(out)
+    ours = AutoModelForCausalLM.from_pretrained(written[way], dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(theirs["logits"], ours(tokens).logits, atol=1e-6)
+    assert theirs["ids"] == AutoTokenizer.from_pretrained(written[way])("ba korin telmu").input_ids
