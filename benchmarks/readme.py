@@ -20,8 +20,8 @@ from pathlib import Path
 from healing_tables import headline_table, healing_table, recovery_table
 from layercut.files.json_values import write_json, write_text
 from layercut.pipeline.compare import by_kl, short
-from layercut.report.formatting import count, figure, label, size
-from layercut.report.verdicts import stages
+from layercut.report.formatting import Json, count, figure, label, size
+from layercut.report.tables import stage_rows
 from stage_two import frontier_table, speed_table
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def table(result: dict) -> str:
         "| stage | perplexity | x dense | log gap closed |",
         "|---|---:|---:|---:|",
     ]
-    for stage in stages(summary):
+    for stage in stage_rows(Json(summary)):
         if stage.perplexity is not None:
             closed = "" if stage.gap_closed is None else f"{100 * stage.gap_closed:.0f} %"
             lines.append(f"| {stage.name} | {stage.perplexity:.2f} | {stage.factor:.2f} | {closed} |")

@@ -17,7 +17,9 @@ from common import arguments, blocks, finish, open_model
 from layercut import evaluation
 from layercut.models import loading
 from layercut.progress import bar, say
-from layercut.report import survival
+from layercut.report import verdicts
+from layercut.report.formatting import Json
+from layercut.report.run_facts import RunFacts
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -69,13 +71,14 @@ def compare(name: str, seen: dict[str, dict[str, Any]], health: dict[str, Any]) 
             "passkey": {"dense": dense["keys"], "compressed": cut["keys"]},
         },
     }
-    judges = (survival.tasks_verdict, survival.long_verdict, survival.keys_verdict, survival.generation_verdict)
+    judged = verdicts.verdicts(RunFacts(summary=Json(summary)))
+    survived = ("Tasks", "Long context", "Hidden keys", "Generation")
     return {
         "segment": name,
         "perplexity": {"dense": dense["perplexity"], "cut": cut["perplexity"]},
         **summary,
-        "verdicts": [words for judge in judges if (words := judge(summary))],
-        "guesses": survival.guessing(summary),
+        "verdicts": [verdict for verdict in judged if verdict.stage in survived],
+        "guesses": verdicts.broken(summary),
     }
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from layercut.errors import RunError
 from layercut.files.json_values import jsonable
+from layercut.files.typed_json import Damaged, check_seal, decode, seal
 from layercut.files.writing import write_atomically
-from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, Damaged, check_seal, decode, seal
+from layercut.pipeline.artefacts import BeforeAfter, CutArtefact
 from layercut.pipeline.provenance import would_be_lost
 from layercut.pipeline.run_store import Run
 

@@ -19,7 +19,8 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
-from layercut.pipeline.artefacts import RUNS_OWN, MethodChoice
+from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.pipeline.compare_artefacts import MethodChoice
 from layercut.registries import criteria
 from layercut.report import charts, formatting
 from layercut.segments import Segment

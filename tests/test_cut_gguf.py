@@ -185,7 +185,7 @@ def test_prediction_blocks_stay_behind_the_layers(tmp_path):
 
 def test_a_rule_in_llama_cpp_that_the_cut_breaks_is_refused(tmp_path):
     source = write(tmp_path / "a.gguf", "smollm3")
-    with pytest.raises(SurgeryError, match="every 4th layer of smollm3 apart, and layer 3 would") as refusal:
+    with pytest.raises(SurgeryError, match="every 4th layer of smollm3 differently, and layer 3 would") as refusal:
         cut_gguf(source, [Segment(1, 2)], tmp_path / "b.gguf")
     assert "--segment" in refusal.value.hint
     cut_gguf(source, [Segment(4, 6)], tmp_path / "b.gguf")
@@ -292,7 +292,7 @@ def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(SurgeryError, match=r"does not know how llama\.cpp tells the layers of 'future' apart"):
+    with pytest.raises(SurgeryError, match=r"does not know how llama\.cpp distinguishes the layers of 'future'"):
         cut_gguf(write(tmp_path / "a.gguf", "future"), [Segment(1, 2)], tmp_path / "b.gguf")
 
 

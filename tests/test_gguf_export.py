@@ -317,10 +317,10 @@ AS_LLAMA_CPP_HAS_IT = [
     (header("lfm2", attention__head_count_kv=[0, 2] * 4), Facts(layer_types=["conv", "full_attention"] * 4)),
 ]
 REFUSED = [
-    (header("smollm3"), Facts(no_rope_layers=[1, 0, 1, 1] * 2), "every 4th layer of smollm3 apart"),
+    (header("smollm3"), Facts(no_rope_layers=[1, 0, 1, 1] * 2), "every 4th layer of smollm3 differently"),
     (header("smollm3"), Facts(layer_types=["full_attention"] * 8, no_rope_layers=[1] * 8), "every 4th layer"),
-    (header("exaone4", **SLIDES), Facts(layer_types=kinds([3, 7])), "no layer of exaone4 with 8 layers apart"),
-    (header("qwen2"), Facts(layer_types=kinds([3, 7])), "no layer of qwen2 apart"),
+    (header("exaone4", **SLIDES), Facts(layer_types=kinds([3, 7])), "no layer of exaone4 with 8 layers differently"),
+    (header("qwen2"), Facts(layer_types=kinds([3, 7])), "no layer of qwen2 differently"),
     (header("gemma2", 46), Facts(layer_types=kinds([*range(1, 46, 2)], 46), query_pre_attn_scalar=20), "root of 16"),
     (header("command-r", 64), Facts(use_qk_norm=False), "from 64 layers on"),
 ]
@@ -365,7 +365,7 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
     monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
     monkeypatch.setattr("layercut.export.gguf_export.architecture_of", lambda _: "future")
-    refused(str(future), out, f"--converter={converter}", words="how llama.cpp tells the layers of 'future' apart")
+    refused(str(future), out, f"--converter={converter}", words="how llama.cpp distinguishes the layers of 'future'")
 
 
 @needs_llama_cpp

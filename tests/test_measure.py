@@ -109,11 +109,11 @@ def held():
     blocks = [bytearray(16 * 2**20) for _ in range(12)]
     del blocks
     return memory.resident_bytes()
-memory.give_back()
+memory.release_freed()
 before, freed = memory.resident_bytes(), held()
 memory.reuse_freed()
 kept = held()
-memory.give_back()
+memory.release_freed()
 print(freed - before, kept - before, memory.resident_bytes() - before)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -18,8 +18,12 @@ import yaml
 from rich.console import Console
 
 from layercut.errors import RunError
-from layercut.report import charts, formatting, rounds, survival, thresholds, verdicts
+from layercut.report import charts, formatting, tables, thresholds, verdicts
+from layercut.report.formatting import Json
 from layercut.report.page import closing, model_card, write_report
+from layercut.report.run_facts import RunFacts, read_run
+from layercut.report.sections import CHAPTERS
+from layercut.report.templating import TEMPLATES
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EVIL = "<script>alert(1)</script>"
@@ -253,6 +257,19 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
     assert "<title>layer 19, now layer 13: tuned</title>" in html
 
 
+def test_the_page_starts_with_the_result_then_the_proofs_then_the_details(tmp_path: Path) -> None:
+    html, page = report(make_run(tmp_path, summary=survival_json()))
+    words = (
+        "Usable where", "6 of its 30 layers", "Task score retained", "Hidden keys found", "What was cut", "Proofs",
+        "Did each stage do its job?", "Perplexity, stage by stage", "Details", "Cost of the candidates",
+    )  # fmt: skip
+    start = html.replace("Do not ship this", "Usable where").partition("<main>")[2]
+    assert [start.index(text) for text in words] == sorted(start.index(text) for text in words)
+    names = [section.name for sections in CHAPTERS.values() for section in sections]
+    assert [name for name in page.ids if name in names] == [name for name in names if name in page.ids]
+    assert sorted(names) == sorted(part.stem for part in (TEMPLATES / "sections").iterdir()), "one part a section"
+
+
 def test_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
     html, page = report(make_run(tmp_path))
     assert all(address.startswith("#") for address in page.addresses), page.addresses
@@ -411,9 +428,7 @@ def test_the_stability_of_another_search_is_not_shown(tmp_path: Path) -> None:
 
 def test_verdicts_on_stability() -> None:
     def verdict(**changed: Any) -> verdicts.Verdict:
-        found = verdicts.RunFacts(
-            summary={}, search={}, heal={}, evaluation={}, env={}, stability=stability_json(**changed)
-        )
+        found = RunFacts(stability=Json(stability_json(**changed)))
         return next(v for v in verdicts.verdicts(found) if v.stage == "Stability")
 
     choices = stability_json()["choices"]
@@ -429,7 +444,7 @@ def test_verdicts_on_stability() -> None:
     assert "at most 140.0% in KL against 14:20, the best on all their text" in wandering.text
     assert verdict(worst="inf").mark == "bad"
     assert "beyond measure" in verdict(worst="inf").text
-    assert not verdicts.verdicts(verdicts.RunFacts(summary={}, search={}, heal={}, evaluation={}, env={}))
+    assert not verdicts.verdicts(RunFacts())
 
 
 # ---- rounds and budgets ------------------------------------------------------------------------------------
@@ -470,8 +485,11 @@ def run_in_rounds(folder: Path, **frontier: Any) -> Path:
 
 
 def budgets_verdict(**changed: Any) -> tuple[str, str, str] | None:
-    found = rounds.budgets_verdict(rounds.read_frontier(frontier_json(**changed)))
-    return (found.mark, found.stage, found.text) if found else None
+    frontier = tables.frontier(Json(frontier_json(**changed)))
+    if frontier is None:
+        return None
+    found = verdicts.budgets_verdict(frontier)
+    return found.mark, found.stage, found.text
 
 
 def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
@@ -494,7 +512,7 @@ def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
         assert chart.count(text) == 1, text
     for bits in (16, 8, 4):
         assert f">{bits} bits<" in chart
-    marks = [v for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage in ("Rounds", "Budgets")]
+    marks = [v for v in verdicts.verdicts(read_run(run)) if v.stage in ("Rounds", "Budgets")]
     assert [(v.stage, v.mark) for v in marks] == [("Rounds", "bad"), ("Budgets", "good")]
     assert "1: layers 14–16; 2: layers 12, 20–21" in marks[0].text
     assert "tuning did not help in round 2" in marks[0].text
@@ -515,11 +533,11 @@ def test_a_run_of_one_round_has_neither(tmp_path: Path) -> None:
 def test_the_frontier_of_other_budgets_is_left_out(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
     (run / "config.yaml").write_text("target_size: 100MB\nmax_loss: 0.05\n")
-    assert verdicts.read_run(run).frontier
+    assert read_run(run).frontier
     (run / "config.yaml").write_text("ratio: 0.2\nmax_loss: null\n")
-    assert not verdicts.read_run(run).frontier
+    assert not read_run(run).frontier
     (run / "config.yaml").write_text("{ not YAML")
-    assert verdicts.read_run(run).settings == {}
+    assert not read_run(run).settings
 
 
 def test_verdicts_on_two_budgets() -> None:
@@ -568,24 +586,24 @@ def test_odd_frontiers_do_not_stop_the_report(tmp_path: Path) -> None:
     html, page = report(run)
     assert "<script" not in html.lower()
     assert "9 4 1.0 MB not finite" in page.text
-    marks = [v.mark for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage == "Rounds"]
+    marks = [v.mark for v in verdicts.verdicts(read_run(run)) if v.stage == "Rounds"]
     assert marks == ["open"]
     assert model_card(run)
 
 
 def test_a_frontier_far_beyond_its_budget_is_still_drawn() -> None:
     points = [{"layers": n, "bits": 16, "bytes": n * 2e7, "rise": rise} for n, rise in ((9, 0.01), (3, 4e3))]
-    drawn = charts.frontier_chart(rounds.read_frontier(frontier_json(points=points, chosen=None)))
+    drawn = charts.frontier_chart(tables.frontier(Json(frontier_json(points=points, chosen=None))))
     assert drawn
     assert "+400,000.0%" in drawn
-    assert charts.frontier_chart(rounds.read_frontier({})) is None
+    assert charts.frontier_chart(tables.frontier(Json())) is None
 
 
 def test_a_model_with_all_its_layers_is_told_so() -> None:
     whole = {"layers": {"before": 30, "after": 30}, "segments": [],
              "parameters": {"before": 134515008, "after": 134515008}}  # fmt: skip
-    text = verdicts.headline({**summary_json(), **whole, **with_perplexity(cut=None, folded=None, tuned=None,
-                                                                          quantized=46.0)})  # fmt: skip
+    alone = with_perplexity(cut=None, folded=None, tuned=None, quantized=46.0)
+    text = verdicts.headline(Json({**summary_json(), **whole, **alone}))
     assert text.startswith("SmolLM2-135M-Instruct with all of its 30 layers has a perplexity")
 
 
@@ -595,7 +613,7 @@ def test_a_model_with_all_its_layers_is_told_so() -> None:
 def judged(tmp_path: Path, settings: str, **search: Any) -> verdicts.Verdict:
     run = make_run(tmp_path, search=search)
     (run / "config.yaml").write_text(settings)
-    found = [v for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage == "Search"]
+    found = [v for v in verdicts.verdicts(read_run(run)) if v.stage == "Search"]
     assert len(found) == 1
     return found[0]
 
@@ -695,13 +713,13 @@ def test_stages_that_do_not_improve_are_named(tmp_path: Path) -> None:
 
 
 def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
-    rows = {row.name: row for row in verdicts.stages(summary_json())}
+    rows = {row.name: row for row in tables.stage_rows(Json(summary_json()))}
     expected = (math.log(101.3) - math.log(67.4)) / (math.log(101.3) - math.log(45.1))
     assert rows["tuned"].gap_closed == pytest.approx(expected)
     assert rows["dense"].gap_closed is None
     assert rows["tuned"].over_dense == "1.49×", "no error on record"
     known = {**summary_json(), **with_perplexity(standard_error={"tuned": 0.01, "cut": "nan", "folded": 0.001})}
-    known = {row.name: row.over_dense for row in verdicts.stages(known)}
+    known = {row.name: row.over_dense for row in tables.stage_rows(Json(known))}
     assert (known["tuned"], known["cut"]) == ("1.49× ± 0.01", "2.25×")
     assert known["folded"].endswith("× ± 0.0018")
     assert rows["cut"].bar == pytest.approx(1.0)
@@ -709,13 +727,8 @@ def test_gap_closed_is_a_share_of_the_log_perplexity() -> None:
 
 
 def test_a_stage_that_ran_without_a_figure_says_so() -> None:
-    run = verdicts.RunFacts(
-        summary={**summary_json(), **with_perplexity(tuned=None)},
-        search={},
-        heal=heal_json(),
-        evaluation={},
-        env={},
-    )
+    summary = {**summary_json(), **with_perplexity(tuned=None)}
+    run = RunFacts(summary=Json(summary), heal=Json(heal_json()))
     assert any("ran, but has no finite perplexity" in verdict.text for verdict in verdicts.verdicts(run))
 
 
@@ -725,7 +738,7 @@ def test_a_stage_that_ran_without_a_figure_says_so() -> None:
 def concluded(folder: Path, gguf: dict[str, Any] | None = None, **changed: Any) -> verdicts.Verdict:
     run = make_run(folder, **changed)
     (run / "gguf.json").write_text(json.dumps(gguf or {}))
-    return verdicts.conclusion(verdicts.read_run(run))
+    return verdicts.conclusion(read_run(run))
 
 
 INFLATED = {
@@ -737,7 +750,7 @@ INFLATED = {
 def test_sizes_are_against_the_file_that_came(tmp_path: Path) -> None:
     run = make_run(tmp_path, summary=INFLATED)
     _, page = report(run)
-    size_of = next(v for v in verdicts.verdicts(verdicts.read_run(run)) if v.stage == "Size")
+    size_of = next(v for v in verdicts.verdicts(read_run(run)) if v.stage == "Size")
     assert size_of.mark == "bad"
     assert "98.4 MB → 107.1 MB on disk (+8.8%)" in size_of.text
     for text in (page.text, model_card(run), ended(run)):
@@ -783,13 +796,29 @@ def test_the_closing_line(tmp_path: Path, summary: dict[str, Any], mark: str, wo
     assert words.split(" on ")[0] in " ".join(ended(tmp_path).split()), "the last thing the terminal says"
 
 
+def test_the_closing_line_names_what_failed(tmp_path: Path) -> None:
+    found = concluded(tmp_path / "fold", summary=with_perplexity(folded=110.0, tuned=46.0))
+    assert found.mark == "fair", "a stage that failed is no tick"
+    assert "is acceptable; look first at Fold, which failed. No task" in found.text
+    left = {"mean": 0.9, "above_chance": 0.6}
+    both = concluded(
+        tmp_path / "both",
+        summary={**with_perplexity(folded=110.0, tuned=46.0, quantized=51.0), **survival_json(retention=left)},
+        search={"segments": [[12, 18]]},
+    )
+    assert "look first at Search, Fold, Long context, which failed; and then at Quantization, Tasks" in both.text
+    healed = concluded(tmp_path / "cut", summary=with_perplexity(cut=500.0, tuned=46.0))
+    assert healed.mark == "good", "the cut's price is in the result"
+    assert "failed" not in healed.text
+
+
 def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> None:
     assert "No task was measured" in concluded(tmp_path).text
     (tmp_path / "evaluations").mkdir()
     scored = {key: survival_json()[key] for key in ("tasks", "retention")}
     scored["retention"] = {**scored["retention"], "above_chance": 0.3}
     (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"run": None, "date": "2026-01-02", **scored}))
-    found = verdicts.conclusion(verdicts.read_run(tmp_path))
+    found = verdicts.conclusion(read_run(tmp_path))
     assert found.text.startswith("Do not ship this: 83.1% of the dense model's score is left over 2 tasks, 30.0% of")
     assert "tasks: not measured" not in report(tmp_path)[1].text
 
@@ -800,7 +829,7 @@ def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
         summary={**survival_json(), **with_perplexity(folded=110.0, tuned=67.4, quantized=70.0)},
         eval={"speed": {"decode": {"dense": 24.0, "compressed": 23.0, "ratio": 0.958, "ideal": 1.25}}},
     )
-    found = verdicts.verdicts(verdicts.read_run(run))
+    found = verdicts.verdicts(read_run(run))
     said = " ".join(ended(run, width=2000).split())
     assert {v.stage for v in found if v.mark == "bad"} >= {"Fold", "Decode", "Tasks"}
     for verdict in found:
@@ -812,7 +841,7 @@ def test_generation_that_repeats_more_is_no_tick() -> None:
     def mark(repeated: float, loss: float) -> str:
         health = {"dense": {"repeated_4grams": 0.35, "dense_loss": 0.6},
                   "compressed": {"repeated_4grams": repeated, "dense_loss": loss}}  # fmt: skip
-        words = survival.generation_verdict({"generation_health": health})
+        words = verdicts.generation_verdict(Json(health))
         assert words
         return words.mark
 
@@ -832,13 +861,14 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
                                                  "config_hash": "abc"}))  # fmt: skip
     again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
     (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
-    judged = {v.stage for v in verdicts.verdicts(verdicts.read_run(run))}
-    assert judged == set(thresholds.RULES) - {"Search"}, "a run in rounds has no one search to judge"
+    judged = {v.stage for v in verdicts.verdicts(read_run(run))}
+    ruled = {rule.name for rule in thresholds.rules()}
+    assert judged == ruled - {"Search"}, "a run in rounds has no one search to judge"
     _, page = report(run)
-    for rule in thresholds.RULES.values():
+    for rule in thresholds.rules():
         assert {rule.good, rule.fair, rule.bad} <= {re.sub(r"\s+", " ", cell).strip() for cell in page.words}
     reference = (Path(__file__).parents[1] / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert thresholds.table() in reference, "renew it: python -c 'from layercut import rules; print(rules.table())'"
+    assert thresholds.table() in reference, "renew it with layercut.report.thresholds.table()"
 
 
 # ---- nothing that reassures or misleads ----------------------------------------------------------------------
@@ -847,7 +877,7 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
 def test_marks_have_words_and_headings_a_scope(tmp_path: Path) -> None:
     html, _ = report(make_run(tmp_path, summary=survival_json()))
     verdict = html.partition('id="verdict"')[2].partition("</ul>")[0]
-    marks = [v.mark for v in verdicts.verdicts(verdicts.read_run(tmp_path))]
+    marks = [v.mark for v in verdicts.verdicts(read_run(tmp_path))]
     for mark, word in thresholds.MARK_WORDS.items():
         assert verdict.count(f'<span class="sr">{word}: </span>') == marks.count(mark)
     headings = re.findall(r"<th\b[^>]*>", html)
@@ -1230,7 +1260,7 @@ def test_what_packages_measured_and_tuned_by_is_shown_and_escaped(tmp_path: Path
     assert "<b>age" not in html
     assert "<i>KL" not in html
     assert "by the objective reverse <i>KL</i>" in page.text
-    changes = {row["metric"]: row["change"] for row in survival.evaluation_rows(measured)}
+    changes = {str(row["metric"]): row["change"] for row in tables.evaluation_rows(Json(measured))}
     assert changes == {
         "score": "−25.0%, worse", "errors": "−50.0%, better", "same": "+0.0%", "open": "+50.0%",
         "ruined": "", "none": "",

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from layercut.cli.command_line import main
 from layercut.files.json_values import jsonable
+from layercut.files.typed_json import SEAL, decode
 from layercut.pipeline import artefacts as kinds
 from layercut.pipeline.run_store import STAGES, TEXTS
 from layercut.pipeline.stages.heal import TUNING_STATE
@@ -391,8 +392,8 @@ def test_every_artefact_of_a_run_is_of_its_type(whole):
     """And of no more keys than its type has."""
     for stage in STAGES:
         content = json.loads((whole / f"{stage}.json").read_text())
-        found = kinds.decode(KINDS[stage], content)
-        assert jsonable(found) == {key: value for key, value in content.items() if key != kinds.SEAL}
+        found = decode(KINDS[stage], content)
+        assert jsonable(found) == {key: value for key, value in content.items() if key != SEAL}
         assert found.versions
         assert found.config_hash
 

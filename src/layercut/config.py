@@ -23,6 +23,19 @@ from layercut.segments import Segment
 
 StreamMode = Literal["auto", "on", "off"]
 ShardMode = Literal["auto", "on", "off"]
+CONSUMER_NAMES = (
+    "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
+)  # fmt: skip
+"""Software by which a written model may have to be read right; what each makes of it is in `export/consumers.py`."""
+Consumers = Annotated[
+    str,
+    Parameter(
+        name=("--for", "--consumers"),
+        help=f"Software that has to read the result right, names separated by commas: {', '.join(CONSUMER_NAMES)}. "
+        "Cuts that one of them would misread are not chosen, and number formats that it does not read are refused. "
+        "Not given: the report names who would misread the cut.",
+    ),
+]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 GgufType = Literal[
@@ -100,6 +113,17 @@ def split_names(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
+def consumer_names(text: str) -> tuple[str, ...]:
+    """The names after --for, each once. ConfigError: a name that is unknown."""
+    names = tuple(split_names(text))
+    for name in names:
+        if name not in CONSUMER_NAMES:
+            near = difflib.get_close_matches(name, CONSUMER_NAMES, 1)
+            hint = f"did you mean --for {near[0]}?" if near else "leave it out, and see what the report says of the cut"
+            raise ConfigError(f"--for {name!r} is unknown; there are {', '.join(CONSUMER_NAMES)}", hint)
+    return names
+
+
 @options(LOADING)
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -108,7 +132,7 @@ class ModelConfig:
     device: str = "auto"
     """auto (the first accelerator, else the CPU), cpu, cuda, cuda:N, mps or xpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
+    """Dtype to compute and save in. auto: the checkpoint's own, bfloat16 for GGUF; where the CPU has no
     instructions for it, computed in float32 and saved in it all the same."""
     trust_remote_code: Annotated[bool, rare_switch] = False
     """Run modelling code that comes with the checkpoint."""
@@ -193,6 +217,7 @@ class SearchConfig:
     fold, on held-out text."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
+    consumers: Consumers = ""
     all_lengths: Annotated[bool, rare_switch] = False
     """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
@@ -210,6 +235,7 @@ class SearchConfig:
                 f"--max-loss {self.max_loss:g} is not above 0", "perplexity up by a tenth: --max-loss 0.1"
             )
         at_least("num_segments", self.num_segments, 1)
+        consumer_names(self.consumers)
         self._check_method()
         _ = self.segments
 
@@ -495,20 +521,38 @@ class LogConfig:
 
 @flat
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig:
-    """The whole journey."""
+class FindConfig:
+    """The journey as far as the search."""
 
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def journey(self) -> CompressConfig:
+        """The run that begins so; what this part of it does not use is at its default."""
+        return CompressConfig(**vars(self))
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(FindConfig):
+    """The journey up to the checkpoint, with nothing measured."""
+
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+
+@flat
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(TuneConfig):
+    """The whole journey."""
+
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
         """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first.
@@ -564,41 +608,6 @@ class CompressConfig:
             )
 
 
-@flat
-@dataclass(frozen=True, kw_only=True)
-class FindConfig:
-    """The journey as far as the search."""
-
-    load: ModelConfig = field(default_factory=ModelConfig)
-    text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def journey(self) -> CompressConfig:
-        """The run that begins so; what the search does not use is at its default."""
-        return CompressConfig(**vars(self))
-
-
-@flat
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """The journey up to the checkpoint, with nothing measured."""
-
-    load: ModelConfig = field(default_factory=ModelConfig)
-    text: DataConfig = field(default_factory=DataConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    heal: HealConfig = field(default_factory=HealConfig)
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def journey(self) -> CompressConfig:
-        """The run that begins so; what healing does not use is at its default."""
-        return CompressConfig(**vars(self))
-
-
 @options(RUN)
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -633,12 +642,14 @@ class CutConfig:
     """A segment START:STOP to remove; 13:19 removes layers 13 to 18. Repeatable."""
     out: Path
     """The new checkpoint: a folder, or a .gguf file where MODEL is one."""
+    consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
     allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
 
     def __post_init__(self) -> None:
+        consumer_names(self.consumers)
         if not self.segment:
             raise ConfigError(
                 "no --segment is given", "for layers 13 to 18: --segment 13:19; to find one: layercut search"
@@ -660,6 +671,7 @@ class QuantizeAloneConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
     config: Path | None = None
@@ -672,6 +684,7 @@ class QuantizeAloneConfig:
         Raises:
             ConfigError: no --bits is given.
         """
+        consumer_names(self.consumers)
         if self.quantize.bits == 16:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
 
@@ -699,10 +712,12 @@ class ExportConfig:
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's convert_hf_to_gguf.py, for a model that is no .gguf file. Not given:
     $LAYERCUT_GGUF_CONVERTER, or that of the extra convert."""
+    consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
 
     def __post_init__(self) -> None:
+        consumer_names(self.consumers)
         exporters.check(self.format, "--format")
         if self.format == "gguf" and self.out.suffix != ".gguf":
             raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")

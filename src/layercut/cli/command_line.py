@@ -177,7 +177,7 @@ def evaluate(
         layercut evaluate runs/small --eval-data c4:validation
     """
     from layercut.cli.single_stage import evaluate_only
-    from layercut.report.page import evaluation_lines, task_lines
+    from layercut.report.page import score_lines
 
     config = config or PerplexityConfig()
     found = evaluate_only(model, config)
@@ -189,7 +189,7 @@ def evaluate(
     if found.ratio:
         value, error = found.ratio
         print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
-    for line in (*task_lines(found.tasks, found.retention), *evaluation_lines(found.evaluations)):
+    for line in score_lines(found.tasks, found.retention, found.evaluations):
         print(line)
 
 
@@ -401,7 +401,7 @@ def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
 
 
 def _value(arguments: list[str], flag: str) -> str | None:
-    """What stands behind a flag; None where it is not given."""
+    """The value of a flag; None where it is not given."""
     found = None
     for argument, following in pairwise([*arguments, ""]):
         if argument == flag:

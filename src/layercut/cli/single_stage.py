@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from layercut import evaluation
-from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig
+from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig, consumer_names
 from layercut.data.blocks import Blocks, load_blocks, stored_blocks
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError, RunError
+from layercut.export import consumers
 from layercut.export.checkpoint import save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
@@ -28,7 +29,7 @@ from layercut.offload import placement
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve import check_window
 from layercut.pipeline.stages.text import check_unseen
-from layercut.progress import bar, say
+from layercut.progress import bar, say, warn
 from layercut.quantization import quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.stage_lines import describe_quantization
@@ -53,6 +54,9 @@ def cut(model: str, config: CutConfig) -> Path:
         SurgeryError: the cut cannot be expressed.
     """
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
+    stock = loading.load_config(checkpoint)
+    written: consumers.Written = "gguf" if config.out.suffix == ".gguf" else "float"
+    consumers.check_cut(stock, config.segments, consumer_names(config.consumers), written)
     if not checkpoint.gguf:
         left = cut_checkpoint(checkpoint.folder, config.segments, config.out, force=config.force)
         if left:
@@ -64,6 +68,8 @@ def cut(model: str, config: CutConfig) -> Path:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
+    for words in consumers.misread(consumers.readings(stock, config.segments, written)):
+        warn("cut", words)
     return config.out
 
 
@@ -126,7 +132,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
 
 
 def _keep(run: Path, found: Evaluated) -> None:
-    """Write evaluations/NAME.json, NAME by what was asked: the same question again replaces its answer."""
+    """Write evaluations/NAME.json, NAME a hash of what was measured: measured again, it is replaced."""
     asked = [found.text, sorted(found.tasks), found.limit]
     if found.evaluations:
         asked += [sorted(found.evaluations), found.seed]
@@ -164,7 +170,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
             figures[one][name] = judged.figures(one, function)
         drawn = judged.blocks
         del judged  # one model at a time: the next is loaded when this one's memory is free
-        memory.give_back()
+        memory.release_freed()
     found = evaluation.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
     perplexities, ratio = {name: evaluation.of_losses(each) for name, each in losses.items()}, None
     if len(losses) == 2:
@@ -278,6 +284,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         ModelError: the model is quantized already, or does not fit in memory.
     """
     config.check()
+    consumers.check_written(consumer_names(config.consumers), consumers.written_by(config.quantize))
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
     run = Path(target)

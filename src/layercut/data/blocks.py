@@ -249,7 +249,7 @@ class Reader:
             tuple(_origin(part) for part in parts), frozenset(keys), passed_over,
         )  # fmt: skip
 
-    def pass_by(
+    def skip_blocks(
         self, use: str, source: str, *, tokens: int, window: int, keys: set[int], order: Order = "shuffled"
     ) -> None:
         """Skip blocks that a use has from an earlier run, so that later draws are the same as if they were drawn now.
@@ -269,7 +269,7 @@ class Reader:
         for i, part in enumerate(parts):
             span = range(math.ceil(-i / len(parts)), math.ceil((count - i) / len(parts)))
             if span and order == "shuffled":
-                self._stream(part, order).pass_by(len(span), window, lambda key: self._is_anothers(key, use))
+                self._stream(part, order).skip_blocks(len(span), window, lambda key: self._is_anothers(key, use))
         self.drawn[use] = keys
 
     def _is_anothers(self, key: int, use: str) -> bool:
@@ -373,7 +373,7 @@ class _Text:
         self._forget(end)
         return _Taken(rows, keys, self._passed_over)
 
-    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+    def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Skip the next rows."""
         self.take(range(count), window, refused)
 
@@ -414,7 +414,7 @@ class _Own:
         rows = sample(self._model, self._tokenizer, window, wanted, self._seed, chat_template=self._chat)
         return _Taken(rows, [_hash(row.numpy().tobytes()) for row in rows], 0)
 
-    def pass_by(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+    def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Skip the next rows."""
         self._given += count
 
@@ -463,7 +463,7 @@ def encode(
 
 
 def document_key(document: Document) -> int:
-    """63 bits by which a document is recognised, wherever it stands and however it is wrapped."""
+    """63 bits by which a document is recognised, whatever its source and line breaks."""
     return _hash(re.sub(r"\s+", " ", render(document)).strip().encode("utf-8", "surrogatepass"))
 
 

@@ -32,7 +32,7 @@ class _Renderer:
         atexit.register(self.end)
 
     def ask(self, request: dict[str, Any]) -> dict[str, str]:
-        """The process's answer; "limit" where it gave none in time."""
+        """The process's answer; "limit" where there was none in time."""
         try:
             process = self._process or self._start()
             assert process.stdin

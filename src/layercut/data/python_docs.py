@@ -62,7 +62,7 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """What stands between blank lines."""
+    """The parts of a text between blank lines."""
     return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 

@@ -49,7 +49,7 @@ REPORTED = {"wikitext2": "test", "c4": "validation"}
 is train."""
 PYTHON = {"python-docs": python_docs, "python-docstrings": python_docstrings}
 SELF = "self"
-"""Text that the model writes itself: what it is made of stands in `data/self_sampled.py`."""
+"""Text that the model writes itself: see `data/self_sampled.py`."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")
 
 

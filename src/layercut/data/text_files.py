@@ -182,7 +182,7 @@ def _places(file: Path) -> list[Callable[[], tuple[str | Record, str]]]:
 
 
 def _spans(view: mmap.mmap, separator: bytes) -> list[tuple[int, int]]:
-    """Start and stop, in bytes, of what stands between the separators."""
+    """Start and stop, in bytes, of the parts between the separators."""
     marks = [match.span() for match in re.finditer(separator, view)]
     starts = [0, *(stop for _, stop in marks)]
     stops = [*(start for start, _ in marks), len(view)]

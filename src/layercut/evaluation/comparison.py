@@ -1,4 +1,4 @@
-"""`layercut.evaluate`: what a model in memory is worth on held-out text, by itself or against a baseline."""
+"""`layercut.evaluate`: measure a model in memory on held-out text, by itself or against a baseline."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, 
 from layercut.models import loading
 from layercut.models.callers_model import in_eval_mode
 from layercut.models.runner import DecoderRunner
+from layercut.plotting import axes_or_new
 from layercut.progress import bar
 
 
@@ -24,7 +25,7 @@ class Evaluation:
     """What `evaluate` measured. `str()` is one line, `_repr_html_` a table, `plot()` shows the windows one by one."""
 
     perplexity: float
-    """exp of the mean loss; inf of a ruined model."""
+    """exp of the mean loss; inf where a loss overflows or is NaN."""
     baseline_perplexity: float | None
     """The baseline's on the same tokens; None without one, as all that compares."""
     ratio: float | None
@@ -88,18 +89,14 @@ class Evaluation:
         Returns:
             The Axes.
         """
-        if ax is None:
-            from matplotlib.figure import Figure
-
-            ax = Figure(figsize=(4.5, 4.5), layout="constrained").add_subplot()
         if self.baseline_losses is None:
+            ax = axes_or_new(ax, xlabel="window", ylabel="loss, nats per token")
             ax.plot(self.losses, ".")
-            ax.set(xlabel="window", ylabel="loss, nats per token")
             return ax
+        ax = axes_or_new(ax, xlabel="baseline's loss of a window, nats per token", ylabel="model's loss")
         ax.plot(self.baseline_losses, self.losses, ".")
         if ends := [loss for loss in (*self.baseline_losses, *self.losses) if math.isfinite(loss)]:
             ax.plot([min(ends), max(ends)], [min(ends), max(ends)], color="0.6", linewidth=1)
-        ax.set(xlabel="baseline's loss of a window, nats per token", ylabel="model's loss")
         return ax
 
 

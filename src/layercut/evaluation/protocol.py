@@ -1,4 +1,4 @@
-"""What an evaluation of a user must look like, and how it is run: on the dense and on the compressed model alike.
+"""The protocol of a user's evaluation, and how it is run: on the dense and on the compressed model in the same way.
 
 An evaluation is a function of a model that returns figures by name. It is registered by a decorator, or by an entry
 point of the group "layercut.evaluations", and asked for by `--evaluations mypackage-digits` or
@@ -40,7 +40,7 @@ class EvaluationFunction(Protocol):
                 is seeded with it, and put back afterwards.
 
         Returns:
-            Metric to figure, the same metrics for every model. inf and nan are figures: those of a ruined model.
+            Metric to figure, the same metrics for every model. inf and nan are allowed.
         """
         ...
 

@@ -200,7 +200,7 @@ def _now(model: Any) -> float:
 def cache_bytes(model: Any) -> int:
     """Bytes the cache grows by with each token, measured on the cache itself (0 for layers that only keep a state).
 
-    In the number format that the model is saved in, also where it computes in a wider one.
+    In the dtype that the model is saved in, also where it computes in a wider one.
     """
     device = next(model.parameters()).device
 

@@ -212,7 +212,7 @@ def publish_streamed(model: Any, partial: Path, folder: Path) -> dict[str, Any]:
 
 
 def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, with packed ones in the place of the weights that they stand for.
+    """The model's tensors by name, with packed ones in the place of the weights that they encode.
 
     Args:
         model: a causal LM of transformers.

@@ -1,4 +1,4 @@
-"""Exporters: the file formats of `layercut export --format`. What an exporter must look like, and layercut's own two.
+"""Exporters: the file formats of `layercut export --format`. The protocol of an exporter, and layercut's own two.
 
 An exporter is a function:
 

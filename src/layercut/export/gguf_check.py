@@ -87,13 +87,13 @@ def unlike_the_folder(file: Path, config: Any) -> list[bool] | None:
     if rules.COUNTED.get(name) and theirs is None:
         why = f"no layer of {name} with {layers} layers"
     raise ModelError(
-        f"llama.cpp treats {why} apart, the model has it otherwise (layer {odd} first), and no key says so",
+        f"llama.cpp treats {why} differently, the model does not (layer {odd} first), and no key says so",
         "cut so that the kept layers stay in step with that, or take another engine",
     )
 
 
 def _full_in_config(config: Any, layers: int) -> list[bool] | None:
-    """Which layers attend to everything, or have no rotary positions where that is what tells them apart."""
+    """Which layers attend to everything, or have no rotary positions where that is what distinguishes them."""
     types, rope = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
     if types and len({*types}) > 1:
         return [each in ("full_attention", "attention") for each in types]

@@ -21,7 +21,7 @@ from layercut.models.objectives import KL, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
 
 Batch = tuple[torch.Tensor, torch.Tensor, float]
-"""Tokens [B, T], where they stand among those that are tuned on [B], the weight of their mean loss in the step's."""
+"""Token ids [B, T], their rows among those that are tuned on [B], the weight of their mean loss in the step's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def loss_gradient(
         wanted: the same of the dense model; None where the objective needs none, or it was stored.
 
     Returns:
-        The loss, and its gradient [B, T, D] in the number format of `out`.
+        The loss, and its gradient [B, T, D] in the dtype of `out`.
     """
     (tokens, _, weight), student = batch, pair.student
     targets, scale = next_tokens(student.place(tokens)), weight / tokens.numel()
@@ -182,7 +182,7 @@ def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
 class HeldOut:
     """Rows that judge a student during tuning. What stays as it is from score to score is computed once.
 
-    That is h at `prefix` and the dense h at the end, in the model's own number format: 2 D numbers a token. Of several
+    That is h at `prefix` and the dense h at the end, in the model's own dtype: 2 D numbers a token. Of several
     processes each takes a share of the rows; the score is over all.
 
     Raises:

@@ -1,10 +1,12 @@
-"""What endpoint tuning found. Beside the loop (`endpoint_tuning.py`)."""
+"""The result of endpoint tuning (`endpoint_tuning.py`)."""
 
 from __future__ import annotations
 
 import html
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from layercut.plotting import axes_or_new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +77,11 @@ class TuningResult:
         Returns:
             The Axes.
         """
-        if axes is None:
-            from matplotlib.figure import Figure
-
-            axes = Figure(layout="constrained").add_subplot()
+        name = f"{self.label}, nats" if self.label == self.heldout_label else "loss"
+        axes = axes_or_new(axes, xlabel="tokens trained on", ylabel=name)
         for name, points in (("training", self.curve), ("held-out", self.heldout)):
             axes.plot([p["tokens"] for p in points], [p["loss"] for p in points], label=name)
         best = [(p["tokens"], p["loss"]) for p in self.heldout if p["step"] == self.best_step]
         axes.plot(*zip(*best, strict=True), "o", mfc="none", label="kept")
-        axes.set_xlabel("tokens trained on")
-        axes.set_ylabel(f"{self.label}, nats" if self.label == self.heldout_label else "loss")
         axes.legend()
         return axes

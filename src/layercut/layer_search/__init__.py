@@ -23,6 +23,7 @@ from layercut.layer_search.budgets import (
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
 from layercut.layer_search.prices import as_objective, is_kl
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.models.callers_model import prepared
@@ -33,8 +34,8 @@ from layercut.progress import bar
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
-    "Candidate", "Cost", "Criterion", "SearchResult", "length_for_size", "length_for_speedup", "longest_within",
-    "perplexity_rise", "regret", "rescored", "search", "split_rows", "with_triangle",
+    "Candidate", "Cost", "Criterion", "Restriction", "SearchResult", "length_for_size", "length_for_speedup",
+    "longest_within", "perplexity_rise", "regret", "rescored", "search", "split_rows", "with_triangle",
 ]  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def search(
     objective: str | Objective = "kl",
     seed: int = 0,
     oracle: bool = False,
+    restriction: Restriction | None = None,
 ) -> SearchResult:
     """Find the layers that the model can best do without. Nothing is cut, and the model stays as it is.
 
@@ -69,34 +71,63 @@ def search(
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
         seed: of everything drawn at random: the same seed gives the same result.
         oracle: run the exhaustive search as well and put its answer and the regret beside the result.
+        restriction: of the cuts that may be chosen, for this number of layers; of `segments` too.
 
     Returns:
         `SearchResult`: `segments` to hand to `layercut.cut`, all candidates from the best, and what finding them cost.
 
     Raises:
         ConfigError: none or several of the three are given, they do not fit the model, the method or objective is
-            unknown or does not take what was asked, or a criterion picked something else than n layers.
+            unknown or does not take what was asked, or a criterion picked other than n layers, or a forbidden cut.
         DataError: the tokens are not [N, T] token ids of this model.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
     with prepared(model) as (runner,):
         check_calibration(runner, tokens)
         length = wanted_length(len(runner), ratio, n_layers, segments)
+        limits = restriction or Restriction.none(len(runner), length)
         if segments is not None:
+            limits.check(segments)
             return priced(runner, tokens, segments)
+        limits.needed([0.0] * len(runner))  # raises where no cut is allowed
         name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
         criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
         asked: dict[str, Any] = {"num_segments": min(num_segments, length), "objective": as_objective(objective)}
+        asked["restriction"] = limits
         check_asked(criterion, name, num_segments > 1, not is_kl(asked["objective"]))
-        cost, begun = Cost(), time.perf_counter()
-        with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
-            options = accepted(criterion, {"seed": seed, "cost": cost, "advance": advance, **asked})
-            picked = criterion(runner, tokens, length, **options)
-        seconds = time.perf_counter() - begun
-        result = replace(judged(runner, tokens, length, name, picked, cost), seconds=seconds)
+        result = chosen(runner, tokens, limits, criterion, name, {"seed": seed, **asked})
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
             result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **asked))
         return result
+
+
+def chosen(
+    runner: DecoderRunner, tokens: torch.Tensor, limits: Restriction, criterion: Criterion, name: str,
+    options: dict[str, Any],
+) -> SearchResult:  # fmt: skip
+    """Run a criterion, timed, with those of the options that it takes; refuse what it must not choose.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        limits: how many layers to remove, and which cuts are allowed.
+        criterion: which chooses.
+        name: of the criterion.
+        options: "seed", "num_segments", "objective" and "restriction".
+
+    Returns:
+        The result, with what the criterion cost and how long it took.
+
+    Raises:
+        ConfigError: as of `judged`.
+    """
+    cost, begun = Cost(), time.perf_counter()
+    with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
+        picked = criterion(
+            runner, tokens, limits.length, **accepted(criterion, {"cost": cost, "advance": advance, **options})
+        )
+    seconds = time.perf_counter() - begun
+    return replace(judged(runner, tokens, limits, name, picked, cost), seconds=seconds)
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
@@ -193,7 +224,7 @@ def priced(runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segme
 def judged(
     runner: DecoderRunner,
     tokens: torch.Tensor,
-    length: int,
+    limits: Restriction,
     name: str,
     picked: Sequence[Segment] | torch.Tensor | SearchResult,
     cost: Cost,
@@ -203,7 +234,7 @@ def judged(
     Args:
         runner: the dense model.
         tokens: calibration token ids [N, T].
-        length: n, layers that were to be removed.
+        limits: how many layers were to be removed, and which cuts are allowed.
         name: of the criterion.
         picked: its choice: segments, scores [L] or a result.
         cost: what the criterion spent; pricing its choice is not added.
@@ -212,7 +243,7 @@ def judged(
         The result, its `method` being `name`.
 
     Raises:
-        ConfigError: the choice is not of this model's layers, or not n of them.
+        ConfigError: the choice is not of this model's layers, not n of them, or forbidden.
     """
     if isinstance(picked, torch.Tensor):
         if picked.shape != (len(runner),):
@@ -220,15 +251,17 @@ def judged(
                 f"the criterion {name!r} returned scores of shape {list(picked.shape)}; allowed is [{len(runner)}]",
                 "one score a layer, the lowest are removed",
             )
-        picked = lowest(picked, length)
+        picked = lowest(picked, limits.length, restriction=limits)
     segments = picked.segments if isinstance(picked, SearchResult) else picked
     cuts = tuple(checked_segments(segments, len(runner)))
+    length = limits.length
     if sum(map(len, cuts)) != length:
         raise ConfigError(
             f"the criterion {name!r} picked {sum(map(len, cuts))} layers ({', '.join(map(str, cuts)) or 'none'}), "
             f"and {length} were asked for",
             "its segments must have `length` layers in all",
         )
+    limits.check(cuts)
     if isinstance(picked, SearchResult):
         return replace(picked, method=name)
     cuts = processes.from_main(cuts)

@@ -18,6 +18,7 @@ import torch
 
 from layercut.layer_search.gate import GateSchedule, descend
 from layercut.layer_search.prices import Prices, as_objective, race
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.sweep import Cuts, all_segments
 from layercut.layer_search.walls import neighbours, spread
@@ -79,6 +80,7 @@ def clp(
     seed: int = 0,
     num_segments: int = 1,
     objective: str | Objective = "kl",
+    restriction: Restriction | None = None,
     schedule: GateSchedule | None = None,
 ) -> SearchResult:
     """CLP's concave gate (2510.23652), made safe by a race by the real cut.
@@ -97,6 +99,8 @@ def clp(
         seed: of the order in which the rows are taken.
         num_segments: K, into how many segments at most.
         objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        restriction: of the cuts that may be chosen; not given: none. The descent moves freely; where it ends counts
+            only if it is allowed.
         schedule: of the descent; by `schedule_for` where not given.
 
     Returns:
@@ -106,89 +110,98 @@ def clp(
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     prices = Prices(runner, tokens, cost, objective)
     schedule = schedule or schedule_for(layers, length, count, len(tokens))
+    limits = restriction or Restriction.none(layers, length)
     with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
-        seeds, coarse = price_coarsely(prices, layers, length, count, schedule.particles)
+        seeds, coarse = price_coarsely(prices, limits, count, schedule.particles)
         # the last rows: those that the coarse pricing has not seen
         ends, path = descend(
             runner, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
         )
-        proposed = {*coarse, *seeds, *ends, *(near for end in ends for near in neighbours(end, layers, count))}
+        moves = (near for end in ends for near in neighbours(end, layers, count))
+        proposed = set(filter(limits.allows, (*coarse, *seeds, *ends, *moves)))
         if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
             found = race(prices, proposed, begin=2 * prices.few)
         else:
-            found = climb(prices, race(prices, proposed), layers, count)
+            found = climb(prices, race(prices, proposed), limits, count)
     return SearchResult("clp", found, cost, path)
 
 
-def price_coarsely(
-    prices: Prices, layers: int, length: int, count: int, particles: int
-) -> tuple[list[Cuts], list[Cuts]]:
-    """Price every single segment on a few rows.
+def price_coarsely(prices: Prices, limits: Restriction, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
+    """Price single segments on a few rows: with one segment all that are allowed, else all there are.
 
     Args:
         prices: of the calibration rows.
-        layers: L.
-        length: n, layers to remove.
+        limits: n, layers to remove, of L, and the cuts that are allowed.
         count: K, segments.
         particles: P, sets that descend.
 
     Returns:
         P sets that differ, for the descent to begin at, and those that race whatever the descent finds.
+
+    Raises:
+        ConfigError: no cut is allowed.
     """
+    layers, length = len(limits.may), limits.length
     if count == 1:
-        ranked = prices.ranked([(segment,) for segment in all_segments(length, layers)], prices.few)
+        ranked = prices.ranked([(segment,) for segment in limits.needed_segments()], prices.few)
         return spread(ranked, particles), ranked[: -(-len(ranked) // COARSE_SHARE)]
     rows = max(1, prices.few // 2)
     singles = [segment for n in range(1, length + 1) for segment in all_segments(n, layers)]
     costs = prices.of([(segment,) for segment in singles], rows).mean(-1).tolist()
-    ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), layers, length, count)
+    ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
+    if not ranked:
+        limits.needed_segments()  # raises: a single segment would have been among them
     return spread(ranked, particles), ranked[: COARSE_SETS * layers]
 
 
-def cheapest_sums(costs: dict[Segment, float], layers: int, length: int, count: int) -> list[Cuts]:
-    """Sets of `count` segments at most with `length` layers in all, by the sum of their single costs.
+def cheapest_sums(costs: dict[Segment, float], limits: Restriction, count: int) -> list[Cuts]:
+    """Allowed sets of `count` segments at most with n layers in all, by the sum of their single costs.
 
-    Beam search by dynamic programming: for every number of layers removed and every place where the last segment
-    may end, the BEAM cheapest. What segments do to each other is left to the gate and the race.
+    Beam search by dynamic programming: for every number of layers removed and every place where the last segment may
+    end, the BEAM cheapest whose kept layers so far stand where they may. What segments do to each other is left to the
+    gate and the race.
 
     Args:
         costs: the price of each segment removed alone.
-        layers: L.
-        length: n.
+        limits: n, layers to remove, of L, and the cuts that are allowed.
         count: K.
 
     Returns:
         Sets from the lowest sum.
     """
+    layers, length = len(limits.may), limits.length
     # best[m, e]: sets of m layers that end at e or before; each round of the loop adds one segment
-    best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1)}
+    best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1) if limits.keeps(0, e, 0)}
     found: dict[Cuts, float] = {}
     for _ in range(count):
         ending: dict[tuple[int, int], Sums] = {}
         for segment, cost in costs.items():
             for m in range(length - len(segment) + 1):
                 # at least one kept layer between two segments, or they would be one
+                if m and not limits.keeps(segment.start - 1, segment.start, m):
+                    continue
                 before = best.get((m, segment.start - 1 if m else segment.start), [])
                 sums = [(total + cost, (*cuts, segment)) for total, cuts in before]
                 ending.setdefault((m + len(segment), segment.stop), []).extend(sums)
         for m in range(1, length + 1):
             for e in range(1, layers + 1):
-                options = {*best.get((m, e), []), *best.get((m, e - 1), []), *ending.get((m, e), [])}
+                kept = best.get((m, e - 1), []) if limits.may_keep(e - 1, m) else []
+                options = {*best.get((m, e), []), *kept, *ending.get((m, e), [])}
                 best[m, e] = nsmallest(BEAM, options)
         for e in range(1, layers + 1):
             found |= {cuts: total for total, cuts in best[length, e]}
         for sums in (sums for (m, _), sums in ending.items() if m == length):
             found |= {cuts: total for total, cuts in nsmallest(BEAM, sums)}
-    return sorted(found, key=lambda cuts: (found[cuts], cuts))
+    return sorted(filter(limits.allows, found), key=lambda cuts: (found[cuts], cuts))
 
 
-def climb(prices: Prices, found: list[Candidate], layers: int, count: int) -> list[Candidate]:
+def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
     """Race the one-layer moves of the best candidate against it until none is better.
 
     Args:
         prices: of the calibration rows.
         found: candidates priced on all rows, from the best.
-        layers: L.
+        limits: the cuts that are allowed.
         count: K.
 
     Returns:
@@ -198,7 +211,7 @@ def climb(prices: Prices, found: list[Candidate], layers: int, count: int) -> li
     best = found[0].segments
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
-        moves = neighbours(best, layers, count)
+        moves = filter(limits.allows, neighbours(best, len(limits.may), count))
         known |= {candidate.segments: candidate for candidate in race(prices, {best, *moves})}
         ordered = sorted(known.values(), key=merit)
         if ordered[0].segments == best:

@@ -1,4 +1,4 @@
-"""What a criterion is, and those that measure the model once, each with its paper's formula.
+"""The protocol of a criterion, and the criteria that measure the model once, each with its paper's formula.
 
 A criterion says which layers to remove. It is a function, found by its name in `layercut.criteria`:
 
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from layercut.layer_search import greedy
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.statistics import Similarity, similarity, taylor_scores
 from layercut.layer_search.sweep import Cuts, set_losses, set_work
@@ -42,6 +43,7 @@ class Criterion(Protocol):
         advance: Callable[[float], None]    to be called with the steps done, for a progress bar without an end
         num_segments: int               K; only a criterion that names it can be asked for more than one segment
         objective: Objective            what makes a cut good; only a criterion that names it can be asked for one
+        restriction: Restriction        of the cuts that it may choose (`restriction.py`); a forbidden choice is refused
 
     It runs under `torch.no_grad()` or not as it likes, and leaves the model as it is. Of several processes each
     calls it with the same tokens; the main process's choice counts.
@@ -106,7 +108,9 @@ def accepted(criterion: Callable[..., Any], options: dict[str, Any]) -> dict[str
     return {name: value for name, value in options.items() if takes(criterion, name)}
 
 
-def random_segment(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int) -> Cuts:
+def random_segment(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int, restriction: Restriction | None = None
+) -> Cuts:
     """A start drawn uniformly from 0 … L - n: the baseline that any criterion must beat.
 
     Args:
@@ -114,27 +118,32 @@ def random_segment(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, 
         tokens: not used.
         length: n, layers to remove.
         seed: of the draw.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         One segment of n layers.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = int(torch.randint(len(runner) - length + 1, (), generator=generator))
-    return (Segment(start, start + length),)
+    allowed = allowed_segments(runner, length, restriction)
+    return (allowed[int(torch.randint(len(allowed), (), generator=generator))],)
 
 
-def reverse_order(runner: DecoderRunner, tokens: torch.Tensor, length: int) -> Cuts:
+def reverse_order(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, restriction: Restriction | None = None
+) -> Cuts:
     """[L - 1 - n, L - 1): the last n layers, but the very last one, which is kept (2411.15558).
 
     Args:
         runner: the dense model.
         tokens: not used.
         length: n, layers to remove.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         One segment of n layers.
     """
-    return (Segment(len(runner) - 1 - length, len(runner) - 1),)
+    allowed = allowed_segments(runner, length, restriction)
+    return (next((one for one in reversed(allowed) if one.stop < len(runner)), allowed[-1]),)
 
 
 def block_influence(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> torch.Tensor:
@@ -152,7 +161,9 @@ def block_influence(runner: DecoderRunner, tokens: torch.Tensor, length: int, *,
     return 1 - _measured("block-influence", runner, tokens, cost).cosine.diagonal(1)
 
 
-def angular(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
+def angular(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
+) -> Cuts:
     """argmin_s E[arccos(cos(h_s, h_{s+n})) / pi], over the last token of each row (UIDL, 2403.17887).
 
     Args:
@@ -160,14 +171,18 @@ def angular(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: C
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         One segment of n layers.
     """
-    return best_start(_measured("angular", runner, tokens, cost).angular.diagonal(length), length)
+    scores = _measured("angular", runner, tokens, cost).angular.diagonal(length)
+    return best_start(scores, length, allowed_segments(runner, length, restriction))
 
 
-def cosine(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
+def cosine(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
+) -> Cuts:
     """argmax_s E[cos(h_s, h_{s+n})], over all tokens, along the hidden dimension (LLM-Streamline, 2403.19135).
 
     Args:
@@ -175,14 +190,18 @@ def cosine(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Co
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         One segment of n layers.
     """
-    return best_start(-_measured("cosine", runner, tokens, cost).cosine.diagonal(length), length)
+    scores = -_measured("cosine", runner, tokens, cost).cosine.diagonal(length)
+    return best_start(scores, length, allowed_segments(runner, length, restriction))
 
 
-def perplexity(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
+def perplexity(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
+) -> Cuts:
     """The n layers without each of which, alone, the next-token loss is lowest (Shortened LLaMA, 2402.02834).
 
     Args:
@@ -190,6 +209,7 @@ def perplexity(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         The n layers as segments; the first 4 and the last 2 are kept.
@@ -197,10 +217,12 @@ def perplexity(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost
     sets = [(Segment(i, i + 1),) for i in range(len(runner))]
     with bar("perplexity", set_work(sets, len(runner), len(tokens))) as advance:
         losses = set_losses(runner, tokens, sets, cost, advance=advance)
-    return one_shot(torch.tensor([losses[cuts] for cuts in sets]), length)
+    return one_shot(torch.tensor([losses[cuts] for cuts in sets]), length, restriction)
 
 
-def taylor(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
+def taylor(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
+) -> Cuts:
     """The n layers of lowest sum |w dL/dw| over their weights, L the next-token loss (Shortened LLaMA, 2402.02834).
 
     Args:
@@ -208,15 +230,18 @@ def taylor(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Co
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer passes are added.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         The n layers as segments; the first 4 and the last 2 are kept.
     """
     with bar("taylor", len(tokens)) as advance:
-        return one_shot(taylor_scores(runner, tokens, cost, advance=advance), length)
+        return one_shot(taylor_scores(runner, tokens, cost, advance=advance), length, restriction)
 
 
-def sleb(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost) -> Cuts:
+def sleb(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost, restriction: Restriction | None = None
+) -> Cuts:
     """Greedily, n times, the layer without which the next-token loss is lowest (SLEB, 2402.09025): `greedy.sleb`.
 
     Args:
@@ -224,15 +249,24 @@ def sleb(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, cost: Cost
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         The n layers as segments.
     """
     with bar("sleb", length) as advance:
-        return greedy.sleb(runner, tokens, length, cost, advance=advance)
+        return greedy.sleb(runner, tokens, length, cost, restriction=restriction, advance=advance)
 
 
-def evolution(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed: int, cost: Cost) -> Cuts:
+def evolution(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    seed: int,
+    cost: Cost,
+    restriction: Restriction | None = None,
+) -> Cuts:
     """Sets of n layers by mutation and selection, by their KL (after EvoPress, 2410.14649): `greedy.evolution`.
 
     Args:
@@ -241,12 +275,13 @@ def evolution(runner: DecoderRunner, tokens: torch.Tensor, length: int, *, seed:
         length: n, layers to remove.
         seed: of sets, mutations and rows.
         cost: to which the layer-forwards are added.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         The n layers as segments.
     """
     with bar("evolution", greedy.sleb_work(length, len(runner), len(tokens))) as advance:
-        return greedy.evolution(runner, tokens, length, cost, seed=seed, advance=advance)
+        return greedy.evolution(runner, tokens, length, cost, seed=seed, restriction=restriction, advance=advance)
 
 
 def _measured(name: str, runner: DecoderRunner, tokens: torch.Tensor, cost: Cost) -> Similarity:
@@ -257,32 +292,34 @@ def _measured(name: str, runner: DecoderRunner, tokens: torch.Tensor, cost: Cost
 # --- from scores to segments ---
 
 
-def one_shot(scores: torch.Tensor, length: int) -> Cuts:
+def one_shot(scores: torch.Tensor, length: int, restriction: Restriction | None = None) -> Cuts:
     """The n layers of lowest score, each scored alone, none of the protected (Shortened LLaMA, 2402.02834).
 
     Args:
         scores: of each layer [L]; not finite counts as infinite.
         length: n, layers to remove.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         The n layers as segments.
     """
-    return lowest(scores, length, protected_layers(len(scores)))
+    return lowest(scores, length, protected_layers(len(scores)), restriction)
 
 
-def best_start(scores: torch.Tensor, length: int) -> Cuts:
+def best_start(scores: torch.Tensor, length: int, allowed: Sequence[Segment] = ()) -> Cuts:
     """The segment of n layers whose start has the lowest score; the earlier of equals.
 
     Args:
         scores: of each start [L - n + 1]; not finite counts as infinite.
         length: n, layers to remove.
+        allowed: the segments among which to choose; none: all.
 
     Returns:
         One segment.
     """
     values = [as_price(score) for score in scores.tolist()]
-    start = values.index(min(values))
-    return (Segment(start, start + length),)
+    allowed = allowed or [Segment(start, start + length) for start in range(len(values))]
+    return (min(allowed, key=lambda one: (values[one.start], one.start)),)
 
 
 def protected_layers(layers: int) -> set[int]:
@@ -291,17 +328,48 @@ def protected_layers(layers: int) -> set[int]:
     return {*range(first), *range(layers - last, layers)}
 
 
-def lowest(scores: torch.Tensor, length: int, protected: Set[int] = frozenset()) -> Cuts:
+def lowest(
+    scores: torch.Tensor, length: int, protected: Set[int] = frozenset(), restriction: Restriction | None = None
+) -> Cuts:
     """The n layers of lowest score; protected ones only where the others are too few. The earlier of equals.
 
     Args:
         scores: of each layer [L]; not finite counts as infinite.
         length: n, layers to remove.
         protected: layers to keep where possible.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
         The n layers as segments.
     """
     values = [as_price(score) for score in scores.tolist()]
+    if restriction is not None and not restriction.is_none:
+        return _lowest_allowed(values, protected, restriction)
     order = sorted(range(len(values)), key=lambda i: (i in protected, values[i], i))
     return joined_segments(order[:length])
+
+
+def _lowest_allowed(values: list[float], protected: Set[int], restriction: Restriction) -> Cuts:
+    """The allowed cut of the lowest sum of scores, with as few protected layers as possible; not finite ones last."""
+    finite = [value for value in values if value < float("inf")]
+    beyond = max(finite, default=0.0) - min(finite, default=0.0) + 1  # more than one layer's score can differ
+    costs = [min(value, max(finite, default=0.0) + beyond * len(values)) for value in values]
+    costs = [cost + beyond * len(values) ** 2 * (i in protected) for i, cost in enumerate(costs)]
+    return restriction.needed(costs)
+
+
+def allowed_segments(runner: DecoderRunner, length: int, restriction: Restriction | None) -> list[Segment]:
+    """The single segments of n layers that may be removed.
+
+    Args:
+        runner: the dense model.
+        length: n, layers to remove.
+        restriction: of the cuts that may be chosen.
+
+    Returns:
+        The segments, by their start.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    return (restriction or Restriction.none(len(runner), length)).needed_segments()

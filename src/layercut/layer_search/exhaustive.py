@@ -7,6 +7,7 @@ import torch
 from layercut.errors import ConfigError
 from layercut.layer_search.budgets import sweep_rows
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.walls import all_sets, number_of_sets
@@ -26,6 +27,7 @@ def exhaustive(
     cost: Cost,
     num_segments: int = 1,
     objective: str | Objective = "kl",
+    restriction: Restriction | None = None,
 ) -> SearchResult:
     """Price every set of at most `num_segments` segments with `length` layers in all; the best is the optimum.
 
@@ -36,12 +38,13 @@ def exhaustive(
         cost: to which the layer-forwards are added.
         num_segments: K, into how many segments at most.
         objective: what a cut is priced by; in nats per token for "kl" and "next-token".
+        restriction: of the sets that may be chosen; not given: none.
 
     Returns:
         All sets as candidates, from the best.
 
     Raises:
-        ConfigError: there are more than `MOST_SETS` sets.
+        ConfigError: there are more than `MOST_SETS` sets, or none is allowed.
     """
     layers, objective = len(runner), as_objective(objective)
     if (number := number_of_sets(length, layers, num_segments)) > MOST_SETS:
@@ -49,7 +52,14 @@ def exhaustive(
             f"{number:,} sets of {num_segments} segments are too many to price them all; allowed are {MOST_SETS:,}",
             f"search them by the gate: --method clp --num-segments {num_segments}",
         )
-    sets = all_sets(length, layers, num_segments)
+    limits = restriction or Restriction.none(layers, length)
+    sets = [cuts for cuts in all_sets(length, layers, num_segments) if limits.allows(cuts)]
+    if not sets:
+        raise ConfigError(
+            f"no cut of {length} layers into {num_segments} segments is allowed: {limits.why}",
+            "give another --ratio, or leave out --for",
+        )
+    number = len(sets)
     if not is_kl(objective):
         prices = Prices(runner, tokens, cost, objective)
         with bar(f"sweeping {number} sets", None):

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
 from layercut.models.runner import DecoderRunner
@@ -33,6 +34,7 @@ def sleb(
     length: int,
     cost: Cost,
     *,
+    restriction: Restriction | None = None,
     advance: Callable[[int], None] = lambda rounds: None,
 ) -> Cuts:
     """Greedy (SLEB, 2402.09025): n times, remove the layer without which the next-token loss is lowest.
@@ -44,14 +46,19 @@ def sleb(
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer-forwards are added: `sleb_work` of them.
+        restriction: of the sets that may be chosen; not given: none.
         advance: called with 1 after each removed layer.
 
     Returns:
         The n layers, as segments.
     """
     removed: set[int] = set()
+    limits = restriction or Restriction.none(len(stack), length)
     for _ in range(length):
-        layers = {joined_segments(removed | {i}): i for i in range(len(stack)) if i not in removed}
+        left = [i for i in range(len(stack)) if i not in removed]
+        if not limits.is_none:  # those after which an allowed set can still be reached
+            left = [i for i in left if limits.cheapest([0.0] * len(stack), removed | {i}) is not None]
+        layers = {joined_segments(removed | {i}): i for i in left}
         losses = set_losses(stack, tokens, layers, cost)
         removed.add(layers[min(losses, key=lambda cuts: (losses[cuts], cuts))])
         advance(1)
@@ -83,6 +90,7 @@ def evolution(
     *,
     seed: int,
     budget: int | None = None,
+    restriction: Restriction | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> Cuts:
     """Evolution of drop sets (EvoPress, 2410.14649), whole layers, fitness KL(p || q) of the real cut.
@@ -100,6 +108,7 @@ def evolution(
         cost: to which the layer-forwards are added.
         seed: of sets, mutations and rows.
         budget: layer-forwards; what SLEB needs on the same tokens where not given.
+        restriction: of the sets that may be chosen; not given: none.
         advance: called with the layer-forwards done.
 
     Returns:
@@ -110,6 +119,7 @@ def evolution(
     few, more = (min(rows, max(FEWEST_ROWS, rows // share)) for share in (FIRST_SHARE, SECOND_SHARE))
     budget = sleb_work(length, layers, rows) if budget is None else budget
     begun = cost.layer_forwards
+    limits = restriction or Restriction.none(layers, length)
 
     def fittest(sets: Iterable[Cuts], number: int, survivors: int) -> list[Cuts]:
         some = torch.randperm(rows, generator=generator)[:number]
@@ -117,12 +127,14 @@ def evolution(
         return [found.segments for found in priced[:survivors]]
 
     def random_set() -> Cuts:
+        if not limits.is_none:
+            return limits.drawn(generator)
         return joined_segments(torch.randperm(layers, generator=generator)[:length].tolist())
 
     (parent,) = fittest(distinct(random_set, FIRST), few, 1)
     generation = 0
     while True:
-        children = distinct(partial(level_switch, parent, layers, generator), OFFSPRING, parent)
+        children = distinct(partial(level_switch, parent, layers, generator, limits), OFFSPRING, parent)
         # the second pricing by its upper bound: who survives is not known yet
         price = set_work([DENSE, *children], layers, few) + more * layers * (2 + SURVIVORS)
         spent = cost.layer_forwards - begun
@@ -150,13 +162,14 @@ def distinct(draw: Callable[[], Cuts], wanted: int, *besides: Cuts) -> list[Cuts
     return list(found)
 
 
-def level_switch(cuts: Cuts, layers: int, generator: torch.Generator) -> Cuts:
+def level_switch(cuts: Cuts, layers: int, generator: torch.Generator, restriction: Restriction | None = None) -> Cuts:
     """Swap k removed layers against k kept ones; k is the smaller of two draws from 1 … 3, as in EvoPress.
 
     Args:
         cuts: the parent's segments.
         layers: L.
         generator: of the draws.
+        restriction: of the sets that may be chosen: what is kept of the parent is then completed at random.
 
     Returns:
         The child's segments, of as many layers.
@@ -166,5 +179,7 @@ def level_switch(cuts: Cuts, layers: int, generator: torch.Generator) -> Cuts:
     wanted = int(torch.randint(1, 4, (2,), generator=generator).min())
     k = min(wanted, len(removed), len(kept))
     out = torch.randperm(len(removed), generator=generator)[k:].tolist()
+    if restriction is not None and not restriction.is_none:
+        return restriction.drawn(generator, {removed[i] for i in out})
     into = torch.randperm(len(kept), generator=generator)[:k].tolist()
     return joined_segments([removed[i] for i in out] + [kept[i] for i in into])

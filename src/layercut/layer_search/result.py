@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layercut.distributed import processes
+from layercut.plotting import axes_or_new
 from layercut.segments import Segment
 
 
@@ -97,15 +98,13 @@ class SearchResult:
         """Draw each candidate as a bar over the layers that it removes, at the height of its KL; the best is marked.
 
         Args:
-            axes: matplotlib Axes to draw on; new ones of the current pyplot figure where not given.
+            axes: matplotlib Axes to draw on; new ones where not given.
 
         Returns:
             The Axes.
         """
-        if axes is None:
-            import matplotlib.pyplot as plt
-
-            axes = plt.subplots()[1]
+        title = f"{self.method}: {_named(self.candidates[0])}"
+        axes = axes_or_new(axes, xlabel="layers removed", ylabel="KL, nats per token", title=title)
         best, finite = self.candidates[0], [c for c in self.candidates if math.isfinite(c.kl)]
         for candidate in reversed(finite):
             colour, width = ("tab:red", 3.0) if candidate is best else ("tab:gray", 1.0)
@@ -113,7 +112,6 @@ class SearchResult:
                 axes.plot([s.start - 0.5, s.stop - 0.5], [candidate.kl] * 2, color=colour, linewidth=width)
         if finite and min(c.kl for c in finite) > 0:
             axes.set_yscale("log")
-        axes.set(xlabel="layers removed", ylabel="KL, nats per token", title=f"{self.method}: {_named(best)}")
         return axes
 
     def _repr_html_(self, most: int = 10) -> str:

@@ -1,4 +1,4 @@
-"""The oracle: the exact cost of every segment, or of any sets of segments, in one sweep through the stack.
+"""The exhaustive search: the exact cost of every segment, or of any sets of segments, in one sweep through the stack.
 
 Carry the dense stream h_0, h_1, … through the layers once. At depth s fork a stream that jumps over the segment:
 what enters layer s + n is h_s. Layer j then serves the dense stream and every fork already past its jump, so that

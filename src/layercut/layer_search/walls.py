@@ -1,4 +1,4 @@
-"""Where a set of K segments stands, as numbers that gradient descent can move. Pure functions; no model.
+"""A set of K segments as real numbers that gradient descent can move. Pure functions; no model.
 
 A set is written as *spans*: gap, width, gap, width, …, gap, the layers kept before, between and after the segments
 and those removed. Gaps are >= 0 and add up to L - n, widths are >= 1 and add up to n, so that places and widths

@@ -349,7 +349,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the weight files on disk, in whatever number format they are; pickled ones where there are no others."""
+    """Bytes of the weight files on disk, in whatever dtype; pickled ones where there are no others."""
     folder = checkpoint.folder
     files = [checkpoint.file] if checkpoint.gguf else weight_files(folder) or sorted(folder.glob("*.bin"))
     return sum(file.stat().st_size for file in files)

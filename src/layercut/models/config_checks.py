@@ -111,7 +111,7 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def _check_dtype(value: Any, name: str, key: str) -> None:
-    """A number format that torch has; composite models may name one for each part."""
+    """A dtype that torch has; composite models may name one for each part."""
     import torch
 
     for one in value.values() if isinstance(value, dict) else [value]:

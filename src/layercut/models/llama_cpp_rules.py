@@ -1,6 +1,6 @@
 """What llama.cpp takes from an architecture's name, a layer's index and the number of layers, and what a file can say.
 
-llama.cpp tells layers apart by tensors, by arrays in the metadata and by rules in its own source; a cut may break the
+llama.cpp distinguishes layers by tensors, by arrays in the metadata and by rules in its own source; a cut may break the
 last. This is the table of those rules, used where a GGUF file is cut (`surgery/gguf_cut.py`), read (in `models/`) and
 written (`export/gguf_export.py`). Source: llama.cpp's load_hparams, b11739; entries marked "tried" were compared
 with transformers' logits past the sliding window with tiny random models, the others are by reading.
@@ -99,7 +99,7 @@ UNIFORM = frozenset({
 
 
 def known(architecture: str) -> bool:
-    """Whether this table says all that tells the layers of an architecture apart."""
+    """Whether this table has all that distinguishes the layers of an architecture."""
     return architecture in PERIODS or architecture in UNIFORM
 
 
@@ -156,7 +156,7 @@ def full_layers(architecture: str, facts: dict[str, Any], layers: int) -> list[b
 
 
 def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
-    """Periods by which llama.cpp tells layers apart, where no array overrides them.
+    """Periods by which llama.cpp distinguishes layers, where no array overrides them.
 
     Args:
         architecture: llama.cpp's name.
@@ -168,23 +168,23 @@ def periods(architecture: str, facts: dict[str, Any]) -> list[tuple[int, str]]:
     found = []
     pattern, rule = facts.get(PATTERN), PERIODS.get(architecture)
     if _is_number(pattern) and pattern > 1:
-        found.append((pattern, f"llama.cpp treats every {ordinal(pattern)} layer apart (sliding_window_pattern)"))
+        found.append((pattern, f"llama.cpp treats every {ordinal(pattern)} layer differently (sliding_window_pattern)"))
     elif (
         rule
         and not (rule.window_only and "attention.sliding_window" not in facts)
         and not (rule.array and isinstance(pattern, list))
     ):
-        found.append((rule.every, f"llama.cpp treats every {ordinal(rule.every)} layer of {architecture} apart"))
+        found.append((rule.every, f"llama.cpp treats every {ordinal(rule.every)} layer of {architecture} differently"))
     for key in PERIOD_KEYS:
         if _is_number(period := facts.get(key)) and period > 1:
-            found.append((period, f"llama.cpp treats every {ordinal(period)} layer apart ({key})"))
+            found.append((period, f"llama.cpp treats every {ordinal(period)} layer differently ({key})"))
     if architecture in INTERVAL_OF_4 and "full_attention_interval" not in facts:
-        found.append((4, f"llama.cpp treats every 4th layer of {architecture} apart"))
+        found.append((4, f"llama.cpp treats every 4th layer of {architecture} differently"))
     return found
 
 
 def off_period(period: int, kept: Sequence[int]) -> list[int]:
-    """The kept layers that would stand where the period makes them something else.
+    """The kept layers whose new index the period makes another kind of layer.
 
     Args:
         period: in layers; the last of each is special.

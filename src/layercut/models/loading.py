@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ()}
-"""What a CPU must have to multiply matrices of a number format as fast as of float32, by torch's names; any of them."""
+"""What a CPU must have to multiply matrices of a dtype as fast as of float32, by torch's names; any of them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LanguageModel:
     tokenizer: Any
     checkpoint: Checkpoint
     dtype: torch.dtype
-    """The number format it is computed in; `stored_dtype(model)` is the one it is saved in."""
+    """The dtype it is computed in; `stored_dtype(model)` is the one it is saved in."""
     device: torch.device
 
     @property
@@ -348,7 +348,7 @@ def _is_quantized(config: Any) -> bool:
 
 
 def _decompress_(model: Any) -> None:
-    """A model of weights packed by compressed-tensors becomes a plain one: those weights, in its number format.
+    """A model of weights packed by compressed-tensors becomes a plain one: those weights, in its dtype.
 
     Else transformers would do half of this in the first forward, and save a model that is neither.
     """
@@ -704,12 +704,12 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def stored_dtype(model: Any) -> torch.dtype:
-    """The number format a model is saved in. It computes in this one, or in a wider one (`computing_dtype`)."""
+    """The dtype a model is saved in. It computes in this one, or in a wider one (`computing_dtype`)."""
     return getattr(model, "stored_dtype", None) or model.dtype
 
 
 def as_stored(model: Any) -> Any:
-    """The model in the number format it is saved in: itself, or a copy where it computes in a wider one.
+    """The model in the dtype it is saved in: itself, or a copy where it computes in a wider one.
 
     Nothing is lost: what is loaded, folded, tuned or quantized is rounded to this format at once. A weight with other
     values, as a class may keep some in float32, stays as it is.

@@ -1,7 +1,7 @@
 """Distances between what two models predict. Pure functions of tensors.
 
 p is the dense model's next-token distribution, q the compressed one's. Logits are [..., T, V]; every result is
-in nats per token, computed in float32 whatever the model's own number format.
+in nats per token, computed in float32 whatever the model's own dtype.
 """
 
 from __future__ import annotations

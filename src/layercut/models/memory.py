@@ -60,7 +60,7 @@ def memory_bytes() -> int | None:
     return None
 
 
-def give_back() -> None:
+def release_freed() -> None:
     """Return freed memory to the system: the C library keeps it otherwise, where it has `malloc_trim` (glibc)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -76,7 +76,7 @@ def reuse_freed(most: int = 256 * 2**20) -> None:
     """From now on let glibc keep up to so many freed bytes for later allocations.
 
     For work whose steps allocate and free the same again and again: otherwise it returns pages and has each zeroed
-    again, which took 5 % of tuning on a CPU (docs/log.md). `give_back` still returns all.
+    again, which took 5 % of tuning on a CPU (docs/log.md). `release_freed` still returns all.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are

@@ -18,6 +18,25 @@ from typing import Any
 from layercut.files.writing import write_atomically
 from layercut.models.checkpoints import read_json
 
+READ_BY_4 = frozenset({
+    "apertus", "arcee", "aria", "aria_text", "aya_vision", "bamba", "biogpt", "bitnet", "blip-2", "bloom",
+    "blt", "chameleon", "codegen", "cohere", "cohere2", "cohere2_vision", "cpmant", "ctrl", "dbrx",
+    "deepseek_v2", "deepseek_v3", "deepseek_vl", "deepseek_vl_hybrid", "diffllama", "doge", "dots1", "emu3",
+    "ernie4_5", "ernie4_5_moe", "evolla", "exaone4", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo",
+    "florence2", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "git", "glm",
+    "glm4", "glm4_moe", "glm4v", "glm4v_moe", "got_ocr2", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
+    "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "idefics", "idefics2", "idefics3", "internvl", "jamba",
+    "janus", "jetmoe", "kosmos-2", "kosmos-2.5", "lfm2", "lfm2_vl", "llama", "llama4", "llama4_text", "llava",
+    "llava_next", "llava_next_video", "llava_onevision", "longcat_flash", "mamba", "mamba2", "minimax",
+    "ministral", "mistral", "mistral3", "mixtral", "mllama", "modernbert-decoder", "moshi", "mpt", "nemotron",
+    "olmo", "olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "ovis2", "paligemma", "perception_lm", "persimmon",
+    "phi", "phi3", "phi4_multimodal", "phimoe", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_moe",
+    "qwen2_vl", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe",
+    "qwen3_vl_moe_text", "qwen3_vl_text", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "smolvlm",
+    "stablelm", "starcoder2", "vaultgemma", "vipllava", "xglm", "xlstm", "zamba", "zamba2",
+})  # fmt: skip
+"""Model types of language models, and of text parts, that transformers 4.57.6 knows."""
 NEW_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 """Tokenizer classes of no model in particular, by their names in transformers 5, and those in 4; 5 reads both."""
 TEXT_PARTS = ("text", "llm", "language", "decoder", "thinker")

@@ -110,7 +110,7 @@ class DecoderRunner:
         self.layers = find_decoder(self.model).layers
         self.on_disk = layers_on_disk(model)
         """The reader behind the layers; None where they are in memory."""
-        self._shapes: dict[type, Any] = {}  # what each class of layer returns: needed to stand in for it
+        self._shapes: dict[type, Any] = {}  # by class of layer, the structure of what it returns
         with without_reading(model):  # what is checked depends on the classes and the config, not on the weights
             self._check()
 
@@ -141,7 +141,7 @@ class DecoderRunner:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The number format the weights are saved in."""
+        """The dtype the weights are saved in."""
         return stored_dtype(self.model)
 
     def loaded(self, i: int) -> nn.Module:
@@ -555,7 +555,7 @@ def not_finite(stack: DecoderRunner, row: torch.Tensor) -> ModelError:
     wider = "--dtype bfloat16 or --dtype float32" if number == "float16" else "--dtype float32"
     return ModelError(
         f"{what}{where}; no weight holds NaN or Inf",
-        "compute in a wider number format: " + wider if number != "float32" else "this model cannot be used",
+        "compute in a wider dtype: " + wider if number != "float32" else "this model cannot be used",
     )
 
 

@@ -84,7 +84,7 @@ def spread(
     count = processes.world()
     if shard == "on" and not processes.launched():
         raise ConfigError(
-            "--shard on spreads the weights over several processes, and there is one",
+            "--shard on shards the weights over several processes, and there is one",
             "start several: torchrun --standalone --nproc-per-node 8 -m layercut.cli …",
         )
     if count == 1 or shard != "auto" or stream == "on":

@@ -1,6 +1,6 @@
 """The whole journey as a Python function: what `layercut compress` does, for a notebook or a script.
 
-Beside the command in `cli/`, over the same `journey.compress`: options are the flags' names with underscores, checked
+Beside the command in `cli/`, by the same `journey.compress`: options are the flags' names with underscores, checked
 by the same dataclasses.
 """
 
@@ -55,7 +55,7 @@ class RunResult:
 def compress(
     model: str | Path, *, config: CompressConfig | None = None, preset: str = "balanced", **options: Any
 ) -> RunResult:
-    """Search, cut, heal, measure, export and report; a run that was stopped goes on where it was.
+    """Search, cut, heal, measure, export and report; a run that was stopped is resumed.
 
     Args:
         model: a Hub id, a folder, or a .gguf file. A model that is in memory goes through `search`, `cut`, … instead.
@@ -67,7 +67,7 @@ def compress(
         The finished run. Its folder is `out`, or runs/NAME.
 
     Raises:
-        LayercutError: wrong input; `message` says what was got and what is allowed, `hint` how to mend it.
+        LayercutError: wrong input; `message` says what was got and what is allowed, `hint` how to correct it.
     """
     if not isinstance(model, str | Path):
         raise ConfigError(

@@ -1,145 +1,25 @@
 """What each stage leaves in the run folder, by type: the keys that other stages and the report read.
 
 A stage makes one of these, `Run.stage` writes it, and every later stage reads its attributes. The names of the fields
-are the keys of the JSON files; `jsonable` writes them. `decode` turns JSON into these classes and raises Damaged where
-a key is missing or of another type, so that the stage is run again; keys that a class does not name are passed over.
-`seal` and `check_seal` find what types cannot, such as a number that was changed.
+are the keys of the JSON files (`files/typed_json.py`): a renamed one is a type error wherever it is read.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import types
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from layercut.data.blocks import TextFacts
-from layercut.files.json_values import NOT_FINITE, OPTIONAL
+from layercut.export.consumers import Reading
+from layercut.files.json_values import OPTIONAL
+from layercut.files.typed_json import SEAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult
+from layercut.quantization.quantized import QuantizedWeight
 from layercut.segments import Segment
 
 Kind = TypeVar("Kind")
-SEAL = "content_hash"
-
-
-class Damaged(ValueError):
-    """JSON that is not what the stage wrote; the message says where."""
-
-
-# --- from JSON -------------------------------------------------------------------------------------------------------
-
-
-def decode(kind: type[Kind], content: Any, where: str = "") -> Kind:
-    """`content`, as `json.loads` gives it, as a `kind`: a dataclass, or whatever its fields may be.
-
-    Fields may be bool, int, float (also as one of NOT_FINITE), str, Any, dataclasses, Literal, X | None, list[X],
-    dict[str, X], tuple[X, Y] and tuple[X, ...]. A key that is not there takes the field's default. Raises Damaged.
-    """
-    return _decoded(kind, content, where or getattr(kind, "__name__", "the artefact"))
-
-
-def _decoded(kind: Any, content: Any, where: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return content
-    if is_dataclass(kind):
-        return _dataclass(kind, content, where)
-    if origin in (Union, types.UnionType):
-        return _first_that_fits(arguments, content, where)
-    if origin is Literal:
-        return _checked(any(content is one or (content == one and type(content) is type(one)) for one in arguments),
-                        content, kind, where)  # fmt: skip
-    if origin in (list, tuple):
-        return _sequence(kind, content, where)
-    if origin is dict:
-        _checked(isinstance(content, dict), content, kind, where)
-        return {key: _decoded(arguments[1], value, f"{where}.{key}") for key, value in content.items()}
-    if kind is float:
-        return _float(content, where)
-    # True is an int to Python and a bool to JSON
-    return _checked(type(content) is kind, content, kind, where)
-
-
-def _checked(right: bool, content: Any, kind: Any, where: str) -> Any:
-    if not right:
-        name = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise Damaged(f"{where} is {str(content)[:40]!r}, and not of type {name}")
-    return content
-
-
-def _dataclass(kind: Any, content: Any, where: str) -> Any:
-    _checked(isinstance(content, dict), content, kind, where)
-    hints, found = _hints(kind), {}
-    for each in fields(kind):
-        if each.name in content:
-            found[each.name] = _decoded(hints[each.name], content[each.name], f"{where}.{each.name}")
-        elif each.default is MISSING and each.default_factory is MISSING:
-            raise Damaged(f"{where}.{each.name} is missing")
-    return kind(**found)
-
-
-def _first_that_fits(kinds: tuple[Any, ...], content: Any, where: str) -> Any:
-    if content is None and type(None) in kinds:
-        return None
-    faults = []
-    for kind in kinds:
-        if kind is type(None):
-            continue
-        try:
-            return _decoded(kind, content, where)
-        except Damaged as fault:
-            faults.append(fault)
-    raise faults[0]
-
-
-def _sequence(kind: Any, content: Any, where: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    _checked(isinstance(content, list | tuple), content, kind, where)
-    if origin is list or arguments[1:] == (...,):
-        return origin(_decoded(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(content))
-    _checked(len(content) == len(arguments), content, kind, where)
-    return tuple(_decoded(one, value, f"{where}[{i}]") for i, (one, value) in enumerate(zip(arguments, content)))  # noqa: B905
-
-
-def _float(content: Any, where: str) -> float:
-    right = type(content) in (int, float) or (isinstance(content, str) and content in NOT_FINITE)
-    try:
-        number = float(_checked(right, content, float, where))
-    except OverflowError:
-        raise Damaged(f"{where} is larger than any number of the processor") from None
-    return content if type(content) is int else number  # whole numbers stay as they were written
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-# --- the seal --------------------------------------------------------------------------------------------------------
-
-
-def seal(content: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with a hash of all that is in it."""
-    return content | {SEAL: _hash(content)}
-
-
-def check_seal(content: dict[str, Any]) -> None:
-    """Damaged where a JSON object is not as it was sealed; an object without a seal is of an older layercut."""
-    if SEAL in content and content[SEAL] != _hash(content):
-        raise Damaged("it is not as it was written")
-
-
-def _hash(content: dict[str, Any]) -> str:
-    rest = {key: value for key, value in content.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# --- what stages leave -----------------------------------------------------------------------------------------------
-
 Bounds = tuple[int, int]
 """A segment: its first layer, and the first one after it."""
 
@@ -177,19 +57,27 @@ RUNS_OWN = {each.name for each in fields(Artefact)} | {SEAL}
 """Keys that the run folder adds to what a stage found."""
 
 
-def _part(kind: type[Kind], whole: Any) -> Kind:
-    """The fields of a dataclass that `whole` inherits from, as an instance of it alone."""
+def part_of(kind: type[Kind], whole: Any) -> Kind:
+    """The fields of a dataclass that an object has too, such as one that inherits from it, as an instance of it alone.
+
+    Args:
+        kind: the dataclass.
+        whole: has all of its fields.
+
+    Returns:
+        An instance of `kind`.
+    """
     return kind(**{each.name: getattr(whole, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextArtefact(Artefact, TextFacts):
-    """text-USE.json"""
+    """text-USE.json."""
 
     @property
     def facts(self) -> TextFacts:
         """Without what the run folder adds, such as the seconds that it took: as later stages name it among inputs."""
-        return _part(TextFacts, self)
+        return part_of(TextFacts, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +93,12 @@ class SharedText:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedTextArtefact(Artefact, SharedText):
-    """text-shared.json"""
+    """text-shared.json."""
 
     @property
     def facts(self) -> SharedText:
         """Without what the run folder adds."""
-        return _part(SharedText, self)
+        return part_of(SharedText, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +134,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArtefact(Artefact, SearchCost):
-    """search.json"""
+    """search.json."""
 
     method: str
     segments: list[Bounds]
@@ -279,12 +167,12 @@ class SeedChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedArtefact(Artefact, SeedChoice, SearchCost):
-    """stability-SEED.json"""
+    """stability-SEED.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityArtefact(Artefact):
-    """stability.json; from `choices` on what `layer_search.stability.judge` returns"""
+    """stability.json; from `choices` on what `layer_search.stability.judge` returns."""
 
     method: str
     search: str
@@ -308,7 +196,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True, kw_only=True)
 class CutArtefact(Artefact):
-    """cut.json"""
+    """cut.json."""
 
     segments: list[Bounds]
     original_layer_index: list[int]
@@ -327,7 +215,7 @@ class FoldRecord(Fold):
 
 @dataclass(frozen=True, kw_only=True)
 class FoldArtefact(Artefact):
-    """fold.json"""
+    """fold.json."""
 
     fold: list[FoldRecord]
     changed: list[str]
@@ -342,7 +230,7 @@ class TuningRecord(TuningResult):
 
 @dataclass(frozen=True, kw_only=True)
 class HealArtefact(Artefact):
-    """heal.json"""
+    """heal.json."""
 
     fold: list[FoldRecord]
     tuning: TuningRecord | None
@@ -363,17 +251,17 @@ class FrontierRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierArtefact(Artefact):
-    """frontier-ROUND.json"""
+    """frontier-ROUND.json."""
 
     points: list[FrontierRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeArtefact(Artefact):
-    """quantize.json; at 16 bits nothing but `bits` and no layers"""
+    """quantize.json; at 16 bits nothing but `bits` and no layers."""
 
     bits: Bits
-    layers: list[dict[str, Any]]
+    layers: list[QuantizedWeight]
     quantizer: str | None = field(default=None, metadata=OPTIONAL)
     group_size: int | None = None
     asymmetric: bool | None = field(default=None, metadata=OPTIONAL)
@@ -424,14 +312,14 @@ class CloserLook:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArtefact(Artefact, CloserLook):
-    """eval.json"""
+    """eval.json."""
 
     perplexity: Perplexities
 
 
 @dataclass(frozen=True, kw_only=True)
 class TasksArtefact(Artefact):
-    """tasks.json: what `evaluation.compare_tasks` returns, and --limit"""
+    """tasks.json: what `evaluation.compare_tasks` returns, and --limit."""
 
     tasks: dict[str, Any]
     retention: dict[str, Any]
@@ -451,12 +339,12 @@ class LongContext:
 
 @dataclass(frozen=True, kw_only=True)
 class LongArtefact(Artefact, LongContext):
-    """long.json"""
+    """long.json."""
 
     @property
     def facts(self) -> LongContext:
         """Without what the run folder adds."""
-        return _part(LongContext, self)
+        return part_of(LongContext, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,7 +359,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationsArtefact(Artefact):
-    """evaluations.json"""
+    """evaluations.json."""
 
     evaluations: dict[str, dict[str, Metric]]
     """By evaluation, then by metric."""
@@ -480,7 +368,7 @@ class EvaluationsArtefact(Artefact):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArtefact(Artefact):
-    """export.json"""
+    """export.json."""
 
     bytes: int
     check: dict[str, Any]
@@ -512,118 +400,5 @@ class SummaryArtefact(Artefact):
     retention: dict[str, Any] | None
     long_context: LongContext | None
     evaluations: dict[str, dict[str, Metric]] | None
-
-
-# --- what a comparison of search methods leaves ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareDenseArtefact(Artefact):
-    """compare-dense.json"""
-
-    perplexity: float
-    losses: list[float]
-    """Mean loss of each window, in nats per token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodChoice(SearchCost):
-    """What one method removes, its KL on the calibration tokens, and what finding it took."""
-
-    method: str
-    segments: list[Bounds]
-    kl: float
-    search_seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareMethodArtefact(Artefact, MethodChoice):
-    """compare-METHOD.json"""
-
-    @property
-    def facts(self) -> MethodChoice:
-        """Without what the run folder adds."""
-        return _part(MethodChoice, self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareTriangleArtefact(Artefact):
-    """compare-triangle.json: KL of every segment up to some length on the calibration tokens"""
-
-    triangle: list[tuple[int, int, float]]
-    layer_forwards: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareCutArtefact(Artefact):
-    """compare-at-SEGMENTS-cut.json: perplexity of what is left, plain and folded; None where it was not measured"""
-
-    cut: float | None = None
-    folded: float | None = None
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    """By state, as of the dense model."""
-    fold: list[Fold] = field(default_factory=list)
-    refused: str | None = None
-    """Why these layers cannot be cut out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartAndBest:
-    """A held-out loss before tuning and at its best, in nats per token."""
-
-    start: float
-    best: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedTuning:
-    """What endpoint tuning did to what one method left."""
-
-    tokens: int
-    trained_layers: list[int]
-    trained_parameters: int
-    from_fold: bool
-    heldout: StartAndBest
-    best_step: int
-    tokens_per_second: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareTunedArtefact(Artefact):
-    """compare-at-SEGMENTS-tuned.json"""
-
-    tuned: float
-    losses: list[float]
-    tuning: ComparedTuning
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedMethod(MethodChoice):
-    """A method's row of the comparison: perplexity and its standard error by state."""
-
-    perplexity: dict[str, float | None]
-    standard_error: dict[str, float | None]
-    fold: list[Fold]
-    tuning: ComparedTuning | None
-    refused: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DensePerplexity:
-    """Of the dense model, on the evaluation tokens."""
-
-    perplexity: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareArtefact(Artefact):
-    """compare.json"""
-
-    model: str
-    layers: BeforeAfter
-    calibration: TextFacts
-    tuning: TextFacts | None
-    evaluation: TextFacts
-    dense: DensePerplexity
-    methods: list[ComparedMethod]
-    triangle: list[tuple[int, int, float]] | None
+    consumers: list[Reading] = field(default_factory=list, metadata=OPTIONAL)
+    """What software that may load the exported model makes of it."""

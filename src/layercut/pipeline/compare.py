@@ -5,7 +5,7 @@ perplexity on the same held-out tokens: plain, after the closed-form fold, and a
 the same tokens for every one. One artefact a method, `compare-METHOD.json`, says what it removes and what finding
 that took; what is left of the model is measured once for each set of layers, `compare-at-SEGMENTS-….json`, also
 where several methods remove the same. None depends on another method's: more can be added later, and a run that was
-stopped goes on with the next one.
+stopped is resumed with the next one.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from layercut.layer_search.sweep import all_segments, segment_costs, sweep_work
 from layercut.models import checkpoints, loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
-from layercut.pipeline.artefacts import (
-    BeforeAfter,
+from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
+from layercut.pipeline.compare_artefacts import (
     CompareArtefact,
     CompareCutArtefact,
     CompareDenseArtefact,
@@ -46,8 +46,6 @@ from layercut.pipeline.artefacts import (
     DensePerplexity,
     MethodChoice,
     StartAndBest,
-    bounds_of,
-    segments_of,
 )
 from layercut.pipeline.resolve import check_sources, check_window, default_folder, with_reported_window
 from layercut.pipeline.run_context import RunContext
@@ -58,7 +56,7 @@ from layercut.progress import bar, say
 from layercut.report import charts, formatting
 from layercut.report.formatting import short
 from layercut.report.page import write_comparison
-from layercut.report.verdicts import by_kl
+from layercut.report.tables import by_kl
 from layercut.segments import Segment, layers_to_remove
 from layercut.surgery import cut
 
@@ -72,7 +70,18 @@ WINDOWS = "losses of each window"
 
 
 def compare(model: str, config: CompareConfig) -> Path:
-    """Run every method on `model` and measure what it removes; returns the run folder, with compare.json in it."""
+    """Run every method on a model and measure what it removes.
+
+    Args:
+        model: a Hub id, a folder, or a .gguf file.
+        config: every option.
+
+    Returns:
+        The run folder, with compare.json in it.
+
+    Raises:
+        LayercutError: wrong input; the hint says how to correct it.
+    """
     processes.start()
     if config.load.shard == "on":
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
@@ -125,7 +134,16 @@ def compare(model: str, config: CompareConfig) -> Path:
 
 
 def search_by(work: RunContext, method: str, length: int) -> MethodChoice:
-    """What one method removes, its KL on the calibration tokens, and what finding it took."""
+    """What one method removes, its KL on the calibration tokens, and what finding it took.
+
+    Args:
+        work: of the run.
+        method: a name in `layercut.criteria`.
+        length: n, layers to remove.
+
+    Returns:
+        The method's choice.
+    """
     seed = work.config.text.seed
     inputs = [work.source, work.text["calibration"], seed, method, length]
     with work.run.stage(CompareMethodArtefact, f"compare-{method}", inputs, together=True) as stage:
@@ -148,7 +166,15 @@ def search_by(work: RunContext, method: str, length: int) -> MethodChoice:
 
 
 def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
-    """KL of every segment of 1 … `length` layers on the calibration tokens, in one sweep."""
+    """KL of every segment of 1 … `length` layers on the calibration tokens, in one sweep.
+
+    Args:
+        work: of the run.
+        length: layers of the longest segments.
+
+    Returns:
+        The artefact.
+    """
     inputs = [work.source, work.text["calibration"], length]
     with work.run.stage(CompareTriangleArtefact, "compare-triangle", inputs, together=True) as stage:
         if stage.open:
@@ -165,7 +191,13 @@ def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
 def what_is_left(work: RunContext, chosen: MethodChoice, dense: list[float]) -> ComparedMethod:
     """A method's row: the same stages, and so the same figures, for all methods that remove the same.
 
-    dense: the dense model's mean loss of each window, beside which the standard errors are taken.
+    Args:
+        work: of the run.
+        chosen: what the method removes.
+        dense: the dense model's mean loss of each window, with which the standard errors are paired.
+
+    Returns:
+        The row.
     """
     segments = segments_of(chosen.segments)
     at = "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
@@ -198,7 +230,16 @@ def what_is_left(work: RunContext, chosen: MethodChoice, dense: list[float]) -> 
 
 
 def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> CompareCutArtefact:
-    """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning."""
+    """Perplexity of the cut model, and after the fold, helpful or not; the folded weights are kept for tuning.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+        name: of the file of folded weights.
+
+    Returns:
+        The artefact; of a cut that cannot be expressed, the reason.
+    """
     try:
         student = cut(work.dense.model, segments)
     except SurgeryError as error:  # layers apart from each other may leave what the architecture cannot express
@@ -221,15 +262,24 @@ def cut_and_fold(work: RunContext, segments: Sequence[Segment], name: str) -> Co
 
 
 def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> CompareTunedArtefact:
-    """Endpoint tuning as the journey does it: from the fold where that helps on the held-out rows."""
+    """Endpoint tuning as the journey does it: from the fold where that helps on the held-out rows.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+        folded: the file of folded weights, or nothing.
+
+    Returns:
+        The artefact.
+    """
     stack, heldout, tokens = work.stack, work.blocks["heldout"], work.blocks["tuning"]
     student = cut(work.dense.model, segments)
     kept = False
     if folded:
-        mended = cut(work.dense.model, segments)
-        loading.replace_parameters_(mended, load_file(work.run / folded[0]))
-        kept = mean_kl(stack, DecoderRunner(mended), heldout) < mean_kl(stack, DecoderRunner(student), heldout)
-        student = mended if kept else student
+        with_fold = cut(work.dense.model, segments)
+        loading.replace_parameters_(with_fold, load_file(work.run / folded[0]))
+        kept = mean_kl(stack, DecoderRunner(with_fold), heldout) < mean_kl(stack, DecoderRunner(student), heldout)
+        student = with_fold if kept else student
     settings, files = tune_settings(work.config.heal), TuningFiles(stopping=asked_to_stop)
     memory.reuse_freed()
     report = tune_(student, stack, tokens, heldout=heldout, files=files, **vars(settings))
@@ -252,16 +302,32 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> Co
 
 
 def window_losses(work: RunContext, model: Any) -> torch.Tensor:
-    """The mean loss of each window of the evaluation tokens [N]."""
+    """The mean loss of each window of the evaluation tokens.
+
+    Args:
+        work: of the run.
+        model: a causal LM of transformers.
+
+    Returns:
+        [N], float64, nats per token.
+    """
     tokens = work.blocks["evaluation"]
     with bar("perplexity", len(tokens)) as advance:
         return evaluation.window_losses(model, tokens, advance=advance)
 
 
 def error_of(losses: list[float], dense: list[float]) -> float | None:
-    """Standard error of ln(perplexity / dense), paired over the windows; None where it cannot be told."""
-    ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in (losses, dense))
-    return evaluation.paired_error(ours, theirs)
+    """Standard error of ln(perplexity / dense), paired over the windows.
+
+    Args:
+        losses: of each window, nats per token.
+        dense: the same of the dense model.
+
+    Returns:
+        Nats per token; None where it is not defined.
+    """
+    of_model, of_dense = (torch.tensor(each, dtype=torch.float64) for each in (losses, dense))
+    return evaluation.paired_error(of_model, of_dense)
 
 
 # --- what people see -------------------------------------------------------------------------------------------
@@ -310,7 +376,15 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
 
 
 def error_beside(row: dict[str, Any], states: list[str]) -> str:
-    """Standard error of the last state's perplexity that was measured."""
+    """Standard error of the last state's perplexity that was measured.
+
+    Args:
+        row: of a method.
+        states: in their order.
+
+    Returns:
+        As text; "-" where there is none.
+    """
     known = [s for s in states if row["perplexity"][s] is not None]
     both = ("perplexity", "standard_error")
     value, error = (formatting.finite(row[key].get(known[-1])) if known else None for key in both)
@@ -321,6 +395,10 @@ def draw_picks(comparison: dict[str, Any], path: Path) -> None:
     """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right.
 
     Under it, on the same axis, the price of every segment where the triangle is known.
+
+    Args:
+        comparison: compare.json.
+        path: the file to write.
     """
     import matplotlib
     from matplotlib.figure import Figure

@@ -8,14 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layercut.config import ExportConfig
+from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError, RunError
+from layercut.export import consumers
 from layercut.export.formats import ExportSource
 from layercut.files.json_values import write_json
 from layercut.files.whole_folder import appearing
-from layercut.models import checkpoints
+from layercut.models import checkpoints, loading
 from layercut.pipeline.provenance import is_run
-from layercut.progress import say
+from layercut.progress import say, warn
 from layercut.registries import exporters
 from layercut.report.page import write_report
 from layercut.report.stage_lines import describe_export, describe_gguf_check
@@ -23,11 +24,18 @@ from layercut.report.verdicts import broken
 
 
 def export(target: str, config: ExportConfig) -> Path:
-    """Write a finished run's model, or a checkpoint, in the format that is asked for; returns what was written.
+    """Write a finished run's model, or a checkpoint, in the format that is asked for.
 
     It takes its name only when the exporter has ended well, and GGUF and safetensors are read back, compared and
-    measured again by then. Of a GGUF file the run's `gguf.json` tells what was seen, the tensor types really written,
+    measured again by then. Of a GGUF file the run's `gguf.json` holds what was found, the tensor types really written,
     and whether the file is broken; the report shows it.
+
+    Args:
+        target: a run folder, or a checkpoint folder.
+        config: format, and where to write.
+
+    Returns:
+        What was written.
 
     Raises:
         RunError: the run is not finished, or the file is there.
@@ -38,16 +46,30 @@ def export(target: str, config: ExportConfig) -> Path:
     if of_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
     source = ExportSource(run / "model", run) if of_run else ExportSource(run)
+    _say_who_misreads(source.model, config)
     with appearing(config.out, force=config.force, within=True) as work:
         written = work / config.out.name
         facts = exporter(source, written, config) or {}
         if not written.exists():
-            raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "mend the exporter")
+            raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "correct the exporter")
         facts |= {"file": config.out.name, "bytes": _bytes_of(written)}
     _say(config, facts)
     if of_run and config.format == "gguf":
         _keep(run, facts)
     return config.out
+
+
+def _say_who_misreads(model: Path, config: ExportConfig) -> None:
+    """Warn of consumers that would misread the model in this format; a package's own format is its own business.
+
+    Raises:
+        ConfigError: one that --for names would.
+    """
+    if config.format in exporters.own:
+        stock = loading.load_config(checkpoints.resolve(str(model)))
+        written: consumers.Written = "gguf" if config.format == "gguf" else "float"
+        for words in consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written)):
+            warn("export", words)
 
 
 def _bytes_of(path: Path) -> int:

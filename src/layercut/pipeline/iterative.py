@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from layercut import layer_search
-from layercut.config import CompressConfig
+from layercut.config import CompressConfig, consumer_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError
+from layercut.export.consumers import CONSUMERS, written_by
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes, size_flag
 from layercut.pipeline import stages
@@ -43,11 +44,21 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
 
     With a budget of loss every round is measured after healing, and one that exceeds it is undone. With one of size
     as well, every round is measured at 16, 8 and 4 bits, and the first that meets both ends it; `frontier.json` has
-    all that was seen. Raises ConfigError: the budgets cannot be met.
+    all that was measured.
+
+    Args:
+        work: of the run.
+        length: n, layers to remove in all; None where a budget decides.
+
+    Returns:
+        What is removed in all.
+
+    Raises:
+        ConfigError: the budgets cannot be met.
     """
     config, text, count = work.config, work.text, work.config.number_of_rounds
     budget = config.search.max_loss
-    bits: tuple[Bits, ...] = FRONTIER_BITS if config.search.two_budgets else (config.quantize.bits,)
+    bits: tuple[Bits, ...] = tried_bits(config) if config.search.two_budgets else (config.quantize.bits,)
     if length is None and budget is None:
         length = stages.search.length_for_target(work)
     done: list[Round] = []
@@ -76,8 +87,8 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
                 break
         done.append(this)
     if budget is not None:
-        told = {"points": points, "chosen": chosen, "budgets": budgets(config)}
-        processes.on_main(lambda: write_json(work.run / "frontier.json", told))
+        recorded = {"points": points, "chosen": chosen, "budgets": budgets(config)}
+        processes.on_main(lambda: write_json(work.run / "frontier.json", recorded))
     if (config.search.two_budgets and not chosen) or (not done and not chosen):
         raise out_of_budget(points, config)
     if chosen:
@@ -85,8 +96,23 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     return gathered(work, done)
 
 
+def tried_bits(config: CompressConfig) -> tuple[Bits, ...]:
+    """The bits of two budgets' walk, without those that a consumer of --for does not read."""
+    names = consumer_names(config.search.consumers)
+    as_written = {bits: written_by(replace(config.quantize, bits=bits)) for bits in FRONTIER_BITS}
+    return tuple(bits for bits, written in as_written.items() if all(CONSUMERS[name].takes(written) for name in names))
+
+
 def gathered(work: RunContext, done: Sequence[Round]) -> Removal:
-    """What all rounds together did, as the artefacts of one: every later stage continues from these."""
+    """What all rounds together did, as the artefacts of one: every later stage continues from these.
+
+    Args:
+        work: of the run.
+        done: the rounds that were kept.
+
+    Returns:
+        What is removed in all.
+    """
     run, removal = work.run, done[-1].removal if done else None
     removal = removal or Removal.first(())
     after = [part.name("heal") for part in done]
@@ -106,7 +132,16 @@ def gathered(work: RunContext, done: Sequence[Round]) -> Removal:
 
 
 def rounds_searched(work: RunContext, done: Sequence[Round], removal: Removal) -> SearchArtefact:
-    """search.json of several rounds: all that they removed, priced as one cut, and what each chose."""
+    """search.json of several rounds: all that they removed, priced as one cut, and what each chose.
+
+    Args:
+        work: of the run.
+        done: the rounds that were kept.
+        removal: what they removed in all.
+
+    Returns:
+        The artefact.
+    """
     each = [work.run.artefact(SearchArtefact, part.name("search")) for part in done]
     found = layer_search.search(work.stack, work.blocks["calibration"], segments=removal.all)
     rounds = [
@@ -127,7 +162,15 @@ def rounds_searched(work: RunContext, done: Sequence[Round], removal: Removal) -
 
 
 def rounds_healed(work: RunContext, done: Sequence[Round]) -> HealArtefact:
-    """heal.json of several rounds: all weights that they changed, and the last round's tuning."""
+    """heal.json of several rounds: all weights that they changed, and the last round's tuning.
+
+    Args:
+        work: of the run.
+        done: the rounds that were kept.
+
+    Returns:
+        The artefact.
+    """
     each = [work.run.artefact(HealArtefact, part.name("heal")) for part in done]
     changed = Round(work).save_changes(done[-1].healed, "tuned") if done else []
     return HealArtefact(
@@ -140,7 +183,16 @@ def rounds_healed(work: RunContext, done: Sequence[Round]) -> HealArtefact:
 
 
 def round_lengths(length: int | None, layers: int, rounds: int) -> list[int]:
-    """Layers that each round removes: a length divided evenly; where a budget of loss decides, a tenth of them."""
+    """Layers that each round removes: a length divided evenly; where a budget of loss decides, a tenth of them.
+
+    Args:
+        length: n, layers to remove in all, or None.
+        layers: L.
+        rounds: how many at most.
+
+    Returns:
+        One number for each round, none of them 0.
+    """
     if length is None:
         step = max(1, round(ROUND_SHARE * layers))
         return [step] * min(rounds, (layers - 1) // step)
@@ -148,7 +200,15 @@ def round_lengths(length: int | None, layers: int, rounds: int) -> list[int]:
 
 
 def within_budgets(points: Sequence[FrontierRecord], config: CompressConfig) -> FrontierRecord | None:
-    """Of the points inside both budgets the one of least loss; None where there is none, or only one budget."""
+    """Of the points inside both budgets the one of least loss.
+
+    Args:
+        points: what was measured.
+        config: whose budgets count.
+
+    Returns:
+        The point; None where there is none, or only one budget.
+    """
     search = config.search
     if not search.two_budgets or search.max_loss is None or search.target_size is None:
         return None
@@ -158,12 +218,20 @@ def within_budgets(points: Sequence[FrontierRecord], config: CompressConfig) -> 
 
 
 def budgets(config: CompressConfig) -> dict[str, Any]:
-    """The budgets of a run, as frontier.json tells them."""
+    """The budgets of a run, as frontier.json holds them."""
     return {"target_size": config.search.target_size, "max_loss": config.search.max_loss}
 
 
 def out_of_budget(points: Sequence[FrontierRecord], config: CompressConfig) -> ConfigError:
-    """What to say where no point is inside: the nearest on either side."""
+    """The error where no point is inside: it names the nearest on either side.
+
+    Args:
+        points: what was measured.
+        config: whose budgets count.
+
+    Returns:
+        The error, to be raised.
+    """
     search = config.search
     seen = "; ".join(describe_point(vars(point)) for point in points)
     if not search.two_budgets:

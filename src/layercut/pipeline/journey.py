@@ -38,20 +38,20 @@ from layercut.segments import Segment
 
 
 def compress(model: str, config: CompressConfig, *, until: Stage = "report", own_process: bool = False) -> Path:
-    """Search, cut, heal, measure and export `model`; a run that was stopped goes on where it was.
+    """Search, cut, heal, measure and export `model`; a run that was stopped is resumed.
 
     Args:
         model: a Hub id, a folder, or a .gguf file.
         config: every option; checked here, once, before anything is loaded (`resolve`).
         until: "search" stops when the segments are known, "tune" saves the healed checkpoint and leaves out the rest.
         own_process: whether this process is the command's own, so that SIGINT and SIGTERM may be caught while tuning,
-            to keep its state first, and the C library told to keep freed memory. A library call changes neither.
+            to keep its state first, and the C library set to keep freed memory. A library call changes neither.
 
     Returns:
         The run folder. Several processes that a launcher started do it together (`distributed/processes.py`).
 
     Raises:
-        LayercutError: wrong input, named with the way to mend it.
+        LayercutError: wrong input, with a hint how to correct it.
     """
     processes.start()
     asked = resolve(model, config, until)
@@ -81,7 +81,13 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
 
 
 def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[Segment]) -> None:
-    """What survived, the checkpoint, and the page, card and summary that tell of both."""
+    """Measure what survived, and write the checkpoint, the report, the model card and the summary.
+
+    Args:
+        work: of the run.
+        asked: the run as it was resolved.
+        segments: that are removed.
+    """
     run, config = work.run, work.config
     stages.evaluate.evaluate(work, segments)
     measured = ["eval"]
@@ -95,13 +101,25 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
         stages.evaluate.others(work, segments)
         measured.append("evaluations")
     stages.export.export(work, segments)
-    summarise(work, asked, measured)
+    summarise(work, asked, segments, measured)
     processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
     processes.on_main(lambda: write_report(run.folder))
 
 
-def summarise(work: RunContext, asked: ResolvedRun, measured: Sequence[str]) -> SummaryArtefact:
-    """summary.json, from the artefacts of the stages that were run; `measured` names those that evaluate."""
+def summarise(
+    work: RunContext, asked: ResolvedRun, segments: Sequence[Segment], measured: Sequence[str]
+) -> SummaryArtefact:
+    """summary.json, from the artefacts of the stages that were run.
+
+    Args:
+        work: of the run.
+        asked: the run as it was resolved.
+        segments: what was removed.
+        measured: names of the stages that evaluate.
+
+    Returns:
+        The artefact.
+    """
     run, source = work.run, checkpoints.weight_bytes(asked.checkpoint)
     after = [*(f"text-{use}" for use in work.text), "search", *measured, "export"]
     with run.stage(SummaryArtefact, "summary", [asked.model, source], after=after) as stage:
@@ -127,5 +145,6 @@ def summarise(work: RunContext, asked: ResolvedRun, measured: Sequence[str]) -> 
                 retention=tasks.retention if tasks else None,
                 long_context=long.facts if long else None,
                 evaluations=others.evaluations if others else None,
+                consumers=stages.export.read_by(work, segments),
             )
     return stage.artefact

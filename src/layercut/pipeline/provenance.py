@@ -1,8 +1,7 @@
-"""Who made a run folder, with what, and with which settings: env.json and config.yaml. Ground: `pipeline/run_store.py`
-stands on it.
+"""Who made a run folder, with what, and with which settings: env.json and config.yaml. Below `pipeline/run_store.py`.
 
-A folder is a run of ours where its env.json says with which layercut it was made; a config.yaml alone is anybody's.
-env.json tells the first command in full, and under "commands" every one that was given for the folder.
+A folder is a run of layercut where its env.json says with which layercut it was made; a config.yaml alone does not show
+that. env.json describes the first command in full, and under "commands" every one that was given for the folder.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_wi
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run of ours."""
+    """Whether a folder is a run of layercut."""
     made_with = _object(folder / "env.json").get("versions")
     return isinstance(made_with, dict) and "layercut" in made_with
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder but what a command of ours leaves that was killed at its very beginning."""
+    """Whether nothing is in a folder but what a layercut command leaves that was killed at its very beginning."""
     return all(path.name == ".lock" or path.name.endswith(".partial") for path in folder.iterdir())
 
 
@@ -56,11 +55,18 @@ def is_empty(folder: Path) -> bool:
 
 
 def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The settings in which a finished run differs from `config`, in words, and what of it these would replace.
+    """The settings in which a finished run differs from others, and what of it these would replace.
 
     Both are empty where nothing that is finished would be lost: of a run that was stopped, of one with the same
     settings, and where new settings only measure more. A setting that the run does not know is of a newer layercut,
     and one that `config` does not know is of another command.
+
+    Args:
+        folder: of the run.
+        config: the new settings, flat.
+
+    Returns:
+        The differences in words, and names of files.
     """
     before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
     changed = _changed(before, config)
@@ -79,7 +85,15 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
 
 
 def begins_anew(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether what the folder will hold is of other settings than what it holds."""
+    """Whether what the folder will hold is of other settings than what it holds.
+
+    Args:
+        folder: of the run.
+        config: the new settings, flat.
+
+    Returns:
+        True where they differ, or there are none yet.
+    """
     before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
     return not before or bool(_changed(before, config) or _changed(config, before))
 
@@ -117,7 +131,13 @@ def settings(folder: Path) -> dict[str, Any]:
 def described(folder: Path, processes: int, *, anew: bool) -> dict[str, Any]:
     """env.json: of the command that began what the folder holds, and under "commands" of every one that was given.
 
-    anew: this command begins it, for its settings are others, or it was told to forget what was there.
+    Args:
+        folder: of the run.
+        processes: how many there are.
+        anew: whether this command begins it, with other settings or with --force.
+
+    Returns:
+        The JSON object.
     """
     now, before = environment() | {"processes": processes}, _object(folder / "env.json")
     earlier = before.pop("commands", None)
@@ -168,7 +188,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
+    """The processor's own name, where the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

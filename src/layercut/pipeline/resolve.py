@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layercut import evaluation
-from layercut.config import CompressConfig, SearchConfig
+from layercut.config import CompressConfig, SearchConfig, consumer_names
 from layercut.data.sources import SELF, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
+from layercut.export import consumers
 from layercut.files.sizes import parse_bytes
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
@@ -24,12 +25,12 @@ from layercut.offload import placement
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 Stage = Literal["search", "tune", "report"]
-"""How far a run goes: until the segments are known, the model is healed, or all is measured and told."""
+"""How far a run goes: until the segments are known, the model is healed, or all is measured and reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """A run that can begin: everything that the config and the checkpoint's headers tell has been checked."""
+    """A run that can begin: everything that the config and the checkpoint's headers show has been checked."""
 
     model: str
     """As the user named it."""
@@ -43,11 +44,19 @@ class ResolvedRun:
     length: int | None
     """Layers to remove; None where that depends on the weights or on the loss."""
     spread: bool
-    """Whether the weights are spread over several processes."""
+    """Whether the weights are sharded over several processes."""
 
 
 def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     """Check a configuration against a model's config and headers.
+
+    Args:
+        model: a Hub id, a folder, or a .gguf file.
+        config: every option.
+        until: how far the run goes.
+
+    Returns:
+        The run, which can begin.
 
     Raises:
         ConfigError: options that do not go together, or not with this model.
@@ -65,6 +74,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     layers = loading.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_target(config, checkpoint, architecture)
+    check_consumers(config, architecture, wanted, length)
     check_sources(config, until)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
@@ -75,24 +85,43 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     if config.tasks.names and until == "report":
         evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
     if until == "report":
-        evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is told now
+        evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is refused now
     return ResolvedRun(
         model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread
     )
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:
-    """How many layers the user wants removed; None where that depends on the model's weights or on its loss."""
+    """How many layers the user wants removed.
+
+    Args:
+        search: what to remove.
+        layers: L.
+
+    Returns:
+        n; None where that depends on the model's weights or on its loss.
+
+    Raises:
+        ConfigError: no such number is possible.
+    """
     if search.ratio is not None:
         return layers_to_remove(search.ratio, layers)
     return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
 
 
 def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
-    """ConfigError where no number of layers meets --target-size, told from the config before weights are loaded.
+    """Refuse a --target-size that no number of layers meets, by the config alone.
 
-    With --max-loss the bits count as well, and it is told when they have been tried. A class that cannot be built
+    With --max-loss the bits count as well, and it is known only when they have been tried. A class that cannot be built
     without its own code is counted when it is loaded.
+
+    Args:
+        config: every option.
+        checkpoint: the files.
+        architecture: transformers' config.
+
+    Raises:
+        ConfigError: no number of layers meets it.
     """
     if config.search.target_size is None or config.search.two_budgets:
         return
@@ -106,8 +135,38 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
 
 
+def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None) -> None:
+    """Refuse what the consumers of --for would misread.
+
+    Args:
+        config: of the run.
+        architecture: the model's config.
+        wanted: segments given by hand.
+        length: n, layers to remove, where it is known.
+
+    Raises:
+        ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
+    """
+    names = consumer_names(config.search.consumers)
+    if not names:
+        return
+    consumers.check_written(names, consumers.written_by(config.quantize))
+    if wanted:
+        consumers.restriction(architecture, names, sum(map(len, wanted))).check(wanted)
+    elif length is not None:
+        consumers.restriction(architecture, names, length)
+
+
 def check_sources(config: CompressConfig, until: Stage = "report") -> None:
-    """What is reported on must not be what is searched or tuned on; nothing is, of a run that ends before."""
+    """Refuse text that is reported on and also searched or tuned on; a run that ends before reports on nothing.
+
+    Args:
+        config: every option.
+        until: how far the run goes.
+
+    Raises:
+        ConfigError: a source serves both.
+    """
     if until != "report":
         return
     reported = what_is_read(config.evaluate.eval_data, reported=True)
@@ -123,7 +182,7 @@ def check_sources(config: CompressConfig, until: Stage = "report") -> None:
 
 
 def check_spread(config: CompressConfig) -> None:
-    """Refuse what cannot be done over weights that are spread over several processes."""
+    """Refuse what cannot be done over weights that are sharded over several processes."""
     refused = {
         "--rounds": config.number_of_rounds > 1,
         "--teacher-topk": config.heal.teacher_topk > 0,
@@ -132,15 +191,20 @@ def check_spread(config: CompressConfig) -> None:
     for flag, is_asked in refused.items():
         if is_asked:
             raise ConfigError(
-                f"{flag} needs a whole model in every process, and its weights are spread over them",
+                f"{flag} needs a whole model in every process, and its weights are sharded over them",
                 f"leave out {flag}; where the model fits each process's memory: --shard off",
             )
 
 
 def check_streamed(config: CompressConfig, spread: bool) -> None:
-    """ConfigError for what a run cannot do whose layers are left on disk; before anything long is run.
+    """Refuse what a run cannot do whose layers are left on disk; before anything long is run.
 
-    spread: where the weights are spread over several processes, so it is for what the main process does by itself.
+    Args:
+        config: every option.
+        spread: whether the weights are sharded over several processes; it is then about what the main one does alone.
+
+    Raises:
+        ConfigError: a flag needs the model in memory.
     """
     asked = {
         "--bits": config.quantize.bits < 16,
@@ -163,7 +227,16 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
 
 
 def check_window(flag: str, window: int, architecture: Any) -> None:
-    """Rows of tokens must fit the positions that the model knows."""
+    """Refuse rows of tokens that do not fit the positions that the model knows.
+
+    Args:
+        flag: that gives the length, for the message.
+        window: T.
+        architecture: transformers' config.
+
+    Raises:
+        ConfigError: T exceeds them.
+    """
     limit = loading.positions(architecture)
     if limit and window > limit:
         raise ConfigError(
@@ -173,7 +246,18 @@ def check_window(flag: str, window: int, architecture: Any) -> None:
 
 
 def with_reported_window(config: CompressConfig, architecture: Any) -> CompressConfig:
-    """The config with the window that perplexity is reported on filled in. ConfigError where the model is too short."""
+    """The config with the window that perplexity is reported on filled in.
+
+    Args:
+        config: every option.
+        architecture: transformers' config.
+
+    Returns:
+        The new config.
+
+    Raises:
+        ConfigError: the window exceeds the model's positions.
+    """
     window = config.evaluate.eval_window or loading.reported_window(architecture)
     check_window("--eval-window", window, architecture)
     return replace(config, evaluate=replace(config.evaluate, eval_window=window))

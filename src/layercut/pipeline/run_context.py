@@ -44,7 +44,7 @@ class RunContext:
     config: CompressConfig
     run: Run
     spread: bool = False
-    """Whether the weights are spread over several processes."""
+    """Whether the weights are sharded over several processes."""
     own_process: bool = False
     """Whether signals may be caught and the allocator be set: in a command, not in a library call."""
     text: dict[str, TextFacts] = field(default_factory=dict)
@@ -73,8 +73,12 @@ class RunContext:
 
     @property
     def dense(self) -> loading.LanguageModel:
-        """The model as it came. Where its weights are spread over the processes, one of them cannot run it: what the
-        main process does by itself, it does on a model of its own."""
+        """The model before any cut.
+
+        Where its weights are sharded over the processes, one of them cannot run it: what the main process does by
+        itself, it
+        does on a model of its own.
+        """
         return self._alone if self.spread and processes.world() == 1 else self._dense
 
     @cached_property
@@ -86,13 +90,13 @@ class RunContext:
         return self.load("off")
 
     def load(self, shard: ShardMode) -> loading.LanguageModel:
-        """The model, spread over the processes or not, and a line about it."""
+        """The model, sharded over the processes or not, and a line about it."""
         how = asdict(self.config.load) | {"shard": shard}
         loaded = placement.load(self.checkpoint, **how, tokenizer=self.tokenizer)
         where = ", layers left on disk" if layer_reader_protocol.layers_on_disk(loaded.model) else ""
         if sharding.is_spread(loaded.model):
             held = size(sharding.bytes_held(loaded.model))
-            where = f", spread over {processes.world()} processes, {held} in this one"
+            where = f", sharded over {processes.world()} processes, {held} in this one"
         stored = loading.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))
@@ -114,7 +118,18 @@ class RunContext:
         return {use: stored_blocks(self.run.folder, use) for use in self.text}
 
     def reader(self, *sources: str, seed: int | None = None) -> Reader:
-        """Draws blocks of these sources for several uses; by the run's seed where no other is given."""
+        """Draws blocks of these sources for several uses.
+
+        Args:
+            *sources: as the user named them.
+            seed: of their order; the run's where not given.
+
+        Returns:
+            The reader.
+
+        Raises:
+            ConfigError: text from the model itself, whose layers are on disk.
+        """
         text, own = self.config.text, [source for source in sources if "self" in split_mix(source)]
         model = self.dense.model if own else None
         if model is not None and layer_reader_protocol.layers_on_disk(model):
@@ -138,17 +153,41 @@ class RunContext:
     # --- the student and its changed weights ---
 
     def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
-        """The dense model without some layers, over the same tensors, then with weights of earlier stages in it."""
+        """The dense model without some layers, over the same tensors, then with weights of earlier stages in it.
+
+        Args:
+            cut: segments that are removed.
+            *weights: what stages changed, in their order.
+
+        Returns:
+            A causal LM of transformers.
+        """
         return Round(self).student(cut, *weights)
 
     def changed(self, student: Any, base: Any = None) -> dict[str, torch.Tensor]:
-        """The parameters that are no longer those of `base`, the dense model where not given, by name."""
+        """The parameters that are no longer those of another model.
+
+        Args:
+            student: the cut model.
+            base: the other model; the dense one where not given.
+
+        Returns:
+            Whole tensors on the CPU, by name.
+        """
         shared = {id(p) for p in (self.dense.model if base is None else base).parameters()}
         own = {n: p for n, p in student.named_parameters() if id(sharding.origin(p)) not in shared}
         return {n: sharding.whole(p.detach()).cpu() for n, p in own.items()}
 
     def save(self, tensors: dict[str, torch.Tensor], name: str) -> None:
-        """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does."""
+        """Write tensors to NAME.safetensors in the run folder, whole or not at all; the main process does.
+
+        Args:
+            tensors: by name.
+            name: of the file.
+
+        Raises:
+            RunError: it cannot be written.
+        """
 
         def write() -> None:
             with write_atomically(self.run / f"{name}.safetensors") as partial:
@@ -208,7 +247,15 @@ class Round:
         return self.previous.removal.then(cut, self.work.layers)
 
     def student(self, cut: Sequence[Segment], *weights: Weights) -> Any:
-        """The model that is cut without some layers, over the same tensors, then with what stages have changed."""
+        """The model that is cut without some layers, over the same tensors, then with what stages have changed.
+
+        Args:
+            cut: segments that are removed, in this model's layers.
+            *weights: what stages changed, in their order.
+
+        Returns:
+            A causal LM of transformers.
+        """
         run, student = self.work.run, surgery.cut(self.before, cut)
         for each in weights:
             if each == "quantized":
@@ -227,7 +274,15 @@ class Round:
         return student
 
     def save_changes(self, student: Any, weights: Weights) -> list[str]:
-        """Write the parameters that are no longer those of the model that was cut; their names."""
+        """Write the parameters that are no longer those of the model that was cut.
+
+        Args:
+            student: the cut model, healed.
+            weights: what changed them; the file's name.
+
+        Returns:
+            Their names, sorted.
+        """
         changed = self.work.changed(student, self.before)
         self.work.save(changed, self.name(weights))
         return sorted(changed)

@@ -1,12 +1,12 @@
 """The run folder: one artefact a stage, resumed by content, written atomically.
 
 A stage's JSON carries a hash of everything that went into it, results of earlier stages included. A stage
-whose artefact is there with the same hash is not run again; so a run that was killed goes on from the last
+whose artefact is there with the same hash is not run again; so a run that was killed is resumed after the last
 finished stage when the same command is given again, and a changed flag runs again just what depends on it. The
-JSON file is taken away when its stage is run again and written last, by rename: where it is there, and it and the files
+JSON file is removed when its stage is run again and written last, by rename: where it is there, and it and the files
 that it names are as they were written, the stage is whole.
 
-A finished run is not replaced by one of other settings (`pipeline/provenance.py`), unless it is told to be.
+A finished run is not replaced by one of other settings (`pipeline/provenance.py`), unless --force is given.
 
 Of several processes the main one holds the folder, decides whether a stage is whole, and writes; all get the same
 artefact. The folder must lie where all of them can read it.
@@ -32,10 +32,11 @@ from layercut.distributed import processes
 from layercut.errors import RunError
 from layercut.files.json_values import digest, jsonable, restored, write_json, write_text
 from layercut.files.reading import differing, record
+from layercut.files.typed_json import Damaged, check_seal, decode, seal
 from layercut.files.writing import disk_refusal, writing
 from layercut.models import memory
 from layercut.pipeline import provenance
-from layercut.pipeline.artefacts import Artefact, Damaged, check_seal, decode, seal
+from layercut.pipeline.artefacts import Artefact
 from layercut.progress import debug, say, warn
 
 Kind = TypeVar("Kind", bound=Artefact)
@@ -62,7 +63,12 @@ class RunStage(Generic[Kind]):
 
 
 class Run:
-    """A run folder, created or gone on with. Only one command at a time may hold it."""
+    """A run folder, created or resumed. Only one command at a time may hold it.
+
+    Args:
+        folder: of the run.
+        force: whether its stages are run again.
+    """
 
     def __init__(self, folder: Path | str, *, force: bool = False) -> None:
         self.folder = Path(folder)
@@ -111,13 +117,16 @@ class Run:
             after: stages whose own inputs count as well.
             together: several processes find it, each its share of the rows; else the main one does, and the others
                 wait.
+
+        Yields:
+            The stage, open or with its artefact.
         """
         self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
         stage = RunStage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
         if stage.found is not None:
             yield stage
         else:
-            memory.give_back()  # what earlier stages held
+            memory.release_freed()  # what earlier stages held
             begun = time.perf_counter()
             if together:
                 stage.open = True
@@ -135,13 +144,21 @@ class Run:
             self.seconds[name] = stage.artefact.seconds
 
     def artefact(self, kind: type[Kind], name: str) -> Kind:
-        """What a stage that was closed left."""
+        """The artefact of a stage that was closed.
+
+        Args:
+            kind: its type.
+            name: of the stage.
+
+        Returns:
+            The artefact.
+        """
         found = self._artefacts[name]
         assert isinstance(found, kind)
         return found
 
     def _begin(self, kind: type[Kind], name: str) -> Kind | None:
-        """The stage's artefact where it is whole; else the folder is made ready for it."""
+        """The stage's artefact where it is whole; else the folder is prepared for it."""
         content = self._read(name)
         if content is not None and (finished := self._whole(kind, name, content)) is not None:
             debug(name, "is whole and of the same inputs: not run again")
@@ -173,7 +190,7 @@ class Run:
             found = decode(kind, content, f"{name}.json")
             self._check_files(found.files, found.record)
         except Damaged as damage:
-            warn(name, f"{name}.json is damaged and made anew: {damage}")
+            warn(name, f"{name}.json is damaged and computed again: {damage}")
             return None
         return found
 
@@ -211,7 +228,8 @@ class Run:
     def describe(self, config: dict[str, Any]) -> None:
         """Write config.yaml, with every default filled in, and env.json.
 
-        Raises RunError where the folder holds a finished run of other settings, which would be lost.
+        Raises:
+            RunError: the folder holds a finished run of other settings, which would be lost.
         """
 
         def write() -> None:
@@ -232,7 +250,18 @@ class Run:
         processes.on_main(write)
 
     def event(self, stage: str, step: int, name: str, value: float, unit: str) -> None:
-        """Append one line to metrics.jsonl; of several processes the main one does."""
+        """Append one line to metrics.jsonl; of several processes the main one does.
+
+        Args:
+            stage: its name.
+            step: of the stage.
+            name: of the figure.
+            value: the figure.
+            unit: such as "s".
+
+        Raises:
+            RunError: it cannot be written.
+        """
         if not processes.is_main():
             return
         now = round(time.time(), 3)
@@ -266,7 +295,7 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(
-                f"another layercut is at work in {self.folder}", "wait for it to end, or name another --out"
+                f"another layercut command is using {self.folder}", "wait for it to end, or name another --out"
             ) from None
         return lock
 

@@ -268,11 +268,11 @@ def _quantize_weight(
     """Quantize one weight; a calibrated quantizer rounds what has no Hessian to nearest.
 
     Returns:
-        Its line of the report, its packed tensors, and the weight that they stand for.
+        Its line of the report, its packed tensors, and the weight that they encode.
     """
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():
-        raise ModelError(f"{target.name} holds weights that are not finite", "this model is ruined already")
+        raise ModelError(f"{target.name} holds weights that are not finite", "the model is damaged: load it again")
     grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.asymmetric, dtype=stored_dtype(model))
     nearest = encode(weight, grid)
     uncalibrated = hessian is None and quantizer[1].needs_calibration

@@ -80,7 +80,7 @@ def encode(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The weight that codes stand for, (q - z) s, in the scale's dtype, by the arithmetic that loaders use.
+    """The weight that codes encode, (q - z) s, in the scale's dtype, by the arithmetic that loaders use.
 
     Args:
         codes: q [O, I], int8.

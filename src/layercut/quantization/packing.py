@@ -52,7 +52,7 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
 
 
 def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights [O, I] that packed tensors stand for, as any loader computes them.
+    """The weights [O, I] that packed tensors encode, as any loader computes them.
 
     Args:
         packed: tensors by their full names, as `pack` gives them.

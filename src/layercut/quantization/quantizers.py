@@ -1,4 +1,4 @@
-"""Quantizers: how the codes of one weight are chosen. What a quantizer must look like, and layercut's own two.
+"""Quantizers: how the codes of one weight are chosen. The protocol of a quantizer, and layercut's own two.
 
 A quantizer is a function, or a class without arguments whose instances can be called:
 

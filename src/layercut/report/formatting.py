@@ -1,7 +1,7 @@
 """Values of a run's JSON files, read with care, and figures as the text people see.
 
-Ground for `report/verdicts.py`, `report/charts.py` and `report/page.py`, which end the journey. A file may be old,
-partial, or hold inf and nan; whatever is not a usable number here becomes None, and in words "not measured".
+Used by all of `report/`, at the end of the journey. A file may be old, partial, or hold inf and nan; whatever is not a
+usable number becomes None here, and "not measured" in words.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from layercut.files import sizes
@@ -16,21 +17,51 @@ from layercut.files import sizes
 NOT_MEASURED = "not measured"
 
 
-def part(data: Any, *keys: str) -> dict[str, Any]:
-    """The object at data[key][key]…, or an empty one where there is none."""
-    for key in keys:
-        data = data.get(key) if isinstance(data, dict) else None
-    return data if isinstance(data, dict) else {}
+class Json:
+    """A value of a JSON file, read with care: an attribute or item that is not there is a Json of nothing.
+
+    It is true where the value is, and prints as the value, or as nothing. A list gives its elements.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        self._value: Any = value._value if isinstance(value, Json) else value
+
+    def __getattr__(self, name: str) -> Json:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __getitem__(self, name: str) -> Json:
+        return Json(self._value.get(name) if isinstance(self._value, dict) else None)
+
+    def __iter__(self) -> Iterator[Json]:
+        return map(Json, self._value if isinstance(self._value, list) else [])
+
+    def entries(self) -> list[tuple[str, Json]]:
+        """Keys and values of an object."""
+        return [(str(k), Json(v)) for k, v in self._value.items()] if isinstance(self._value, dict) else []
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._value == Json(other)._value)
+
+    def __hash__(self) -> int:
+        return hash(str(self._value))
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __str__(self) -> str:
+        return "" if self._value is None else str(self._value)
 
 
-def items(data: Any, key: str) -> list[Any]:
-    """The list at data[key], or an empty one."""
-    value = data.get(key) if isinstance(data, dict) else None
-    return value if isinstance(value, list) else []
+def plain(value: Any) -> Any:
+    """The value in a Json; anything else as it is."""
+    return value._value if isinstance(value, Json) else value
 
 
 def number(value: Any) -> float | None:
     """A JSON value as a float, also from a string, and also inf or nan; None if it is no number."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -45,13 +76,19 @@ def finite(value: Any) -> float | None:
     return found if found is not None and math.isfinite(found) else None
 
 
+def whole_number(value: Any) -> int | None:
+    """A JSON value that is an int, such as a count of layers; None if it is not."""
+    value = plain(value)
+    return value if type(value) is int else None
+
+
 def spans(value: Any) -> list[tuple[int, int]]:
     """[[13, 19], …] as half-open pairs; anything that is not a pair of whole numbers is dropped."""
-    pairs = value if isinstance(value, list) else []
+    pairs = plain(value) if isinstance(plain(value), list) else []
     return [
         (pair[0], pair[1])
-        for pair in pairs
-        if isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+        for pair in map(plain, pairs)
+        if isinstance(pair, list | tuple) and len(pair) == 2 and all(type(i) is int for i in pair)
     ]
 
 
@@ -152,7 +189,7 @@ def layer_names(segments: Any) -> str:
 
 def printable(value: Any) -> str:
     """One line of text with no control characters, for terminals, titles and Markdown."""
-    text = "" if value is None else str(value)
+    text = "" if value is None else str(value)  # of a Json of nothing, nothing
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -184,10 +221,8 @@ def source_name(source: Any) -> str:
 
 def command_line(command: Any) -> str:
     """A command that may be published: every path in it by its base name; --flag=PATH and A+B too."""
-    if not isinstance(command, list):
-        return ""
     words = []
-    for word in map(str, command):
+    for word in map(str, Json(command)):
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         words.append(shlex.quote(f"{flag}{equals}{source_name(value)}"))
     return printable(" ".join(words))

@@ -285,7 +285,7 @@ class Changes:
     read: Read | None
     healed: Mapping[str, torch.Tensor]
     dtype: torch.dtype | None
-    """Number format to convert floating-point tensors to."""
+    """Dtype to convert floating-point tensors to."""
     placed: set[str] = field(default_factory=set)
     """Names of healed weights that have found their place."""
 
@@ -319,7 +319,7 @@ def _output(shard: Shard, entry: Entry, names: Names, changes: Changes) -> Outpu
 def _made(
     name: str, entry: Entry, shape: tuple[int, ...], changes: Changes, make: Callable[[], torch.Tensor]
 ) -> Output:
-    """A tensor in the number format of the entry whose place it takes, or in the one wanted."""
+    """A tensor in the dtype of the entry whose place it takes, or in the one wanted."""
     dtype = FLOATS.get(entry.dtype)
     if dtype is not None and changes.dtype is not None:
         dtype = changes.dtype
@@ -364,7 +364,7 @@ def _reader(shards: Sequence[Shard], before: DiskNames) -> Read:
 def _with_added(
     jobs: list[tuple[Shard, list[Output]]], names: Names, plan: CutPlan
 ) -> list[tuple[Shard, list[Output]]]:
-    """Tensors of zeros that a new position calls for join the shard of a neighbour, in its number format."""
+    """Tensors of zeros that a new position calls for join the shard of a neighbour, in its dtype."""
     for name, shape in plan.added.items():
         module = name.rpartition(".")[0]
         neighbour = _neighbour(jobs, names, module)

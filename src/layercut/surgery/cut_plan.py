@@ -340,7 +340,7 @@ def _is_slot(difference: Difference, plan: CutPlan) -> bool:
 
 
 def _describe(differences: Sequence[Difference]) -> str:
-    """Name what stands in the way, the first in words."""
+    """The differences that make the cut impossible, the first two in words."""
     named = []
     for difference in differences[:2]:
         where = f"{difference.module}.{difference.what}".strip(".")

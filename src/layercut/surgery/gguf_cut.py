@@ -89,11 +89,11 @@ def _refuse(reader: Any, name: str, facts: dict[str, Any], kept: Sequence[int], 
     if packed := [t.name for t in reader.tensors if t.name in PACKED_TENSORS]:
         raise SurgeryError(f"{packed[0]} packs a slice for every layer", _CUT_FOLDER)
     if not rules.known(name):
-        raise SurgeryError(f"layercut does not know how llama.cpp tells the layers of {name!r} apart", _CUT_FOLDER)
+        raise SurgeryError(f"layercut does not know how llama.cpp distinguishes the layers of {name!r}", _CUT_FOLDER)
     for period, why in rules.periods(name, facts):
         odd = rules.off_period(period, kept)
         if odd and not _pattern_can_say(name, facts):
-            raise SurgeryError(f"{why}, and layer {odd[0]} would come to stand at {list(kept).index(odd[0])}")
+            raise SurgeryError(f"{why}, and layer {odd[0]} would get the index {list(kept).index(odd[0])}")
 
 
 def _pattern_can_say(name: str, facts: dict[str, Any]) -> bool:
@@ -111,7 +111,7 @@ def _other_count(name: str, facts: dict[str, Any], layers: int, after: int) -> s
 
 
 def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers: int) -> dict[str, Any]:
-    """Metadata that has to stand in the cut file where llama.cpp would derive something else from it."""
+    """Metadata that the cut file needs where llama.cpp would derive something else from it."""
     changes: dict[str, Any] = {
         default.key: default.value(layers) for default in rules.DEFAULTS.get(name, ()) if default.key not in facts
     }

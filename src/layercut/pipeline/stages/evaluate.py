@@ -33,7 +33,15 @@ from layercut.segments import Segment
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
-    """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last."""
+    """Perplexity of every state on the same held-out tokens; generations and speed of the first and the last.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     inputs = [work.config.evaluate, work.text["evaluation"]]
     with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
@@ -64,7 +72,15 @@ def states_of(work: RunContext) -> dict[str, list[Weights]]:
 
 
 def perplexities(work: RunContext, losses: Mapping[str, torch.Tensor]) -> Perplexities:
-    """From the windows' losses [N] of each state."""
+    """Perplexity and standard error of every state.
+
+    Args:
+        work: of the run.
+        losses: of the windows [N], by state.
+
+    Returns:
+        The figures.
+    """
     text, found = work.text["evaluation"], {state: measures.of_losses(of) for state, of in losses.items()}
     return Perplexities(
         dataset=text.source,
@@ -85,8 +101,18 @@ def perplexities(work: RunContext, losses: Mapping[str, torch.Tensor]) -> Perple
 
 
 def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook:
-    """What the dense and the last model write, and how fast; not measured where layers are on disk, which would be
-    read again for every token written."""
+    """What the dense and the last model write, and how fast.
+
+    Not measured where layers are on disk, which would be read again for every token written.
+
+    Args:
+        work: of the run.
+        last: the model of the last state.
+        tokens: of the evaluation text [N, T].
+
+    Returns:
+        The figures.
+    """
     if layer_reader_protocol.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
         return CloserLook(generations=None, health=None, speed=None, peak_rss_bytes=speed.peak_rss_bytes())
@@ -103,7 +129,15 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
 
 
 def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
-    """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored."""
+    """Tasks of lm-eval, dense and compressed, on the same items; each task is kept as soon as it is scored.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     asked = work.config.tasks
     inputs = [asked.names, asked.limit, measures.harness_version(asked.include_path)]
     with work.run.stage(TasksArtefact, "tasks", inputs, after=["quantize"]) as stage:
@@ -120,7 +154,15 @@ def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
 
 
 def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact:
-    """Evaluations that packages bring, dense and compressed, from the run's seed."""
+    """Evaluations that packages bring, dense and compressed, from the run's seed.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     functions, seed = measures.named(work.config.tasks.evaluation_names), work.config.text.seed
     inputs = [[[name, measures.source_digest(each)] for name, each in functions.items()], seed]
     with work.run.stage(EvaluationsArtefact, "evaluations", inputs, after=["quantize"]) as stage:
@@ -137,7 +179,15 @@ def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact
 
 
 def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
-    """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs."""
+    """Perplexity by position on long windows of the evaluation text, hidden keys, and what such a length costs.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     asked, seed = work.config.long.long_context, work.config.text.seed
     inputs = [asked, seed, work.text["evaluation"]]
     with work.run.stage(LongArtefact, "long", inputs, after=["quantize"]) as stage:
@@ -162,5 +212,13 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
 
 
 def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The model as it came, and what the run has made of it."""
+    """The model before any cut, and the one of the run's last state.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        Both, by name.
+    """
     return {"dense": work.dense.model, "compressed": work.student(segments, "folded", "tuned", "quantized")}

@@ -9,19 +9,28 @@ from typing import Any
 from safetensors.torch import load_file
 
 from layercut import evaluation
+from layercut.export import consumers
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
-from layercut.models import layer_reader_protocol
+from layercut.models import layer_reader_protocol, loading
 from layercut.offload import layer_reader
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
-from layercut.progress import bar, say
+from layercut.progress import bar, say, warn
 from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The healed and, where asked, quantized student as a stock checkpoint, verified by a fresh process."""
+    """The healed and, where asked, quantized student as a stock checkpoint, verified by a fresh process.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     used = checked_on(work.text)
     with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
         if stage.open:
@@ -38,7 +47,23 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
                 measured = {"tokens": text.numel(), "value": value}
                 stage.found = ExportArtefact(**written, perplexity=measured, files=["model"])
     say("export", describe_export(asdict(stage.artefact), work.run / "model"))
+    for words in consumers.misread(read_by(work, segments)):
+        warn("export", words)
     return stage.artefact
+
+
+def read_by(work: RunContext, segments: Sequence[Segment]) -> list[consumers.Reading]:
+    """What each consumer makes of the exported model.
+
+    Args:
+        work: of the run.
+        segments: what was removed.
+
+    Returns:
+        A reading of each.
+    """
+    config = loading.load_config(work.checkpoint, trust_remote_code=work.config.load.trust_remote_code)
+    return consumers.readings(config, segments, consumers.written_by(work.config.quantize))
 
 
 def packing(work: RunContext) -> dict[str, Any]:
@@ -56,7 +81,16 @@ def checked_on(text: Container[str]) -> str:
 
 
 def export_files(work: RunContext, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed."""
+    """The same from the files of a model whose layers are on disk: byte ranges, and what healing changed.
+
+    Args:
+        work: of the run.
+        student: the healed model.
+        segments: that are removed.
+
+    Returns:
+        As `export_checkpoint`.
+    """
     healed, partial = layer_reader.as_saved(student, work.changed(student)), work.run / ".model.partial"
     dtype = work.stack.stored_dtype
     with bar("saving", None):

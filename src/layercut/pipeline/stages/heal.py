@@ -47,7 +47,15 @@ FOLD_TOKENS = 65536
 
 
 def cut(this: Round, removal: Removal) -> CutArtefact:
-    """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing."""
+    """Cut once to learn that it can be done and what it saves; later stages cut again, which costs nothing.
+
+    Args:
+        this: the round.
+        removal: what its search chose.
+
+    Returns:
+        The artefact.
+    """
     work, inputs = this.work, [this.work.source, bounds_of(removal.all)]
     with work.run.stage(CutArtefact, this.name("cut"), inputs, after=this.after, together=True) as stage:
         if stage.open:
@@ -58,9 +66,17 @@ def cut(this: Round, removal: Removal) -> CutArtefact:
 
 
 def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
-    """What is left without these segments of the dense model's layers."""
+    """What is left without these segments of the dense model's layers.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     dense, student = work.dense.model, surgery.cut(work.dense.model, segments)
-    if layer_reader_protocol.layers_on_disk(dense):  # what would come to light at the end of the run
+    if layer_reader_protocol.layers_on_disk(dense):  # what would otherwise fail at the end of the run
         layers = loading.find_decoder(student)
         names = {f"{layers.path}.{name}": tensor for name, tensor in layers.layers.named_parameters()}
         surgery.check_checkpoint_cut(work.checkpoint.folder, segments, layer_reader.as_saved(student, names))
@@ -74,7 +90,15 @@ def cut_once(work: RunContext, segments: Sequence[Segment]) -> CutArtefact:
 
 
 def fold(this: Round, removal: Removal) -> FoldArtefact:
-    """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens."""
+    """Least-squares compensation, kept where it brings the student nearer to the dense model on held-out tokens.
+
+    Args:
+        this: the round.
+        removal: what its search chose.
+
+    Returns:
+        The artefact.
+    """
     work, is_asked, text = this.work, this.work.config.heal.fold, this.work.text
     inputs = [is_asked, text["calibration"], text.get("tuning"), text.get("heldout"), this.of]
     after = [this.name("cut")]
@@ -106,7 +130,15 @@ def fold_tokens(this: Round) -> torch.Tensor:
 
 
 def tune(this: Round, removal: Removal) -> HealArtefact:
-    """Cutoff endpoint tuning, from the fold where that was kept."""
+    """Cutoff endpoint tuning, from the fold where that was kept.
+
+    Args:
+        this: the round.
+        removal: what its search chose.
+
+    Returns:
+        The artefact.
+    """
     work, config, text = this.work, this.work.config.heal, this.work.text
     fold = work.run.artefact(FoldArtefact, this.name("fold"))
     inputs, after = [config, text.get("tuning"), text.get("heldout")], [this.name("fold")]
@@ -136,7 +168,15 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
 
 
 def tuning_files(this: Round, student: DecoderRunner) -> TuningFiles:
-    """What tuning reads from and keeps in the run folder."""
+    """What tuning reads from and keeps in the run folder.
+
+    Args:
+        this: the round.
+        student: the folded model.
+
+    Returns:
+        The files.
+    """
     work, tokens = this.work, this.tuning
     teacher = stored_teacher(work, tokens, fingerprint(tokens)) if work.config.heal.teacher_topk else None
     states = stored_states(this, student, tokens) if student.on_disk else None
@@ -146,7 +186,16 @@ def tuning_files(this: Round, student: DecoderRunner) -> TuningFiles:
 
 
 def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> StoredTeacher:
-    """The dense predictions on the tuning tokens, computed where they are not in the run folder yet."""
+    """The dense predictions on the tuning tokens, computed where they are not in the run folder yet.
+
+    Args:
+        work: of the run.
+        tokens: token ids [N, T].
+        fingerprint: of the tokens.
+
+    Returns:
+        The stored predictions, in open files.
+    """
     heal = work.config.heal
     stored = size(stored_bytes(tokens.numel(), heal.teacher_topk))
     say("teacher", f"{heal.teacher_topk} likeliest tokens each: {stored} in {work.run / 'teacher'}")
@@ -158,7 +207,16 @@ def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> 
 
 
 def stored_states(this: Round, student: DecoderRunner, tokens: torch.Tensor) -> FrozenStates:
-    """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder."""
+    """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder.
+
+    Args:
+        this: the round.
+        student: the folded model.
+        tokens: token ids [N, T].
+
+    Returns:
+        The stored states, in open files.
+    """
     work = this.work
     key = digest([work.run.inputs_of(this.name("heal")), fingerprint(tokens)])
     settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from layercut import evaluation
@@ -11,7 +11,7 @@ from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
-from layercut.pipeline.artefacts import Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact, decode
+from layercut.pipeline.artefacts import BeforeAfter, Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
@@ -20,7 +20,15 @@ from layercut.segments import Segment
 
 
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
-    """The healed student's weights in fewer bits, where that is asked."""
+    """The healed student's weights in fewer bits, where that is asked.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
     config = work.config.quantize
     calibrated = work.text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
     inputs = [config, calibrated] if config.bits < 16 else None
@@ -31,14 +39,30 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
             work.save(dict(found.packed), "quantized")
-            stage.found = replace(decode(QuantizeArtefact, found.to_dict()), files=["quantized.safetensors"])
+            stage.found = QuantizeArtefact(
+                **vars(config),
+                layers=list(found.weights),
+                left=list(found.left),
+                bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
+                quantization_config=dict(found.config),
+                files=["quantized.safetensors"],
+            )
     if stage.artefact.bits < 16:
         say("quantize", describe_quantization(asdict(stage.artefact)))
     return stage.artefact
 
 
 def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
-    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model."""
+    """Size and loss of what a round leaves, at several numbers of bits; before the first round, of the dense model.
+
+    Args:
+        this: the round.
+        bits: that are tried.
+        inputs: what the figures depend on.
+
+    Returns:
+        A point for each number of bits.
+    """
     work, after = this.work, [this.name("heal")] if this.removal else []
     with work.run.stage(FrontierArtefact, f"frontier-{this.number or 0}", inputs, after=after) as stage:
         if stage.open:
@@ -47,7 +71,16 @@ def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[F
 
 
 def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
-    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows."""
+    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows.
+
+    Args:
+        work: of the run.
+        model: what a round left.
+        bits: of each weight; 16: not quantized.
+
+    Returns:
+        The point.
+    """
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
         asked = asdict(work.config.quantize) | {"bits": bits}

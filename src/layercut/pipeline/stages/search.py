@@ -10,13 +10,15 @@ from typing import Any
 from safetensors.torch import load_file
 
 from layercut import layer_search
-from layercut.config import SearchConfig
+from layercut.config import consumer_names
 from layercut.data.blocks import Blocks
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
+from layercut.export.consumers import restriction
 from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import (
+    Restriction,
     SearchResult,
     length_for_size,
     longest_within,
@@ -45,7 +47,16 @@ from layercut.segments import Removal, Segment
 
 
 def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
-    """Which layers go: those given, or the search's answer; in a round of several, of those that are left."""
+    """Which layers go: those given, or the search's answer; in a round of several, of those that are left.
+
+    Args:
+        this: the round.
+        wanted: segments given by hand; empty where they are searched.
+        length: n, layers to remove; None where that depends on the weights or on the loss.
+
+    Returns:
+        What is removed once this round is done.
+    """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
     scored = [work.source, work.text["calibration"], seed, config, length]
     if config.score == "folded":
@@ -54,11 +65,12 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         if stage.open:
             stack, tokens = this.stack, work.blocks["calibration"]
             if wanted:
-                result = layer_search.search(stack, tokens, segments=wanted)
+                allowed = limits(this, sum(map(len, wanted)))
+                result = layer_search.search(stack, tokens, segments=wanted, restriction=allowed)
             elif length is None and config.max_loss is not None:
                 result = search_within(this, config.max_loss)
             else:
-                how = asked(config, length_for_target(work) if length is None else length)
+                how = asked(this, length_for_target(work) if length is None else length)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
             if config.score == "folded":
                 result = rescored(result, partial(folded_kl, this))
@@ -73,8 +85,19 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
 
 
 def recorded(result: SearchResult, work: RunContext, this: Round | None = None) -> SearchArtefact:
-    """A search as its artefact holds it; of a round of several, candidates stay in the layers of the model that is
-    cut, and what was chosen among them is `cut`."""
+    """A search as its artefact holds it.
+
+    Of a round of several, candidates stay in the layers of the model that is cut, and what was chosen among them is
+    `cut`.
+
+    Args:
+        result: of the search.
+        work: of the run.
+        this: the round; None of all rounds together.
+
+    Returns:
+        The artefact.
+    """
     chosen = result.segments
     several = this is not None and this.number is not None
     return SearchArtefact(
@@ -97,9 +120,19 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
     )
 
 
-def asked(config: SearchConfig, length: int) -> dict[str, Any]:
-    """What the configuration says about the search for so many layers, as arguments of `layer_search.search`."""
+def asked(this: Round, length: int) -> dict[str, Any]:
+    """What the configuration says about a search, as arguments of `layer_search.search`.
+
+    Args:
+        this: the round.
+        length: n, layers to remove.
+
+    Returns:
+        Keyword arguments.
+    """
+    config = this.work.config.search
     return {
+        "restriction": limits(this, length),
         "n_layers": length,
         "num_segments": config.num_segments,
         "method": config.method,
@@ -107,8 +140,39 @@ def asked(config: SearchConfig, length: int) -> dict[str, Any]:
     }
 
 
+def limits(this: Round, length: int) -> Restriction | None:
+    """The cuts that stay right in the consumers of --for, how many of which are left is logged.
+
+    Args:
+        this: the round.
+        length: n, layers to remove.
+
+    Returns:
+        The restriction; None: no consumer is named.
+
+    Raises:
+        ConfigError: no cut of so many layers does.
+    """
+    names = consumer_names(this.work.config.search.consumers)
+    if not names:
+        return None
+    found = restriction(this.stack.model.config, names, length)
+    if not found.is_none:
+        left, every = len(found.segments()), len(this.stack) - length + 1
+        say("search", f"--for {','.join(names)}: {left} of {every} segments of {length} layers stay right: {found.why}")
+    return found
+
+
 def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
-    """Search again, on other text from other seeds, and judge all choices on a common set; one artefact a seed."""
+    """Search again, on other text from other seeds, and compare all choices on a common set; one artefact a seed.
+
+    Args:
+        work: of the run.
+        removal: what the first search chose.
+
+    Returns:
+        The artefact.
+    """
     run, seeds = work.run, work.config.stability.seeds
     search, first = run.artefact(SearchArtefact, "search"), work.config.text.seed
     again = [search_again(work, seed, sum(map(len, removal.all))) for seed in range(first + 1, first + seeds)]
@@ -121,14 +185,23 @@ def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
 
 
 def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
-    """What the search chooses on the calibration text of another seed."""
+    """One more search, on other text from another seed.
+
+    Args:
+        work: of the run.
+        seed: of the text and of the search.
+        length: n, layers to remove.
+
+    Returns:
+        The artefact.
+    """
     text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False)
     inputs = [work.source, text, config, length]
     with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-            result = layer_search.search(work.stack, drawn.tokens, **asked(config, length), seed=seed)
+            result = layer_search.search(work.stack, drawn.tokens, **asked(Round(work), length), seed=seed)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -139,14 +212,31 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
 
 
 def draw_again(work: RunContext, seed: int) -> Blocks:
-    """The calibration text of another seed."""
+    """Calibration blocks from another seed.
+
+    Args:
+        work: of the run.
+        seed: of the order of documents.
+
+    Returns:
+        The blocks.
+    """
     text = work.config.text
     reader = with_evaluation_left_out(work.reader(text.data, seed=seed), work)
     return reader.draw("calibration", text.data, tokens=text.tokens, window=text.window)
 
 
 def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefact]) -> StabilityArtefact:
-    """The choices of all seeds, priced on rows that all their texts gave to."""
+    """What each seed's choice costs on the common set.
+
+    Args:
+        work: of the run.
+        search: the first search.
+        again: the others.
+
+    Returns:
+        The artefact.
+    """
     texts = [work.blocks["calibration"]]
     texts += [load_file(work.run / file)["calibration"] for found in again for file in found.files]
     sources = list(map(public_name, split_mix(work.config.text.data)))
@@ -164,20 +254,28 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
 
 
 def search_within(this: Round, max_loss: float) -> SearchResult:
-    """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on."""
+    """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on.
+
+    Args:
+        this: the round.
+        max_loss: the rise that is allowed, as a share.
+
+    Returns:
+        The result, with its `budget`.
+    """
     work, (rows, unseen) = this.work, split_rows(this.work.blocks["calibration"])
-    config, seed = work.config.search, work.config.text.seed
+    seed = work.config.text.seed
     within = longest_within(
         max_loss,
         len(this.stack) - 1,
-        lambda length: layer_search.search(this.stack, rows, **asked(config, length), seed=seed),
+        lambda length: layer_search.search(this.stack, rows, **asked(this, length), seed=seed),
         lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
 
 
 def length_for_target(work: RunContext) -> int:
-    """Layers to remove for --target-size: counted in the number format that is computed and saved in."""
+    """Layers to remove for --target-size: counted in the dtype that is computed and saved in."""
     model = work.dense.model
     target = parse_bytes("--target-size", work.config.search.target_size or "")
     weights = [loading.parameter_bytes(layer, work.stack.stored_dtype) for layer in work.stack.layers]
@@ -185,7 +283,15 @@ def length_for_target(work: RunContext) -> int:
 
 
 def folded_kl(this: Round, segments: Sequence[Segment]) -> float:
-    """KL(p || q) on held-out tokens of the student without the segments, after its fold."""
+    """KL(p || q) on held-out tokens of the student without the segments, after its fold.
+
+    Args:
+        this: the round.
+        segments: that are removed.
+
+    Returns:
+        Nats per token.
+    """
     work, student = this.work, DecoderRunner(this.student(segments))
     for segment in sorted(segments):
         fold_cut_(student, work.stack, segment, work.blocks["calibration"])

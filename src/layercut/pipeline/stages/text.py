@@ -1,7 +1,7 @@
 """Stage: every token of a run, drawn before anything else, and none of it for two uses.
 
-An artefact for each use, so that a command draws what it needs and a later one goes on from it. Text that is reported
-on is drawn first and as it is; what is searched and tuned on gives way to it, document by document.
+An artefact for each use, so that a command draws what it needs and a later one continues from it. Text that is reported
+on is drawn first and as it is; its documents are left out of what is searched and tuned on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,15 @@ class Asked:
 
 
 def uses(config: CompressConfig, until: str) -> list[Use]:
-    """What text a run needs as far as it goes ("search", "tune" or "report"), in the order in which it is drawn."""
+    """What text a run needs, in the order in which it is drawn.
+
+    Args:
+        config: every option.
+        until: how far the run goes: "search", "tune" or "report".
+
+    Returns:
+        The uses.
+    """
     heal, heals = config.heal, until != "search"
     wanted: dict[Use, bool] = {
         "evaluation": until == "report",
@@ -59,7 +67,15 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
 
 
 def asked(work: RunContext, use: Use) -> Asked:
-    """What to draw for a use."""
+    """What to draw for a use.
+
+    Args:
+        work: of the run.
+        use: what the text is for.
+
+    Returns:
+        Source, tokens, window and order.
+    """
     text, heal, reported = work.config.text, work.config.heal, work.config.evaluate
     if use == "evaluation":
         return Asked(
@@ -73,7 +89,16 @@ def asked(work: RunContext, use: Use) -> Asked:
 
 
 def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
-    """All that decides which tokens are drawn for a use, after those for other uses were drawn."""
+    """All that decides which tokens are drawn for a use, after those for other uses were drawn.
+
+    Args:
+        work: of the run.
+        use: what the text is for.
+        drawn: the uses before it.
+
+    Returns:
+        JSON values.
+    """
     text, wanted = work.config.text, asked(work, use)
     reads = [*what_is_read(wanted.source, reported=use == "evaluation")]
     before: list[Any] = []
@@ -84,7 +109,12 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
 
 
 def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
-    """Draw the tokens of these uses, each an artefact of its own, and say where they come from; into `work.text`."""
+    """Draw the tokens of these uses, each an artefact of its own, and log where they come from; into `work.text`.
+
+    Args:
+        work: of the run.
+        uses: in the order in which they are drawn.
+    """
     for use in uses:
         drawn = draw(work, use, list(uses[: uses.index(use)]))
         work.text[use] = drawn.facts
@@ -96,13 +126,22 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
 
 
 def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
-    """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have."""
+    """Draw the blocks of one use: from where the uses drawn before it stopped, and no document that these have.
+
+    Args:
+        work: of the run.
+        use: what the text is for.
+        drawn: the uses before it.
+
+    Returns:
+        The artefact.
+    """
     with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
         if stage.open:
             check_template(work.tokenizer)
             reader = work.reader(*(asked(work, each).source for each in (*drawn, use)))
             for other in drawn:
-                reader.pass_by(other, **asdict(asked(work, other)), keys=keys_of(work, other))
+                reader.skip_blocks(other, **asdict(asked(work, other)), keys=keys_of(work, other))
             blocks = reader.draw(use, **asdict(asked(work, use)))
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
             work.save({use: blocks.tokens}, f"tokens-{use}")
@@ -119,8 +158,18 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
 def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
     """What the evaluation text has in common with what is searched and tuned on; the documents that were left out.
 
-    DataError where it is too much; or where held-out rows, which decide whether a fold is kept, have too much in
-    common with other rows. Of one stream no two uses have the same tokens; what such a text repeats is its own.
+    Of one stream no two uses have the same tokens; what such a text repeats is its own.
+
+    Args:
+        work: of the run.
+        uses: that were drawn.
+
+    Returns:
+        The shares.
+
+    Raises:
+        DataError: it is too much; or held-out rows, which decide whether a fold is kept, have too much in common with
+            other rows.
     """
     with work.run.stage(SharedTextArtefact, "text-shared", None, after=[f"text-{use}" for use in uses]) as stage:
         if stage.open:
@@ -159,17 +208,24 @@ def _check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
 
 def _stored(work: RunContext, use: str) -> Blocks:
     """The blocks of a use, as they were drawn."""
-    told = work.text[use]
+    facts = work.text[use]
     return Blocks(
-        work.blocks[use], told.source, told.documents, told.fingerprint, tuple(told.reads), tuple(told.origins),
-        frozenset(keys_of(work, use)), told.passed_over,
+        work.blocks[use], facts.source, facts.documents, facts.fingerprint, tuple(facts.reads), tuple(facts.origins),
+        frozenset(keys_of(work, use)), facts.passed_over,
     )  # fmt: skip
 
 
 def check_unseen(folder: Path, blocks: Blocks) -> None:
-    """DataError where a text that a finished run is to be evaluated on is one that it was searched or tuned on.
+    """Refuse to evaluate a finished run on text that it was searched or tuned on.
 
-    Told by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
+    Judged by what was read, by the documents' keys and by passages of the run's own tokens, as far as it has them.
+
+    Args:
+        folder: of the run.
+        blocks: the evaluation text.
+
+    Raises:
+        DataError: they have too much in common.
     """
     had = [use for use in USED if (folder / f"text-{use}.json").is_file()]
     names = {read for use in had for read in checkpoints.read_json(folder / f"text-{use}.json").get("reads", ())}
@@ -180,16 +236,16 @@ def check_unseen(folder: Path, blocks: Blocks) -> None:
         f"{len(keys):,} of its documents": len(keys) > MOST * max(1, blocks.documents),
         f"{passages:.0%} of its passages": passages > MOST,
     }
-    if told := [what for what, is_shared in found.items() if is_shared]:
+    if both := [what for what, is_shared in found.items() if is_shared]:
         raise DataError(
-            f"the run in {folder} was searched or tuned on {' and '.join(told)}: {blocks.source!r} cannot judge it",
+            f"the run in {folder} was searched or tuned on {' and '.join(both)}: {blocks.source!r} cannot judge it",
             "give --eval-data another text than the run's --data and --tune-data",
         )
     say("evaluate", describe_shared({"documents": len(keys), "passages": passages, "passed_over": 0}))
 
 
 def check_template(tokenizer: Any) -> None:
-    """Render a chat by the model's template, where it has one: a template at fault is told before anything is long."""
+    """Render a chat by the model's template, where it has one, so that a broken template is reported early."""
     if getattr(tokenizer, "chat_template", None):
         render_chat(tokenizer, [{"role": "user", "content": "a word"}], prompt=True)
 
@@ -200,7 +256,15 @@ def key_tensor(keys: frozenset[int]) -> torch.Tensor:
 
 
 def keys_of(work: RunContext, use: str) -> set[int]:
-    """The documents that a use of this run has."""
+    """The documents that a use of this run has.
+
+    Args:
+        work: of the run.
+        use: what the text is for.
+
+    Returns:
+        Keys of documents.
+    """
     return _keys(work.run.folder, use)
 
 
@@ -209,7 +273,15 @@ def _keys(folder: Path, use: str) -> set[int]:
 
 
 def with_evaluation_left_out(reader: Reader, work: RunContext) -> Reader:
-    """A reader that passes over the documents of the evaluation text, where this run has drawn it."""
+    """A reader that skips the documents of the evaluation text, where this run has drawn it.
+
+    Args:
+        reader: changed in place.
+        work: of the run.
+
+    Returns:
+        The reader.
+    """
     if "evaluation" in work.text:
         reader.drawn["evaluation"] = keys_of(work, "evaluation")
     return reader

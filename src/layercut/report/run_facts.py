@@ -1,0 +1,100 @@
+"""What a run folder holds, read for the report, the model card and the closing table at the end of the journey.
+
+The pipeline's own reader refuses an artefact that is not whole, so that its stage runs again. A report shows what
+there is, also of an old or partial run: what is missing is empty here, and "not measured" in words.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layercut.errors import RunError
+from layercut.report.formatting import Json, printable
+
+FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation": "eval", "env": "env",
+         "stability": "stability", "quantization": "quantize", "frontier": "frontier", "gguf": "gguf"}  # fmt: skip
+"""Fields of RunFacts, and the JSON files they are read from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The JSON artefacts of a run folder; one that it does not have, or that is of another run, is empty."""
+
+    summary: Json = field(default_factory=Json)
+    search: Json = field(default_factory=Json)
+    heal: Json = field(default_factory=Json)
+    evaluation: Json = field(default_factory=Json)
+    env: Json = field(default_factory=Json)
+    stability: Json = field(default_factory=Json)
+    quantization: Json = field(default_factory=Json)
+    frontier: Json = field(default_factory=Json)
+    gguf: Json = field(default_factory=Json)
+    """Of the GGUF file last exported."""
+    evaluations: list[Json] = field(default_factory=list)
+    """What `layercut evaluate RUN` measured, in the order of their files."""
+    settings: Json = field(default_factory=Json)
+    """config.yaml."""
+
+    @property
+    def speed(self) -> Json:
+        """Of eval.json, or else of summary.json."""
+        return self.evaluation.speed or self.summary.speed
+
+    @property
+    def health(self) -> Json:
+        """Figures of both models' continuations; nothing where one of them is not known."""
+        found = self.summary.generation_health
+        return found if found.dense and found.compressed else Json()
+
+    @property
+    def scored(self) -> Json:
+        """Who has the tasks: the run, or the last `layercut evaluate RUN` that scored some where the run has none."""
+        later = [] if self.summary.tasks.entries() else [found for found in self.evaluations if found.tasks.entries()]
+        return max(later, key=lambda found: printable(found.date)) if later else self.summary
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Read a run folder. RunError if summary.json is missing, or if any artefact is not a JSON object."""
+    if not (folder / "summary.json").is_file():
+        raise RunError(
+            f"{folder} has no summary.json, so it is not the folder of a finished run",
+            f"finish the run first: layercut compress MODEL --out {folder}",
+        )
+    found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
+    settings, key = _settings(folder / "config.yaml"), found["summary"].config_hash
+    of_this_run = {
+        "gguf": found["gguf"].run == key,
+        "stability": found["stability"].search == found["search"].config_hash,
+        "frontier": "rounds" in dict(found["search"].entries())
+        and all(dict(settings.entries()).get(k, asked) == asked for k, asked in found["frontier"].budgets.entries()),
+    }
+    found |= {name: Json() for name, same in of_this_run.items() if not same}
+    later = [one for file in sorted(folder.glob("evaluations/*.json")) if (one := read_json(file)).run == key]
+    return RunFacts(**found, settings=settings, evaluations=later)
+
+
+def _settings(path: Path) -> Json:
+    """What a run was asked for; empty where that cannot be read, since the report does not depend on it."""
+    import yaml
+
+    try:
+        return Json(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return Json()
+
+
+def read_json(path: Path) -> Json:
+    """An artefact, empty where there is none. RunError where it is no JSON object."""
+    if not path.is_file():
+        return Json()
+    hint = f"remove {path} and run the same layercut command again; it makes the file anew"
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what a wrong encoding raises
+        raise RunError(f"{path} is not valid JSON ({error})", hint) from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds a {type(value).__name__}; allowed is a JSON object", hint)
+    return Json(value)

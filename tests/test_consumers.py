@@ -1,0 +1,243 @@
+"""Who would misread a cut: the table, what it says of cuts on and off a period, and the four ways out of one model."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import folders
+import tiny
+from layercut.config import CONSUMER_NAMES
+from layercut.errors import ConfigError, ModelError
+from layercut.export.consumers import CONSUMERS, check_written, misread, readings, restriction
+from layercut.export.gguf_check import by_llama_cpp
+from layercut.models import checkpoints, loading
+from layercut.models.gguf_header import read_header
+from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint, cut_gguf
+
+pytest.importorskip("gguf")
+from gguf_writer import write_gguf
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp_py_sync") is None, reason="pip install llama-cpp-py-sync"
+)
+OFF = [Segment(2, 3)]
+"""Takes the layer that attends to everything, the sixth, to the fifth place."""
+ON = [Segment(0, 6)]
+
+
+class Config(SimpleNamespace):
+    """What is asked of a config."""
+
+    num_attention_heads, hidden_size, intermediate_size, head_dim, sliding_window = 4, 576, 1536, 64, 16
+
+    def get_text_config(self, **_: Any) -> Config:
+        return self
+
+
+def config(model_type: str, full: list[int], layers: int = 12, **facts: Any) -> Config:
+    kinds = ["full_attention" if i in full else "sliding_attention" for i in range(layers)]
+    return Config(**{"model_type": model_type, "num_hidden_layers": layers, "layer_types": kinds, **facts})
+
+
+def verdicts(model: Config, segments: list[Segment], **how: Any) -> dict[str, str]:
+    return {one.consumer: one.verdict for one in readings(model, segments, **how)}
+
+
+def test_the_table_names_where_each_rule_was_seen():
+    assert tuple(CONSUMERS) == CONSUMER_NAMES
+    for consumer in CONSUMERS.values():
+        assert consumer.tried
+        assert all(rule.source and any(c.isdigit() for c in rule.source + consumer.tried) for rule in consumer.rules)
+
+
+def test_a_cut_off_the_period_of_gemma_3():
+    model = config("gemma3_text", [5, 11])
+    found = verdicts(model, OFF)
+    assert [name for name, verdict in found.items() if verdict == "misread"] == ["ollama", "mlx"]
+    assert found["llama.cpp"] == found["lm-studio"] == "note"  # an array says it, which older builds do not read
+    assert found["vllm"] == found["transformers"] == found["openvino"] == "right"
+    assert found["onnxruntime"] == "refused"
+    assert misread(readings(model, OFF))[1].startswith("MLX would misread it: it lets every 6th layer attend to every")
+    assert "layer 4 is otherwise (layer 5 of the whole model)" in misread(readings(model, OFF))[1]
+    on = verdicts(model, ON)
+    assert "misread" not in on.values()
+    assert on["llama.cpp"] == "right"
+
+
+@pytest.mark.parametrize(
+    ("model", "wrong"),
+    [
+        (config("gpt_oss", [1, 3, 5, 7, 9, 11]), ["vllm", "ollama", "onnxruntime"]),
+        (config("cohere2", [3, 7, 11]), ["mlx"]),
+        (config("cohere2", [3, 7, 11], sliding_window_pattern=4), ["mlx"]),
+        (config("gemma2", [1, 3, 5, 7, 9, 11]), ["sglang", "ollama"]),
+        (
+            config("smollm3", [], layer_types=None, no_rope_layers=[1, 1, 1, 0] * 3),
+            ["llama.cpp", "ollama", "lm-studio"],
+        ),
+        (config("olmo3", [3, 7, 11]), []),
+        (config("llama", [*range(12)], sliding_window=None), []),
+        (config("gemma3_text", [5, 11], sliding_window=None), []),  # nothing slides
+    ],
+    ids=lambda value: value.model_type if isinstance(value, Config) else "",
+)
+def test_who_misreads_one_layer_less(model, wrong):
+    found = verdicts(model, OFF)
+    assert [name for name, verdict in found.items() if verdict == "misread"] == wrong
+
+
+def test_a_rule_on_the_number_of_layers():
+    model = config("gemma3_text", [*range(5, 62, 6)], 62)
+    assert verdicts(model, [Segment(0, 6)])["llama.cpp"] == "misread"
+    assert verdicts(model, [Segment(0, 6)])["mlx"] == "right"
+    with pytest.raises(ConfigError, match="62 would become 56"):
+        restriction(model, ["llama.cpp"], 6)
+
+
+def test_the_search_is_restricted_to_whole_periods():
+    model = config("gemma3_text", [*range(5, 24, 6)], 24)
+    limits = restriction(model, ["mlx"], 6)
+    assert limits.segments() == [Segment(s, s + 6) for s in range(19)]
+    assert not limits.allows([Segment(0, 1), Segment(7, 12)])
+    assert limits.allows([Segment(2, 3), Segment(5, 10)])  # 3 and 4 slide, as those in their places did
+    assert restriction(model, ["vllm", "transformers"], 5).is_none
+    # off the period the end alone can go, where nothing moves
+    assert restriction(model, ["mlx"], 5).segments() == [Segment(19, 24)]
+
+
+def test_what_a_consumer_does_not_read_is_refused():
+    check_written(["llama.cpp", "mlx", "vllm"], "float")  # llama.cpp by way of export
+    with pytest.raises(ConfigError, match=r"MLX does not read int4 weights .*; it reads folders") as refusal:
+        check_written(["vllm", "mlx"], "int4")
+    assert "leave out --bits" in refusal.value.hint
+    with pytest.raises(ConfigError, match=r"llama\.cpp does not read int8 .* GGUF files, and folders of float weights"):
+        check_written(["llama.cpp"], "int8")
+    with pytest.raises(ConfigError, match="vLLM does not read int8 embeddings"):
+        check_written(["vllm"], "int8 embeddings")
+    with pytest.raises(ConfigError, match="ONNX Runtime does not load gemma3_text"):
+        restriction(config("gemma3_text", [5, 11]), ["onnxruntime"], 6)
+
+
+def test_widths_that_marlin_does_not_take():
+    found = {one.consumer: one for one in readings(config("llama", []), OFF, "int4")}
+    assert found["vllm"].words.endswith("multiples of 128, not 576")
+    assert found["mlx"].verdict == found["llama.cpp"].verdict == "refused"
+    wide = config("llama", [], hidden_size=512)
+    assert verdicts(wide, OFF, written="int4")["vllm"] == "right"
+
+
+# --- four ways ---
+
+TOKENS = torch.randint(2, folders.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+LONG = torch.randint(2, folders.VOCABULARY, (1, 80), generator=torch.Generator().manual_seed(1))
+"""Five times as long as the sliding window."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> dict[str, Any]:
+    """A Gemma 3 on its period as a folder and as a file, and what it computes with the cut layer made the identity."""
+    place = tmp_path_factory.mktemp("gemma")
+    model = tiny.gemma3([5], vocab_size=folders.VOCABULARY)
+    model.save_pretrained(place / "whole")
+    folders.tokenizer().save_pretrained(place / "whole")
+    write_gguf(model, folders.tokenizer(), place / "whole.gguf", "F32")
+    tiny.make_identity_(model, range(2, 3))
+    with torch.no_grad():
+        return {"folder": place / "whole", "file": place / "whole.gguf", "logits": model(LONG).logits, "model": model}
+
+
+def off(logits: torch.Tensor, source: dict[str, Any]) -> float:
+    return ((logits - source["logits"]).norm() / source["logits"].norm()).item()
+
+
+def in_transformers(folder: Path, **changes: Any) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes)
+    with torch.no_grad():
+        return model(LONG).logits
+
+
+def in_llama_cpp(file: Path, source: dict[str, Any]) -> dict[str, Any]:
+    return by_llama_cpp(file, source["model"], folders.tokenizer(), TOKENS)
+
+
+def converted(folder: Path, out: Path, *_: Any) -> None:
+    """As llama.cpp's converter: without the array."""
+    loaded = loading.load(checkpoints.resolve(str(folder)), dtype="float32")
+    write_gguf(loaded.model, loaded.tokenizer, out, "F32")
+
+
+def cut(source: dict[str, Any], what: str, out: Path) -> Path:
+    from layercut.cli.command_line import main
+
+    assert main(["cut", str(source[what]), "--segment=2:3", f"--out={out}"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_to_a_folder(what, source, tmp_path, capsys):
+    out = cut(source, what, tmp_path / "out")
+    assert off(in_transformers(out), source) < (0.02 if what == "file" else 1e-6)  # of a file, bfloat16 is written
+    by_period = {"layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}
+    assert off(in_transformers(out, **by_period), source) > 0.1  # what a consumer that goes by the place computes
+    said = " ".join(capsys.readouterr().err.split())
+    assert "MLX would misread it: it lets every 6th layer" in said
+    assert "llama.cpp would misread" not in said
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
+    from layercut.cli.command_line import main
+
+    out = tmp_path / "out.gguf"
+    if what == "file":
+        cut(source, what, out)
+    else:
+        monkeypatch.setattr("layercut.export.gguf_export.convert", converted)
+        folder = cut(source, what, tmp_path / "out")
+        assert main(["export", str(folder), "--gguf-type=f32", f"--out={out}"]) == 0
+    assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i != 4 for i in range(7)]
+    found = in_llama_cpp(out, source)
+    assert found["positions"] == 80
+    assert found["logit_error"] < 1e-3
+    assert "Ollama would misread it" in " ".join(capsys.readouterr().err.split())
+
+
+@needs_llama_cpp
+def test_without_the_array_llama_cpp_computes_something_else(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.surgery.gguf_cut._made_explicit", lambda *_: {})
+    cut_gguf(source["file"], OFF, tmp_path / "out.gguf")
+    with pytest.raises(ModelError, match="computes something else"):
+        in_llama_cpp(tmp_path / "out.gguf", source)
+
+
+def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsys):
+    from layercut.cli.command_line import main
+
+    for what, out in (("folder", "out"), ("file", "out.gguf")):
+        name = "mlx" if what == "folder" else "ollama"
+        assert main(["cut", str(source[what]), "--segment=2:3", f"--for={name}", f"--out={tmp_path / out}"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "the cut 2:3 is not allowed" in said
+        assert "hint: allowed are --segment" in said
+    assert not list(tmp_path.iterdir())
+    assert main(["cut", str(source["folder"]), "--segment=6:8", "--for=mlx", f"--out={tmp_path / 'out'}"]) == 0
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ConfigError, match="'mlks' is unknown"):
+        from layercut.config import CutConfig
+
+        CutConfig(segment=("2:3",), out=tmp_path, consumers="mlks")
+
+
+def test_cut_checkpoint_alone_writes_the_kinds(source, tmp_path):
+    cut_checkpoint(source["folder"], OFF, tmp_path / "out")
+    assert in_transformers(tmp_path / "out").shape == source["logits"].shape
