@@ -365,7 +365,7 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
     monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
     monkeypatch.setattr("layercut.export.gguf_export.architecture_of", lambda _: "future")
-    refused(str(future), out, f"--converter={converter}", words="how llama.cpp distinguishes the layers of 'future'")
+    refused(str(future), out, f"--converter={converter}", words="how it distinguishes the layers of 'future'")
 
 
 @needs_llama_cpp
