@@ -269,7 +269,7 @@ def _refuse_unknown(architecture: str) -> None:
     """Refuse what neither a table of ours nor llama.cpp itself can vouch for."""
     if not rules.known(architecture) and not llama_cpp_installed():
         raise ModelError(
-            f"llama.cpp is not installed, and layercut does not know how it distinguishes the layers of {architecture!r}",
+            f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
             'pip install "layercut[llamacpp]"',
         )
 
