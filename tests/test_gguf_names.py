@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 import folders
 import tiny
+from hub_stand_in import Hub, Repository
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.models import checkpoints, loading
@@ -15,7 +17,6 @@ from layercut.pipeline.resolve import default_folder
 
 gguf = pytest.importorskip("gguf")
 from gguf_writer import write_gguf  # noqa: E402 - it needs gguf
-from hub_stand_in import serving  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,21 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    repository = tmp_path / "served" / "owner" / "tiny-GGUF"
-    (repository / "more").mkdir(parents=True)
-    for name in ("tiny.Q8_0.gguf", "more/tiny.gguf", "README.md"):
-        (repository / name).write_bytes(file.read_bytes())
-    with serving(tmp_path / "served", tmp_path / "cache", monkeypatch):
-        yield
+    """A Hub with a repository of GGUF files."""
+    hub, repository = Hub(), Repository(private=False)
+    repository.files = dict.fromkeys(("tiny.Q8_0.gguf", "more/tiny.gguf", "README.md"), file.read_bytes())
+    hub.repositories["owner/tiny-GGUF"] = repository
+    server = hub.serve()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
+    template = here + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield
+    server.shutdown()
+    server.server_close()
 
 
 def refused(name: str) -> ModelError:

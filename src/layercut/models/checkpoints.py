@@ -33,6 +33,8 @@ OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(.+\.gguf)", re.ASCII)
 """A .gguf file in a repository of the Hub: OWNER/NAME:FILE.gguf."""
 SHOWN_FILES = 8
+CARD = "README.md"
+"""Fetched along, for the card of what is made of the model; no part of the model."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
+    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + [CARD] + (PICKLE_PATTERNS if allow_pickle else [])
     with _fetching(name):
         answers = _hub_answers(name)
         if answers is False and weights:
