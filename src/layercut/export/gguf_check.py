@@ -285,7 +285,18 @@ def by_llama_cpp(
 
 
 def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
-    """Perplexity of a GGUF file in llama.cpp on windows [N, T], in a fresh process. ModelError: it cannot use it."""
+    """Perplexity of a GGUF file in llama.cpp, in a fresh process.
+
+    Args:
+        file: a GGUF file.
+        tokens: token ids [N, T], windows that do not overlap.
+
+    Returns:
+        Perplexity.
+
+    Raises:
+        ModelError: llama.cpp cannot use the file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "tokens.npy", tokens.numpy())
         return math.exp(min(_printed(file, Path(folder))["loss"], 700.0))

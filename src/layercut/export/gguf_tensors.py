@@ -75,7 +75,19 @@ def gguf_tensors(
 
 
 def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
-    """llama.cpp's name of each parameter. ModelError: it has none, or does not know the architecture."""
+    """llama.cpp's name of each parameter.
+
+    Args:
+        parameters: their names.
+        config: of the model.
+        architecture: general.architecture.
+
+    Returns:
+        The names, in the order given.
+
+    Raises:
+        ModelError: it has none, or does not know the architecture.
+    """
     found: dict[str, str] = {}
     names = _name_map(config, architecture)
     for parameter in parameters:
@@ -90,7 +102,18 @@ def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, 
 
 
 def possible_names(model: Any, architecture: str) -> dict[str, str | None]:
-    """llama.cpp's name of each parameter of a model; None for those that it parts or joins, such as fused experts."""
+    """llama.cpp's name of each parameter of a model, as far as it has one.
+
+    Args:
+        model: a causal LM of transformers.
+        architecture: general.architecture.
+
+    Returns:
+        The names; None for parameters that it stores in parts or joined, such as fused experts.
+
+    Raises:
+        ModelError: llama.cpp does not know the architecture.
+    """
     names = _name_map(model.config, architecture)
     return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
 
@@ -105,7 +128,15 @@ def _name_map(config: Any, architecture: str) -> Any:
 
 
 def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str]:
-    """The GGML type of each tensor of a file, in lower case, by its name once segments are cut out."""
+    """The GGML types of the tensors that a cut leaves.
+
+    Args:
+        file: a GGUF file.
+        segments: the layers to remove.
+
+    Returns:
+        Types in lower case, by the tensors' names after the cut.
+    """
     header, reader = open_gguf(file)
     names = names_after(header, segments)
     return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
