@@ -42,6 +42,9 @@ class Config(SimpleNamespace):
     def get_text_config(self, **_: Any) -> Config:
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
 
 def config(model_type: str, full: list[int], layers: int = 12, **facts: Any) -> Config:
     kinds = ["full_attention" if i in full else "sliding_attention" for i in range(layers)]
@@ -71,6 +74,12 @@ def test_a_cut_off_the_period_of_gemma_3():
     on = verdicts(model, ON)
     assert "misread" not in on.values()
     assert on["llama.cpp"] == "right"
+
+
+def test_another_period_is_written_for_who_reads_it():
+    found = verdicts(config("gemma3_text", [3, 7, 9, 11]), [Segment(0, 8)])  # every 2nd of what is left
+    assert found["mlx"] == "right"
+    assert found["ollama"] == "misread"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,7 @@ LONG = torch.randint(2, folders.VOCABULARY, (1, 80), generator=torch.Generator()
 def source(tmp_path_factory) -> dict[str, Any]:
     """A Gemma 3 on its period as a folder and as a file, and what it computes with the cut layer made the identity."""
     place = tmp_path_factory.mktemp("gemma")
-    model = tiny.gemma3([5], vocab_size=folders.VOCABULARY)
+    model = tiny.gemma3([5, 11], 12, vocab_size=folders.VOCABULARY)
     model.save_pretrained(place / "whole")
     folders.tokenizer().save_pretrained(place / "whole")
     write_gguf(model, folders.tokenizer(), place / "whole.gguf", "F32")
@@ -186,7 +195,7 @@ def cut(source: dict[str, Any], what: str, out: Path) -> Path:
 def test_to_a_folder(what, source, tmp_path, capsys):
     out = cut(source, what, tmp_path / "out")
     assert off(in_transformers(out), source) < (0.02 if what == "file" else 1e-6)  # of a file, bfloat16 is written
-    by_period = {"layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}
+    by_period = {"layer_types": [*["sliding_attention"] * 5, "full_attention", *["sliding_attention"] * 5]}
     assert off(in_transformers(out, **by_period), source) > 0.1  # what a consumer that goes by the place computes
     said = " ".join(capsys.readouterr().err.split())
     assert "MLX would misread it: it lets every 6th layer" in said
@@ -205,7 +214,7 @@ def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("layercut.export.gguf_export.convert", converted)
         folder = cut(source, what, tmp_path / "out")
         assert main(["export", str(folder), "--gguf-type=f32", f"--out={out}"]) == 0
-    assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i != 4 for i in range(7)]
+    assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i not in (4, 10) for i in range(11)]
     found = in_llama_cpp(out, source)
     assert found["positions"] == 80
     assert found["logit_error"] < 1e-3
@@ -227,10 +236,10 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
         name = "mlx" if what == "folder" else "ollama"
         assert main(["cut", str(source[what]), "--segment=2:3", f"--for={name}", f"--out={tmp_path / out}"]) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert "the cut 2:3 is not allowed" in said
-        assert "hint: allowed are --segment" in said
+        assert "would misread the cut 2:3: it lets every 6th layer" in said
+        assert "hint: segments of as many layers that it reads right: --segment 11:12" in said
     assert not list(tmp_path.iterdir())
-    assert main(["cut", str(source["folder"]), "--segment=6:8", "--for=mlx", f"--out={tmp_path / 'out'}"]) == 0
+    assert main(["cut", str(source["folder"]), "--segment=0:6", "--for=mlx", f"--out={tmp_path / 'out'}"]) == 0
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ConfigError, match="'mlks' is unknown"):
         from layercut.config import CutConfig

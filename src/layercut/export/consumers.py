@@ -18,8 +18,8 @@ from layercut.errors import ConfigError
 from layercut.layer_search import Restriction
 from layercut.models import llama_cpp_rules
 from layercut.models.loading import count_layers
-from layercut.models.older_names import READ_BY_4
-from layercut.segments import Segment, checked_segments, kept_layers
+from layercut.models.older_names import READ_BY_4, period_of, unsaid
+from layercut.segments import Segment, kept_layers
 
 Written = Literal["float", "int8", "int4", "int8 embeddings", "gguf"]
 """What a model is written as: a folder of float weights, of packed ones, of those with packed embeddings; a file."""
@@ -42,6 +42,8 @@ class IndexRule:
     source: str
     """Where that was read, with the version."""
     aspect: Aspect = "layer_types"
+    reads_period: bool = False
+    """Whether it reads the period from the config, which is written where one says which of the kept layers slide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +208,11 @@ CONSUMERS: dict[str, Consumer] = {
     "mlx": Consumer(
         title="MLX", reads=("float",), tried="mlx-lm on mlx[cpu]: right where no rule is broken",
         rules=(
-            IndexRule(model_types=("gemma3_text", "gemma3"), places=every(6, "sliding_window_pattern"),
+            IndexRule(model_types=("gemma3_text", "gemma3"), reads_period=True,
+                      places=every(6, "sliding_window_pattern"),
                       words=f"lets every 6th layer {_APART}", source=_MLX + "gemma3_text.py"),
-            IndexRule(model_types=("cohere2",), places=every(4, "sliding_window_pattern"),
+            IndexRule(model_types=("cohere2",), reads_period=True,
+                      places=every(4, "sliding_window_pattern"),
                       words=f"lets every 4th layer {_APART}", source=_MLX + "cohere2.py"),
             IndexRule(model_types=("exaone4",), places=by_letters,
                       words="repeats the letters of sliding_window_pattern", source=_MLX + "exaone4.py"),
@@ -284,6 +288,8 @@ def _odd_layer(rule: IndexRule, text: Any, kept: Sequence[int]) -> int | None:
     apart = layers_apart(text, rule.aspect)
     if apart is None:
         return None
+    if rule.reads_period and period_of(text.model_type, [text.layer_types[i] for i in kept]) is not None:
+        return None
     theirs = rule.places(text, len(kept))
     return next((place for place, i in enumerate(kept) if apart[i] != theirs[place]), None)
 
@@ -335,8 +341,8 @@ def _noted(consumer: Consumer, text: Any, kept: list[int], written: Written) -> 
     if written.startswith("int") and (narrow := _narrow(text, consumer.columns)):
         those = ", ".join(map(str, narrow))
         notes.append(f"on NVIDIA its Marlin kernels take widths that are multiples of {consumer.columns}, not {those}")
-    if consumer.title == "transformers" and text.model_type not in READ_BY_4:
-        notes.append("from 5.0 on")
+    if consumer.title == "transformers" and (text.model_type not in READ_BY_4 or unsaid(text.to_dict())):
+        notes.append("from 5.0 on, not by 4.57")
     if "gguf" in consumer.reads and consumer.title != "transformers" and (key := _array(text, kept)):
         notes.append(
             f"which layers slide stands in the file as {key}, which it reads from {llama_cpp_rules.NEEDS_BUILD} on"
@@ -445,10 +451,18 @@ def check_cut(config: Any, segments: Sequence[Segment], names: Sequence[str], wr
     Raises:
         ConfigError: which one and why; the hint names cuts or formats that are right.
     """
-    if names:
-        check_written(names, written)
-        checked = checked_segments(segments, count_layers(config))
-        restriction(config, names, sum(map(len, checked))).check(checked)
+    if not names:
+        return
+    check_written(names, written)
+    for one in readings(config, segments, written, names):
+        if one.verdict in ("misread", "refused"):
+            left = restriction(config, [one.consumer], sum(map(len, segments))).segments()
+            near = sorted(left, key=lambda each: abs(each.start - min(segments).start))[:3]
+            those = ", or ".join(f"--segment {each}" for each in near)
+            raise ConfigError(
+                f"{CONSUMERS[one.consumer].title} would misread the cut {', '.join(map(str, segments))}: {one.words}",
+                f"segments of as many layers that it reads right: {those}" if near else "leave out --for",
+            )
 
 
 def check_model(config: Any, names: Sequence[str], written: Written) -> list[Reading]:

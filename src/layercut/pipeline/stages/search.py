@@ -65,8 +65,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         if stage.open:
             stack, tokens = this.stack, work.blocks["calibration"]
             if wanted:
-                allowed = limits(this, sum(map(len, wanted)))
-                result = layer_search.search(stack, tokens, segments=wanted, restriction=allowed)
+                result = layer_search.search(stack, tokens, segments=wanted)  # checked against --for by `resolve`
             elif length is None and config.max_loss is not None:
                 result = search_within(this, config.max_loss)
             else:
