@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,11 @@ import folders
 import tiny
 from layercut.config import CONSUMER_NAMES
 from layercut.errors import ConfigError, ModelError
-from layercut.export.consumers import CONSUMERS, check_written, misread, readings, restriction
+from layercut.export.consumers import CONSUMERS, check_written, misread, readings, restriction, table
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
+from layercut.report.page import model_card, write_report
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf
 
@@ -60,6 +63,12 @@ def test_the_table_names_where_each_rule_was_seen():
     for consumer in CONSUMERS.values():
         assert consumer.tried
         assert all(rule.source and any(c.isdigit() for c in rule.source + consumer.tried) for rule in consumer.rules)
+
+
+def test_the_guide_holds_the_table():
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "consumers.md"
+    shown = guide.read_text(encoding="utf-8").split("<!-- consumers -->\n")[1].split("<!-- /consumers -->")[0]
+    assert shown == table(), "write what layercut.export.consumers.table() gives between the marks"
 
 
 def test_a_cut_off_the_period_of_gemma_3():
@@ -250,3 +259,33 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
 def test_cut_checkpoint_alone_writes_the_kinds(source, tmp_path):
     cut_checkpoint(source["folder"], OFF, tmp_path / "out")
     assert in_transformers(tmp_path / "out").shape == source["logits"].shape
+
+
+# --- the search and the report ---
+
+
+def test_the_command_searches_among_what_a_consumer_reads_right(source, texts, tmp_path, capsys):
+    from layercut.cli.command_line import main
+
+    asked = ["search", str(source["folder"]), "--ratio=0.17", f"--data={texts[0]}", "--tokens=64", "--window=16"]
+    for how in (["--for=mlx"], ["--for=mlx,vllm", "--method=exhaustive", "--num-segments=2"]):
+        assert main([*asked, *how, f"--out={tmp_path / how[-1]}"]) == 0
+        out, said = capsys.readouterr()
+        cuts = [[tuple(map(int, one.split(":"))) for one in line.split("\t")[0].split()] for line in out.splitlines()]
+        kept = [[i for i in range(12) if not any(a <= i < b for a, b in cut)] for cut in cuts]
+        assert all(len(one) == 10 and [p for p, i in enumerate(one) if i in (5, 11)] == [5] for one in kept)
+        assert [(10, 12)] in cuts
+        assert "MLX lets every 6th layer attend to everything" in " ".join(said.split())
+    assert main([*asked, "--segment=2:4", "--for=mlx", f"--out={tmp_path / 'given'}"]) == 2
+    assert main(["compress", *asked[1:], "--bits=4", "--for=mlx", f"--out={tmp_path / 'bits'}"]) == 2
+    assert "MLX does not read int4 weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_report_and_card_name_who_would_misread_it(tmp_path):
+    found = [asdict(one) for one in readings(config("gemma3_text", [5, 11]), OFF)]
+    (tmp_path / "summary.json").write_text(json.dumps({"model": "gemma", "segments": [[2, 3]], "consumers": found}))
+    card, page = model_card(tmp_path), write_report(tmp_path).read_text()
+    assert "| `MLX` | would misread it | it lets every 6th layer attend to everything" in card
+    assert "| `ONNX Runtime` | does not load it |" in card
+    assert "would misread it" in page
+    assert "gemma3.attention.sliding_window_pattern" in page

@@ -98,6 +98,24 @@ def every(number: int, key: str = "") -> Places:
     return places
 
 
+def by_llama_cpp(architecture: str) -> Places:
+    """A rule as `models/llama_cpp_rules.py` has it, for a file in which no array says otherwise.
+
+    Args:
+        architecture: in llama.cpp's names.
+
+    Returns:
+        The rule.
+    """
+
+    def places(config: Any, layers: int) -> list[bool]:
+        window = getattr(config, "sliding_window", None)
+        facts = {"attention.sliding_window": window} if window else {}
+        return llama_cpp_rules.full_layers(architecture, facts, layers) or [True] * layers
+
+    return places
+
+
 def by_length_of_pattern(config: Any, layers: int) -> list[bool]:
     """The last of every len(sliding_window_pattern) layers is apart; without a pattern all are.
 
@@ -152,7 +170,7 @@ def _llama_cpp_rules() -> tuple[IndexRule, ...]:
             found.append(
                 IndexRule(
                     model_types=(model_type,),
-                    places=every(number),
+                    places=by_llama_cpp(name),
                     words=f"lets every {llama_cpp_rules.ordinal(number)} layer {does}",
                     source="llama.cpp b11739, load_hparams",
                     aspect="no_rope_layers" if nope else "layer_types",
@@ -219,7 +237,7 @@ CONSUMERS: dict[str, Consumer] = {
             IndexRule(model_types=("llama4_text",), places=every(4), aspect="no_rope_layers",
                       words="lets every 4th layer have no rotary positions", source=_MLX + "llama4.py"),
             IndexRule(model_types=("qwen3_next", "qwen3_5_text"), places=every(4, "full_attention_interval"),
-                      words="lets every 4th layer be one of attention", source=_MLX + "qwen3_next.py"),
+                      words="lets every 4th layer be one of attention", source=_MLX + "qwen3_next.py, qwen3_5.py"),
         ),
     ),
     "openvino": Consumer(
@@ -501,10 +519,15 @@ def _titles(names: Sequence[str]) -> str:
 
 def table() -> str:
     """The consumers as Markdown, for the documents."""
-    lines = ["| consumer | name for `--for` | reads | takes from a layer's place | source |", "|---|---|---|---|---|"]
+    lines = ["| consumer | `--for` | reads | takes from a layer's place | seen in |", "|---|---|---|---|---|"]
     for name, consumer in CONSUMERS.items():
-        rules = "; ".join(f"{', '.join(rule.model_types)}: {rule.words}" for rule in consumer.rules) or "nothing"
-        sources = "; ".join(dict.fromkeys(rule.source for rule in consumer.rules))
-        told = "; ".join(filter(None, (consumer.tried, sources)))
-        lines.append(f"| {consumer.title} | `{name}` | {', '.join(consumer.reads)} | {rules} | {told} |")
+        as_llama_cpp = name != "llama.cpp" and set(LLAMA_CPP) <= set(consumer.rules)
+        own = [rule for rule in consumer.rules if not (as_llama_cpp and rule in LLAMA_CPP)]
+        words = {rule.words: [t for one in own if one.words == rule.words for t in one.model_types] for rule in own}
+        told = ["what llama.cpp does"] if as_llama_cpp else []
+        told += [f"{', '.join(types)}: {each}" for each, types in words.items()]
+        seen = "; ".join(dict.fromkeys([consumer.tried, *(rule.source for rule in own)]))
+        lines.append(
+            f"| {consumer.title} | `{name}` | {', '.join(consumer.reads)} | {'; '.join(told) or 'nothing'} | {seen} |"
+        )
     return "\n".join(lines) + "\n"
