@@ -27,7 +27,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import common
-from layercut.estimate import work
 from layercut.models import checkpoints, loading
 from layercut.pipeline.run_store import TEXTS, Run
 from layercut.pipeline.stages import text
@@ -80,7 +79,7 @@ def plan(argv: list[str], held_out: int) -> None:
     """`layercut plan`, in this process, for so few rows held out."""
     from layercut.cli.command_line import main as command
 
-    work.FEWEST_HELD_OUT = held_out
+    text.FEWEST_HELD_OUT = held_out
     sys.exit(command(argv))
 
 

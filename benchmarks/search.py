@@ -29,7 +29,8 @@ from layercut.layer_search.prices import Prices, race
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import Cuts
 from layercut.layer_search.walls import all_sets
-from layercut.models.losses import Teacher, rows_per_chunk
+from layercut.models.batch_sizes import rows_per_chunk
+from layercut.models.losses import Teacher
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.provenance import environment
 from layercut.segments import layers_to_remove

@@ -89,6 +89,25 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32") -> Pat
     return path
 
 
+def with_metadata(source: Path, out: Path, more: dict[str, str | list[str]]) -> Path:
+    """A copy of a .gguf file with further text in its metadata."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for key, value in more.items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_array(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
 def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

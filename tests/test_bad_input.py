@@ -345,7 +345,7 @@ def test_a_device_that_is_not_there_is_refused(device, names, capsys):
 
 def test_a_run_folder_in_use_is_refused(names, tmp_path, capsys):
     with Run(tmp_path / "run"):
-        refused(command(names, "--ratio=0.25"), capsys, "another layercut is at work", "name another --out")
+        refused(command(names, "--ratio=0.25"), capsys, "another layercut command is using", "name another --out")
     nothing_left(tmp_path / "run")
 
 

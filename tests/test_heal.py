@@ -17,7 +17,7 @@ from layercut.healing.endpoint_tuning import TuningFiles, endpoints, own_paramet
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
-from layercut.models import loading, losses
+from layercut.models import batch_sizes, loading, losses
 from layercut.models.objectives import KL, NextToken, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
@@ -219,7 +219,7 @@ def test_next_token_loss_and_its_gradient():
 @pytest.mark.parametrize("budget", [1, 4 * 20 * 2, 2**20])
 def test_pieces_cover_all_tokens_once_and_fit(budget):
     seen = torch.zeros(6, 16, dtype=torch.int64)
-    for rows, columns in losses.logit_pieces(6, 16, 10, budget):
+    for rows, columns in batch_sizes.logit_pieces(6, 16, 10, budget):
         seen[rows, columns] += 1
         assert seen[rows, columns].numel() * 10 <= max(10, budget)
     assert (seen == 1).all()
@@ -241,7 +241,7 @@ DIRECT = {
 def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatch, tmp_path):
     """Chunks of 5 tokens, or all at once."""
     model, tokens, rows = tiny.llama(), tiny.some_tokens(4), torch.arange(4)
-    monkeypatch.setattr(tuning_pass, "logit_pieces", lambda *a: losses.logit_pieces(*a, budget_bytes=budget))
+    monkeypatch.setattr(tuning_pass, "logit_pieces", lambda *a: batch_sizes.logit_pieces(*a, budget_bytes=budget))
     student, reference = (cut_copy(model, Segment(3, 5)) for _ in range(2))
     options = DIRECT[name]
     t, mix = options.get("temperature", 1.0), options.get("mix", 1.0 if name == "next-token" else 0.0)

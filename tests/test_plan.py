@@ -35,18 +35,24 @@ from layercut.config import (
     PlanConfig,
     SearchConfig,
 )
-from layercut.estimate import GROUP, cut_parts, memory_peaks, memory_peaks_offloaded, plan_run, sizes, stage_peaks, work
+from layercut.estimate import GROUP, cut_parts, plan_run, sizes, stage_costs
 from layercut.estimate.fit import Device, judge
 from layercut.estimate.machine import Rates
 from layercut.estimate.shape import cache_kinds, count_parts, measure_shape, skeleton
 from layercut.evaluation import speed
+from layercut.export import checkpoint
 from layercut.healing import tune_
-from layercut.healing.least_squares import together
+from layercut.healing.endpoint_tuning import TuneSettings
+from layercut.healing.least_squares import fold_systems, together
 from layercut.healing.linear_outputs import find_targets
+from layercut.healing.tuning_cost import tune_cost
 from layercut.layer_search import search
+from layercut.layer_search.search_cost import costs, measured_once, search_cost, unknown_search
 from layercut.layer_search.sweep import DENSE, all_segments, streams_held
 from layercut.models import checkpoints, loading
+from layercut.models.cost import Peak, PlannedRun, Work, total
 from layercut.models.runner import DecoderRunner
+from layercut.offload.placement import spread_peak
 from layercut.registries import criteria
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -188,19 +194,30 @@ def llama() -> tuple[DecoderRunner, Any, torch.Tensor]:
     return DecoderRunner(model), measure_shape(model.config, torch.float32, 16), tiny.some_tokens(40, 16)
 
 
+def run_of(shape: Any, settings: CompressConfig, segment: Segment) -> PlannedRun:
+    return PlannedRun(
+        config=settings, shape=shape, reported=shape, segments=[segment], after=shape.dense, heldout=64, folded=8,
+        libraries=7,
+    )  # fmt: skip
+
+
+def told(method: str, shape: Any, length: int, rows: int) -> Work:
+    settings = replace(config(method), text=DataConfig(tokens=16 * rows, window=16))
+    found = search_cost(run_of(shape, settings, Segment(0, length))).work
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("method", ["exhaustive", "cosine", "perplexity", "taylor", "sleb"])
 @pytest.mark.parametrize("rows", [3, 9])
 def test_layer_forwards_are_those_that_the_search_counts(llama, method, rows):
     stack, shape, tokens = llama
     cost = search(stack, tokens[:rows], n_layers=3, method=method, seed=0).cost
-    planned = work.METHODS[method](12, 3, rows, shape)
+    planned = told(method, shape, 3, rows)
     # a baseline's pick is priced as well, which is not in its own cost
-    extra = 0 if method == "exhaustive" else work._priced_pick(12, 3, rows).least
-    if method == "sleb":
-        assert planned.layer_forwards.least <= cost.layer_forwards <= planned.layer_forwards.most
-    else:
-        assert planned.layer_forwards.least - extra == cost.layer_forwards
-        assert planned.layer_backwards.expected == cost.layer_backwards
+    extra = 0 if method == "exhaustive" else told("random", shape, 3, rows).layer_forwards.least
+    assert planned.layer_forwards.least - extra == cost.layer_forwards
+    assert planned.layer_backwards.expected == cost.layer_backwards
     if method == "exhaustive":
         assert planned.layer_forwards.expected == planned.layer_forwards.most == cost.layer_forwards
 
@@ -208,7 +225,7 @@ def test_layer_forwards_are_those_that_the_search_counts(llama, method, rows):
 @pytest.mark.parametrize(("length", "rows"), [(2, 3), (3, 40), (9, 12), (11, 6)])
 def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
     stack, shape, tokens = llama
-    planned = work.METHODS["clp"](12, length, rows, shape)
+    planned = told("clp", shape, length, rows)
     for seed in (0, 1):
         cost = search(stack, tokens[:rows], n_layers=length, method="clp", seed=seed).cost
         for counted, bounds in (
@@ -224,7 +241,13 @@ def test_the_systems_that_are_counted_are_those_that_the_fold_solves(name):
     config = Qwen3Config(**WIDTHS, head_dim=16) if name == "qwen3" else FAMILIES[name]
     targets = find_targets(DecoderRunner(tiny.tiny(config)), 2, tiny.some_tokens(2))
     solved = [sum(target.width for target in together(targets[number:])) for number in range(len(targets))]
-    assert list(work.fold_systems(measure_shape(config, torch.float32, 16))) == solved
+    assert list(fold_systems(measure_shape(config, torch.float32, 16))) == solved
+
+
+def tuned(shape: Any, segment: Segment, *, on_disk: bool = False, **changes: Any) -> Peak:
+    stream = "on" if on_disk else "off"
+    run = run_of(shape, replace(config(), load=ModelConfig(stream=stream)), segment)
+    return tune_cost(run, TuneSettings(**{"batch_tokens": 32} | changes)).peak
 
 
 @pytest.mark.parametrize("radius", [1, 2])
@@ -234,18 +257,19 @@ def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     cut_segment_(student.model, [Segment(4, 7)])
     student = DecoderRunner(student.model)
     report = tune_(student, dense, tokens[:2], heldout=tokens[2:4], batch_tokens=32, radius=radius)
-    planned = memory_peaks.tune(shape, config(radius=radius), Segment(4, 7))
+    planned = tuned(shape, Segment(4, 7), radius=radius)
     # the masters' state in float32, and the parameters themselves, their gradients and their best values
     assert planned["trained state"] == report.state_bytes + 3 * 4 * report.trained_parameters
 
 
 def test_the_more_is_done_at_once_the_more_memory_it_takes(llama):
     _, shape, _ = llama
-    peak = memory_peaks.total(memory_peaks.tune(shape, config(), Segment(4, 7)))
-    assert memory_peaks.total(memory_peaks.tune(shape, config(batch_tokens=64), Segment(4, 7))) > peak
-    assert memory_peaks.total(memory_peaks.tune(shape, config(radius=2), Segment(4, 7))) > peak
-    assert memory_peaks.total(memory_peaks.tune(shape, config(objective="hidden"), Segment(4, 7))) < peak
-    early, late = (memory_peaks.tune(shape, config(), Segment(s, s + 3))["kept for backward"] for s in (1, 8))
+    segment = Segment(4, 7)
+    peak = total(tuned(shape, segment))
+    assert total(tuned(shape, segment, batch_tokens=64)) > peak
+    assert total(tuned(shape, segment, radius=2)) > peak
+    assert total(tuned(shape, segment, objective="hidden")) < peak
+    early, late = (tuned(shape, Segment(s, s + 3))["kept for backward"] for s in (1, 8))
     assert early > late
 
 
@@ -253,26 +277,25 @@ def test_layers_on_disk_take_two_of_them_and_hidden_states_of_all_rows(llama):
     _, shape, _ = llama
     on_disk = replace(config(), load=ModelConfig(stream="on"))
     rest = shape.dense.total - sum(shape.dense.layers)
-    peaks, memory_peaks = (
-        stage_peaks(shape, settings, CUT, 3, False, shape.dense, 7) for settings in (on_disk, config())
-    )
-    assert peaks.keys() == memory_peaks.keys()
+    runs = (run_of(shape, settings, Segment(2, 5)) for settings in (on_disk, config()))
+    peaks, in_memory = ({name: spent.peak for name, spent in stage_costs(run).items()} for run in runs)
+    assert peaks.keys() == in_memory.keys()
     for peak in peaks.values():
         assert peak["weights in memory"] + peak["two layers"] == 4 * (rest + 2 * shape.dense.layers[0])
     token = shape.hidden * 4
     sets = [DENSE, *((segment,) for segment in all_segments(3, 12))]
     assert peaks["search"]["streams"] == streams_held(sets, 12) * 8 * 16 * token
-    assert memory_peaks_offloaded.evaluate(shape, on_disk)["streams"] == 2 * 64 * token
-    assert peaks["tune"]["trained state"] == memory_peaks["tune"]["trained state"]
+    assert peaks["eval"]["streams"] == 2 * 64 * token
+    assert peaks["tune"]["trained state"] == in_memory["tune"]["trained state"]
     # of the layers from the one before the cut on, the input of 32 tokens each, and two more states
-    assert peaks["tune"]["inputs of a step"] == (10 - 1 + 2) * 32 * token
-    assert "logits or layer" in memory_peaks_offloaded.tune(shape, config(objective="hidden"), Segment(4, 7))
+    assert peaks["tune"]["inputs of a step"] == (9 - 1 + 2) * 32 * token
+    assert "logits or layer" in tuned(shape, Segment(4, 7), on_disk=True, objective="hidden")
 
 
 def test_time_is_work_over_rates(llama):
     _, shape, _ = llama
     rates = Rates(flops=10.0, flops64=5.0, matvec=4.0, launch=0.0, memory=2.0, disk=None)
-    spent = work.Work(flops=20, flops64=5, moved_bytes=4, decoded_bytes=8, read_bytes=2)
+    spent = Work(flops=20, flops64=5, moved_bytes=4, decoded_bytes=8, read_bytes=2)
     assert rates.seconds(shape, spent) == 20 / 10 + 5 / 5 + 4 / 2 + 8 / 4 + 2 / 2
 
 
@@ -321,11 +344,11 @@ def test_a_stage_over_spread_weights():
     shape = measure_shape(stock("llama-untied"), torch.bfloat16, 16)
     layer = max(shape.dense.layers)
     peak = {"weights": 2 * shape.dense.total, "trained state": 800, "logits": 7}
-    parts = memory_peaks.spread("tune", peak, shape, 8)
+    parts = spread_peak(peak, shape, 8)
     assert (parts["weights"], parts["trained state"], parts["logits"]) == (2 * shape.dense.total // 8, 100, 7)
     assert parts["gathered"] >= 2 * 2 * layer
     assert parts["gradient of a layer"] == 6 * layer
-    assert "gradient of a layer" not in memory_peaks.spread("eval", peak, shape, 8)
+    assert "gradient of a layer" not in spread_peak({"weights": 7}, shape, 8)
 
 
 # --- the command ---
@@ -373,7 +396,28 @@ def test_the_search_by_a_criterion_of_ones_own_is_planned_as_unknown(bare, monke
     assert plan["stages"]["search"]["flops"] is plan["stages"]["search"]["layer_forwards"] is None
     assert main(words) == 0
     assert "What the criterion 'test-mine' computes and holds is unknown" in capsys.readouterr().out
-    assert all((work.unknown_search(name) is None) == (name in criteria.own) for name in criteria)
+    for name in criteria:
+        assert (unknown_search(SearchConfig(ratio=0.3, method=name)) is None) == (name in criteria.own)
+
+
+def test_a_criterion_of_ones_own_may_say_what_it_costs(bare, monkeypatch, capsys):
+    @costs(measured_once(1))
+    def mine(runner, tokens, length):
+        return []
+
+    monkeypatch.setitem(criteria.registered, "test-mine", mine)
+    words = ["plan", str(bare), "--ratio=0.3", "--no-calibrate", "--window=16", "--tokens=128", "--json"]
+    plans = []
+    for method in ("test-mine", "cosine"):
+        assert main([*words, f"--method={method}"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["search_is"] is None
+    assert plans[0]["stages"]["search"]["layer_forwards"] == plans[1]["stages"]["search"]["layer_forwards"]
+
+
+def test_the_fresh_process_generates_as_many_tokens_as_are_counted():
+    source = Path(checkpoint.CHECKER).read_text()
+    assert f"NEW_TOKENS = {checkpoint.PROBE_TOKENS}\n" in source
 
 
 def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):

@@ -46,23 +46,23 @@ def test_choices_are_judged_by_the_real_cuts_on_the_common_set():
     first, apart = (Segment(3, 5),), (Segment(2, 3), Segment(4, 5))
     steps = []
     found = judge(stack, blocks, [first, apart, first], 2, advance=steps.append)
-    assert sum(steps) == found["layer_forwards"] == stability_work([first, apart], 2, 8, 6)
+    assert sum(steps) == found.layer_forwards == stability_work([first, apart], 2, 8, 6)
     everything = torch.cat(list(blocks.values()))
     prices = {cuts: real_kl(model, cuts, everything) for cuts in [*((Segment(s, s + 2),) for s in range(7)), apart]}
     best = min(prices, key=prices.__getitem__)
-    assert [(row["segments"], row["seeds"]) for row in found["choices"]] == [([[3, 5]], 2), ([[2, 3], [4, 5]], 1)]
-    for row in [*found["choices"], found["best"]]:
-        kl = prices[tuple(Segment(*bounds) for bounds in row["segments"])]
-        assert row["kl"] == pytest.approx(kl, rel=1e-4)
-        assert row["relative"] == pytest.approx(kl / prices[best], rel=1e-4)
-    assert found["best"]["segments"] == [[s.start, s.stop] for s in best]
-    assert found["worst"] == pytest.approx(max(prices[first], prices[apart]) / prices[best], rel=1e-4)
-    for row in found["sources"]:
-        rows = blocks[row["source"]]
-        assert row["tokens"] == rows.numel()
-        assert row["chosen"]["kl"] == pytest.approx(real_kl(model, first, rows), rel=1e-4)
-        assert row["best"]["kl"] == pytest.approx(min(real_kl(model, cuts, rows) for cuts in prices), rel=1e-4)
-    assert found["tokens"] == everything.numel()
+    assert [(row.segments, row.seeds) for row in found.choices] == [([(3, 5)], 2), ([(2, 3), (4, 5)], 1)]
+    for row in [*found.choices, found.best]:
+        kl = prices[tuple(Segment(*bounds) for bounds in row.segments)]
+        assert row.kl == pytest.approx(kl, rel=1e-4)
+        assert row.relative == pytest.approx(kl / prices[best], rel=1e-4)
+    assert found.best.segments == [(s.start, s.stop) for s in best]
+    assert found.worst == pytest.approx(max(prices[first], prices[apart]) / prices[best], rel=1e-4)
+    for row in found.sources:
+        rows = blocks[row.source]
+        assert row.tokens == rows.numel()
+        assert row.chosen.kl == pytest.approx(real_kl(model, first, rows), rel=1e-4)
+        assert row.best.kl == pytest.approx(min(real_kl(model, cuts, rows) for cuts in prices), rel=1e-4)
+    assert found.tokens == everything.numel()
 
 
 def test_a_choice_that_costs_nothing_is_not_divided_by_zero():
@@ -70,7 +70,7 @@ def test_a_choice_that_costs_nothing_is_not_divided_by_zero():
     tiny.make_identity_(model, range(3, 5))
     free, dear = (Segment(3, 5),), (Segment(0, 2),)
     found = judge(DecoderRunner(model), {"web": tiny.some_tokens(2)}, [free, dear], 2)
-    assert [row["relative"] for row in found["choices"]] == [1.0, float("inf")]
+    assert [row.relative for row in found.choices] == [1.0, float("inf")]
 
 
 @pytest.fixture

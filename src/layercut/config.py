@@ -498,6 +498,22 @@ class RunConfig:
     a compress run, the other commands take the keys they know."""
 
 
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Upload of the result."""
+
+    push_to_hub: str | None = None
+    """Upload the result to the Hub under this name: owner/name, or name for your own. The token is checked before any
+    work begins; uploaded are the model and its card, and nothing else of a run."""
+    private: Annotated[bool, no_negative] = False
+    """Make that repository private."""
+
+    def __post_init__(self) -> None:
+        if self.private and self.push_to_hub is None:
+            raise ConfigError("--private is given without --push-to-hub", "--push-to-hub NAME --private")
+
+
 @flat
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
@@ -549,6 +565,7 @@ class CompressConfig(TuneConfig):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def check(self) -> None:
         """Check what no stage can check alone; not on construction, so that a mistyped --ratoi is named first.
@@ -643,6 +660,7 @@ class CutConfig:
     """Replace what is at --out."""
     allow_pickle: Annotated[bool, rare_switch] = False
     """Read pickled weights (*.bin), which can run code too."""
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
         consumer_names(self.consumers)
@@ -667,6 +685,7 @@ class QuantizeAloneConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
@@ -710,12 +729,35 @@ class ExportConfig:
     consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
         consumer_names(self.consumers)
         exporters.check(self.format, "--format")
         if self.format == "gguf" and self.out.suffix != ".gguf":
             raise ConfigError(f"--out {self.out} is not named as a GGUF file", f"--out {self.out.with_suffix('.gguf')}")
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Upload alone."""
+
+    private: Annotated[bool, no_negative] = False
+    """Make the repository private."""
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A chat with a run's two models."""
+
+    load: ModelConfig = field(default_factory=ModelConfig)
+    max_new_tokens: int = 256
+    """Tokens of an answer, at most."""
+
+    def __post_init__(self) -> None:
+        at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
 @options(SEARCH)

@@ -26,6 +26,7 @@ from layercut import __version__
 from layercut.config import (
     PRESETS,
     RUN,
+    ChatConfig,
     CompareConfig,
     CompressConfig,
     CutConfig,
@@ -35,6 +36,7 @@ from layercut.config import (
     PerplexityConfig,
     PlanConfig,
     Preset,
+    PushConfig,
     QuantizeAloneConfig,
     RunConfig,
     TuneConfig,
@@ -233,6 +235,38 @@ def plan(model: Model, *, config: PlanConfig | None = None, log: Log = None, pre
     console = Console(highlight=False)
     for part in tables(found):
         console.print(part)
+
+
+@app.command
+def push(
+    model: Annotated[str, Parameter(help="A run folder, a checkpoint folder, or a .gguf file.")],
+    name: Annotated[str, Parameter(help="owner/name on the Hub, or name for your own.")],
+    *,
+    config: PushConfig | None = None,
+    log: Log = None,
+) -> None:
+    """Upload a finished run's model, or a checkpoint, to the Hub with its card.
+
+    For example:
+
+        layercut push runs/small small-model --private
+    """
+    from layercut.pipeline.handover import push
+
+    print(shown(push(model, name, **asdict(config or PushConfig()))))
+
+
+@app.command
+def chat(run: RunFolder, *, config: ChatConfig | None = None, log: Log = None) -> None:
+    """Talk to a run's dense and compressed model, side by side.
+
+    A line is a message; /new begins a new chat, and the end of the input ends it. For example:
+
+        layercut chat runs/small
+    """
+    from layercut.cli.chat import chat
+
+    chat(run, config or ChatConfig())
 
 
 @app.command

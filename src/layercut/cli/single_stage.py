@@ -7,7 +7,7 @@ Beside `journey.compress`, by the same functions, for what is decided only when 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.export import consumers
-from layercut.export.checkpoint import save, text_to_check
+from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
 from layercut.models.layer_reader_protocol import layers_on_disk
+from layercut.models.source_card import source_card
 from layercut.offload import placement
+from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve import check_window
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say, warn
 from layercut.quantization import quantize_
 from layercut.quantization.quantizers import resolve
+from layercut.report.model_card import Figure, Made, of_run
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
@@ -53,6 +56,7 @@ def cut(model: str, config: CutConfig) -> Path:
         RunError: --out exists, or cannot be written.
         SurgeryError: the cut cannot be expressed.
     """
+    repo_id = destination(config.hub)
     checkpoint = checkpoints.resolve(model, allow_pickle=config.allow_pickle)
     stock = loading.load_config(checkpoint)
     written: consumers.Written = "gguf" if config.out.suffix == ".gguf" else "float"
@@ -70,7 +74,25 @@ def cut(model: str, config: CutConfig) -> Path:
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     for words in consumers.misread(consumers.readings(stock, config.segments, written)):
         warn("cut", words)
+    describe_(config.out, _cut_model(model, config))
+    if repo_id:
+        upload(config.out, repo_id, private=config.hub.private)
     return config.out
+
+
+def _cut_model(model: str, config: CutConfig) -> Made:
+    """What the card of a cut says."""
+    source, words = source_card(model), ", ".join(map(str, config.segments))
+    gguf = config.out.suffix == ".gguf"
+    index = [] if gguf else checkpoints.read_json(config.out / "config.json").get("original_layer_index", [])
+    return Made(
+        source=source,
+        done=f"{source.name} without layers {words}, half-open and counted from 0. Nothing was healed or measured: "
+        "as it is, it writes worse than it could.",
+        segments=[(segment.start, segment.stop) for segment in config.segments],
+        original_layer_index=index,
+        gguf=config.out.name if gguf else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +307,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     """
     config.check()
     consumers.check_written(consumer_names(config.consumers), consumers.written_by(config.quantize))
+    repo_id = destination(config.hub)
     if config.out.exists() and not config.force:
         raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
     run = Path(target)
@@ -306,7 +329,29 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
     exported = save(found, loaded.tokenizer, config.out, text=unseen, overwrite=config.force)
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported.bytes, "check": exported.check})
+    describe_(config.out, _quantized_model(target, run if of_run else None, config, exported), run if of_run else None)
+    if repo_id:
+        upload(config.out, repo_id, private=config.hub.private)
     return config.out
+
+
+def _quantized_model(target: str, run: Path | None, config: QuantizeAloneConfig, exported: Exported) -> Made:
+    """What the card of a quantized model says."""
+    plain = of_run(run) if run else Made(source=source_card(target), done="")
+    measured = (exported.check or {}).get("perplexity")
+    figure = []
+    if measured and run:
+        dataset = checkpoints.read_json(run / "summary.json")["perplexity"]["dataset"]
+        words = f"the first {measured['tokens']} tokens"
+        figure = [Figure(metric="perplexity", value=measured["value"], dataset=str(dataset), words=words)]
+    bits = config.quantize.bits
+    return replace(
+        plain,
+        done=f"The decoder layers' weights in {bits} bits ({config.quantize.quantizer}).",
+        number_format=f"int{bits}",
+        packed=True,
+        figures=figure,
+    )
 
 
 def _calibration(loaded: loading.LanguageModel, text: DataConfig) -> torch.Tensor:

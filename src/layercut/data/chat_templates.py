@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,35 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool 
         DataError: the template refuses the chat.
         ModelError: it takes too long or too much memory.
     """
-    roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # none, or several of which none is the default
+        hint = PROMPT_HINT if prompt else HINT
         raise DataError(f"the tokenizer's chat template cannot be used: {str(error)[:300]}", hint) from None
-    found = _renderer.ask(
-        {"template": template, "messages": messages, "special": tokenizer.special_tokens_map, "prompt": prompt}
-    )
+    return render_template(template, messages, tokenizer.special_tokens_map, prompt=prompt)
+
+
+def render_template(
+    template: str, messages: list[dict[str, str]], special: Mapping[str, Any], *, prompt: bool = False
+) -> str:
+    """A chat by a template.
+
+    Args:
+        template: its source, in Jinja.
+        messages: with a "role" and a "content" each.
+        special: tokens that it may use, by names such as bos_token.
+        prompt: up to where the model is to answer.
+
+    Returns:
+        Text.
+
+    Raises:
+        DataError: the template refuses the chat.
+        ModelError: it takes too long, or too much memory.
+    """
+    roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
+    asked = {"template": template, "messages": messages, "special": dict(special), "prompt": prompt}
+    found = _renderer.ask(asked)
     if "limit" in found:
         raise ModelError(f"the chat template cannot render a chat with the roles {roles}: {found['limit']}", hint)
     if "error" in found:

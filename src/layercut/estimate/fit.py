@@ -25,7 +25,9 @@ class Device:
     spread: bool = False
     """Whether the weights are spread over all of the devices."""
 
+    @property
     def room(self) -> int:
+        """Bytes of it that a run may take."""
         return self.bytes - RESERVED if self.accelerator else self.bytes
 
 
@@ -38,55 +40,67 @@ def targets(memory: int | None) -> list[Device]:
 def judge(
     target: Device, config: CompressConfig, needs: Callable[[CompressConfig, Device], dict[str, int]], weights: int
 ) -> dict[str, Any]:
-    """Does every stage fit, and if not, the flags that make it fit; None where no flag does.
+    """Whether every stage fits, and if not, the flags that make it fit; None where no flag does.
 
-    needs: bytes of every stage by name, on that target. weights: bytes of the dense model. One device is used where
-    the weights fit it; else they are spread over all.
+    One device is used where the weights fit it; else they are spread over all.
+
+    Args:
+        target: where it would run.
+        config: the settings.
+        needs: bytes of every stage by name, for settings on a target.
+        weights: bytes of the dense model.
+
+    Returns:
+        JSON values.
     """
-    several = target.devices > 1 and not target.spread and config.load.stream != "on"
-    if weights > target.room() and several:
-        return judge(replace(target, spread=True), config, needs, weights // target.devices)
+    if weights > target.room and target.devices > 1 and config.load.stream != "on":
+        target, weights = replace(target, spread=True), weights // target.devices
     stages = needs(config, target)
     worst = max(stages, key=lambda name: stages[name])
-    found: dict[str, Any] = {
+    flags, why = _advice(target, config, needs, weights) if stages[worst] > target.room else ([], None)
+    return {
         "target": target.name,
         "bytes_per_device": target.bytes,
         "devices": target.devices,
         "devices_used": target.devices if target.spread else 1,
         "needs_bytes": stages[worst],
         "stage": worst,
-        "fits": stages[worst] <= target.room(),
-        "flags": [],
-        "why": None,
+        "fits": stages[worst] <= target.room,
+        "flags": flags,
+        "why": why,
     }
-    if found["fits"]:
-        return found
-    if weights > target.room() and target.spread:
-        return found | {"flags": None, "why": "the weights alone are larger than the device"}
+
+
+def _advice(
+    target: Device, config: CompressConfig, needs: Callable[..., dict[str, int]], weights: int
+) -> tuple[list[str] | None, str | None]:
+    """The flags that make it fit, or why there are none."""
+    too_large = weights > target.room
+    if too_large and target.spread:
+        return None, "the weights alone are larger than the device"
     for flags, changed in savings(config):
         if target.spread and changed.load.stream == "on":
             break
-        stages = needs(changed, target)
-        if max(stages.values()) <= target.room():
-            return found | {"flags": flags}
-    if weights > target.room():
-        why = "the weights alone are larger than the device, and one device is used; nor does it fit from disk"
-        return found | {"flags": None, "why": why}
-    return found | {"flags": None, "why": "no setting makes it fit"}
+        if max(needs(changed, target).values()) <= target.room:
+            return flags, None
+    if too_large:
+        return None, "the weights alone are larger than the device, and one device is used; nor does it fit from disk"
+    return None, "no setting makes it fit"
 
 
 def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]]:
-    """Settings that need less and less: first what costs nothing but time, in memory and then with the layers left on
-    disk, each on top of those before; then a smaller window as well."""
-    flags, changed = list[str](), config
-    for flags, changed in _cumulative([], config):
-        yield flags, changed
-    if config.load.stream != "on":
-        flags, changed = ["--stream on"], replace(config, load=replace(config.load, stream="on"))
-        yield flags, changed
-        for more in _cumulative(flags, changed):
-            flags, changed = more
-            yield flags, changed
+    """Settings that need less and less, each on top of those before.
+
+    First what costs nothing but time, in memory and then with the layers left on disk; then a smaller window as well.
+    """
+    disk: list[Step] = [("--stream on", "load", {"stream": "on"})]
+    for place in [[]] if config.load.stream == "on" else [[], disk]:
+        flags, changed = list[str](), config
+        for flag, group, values in [*place, *STEPS]:
+            less = replace(changed, **{group: replace(getattr(changed, group), **values)})
+            if less != changed and (group != "search" or changed.search.method == "clp"):
+                flags, changed = [*flags, flag], less
+                yield flags, changed
     window = changed.text.window
     while window > 64:
         window //= 2
@@ -94,27 +108,10 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
         yield [*flags, f"--window {window}"], changed
 
 
-def _cumulative(flags: list[str], config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]]:
-    """Each of `_STEPS` that changes something, on top of those before."""
-    for flag, change in _STEPS:
-        changed = change(config)
-        if changed != config:
-            flags, config = [*flags, flag], changed
-            yield flags, config
-
-
-def _heal(**changes: Any) -> Callable[[CompressConfig], CompressConfig]:
-    return lambda config: replace(config, heal=replace(config.heal, **changes))
-
-
-def _sweep(config: CompressConfig) -> CompressConfig:
-    method = "exhaustive" if config.search.method == "clp" else config.search.method
-    return replace(config, search=replace(config.search, method=method))
-
-
-_STEPS: list[tuple[str, Callable[[CompressConfig], CompressConfig]]] = [
-    ("--batch-tokens 1", _heal(batch_tokens=1)),
-    ("--method exhaustive", _sweep),
-    ("--radius 1", _heal(radius=1)),
+Step = tuple[str, str, dict[str, Any]]
+STEPS: list[Step] = [
+    ("--batch-tokens 1", "heal", {"batch_tokens": 1}),
+    ("--method exhaustive", "search", {"method": "exhaustive"}),
+    ("--radius 1", "heal", {"radius": 1}),
 ]
 """One row in an optimizer step; the sweep, which keeps nothing for a backward pass; fewer trained layers."""

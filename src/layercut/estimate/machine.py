@@ -11,13 +11,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from layercut.estimate.shape import Shape
-from layercut.estimate.work import Work
+from layercut.models.cost import Shape, Work
 
 ENOUGH = 0.4
 """Seconds spent on each rate."""
@@ -48,62 +47,56 @@ class Rates:
     disk: float | None
     """Bytes read from a file that is in no cache; None where the system does not let one be dropped from it."""
 
-    def to_json(self) -> dict[str, float | None]:
-        return asdict(self)
-
     def seconds(self, shape: Shape, work: Work) -> float:
-        """What a stage's work takes."""
-        logits = (work.head_rows + work.head_backward_rows) * shape.window * shape.vocabulary
-        moved = logits * LOGIT_BYTES + work.moved_bytes
+        """What a stage's work takes.
+
+        Args:
+            shape: of the model.
+            work: of the stage.
+
+        Returns:
+            Seconds.
+        """
+        moved = work.head_rows * shape.window * shape.vocabulary * LOGIT_BYTES + work.moved_bytes
         disk = work.read_bytes / self.disk if self.disk else work.read_bytes / self.memory
-        called = work.decoded_layers * shape.total("kernels") / shape.layers
+        called = work.decoded_layers * shape.mean("kernels")
         decoded = work.decoded_bytes / self.matvec + called * self.launch * CALL
         computed = work.flops / self.flops + work.flops64 / self.flops64
         return computed + moved / self.memory + disk + decoded + work.fixed_seconds
 
 
 def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> Rates:
-    """Measure the rates. folder: on the disk that the model is, or will be, read from."""
-    rows = min(8 * shape.window, 2048)
-    width = min(shape.hidden, 8192)
-    inner = max(shape.read)
+    """Measure the rates.
+
+    Args:
+        shape: of the model, for the widths of its matrices.
+        dtype: that it is computed in.
+        device: that it runs on.
+        folder: on the disk that the model is, or will be, read from.
+
+    Returns:
+        What this machine does in a second.
+    """
+    width, inner = min(shape.hidden, 8192), max(shape.read)
+    rows, square = min(8 * shape.window, 2048), min(width, 2048)
+    # MPS has no float64
+    place64 = torch.device("cpu") if device.type == "mps" else device
+    small, large = torch.ones(8, dtype=dtype, device=device), torch.ones(32 * 2**20, device=device)
     return Rates(
-        flops=_matrix_rate(rows, width, inner, dtype, device),
-        flops64=_matrix_rate(min(width, 2048), min(width, 2048), min(width, 2048), torch.float64, device),
-        matvec=width * inner * dtype.itemsize / _matrix_seconds(1, width, inner, dtype, device),
-        launch=_launch_seconds(dtype, device),
-        memory=_memory_rate(device),
+        flops=2 * rows * width * inner / _product_seconds(rows, width, inner, dtype, device),
+        flops64=2 * square**3 / _product_seconds(square, square, square, torch.float64, place64),
+        matvec=width * inner * dtype.itemsize / _product_seconds(1, width, inner, dtype, device),
+        launch=_median_seconds(lambda: [small.add_(0) for _ in range(100)], device) / 100,
+        memory=2 * large.nbytes / _median_seconds(lambda: large.mul_(1.0), device),
         disk=_disk_rate(folder),
     )
 
 
-def _matrix_rate(rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of [rows, D] x [D, I]."""
-    return 2 * rows * width * inner / _matrix_seconds(rows, width, inner, dtype, device)
-
-
-def _matrix_seconds(rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    if device.type == "mps" and dtype == torch.float64:
-        device = torch.device("cpu")  # it has no float64
+def _product_seconds(rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of [rows, D] x [D, I]."""
     a = torch.ones(rows, width, dtype=dtype, device=device)
     b = torch.ones(inner, width, dtype=dtype, device=device)
     return _median_seconds(lambda: a @ b.T, device)
-
-
-def _launch_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    x = torch.ones(8, dtype=dtype, device=device)
-
-    def hundred() -> None:
-        for _ in range(100):
-            x.add_(0)
-
-    return _median_seconds(hundred, device) / 100
-
-
-def _memory_rate(device: torch.device) -> float:
-    """Bytes a second read and written by an elementwise product of 128 MB."""
-    x = torch.ones(32 * 2**20, device=device)
-    return 2 * x.numel() * 4 / _median_seconds(lambda: x.mul_(1.0), device)
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from layercut.estimate.memory_peaks import largest
 from layercut.files.sizes import size
 
 
@@ -64,7 +63,8 @@ def _stages(plan: dict[str, Any]) -> Table:
         table.columns[i].justify = "right"
     for name, stage in plan["stages"].items():
         flops = "?" if stage["flops"] is None else f"{stage['flops'] / 1e12:,.2f} T" if stage["flops"] else ""
-        table.add_row(name, size(stage["peak_bytes"]), largest(stage["parts"]), flops, duration(stage["seconds"]))
+        largest = max(stage["parts"], key=stage["parts"].get)
+        table.add_row(name, size(stage["peak_bytes"]), largest, flops, duration(stage["seconds"]))
     table.add_row("all", "", "", "", duration(plan["seconds"]))
     return table
 

@@ -72,7 +72,9 @@ def padding(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def greedy(model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exactly: bool = False) -> list[list[int]]:
+def greedy(
+    model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exactly: bool = False, streamer: Any = None
+) -> list[list[int]]:
     """The most likely next tokens, up to the end of the text.
 
     Args:
@@ -81,12 +83,15 @@ def greedy(model: Any, ids: torch.Tensor, tokens: int, pad: int | None, *, exact
         tokens: new tokens at most.
         pad: a token to pad with.
         exactly: whether the end of the text is passed over until there are so many.
+        streamer: a streamer of transformers, which is given each token of a single row.
 
     Returns:
         B lists of new token ids.
     """
     ids = ids.to(next(model.parameters()).device)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
+    if streamer is not None:
+        settings["streamer"] = streamer
     if exactly:
         settings["min_new_tokens"] = tokens
     return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.shape[1] :].tolist()

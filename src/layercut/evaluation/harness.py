@@ -33,8 +33,8 @@ import torch
 
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.files.json_values import digest, write_json
+from layercut.models.batch_sizes import rows_per_chunk
 from layercut.models.loading import quiet_transformers
-from layercut.models.losses import rows_per_chunk
 from layercut.progress import bar
 
 Record = dict[str, Any]

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
+from layercut.models.batch_sizes import rows_per_chunk, slices
 from layercut.models.layer_reader_protocol import layers_on_disk
-from layercut.models.losses import kl_divergence, next_token_loss, rows_per_chunk, slices, token_loss
+from layercut.models.losses import kl_divergence, next_token_loss, token_loss
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 
 

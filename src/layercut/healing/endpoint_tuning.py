@@ -36,8 +36,9 @@ from layercut.healing.stored_teacher import StoredTeacher
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
+from layercut.models.batch_sizes import slices
 from layercut.models.callers_model import prepared
-from layercut.models.losses import as_price, slices
+from layercut.models.losses import as_price
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.progress import bar
@@ -46,6 +47,8 @@ from layercut.segments import Segment, kept_layers
 PASS_TOKENS = 1024
 """Tokens in one forward and backward pass: a step's gradient is summed over several. What is remembered for the
 backward pass grows with them; speed does not (docs/log.md)."""
+STATE_BYTES = 4 * 4
+"""Of a trained parameter, in float32: the master, its gradient and AdamW's two moments."""
 SCORES = 8
 """How often the held-out loss is taken during tuning, beside once before it."""
 SETBACK = 0.25
@@ -223,7 +226,7 @@ def frozen_states(
         The states, in open files; `close` them.
     """
     (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
-    rows = rows_per_step(settings, window), max(1, PASS_TOKENS // window)
+    rows = rows_per_step(settings, window), rows_per_pass(window)
     with bar("running the frozen layers once", len(tokens)) as advance:
         return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
 
@@ -294,7 +297,7 @@ class _Training:
             What scores the held-out rows.
         """
         self.state_key = self.key(heldout, [files.state.key if files.state else "", files.teacher is not None])
-        judge = HeldOut(self.pair, heldout, rows=max(1, PASS_TOKENS // heldout.shape[1]))
+        judge = HeldOut(self.pair, heldout, rows=rows_per_pass(heldout.shape[1]))
         found = files.state.load(self.state_key) if files.state else None
         if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
             self.restore_(*found)
@@ -320,7 +323,7 @@ class _Training:
         return TuningResult(
             objective=objective.name, label=objective.label, heldout_label=objective.judge().label, steps=self.steps,
             learning_rate=self.rate, trained_layers=list(self.positions), trained_parameters=count,
-            state_bytes=4 * 4 * count,
+            state_bytes=STATE_BYTES * count,
             tokens_per_second=self.report.tokens / self.report.seconds if self.report.seconds else 0.0,
             **copy.deepcopy(vars(self.report)),
         )  # fmt: skip
@@ -375,7 +378,7 @@ class _Training:
         They are made smaller where there are fewer than processes, unless a loss is relative to the pass that it is
         taken over: then a step's passes are always the same.
         """
-        size = max(1, PASS_TOKENS // self.tokens.shape[1])
+        size = rows_per_pass(self.tokens.shape[1])
         if any(term.whole_pass for _, term in self.pair.objective.terms()):
             parts = list(slices(len(rows), size))
             parts = parts[processes.share(len(parts))]
@@ -484,6 +487,11 @@ def is_scored(step: int, steps: int) -> bool:
         True where it is due.
     """
     return step * SCORES // steps > (step - 1) * SCORES // steps
+
+
+def rows_per_pass(window: int) -> int:
+    """Rows of tokens in one forward and backward pass."""
+    return max(1, PASS_TOKENS // window)
 
 
 def rows_per_step(settings: TuneSettings, window: int) -> int:

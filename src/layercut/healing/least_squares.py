@@ -33,9 +33,11 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
+from layercut.models.batch_sizes import SWEPT_ROWS
 from layercut.models.callers_model import prepared
+from layercut.models.cost import PlannedRun, Shape, Spent, Work, total
 from layercut.models.losses import as_price
-from layercut.models.runner import DecoderRunner, carry_, enter_all, mean_kl, shared_layers, shared_passes
+from layercut.models.runner import DecoderRunner, carry_, enter_all, kl_peak, mean_kl, shared_layers, shared_passes
 from layercut.progress import bar
 from layercut.segments import Segment
 
@@ -164,7 +166,7 @@ def fold_(
     *,
     heldout: torch.Tensor | None = None,
     segments: Sequence[Segment] | None = None,
-    rows: int = 8,
+    rows: int = SWEPT_ROWS,
 ) -> FoldResult:
     """Compensate the student's cuts by least squares in the layer before each, in place, where held-out KL falls.
 
@@ -236,7 +238,7 @@ def fold_cut_(
     dense: DecoderRunner,
     segment: Segment,
     tokens: torch.Tensor,
-    rows: int = 8,
+    rows: int = SWEPT_ROWS,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> Fold:
     """Fold one cut, whether that helps or not.
@@ -360,3 +362,40 @@ def _gaps(
             for module, target in zip(modules, targets, strict=True)
         ]
         yield torch.cat(parts, dim=-1), h_e.float() - out.float()
+
+
+# --- what it costs, told beforehand ---
+
+
+def fold_systems(shape: Shape) -> tuple[int, int]:
+    """Unknowns I of the two problems: both projections together, where that is not too wide, and the MLP's again."""
+    first, last = shape.read
+    return first + last if first + last <= WIDEST else first, last
+
+
+def fold_cost(run: PlannedRun) -> Spent:
+    """What a fold of all cuts costs.
+
+    For each of the systems of a cut: the dense stream as far as the cut, the layer before it once more, and the normal
+    equations, solved in float64 once for each ridge and once more; and the KL of the held-out rows, twice. Held are the
+    sums to fit and to check on, beside what solves them, or beside what a few rows add to them; or the KL's part.
+    """
+    shape, d, rows, systems = run.shape, run.shape.hidden, run.folded, fold_systems(run.shape)
+    forwards = len(systems) * rows * sum(segment.stop + 1 for segment in run.segments)
+    solves = len(RIDGES) + 1 if rows >= HELD_OUT else 1
+    # of I unknowns an LU factorisation 2/3 I^3, solving for D right-hand sides 2 I^2 D, the solution's error 2 I^2 D
+    solved = sum(solves * (2 / 3 * i**3 + 4 * i**2 * d) + 2 * rows * shape.window * i * (i + d) for i in systems)
+    judged = 2 * run.heldout * (2 * shape.layers - run.length)
+    work = Work.of(shape, forwards + judged, heads=4 * run.heldout, flops64=len(run.segments) * solved)
+    wide, few = max(systems), min(rows, SWEPT_ROWS)
+    equations = 8 * wide * (wide + d)
+    # Z'Z with the ridge and its factors; X, what Z'Z makes of it, and their product with Z'Y
+    solving = 8 * wide * (2 * wide + 3 * d)
+    # z in the model's format, side by side and in float64, y in float32 and in float64
+    adding = equations + few * shape.window * (wide * (2 * shape.itemsize + 8) + d * (4 * shape.itemsize + 12))
+    peak = {
+        "streams": 3 * shape.stream(rows if run.on_disk else few),
+        "normal equations": 2 * equations,
+        "solving": max(solving, adding, few * shape.most("live")),
+    }
+    return Spent(max(peak, kl_peak(run), key=total), work)

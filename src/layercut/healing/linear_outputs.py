@@ -317,3 +317,30 @@ def _width(module: Any) -> int:
 def output_dim(module: nn.Module) -> int:
     """nn.Linear holds [out, in] and computes x W'; Conv1D holds [in, out] and computes x W."""
     return 0 if isinstance(module, nn.Linear) else 1
+
+
+def read_widths(layers: nn.Module, hidden: int) -> tuple[int, int]:
+    """What a fold would solve anew from, told from the modules alone: what the output projections read.
+
+    Attention's and MLP's are each the last linear module of its part that puts out the hidden width. Experts are no
+    linear modules; of what they put out, and of what is too wide, D numbers are read.
+
+    Args:
+        layers: the decoder layers, which may be without weights.
+        hidden: D.
+
+    Returns:
+        The least and the most, in numbers a token, of the layer where that is most.
+    """
+
+    def of(layer: nn.Module) -> tuple[int, int]:
+        read: dict[str, int] = {}
+        modules: list[tuple[str, Any]] = [(n, m) for n, m in layer.named_modules() if is_linear(m)]
+        for name, module in modules:
+            if module.weight.shape[output_dim(module)] == hidden:
+                width = module.weight.numel() // hidden
+                read[name.rpartition(".")[0]] = width if width <= WIDEST else hidden
+        widths = sorted([*read.values(), *[hidden] * (2 - len(read))])
+        return widths[0], widths[-1]
+
+    return max(map(of, layers.children()), key=sum)

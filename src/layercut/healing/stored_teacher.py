@@ -20,7 +20,7 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically, writing
-from layercut.models.losses import logit_pieces, slices
+from layercut.models.batch_sizes import logit_pieces, slices
 from layercut.models.runner import DecoderRunner
 
 SHARD_TOKENS = 8192

@@ -16,7 +16,7 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.healing.stored_teacher import StoredTeacher
-from layercut.models.losses import logit_pieces, slices, tokens_at_once
+from layercut.models.batch_sizes import logit_pieces, slices, tokens_at_once
 from layercut.models.objectives import KL, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
 

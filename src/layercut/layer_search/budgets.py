@@ -17,6 +17,7 @@ from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
+from layercut.models.batch_sizes import swept_rows
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -189,7 +190,8 @@ def triangle(
         (start, stop, KL in nats per token) of each, sorted.
     """
     sets = triangle_sets(longest, len(stack))
-    costs = set_costs(stack, tokens, sets, cost, rows=sweep_rows(stack, tokens, len(sets)), advance=advance)
+    rows = swept_rows(stack.stream_bytes(tokens.shape[1]), len(sets))
+    costs = set_costs(stack, tokens, sets, cost, rows=rows, advance=advance)
     return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
 
 
@@ -221,19 +223,3 @@ def triangle_sets(longest: int, layers: int) -> list[Cuts]:
         longest * (2 L - longest + 1) / 2 sets, by length, then by start.
     """
     return [(Segment(s, s + n),) for n in range(1, longest + 1) for s in range(layers - n + 1)]
-
-
-def sweep_rows(stack: DecoderRunner, tokens: torch.Tensor, sets: int, budget_bytes: int = 512 * 2**20) -> int:
-    """Rows per batch of a sweep, which at its end holds one hidden state for each set.
-
-    Args:
-        stack: the dense model.
-        tokens: token ids [N, T].
-        sets: how many sets are priced.
-        budget_bytes: for the hidden states, in bytes.
-
-    Returns:
-        Between 1 and 8.
-    """
-    stream = tokens.shape[1] * stack.hidden_size * next(stack.model.parameters()).element_size()
-    return max(1, min(8, budget_bytes // (stream * sets)))

@@ -16,12 +16,14 @@ from heapq import nsmallest
 
 import torch
 
-from layercut.layer_search.gate import GateSchedule, descend
-from layercut.layer_search.prices import Prices, as_objective, race
+from layercut.layer_search.gate import HEAD_EVERY, GateSchedule, descend
+from layercut.layer_search.prices import FINALISTS, Prices, as_objective, first_rows, race
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
-from layercut.layer_search.sweep import Cuts, all_segments
+from layercut.layer_search.search_cost import all_segments_cost, costs
+from layercut.layer_search.sweep import Cuts, all_segments, sweep_work
 from layercut.layer_search.walls import neighbours, spread
+from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -71,6 +73,61 @@ def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedul
     return GateSchedule(particles=particles, steps=min(4 + length, max(2, int(DESCENT_SHARE * rows * sweep / step))))
 
 
+def clp_cost(run: PlannedRun) -> Spent:
+    """Coarse pricing, descent and race, for one segment. The last two depend on where the descent leads.
+
+    In a step of the descent autograd keeps what every gated layer needs for its backward pass, with the difference that
+    the gate scales; of layers on disk their inputs, and what one of them needs at a time. P rows of logits are made at
+    once, with a float32 copy and p spread over them.
+    """
+    shape, layers, rows, kept = run.shape, run.shape.layers, run.calibration, run.shape.layers - run.length
+    schedule = schedule_for(layers, run.length, 1, rows)
+    p, steps, row = schedule.particles, schedule.steps, shape.stream(1)
+    # P streams enter the layers behind the segment, half of the kept ones on average, and up to four at its soft walls
+    entered = p * (kept / 2 + 2), 0, p * min(layers, kept + 4)
+    back = Bounds(*(steps * n for n in entered))
+    forth = back + Bounds.exactly(steps * layers)
+    descent = Work.of(shape, forth, back, heads=steps * (2 * p + 1) / HEAD_EVERY)
+    few, raced = race_work(run, p)
+    inside = p * shape.most("saved") if run.on_disk else entered[0] * shape.mean("saved")
+    logits = shape.window * shape.vocabulary
+    step = {
+        "kept for backward": round(entered[0] * row + inside),
+        "streams": 3 * p * row,
+        "logits": (p * logits * (shape.itemsize + 8) + logits * 4) // HEAD_EVERY,
+    }
+    swept = all_segments_cost(run)
+    coarse = Work.of(shape, sweep_work(all_segments(run.length, layers), layers, few), heads=few * (kept + 2))
+    return Spent(max(step, swept.peak, key=total), coarse + descent + raced)
+
+
+def race_work(run: PlannedRun, particles: int) -> tuple[int, Work]:
+    """The race among the better half of the coarse pricing and what the descent adds to it.
+
+    Args:
+        run: what is planned.
+        particles: P, ends of the descent, some of which are in that half, as some of their neighbours are.
+
+    Returns:
+        The rows of the coarse pricing, which are not priced again, and the work.
+    """
+    shape, rows, kept = run.shape, run.calibration, run.shape.layers - run.length
+    fewest = -(-(kept + 1) // COARSE_SHARE)
+    alive = [min(kept + 1, fewest + more) for more in (particles, 0, 5 * particles)]
+    few = priced = first_rows(rows)
+    work, seen = Work(), min(rows, 2 * few)
+    while True:
+        new = seen - priced
+        # behind a segment are 0 to L - n layers, half of them on average
+        behind = alive[0] * kept / 2, sum(range(alive[1])), sum(range(kept, kept - alive[2], -1))
+        work += Work.of(shape, Bounds(*(new * (shape.layers + n) for n in behind)), heads=new * (alive[0] + 1))
+        if seen == rows:
+            return few, work
+        alive = [min(kept + 1, max(FINALISTS, -(-n // 2))) for n in alive]
+        priced, seen = seen, min(rows, 2 * seen)
+
+
+@costs(clp_cost, prices_itself=True)
 def clp(
     runner: DecoderRunner,
     tokens: torch.Tensor,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from layercut.errors import ConfigError
-from layercut.layer_search.budgets import sweep_rows
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
+from layercut.layer_search.search_cost import all_segments_cost, costs
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.layer_search.walls import all_sets, number_of_sets
+from layercut.models.batch_sizes import swept_rows
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -19,6 +20,7 @@ MOST_SETS = 20_000
 """More sets than these are refused."""
 
 
+@costs(all_segments_cost, prices_itself=True)
 def exhaustive(
     runner: DecoderRunner,
     tokens: torch.Tensor,
@@ -64,6 +66,6 @@ def exhaustive(
         prices = Prices(runner, tokens, cost, objective)
         with bar(f"sweeping {number} sets", None):
             return SearchResult("exhaustive", candidates(prices, prices.ranked(sets, len(tokens))), cost)
-    rows = sweep_rows(runner, tokens, number)
+    rows = swept_rows(runner.stream_bytes(tokens.shape[1]), number)
     with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
         return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, rows=rows, advance=advance), cost)

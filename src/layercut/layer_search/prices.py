@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
+from layercut.models.batch_sizes import STREAM_BYTES, SWEPT_ROWS
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
 from layercut.models.runner import DecoderRunner, dense_logits
@@ -24,8 +25,13 @@ from layercut.registries import objectives
 FIRST_SHARE, FINALISTS = 8, 3
 """A race begins on one row in eight (two at least); so many candidates at least are priced on all rows."""
 
-BUDGET_BYTES = 512 * 2**20
-"""Hidden states at the end of a sweep, held at once; one row and sixteen sets at least."""
+FEWEST_SETS = 16
+"""Sets of which the hidden states are held at once at the end of a sweep, at least; else STREAM_BYTES is the limit."""
+
+
+def first_rows(rows: int) -> int:
+    """Of N rows, those that a race begins on."""
+    return min(rows, max(2, rows // FIRST_SHARE))
 
 
 def as_objective(objective: str | Objective) -> Objective:
@@ -109,7 +115,7 @@ class Prices:
     @property
     def few(self) -> int:
         """Rows of the first, coarse pricing."""
-        return min(self.rows, max(2, self.rows // FIRST_SHARE))
+        return first_rows(self.rows)
 
     def of(self, sets: Sequence[Cuts], rows: int) -> torch.Tensor:
         """Prices on the first `rows` rows; those that are not known yet are measured now.
@@ -134,9 +140,8 @@ class Prices:
     @torch.no_grad()
     def _measure(self, sets: list[Cuts], start: int, stop: int) -> None:
         """Price rows start … stop; of several processes each a share of them, all sets on every row."""
-        size = self.tokens.shape[1] * self.stack.hidden_size * next(self.stack.model.parameters()).element_size()
-        streams = max(16, BUDGET_BYTES // size)
-        rows = max(1, min(8, streams // len(sets)))
+        streams = max(FEWEST_SETS, STREAM_BYTES // self.stack.stream_bytes(self.tokens.shape[1]))
+        rows = max(1, min(SWEPT_ROWS, streams // len(sets)))
         prices, spent = torch.zeros(len(sets), stop - start, dtype=torch.float64), Cost()
         shared = processes.share_of_batches(stop - start, rows)
         for part, counts in sharding.in_step(self.stack.model, shared, slice(0, 1)):

@@ -9,16 +9,54 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
+from layercut.files.json_values import OPTIONAL
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work
 from layercut.models.runner import DecoderRunner
 
 ROUNDING = 1e-6
 """Nats a token that a KL in float32 may be off: one below it is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedChoice:
+    """Segments removed together, and what that costs on the common set."""
+
+    segments: list[tuple[int, int]]
+    kl: float
+    """KL(p || q), nats per token."""
+    relative: float
+    """Over that of the best of all segments of this length and of all choices: 1 where nothing is lost."""
+    seeds: int | None = field(default=None, metadata=OPTIONAL)
+    """How many seeds chose them; None where that is not the question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceChoice:
+    """On the part of the common set that comes from one source: the best segment, and what the first seed chose."""
+
+    source: str
+    tokens: int
+    best: PricedChoice
+    chosen: PricedChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability:
+    """What the seeds' choices cost on the common set."""
+
+    choices: list[PricedChoice]
+    """Each once, from the most frequent."""
+    best: PricedChoice
+    worst: float
+    """The largest `relative` of a choice."""
+    sources: list[SourceChoice]
+    tokens: int
+    layer_forwards: int
 
 
 def common_rows(texts: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
@@ -74,7 +112,7 @@ def judge(
     length: int,
     *,
     advance: Callable[[int], None] = lambda layers: None,
-) -> dict[str, Any]:
+) -> Stability:
     """What each seed's choice costs on the common set, and which segment of this length is the best there.
 
     Args:
@@ -85,8 +123,7 @@ def judge(
         advance: called with the layer-forwards done.
 
     Returns:
-        "choices", "best", "worst", "sources", "tokens", "layer_forwards". KL(p || q) in nats per token; "relative" is
-        over that of the best of all segments of this length and of all choices: 1 where nothing is lost.
+        The choices and the best segment, priced on all rows and source by source.
     """
     cost, sets = Cost(), rivals(choices, length, len(stack))
     priced = {
@@ -97,22 +134,22 @@ def judge(
     kls = {s: sum(tokens[b] * priced[b][s] for b in blocks) / sum(tokens.values()) for s in sets}
     counts, best = Counter(choices), cheapest(kls)
     ordered = sorted(counts, key=lambda cuts: (-counts[cuts], kls[cuts], cuts))
-    return {
-        "choices": [_row(cuts, kls, best) | {"seeds": counts[cuts]} for cuts in ordered],
-        "best": _row(best, kls, best),
-        "worst": max(relative(kls[cuts], kls[best]) for cuts in choices),
-        "sources": [
-            {
-                "source": source,
-                "tokens": tokens[source],
-                "best": _row(cheapest(found), found, cheapest(found)),
-                "chosen": _row(choices[0], found, cheapest(found)),
-            }
+    return Stability(
+        choices=[_priced(cuts, kls, best, counts[cuts]) for cuts in ordered],
+        best=_priced(best, kls, best),
+        worst=max(relative(kls[cuts], kls[best]) for cuts in choices),
+        sources=[
+            SourceChoice(
+                source=source,
+                tokens=tokens[source],
+                best=_priced(cheapest(found), found, cheapest(found)),
+                chosen=_priced(choices[0], found, cheapest(found)),
+            )
             for source, found in priced.items()
         ],
-        "tokens": sum(tokens.values()),
-        "layer_forwards": cost.layer_forwards,
-    }
+        tokens=sum(tokens.values()),
+        layer_forwards=cost.layer_forwards,
+    )
 
 
 def cheapest(kls: dict[Cuts, float]) -> Cuts:
@@ -135,6 +172,6 @@ def relative(kl: float, best: float) -> float:
     return kl / best if best > ROUNDING else 1.0 if kl <= ROUNDING else math.inf
 
 
-def _row(cuts: Cuts, kls: dict[Cuts, float], best: Cuts) -> dict[str, Any]:
-    bounds = [[segment.start, segment.stop] for segment in cuts]
-    return {"segments": bounds, "kl": kls[cuts], "relative": relative(kls[cuts], kls[best])}
+def _priced(cuts: Cuts, kls: dict[Cuts, float], best: Cuts, seeds: int | None = None) -> PricedChoice:
+    bounds = [(segment.start, segment.stop) for segment in cuts]
+    return PricedChoice(segments=bounds, kl=kls[cuts], relative=relative(kls[cuts], kls[best]), seeds=seeds)

@@ -19,7 +19,9 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
-from layercut.models.losses import as_price, next_token_loss, rows_per_chunk, slices
+from layercut.models.batch_sizes import SWEPT_ROWS, rows_per_chunk, slices, swept_rows
+from layercut.models.cost import PlannedRun, Spent, Work
+from layercut.models.losses import as_price, compared_bytes, next_token_loss
 from layercut.models.runner import Calls, DecoderRunner, passes_in_step, teacher_of
 from layercut.segments import Segment
 
@@ -35,7 +37,7 @@ def segment_costs(
     segments: Sequence[Segment],
     cost: Cost,
     *,
-    rows: int = 8,
+    rows: int = SWEPT_ROWS,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
     """KL(p || q) of each segment cut out alone: `set_costs` of sets of one.
@@ -61,7 +63,7 @@ def set_costs(
     sets: Iterable[Cuts],
     cost: Cost,
     *,
-    rows: int = 8,
+    rows: int = SWEPT_ROWS,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
     """KL(p || q) of each set of segments cut out together.
@@ -105,7 +107,7 @@ def set_losses(
     sets: Iterable[Cuts],
     cost: Cost,
     *,
-    rows: int = 8,
+    rows: int = SWEPT_ROWS,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, float]:
     """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork.
@@ -149,19 +151,22 @@ def all_segments(length: int, layers: int) -> list[Segment]:
     return [Segment(start, start + length) for start in range(layers - length + 1)]
 
 
-def all_lengths(longest: int, layers: int) -> list[Segment]:
-    """The triangle: every segment of 1, 2, … `longest` layers. One `segment_costs` prices them all.
-
-    Its sweep holds a stream a segment at the end: longest * (2 L - longest + 1) / 2 of them.
+def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
+    """What it takes to price sets of segments on the calibration rows (`set_costs`).
 
     Args:
-        longest: layers of the longest segments.
-        layers: L.
+        run: what is planned.
+        sets: all that is priced, `DENSE` among it.
 
     Returns:
-        By length, then by start.
+        Hidden states, and one layer at work or a chunk of logits; the layer-forwards.
     """
-    return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
+    shape, rows = run.shape, run.calibration
+    batch = min(rows, swept_rows(shape.stream(1), len(sets)))
+    logits = compared_bytes(shape.chunk_logits(batch), shape.itemsize)
+    held = streams_held(sets, shape.layers) * shape.stream(rows if run.on_disk else batch)
+    peak = {"streams": held, "logits or layer": max(logits, batch * shape.most("live"))}
+    return Spent(peak, Work.of(shape, set_work(sets, shape.layers, rows), heads=rows * len(sets)))
 
 
 def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:

@@ -28,6 +28,8 @@ PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+CARD = "README.md"
+"""Fetched along, for the card of what is made of the model; no part of the model."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + (PICKLE_PATTERNS if allow_pickle else [])
+    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + [CARD] + (PICKLE_PATTERNS if allow_pickle else [])
     try:
         answers = _hub_answers(name)
         if not weights:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Header:
 
     file: Path
     values: dict[str, Any]
-    """Metadata by key: whole numbers, floats, bools, text, lists of them. Arrays of text are left out."""
+    """Metadata by key: whole numbers, floats, bools, text, lists of them. Of arrays of text, those of a vocabulary are
+    left out unless asked for."""
     tensors: dict[str, tuple[int, ...]]
     """Shapes by name, the fastest dimension first."""
 
@@ -101,10 +102,21 @@ class Header:
         return value
 
 
-def read_header(file: Path) -> Header:
-    """The header of a GGUF file. ModelError: it is damaged, promises more than the file holds, or lacks tensors."""
+def read_header(file: Path, texts: Container[str] = ()) -> Header:
+    """The header of a GGUF file.
+
+    Args:
+        file: a .gguf file.
+        texts: keys of arrays of text to keep, such as those of the vocabulary.
+
+    Returns:
+        What stands in front of the weights.
+
+    Raises:
+        ModelError: it is damaged, promises more than the file holds, or lacks tensors.
+    """
     try:
-        header = _HeaderParser(file).header()
+        header = _HeaderParser(file, texts).header()
         check_blocks(header)
     except ImportError:
         raise ModelError(
@@ -188,8 +200,8 @@ def _missing(roles: dict[int, set[str]]) -> Iterable[str]:
 class _HeaderParser:
     """Reads a header from the front. Every length is bounded by the bytes that are left."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.size = file, file.stat().st_size
+    def __init__(self, file: Path, texts: Container[str]) -> None:
+        self.file, self.size, self.texts = file, file.stat().st_size, texts
         self.elements = 0
 
     def header(self) -> Header:
@@ -266,6 +278,8 @@ class _HeaderParser:
         self.elements += count
         if count * least > self.size - self.stream.tell() or self.elements > LARGEST_ARRAYS:
             raise self._bad(f"{name} promises {count:,} elements")
+        if kind == STRING and (name.startswith("general.") or name in self.texts):
+            return [self._value(name, STRING) for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
                 self._skip(self._number("Q"))

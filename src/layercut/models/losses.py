@@ -7,11 +7,12 @@ in nats per token, computed in float32 whatever the model's own dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from layercut.models.batch_sizes import slices, tokens_at_once
 
 
 def as_price(value: float, least: float = -math.inf) -> float:
@@ -45,6 +46,22 @@ class Teacher:
     def kl(self, q_logits: torch.Tensor) -> torch.Tensor:
         """KL(p || q) per token, differentiable in the student's logits: [..., V] -> [...]."""
         return self.negative_entropy + _CrossEntropy.apply(q_logits, self.p)
+
+
+def compared_bytes(logits: int, itemsize: int, kept: int = 1) -> int:
+    """Bytes that one KL takes: p, and what is made of the student's logits.
+
+    That is a float32 copy, which a float32 model does not need, and the exponentials that logsumexp makes of it.
+
+    Args:
+        logits: numbers in a set of logits.
+        itemsize: bytes of a number in the model's format.
+        kept: sets of logits in that format that are there.
+
+    Returns:
+        Bytes, those logits included.
+    """
+    return logits * (kept * itemsize + 4 * (3 if itemsize < 4 else 2))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -104,71 +121,3 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     parts = slices(len(z), tokens_at_once(logits))
     losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
     return torch.cat(losses).view(tokens.shape)
-
-
-def tokens_at_once(logits: torch.Tensor, budget_bytes: int | None = None) -> int:
-    """How many tokens' logits to have in float32 at a time.
-
-    On a CPU so few (half a MiB a thread) that they, and what is made of them, stay in its inner cache (docs/log.md).
-
-    Args:
-        logits: [..., V].
-        budget_bytes: for them in float32; by device where not given.
-
-    Returns:
-        At least 1.
-    """
-    budget = budget_bytes or (torch.get_num_threads() * 2**19 if logits.device.type == "cpu" else 256 * 2**20)
-    return max(1, budget // (4 * logits.shape[-1]))
-
-
-def slices(length: int, step: int) -> Iterator[slice]:
-    """range(length) in runs of `step`.
-
-    Args:
-        length: how many in all.
-        step: how many in a run, the last one excepted.
-
-    Yields:
-        Slices, in order.
-    """
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-PIECE_BYTES = 32 * 2**20
-"""Above it glibc no longer reuses memory but fetches it from the system, page by page, each time."""
-
-
-def logit_pieces(
-    rows: int, window: int, bytes_per_token: int, budget_bytes: int = PIECE_BYTES
-) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit the budget.
-
-    Args:
-        rows: N.
-        window: T.
-        bytes_per_token: of the logits of one token.
-        budget_bytes: of the logits of a piece.
-
-    Yields:
-        Slices of the rows and of the positions.
-    """
-    tokens = max(1, budget_bytes // bytes_per_token)
-    for part in slices(rows, max(1, tokens // window)):
-        for columns in slices(window, min(window, tokens)):
-            yield part, columns
-
-
-def rows_per_chunk(tokens_per_row: int, vocabulary: int, budget_bytes: int = 256 * 2**20) -> int:
-    """How many rows of logits fit the budget in float32: [rows, T, V] tensors are the largest there are.
-
-    Args:
-        tokens_per_row: T.
-        vocabulary: V.
-        budget_bytes: in bytes.
-
-    Returns:
-        At least 1.
-    """
-    return max(1, budget_bytes // (tokens_per_row * vocabulary * 4))

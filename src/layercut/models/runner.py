@@ -29,9 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.files.sizes import size
+from layercut.models.batch_sizes import rows_per_chunk
+from layercut.models.cost import Peak, PlannedRun
 from layercut.models.layer_reader_protocol import layers_on_disk, without_reading
 from layercut.models.loading import find_decoder, stored_dtype
-from layercut.models.losses import Teacher, as_price, rows_per_chunk
+from layercut.models.losses import Teacher, as_price, compared_bytes
 from layercut.models.memory import available_bytes
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -592,3 +594,11 @@ def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, 
             kl = teacher_of(dense, p_hidden, batch).kl(student.exit(q_hidden, batch)).sum().item()
             total += kl if counts else 0.0
     return as_price(processes.summed([total])[0] / tokens.numel())
+
+
+def kl_peak(run: PlannedRun) -> Peak:
+    """What `mean_kl` of the held-out rows holds: hidden states, and a chunk of both models' logits."""
+    shape, rows = run.shape, run.heldout
+    held = rows if run.on_disk else min(rows, rows_per_chunk(shape.window, shape.vocabulary))
+    logits = compared_bytes(shape.chunk_logits(rows), shape.itemsize, kept=2)
+    return {"streams": 3 * shape.stream(held), "logits": logits}

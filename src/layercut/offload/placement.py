@@ -13,6 +13,7 @@ from layercut.config import ShardMode, StreamMode
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.models import checkpoints, loading
+from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
 from layercut.models.memory import available_bytes
 from layercut.offload.layer_reader import open_on_disk, read_by_layer, stored_tensors
 
@@ -147,3 +148,75 @@ def load_spread(
             sharding.spread_(loaded.model, loaded.decoder.layers, place)
         processes.barrier()
     return replace(loaded, device=place)
+
+
+# --- what it costs, told beforehand ---
+
+
+def weights_peak(shape: Shape, on_disk: bool) -> Peak:
+    """What of the dense model's weights is in memory in any stage.
+
+    Args:
+        shape: of the model.
+        on_disk: whether its layers are: one is at work, and one is read ahead.
+
+    Returns:
+        Bytes.
+    """
+    if not on_disk:
+        return {"weights": shape.dense.total * shape.itemsize}
+    two = 2 * max(shape.dense.layers) * shape.itemsize
+    return {"weights in memory": shape.outside * shape.itemsize, "two layers": two}
+
+
+def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: bool, stored: int | None) -> Spent:
+    """What loading costs: the files are read, and copied once into memory.
+
+    Safetensors in the number format that is computed in are mapped, not read: the file's pages are the weights, and
+    come in when they are first used. In another format they are converted, tensor by tensor. Of a GGUF file every
+    tensor is dequantized to float32 before the first is rounded, which takes most of its time and is not counted. Of
+    layers on disk one of random weights is made to try the model's structure; of the rest, what was read is there
+    beside what it is converted to.
+
+    Args:
+        run: what is planned.
+        files: bytes of the files.
+        on_cpu: whether the CPU's memory is asked for; else the accelerator's, to which the weights are moved.
+        gguf: whether it comes from a GGUF file.
+        stored: bytes of a number in the files, where that is not the format that is computed in.
+
+    Returns:
+        The cost.
+    """
+    shape, size = run.shape, run.shape.dense.total * run.shape.itemsize
+    peak = {"weights, mapped": 0} if on_cpu and not stored else {"weights": size}
+    if run.on_disk:
+        rest = shape.outside * shape.itemsize
+        one = max(max(shape.dense.layers) * shape.itemsize, shape.outside * (stored or 0))
+        peak = {"weights in memory": rest, "one layer or as read": one}
+    elif on_cpu and gguf:
+        peak = {"weights in float32": 4 * shape.dense.total}
+    return Spent(peak, None if gguf else Work(read_bytes=files, moved_bytes=2 * size))
+
+
+def spread_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
+    """A stage over weights spread over several devices (`distributed/sharding.py`). Computed, never measured.
+
+    Each has a part of the weights and of the trained layers' state. Gathered on top are two layers, one that runs and
+    one ahead of it, each in the buffer that the devices fill and in the weights made of it, or so what is no layer;
+    backwards, the whole gradient of a trained layer, in the model's format and in float32.
+
+    Args:
+        peak: of one device that holds everything.
+        shape: of the model.
+        devices: how many.
+
+    Returns:
+        What each of them holds.
+    """
+    layer, parted = max(shape.dense.layers), ("weights", "trained state", "healed weights")
+    parts = {name: size // devices if name in parted else size for name, size in peak.items()}
+    parts["gathered"] = max(4 * layer, 2 * shape.outside) * shape.itemsize
+    if "trained state" in peak:
+        parts["gradient of a layer"] = layer * (shape.itemsize + 4)
+    return parts

@@ -16,6 +16,7 @@ from layercut.files.json_values import OPTIONAL
 from layercut.files.typed_json import SEAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult
+from layercut.layer_search.stability import Stability
 from layercut.quantization.quantized import QuantizedWeight
 from layercut.segments import Segment
 
@@ -171,19 +172,13 @@ class SeedArtefact(Artefact, SeedChoice, SearchCost):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StabilityArtefact(Artefact):
-    """stability.json; from `choices` on what `layer_search.stability.judge` returns."""
+class StabilityArtefact(Artefact, Stability):
+    """stability.json."""
 
     method: str
     search: str
     """`config_hash` of the search that the others are compared with."""
     seeds: list[SeedChoice]
-    choices: list[dict[str, Any]]
-    best: dict[str, Any]
-    worst: float
-    sources: list[dict[str, Any]]
-    tokens: int
-    layer_forwards: int
 
 
 @dataclass(frozen=True, kw_only=True)

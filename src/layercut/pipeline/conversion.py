@@ -5,6 +5,7 @@ Beside `pipeline/journey.py`, like `cli/single_stage.py`. The format itself is a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from layercut.export.formats import ExportSource
 from layercut.files.json_values import write_json
 from layercut.files.whole_folder import appearing
 from layercut.models import checkpoints, loading
+from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say, warn
 from layercut.registries import exporters
+from layercut.report.model_card import Figure, Made, from_folder, of_run
 from layercut.report.page import write_report
 from layercut.report.stage_lines import describe_export, describe_gguf_check
 from layercut.report.verdicts import broken
@@ -41,7 +44,7 @@ def export(target: str, config: ExportConfig) -> Path:
         RunError: the run is not finished, or the file is there.
         ConfigError: no such format, or an exporter that wrote nothing.
     """
-    run, exporter = Path(target), exporters.get(config.format)
+    run, exporter, repo_id = Path(target), exporters.get(config.format), destination(config.hub)
     of_run = is_run(run)
     if of_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
@@ -56,7 +59,28 @@ def export(target: str, config: ExportConfig) -> Path:
     _say(config, facts)
     if of_run and config.format == "gguf":
         _keep(run, facts)
+    if config.format in exporters.own:
+        describe_(config.out, _made(target, run if of_run else None, config, facts), run if of_run else None)
+    if repo_id:
+        upload(config.out, repo_id, private=config.hub.private)
     return config.out
+
+
+def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, Any]) -> Made:
+    """What the card of the written file or folder says."""
+    plain = of_run(run) if run else from_folder(Path(target))
+    if config.format != "gguf":
+        return replace(plain, done="Float weights as a checkpoint folder.", number_format="", packed=False)
+    types = ", ".join(f"{kind} ({count})" for kind, count in facts["tensor_types"].items())
+    again, figures = facts["again"], []
+    value = again["perplexity"]["file"] or (again["llama_cpp"] or {}).get("perplexity")
+    if run and value:
+        dataset = checkpoints.read_json(run / "summary.json")["perplexity"]["dataset"]
+        words = f"the first {again['tokens']} tokens"
+        figures = [Figure(metric="perplexity", value=value, dataset=str(dataset), words=words)]
+    number_format = "" if config.gguf_type in ("f32", "f16", "bf16") else config.gguf_type.upper()
+    done = f"As a GGUF file; tensors: {types}."
+    return replace(plain, done=done, number_format=number_format, packed=False, gguf=config.out.name, figures=figures)
 
 
 def _say_who_misreads(model: Path, config: ExportConfig) -> None:

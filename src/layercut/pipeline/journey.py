@@ -14,7 +14,6 @@ from pathlib import Path
 
 from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
-from layercut.files.json_values import write_text
 from layercut.models import checkpoints
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
@@ -29,11 +28,12 @@ from layercut.pipeline.artefacts import (
     SummaryArtefact,
     TasksArtefact,
 )
+from layercut.pipeline.handover import describe_run_, destination, upload
 from layercut.pipeline.iterative import in_rounds
 from layercut.pipeline.resolve import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.run_store import Run
-from layercut.report.page import model_card, write_report
+from layercut.report.page import write_report
 from layercut.segments import Segment
 
 
@@ -55,6 +55,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     """
     processes.start()
     asked = resolve(model, config, until)
+    repo_id = processes.on_main(lambda: destination(asked.config.hub))
     with Run(asked.config.run.out or default_folder(model), force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)})
         work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
@@ -77,6 +78,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
             stages.export.export(work, removal.all)
         else:
             measure_and_export(work, asked, removal.all)
+        if repo_id:
+            processes.on_main(lambda: upload(run / "model", repo_id, private=config.hub.private))
         return run.folder
 
 
@@ -102,7 +105,7 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
         measured.append("evaluations")
     stages.export.export(work, segments)
     summarise(work, asked, segments, measured)
-    processes.on_main(lambda: write_text(run / "model" / "README.md", model_card(run.folder)))
+    processes.on_main(lambda: describe_run_(run.folder))
     processes.on_main(lambda: write_report(run.folder))
 
 

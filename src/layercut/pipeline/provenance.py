@@ -23,8 +23,8 @@ from layercut import __version__
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
 SUMMARIES = ("summary.json", "compare.json")
 """What a finished `compress` leaves, and a finished `compare`."""
-SAME = {"out", "device", "stream", "shard"}
-"""Settings that change where a run is computed and not what it finds."""
+SAME = {"out", "device", "stream", "shard", "push_to_hub", "private"}
+"""Settings that change where a run is computed or what becomes of it, and not what it finds."""
 MORE: dict[str, Any] = {
     "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "evaluations": "",
     "long_context": 0, "triangle": False,

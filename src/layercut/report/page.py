@@ -1,9 +1,9 @@
 """A finished run as a page, a model card and a table in the terminal: the last stage of the journey.
 
 `write_report` makes report.html from the JSON files of a run folder, one file that needs nothing beside it;
-`model_card` the README.md of the exported checkpoint; `closing` what the terminal shows at the end;
-`write_comparison` compare.html, the page of `layercut compare`. All words are in templates/, and `sections.py` says
-which sections the report has. Whatever a user or a model wrote is escaped, and the page's content policy forbids
+`card_body` is the text of a model card (`model_card.py`); `closing` what the terminal shows at the end;
+`write_comparison` makes compare.html, the page of `layercut compare`. All words are in templates/, and `sections.py`
+says which sections the report has. Whatever a user or a model wrote is escaped, and the page's content policy forbids
 scripts and the network.
 """
 
@@ -53,20 +53,20 @@ def _write(target: Path, text: str) -> Path:
     return target
 
 
-def model_card(run: Path) -> str:
-    """README.md for the checkpoint exported from RUN. RunError if RUN is not the folder of a finished run."""
-    import yaml
+def card_body(run: Path, use: str) -> str:
+    """What the model card of RUN's checkpoint says below its front matter.
 
-    found = read_run(run)
-    front = {
-        "base_model": short_name(found.summary.model),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["layercut", "pruned", "layer-pruning", "depth-pruning"],
-    }
-    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
-    body = re.sub(r"\n{3,}", "\n\n", page("model_card.md", **_facts(found)))
-    return f"---\n{header}---\n\n{body}"
+    Args:
+        run: the folder of a finished run.
+        use: how to load the checkpoint, as Markdown.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        RunError: it is no finished run's folder.
+    """
+    return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **_facts(read_run(run)), use=use))
 
 
 def _facts(run: RunFacts) -> dict[str, Any]:

@@ -125,8 +125,21 @@ def fold_tokens(this: Round) -> torch.Tensor:
     """Calibration tokens, and as many of those to tune on as make FOLD_TOKENS: more text, better least squares."""
     rows = [this.work.blocks["calibration"]]
     if "tuning" in this.work.blocks:
-        rows.append(this.tuning[: max(0, FOLD_TOKENS - rows[0].numel()) // this.tuning.shape[1]])
+        rows.append(this.tuning[: tuning_rows_to_fold(rows[0].numel(), this.tuning.shape[1])])
     return torch.cat(rows)
+
+
+def tuning_rows_to_fold(calibration: int, window: int) -> int:
+    """How many rows to tune on the fold is solved on beside the calibration tokens.
+
+    Args:
+        calibration: how many those are.
+        window: tokens in a row.
+
+    Returns:
+        Rows, as many as make FOLD_TOKENS in all.
+    """
+    return max(0, FOLD_TOKENS - calibration) // window
 
 
 def tune(this: Round, removal: Removal) -> HealArtefact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from layercut.data.blocks import Blocks
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
 from layercut.export.consumers import restriction
+from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import (
@@ -179,7 +180,7 @@ def stability(work: RunContext, removal: Removal) -> StabilityArtefact:
     with run.stage(StabilityArtefact, "stability", hashes, after=["search"], together=True) as stage:
         if stage.open:
             stage.found = judged(work, search, again)
-    say("stability", stability_words(asdict(stage.artefact)))
+    say("stability", stability_words(restored(jsonable(stage.artefact))))
     return stage.artefact
 
 
@@ -249,7 +250,7 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
     seeds = [
         SeedChoice(seed=one.seed, segments=one.segments, kl=one.kl, calibration=one.calibration) for one in searches
     ]
-    return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **found)
+    return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **vars(found))
 
 
 def search_within(this: Round, max_loss: float) -> SearchResult:

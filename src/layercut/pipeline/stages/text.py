@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation
-from layercut.config import CompressConfig
+from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
 from layercut.data.chat_templates import render_chat
 from layercut.data.overlap import MOST, shared
@@ -83,9 +83,13 @@ def asked(work: RunContext, use: Use) -> Asked:
         )
     if use == "calibration":
         return Asked(source=text.data, tokens=text.tokens, window=text.window)
-    heldout = max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE)
-    tokens = heldout if use == "heldout" else heal.tune_tokens
+    tokens = held_out_tokens(heal) if use == "heldout" else heal.tune_tokens
     return Asked(source=heal.tune_data or text.data, tokens=tokens, window=text.window)
+
+
+def held_out_tokens(heal: HealConfig) -> int:
+    """Tokens, beside those that are tuned on, that judge healing."""
+    return max(FEWEST_HELD_OUT, heal.tune_tokens // HELD_OUT_SHARE)
 
 
 def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:

@@ -1,0 +1,166 @@
+"""`layercut chat`: a run's dense and compressed model answer the same messages, side by side.
+
+Each keeps its own conversation and writes greedily, one after the other, so that the tokens per second are its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layercut.config import ChatConfig
+from layercut.data.chat_templates import render_chat
+from layercut.errors import ModelError, RunError
+from layercut.evaluation.generation import greedy, padding
+from layercut.models import checkpoints, loading
+from layercut.models.layer_reader_protocol import layers_on_disk
+from layercut.offload import placement
+from layercut.pipeline.provenance import is_run
+from layercut.report.formatting import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NEW = "/new"
+"""Begins a new chat."""
+
+
+@dataclass
+class Speaker:
+    """A model and what it and the user have said."""
+
+    name: str
+    loaded: loading.LanguageModel
+    said: list[dict[str, str]] = field(default_factory=list)
+
+    def prompt(self, room: int) -> torch.Tensor:
+        """Token ids [1, T] of the chat; the oldest messages are left out where no `room` would be left."""
+        tokenizer, positions = self.loaded.tokenizer, loading.positions(self.loaded.model.config)
+        while True:
+            if tokenizer.chat_template:
+                ids = tokenizer(render_chat(tokenizer, self.said, prompt=True), add_special_tokens=False).input_ids
+            else:
+                ids = tokenizer("\n".join(message["content"] for message in self.said) + "\n").input_ids
+            if positions is None or len(ids) + room <= positions:
+                return torch.tensor([ids])
+            if len(self.said) == 1:
+                raise ModelError(
+                    f"the message has {len(ids):,} tokens, and {self.name} has {positions:,} positions",
+                    "a shorter message, or a smaller --max-new-tokens",
+                )
+            del self.said[:2]
+
+
+def chat(run: Path, config: ChatConfig) -> None:
+    """Read messages from stdin, print both models' answers.
+
+    Args:
+        run: the folder of a finished run.
+        config: how the models are loaded, and how long answers may be.
+
+    Raises:
+        RunError: `run` holds no finished model.
+        ModelError: a model does not fit into memory.
+    """
+    from rich.console import Console
+
+    speakers = _speakers(run, config)
+    console = Console(highlight=False)
+    for message in _messages(console):
+        if message == NEW:
+            for speaker in speakers:
+                speaker.said.clear()
+        elif message:
+            _turn(console, speakers, message, config.max_new_tokens)
+
+
+def _speakers(run: Path, config: ChatConfig) -> list[Speaker]:
+    """The two models, loaded."""
+    if not is_run(run):
+        raise RunError(f"{run} is no run folder", "layercut compress MODEL --out RUN, then layercut chat RUN")
+    if not (run / "summary.json").is_file() or not (run / "model" / "config.json").is_file():
+        raise RunError(f"the run in {run} is not finished", "give its compress command again, then chat")
+    dense = checkpoints.read_json(run / "summary.json")["model"]
+    speakers = []
+    for name, source in (("dense", dense), ("compressed", str(run / "model"))):
+        checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
+        loaded = placement.load(checkpoint, **asdict(config.load))
+        if layers_on_disk(loaded.model):
+            raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
+        speakers.append(Speaker(name, loaded))
+    return speakers
+
+
+def _messages(console: Console) -> Iterator[str]:
+    """The user's lines, until the input ends."""
+    while True:
+        try:
+            yield (console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()).strip()
+        except EOFError:
+            return
+
+
+def _turn(console: Console, speakers: list[Speaker], message: str, room: int) -> None:
+    """Both answers to a message: in two columns on a terminal, else one below the other."""
+    from rich.live import Live
+
+    texts = dict.fromkeys((speaker.name for speaker in speakers), "")
+    speeds = dict.fromkeys(texts, "")
+
+    def heard(name: str, text: str) -> None:
+        texts[name] += text
+
+    columns = Live(
+        get_renderable=lambda: _columns(texts, speeds),
+        console=console,
+        refresh_per_second=8,
+        vertical_overflow="visible",
+    )
+    with columns if console.is_terminal else nullcontext():
+        for speaker in speakers:
+            speaker.said.append({"role": "user", "content": message})
+            begun = time.perf_counter()
+            tokens = _answer(speaker, room, partial(heard, speaker.name))
+            speeds[speaker.name] = f"{tokens / (time.perf_counter() - begun):.1f} tokens/s"
+            speaker.said.append({"role": "assistant", "content": texts[speaker.name]})
+            if not console.is_terminal:
+                print(f"{speaker.name}: {texts[speaker.name].strip()}", flush=True)
+
+
+@torch.no_grad()
+def _answer(speaker: Speaker, room: int, heard: Callable[[str], None]) -> int:
+    """Write an answer of at most `room` tokens, word by word to `heard`; how many tokens it has."""
+    from transformers import TextStreamer
+
+    tokenizer = speaker.loaded.tokenizer
+
+    class Words(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            heard(text)
+
+    words = Words(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    found = greedy(speaker.loaded.model, speaker.prompt(room), room, padding(tokenizer), streamer=words)
+    return len(found[0])
+
+
+def _columns(texts: dict[str, str], speeds: dict[str, str]) -> Any:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(expand=True)
+    for _ in texts:
+        table.add_column(ratio=1)
+    lines = {name: [printable(line) for line in text.splitlines()] for name, text in texts.items()}
+    table.add_row(
+        *(Panel(Text("\n".join(lines[name])), title=name, subtitle=speeds[name], title_align="left") for name in texts)
+    )
+    return table

@@ -1,0 +1,61 @@
+"""What endpoint tuning computes and holds, told beforehand, by the settings and sizes of `endpoint_tuning.py`."""
+
+from __future__ import annotations
+
+from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, endpoints, rows_per_pass, rows_per_step
+from layercut.models.batch_sizes import PIECE_BYTES
+from layercut.models.cost import PlannedRun, Spent, Work
+from layercut.models.objectives import objective_of
+from layercut.segments import kept_layers
+
+
+def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
+    """What tuning costs.
+
+    Of every row the dense model is run forwards, the student from the first trained layer on forwards and backwards; of
+    held-out rows the dense model once, and the student from there on for every score. Each trained parameter has its
+    own copy, gradient and best value in the model's format beside STATE_BYTES (on an accelerator the best values lie in
+    the CPU's memory). Kept for the way back is what each layer needs; of layers on disk a step's input to each, and
+    what one of them needs at a time.
+
+    Args:
+        run: what is planned.
+        settings: of the tuning.
+
+    Returns:
+        Its cost.
+    """
+    shape, objective = run.shape, objective_of(settings.objective)
+    trained, kept = endpoints(run.segments, shape.layers, settings.radius), kept_layers(run.segments, shape.layers)
+    reads_logits, judge, first = objective.reads == "logits", objective.judge(), min(trained)
+    stop = len(kept) if reads_logits else max(trained) + 1
+
+    rows, scored = run.tuning * settings.epochs, run.heldout * (1 + SCORES)
+    dense = stop + run.length if objective.needs_dense else first
+    forwards = rows * (stop - first + dense) + run.heldout * shape.layers + scored * (len(kept) - first)
+    heads = rows * (2 + objective.needs_dense) * reads_logits + scored * (1 + judge.needs_dense)
+    work = Work.of(shape, forwards, rows * (stop - first), trained=rows * len(trained), heads=heads)
+
+    step = min(rows_per_step(settings, shape.window), run.tuning)
+    together = min(step, rows_per_pass(shape.window))
+    # both models' logits of a piece, their gradient and one copy
+    piece = min(PIECE_BYTES, together * shape.window * shape.vocabulary * shape.itemsize)
+    logits = 4 * piece * reads_logits
+    parameters = sum(shape.dense.layers[kept[i]] for i in trained)
+    peak = {"trained state": parameters * (STATE_BYTES + 3 * shape.itemsize)}
+    if run.on_disk:
+        peak["inputs of a step"] = (stop - first + 2) * shape.stream(step)
+        peak["logits or layer"] = max(logits, together * shape.most("saved_trained"))
+    else:
+        costs = {i: shape.costs[kept[i]] for i in range(first, stop)}
+        saved = sum(cost.saved_trained if i in trained else cost.saved for i, cost in costs.items())
+        peak |= {"kept for backward": together * saved, "logits": logits}
+    return Spent(peak | {"held-out states": (2 + run.on_disk) * shape.stream(run.heldout)}, work)
+
+
+def healed_bytes(run: PlannedRun) -> int:
+    """Bytes of the weights that healing changes in one cut's neighbours, of which the largest layers are taken."""
+    shape, heal = run.shape, run.config.heal
+    trained = sorted(shape.dense.layers)[-2 * heal.radius :] if heal.tune_tokens else []
+    folded = shape.hidden * sum(shape.read) if heal.fold else 0
+    return (sum(trained) + folded) * shape.itemsize

@@ -1,0 +1,203 @@
+"""The card of a model that layercut made, README.md of its folder or of its page on the Hub.
+
+At the top YAML that the Hub reads: what it was made from, under which licence, and the figures measured. Then, of a
+run, what `report/page.py` says of it; of anything else (`layercut cut`, `quantize`, `export`) what was done. In both
+how to load it, engine by engine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from layercut.data.sources import find
+from layercut.errors import LayercutError
+from layercut.models.source_card import SourceCard, source_card
+from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
+from layercut.report.page import card_body
+from layercut.report.run_facts import RunFacts, read_json, read_run
+from layercut.report.templating import page
+
+HERE = "path/to/this/folder"
+"""Stands in the commands of a card for where the model is; `addressed` puts the Hub id there."""
+STAGES = ("quantized", "tuned", "folded", "cut")
+"""States of the model in a run, the last one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One thing measured on the model that the card is of."""
+
+    metric: str
+    """Its type on the Hub: perplexity, acc …"""
+    value: float
+    dataset: str
+    """As the user named the text, or a task's name."""
+    words: str = ""
+    """On how much, and how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a card is of."""
+
+    source: SourceCard
+    """What it was made from."""
+    done: str
+    """What was done, in a sentence or two."""
+    segments: Sequence[tuple[int, int]] = ()
+    """Layers removed."""
+    original_layer_index: Sequence[int] = ()
+    """Of each layer its place in the source; empty where that is not known."""
+    number_format: str = ""
+    """Of weights in fewer bits: int4, Q8_0; empty for floats."""
+    gguf: str | None = None
+    """Name of the GGUF file; None: a checkpoint folder."""
+    packed: bool = False
+    """Whether the weights are in the format of compressed-tensors."""
+    figures: Sequence[Figure] = ()
+
+    @property
+    def title(self) -> str:
+        """A name for it."""
+        layers = len(self.original_layer_index)
+        parts = [self.source.name, f"{layers} layers" if self.segments and layers else "", self.number_format]
+        return "-".join(each.replace(" ", "-") for each in parts if each)
+
+
+def model_card(run: Path) -> str:
+    """README.md for the checkpoint exported from RUN. RunError if RUN is not the folder of a finished run."""
+    made = of_run(run)
+    return front_matter(made) + card_body(run, use=use(made))
+
+
+def checkpoint_card(made: Made, run: Path | None = None) -> str:
+    """README.md for anything else that was written.
+
+    Args:
+        made: what the card is of.
+        run: the folder of the finished run whose model it was made from.
+    """
+    before = card_body(run, use="") if run else ""
+    shown = {"segments": [list(pair) for pair in made.segments], "index": json.dumps([*made.original_layer_index])}
+    text = page("checkpoint_card.md", made=made, use=use(made), before=before, **shown)
+    return front_matter(made) + text
+
+
+def of_run(run: Path) -> Made:
+    """The checkpoint in a finished run's folder. RunError if it is no finished run's folder."""
+    found = read_run(run)
+    bits = whole_number(found.quantization.bits)
+    number_format = f"int{bits}" if bits in (4, 8) else ""
+    return Made(
+        source=source_card(str(found.summary.model)),
+        done="",
+        segments=spans(found.summary.segments),
+        original_layer_index=_whole_numbers(found.summary.original_layer_index),
+        number_format=number_format,
+        packed=bool(number_format),
+        figures=run_figures(found),
+    )
+
+
+def from_folder(folder: Path) -> Made:
+    """A checkpoint folder, or a .gguf file; of a cut one, with the layers that its config names."""
+    config = folder / "config.json"
+    kept = _whole_numbers(read_json(config).original_layer_index) if config.is_file() else []
+    ends = [(kept[i - 1] + 1 if i else 0, layer) for i, layer in enumerate(kept)]
+    segments = [(start, stop) for start, stop in ends if start < stop]
+    return Made(source=source_card(str(folder)), done="", segments=segments, original_layer_index=kept)
+
+
+def _whole_numbers(values: Json) -> list[int]:
+    return [number for value in values if (number := whole_number(value)) is not None]
+
+
+def run_figures(run: RunFacts) -> list[Figure]:
+    """Perplexity of the last state that was measured, and each task's main score."""
+    found, perplexity = [], run.summary.perplexity
+    last = next((value for name in STAGES if (value := finite(perplexity[name])) is not None), None)
+    if last is not None:
+        words = f"{perplexity.tokens} tokens in windows of {perplexity.window}"
+        found.append(Figure(metric="perplexity", value=last, dataset=str(perplexity.dataset), words=words))
+    for task, row in run.scored.tasks.entries():
+        if (score := finite(row.compressed)) is not None:
+            metric, words = str(row.metric) or "score", f"{row['items']} items" if row["items"] else ""
+            found.append(Figure(metric=metric, value=score, dataset=task, words=words))
+    return found
+
+
+# --- what the Hub reads ----------------------------------------------------------------------------------------------
+
+
+def front_matter(made: Made) -> str:
+    """The YAML at the top, between its two lines of ---."""
+    from huggingface_hub import ModelCardData
+
+    source = made.source
+    tags = ["layercut"]
+    tags += ["pruned", "layer-pruning", "depth-pruning"] if made.segments else []
+    tags += ["gguf"] if made.gguf else []
+    tags += ["compressed-tensors"] if made.packed else []
+    relation: Literal["quantized", "finetune"] = "quantized" if made.number_format else "finetune"
+    data = ModelCardData(
+        language=[*source.languages] or None,
+        license=source.license,
+        license_name=source.license_name,
+        license_link=source.license_link,
+        library_name="gguf" if made.gguf else "transformers",
+        pipeline_tag="text-generation",
+        base_model=source.base_model,
+        base_model_relation=relation if source.base_model else None,
+        tags=tags,
+        model_name=made.title,
+        eval_results=[_result(figure) for figure in made.figures if math.isfinite(figure.value)] or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _result(figure: Figure) -> Any:
+    from huggingface_hub import EvalResult
+
+    name = source_name(figure.dataset)
+    hub = None
+    try:
+        hub = find(figure.dataset, reported=True).hub if figure.metric == "perplexity" else None
+    except LayercutError:  # a file that is gone, or several joined
+        hub = None
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=hub.path if hub else name.replace(" ", "-") or "text",
+        dataset_name=name or "text",
+        dataset_config=hub.config if hub else None,
+        dataset_split=hub.split if hub else None,
+        metric_type=figure.metric,
+        metric_name=f"{figure.metric} ({figure.words})" if figure.words else figure.metric,
+        metric_value=figure.value,
+    )
+
+
+# --- how to load it --------------------------------------------------------------------------------------------------
+
+
+def use(made: Made) -> str:
+    """How to load it, as Markdown. Names of files are quoted for the shell, and for Python."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", made.title.lower()).strip("-")
+    gguf = printable(made.gguf)
+    files = {
+        "path": shlex.quote(f"{HERE}/{gguf}"),
+        "modelfile": shlex.quote(f"{gguf.removesuffix('.gguf')}.Modelfile"),
+        "python_name": json.dumps(gguf),
+    }
+    return page("model_card_use.md", made=made, here=HERE, name=name, **files)
+
+
+def addressed(card: str, repo_id: str) -> str:
+    """A card whose commands name the model on the Hub."""
+    return card.replace(HERE, repo_id)

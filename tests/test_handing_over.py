@@ -1,0 +1,245 @@
+"""What is handed over with a model: the chat format as Ollama takes it, mergekit's configuration of the cut."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers.utils.chat_template_utils import render_jinja_template
+
+import folders
+import tiny
+from layercut.cli.command_line import main
+from layercut.errors import DataError
+from layercut.export.chat_format import ChatFormat, chat_format
+from layercut.export.mergekit_config import mergekit_config, runs
+from layercut.export.modelfile import modelfile
+from layercut.segments import Segment
+from layercut.surgery import cut_checkpoint
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% set first = '' %}"
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{% if loop.first %}{{ first }}{% endif %}"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}</think>{% endif %}{{ m.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+COUNTED = "{% for m in messages %}<|{{ m.role }}{{ loop.index }}|>{{ m.content }}{% endfor %}"
+OFTEN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|{{ messages | length }}|>"
+FIRST_TWO = "{% for m in messages[:2] %}{{ m.content }}{% endfor %}"
+DATED = "{{ strftime_now('%d %b %Y') }}" + PHI3
+TALK = [
+    {"role": role, "content": text}
+    for role, text in zip(
+        ["system", "user", "assistant", "user", "assistant", "user"],
+        ["Speak\nplainly.", 'Say "hello"', "Hello\\n", "{{ .Content }}?", "Yes.", "And }} ü \t…"],
+        strict=True,
+    )
+]
+
+
+def renderer(template: str):
+    def render(messages: list[dict[str, str]]) -> str:
+        try:
+            (text,), _ = render_jinja_template(
+                [messages], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+            )
+        except Exception as error:
+            raise DataError(str(error)) from None
+        return text
+
+    return render
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, MISTRAL, PHI3, THINKING])
+@pytest.mark.parametrize("begins", ["system", "user"])
+def test_a_chat_from_the_pieces_is_the_templates(template, begins):
+    render = renderer(template)
+    found = chat_format(template, render)
+    if begins == "system" and template is MISTRAL:
+        assert found.system is None
+        return
+    for length in (1, 3, 5):
+        chat = TALK[: length + 1] if begins == "system" else TALK[1 : length + 1]
+        assert found.render(chat) == render(chat)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (COUNTED, "where it stands"),
+        (OFTEN, "how many there are"),
+        (FIRST_TWO, "once, in its place"),
+        (DATED, "date of the day"),
+    ],
+)
+def test_a_template_that_is_no_such_pieces_is_refused_with_the_reason(template, why):
+    with pytest.raises(DataError, match=why):
+        chat_format(template, renderer(template))
+
+
+def test_go_template_has_the_pieces_as_literals():
+    found = ChatFormat(opening="<u>\n", system=("<s>", '"\\'), answered="</u><a>", asked="</a><u>", answering="</u><a>")
+    assert found.without_first("<u>").opening == "\n"
+    assert found.to_go() == (
+        '{{ if .System }}{{ "<s>" }}{{ .System }}{{ "\\"\\\\" }}{{ else }}{{ "<u>\\n" }}{{ end }}'
+        '{{ $asked := false }}{{ range .Messages }}{{ if eq .Role "user" }}{{ if $asked }}{{ "</a><u>" }}{{ end }}'
+        '{{ $asked = true }}{{ .Content }}{{ else if eq .Role "assistant" }}{{ "</u><a>" }}{{ .Content }}{{ end }}'
+        '{{ end }}{{ "</u><a>" }}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("kept", "ranges"),
+    [
+        ([0, 1, 2, 5, 6, 9], [(0, 3), (5, 7), (9, 10)]),
+        ([2, 3], [(2, 4)]),
+        (list(range(30)), [(0, 30)]),
+        ([0, 2, 1], [(0, 1), (2, 3), (1, 2)]),
+    ],
+)
+def test_slices_of_mergekit_are_the_kept_layers(kept, ranges):
+    assert runs(kept) == ranges
+    config = yaml.safe_load(mergekit_config("owner/name", kept, "bfloat16"))
+    assert (config["merge_method"], config["dtype"]) == ("passthrough", "bfloat16")
+    layers = [
+        layer
+        for each in config["slices"]
+        for source in each["sources"]
+        for layer in range(*source["layer_range"])
+        if source["model"] == "owner/name"
+    ]
+    assert layers == kept
+
+
+# --- beside what the commands write ---
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    """A quantized model of 6 layers with a chat template and a licence in its metadata."""
+    pytest.importorskip("gguf")
+    from gguf_writer import with_metadata, write_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    model = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    plain = write_gguf(model, folders.tokenizer(), folder / "plain.gguf", "Q4_1")
+    said = {"tokenizer.chat_template": TURNS, "general.license": "mit"}
+    return with_metadata(plain, folder / "chatty.Q4_1.gguf", said)
+
+
+def test_a_cut_gguf_file_comes_with_a_modelfile_and_a_card(gguf_file, tmp_path):
+    out = tmp_path / "small.gguf"
+    assert main(["cut", str(gguf_file), "--segment", "2:4", "--out", str(out), "--quiet"]) == 0
+    first, template, stop = (tmp_path / "small.Modelfile").read_text().splitlines()
+    assert first == "FROM ./small.gguf"
+    begun = 'TEMPLATE """{{ if .System }}{{ "<system> " }}{{ .System }}{{ "</s><user> " }}{{ else }}{{ "<user> " }}'
+    assert template.startswith(begun), template
+    assert stop == 'PARAMETER stop "</s>"'
+    card = (tmp_path / "small.README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["license"], front["base_model"], front["library_name"]) == ("mit", "chatty", "gguf")
+    assert "without layers 2:4" in card
+
+
+def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
+    pytest.importorskip("gguf")
+    from gguf_writer import write_gguf
+
+    model = tiny.llama(2, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    lines = modelfile(write_gguf(model, folders.tokenizer(), tmp_path / "x.gguf")).splitlines()
+    assert lines[1].startswith("# No TEMPLATE: the file has no chat template. Ollama then looks")
+    assert lines[2:] == ['PARAMETER stop "</s>"']
+
+
+def test_quantize_writes_a_card(tiny_model, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "int8"
+    assert main(["quantize", str(tiny_model), "--bits", "8", "--quantizer", "rtn", "--out", str(out), "--quiet"]) == 0
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("tiny-llama", "quantized")
+    assert "pip install compressed-tensors" in card
+    assert "Nothing was measured on this model" in card
+
+
+# --- chat ---
+
+
+@pytest.fixture
+def chatted(tiny_model, tmp_path, monkeypatch, capsys):
+    """Give lines to `layercut chat` on a run made up of two models; what it prints."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    cut_checkpoint(tiny_model, [Segment(3, 5)], run / "model", force=True)
+    (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
+    (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
+
+    def chat(lines: str, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = main(["chat", str(run), "--quiet", *flags])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run, chat
+
+
+def test_both_models_answer_every_message(chatted):
+    _, chat = chatted
+    code, out, err = chat("ba ko rin\n\nba ko rin\n/new\nba ko rin\n", "--max-new-tokens", "4")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith(("dense: ", "compressed: "))]
+    assert len(lines) == 6
+    assert lines[0] != lines[2], "the second message goes on from the first"
+    assert lines[:2] == lines[4:], "a new chat forgets"
+
+
+def test_the_oldest_messages_are_left_out_where_a_chat_gets_too_long(chatted):
+    _, chat = chatted
+    code, out, err = chat("ba ko rin tel mu sha on ter li fe\n" * 6, "--max-new-tokens", "8")
+    assert code == 0, err
+    assert out.count("compressed: ") == 6
+    code, _, err = chat("ba ko rin " * 60)
+    assert code == 2
+    assert "positions" in err
+
+
+def test_a_run_without_a_finished_model_is_refused(chatted, tmp_path, capsys):
+    run, chat = chatted
+    (run / "summary.json").unlink()
+    code, out, err = chat("ba\n")
+    assert (code, out) == (2, "")
+    assert "is not finished" in err
+    assert main(["chat", str(tmp_path / "none")]) == 2
+    assert "is no run folder" in capsys.readouterr().err

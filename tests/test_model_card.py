@@ -1,0 +1,158 @@
+"""The card of a model: what the Hub reads at its top, from where it is known, and how to load the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import folders
+from layercut.models.source_card import SourceCard, source_card
+from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, model_card
+from test_report import MODEL, make_run
+
+README = """---
+license: other
+license_name: own-licence
+license_link: https://example.org/licence
+language: [en, no]
+tags: [chat]
+base_model: someone/before
+---
+# A model
+"""
+
+
+def front(card: str) -> dict[str, Any]:
+    """What the Hub reads, after huggingface_hub has read and written it as well."""
+    empty, header, _ = card.split("---\n", 2)
+    assert empty == ""
+    found = yaml.safe_load(header)
+    assert ModelCard(card).data.to_dict() == found
+    return found
+
+
+def test_a_runs_card_says_what_the_hub_asks_for(tmp_path):
+    tasks = {"piqa": {"metric": "acc", "dense": 0.68, "compressed": 0.61, "items": 100}}
+    card = model_card(make_run(tmp_path, summary={"tasks": tasks}))
+    found = front(card)
+    assert (found["base_model"], found["base_model_relation"]) == (MODEL, "finetune")
+    assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-generation")
+    assert {"layercut", "pruned"} <= set(found["tags"])
+    (index,) = found["model-index"]
+    assert index["name"] == "SmolLM2-135M-Instruct-24-layers"
+    measured = {result["metrics"][0]["type"]: result["metrics"][0]["value"] for result in index["results"]}
+    assert measured == {"perplexity": 67.4, "acc": 0.61}
+    for line in ("AutoModelForCausalLM.from_pretrained", "vllm serve", "llama-cli", "ollama create", "mlx_lm.generate"):
+        assert line in card, line
+    assert "vllm serve org/small" in addressed(card, "org/small")
+
+
+def test_named_sets_are_named_as_the_hub_knows_them(tmp_path):
+    perplexity = {"dataset": "wikitext2", "window": 64, "tokens": 128, "dense": 2.0, "cut": 3.0}
+    (index,) = front(model_card(make_run(tmp_path, summary={"perplexity": perplexity})))["model-index"]
+    dataset = index["results"][0]["dataset"]
+    assert dataset == {
+        "type": "Salesforce/wikitext", "name": "wikitext2", "config": "wikitext-2-raw-v1", "split": "test",
+    }  # fmt: skip
+    assert index["results"][0]["metrics"][0]["value"] == 3.0, "the last state that was measured"
+
+
+def test_what_was_not_measured_is_no_figure(tmp_path):
+    nothing = dict.fromkeys(("cut", "folded", "tuned", "quantized"))
+    assert "model-index" not in front(model_card(make_run(tmp_path, summary={"perplexity": {"dense": 2.0, **nothing}})))
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("x\n---\nlicense: mit\ntags: [evil]", None),
+        ("org/name: {a: b} # c", None),
+        ("/home/someone/models/SmolLM2.Q4_K_M.gguf", "SmolLM2"),
+        ("/home/someone/.cache/hub/models--org--name/snapshots/abc", "org/name"),
+        ("gpt2", "gpt2"),
+        ("no", "no"),
+    ],
+)
+def test_a_local_path_is_never_a_base_model_and_no_name_breaks_the_yaml(tmp_path, model, base):
+    card = model_card(make_run(tmp_path, summary={"model": model}))
+    found = front(card)
+    assert found.get("base_model") == base
+    assert ("base_model_relation" in found) == (base is not None)
+    assert "license" not in found
+    assert "/home/" not in card.partition("## Data and versions")[0]
+
+
+def test_licence_and_languages_are_those_of_the_source(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "source")
+    (folder / "README.md").write_text(README)
+    found = source_card(str(folder))
+    assert found == SourceCard(
+        name="source", license="other", license_name="own-licence", license_link="https://example.org/licence",
+        languages=("en", "no"),
+    )  # fmt: skip
+    assert found.base_model == "source", "what a card calls its own base is not what this folder is"
+    shown = front(checkpoint_card(Made(source=found, done="Cut.")))
+    assert (shown["license"], shown["license_name"], shown["language"]) == ("other", "own-licence", ["en", "no"])
+
+
+def test_what_layercut_made_stands_for_the_model_it_was_made_from(tmp_path):
+    made = Made(source=SourceCard(name="name", hub_id="org/name", license="mit"), done="Cut.", segments=[(3, 5)])
+    (tmp_path / "README.md").write_text(checkpoint_card(made))
+    (tmp_path / "config.json").write_text(json.dumps({"original_layer_index": [0, 1, 2, 5, 6, 7]}))
+    found = from_folder(tmp_path)
+    assert (found.source.hub_id, found.source.license) == ("org/name", "mit")
+    assert found.segments == [(3, 5)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: [1]\nlanguage: {a: b}\n---\n"]
+)
+def test_a_card_that_is_none_says_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert source_card(str(tmp_path)) == SourceCard(name=tmp_path.name)
+
+
+def test_names_of_files_are_quoted_in_what_is_to_be_run():
+    evil = 'a"; rm -rf ~; $(x) `y`.gguf'
+    card = checkpoint_card(Made(source=SourceCard(name='x"$(y)'), done="Written.", gguf=evil, number_format="Q8_0"))
+    blocks = re.findall(r"```(?:sh|python)\n(.*?)```", card, re.DOTALL)
+    assert f"llama-cli -m 'path/to/this/folder/{evil}'\n" in blocks[0]
+    assert "ollama create x-y--q8_0 -f 'a\"; rm -rf ~; $(x) `y`.Modelfile'\n" in blocks[1]
+    assert f"gguf_file={json.dumps(evil)}" in blocks[2]
+    assert front(card)["base_model_relation" if "base_model" in front(card) else "library_name"] == "gguf"
+
+
+def test_a_figure_that_is_no_number_is_left_out():
+    figures = [Figure(metric="perplexity", value=float("inf"), dataset="c4")]
+    assert "model-index" not in front(checkpoint_card(Made(source=SourceCard(name="x"), done="", figures=figures)))
+
+
+def test_tags_and_relation_say_what_kind_of_file_it_is():
+    quantized = Made(source=SourceCard(name="n", hub_id="o/n"), done="", number_format="int4", packed=True)
+    found = front(checkpoint_card(quantized))
+    assert (found["base_model_relation"], found["tags"]) == ("quantized", ["layercut", "compressed-tensors"])
+    gguf = front(checkpoint_card(Made(source=SourceCard(name="n", hub_id="o/n"), done="", gguf="n.gguf")))
+    assert (gguf["library_name"], gguf["tags"]) == ("gguf", ["layercut", "gguf"])
+
+
+def test_a_gguf_file_says_its_licence_itself(tmp_path):
+    pytest.importorskip("gguf")
+    import tiny
+    from gguf_writer import with_metadata, write_gguf
+
+    model = tiny.llama(2, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    plain = write_gguf(model, folders.tokenizer(), tmp_path / "Small-1B.Q4_1.gguf", "Q4_1")
+    assert source_card(str(plain)) == SourceCard(name="Small-1B")
+    with_metadata(plain, tmp_path / "named.gguf", {
+        "general.source.repo_url": "https://huggingface.co/org/name", "general.license": "apache-2.0",
+        "general.languages": ["en", "de"],
+    })  # fmt: skip
+    assert source_card(str(tmp_path / "named.gguf")) == SourceCard(
+        name="named", hub_id="org/name", license="apache-2.0", languages=("en", "de")
+    )
