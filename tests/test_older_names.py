@@ -77,6 +77,8 @@ def test_a_period_is_said_where_there_is_one(full, given, period):
     config = {"model_type": "gemma3_text", "layer_types": kinds} | ({"sliding_window_pattern": given} if given else {})
     assert with_older_names(config).get("sliding_window_pattern") == period
     assert "sliding_window_pattern" not in with_older_names(config | {"model_type": "olmo3"}) or given
+    linear = {"model_type": "qwen3_next", "layer_types": [kind.replace("sliding", "linear") for kind in kinds]}
+    assert with_older_names(linear).get("full_attention_interval") == (period if full != [5] else 6)
 
 
 def test_what_no_old_name_says_is_named():
