@@ -111,7 +111,7 @@ def test_a_result_is_frozen_serialises_and_shows_itself(model):
     assert told["segments"] == [[s.start, s.stop] for s in found.segments]
     assert set(told) == {
         "method", "segments", "candidates", "oracle", "path", "triangle", "budget", "dense_tokens", "layer_forwards",
-        "layer_backwards",
+        "layer_backwards", "by_text", "by_number",
     }  # fmt: skip
     table = replace(found, method="<b>")._repr_html_()
     assert "&lt;b&gt;" in table

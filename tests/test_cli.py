@@ -119,7 +119,7 @@ def test_a_config_fills_flags_and_flags_win(tiny_model, texts, tmp_path, capsys)
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["window"] == 32, "the flag"
     assert resolved["seed"] == 3, "the file"
-    assert resolved["num_segments"] == 1, "the default"
+    assert resolved["num_segments"] == "auto", "the default"
     assert resolved["segment"] == ["3:5"], "13:19 is a number in YAML 1.1, but not here"
     assert json.loads((tmp_path / "run" / "search.json").read_text())["segments"] == [[3, 5]]
 

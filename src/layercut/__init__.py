@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "token_blocks": "data",
+    "token_blocks": "data", "probe_rows": "data", "ProbeRows": "data",
     "search": "layer_search", "SearchResult": "layer_search", "Candidate": "layer_search", "Cost": "layer_search",
+    "capability_map": "layer_search", "CapabilityMap": "layer_search",
     "cut": "surgery",
     "fold_": "healing", "tune_": "healing", "FoldResult": "healing", "TuningResult": "healing",
     "quantize": "quantization", "Quantized": "quantization",
-    "evaluate": "evaluation", "Evaluation": "evaluation",
+    "evaluate": "evaluation", "Evaluation": "evaluation", "capability_figures": "evaluation",
+    "CapabilityFigures": "evaluation",
     "save": "export", "Exported": "export",
     "compress": "pipeline", "RunResult": "pipeline",
     "Segment": "segments", "DecoderRunner": "models", "Objective": "models",
@@ -44,9 +46,13 @@ _WHERE = {
 __all__ = [*_WHERE, "__version__"]
 
 if TYPE_CHECKING:
+    from layercut.data import ProbeRows as ProbeRows
+    from layercut.data import probe_rows as probe_rows
     from layercut.data import token_blocks as token_blocks
     from layercut.errors import LayercutError as LayercutError
+    from layercut.evaluation import CapabilityFigures as CapabilityFigures
     from layercut.evaluation import Evaluation as Evaluation
+    from layercut.evaluation import capability_figures as capability_figures
     from layercut.evaluation import evaluate as evaluate
     from layercut.export import Exported as Exported
     from layercut.export import save as save
@@ -55,8 +61,10 @@ if TYPE_CHECKING:
     from layercut.healing import fold_ as fold_
     from layercut.healing import tune_ as tune_
     from layercut.layer_search import Candidate as Candidate
+    from layercut.layer_search import CapabilityMap as CapabilityMap
     from layercut.layer_search import Cost as Cost
     from layercut.layer_search import SearchResult as SearchResult
+    from layercut.layer_search import capability_map as capability_map
     from layercut.layer_search import search as search
     from layercut.models import DecoderRunner as DecoderRunner
     from layercut.models import Objective as Objective

@@ -188,8 +188,16 @@ class SearchConfig:
     """Instead of --ratio: remove as many layers as raise perplexity by no more than this share (0.1 is 10 %). In one
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
     on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
-    num_segments: int = 1
-    """Remove the layers as up to so many segments; for clp and exhaustive."""
+    num_segments: int | Literal["auto"] = "auto"
+    """Remove the layers as up to so many segments; for clp and exhaustive. auto: as one, or as two where that lowers
+    what --preserve minimises by more than 5 %; as one with --preserve none."""
+    preserve: str = "all"
+    """What the search keeps beside text, for clp and exhaustive: all, none, or names separated by commas of recall
+    (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
+    format. Its damage is measured on tests that are generated from the tokenizer, and added to the loss on text."""
+    preserve_weight: Annotated[float, rare] = 1.0
+    """What a nat of damage per answer token, mean over what is preserved, counts beside a nat of KL per token of
+    text."""
     method: Annotated[
         str,
         one_of(
@@ -230,7 +238,9 @@ class SearchConfig:
             raise ConfigError(
                 f"--max-loss {self.max_loss:g} is not above 0", "perplexity up by a tenth: --max-loss 0.1"
             )
-        at_least("num_segments", self.num_segments, 1)
+        if self.num_segments != "auto":
+            at_least("num_segments", self.num_segments, 1)
+        at_least("preserve_weight", self.preserve_weight, 0)
         consumer_names(self.consumers)
         self._check_method()
         _ = self.segments
@@ -239,7 +249,11 @@ class SearchConfig:
         """Refuse a name that is unknown, and options that a method would ignore."""
         criteria.check(self.method, "--method")
         objectives.check(self.search_objective, "--search-objective")
-        asked = {"--num-segments": self.num_segments > 1, "--search-objective": self.search_objective != "kl"}
+        asked = {
+            "--num-segments": self.num_segments not in (1, "auto"),
+            "--search-objective": self.search_objective != "kl",
+            "--preserve": self.preserve not in ("all", "none"),
+        }
         for flag, is_asked in asked.items():
             # of other packages' criteria, the search itself asks whether they take it
             if is_asked and self.method in criteria.own and self.method not in ("clp", "exhaustive"):
@@ -308,6 +322,9 @@ class HealConfig:
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
+    probe_share: float = 0.25
+    """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
+    0, or --preserve none: text alone."""
     objective: Annotated[
         str,
         one_of(
@@ -338,6 +355,8 @@ class HealConfig:
     def __post_init__(self) -> None:
         objectives.check(self.objective, "--objective")
         at_least("tune_tokens", self.tune_tokens, 0)
+        if not 0 <= self.probe_share < 1:
+            raise ConfigError(f"--probe-share {self.probe_share:g} is outside 0 to 1", "a quarter: --probe-share 0.25")
         at_least("epochs", self.epochs, 1)
         at_least("patience", self.patience, 0)
         at_least("teacher_topk", self.teacher_topk, 0)

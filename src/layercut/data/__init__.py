@@ -1,5 +1,6 @@
-"""Text becomes token blocks: sources, documents, and which text is for which use."""
+"""Text becomes token blocks: sources, documents, which text is for which use, and generated tests of a model."""
 
 from layercut.data.blocks import token_blocks
+from layercut.data.probes import ProbeRows, probe_rows
 
-__all__ = ["token_blocks"]
+__all__ = ["ProbeRows", "probe_rows", "token_blocks"]

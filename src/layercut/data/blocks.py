@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 
 from layercut.data.chat_templates import render_chat
 from layercut.data.overlap import by_origin
+from layercut.data.probes import probe_rows
 from layercut.data.records import Document
 from layercut.data.self_sampled import sample
-from layercut.data.sources import SELF, Source, find, public_name, split_mix
+from layercut.data.sources import SELF, TESTS, Source, find, public_name, split_mix, turns
 from layercut.errors import DataError
 from layercut.models.runner import DecoderRunner
 from layercut.offload.weight_sharing import share
@@ -48,7 +49,7 @@ class TextFacts:
     reads: list[str]
     """What was read, each by its one name (`Source.reads`)."""
     origins: list[str]
-    """The stream of each part of the mix."""
+    """The streams of the mix, in the order in which the rows come from them."""
     tokens: int
     window: int
     """Tokens in a row."""
@@ -74,7 +75,7 @@ class Blocks:
     reads: tuple[str, ...] = ()
     """What was read, each by its one name (`Source.reads`)."""
     origins: tuple[str, ...] = ("",)
-    """The stream of each part of the mix, of which the rows come in turn."""
+    """The streams that the rows come from in turn, as often as each has its turn."""
     keys: frozenset[int] = frozenset()
     """`document_key` of each document."""
     passed_over: int = 0
@@ -124,7 +125,8 @@ def token_blocks(
 
     Args:
         source: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet file or glob,
-            python-docs, python-docstrings, or self (sampled from `model`); several joined with +, row by row in turn.
+            python-docs, python-docstrings, probes (generated tests), or self (sampled from `model`); several joined
+            with +, row by row in turn, "c4+probes:0.25" for a quarter of tests.
         tokenizer: a tokenizer of transformers.
         tokens: token ids in all, rounded up to whole rows.
         window: T, tokens in a row.
@@ -200,7 +202,7 @@ class Reader:
     """Whether shuffled chats are rendered by the tokenizer's template. Text that is reported on never is."""
     drawn: dict[str, set[int]] = field(default_factory=dict)
     """The keys of the documents that each use has."""
-    _streams: dict[tuple[Any, ...], _Text | _Own] = field(default_factory=dict)
+    _streams: dict[tuple[Any, ...], _Text | _Own | _Generated] = field(default_factory=dict)
 
     def draw(
         self, use: str, source: str, *, tokens: int, window: int, order: Order = "shuffled", skip: int = 0
@@ -228,25 +230,28 @@ class Reader:
         if self.chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise DataError("the tokenizer has no chat template", "leave out --chat-template, or use a chat model")
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]
-        count = math.ceil(tokens / window)
+        count, order_of = math.ceil(tokens / window), turns(parts)
         blocks = torch.empty(count, window, dtype=torch.int64)
         keys: set[int] = set()
         documents = passed_over = 0
         for i, part in enumerate(parts):
-            # block j of the mix is block j // len(parts) of part j % len(parts)
-            first, stop = (math.ceil((bound - i) / len(parts)) for bound in (skip, skip + count))
-            if first == stop:
+            rows = [j for j in range(skip, skip + count) if order_of[j % len(order_of)] == i]
+            if not rows:
                 continue
+            before = sum(order_of[j % len(order_of)] == i for j in range(skip))
             stream = self._stream(part, order)
-            taken = stream.take(range(first, stop), window, lambda key: self._is_anothers(key, use))
-            blocks[(i - skip) % len(parts) :: len(parts)] = taken.rows
+            taken = stream.take(
+                range(before, before + len(rows)), window, lambda key: self._is_anothers(key, use)
+            )  # fmt: skip
+            blocks[[j - skip for j in rows]] = taken.rows
             keys |= {*taken.keys}
             documents += len(taken.keys)
             passed_over += taken.passed_over
         self.drawn.setdefault(use, set()).update(keys)
         return Blocks(
             blocks, source, documents, fingerprint(blocks), tuple(read for part in parts for read in part.reads),
-            tuple(_origin(part) for part in parts), frozenset(keys), passed_over,
+            tuple(_origin(parts[order_of[(skip + j) % len(order_of)]]) for j in range(len(order_of))),
+            frozenset(keys), passed_over,
         )  # fmt: skip
 
     def skip_blocks(
@@ -265,17 +270,17 @@ class Reader:
             order: "shuffled" or "as written".
         """
         parts = [find(part, reported=order == "as written") for part in split_mix(source)]
-        count = math.ceil(tokens / window)
+        count, order_of = math.ceil(tokens / window), turns(parts)
         for i, part in enumerate(parts):
-            span = range(math.ceil(-i / len(parts)), math.ceil((count - i) / len(parts)))
-            if span and order == "shuffled":
-                self._stream(part, order).skip_blocks(len(span), window, lambda key: self._is_anothers(key, use))
+            rows = sum(order_of[j % len(order_of)] == i for j in range(count))
+            if rows and order == "shuffled":
+                self._stream(part, order).skip_blocks(rows, window, lambda key: self._is_anothers(key, use))
         self.drawn[use] = keys
 
     def _is_anothers(self, key: int, use: str) -> bool:
         return any(key in keys for other, keys in self.drawn.items() if other != use)
 
-    def _stream(self, part: Source, order: Order) -> _Text | _Own:
+    def _stream(self, part: Source, order: Order) -> _Text | _Own | _Generated:
         """What is left of a source, whatever it is called."""
         name = (_origin(part), order)
         if name not in self._streams:
@@ -284,6 +289,9 @@ class Reader:
                 seed = self.seed if order == "shuffled" else f"{self.seed}, as written"
                 chat = self.chat_template and order == "shuffled"
                 self._streams[name] = _Own(self.model, self.tokenizer, seed, chat)
+            elif part.name == TESTS:
+                family = "tuning" if order == "shuffled" else "judging"
+                self._streams[name] = _Generated(self.tokenizer, family, self.seed)
             else:
                 texts = part.documents(self.seed if order == "shuffled" else None)
                 chat = self.chat_template and order == "shuffled"
@@ -416,6 +424,29 @@ class _Own:
 
     def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Skip the next rows."""
+        self._given += count
+
+
+class _Generated:
+    """Rows of generated tests, of which each is a document."""
+
+    def __init__(self, tokenizer: Any, family: str, seed: int) -> None:
+        self._tokenizer, self._family, self._seed = tokenizer, family, seed
+        self._given = 0
+
+    def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
+        """Rows `span` of those to come. None is refused: each is from a seed of its own."""
+        first = self._given + span.start
+        self._given += span.stop
+        made = probe_rows(
+            self._tokenizer, rows=len(span), window=window, family=self._family, seed=self._seed, first=first
+        )
+        if not made.names:
+            raise DataError(f"no generated test fits rows of {window} tokens", "give longer rows: --window 256")
+        return _Taken(made.tokens, [_hash(row.numpy().tobytes()) for row in made.tokens], 0)
+
+    def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
+        """Give the next rows to nobody: somebody has them."""
         self._given += count
 
 

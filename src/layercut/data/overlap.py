@@ -71,7 +71,7 @@ def by_origin(tokens: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.T
 
     Args:
         tokens: token ids [N, T].
-        origins: names of the streams; row i is of stream i modulo their number.
+        origins: names of the streams; row i is of stream i modulo their number. A name may come more than once.
 
     Returns:
         Token ids [n, T] by stream.

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import lcm
 from pathlib import Path
 
 from layercut.data.python_docs import in_order, python_docs, python_docstrings
@@ -50,6 +52,8 @@ is train."""
 PYTHON = {"python-docs": python_docs, "python-docstrings": python_docstrings}
 SELF = "self"
 """Text that the model writes itself: see `data/self_sampled.py`."""
+TESTS = "probes"
+"""Generated tests of what a model can do (`data/probes.py`); "probes:0.25" for a quarter of a mix's rows."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")
 
 
@@ -62,6 +66,8 @@ class Source:
     hub: HubSet | None = None
     files: tuple[Path, ...] = ()
     column: str | None = None
+    share: Fraction | None = None
+    """Of a mix's rows; None: what others leave, in equal parts."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -96,8 +102,10 @@ def find(name: str, *, reported: bool = False) -> Source:
         DataError: there is no such source.
     """
     head, _, split = name.partition(":")
-    if name in PYTHON or name == SELF:
+    if name in PYTHON or name in (SELF, TESTS):
         return Source(name)
+    if head == TESTS:
+        return Source(TESTS, share=_share(split))
     if head in NAMED and ":" not in split:
         usual = REPORTED.get(head, NAMED[head].split) if reported else NAMED[head].split
         return Source(name, hub=replace(NAMED[head], split=split or usual), column=NAMED[head].column)
@@ -109,7 +117,7 @@ def find(name: str, *, reported: bool = False) -> Source:
         hub = HubSet(path, config, split or "train", column or "text")
         return Source(name, hub=hub, column=hub.column)
     raise DataError(
-        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF])}",
+        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF, TESTS])}",
         "a file is given by its path (.txt, .jsonl, .parquet), a Hub set as owner/name:split:column",
     )
 
@@ -139,6 +147,45 @@ def split_mix(source: str) -> list[str]:
     return parts
 
 
+def _share(text: str) -> Fraction:
+    """Of "probes:0.25", a quarter, to a hundredth."""
+    try:
+        share = Fraction(text).limit_denominator(100)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share < 1:
+        raise DataError(f"the share {text!r} of {TESTS} is not between 0 and 1", "a quarter of the rows: probes:0.25")
+    return share
+
+
+def turns(parts: Sequence[Source]) -> tuple[int, ...]:
+    """Whose turn it is in a mix, row by row, until it repeats: each part has its share of the rows as evenly as can be.
+
+    Args:
+        parts: of the mix.
+
+    Returns:
+        Indices of the parts; of parts without shares each in turn.
+
+    Raises:
+        DataError: the shares leave nothing for the other parts.
+    """
+    if len(parts) == 1:
+        return (0,)
+    told = sum((part.share for part in parts if part.share), Fraction(0))
+    others = sum(part.share is None for part in parts)
+    if told >= 1 or not others:
+        raise DataError(f"shares of {told} in a mix leave no rows for its other parts", "give smaller shares")
+    shares = [part.share or (1 - told) / others for part in parts]
+    period, given = lcm(*(share.denominator for share in shares)), [0] * len(parts)
+    found = []
+    for row in range(1, period + 1):
+        behind = [share * row - count for share, count in zip(shares, given, strict=True)]
+        found.append(behind.index(max(behind)))
+        given[found[-1]] += 1
+    return tuple(found)
+
+
 def what_is_read(source: str, *, reported: bool = False) -> dict[str, str]:
     """What a source or a mix reads, and how the user named it.
 
@@ -158,7 +205,7 @@ def public_name(source: str) -> str:
     """A source's name as it may be published: of files the last part of their path only."""
 
     def last(part: str) -> str:
-        local = part not in PYTHON and part != SELF and part.partition(":")[0] not in NAMED and looks_local(part)
+        local = part not in (*PYTHON, SELF) and part.partition(":")[0] not in (*NAMED, TESTS) and looks_local(part)
         return re.split(r"[/\\]", part)[-1] or part if local else part
 
     return "+".join(map(last, split_mix(source)))

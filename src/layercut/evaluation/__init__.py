@@ -3,13 +3,16 @@
 Everything is measured on the dense and on the compressed model, on the same tokens, items and prompts:
 perplexity (`likelihood.py`), greedy continuations and their health (`generation.py`), the tasks of
 lm-evaluation-harness (`harness.py`) with the paired arithmetic of what was lost (`retention.py`), keys hidden in
-long text (`passkey.py`), and the evaluations of users (`protocol.py`). The pipeline calls these and writes what they
+long text (`passkey.py`) and values in long lists (`key_values.py`), generated tests of what a model can do
+(`capabilities.py`), and the evaluations of users (`protocol.py`). The pipeline calls these and writes what they
 return; `evaluate` (`comparison.py`) is for those who have a model in memory.
 """
 
+from layercut.evaluation.capabilities import CapabilityFigures, capability_figures
 from layercut.evaluation.comparison import Evaluation, evaluate
 from layercut.evaluation.generation import PROMPTS, generation_health, generations
 from layercut.evaluation.harness import Record, check_tasks, harness_version, load_tasks, score_tasks
+from layercut.evaluation.key_values import key_value_cases
 from layercut.evaluation.likelihood import (
     compared_losses,
     long_windows,
@@ -22,7 +25,7 @@ from layercut.evaluation.likelihood import (
     window_losses,
 )
 from layercut.evaluation.passkey import cases as passkey_cases
-from layercut.evaluation.passkey import passkey_grid
+from layercut.evaluation.passkey import lengths, passkey_grid
 from layercut.evaluation.protocol import (
     EvaluationFunction,
     Rows,
@@ -36,10 +39,12 @@ from layercut.evaluation.retention import compare_records, compare_tasks, retent
 
 __all__ = [
     "PROMPTS",
+    "CapabilityFigures",
     "Evaluation",
     "EvaluationFunction",
     "Record",
     "Rows",
+    "capability_figures",
     "check_tasks",
     "compare_records",
     "compare_tasks",
@@ -48,6 +53,8 @@ __all__ = [
     "generation_health",
     "generations",
     "harness_version",
+    "key_value_cases",
+    "lengths",
     "load_tasks",
     "long_windows",
     "loss_by_position",

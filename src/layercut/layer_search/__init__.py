@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from layercut import registries
+from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
 from layercut.errors import ConfigError, DataError
 from layercut.layer_search.budgets import (
@@ -22,9 +23,10 @@ from layercut.layer_search.budgets import (
     with_triangle,
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
-from layercut.layer_search.prices import as_objective, is_kl
+from layercut.layer_search.damage_map import CapabilityMap, capability_map
+from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.result import Candidate, Cost, SearchResult, regret, rescored
+from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.models.callers_model import prepared
 from layercut.models.loading import check_tokens, positions
@@ -34,9 +36,13 @@ from layercut.progress import bar
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
-    "Candidate", "Cost", "Criterion", "Restriction", "SearchResult", "length_for_size", "length_for_speedup",
-    "longest_within", "perplexity_rise", "regret", "rescored", "search", "split_rows", "with_triangle",
+    "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
+    "length_for_size", "length_for_speedup", "longest_within", "perplexity_rise", "regret", "rescored", "search",
+    "split_rows", "with_triangle",
 ]  # fmt: skip
+
+SECOND_SEGMENT_GAIN = 0.05
+"""Two segments are taken instead of one where what is minimised falls by more than this share. A guess."""
 
 
 def search(
@@ -46,9 +52,10 @@ def search(
     ratio: float | None = None,
     n_layers: int | None = None,
     segments: Sequence[Segment] | None = None,
-    num_segments: int = 1,
+    num_segments: int | Literal["auto"] = 1,
     method: str | Criterion = "clp",
     objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
     seed: int = 0,
     oracle: bool = False,
     restriction: Restriction | None = None,
@@ -56,8 +63,7 @@ def search(
     """Find the layers that the model can best do without. Nothing is cut, and the model stays as it is.
 
     One of `ratio`, `n_layers` and `segments` says what to remove. What a criterion picks is priced by the real cut on
-    all tokens, KL(p || q) between the dense model's predictions p and the cut one's q; that is in neither the result's
-    `cost` nor its `seconds`, which hold what the criterion itself needs.
+    all tokens, KL(p || q) of the dense p and the cut q, outside the result's `cost` and `seconds`.
 
     Args:
         model: a causal LM of transformers in memory, or a `DecoderRunner` of one.
@@ -65,10 +71,10 @@ def search(
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together.
-        num_segments: into how many segments at most; for criteria that take it (clp, exhaustive).
-        method: a name in `layercut.criteria`, or a criterion itself (`criteria.Criterion`). "clp" is CLP's concave
-            gate (2510.23652) with a race by the real cut.
+        num_segments: how many segments at most, for clp and exhaustive; "auto": two where that pays.
+        method: a name in `layercut.criteria`, or a `Criterion`; "clp" is CLP's gate (2510.23652) with a race by KL.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
+        probes: generated tests (`layercut.probe_rows`), for clp and exhaustive to minimise their damage with the loss.
         seed: of everything drawn at random: the same seed gives the same result.
         oracle: run the exhaustive search as well and put its answer and the regret beside the result.
         restriction: of the cuts that may be chosen, for this number of layers; of `segments` too.
@@ -77,8 +83,7 @@ def search(
         `SearchResult`: `segments` to hand to `layercut.cut`, all candidates from the best, and what finding them cost.
 
     Raises:
-        ConfigError: none or several of the three are given, they do not fit the model, the method or objective is
-            unknown or does not take what was asked, or a criterion picked other than n layers, or a forbidden cut.
+        ConfigError: none or several of the three are given, something is unknown, or does not fit model or method.
         DataError: the tokens are not [N, T] token ids of this model.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
@@ -88,17 +93,69 @@ def search(
         limits = restriction or Restriction.none(len(runner), length)
         if segments is not None:
             limits.check(segments)
-            return priced(runner, tokens, segments)
+            return priced(runner, tokens, segments, probes)
         limits.needed([0.0] * len(runner))  # raises where no cut is allowed
-        name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-        criterion: Criterion = registries.criteria.get(method) if isinstance(method, str) else method
-        asked: dict[str, Any] = {"num_segments": min(num_segments, length), "objective": as_objective(objective)}
-        asked["restriction"] = limits
-        check_asked(criterion, name, num_segments > 1, not is_kl(asked["objective"]))
-        result = chosen(runner, tokens, limits, criterion, name, {"seed": seed, **asked})
+        name, criterion = named_criterion(method)
+        asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "restriction": limits}
+        check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
+        numbers = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
+        each = ({"seed": seed, "num_segments": n, **asked} for n in numbers)
+        result = fewest_worth([chosen(runner, tokens, limits, criterion, name, options) for options in each])
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
-            result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **asked))
+            options = accepted(exhaustive, asked | {"num_segments": numbers[-1]})
+            result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **options))
         return result
+
+
+def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
+    """A criterion and its name, from either."""
+    if isinstance(method, str):
+        return method, registries.criteria.get(method)
+    return getattr(method, "__name__", type(method).__name__), method
+
+
+def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: bool) -> list[int]:
+    """K of each search that is made: what is asked, or for "auto" 1, and 2 where they are to be compared.
+
+    Args:
+        asked: K, or "auto".
+        length: n, layers to remove.
+        compares: whether "auto" compares: generated tests are given, and the criterion takes several segments.
+
+    Returns:
+        One K or two, none above n.
+    """
+    if asked == "auto":
+        return [1, 2] if length > 1 and compares else [1]
+    return [min(asked, length)]
+
+
+def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
+    """Of results with 1, 2, … segments at most the one to take, with what all of them cost.
+
+    A result with more segments is taken where what is minimised falls by more than SECOND_SEGMENT_GAIN: more segments
+    have more boundaries to heal, and among more sets chance finds a lower price.
+
+    Args:
+        found: by the number of segments, from the least.
+
+    Returns:
+        The one that is taken; `by_number` has the best of each.
+    """
+    taken = found[0]
+    for more in found[1:]:
+        if merit(more.candidates[0])[0] < (1 - SECOND_SEGMENT_GAIN) * merit(taken.candidates[0])[0]:
+            taken = more
+    if len(found) == 1:
+        return taken
+    cost = Cost()
+    for each in found:
+        cost.dense_tokens += each.cost.dense_tokens
+        cost.layer_forwards += each.cost.layer_forwards
+        cost.layer_backwards += each.cost.layer_backwards
+    best = [each.candidates[0] for each in found]
+    by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
+    return replace(taken, cost=cost, seconds=sum(each.seconds for each in found), by_number=best, by_text=by_text)
 
 
 def chosen(
@@ -113,7 +170,7 @@ def chosen(
         limits: how many layers to remove, and which cuts are allowed.
         criterion: which chooses.
         name: of the criterion.
-        options: "seed", "num_segments", "objective" and "restriction".
+        options: "seed", "num_segments", "objective", "probes" and "restriction".
 
     Returns:
         The result, with what the criterion cost and how long it took.
@@ -185,7 +242,7 @@ def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
     check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)
 
 
-def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool) -> None:
+def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool, probes: bool) -> None:
     """Refuse options that a criterion does not name as a parameter and would therefore ignore.
 
     Args:
@@ -193,31 +250,34 @@ def check_asked(criterion: Criterion, name: str, several: bool, other_objective:
         name: its name, for the message.
         several: whether more than one segment is asked for.
         other_objective: whether an objective other than KL is asked for.
+        probes: whether generated tests are given.
 
     Raises:
         ConfigError: the criterion does not take such an option.
     """
-    for option, is_asked in {"num_segments": several, "objective": other_objective}.items():
+    for option, is_asked in {"num_segments": several, "objective": other_objective, "probes": probes}.items():
         if is_asked and not names(criterion, option):
             raise ConfigError(f"{option} is not for the criterion {name!r}", f"leave out {option}, or use 'clp'")
 
 
-def priced(runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment]) -> SearchResult:
-    """The KL of segments given by hand, removed together.
+def priced(
+    runner: DecoderRunner, tokens: torch.Tensor, segments: Sequence[Segment], probes: ProbeRows | None = None
+) -> SearchResult:
+    """Segments given by hand, priced as the one cut that they are.
 
     Args:
         runner: the dense model.
         tokens: calibration token ids [N, T].
-        segments: to be removed together.
+        segments: what is removed.
+        probes: generated tests, whose damage is measured beside the text's loss.
 
     Returns:
-        A result of one candidate, under the method "given".
-
-    Raises:
-        ConfigError: the segments overlap or do not fit the model.
+        The result of method "given".
     """
     cost, cuts = Cost(), tuple(checked_segments(segments, len(runner)))
     with bar("pricing the cut", set_work([DENSE, cuts], len(runner), len(tokens))) as advance:
+        if probes is not None:
+            return SearchResult("given", candidates(Prices(runner, tokens, cost, probes=probes), [cuts]), cost)
         return SearchResult("given", set_costs(runner, tokens, [cuts], cost, advance=advance), cost)
 
 

@@ -16,8 +16,9 @@ from heapq import nsmallest
 
 import torch
 
+from layercut.data.probes import ProbeRows
 from layercut.layer_search.gate import HEAD_EVERY, GateSchedule, descend
-from layercut.layer_search.prices import FINALISTS, Prices, as_objective, first_rows, race
+from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, race
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
@@ -137,6 +138,7 @@ def clp(
     seed: int = 0,
     num_segments: int = 1,
     objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
     schedule: GateSchedule | None = None,
 ) -> SearchResult:
@@ -156,6 +158,7 @@ def clp(
         seed: of the order in which the rows are taken.
         num_segments: K, into how many segments at most.
         objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
         restriction: of the cuts that may be chosen; not given: none. The descent moves freely; where it ends counts
             only if it is allowed.
         schedule: of the descent; by `schedule_for` where not given.
@@ -165,22 +168,26 @@ def clp(
     """
     layers, count, objective = len(runner), num_segments, as_objective(objective)
     tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
-    prices = Prices(runner, tokens, cost, objective)
-    schedule = schedule or schedule_for(layers, length, count, len(tokens))
+    prices = Prices(runner, tokens, cost, objective, probes)
+    schedule = schedule or schedule_for(layers, length, count, prices.rows)
     limits = restriction or Restriction.none(layers, length)
     with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
         seeds, coarse = price_coarsely(prices, limits, count, schedule.particles)
         # the last rows: those that the coarse pricing has not seen
+        weights = None if prices.weights is None else prices.weights.flip(0)
         ends, path = descend(
-            runner, tokens.flip(0), seeds, schedule, cost, count=count, objective=objective, advance=advance
-        )
+            runner, prices.tokens.flip(0), seeds, schedule, cost,
+            count=count, objective=objective, weights=weights, advance=advance,
+        )  # fmt: skip
         moves = (near for end in ends for near in neighbours(end, layers, count))
         proposed = set(filter(limits.allows, (*coarse, *seeds, *ends, *moves)))
         if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
             found = race(prices, proposed, begin=2 * prices.few)
         else:
             found = climb(prices, race(prices, proposed), limits, count)
-    return SearchResult("clp", found, cost, path)
+        whole = [cuts for cuts in prices.known if sum(map(len, cuts)) == length and limits.allows(cuts)]
+        by_text = beside_text(prices, found, whole)
+    return SearchResult("clp", found, cost, path, by_text=by_text)
 
 
 def price_coarsely(prices: Prices, limits: Restriction, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:

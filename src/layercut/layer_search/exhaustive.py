@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
-from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
+from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.search_cost import all_segments_cost, costs
@@ -29,6 +30,7 @@ def exhaustive(
     cost: Cost,
     num_segments: int = 1,
     objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
 ) -> SearchResult:
     """Price every set of at most `num_segments` segments with `length` layers in all; the best is the optimum.
@@ -40,6 +42,7 @@ def exhaustive(
         cost: to which the layer-forwards are added.
         num_segments: K, into how many segments at most.
         objective: what a cut is priced by; in nats per token for "kl" and "next-token".
+        probes: generated tests whose damage is priced along with the text's loss (`weighted_rows`).
         restriction: of the sets that may be chosen; not given: none.
 
     Returns:
@@ -62,10 +65,11 @@ def exhaustive(
             "give another --ratio, or leave out --for",
         )
     number = len(sets)
-    if not is_kl(objective):
-        prices = Prices(runner, tokens, cost, objective)
+    if probes is not None or not is_kl(objective):
+        prices = Prices(runner, tokens, cost, objective, probes)
         with bar(f"sweeping {number} sets", None):
-            return SearchResult("exhaustive", candidates(prices, prices.ranked(sets, len(tokens))), cost)
+            found = candidates(prices, prices.ranked(sets, prices.rows))
+            return SearchResult("exhaustive", found, cost, by_text=beside_text(prices, found, sets))
     rows = swept_rows(runner.stream_bytes(tokens.shape[1]), number)
     with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
         return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, rows=rows, advance=advance), cost)

@@ -158,6 +158,7 @@ def descend(
     *,
     count: int = 1,
     objective: Objective | None = None,
+    weights: torch.Tensor | None = None,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> tuple[list[Cuts], list[dict[str, Any]]]:
     """Let sets of segments descend the gate's loss, one row of tokens a step.
@@ -174,6 +175,7 @@ def descend(
         cost: to which the layer passes are added.
         count: K, segments a set has at most.
         objective: the loss, mean over tokens; KL in nats per token where not given.
+        weights: of each position in its row's loss [N, T] (`weighted_rows`); the mean where not given.
         advance: called with 1 after each step.
 
     Returns:
@@ -186,14 +188,15 @@ def descend(
     path: list[dict[str, Any]] = []
     for step in range(schedule.steps):
         done = step / max(1, schedule.steps - 1)
-        row = tokens[step % len(tokens)][None]
+        at = step % len(tokens)
+        row, weighed = tokens[at : at + 1], None if weights is None else weights[at : at + 1]
         spans.requires_grad_(True)
         gates = concave_gate(walls_of(spans), layers, _anneal(schedule.sharpness, done))  # [P, L]
         moving = (gates > CLOSED) & (gates < 1 - CLOSED)
         if schedule.relaxation == "straight-through":
             gates = _hard_forward(gates, spans)
         dense, gated = gated_forward(stack, gates, row, cost, moving=moving, recompute=schedule.recompute)
-        losses = Judge(objective, stack, dense, row, every=HEAD_EVERY)(gated)  # [P]
+        losses = Judge(objective, stack, dense, row, weights=weighed, every=HEAD_EVERY)(gated)  # [P]
         (slope,) = torch.autograd.grad(losses.sum(), spans)  # [P, 2K + 1]: particles are independent rows
         slope = torch.where(slope.isfinite().all(-1, keepdim=True), slope, 0.0)
         spans = spans.detach()

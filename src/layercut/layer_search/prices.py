@@ -13,9 +13,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from layercut.data.probes import ProbeRows
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
+from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models.batch_sizes import STREAM_BYTES, SWEPT_ROWS
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
@@ -52,10 +54,20 @@ def is_kl(objective: Objective) -> bool:
 
 
 class Judge:
-    """An objective, mean over the tokens of each row, of hidden states after the last layer; differentiable in them."""
+    """An objective, mean or weighted sum over the tokens of each row, of hidden states after the last layer.
+
+    It is differentiable in them.
+    """
 
     def __init__(
-        self, objective: Objective, stack: DecoderRunner, dense: torch.Tensor, tokens: torch.Tensor, every: int = 1
+        self,
+        objective: Objective,
+        stack: DecoderRunner,
+        dense: torch.Tensor,
+        tokens: torch.Tensor,
+        *,
+        weights: torch.Tensor | None = None,
+        every: int = 1,
     ) -> None:
         """Prepare what all that is judged shares.
 
@@ -64,7 +76,8 @@ class Judge:
             stack: whose head makes logits of hidden states.
             dense: the dense model's hidden states h_L [B, T, D].
             tokens: token ids [B, T].
-            every: only one position in so many goes through the head; of hidden states all are compared.
+            weights: of each position [B, T]; not given, a row's mean.
+            every: only one of T / every positions or so goes through the head; of hidden states all are compared.
 
         Raises:
             ModelError: the objective needs the dense model's logits, and one is not finite.
@@ -72,7 +85,17 @@ class Judge:
         self.stack, self.reads = stack, objective.reads
         # what does not need the dense model compares with the next token, and the last position has none
         last = tokens.shape[1] - (not objective.needs_dense)
-        self.seen = slice(0, last, 1 if self.reads == "hidden" else every)
+        step = 1 if self.reads == "hidden" else every
+        self.seen: slice | torch.Tensor = slice(0, last, step)
+        self.weights = None
+        if weights is not None:
+            counted = (weights[:, :last] > 0).any(0).nonzero()[:, 0]
+            counted = counted if len(counted) else torch.zeros(1, dtype=torch.long)  # rows that no test fitted
+            self.seen = counted[:: max(1, len(counted) * step // last)]  # few answers are all compared
+            some = weights[:, self.seen]
+            # a row's weights keep their sum, whichever of its positions are compared
+            scale = weights.sum(-1, keepdim=True) / some.sum(-1, keepdim=True).clamp_min(torch.finfo(some.dtype).tiny)
+            self.weights = (some * scale).to(dense.device)
         self.tokens = tokens[:, self.seen]
         targets = F.pad(stack.place(tokens)[:, 1:], (0, 1), value=-1)[:, self.seen]
         compared = None
@@ -87,14 +110,20 @@ class Judge:
         student = hidden[:, self.seen]
         if self.reads == "logits":
             student = self.stack.exit(student, self.tokens.expand(len(hidden), -1))
-        return self.loss(student).mean(-1)
+        losses = self.loss(student)
+        return losses.mean(-1) if self.weights is None else (losses * self.weights).sum(-1)
 
 
 class Prices:
     """The price of every set that was asked for, on each row of tokens [N, T] so far."""
 
     def __init__(
-        self, stack: DecoderRunner, tokens: torch.Tensor, cost: Cost, objective: Objective | None = None
+        self,
+        stack: DecoderRunner,
+        tokens: torch.Tensor,
+        cost: Cost,
+        objective: Objective | None = None,
+        probes: ProbeRows | None = None,
     ) -> None:
         """Nothing is measured before it is asked for.
 
@@ -103,13 +132,16 @@ class Prices:
             tokens: calibration token ids [N, T].
             cost: to which the layer-forwards are added.
             objective: what is measured; KL where not given.
+            probes: rows of generated tests, which are then priced among those of text (`weighted_rows`).
         """
-        self.stack, self.tokens, self.cost, self.objective = stack, tokens, cost, objective or KL()
+        self.stack, self.cost, self.objective, self.probes = stack, cost, objective or KL(), probes
+        self.text, self.weighted = tokens, weighted_rows(tokens, probes)
+        self.tokens, self.weights = self.weighted.tokens, self.weighted.weights
         self.known: dict[Cuts, list[float]] = {}
 
     @property
     def rows(self) -> int:
-        """N."""
+        """N, those of generated tests among them."""
         return len(self.tokens)
 
     @property
@@ -146,9 +178,10 @@ class Prices:
         shared = processes.share_of_batches(stop - start, rows)
         for part, counts in sharding.in_step(self.stack.model, shared, slice(0, 1)):
             batch, cost = self.tokens[start:stop][part], spent if counts else Cost()
+            weights = None if self.weights is None else self.weights[start:stop][part]
             for some in range(0, len(sets), streams):
                 chosen = slice(some, some + streams)
-                found = self._of_batch(sets[chosen], batch, cost)
+                found = self._of_batch(sets[chosen], batch, weights, cost)
                 if counts:
                     prices[chosen, part] = found
             cost.dense_tokens += batch.numel()
@@ -157,33 +190,38 @@ class Prices:
         for cuts, found in zip(sets, prices.tolist(), strict=True):
             self.known[cuts] += map(as_price, found)
 
-    def _of_batch(self, sets: list[Cuts], batch: torch.Tensor, cost: Cost) -> torch.Tensor:
+    def _of_batch(
+        self, sets: list[Cuts], batch: torch.Tensor, weights: torch.Tensor | None, cost: Cost
+    ) -> torch.Tensor:
         """The price of each set on each row of a batch: token ids [B, T] -> [C, B]."""
         ends = {cuts: streams for cuts, (streams,) in sweep(self.stack, [batch], [DENSE, *sets], cost).items()}
         found: list[list[float]] = [[] for _ in sets]
         for part, counts in row_chunks(self.stack, batch):
-            judge = Judge(self.objective, self.stack, ends[DENSE][part], batch[part])
+            some = None if weights is None else weights[part]
+            judge = Judge(self.objective, self.stack, ends[DENSE][part], batch[part], weights=some)
             for prices, cuts in zip(found, sets, strict=True):
                 price = judge(ends[cuts][part]).tolist()
                 prices += price if counts else []
         return torch.tensor(found, dtype=torch.float64)
 
-    def ranked(self, sets: Iterable[Cuts], rows: int) -> list[Cuts]:
+    def ranked(self, sets: Iterable[Cuts], rows: int, *, text_only: bool = False) -> list[Cuts]:
         """Sets from the cheapest on the first `rows` rows; the earlier of equals.
 
         Args:
             sets: C sets of segments.
             rows: how many of the N rows.
+            text_only: go by the rows of text among them.
 
         Returns:
             The C sets, by their mean price.
         """
         sets = sorted(sets)
-        means = self.of(sets, rows).mean(-1).tolist()
+        prices = self.of(sets, rows)
+        means = (prices[:, self.weighted.text_only(rows)] if text_only else prices).mean(-1).tolist()
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
-def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> list[Candidate]:
+def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None, text_only: bool = False) -> list[Candidate]:
     """Successive halving: all sets are priced on a few rows, the better half on twice as many, and so on.
 
     FINALISTS at least reach the end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of
@@ -194,13 +232,14 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> l
         prices: of the calibration rows.
         sets: what races.
         begin: rows of the first round; one in FIRST_SHARE where not given.
+        text_only: race by the rows of text, whatever rows of tests are among them.
 
     Returns:
         Those that reach the end, priced on all rows, from the cheapest.
     """
     alive, seen = sorted(set(sets)), min(prices.rows, begin or prices.few)
     while True:
-        alive = prices.ranked(alive, seen)
+        alive = prices.ranked(alive, seen, text_only=text_only)
         if seen == prices.rows:
             return candidates(prices, alive)
         alive = alive[: max(FINALISTS, math.ceil(len(alive) / 2))]
@@ -210,17 +249,44 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> l
 def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
     """Sets as candidates, in their order, priced on all rows by the objective.
 
-    Where that is not KL, their KL is measured beside it, which is not counted as a cost of the search.
+    The KL is that of the rows of text. Where the objective is not KL, it is measured beside it, which is not counted
+    as a cost of the search.
 
     Args:
         prices: of the calibration rows.
         sets: C sets of segments.
 
     Returns:
-        C candidates; KL in nats per token, `score` in the objective's unit.
+        C candidates; KL in nats per token, `score` and `damage` in the objective's unit.
     """
-    means = prices.of(sets, prices.rows).mean(-1).tolist()
+    found = prices.of(sets, prices.rows)
+    means = found.mean(-1).tolist()
     if is_kl(prices.objective):
-        return [Candidate(cuts, as_price(mean, 0.0)) for cuts, mean in zip(sets, means, strict=True)]
-    kl = Prices(prices.stack, prices.tokens, Cost()).of(sets, prices.rows).mean(-1).tolist()
-    return [Candidate(cuts, as_price(k, 0.0), mean) for cuts, k, mean in zip(sets, kl, means, strict=True)]
+        kl = prices.weighted.part(found, text=True).tolist()
+    else:
+        kl = Prices(prices.stack, prices.text, Cost()).of(sets, len(prices.text)).mean(-1).tolist()
+    if prices.weights is None:
+        scores = [None if is_kl(prices.objective) else mean for mean in means]
+        damage: list[float | None] = [None] * len(means)
+    else:
+        scores, damage = [*means], [as_price(d, 0.0) for d in prices.weighted.part(found, text=False).tolist()]
+    return [
+        Candidate(cuts, as_price(k, 0.0), score, lost)
+        for cuts, k, score, lost in zip(sets, kl, scores, damage, strict=True)
+    ]
+
+
+def beside_text(prices: Prices, found: list[Candidate], sets: Iterable[Cuts]) -> Candidate | None:
+    """The best of all sets by text alone, priced on all rows: what heeding generated tests costs, and spares.
+
+    Args:
+        prices: of the calibration rows.
+        found: what the search returns.
+        sets: what it chose from.
+
+    Returns:
+        The candidate; None where no tests are among the rows.
+    """
+    if prices.weights is None:
+        return None
+    return race(prices, {*sets, *(candidate.segments for candidate in found[:1])}, text_only=True)[0]

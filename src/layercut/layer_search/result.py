@@ -21,11 +21,13 @@ class Candidate:
     kl: float
     score: float | None = None
     """What the search minimised, where that is not the KL; lower is better."""
+    damage: float | None = None
+    """Mean over capabilities of the damage to generated tests, in nats per answer token; where the search sees some."""
 
     def to_dict(self) -> dict[str, Any]:
-        """{"segments": [[start, stop], …], "kl"}, and "score" where there is one."""
-        score = {} if self.score is None else {"score": self.score}
-        return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl, **score}
+        """{"segments": [[start, stop], …], "kl"}, and "score" and "damage" where there is one."""
+        more = {name: value for name in ("score", "damage") if (value := getattr(self, name)) is not None}
+        return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl, **more}
 
 
 @dataclass
@@ -66,6 +68,10 @@ class SearchResult:
     """(start, stop, KL in nats per token) of every segment up to some length, where that was asked for."""
     budget: dict[str, Any] | None = None
     """What a loss budget allowed: {"max_loss", "rise", "tried": [{"length", "segments", "rise"}]}, as shares."""
+    by_text: Candidate | None = None
+    """The best by the text alone, where generated tests were weighed with it."""
+    by_number: list[Candidate] = field(default_factory=list)
+    """The best of one segment, and of two at most, where the search compared them."""
     seconds: float = field(default=0.0, compare=False)
     """Wall-clock time of what `cost` counts."""
 
@@ -89,6 +95,8 @@ class SearchResult:
             "path": self.path,
             "triangle": None if self.triangle is None else [list(row) for row in self.triangle],
             "budget": self.budget,
+            "by_text": self.by_text.to_dict() if self.by_text else None,
+            "by_number": [candidate.to_dict() for candidate in self.by_number],
             "dense_tokens": self.cost.dense_tokens,
             "layer_forwards": self.cost.layer_forwards,
             "layer_backwards": self.cost.layer_backwards,

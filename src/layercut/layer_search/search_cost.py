@@ -85,7 +85,7 @@ def search_cost(run: PlannedRun) -> Spent:
     if search.oracle and search.method != "exhaustive":
         both = found.work + oracle.work if found.work and oracle.work else None
         found = Spent(max(found.peak, oracle.peak, key=total), both)
-    if found.work is None or search.num_segments > 1:
+    if found.work is None or search.num_segments not in (1, "auto"):
         return Spent(found.peak, None)
     return found if criterion.prices_itself else Spent(found.peak, found.work + picked_work(run))
 

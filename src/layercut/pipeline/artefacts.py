@@ -109,6 +109,8 @@ class CandidateRecord:
     segments: list[Bounds]
     kl: float
     score: float | None = field(default=None, metadata=OPTIONAL)
+    damage: float | None = field(default=None, metadata=OPTIONAL)
+    """To generated tests, mean over capabilities, in nats per answer token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,12 @@ class SearchArtefact(Artefact, SearchCost):
     oracle: dict[str, Any] | None = None
     triangle: list[tuple[int, int, float]] | None = None
     budget: dict[str, Any] | None = None
+    by_text: CandidateRecord | None = None
+    """The best by the text alone, where generated tests were weighed with it."""
+    by_number: list[CandidateRecord] = field(default_factory=list)
+    """The best of one segment, and of two, where they were compared."""
+    tests: dict[str, Any] | None = None
+    """Which generated tests were weighed: {"rows", "window", "capabilities"}."""
     rounds: list[RoundRecord] | None = field(default=None, metadata=OPTIONAL)
 
     @property
@@ -343,6 +351,39 @@ class LongArtefact(Artefact, LongContext):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HitsByLength:
+    """Share of the answers that are found in rows of some length, greedily."""
+
+    capability: str
+    length: int
+    dense: float
+    compressed: float
+    answers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedTests:
+    """`evaluation.CapabilityFigures` of generated tests of the judging family, each by capability."""
+
+    damage: dict[str, float]
+    hits: dict[str, float]
+    dense_hits: dict[str, float]
+    answers: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapabilitiesArtefact(Artefact):
+    """capabilities.json."""
+
+    map: dict[str, Any]
+    """`CapabilityMap.to_dict()` of the dense model: what the removal of each layer does to what."""
+    words: list[str]
+    """Which layers hold what, in sentences."""
+    judged: JudgedTests
+    by_length: list[HitsByLength]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metric:
     """One figure of a user's evaluation; None where it was not returned for that model."""
 
@@ -397,3 +438,5 @@ class SummaryArtefact(Artefact):
     evaluations: dict[str, dict[str, Metric]] | None
     consumers: list[Reading] = field(default_factory=list, metadata=OPTIONAL)
     """What software that may load the exported model makes of it."""
+    capabilities: JudgedTests | None = None
+    """What the compressed model can still do of generated tests, beside the dense one."""

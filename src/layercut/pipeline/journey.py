@@ -18,6 +18,7 @@ from layercut.models import checkpoints
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,
+    CapabilitiesArtefact,
     CutArtefact,
     EvaluateArtefact,
     EvaluationsArtefact,
@@ -94,6 +95,8 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
     run, config = work.run, work.config
     stages.evaluate.evaluate(work, segments)
     measured = ["eval"]
+    if stages.evaluate.capabilities(work, segments):
+        measured.append("capabilities")
     if config.tasks.names:
         stages.evaluate.score(work, segments)
         measured.append("tasks")
@@ -131,6 +134,7 @@ def summarise(
             tasks = run.artefact(TasksArtefact, "tasks") if "tasks" in measured else None
             long = run.artefact(LongArtefact, "long") if "long" in measured else None
             others = run.artefact(EvaluationsArtefact, "evaluations") if "evaluations" in measured else None
+            able = run.artefact(CapabilitiesArtefact, "capabilities") if "capabilities" in measured else None
             exported = run.artefact(ExportArtefact, "export")
             stage.found = SummaryArtefact(
                 model=asked.model,
@@ -148,6 +152,7 @@ def summarise(
                 retention=tasks.retention if tasks else None,
                 long_context=long.facts if long else None,
                 evaluations=others.evaluations if others else None,
+                capabilities=able.judged if able else None,
                 consumers=stages.export.read_by(work, segments),
             )
     return stage.artefact

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from layercut import evaluation
 from layercut.config import CompressConfig, SearchConfig, consumer_names
+from layercut.data.probes import capability_names
 from layercut.data.sources import SELF, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
@@ -63,6 +64,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         ModelError: no such model, or one that cannot be used.
     """
     config.check()
+    capability_names(config.search.preserve)
     if until == "search" and config.number_of_rounds > 1:
         raise ConfigError("a search in rounds needs each to be healed", "use tune or compress")
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, ShardMode
 from layercut.data.blocks import Reader, TextFacts, stored_blocks
+from layercut.data.probes import probe_rows
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
@@ -106,6 +107,11 @@ class RunContext:
     def tokenizer(self) -> Any:
         """Its tokenizer, which text needs and the model's weights do not."""
         return loading.load_tokenizer(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
+
+    @cached_property
+    def tests_fit(self) -> bool:
+        """Whether rows of the run's window hold generated tests."""
+        return bool(probe_rows(self.tokenizer, rows=2, window=self.config.text.window).names)
 
     @cached_property
     def stack(self) -> DecoderRunner:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 
 from layercut import evaluation as measures
 from layercut.data.blocks import in_rows
+from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
-from layercut.models import layer_reader_protocol
+from layercut.layer_search.damage_map import capability_map
+from layercut.models import layer_reader_protocol, loading
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import (
+    CapabilitiesArtefact,
     CloserLook,
     EvaluateArtefact,
     EvaluationsArtefact,
     FoldArtefact,
     Generation,
     HealArtefact,
+    HitsByLength,
+    JudgedTests,
     LongArtefact,
     Metric,
     Perplexities,
@@ -30,6 +37,13 @@ from layercut.pipeline.run_context import RunContext, Weights
 from layercut.progress import bar, say
 from layercut.report.stage_lines import describe_retention
 from layercut.segments import Segment
+
+MAP_ROWS, MAP_TEXT_ROWS = 8, 4
+"""Rows of tests and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
+picture is worth."""
+JUDGED_ROWS, ROWS_OF_A_LENGTH, LONGEST_TEST = 16, 4, 1024
+"""Rows of tests that judge the compressed model, all capabilities in each; of recall alone at each length, and up to
+how many tokens."""
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
@@ -209,6 +223,71 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
             )
     say("long", f"up to {stage.artefact.window:,} tokens")
     return stage.artefact
+
+
+def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesArtefact | None:
+    """Which layers hold what, and what the compressed model can still do of tests that it was not tuned on.
+
+    Args:
+        work: of the run.
+        segments: all that is removed, in the dense model's layers.
+
+    Returns:
+        The artefact; None where no test fits a row of the run's window, or --preserve is none.
+    """
+    config, text = work.config.search, work.config.text
+    if config.preserve == "none" or not work.tests_fit:
+        return None
+    inputs = [work.source, text.seed, text.window, text.tokens, config.all_lengths, len(segments)]
+    with work.run.stage(
+        CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True
+    ) as stage:  # fmt: skip
+        if stage.open:
+            lengths = (1, sum(map(len, segments))) if config.all_lengths else (1,)
+            tests = probe_rows(work.tokenizer, rows=MAP_ROWS, window=text.window, seed=text.seed)
+            plain = work.blocks["calibration"][:MAP_TEXT_ROWS]
+            found = capability_map(work.stack, probes=tests, text=plain, lengths=lengths)
+            judged, by_length = judged_tests(work, segments)
+            stage.found = CapabilitiesArtefact(
+                map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length
+            )  # fmt: skip
+    told = stage.artefact.judged
+    kept = ", ".join(f"{name} {told.hits[name]:.0%} of {told.dense_hits[name]:.0%}" for name in told.hits)
+    say("capabilities", f"answers found, of those that the dense model finds: {kept}")
+    return stage.artefact
+
+
+def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedTests, list[HitsByLength]]:
+    """The compressed model beside the dense one, on tests of the judging family.
+
+    Args:
+        work: of the run.
+        segments: all that is removed, in the dense model's layers.
+
+    Returns:
+        Figures of all capabilities in rows of the run's window, and hit rates of recall and lists by length.
+    """
+    model, text = work.student(segments, "folded", "tuned", "quantized"), work.config.text
+    longest = min(LONGEST_TEST, loading.positions(work.architecture) or LONGEST_TEST)
+    rows = probe_rows(work.tokenizer, rows=JUDGED_ROWS, window=text.window, family="judging", seed=text.seed)
+    both = DecoderRunner(model), work.stack
+    with bar("generated tests", None) as advance:
+        found = measures.capability_figures(*both, rows, advance=advance)
+        by_length = []
+        for capability, length in product(("recall", "lists"), measures.lengths(longest)):
+            longer = judging_rows(
+                work.tokenizer, rows=ROWS_OF_A_LENGTH, window=length, capability=capability, seed=text.seed
+            )  # fmt: skip
+            if not longer.names:
+                continue
+            hits = measures.capability_figures(*both, longer, advance=advance)
+            by_length.append(
+                HitsByLength(
+                    capability=capability, length=length, dense=hits.dense_hits[capability],
+                    compressed=hits.hits[capability], answers=hits.answers[capability],
+                )
+            )  # fmt: skip
+    return JudgedTests(**vars(found)), by_length
 
 
 def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,13 +13,16 @@ from safetensors.torch import load_file
 from layercut import layer_search
 from layercut.config import consumer_names
 from layercut.data.blocks import Blocks
+from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
+from layercut.errors import ConfigError
 from layercut.export.consumers import restriction
 from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import (
+    Candidate,
     Restriction,
     SearchResult,
     length_for_size,
@@ -28,6 +32,7 @@ from layercut.layer_search import (
     split_rows,
     with_triangle,
 )
+from layercut.layer_search.criteria import names
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -43,8 +48,13 @@ from layercut.pipeline.artefacts import (
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
+from layercut.registries import criteria
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
+
+TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
+"""Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
+recall from the others (docs/log.md)."""
 
 
 def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
@@ -64,19 +74,20 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         scored.append(work.text["heldout"])
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
-            stack, tokens = this.stack, work.blocks["calibration"]
+            stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
             if wanted:
-                result = layer_search.search(stack, tokens, segments=wanted)  # checked against --for by `resolve`
+                # --for has been checked by `resolve`
+                result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
             elif length is None and config.max_loss is not None:
-                result = search_within(this, config.max_loss)
+                result = search_within(this, config.max_loss, tests)
             else:
-                how = asked(this, length_for_target(work) if length is None else length)
+                how = asked(this, length_for_target(work) if length is None else length, tests)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
             if config.score == "folded":
                 result = rescored(result, partial(folded_kl, this))
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
-            stage.found = recorded(result, work, this)
+            stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
     words = ", ".join(map(str, this.removal.all))
@@ -104,10 +115,9 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         method=result.method,
         segments=bounds_of(this.removed(chosen).all if this and several else chosen),
         cut=bounds_of(chosen) if several else None,
-        candidates=[
-            CandidateRecord(segments=bounds_of(each.segments), kl=each.kl, score=each.score)
-            for each in result.candidates
-        ],
+        candidates=list(map(candidate_record, result.candidates)),
+        by_text=candidate_record(result.by_text) if result.by_text else None,
+        by_number=list(map(candidate_record, result.by_number)),
         oracle=result.oracle,
         path=result.path,
         triangle=result.triangle,
@@ -120,12 +130,53 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
     )
 
 
-def asked(this: Round, length: int) -> dict[str, Any]:
+def candidate_record(found: Candidate) -> CandidateRecord:
+    """A candidate as artefacts hold it."""
+    return CandidateRecord(
+        segments=bounds_of(found.segments), kl=found.kl, score=found.score, damage=found.damage
+    )  # fmt: skip
+
+
+def generated_tests(work: RunContext, seed: int | None = None) -> ProbeRows | None:
+    """Rows of tests that the search weighs with the text, one for four rows of text.
+
+    Args:
+        work: of the run.
+        seed: of the tests; the run's where not given.
+
+    Returns:
+        The rows; None where it goes by the text alone.
+
+    Raises:
+        ConfigError: what --preserve names fits no row.
+    """
+    config, text = work.config.search, work.config.text
+    wanted = capability_names(config.preserve)
+    if not wanted or not names(criteria.get(config.method), "probes"):
+        return None
+    rows = max(FEWEST_TESTS, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
+    made = probe_rows(
+        work.tokenizer, rows=rows, window=text.window, capabilities=wanted, seed=text.seed if seed is None else seed,
+        weight=config.preserve_weight,
+    )  # fmt: skip
+    left = [name for name in wanted if name not in made.names]
+    if left and config.preserve != "all":
+        raise ConfigError(
+            f"no test of {', '.join(left)} fits rows of {text.window} tokens", "give longer rows: --window 256"
+        )
+    if left:
+        what = "none: layers are chosen by the text alone" if not made.names else "all but " + ", ".join(left)
+        say("search", f"generated tests that fit rows of {text.window} tokens: {what}")
+    return made if made.names else None
+
+
+def asked(this: Round, length: int, tests: ProbeRows | None) -> dict[str, Any]:
     """What the configuration says about a search, as arguments of `layer_search.search`.
 
     Args:
         this: the round.
         length: n, layers to remove.
+        tests: generated tests that are weighed with the text.
 
     Returns:
         Keyword arguments.
@@ -137,6 +188,7 @@ def asked(this: Round, length: int) -> dict[str, Any]:
         "num_segments": config.num_segments,
         "method": config.method,
         "objective": config.search_objective,
+        "probes": tests,
     }
 
 
@@ -201,7 +253,8 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-            result = layer_search.search(work.stack, drawn.tokens, **asked(Round(work), length), seed=seed)
+            how = asked(Round(work), length, generated_tests(work, seed))
+            result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -253,12 +306,13 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
     return StabilityArtefact(method=search.method, search=search.config_hash, seeds=seeds, **vars(found))
 
 
-def search_within(this: Round, max_loss: float) -> SearchResult:
+def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> SearchResult:
     """The longest cut whose rise of perplexity stays within a budget, on rows that were not searched on.
 
     Args:
         this: the round.
         max_loss: the rise that is allowed, as a share.
+        tests: generated tests that are weighed with the text.
 
     Returns:
         The result, with its `budget`.
@@ -268,7 +322,7 @@ def search_within(this: Round, max_loss: float) -> SearchResult:
     within = longest_within(
         max_loss,
         len(this.stack) - 1,
-        lambda length: layer_search.search(this.stack, rows, **asked(this, length), seed=seed),
+        lambda length: layer_search.search(this.stack, rows, **asked(this, length, tests), seed=seed),
         lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})

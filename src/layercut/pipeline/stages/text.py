@@ -19,7 +19,7 @@ from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
 from layercut.data.chat_templates import render_chat
 from layercut.data.overlap import MOST, shared
-from layercut.data.sources import SELF, what_is_read
+from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
 from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading
@@ -84,7 +84,17 @@ def asked(work: RunContext, use: Use) -> Asked:
     if use == "calibration":
         return Asked(source=text.data, tokens=text.tokens, window=text.window)
     tokens = held_out_tokens(heal) if use == "heldout" else heal.tune_tokens
-    return Asked(source=heal.tune_data or text.data, tokens=tokens, window=text.window)
+    return Asked(source=tuning_source(work), tokens=tokens, window=text.window)
+
+
+def tuning_source(work: RunContext) -> str:
+    """The text that is tuned on, with its share of generated tests, where these fit a row and are not in it already."""
+    config = work.config
+    source = config.heal.tune_data or config.text.data
+    wanted = config.heal.probe_share > 0 and config.search.preserve != "none" and work.tests_fit
+    if not wanted or any(part.partition(":")[0] == TESTS for part in split_mix(source)):
+        return source
+    return f"{source}+{TESTS}:{config.heal.probe_share:g}"
 
 
 def held_out_tokens(heal: HealConfig) -> int:

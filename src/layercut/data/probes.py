@@ -1,0 +1,326 @@
+"""Capability probes: rows of tokens generated from the tokenizer alone, in which some tokens are answers.
+
+Plain text hardly needs what a user needs: a layer that finds a name again in the context may be among the cheapest by
+every loss on text. A row of probes holds a test of several capabilities, laid end to end like text, so that it goes
+through search and tuning as any row does; what is special are the answers, tokens that can be known from the row. The
+damage of a cut to a capability is the mean over the tokens of its answers of KL(dense || cut), in nats; its hit rate is
+the share of answers of which every token is the likeliest (which is when greedy decoding gives the answer).
+
+Rows are of one family of `data/probe_families.py`: "searching", "tuning" or "judging", which share nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from layercut.data.chat_templates import render_chat
+from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, Family, Item
+from layercut.errors import ConfigError
+
+FOCUS_SHARE = 0.6
+"""Share of a row that one or two growing capabilities have; the short ones share the rest."""
+LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
+"""The smallest items of the growing capabilities."""
+CHAT_SHARE = 0.5
+"""Share of the rows for tuning that are chats, where the tokenizer has a template. A guess."""
+DEFAULT_WEIGHT = 1.0
+"""A nat per answer token, mean over capabilities, counts as one nat per token of text."""
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """M rows of T tokens with A answers."""
+
+    tokens: torch.Tensor
+    """int64 [M, T], on the CPU."""
+    answers: torch.Tensor
+    """int64 [M, T]: which answer the token *after* this one belongs to, -1 where to none."""
+    capability: torch.Tensor
+    """int64 [A]: the capability of each answer, as an index of `names`."""
+    names: tuple[str, ...]
+    """C capabilities, of which each has an answer here."""
+    weight: float = DEFAULT_WEIGHT
+    """What a nat of damage, mean over the capabilities, counts in a search beside a nat of KL on text."""
+
+    def of(self) -> torch.Tensor:
+        """int64 [M, T]: the capability of the answer token after this one, -1 where there is none."""
+        none = torch.full_like(self.answers, -1)
+        return torch.where(self.answers >= 0, self.capability[self.answers.clamp_min(0)], none)
+
+    def weights(self) -> torch.Tensor:
+        """float32 [M, T]: the mean over rows of sum_t w_t KL_t is the mean over capabilities of their damage.
+
+        Every answer token of a capability counts alike, and every capability.
+        """
+        of, (rows, _) = self.of(), self.tokens.shape
+        counts = torch.bincount(of[of >= 0], minlength=len(self.names)).clamp_min(1)
+        return torch.where(of >= 0, rows / (len(self.names) * counts[of.clamp_min(0)]), 0.0)
+
+    def means(self, losses: torch.Tensor) -> dict[str, float]:
+        """The mean over its answer tokens of each capability; losses: [M, T], read where there is an answer."""
+        of, losses = self.of(), losses.double().cpu()
+        return {name: losses[of == c].mean().item() for c, name in enumerate(self.names)}
+
+    def hit_rates(self, right: torch.Tensor) -> dict[str, float]:
+        """The share of each capability's answers of which all tokens are right; right: bool [M, T]."""
+        missed = torch.zeros(len(self.capability), dtype=torch.bool)
+        missed[self.answers[(self.answers >= 0) & ~right.cpu()]] = True
+        return {name: 1 - missed[self.capability == c].double().mean().item() for c, name in enumerate(self.names)}
+
+    def facts(self) -> dict[str, Any]:
+        """For the run's provenance."""
+        return {"rows": len(self.tokens), "window": self.tokens.shape[1], "capabilities": list(self.names)}
+
+
+def capability_names(asked: str) -> tuple[str, ...]:
+    """The capabilities that "all", "none" or names separated by commas mean, in the order of tables.
+
+    Raises:
+        ConfigError: a name that is unknown.
+    """
+    if asked in ("all", "none"):
+        return tuple(CAPABILITIES) if asked == "all" else ()
+    names = [name.strip() for name in asked.split(",")]
+    if unknown := [name for name in names if name not in CAPABILITIES]:
+        raise ConfigError(
+            f"no capability is called {', '.join(map(repr, unknown))}",
+            f"allowed are all, none, or some of {','.join(CAPABILITIES)}",
+        )
+    return tuple(name for name in CAPABILITIES if name in names)
+
+
+def probe_rows(
+    tokenizer: Any,
+    *,
+    rows: int = 32,
+    window: int = 256,
+    capabilities: Sequence[str] = tuple(CAPABILITIES),
+    family: str = "searching",
+    seed: int = 0,
+    first: int = 0,
+    weight: float = DEFAULT_WEIGHT,
+) -> ProbeRows:
+    """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
+
+    Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
+    items of the others, in random order. What does not fit a row is left out.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        rows: M.
+        window: T, tokens in a row.
+        capabilities: what is probed; names in `CAPABILITIES`.
+        family: searching, tuning or judging. Rows for tuning are in part chats, where the tokenizer has a template.
+        seed: of all that is drawn.
+        first: the number of the first row.
+        weight: of the damage in a search.
+
+    Returns:
+        The rows; `names` are the capabilities that fit, none of them where the window is too short.
+
+    Raises:
+        ConfigError: no such family or capability.
+    """
+    words = _family(family)
+    capability_names(",".join(capabilities) or "none")
+    marked = []
+    for number in range(first, first + rows):
+        draw = random.Random(f"{family} {seed} {number}")
+        chat = family == "tuning" and bool(getattr(tokenizer, "chat_template", None)) and draw.random() < CHAT_SHARE
+        marked.append(_row(_Writer(tokenizer, words, draw, chat), capabilities, window, number))
+    return _joined(marked, weight)
+
+
+def judging_rows(
+    tokenizer: Any,
+    *,
+    rows: int = 16,
+    window: int = 256,
+    capability: str = "recall",
+    family: str = "judging",
+    seed: int = 0,
+) -> ProbeRows:
+    """Rows of one capability that fill the window, to judge by; of "recall" and "lists" they are as long as it is.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        rows: M.
+        window: T.
+        capability: a name in `CAPABILITIES`.
+        family: as in `probe_rows`.
+        seed: of all that is drawn.
+
+    Returns:
+        The rows; without names where not one item fits the window.
+
+    Raises:
+        ConfigError: no such family.
+    """
+    words, marked = _family(family), []
+    for number in range(rows):
+        writer = _Writer(tokenizer, words, random.Random(f"{family} {capability} {seed} {number}"), False)
+        found = _Marked([], [])
+        if capability in GROWING:
+            found.extend(writer.grown(capability, window - 1) or found)
+        else:
+            while len(found.ids) < window and (item := writer.item(capability)).fits(window - len(found.ids)):
+                found.extend(item)
+        marked.append(writer.filled(found, window))
+    return _joined(marked, DEFAULT_WEIGHT)
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ConfigError(f"there is no family {name!r} of probes", f"allowed are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+# --- from items to rows -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Marked:
+    """Token ids, and for each the name of the answer it belongs to: (capability, number), or None."""
+
+    ids: list[int]
+    of: list[tuple[str, int] | None]
+    answers: int = 0
+
+    def extend(self, other: _Marked) -> None:
+        """Append other tokens; their answers are numbered on."""
+        self.ids += other.ids
+        self.of += [mark and (mark[0], mark[1] + self.answers) for mark in other.of]
+        self.answers += other.answers
+
+    def fits(self, room: int) -> bool:
+        """Whether it takes no more than so many tokens."""
+        return len(self.ids) <= room
+
+
+@dataclass
+class _Writer:
+    """Writes items of one family as tokens."""
+
+    tokenizer: Any
+    family: Family
+    draw: random.Random
+    chat: bool
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens, but those that the text spells."""
+        return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    def item(self, capability: str, size: int = 0) -> _Marked:
+        """A fresh item and what parts it from the next."""
+        made = CAPABILITIES[capability](self.family, self.draw, size)
+        if self.chat:
+            return self.marked(capability, self.as_chat(made))
+        *rest, last = made.parts
+        parts = (*rest, last + "\n") if len(made.parts) % 2 else (*made.parts, "\n")
+        return self.marked(capability, replace(made, parts=parts))
+
+    def as_chat(self, item: Item) -> Item:
+        """The item as a user's question and the reply, by the tokenizer's template."""
+        told, *rest = item.parts
+        asked = [{"role": "user", "content": told.removesuffix(item.reply).strip()}]
+        before = render_chat(self.tokenizer, asked, prompt=True) + item.reply.lstrip()
+        replied = rest[: len(rest) - (len(rest) % 2 == 0)]  # without the text behind the last answer
+        if not item.reply:
+            replied[0] = replied[0].lstrip()
+        said = item.reply.lstrip() + "".join(replied)
+        whole = render_chat(self.tokenizer, [*asked, {"role": "assistant", "content": said}])
+        begin = before + "".join(replied)
+        return Item((before, *replied, whole.removeprefix(begin) if whole.startswith(begin) else "\n"))
+
+    def marked(self, capability: str, item: Item) -> _Marked:
+        """Tokens of an item: an answer's are those that change the tokens of the text before it, and their like.
+
+        The text is tokenized up to the end of each part, as it would be written: no border is put between parts that
+        the tokenizer would not put.
+        """
+        ids: list[int] = []
+        found = _Marked([], [])
+        text = ""
+        for number, part in enumerate(item.parts):
+            text += part
+            longer = self.encode(text)
+            common = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), len(ids))
+            mark = (capability, found.answers) if number % 2 else None
+            found.of[common:] = [mark] * (len(longer) - common)
+            found.answers += number % 2
+            ids = longer
+        found.ids = ids
+        return found
+
+    def grown(self, capability: str, room: int) -> _Marked | None:
+        """The longest item of a growing capability that fits, as far as one of its sizes does."""
+        size = LEAST_SIZE[capability]
+        least = self.item(capability, size)
+        if not least.fits(room):
+            return None
+        per = max(1.0, len(self.item(capability, size + 8).ids) - len(least.ids)) / 8
+        size += max(0, int((room - len(least.ids)) / per))
+        while size > LEAST_SIZE[capability]:
+            if (found := self.item(capability, size)).fits(room):
+                return found
+            size -= 1 + size // 16
+        return least
+
+    def filled(self, found: _Marked, window: int) -> _Marked:
+        """Exactly T tokens: sentences of filler after the items, or nothing of them that does not fit."""
+        while len(found.ids) < window:
+            rest = self.encode(" ".join(self.draw.choices(self.family.filler, k=8)) + "\n")
+            found.extend(_Marked(rest, [None] * len(rest)))
+        return _Marked(found.ids[:window], found.of[:window], found.answers)
+
+
+def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int) -> _Marked:
+    """One row: one or two growing capabilities for FOCUS_SHARE of it, short items of the others while they fit."""
+    growing = [name for name in GROWING if name in capabilities]
+    long = [growing[(number + i) % len(growing)] for i in range(min(len(growing), 1 + number % 2))] if growing else []
+    short = [name for name in capabilities if name not in GROWING]
+    turn = number % max(1, len(short))
+    head = _bos(writer.tokenizer)
+    items: list[_Marked] = []
+    room = window - len(head)
+    left = room * (1 - FOCUS_SHARE if long else 1)
+    for name in short[turn:] + short[:turn]:
+        if (item := writer.item(name)).fits(int(left)):
+            items.append(item)
+            left -= len(item.ids)
+    for name in long:
+        left = (room - sum(len(item.ids) for item in items)) / (1 + (name != long[-1]))
+        items += [grown] if (grown := writer.grown(name, int(left))) else []
+    writer.draw.shuffle(items)
+    found = _Marked(head, [None] * len(head))
+    for item in items:
+        found.extend(item)
+    return writer.filled(found, window)
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _joined(marked: Sequence[_Marked], weight: float) -> ProbeRows:
+    """Rows with their marks as tensors; the mark of a token stands where it is predicted, one place before."""
+    seen = {mark[0] for row in marked for mark in row.of[1:] if mark}
+    names = tuple(name for name in CAPABILITIES if name in seen)
+    answers = torch.full((len(marked), len(marked[0].ids)), -1, dtype=torch.int64)
+    numbers: dict[tuple[int, int], int] = {}
+    capability: list[int] = []
+    for i, row in enumerate(marked):
+        for t, mark in enumerate(row.of[1:]):
+            if mark:
+                if (i, mark[1]) not in numbers:
+                    numbers[i, mark[1]] = len(capability)
+                    capability.append(names.index(mark[0]))
+                answers[i, t] = numbers[i, mark[1]]
+    tokens = torch.tensor([row.ids for row in marked], dtype=torch.int64)
+    return ProbeRows(tokens, answers, torch.tensor(capability, dtype=torch.int64), names, weight)

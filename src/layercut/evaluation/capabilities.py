@@ -1,0 +1,85 @@
+"""What a model can still do of generated tests: the damage and the hit rate of each capability.
+
+Beside perplexity, which does not show it: a model may lose every key hidden in its context at a loss of text that looks
+like any other cut's (docs/log.md). Rows of `data/probes.py`, of the judging family, go through both models once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layercut.data.probes import ProbeRows
+from layercut.models.callers_model import prepared
+from layercut.models.losses import as_price, kl_divergence
+from layercut.models.runner import DecoderRunner
+
+ROWS = 4
+"""Rows in one forward pass."""
+
+
+@dataclass(frozen=True)
+class CapabilityFigures:
+    """Of each capability: what the cut did to it."""
+
+    damage: dict[str, float]
+    """KL(dense || cut), mean over the answers' tokens, in nats."""
+    hits: dict[str, float]
+    """Share of the answers that the cut model's greedy decoding gives."""
+    dense_hits: dict[str, float]
+    """The same of the dense model."""
+    answers: dict[str, int]
+    """How many answers that is."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"damage", "hits", "dense_hits", "answers"}, each by capability."""
+        return {name: dict(value) for name, value in vars(self).items()}
+
+
+@torch.no_grad()
+def capability_figures(
+    model: Any, dense: Any, probes: ProbeRows, *, advance: Callable[[int], None] = lambda rows: None
+) -> CapabilityFigures:
+    """Damage and hit rates of a model beside the dense one's, on the same rows.
+
+    Args:
+        model: a causal LM of transformers, or a `DecoderRunner` of one.
+        dense: the model that it came from.
+        probes: what is tested.
+        advance: told the rows that are done.
+
+    Returns:
+        The figures, by capability.
+    """
+    damage = torch.zeros(probes.tokens.shape, dtype=torch.float64)
+    right = torch.zeros(2, *probes.tokens.shape, dtype=torch.bool)
+    with prepared(model, dense) as stacks:
+        for start in range(0, len(probes.tokens), ROWS):
+            tokens = probes.tokens[start : start + ROWS]
+            ends = [_last_states(stack, tokens) for stack in stacks]
+            for row in range(len(tokens)):
+                at = (probes.answers[start + row] >= 0).nonzero()[:, 0]
+                if not len(at):
+                    continue
+                shown = tokens[row : row + 1, at]
+                cut, whole = (
+                    stack.exit(h[row : row + 1, at.to(h.device)], shown)[0].float()
+                    for stack, h in zip(stacks, ends, strict=True)
+                )
+                damage[start + row, at] = kl_divergence(whole, cut).double().cpu()
+                for which, logits in enumerate((cut, whole)):
+                    right[which, start + row, at] = logits.argmax(-1).cpu() == tokens[row, at + 1]
+            advance(len(tokens))
+    counts = torch.bincount(probes.capability, minlength=len(probes.names)).tolist()
+    return CapabilityFigures(
+        {name: as_price(mean, 0.0) for name, mean in probes.means(damage).items()},
+        probes.hit_rates(right[0]), probes.hit_rates(right[1]), dict(zip(probes.names, counts, strict=True)),
+    )  # fmt: skip
+
+
+def _last_states(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor:
+    hidden, calls = stack.enter(tokens)
+    return stack.run(hidden, calls, 0, len(stack))

@@ -1,0 +1,223 @@
+"""The capability map: what the removal of each layer, and of each window of n, does to what the model can do.
+
+One sweep over rows of generated tests (`data/probes.py`) prices every window on every capability, since streams share
+what they have in common (`sweep.py`) and a row holds tests of several capabilities. Layers that are cheap on text may
+be the ones that hold recall; the map shows which, and the search weighs it (`prices.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layercut.data.probe_families import CAPABILITIES
+from layercut.data.probes import ProbeRows, probe_rows
+from layercut.distributed import processes, sharding
+from layercut.errors import DataError
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work, streams_held, sweep
+from layercut.models.callers_model import prepared
+from layercut.models.losses import as_price
+from layercut.models.runner import DecoderRunner, passes_in_step, teacher_of
+from layercut.progress import bar
+from layercut.segments import Segment
+
+MAP_ROWS = 32
+"""Rows of generated tests: some 8,000 tokens. A guess that held on SmolLM2 (docs/log.md)."""
+TEXT = "text"
+"""The column of plain text, where some is given."""
+HELD_SHARE = 0.5
+"""A layer holds a capability where its removal does at least this share of the worst damage that any single layer's
+does, the first two and the last left out, which hold everything."""
+
+
+@dataclass(frozen=True)
+class CapabilityMap:
+    """Damage by window of layers and by capability."""
+
+    layers: int
+    """L."""
+    names: tuple[str, ...]
+    """The columns: capabilities, and "text" where text was given."""
+    damage: dict[tuple[int, int], dict[str, float]]
+    """{(start, stop): {name: nats}}: KL(dense || cut) of the cut [start, stop), mean over the answers' tokens of a
+    capability; of "text" over all tokens."""
+    cost: Cost = field(default_factory=Cost, compare=False)
+    """What the sweep spent."""
+
+    def lengths(self) -> list[int]:
+        """The lengths of the windows that were priced."""
+        return sorted({stop - start for start, stop in self.damage})
+
+    def matrix(self, length: int = 1) -> list[list[float]]:
+        """Damage [C, L - length + 1], of every window of a length."""
+        return [
+            [self.damage[start, start + length][name] for start in range(self.layers - length + 1)]
+            for name in self.names
+        ]
+
+    def holders(self) -> dict[str, list[int]]:
+        """Which single layers hold each capability (HELD_SHARE), those that do most first; text left out."""
+        inner = range(2, self.layers - 1) if self.layers > 4 else range(self.layers)
+        found = {}
+        for name in self.names:
+            if name != TEXT:
+                values = {i: self.damage[i, i + 1][name] for i in inner}
+                worst = max(values.values())
+                kept = [i for i in inner if values[i] >= HELD_SHARE * worst]
+                found[name] = sorted(kept, key=lambda i: -values[i])
+        return found
+
+    def words(self) -> list[str]:
+        """Sentences on which layers hold what, and which of those are cheap on text."""
+        said = []
+        for name, layers in self.holders().items():
+            top = layers[0]
+            line = f"{name}: most at layer {top} ({self.damage[top, top + 1][name]:.2f} nats without it)"
+            if len(layers) > 1:
+                line += f", then {', '.join(map(str, layers[1:6]))}"
+            said.append(line)
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values: {"layers", "names", "windows": [{"start", "stop", name: nats, …}], "holders"}."""
+        windows = [{"start": a, "stop": b, "damage": dict(row)} for (a, b), row in sorted(self.damage.items())]
+        spent = {"dense_tokens": self.cost.dense_tokens, "layer_forwards": self.cost.layer_forwards}
+        return {
+            "layers": self.layers, "names": list(self.names), "windows": windows,
+            "holders": {name: list(found) for name, found in self.holders().items()}, **spent,
+        }  # fmt: skip
+
+    def plot(self, length: int = 1, axes: Any = None) -> Any:
+        """Draw capabilities x windows as a heat map, each capability by its own logarithm.
+
+        Args:
+            length: of the windows.
+            axes: matplotlib Axes to draw on; new ones of the current pyplot figure where not given.
+
+        Returns:
+            The Axes.
+        """
+        if axes is None:
+            import matplotlib.pyplot as plt
+
+            axes = plt.subplots()[1]
+        from matplotlib.colors import LogNorm
+
+        values = torch.tensor(self.matrix(length), dtype=torch.float64)
+        finite = values[values.isfinite()]
+        shown = values.nan_to_num(posinf=float(finite.max())).clamp_min(1e-3)
+        image = axes.imshow(
+            shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, max(1.0, float(shown.max())))
+        )
+        axes.set_yticks(range(len(self.names)), self.names)
+        axes.set(xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
+        axes.figure.colorbar(image, ax=axes, label="damage, nats per answer token")
+        return axes
+
+
+def capability_map(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    probes: ProbeRows | None = None,
+    text: torch.Tensor | None = None,
+    lengths: Sequence[int] = (1,),
+    window: int = 256,
+    seed: int = 0,
+) -> CapabilityMap:
+    """What the removal of each window of layers does to each capability, from one sweep.
+
+    Args:
+        model: a causal LM of transformers in memory, or a `DecoderRunner` of one.
+        tokenizer: its tokenizer, of which the tests are generated.
+        probes: rows of tests of the caller's own instead (`probe_rows`).
+        text: token ids [N, T] of plain text, for a column beside the capabilities.
+        lengths: of the windows; (1,) removes each layer alone, (1, 6) each window of six as well.
+        window: tokens in a row of generated tests.
+        seed: of the tests.
+
+    Returns:
+        The map.
+
+    Raises:
+        DataError: neither a tokenizer nor probes are given, or no test fits the window.
+        ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
+    """
+    if probes is None:
+        if tokenizer is None:
+            raise DataError("neither a tokenizer nor probes are given", "capability_map(model, tokenizer)")
+        probes = probe_rows(tokenizer, rows=MAP_ROWS, window=window, capabilities=tuple(CAPABILITIES), seed=seed)
+    if not probes.names:
+        raise DataError(f"no test fits rows of {probes.tokens.shape[1]} tokens", "give window=128 or more")
+    with prepared(model) as (stack,):
+        sets = [(segment,) for n in sorted({*lengths}) for segment in all_segments(n, len(stack))]
+        cost, rows = Cost(), len(probes.tokens) + (0 if text is None else len(text))
+        with bar("capability map", set_work([DENSE, *sets], len(stack), rows)) as advance:
+            found = capability_costs(stack, probes, sets, cost, advance=advance)
+            if text is not None:
+                for candidate in set_costs(stack, text, sets, cost, advance=advance):
+                    found[candidate.segments][TEXT] = candidate.kl
+        names = (*probes.names, *([] if text is None else [TEXT]))
+        return CapabilityMap(len(stack), names, {bounds(cuts[0]): found[cuts] for cuts in sets}, cost)
+
+
+def bounds(segment: Segment) -> tuple[int, int]:
+    """(start, stop)."""
+    return segment.start, segment.stop
+
+
+@torch.no_grad()
+def capability_costs(
+    stack: DecoderRunner,
+    probes: ProbeRows,
+    sets: Sequence[Cuts],
+    cost: Cost,
+    *,
+    rows: int = 8,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> dict[Cuts, dict[str, float]]:
+    """The damage of sets of segments to each capability, in one sweep.
+
+    Args:
+        stack: the dense model.
+        probes: rows of tests.
+        sets: what is removed together.
+        cost: to which the layer-forwards are added.
+        rows: rows that go through a layer together.
+        advance: told the layer-forwards.
+
+    Returns:
+        {set: {capability: nats}}, mean over the tokens of its answers, infinite where not finite.
+    """
+    wanted, spent = [DENSE, *sets], Cost()
+    of, at = probes.of(), torch.arange(len(probes.tokens))[:, None]
+    marked = torch.cat([at, probes.tokens], dim=1)  # the row's number goes along, before its tokens
+    sums = torch.zeros(len(sets), len(probes.names), dtype=torch.float64)
+    for batches, counts in passes_in_step(stack, marked, rows, streams_held(wanted, len(stack))):
+        numbers, tokens = [b[:, 0].tolist() for b in batches], [b[:, 1:] for b in batches]
+        ends = sweep(stack, tokens, wanted, spent if counts else Cost(), advance)
+        for b, batch in enumerate(tokens):
+            for row, (number, counted) in enumerate(sharding.in_step(stack.model, numbers[b], numbers[b][0])):
+                places = (of[number] >= 0).nonzero()[:, 0]
+                if not len(places):
+                    continue
+                row = min(row, len(batch) - 1)
+                shown, where = batch[row : row + 1, places], places.to(stack.device)
+                teacher = teacher_of(stack, ends[DENSE][b][row : row + 1, where], shown)
+                for s, cuts in enumerate(sets):
+                    kl = teacher.kl(stack.exit(ends[cuts][b][row : row + 1, where], shown))[0].double().cpu()
+                    if counts and counted:
+                        sums[s].index_add_(0, of[number, places], kl)
+        spent.dense_tokens += sum(batch.numel() for batch in tokens) * counts
+    cost.add_(spent)
+    processes.sum_(sums)
+    tokens_of = torch.bincount(of[of >= 0], minlength=len(probes.names))
+    means = (sums / tokens_of).tolist()
+    return {
+        cuts: {name: as_price(value, 0.0) for name, value in zip(probes.names, row, strict=True)}
+        for cuts, row in zip(sets, means, strict=True)
+    }

@@ -1,0 +1,77 @@
+"""Text and generated tests as one set of rows that a search prices: the objective that sees what a user needs.
+
+    J(S) = KL_text(S) + weight · mean_c D_c(S)
+
+KL_text is the mean over all tokens of text, D_c the mean over the answers' tokens of capability c (`data/probes.py`),
+both of KL(dense || cut), in nats per token. Each row carries a weight for every position, so that J is the plain mean
+of the rows' prices, sum_t w_t KL_t: whatever prices rows (the gate, the race, the sweep) minimises J and need not know.
+Rows of tests stand evenly among those of text, so that a race's first rows have their share of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from layercut.data.probes import ProbeRows
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """Rows of tokens, and what each position counts in the price of its row."""
+
+    tokens: torch.Tensor
+    """int64 [N, T]."""
+    weights: torch.Tensor | None
+    """float32 [N, T]; None: the price of a row is the mean over its tokens."""
+    is_text: torch.Tensor
+    """bool [N]."""
+    probe_weight: float = 0.0
+    """What the damage counts in the mean."""
+
+    def part(self, prices: torch.Tensor, *, text: bool) -> torch.Tensor:
+        """The share of the mean price that text has, KL_text, or that tests have, mean_c D_c, each in its own unit.
+
+        Args:
+            prices: of all rows [C, N].
+            text: which of the two.
+
+        Returns:
+            [C], nats per token of text, or per answer token.
+        """
+        share = prices[:, self.is_text if text else ~self.is_text].sum(-1) / len(self.is_text)
+        return share if text else share / self.probe_weight
+
+    def text_only(self, rows: int) -> torch.Tensor:
+        """Which of the first rows are text, as indices."""
+        return self.is_text[:rows].nonzero()[:, 0]
+
+
+def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
+    """Rows of text, with rows of tests evenly among them.
+
+    Args:
+        text: token ids [N, T], in the order in which a race takes them.
+        probes: M rows of tests; None, or without any that count: text alone.
+
+    Returns:
+        N + M rows, or the N of text. Of different lengths the shorter are filled up behind, with weight 0.
+    """
+    if probes is None or not probes.names or probes.weight == 0:
+        return WeightedRows(text, None, torch.ones(len(text), dtype=torch.bool))
+    texts, tests = len(text), len(probes.tokens)
+    total, longest = texts + tests, max(text.shape[1], probes.tokens.shape[1])
+    even = torch.full(text.shape, total / texts / text.shape[1])
+    weighed = probes.weights() * (probes.weight * total / tests)
+    # row k of `texts` stands at (k + 1/2) / texts of the whole, row j of `tests` likewise
+    places = torch.cat([(torch.arange(texts) + 0.5) / texts, (torch.arange(tests) + 0.5) / tests])
+    order = places.argsort(stable=True)
+
+    def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in (a, b)])[order]
+
+    is_text = (torch.arange(total) < texts)[order]
+    tokens = joined(text.cpu(), probes.tokens.to(text.dtype))
+    return WeightedRows(tokens, joined(even, weighed), is_text, probes.weight)

@@ -1,0 +1,340 @@
+"""Generated tests of what a model can do: families that share nothing, rows, damage, the map, the search by both."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import replace
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import folders
+import tiny
+from layercut import layer_search
+from layercut.cli.command_line import main
+from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
+from layercut.data import probe_families
+from layercut.data.blocks import Reader
+from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
+from layercut.data.probes import ProbeRows, capability_names, judging_rows, probe_rows
+from layercut.data.sources import find, turns
+from layercut.errors import ConfigError, DataError
+from layercut.evaluation import key_values
+from layercut.evaluation.capabilities import capability_figures
+from layercut.layer_search import prices, search
+from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
+from layercut.layer_search.prices import Prices
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import set_costs
+from layercut.layer_search.weighted_rows import weighted_rows
+from layercut.models.losses import kl_divergence
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.stages.text import tuning_source
+from layercut.segments import Segment
+from layercut.surgery import cut
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return folders.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def probes(tokenizer: Any) -> ProbeRows:
+    return probe_rows(tokenizer, rows=4, window=512)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.llama(5, vocab_size=folders.VOCABULARY, max_position_embeddings=512)
+
+
+# ---- families ------------------------------------------------------------------------------------------------
+
+
+def nouns(family: Family) -> set[str]:
+    classes = {word for label, words in family.classes for word in (label, *words)}
+    return {*family.people, *family.things, *family.syllables, *classes}
+
+
+def forms(family: Family) -> list[str]:
+    nested = [family.needles, family.lists, family.repeats, family.sums, family.code, family.formats]
+    return [*family.filler, *family.labelled, *(part for form in nested for parts in form for part in parts)]
+
+
+def passages(texts: list[str], length: int = 4) -> set[tuple[str, ...]]:
+    found = set()
+    for text in texts:
+        words = re.findall(r"[a-z]+", re.sub(r"\{\w\w+\}", "", text.lower()))
+        found |= {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+    return found
+
+
+@pytest.mark.parametrize("pair", [*combinations(FAMILIES, 2)], ids="-".join)
+def test_two_families_share_no_noun_and_no_passage_of_their_forms(pair):
+    a, b = (FAMILIES[name] for name in pair)
+    assert not nouns(a) & nouns(b)
+    assert not passages(forms(a)) & passages(forms(b))
+    assert a.remainder != b.remainder
+    assert not {*a.brackets} & {*b.brackets}
+
+
+def test_keys_of_the_three_families_differ_in_their_length():
+    digits = {}
+    for name, family in FAMILIES.items():
+        draw = random.Random(0)
+        digits[name] = {len(key) for key in (family.key(draw) for _ in range(300)) if key.isdigit()}
+    assert not set.intersection(*digits.values())
+    assert digits["judging"] == {5}
+    assert not digits["tuning"] & (digits["judging"] | digits["searching"])
+
+
+def test_the_judge_of_lists_is_of_the_judging_family_alone(tokenizer):
+    own = passages([key_values.HEAD, key_values.LINE, key_values.QUESTION, key_values.REPLY])
+    for name in ("searching", "tuning"):
+        assert not own & passages(forms(FAMILIES[name]))
+    ids, value = key_values.key_value_prompt(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
+    assert len(ids) <= 1500
+    assert re.search(f"under number {value}\\.", tokenizer.decode(ids))
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_an_answer_is_what_its_item_says(tokenizer, family, capability):
+    rows = judging_rows(tokenizer, rows=2, window=700, capability=capability, family=family)
+    assert rows.tokens.shape == (2, 700)
+    assert rows.names == (capability,)
+    for a in range(len(rows.capability)):
+        (row,) = {*(rows.answers == a).nonzero()[:, 0].tolist()}
+        places = (rows.answers[row] == a).nonzero()[:, 0]
+        said = tokenizer.decode(rows.tokens[row, places + 1]).strip()
+        before = tokenizer.decode(rows.tokens[row, : places[0] + 1])
+        assert said
+        if capability in ("recall", "lists", "labels"):
+            assert said in before, "the answer can be known from the row"
+        if capability == "sums":
+            line = before.splitlines()[-1]
+            assert int(said) == sum(map(int, re.findall(r"\d+", line)))
+        if capability == "copy":
+            assert said.split()[0] in before
+
+
+def test_rows_are_the_same_for_the_same_seed_wherever_they_begin(tokenizer):
+    whole = probe_rows(tokenizer, rows=4, window=300, seed=3)
+    tail = probe_rows(tokenizer, rows=2, window=300, seed=3, first=2)
+    assert (whole.tokens[2:] == tail.tokens).all()
+    assert (whole.tokens != probe_rows(tokenizer, rows=4, window=300, seed=4).tokens).any()
+
+
+def test_rows_weigh_every_capability_alike(probes):
+    assert {*probes.names} == {*CAPABILITIES}
+    weights, of = probes.weights(), probes.of()
+    for c in range(len(probes.names)):
+        share = weights[of == c].sum() / len(probes.tokens)
+        assert share.item() == pytest.approx(1 / len(probes.names))
+
+
+def test_what_does_not_fit_is_left_out(tokenizer):
+    assert probe_rows(tokenizer, rows=2, window=12).names == ()
+    assert judging_rows(tokenizer, window=12).names == ()
+
+
+def test_names_of_capabilities():
+    assert capability_names("all") == tuple(CAPABILITIES)
+    assert capability_names("none") == ()
+    assert capability_names("copy, recall") == ("recall", "copy")
+    with pytest.raises(ConfigError, match="no capability is called 'memory'"):
+        capability_names("memory")
+
+
+# ---- damage --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_damage_and_hits_are_those_of_direct_computation(model, probes):
+    small = cut(model, [Segment(1, 3)])
+    figures = capability_figures(small, model, probes)
+    whole, left = (m(input_ids=probes.tokens).logits for m in (model, small))
+    kl, right = kl_divergence(whole, left), left[:, :-1].argmax(-1) == probes.tokens[:, 1:]
+    for c, name in enumerate(probes.names):
+        assert figures.damage[name] == pytest.approx(kl[probes.of() == c].mean().item(), rel=1e-4)
+        own = (probes.capability == c).nonzero()[:, 0]
+        hits = [bool(right[(probes.answers == a)[:, :-1]].all()) for a in own]
+        assert figures.hits[name] == pytest.approx(sum(hits) / len(hits))
+        assert figures.answers[name] == len(hits)
+    assert max(capability_figures(model, model, probes).damage.values()) < 1e-6
+
+
+def test_the_map_holds_the_damage_of_every_window(model, probes):
+    text = tiny.some_tokens(3, 16)
+    found = capability_map(model, probes=probes, text=text, lengths=(1, 2))
+    assert found.lengths() == [1, 2]
+    assert len(found.damage) == 5 + 4
+    assert found.names == (*probes.names, TEXT)
+    direct = capability_figures(cut(model, [Segment(2, 4)]), model, probes).damage
+    assert found.damage[2, 4] == pytest.approx(direct | {TEXT: found.damage[2, 4][TEXT]}, rel=1e-4)
+    priced = set_costs(DecoderRunner(model), text, [(Segment(2, 3),)], Cost())[0]
+    assert found.damage[2, 3][TEXT] == pytest.approx(priced.kl)
+    assert len(found.to_dict()["windows"]) == 9
+    assert len(found.words()) == len(probes.names)
+    assert found.holders()["recall"][0] in range(5)
+
+
+# ---- the search ----------------------------------------------------------------------------------------------
+
+
+def test_the_mean_price_of_weighted_rows_is_the_objective(model, probes):
+    text, weight = tiny.some_tokens(6, 16), 0.7
+    heavier = ProbeRows(**(vars(probes) | {"weight": weight}))
+    sets = [(Segment(1, 2),), (Segment(0, 1), Segment(3, 4))]
+    stack = DecoderRunner(model)
+    found = prices.candidates(Prices(stack, text, Cost(), probes=heavier), sets)
+    kl = {c.segments: c.kl for c in set_costs(stack, text, sets, Cost())}
+    damage = capability_costs(stack, probes, sets, Cost())
+    for candidate in found:
+        mean = sum(damage[candidate.segments].values()) / len(probes.names)
+        assert candidate.kl == pytest.approx(kl[candidate.segments], rel=1e-4)
+        assert candidate.damage == pytest.approx(mean, rel=1e-4)
+        assert candidate.score == pytest.approx(candidate.kl + weight * mean, rel=1e-4)
+
+
+def test_tests_stand_evenly_among_the_text(probes):
+    rows = weighted_rows(tiny.some_tokens(12, 16), probes)
+    assert rows.tokens.shape == (16, 512)
+    assert [int((~rows.is_text[i : i + 4]).sum()) for i in range(0, 16, 4)] == [1, 1, 1, 1]
+    alone = weighted_rows(tiny.some_tokens(12, 16), None)
+    assert alone.weights is None
+    assert alone.is_text.all()
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, single: dict[int, tuple[float, float]]) -> None:
+    """Have every layer cost what a table says: (on text, on tests); sets cost their sum."""
+
+    def of_batch(self: Prices, sets: Any, batch: torch.Tensor, weights: Any, cost: Cost) -> torch.Tensor:
+        tests = [weights is not None and bool((row == 0).any()) for row in (weights if weights is not None else batch)]
+        found = torch.zeros(len(sets), len(batch), dtype=torch.float64)
+        for s, cuts in enumerate(sets):
+            text, test = (sum(single[i][k] for c in cuts for i in range(c.start, c.stop)) for k in (0, 1))
+            for r, is_test in enumerate(tests):
+                scale = 1.0 if weights is None else float(weights[r].sum())
+                found[s, r] = scale * (test if is_test else text)
+        return found
+
+    monkeypatch.setattr(Prices, "_of_batch", of_batch)
+
+
+@pytest.mark.parametrize("method", ["clp", "exhaustive"])
+def test_a_layer_that_is_cheap_on_text_and_holds_recall_is_kept(monkeypatch, model, probes, method):
+    cheap_on_text = {0: (9.0, 9.0), 1: (0.4, 0.1), 2: (0.5, 0.2), 3: (0.1, 8.0), 4: (0.2, 8.0)}
+    planted(monkeypatch, cheap_on_text)
+    text, flat = tiny.some_tokens(8, 512), 0
+    blind = search(model, text, n_layers=2, method=method, seed=flat)
+    if method == "clp":  # without tests exhaustive prices by a sweep of its own, which knows no table
+        assert blind.segments == [Segment(3, 5)]
+    seeing = search(model, text, n_layers=2, method=method, seed=flat, probes=probes)
+    assert seeing.segments == [Segment(1, 3)]
+    assert seeing.by_text is not None
+    assert seeing.by_text.segments == (Segment(3, 5),)
+    assert seeing.candidates[0].kl == pytest.approx(0.9)
+    assert seeing.candidates[0].damage == pytest.approx(0.3)
+
+
+def test_two_segments_are_taken_where_they_spare_enough(monkeypatch, model, probes):
+    apart = {0: (9.0, 9.0), 1: (0.1, 0.1), 2: (2.0, 3.0), 3: (0.1, 0.1), 4: (2.0, 2.0)}
+    planted(monkeypatch, apart)
+    text = tiny.some_tokens(8, 512)
+    found = search(model, text, n_layers=2, method="exhaustive", num_segments="auto", probes=probes)
+    assert found.segments == [Segment(1, 2), Segment(3, 4)]
+    assert [len(candidate.segments) for candidate in found.by_number] == [1, 2]
+    planted(monkeypatch, dict.fromkeys(range(5), (1.0, 1.0)) | {0: (0.99, 1.0), 2: (1.0, 0.99)})
+    found = search(model, text, n_layers=2, method="exhaustive", num_segments="auto", probes=probes)
+    assert len(found.segments) == 1, "one per cent does not pay for two more boundaries"
+
+
+def test_a_method_of_the_literature_takes_no_tests(model, probes):
+    with pytest.raises(ConfigError, match="probes is not for the criterion 'cosine'"):
+        search(model, tiny.some_tokens(), n_layers=2, method="cosine", probes=probes)
+
+
+def test_the_gate_descends_by_the_answers(model, probes):
+    found = layer_search.search(model, tiny.some_tokens(4, 64), n_layers=2, probes=probes)
+    again = layer_search.search(model, tiny.some_tokens(4, 64), n_layers=2)
+    assert found.path
+    assert found.path[0]["losses"] != again.path[0]["losses"]
+    assert found.candidates[0].score == pytest.approx(found.kl + found.candidates[0].damage, rel=1e-5)
+
+
+def test_pseudo_words_are_of_their_family():
+    word = probe_families.pseudo_word(FAMILIES["tuning"], random.Random(1))
+    assert any(word.startswith(syllable) for syllable in FAMILIES["tuning"].syllables)
+
+
+# ---- in a mix, and in a run ----------------------------------------------------------------------------------
+
+
+def test_a_mix_gives_every_part_its_share():
+    assert turns([find("python-docs")]) == (0,)
+    assert turns([find("python-docs"), find("python-docstrings")]) == (0, 1)
+    order = turns([find("python-docs"), find("python-docstrings"), find("probes:0.25")])
+    assert [order.count(part) for part in range(3)] == [3, 3, 2]
+    for share in ("0", "1", "much"):
+        with pytest.raises(DataError, match="is not between 0 and 1"):
+            find(f"probes:{share}")
+
+
+def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer, texts):
+    reader = Reader(tokenizer, seed=0)
+    source = f"{texts[0]}+probes:0.25"
+    first, second = (reader.draw(use, source, tokens=8 * 300, window=300) for use in ("heldout", "tuning"))
+    rows = {origin: len(found) for origin, found in first.rows_by_origin().items()}
+    assert rows["probes"] == 2
+    assert sum(rows.values()) == 8
+    made = probe_rows(tokenizer, rows=4, window=300, family="tuning").tokens
+    assert (first.rows_by_origin()["probes"] == made[:2]).all()
+    assert (second.rows_by_origin()["probes"] == made[2:]).all()
+    later = Reader(tokenizer, seed=0)
+    later.skip_blocks("heldout", source, tokens=8 * 300, window=300, keys={*first.keys})
+    assert (later.draw("tuning", source, tokens=8 * 300, window=300).tokens == second.tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "a.txt+probes:0.25"),
+        ({"probe_share": 0.1}, "a.txt+probes:0.1"),
+        ({"probe_share": 0.0}, "a.txt"),
+        ({"tune_data": "b.txt"}, "b.txt+probes:0.25"),
+        ({"tune_data": "python-docs+probes:0.5"}, "python-docs+probes:0.5"),
+    ],
+)
+def test_what_is_tuned_on_has_its_share_of_tests(given, found):
+    config = CompressConfig(text=DataConfig(data="a.txt"), heal=HealConfig(**given))
+    assert tuning_source(SimpleNamespace(config=config, tests_fit=True)) == found
+    none = replace(config, search=SearchConfig(preserve="none"))
+    assert tuning_source(SimpleNamespace(config=none, tests_fit=True)) == (given.get("tune_data") or "a.txt")
+    assert tuning_source(SimpleNamespace(config=config, tests_fit=False)) == (given.get("tune_data") or "a.txt")
+
+
+def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--tune-tokens=0"]
+    flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25", f"--out={out}"]
+    assert main(["compress", str(tiny_model), *flags, "--preserve=sums,recall"]) == 2
+    assert "no test of recall fits rows of 128 tokens" in capsys.readouterr().err
+    assert main(["compress", str(tiny_model), *flags]) == 0, capsys.readouterr().err
+    search, found, told = (json.loads((out / f"{n}.json").read_text()) for n in ("search", "capabilities", "summary"))
+    assert search["tests"]["capabilities"] == found["map"]["names"][:-1]
+    best = search["candidates"][0]
+    assert best["score"] == pytest.approx(best["kl"] + best["damage"], rel=1e-5)
+    assert search["by_text"]["kl"] <= best["kl"] + 1e-9
+    assert next(len(each["segments"]) for each in search["by_number"]) == 1
+    assert len(found["map"]["windows"]) == folders.LAYERS
+    assert told["capabilities"]["hits"].keys() == found["judged"]["dense_hits"].keys()
