@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
-from layercut.config import CONSUMER_NAMES
+from layercut.config import CONSUMER_NAMES, CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.export.consumers import CONSUMERS, check_written, misread, readings, restriction, table
+from layercut.export.consumers import CONSUMERS, check_model, check_written, misread, readings, restriction, table
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
+from layercut.pipeline.iterative import tried_bits
 from layercut.report.page import model_card, write_report
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf
@@ -143,6 +144,21 @@ def test_what_a_consumer_does_not_read_is_refused():
         check_written(["vllm"], "int8 embeddings")
     with pytest.raises(ConfigError, match="ONNX Runtime does not load gemma3_text"):
         restriction(config("gemma3_text", [5, 11]), ["onnxruntime"], 6)
+
+
+def test_what_is_exported_is_held_against_the_table():
+    off = config("gemma3_text", [4, 10], 11)
+    with pytest.raises(ConfigError, match="Ollama would not read this model right: it lets every 6th layer"):
+        check_model(off, ["llama.cpp", "ollama"], "gguf")
+    with pytest.raises(ConfigError, match="MLX does not read GGUF files"):
+        check_model(off, ["mlx"], "gguf")
+    assert misread(check_model(off, ["llama.cpp"], "gguf")) == misread(readings(off, [], "gguf"))
+
+
+def test_two_budgets_try_the_bits_that_are_read():
+    asked = {"target_size": "1MB", "max_loss": 0.1}
+    for names, bits in (("", (16, 8, 4)), ("vllm", (16, 8, 4)), ("vllm,mlx", (16,))):
+        assert tried_bits(CompressConfig(search=SearchConfig(**asked, consumers=names))) == bits
 
 
 def test_widths_that_marlin_does_not_take():

@@ -224,7 +224,8 @@ CONSUMERS: dict[str, Consumer] = {
         title="LM Studio", reads=("gguf",), rules=LLAMA_CPP, tried="not tried; it loads GGUF files by llama.cpp",
     ),
     "mlx": Consumer(
-        title="MLX", reads=("float",), tried="mlx-lm on mlx[cpu]: right where no rule is broken",
+        title="MLX", reads=("float",),
+        tried="mlx-lm 0.32.2 on mlx[cpu]: Gemma 3, Cohere 2, right on the period, wrong off it",
         rules=(
             IndexRule(model_types=("gemma3_text", "gemma3"), reads_period=True,
                       places=every(6, "sliding_window_pattern"),
