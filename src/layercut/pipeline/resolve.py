@@ -263,4 +263,7 @@ def with_reported_window(config: CompressConfig, architecture: Any) -> CompressC
 
 def default_folder(model: str) -> Path:
     """runs/NAME, from the last part of the model's name."""
-    return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
+    name = Path(model).name
+    if hub_file := checkpoints.HUB_FILE.fullmatch(model):
+        name = Path(hub_file[2]).name
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip(".-") or "run")
