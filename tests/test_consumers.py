@@ -23,7 +23,8 @@ from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
 from layercut.pipeline.iterative import tried_bits
-from layercut.report.page import model_card, write_report
+from layercut.report.model_card import model_card
+from layercut.report.page import write_report
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf
 
@@ -225,6 +226,7 @@ def test_to_a_folder(what, source, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "MLX would misread it: it lets every 6th layer" in said
     assert "llama.cpp would misread" not in said
+    assert "| `MLX` | would misread it | it lets every 6th layer" in (out / "README.md").read_text()
 
 
 @needs_llama_cpp

@@ -296,7 +296,8 @@ def _reading(name: str, text: Any, layers: int, kept: list[int], written: Writte
     for rule in _rules_for(consumer, text):
         odd = _odd_layer(rule, text, kept)
         if odd is not None:
-            where = f"layer {odd} is otherwise (layer {kept[odd]} of the whole model)"
+            before = "" if kept[odd] == odd else f" (layer {kept[odd]} of the whole model)"
+            where = f"layer {odd} is otherwise{before}"
             return Reading(name, "misread", f"it {rule.words}, and {where} ({rule.source})")
     if "gguf" in consumer.reads and "float" not in consumer.reads and (why := _broken_by_count(text, layers, kept)):
         return Reading(name, "misread", why)

@@ -7,6 +7,7 @@ templates/tables.html lays them out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -343,10 +344,10 @@ READINGS = {
 }  # fmt: skip
 
 
-def consumer_rows(summary: Json) -> list[tuple[str, str, str]]:
-    """Software, what it makes of the exported model, and why; as far as this layercut knows both names."""
+def consumer_rows(found: Iterable[Any]) -> list[tuple[str, str, str]]:
+    """Software, what it makes of a model, and why; of readings as far as this layercut knows both names."""
     return [
         (CONSUMERS[str(one.consumer)].title, READINGS[str(one.verdict)], printable(one.words))
-        for one in summary.consumers
+        for one in found
         if one.consumer in CONSUMERS and one.verdict in READINGS
     ]
