@@ -149,13 +149,9 @@ def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segm
     Raises:
         ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
     """
-    names = consumer_names(config.search.consumers)
-    if not names:
-        return
-    consumers.check_written(names, consumers.written_by(config.quantize))
-    if wanted:
-        consumers.restriction(architecture, names, sum(map(len, wanted))).check(wanted)
-    elif length is not None:
+    names, written = consumer_names(config.search.consumers), consumers.written_by(config.quantize)
+    consumers.check_cut(architecture, wanted, names, written)
+    if names and length is not None:
         consumers.restriction(architecture, names, length)
 
 
