@@ -183,18 +183,6 @@ def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
     assert lines[2:] == ['PARAMETER stop "</s>"']
 
 
-def test_the_card_of_a_cut_names_who_would_misread_it(tmp_path, capsys):
-    model = tiny.gemma3([5], 9, vocab_size=folders.VOCABULARY)
-    model.save_pretrained(tmp_path / "gemma")
-    folders.tokenizer().save_pretrained(tmp_path / "gemma")
-    out = tmp_path / "cut"
-    assert main(["cut", str(tmp_path / "gemma"), "--segment", "1:2", "--out", str(out), "--quiet"]) == 0
-    assert "MLX would misread it" in capsys.readouterr().err
-    section = (out / "README.md").read_text().partition("## Where it would be misread")[2].partition("\n## ")[0]
-    assert "- MLX would misread it: it lets every 6th layer attend to everything" in section
-    assert "vLLM" not in section
-
-
 def test_quantize_writes_a_card(tiny_model, tmp_path):
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "int8"

@@ -29,7 +29,7 @@ from layercut.models.source_card import source_card
 from layercut.offload import placement
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run, versions
-from layercut.pipeline.resolve import check_window
+from layercut.pipeline.resolve_options import check_window
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say, warn
 from layercut.quantization import quantize_
@@ -72,10 +72,9 @@ def cut(model: str, config: CutConfig) -> Path:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
-    misread = consumers.misread(consumers.readings(stock, config.segments, written))
-    for words in misread:
+    for words in consumers.misread(consumers.readings(stock, config.segments, written)):
         warn("cut", words)
-    describe_(config.out, replace(_cut_model(model, config), misread=misread))
+    describe_(config.out, _cut_model(model, config))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out

@@ -13,8 +13,9 @@ from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError, RunError
 from layercut.export import consumers
 from layercut.export.formats import ExportSource
+from layercut.export.gguf_measured import FLOATS
+from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
-from layercut.files.whole_folder import appearing
 from layercut.models import checkpoints, loading
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run
@@ -49,7 +50,7 @@ def export(target: str, config: ExportConfig) -> Path:
     if of_run and not (run / "summary.json").is_file():
         raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
     source = ExportSource(run / "model", run) if of_run else ExportSource(run)
-    misread = _say_who_misreads(source.model, config)
+    _say_who_misreads(source.model, config)
     with appearing(config.out, force=config.force, within=True) as work:
         written = work / config.out.name
         facts = exporter(source, written, config) or {}
@@ -60,8 +61,7 @@ def export(target: str, config: ExportConfig) -> Path:
     if of_run and config.format == "gguf":
         _keep(run, facts)
     if config.format in exporters.own:
-        made = replace(_made(target, run if of_run else None, config, facts), misread=misread)
-        describe_(config.out, made, run if of_run else None)
+        describe_(config.out, _made(target, run if of_run else None, config, facts), run if of_run else None)
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
@@ -79,25 +79,25 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
         dataset = checkpoints.read_json(run / "summary.json")["perplexity"]["dataset"]
         words = f"the first {again['tokens']} tokens"
         figures = [Figure(metric="perplexity", value=value, dataset=str(dataset), words=words)]
-    number_format = "" if config.gguf_type in ("f32", "f16", "bf16") else config.gguf_type.upper()
+    kind = facts["kind"].upper()
+    if kind == "SAME":
+        kind = next((name for name in facts["tensor_types"] if name not in FLOATS), "F32")
+    number_format = "" if kind in FLOATS else kind
     done = f"As a GGUF file; tensors: {types}."
     return replace(plain, done=done, number_format=number_format, packed=False, gguf=config.out.name, figures=figures)
 
 
-def _say_who_misreads(model: Path, config: ExportConfig) -> list[str]:
+def _say_who_misreads(model: Path, config: ExportConfig) -> None:
     """Warn of consumers that would misread the model in this format; a package's own format is its own business.
 
     Raises:
         ConfigError: one that --for names would.
     """
-    if config.format not in exporters.own:
-        return []
-    stock = loading.load_config(checkpoints.resolve(str(model)))
-    written: consumers.Written = "gguf" if config.format == "gguf" else "float"
-    misread = consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written))
-    for words in misread:
-        warn("export", words)
-    return misread
+    if config.format in exporters.own:
+        stock = loading.load_config(checkpoints.resolve(str(model)))
+        written: consumers.Written = "gguf" if config.format == "gguf" else "float"
+        for words in consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written)):
+            warn("export", words)
 
 
 def _bytes_of(path: Path) -> int:
