@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def smollm2(folder: Path, tokenizer: Any) -> None:
     save(in_memory.cut(loaded.model, [Segment(13, 19)]), loaded.tokenizer, folder, verify=False, overwrite=True)
 
 
+@cache
 def _demo() -> loading.LanguageModel:
     try:
         file = demo.fetch_model()
