@@ -75,6 +75,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = loading.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
+    check_output(config, checkpoint)
     check_target(config, checkpoint, architecture)
     check_consumers(config, architecture, wanted, length)
     check_sources(config, until)
@@ -126,6 +127,9 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
         ConfigError: no number of layers meets it.
     """
     if config.search.target_size is None or config.search.two_budgets:
+        return
+    if keeps_gguf(config, checkpoint):
+        length_for_target(config, checkpoint, parse_bytes("--target-size", config.search.target_size))
         return
     stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
     try:

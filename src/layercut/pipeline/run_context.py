@@ -266,6 +266,9 @@ class Round:
         for each in weights:
             if each == "quantized":
                 quantized = run.artefact(QuantizeArtefact, "quantize")
+                if quantized.gguf:
+                    rounded = gguf_weights(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
+                    loading.replace_parameters_(student, rounded)
                 if quantized.quantization_config:
                     packed = load_file(run / "quantized.safetensors")
                     loading.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))
