@@ -242,7 +242,7 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
     assert found["logit_error"] < 0.2  # from the healed model, whose weights came in Q4_1
     assert found["greedy"] > 18
     assert found["same_token_ids"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.Modelfile", "out.README.md"}
 
 
 # --- which layers slide ---
