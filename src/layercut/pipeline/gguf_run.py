@@ -11,16 +11,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from layercut.config import CompressConfig, ExportConfig, RunConfig
-from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
-from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_export import SAME, CutGguf, check_cut, write_cut
 from layercut.export.gguf_tensors import converter_script, tensor_types
 from layercut.files.writing import replace_folder, writing
@@ -171,7 +166,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     found = stage.artefact.gguf or {}
     if found["rounded"]:
         how = f", {found['importance']} with an importance matrix" if found["importance"] else ""
-        say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others as they were")
+        say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others kept")
     return stage.artefact
 
 
@@ -229,21 +224,6 @@ def put(source: Path, target: Path) -> None:
         except OSError:  # another disk, or one without links
             shutil.copyfile(source, partial)
         partial.replace(target)
-
-
-def rounded_weights(file: Path, student: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Parameters as they are in a .gguf file.
-
-    Args:
-        file: the file.
-        student: the model that it was made from.
-        names: of the parameters.
-
-    Returns:
-        Tensors by name, in the number format of the student's.
-    """
-    read = dict(read_by_transformers(file, student.config).named_parameters())
-    return {name: read[name].to(student.get_parameter(name).dtype) for name in names}
 
 
 def export_config(config: CompressConfig, out: Path) -> ExportConfig:

@@ -38,6 +38,12 @@ def describe_run_(run: Path) -> None:
     _write_mergekit(run / "model", of_run(run))
 
 
+def result_of(run: Path) -> Path:
+    """What a finished run has written: the folder of its model, or the .gguf file in it."""
+    files = sorted((run / "model").glob("*.gguf"))
+    return files[0] if files and not (run / "model" / "config.json").exists() else run / "model"
+
+
 def describe_(written: Path, made: Made, run: Path | None = None) -> None:
     """Write what goes with a checkpoint folder or a .gguf file.
 
@@ -86,7 +92,7 @@ def push(target: str, name: str, *, private: bool = False) -> str:
     if is_run(path):
         if not (path / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then push")
-        path = path / "model"
+        path = result_of(path)
     elif path.is_dir():
         checkpoints.check_folder(path)
     elif path.suffix != ".gguf" or not path.is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints
-from layercut.pipeline import stages
+from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,
     CapabilitiesArtefact,
@@ -29,7 +29,8 @@ from layercut.pipeline.artefacts import (
     SummaryArtefact,
     TasksArtefact,
 )
-from layercut.pipeline.handover import describe_run_, destination, upload
+from layercut.pipeline.conversion import describe_result_, export
+from layercut.pipeline.handover import destination, result_of, upload
 from layercut.pipeline.iterative import in_rounds
 from layercut.pipeline.resolve import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_context import Round, RunContext
@@ -57,7 +58,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     processes.start()
     asked = resolve(model, config, until)
     repo_id = processes.on_main(lambda: destination(asked.config.hub))
-    with Run(run_folder(asked.config.run) or default_folder(model), force=asked.config.run.force) as run:
+    with Run(gguf_run.run_folder(asked.config.run) or default_folder(model), force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)})
         work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
         stages.text.draw_all(work, stages.text.uses(asked.config, until))

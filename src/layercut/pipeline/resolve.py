@@ -23,6 +23,7 @@ from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
+from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 Stage = Literal["search", "tune", "report"]
@@ -77,7 +78,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_output(config, checkpoint)
     check_target(config, checkpoint, architecture)
-    check_consumers(config, architecture, wanted, length)
+    check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
     check_sources(config, until)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
@@ -141,7 +142,9 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
 
 
-def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None) -> None:
+def check_consumers(
+    config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None, *, gguf: bool
+) -> None:
     """Refuse what the consumers of --for would misread.
 
     Args:
@@ -149,6 +152,7 @@ def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segm
         architecture: the model's config.
         wanted: segments given by hand.
         length: n, layers to remove, where it is known.
+        gguf: whether the result is a GGUF file.
 
     Raises:
         ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
@@ -156,7 +160,7 @@ def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segm
     names = consumer_names(config.search.consumers)
     if not names:
         return
-    consumers.check_written(names, consumers.written_by(config.quantize))
+    consumers.check_written(names, "gguf" if gguf else consumers.written_by(config.quantize))
     if wanted:
         consumers.restriction(architecture, names, sum(map(len, wanted))).check(wanted)
     elif length is not None:

@@ -45,6 +45,8 @@ from layercut.pipeline.artefacts import (
     bounds_of,
     segments_of,
 )
+from layercut.pipeline.gguf_run import keeps_gguf
+from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
