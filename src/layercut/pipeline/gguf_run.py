@@ -29,8 +29,8 @@ from layercut.progress import say
 from layercut.report.stage_lines import describe_gguf_check
 from layercut.segments import Segment
 
-METADATA_GROWTH = 4096
-"""Bytes that the metadata may grow by: the source's name, the layers' index, padding."""
+METADATA_GROWTH = 1024
+"""Bytes that the metadata may grow by, beside 4 a layer for their index: the source's name, tags, padding."""
 
 
 def run_folder(config: RunConfig) -> Path | None:
@@ -118,9 +118,12 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
         if kind != SAME and len(tensor.shape) > 1:
             per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
             growth[block] += max(0, int(tensor.n_elements) // per_block * packed - size)
-    healed = 2 * config.heal.radius * config.search.num_segments if config.heal.fold or config.heal.tune_tokens else 0
+    runs = config.search.num_segments
+    healed = 2 * config.heal.radius * runs if isinstance(runs, int) else header.layers
     beside = sum(sorted(growth)[len(growth) - min(healed, len(growth)) :])
-    total = checkpoint.file.stat().st_size + beside + METADATA_GROWTH
+    if target >= (came := checkpoint.file.stat().st_size):
+        return length_for_size(blocks, came, target)  # which refuses it: the file is as small already
+    total = came + beside + METADATA_GROWTH + 4 * header.layers
     return length_for_size(blocks, total, target)
 
 
