@@ -29,8 +29,8 @@ class RunResult:
 
     @property
     def model(self) -> Path:
-        """The stock checkpoint, as `AutoModelForCausalLM.from_pretrained` reads it."""
-        return self.folder / "model"
+        """The stock checkpoint, as `AutoModelForCausalLM.from_pretrained` reads it; of a .gguf model the .gguf file."""
+        return result_of(self.folder)
 
     @property
     def report(self) -> Path:
