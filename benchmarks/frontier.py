@@ -33,6 +33,7 @@ from layercut.config import (
     DataConfig,
     EvaluateConfig,
     HealConfig,
+    OutputConfig,
     QuantizeConfig,
     RunConfig,
     SearchConfig,

@@ -14,8 +14,8 @@ from layercut.errors import ConfigError, RunError
 from layercut.export import consumers
 from layercut.export.formats import ExportSource
 from layercut.export.gguf_measured import FLOATS
+from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
-from layercut.files.whole_folder import appearing
 from layercut.models import checkpoints, loading
 from layercut.pipeline.handover import describe_, describe_run_, destination, result_of, upload
 from layercut.pipeline.provenance import is_run

@@ -22,6 +22,7 @@ from layercut.models.source_card import SourceCard, source_card
 from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
 from layercut.report.page import card_body
 from layercut.report.run_facts import RunFacts, read_json, read_run
+from layercut.report.tables import consumer_rows
 from layercut.report.templating import page
 
 HERE = "path/to/this/folder"
@@ -62,6 +63,8 @@ class Made:
     packed: bool = False
     """Whether the weights are in the format of compressed-tensors."""
     figures: Sequence[Figure] = ()
+    consumers: Sequence[tuple[str, str, str]] = ()
+    """Software, what it makes of the model, and why: `tables.consumer_rows`."""
 
     @property
     def title(self) -> str:
@@ -103,6 +106,7 @@ def of_run(run: Path) -> Made:
         number_format=number_format,
         packed=bool(number_format),
         figures=run_figures(found),
+        consumers=consumer_rows(found.summary.consumers),
     )
 
 

@@ -36,6 +36,7 @@ CHAPTERS = {
         Section("keys", lambda run: tables.hidden_keys(run.summary)),
         Section("health", lambda run: {"warning": verdicts.generation_warning(run.health), "known": run.health}),
         Section("speed", lambda run: {"known": run.speed or run.summary.bytes or run.summary.parameters}),
+        Section("consumers", lambda run: {"rows": tables.consumer_rows(run.summary.consumers)}, wide=True),
         Section("samples", lambda run: {"samples": list(run.evaluation.generations)}, wide=True),
     ],
     "details": [

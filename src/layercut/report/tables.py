@@ -7,10 +7,12 @@ templates/tables.html lays them out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from layercut.errors import ConfigError
+from layercut.export.consumers import CONSUMERS
 from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import (
     Json,
@@ -333,3 +335,19 @@ def last_over(row: Json, dense: Json) -> str:
     last = last_stage(row)
     factor = last[1] / base if last and math.isfinite(last[1]) and (base := finite(dense)) else None
     return ratio_words(factor, finite(row.standard_error[last[0]]) if last else None)
+
+
+# ---- other software ----------------------------------------------------------------------------------------
+
+READINGS = {
+    "right": "reads it right", "note": "reads it right", "misread": "would misread it", "refused": "does not load it",
+}  # fmt: skip
+
+
+def consumer_rows(found: Iterable[Any]) -> list[tuple[str, str, str]]:
+    """Software, what it makes of a model, and why; of readings as far as this layercut knows both names."""
+    return [
+        (CONSUMERS[str(one.consumer)].title, READINGS[str(one.verdict)], printable(one.words))
+        for one in found
+        if one.consumer in CONSUMERS and one.verdict in READINGS
+    ]

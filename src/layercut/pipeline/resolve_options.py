@@ -158,12 +158,9 @@ def check_consumers(
         ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
     """
     names = consumer_names(config.search.consumers)
-    if not names:
-        return
-    consumers.check_written(names, "gguf" if gguf else consumers.written_by(config.quantize))
-    if wanted:
-        consumers.restriction(architecture, names, sum(map(len, wanted))).check(wanted)
-    elif length is not None:
+    written: consumers.Written = "gguf" if gguf else consumers.written_by(config.quantize)
+    consumers.check_cut(architecture, wanted, names, written)
+    if names and length is not None:
         consumers.restriction(architecture, names, length)
 
 
