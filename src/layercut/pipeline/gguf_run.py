@@ -45,7 +45,15 @@ def file_of(config: RunConfig) -> Path | None:
 
 
 def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bool:
-    """Whether a run writes the .gguf file that its model was, without some layers."""
+    """Whether a run writes the .gguf file that its model was, without some layers.
+
+    Args:
+        config: every option.
+        checkpoint: the files of the model.
+
+    Returns:
+        False where the result is a checkpoint folder, or is converted from one.
+    """
     return checkpoint.gguf is not None and config.output.format != "safetensors"
 
 
@@ -230,5 +238,13 @@ def put(source: Path, target: Path) -> None:
 
 
 def export_config(config: CompressConfig, out: Path) -> ExportConfig:
-    """How a run's checkpoint folder is converted to the file that --out names."""
+    """How a run's checkpoint folder is converted to the file that --out names.
+
+    Args:
+        config: of the run.
+        out: the file.
+
+    Returns:
+        The options of the export.
+    """
     return replace(ExportConfig(out=out, force=True), gguf_type=config.output.gguf_type)
