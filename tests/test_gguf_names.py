@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from layercut.pipeline.resolve import default_folder
+from layercut.pipeline.resolve_options import default_folder
 
 import folders
 import tiny
