@@ -340,7 +340,15 @@ def by_kl(comparison: Any) -> list[Any]:
 
 
 def last_over(row: Json, dense: Json) -> str:
-    """1.43× ± 0.01: the last state of a method of `compare` that was measured, over the dense model's perplexity."""
+    """The last state of a method that was measured over the dense model's perplexity: 1.43× ± 0.01.
+
+    Args:
+        row: a method of `layercut compare`.
+        dense: the dense model's perplexity.
+
+    Returns:
+        A dash where one of them is not known.
+    """
     last = last_stage(row)
     factor = last[1] / base if last and math.isfinite(last[1]) and (base := finite(dense)) else None
     return ratio_words(factor, finite(row.standard_error[last[0]]) if last else None)
