@@ -25,10 +25,10 @@ from common import RESULTS, arguments, blocks, finish, open_model
 from layercut.files.json_values import write_json
 from layercut.layer_search import SearchResult, regret, search
 from layercut.layer_search.gate import GateSchedule, descend
+from layercut.layer_search.gate_walls import all_sets
 from layercut.layer_search.prices import Prices, race
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import Cuts
-from layercut.layer_search.walls import all_sets
 from layercut.models.batch_sizes import rows_per_chunk
 from layercut.models.losses import Teacher
 from layercut.models.runner import DecoderRunner

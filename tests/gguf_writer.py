@@ -44,11 +44,13 @@ def llama_layout(name: str, weight: np.ndarray, config: Any) -> np.ndarray:
     return weight.reshape(heads, 2, rows, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32") -> Path:
+def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32", name: str | None = None) -> Path:
     """The model with its byte-level BPE tokenizer; matrices in `kind`, vectors in F32."""
     config = model.config
     gemma = config.model_type == "gemma3_text"
     writer = gguf.GGUFWriter(path, "gemma3" if gemma else "llama")
+    if name:
+        writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -115,11 +117,13 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--outfile", type=Path)
     parser.add_argument("--outtype")
+    parser.add_argument("--model-name")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.folder).requires_grad_(False)
     if model.config.model_type not in ("llama", "gemma3_text"):
         sys.exit(f"Model {model.config.model_type} is not supported")
-    write_gguf(model, AutoTokenizer.from_pretrained(args.folder), args.outfile, args.outtype.upper())
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    write_gguf(model, tokenizer, args.outfile, args.outtype.upper(), name=args.model_name)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
-from layercut.config import CONSUMER_NAMES
+from layercut.config import CONSUMER_NAMES, CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.export.consumers import CONSUMERS, check_written, misread, readings, restriction
+from layercut.export.consumers import CONSUMERS, check_model, check_written, misread, readings, restriction, table
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
+from layercut.pipeline.iterative import tried_bits
+from layercut.report.model_card import model_card
+from layercut.report.page import write_report
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf
 
@@ -42,6 +47,9 @@ class Config(SimpleNamespace):
     def get_text_config(self, **_: Any) -> Config:
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
 
 def config(model_type: str, full: list[int], layers: int = 12, **facts: Any) -> Config:
     kinds = ["full_attention" if i in full else "sliding_attention" for i in range(layers)]
@@ -59,6 +67,12 @@ def test_the_table_names_where_each_rule_was_seen():
         assert all(rule.source and any(c.isdigit() for c in rule.source + consumer.tried) for rule in consumer.rules)
 
 
+def test_the_guide_holds_the_table():
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "consumers.md"
+    shown = guide.read_text(encoding="utf-8").split("<!-- consumers -->\n")[1].split("<!-- /consumers -->")[0]
+    assert shown == table(), "write what layercut.export.consumers.table() gives between the marks"
+
+
 def test_a_cut_off_the_period_of_gemma_3():
     model = config("gemma3_text", [5, 11])
     found = verdicts(model, OFF)
@@ -71,6 +85,12 @@ def test_a_cut_off_the_period_of_gemma_3():
     on = verdicts(model, ON)
     assert "misread" not in on.values()
     assert on["llama.cpp"] == "right"
+
+
+def test_another_period_is_written_for_who_reads_it():
+    found = verdicts(config("gemma3_text", [3, 7, 9, 11]), [Segment(0, 8)])  # every 2nd of what is left
+    assert found["mlx"] == "right"
+    assert found["ollama"] == "misread"
 
 
 @pytest.mark.parametrize(
@@ -127,6 +147,21 @@ def test_what_a_consumer_does_not_read_is_refused():
         restriction(config("gemma3_text", [5, 11]), ["onnxruntime"], 6)
 
 
+def test_what_is_exported_is_held_against_the_table():
+    off = config("gemma3_text", [4, 10], 11)
+    with pytest.raises(ConfigError, match="Ollama would not read this model right: it lets every 6th layer"):
+        check_model(off, ["llama.cpp", "ollama"], "gguf")
+    with pytest.raises(ConfigError, match="MLX does not read GGUF files"):
+        check_model(off, ["mlx"], "gguf")
+    assert misread(check_model(off, ["llama.cpp"], "gguf")) == misread(readings(off, [], "gguf"))
+
+
+def test_two_budgets_try_the_bits_that_are_read():
+    asked = {"target_size": "1MB", "max_loss": 0.1}
+    for names, bits in (("", (16, 8, 4)), ("vllm", (16, 8, 4)), ("vllm,mlx", (16,))):
+        assert tried_bits(CompressConfig(search=SearchConfig(**asked, consumers=names))) == bits
+
+
 def test_widths_that_marlin_does_not_take():
     found = {one.consumer: one for one in readings(config("llama", []), OFF, "int4")}
     assert found["vllm"].words.endswith("multiples of 128, not 576")
@@ -146,7 +181,7 @@ LONG = torch.randint(2, folders.VOCABULARY, (1, 80), generator=torch.Generator()
 def source(tmp_path_factory) -> dict[str, Any]:
     """A Gemma 3 on its period as a folder and as a file, and what it computes with the cut layer made the identity."""
     place = tmp_path_factory.mktemp("gemma")
-    model = tiny.gemma3([5], vocab_size=folders.VOCABULARY)
+    model = tiny.gemma3([5, 11], 12, vocab_size=folders.VOCABULARY)
     model.save_pretrained(place / "whole")
     folders.tokenizer().save_pretrained(place / "whole")
     write_gguf(model, folders.tokenizer(), place / "whole.gguf", "F32")
@@ -186,11 +221,12 @@ def cut(source: dict[str, Any], what: str, out: Path) -> Path:
 def test_to_a_folder(what, source, tmp_path, capsys):
     out = cut(source, what, tmp_path / "out")
     assert off(in_transformers(out), source) < (0.02 if what == "file" else 1e-6)  # of a file, bfloat16 is written
-    by_period = {"layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}
+    by_period = {"layer_types": [*["sliding_attention"] * 5, "full_attention", *["sliding_attention"] * 5]}
     assert off(in_transformers(out, **by_period), source) > 0.1  # what a consumer that goes by the place computes
     said = " ".join(capsys.readouterr().err.split())
     assert "MLX would misread it: it lets every 6th layer" in said
     assert "llama.cpp would misread" not in said
+    assert "| `MLX` | would misread it | it lets every 6th layer" in (out / "README.md").read_text()
 
 
 @needs_llama_cpp
@@ -205,7 +241,7 @@ def test_to_a_gguf_file(what, source, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("layercut.export.gguf_export.convert", converted)
         folder = cut(source, what, tmp_path / "out")
         assert main(["export", str(folder), "--gguf-type=f32", f"--out={out}"]) == 0
-    assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i != 4 for i in range(7)]
+    assert read_header(out).values["gemma3.attention.sliding_window_pattern"] == [i not in (4, 10) for i in range(11)]
     found = in_llama_cpp(out, source)
     assert found["positions"] == 80
     assert found["logit_error"] < 1e-3
@@ -227,10 +263,10 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
         name = "mlx" if what == "folder" else "ollama"
         assert main(["cut", str(source[what]), "--segment=2:3", f"--for={name}", f"--out={tmp_path / out}"]) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert "the cut 2:3 is not allowed" in said
-        assert "hint: allowed are --segment" in said
+        assert "would misread the cut 2:3: it lets every 6th layer" in said
+        assert "hint: segments of as many layers that it reads right: --segment 11:12" in said
     assert not list(tmp_path.iterdir())
-    assert main(["cut", str(source["folder"]), "--segment=6:8", "--for=mlx", f"--out={tmp_path / 'out'}"]) == 0
+    assert main(["cut", str(source["folder"]), "--segment=0:6", "--for=mlx", f"--out={tmp_path / 'out'}"]) == 0
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ConfigError, match="'mlks' is unknown"):
         from layercut.config import CutConfig
@@ -241,3 +277,33 @@ def test_a_cut_that_a_named_consumer_misreads_is_refused(source, tmp_path, capsy
 def test_cut_checkpoint_alone_writes_the_kinds(source, tmp_path):
     cut_checkpoint(source["folder"], OFF, tmp_path / "out")
     assert in_transformers(tmp_path / "out").shape == source["logits"].shape
+
+
+# --- the search and the report ---
+
+
+def test_the_command_searches_among_what_a_consumer_reads_right(source, texts, tmp_path, capsys):
+    from layercut.cli.command_line import main
+
+    asked = ["search", str(source["folder"]), "--ratio=0.17", f"--data={texts[0]}", "--tokens=64", "--window=16"]
+    for how in (["--for=mlx"], ["--for=mlx,vllm", "--method=exhaustive", "--num-segments=2"]):
+        assert main([*asked, *how, f"--out={tmp_path / how[-1]}"]) == 0
+        out, said = capsys.readouterr()
+        cuts = [[tuple(map(int, one.split(":"))) for one in line.split("\t")[0].split()] for line in out.splitlines()]
+        kept = [[i for i in range(12) if not any(a <= i < b for a, b in cut)] for cut in cuts]
+        assert all(len(one) == 10 and [p for p, i in enumerate(one) if i in (5, 11)] == [5] for one in kept)
+        assert [(10, 12)] in cuts
+        assert "MLX lets every 6th layer attend to everything" in " ".join(said.split())
+    assert main([*asked, "--segment=2:4", "--for=mlx", f"--out={tmp_path / 'given'}"]) == 2
+    assert main(["compress", *asked[1:], "--bits=4", "--for=mlx", f"--out={tmp_path / 'bits'}"]) == 2
+    assert "MLX does not read int4 weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_report_and_card_name_who_would_misread_it(tmp_path):
+    found = [asdict(one) for one in readings(config("gemma3_text", [5, 11]), OFF)]
+    (tmp_path / "summary.json").write_text(json.dumps({"model": "gemma", "segments": [[2, 3]], "consumers": found}))
+    card, page = model_card(tmp_path), write_report(tmp_path).read_text()
+    assert "| `MLX` | would misread it | it lets every 6th layer attend to everything" in card
+    assert "| `ONNX Runtime` | does not load it |" in card
+    assert "would misread it" in page
+    assert "gemma3.attention.sliding_window_pattern" in page

@@ -99,6 +99,67 @@ def test_a_second_cut_composes_the_original_index(tmp_path):
     assert gguf.GGUFReader(second).get_field("layercut.original_layer_index").contents() == [2, 5]
 
 
+def described(path: Path, out: Path) -> Path:
+    """The file with what models from the Hub say of themselves."""
+    writer, reader = gguf.GGUFWriter(out, "llama"), gguf.GGUFReader(path)
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.")):
+            item = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=item)
+    writer.add_name("Tiny Llama")
+    writer.add_organization("A House")
+    writer.add_size_label("99B")
+    writer.add_license("apache-2.0")
+    writer.add_uuid("1234")
+    writer.add_tags(["text-generation"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def about(path: Path) -> dict[str, Any]:
+    fields = gguf.GGUFReader(path).fields.values()
+    found = {f.name.removeprefix("general."): f.contents() for f in fields if f.name.startswith("general.")}
+    del found["architecture"]
+    return found
+
+
+def test_a_cut_file_says_what_it_is(tmp_path):
+    source = described(write(tmp_path / "a.gguf", quantized=True), tmp_path / "b.gguf")
+    once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
+    cut_gguf(source, [Segment(1, 2)], once)
+    parameters = sum(t.n_elements for t in gguf.GGUFReader(once).tensors)
+    wanted = {
+        "name": "Tiny Llama (5 of 6 layers)", "license": "apache-2.0", "size_label": f"{parameters / 1000:.0f}K",
+        "file_type": 7, "tags": ["text-generation", "layercut", "layer-pruning"], "base_model.count": 1,
+        "base_model.0.name": "Tiny Llama", "base_model.0.organization": "A House", "base_model.0.uuid": "1234",
+    }  # fmt: skip
+    assert about(once) == wanted
+    data = np.ones((HIDDEN, HIDDEN), np.float32)
+    cut_gguf(once, [Segment(0, 1)], twice, replaced={"blk.0.attn_q.weight": (data, gguf.GGMLQuantizationType.F32)})
+    again = about(twice)
+    assert again.pop("quantized_by").startswith("layercut ")
+    assert again.pop("quantization_version") == 2
+    fewer = sum(t.n_elements for t in gguf.GGUFReader(twice).tensors)
+    assert again == wanted | {"name": "Tiny Llama (4 of 6 layers)", "size_label": f"{fewer / 1000:.0f}K"}
+
+
+def test_a_file_that_is_not_cut_keeps_its_name(tmp_path):
+    source = described(write(tmp_path / "a.gguf", quantized=True), tmp_path / "b.gguf")
+    cut_gguf(source, [], tmp_path / "c.gguf")
+    assert about(tmp_path / "c.gguf") == about(source)
+    halves = {t.name: (gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float16), gguf.GGMLQuantizationType.F16)
+              for t in gguf.GGUFReader(source).tensors if len(t.shape) > 1}  # fmt: skip
+    cut_gguf(source, [], tmp_path / "d.gguf", replaced=halves)
+    assert about(tmp_path / "d.gguf")["file_type"] == gguf.LlamaFileType.MOSTLY_F16
+    assert about(tmp_path / "d.gguf")["name"] == "Tiny Llama"
+
+
 def test_arrays_with_a_value_per_layer_are_sliced(tmp_path):
     facts = {
         "attention.head_count_kv": [0, 4, 0, 2, 0, 1],

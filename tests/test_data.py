@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layercut.data import blocks, chat_templates, overlap, sources, text_files
+from layercut.data import blocks, chat_templates, sources, text_files, text_overlap
 from layercut.data.blocks import PIECE, Reader, encode, load_blocks
 from layercut.data.python_docs import paragraphs, python_docs, python_docstrings
 from layercut.data.records import as_document
@@ -287,17 +287,17 @@ def test_names_that_are_published_hold_no_path(tmp_path, monkeypatch):
 def test_passages_tell_the_same_text_parted_otherwise():
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randint(5000, (40, 256), generator=draw) for _ in range(2))
-    assert overlap.shared([a], [b]) == 0.0
-    assert overlap.shared([a], [a]) == 1.0
+    assert text_overlap.shared([a], [b]) == 0.0
+    assert text_overlap.shared([a], [a]) == 1.0
     shifted = a.flatten()[100 : 100 + 30 * 300].view(30, 300)
-    runs = a.numel() - overlap.PASSAGE + 1
-    assert overlap.shared([a], [b, shifted]) == pytest.approx((9000 - overlap.PASSAGE + 1) / runs)
-    assert overlap.shared([a[:, :60].clone()], [a]) < 0.01, "rows that do not follow each other"
+    runs = a.numel() - text_overlap.PASSAGE + 1
+    assert text_overlap.shared([a], [b, shifted]) == pytest.approx((9000 - text_overlap.PASSAGE + 1) / runs)
+    assert text_overlap.shared([a[:, :60].clone()], [a]) < 0.01, "rows that do not follow each other"
     same = torch.zeros(4, 256, dtype=torch.long)
-    assert overlap.shared([torch.cat([a, same])], [same]) < 0.01, "a formula counts once"
-    assert overlap.shared([a[:1, :63]], [a]) == 0.0
-    by_hand = {tuple(a.flatten()[i : i + overlap.PASSAGE].tolist()) for i in range(runs)}
-    assert len(overlap.passages(a)) == len(by_hand)
+    assert text_overlap.shared([torch.cat([a, same])], [same]) < 0.01, "a formula counts once"
+    assert text_overlap.shared([a[:1, :63]], [a]) == 0.0
+    by_hand = {tuple(a.flatten()[i : i + text_overlap.PASSAGE].tolist()) for i in range(runs)}
+    assert len(text_overlap.passages(a)) == len(by_hand)
 
 
 # --- records and files ---

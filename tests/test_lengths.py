@@ -21,7 +21,7 @@ from layercut.layer_search.sweep import all_segments, segment_costs
 from layercut.models import checkpoints, loading
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.resolve import wanted_length
+from layercut.pipeline.resolve_options import wanted_length
 from layercut.report import formatting
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_

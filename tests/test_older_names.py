@@ -68,6 +68,19 @@ def test_the_text_part_of_a_larger_config_too(tmp_path):
     assert new["vision_config"] == written["vision_config"]
 
 
+@pytest.mark.parametrize(
+    ("full", "given", "period"),
+    [([5], 6, 6), ([1, 3, 5, 7], None, 2), ([5], None, 6), ([4], None, 5), ([2, 5], 6, 3), ([4, 5], None, None)],
+)
+def test_a_period_is_said_where_there_is_one(full, given, period):
+    kinds = ["full_attention" if i in full else "sliding_attention" for i in range(8)]
+    config = {"model_type": "gemma3_text", "layer_types": kinds} | ({"sliding_window_pattern": given} if given else {})
+    assert with_older_names(config).get("sliding_window_pattern") == period
+    assert "sliding_window_pattern" not in with_older_names(config | {"model_type": "olmo3"}) or given
+    linear = {"model_type": "qwen3_next", "layer_types": [kind.replace("sliding", "linear") for kind in kinds]}
+    assert with_older_names(linear).get("full_attention_interval") == (period if full != [5] else 6)
+
+
 def test_what_no_old_name_says_is_named():
     rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     rope["full_attention"] = {"rope_type": "default", "rope_theta": 1e6}

@@ -36,7 +36,7 @@ from layercut.config import (
     SearchConfig,
 )
 from layercut.estimate import GROUP, cut_parts, plan_run, sizes, stage_costs
-from layercut.estimate.fit import Device, judge
+from layercut.estimate.fits_in_memory import Device, judge
 from layercut.estimate.machine import Rates
 from layercut.estimate.shape import cache_kinds, count_parts, measure_shape, skeleton
 from layercut.evaluation import speed

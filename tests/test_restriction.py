@@ -12,7 +12,7 @@ from layercut.errors import ConfigError
 from layercut.layer_search import Restriction, search
 from layercut.layer_search.clp import cheapest_sums
 from layercut.layer_search.criteria import lowest
-from layercut.layer_search.walls import all_sets
+from layercut.layer_search.gate_walls import all_sets
 from layercut.registries import criteria
 from layercut.segments import Segment, joined_segments, kept_layers
 

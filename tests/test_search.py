@@ -9,10 +9,7 @@ import tiny
 from layercut.layer_search import search
 from layercut.layer_search.clp import clp, schedule_for
 from layercut.layer_search.gate import GateSchedule, concave_gate, descend, gated_forward, hard_gate
-from layercut.layer_search.prices import Prices, race
-from layercut.layer_search.result import Cost
-from layercut.layer_search.sweep import all_segments, segment_costs, set_costs, sweep_work
-from layercut.layer_search.walls import (
+from layercut.layer_search.gate_walls import (
     all_sets,
     cuts_of,
     inside,
@@ -23,6 +20,9 @@ from layercut.layer_search.walls import (
     step_of,
     walls_of,
 )
+from layercut.layer_search.prices import Prices, race
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import all_segments, segment_costs, set_costs, sweep_work
 from layercut.models import loading
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.objectives import Hidden

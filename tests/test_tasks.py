@@ -18,7 +18,7 @@ import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.errors import ConfigError, DataError, RunError
-from layercut.evaluation import harness
+from layercut.evaluation import lm_eval_harness
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, m
             raise KeyboardInterrupt
         return run(lm, name, *more)
 
-    run = harness._run
-    monkeypatch.setattr(harness, "_run", count)
+    run = lm_eval_harness._run
+    monkeypatch.setattr(lm_eval_harness, "_run", count)
     tokenizer = folders.tokenizer()
 
     def score(lm: Any, limit: int = 2) -> Any:
@@ -216,12 +216,12 @@ def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, m
 
 def test_a_healed_weight_changes_the_content(tasks):
     lm, tokenizer = model(), folders.tokenizer()
-    before = harness.content_hash(lm, tokenizer)
-    assert harness.content_hash(model(), folders.tokenizer()) == before
+    before = lm_eval_harness.content_hash(lm, tokenizer)
+    assert lm_eval_harness.content_hash(model(), folders.tokenizer()) == before
     lm.config.original_layer_index = [0, 1, 2]
-    assert harness.content_hash(lm, tokenizer) == before, "where it came from is not what it computes"
+    assert lm_eval_harness.content_hash(lm, tokenizer) == before, "where it came from is not what it computes"
     lm.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
-    assert harness.content_hash(lm, tokenizer) != before
+    assert lm_eval_harness.content_hash(lm, tokenizer) != before
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------

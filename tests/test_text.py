@@ -20,7 +20,7 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedTextArtefact
-from layercut.pipeline.resolve import check_sources, with_reported_window
+from layercut.pipeline.resolve_options import check_sources, with_reported_window
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.text import check_unseen, draw_all, uses

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 GENERATED = ROOT / "docs" / "generated"
 MODULES = {
     "Settings and errors": ["config", "errors", "segments", "registries", "progress"],
-    "The journey": ["pipeline.journey", "pipeline.resolve", "pipeline.iterative", "pipeline.run_store"],
+    "The journey": ["pipeline.journey", "pipeline.resolve_options", "pipeline.iterative", "pipeline.run_store"],
     "Models": ["models.loading", "models.runner", "models.losses", "models.objectives"],
     "Search": [
         "layer_search.criteria", "layer_search.clp", "layer_search.gate", "layer_search.prices", "layer_search.sweep",

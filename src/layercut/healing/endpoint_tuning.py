@@ -37,8 +37,8 @@ from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models.batch_sizes import slices
-from layercut.models.callers_model import prepared
 from layercut.models.losses import as_price
+from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.progress import bar

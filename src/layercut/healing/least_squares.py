@@ -34,9 +34,9 @@ from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
 from layercut.models.batch_sizes import SWEPT_ROWS
-from layercut.models.callers_model import prepared
 from layercut.models.cost import PlannedRun, Shape, Spent, Work, total
 from layercut.models.losses import as_price
+from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner, carry_, enter_all, kl_peak, mean_kl, shared_layers, shared_passes
 from layercut.progress import bar
 from layercut.segments import Segment

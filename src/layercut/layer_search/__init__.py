@@ -28,8 +28,8 @@ from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
-from layercut.models.callers_model import prepared
 from layercut.models.loading import check_tokens, positions
+from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar

@@ -18,12 +18,12 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.layer_search.gate import HEAD_EVERY, GateSchedule, descend
+from layercut.layer_search.gate_walls import neighbours, spread
 from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, race
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
 from layercut.layer_search.sweep import Cuts, all_segments, sweep_work
-from layercut.layer_search.walls import neighbours, spread
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner

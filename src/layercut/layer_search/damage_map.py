@@ -19,8 +19,8 @@ from layercut.distributed import processes, sharding
 from layercut.errors import DataError
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work, streams_held, sweep
-from layercut.models.callers_model import prepared
 from layercut.models.losses import as_price
+from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner, passes_in_step, teacher_of
 from layercut.progress import bar
 from layercut.segments import Segment

@@ -6,12 +6,12 @@ import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError
+from layercut.layer_search.gate_walls import all_sets, number_of_sets
 from layercut.layer_search.prices import Prices, as_objective, beside_text, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.search_cost import all_segments_cost, costs
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
-from layercut.layer_search.walls import all_sets, number_of_sets
 from layercut.models.batch_sizes import swept_rows
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner

@@ -23,10 +23,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from layercut.distributed import processes
+from layercut.layer_search.gate_walls import cuts_of, inside, spans_of, step_of, walls_of
 from layercut.layer_search.prices import Judge
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import Cuts
-from layercut.layer_search.walls import cuts_of, inside, spans_of, step_of, walls_of
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
 from layercut.models.runner import Calls, DecoderRunner

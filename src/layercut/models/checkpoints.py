@@ -1,4 +1,4 @@
-"""From a model's name to files on this machine, checked: a Hub id, a local folder or a .gguf file.
+"""From a model's name to files on this machine, checked: a Hub id or a .gguf file there, a local folder or .gguf file.
 
 First stage of the journey: everything after this module deals with files. Pickled weights are refused unless asked for,
 shard names may not leave the folder, and JSON is read within limits (`files/reading.py`) and checked
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +30,9 @@ PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
 OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(.+\.gguf)", re.ASCII)
+"""A .gguf file in a repository of the Hub: OWNER/NAME:FILE.gguf."""
+SHOWN_FILES = 8
 CARD = "README.md"
 """Fetched along, for the card of what is made of the model; no part of the model."""
 
@@ -88,10 +93,11 @@ def _remembered(memo: Path | None) -> dict[str, Any]:
 
 
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
-    """Turn MODEL (Hub id, folder or .gguf file) into files on this machine; downloads where needed.
+    """Turn MODEL into files on this machine; downloads where needed.
 
     Args:
-        name: as the user gave it.
+        name: a Hub id; OWNER/NAME:FILE.gguf, a file of a Hub repository; a folder, one that holds but a .gguf file
+            too; or a .gguf file.
         allow_pickle: whether pickled weights (*.bin) are accepted.
         weights: False: of a Hub id config.json alone is fetched, and a folder need hold no more than that.
 
@@ -106,8 +112,12 @@ def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> C
         is_file, is_dir = path.is_file(), path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
         raise ModelError(f"{name!r} cannot be read: {first_line(error)}", "check the path of the model") from None
+    if not is_file and (found := HUB_FILE.fullmatch(name)):
+        return _resolve_file(name, _download_file(found[1], found[2]))
     if path.suffix == ".gguf" or is_file:
         return _resolve_file(name, path)
+    if is_dir and name.strip() and (file := _only_gguf(path)):
+        return _resolve_file(name, file)
     if is_dir and name.strip():
         if weights:
             check_folder(path, allow_pickle=allow_pickle)
@@ -142,9 +152,84 @@ def _resolve_file(name: str, path: Path) -> Checkpoint:
     return Checkpoint(name, path.parent.resolve(), path.name)
 
 
+def names_a_gguf(name: str) -> bool:
+    """Whether a model's name is that of a .gguf file, told without reading or fetching it."""
+    path = Path(name).expanduser()
+    return name.endswith(".gguf") or path.is_file() or (path.is_dir() and not (path / "config.json").exists())
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The .gguf file of a folder that holds no other model; None where there is none."""
+    if (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{folder} holds {len(files)} .gguf files: {_listed(files)}", f"give one: {files[0]}")
+    return files[0] if files else None
+
+
+def _listed(files: list[Any]) -> str:
+    """A few names, and how many more there are."""
+    names = [Path(file).name if isinstance(file, Path) else str(file) for file in files]
+    more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+    return ", ".join(names[:SHOWN_FILES]) + more
+
+
+def _download_file(repository: str, file: str) -> Path:
+    """Fetch one .gguf file of a repository, or take an earlier fetch where the Hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _fetching(repository):
+        answers = _hub_answers(repository)
+        try:
+            return Path(hf_hub_download(repository, file, local_files_only=not answers))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            there = _gguf_files(repository)
+    hint = f"{repository}:{there[0]}" if there else "give a repository that holds .gguf files"
+    has = f"it has {_listed(there)}" if there else "it has no .gguf file"
+    raise ModelError(f"{repository!r} has no file {file!r}; {has}", hint)
+
+
+def _gguf_files(repository: str) -> list[str]:
+    """The .gguf files of a repository on the Hub."""
+    from huggingface_hub import HfApi
+
+    siblings = HfApi().model_info(repository).siblings or []
+    return sorted(each.rfilename for each in siblings if each.rfilename.endswith(".gguf"))
+
+
 def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
     """Fetch a model's files from the Hub, or take an earlier fetch where the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + [CARD] + (PICKLE_PATTERNS if allow_pickle else [])
+    with _fetching(name):
+        answers = _hub_answers(name)
+        if answers is False and weights:
+            return Path(snapshot_download(name, local_files_only=True))
+        try:
+            config = Path(hf_hub_download(name, "config.json", local_files_only=not answers))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if not (there := _gguf_files(name)):
+                raise
+            raise ModelError(
+                f"{name!r} holds GGUF files and no config.json: {_listed(there)}", f"give one: {name}:{there[0]}"
+            ) from None
+        if not weights:
+            return config.parent
+        left_out = ["original/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """While open, what the Hub's client raises is said in our words."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -152,16 +237,10 @@ def _download(name: str, *, allow_pickle: bool, weights: bool = True) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = WEIGHT_PATTERNS + OTHER_PATTERNS + [CARD] + (PICKLE_PATTERNS if allow_pickle else [])
     try:
-        answers = _hub_answers(name)
-        if not weights:
-            return Path(hf_hub_download(name, "config.json", local_files_only=not answers)).parent
-        if not answers:
-            return Path(snapshot_download(name, local_files_only=True))
-        hf_hub_download(name, "config.json")
-        left_out = ["original/*", "consolidated*"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=left_out))
+        yield
+    except ModelError:
+        raise
     except GatedRepoError:
         raise ModelError(
             f"{name!r} is gated: its owner must grant you access first",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,20 @@ TEXT_PARTS = ("text", "llm", "language", "decoder", "thinker")
 """What the keys of nested configs of text models have in them."""
 BASES = {"rope_theta", "rotary_emb_base", "global_rope_theta"}
 """Old names of the base of rotary positions."""
+PERIODS = {
+    "gemma3_text": ("sliding_window_pattern", 6), "cohere2": ("sliding_window_pattern", 4),
+    "qwen3_next": ("full_attention_interval", 4), "qwen3_5_text": ("full_attention_interval", 4),
+}  # fmt: skip
+"""Model types whose configs had a period in the place of `layer_types`: its key, and their class's default."""
 MACHINES_OWN = ("is_local", "local_files_only")
 """What transformers 5 writes into tokenizer_config.json about how the tokenizer was loaded."""
 
 
 def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json that says the same, to older loaders too: `rope_theta`, `rope_scaling`, … and `torch_dtype`.
+    """A config.json that says the same, to older loaders too.
+
+    By `rope_theta`, `rope_scaling`, …, by `torch_dtype`, and by `sliding_window_pattern` or `full_attention_interval`
+    where one period says which layers attend to everything.
 
     The argument is left as it is. What no old name can say is left out: see `unsaid`.
     """
@@ -58,6 +66,10 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
             part.setdefault("torch_dtype", part["dtype"])
         for key, value in (_rope_in_old_names(part) or {}).items():
             part[key] = value
+        key = PERIODS.get(part.get("model_type", ""), ("", 0))[0]
+        period = period_of(part.get("model_type"), part.get("layer_types"), part.get(key))
+        if period is not None:
+            part[key] = period
     return new
 
 
@@ -97,6 +109,26 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict) and "model_type" in value and any(word in key for word in TEXT_PARTS):
             yield from _parts(value)
+
+
+def period_of(model_type: str | None, kinds: Sequence[str] | None, given: Any = None) -> int | None:
+    """The number by which mlx-lm and older configs say which layers attend to everything: the last of every so many.
+
+    Args:
+        model_type: of the text model.
+        kinds: its `layer_types`.
+        given: the number that its config has, which is preferred.
+
+    Returns:
+        The number; None: no period says it, or the model type has no such key.
+    """
+    usual = PERIODS.get(model_type or "", ("", None))[1]
+    known = {"sliding_attention", "linear_attention", "full_attention"}
+    if usual is None or not isinstance(kinds, list) or not {*kinds} <= known:
+        return None
+    tried = (given if isinstance(given, int) and given > 0 else usual, usual, *range(1, len(kinds) + 1))
+    full = [kind == "full_attention" for kind in kinds]
+    return next((p for p in tried if full == [(i + 1) % p == 0 for i in range(len(kinds))]), None)
 
 
 def _rope_in_old_names(part: dict[str, Any]) -> dict[str, Any] | None:

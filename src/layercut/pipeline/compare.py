@@ -47,7 +47,7 @@ from layercut.pipeline.compare_artefacts import (
     MethodChoice,
     StartAndBest,
 )
-from layercut.pipeline.resolve import check_sources, check_window, default_folder, with_reported_window
+from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_reported_window
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings

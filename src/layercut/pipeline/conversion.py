@@ -13,8 +13,9 @@ from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError, RunError
 from layercut.export import consumers
 from layercut.export.formats import ExportSource
+from layercut.export.gguf_measured import FLOATS
+from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
-from layercut.files.whole_folder import appearing
 from layercut.models import checkpoints, loading
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run
@@ -78,7 +79,10 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
         dataset = checkpoints.read_json(run / "summary.json")["perplexity"]["dataset"]
         words = f"the first {again['tokens']} tokens"
         figures = [Figure(metric="perplexity", value=value, dataset=str(dataset), words=words)]
-    number_format = "" if config.gguf_type in ("f32", "f16", "bf16") else config.gguf_type.upper()
+    kind = facts["kind"].upper()
+    if kind == "SAME":
+        kind = next((name for name in facts["tensor_types"] if name not in FLOATS), "F32")
+    number_format = "" if kind in FLOATS else kind
     done = f"As a GGUF file; tensors: {types}."
     return replace(plain, done=done, number_format=number_format, packed=False, gguf=config.out.name, figures=figures)
 

@@ -7,18 +7,22 @@ file NAME.gguf gets NAME.README.md and NAME.Modelfile beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from layercut.config import HubConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export import hub
+from layercut.export.consumers import Written, readings
 from layercut.export.mergekit_config import NAME, mergekit_config
 from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_text
 from layercut.models import checkpoints
+from layercut.models.loading import load_config
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say
 from layercut.report.model_card import Made, addressed, checkpoint_card, model_card, of_run
+from layercut.report.tables import consumer_rows
 
 CARD = "README.md"
 
@@ -46,10 +50,19 @@ def describe_(written: Path, made: Made, run: Path | None = None) -> None:
         made: what it is.
         run: the folder of the finished run whose model it was made from.
     """
+    made = replace(made, consumers=_consumers(written, made))
     for name, text in (_beside(written, made, run)).items():
         write_text(written.parent / name if made.gguf else written / name, text)
     if not made.gguf:
         _write_mergekit(written, made)
+
+
+def _consumers(written: Path, made: Made) -> list[tuple[str, str, str]]:
+    """What other software makes of what was written."""
+    kind: Written = "gguf" if made.gguf else "float"
+    if made.packed:
+        kind = "int4" if made.number_format == "int4" else "int8"
+    return consumer_rows(readings(load_config(checkpoints.resolve(str(written))), [], kind))
 
 
 def _beside(written: Path, made: Made, run: Path | None) -> dict[str, str]:

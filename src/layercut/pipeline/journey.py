@@ -31,7 +31,7 @@ from layercut.pipeline.artefacts import (
 )
 from layercut.pipeline.handover import describe_run_, destination, upload
 from layercut.pipeline.iterative import in_rounds
-from layercut.pipeline.resolve import ResolvedRun, Stage, default_folder, resolve
+from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.run_store import Run
 from layercut.report.page import write_report

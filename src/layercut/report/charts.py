@@ -50,17 +50,34 @@ class Drawing:
         self.titles: dict[str, str] = {}
 
     def tip(self, artist: Any, title: str) -> None:
-        """Give an artist a hover title."""
+        """Give an artist a hover title.
+
+        Args:
+            artist: of matplotlib, drawn on these axes.
+            title: plain text.
+        """
         artist.set_gid(f"tip{len(self.titles)}")
         self.titles[artist.get_gid()] = title
 
     def marks(self, points: Iterable[Point], name: str = "_", **style: Any) -> None:
-        """Draw a mark with a hover title at each point; `name`: of all of them, for the legend."""
+        """Draw a mark with a hover title at each point.
+
+        Args:
+            points: (x, y, title) each.
+            name: of all of them, for the legend.
+            style: as of matplotlib's `plot`.
+        """
         for number, (x, y, title) in enumerate(points):
             self.tip(self.axes.plot(x, y, ls="none", label="_" if number else name, **style)[0], title)
 
     def series(self, points: list[Point], name: str, colour: str) -> None:
-        """Draw a line with a mark and a hover title at each point."""
+        """Draw a line with a mark and a hover title at each point.
+
+        Args:
+            points: (x, y, title) each.
+            name: for the legend.
+            colour: of line and marks.
+        """
         self.axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, lw=2, label=name)
         self.marks(points, marker="o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
 
@@ -218,7 +235,15 @@ def _named(where: Where) -> str:
 
 
 def path_chart(search: Any, most_steps: int = 120) -> str | None:
-    """Where each particle of the gate stood at each step, coloured by its loss there; of at most so many steps."""
+    """Where each particle of the gate stood at each step, coloured by its loss there.
+
+    Args:
+        search: search.json, or the part of it that has the path.
+        most_steps: drawn at most; of more, evenly spaced ones.
+
+    Returns:
+        An <svg> element, or None where there is no path.
+    """
     from matplotlib.collections import LineCollection
 
     search = Json(search)

@@ -22,6 +22,7 @@ from layercut.models.source_card import SourceCard, source_card
 from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
 from layercut.report.page import card_body
 from layercut.report.run_facts import RunFacts, read_json, read_run
+from layercut.report.tables import consumer_rows
 from layercut.report.templating import page
 
 HERE = "path/to/this/folder"
@@ -62,6 +63,8 @@ class Made:
     packed: bool = False
     """Whether the weights are in the format of compressed-tensors."""
     figures: Sequence[Figure] = ()
+    consumers: Sequence[tuple[str, str, str]] = ()
+    """Software, what it makes of the model, and why: `tables.consumer_rows`."""
 
     @property
     def title(self) -> str:
@@ -83,6 +86,9 @@ def checkpoint_card(made: Made, run: Path | None = None) -> str:
     Args:
         made: what the card is of.
         run: the folder of the finished run whose model it was made from.
+
+    Returns:
+        Front matter and Markdown.
     """
     before = card_body(run, use="") if run else ""
     shown = {"segments": [list(pair) for pair in made.segments], "index": json.dumps([*made.original_layer_index])}
@@ -103,6 +109,7 @@ def of_run(run: Path) -> Made:
         number_format=number_format,
         packed=bool(number_format),
         figures=run_figures(found),
+        consumers=consumer_rows(found.summary.consumers),
     )
 
 
@@ -199,5 +206,13 @@ def use(made: Made) -> str:
 
 
 def addressed(card: str, repo_id: str) -> str:
-    """A card whose commands name the model on the Hub."""
+    """A card whose commands name the model on the Hub.
+
+    Args:
+        card: the text, whose commands name the folder it stands in.
+        repo_id: OWNER/NAME.
+
+    Returns:
+        The card with the name in place of the folder.
+    """
     return card.replace(HERE, repo_id)

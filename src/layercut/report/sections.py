@@ -37,6 +37,7 @@ CHAPTERS = {
         Section("keys", lambda run: tables.hidden_keys(run.summary)),
         Section("health", lambda run: {"warning": verdicts.generation_warning(run.health), "known": run.health}),
         Section("speed", lambda run: {"known": run.speed or run.summary.bytes or run.summary.parameters}),
+        Section("consumers", lambda run: {"rows": tables.consumer_rows(run.summary.consumers)}, wide=True),
         Section("samples", lambda run: {"samples": list(run.evaluation.generations)}, wide=True),
     ],
     "details": [
@@ -60,6 +61,14 @@ def _with_chart(rows: Any, draw: Callable[[Any], str | None]) -> dict[str, Any]:
 
 
 def chapter(run: RunFacts, name: str) -> list[tuple[Section, dict[str, Any]]]:
-    """The sections of a chapter of which something is known, with what that is."""
+    """The sections of a chapter of which something is known.
+
+    Args:
+        run: its facts.
+        name: of the chapter, a key of CHAPTERS.
+
+    Returns:
+        Each section with the facts that its template shows.
+    """
     found = [(section, section.facts(run)) for section in CHAPTERS[name]]
     return [(section, facts) for section, facts in found if any(facts.values())]

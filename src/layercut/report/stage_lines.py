@@ -37,7 +37,15 @@ def describe_quantization(artefact: dict[str, Any]) -> str:
 
 
 def describe_export(exported: dict[str, Any], folder: Path) -> str:
-    """One line about the checkpoint in `folder`, of export.json."""
+    """One line about the checkpoint that was written.
+
+    Args:
+        exported: export.json.
+        folder: where the checkpoint is.
+
+    Returns:
+        The line.
+    """
     return _say("export", exported, str(folder))
 
 

@@ -7,10 +7,12 @@ templates/tables.html lays them out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from layercut.errors import ConfigError
+from layercut.export.consumers import CONSUMERS
 from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import (
     Json,
@@ -63,7 +65,15 @@ class StageRow:
 
 
 def ratio_words(factor: float | None, error: float | None) -> str:
-    """A ratio with the standard error of its logarithm, as far as known."""
+    """A ratio with its standard error, as far as known.
+
+    Args:
+        factor: the ratio.
+        error: the standard error of its logarithm.
+
+    Returns:
+        A dash where there is no ratio.
+    """
     return "–" if factor is None else times(factor) if error is None else with_error(factor, error)
 
 
@@ -246,7 +256,7 @@ def round_rows(run: RunFacts) -> list[RoundRow]:
 
 
 def runs_of(layers: set[int]) -> list[list[int]]:
-    """{2, 3, 7} -> [[2, 4], [7, 8]]"""
+    """Layers as segments: {2, 3, 7} -> [[2, 4], [7, 8]]."""
     starts, stops = (sorted(i for i in layers if i + step not in layers) for step in (-1, 1))
     return [[start, stop + 1] for start, stop in zip(starts, stops, strict=True)]
 
@@ -266,6 +276,7 @@ class FrontierPoint:
 
     @property
     def words(self) -> str:
+        """Layers, bits, bytes and the rise of perplexity in one line."""
         return f"{self.layers} layers at {self.bits} bits, {size(self.bytes)}, perplexity {signed(self.rise)}"
 
 
@@ -351,7 +362,31 @@ def by_kl(comparison: Any) -> list[Any]:
 
 
 def last_over(row: Json, dense: Json) -> str:
-    """1.43× ± 0.01: the last state of a method of `compare` that was measured, over the dense model's perplexity."""
+    """The last state of a method that was measured over the dense model's perplexity: 1.43× ± 0.01.
+
+    Args:
+        row: a method of `layercut compare`.
+        dense: the dense model's perplexity.
+
+    Returns:
+        A dash where one of them is not known.
+    """
     last = last_stage(row)
     factor = last[1] / base if last and math.isfinite(last[1]) and (base := finite(dense)) else None
     return ratio_words(factor, finite(row.standard_error[last[0]]) if last else None)
+
+
+# ---- other software ----------------------------------------------------------------------------------------
+
+READINGS = {
+    "right": "reads it right", "note": "reads it right", "misread": "would misread it", "refused": "does not load it",
+}  # fmt: skip
+
+
+def consumer_rows(found: Iterable[Any]) -> list[tuple[str, str, str]]:
+    """Software, what it makes of a model, and why; of readings as far as this layercut knows both names."""
+    return [
+        (CONSUMERS[str(one.consumer)].title, READINGS[str(one.verdict)], printable(one.words))
+        for one in found
+        if one.consumer in CONSUMERS and one.verdict in READINGS
+    ]

@@ -5,12 +5,14 @@ Used where a file is cut (`gguf_cut.py`) and where a healed one is exported (`ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layercut.errors import ModelError
-from layercut.models.gguf_header import block_of, raw_value
+from layercut.models.gguf_header import Header, block_of, raw_value
+from layercut.segments import Segment, kept_layers
+from layercut.surgery.gguf_metadata import Entry, general_entries
 
 COUNTED_FROM_FRONT = ("leading_dense_block_count", "hash_layer_count")
 COUNTED_FROM_BACK = ("attention.shared_kv_layers",)
@@ -48,13 +50,14 @@ def write_gguf(
     place = {old: new for new, old in enumerate(kept_blocks)}
     writer = GGUFWriter(out, name, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
-    _write_metadata(writer, reader, name, kept, layers, kept_blocks, blocks, changes)
     tensors = [(t, _renamed(t.name, place)) for t in reader.tensors]
     contents = {new: replaced.get(new, (t.data, t.tensor_type)) for t, new in tensors if new is not None}
     if unknown := replaced.keys() - contents.keys():
         raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
     for new, (data, kind) in contents.items():
         writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
+    general = general_entries(reader.fields, writer, layers=layers, left=len(kept), replaced=bool(replaced))
+    _write_metadata(writer, reader, name, kept, layers, kept_blocks, blocks, changes, general)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -73,8 +76,9 @@ def _write_metadata(
     kept_blocks: list[int],
     blocks: int,
     changes: Mapping[str, Any],
+    general: Mapping[str, Entry | None],
 ) -> None:
-    """Keys and values: the source's, cut where they count or list layers, and `changes`."""
+    """Keys and values: the source's, cut where they count or list layers, `changes`, and what is `general`."""
     from gguf import GGUFValueType
 
     earlier: Any = None
@@ -85,7 +89,7 @@ def _write_metadata(
             earlier = field.contents()
             continue
         key = field.name.removeprefix(f"{name}.")
-        if key != field.name and key in changes:
+        if (key != field.name and key in changes) or field.name in general:
             continue
         value = raw_value(field)
         if key != field.name:
@@ -93,6 +97,9 @@ def _write_metadata(
         kind = field.types[0]
         item = GGUFValueType(int(field.parts[3][0])) if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, kind, sub_type=item)
+    for field_name, entry in general.items():
+        if entry is not None:
+            writer.add_key_value(field_name, entry[0], entry[1], sub_type=entry[2])
     for key, value in changes.items():
         is_list = isinstance(value, list)
         kind = GGUFValueType.ARRAY if is_list else GGUFValueType.FLOAT32
@@ -119,6 +126,21 @@ def _cut_value(key: str, value: Any, kept: list[int], kept_blocks: list[int], la
         if len(value) == layers:
             return [value[i] for i in kept]
     return value
+
+
+def names_after(header: Header, segments: Sequence[Segment]) -> dict[str, str]:
+    """What the tensors that stay are called once segments are cut out of a file.
+
+    Args:
+        header: of the source file.
+        segments: the layers to remove.
+
+    Returns:
+        The new name by the old one.
+    """
+    kept = kept_layers(segments, header.layers)
+    place = {old: new for new, old in enumerate([*kept, *range(header.layers, header.blocks)])}
+    return {name: new for name in header.tensors if (new := _renamed(name, place)) is not None}
 
 
 def _renamed(tensor: str, place: dict[int, int]) -> str | None:

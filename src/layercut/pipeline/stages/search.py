@@ -76,8 +76,8 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         if stage.open:
             stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
             if wanted:
-                allowed = limits(this, sum(map(len, wanted)))
-                result = layer_search.search(stack, tokens, segments=wanted, restriction=allowed, probes=tests)
+                # --for has been checked by `resolve`
+                result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
             elif length is None and config.max_loss is not None:
                 result = search_within(this, config.max_loss, tests)
             else:

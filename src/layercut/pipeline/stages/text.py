@@ -18,8 +18,8 @@ from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
 from layercut.data.chat_templates import render_chat
-from layercut.data.overlap import MOST, shared
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
+from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading

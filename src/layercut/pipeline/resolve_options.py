@@ -149,13 +149,9 @@ def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segm
     Raises:
         ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
     """
-    names = consumer_names(config.search.consumers)
-    if not names:
-        return
-    consumers.check_written(names, consumers.written_by(config.quantize))
-    if wanted:
-        consumers.restriction(architecture, names, sum(map(len, wanted))).check(wanted)
-    elif length is not None:
+    names, written = consumer_names(config.search.consumers), consumers.written_by(config.quantize)
+    consumers.check_cut(architecture, wanted, names, written)
+    if names and length is not None:
         consumers.restriction(architecture, names, length)
 
 
@@ -267,4 +263,7 @@ def with_reported_window(config: CompressConfig, architecture: Any) -> CompressC
 
 def default_folder(model: str) -> Path:
     """runs/NAME, from the last part of the model's name."""
-    return Path("runs") / (re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip(".-") or "run")
+    name = Path(model).name
+    if hub_file := checkpoints.HUB_FILE.fullmatch(model):
+        name = Path(hub_file[2]).name
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip(".-") or "run")
