@@ -860,7 +860,7 @@ class CompareConfig:
             load=self.load,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
-            heal=HealConfig(tune_tokens=self.compare.tune_tokens),
+            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=0.0),
             evaluate=EvaluateConfig(
                 eval_data=self.compare.eval_data,
                 eval_tokens=self.compare.eval_tokens,

@@ -17,7 +17,20 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from layercut.report.formatting import Json, count, figure, finite, label, percent, printable, size, spans, whole_number
+from layercut.report.formatting import (
+    Json,
+    count,
+    figure,
+    finite,
+    label,
+    percent,
+    plain,
+    printable,
+    size,
+    spans,
+    whole_number,
+)
+from layercut.report.run_facts import RunFacts
 from layercut.report.tables import Frontier, runs_of
 from layercut.report.templating import TEMPLATES
 
@@ -299,6 +312,43 @@ def triangle_chart(search: Any) -> str | None:
             d.axes.plot(start, stop - start, "o", ms=3.6, mfc=SURFACE, mec="none")
         frame = [(start, stop - start, f"chosen: {start}:{stop}") for start, stop in spans(Json(search).segments)]
         d.marks(frame, marker="s", ms=13, mfc="none", mec=INK, mew=2.2, clip_on=False)
+        return d.svg()
+
+
+def map_chart(run: RunFacts) -> str | None:
+    """Damage to each capability without each single layer, as a heat map; the removed layers are framed."""
+    from matplotlib.patches import Rectangle
+
+    found = run.capabilities.map
+    names = [str(name) for name in found.names]
+    known = {
+        (start, i): damage
+        for window in found.windows
+        for start, stop in spans([[plain(window.start), plain(window.stop)]])
+        for i, name in enumerate(names)
+        if stop - start == 1 and (damage := finite(window.damage[name])) is not None
+    }
+    if not known:
+        return None
+    description = "Damage to each capability, in nats per answer token, where one layer is removed: layers across"
+    with drawing("map", description, xlabel="layer removed") as d:
+        colours, norm = _loss_colours(damage for damage in known.values() if damage > 0)
+        norm.vmin = max(norm.vmin, norm.vmax / 1e3)  # what is smaller is no damage
+        for (layer, i), damage in sorted(known.items()):
+            colour = colours(norm(max(damage, norm.vmin)))
+            cell = Rectangle((layer - 0.5, i - 0.5), 1, 1, fc=colour, ec=colour, lw=0.3)
+            d.axes.add_patch(cell)
+            d.tip(cell, f"without layer {layer}: {names[i]} {figure(damage)} nats")
+        for start, stop in spans(run.summary.segments):
+            frame = Rectangle((start - 0.5, -0.5), stop - start, len(names), fc="none", ec=INK, lw=1.6, clip_on=False)
+            d.axes.add_patch(frame)
+            d.tip(frame, f"removed: {start}:{stop}")
+        d.axes.set_xlim(-0.5, max(layer for layer, _ in known) + 0.5)
+        d.axes.set_ylim(len(names) - 0.5, -0.5)
+        d.axes.set_yticks(range(len(names)), names)
+        d.axes.grid(False)
+        d.axes.xaxis.get_major_locator().set_params(integer=True)
+        _loss_bar(d.axes, colours, norm, "damage, nats", MUTED)
         return d.svg()
 
 

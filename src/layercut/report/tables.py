@@ -191,6 +191,28 @@ def hidden_keys(summary: Json) -> dict[str, Any]:
     return {"lengths": lengths, "rows": rows, **totals}
 
 
+def abilities(run: RunFacts) -> dict[str, Any]:
+    """Generated tests: a row for each capability, "lengths", and the "trade" with the best cut by text; {}: unknown."""
+    judged, rows = run.capabilities.judged, []
+    for name, damage in judged.damage.entries():
+        dense, compressed = finite(judged.dense_hits[name]), finite(judged.hits[name])
+        fewer = dense is not None and compressed is not None and compressed < dense
+        row = {"name": name, "answers": judged.answers[name], "dense": dense, "compressed": compressed}
+        rows.append(row | {"damage": damage, "fewer": fewer})
+    lengths = [
+        {key: each[key] for key in ("capability", "length", "dense", "compressed")}
+        for each in run.capabilities.by_length
+    ]
+    chosen = next(iter(run.search.candidates), Json())
+    other, trade = run.search.by_text, None
+    if finite(chosen.damage) is not None and finite(other.damage) is not None:
+        trade = {
+            "chosen": chosen.segments, "kl": chosen.kl, "damage": chosen.damage,
+            "other": other.segments, "other_kl": other.kl, "other_damage": other.damage,
+        }  # fmt: skip
+    return {"rows": rows, "lengths": lengths, "trade": trade} if rows or trade else {}
+
+
 # ---- rounds and budgets ------------------------------------------------------------------------------------
 
 
