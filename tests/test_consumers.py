@@ -18,7 +18,8 @@ import folders
 import tiny
 from layercut.config import CONSUMER_NAMES, CompressConfig, SearchConfig
 from layercut.errors import ConfigError, ModelError
-from layercut.export.consumers import CONSUMERS, check_model, check_written, misread, readings, restriction, table
+from layercut.export.consumer_rules import CONSUMERS, table
+from layercut.export.consumers import check_model, check_written, misread, readings, restriction
 from layercut.export.gguf_check import by_llama_cpp
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import read_header
@@ -70,7 +71,7 @@ def test_the_table_names_where_each_rule_was_seen():
 def test_the_guide_holds_the_table():
     guide = Path(__file__).parents[1] / "docs" / "guides" / "consumers.md"
     shown = guide.read_text(encoding="utf-8").split("<!-- consumers -->\n")[1].split("<!-- /consumers -->")[0]
-    assert shown == table(), "write what layercut.export.consumers.table() gives between the marks"
+    assert shown == table(), "write what layercut.export.consumer_rules.table() gives between the marks"
 
 
 def test_a_cut_off_the_period_of_gemma_3():

@@ -26,7 +26,7 @@ ShardMode = Literal["auto", "on", "off"]
 CONSUMER_NAMES = (
     "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
 )  # fmt: skip
-"""Software by which a written model may have to be read right; what each makes of it is in `export/consumers.py`."""
+"""Software by which a written model may have to be read right; `export/consumer_rules.py` has what each makes of it."""
 Consumers = Annotated[
     str,
     Parameter(

@@ -13,7 +13,8 @@ from pathlib import Path
 from layercut.config import HubConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export import hub
-from layercut.export.consumers import Written, readings
+from layercut.export.consumer_rules import Written
+from layercut.export.consumers import readings
 from layercut.export.mergekit_config import NAME, mergekit_config
 from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_text

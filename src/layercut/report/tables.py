@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layercut.errors import ConfigError
-from layercut.export.consumers import CONSUMERS
+from layercut.export.consumer_rules import CONSUMERS
 from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import (
     Json,
