@@ -33,6 +33,7 @@ from layercut.config import (
     DataConfig,
     EvaluateConfig,
     HealConfig,
+    OutputConfig,
     QuantizeConfig,
     RunConfig,
     SearchConfig,
@@ -228,10 +229,11 @@ def kept_tensors(
         eval_data=next(iter(texts_by.values())), eval_tokens=args.window, eval_window=args.window, speed=False
     )
     run = args.work / f"gguf-{ratio:g}"
-    config = CompressConfig(search=search, text=text, heal=heal, evaluate=apart, run=RunConfig(out=run))
+    output = OutputConfig(format="safetensors")
+    config = CompressConfig(search=search, text=text, heal=heal, evaluate=apart, output=output, run=RunConfig(out=run))
     compress(str(source), config)
     file = args.work / f"cut-{ratio:g}.gguf"
-    if cli.main(["export", str(run), f"--out={file}", "--force"]):
+    if cli.main(["export", str(run), f"--out={file}", "--gguf-type=q8_0", "--force"]):
         raise SystemExit(f"error: {run} could not be exported")
     model = loading.load(checkpoints.resolve(str(file))).model
     told = healing(run) | {"layers": len(loading.find_decoder(model))}

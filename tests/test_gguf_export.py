@@ -154,7 +154,15 @@ def test_names_that_the_file_lacks(source, healed, tmp_path):
 def gguf_run(source, texts, tmp_path_factory) -> Path:
     """A finished run that began from a .gguf file; --bits has no say in a GGUF export."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    argv = ["compress", str(source), *SHORT, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
+    argv = [
+        "compress",
+        str(source),
+        *SHORT,
+        "--format=safetensors",
+        f"--data={texts[0]}",
+        f"--eval-data={texts[1]}",
+        f"--out={run}",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
         assert main(argv) == 0

@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from layercut.pipeline.resolve import default_folder
 
 import folders
 import tiny
@@ -14,6 +13,7 @@ from hub_stand_in import Hub, Repository
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.models import checkpoints, loading
+from layercut.pipeline.resolve_options import default_folder
 
 gguf = pytest.importorskip("gguf")
 from gguf_writer import write_gguf  # noqa: E402 - it needs gguf

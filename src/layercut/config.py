@@ -26,7 +26,7 @@ ShardMode = Literal["auto", "on", "off"]
 CONSUMER_NAMES = (
     "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
 )  # fmt: skip
-"""Software by which a written model may have to be read right; what each makes of it is in `export/consumers.py`."""
+"""Software by which a written model may have to be read right; `export/consumer_rules.py` has what each makes of it."""
 Consumers = Annotated[
     str,
     Parameter(
@@ -513,12 +513,27 @@ class RunConfig:
     """The run folder."""
 
     out: Path | None = None
-    """Run folder; runs/NAME where not given. A run that was stopped is resumed there."""
+    """Run folder; runs/NAME where not given. A run that was stopped is resumed there. NAME.gguf: the file to write; the
+    run folder is then NAME.gguf-run."""
     force: Annotated[bool, Parameter(negative="")] = False
     """Run finished stages again, also where a finished run of other settings is there, which is then replaced."""
     config: Path | None = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
+
+
+@options(RUN)
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """In which file format the result is written."""
+
+    format: Literal["auto", "gguf", "safetensors"] = "auto"
+    """safetensors: a checkpoint folder for transformers. gguf: a file for llama.cpp; of a .gguf file, with the bytes of
+    all that healing left alone. auto: gguf where MODEL is one or --out is named so, else safetensors."""
+    gguf_type: GgufType | None = None
+    """Number format of what is written in a GGUF file. Of a .gguf file, same (not given): what healing changed is in
+    the number format that it had; f32 to q4_0: in that one. Of a folder q8_0 where not given. q6_k to iq1_s: all
+    weights, by llama.cpp with an importance matrix (extra llamacpp)."""
 
 
 @options(RUN)
@@ -588,6 +603,7 @@ class CompressConfig(TuneConfig):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     long: LongConfig = field(default_factory=LongConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
     def check(self) -> None:
@@ -704,7 +720,9 @@ class QuantizeAloneConfig:
     """Quantization alone."""
 
     out: Path
-    """The new checkpoint, a folder."""
+    """The new checkpoint: a folder, or NAME.gguf."""
+    gguf_type: GgufType | None = None
+    """Number format of a GGUF file, as of export. Not given: of --bits 8 q8_0, of --bits 4 q4_k_m."""
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
@@ -723,7 +741,9 @@ class QuantizeAloneConfig:
             ConfigError: no --bits is given.
         """
         consumer_names(self.consumers)
-        if self.quantize.bits == 16:
+        if self.gguf_type and self.out.suffix != ".gguf":
+            raise ConfigError("--gguf-type is given, and --out names no .gguf file", "--out NAME.gguf")
+        if self.quantize.bits == 16 and not self.gguf_type:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
 
 
@@ -840,7 +860,7 @@ class CompareConfig:
             load=self.load,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
-            heal=HealConfig(tune_tokens=self.compare.tune_tokens),
+            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=0.0),
             evaluate=EvaluateConfig(
                 eval_data=self.compare.eval_data,
                 eval_tokens=self.compare.eval_tokens,

@@ -86,7 +86,7 @@ def _speakers(run: Path, config: ChatConfig) -> list[Speaker]:
     """The two models, loaded."""
     if not is_run(run):
         raise RunError(f"{run} is no run folder", "layercut compress MODEL --out RUN, then layercut chat RUN")
-    if not (run / "summary.json").is_file() or not (run / "model" / "config.json").is_file():
+    if not (run / "summary.json").is_file() or not (run / "model").is_dir():
         raise RunError(f"the run in {run} is not finished", "give its compress command again, then chat")
     dense = checkpoints.read_json(run / "summary.json")["model"]
     speakers = []

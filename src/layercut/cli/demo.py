@@ -15,7 +15,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
+from layercut.config import (
+    CompressConfig,
+    DataConfig,
+    EvaluateConfig,
+    HealConfig,
+    OutputConfig,
+    RunConfig,
+    SearchConfig,
+)
 from layercut.errors import ModelError
 from layercut.progress import say
 
@@ -33,6 +41,7 @@ def demo(run: RunConfig) -> Path:
         search=SearchConfig(ratio=0.2, oracle=True),
         heal=HealConfig(tune_tokens=65536),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=16384, eval_window=128),
+        output=OutputConfig(format="safetensors"),
         run=RunConfig(out=run.out or Path("runs/demo"), force=run.force),
     )
     return compress(str(fetch_model()), config, own_process=True)

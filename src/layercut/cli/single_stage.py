@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from layercut import evaluation
-from layercut.config import CutConfig, DataConfig, PerplexityConfig, QuantizeAloneConfig, consumer_names
+from layercut.config import (
+    CutConfig,
+    DataConfig,
+    ExportConfig,
+    PerplexityConfig,
+    QuantizeAloneConfig,
+    consumer_names,
+)
 from layercut.data.blocks import Blocks, load_blocks, stored_blocks
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
@@ -27,6 +34,7 @@ from layercut.models import checkpoints, loading, memory
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.models.source_card import source_card
 from layercut.offload import placement
+from layercut.pipeline.conversion import export
 from layercut.pipeline.handover import describe_, destination, upload
 from layercut.pipeline.provenance import is_run, versions
 from layercut.pipeline.resolve_options import check_window
@@ -299,13 +307,17 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         config: how to quantize, and where to write.
 
     Returns:
-        The new checkpoint's folder.
+        The new checkpoint's folder; the .gguf file where --out names one, which `export` then writes.
 
     Raises:
         RunError: --out exists, or cannot be written.
         ModelError: the model is quantized already, or does not fit in memory.
     """
     config.check()
+    if config.out.suffix == ".gguf":
+        kind = config.gguf_type or ("q8_0" if config.quantize.bits == 8 else "q4_k_m")
+        asked = ExportConfig(out=config.out, consumers=config.consumers, hub=config.hub, force=config.force)
+        return export(target, replace(asked, gguf_type=kind))
     consumers.check_written(consumer_names(config.consumers), consumers.written_by(config.quantize))
     repo_id = destination(config.hub)
     if config.out.exists() and not config.force:

@@ -30,6 +30,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
 from layercut.models.memory import memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, spread_peak, weights_peak
+from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import check_window, wanted_length, with_reported_window
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.text import held_out_tokens
@@ -168,7 +169,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     journey = with_reported_window(journey, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}
     on_cpu, before = device.type == "cpu", count_parts(loading.skeleton(stock, stored))
-    segments, after = cut_parts(stock, stored, *_removed(journey, before, stored))
+    segments, after = cut_parts(stock, stored, *_removed(journey, checkpoint, before, stored))
     base = resident_bytes()
     planner = _Planner(
         checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=base or 0, shapes={}
@@ -236,7 +237,9 @@ def _told_stage(shape: Shape, spent: Spent, rates: Rates | None) -> dict[str, An
     }
 
 
-def _removed(config: CompressConfig, before: Parts, stored: torch.dtype) -> tuple[list[Segment], int]:
+def _removed(
+    config: CompressConfig, checkpoint: checkpoints.Checkpoint, before: Parts, stored: torch.dtype
+) -> tuple[list[Segment], int]:
     """The segments given, and how many layers a run would remove, as far as that can be told without the weights."""
     search, layers = config.search, len(before.layers)
     if given := checked_segments(search.segments, layers):
@@ -248,6 +251,8 @@ def _removed(config: CompressConfig, before: Parts, stored: torch.dtype) -> tupl
             "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
         )
     target, size = parse_bytes("--target-size", search.target_size), stored.itemsize
+    if keeps_gguf(config, checkpoint):
+        return [], length_for_target(config, checkpoint, target)
     return [], length_for_size([n * size for n in before.layers], before.total * size, target)
 
 

@@ -199,13 +199,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two products, scores and values.  [B, H, S, d] x [B, H, T, d], [B, H, T, e]"""
+    """Operations of two products, scores and values: [B, H, S, d] x [B, H, T, d], [B, H, T, e]."""
     b, h, s, d = query
     return 2 * b * h * s * key[-2] * (d + value[-1])
 
 
 def _grouped(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Every row of a through the matrix of its own expert.  [M, K] x [E, K, N]"""
+    """Operations of every row through the matrix of its own expert: [M, K] x [E, K, N]."""
     return 2 * a[0] * a[1] * b[-1]
 
 

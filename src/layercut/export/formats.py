@@ -149,5 +149,10 @@ def safetensors(source: ExportSource, out: Path, options: ExportConfig) -> dict[
     Raises:
         ModelError: the model cannot be loaded.
     """
-    loaded = loading.load(checkpoints.resolve(str(source.model)))
+    if source.run and (came := source.came):  # its own healed weights, not what a GGUF file rounds them to
+        loaded = cut_of_run(source.run, came).student()
+        loading.convert_parameters_(loaded.model, torch.bfloat16)
+        loaded.model.stored_dtype = torch.bfloat16
+    else:
+        loaded = loading.load(checkpoints.resolve(str(source.model)))
     return {"check": save(loaded.model, loaded.tokenizer, out, text=source.text).check}

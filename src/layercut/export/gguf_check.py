@@ -15,7 +15,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,21 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
             raise ModelError(f"{file.name} cannot be read back: {first_line(error)}", _TAKE_FOLDER) from error
     check_loading(info, file.name)
     return model.requires_grad_(False).eval()
+
+
+def weights_in(file: Path, model: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Parameters as they are in a GGUF file.
+
+    Args:
+        file: the file.
+        model: what it was made from.
+        names: of the parameters.
+
+    Returns:
+        Tensors by name, in the number format that the model's have.
+    """
+    read = dict(read_by_transformers(file, model.config).named_parameters()) if names else {}
+    return {name: read[name].to(model.get_parameter(name).dtype) for name in names}
 
 
 @torch.no_grad()

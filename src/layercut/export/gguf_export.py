@@ -225,7 +225,8 @@ def write_converted(
         raise ModelError(f"{folder} {why}; a GGUF file is made from float weights",
                          "give another --gguf-type" if kind == SAME else
                          "compress without --bits, and let --gguf-type quantize")  # fmt: skip
-    loaded = loading.load(checkpoints.resolve(str(folder)), device="cpu")
+    # in float32: what llama.cpp computes of a bfloat16 folder is nearer to that than the folder's own dtype comes
+    loaded = loading.load(checkpoints.resolve(str(folder)), device="cpu", dtype="float32")
     text = _some_text(loaded) if texts.measured is None else texts.measured
     plain = file if kind in CONVERTED else file.with_name("unrounded.gguf")
     with bar("converting", None):

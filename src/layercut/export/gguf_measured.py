@@ -57,6 +57,7 @@ def measure_again(
             theirs = by_llama_cpp(file, model, tokenizer, tokens, judge=judge)
             if source is not None:
                 theirs["source_perplexity"] = perplexity_by_llama_cpp(source, tokens)
+                theirs["source_bytes"] = source.stat().st_size
     refuse_jump(file, theirs["perplexity"] if theirs else found["file"], before)
     return {"tokens": tokens.numel(), "window": tokens.shape[1], "perplexity": found, "llama_cpp": theirs}
 

@@ -62,8 +62,7 @@ def search(
 ) -> SearchResult:
     """Find the layers that the model can best do without. Nothing is cut, and the model stays as it is.
 
-    One of `ratio`, `n_layers` and `segments` says what to remove. What a criterion picks is priced by the real cut on
-    all tokens, KL(p || q) of the dense p and the cut q, outside the result's `cost` and `seconds`.
+    One of `ratio`, `n_layers` and `segments` says what to remove. KL(p || q) of the real cut prices what is picked.
 
     Args:
         model: a causal LM of transformers in memory, or a `DecoderRunner` of one.
@@ -85,7 +84,7 @@ def search(
     Raises:
         ConfigError: none or several of the three are given, something is unknown, or does not fit model or method.
         DataError: the tokens are not [N, T] token ids of this model.
-        ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
+        ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
     with prepared(model) as (runner,):
         check_calibration(runner, tokens)
@@ -96,14 +95,15 @@ def search(
             return priced(runner, tokens, segments, probes)
         limits.needed([0.0] * len(runner))  # raises where no cut is allowed
         name, criterion = named_criterion(method)
-        asked: dict[str, Any] = {"objective": as_objective(objective), "probes": probes, "restriction": limits}
+        asked: dict[str, Any] = {"seed": seed, "objective": as_objective(objective), "probes": probes}
+        asked |= {"restriction": limits, "proposals": len(runner) if num_segments == "auto" else None}
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
-        numbers = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
-        each = ({"seed": seed, "num_segments": n, **asked} for n in numbers)
-        result = fewest_worth([chosen(runner, tokens, limits, criterion, name, options) for options in each])
+        ks = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
+        found = (chosen(runner, tokens, limits, criterion, name, asked | {"num_segments": k}) for k in ks)
+        result = fewest_worth([*found])
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
-            options = accepted(exhaustive, asked | {"num_segments": numbers[-1]})
-            result = beside_oracle(result, exhaustive(runner, tokens, length, cost=Cost(), **options))
+            options = accepted(exhaustive, {"cost": Cost(), "num_segments": ks[-1], **asked})
+            result = beside_oracle(result, exhaustive(runner, tokens, length, **options))
         return result
 
 

@@ -140,15 +140,15 @@ def clp(
     objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
+    proposals: int | None = None,
     schedule: GateSchedule | None = None,
 ) -> SearchResult:
     """CLP's concave gate (2510.23652), made safe by a race by the real cut.
 
-    What each part contributes (docs/log.md): the coarse pricing and the race find the answer. They found the best
-    segment in every case that was compared with the exhaustive search, with and without the descent between them; no
-    case is known in which the gradient proposed a set that they would have missed. The descent is kept short, at most
-    a fifth of a sweep's work, and shows how the loss falls (`SearchResult.path`). With several segments, where not
-    all sets can be priced, the coarse pricing proposes, the descent adds where it ends, and race and climb decide.
+    The coarse pricing and the race find the answer: the best segment in every case that was compared with the
+    exhaustive search (docs/log.md); no case is known in which the gradient proposed a set that they would have missed.
+    The descent is kept short and shows how the loss falls (`SearchResult.path`). With several segments, where not all
+    sets can be priced, the coarse pricing proposes, the descent adds where it ends, and race and climb decide.
 
     Args:
         runner: the dense model.
@@ -161,6 +161,7 @@ def clp(
         probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
         restriction: of the cuts that may be chosen; not given: none. The descent moves freely; where it ends counts
             only if it is allowed.
+        proposals: with several segments, race so many sets before climbing, not those of COARSE_SETS and all moves.
         schedule: of the descent; by `schedule_for` where not given.
 
     Returns:
@@ -179,14 +180,13 @@ def clp(
             runner, prices.tokens.flip(0), seeds, schedule, cost,
             count=count, objective=objective, weights=weights, advance=advance,
         )  # fmt: skip
-        moves = (near for end in ends for near in neighbours(end, layers, count))
-        proposed = set(filter(limits.allows, (*coarse, *seeds, *ends, *moves)))
+        moves = (near for end in ends if count == 1 or proposals is None for near in neighbours(end, layers, count))
+        proposed = set(filter(limits.allows, (*coarse[:proposals], *seeds, *ends, *moves)))
         if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
             found = race(prices, proposed, begin=2 * prices.few)
         else:
             found = climb(prices, race(prices, proposed), limits, count)
-        whole = [cuts for cuts in prices.known if sum(map(len, cuts)) == length and limits.allows(cuts)]
-        by_text = beside_text(prices, found, whole)
+        by_text = beside_text(prices, found, filter(limits.allows, prices.known) if count == 1 else ())
     return SearchResult("clp", found, cost, path, by_text=by_text)
 
 

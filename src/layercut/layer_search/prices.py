@@ -277,16 +277,16 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
 
 
 def beside_text(prices: Prices, found: list[Candidate], sets: Iterable[Cuts]) -> Candidate | None:
-    """The best of all sets by text alone, priced on all rows: what heeding generated tests costs, and spares.
+    """The best by text alone, priced on all rows: what heeding generated tests costs, and spares.
 
     Args:
         prices: of the calibration rows.
         found: what the search returns.
-        sets: what it chose from.
+        sets: among which, and among `found`, it is sought.
 
     Returns:
         The candidate; None where no tests are among the rows.
     """
     if prices.weights is None:
         return None
-    return race(prices, {*sets, *(candidate.segments for candidate in found[:1])}, text_only=True)[0]
+    return race(prices, {*sets, *(candidate.segments for candidate in found)}, text_only=True)[0]

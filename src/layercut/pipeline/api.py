@@ -16,6 +16,7 @@ from layercut.config import PRESETS, CompressConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.files.json_values import restored
 from layercut.pipeline import journey
+from layercut.pipeline.handover import result_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class RunResult:
 
     @property
     def model(self) -> Path:
-        """The stock checkpoint, as `AutoModelForCausalLM.from_pretrained` reads it."""
-        return self.folder / "model"
+        """The stock checkpoint, as `AutoModelForCausalLM.from_pretrained` reads it; of a .gguf model the .gguf file."""
+        return result_of(self.folder)
 
     @property
     def report(self) -> Path:

@@ -273,6 +273,8 @@ class QuantizeArtefact(Artefact):
     left: list[Any] | None = field(default=None, metadata=OPTIONAL)
     bytes: BeforeAfter | None = field(default=None, metadata=OPTIONAL)
     quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    gguf: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    """Of a run that writes a GGUF file: number format, names of parameters "healed" and "rounded", importance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +411,8 @@ class ExportArtefact(Artefact):
     bytes: int
     check: dict[str, Any]
     perplexity: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    gguf: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    """Of a GGUF file: what was written, compared and measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from layercut.export.gguf_measured import FLOATS
 from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
-from layercut.pipeline.handover import describe_, destination, upload
+from layercut.pipeline.handover import describe_, describe_run_, destination, result_of, upload
 from layercut.pipeline.provenance import is_run
 from layercut.progress import say, warn
 from layercut.registries import exporters
@@ -65,6 +65,17 @@ def export(target: str, config: ExportConfig) -> Path:
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
+
+
+def describe_result_(run: Path) -> None:
+    """Write what goes with a finished run's result; of a .gguf file also gguf.json, for the report."""
+    file = result_of(run)
+    if file.suffix != ".gguf":
+        describe_run_(run)
+        return
+    facts = dict(checkpoints.read_json(run / "export.json")["gguf"])
+    _keep(run, facts)
+    describe_(file, _made(str(run), run, ExportConfig(out=file), facts), run)
 
 
 def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, Any]) -> Made:

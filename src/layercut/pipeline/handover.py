@@ -13,7 +13,8 @@ from pathlib import Path
 from layercut.config import HubConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export import hub
-from layercut.export.consumers import Written, readings
+from layercut.export.consumer_rules import Written
+from layercut.export.consumers import readings
 from layercut.export.mergekit_config import NAME, mergekit_config
 from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_text
@@ -40,6 +41,12 @@ def describe_run_(run: Path) -> None:
     """Write the card of a finished run's checkpoint into its folder, and mergekit's configuration of the cut."""
     write_text(run / "model" / CARD, model_card(run))
     _write_mergekit(run / "model", of_run(run))
+
+
+def result_of(run: Path) -> Path:
+    """What a finished run has written: the folder of its model, or the .gguf file in it."""
+    files = sorted((run / "model").glob("*.gguf"))
+    return files[0] if files and not (run / "model" / "config.json").exists() else run / "model"
 
 
 def describe_(written: Path, made: Made, run: Path | None = None) -> None:
@@ -99,7 +106,7 @@ def push(target: str, name: str, *, private: bool = False) -> str:
     if is_run(path):
         if not (path / "summary.json").is_file():
             raise RunError(f"the run in {target} is not finished", "give its compress command again, then push")
-        path = path / "model"
+        path = result_of(path)
     elif path.is_dir():
         checkpoints.check_folder(path)
     elif path.suffix != ".gguf" or not path.is_file():

@@ -16,7 +16,8 @@ from layercut import layer_search
 from layercut.config import CompressConfig, consumer_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError
-from layercut.export.consumers import CONSUMERS, written_by
+from layercut.export.consumer_rules import CONSUMERS
+from layercut.export.consumers import written_by
 from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes, size_flag
 from layercut.pipeline import stages

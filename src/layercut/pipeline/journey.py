@@ -15,7 +15,7 @@ from pathlib import Path
 from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints
-from layercut.pipeline import stages
+from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,
     CapabilitiesArtefact,
@@ -29,7 +29,8 @@ from layercut.pipeline.artefacts import (
     SummaryArtefact,
     TasksArtefact,
 )
-from layercut.pipeline.handover import describe_run_, destination, upload
+from layercut.pipeline.conversion import describe_result_, export
+from layercut.pipeline.handover import destination, result_of, upload
 from layercut.pipeline.iterative import in_rounds
 from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_context import Round, RunContext
@@ -57,7 +58,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     processes.start()
     asked = resolve(model, config, until)
     repo_id = processes.on_main(lambda: destination(asked.config.hub))
-    with Run(asked.config.run.out or default_folder(model), force=asked.config.run.force) as run:
+    with Run(gguf_run.run_folder(asked.config.run) or default_folder(model), force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)})
         work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
         stages.text.draw_all(work, stages.text.uses(asked.config, until))
@@ -80,8 +81,25 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
         else:
             measure_and_export(work, asked, removal.all)
         if repo_id:
-            processes.on_main(lambda: upload(run / "model", repo_id, private=config.hub.private))
-        return run.folder
+            processes.on_main(lambda: upload(result_of(run.folder), repo_id, private=config.hub.private))
+    if until == "report" and (file := gguf_run.file_of(asked.config.run)):
+        processes.on_main(lambda: write_file(run.folder, file, asked.config))
+    return run.folder
+
+
+def write_file(run: Path, file: Path, config: CompressConfig) -> None:
+    """Put the .gguf file of a finished run where --out names it; the model of a folder's run is converted.
+
+    Args:
+        run: the run's folder.
+        file: where it goes.
+        config: of the run.
+    """
+    found = result_of(run)
+    if found.suffix == ".gguf":
+        gguf_run.put(found, file)
+    else:
+        export(str(run), gguf_run.export_config(config, file))
 
 
 def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[Segment]) -> None:
@@ -108,7 +126,7 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
         measured.append("evaluations")
     stages.export.export(work, segments)
     summarise(work, asked, segments, measured)
-    processes.on_main(lambda: describe_run_(run.folder))
+    processes.on_main(lambda: describe_result_(run.folder))
     processes.on_main(lambda: write_report(run.folder))
 
 

@@ -23,6 +23,7 @@ from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
+from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 Stage = Literal["search", "tune", "report"]
@@ -75,8 +76,9 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = loading.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
+    check_output(config, checkpoint)
     check_target(config, checkpoint, architecture)
-    check_consumers(config, architecture, wanted, length)
+    check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
     check_sources(config, until)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
@@ -127,6 +129,9 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     """
     if config.search.target_size is None or config.search.two_budgets:
         return
+    if keeps_gguf(config, checkpoint):
+        length_for_target(config, checkpoint, parse_bytes("--target-size", config.search.target_size))
+        return
     stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
     try:
         bare = loading.skeleton(architecture, stored)
@@ -137,7 +142,9 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
 
 
-def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None) -> None:
+def check_consumers(
+    config: CompressConfig, architecture: Any, wanted: list[Segment], length: int | None, *, gguf: bool
+) -> None:
     """Refuse what the consumers of --for would misread.
 
     Args:
@@ -145,11 +152,13 @@ def check_consumers(config: CompressConfig, architecture: Any, wanted: list[Segm
         architecture: the model's config.
         wanted: segments given by hand.
         length: n, layers to remove, where it is known.
+        gguf: whether the result is a GGUF file.
 
     Raises:
         ConfigError: one would misread these segments or every cut of n layers, or does not read what is written.
     """
-    names, written = consumer_names(config.search.consumers), consumers.written_by(config.quantize)
+    names = consumer_names(config.search.consumers)
+    written: consumers.Written = "gguf" if gguf else consumers.written_by(config.quantize)
     consumers.check_cut(architecture, wanted, names, written)
     if names and length is not None:
         consumers.restriction(architecture, names, length)

@@ -22,6 +22,7 @@ from layercut.data.probes import probe_rows
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
+from layercut.export.gguf_check import weights_in
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, layer_reader_protocol, loading
@@ -35,6 +36,10 @@ from layercut.segments import Removal, Segment
 
 Weights = Literal["folded", "tuned", "quantized"]
 """What stages change in the cut model, in this order."""
+
+
+QUANTIZED_GGUF = "quantized.gguf"
+"""The healed model in a run that writes a GGUF file."""
 
 
 @dataclass
@@ -266,6 +271,9 @@ class Round:
         for each in weights:
             if each == "quantized":
                 quantized = run.artefact(QuantizeArtefact, "quantize")
+                if quantized.gguf:
+                    rounded = weights_in(run / QUANTIZED_GGUF, student, quantized.gguf["rounded"])
+                    loading.replace_parameters_(student, rounded)
                 if quantized.quantization_config:
                     packed = load_file(run / "quantized.safetensors")
                     loading.replace_parameters_(student, quantized_weights(packed, quantized.quantization_config))

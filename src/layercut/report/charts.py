@@ -17,7 +17,20 @@ from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
-from layercut.report.formatting import Json, count, figure, finite, label, percent, printable, size, spans, whole_number
+from layercut.report.formatting import (
+    Json,
+    count,
+    figure,
+    finite,
+    label,
+    percent,
+    plain,
+    printable,
+    size,
+    spans,
+    whole_number,
+)
+from layercut.report.run_facts import RunFacts
 from layercut.report.tables import Frontier, runs_of
 from layercut.report.templating import TEMPLATES
 
@@ -37,17 +50,34 @@ class Drawing:
         self.titles: dict[str, str] = {}
 
     def tip(self, artist: Any, title: str) -> None:
-        """Give an artist a hover title."""
+        """Give an artist a hover title.
+
+        Args:
+            artist: of matplotlib, drawn on these axes.
+            title: plain text.
+        """
         artist.set_gid(f"tip{len(self.titles)}")
         self.titles[artist.get_gid()] = title
 
     def marks(self, points: Iterable[Point], name: str = "_", **style: Any) -> None:
-        """Draw a mark with a hover title at each point; `name`: of all of them, for the legend."""
+        """Draw a mark with a hover title at each point.
+
+        Args:
+            points: (x, y, title) each.
+            name: of all of them, for the legend.
+            style: as of matplotlib's `plot`.
+        """
         for number, (x, y, title) in enumerate(points):
             self.tip(self.axes.plot(x, y, ls="none", label="_" if number else name, **style)[0], title)
 
     def series(self, points: list[Point], name: str, colour: str) -> None:
-        """Draw a line with a mark and a hover title at each point."""
+        """Draw a line with a mark and a hover title at each point.
+
+        Args:
+            points: (x, y, title) each.
+            name: for the legend.
+            colour: of line and marks.
+        """
         self.axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, lw=2, label=name)
         self.marks(points, marker="o", ms=6, mfc=colour, mec=SURFACE, mew=0.8)
 
@@ -205,7 +235,15 @@ def _named(where: Where) -> str:
 
 
 def path_chart(search: Any, most_steps: int = 120) -> str | None:
-    """Where each particle of the gate stood at each step, coloured by its loss there; of at most so many steps."""
+    """Where each particle of the gate stood at each step, coloured by its loss there.
+
+    Args:
+        search: search.json, or the part of it that has the path.
+        most_steps: drawn at most; of more, evenly spaced ones.
+
+    Returns:
+        An <svg> element, or None where there is no path.
+    """
     from matplotlib.collections import LineCollection
 
     search = Json(search)
@@ -274,6 +312,43 @@ def triangle_chart(search: Any) -> str | None:
             d.axes.plot(start, stop - start, "o", ms=3.6, mfc=SURFACE, mec="none")
         frame = [(start, stop - start, f"chosen: {start}:{stop}") for start, stop in spans(Json(search).segments)]
         d.marks(frame, marker="s", ms=13, mfc="none", mec=INK, mew=2.2, clip_on=False)
+        return d.svg()
+
+
+def map_chart(run: RunFacts) -> str | None:
+    """Damage to each capability without each single layer, as a heat map; the removed layers are framed."""
+    from matplotlib.patches import Rectangle
+
+    found = run.capabilities.map
+    names = [str(name) for name in found.names]
+    known = {
+        (start, i): damage
+        for window in found.windows
+        for start, stop in spans([[plain(window.start), plain(window.stop)]])
+        for i, name in enumerate(names)
+        if stop - start == 1 and (damage := finite(window.damage[name])) is not None
+    }
+    if not known:
+        return None
+    description = "Damage to each capability, in nats per answer token, where one layer is removed: layers across"
+    with drawing("map", description, xlabel="layer removed") as d:
+        colours, norm = _loss_colours(damage for damage in known.values() if damage > 0)
+        norm.vmin = max(norm.vmin, norm.vmax / 1e3)  # what is smaller is no damage
+        for (layer, i), damage in sorted(known.items()):
+            colour = colours(norm(max(damage, norm.vmin)))
+            cell = Rectangle((layer - 0.5, i - 0.5), 1, 1, fc=colour, ec=colour, lw=0.3)
+            d.axes.add_patch(cell)
+            d.tip(cell, f"without layer {layer}: {names[i]} {figure(damage)} nats")
+        for start, stop in spans(run.summary.segments):
+            frame = Rectangle((start - 0.5, -0.5), stop - start, len(names), fc="none", ec=INK, lw=1.6, clip_on=False)
+            d.axes.add_patch(frame)
+            d.tip(frame, f"removed: {start}:{stop}")
+        d.axes.set_xlim(-0.5, max(layer for layer, _ in known) + 0.5)
+        d.axes.set_ylim(len(names) - 0.5, -0.5)
+        d.axes.set_yticks(range(len(names)), names)
+        d.axes.grid(False)
+        d.axes.xaxis.get_major_locator().set_params(integer=True)
+        _loss_bar(d.axes, colours, norm, "damage, nats", MUTED)
         return d.svg()
 
 

@@ -93,7 +93,7 @@ def spans(value: Any) -> list[tuple[int, int]]:
 
 
 def count(value: Any) -> str:
-    """134515008 -> 134.5M"""
+    """A large number with its unit: 134515008 -> 134.5M."""
     found = finite(value)
     if found is None:
         return NOT_MEASURED
@@ -104,7 +104,7 @@ def count(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """269030016 -> 269.0 MB"""
+    """Bytes with their unit: 269030016 -> 269.0 MB."""
     found = finite(value)
     return NOT_MEASURED if found is None else sizes.size(found)
 
@@ -128,36 +128,52 @@ def short(perplexity: Any) -> str:
 
 
 def deviation(error: float) -> str:
-    """A standard error to two digits: 0.7111 -> 0.71"""
+    """A standard error to two digits: 0.7111 -> 0.71."""
     return f"{error:.2g}" if error < 99.5 else short(round(error))
 
 
 def percent(value: Any) -> str:
-    """0.158 -> 15.8%"""
+    """A share in percent: 0.158 -> 15.8%."""
     found = finite(value)
     return NOT_MEASURED if found is None else f"{100 * found:.1f}%".replace("-", "−")
 
 
 def signed(rise: Any) -> str:
-    """0.041 -> +4.1%"""
+    """A relative change in percent, signed: 0.041 -> +4.1%."""
     found = finite(rise)
     return "not finite" if found is None else f"{100 * found:+,.1f}%".replace("-", "−")
 
 
 def times(value: Any) -> str:
-    """1.25 -> 1.25×"""
+    """A ratio: 1.25 -> 1.25×."""
     found = finite(value)
     return NOT_MEASURED if found is None else f"{found:,.0f}×" if found >= 100 else f"{found:.2f}×"
 
 
 def with_error(factor: float, error: float) -> str:
-    """A ratio and the standard error of its logarithm: 1.25, 0.008 -> 1.25× ± 0.01"""
+    """A ratio with its standard error: 1.25, 0.008 -> 1.25× ± 0.01.
+
+    Args:
+        factor: the ratio.
+        error: the standard error of its logarithm.
+
+    Returns:
+        To four places where the error is below a hundredth.
+    """
     absolute = factor * error
     return f"{times(factor)} ± {absolute:.2f}" if absolute >= 0.005 else f"{factor:.4f}× ± {absolute:.4f}"
 
 
 def change(before: Any, after: Any) -> str:
-    """Relative change, signed: 30, 24 -> −20.0%"""
+    """Relative change, signed: 30, 24 -> −20.0%.
+
+    Args:
+        before: the number that it is relative to.
+        after: the number now.
+
+    Returns:
+        Nothing where one of them is not known, or the first is 0.
+    """
     old, new = finite(before), finite(after)
     if not old or new is None:
         return ""
@@ -165,7 +181,7 @@ def change(before: Any, after: Any) -> str:
 
 
 def duration(value: Any) -> str:
-    """83.2 -> 1 min 23 s"""
+    """Seconds in words: 83.2 -> 1 min 23 s."""
     found = finite(value)
     if found is None:
         return NOT_MEASURED
@@ -177,12 +193,12 @@ def duration(value: Any) -> str:
 
 
 def label(segments: Any) -> str:
-    """[[13, 19]] -> 13:19"""
+    """Segments as the flags spell them: [[13, 19]] -> 13:19."""
     return ", ".join(f"{start}:{stop}" for start, stop in spans(segments)) or "none"
 
 
 def layer_names(segments: Any) -> str:
-    """[[13, 19], [24, 25]] -> 13–18, 24"""
+    """The layers of segments: [[13, 19], [24, 25]] -> 13–18, 24."""
     names = [f"{a}–{b - 1}" if b - a > 1 else f"{a}" for a, b in spans(segments)]
     return ", ".join(names)
 

@@ -86,6 +86,9 @@ def checkpoint_card(made: Made, run: Path | None = None) -> str:
     Args:
         made: what the card is of.
         run: the folder of the finished run whose model it was made from.
+
+    Returns:
+        Front matter and Markdown.
     """
     before = card_body(run, use="") if run else ""
     shown = {"segments": [list(pair) for pair in made.segments], "index": json.dumps([*made.original_layer_index])}
@@ -203,5 +206,13 @@ def use(made: Made) -> str:
 
 
 def addressed(card: str, repo_id: str) -> str:
-    """A card whose commands name the model on the Hub."""
+    """A card whose commands name the model on the Hub.
+
+    Args:
+        card: the text, whose commands name the folder it stands in.
+        repo_id: OWNER/NAME.
+
+    Returns:
+        The card with the name in place of the folder.
+    """
     return card.replace(HERE, repo_id)

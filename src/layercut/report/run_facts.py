@@ -15,7 +15,8 @@ from layercut.errors import RunError
 from layercut.report.formatting import Json, printable
 
 FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation": "eval", "env": "env",
-         "stability": "stability", "quantization": "quantize", "frontier": "frontier", "gguf": "gguf"}  # fmt: skip
+         "stability": "stability", "quantization": "quantize", "frontier": "frontier", "gguf": "gguf",
+         "capabilities": "capabilities"}  # fmt: skip
 """Fields of RunFacts, and the JSON files they are read from."""
 
 
@@ -31,6 +32,7 @@ class RunFacts:
     stability: Json = field(default_factory=Json)
     quantization: Json = field(default_factory=Json)
     frontier: Json = field(default_factory=Json)
+    capabilities: Json = field(default_factory=Json)
     gguf: Json = field(default_factory=Json)
     """Of the GGUF file last exported."""
     evaluations: list[Json] = field(default_factory=list)

@@ -29,6 +29,7 @@ CHAPTERS = {
     "proofs": [
         Section("verdict", lambda run: {"verdicts": verdicts.verdicts(run)}, wide=True),
         Section("figures", lambda run: {"last": tables.last_stage(run.summary)}, wide=True),
+        Section("abilities", tables.abilities, wide=True),
         Section("tasks", lambda run: {"rows": tables.task_rows(run.summary)}, wide=True),
         Section("measured", lambda run: {"rows": tables.evaluation_rows(run.summary)}, wide=True),
         Section("evaluations", lambda run: {"rows": run.evaluations}, wide=True),
@@ -42,6 +43,7 @@ CHAPTERS = {
     "details": [
         Section("cost", lambda run: {"chart": charts.cost_chart(run.search)}),
         Section("path", lambda run: {"chart": charts.path_chart(run.search)}),
+        Section("map", lambda run: {"chart": charts.map_chart(run), "words": list(run.capabilities.words)}, wide=True),
         Section("triangle", lambda run: {"chart": charts.triangle_chart(run.search)}),
         Section("stability", lambda run: {"choices": list(run.stability.choices)}),
         Section("rounds", lambda run: {"rows": tables.round_rows(run)}, wide=True),
@@ -59,6 +61,14 @@ def _with_chart(rows: Any, draw: Callable[[Any], str | None]) -> dict[str, Any]:
 
 
 def chapter(run: RunFacts, name: str) -> list[tuple[Section, dict[str, Any]]]:
-    """The sections of a chapter of which something is known, with what that is."""
+    """The sections of a chapter of which something is known.
+
+    Args:
+        run: its facts.
+        name: of the chapter, a key of CHAPTERS.
+
+    Returns:
+        Each section with the facts that its template shows.
+    """
     found = [(section, section.facts(run)) for section in CHAPTERS[name]]
     return [(section, facts) for section, facts in found if any(facts.values())]

@@ -37,7 +37,15 @@ def describe_quantization(artefact: dict[str, Any]) -> str:
 
 
 def describe_export(exported: dict[str, Any], folder: Path) -> str:
-    """One line about the checkpoint in `folder`, of export.json."""
+    """One line about the checkpoint that was written.
+
+    Args:
+        exported: export.json.
+        folder: where the checkpoint is.
+
+    Returns:
+        The line.
+    """
     return _say("export", exported, str(folder))
 
 
@@ -48,4 +56,10 @@ def describe_point(point: dict[str, Any]) -> str:
 
 def describe_gguf_check(facts: dict[str, Any]) -> list[str]:
     """What transformers and llama.cpp made of a GGUF file, a line each; who did not read it is named."""
-    return [_say("transformers_read", facts), _say("llama_cpp_read", facts["again"])]
+    lines = [_say("transformers_read", facts), _say("llama_cpp_read", facts["again"])]
+    theirs = facts["again"]["llama_cpp"] or {}
+    if theirs.get("source_perplexity"):
+        sizes, figures = (theirs["source_bytes"], facts["bytes"]), (theirs["source_perplexity"], theirs["perplexity"])
+        worse = sizes[1] >= sizes[0] and figures[1] > figures[0]
+        lines.append(_say("against_source", {"bytes": sizes, "perplexity": figures, "worse": worse}))
+    return lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layercut.errors import ConfigError
-from layercut.export.consumers import CONSUMERS
+from layercut.export.consumer_rules import CONSUMERS
 from layercut.files.sizes import parse_bytes
 from layercut.report.formatting import (
     Json,
@@ -65,7 +65,15 @@ class StageRow:
 
 
 def ratio_words(factor: float | None, error: float | None) -> str:
-    """A ratio with the standard error of its logarithm, as far as known."""
+    """A ratio with its standard error, as far as known.
+
+    Args:
+        factor: the ratio.
+        error: the standard error of its logarithm.
+
+    Returns:
+        A dash where there is no ratio.
+    """
     return "–" if factor is None else times(factor) if error is None else with_error(factor, error)
 
 
@@ -183,6 +191,28 @@ def hidden_keys(summary: Json) -> dict[str, Any]:
     return {"lengths": lengths, "rows": rows, **totals}
 
 
+def abilities(run: RunFacts) -> dict[str, Any]:
+    """Generated tests: a row for each capability, "lengths", and the "trade" with the best cut by text; {}: unknown."""
+    judged, rows = run.capabilities.judged, []
+    for name, damage in judged.damage.entries():
+        dense, compressed = finite(judged.dense_hits[name]), finite(judged.hits[name])
+        fewer = dense is not None and compressed is not None and compressed < dense
+        row = {"name": name, "answers": judged.answers[name], "dense": dense, "compressed": compressed}
+        rows.append(row | {"damage": damage, "fewer": fewer})
+    lengths = [
+        {key: each[key] for key in ("capability", "length", "dense", "compressed")}
+        for each in run.capabilities.by_length
+    ]
+    chosen = next(iter(run.search.candidates), Json())
+    other, trade = run.search.by_text, None
+    if finite(chosen.damage) is not None and finite(other.damage) is not None:
+        trade = {
+            "chosen": chosen.segments, "kl": chosen.kl, "damage": chosen.damage,
+            "other": other.segments, "other_kl": other.kl, "other_damage": other.damage,
+        }  # fmt: skip
+    return {"rows": rows, "lengths": lengths, "trade": trade} if rows or trade else {}
+
+
 # ---- rounds and budgets ------------------------------------------------------------------------------------
 
 
@@ -226,7 +256,7 @@ def round_rows(run: RunFacts) -> list[RoundRow]:
 
 
 def runs_of(layers: set[int]) -> list[list[int]]:
-    """{2, 3, 7} -> [[2, 4], [7, 8]]"""
+    """Layers as segments: {2, 3, 7} -> [[2, 4], [7, 8]]."""
     starts, stops = (sorted(i for i in layers if i + step not in layers) for step in (-1, 1))
     return [[start, stop + 1] for start, stop in zip(starts, stops, strict=True)]
 
@@ -246,6 +276,7 @@ class FrontierPoint:
 
     @property
     def words(self) -> str:
+        """Layers, bits, bytes and the rise of perplexity in one line."""
         return f"{self.layers} layers at {self.bits} bits, {size(self.bytes)}, perplexity {signed(self.rise)}"
 
 
@@ -331,7 +362,15 @@ def by_kl(comparison: Any) -> list[Any]:
 
 
 def last_over(row: Json, dense: Json) -> str:
-    """1.43× ± 0.01: the last state of a method of `compare` that was measured, over the dense model's perplexity."""
+    """The last state of a method that was measured over the dense model's perplexity: 1.43× ± 0.01.
+
+    Args:
+        row: a method of `layercut compare`.
+        dense: the dense model's perplexity.
+
+    Returns:
+        A dash where one of them is not known.
+    """
     last = last_stage(row)
     factor = last[1] / base if last and math.isfinite(last[1]) and (base := finite(dense)) else None
     return ratio_words(factor, finite(row.standard_error[last[0]]) if last else None)

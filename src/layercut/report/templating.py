@@ -89,7 +89,15 @@ def _environment(*, escape: bool) -> Environment:
 
 
 def plus_minus(score: Any, error: Any) -> str:
-    """A score and its standard error: 0.430 ± 0.050, as far as there is one."""
+    """A score and its standard error: 0.430 ± 0.050.
+
+    Args:
+        score: a mean over items.
+        error: its standard error, or None.
+
+    Returns:
+        The score alone where there is no error.
+    """
     value, deviation = finite(score), finite(error)
     if value is None:
         return NOT_MEASURED
@@ -104,7 +112,15 @@ def probability(value: Any) -> str:
 
 
 def whole(value: Any, otherwise: str = NOT_MEASURED) -> str:
-    """1234567 -> 1,234,567"""
+    """A whole number: 1234567 -> 1,234,567.
+
+    Args:
+        value: the number.
+        otherwise: what stands where it is not known.
+
+    Returns:
+        The digits in groups of three.
+    """
     found = finite(value)
     return otherwise if found is None else f"{found:,.0f}"
 

@@ -244,9 +244,11 @@ def _gguf(run: RunFacts) -> Verdict | None:
     sound = math.isfinite(after) and math.isfinite(before) and before > 0
     mark = "bad" if run.gguf.broken or not sound else _graded(after / before, limits.ROUNDED, limits.ROUNDED_FAIR)
     larger = came is not None and weight is not None and weight >= came
-    return _judged("GGUF", "fair" if mark == "good" and larger else mark, broken=run.gguf.broken, bytes=weight,
-                   llama_cpp=bool(llama_cpp), before=before, after=after, tokens=tokens,
-                   came=came if larger else None)  # fmt: skip
+    source = number(llama_cpp.source_perplexity) if llama_cpp else None
+    worse = larger and source is not None and after > source
+    mark = "bad" if worse else "fair" if mark == "good" and larger else mark
+    return _judged("GGUF", mark, broken=run.gguf.broken, bytes=weight, llama_cpp=bool(llama_cpp), before=before,
+                   after=after, tokens=tokens, came=came, larger=larger, source=source, worse=worse)  # fmt: skip
 
 
 # ---- what survived -----------------------------------------------------------------------------------------

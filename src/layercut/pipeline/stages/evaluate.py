@@ -80,7 +80,8 @@ def states_of(work: RunContext) -> dict[str, list[Weights]]:
         states["folded"] = ["folded"]
     if run.artefact(HealArtefact, "heal").tuning:
         states["tuned"] = ["folded", "tuned"]
-    if run.artefact(QuantizeArtefact, "quantize").bits < 16:
+    quantized = run.artefact(QuantizeArtefact, "quantize")
+    if quantized.bits < 16 or (quantized.gguf and quantized.gguf["rounded"]):
         states["quantized"] = ["folded", "tuned", "quantized"]
     return states
 

@@ -13,6 +13,7 @@ from layercut.export import consumers
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
 from layercut.models import layer_reader_protocol, loading
 from layercut.offload import layer_reader
+from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import bar, say, warn
@@ -31,6 +32,11 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
     Returns:
         The artefact.
     """
+    if gguf_run.keeps_gguf(work.config, work.checkpoint):
+        exported = gguf_run.export(work, segments)
+        for words in consumers.misread(read_by(work, segments)):
+            warn("export", words)
+        return exported
     used = checked_on(work.text)
     with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
         if stage.open:
@@ -63,7 +69,8 @@ def read_by(work: RunContext, segments: Sequence[Segment]) -> list[consumers.Rea
         A reading of each.
     """
     config = loading.load_config(work.checkpoint, trust_remote_code=work.config.load.trust_remote_code)
-    return consumers.readings(config, segments, consumers.written_by(work.config.quantize))
+    gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
+    return consumers.readings(config, segments, "gguf" if gguf else consumers.written_by(work.config.quantize))
 
 
 def packing(work: RunContext) -> dict[str, Any]:

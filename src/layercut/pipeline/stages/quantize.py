@@ -11,6 +11,7 @@ from layercut import quantization as rounding
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
+from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import say
@@ -29,6 +30,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     Returns:
         The artefact.
     """
+    if gguf_run.keeps_gguf(work.config, work.checkpoint):
+        return gguf_run.quantize(work, segments)
     config = work.config.quantize
     calibrated = work.text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
     inputs = [config, calibrated] if config.bits < 16 else None

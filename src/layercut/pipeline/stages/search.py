@@ -45,6 +45,8 @@ from layercut.pipeline.artefacts import (
     bounds_of,
     segments_of,
 )
+from layercut.pipeline.gguf_run import keeps_gguf
+from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
@@ -332,6 +334,8 @@ def length_for_target(work: RunContext) -> int:
     """Layers to remove for --target-size: counted in the dtype that is computed and saved in."""
     model = work.dense.model
     target = parse_bytes("--target-size", work.config.search.target_size or "")
+    if keeps_gguf(work.config, work.checkpoint):
+        return length_in_gguf(work.config, work.checkpoint, target)
     weights = [loading.parameter_bytes(layer, work.stack.stored_dtype) for layer in work.stack.layers]
     return length_for_size(weights, loading.parameter_bytes(model), target)
 

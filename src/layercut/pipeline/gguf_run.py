@@ -1,0 +1,250 @@
+"""Runs whose result is a GGUF file: what is checked before they begin, their sizes, and the stages that differ.
+
+Beside `journey.py`. A model that was a .gguf file becomes one again: kept tensors byte for byte, healed ones in the
+number formats that they had (`export/gguf_export.py`). A checkpoint folder is converted when its run is done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from layercut.config import CompressConfig, ExportConfig, RunConfig
+from layercut.errors import ConfigError, RunError
+from layercut.export.checkpoint import text_to_check
+from layercut.export.ggml import PLAIN, require_llama_cpp
+from layercut.export.gguf_export import SAME, CutGguf, check_cut, write_cut
+from layercut.export.gguf_tensors import converter_script, tensor_types
+from layercut.files.writing import replace_folder, writing
+from layercut.layer_search import length_for_size
+from layercut.models import checkpoints
+from layercut.models.gguf_header import block_of, open_gguf
+from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
+from layercut.pipeline.provenance import is_run
+from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
+from layercut.progress import say
+from layercut.report.stage_lines import describe_gguf_check
+from layercut.segments import Segment
+
+METADATA_GROWTH = 1024
+"""Bytes that the metadata may grow by, beside 4 a layer for their index: the source's name, tags, padding."""
+
+
+def run_folder(config: RunConfig) -> Path | None:
+    """The folder of a run: --out, or where that names a .gguf file, NAME.gguf-run beside it. None: not given."""
+    out = config.out
+    return out.with_name(f"{out.name}-run") if out and out.suffix == ".gguf" else out
+
+
+def file_of(config: RunConfig) -> Path | None:
+    """The .gguf file that --out names; None where it names none."""
+    return config.out if config.out and config.out.suffix == ".gguf" else None
+
+
+def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bool:
+    """Whether a run writes the .gguf file that its model was, without some layers.
+
+    Args:
+        config: every option.
+        checkpoint: the files of the model.
+
+    Returns:
+        False where the result is a checkpoint folder, or is converted from one.
+    """
+    return checkpoint.gguf is not None and config.output.format != "safetensors"
+
+
+def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> None:
+    """Refuse options that do not go with the format of the result.
+
+    Args:
+        config: every option.
+        checkpoint: the files of the model.
+
+    Raises:
+        ConfigError: a flag that would be ignored, or a package that is missing.
+        RunError: the file that --out names is there, and is no earlier result of this run.
+    """
+    output, file = config.output, file_of(config.run)
+    gguf = keeps_gguf(config, checkpoint)
+    if output.format == "gguf" and not (gguf or file):
+        raise ConfigError("--format gguf is given, and --out names no .gguf file", "--out NAME.gguf")
+    if output.format == "safetensors" and file:
+        raise ConfigError(f"--format safetensors is given, and --out is {file}", "name a folder, or leave out --format")
+    if not (gguf or file):
+        if output.gguf_type:
+            raise ConfigError("--gguf-type is given, and the result is a checkpoint folder", "--out NAME.gguf")
+        return
+    if config.quantize.bits < 16 or config.search.two_budgets:
+        flag = "--bits" if config.quantize.bits < 16 else "--target-size with --max-loss"
+        raise ConfigError(
+            f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
+            "--gguf-type q4_k_m, or for a checkpoint folder: --format safetensors",
+        )
+    if output.gguf_type not in (None, SAME, *PLAIN):
+        require_llama_cpp()
+        if config.search.target_size:
+            raise ConfigError(
+                f"--target-size cannot be counted beforehand in the mixture {output.gguf_type}",
+                "give --ratio, or leave out --gguf-type",
+            )
+    if not gguf:
+        converter_script(None)
+    folder = run_folder(config.run)
+    if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
+        raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
+
+
+def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, target: int) -> int:
+    """Layers to remove for --target-size, counted from the tensors of the .gguf file.
+
+    Args:
+        config: every option.
+        checkpoint: the file.
+        target: bytes that may be left.
+
+    Returns:
+        n.
+
+    Raises:
+        ConfigError: no number of layers meets it.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    header, reader = open_gguf(checkpoint.file)
+    blocks, growth = [0] * header.layers, [0] * header.layers
+    kind = config.output.gguf_type or SAME
+    for tensor in reader.tensors:
+        block = block_of(tensor.name)
+        if block is None or block >= header.layers:
+            continue
+        size = int(tensor.n_bytes)
+        blocks[block] += size
+        if kind != SAME and len(tensor.shape) > 1:
+            per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
+            growth[block] += max(0, int(tensor.n_elements) // per_block * packed - size)
+    runs = config.search.num_segments
+    healed = 2 * config.heal.radius * runs if isinstance(runs, int) else header.layers
+    beside = sum(sorted(growth)[len(growth) - min(healed, len(growth)) :])
+    if target >= (came := checkpoint.file.stat().st_size):
+        return length_for_size(blocks, came, target)  # which refuses it: the file is as small already
+    total = came + beside + METADATA_GROWTH + 4 * header.layers
+    return length_for_size(blocks, total, target)
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+def what_is_left(work: RunContext, segments: Sequence[Segment]) -> CutGguf:
+    """The run's .gguf file without segments, and what healing changed.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        What `write_cut` writes.
+    """
+    healed = work.changed(work.student(segments, "folded", "tuned"))
+    return CutGguf(checkpoint=work.checkpoint, segments=[*segments], healed=healed)
+
+
+def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
+    """The .gguf file of the healed student, its tensors rounded as they will be in the result.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
+    kind = work.config.output.gguf_type or SAME
+    with work.run.stage(QuantizeArtefact, "quantize", [kind, work.text["calibration"]], after=["heal"]) as stage:
+        if stage.open:
+            file, student = work.run / QUANTIZED_GGUF, work.student(segments, "folded", "tuned")
+            file.unlink(missing_ok=True)
+            left = what_is_left(work, segments)
+            written = write_cut(left, file, kind, student, work.blocks["calibration"])
+            mixture = kind != SAME and kind not in PLAIN
+            written["rounded"] = sorted(
+                name for name, p in student.named_parameters() if name in left.healed or (mixture and p.dim() > 1)
+            )
+            stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written, files=[QUANTIZED_GGUF])
+    found = stage.artefact.gguf or {}
+    if found["rounded"]:
+        how = f", {found['importance']} with an importance matrix" if found["importance"] else ""
+        say("quantize", f"{len(found['rounded'])} tensors written again ({found['kind']}{how}), the others kept")
+    return stage.artefact
+
+
+def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
+    """Compare the .gguf file with the healed student in transformers and llama.cpp, and put it into its place.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
+    used = next(use for use in ("evaluation", "heldout", "calibration") if use in work.text)
+    name = file_name(work)
+    with work.run.stage(ExportArtefact, "export", [work.text[used], name], after=["quantize"]) as stage:
+        if stage.open:
+            file = work.run / QUANTIZED_GGUF
+            facts = check_cut(what_is_left(work, segments), file, text_to_check(work.blocks[used]))
+            partial = work.run / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            with writing(partial):
+                partial.mkdir()
+                put(file, partial / name)
+                replace_folder(partial, work.run / "model")
+            facts |= {"tensor_types": tensor_types(file), "file": name, "bytes": file.stat().st_size}
+            written = (work.run.artefact(QuantizeArtefact, "quantize").gguf or {}) | facts
+            stage.found = ExportArtefact(bytes=written["bytes"], check={}, gguf=written, files=["model"])
+    found = stage.artefact.gguf or {}
+    types = ", ".join(f"{kind} {count}" for kind, count in found["tensor_types"].items())
+    say("export", f"{found['bytes']:,} bytes; tensors: {types}: {work.run / 'model' / name}")
+    for words in describe_gguf_check(found):
+        say("check", words)
+    return stage.artefact
+
+
+def file_name(work: RunContext) -> str:
+    """What the result is called in the run's model folder: as --out names it, else after the source."""
+    file = file_of(work.config.run)
+    return file.name if file else f"{Path(work.checkpoint.gguf or 'model').stem}-cut.gguf"
+
+
+def put(source: Path, target: Path) -> None:
+    """Have a file under a second name: the same bytes on disk where that can be, else a copy.
+
+    Args:
+        source: a file.
+        target: the other name; replaced where it is there.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(target):
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, partial)
+        partial.replace(target)
+
+
+def export_config(config: CompressConfig, out: Path) -> ExportConfig:
+    """How a run's checkpoint folder is converted to the file that --out names.
+
+    Args:
+        config: of the run.
+        out: the file.
+
+    Returns:
+        The options of the export.
+    """
+    return replace(ExportConfig(out=out, force=True), gguf_type=config.output.gguf_type)

@@ -1,0 +1,151 @@
+"""A .gguf file in gives a .gguf file out: bytes kept, sizes counted from the file, the result compared with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import folders
+import tiny
+from layercut.cli.command_line import main
+from layercut.export.gguf_tensors import tensor_types
+from layercut.models import checkpoints, loading
+from layercut.report.run_facts import read_run
+from layercut.report.stage_lines import describe_gguf_check
+from layercut.report.verdicts import verdicts
+
+gguf = pytest.importorskip("gguf")
+from gguf_writer import write_gguf  # noqa: E402 - it needs gguf
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp_py_sync") is None, reason="pip install llama-cpp-py-sync"
+)
+SHORT = ["--tokens=128", "--window=16", "--eval-window=16", "--tune-tokens=256", "--eval-tokens=64", "--no-speed"]
+SHORT += ["--learning-rate=0.001"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    return write_gguf(model, folders.tokenizer(), tmp_path_factory.mktemp("gguf") / "tiny.gguf", "Q4_1", name="Tiny")
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a finished run with a size that one layer meets."""
+    out = tmp_path_factory.mktemp("out") / "small.gguf"
+    target = source.stat().st_size - 3000
+    argv = ["compress", str(source), *SHORT, f"--target-size={target}B", f"--data={texts[0]}", f"--out={out}"]
+    assert main([*argv, f"--eval-data={texts[1]}"]) == 0
+    assert out.stat().st_size <= target
+    return out
+
+
+def contents(file: Path) -> dict[str, tuple[Any, bytes]]:
+    return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(file).tensors}
+
+
+def test_gguf_in_gives_gguf_out(source, made):
+    run = made.with_name("small.gguf-run")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["layers"]["after"] == 5
+    (start, stop), before, after = summary["segments"][0], contents(source), contents(made)
+    healed = {start - 1, start} & set(range(5))
+    for name, (kind, data) in after.items():
+        block = int(name.split(".")[1]) if name.startswith("blk.") else None
+        came = name if block is None or block < start else name.replace(f"blk.{block}.", f"blk.{block + stop - start}.")
+        assert kind == before[came][0]
+        assert data == before[came][1] or block in healed
+    assert sum(after[name] not in before.values() for name in after) > 3
+    assert gguf.GGUFReader(made).get_field("general.name").contents() == "Tiny (5 of 6 layers)"
+    # counted from the file, and measured on the tensors as they are in the result
+    assert summary["bytes"]["source"] == source.stat().st_size
+    assert summary["bytes"]["after"] == made.stat().st_size
+    assert summary["perplexity"]["quantized"] != summary["perplexity"]["tuned"]
+    again = json.loads((run / "gguf.json").read_text())["again"]["perplexity"]
+    assert again["file"] == pytest.approx(summary["perplexity"]["quantized"], rel=0.02)
+    # one file under two names, and what goes with it
+    assert {file.name for file in (run / "model").iterdir()} == {"small.gguf", "small.README.md", "small.Modelfile"}
+    assert (run / "model" / "small.gguf").samefile(made)
+    model = loading.load(checkpoints.resolve(str(run / "model"))).model
+    assert model.config.num_hidden_layers == 5
+
+
+@needs_llama_cpp
+def test_what_changed_against_the_source_file_is_said(source, made):
+    run = made.with_name("small.gguf-run")
+    facts = json.loads((run / "gguf.json").read_text())
+    theirs = facts["again"]["llama_cpp"]
+    assert theirs["source_bytes"] == source.stat().st_size
+    assert "against the source file, both in llama.cpp" in describe_gguf_check(facts)[-1]
+    assert "larger and worse" not in describe_gguf_check(facts)[-1]
+    assert "; the source file has" in (run / "report.html").read_text()
+    theirs["source_bytes"], theirs["source_perplexity"] = 10, 1.0
+    assert describe_gguf_check(facts)[-1].endswith("it is larger and worse than the source")
+
+
+@needs_llama_cpp
+def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, capsys, monkeypatch):
+    """Healed layers in float32 take more than what the cut saves; random models have no perplexity to speak of."""
+    monkeypatch.setattr("layercut.export.gguf_measured.perplexity_by_llama_cpp", lambda *_: 10.0)
+    out = tmp_path / "large.gguf"
+    argv = ["compress", str(source), *SHORT, "--segment=3:4", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    assert main([*argv, "--gguf-type=f32", f"--out={out}"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert out.stat().st_size > source.stat().st_size
+    assert "it is larger and worse than the source" in said
+    found = read_run(tmp_path / "large.gguf-run")
+    words = {verdict.stage: (verdict.mark, verdict.text) for verdict in verdicts(found)}
+    assert words["GGUF"][0] == "bad"
+    assert words["GGUF"][1].startswith("larger and worse than the source file")
+    assert words["Size"][0] == "bad"
+    assert "larger and worse than the source file" in (tmp_path / "large.gguf-run" / "report.html").read_text()
+
+
+def test_evaluate_and_export_take_such_a_run(made, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    run = made.with_name("small.gguf-run")
+    argv = ["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--eval-window=16"]
+    assert main(argv) == 0
+    assert main(["export", str(run), "--format=safetensors", f"--out={tmp_path / 'folder'}"]) == 0
+    assert loading.load(checkpoints.resolve(str(tmp_path / "folder"))).model.config.num_hidden_layers == 5
+
+
+@needs_llama_cpp
+def test_quantize_writes_gguf(source, tmp_path):
+    out = tmp_path / "out.gguf"
+    assert main(["quantize", str(source), "--bits=8", f"--out={out}"]) == 0
+    assert set(tensor_types(out)) == {"Q8_0", "F32"}
+
+
+def test_refusals(source, tiny_model, made, tmp_path, capsys, monkeypatch):
+    def refused(*argv: str, words: str) -> None:
+        assert main([*argv]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+    compress = [
+        "compress",
+        str(source),
+        "--segment=2:3",
+        "--window=16",
+        "--data=python-docs",
+        "--eval-data=python-docstrings",
+    ]
+    refused(*compress, "--bits=4", f"--out={tmp_path / 'x'}", words="packs weights for transformers and vLLM")
+    refused(*compress, "--format=safetensors", f"--out={tmp_path / 'x.gguf'}", words="name a folder")
+    (tmp_path / "there.gguf").write_bytes(b"")
+    refused(*compress, f"--out={tmp_path / 'there.gguf'}", words="there.gguf exists")
+    folder = ["compress", str(tiny_model), *compress[2:]]
+    refused(*folder, "--gguf-type=q8_0", f"--out={tmp_path / 'x'}", words="the result is a checkpoint folder")
+    refused(*folder, "--format=gguf", f"--out={tmp_path / 'x'}", words="--out names no .gguf file")
+    monkeypatch.delenv("LAYERCUT_GGUF_CONVERTER", raising=False)
+    refused(*folder, f"--out={tmp_path / 'x.gguf'}", words="llama.cpp's converter is missing")
+    size = source.stat().st_size
+    budget = ["compress", str(source), f"--out={tmp_path / 'x'}", *compress[3:]]
+    refused(*budget, f"--target-size={size}B", words="is no cut")
+    refused("quantize", str(source), f"--out={tmp_path / 'x'}", "--gguf-type=q8_0", words="--out names no .gguf file")
+    assert not [*tmp_path.glob("x*")]
