@@ -58,7 +58,7 @@ def test_commands_of_the_guides_are_understood(monkeypatch):
     for words in shown:
         words = [word.replace("START:STOP", "13:19") for word in words]
         _, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
-        config = bound.arguments["config"]
+        config = bound.arguments.get("config")
         if hasattr(config, "check") and "--config" not in words:
             config.check()
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,13 @@ def compared(found: dict[str, Any], case: Case) -> Judged:
     rounded = found.get("dtype") == "bfloat16"
     differences = [abs(a - b) for a, b in zip(found["losses"], case.losses, strict=True)]
     mean = abs(sum(found["losses"]) - sum(case.losses)) / len(differences)
-    same = next(
-        (i for i, (a, b) in enumerate(zip(found["greedy"], case.greedy, strict=False)) if a != b), len(case.greedy)
-    )
+    pairs = enumerate(zip_longest(found["greedy"], case.greedy))
+    same = next((i for i, (a, b) in pairs if a != b), len(case.greedy))
     limit = ROUNDED if rounded else TOLERANCE
-    tie = same == len(case.greedy) or case.margins[same] <= 2 * limit
+    tie = same >= len(case.greedy) or (len(found["greedy"]) == len(case.greedy) and case.margins[same] <= 2 * limit)
     ids = None if found.get("ids") is None else found["ids"] == case.ids
     wrong = []
-    if not max(differences) <= limit or (rounded and not mean <= ROUNDED_MEAN):
+    if not all(each <= limit for each in differences) or (rounded and not mean <= ROUNDED_MEAN):
         wrong.append(f"losses off by up to {max(differences):.3g}, their mean by {mean:.3g}")
     if not tie:
         wrong.append(f"greedy token {same} is another")
