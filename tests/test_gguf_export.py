@@ -122,6 +122,17 @@ def test_healed_layers_among_untouched_bytes(source, healed, tmp_path, kind):
     assert difference <= {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2, "q4_0": 0.3}[kind]
 
 
+def test_healed_norms_of_gemma(tmp_path):
+    """transformers multiplies by 1 + weight there, llama.cpp by weight."""
+    model = tiny.gemma3([5], vocab_size=folders.VOCABULARY)
+    source, out = write_gguf(model, folders.tokenizer(), tmp_path / "gemma.gguf", "Q8_0"), tmp_path / "out.gguf"
+    student = loading.load(checkpoints.resolve(str(source)), dtype="float32").model
+    changed = {name: p + 0.1 for name, p in student.named_parameters() if name.startswith("model.layers.1.")}
+    loading.replace_parameters_(student, changed)
+    cut_gguf(source, [], out, replaced=gguf_tensors(changed, student.config, "gemma3", "f32"))
+    assert max(read_back(out, student, dict.fromkeys(changed, "f32")).values()) < 1e-6
+
+
 def test_a_wrong_layout_is_noticed(source, healed, tmp_path, monkeypatch):
     monkeypatch.setattr("layercut.export.gguf_tensors.rotary_order", lambda rows, heads: rows)
     with pytest.raises(ModelError, match=r"off by .* in model\.layers\.1\.self_attn\.q_proj\.weight \(f16\)"):

