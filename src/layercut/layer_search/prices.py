@@ -221,7 +221,7 @@ class Prices:
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
-def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None, text_only: bool = False) -> list[Candidate]:
+def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> list[Candidate]:
     """Successive halving: all sets are priced on a few rows, the better half on twice as many, and so on.
 
     FINALISTS at least reach the end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of
@@ -232,14 +232,13 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None, text
         prices: of the calibration rows.
         sets: what races.
         begin: rows of the first round; one in FIRST_SHARE where not given.
-        text_only: race by the rows of text, whatever rows of tests are among them.
 
     Returns:
         Those that reach the end, priced on all rows, from the cheapest.
     """
     alive, seen = sorted(set(sets)), min(prices.rows, begin or prices.few)
     while True:
-        alive = prices.ranked(alive, seen, text_only=text_only)
+        alive = prices.ranked(alive, seen)
         if seen == prices.rows:
             return candidates(prices, alive)
         alive = alive[: max(FINALISTS, math.ceil(len(alive) / 2))]
@@ -282,11 +281,15 @@ def beside_text(prices: Prices, found: list[Candidate], sets: Iterable[Cuts]) ->
     Args:
         prices: of the calibration rows.
         found: what the search returns.
-        sets: among which, and among `found`, it is sought.
+        sets: among which, and among `found`, it is sought; priced on some rows at least.
 
     Returns:
         The candidate; None where no tests are among the rows.
     """
     if prices.weights is None:
         return None
-    return race(prices, {*sets, *(candidate.segments for candidate in found)}, text_only=True)[0]
+    every = {*sets, *(candidate.segments for candidate in found)}
+    # by the rows on which all of them are known already, and the first of these exactly: no race of its own
+    known = min(len(prices.known[cuts]) for cuts in every)
+    nearest = prices.ranked(every, known, text_only=True)[:FINALISTS]
+    return candidates(prices, prices.ranked(nearest, prices.rows, text_only=True))[0]
