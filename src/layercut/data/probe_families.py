@@ -296,7 +296,7 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
 
 
 def copy(family: Family, draw: random.Random, size: int) -> Item:
-    """A sequence of made-up words and nouns, and its repetition, of which all but two words are the answer.
+    """A sequence of made-up words and nouns, and its repetition, of which all but two words are answers.
 
     Induction: nothing else tells the next word. Arguments as of `Writer`.
     """
@@ -304,8 +304,10 @@ def copy(family: Family, draw: random.Random, size: int) -> Item:
     made = [
         pseudo_word(family, draw) if draw.random() < 0.5 else draw.choice(family.things) for _ in range(max(5, size))
     ]
-    first = f"{before} {' '.join(made)}{again} {' '.join(made[:2])}"
-    return Item((first, " " + " ".join(made[2:]), "\n"))
+    parts = [f"{before} {' '.join(made)}{again} {' '.join(made[:2])}"]
+    for word in made[2:]:
+        parts += [f" {word}", ""]  # each word an answer of its own
+    return Item((*parts[:-1], "\n"))
 
 
 def labels(family: Family, draw: random.Random, size: int) -> Item:
