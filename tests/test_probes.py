@@ -27,8 +27,10 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
 from layercut.layer_search import prices, search
+from layercut.layer_search.clp import price_coarsely
 from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
 from layercut.layer_search.prices import Prices
+from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
 from layercut.layer_search.weighted_rows import weighted_rows
@@ -206,13 +208,24 @@ def test_the_mean_price_of_weighted_rows_is_the_objective(model, probes):
         assert candidate.score == pytest.approx(candidate.kl + weight * mean, rel=1e-4)
 
 
-def test_tests_stand_evenly_among_the_text(probes):
+def test_tests_and_text_stand_in_turn_and_each_kind_has_its_own_mean(probes):
     rows = weighted_rows(tiny.some_tokens(12, 16), probes)
     assert rows.tokens.shape == (16, 512)
-    assert [int((~rows.is_text[i : i + 4]).sum()) for i in range(0, 16, 4)] == [1, 1, 1, 1]
+    assert rows.is_text.tolist() == [True, False] * 4 + [True] * 8
+    prices = torch.where(rows.is_text, 1.0, 5.0)[None].double()
+    for first in (2, 3, 8, 16):
+        assert rows.mean(prices[:, :first]).item() == pytest.approx(prices.mean().item())
     alone = weighted_rows(tiny.some_tokens(12, 16), None)
     assert alone.weights is None
     assert alone.is_text.all()
+
+
+def test_what_few_rows_propose_has_seen_the_tests(monkeypatch, model, probes):
+    """On the first row alone, which is text, nothing would tell the layers that hold recall from the others."""
+    planted(monkeypatch, {0: (0.9, 0.1), 1: (0.1, 9.0), 2: (0.8, 0.1), 3: (0.1, 9.0), 4: (0.8, 0.1)})
+    prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 512), Cost(), probes=probes)
+    _, proposed = price_coarsely(prices, Restriction.none(5, 2), 2, 2)
+    assert {layer for segment in proposed[0] for layer in range(segment.start, segment.stop)} <= {0, 2, 4}
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, single: dict[int, tuple[float, float]]) -> None:

@@ -174,12 +174,10 @@ def clp(
     limits = restriction or Restriction.none(layers, length)
     with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
         seeds, coarse = price_coarsely(prices, limits, count, schedule.particles)
-        # the last rows: those that the coarse pricing has not seen
-        weights = None if prices.weights is None else prices.weights.flip(0)
+        rows, weights = prices.unseen()
         ends, path = descend(
-            runner, prices.tokens.flip(0), seeds, schedule, cost,
-            count=count, objective=objective, weights=weights, advance=advance,
-        )  # fmt: skip
+            runner, rows, seeds, schedule, cost, count=count, objective=objective, weights=weights, advance=advance
+        )
         moves = (near for end in ends if count == 1 or proposals is None for near in neighbours(end, layers, count))
         proposed = set(filter(limits.allows, (*coarse[:proposals], *seeds, *ends, *moves)))
         if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
@@ -209,9 +207,9 @@ def price_coarsely(prices: Prices, limits: Restriction, count: int, particles: i
     if count == 1:
         ranked = prices.ranked([(segment,) for segment in limits.needed_segments()], prices.few)
         return spread(ranked, particles), ranked[: -(-len(ranked) // COARSE_SHARE)]
-    rows = max(1, prices.few // 2)
+    rows = max(1 if prices.weights is None else 4, prices.few // 2)  # both kinds of rows, where there are tests
     singles = [segment for n in range(1, length + 1) for segment in all_segments(n, layers)]
-    costs = prices.of([(segment,) for segment in singles], rows).mean(-1).tolist()
+    costs = prices.weighted.mean(prices.of([(segment,) for segment in singles], rows)).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
     if not ranked:
         limits.needed_segments()  # raises: a single segment would have been among them

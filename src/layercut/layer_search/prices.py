@@ -146,8 +146,14 @@ class Prices:
 
     @property
     def few(self) -> int:
-        """Rows of the first, coarse pricing."""
-        return first_rows(self.rows)
+        """Rows of the first, coarse pricing; two of text and two of tests at least, where there are tests."""
+        return min(self.rows, max(first_rows(self.rows), 2 if self.weights is None else 4))
+
+    def unseen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All rows and their weights, those first that the coarse pricing has not seen; of tests and text in turn."""
+        if self.weights is None:
+            return self.tokens.flip(0), None
+        return self.tokens.roll(-self.few, 0), self.weights.roll(-self.few, 0)
 
     def of(self, sets: Sequence[Cuts], rows: int) -> torch.Tensor:
         """Prices on the first `rows` rows; those that are not known yet are measured now.
@@ -217,7 +223,8 @@ class Prices:
         """
         sets = sorted(sets)
         prices = self.of(sets, rows)
-        means = (prices[:, self.weighted.text_only(rows)] if text_only else prices).mean(-1).tolist()
+        some = prices[:, self.weighted.text_only(rows)].mean(-1) if text_only else self.weighted.mean(prices)
+        means = some.tolist()
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
@@ -259,7 +266,7 @@ def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
         C candidates; KL in nats per token, `score` and `damage` in the objective's unit.
     """
     found = prices.of(sets, prices.rows)
-    means = found.mean(-1).tolist()
+    means = prices.weighted.mean(found).tolist()
     if is_kl(prices.objective):
         kl = prices.weighted.part(found, text=True).tolist()
     else:

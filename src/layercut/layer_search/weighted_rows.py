@@ -5,7 +5,8 @@
 KL_text is the mean over all tokens of text, D_c the mean over the answers' tokens of capability c (`data/probes.py`),
 both of KL(dense || cut), in nats per token. Each row carries a weight for every position, so that J is the plain mean
 of the rows' prices, sum_t w_t KL_t: whatever prices rows (the gate, the race, the sweep) minimises J and need not know.
-Rows of tests stand evenly among those of text, so that a race's first rows have their share of both.
+Rows of text and of tests stand in turn until the fewer run out, and the mean of the first rows is taken of each kind by
+itself: a coarse pricing on few rows sees both, or it would propose what is cheap on text alone.
 """
 
 from __future__ import annotations
@@ -44,13 +45,30 @@ class WeightedRows:
         share = prices[:, self.is_text if text else ~self.is_text].sum(-1) / len(self.is_text)
         return share if text else share / self.probe_weight
 
+    def mean(self, prices: torch.Tensor) -> torch.Tensor:
+        """J as the first rows tell it: of each kind its share of all rows times its mean over those that are there.
+
+        Args:
+            prices: of the first rows [C, n].
+
+        Returns:
+            [C]; over all rows the plain mean.
+        """
+        is_text, total = self.is_text[: prices.shape[1]], len(self.is_text)
+        found = torch.zeros(len(prices), dtype=prices.dtype)
+        for kind in (True, False):
+            some = prices[:, is_text == kind]
+            if some.shape[1]:
+                found += some.mean(-1) * (int((self.is_text == kind).sum()) / total)
+        return found
+
     def text_only(self, rows: int) -> torch.Tensor:
         """Which of the first rows are text, as indices."""
         return self.is_text[:rows].nonzero()[:, 0]
 
 
 def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
-    """Rows of text, with rows of tests evenly among them.
+    """Rows of text and of tests, in turn.
 
     Args:
         text: token ids [N, T], in the order in which a race takes them.
@@ -65,9 +83,7 @@ def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
     total, longest = texts + tests, max(text.shape[1], probes.tokens.shape[1])
     even = torch.full(text.shape, total / texts / text.shape[1])
     weighed = probes.weights() * (probes.weight * total / tests)
-    # row k of `texts` stands at (k + 1/2) / texts of the whole, row j of `tests` likewise
-    places = torch.cat([(torch.arange(texts) + 0.5) / texts, (torch.arange(tests) + 0.5) / tests])
-    order = places.argsort(stable=True)
+    order = torch.cat([torch.arange(texts) * 2, torch.arange(tests) * 2 + 1]).argsort()
 
     def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in (a, b)])[order]
