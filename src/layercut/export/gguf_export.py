@@ -1,7 +1,7 @@
 """The GGUF file of a run, of a .gguf file or of a checkpoint folder: written, read back, measured again.
 
-Three ways, between which `export/formats.py` and the pipeline choose. A run that began from a .gguf file goes back into
-one: the bytes of all that was not healed stay (`write_cut`, `check_cut`). A .gguf file that is not cut takes other
+Three ways, between which `export/formats.py` and the pipeline choose. A run that began from a .gguf file gives
+one again: the bytes of all that was not healed stay (`write_cut`, `check_cut`). A .gguf file that is not cut takes other
 number formats (`write_requantized`). A checkpoint folder goes through llama.cpp's converter (`write_converted`).
 """
 
@@ -69,7 +69,7 @@ class CutGguf:
     """A .gguf file without some layers, and what healing changed of the others."""
 
     checkpoint: checkpoints.Checkpoint
-    """The file that came."""
+    """The source file."""
     segments: list[Segment]
     healed: Mapping[str, torch.Tensor]
     """By parameter name, of the model after the cut."""
@@ -84,10 +84,10 @@ class CutGguf:
 
 
 def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
-    """The file that came without the segments, with what healing changed written anew.
+    """The source file without the segments, with what healing changed replaced.
 
     Args:
-        source: what came, and what became of it.
+        source: the source file, and what became of it.
         file: where to write.
         kind: SAME, or a GGML type in lower case: of what was healed; a mixture of llama.cpp: of all matrices.
         student: the model that the file should be, for its config and the importance of columns.
@@ -143,7 +143,7 @@ def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]
     """Hold a file that `write_cut` wrote against the model that it should be.
 
     Args:
-        source: what came, and what became of it.
+        source: the source file, and what became of it.
         file: what was written.
         text: token ids [N, T] to measure on.
 
@@ -178,7 +178,7 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
     """A .gguf file with its matrices in another number format.
 
     Args:
-        checkpoint: the file that came.
+        checkpoint: the source file.
         file: where to write.
         kind: a GGML type or a mixture, in lower case.
 
@@ -187,7 +187,7 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
 
     Raises:
         ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
-        ModelError: the file, read back or computed by llama.cpp, is not the model that came.
+        ModelError: the file, read back or computed by llama.cpp, is not the source's model.
     """
     if kind == SAME:
         raise ModelError(f"{checkpoint.name} is in its own number formats already", "give another --gguf-type")
@@ -249,7 +249,7 @@ def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.
     """A GGUF file with all its matrices in another number format.
 
     Args:
-        plain: the file that came.
+        plain: the source file.
         file: where to write.
         kind: a GGML type or a mixture, in lower case.
         model: what is in `plain`.
@@ -276,7 +276,7 @@ def _refuse_unknown(architecture: str) -> None:
 
 
 def _read_and_measured(file: Path, loaded: Any, text: torch.Tensor, source: Path | None = None) -> dict[str, Any]:
-    """Compare a file with the model that it was made from. source: the .gguf file that came."""
+    """Compare a file with the model that it was made from. source: the .gguf file it was made from."""
     name, model = architecture_of(file), loaded.model
     read = read_by_transformers(file, model.config) if readable(name) else None
     errors = {} if read is None else compare_weights(file.name, read, model, _types_of(model, file))

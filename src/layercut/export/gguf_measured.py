@@ -32,7 +32,7 @@ Beyond these the file is not what rounding makes of the model."""
 def measure_again(
     file: Path, model: Any, read: Any | None, tokenizer: Any, tokens: torch.Tensor, *, source: Path | None = None
 ) -> dict[str, Any]:
-    """Perplexity of the model, of the file as transformers reads it, and of it and of what came in llama.cpp.
+    """Perplexity of the model, of the file as transformers reads it, and of it and of the source in llama.cpp.
 
     Args:
         file: a GGUF file.
@@ -40,7 +40,7 @@ def measure_again(
         read: the file as transformers reads it; None where it does not know the architecture.
         tokenizer: the model's.
         tokens: token ids [N, T].
-        source: the .gguf file that came.
+        source: the .gguf file it was made from.
 
     Returns:
         What was not measured is None.

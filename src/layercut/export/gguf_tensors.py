@@ -1,6 +1,6 @@
 """The tensors of a GGUF file: what healing changed, in llama.cpp's names, layout and number formats.
 
-Two ways. A model that came as a .gguf file goes back into one: `gguf_tensors` gives the layers that healing changed
+Two ways. A model that was a .gguf file becomes one again: `gguf_tensors` gives the layers that healing changed
 in llama.cpp's names and layout, and `surgery.cut_gguf` writes them among the kept tensors, whose bytes stay as they
 were. A Hugging Face folder goes through llama.cpp's own converter, in a process of its own since the converter brings
 another `gguf` package along (extra `convert`). `export/ggml.py` rounds.

@@ -30,7 +30,7 @@ def general_entries(
     """What has to stand in a file that was made from another.
 
     Args:
-        fields: the metadata that came, of a `gguf.GGUFReader`.
+        fields: the source's metadata, of a `gguf.GGUFReader`.
         writer: the `gguf.GGUFWriter` that knows all tensors of the new file.
         layers: how many there were.
         left: how many there are.
