@@ -1,7 +1,7 @@
 """The GGUF file of a run, of a .gguf file or of a checkpoint folder: written, read back, measured again.
 
-Three ways, between which `export/formats.py` and the pipeline choose. A run that began from a .gguf file gives
-one again: the bytes of all that was not healed stay (`write_cut`, `check_cut`). A .gguf file that is not cut takes other
+Three ways, between which `export/formats.py` and the pipeline choose. A run that began from a .gguf file gives one
+again: the bytes of all that was not healed stay (`write_cut`, `check_cut`). A .gguf file that is not cut takes other
 number formats (`write_requantized`). A checkpoint folder goes through llama.cpp's converter (`write_converted`).
 """
 
