@@ -51,7 +51,7 @@ run("evaluate", "evaluate", "me/small", "--eval-data", text, "--eval-tokens", "6
 run("evaluate here", "evaluate", f"{out}/cut", "--eval-data", text, "--eval-tokens", "64", "--window", "16", "--quiet")
 
 few = ["--data", calibration, "--eval-data", text, "--tokens", "64", "--window", "16", "--tune-tokens", "0"]
-few += ["--eval-tokens", "64", "--no-fold", "--no-speed", "--segment", "3:5", "--quiet"]
+few += ["--eval-tokens", "64", "--no-fold", "--no-speed", "--segment", "3:5", "--preserve", "none", "--quiet"]
 run("compress no token", "compress", model, *few, "--out", f"{out}/run", "--push-to-hub", "run", token=None)
 said["nothing begun"] = not os.path.exists(f"{out}/run")
 run("compress", "compress", model, *few, "--out", f"{out}/run", "--push-to-hub", "run", "--private")
