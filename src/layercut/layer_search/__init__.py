@@ -102,7 +102,7 @@ def search(
         found = (chosen(runner, tokens, limits, criterion, name, asked | {"num_segments": k}) for k in ks)
         result = fewest_worth([*found])
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
-            options = accepted(exhaustive, {"cost": Cost(), "num_segments": ks[-1], **asked})
+            options = accepted(exhaustive, {"cost": Cost(), "num_segments": ks[0], **asked})
             result = beside_oracle(result, exhaustive(runner, tokens, length, **options))
         return result
 
@@ -338,4 +338,6 @@ def beside_oracle(result: SearchResult, exact: SearchResult) -> SearchResult:
     Returns:
         `result` with its `oracle`.
     """
-    return replace(result, oracle=exact.to_dict() | {"kl": exact.kl, "regret": regret(result, exact)})
+    # where one segment and two were compared, the oracle is that of one
+    of_its_kind = replace(result, candidates=result.by_number[:1]) if result.by_number else result
+    return replace(result, oracle=exact.to_dict() | {"kl": exact.kl, "regret": regret(of_its_kind, exact)})
