@@ -98,7 +98,10 @@ def _search(run: RunFacts) -> Verdict | None:
     if not best or ours is None:
         return None
     gap, allowed = ours / best - 1, limits.NEAR_BEST - 1
-    unit = f"by --search-objective {printable(run.settings.search_objective)}" if by_score else "nats"
+    objective = printable(run.settings.search_objective)
+    unit = f"by --search-objective {objective}" if by_score else "nats"
+    if by_score and search.tests and objective in ("", "kl"):
+        unit = "nats on text and tests"
     mark = "good" if choice == rival or gap <= allowed else "bad"
     return _judged("Search", mark, choice=choice, rival=rival, ours=ours, best=best, unit=unit, gap=gap,
                    allowed=allowed)  # fmt: skip
