@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -93,7 +94,8 @@ def predicted(engine: Engine, case: Case) -> str:
 
 def why(stderr: str) -> str:
     """The last line of an error that says something, without this machine's paths."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in stderr.splitlines()]
+    lines = [line for line in lines if line]
     errors = [line for line in lines if "Error" in line.split(":")[0]]
     line = (errors or lines or ["no message"])[-1]
     words = [Path(word).name if word.startswith("/") else word for word in line.split()]

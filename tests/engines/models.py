@@ -59,7 +59,11 @@ def tiny_gemma3(folder: Path, tokenizer: Any) -> None:
     """Twelve layers, every sixth of which sees everything, without two: then it is the sixth and the tenth, which no
     period gives."""
     whole = folder.with_name("gemma3-whole")
-    model = tiny.gemma3([5, 11], 12, vocab_size=len(tokenizer), sliding_window=WINDOW, max_position_embeddings=256)
+    # vLLM's attention on CPUs takes heads of 32 and more
+    heads = {"head_dim": 32, "query_pre_attn_scalar": 32}
+    model = tiny.gemma3(
+        [5, 11], 12, vocab_size=len(tokenizer), sliding_window=WINDOW, max_position_embeddings=256, **heads
+    )
     model.save_pretrained(whole)
     tokenizer.save_pretrained(whole)
     cut_checkpoint(whole, [Segment(7, 9)], folder, force=True)
@@ -71,8 +75,8 @@ def tiny_qwen2(folder: Path, tokenizer: Any) -> None:
 
     whole = folder.with_name("qwen2-whole")
     model = tiny.tiny(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_attention_heads=4,
-        num_key_value_heads=2, num_hidden_layers=6, max_position_embeddings=256, initializer_range=0.15,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_attention_heads=2,
+        num_key_value_heads=1, num_hidden_layers=6, max_position_embeddings=256, initializer_range=0.15,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, bos_token_id=0, eos_token_id=1,
         tie_word_embeddings=False,
     ))  # fmt: skip
