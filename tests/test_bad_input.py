@@ -205,7 +205,8 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "a text file": ("{text}", ["calibration.txt", "not a GGUF file", "config.json"]),
     "a gguf file that is none": ("{tmp}/not.gguf", ["not a GGUF file", "starts with b'this'"]),
     "an empty gguf file": ("{tmp}/empty.gguf", ["not a GGUF file"]),
-    "an empty folder": ("{tmp}", ["no file", "config.json"]),
+    "an empty folder": ("{tmp}/empty", ["no file", "config.json"]),
+    "a folder of two gguf files": ("{tmp}", ["holds 2 .gguf files", "give one"]),
     "not a Hub id": ("what is this?", ["'what is this?'", "Hub id (owner/name)"]),
     "no name": ("", ["no model at ''"]),
 }
@@ -319,6 +320,7 @@ def litter(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
     (tmp_path / "link.txt").symlink_to(texts[0])
+    (tmp_path / "empty").mkdir()
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from layercut.cli.demo import fetch_model
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, RunConfig, SearchConfig
+from layercut.config import (
+    CompressConfig,
+    DataConfig,
+    EvaluateConfig,
+    HealConfig,
+    OutputConfig,
+    RunConfig,
+    SearchConfig,
+)
 from layercut.errors import ModelError
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
@@ -38,6 +46,7 @@ def run(tmp_path_factory):
         search=SearchConfig(ratio=0.2, oracle=True, preserve="none"),  # tests: test_probes.py
         heal=HealConfig(tune_tokens=4096, batch_tokens=1024),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=1024, eval_window=256, speed=False),
+        output=OutputConfig(format="safetensors"),
         run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
     )
     return compress(str(model), config)

@@ -99,8 +99,14 @@ def search(
         asked |= {"restriction": limits, "proposals": len(runner) if num_segments == "auto" else None}
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
         ks = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
-        found = (chosen(runner, tokens, limits, criterion, name, asked | {"num_segments": k}) for k in ks)
-        result = fewest_worth([*found])
+        found: list[SearchResult] = []
+        for k in ks:
+            cost, begun = Cost(), time.perf_counter()
+            with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
+                options = {"cost": cost, "advance": advance, **asked, "num_segments": k}
+                picked = criterion(runner, tokens, length, **accepted(criterion, options))
+            found.append(judged(runner, tokens, limits, name, picked, cost, time.perf_counter() - begun))
+        result = fewest_worth(found)
         if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
             options = accepted(exhaustive, {"cost": Cost(), "num_segments": ks[0], **asked})
             result = beside_oracle(result, exhaustive(runner, tokens, length, **options))
@@ -156,35 +162,6 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
     best = [each.candidates[0] for each in found]
     by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
     return replace(taken, cost=cost, seconds=sum(each.seconds for each in found), by_number=best, by_text=by_text)
-
-
-def chosen(
-    runner: DecoderRunner, tokens: torch.Tensor, limits: Restriction, criterion: Criterion, name: str,
-    options: dict[str, Any],
-) -> SearchResult:  # fmt: skip
-    """Run a criterion, timed, with those of the options that it takes; refuse what it must not choose.
-
-    Args:
-        runner: the dense model.
-        tokens: calibration token ids [N, T].
-        limits: how many layers to remove, and which cuts are allowed.
-        criterion: which chooses.
-        name: of the criterion.
-        options: "seed", "num_segments", "objective", "probes" and "restriction".
-
-    Returns:
-        The result, with what the criterion cost and how long it took.
-
-    Raises:
-        ConfigError: as of `judged`.
-    """
-    cost, begun = Cost(), time.perf_counter()
-    with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
-        picked = criterion(
-            runner, tokens, limits.length, **accepted(criterion, {"cost": cost, "advance": advance, **options})
-        )
-    seconds = time.perf_counter() - begun
-    return replace(judged(runner, tokens, limits, name, picked, cost), seconds=seconds)
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:
@@ -288,6 +265,7 @@ def judged(
     name: str,
     picked: Sequence[Segment] | torch.Tensor | SearchResult,
     cost: Cost,
+    seconds: float,
 ) -> SearchResult:
     """What a criterion returned, as a result: priced by the real cut, where the criterion has not done so itself.
 
@@ -298,6 +276,7 @@ def judged(
         name: of the criterion.
         picked: its choice: segments, scores [L] or a result.
         cost: what the criterion spent; pricing its choice is not added.
+        seconds: how long the criterion took.
 
     Returns:
         The result, its `method` being `name`.
@@ -323,9 +302,9 @@ def judged(
         )
     limits.check(cuts)
     if isinstance(picked, SearchResult):
-        return replace(picked, method=name)
+        return replace(picked, method=name, seconds=seconds)
     cuts = processes.from_main(cuts)
-    return SearchResult(name, set_costs(runner, tokens, [cuts], Cost()), cost)
+    return SearchResult(name, set_costs(runner, tokens, [cuts], Cost()), cost, seconds=seconds)
 
 
 def beside_oracle(result: SearchResult, exact: SearchResult) -> SearchResult:
