@@ -88,29 +88,68 @@ def search(
     """
     with prepared(model) as (runner,):
         check_calibration(runner, tokens)
-        length = wanted_length(len(runner), ratio, n_layers, segments)
-        limits = restriction or Restriction.none(len(runner), length)
+        limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)
         if segments is not None:
-            limits.check(segments)
             return priced(runner, tokens, segments, probes)
-        limits.needed([0.0] * len(runner))  # raises where no cut is allowed
-        name, criterion = named_criterion(method)
+        length, (name, criterion) = limits.length, named_criterion(method)
         asked: dict[str, Any] = {"seed": seed, "objective": as_objective(objective), "probes": probes}
         asked |= {"restriction": limits, "proposals": len(runner) if num_segments == "auto" else None}
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
-        ks = numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))
-        found: list[SearchResult] = []
-        for k in ks:
+        found = []
+        for k in (ks := numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))):
             cost, begun = Cost(), time.perf_counter()
             with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
                 options = {"cost": cost, "advance": advance, **asked, "num_segments": k}
                 picked = criterion(runner, tokens, length, **accepted(criterion, options))
             found.append(judged(runner, tokens, limits, name, picked, cost, time.perf_counter() - begun))
-        result = fewest_worth(found)
-        if oracle and criterion is not (exhaustive := registries.criteria.get("exhaustive")):
-            options = accepted(exhaustive, {"cost": Cost(), "num_segments": ks[0], **asked})
-            result = beside_oracle(result, exhaustive(runner, tokens, length, **options))
-        return result
+        if not oracle or criterion is registries.criteria.get("exhaustive"):
+            return fewest_worth(found)
+        return beside_oracle(fewest_worth(found), exact_search(runner, tokens, length, asked, ks[0]))
+
+
+def allowed_cuts(
+    layers: int, length: int, segments: Sequence[Segment] | None, restriction: Restriction | None
+) -> Restriction:
+    """The cuts that may be chosen, of which there must be one.
+
+    Args:
+        layers: L.
+        length: n, layers to remove.
+        segments: given ones, which must be allowed.
+        restriction: what is asked; None: no limits.
+
+    Returns:
+        The restriction.
+
+    Raises:
+        ConfigError: no cut is allowed, or not the given one.
+    """
+    limits = restriction or Restriction.none(layers, length)
+    if segments is not None:
+        limits.check(segments)
+    else:
+        limits.needed([0.0] * layers)
+    return limits
+
+
+def exact_search(
+    runner: DecoderRunner, tokens: torch.Tensor, length: int, options: dict[str, Any], num_segments: int
+) -> SearchResult:
+    """The exhaustive search, whose cost is not added to another's.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        options: as they are asked of another criterion.
+        num_segments: K.
+
+    Returns:
+        Its result.
+    """
+    exhaustive = registries.criteria.get("exhaustive")
+    asked = {"cost": Cost(), **options, "num_segments": num_segments}
+    return exhaustive(runner, tokens, length, **accepted(exhaustive, asked))
 
 
 def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
