@@ -20,11 +20,11 @@ import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
 from layercut.layer_search import search
-from layercut.layer_search.budgets import triangle_sets
 from layercut.layer_search.result import Cost
 from layercut.layer_search.statistics import similarity, taylor_scores
 from layercut.layer_search.sweep import (
     DENSE,
+    all_lengths,
     all_segments,
     segment_costs,
     set_costs,
@@ -174,7 +174,7 @@ def test_the_exhaustive_search_reads_each_weight_once(name, tmp_path):
 
 def test_the_triangle_is_brute_force(llama):
     memory, stack, disk = both(llama)
-    tokens, segments = tiny.some_tokens(3), [segment for (segment,) in triangle_sets(3, 8)]
+    tokens, segments = tiny.some_tokens(3), all_lengths(3, 8)
     assert sorted(set(segments)) == sorted(segments)
     assert {(s.start, s.stop) for s in segments} == {(a, b) for a in range(8) for b in range(a + 1, a + 4) if b <= 8}
     found = segment_costs(stack, tokens, segments, Cost())
@@ -250,7 +250,7 @@ class Watched(DecoderRunner):
     [DENSE],
     [DENSE, *((s,) for s in all_segments(2, 8))],
     [(s,) for s in all_segments(3, 8)],
-    [DENSE, *triangle_sets(4, 8)],
+    [DENSE, *((segment,) for segment in all_lengths(4, 8))],
     [(Segment(1, 3), Segment(5, 6)), (Segment(1, 3), Segment(3, 4)), (Segment(2, 3),)],
 ])  # fmt: skip
 def test_the_streams_held_are_those_that_were_promised(sets):

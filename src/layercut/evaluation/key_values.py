@@ -11,7 +11,7 @@ from typing import Any
 
 from layercut.data.probe_families import JUDGING
 from layercut.evaluation.generation import prompt_ids
-from layercut.evaluation.passkey import ANSWER, DEPTHS, TRIALS, lengths
+from layercut.evaluation.passkey import TRIALS, cases
 
 HEAD = "Below is a register of who keeps what, with the number of each entry."
 LINE = "{name} keeps the {thing} under number {key}."
@@ -64,11 +64,4 @@ def key_value_cases(
     Returns:
         (length, depth, prompt, value) of each, for `passkey_grid`.
     """
-    draw, found = random.Random(seed), []
-    for length in lengths(longest):
-        for depth in DEPTHS:
-            for _ in range(trials):
-                made = key_value_prompt(tokenizer, length - ANSWER, depth, draw)
-                if made is not None:
-                    found.append((length, depth, *made))
-    return found
+    return cases(tokenizer, longest, seed, trials, key_value_prompt)

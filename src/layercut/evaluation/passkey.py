@@ -14,6 +14,8 @@ import torch
 
 from layercut.evaluation.generation import greedy, padding, prompt_ids
 
+MakePrompt = Callable[[Any, int, float, random.Random], tuple[list[int], str] | None]
+"""(tokenizer, tokens at most, depth, draw) -> token ids and what the reply should hold, or None: too short for any."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIALS = 2
 ANSWER = 8  # new tokens: enough for five digits, one a token, with a blank before them
@@ -78,23 +80,26 @@ def lengths(longest: int, steps: int = 4, shortest: int = 128) -> list[int]:
     return sorted({longest >> i for i in range(steps) if longest >> i >= shortest} or {longest})
 
 
-def cases(tokenizer: Any, longest: int, seed: int, trials: int = TRIALS) -> list[tuple[int, float, list[int], str]]:
+def cases(
+    tokenizer: Any, longest: int, seed: int, trials: int = TRIALS, make: MakePrompt = prompt
+) -> list[tuple[int, float, list[int], str]]:
     """The prompts of every trial; the same for every model of that tokenizer.
 
     Args:
         tokenizer: of the models.
-        longest: tokens of the longest prompts.
-        seed: of keys and sentences.
+        longest: tokens of the longest prompts; its halves are tried too.
+        seed: of all that is drawn.
         trials: at each length and depth.
+        make: makes a prompt of a length and a depth.
 
     Returns:
-        (length, depth, prompt as token ids, key) of every trial.
+        (length, depth, prompt as token ids, what the reply should hold) of every trial.
     """
     draw, found = random.Random(seed), []
     for length in lengths(longest):
         for depth in DEPTHS:
             for _ in range(trials):
-                made = prompt(tokenizer, length - ANSWER, depth, draw)
+                made = make(tokenizer, length - ANSWER, depth, draw)
                 if made is not None:
                     found.append((length, depth, *made))
     return found

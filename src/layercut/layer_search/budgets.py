@@ -16,12 +16,11 @@ import torch
 from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
-from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
+from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, segment_costs, set_losses, sweep_work
 from layercut.models.batch_sizes import swept_rows
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
-from layercut.segments import Segment
 
 UNSEEN_SHARE = 4
 """With a loss budget, one calibration row in four is not searched on but verifies."""
@@ -189,9 +188,9 @@ def triangle(
     Returns:
         (start, stop, KL in nats per token) of each, sorted.
     """
-    sets = triangle_sets(longest, len(stack))
-    rows = swept_rows(stack.stream_bytes(tokens.shape[1]), len(sets))
-    costs = set_costs(stack, tokens, sets, cost, rows=rows, advance=advance)
+    segments = all_lengths(longest, len(stack))
+    rows = swept_rows(stack.stream_bytes(tokens.shape[1]), len(segments))
+    costs = segment_costs(stack, tokens, segments, cost, rows=rows, advance=advance)
     return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
 
 
@@ -207,19 +206,6 @@ def with_triangle(result: SearchResult, runner: DecoderRunner, tokens: torch.Ten
     Returns:
         The result with its `triangle`.
     """
-    sets = triangle_sets(longest, len(runner))
-    with bar(f"sweeping {len(sets)} segments", set_work([DENSE, *sets], len(runner), len(tokens))) as advance:
+    segments = all_lengths(longest, len(runner))
+    with bar(f"sweeping {len(segments)} segments", sweep_work(segments, len(runner), len(tokens))) as advance:
         return replace(result, triangle=triangle(runner, tokens, longest, Cost(), advance=advance))
-
-
-def triangle_sets(longest: int, layers: int) -> list[Cuts]:
-    """All segments of 1 … `longest` layers, each as a set of its own.
-
-    Args:
-        longest: layers of the longest segments.
-        layers: L.
-
-    Returns:
-        longest * (2 L - longest + 1) / 2 sets, by length, then by start.
-    """
-    return [(Segment(s, s + n),) for n in range(1, longest + 1) for s in range(layers - n + 1)]

@@ -23,7 +23,7 @@ from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
-from layercut.layer_search.sweep import Cuts, all_segments, sweep_work
+from layercut.layer_search.sweep import Cuts, all_lengths, all_segments, sweep_work
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
@@ -208,7 +208,7 @@ def price_coarsely(prices: Prices, limits: Restriction, count: int, particles: i
         ranked = prices.ranked([(segment,) for segment in limits.needed_segments()], prices.few)
         return spread(ranked, particles), ranked[: -(-len(ranked) // COARSE_SHARE)]
     rows = max(1 if prices.weights is None else 4, prices.few // 2)  # both kinds of rows, where there are tests
-    singles = [segment for n in range(1, length + 1) for segment in all_segments(n, layers)]
+    singles = all_lengths(length, layers)
     costs = prices.weighted.mean(prices.of([(segment,) for segment in singles], rows)).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
     if not ranked:

@@ -169,6 +169,19 @@ def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
     return Spent(peak, Work.of(shape, set_work(sets, shape.layers, rows), heads=rows * len(sets)))
 
 
+def all_lengths(longest: int, layers: int) -> list[Segment]:
+    """The triangle: every segment of 1 … `longest` layers. One `segment_costs` prices them all.
+
+    Args:
+        longest: layers of the longest segments.
+        layers: L.
+
+    Returns:
+        longest * (2 L - longest + 1) / 2 segments, by length, then by start.
+    """
+    return [segment for length in range(1, longest + 1) for segment in all_segments(length, layers)]
+
+
 def sweep_work(segments: Sequence[Segment], layers: int, rows: int) -> int:
     """Layer-forwards of `segment_costs`: L for the dense stream and L - stop for each fork, times the rows.
 

@@ -29,7 +29,7 @@ from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_state import asked_to_stop
 from layercut.layer_search.result import Cost
-from layercut.layer_search.sweep import all_segments, segment_costs, sweep_work
+from layercut.layer_search.sweep import all_lengths, segment_costs, sweep_work
 from layercut.models import checkpoints, loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
@@ -179,7 +179,7 @@ def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
     with work.run.stage(CompareTriangleArtefact, "compare-triangle", inputs, together=True) as stage:
         if stage.open:
             stack, tokens, cost = work.stack, work.blocks["calibration"], Cost()
-            segments = [s for n in range(1, length + 1) for s in all_segments(n, len(stack))]
+            segments = all_lengths(length, len(stack))
             total = sweep_work(segments, len(stack), len(tokens))
             with bar(f"sweeping {len(segments)} segments", total) as advance:
                 priced = segment_costs(stack, tokens, segments, cost, rows=TRIANGLE_ROWS, advance=advance)
