@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,33 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32", name: 
 
 def with_metadata(source: Path, out: Path, more: dict[str, str | list[str]]) -> Path:
     """A copy of a .gguf file with further text in its metadata."""
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        for key, value in more.items():
+            writer.add_string(key, value) if isinstance(value, str) else writer.add_array(key, value)
+
+    return rewritten(source, out, add)
+
+
+def rewritten(
+    source: Path,
+    out: Path,
+    add: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    *,
+    fields: Callable[[str], bool] = lambda name: True,
+    tensors: Callable[[str], bool] = lambda name: True,
+) -> Path:
+    """A copy of a .gguf file with some of its metadata and tensors, and what `add` writes."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
     for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture" and fields(field.name):
             inner = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    for key, value in more.items():
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_array(key, value)
+    add(writer)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        if tensors(tensor.name):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -19,6 +19,8 @@ from layercut.surgery import cut_gguf, cut_segment_
 
 gguf = pytest.importorskip("gguf")
 
+from gguf_writer import rewritten  # noqa: E402 - it needs gguf
+
 LAYERS, HIDDEN, HEADS, FFN, VOCAB = 6, 32, 4, 64, 64
 
 
@@ -101,25 +103,17 @@ def test_a_second_cut_composes_the_original_index(tmp_path):
 
 def described(path: Path, out: Path) -> Path:
     """The file with what models from the Hub say of themselves."""
-    writer, reader = gguf.GGUFWriter(out, "llama"), gguf.GGUFReader(path)
-    for field in reader.fields.values():
-        if not field.name.startswith(("GGUF.", "general.")):
-            item = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=item)
-    writer.add_name("Tiny Llama")
-    writer.add_organization("A House")
-    writer.add_size_label("99B")
-    writer.add_license("apache-2.0")
-    writer.add_uuid("1234")
-    writer.add_tags(["text-generation"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_name("Tiny Llama")
+        writer.add_organization("A House")
+        writer.add_size_label("99B")
+        writer.add_license("apache-2.0")
+        writer.add_uuid("1234")
+        writer.add_tags(["text-generation"])
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+
+    return rewritten(path, out, add, fields=lambda name: not name.startswith("general."))
 
 
 def about(path: Path) -> dict[str, Any]:
@@ -259,20 +253,7 @@ def test_tensors_that_are_missing_are_named(tmp_path):
 
 def without(source: Path, names: set[str], out: Path) -> Path:
     """The file without some tensors, its metadata as it was."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(out, "llama")
-    for field in reader.fields.values():
-        if not field.name.startswith(("GGUF.", "general.architecture")):
-            sub = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
-    for tensor in reader.tensors:
-        if tensor.name not in names:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+    return rewritten(source, out, tensors=lambda name: name not in names)
 
 
 def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):

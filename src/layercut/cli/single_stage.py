@@ -36,10 +36,10 @@ from layercut.models.source_card import source_card
 from layercut.offload import placement
 from layercut.pipeline.conversion import export
 from layercut.pipeline.handover import describe_, destination, upload
-from layercut.pipeline.provenance import is_run, versions
+from layercut.pipeline.provenance import check_finished, is_run, versions
 from layercut.pipeline.resolve_options import check_window
 from layercut.pipeline.stages.text import check_unseen
-from layercut.progress import bar, say, warn
+from layercut.progress import bar, say
 from layercut.quantization import quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.model_card import Figure, Made, of_run
@@ -80,8 +80,7 @@ def cut(model: str, config: CutConfig) -> Path:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
-    for words in consumers.misread(consumers.readings(stock, config.segments, written)):
-        warn("cut", words)
+    consumers.warn_misread("cut", consumers.readings(stock, config.segments, written))
     describe_(config.out, _cut_model(model, config))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
@@ -181,8 +180,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
     functions = evaluation.named(asked.evaluation_names)
     source_of_text = config.eval_data or (None if asked.names or functions else "wikitext2")
     if is_run(run):
-        if not (run / "summary.json").is_file():
-            raise RunError(f"the run in {target} is not finished", "give its compress command again, then evaluate")
+        check_finished(run, "evaluate")
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
         cache = run / "tasks"
     tasks = evaluation.load_tasks(asked.names, asked.include_path) if asked.names else {}

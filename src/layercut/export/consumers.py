@@ -20,6 +20,7 @@ from layercut.layer_search import Restriction
 from layercut.models import llama_cpp_rules
 from layercut.models.loading import count_layers
 from layercut.models.older_names import READ_BY_4, period_of, unsaid
+from layercut.progress import warn
 from layercut.segments import Segment, kept_layers
 
 
@@ -60,6 +61,17 @@ def misread(found: Iterable[Reading]) -> list[str]:
     return [
         f"{CONSUMERS[one.consumer].title} would misread it: {one.words}" for one in found if one.verdict == "misread"
     ]
+
+
+def warn_misread(stage: str, found: Iterable[Reading]) -> None:
+    """Warn of every consumer that would misread a cut.
+
+    Args:
+        stage: that warns.
+        found: what the consumers make of the cut.
+    """
+    for words in misread(found):
+        warn(stage, words)
 
 
 def _reading(name: str, text: Any, layers: int, kept: list[int], written: Written) -> Reading:

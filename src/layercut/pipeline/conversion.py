@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.config import ExportConfig, consumer_names
-from layercut.errors import ConfigError, RunError
+from layercut.errors import ConfigError
 from layercut.export import consumers
 from layercut.export.formats import ExportSource
 from layercut.export.gguf_measured import FLOATS
@@ -18,8 +18,8 @@ from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.handover import describe_, describe_run_, destination, result_of, upload
-from layercut.pipeline.provenance import is_run
-from layercut.progress import say, warn
+from layercut.pipeline.provenance import check_finished, is_run
+from layercut.progress import say
 from layercut.registries import exporters
 from layercut.report.model_card import Figure, Made, from_folder, of_run
 from layercut.report.page import write_report
@@ -46,10 +46,10 @@ def export(target: str, config: ExportConfig) -> Path:
         ConfigError: no such format, or an exporter that wrote nothing.
     """
     run, exporter, repo_id = Path(target), exporters.get(config.format), destination(config.hub)
-    of_run = is_run(run)
-    if of_run and not (run / "summary.json").is_file():
-        raise RunError(f"the run in {target} is not finished", "give its compress command again, then export")
-    source = ExportSource(run / "model", run) if of_run else ExportSource(run)
+    is_a_run = is_run(run)
+    if is_a_run:
+        check_finished(run, "export")
+    source = ExportSource(run / "model", run) if is_a_run else ExportSource(run)
     _say_who_misreads(source.model, config)
     with appearing(config.out, force=config.force, within=True) as work:
         written = work / config.out.name
@@ -58,10 +58,10 @@ def export(target: str, config: ExportConfig) -> Path:
             raise ConfigError(f"the exporter {config.format} wrote nothing to {written.name}", "correct the exporter")
         facts |= {"file": config.out.name, "bytes": _bytes_of(written)}
     _say(config, facts)
-    if of_run and config.format == "gguf":
+    if is_a_run and config.format == "gguf":
         _keep(run, facts)
     if config.format in exporters.own:
-        describe_(config.out, _made(target, run if of_run else None, config, facts), run if of_run else None)
+        describe_(config.out, _made(target, source.run, config, facts), source.run)
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
@@ -107,8 +107,7 @@ def _say_who_misreads(model: Path, config: ExportConfig) -> None:
     if config.format in exporters.own:
         stock = loading.load_config(checkpoints.resolve(str(model)))
         written: consumers.Written = "gguf" if config.format == "gguf" else "float"
-        for words in consumers.misread(consumers.check_model(stock, consumer_names(config.consumers), written)):
-            warn("export", words)
+        consumers.warn_misread("export", consumers.check_model(stock, consumer_names(config.consumers), written))
 
 
 def _bytes_of(path: Path) -> int:

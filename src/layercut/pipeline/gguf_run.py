@@ -191,8 +191,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
     Returns:
         The artefact.
     """
-    used = next(use for use in ("evaluation", "heldout", "calibration") if use in work.text)
-    name = file_name(work)
+    used, name = work.verified_on, file_name(work)
     with work.run.stage(ExportArtefact, "export", [work.text[used], name], after=["quantize"]) as stage:
         if stage.open:
             file = work.run / QUANTIZED_GGUF

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from layercut.config import HubConfig
-from layercut.errors import ConfigError, RunError
+from layercut.errors import ConfigError
 from layercut.export import hub
 from layercut.export.consumer_rules import Written
 from layercut.export.consumers import readings
@@ -20,7 +20,7 @@ from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_text
 from layercut.models import checkpoints
 from layercut.models.loading import load_config
-from layercut.pipeline.provenance import is_run
+from layercut.pipeline.provenance import check_finished, is_run
 from layercut.progress import say
 from layercut.report.model_card import Made, addressed, checkpoint_card, model_card, of_run
 from layercut.report.tables import consumer_rows
@@ -104,8 +104,7 @@ def push(target: str, name: str, *, private: bool = False) -> str:
     """
     path = Path(target)
     if is_run(path):
-        if not (path / "summary.json").is_file():
-            raise RunError(f"the run in {target} is not finished", "give its compress command again, then push")
+        check_finished(path, "push")
         path = result_of(path)
     elif path.is_dir():
         checkpoints.check_folder(path)

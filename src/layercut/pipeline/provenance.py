@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from layercut import __version__
+from layercut.errors import RunError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
 SUMMARIES = ("summary.json", "compare.json")
@@ -44,6 +45,20 @@ def is_run(folder: Path) -> bool:
     """Whether a folder is a run of layercut."""
     made_with = _object(folder / "env.json").get("versions")
     return isinstance(made_with, dict) and "layercut" in made_with
+
+
+def check_finished(run: Path, command: str) -> None:
+    """Refuse a run folder whose journey has not reached its end.
+
+    Args:
+        run: the folder.
+        command: what was to be done with it, for the hint.
+
+    Raises:
+        RunError: it has no summary.
+    """
+    if not (run / "summary.json").is_file():
+        raise RunError(f"the run in {run} is not finished", f"give its compress command again, then {command}")
 
 
 def is_empty(folder: Path) -> bool:

@@ -128,6 +128,11 @@ class RunContext:
         """Token blocks [N, T] by use, of all that this run has drawn."""
         return {use: stored_blocks(self.run.folder, use) for use in self.text}
 
+    @property
+    def verified_on(self) -> str:
+        """The use whose tokens measure what was saved: the evaluation's, or held-out where none is evaluated."""
+        return next(use for use in ("evaluation", "heldout", "calibration") if use in self.text)
+
     def reader(self, *sources: str, seed: int | None = None) -> Reader:
         """Draws blocks of these sources for several uses.
 

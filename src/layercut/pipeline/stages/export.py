@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from layercut import evaluation
 from layercut.export import consumers
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
-from layercut.models import layer_reader_protocol, loading
+from layercut.models import layer_reader_protocol
 from layercut.offload import layer_reader
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.run_context import RunContext
-from layercut.progress import bar, say, warn
+from layercut.progress import bar, say
 from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint
 
 
 def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
-    """The healed and, where asked, quantized student as a stock checkpoint, verified by a fresh process.
+    """The healed and, where asked, quantized student as a stock checkpoint or a GGUF file, verified by a fresh process.
 
     Args:
         work: of the run.
@@ -32,12 +32,23 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
     Returns:
         The artefact.
     """
-    if gguf_run.keeps_gguf(work.config, work.checkpoint):
-        exported = gguf_run.export(work, segments)
-        for words in consumers.misread(read_by(work, segments)):
-            warn("export", words)
-        return exported
-    used = checked_on(work.text)
+    as_gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
+    exported = gguf_run.export(work, segments) if as_gguf else export_folder(work, segments)
+    consumers.warn_misread("export", read_by(work, segments))
+    return exported
+
+
+def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
+    """The same as a checkpoint folder.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
+    used = work.verified_on
     with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
         if stage.open:
             text = text_to_check(work.blocks[used])
@@ -53,8 +64,6 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
                 measured = {"tokens": text.numel(), "value": value}
                 stage.found = ExportArtefact(**written, perplexity=measured, files=["model"])
     say("export", describe_export(asdict(stage.artefact), work.run / "model"))
-    for words in consumers.misread(read_by(work, segments)):
-        warn("export", words)
     return stage.artefact
 
 
@@ -68,9 +77,9 @@ def read_by(work: RunContext, segments: Sequence[Segment]) -> list[consumers.Rea
     Returns:
         A reading of each.
     """
-    config = loading.load_config(work.checkpoint, trust_remote_code=work.config.load.trust_remote_code)
     gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
-    return consumers.readings(config, segments, "gguf" if gguf else consumers.written_by(work.config.quantize))
+    written: consumers.Written = "gguf" if gguf else consumers.written_by(work.config.quantize)
+    return consumers.readings(work.architecture, segments, written)
 
 
 def packing(work: RunContext) -> dict[str, Any]:
@@ -80,11 +89,6 @@ def packing(work: RunContext) -> dict[str, Any]:
         return {}
     packed = load_file(work.run / "quantized.safetensors")
     return {"packed": packed, "quantization_config": quantized.quantization_config}
-
-
-def checked_on(text: Container[str]) -> str:
-    """The use whose tokens measure what was saved: the evaluation's, in a run that is not evaluated held-out ones."""
-    return next(use for use in ("evaluation", "heldout", "calibration") if use in text)
 
 
 def export_files(work: RunContext, student: Any, segments: Sequence[Segment]) -> dict[str, Any]:
