@@ -18,7 +18,7 @@ import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.errors import ConfigError, DataError, RunError
-from layercut.evaluation import lm_eval_harness
+from layercut.evaluation import lm_eval_harness, shared_contexts
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------
@@ -351,3 +351,32 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     assert capsys.readouterr().out.splitlines()[0].split("\t") == [
         "task", "metric", "items", "chance", "score", "stderr",
     ]  # fmt: skip
+
+
+def test_a_context_that_several_answers_share_is_run_once(monkeypatch):
+    lm, seen = model(), []
+    contexts = [[5, 6, 7], [8], list(range(3, 20))]
+    requests = [(context, answer) for context in contexts for answer in ([9], [10, 11, 12, 4], [3] * 7, [13, 2])]
+    assert shared_contexts.shares_contexts(lm)
+    with torch.no_grad():
+        for (context, answer), found in zip(requests, shared_contexts.log_likelihoods(lm, requests), strict=True):
+            logs = lm(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            tokens = torch.tensor(answer)
+            assert found[0] == pytest.approx(logs.gather(1, tokens[:, None]).sum().item(), rel=1e-4)
+            assert found[1] == bool((logs.argmax(-1) == tokens).all())
+    forward = lm.forward
+    monkeypatch.setattr(lm, "forward", lambda **how: seen.append(how["input_ids"].shape) or forward(**how))
+    best = [lm(input_ids=torch.tensor([context])).logits[0, -1].argmax().item() for context in contexts]
+    seen.clear()
+    found = shared_contexts.log_likelihoods(lm, [(c, [b]) for c, b in zip(contexts, best, strict=True)] * 4)
+    assert seen == [(3, 17)], "twelve requests, three contexts"
+    assert all(greedy for _, greedy in found)
+
+
+@pytest.mark.parametrize("config", [{"layer_types": ["full_attention", "sliding_attention"]}, {"sliding_window": 8}])
+def test_layers_that_do_not_see_everything_are_run_as_lm_eval_does(config):
+    lm = model()
+    assert shared_contexts.shares_contexts(lm)
+    for name, value in config.items():
+        setattr(lm.config, name, value)
+    assert not shared_contexts.shares_contexts(lm)

@@ -8,8 +8,9 @@ Each task is one call of `lm_eval.evaluator.evaluate`. `simple_evaluate` around 
 machine after every call (`add_env_info`), which takes some 10 s, and would be called once a task and model, since a
 record is kept as soon as a task is done; and it loads the tasks itself, while their definitions, which are part of
 the record's key, must be known before. What it does to the tasks (few-shot number and seed) is done in `load_tasks`.
-HFLM is subclassed for two reasons alone: its batch size is one number for all lengths, or found by running out of
-memory, which a CPU does not survive; and its progress bar is not layercut's.
+HFLM is subclassed for three reasons alone: its batch size is one number for all lengths, or found by running out of
+memory, which a CPU does not survive; it computes the context of a question once for each of its choices
+(`shared_contexts.py`); and its progress bar is not layercut's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError, DataError, first_line
+from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
 from layercut.files.json_values import digest, write_json
 from layercut.models.batch_sizes import rows_per_chunk
 from layercut.models.loading import quiet_transformers
@@ -289,7 +291,7 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary, shares = model.config.get_text_config().vocab_size, shares_contexts(model)
 
     class LanguageModel(HFLM):
         """HFLM whose requests go through in slices, from the longest to the shortest."""
@@ -297,6 +299,9 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
         title = ""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            if shares:
+                return self._of_contexts([_within(request[1], request[2], longest) for request in requests])
+
             def length(i: int) -> int:
                 return min(longest, len(requests[i][1]) + len(requests[i][2]))
 
@@ -306,6 +311,19 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
             # requests of one context stay together: lm-eval answers one-token choices of one context in one pass
             order = sorted(range(len(requests)), key=lambda i: (-length(i), requests[i][1], requests[i][2]))
             return self._in_slices(requests, order, length, answer)
+
+        def _of_contexts(self, requests: list[Request]) -> list[Answer]:
+            """As lm-eval answers them, every context run once."""
+            order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][0]), requests[i]))
+            answers: list[Any] = [None] * len(requests)
+            with bar(self.title, len(requests)) as advance:
+                while order:
+                    rows = requests_at_once(len(requests[order[0]][0]))
+                    part, order = order[:rows], order[rows:]
+                    for i, given in zip(part, log_likelihoods(model, [requests[i] for i in part]), strict=True):
+                        answers[i] = given
+                    advance(len(part))
+            return answers
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             def length(i: int) -> int:
@@ -335,6 +353,21 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal",
             softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
         )  # fmt: skip
+
+
+def _within(context: list[int], continuation: list[int], longest: int) -> Request:
+    """A request of no more tokens than the model takes, cut as lm-eval cuts it: from the beginning.
+
+    Args:
+        context: token ids.
+        continuation: token ids.
+        longest: tokens that go through the model at most; the last one of the continuation does not.
+
+    Returns:
+        Context, of one token at least, and continuation.
+    """
+    kept = max(1, longest + 1 - len(continuation))
+    return context[-kept:], continuation
 
 
 # --- small things ------------------------------------------------------------------------------------------------
