@@ -19,9 +19,8 @@ from pathlib import Path
 
 from healing_tables import headline_table, healing_table, recovery_table
 from layercut.files.json_values import write_json, write_text
-from layercut.pipeline.compare import by_kl, short
-from layercut.report.formatting import Json, count, figure, label, size
-from layercut.report.tables import stage_rows
+from layercut.report.formatting import Json, count, figure, label, short, size
+from layercut.report.tables import by_kl, stage_rows
 from stage_two import frontier_table, speed_table
 
 ROOT = Path(__file__).parents[1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import folders
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
@@ -22,11 +23,11 @@ from layercut.pipeline import compare as module
 from layercut.pipeline.artefacts import RUNS_OWN
 from layercut.pipeline.compare_artefacts import MethodChoice
 from layercut.registries import criteria
-from layercut.report import charts, formatting
+from layercut.report import charts, comparison_views, formatting
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
-METHODS = list(criteria)
+METHODS = ["clp:all", *criteria]
 FAIR = ["--tune-tokens=64", "--triangle"]
 
 
@@ -63,7 +64,7 @@ def test_every_method_is_measured_on_the_same_tokens(finished, tiny_model):
         assert row["perplexity"]["cut"] == pytest.approx(evaluation.perplexity(student, heldout), rel=1e-5)
         assert (row["perplexity"]["folded"] is None) == all(fold["skipped"] for fold in row["fold"])
         assert len(segments) > 1 or row["kl"] >= best["kl"]
-        found = json.loads((finished / f"compare-{row['method']}.json").read_text())
+        found = json.loads((finished / f"compare-{row['method'].replace(':', '-')}.json").read_text())
         assert [row[key] for key in found.keys() - RUNS_OWN] == [found[key] for key in found.keys() - RUNS_OWN]
 
 
@@ -172,7 +173,7 @@ def test_the_table_fits_eighty_columns(finished):
         row["perplexity"] = dict.fromkeys(row["perplexity"], 99_999.0)
         row["standard_error"] = dict.fromkeys(row["perplexity"], 0.01)
     console = Console(width=80, file=io.StringIO())
-    console.print(module.comparison_table(comparison))
+    console.print(comparison_views.comparison_table(comparison))
     shown = " ".join(console.file.getvalue().split())
     assert shown.count("123.5k") == len(METHODS)
     assert shown.count("1,000") == len(METHODS), "± of the last state"
@@ -203,7 +204,7 @@ def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatc
         method="", segments=[(2, 3), (5, 6)], kl=1.0, search_seconds=0.0, layer_forwards=0, layer_backwards=0,
         dense_tokens=0,
     )  # fmt: skip
-    monkeypatch.setattr(module, "search_by", lambda work, method, length: replace(same, method=method))
+    monkeypatch.setattr(module, "search_by", lambda work, asked, method, length: replace(same, method=method))
     command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=sleb,evolution"]
     assert main([*command, "--tune-tokens=32"]) == 0
     assert measured == tuned == [[Segment(2, 3), Segment(5, 6)]]
@@ -268,6 +269,10 @@ def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_p
     [
         (["--methods=clp,magic"], "'magic'"),
         (["--methods=,"], "no method"),
+        (["--methods=cosine:all"], "goes by text alone"),
+        (["--methods=clp:music"], "'music'"),
+        (["--states=cut,healed"], "'healed'"),
+        (["--methods=clp,2:5"], "2:5 removes 3 layers"),
         (["--ratio=1.5"], "outside 0 to 1"),
         (["--eval-tokens=1"], "too small"),
         (["--tune-tokens=-1"], "too small"),
@@ -290,3 +295,39 @@ def test_layers_on_disk_are_refused_before_anything_is_done(arguments, tmp_path,
     assert main([*arguments, "--stream=on", f"--out={tmp_path / 'run'}"]) == 2
     assert "it has to be in memory" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(arguments, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
+    tasks = folders.write_tasks(tmp_path / "tasks")
+    out = tmp_path / "run"
+    command = [*arguments, f"--out={out}", "--methods=2:4,cosine,3:4+6:7", "--tune-tokens=32", "--tasks=tiny_choices"]
+    command += [f"--include-path={tasks}", "--limit=9", "--probes"]
+    scored, real = [], evaluation.score_tasks
+
+    def score(*args, name, **how):
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        scored.append(name)
+        return real(*args, name=name, **how)
+
+    monkeypatch.setattr(evaluation, "score_tasks", score)
+    assert main(command) == 130
+    assert scored[0] == "dense"
+    monkeypatch.setattr(evaluation, "score_tasks", lambda *a, **how: scored.append(how["name"]) or real(*a, **how))
+    assert main(command) == 0
+    assert len(scored) == len(set(scored)), "nothing is scored twice, also where two methods remove the same"
+    found = json.loads((out / "compare.json").read_text())
+    assert found["tasks"]["tiny_choices"] == {"metric": "acc_norm", "items": 9, "chance": pytest.approx(13 / 36)}
+    for row in found["methods"]:
+        assert list(row["judged"]) == [state for state, value in row["perplexity"].items() if value is not None]
+        for judged in row["judged"].values():
+            dense = found["judged_dense"]["scores"]["tiny_choices"]
+            assert judged["retained"]["mean"] == pytest.approx(judged["scores"]["tiny_choices"] / dense)
+            assert (judged["retained"]["behind"] is None) == (row["method"] == "2:4")
+            assert {"compressed", "dense"} <= judged["health"].keys()
+    shown = capsys.readouterr().out
+    assert "What survives" in shown
+    assert "tuned" in shown
+    assert (out / "compare-survival.svg").is_file()
+    assert "What survives" in (out / "compare.html").read_text()

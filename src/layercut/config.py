@@ -435,7 +435,7 @@ class EvaluateConfig:
 @options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class TasksConfig:
-    """Tasks of lm-evaluation-harness and evaluations of packages, run on the dense and on the compressed model."""
+    """Tasks, generated tests and evaluations of packages, run on the dense and on the compressed model."""
 
     tasks: str = ""
     """Tasks, groups or tags of lm-evaluation-harness, separated by commas: arc_easy,piqa. Not given: none."""
@@ -443,6 +443,9 @@ class TasksConfig:
     """Items of each task, from its first; all where not given."""
     include_path: Annotated[Path | None, rare] = None
     """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
+    probes: Annotated[bool, Parameter(negative="")] = False
+    """Measure as well what is found of keys hidden in long text and of values in lists as long, up to 1,024 tokens, and
+    the damage to tests of each capability (see --preserve), all generated from the tokenizer."""
     evaluations: Annotated[
         str,
         Parameter(
@@ -804,6 +807,15 @@ class ChatConfig:
         at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
+def is_cut(method: str) -> bool:
+    """Whether a method of `compare` is no criterion but segments, such as 3:6+12:15."""
+    return method[:1].isdigit()
+
+
+COMPARED_STATES = ("cut", "folded", "tuned")
+"""What becomes of every method's cut, in this order."""
+
+
 @options(SEARCH)
 @dataclass(frozen=True, kw_only=True)
 class MethodsConfig:
@@ -811,8 +823,12 @@ class MethodsConfig:
 
     ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
-    methods: str = ",".join(criteria)
-    """Search methods, separated by commas."""
+    methods: str = ",".join(("clp:all", *criteria))
+    """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with the generated tests
+    of --preserve as well, and as two segments where that pays, for clp and exhaustive. 3:6+12:15: these layers. The
+    first one is what the others are compared with."""
+    states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
+    """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas."""
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
     """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
     eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
@@ -822,22 +838,53 @@ class MethodsConfig:
     predicted. Not given: 2048, or as many as the model has positions."""
     tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
+    probe_share: Annotated[float, Parameter(group=HEALING)] = 0.25
+    """Share of these that are generated tests, for every method; 0: text alone."""
     triangle: Annotated[bool, no_negative] = False
     """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
 
     def __post_init__(self) -> None:
         SearchConfig(ratio=self.ratio)
-        at_least("tune_tokens", self.tune_tokens, 0)
+        HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share)
         EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
-        unknown = [name for name in self.names if name not in criteria]
+        unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not is_cut(name)]
         if unknown or not self.names:
             got = ", ".join(map(repr, unknown)) or "no method"
             raise ConfigError(f"--methods names {got}", f"allowed are {', '.join(criteria)}")
+        for name in self.names:
+            self.search(name)
+        if wrong := [state for state in split_names(self.states) if state not in COMPARED_STATES]:
+            raise ConfigError(f"--states names {wrong[0]!r}", f"allowed are {', '.join(COMPARED_STATES)}")
 
     @property
     def names(self) -> list[str]:
         """The methods, each once, in the order given."""
         return split_names(self.methods)
+
+    @property
+    def state_names(self) -> list[str]:
+        """The states that are measured further, in the order in which a cut takes them."""
+        return [state for state in COMPARED_STATES if state in split_names(self.states)]
+
+    def search(self, name: str) -> SearchConfig:
+        """How a method of `names` is asked to search.
+
+        Args:
+            name: a criterion, with what it preserves behind a colon, joined by +; or segments, joined by +.
+
+        Returns:
+            The options.
+
+        Raises:
+            ConfigError: the criterion does not take generated tests.
+        """
+        if is_cut(name):
+            return SearchConfig(segment=tuple(name.split("+")), preserve="none")
+        method, _, preserved = name.partition(":")
+        preserve = preserved.replace("+", ",") or "none"
+        if preserve == "all" and method in criteria.own and method not in ("clp", "exhaustive"):
+            raise ConfigError(f"--methods {name}: {method} goes by text alone", f"--methods {method}")
+        return SearchConfig(ratio=self.ratio, method=method, preserve=preserve)
 
 
 @flat
@@ -848,6 +895,7 @@ class CompareConfig:
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     compare: MethodsConfig = field(default_factory=MethodsConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def journey(self) -> CompressConfig:
@@ -860,7 +908,8 @@ class CompareConfig:
             load=self.load,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
-            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=0.0),
+            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=self.compare.probe_share),
+            tasks=self.tasks,
             evaluate=EvaluateConfig(
                 eval_data=self.compare.eval_data,
                 eval_tokens=self.compare.eval_tokens,

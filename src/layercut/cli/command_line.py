@@ -199,18 +199,23 @@ def evaluate(
 def compare(model: Model, *, config: CompareConfig | None = None, log: Log = None) -> None:
     """Search methods side by side: the same tokens, what each removes, what that costs before and after the fold.
 
-    For example:
+    With --tasks and --probes also what each cut still does, cut, folded and tuned. For example:
 
-        layercut compare MODEL --ratio 0.2 --methods clp,cosine,sleb
+        layercut compare MODEL --ratio 0.2 --methods clp:all,cosine,sleb --tasks arc_easy,piqa --limit 400 --probes
     """
     from rich.console import Console
 
-    from layercut.pipeline.compare import compare, comparison_table
+    from layercut.pipeline.compare import compare
+    from layercut.report.comparison_views import comparison_table, survival_table
 
     run = compare(model, config or CompareConfig())
-    console = Console(highlight=False)
-    console.print(comparison_table(json.loads((run / "compare.json").read_text())))
-    for name, file in (("plot", "compare.svg"), ("report", "compare.html")):
+    console, found = Console(highlight=False), json.loads((run / "compare.json").read_text())
+    console.print(comparison_table(found))
+    if found["judged_dense"]:
+        console.print(survival_table(found))
+    for name, file in (("plot", "compare.svg"), ("plot", "compare-survival.svg"), ("report", "compare.html")):
+        if not (run / file).is_file():
+            continue
         console.print(shown(f"{name:<6}  {run / file}"), soft_wrap=True, markup=False)
 
 

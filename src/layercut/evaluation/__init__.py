@@ -35,7 +35,7 @@ from layercut.evaluation.protocol import (
     named,
     source_digest,
 )
-from layercut.evaluation.retention import compare_records, compare_tasks, retention
+from layercut.evaluation.retention import compare_records, compare_tasks, representative_metric, retention
 
 __all__ = [
     "PROMPTS",
@@ -69,6 +69,7 @@ __all__ = [
     "perplexity",
     "perplexity_by_position",
     "perplexity_protocol",
+    "representative_metric",
     "retention",
     "score_tasks",
     "source_digest",

@@ -113,9 +113,7 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
-def _continue(
-    model: Any, run: _Contexts, rows: Sequence[int], continuations: Sequence[Sequence[int]]
-) -> list[Answer]:
+def _continue(model: Any, run: _Contexts, rows: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Answer]:
     """What follows the first token of each continuation, from a copy of its context's cache."""
     chosen = torch.tensor(rows, device=run.mask.device)
     cache = _copied(run.cache, chosen)

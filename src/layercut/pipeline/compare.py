@@ -5,7 +5,8 @@ perplexity on the same held-out tokens: plain, after the closed-form fold, and a
 the same tokens for every one. One artefact a method, `compare-METHOD.json`, says what it removes and what finding
 that took; what is left of the model is measured once for each set of layers, `compare-at-SEGMENTS-….json`, also
 where several methods remove the same. None depends on another method's: more can be added later, and a run that was
-stopped is resumed with the next one.
+stopped is resumed with the next one. What is left does more than predict text: with `--tasks` and `--probes` it is
+measured what each cut still does, in every state (`compare_judged.py`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
-from layercut.config import CompareConfig, flattened
+from layercut.config import COMPARED_STATES, CompareConfig, MethodsConfig, flattened
+from layercut.data.probes import capability_names
+from layercut.data.text_overlap import by_origin
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, SurgeryError
 from layercut.files.json_values import jsonable, restored
-from layercut.files.writing import write_atomically
 from layercut.healing import tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
@@ -47,21 +49,19 @@ from layercut.pipeline.compare_artefacts import (
     MethodChoice,
     StartAndBest,
 )
+from layercut.pipeline.compare_judged import DENSE, Judge, asked_tasks, with_retention
 from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_reported_window
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings
+from layercut.pipeline.stages.search import generated_tests
 from layercut.pipeline.stages.text import Use, draw_all
 from layercut.progress import bar, say
-from layercut.report import charts, formatting
-from layercut.report.formatting import short
+from layercut.report import formatting
+from layercut.report.comparison_views import draw_picks, draw_survival
 from layercut.report.page import write_comparison
-from layercut.report.tables import by_kl
-from layercut.segments import Segment, layers_to_remove
+from layercut.segments import Segment, checked_segments, layers_to_remove
 from layercut.surgery import cut
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TRIANGLE_ROWS = 2
 """Rows of tokens in one sweep of the triangle, in which the hidden states of all segments live at once."""
@@ -89,12 +89,15 @@ def compare(model: str, config: CompareConfig) -> Path:
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     if placement.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
+    if config.tasks.names:
+        evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
     journey = with_reported_window(journey, architecture)
     config = replace(config, compare=replace(config.compare, eval_window=journey.evaluate.eval_window))
     layers = loading.count_layers(architecture)
     length = layers_to_remove(config.compare.ratio or 0, layers)
+    check_methods(config.compare, layers, length)
     check_sources(journey)
     folder = default_folder(model)
 
@@ -110,9 +113,11 @@ def compare(model: str, config: CompareConfig) -> Path:
                 losses = window_losses(work, work.dense.model)
                 stage.found = CompareDenseArtefact(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
         dense = stage.artefact
-        rows = [what_is_left(work, search_by(work, method, length), dense.losses) for method in methods]
+        choices = [search_by(work, config.compare, method, length) for method in methods]
         prices = triangle(work, length) if config.compare.triangle else None
-        with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices]) as comparison:
+        rows, judge = measured(work, choices, dense, config.compare.state_names)
+        judged_dense = judge.judge(DENSE, lambda: work.dense.model) if judge.is_asked else None
+        with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices, judged_dense]) as comparison:
             if comparison.open:
                 comparison.found = CompareArtefact(
                     model=model,
@@ -120,40 +125,156 @@ def compare(model: str, config: CompareConfig) -> Path:
                     calibration=work.text["calibration"],
                     tuning=work.text.get("tuning"),
                     evaluation=work.text["evaluation"],
-                    dense=DensePerplexity(perplexity=dense.perplexity),
+                    dense=DensePerplexity(perplexity=dense.perplexity, texts=by_text(work, dense.losses)),
                     methods=rows,
                     triangle=prices.triangle if prices else None,
+                    tasks=asked_tasks(judge.records(DENSE)) if work.config.tasks.names else {},
+                    judged_dense=judged_dense,
                 )
         found = restored(jsonable(comparison.artefact))
         processes.on_main(lambda: draw_picks(found, run / "compare.svg"))
+        if judged_dense:
+            processes.on_main(lambda: draw_survival(found, run / "compare-survival.svg"))
         processes.on_main(lambda: write_comparison(run.folder))
         return run.folder
+
+
+def check_methods(config: MethodsConfig, layers: int, length: int) -> None:
+    """Refuse what no method can search for, before anything is loaded.
+
+    Args:
+        config: names the methods.
+        layers: L.
+        length: n, layers to remove.
+
+    Raises:
+        ConfigError: a capability is unknown, or given segments do not have n layers.
+    """
+    for name in config.names:
+        search = config.search(name)
+        capability_names(search.preserve)
+        if search.segments and (got := sum(map(len, checked_segments(search.segments, layers)))) != length:
+            raise ConfigError(
+                f"--methods {name} removes {got} layers, and --ratio {config.ratio:g} is {length} of {layers}",
+                "all methods remove as many layers",
+            )
+
+
+def measured(
+    work: RunContext, choices: Sequence[MethodChoice], dense: CompareDenseArtefact, states: Sequence[str]
+) -> tuple[list[ComparedMethod], Judge]:
+    """Every method's row: the plain cuts of all first, then their folds, then what is tuned, which takes longest.
+
+    Args:
+        work: of the run.
+        choices: what each method removes.
+        dense: the dense model's perplexity.
+        states: that are measured by tasks and probes.
+
+    Returns:
+        The rows, and what measured them.
+    """
+    rows, judge = [cut_row(work, chosen, dense.losses) for chosen in choices], Judge(work)
+    if judge.is_asked:
+        judge.judge(DENSE, lambda: work.dense.model)
+    for state in COMPARED_STATES:
+        if state == "tuned" and work.config.heal.tune_tokens:
+            rows = [row if row.refused else tuned_row(work, row, dense.losses) for row in rows]
+        if judge.is_asked and state in states:
+            rows = [judged_row(work, judge, row, state) for row in rows]
+    if work.config.tasks.names:
+        rows = with_retention(rows, judge, {row.method: stem(segments_of(row.segments)) for row in rows})
+    return rows, judge
+
+
+def judged_row(work: RunContext, judge: Judge, row: ComparedMethod, state: str) -> ComparedMethod:
+    """The row with what its cut still does in a state, where it has that state.
+
+    Args:
+        work: of the run.
+        judge: measures.
+        row: of a method.
+        state: of `COMPARED_STATES`.
+
+    Returns:
+        The row.
+    """
+    if row.perplexity.get(state) is None:
+        return row
+    segments = segments_of(row.segments)
+    after = f"{stem(segments)}-{'tuned' if state == 'tuned' else 'cut'}"
+    found = judge.judge(f"{stem(segments)}-{state}", lambda: in_state(work, segments, state), [after])
+    return replace(row, judged=row.judged | {state: found})
+
+
+def in_state(work: RunContext, segments: Sequence[Segment], state: str) -> Any:
+    """The model without the segments, in a state whose weights the run folder has.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+        state: of `COMPARED_STATES`.
+
+    Returns:
+        A causal LM of transformers.
+    """
+    student = cut(work.dense.model, segments)
+    if state != "cut":
+        loading.replace_parameters_(student, load_file(work.run / f"{stem(segments)}-{state}.safetensors"))
+    return student
+
+
+def stem(segments: Sequence[Segment]) -> str:
+    """What the artefacts of a set of removed layers begin with."""
+    return "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
+
+
+def by_text(work: RunContext, losses: Sequence[float]) -> dict[str, float]:
+    """Perplexity of each text, where the evaluation text is a mix of several.
+
+    Args:
+        work: of the run.
+        losses: of each window, in the order of the mix.
+
+    Returns:
+        By the text's name; empty where there is one.
+    """
+    origins = work.text["evaluation"].origins
+    parts = by_origin(torch.tensor(losses, dtype=torch.float64), origins)
+    if len(parts) == 1:
+        return {}
+    return {formatting.source_name(name): evaluation.of_losses(part) for name, part in parts.items()}
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
 
 
-def search_by(work: RunContext, method: str, length: int) -> MethodChoice:
+def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) -> MethodChoice:
     """What one method removes, its KL on the calibration tokens, and what finding it took.
 
     Args:
         work: of the run.
-        method: a name in `layercut.criteria`.
+        asked: says how a method searches.
+        method: one of its names.
         length: n, layers to remove.
 
     Returns:
         The method's choice.
     """
-    seed = work.config.text.seed
+    config, seed = asked.search(method), work.config.text.seed
+    heeds = config.preserve != "none"
     inputs = [work.source, work.text["calibration"], seed, method, length]
-    with work.run.stage(CompareMethodArtefact, f"compare-{method}", inputs, together=True) as stage:
+    with work.run.stage(CompareMethodArtefact, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
         if stage.open:
-            tokens = work.blocks["calibration"]
-            result = layer_search.search(work.stack, tokens, n_layers=length, method=method, seed=seed)
+            tokens, tests = work.blocks["calibration"], generated_tests(work, config=config) if heeds else None
+            how: dict[str, Any] = {"probes": tests, "num_segments": "auto"} if tests else {}
+            how |= {"segments": config.segments} if config.segments else {"n_layers": length, "method": config.method}
+            result = layer_search.search(work.stack, tokens, seed=seed, **how)
             stage.found = CompareMethodArtefact(
                 method=method,
                 segments=bounds_of(result.segments),
                 kl=result.kl,
+                damage=result.candidates[0].damage if tests else None,
                 search_seconds=round(result.seconds, 3),
                 layer_forwards=result.cost.layer_forwards,
                 layer_backwards=result.cost.layer_backwards,
@@ -188,8 +309,8 @@ def triangle(work: RunContext, length: int) -> CompareTriangleArtefact:
     return stage.artefact
 
 
-def what_is_left(work: RunContext, chosen: MethodChoice, dense: list[float]) -> ComparedMethod:
-    """A method's row: the same stages, and so the same figures, for all methods that remove the same.
+def cut_row(work: RunContext, chosen: MethodChoice, dense: list[float]) -> ComparedMethod:
+    """A method's row, cut and folded: the same stages, so the same figures, for all methods that remove the same.
 
     Args:
         work: of the run.
@@ -199,32 +320,51 @@ def what_is_left(work: RunContext, chosen: MethodChoice, dense: list[float]) -> 
     Returns:
         The row.
     """
-    segments = segments_of(chosen.segments)
-    at = "compare-at-" + "-".join(f"{s.start}.{s.stop}" for s in segments)
-    inputs = [work.source, work.text["calibration"], work.text["evaluation"], chosen.segments, WINDOWS]
+    segments, at = segments_of(chosen.segments), stem(segments_of(chosen.segments))
+    inputs = cut_inputs(work, chosen)
     with work.run.stage(CompareCutArtefact, f"{at}-cut", inputs, together=True) as cutting:
         if cutting.open:
             cutting.found = cut_and_fold(work, segments, f"{at}-folded")
     cut = cutting.artefact
-    row = ComparedMethod(
+    return ComparedMethod(
         **vars(chosen),
         perplexity={"cut": cut.cut, "folded": cut.folded, "tuned": None},
         standard_error={state: error_of(losses, dense) for state, losses in cut.losses.items()},
+        texts={state: by_text(work, losses) for state, losses in cut.losses.items()},
         fold=cut.fold,
         tuning=None,
         refused=cut.refused,
     )
-    if not work.config.heal.tune_tokens or cut.refused:
-        return row
-    inputs = [*inputs, work.config.heal, work.text["tuning"], work.text["heldout"]]
+
+
+def cut_inputs(work: RunContext, chosen: MethodChoice) -> list[Any]:
+    """What a cut and its fold depend on."""
+    return [work.source, work.text["calibration"], work.text["evaluation"], chosen.segments, WINDOWS]
+
+
+def tuned_row(work: RunContext, row: ComparedMethod, dense: list[float]) -> ComparedMethod:
+    """A method's row with what tuning did.
+
+    Args:
+        work: of the run.
+        row: cut and folded.
+        dense: the dense model's mean loss of each window.
+
+    Returns:
+        The row.
+    """
+    segments, at = segments_of(row.segments), stem(segments_of(row.segments))
+    inputs = [*cut_inputs(work, row), work.config.heal, work.text["tuning"], work.text["heldout"]]
     with work.run.stage(CompareTunedArtefact, f"{at}-tuned", inputs, together=True) as tuning:
         if tuning.open:
-            tuning.found = tune(work, segments, cut.files)
+            files = work.run.artefact(CompareCutArtefact, f"{at}-cut").files
+            tuning.found = tune(work, segments, files)
     tuned = tuning.artefact
     return replace(
         row,
         perplexity=row.perplexity | {"tuned": tuned.tuned},
         standard_error=row.standard_error | {"tuned": error_of(tuned.losses, dense)},
+        texts=row.texts | {"tuned": by_text(work, tuned.losses)},
         tuning=tuned.tuning,
     )
 
@@ -285,8 +425,10 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> Co
     report = tune_(student, stack, tokens, heldout=heldout, files=files, **vars(settings))
     start = report.heldout[0]["loss"]
     say("tune", f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
-    losses = window_losses(work, student)
+    losses, name = window_losses(work, student), f"{stem(segments)}-tuned"
+    work.save(work.changed(student), name)
     return CompareTunedArtefact(
+        files=[f"{name}.safetensors"],
         tuned=evaluation.of_losses(losses),
         losses=losses.tolist(),
         tuning=ComparedTuning(
@@ -328,109 +470,3 @@ def error_of(losses: list[float], dense: list[float]) -> float | None:
     """
     of_model, of_dense = (torch.tensor(each, dtype=torch.float64) for each in (losses, dense))
     return evaluation.paired_error(of_model, of_dense)
-
-
-# --- what people see -------------------------------------------------------------------------------------------
-
-
-def comparison_table(comparison: dict[str, Any]) -> Table:
-    """The methods from the lowest calibration KL, with their cost."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    layers, evaluation, tuning = comparison["layers"], comparison["evaluation"], comparison["tuning"]
-    dense = formatting.figure(comparison["dense"]["perplexity"])
-    table = Table(
-        title=Text(f"{comparison['model']}: {layers['before']} -> {layers['after']} layers", style="bold"),
-        caption=Text(
-            f"KL on {comparison['calibration']['tokens']:,} calibration tokens, perplexity (dense {dense}) on "
-            f"{evaluation['tokens']:,} tokens of {evaluation['source']}"
-            + (f", each tuned on the same {tuning['tokens']:,} tokens" if tuning else "")
-            + "; ± one standard error of the last ppl, paired with the dense model's windows"
-            + "; fwd and bwd are layers times rows"
-        ),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,  # eighty columns are enough for every column
-    )
-    table.add_column("method", no_wrap=True)
-    table.add_column("removed", min_width=8)
-    states = ["cut", "folded", *(["tuned"] if tuning else [])]
-    for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", "s", "layers\nfwd+bwd"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in by_kl(comparison):
-        perplexities = ["-" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
-        table.add_row(
-            Text(row["method"]),
-            Text(formatting.label(row["segments"])),
-            formatting.figure(row["kl"]),
-            *(["refused", *perplexities[1:]] if row["refused"] else perplexities),
-            error_beside(row, states),
-            f"{row['search_seconds']:.0f}",
-            "+".join(formatting.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n) or "0",
-        )
-    return table
-
-
-def error_beside(row: dict[str, Any], states: list[str]) -> str:
-    """Standard error of the last state's perplexity that was measured.
-
-    Args:
-        row: of a method.
-        states: in their order.
-
-    Returns:
-        As text; "-" where there is none.
-    """
-    known = [s for s in states if row["perplexity"][s] is not None]
-    both = ("perplexity", "standard_error")
-    value, error = (formatting.finite(row[key].get(known[-1])) if known else None for key in both)
-    return "-" if value is None or error is None else formatting.deviation(value * error)
-
-
-def draw_picks(comparison: dict[str, Any], path: Path) -> None:
-    """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right.
-
-    Under it, on the same axis, the price of every segment where the triangle is known.
-
-    Args:
-        comparison: compare.json.
-        path: the file to write.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    rows, layers = by_kl(comparison), comparison["layers"]["before"]
-    prices = charts.prices(comparison)
-    heights = [0.3 * len(rows), *([1.2 + 0.28 * max(stop - start for start, stop in prices)] if prices else [])]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
-        canvas = Figure(figsize=(7, 1 + sum(heights)), layout="constrained")
-        axes, *below = canvas.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-        for y, row in enumerate(rows):
-            spans = formatting.spans(row["segments"])
-            axes.broken_barh([(0, layers)], (y - 0.35, 0.7), color="#e4e4ea")
-            axes.broken_barh([(start, stop - start) for start, stop in spans], (y - 0.35, 0.7), color="#e07b28")
-            axes.text(layers * 1.01, y, formatting.figure(row["kl"]), va="center", fontsize=9)
-        axes.vlines(range(1, layers), -0.35, len(rows) - 0.65, color="white", lw=0.8)
-        axes.text(layers * 1.01, -0.75, "KL, nats", fontsize=9)
-        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(0, layers)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("layer (removed ones coloured)")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        for lower in below:
-            place = {"location": "bottom", "fraction": 0.05, "aspect": 50}
-            charts.paint_prices(lower, prices, left=0, ink="black", **place)
-            lower.set_xlim(0, layers)
-            lower.set_xlabel("first layer removed")
-            lower.set_ylabel("layers removed")
-            lower.spines[["top", "right", "left"]].set_visible(False)
-            lower.tick_params(length=0)
-        with write_atomically(path) as partial:
-            canvas.savefig(partial, format="svg", metadata={"Date": None})

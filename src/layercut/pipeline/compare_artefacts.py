@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from layercut.data.blocks import TextFacts
+from layercut.evaluation.generated_probes import Grid, Probed
+from layercut.evaluation.paired_retention import Retained
 from layercut.healing.least_squares import Fold
 from layercut.pipeline.artefacts import Artefact, BeforeAfter, Bounds, SearchCost, part_of
 
@@ -26,6 +29,8 @@ class MethodChoice(SearchCost):
     segments: list[Bounds]
     kl: float
     search_seconds: float
+    damage: float | None = None
+    """To generated tests, where the method searched with them, in nats per answer token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,54 @@ class CompareTunedArtefact(Artefact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareTasksArtefact(Artefact):
+    """compare-at-SEGMENTS-STATE-tasks.json, and compare-dense-tasks.json: records of `evaluation.score_tasks`."""
+
+    records: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareProbesArtefact(Artefact, Probed):
+    """compare-at-SEGMENTS-STATE-probes.json, and compare-dense-probes.json."""
+
+    health: dict[str, Any] | None
+    """`evaluation.generation_health` beside the dense model; None of the dense model itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOthersArtefact(Artefact):
+    """compare-at-SEGMENTS-STATE-others.json, and compare-dense-others.json: packages' evaluations."""
+
+    figures: dict[str, dict[str, float]]
+    """By evaluation and metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedState:
+    """What a cut in some state, or the dense model, still does; what was not asked for is empty or None."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    """By task."""
+    flips: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    """By task: items lost and gained beside the dense model, and McNemar's p."""
+    retained: Retained | None = None
+    keys: Grid = field(default_factory=list)
+    lists: Grid = field(default_factory=list)
+    capabilities: dict[str, Any] | None = None
+    health: dict[str, Any] | None = None
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedTask:
+    """A task, as all models were asked it."""
+
+    metric: str
+    items: int
+    chance: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparedMethod(MethodChoice):
     """A method's row of the comparison: perplexity and its standard error by state."""
 
@@ -98,6 +151,10 @@ class ComparedMethod(MethodChoice):
     fold: list[Fold]
     tuning: ComparedTuning | None
     refused: str | None
+    texts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Perplexity by state and text, where it was measured on several."""
+    judged: dict[str, JudgedState] = field(default_factory=dict)
+    """By state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +162,7 @@ class DensePerplexity:
     """Of the dense model, on the evaluation tokens."""
 
     perplexity: float
+    texts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +177,5 @@ class CompareArtefact(Artefact):
     dense: DensePerplexity
     methods: list[ComparedMethod]
     triangle: list[tuple[int, int, float]] | None
+    tasks: dict[str, ComparedTask] = field(default_factory=dict)
+    judged_dense: JudgedState | None = None

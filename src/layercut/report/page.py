@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.files.writing import write_atomically
-from layercut.report import charts, tables, thresholds, verdicts
+from layercut.report import charts, comparison_views, tables, thresholds, verdicts
 from layercut.report.formatting import command_line, printable, short_name
 from layercut.report.run_facts import RunFacts, read_json, read_run
 from layercut.report.sections import chapter
@@ -44,7 +44,11 @@ def write_comparison(run: Path) -> Path:
     what = "Layers that each method removes, with the KL of its cut"
     picks = charts.inline(svg.read_text(encoding="utf-8"), "picks", what) if svg.is_file() else None
     facts = {"comparison": found, "name": short_name(found.model), "methods": tables.by_kl(found), "tables": tables}
-    return _write(run / "compare.html", page("compare.html", **facts, picks=picks))
+    facts |= {"survivals": list(comparison_views.survivals(found)), "views": comparison_views}
+    drawn = run / "compare-survival.svg"
+    what = "What each cut keeps of task scores, hidden keys and lists"
+    survival = charts.inline(drawn.read_text(encoding="utf-8"), "survival", what) if drawn.is_file() else None
+    return _write(run / "compare.html", page("compare.html", **facts, picks=picks, survival=survival))
 
 
 def _write(target: Path, text: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from layercut import layer_search
-from layercut.config import consumer_names
+from layercut.config import SearchConfig, consumer_names
 from layercut.data.blocks import Blocks
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import public_name, split_mix
@@ -139,12 +139,13 @@ def candidate_record(found: Candidate) -> CandidateRecord:
     )  # fmt: skip
 
 
-def generated_tests(work: RunContext, seed: int | None = None) -> ProbeRows | None:
+def generated_tests(work: RunContext, seed: int | None = None, config: SearchConfig | None = None) -> ProbeRows | None:
     """Rows of tests that the search weighs with the text, one for four rows of text.
 
     Args:
         work: of the run.
         seed: of the tests; the run's where not given.
+        config: of the search; the run's where not given.
 
     Returns:
         The rows; None where it goes by the text alone.
@@ -152,7 +153,7 @@ def generated_tests(work: RunContext, seed: int | None = None) -> ProbeRows | No
     Raises:
         ConfigError: what --preserve names fits no row.
     """
-    config, text = work.config.search, work.config.text
+    config, text = config or work.config.search, work.config.text
     wanted = capability_names(config.preserve)
     if not wanted or not names(criteria.get(config.method), "probes"):
         return None

@@ -1,0 +1,146 @@
+"""What several models retain of one dense model's task scores, with errors that are paired over the items.
+
+For `layercut compare`. All models answer the same items, which are drawn anew together: an item that is hard is hard
+for all, so the error of a difference between two models is smaller than that of either. Records are those of
+`retention.py`, and retention is counted as there: the mean over tasks of score / dense score, and the same above
+chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layercut.errors import RunError
+from layercut.evaluation.retention import ACCURACIES, chance, representative_metric
+
+DRAWS = 2000
+"""Bootstrap samples of the items."""
+Records = Mapping[str, Mapping[str, Any]]
+"""By task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retained:
+    """Of one model; None where no task counts, or where it is the first itself."""
+
+    mean: float | None
+    """Mean over tasks of score / dense score."""
+    error: float | None
+    """Its standard error over the items."""
+    above_chance: float | None
+    """Mean over tasks of (score - chance) / (dense score - chance)."""
+    above_chance_error: float | None
+    behind: float | None = None
+    """The first model's mean less this one's."""
+    behind_error: float | None = None
+    p_value: float | None = None
+    """How often so large a difference, either way, has the other sign in the samples; two-sided."""
+
+
+def retained(
+    dense: Records, models: Mapping[str, Records], *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, Retained]:
+    """What each model retains, and how far it is behind the first of them.
+
+    Args:
+        dense: the dense model's records.
+        models: other models' records of the same tasks, the one that the others are compared with first.
+        draws: bootstrap samples.
+        seed: of these.
+
+    Returns:
+        By model.
+
+    Raises:
+        RunError: the records are not of the same items.
+    """
+    names, generator = list(models), np.random.default_rng(seed)
+    shares, above = [], []
+    for task, record in dense.items():
+        of_models = [models[name][task] for name in names]
+        check_items(task, record, of_models)
+        points, samples = _scores([record, *of_models], representative_metric(record), draws, generator)
+        floor = _floor(record)
+        if points[0] > 0:
+            shares.append((points[1:] / points[0], _over(samples[:, 1:], samples[:, :1])))
+        if points[0] > floor and _is_better_when_higher(record):
+            point = (points[1:] - floor) / (points[0] - floor)
+            above.append((point, _over(samples[:, 1:] - floor, samples[:, :1] - floor)))
+    mean, drawn = _means(shares, len(names), draws)
+    mean_above, drawn_above = _means(above, len(names), draws)
+    found = {}
+    for i, name in enumerate(names):
+        found[name] = Retained(
+            mean=_known(mean[i]), error=_spread(drawn[:, i]), above_chance=_known(mean_above[i]),
+            above_chance_error=_spread(drawn_above[:, i]), **(_behind(mean, drawn, i) if i else {}),
+        )  # fmt: skip
+    return found
+
+
+def check_items(task: str, record: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    """RunError where other records of a task are not of the same items as the first."""
+    if any(other["document_hash"] != record["document_hash"] for other in others):
+        raise RunError(f"models were not scored on the same items of {task}", "run again with --force")
+
+
+def _is_better_when_higher(record: Mapping[str, Any]) -> bool:
+    return bool(record["metrics"][representative_metric(record)]["higher_is_better"])
+
+
+def _floor(record: Mapping[str, Any]) -> float:
+    """The score of guessing."""
+    return chance(record["choices"]) if representative_metric(record).partition(",")[0] in ACCURACIES else 0.0
+
+
+def _scores(
+    records: Sequence[Mapping[str, Any]], metric: str, draws: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [M] of M models, and those of bootstrap samples of the items [draws, M]; without items, all the same."""
+    of_models = [record["metrics"][metric] for record in records]
+    points = np.array([each["score"] for each in of_models], dtype=float)
+    if any(each["values"] is None for each in of_models):
+        return points, np.tile(points, (draws, 1))
+    values = np.array([each["values"] for each in of_models], dtype=float)  # [M, items]
+    items = values.shape[1]
+    counts = generator.multinomial(items, np.full(items, 1 / items), size=draws)
+    return points, counts @ values.T / items
+
+
+def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """A quotient of samples; NaN where the dense model's sample is not above the floor."""
+    return np.where(below > 0, above / np.where(below > 0, below, 1), np.nan)
+
+
+def _means(parts: Sequence[tuple[np.ndarray, np.ndarray]], models: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over tasks of the points [M] and of the samples [draws, M]; NaN without tasks."""
+    if not parts:
+        return np.full(models, np.nan), np.full((draws, models), np.nan)
+    return np.mean([point for point, _ in parts], axis=0), np.mean([samples for _, samples in parts], axis=0)
+
+
+def _behind(mean: np.ndarray, drawn: np.ndarray, i: int) -> dict[str, float | None]:
+    """How far model i is behind the first."""
+    difference = drawn[:, 0] - drawn[:, i]
+    known = difference[np.isfinite(difference)]
+    if not len(known):
+        return {"behind": None, "behind_error": None, "p_value": None}
+    tail = min(np.mean(known <= 0), np.mean(known >= 0))
+    p_value = min(1.0, 2 * max(float(tail), 1 / len(known)))
+    return {"behind": _known(mean[0] - mean[i]), "behind_error": _spread(difference), "p_value": p_value}
+
+
+def _spread(samples: np.ndarray) -> float | None:
+    """Half of the central 68 % of the samples: the standard deviation where they are normal, and not ruled by tails."""
+    known = samples[np.isfinite(samples)]
+    if len(known) < 2:
+        return None
+    low, high = np.percentile(known, [15.865, 84.135])
+    return float(high - low) / 2
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

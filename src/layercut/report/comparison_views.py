@@ -1,0 +1,306 @@
+"""A comparison of methods as people see it: tables in the terminal and two plots, all made from compare.json.
+
+Beside `page.py`, which makes compare.html of the same. `comparison_table` and `draw_picks` say what each method removes
+and what that costs on text; `survival_table` and `draw_survival` what each cut still does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layercut.files.writing import write_atomically
+from layercut.report import charts, formatting, thresholds
+from layercut.report.formatting import Json, short
+from layercut.report.tables import by_kl
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STATE_COLOURS = {"cut": "#b9b9c6", "folded": "#7d9ad0", "tuned": "#e07b28"}
+"""Of the bars of each state."""
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    """The methods from the lowest calibration KL, with their cost."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    layers, evaluation, tuning = comparison["layers"], comparison["evaluation"], comparison["tuning"]
+    dense = formatting.figure(comparison["dense"]["perplexity"])
+    table = Table(
+        title=Text(f"{comparison['model']}: {layers['before']} -> {layers['after']} layers", style="bold"),
+        caption=Text(
+            f"KL on {comparison['calibration']['tokens']:,} calibration tokens, perplexity (dense {dense}) on "
+            f"{evaluation['tokens']:,} tokens of {evaluation['source']}"
+            + (f", each tuned on the same {tuning['tokens']:,} tokens" if tuning else "")
+            + "; ± one standard error of the last ppl, paired with the dense model's windows"
+            + "; fwd and bwd are layers times rows"
+        ),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,  # eighty columns are enough for every column
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("removed", min_width=8)
+    states = ["cut", "folded", *(["tuned"] if tuning else [])]
+    for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", "s", "layers\nfwd+bwd"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in by_kl(comparison):
+        perplexities = ["-" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
+        table.add_row(
+            Text(row["method"]),
+            Text(formatting.label(row["segments"])),
+            formatting.figure(row["kl"]),
+            *(["refused", *perplexities[1:]] if row["refused"] else perplexities),
+            error_beside(row, states),
+            f"{row['search_seconds']:.0f}",
+            "+".join(formatting.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n) or "0",
+        )
+    return table
+
+
+def error_beside(row: dict[str, Any], states: list[str]) -> str:
+    """Standard error of the last state's perplexity that was measured.
+
+    Args:
+        row: of a method.
+        states: in their order.
+
+    Returns:
+        As text; "-" where there is none.
+    """
+    known = [s for s in states if row["perplexity"][s] is not None]
+    both = ("perplexity", "standard_error")
+    value, error = (formatting.finite(row[key].get(known[-1])) if known else None for key in both)
+    return "-" if value is None or error is None else formatting.deviation(value * error)
+
+
+def draw_picks(comparison: dict[str, Any], path: Path) -> None:
+    """What each method removes, on the layer axis, as an SVG file; cheapest cut on top, its KL at the right.
+
+    Under it, on the same axis, the price of every segment where the triangle is known.
+
+    Args:
+        comparison: compare.json.
+        path: the file to write.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows, layers = by_kl(comparison), comparison["layers"]["before"]
+    prices = charts.prices(comparison)
+    heights = [0.3 * len(rows), *([1.2 + 0.28 * max(stop - start for start, stop in prices)] if prices else [])]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
+        canvas = Figure(figsize=(7, 1 + sum(heights)), layout="constrained")
+        axes, *below = canvas.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        for y, row in enumerate(rows):
+            spans = formatting.spans(row["segments"])
+            axes.broken_barh([(0, layers)], (y - 0.35, 0.7), color="#e4e4ea")
+            axes.broken_barh([(start, stop - start) for start, stop in spans], (y - 0.35, 0.7), color="#e07b28")
+            axes.text(layers * 1.01, y, formatting.figure(row["kl"]), va="center", fontsize=9)
+        axes.vlines(range(1, layers), -0.35, len(rows) - 0.65, color="white", lw=0.8)
+        axes.text(layers * 1.01, -0.75, "KL, nats", fontsize=9)
+        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, layers)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer (removed ones coloured)")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        for lower in below:
+            place = {"location": "bottom", "fraction": 0.05, "aspect": 50}
+            charts.paint_prices(lower, prices, left=0, ink="black", **place)
+            lower.set_xlim(0, layers)
+            lower.set_xlabel("first layer removed")
+            lower.set_ylabel("layers removed")
+            lower.spines[["top", "right", "left"]].set_visible(False)
+            lower.tick_params(length=0)
+        with write_atomically(path) as partial:
+            canvas.savefig(partial, format="svg", metadata={"Date": None})
+
+
+def survivals(comparison: Any) -> Iterator[tuple[str, str, Json]]:
+    """(method, state, figures) of everything that was measured beyond perplexity; the dense model first.
+
+    Args:
+        comparison: compare.json.
+
+    Yields:
+        Each state of each method, in the methods' order.
+    """
+    comparison = Json(comparison)
+    if comparison.judged_dense:
+        yield "dense", "", comparison.judged_dense
+    for row in comparison.methods:
+        for state, judged in row.judged.entries():
+            yield str(row.method), state, judged
+
+
+def found(grid: Json) -> str:
+    """How many keys or values were found, of how many; "-" where that is not known."""
+    hits, trials = (sum(formatting.finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))
+    return f"{hits:.0f}/{trials:.0f}" if trials else "-"
+
+
+def retention_words(judged: Json, key: str = "mean") -> str:
+    """A share of the dense model's scores with its standard error: 91.2 ± 0.8, in percent.
+
+    Args:
+        judged: of a state.
+        key: "mean", "above_chance" or "behind".
+
+    Returns:
+        "-" where it is not known; a star behind a difference that is significant.
+    """
+    kept = judged.retained
+    value, error = (formatting.finite(kept[name]) for name in (key, "error" if key == "mean" else f"{key}_error"))
+    if value is None:
+        return "-"
+    words = f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    p_value = formatting.finite(kept.p_value) if key == "behind" else None
+    return words + ("*" if p_value is not None and p_value < thresholds.SIGNIFICANT else "")
+
+
+def repeats(judged: Json) -> str:
+    """Share of the 4-grams of the model's own text that occurred before in it."""
+    share = formatting.finite(judged.health.compressed.repeated_4grams)
+    return "-" if share is None else formatting.percent(share)
+
+
+def damage(judged: Json) -> str:
+    """The mean damage to the capabilities, in nats per answer token."""
+    each = (formatting.finite(value) for _, value in judged.capabilities.damage.entries())
+    known = [value for value in each if value is not None]
+    return formatting.figure(sum(known) / len(known)) if known else "-"
+
+
+def survival_table(comparison: Any) -> Table:
+    """What every cut still does, method by method and state by state, beside the dense model.
+
+    Args:
+        comparison: compare.json.
+
+    Returns:
+        The table.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    tasks = dict(Json(comparison).tasks.entries())
+    table = Table(
+        title=Text("What survives", style="bold"), caption=Text(survival_caption(tasks)), title_justify="left",
+        caption_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("method", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for heading in (*(("kept", "above\nchance", "behind") if tasks else ()), "keys", "lists", "damage", "repeats"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    last = ""
+    for method, state, judged in survivals(comparison):
+        kept = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")] if tasks else []
+        if method == "dense" and tasks:
+            kept = ["100", "100", "-"]
+        of_probes = found(judged["keys"]), found(judged.lists), damage(judged), repeats(judged)
+        table.add_row(Text("" if method == last else method), state, *kept, *of_probes)
+        last = method
+    return table
+
+
+def survival_caption(tasks: dict[str, Json]) -> str:
+    """What the columns of `survival_table` are.
+
+    Args:
+        tasks: of compare.json.
+
+    Returns:
+        Words.
+    """
+    items = sorted({whole for task in tasks.values() if (whole := formatting.whole_number(task["items"])) is not None})
+    about = " to ".join(f"{n:,}" for n in dict.fromkeys((items[0], items[-1]))) if items else "some"
+    kept = (
+        f"kept: mean over {', '.join(tasks)} of score / dense, %, and above chance; {about} items each, the same for "
+        "all; behind: the first method's kept less this one's; ± one standard error, paired over the items; "
+        f"* p < {thresholds.SIGNIFICANT:g}; "
+    )
+    return (kept if tasks else "") + (
+        "keys, lists: found of those hidden; damage: KL per answer token of generated tests, nats, mean over "
+        "capabilities; repeats: share of 4-grams that occurred before"
+    )
+
+
+# ---- the plot ------------------------------------------------------------------------------------------------
+
+Bar = tuple[float, float | None] | None
+"""A length and its standard error."""
+
+
+def draw_survival(comparison: Any, path: Path) -> None:
+    """Retention of task scores and the share of keys and values found, by method and state, as an SVG file.
+
+    Args:
+        comparison: compare.json.
+        path: the file to write.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    comparison = Json(comparison)
+    panels: list[tuple[str, Callable[[Json], Bar]]] = [
+        ("score / dense, mean over tasks, %", kept_bar),
+        ("hidden keys found, %", lambda judged: share_bar(judged["keys"])),
+        ("values found in lists, %", lambda judged: share_bar(judged.lists)),
+    ]
+    rows = [row for row in comparison.methods if row.judged]
+    panels = [(title, of) for title, of in panels if any(of(j) for row in rows for _, j in row.judged.entries())]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
+        canvas = Figure(figsize=(3 * max(1, len(panels)) + 1, 1.2 + 0.45 * len(rows)), layout="constrained")
+        every = canvas.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+        named: set[str] = set()
+        for axes, (title, bar_of) in zip(every, panels, strict=False):
+            for y, row in enumerate(rows):
+                for i, (state, judged) in enumerate(row.judged.entries()):
+                    if bar := bar_of(judged):
+                        draw_bar(axes, y + 0.25 * (i - 1), bar, state, "_" if state in named else state)
+                        named.add(state)
+            of_dense = share_bar(comparison.judged_dense["keys" if "keys" in title else "lists"])
+            axes.axvline(100 if "dense" in title or of_dense is None else of_dense[0], color="black", lw=0.8, ls=":")
+            axes.set_xlabel(title)
+            axes.spines[["top", "right"]].set_visible(False)
+        every[0].set_yticks(range(len(rows)), [str(row.method) for row in rows])
+        every[0].set_ylim(len(rows) - 0.4, -0.6)
+        canvas.legend(loc="outside upper center", ncols=3, frameon=False)
+        with write_atomically(path) as partial:
+            canvas.savefig(partial, format="svg", metadata={"Date": None})
+
+
+def kept_bar(judged: Json) -> Bar:
+    """What is retained of the dense model's scores, in percent."""
+    value, error = formatting.finite(judged.retained.mean), formatting.finite(judged.retained.error)
+    return None if value is None else (100 * value, None if error is None else 100 * error)
+
+
+def share_bar(grid: Json) -> Bar:
+    """The share that was found, in percent."""
+    hits, trials = (sum(formatting.finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))
+    return (100 * hits / trials, None) if trials else None
+
+
+def draw_bar(axes: Any, y: float, bar: tuple[float, float | None], state: str, name: str) -> None:
+    """One bar with its error.
+
+    Args:
+        axes: to draw on.
+        y: its place.
+        bar: its length and error.
+        state: whose colour it has.
+        name: for the legend; "_" leaves it out.
+    """
+    colour = STATE_COLOURS.get(state, "#444")
+    axes.barh(y, bar[0], height=0.22, color=colour, xerr=bar[1], ecolor="#444", capsize=2, label=name)
