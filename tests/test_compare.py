@@ -299,6 +299,7 @@ def test_layers_on_disk_are_refused_before_anything_is_done(arguments, tmp_path,
 
 def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(arguments, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
+    (tmp_path / "tasks").mkdir()
     tasks = folders.write_tasks(tmp_path / "tasks")
     out = tmp_path / "run"
     command = [*arguments, f"--out={out}", "--methods=2:4,cosine,3:4+6:7", "--tune-tokens=32", "--tasks=tiny_choices"]

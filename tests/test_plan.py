@@ -35,6 +35,7 @@ from layercut.config import (
     PlanConfig,
     SearchConfig,
 )
+from layercut.data.probes import ProbeRows
 from layercut.estimate import GROUP, cut_parts, plan_run, sizes, stage_costs
 from layercut.estimate.fits_in_memory import Device, judge
 from layercut.estimate.machine import Rates
@@ -53,6 +54,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Work, total
 from layercut.models.runner import DecoderRunner
 from layercut.offload.placement import spread_peak
+from layercut.pipeline.stages.search import planned_tests, rows_of_tests
 from layercut.registries import criteria
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -234,6 +236,34 @@ def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
             assert bounds.least <= counted <= bounds.most
             assert bounds.least <= bounds.expected <= bounds.most
         assert planned.layer_forwards.most < 3 * cost.layer_forwards, "bounds that wide say nothing"
+
+
+@pytest.mark.parametrize(("length", "rows"), [(2, 12), (4, 24)])
+def test_one_segment_compared_with_two_on_tests_as_well_lies_within_its_bounds(llama, length, rows):
+    stack, shape, tokens = llama
+    answers = torch.full((8, 16), -1)
+    answers[:, 9] = torch.arange(8)
+    tests = ProbeRows(tokens[:8].clone(), answers, torch.zeros(8, dtype=torch.int64), ("recall",))
+    settings = replace(config("clp"), text=DataConfig(tokens=16 * rows, window=16))
+    planned = search_cost(replace(run_of(shape, settings, Segment(0, length)), tests=8)).work.layer_forwards
+    alone = search_cost(run_of(shape, settings, Segment(0, length))).work.layer_forwards
+    cost = search(stack, tokens[:rows], n_layers=length, probes=tests, num_segments="auto", seed=0).cost
+    assert planned.least <= cost.layer_forwards <= planned.most
+    assert planned.expected / 3 < cost.layer_forwards < 3 * planned.expected
+    assert cost.layer_forwards > alone.most, "as a search on the text alone was planned"
+
+
+def test_a_plan_counts_the_tests_and_what_judges_them(bare, capsys):
+    words = ["plan", str(bare), "--ratio=0.3", "--no-calibrate", "--window=64", "--tokens=1024", "--json"]
+    plans = []
+    for preserve in ("all", "none"):
+        assert main([*words, f"--preserve={preserve}"]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["stages"])
+    for stage in ("search", "eval"):
+        with_tests, without = (plan[stage]["layer_forwards"]["expected"] for plan in plans)
+        assert with_tests > 1.5 * without
+    assert planned_tests(CompressConfig(search=SearchConfig(ratio=0.3))) == rows_of_tests(DataConfig()) == 16
+    assert planned_tests(CompressConfig(search=SearchConfig(ratio=0.3, method="cosine"))) == 0
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gpt2", "mixtral", "qwen3"])

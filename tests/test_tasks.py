@@ -17,8 +17,10 @@ import folders
 import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
+from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, DataError, RunError
 from layercut.evaluation import lm_eval_harness, shared_contexts
+from layercut.evaluation.generated_probes import Probes
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------
@@ -268,10 +270,19 @@ def started(run: Path) -> list[str]:
     return [event["stage"] for event in events if event["name"] == "started"]
 
 
+def few_probes() -> Probes:
+    answers = torch.full((1, 16), -1)
+    answers[0, 12] = 0
+    tests = ProbeRows(torch.arange(3, 19)[None], answers, torch.zeros(1, dtype=torch.int64), ("recall",))
+    return Probes([(16, depth, [3, 4, 5], "") for depth in (0.0, 1.0)], [(16, 0.5, [3, 4], "¶¶")], tests, 16)
+
+
 def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.single_stage"):
+        monkeypatch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
     run = tmp_path / "run"
-    asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}"]
+    asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}", "--probes"]
     argv = ["compress", str(tiny_model), *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, *asked, f"--out={run}", "--long-context=128"]) == 0, capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
@@ -287,6 +298,14 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
     assert "tiny_choices" in page
     assert "tiny_choices" in card
+    # every reply holds the empty text, none holds two letters that the tokenizer does not know
+    assert [sum(cell["found"] for cell in summary["probes"]["keys"][name]) for name in ("dense", "compressed")] == [
+        2,
+        2,
+    ]
+    assert [cell["found"] for cell in summary["probes"]["lists"]["compressed"]] == [0]
+    assert "2 → 2" in page.partition('id="keys"')[2].partition("</section>")[0]
+    assert "0 → 0" in page.partition('id="lists"')[2].partition("</section>")[0]
 
     again = [*argv, f"--out={run}"]
     before = started(run)
@@ -300,6 +319,7 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     assert started(run)[len(before) + 2 :] == ["summary"]
     bare = json.loads((run / "summary.json").read_text())
     assert bare["tasks"] is bare["retention"] is bare["long_context"] is None, "not asked for any more"
+    assert bare["probes"] is None
 
     capsys.readouterr()
     scored = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
@@ -308,6 +328,11 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines[0][:5] == ["task", "metric", "items", "chance", "dense"]
     assert lines[1][:3] == ["tiny_choices", "acc_norm", "6"]
+    told = {name: figures for name, *figures in lines}
+    assert told["hidden keys found"] == ["2/2", "2/2"]
+    assert told["values found in lists"] == ["0/1", "0/1"]
+    assert len(told["recall: answers"]) == 2
+    assert float(told["recall: damage, nats"][1]) > 0
     assert float(lines[1][4]) == pytest.approx(row["dense"], abs=1e-4)
     assert float(lines[1][6]) == pytest.approx(row["compressed"], abs=1e-4)
     after = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}

@@ -179,7 +179,7 @@ def evaluate(
         layercut evaluate runs/small --eval-data c4:validation
     """
     from layercut.cli.single_stage import evaluate_only
-    from layercut.report.page import score_lines
+    from layercut.report.page import probe_lines, score_lines
 
     config = config or PerplexityConfig()
     found = evaluate_only(model, config)
@@ -191,7 +191,7 @@ def evaluate(
     if found.ratio:
         value, error = found.ratio
         print(f"compressed / dense\t{value:.4f}" + (f"\t± {value * error:.4f}" if error is not None else ""))
-    for line in score_lines(found.tasks, found.retention, found.evaluations):
+    for line in (*score_lines(found.tasks, found.retention, found.evaluations), *probe_lines(found.probes or {})):
         print(line)
 
 

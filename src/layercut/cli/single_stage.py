@@ -26,6 +26,7 @@ from layercut.data.blocks import Blocks, load_blocks, stored_blocks
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError, RunError
+from layercut.evaluation.generated_probes import Probed, probed, probes_for
 from layercut.export import consumers
 from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
@@ -121,7 +122,9 @@ class Evaluated:
     evaluations: evaluation.Rows
     """Evaluation, metric -> figure by the model's name, and "higher_is_better"."""
     seed: int
-    """Of the evaluations."""
+    """Of the evaluations and probes."""
+    probes: dict[str, Probed] | None = None
+    """By the model's name; None where they were not asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """What --json prints and a run keeps: the figures, and on what they were measured by which versions."""
@@ -134,6 +137,7 @@ class Evaluated:
             "retention": self.retention,
             "limit": self.limit,
             **({"evaluations": self.evaluations, "seed": self.seed} if self.evaluations else {}),
+            **({"probes": self.probes, "seed": self.seed} if self.probes else {}),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "versions": versions(),
         })  # fmt: skip
@@ -162,9 +166,11 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
 
 def _keep(run: Path, found: Evaluated) -> None:
     """Write evaluations/NAME.json, NAME a hash of what was measured: measured again, it is replaced."""
-    asked = [found.text, sorted(found.tasks), found.limit]
+    asked: list[Any] = [found.text, sorted(found.tasks), found.limit]
     if found.evaluations:
         asked += [sorted(found.evaluations), found.seed]
+    if found.probes:
+        asked += ["probes", found.seed]
     of = checkpoints.read_json(run / "summary.json").get("config_hash")
     (run / "evaluations").mkdir(exist_ok=True)
     write_json(run / "evaluations" / f"{digest([asked, of])}.json", {"run": of} | found.to_json())
@@ -178,7 +184,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
     if asked.names:
         evaluation.check_tasks(asked.names, asked.include_path)
     functions = evaluation.named(asked.evaluation_names)
-    source_of_text = config.eval_data or (None if asked.names or functions else "wikitext2")
+    source_of_text = config.eval_data or (None if asked.names or functions or asked.probes else "wikitext2")
     if is_run(run):
         check_finished(run, "evaluate")
         names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
@@ -188,6 +194,8 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
     records: list[dict[str, Any]] = []
     figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in functions}
     drawn: Blocks | None = None
+    found_probes: dict[str, Probed] = {}
+    dense: Any = None
     for name, source in names.items():
         judged = _Judged(source, name, config, source_of_text, drawn, run if cache else None)
         if tasks:
@@ -196,6 +204,9 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
             losses[name] = judged.losses()
         for one, function in functions.items():
             figures[one][name] = judged.figures(one, function)
+        if asked.probes:
+            dense = dense or judged.loaded.model  # damage is measured beside it: it stays in memory
+            found_probes[name] = judged.probes(dense)
         drawn = judged.blocks
         del judged  # one model at a time: the next is loaded when this one's memory is free
         memory.release_freed()
@@ -213,6 +224,7 @@ def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
         limit=asked.limit,
         evaluations={one: evaluation.metric_rows(functions[one], of_models) for one, of_models in figures.items()},
         seed=config.seed,
+        probes=found_probes or None,
     )
 
 
@@ -254,9 +266,21 @@ class _Judged:
         if text is not None and blocks is None:
             self.blocks = processes.on_main(lambda: self._drawn(text))
 
+    def probes(self, dense: Any) -> Probed:
+        """Keys, lists, and the damage beside the dense model, in the main process."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        if layers_on_disk(model):
+            raise ConfigError(
+                "--probes needs the model in memory, and its layers are left on disk",
+                "leave out --probes; with enough memory: --stream off",
+            )
+        asked = probes_for(tokenizer, model.config, seed=self.config.seed)
+        with bar(f"probes of {self.name}", asked.tokens) as advance:
+            return processes.on_main(lambda: probed(model, dense, tokenizer, asked, advance=advance))
+
     def _needs_one_process(self, text: str | None) -> bool:
         asked = self.config.tasks
-        return bool(asked.names or asked.evaluation_names or "self" in split_mix(text or ""))
+        return bool(asked.names or asked.evaluation_names or asked.probes or "self" in split_mix(text or ""))
 
     def figures(self, name: str, function: evaluation.EvaluationFunction) -> dict[str, float]:
         """What a package's evaluation returns, in the main process."""

@@ -32,7 +32,9 @@ from layercut.models.memory import memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import check_window, wanted_length, with_reported_window
+from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
+from layercut.pipeline.stages.search import planned_tests
 from layercut.pipeline.stages.text import held_out_tokens
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
@@ -79,6 +81,7 @@ class _Planner:
             after=self.after,
             heldout=shape.rows_of(held_out_tokens(heal)),
             folded=calibration + min(tuning, tuning_rows_to_fold(calibration * window, window)),
+            tests=planned_tests(config),
             libraries=self.base if on_cpu else 0,
         )
 
@@ -138,6 +141,8 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
         found["tune"] = tune_cost(run, tune_settings(heal))
     found |= {"eval": evaluate_cost(run), "export": export_cost(run)}
     found["eval"].peak["healed weights"] = healed
+    if run.config.search.preserve != "none" and (tested := found["eval"].work):
+        found["eval"] = replace(found["eval"], work=tested + capabilities_work(run))
     if run.on_disk:
         found["export"].peak["healed weights"] = 2 * healed
     weights = weights_peak(run.shape, run.on_disk)

@@ -33,9 +33,14 @@ class Probes:
     longest: int
 
     @property
+    def prompt_tokens(self) -> int:
+        """In the prompts with keys and lists."""
+        return sum(len(trial[2]) for trial in (*self.keys, *self.lists))
+
+    @property
     def tokens(self) -> int:
         """In all prompts and tests."""
-        return sum(len(trial[2]) for trial in (*self.keys, *self.lists)) + self.tests.tokens.numel()
+        return self.prompt_tokens + self.tests.tokens.numel()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
-from layercut.layer_search.sweep import Cuts, all_lengths, all_segments, sweep_work
-from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
+from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, all_segments, set_work, sweep_cost, sweep_work
+from layercut.models.cost import Bounds, Peak, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -81,15 +81,36 @@ def clp_cost(run: PlannedRun) -> Spent:
     the gate scales; of layers on disk their inputs, and what one of them needs at a time. P rows of logits are made at
     once, with a float32 copy and p spread over them.
     """
-    shape, layers, rows, kept = run.shape, run.shape.layers, run.calibration, run.shape.layers - run.length
-    schedule = schedule_for(layers, run.length, 1, rows)
+    shape, kept, schedule = (
+        run.shape,
+        run.shape.layers - run.length,
+        schedule_for(run.shape.layers, run.length, 1, run.searched),
+    )
+    few, raced = race_work(run, schedule.particles)
+    step, descent = descent_cost(run, schedule)
+    swept = all_segments_cost(run)
+    singles = all_segments(run.length, shape.layers)
+    coarse = Work.of(shape, sweep_work(singles, shape.layers, few), heads=few * (kept + 2))
+    return Spent(max(step, swept.peak, key=total), coarse + descent + raced)
+
+
+def descent_cost(run: PlannedRun, schedule: GateSchedule) -> tuple[Peak, Work]:
+    """What the descent holds in a step, and computes.
+
+    Args:
+        run: what is planned.
+        schedule: how many sets descend, for how many steps.
+
+    Returns:
+        Peak and work.
+    """
+    shape, layers, kept = run.shape, run.shape.layers, run.shape.layers - run.length
     p, steps, row = schedule.particles, schedule.steps, shape.stream(1)
     # P streams enter the layers behind the segment, half of the kept ones on average, and up to four at its soft walls
     entered = p * (kept / 2 + 2), 0, p * min(layers, kept + 4)
     back = Bounds(*(steps * n for n in entered))
     forth = back + Bounds.exactly(steps * layers)
     descent = Work.of(shape, forth, back, heads=steps * (2 * p + 1) / HEAD_EVERY)
-    few, raced = race_work(run, p)
     inside = p * shape.most("saved") if run.on_disk else entered[0] * shape.mean("saved")
     logits = shape.window * shape.vocabulary
     step = {
@@ -97,9 +118,62 @@ def clp_cost(run: PlannedRun) -> Spent:
         "streams": 3 * p * row,
         "logits": (p * logits * (shape.itemsize + 8) + logits * 4) // HEAD_EVERY,
     }
-    swept = all_segments_cost(run)
-    coarse = Work.of(shape, sweep_work(all_segments(run.length, layers), layers, few), heads=few * (kept + 2))
-    return Spent(max(step, swept.peak, key=total), coarse + descent + raced)
+    return step, descent
+
+
+def few_rows(run: PlannedRun) -> int:
+    """Rows of the first, coarse pricing: of both kinds where there are tests (`Prices.few`)."""
+    return min(run.searched, max(first_rows(run.searched), 4 if run.tests else 2))
+
+
+def several_cost(run: PlannedRun, count: int) -> Spent:
+    """What a search for K segments costs: race and climb by how many layers come behind a set's first segment.
+
+    Args:
+        run: what is planned.
+        count: K.
+
+    Returns:
+        Its cost; the memory is taken as that of the descent, or of the coarse pricing of every single segment.
+    """
+    shape, layers, length = run.shape, run.shape.layers, run.length
+    few, schedule = few_rows(run), schedule_for(layers, length, count, run.searched)
+    coarse = max(4 if run.tests else 1, few // 2)
+    singles = [DENSE, *((segment,) for segment in all_lengths(length, layers))]
+    work = Work.of(shape, set_work(singles, layers, coarse), heads=coarse * len(singles))
+    step, descent = descent_cost(run, schedule)
+    # "auto" races one proposal a layer, and no moves
+    auto = run.config.search.num_segments == "auto"
+    moves = (2 * count) ** 2
+    racing = (1 if auto else COARSE_SETS) * layers + schedule.particles * (2 if auto else 2 + moves)
+    work += descent + raced_work(run, racing, few)
+    climbed = raced_work(run, moves + 1, few)
+    rounds = Bounds(2 * climbed.layer_forwards.expected, climbed.layer_forwards.least,
+                    MOST_CLIMBS * climbed.layer_forwards.most)  # fmt: skip
+    work += Work.of(shape, rounds, heads=2 * climbed.head_rows)
+    return Spent(max(step, sweep_cost(run, singles).peak, key=total), work)
+
+
+def raced_work(run: PlannedRun, sets: int, few: int) -> Work:
+    """A race of sets of several segments, from the first rows on; how much they share is not known beforehand.
+
+    Args:
+        run: what is planned.
+        sets: how many race.
+        few: rows of the first round.
+
+    Returns:
+        The work.
+    """
+    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
+    forwards, heads, alive, seen, upto = Bounds(), 0, sets, 0, few
+    while True:
+        new = upto - seen
+        forwards += Bounds(new * (shape.layers + alive * kept / 2), 0, new * (shape.layers + alive * kept))
+        heads += new * (alive + 1)
+        if upto == rows:
+            return Work.of(shape, forwards, heads=heads)
+        alive, seen, upto = min(sets, max(FINALISTS, -(-alive // 2))), upto, min(rows, 2 * upto)
 
 
 def race_work(run: PlannedRun, particles: int) -> tuple[int, Work]:
@@ -112,10 +186,10 @@ def race_work(run: PlannedRun, particles: int) -> tuple[int, Work]:
     Returns:
         The rows of the coarse pricing, which are not priced again, and the work.
     """
-    shape, rows, kept = run.shape, run.calibration, run.shape.layers - run.length
+    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
     fewest = -(-(kept + 1) // COARSE_SHARE)
     alive = [min(kept + 1, fewest + more) for more in (particles, 0, 5 * particles)]
-    few = priced = first_rows(rows)
+    few = priced = few_rows(run)
     work, seen = Work(), min(rows, 2 * few)
     while True:
         new = seen - priced
@@ -128,7 +202,7 @@ def race_work(run: PlannedRun, particles: int) -> tuple[int, Work]:
         priced, seen = seen, min(rows, 2 * seen)
 
 
-@costs(clp_cost, prices_itself=True)
+@costs(clp_cost, prices_itself=True, several=several_cost)
 def clp(
     runner: DecoderRunner,
     tokens: torch.Tensor,

@@ -11,8 +11,9 @@ from layercut.layer_search.prices import Prices, as_objective, beside_text, cand
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.search_cost import all_segments_cost, costs
-from layercut.layer_search.sweep import DENSE, set_costs, set_work
+from layercut.layer_search.sweep import DENSE, set_costs, set_work, sweep_cost
 from layercut.models.batch_sizes import swept_rows
+from layercut.models.cost import PlannedRun, Spent
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -21,7 +22,14 @@ MOST_SETS = 20_000
 """More sets than these are refused."""
 
 
-@costs(all_segments_cost, prices_itself=True)
+def all_sets_cost(run: PlannedRun, count: int) -> Spent:
+    """Price every set of K segments; unknown where there are more than are allowed."""
+    if number_of_sets(run.length, run.shape.layers, count) > MOST_SETS:
+        return Spent({}, None)
+    return sweep_cost(run, [DENSE, *all_sets(run.length, run.shape.layers, count)])
+
+
+@costs(all_segments_cost, prices_itself=True, several=all_sets_cost)
 def exhaustive(
     runner: DecoderRunner,
     tokens: torch.Tensor,

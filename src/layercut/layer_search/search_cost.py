@@ -20,21 +20,25 @@ from layercut.segments import Segment
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 CostFunction = Callable[[PlannedRun], Spent]
+SeveralCost = Callable[[PlannedRun, int], Spent]
 
 
-def costs(cost: CostFunction, *, prices_itself: bool = False) -> Callable[[Function], Function]:
+def costs(
+    cost: CostFunction, *, prices_itself: bool = False, several: SeveralCost | None = None
+) -> Callable[[Function], Function]:
     """A decorator by which a criterion says what it costs.
 
     Args:
         cost: what it computes and holds.
         prices_itself: whether the pricing of its pick is in that.
+        several: the same of a search for K segments, which is not `cost`'s; not given: unknown.
 
     Returns:
         The decorator, which gives the criterion back.
     """
 
     def say(criterion: Function) -> Function:
-        criterion.__dict__.update(planned_cost=cost, prices_itself=prices_itself)
+        criterion.__dict__.update(planned_cost=cost, prices_itself=prices_itself, planned_several=several)
         return criterion
 
     return say
@@ -85,9 +89,31 @@ def search_cost(run: PlannedRun) -> Spent:
     if search.oracle and search.method != "exhaustive":
         both = found.work + oracle.work if found.work and oracle.work else None
         found = Spent(max(found.peak, oracle.peak, key=total), both)
-    if found.work is None or search.num_segments not in (1, "auto"):
+    several = getattr(criterion, "planned_several", None)
+    if search.num_segments == "auto":
+        # where tests are weighed with the text, one segment is compared with two
+        more = several(run, 2) if several and run.tests and run.length > 1 else Spent({}, Work())
+        found = both_searches(found, more)
+    elif search.num_segments > 1:
+        more = several(run, min(search.num_segments, run.length)) if several else Spent({}, None)
+        found = Spent(max(found.peak, more.peak, key=total), more.work)
+    if found.work is None:
         return Spent(found.peak, None)
     return found if criterion.prices_itself else Spent(found.peak, found.work + picked_work(run))
+
+
+def both_searches(one: Spent, other: Spent) -> Spent:
+    """One search after another.
+
+    Args:
+        one: its cost.
+        other: that of the other.
+
+    Returns:
+        The larger peak, and all work; None where one cannot be told.
+    """
+    work = one.work + other.work if one.work and other.work else None
+    return Spent(max(one.peak, other.peak, key=total), work)
 
 
 def unknown_search(search: SearchConfig) -> str | None:

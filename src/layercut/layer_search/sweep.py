@@ -152,7 +152,7 @@ def all_segments(length: int, layers: int) -> list[Segment]:
 
 
 def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
-    """What it takes to price sets of segments on the calibration rows (`set_costs`).
+    """What it takes to price sets of segments on the rows that are searched on (`set_costs`).
 
     Args:
         run: what is planned.
@@ -161,7 +161,7 @@ def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
     Returns:
         Hidden states, and one layer at work or a chunk of logits; the layer-forwards.
     """
-    shape, rows = run.shape, run.calibration
+    shape, rows = run.shape, run.searched
     batch = min(rows, swept_rows(shape.stream(1), len(sets)))
     logits = compared_bytes(shape.chunk_logits(batch), shape.itemsize)
     held = streams_held(sets, shape.layers) * shape.stream(rows if run.on_disk else batch)

@@ -216,6 +216,8 @@ class PlannedRun:
     """Rows that judge healing."""
     folded: int
     """Rows that the fold is solved on."""
+    tests: int = 0
+    """Rows of generated tests that are searched on beside the text."""
     libraries: int = 0
     """Bytes that a fresh process holds from the start, where it computes on the CPU."""
 
@@ -226,8 +228,13 @@ class PlannedRun:
 
     @property
     def calibration(self) -> int:
-        """Rows that are searched on."""
+        """Rows of text that are searched on."""
         return self.shape.rows_of(self.config.text.tokens)
+
+    @property
+    def searched(self) -> int:
+        """Rows that are searched on, of text and of tests."""
+        return self.calibration + self.tests
 
     @property
     def tuning(self) -> int:

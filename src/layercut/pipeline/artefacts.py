@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from layercut.data.blocks import TextFacts
+from layercut.evaluation.generated_probes import Grid
 from layercut.export.consumers import Reading
 from layercut.files.json_values import OPTIONAL
 from layercut.files.typed_json import SEAL
@@ -374,6 +375,28 @@ class JudgedTests:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundByLength:
+    """What greedy decoding finds of keys hidden in long text and of values in lists, by model, length and depth."""
+
+    keys: dict[str, Grid]
+    """Of "dense" and "compressed"."""
+    lists: dict[str, Grid]
+    longest: int
+    """Tokens of the longest prompts."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesArtefact(Artefact, FoundByLength):
+    """probes.json."""
+
+    @property
+    def facts(self) -> FoundByLength:
+        """Without what the run folder adds."""
+        return part_of(FoundByLength, self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapabilitiesArtefact(Artefact):
     """capabilities.json."""
 
@@ -444,3 +467,5 @@ class SummaryArtefact(Artefact):
     """What software that may load the exported model makes of it."""
     capabilities: JudgedTests | None = None
     """What the compressed model can still do of generated tests, beside the dense one."""
+    probes: FoundByLength | None = None
+    """Hidden keys and values in lists, where --probes asked for them."""

@@ -24,6 +24,7 @@ from layercut.pipeline.artefacts import (
     EvaluationsArtefact,
     ExportArtefact,
     LongArtefact,
+    ProbesArtefact,
     SearchArtefact,
     SizeInBytes,
     SummaryArtefact,
@@ -118,6 +119,9 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
     if config.tasks.names:
         stages.evaluate.score(work, segments)
         measured.append("tasks")
+    if config.tasks.probes:
+        stages.evaluate.probes(work, segments)
+        measured.append("probes")
     if config.long.long_context:
         stages.evaluate.long(work, segments)
         measured.append("long")
@@ -152,6 +156,7 @@ def summarise(
             tasks = run.artefact(TasksArtefact, "tasks") if "tasks" in measured else None
             long = run.artefact(LongArtefact, "long") if "long" in measured else None
             others = run.artefact(EvaluationsArtefact, "evaluations") if "evaluations" in measured else None
+            probes = run.artefact(ProbesArtefact, "probes") if "probes" in measured else None
             able = run.artefact(CapabilitiesArtefact, "capabilities") if "capabilities" in measured else None
             exported = run.artefact(ExportArtefact, "export")
             stage.found = SummaryArtefact(
@@ -171,6 +176,7 @@ def summarise(
                 long_context=long.facts if long else None,
                 evaluations=others.evaluations if others else None,
                 capabilities=able.judged if able else None,
+                probes=probes.facts if probes else None,
                 consumers=stages.export.read_by(work, segments),
             )
     return stage.artefact

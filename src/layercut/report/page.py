@@ -10,12 +10,13 @@ scripts and the network.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.files.writing import write_atomically
 from layercut.report import charts, comparison_views, tables, thresholds, verdicts
-from layercut.report.formatting import command_line, printable, short_name
+from layercut.report.formatting import Json, command_line, figure, percent, printable, short_name
 from layercut.report.run_facts import RunFacts, read_json, read_run
 from layercut.report.sections import chapter
 from layercut.report.templating import lines, page
@@ -128,6 +129,28 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
     last = verdicts.conclusion(found)
     warned = [verdict for verdict in verdicts.verdicts(found) if verdict.mark in ("fair", "bad")]
     return table, [*(line(v, f"{v.words}: {v.stage}: ", "") for v in warned), line(last, "", "bold ")]
+
+
+def probe_lines(probes: Mapping[str, Any]) -> list[str]:
+    """What `layercut evaluate --probes` prints: what each model finds, and the damage beside the first of them.
+
+    Args:
+        probes: `evaluation.generated_probes.Probed` by the model's name.
+
+    Returns:
+        The lines, cells parted by tabs, with a heading; none where nothing was asked.
+    """
+    if not probes:
+        return []
+    rows = [["", *map(printable, probes)]]
+    for name, what in (("hidden keys found", "keys"), ("values found in lists", "lists")):
+        rows.append([name, *(comparison_views.found(Json(getattr(each, what))) for each in probes.values())])
+    figures = [Json(each.capabilities) for each in probes.values()]
+    for capability, _ in figures[-1].hits.entries():
+        rows.append([f"{capability}: answers", *(percent(each.hits[capability]) for each in figures)])
+        if len(figures) > 1:
+            rows.append([f"{capability}: damage, nats", "", *(figure(each.damage[capability]) for each in figures[1:])])
+    return ["\t".join(row) for row in rows]
 
 
 def score_lines(tasks: dict[str, Any], retained: dict[str, Any] | None, measured: dict[str, Any]) -> list[str]:

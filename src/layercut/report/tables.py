@@ -175,10 +175,15 @@ def positions(summary: Json) -> list[tuple[int, int, float | None, float | None]
 
 
 def hidden_keys(summary: Json) -> dict[str, Any]:
+    """Keys that were found (`found_by_place`), of --long-context, or of --probes where that was not measured."""
+    return found_by_place(summary.long_context.passkey) or found_by_place(summary.probes["keys"])
+
+
+def found_by_place(grids: Json) -> dict[str, Any]:
     """{"lengths", "rows": [(depth, [(dense, compressed, trials) or None, …]), …], and the totals}; empty: unknown."""
     grid: dict[tuple[float, float], list[Any]] = {}
     for which, name in enumerate(("dense", "compressed")):
-        for cell in summary.long_context.passkey[name]:
+        for cell in grids[name]:
             depth, length, found, trials = (finite(cell[key]) for key in ("depth", "length", "found", "trials"))
             if depth is not None and length is not None and found is not None and trials:
                 grid.setdefault((depth, length), [None, None, trials])[which] = found

@@ -13,8 +13,11 @@ from layercut.data.blocks import in_rows
 from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
+from layercut.evaluation.generated_probes import found_of, probes_for
 from layercut.layer_search.damage_map import capability_map
+from layercut.layer_search.sweep import DENSE, all_segments, set_work
 from layercut.models import layer_reader_protocol, loading
+from layercut.models.cost import PlannedRun, Work
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import (
     CapabilitiesArtefact,
@@ -29,6 +32,7 @@ from layercut.pipeline.artefacts import (
     LongArtefact,
     Metric,
     Perplexities,
+    ProbesArtefact,
     QuantizeArtefact,
     SharedTextArtefact,
     TasksArtefact,
@@ -234,10 +238,10 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
         segments: all that is removed, in the dense model's layers.
 
     Returns:
-        The artefact; None where no test fits a row of the run's window, or --preserve is none.
+        The artefact; None where no test fits a row of the run's window, or neither --preserve nor --probes asks for it.
     """
     config, text = work.config.search, work.config.text
-    if config.preserve == "none" or not work.tests_fit:
+    if (config.preserve == "none" and not work.config.tasks.probes) or not work.tests_fit:
         return None
     inputs = [work.source, text.seed, text.window, text.tokens, config.all_lengths, len(segments)]
     with work.run.stage(
@@ -256,6 +260,47 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     kept = ", ".join(f"{name} {told.hits[name]:.0%} of {told.dense_hits[name]:.0%}" for name in told.hits)
     say("capabilities", f"answers found, of those that the dense model finds: {kept}")
     return stage.artefact
+
+
+def capabilities_work(run: PlannedRun) -> Work:
+    """What the capability map and the tests that judge take: told beforehand, without the tokenizer."""
+    shape, kept = run.shape, len(run.after.layers)
+    rows = MAP_ROWS + MAP_TEXT_ROWS
+    singles = [DENSE, *((segment,) for segment in all_segments(1, shape.layers))]
+    of_lengths = 2 * ROWS_OF_A_LENGTH * sum(measures.lengths(LONGEST_TEST))
+    judged = JUDGED_ROWS + of_lengths / shape.window
+    forwards = set_work(singles, shape.layers, rows) + judged * (shape.layers + kept)
+    return Work.of(shape, forwards, heads=rows * len(singles))
+
+
+def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
+    """Keys hidden in long text and values in lists as long: what greedy decoding finds, dense and compressed.
+
+    Args:
+        work: of the run.
+        segments: that are removed.
+
+    Returns:
+        The artefact.
+    """
+    seed = work.config.text.seed
+    with work.run.stage(ProbesArtefact, "probes", [work.source, seed], after=["quantize"]) as stage:
+        if stage.open:
+            asked, both = probes_for(work.tokenizer, work.architecture, seed=seed), dense_and_compressed(work, segments)
+            with bar("keys and lists", 2 * asked.prompt_tokens) as advance:
+                keys, lists = (
+                    {
+                        name: measures.passkey_grid(model, work.tokenizer, trials, advance=advance)
+                        for name, model in both.items()
+                    }
+                    for trials in (asked.keys, asked.lists)
+                )
+            stage.found = ProbesArtefact(keys=keys, lists=lists, longest=asked.longest, seed=seed)
+    found = stage.artefact
+    for what, grids in (("keys", found.keys), ("lists", found.lists)):
+        (dense, trials), (compressed, _) = (found_of(grids[name]) for name in ("dense", "compressed"))
+        say("probes", f"{what} found: {dense} -> {compressed} of {trials}")
+    return found
 
 
 def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedTests, list[HitsByLength]]:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from layercut import layer_search
-from layercut.config import SearchConfig, consumer_names
+from layercut.config import CompressConfig, DataConfig, SearchConfig, consumer_names
 from layercut.data.blocks import Blocks
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import public_name, split_mix
@@ -57,6 +57,9 @@ from layercut.segments import Removal, Segment
 TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
 recall from the others (docs/log.md)."""
+
+SHORTEST_TESTED = 64
+"""Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
 
 
 def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Removal:
@@ -157,10 +160,9 @@ def generated_tests(work: RunContext, seed: int | None = None, config: SearchCon
     wanted = capability_names(config.preserve)
     if not wanted or not names(criteria.get(config.method), "probes"):
         return None
-    rows = max(FEWEST_TESTS, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
     made = probe_rows(
-        work.tokenizer, rows=rows, window=text.window, capabilities=wanted, seed=text.seed if seed is None else seed,
-        weight=config.preserve_weight,
+        work.tokenizer, rows=rows_of_tests(text), window=text.window, capabilities=wanted,
+        seed=text.seed if seed is None else seed, weight=config.preserve_weight,
     )  # fmt: skip
     left = [name for name in wanted if name not in made.names]
     if left and config.preserve != "all":
@@ -171,6 +173,25 @@ def generated_tests(work: RunContext, seed: int | None = None, config: SearchCon
         what = "none: layers are chosen by the text alone" if not made.names else "all but " + ", ".join(left)
         say("search", f"generated tests that fit rows of {text.window} tokens: {what}")
     return made if made.names else None
+
+
+def rows_of_tests(text: DataConfig) -> int:
+    """Rows of generated tests beside the calibration text."""
+    return max(FEWEST_TESTS, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
+
+
+def planned_tests(config: CompressConfig) -> int:
+    """Rows of tests that a run will search on, as far as that is known without its tokenizer.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Rows; 0 where the window is shorter than most tests, the search goes by text alone, or its criterion does.
+    """
+    search = config.search
+    takes = search.preserve != "none" and names(criteria.get(search.method), "probes")
+    return rows_of_tests(config.text) if takes and config.text.window >= SHORTEST_TESTED else 0
 
 
 def asked(this: Round, length: int, tests: ProbeRows | None) -> dict[str, Any]:

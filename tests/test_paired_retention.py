@@ -1,0 +1,73 @@
+"""Retention of several models on the same items: points as counted by hand, errors paired over the items."""
+
+import numpy as np
+import pytest
+
+from layercut.errors import RunError
+from layercut.evaluation.paired_retention import retained
+
+
+def record(values, choices=2, metric="acc", name="one"):
+    values = [float(v) for v in values]
+    return {
+        "metrics": {metric: {"values": values, "score": sum(values) / len(values), "higher_is_better": True}},
+        "choices": [choices] * len(values), "items": len(values), "document_hash": name,
+    }  # fmt: skip
+
+
+def items(right, of=400):
+    return [1] * right + [0] * (of - right)
+
+
+def test_points_are_those_of_the_paper_and_above_chance():
+    dense = {"a": record(items(300)), "b": record(items(200), choices=4)}
+    kept = retained(dense, {"same": dense, "worse": {"a": record(items(240)), "b": record(items(150), choices=4)}})
+    assert kept["same"].mean == kept["same"].above_chance == 1
+    assert kept["same"].error == 0
+    assert kept["same"].behind is kept["same"].behind_error is None
+    assert kept["worse"].mean == pytest.approx((0.8 + 0.75) / 2)
+    assert kept["worse"].above_chance == pytest.approx((0.1 / 0.25 + 0.125 / 0.25) / 2)
+    assert kept["worse"].behind == pytest.approx(1 - kept["worse"].mean)
+
+
+def test_errors_are_paired_over_the_items():
+    draw = np.random.default_rng(1)
+    hard = draw.random(400) < 0.4  # items that neither model gets right
+    first, second = (np.where(hard, 0, draw.random(400) < 0.9) for _ in range(2))
+    dense = {"a": record(np.where(hard, 0, 1))}
+    kept = retained(dense, {"first": {"a": record(first)}, "second": {"a": record(second)}})["second"]
+    difference = (first - second) / dense["a"]["metrics"]["acc"]["score"]
+    expected = difference.std(ddof=1) / np.sqrt(400)
+    assert kept.behind_error == pytest.approx(expected, rel=0.1)
+    # as a share of the dense score, the hard items do not count: unpaired, the error would be half as large again
+    unpaired = second.std(ddof=1) / dense["a"]["metrics"]["acc"]["score"] / np.sqrt(400)
+    assert kept.error < 0.8 * unpaired
+
+
+def test_a_large_difference_is_significant_and_a_small_one_is_not():
+    dense = {"a": record(items(300))}
+    shifted = [*items(296)[4:], 1, 0, 1, 0]
+    kept = retained(
+        dense, {"x": {"a": record(items(296))}, "y": {"a": record(items(200))}, "z": {"a": record(shifted)}}
+    )
+    assert kept["y"].p_value < 0.01
+    assert kept["z"].p_value > 0.05
+
+
+def test_what_is_no_mean_of_items_has_a_score_and_no_error():
+    dense = {"a": record(items(200))}
+    dense["a"]["metrics"]["acc"]["values"] = None
+    kept = retained(dense, {"x": dense})["x"]
+    assert (kept.mean, kept.error) == (1, 0)
+
+
+def test_records_of_other_items_are_refused():
+    with pytest.raises(RunError, match="same items of a"):
+        retained({"a": record([1, 0])}, {"x": {"a": record([1, 0], name="two")}})
+
+
+def test_a_task_that_the_dense_model_guesses_counts_above_chance_for_nothing():
+    dense = {"a": record(items(200)), "b": record(items(300))}
+    kept = retained(dense, {"x": {"a": record(items(100)), "b": record(items(250))}})["x"]
+    assert kept.above_chance == pytest.approx((250 - 200) / (300 - 200))
+    assert kept.mean == pytest.approx((0.5 + 250 / 300) / 2)
