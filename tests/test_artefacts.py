@@ -290,7 +290,7 @@ def test_an_error_of_the_disk_is_the_users_wherever_it_comes_up(tmp_path):
 
 FINISHED = {
     "model": "m", "ratio": 0.2, "speed": True, "oracle": False, "tasks": "", "limit": None, "seeds": 1, "out": "a",
-    "eval_tokens": 64, "long_context": 128, "device": "auto",
+    "eval_tokens": 64, "long_context": 128, "probes": False, "device": "auto",
 }  # fmt: skip
 
 
@@ -298,7 +298,7 @@ FINISHED = {
     ("change", "stays"),
     [
         ({}, True), ({"out": "b", "device": "cpu"}, True), ({"added_later": 3}, True),
-        ({"oracle": True, "seeds": 3, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
+        ({"oracle": True, "seeds": 3, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True), ({"probes": True}, True),
         ({"ratio": 0.4}, False), ({"model": "other"}, False), ({"eval_tokens": 32}, False), ({"speed": False}, False),
         ({"long_context": 64}, False), ({"oracle": True, "ratio": None}, False),
     ],

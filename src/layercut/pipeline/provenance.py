@@ -27,14 +27,14 @@ SUMMARIES = ("summary.json", "compare.json")
 SAME = {"out", "device", "stream", "shard", "push_to_hub", "private"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 MORE: dict[str, Any] = {
-    "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "evaluations": "",
+    "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "evaluations": "", "probes": False,
     "long_context": 0, "triangle": False,
 }  # fmt: skip
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
-APART = {"seeds", "tasks", "evaluations", "long_context", "triangle"}
+APART = {"seeds", "tasks", "evaluations", "probes", "long_context", "triangle"}
 """Of these, the ones whose artefacts are of their own, and stay where it is not asked for them."""
-MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods"}
+MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods", "states"}
 """Settings that change what is measured and not the model."""
 
 
@@ -95,7 +95,7 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
         f"{key} was {_value(before[key])} and " + (f"is {_value(config[key])}" if key in config else "is not known now")
         for key in changed
     ]
-    names = ("model", *summaries, "report.html", "compare.svg")
+    names = ("model", *summaries, "report.html", "compare.svg", "compare-survival.svg")
     return words, [name for name in names if (folder / name).exists() and (model or name != "model")]
 
 
@@ -123,8 +123,10 @@ def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -
         return False
     if key in ("limit", "include_path"):
         return not (before.get("tasks") and config.get("tasks"))
-    # every method of a comparison has artefacts of its own
-    return key == "methods" or (key in MORE and MORE[key] in (before[key], *([config[key]] if key in APART else [])))
+    # every method of a comparison, and every state of its cut, has artefacts of its own
+    return key in ("methods", "states") or (
+        key in MORE and MORE[key] in (before[key], *([config[key]] if key in APART else []))
+    )
 
 
 def _value(value: Any) -> str:
