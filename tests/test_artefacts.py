@@ -298,7 +298,8 @@ FINISHED = {
     ("change", "stays"),
     [
         ({}, True), ({"out": "b", "device": "cpu"}, True), ({"added_later": 3}, True),
-        ({"oracle": True, "seeds": 3, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True), ({"probes": True}, True),
+        ({"oracle": True, "seeds": 3, "tasks": "piqa", "limit": 3}, True), ({"long_context": 0}, True),
+        ({"probes": True}, True),
         ({"ratio": 0.4}, False), ({"model": "other"}, False), ({"eval_tokens": 32}, False), ({"speed": False}, False),
         ({"long_context": 64}, False), ({"oracle": True, "ratio": None}, False),
     ],
