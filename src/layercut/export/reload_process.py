@@ -58,7 +58,7 @@ def perplexity(model, rows):
     total = 0.0
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").double().sum().item()
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").cpu().double().sum().item()
     mean = total / (rows.numel() - len(rows))
     return math.exp(mean) if mean < 700 else math.inf
 

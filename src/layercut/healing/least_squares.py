@@ -326,8 +326,9 @@ def _statistics(
             if not counts:
                 continue
             held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
-            fit.add_(z[~held], y[~held])
-            check.add_(z[held], y[held])
+            for sums, chosen in ((fit, ~held), (check, held)):
+                which = chosen.nonzero()[:, 0].to(z.device)  # found on the CPU: no device is waited for
+                sums.add_(z[which], y[which])
             advance(len(z))
     fit.sum_()
     check.sum_()
