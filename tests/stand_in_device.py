@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 NAME = "standin"
 AVAILABLE = "LAYERCUT_STAND_IN"
@@ -240,12 +240,12 @@ def _answer_for_accelerator_(module: _Module) -> None:
     """While devices are there, torch.accelerator asks the module what it would ask an allocator written in C++."""
     asked = {name: name for name in ("synchronize", "empty_cache", "memory_allocated", "memory_reserved",
                                      "max_memory_allocated", "reset_peak_memory_stats")}  # fmt: skip
+
+    def either(own: Any, torchs: Any) -> Any:
+        return lambda *args: (own if module.is_available() else torchs)(*args)
+
     for name, own in {**asked, "get_memory_info": "mem_get_info", "set_device_index": "set_device"}.items():
-
-        def replaced(*args: Any, torchs: Any = getattr(torch.accelerator, name), own: str = own) -> Any:
-            return getattr(module, own)(*args) if module.is_available() else torchs(*args)
-
-        setattr(torch.accelerator, name, replaced)
+        setattr(torch.accelerator, name, either(getattr(module, own), getattr(torch.accelerator, name)))
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import stand_in_device
 import torch
-from stand_in_device import Counts, CrossedDevicesError
 
+import stand_in_device
 import tiny
+from stand_in_device import Counts, CrossedDevicesError
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_devices_are_not_mixed(counts):
 
 
 def test_it_has_no_float64(counts):
-    with pytest.raises(TypeError, match="no torch.float64"):
+    with pytest.raises(TypeError, match=r"no torch\.float64"):
         torch.ones(2, device="standin").double()
 
 
