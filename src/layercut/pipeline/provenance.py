@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,12 @@ def other_versions(folder: Path) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of layercut, and of the packages that results depend on."""
+    return dict(_installed())
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Read once: every stage of a run records them."""
     found = {"python": platform.python_version(), "layercut": __version__}
     for package in PACKAGES:
         try:
