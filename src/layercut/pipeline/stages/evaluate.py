@@ -39,7 +39,7 @@ from layercut.progress import bar, say
 from layercut.report.stage_lines import describe_retention
 from layercut.segments import Segment
 
-MAP_ROWS, MAP_TEXT_ROWS = 8, 4
+TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
 """Rows of tests and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
 picture is worth."""
 JUDGED_ROWS, ROWS_OF_A_LENGTH, LONGEST_TEST = 16, 4, 1024
@@ -252,8 +252,8 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     ) as stage:  # fmt: skip
         if stage.open:
             lengths = (1, sum(map(len, segments))) if config.all_lengths else (1,)
-            tests = probe_rows(work.tokenizer, rows=MAP_ROWS, window=text.window, seed=text.seed)
-            plain = work.blocks["calibration"][:MAP_TEXT_ROWS]
+            tests = probe_rows(work.tokenizer, rows=TESTS_OF_MAP, window=text.window, seed=text.seed)
+            plain = work.blocks["calibration"][:TEXT_OF_MAP]
             found = capability_map(work.stack, probes=tests, text=plain, lengths=lengths)
             judged, by_length = judged_tests(work, segments)
             stage.found = CapabilitiesArtefact(
