@@ -64,7 +64,7 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
     held = max(1024, asked.tokens // 32)
     drawn = blocks(model, source, held + asked.tokens, args.window, args.seed, skip=len(calibration)).tokens
     heldout, tuning = drawn[: held // args.window], drawn[held // args.window :]
-    solved = torch.cat([calibration, tuning[: max(0, FOLD_TOKENS - calibration.numel()) // args.window]])
+    solved = torch.cat([calibration, tuning[: max(0, args.fold_tokens - calibration.numel()) // args.window]])
     folded = fold_(small, model.model, solved, heldout=heldout)
     objective, begun = KL(mix=asked.mix), time.process_time()
     tuned = tune_(
@@ -92,7 +92,7 @@ def judged(
 def main() -> None:
     args = arguments(
         __doc__ or "", data="c4", texts=["wiki=wikitext2"], cuts=["nothing", "13:19"], tokens=16384, tune_tokens=65536,
-        eval_tokens=32768, window=256, longest=1024, seed=0,
+        fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, seed=0,
     )  # fmt: skip
     model = open_model(args.model)
     texts = {
@@ -100,7 +100,7 @@ def main() -> None:
         for name, _, source in (item.partition("=") for item in args.texts)
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
-    facts = {key: getattr(args, key) for key in ("tokens", "eval_tokens", "window", "longest", "seed")}
+    facts = {key: getattr(args, key) for key in ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "seed")}
     partial = args.out.with_name(f".{args.out.stem}.partial.json")
     old = next((json.loads(file.read_text()) for file in (partial, args.out) if file.is_file()), {"rows": []})
     if old["rows"] and any(old[name] != value for name, value in facts.items()):
