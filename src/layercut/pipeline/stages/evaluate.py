@@ -272,7 +272,7 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
 def capabilities_work(run: PlannedRun) -> Work:
     """What the capability map and the tests that judge take: told beforehand, without the tokenizer."""
     shape, kept = run.shape, len(run.after.layers)
-    rows = MAP_ROWS + MAP_TEXT_ROWS
+    rows = TESTS_OF_MAP + TEXT_OF_MAP
     singles = [DENSE, *((segment,) for segment in all_segments(1, shape.layers))]
     of_lengths = 2 * ROWS_OF_A_LENGTH * sum(measures.lengths(LONGEST_TEST))
     judged = JUDGED_ROWS + of_lengths / shape.window
