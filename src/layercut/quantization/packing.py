@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError
-from layercut.quantization.assignment import Assignment
+from layercut.quantization.assignment import WHOLE_BYTES, Assignment
 from layercut.quantization.grid import Grid
 
 
@@ -41,13 +41,15 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     stored = {"weight_scale": grid.scale.contiguous()}
-    if target.layer is None:
+    if target.form == WHOLE_BYTES:
         stored["weight"] = codes
     else:
         stored["weight_packed"] = pack_to_int32(codes, grid.bits)
         stored["weight_shape"] = torch.tensor(codes.shape)
     if grid.zero is not None:
-        stored["weight_zero_point"] = grid.zero if target.layer is None else pack_to_int32(grid.zero, grid.bits, 0)
+        stored["weight_zero_point"] = (
+            grid.zero if target.form == WHOLE_BYTES else pack_to_int32(grid.zero, grid.bits, 0)
+        )
     return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
 
 
@@ -79,7 +81,9 @@ def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, A
     return weights
 
 
-def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool) -> dict[str, Any]:
+def quantization_config(
+    targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool, one_width: bool = False
+) -> dict[str, Any]:
     """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
 
     vLLM fails where it finds a linear module that is neither in a group nor in `ignore`.
@@ -88,6 +92,8 @@ def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, a
         targets: what is quantized.
         left: names of linear modules that are none of the targets.
         asymmetric: with zero points.
+        one_width: unpack while loading: transformers 5.24 can load zero points and packed embeddings in no other way,
+            and this way takes the bits and the group size of the first group for all.
 
     Returns:
         `quantization_config`, as JSON values.
@@ -112,8 +118,9 @@ def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, a
     config = QuantizationConfig(
         config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left)
     )
-    return config.model_dump(mode="json")
+    described = config.model_dump(mode="json")
+    return described | {"dequantize": True} if one_width else described
 
 
 def _kind(target: Assignment) -> tuple[int, int, str]:
-    return target.bits, target.group_size, "naive-quantized" if target.layer is None else "pack-quantized"
+    return target.bits, target.group_size, target.form
