@@ -124,8 +124,7 @@ def quantize_(
     layers = len(loading.find_decoder(model))
     targets = plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)}))
     left, before = left_as_they_are(model, targets), loading.parameter_bytes(model)
-    rows: list[QuantizedWeight] = []
-    packed: dict[str, torch.Tensor] = {}
+    rows, packed = list[QuantizedWeight](), dict[str, torch.Tensor]()
 
     def quantize_one(target: Assignment, hessian: torch.Tensor | None) -> None:
         row, stored, weight = _quantize_weight(model, target, hessian, config, (name, rounds))
@@ -145,10 +144,9 @@ def quantize_(
                 for target in group:
                     quantize_one(target, None)
                 advance(1)
-    stored = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
-    described = quantization_config(
-        stored, linear_left(model, stored), asymmetric=config.asymmetric, one_width=config.one_width
-    )
+    targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
+    kind = {"asymmetric": config.asymmetric, "one_width": config.one_width}
+    described = quantization_config(targets, linear_left(model, targets), **kind)
     after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
     asked = vars(config) | {"quantizer": name}
     return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked)

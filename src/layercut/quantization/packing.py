@@ -71,14 +71,68 @@ def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, A
     from compressed_tensors.quantization import QuantizationScheme
 
     weights = {}
+    described: set[str] = set()
     for group in config["config_groups"].values():
         scheme = QuantizationScheme.model_validate(group)
         compressor = BaseCompressor.get_value_from_registry(group["format"])
         for name in group["targets"]:
+            described.add(name)
             own = {key.removeprefix(f"{name}."): t for key, t in packed.items() if key.startswith(f"{name}.weight")}
             if "weight" in own or "weight_packed" in own:  # else a head that reads the embedding's codes
                 weights[f"{name}.weight"] = compressor.decompress(own, scheme)["weight"]
-    return weights
+    plain = {key: tensor for key, tensor in packed.items() if key.rpartition(".")[0] not in described}
+    return weights | plain  # norms, which were trained with the scales
+
+
+def grids(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, Grid]]:
+    """Codes and grids that packed tensors hold: the inverse of `pack`.
+
+    Args:
+        packed: tensors by their full names.
+        config: the `quantization_config` that describes them.
+
+    Returns:
+        Codes [O, I] int8 and grid, by the module's name; of a head that reads the embedding's codes none.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    found = {}
+    for group in config["config_groups"].values():
+        bits, size = group["weights"]["num_bits"], group["weights"]["group_size"]
+        for name in group["targets"]:
+            scale, zero = packed[f"{name}.weight_scale"], packed.get(f"{name}.weight_zero_point")
+            if f"{name}.weight_packed" in packed:
+                shape = torch.Size(packed[f"{name}.weight_shape"].tolist())
+                codes = unpack_from_int32(packed[f"{name}.weight_packed"], bits, shape)
+                zero = None if zero is None else unpack_from_int32(zero, bits, scale.shape, 0)
+            elif f"{name}.weight" in packed:
+                codes = packed[f"{name}.weight"]
+            else:
+                continue
+            found[name] = codes, Grid(scale, zero, bits, size)
+    return found
+
+
+def repacked(
+    packed: Mapping[str, torch.Tensor], changed: Mapping[str, tuple[torch.Tensor, Grid]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of packed weights with other codes and scales.
+
+    Args:
+        packed: tensors by their full names, as `pack` gives them.
+        changed: codes [O, I] and grid, by the module's name.
+
+    Returns:
+        Those tensors that are changed, on the CPU.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    found: dict[str, torch.Tensor] = {}
+    for name, (codes, grid) in changed.items():
+        form = "weight_packed" if f"{name}.weight_packed" in packed else "weight"
+        stored = pack_to_int32(codes.cpu(), grid.bits) if form == "weight_packed" else codes.cpu()
+        found |= {f"{name}.{form}": stored, f"{name}.weight_scale": grid.scale.cpu().contiguous()}
+    return found
 
 
 def quantization_config(
