@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 NAME = "standin"
 AVAILABLE = "LAYERCUT_STAND_IN"
@@ -111,23 +111,35 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0].on
     if name in ("copy_", "_to_copy"):
         return _copied(func, args, kwargs)
-    leaves, structure = tree_flatten((args, kwargs))
-    own = [leaf for leaf in leaves if isinstance(leaf, StandInTensor)]
-    foreign = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, StandInTensor) and x.dim()]
+    own: list[StandInTensor] = []
+    foreign: list[torch.Tensor] = []
+    cpu_args = _unwrapped(args, own, foreign)
+    cpu_kwargs = {name: _unwrapped(value, own, foreign) for name, value in kwargs.items()}
     places = {tensor.on for tensor in own}
     if len(places) > 1 or (places and foreign):
         crossed(f"{func} of tensors on {sorted(map(str, places | {x.device for x in foreign}))}")
     on = _place(kwargs["device"]) if kwargs.get("device") is not None else places.pop()
     counts.launches += name not in VIEWS
     counts.reads += name in READS
-    cpu_args, cpu_kwargs = tree_unflatten([x.raw if isinstance(x, StandInTensor) else x for x in leaves], structure)
     if "device" in cpu_kwargs:
         cpu_kwargs["device"] = torch.device("cpu")
     out = func(*cpu_args, **cpu_kwargs)
     if on.type != NAME:
         return out
     raws = {id(tensor.raw): tensor for tensor in own}  # in-place operations return what they were given
+    if isinstance(out, torch.Tensor):
+        return raws[id(out)] if id(out) in raws else StandInTensor(out, on)
     return tree_map_only(torch.Tensor, lambda t: raws[id(t)] if id(t) in raws else StandInTensor(t, on), out)
+
+
+def _unwrapped(value: Any, own: list[StandInTensor], foreign: list[torch.Tensor]) -> Any:
+    """An argument as the CPU takes it. Tensors of the device are added to `own`, those of the CPU to `foreign`."""
+    if isinstance(value, StandInTensor):
+        own.append(value)
+        return value.raw
+    if isinstance(value, torch.Tensor) and value.dim():
+        foreign.append(value)
+    return type(value)(_unwrapped(one, own, foreign) for one in value) if type(value) in (list, tuple) else value
 
 
 def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

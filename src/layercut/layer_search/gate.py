@@ -132,9 +132,9 @@ def gated_forward(
         if entered:
             if len(entered) not in calls:
                 calls[len(entered)] = stack.enter(tokens.expand(len(entered), -1))[1]
-            before = torch.cat([streams[p] for p in entered])  # type: ignore[misc]  # [E, T, D]
+            before = torch.cat([stack.on_device_of(i, streams[p]) for p in entered])  # type: ignore[arg-type]  # [E, T, D]
             after = layer(i, before, calls[len(entered)])
-            g = gates[entered, i].to(before.dtype)[:, None, None]
+            g = gates[entered, i].to(before)[:, None, None]
             mixed = before + g * (after - before)
             for row, p in enumerate(entered):
                 # of an open layer take f_i(h) itself: h + 1 (f_i(h) - h) rounds to something else in low precision
@@ -145,7 +145,7 @@ def gated_forward(
         cost.layer_forwards += len(entered) * (1 + recompute) + 1
         cost.layer_backwards += len(entered)
     cost.dense_tokens += tokens.numel()
-    return dense, torch.cat([dense if h is None else h for h in streams])
+    return dense, torch.cat([dense if h is None else h.to(dense.device) for h in streams])
 
 
 @torch.enable_grad()
