@@ -24,7 +24,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -300,38 +300,21 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             if shares:
-                return self._of_contexts([_within(request[1], request[2], longest) for request in requests])
+                return _answers(model, [_within(request[1], request[2], longest) for request in requests], self.title)
 
             def length(i: int) -> int:
                 return min(longest, len(requests[i][1]) + len(requests[i][2]))
 
-            def answer(part: list[Any]) -> list[Any]:
-                return super(LanguageModel, self)._loglikelihood_tokens(part, disable_tqdm=True)
-
+            answer = partial(super()._loglikelihood_tokens, disable_tqdm=True)
             # requests of one context stay together: lm-eval answers one-token choices of one context in one pass
             order = sorted(range(len(requests)), key=lambda i: (-length(i), requests[i][1], requests[i][2]))
             return self._in_slices(requests, order, length, answer)
-
-        def _of_contexts(self, requests: list[Request]) -> list[Answer]:
-            """As lm-eval answers them, every context run once."""
-            order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][0]), requests[i]))
-            answers: list[Any] = [None] * len(requests)
-            with bar(self.title, len(requests)) as advance:
-                while order:
-                    rows = requests_at_once(len(requests[order[0]][0]))
-                    part, order = order[:rows], order[rows:]
-                    for i, given in zip(part, log_likelihoods(model, [requests[i] for i in part]), strict=True):
-                        answers[i] = given
-                    advance(len(part))
-            return answers
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             def length(i: int) -> int:
                 return min(longest, len(requests[i].args[0]) // 2)  # about; characters are cheap to count
 
-            def answer(part: list[Any]) -> list[Any]:
-                return super(LanguageModel, self).generate_until(part, disable_tqdm=True)
-
+            answer = partial(super().generate_until, disable_tqdm=True)
             order = sorted(range(len(requests)), key=lambda i: -length(i))
             return self._in_slices(requests, order, length, answer)
 
@@ -353,6 +336,20 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal",
             softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
         )  # fmt: skip
+
+
+def _answers(model: Any, requests: list[Request], title: str) -> list[Answer]:
+    """As lm-eval answers them, from the longest context to the shortest, every one run once; with a progress bar."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][0]), requests[i]))
+    answers: list[Any] = [None] * len(requests)
+    with bar(title, len(requests)) as advance:
+        while order:
+            rows = requests_at_once(len(requests[order[0]][0]))
+            part, order = order[:rows], order[rows:]
+            for i, given in zip(part, log_likelihoods(model, [requests[i] for i in part]), strict=True):
+                answers[i] = given
+            advance(len(part))
+    return answers
 
 
 def _within(context: list[int], continuation: list[int], longest: int) -> Request:

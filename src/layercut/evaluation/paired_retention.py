@@ -82,7 +82,16 @@ def retained(
 
 
 def check_items(task: str, record: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
-    """RunError where other records of a task are not of the same items as the first."""
+    """Refuse records of a task that are not of the same items.
+
+    Args:
+        task: its name.
+        record: of the dense model.
+        others: of other models.
+
+    Raises:
+        RunError: the items differ.
+    """
     if any(other["document_hash"] != record["document_hash"] for other in others):
         raise RunError(f"models were not scored on the same items of {task}", "run again with --force")
 

@@ -23,7 +23,15 @@ MOST_SETS = 20_000
 
 
 def all_sets_cost(run: PlannedRun, count: int) -> Spent:
-    """Price every set of K segments; unknown where there are more than are allowed."""
+    """Price every set of K segments at most.
+
+    Args:
+        run: what is planned.
+        count: K.
+
+    Returns:
+        The cost; its work is unknown where there are more sets than are allowed.
+    """
     if number_of_sets(run.length, run.shape.layers, count) > MOST_SETS:
         return Spent({}, None)
     return sweep_cost(run, [DENSE, *all_sets(run.length, run.shape.layers, count)])

@@ -49,7 +49,7 @@ from layercut.pipeline.compare_artefacts import (
     MethodChoice,
     StartAndBest,
 )
-from layercut.pipeline.compare_judged import DENSE, Judge, asked_tasks, with_retention
+from layercut.pipeline.compare_judged import DENSE, CutJudge, asked_tasks, with_retention
 from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_reported_window
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
@@ -85,7 +85,7 @@ def compare(model: str, config: CompareConfig) -> Path:
     processes.start()
     if config.load.shard == "on":
         raise ConfigError("compare needs a whole model in every process", "leave out --shard on")
-    journey, methods = config.journey(), config.compare.names
+    journey = config.journey()
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     if placement.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
@@ -103,40 +103,62 @@ def compare(model: str, config: CompareConfig) -> Path:
 
     with Run(config.run.out or folder.with_name(f"{folder.name}-compare"), force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
-        work = RunContext(checkpoint, journey, run)
-        judged: list[Use] = ["heldout", "tuning"] if journey.heal.tune_tokens else []
-        draw_all(work, ["calibration", *judged, "evaluation"])
-        with run.stage(
-            CompareDenseArtefact, "compare-dense", [work.source, work.text["evaluation"], WINDOWS], together=True
-        ) as stage:
-            if stage.open:
-                losses = window_losses(work, work.dense.model)
-                stage.found = CompareDenseArtefact(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
-        dense = stage.artefact
-        choices = [search_by(work, config.compare, method, length) for method in methods]
-        prices = triangle(work, length) if config.compare.triangle else None
-        rows, judge = measured(work, choices, dense, config.compare.state_names)
-        judged_dense = judge.judge(DENSE, lambda: work.dense.model) if judge.is_asked else None
-        with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices, judged_dense]) as comparison:
-            if comparison.open:
-                comparison.found = CompareArtefact(
-                    model=model,
-                    layers=BeforeAfter(before=layers, after=layers - length),
-                    calibration=work.text["calibration"],
-                    tuning=work.text.get("tuning"),
-                    evaluation=work.text["evaluation"],
-                    dense=DensePerplexity(perplexity=dense.perplexity, texts=by_text(work, dense.losses)),
-                    methods=rows,
-                    triangle=prices.triangle if prices else None,
-                    tasks=asked_tasks(judge.records(DENSE)) if work.config.tasks.names else {},
-                    judged_dense=judged_dense,
-                )
-        found = restored(jsonable(comparison.artefact))
-        processes.on_main(lambda: draw_picks(found, run / "compare.svg"))
-        if judged_dense:
-            processes.on_main(lambda: draw_survival(found, run / "compare-survival.svg"))
-        processes.on_main(lambda: write_comparison(run.folder))
+        compare_methods(RunContext(checkpoint, journey, run), model, config.compare, length)
         return run.folder
+
+
+def compare_methods(work: RunContext, model: str, config: MethodsConfig, length: int) -> None:
+    """Search by every method, measure every cut, and write compare.json with its plots and page.
+
+    Args:
+        work: of the run.
+        model: as it was named.
+        config: the methods.
+        length: n, layers to remove.
+    """
+    run, layers = work.run, work.layers
+    judged: list[Use] = ["heldout", "tuning"] if work.config.heal.tune_tokens else []
+    draw_all(work, ["calibration", *judged, "evaluation"])
+    with run.stage(
+        CompareDenseArtefact, "compare-dense", [work.source, work.text["evaluation"], WINDOWS], together=True
+    ) as stage:
+        if stage.open:
+            losses = window_losses(work, work.dense.model)
+            stage.found = CompareDenseArtefact(perplexity=evaluation.of_losses(losses), losses=losses.tolist())
+    dense = stage.artefact
+    choices = [search_by(work, config, method, length) for method in config.names]
+    prices = triangle(work, length) if config.triangle else None
+    rows, judge = measured(work, choices, dense, config.state_names)
+    judged_dense = judge.judge(DENSE, lambda: work.dense.model) if judge.is_asked else None
+    with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices, judged_dense]) as comparison:
+        if comparison.open:
+            comparison.found = CompareArtefact(
+                model=model,
+                layers=BeforeAfter(before=layers, after=layers - length),
+                dense=DensePerplexity(perplexity=dense.perplexity, texts=by_text(work, dense.losses)),
+                methods=rows,
+                triangle=prices.triangle if prices else None,
+                tasks=asked_tasks(judge.records(DENSE)) if work.config.tasks.names else {},
+                judged_dense=judged_dense,
+                calibration=work.text["calibration"],
+                tuning=work.text.get("tuning"),
+                evaluation=work.text["evaluation"],
+            )
+    found = restored(jsonable(comparison.artefact))
+    processes.on_main(lambda: draw_and_write(found, run.folder))
+
+
+def draw_and_write(found: dict[str, Any], folder: Path) -> None:
+    """The plots and the page of a comparison.
+
+    Args:
+        found: compare.json.
+        folder: of the run.
+    """
+    draw_picks(found, folder / "compare.svg")
+    if found["judged_dense"]:
+        draw_survival(found, folder / "compare-survival.svg")
+    write_comparison(folder)
 
 
 def check_methods(config: MethodsConfig, layers: int, length: int) -> None:
@@ -162,7 +184,7 @@ def check_methods(config: MethodsConfig, layers: int, length: int) -> None:
 
 def measured(
     work: RunContext, choices: Sequence[MethodChoice], dense: CompareDenseArtefact, states: Sequence[str]
-) -> tuple[list[ComparedMethod], Judge]:
+) -> tuple[list[ComparedMethod], CutJudge]:
     """Every method's row: the plain cuts of all first, then their folds, then what is tuned, which takes longest.
 
     Args:
@@ -174,7 +196,7 @@ def measured(
     Returns:
         The rows, and what measured them.
     """
-    rows, judge = [cut_row(work, chosen, dense.losses) for chosen in choices], Judge(work)
+    rows, judge = [cut_row(work, chosen, dense.losses) for chosen in choices], CutJudge(work)
     if judge.is_asked:
         judge.judge(DENSE, lambda: work.dense.model)
     for state in COMPARED_STATES:
@@ -187,7 +209,7 @@ def measured(
     return rows, judge
 
 
-def judged_row(work: RunContext, judge: Judge, row: ComparedMethod, state: str) -> ComparedMethod:
+def judged_row(work: RunContext, judge: CutJudge, row: ComparedMethod, state: str) -> ComparedMethod:
     """The row with what its cut still does in a state, where it has that state.
 
     Args:
@@ -338,7 +360,15 @@ def cut_row(work: RunContext, chosen: MethodChoice, dense: list[float]) -> Compa
 
 
 def cut_inputs(work: RunContext, chosen: MethodChoice) -> list[Any]:
-    """What a cut and its fold depend on."""
+    """What a cut and its fold depend on.
+
+    Args:
+        work: of the run.
+        chosen: what is removed.
+
+    Returns:
+        JSON values.
+    """
     return [work.source, work.text["calibration"], work.text["evaluation"], chosen.segments, WINDOWS]
 
 

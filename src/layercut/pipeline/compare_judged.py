@@ -32,7 +32,7 @@ DENSE = "compare-dense"
 
 
 @dataclass
-class Judge:
+class CutJudge:
     """Measures models of a run by what `--tasks`, `--probes` and `--evaluations` name."""
 
     work: RunContext
@@ -147,7 +147,7 @@ def asked_tasks(records: Mapping[str, Any]) -> dict[str, ComparedTask]:
     return found
 
 
-def with_retention(rows: Sequence[ComparedMethod], judge: Judge, names: Mapping[str, str]) -> list[ComparedMethod]:
+def with_retention(rows: Sequence[ComparedMethod], judge: CutJudge, names: Mapping[str, str]) -> list[ComparedMethod]:
     """The rows with what each retains of the dense model's task scores, beside the first row in the same state.
 
     Args:

@@ -210,4 +210,3 @@ class Trainable:
 def _moved(grid: Grid, device: torch.device) -> Grid:
     zero = None if grid.zero is None else grid.zero.to(device)
     return replace(grid, scale=grid.scale.to(device), zero=zero)
-
