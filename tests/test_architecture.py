@@ -99,8 +99,6 @@ def test_no_function_is_longer_than_a_screen():
     assert not long, f"at most 60 lines, docstring included: {', '.join(long)}"
 
 
-
-
 def public_functions(node: ast.AST, prefix: str = ""):
     """Functions and methods whose names, and whose classes' names, begin without an underscore; not nested ones."""
     for child in ast.iter_child_nodes(node):

@@ -193,10 +193,10 @@ class SearchConfig:
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
     on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
     num_segments: int | Literal["auto"] = "auto"
-    """Remove the layers as up to so many segments; for clp and exhaustive. auto: as one, or as two where that lowers
-    what --preserve minimises by more than 5 %; as one with --preserve none."""
+    """Remove the layers as up to so many segments; for clp, gate, race and exhaustive. auto: as one, or as two where
+    that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
-    """What the search keeps beside text, for clp and exhaustive: all, none, or names separated by commas of recall
+    """What the search keeps beside text, for the same methods: all, none, or names separated by commas of recall
     (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
     format. Its damage is measured on tests that are generated from the tokenizer, and added to the loss on text."""
     preserve_weight: Annotated[float, rare] = 1.0
@@ -206,17 +206,17 @@ class SearchConfig:
         str,
         one_of(
             criteria,
-            "clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others "
-            "are the baselines they are compared with; block-influence, perplexity, taylor, sleb and "
-            "evolution may choose layers that are not neighbours.",
+            "clp: the gate proposes, real cuts decide. gate: the same with fewer cuts. race: real cuts alone. "
+            "exhaustive: every segment, in one sweep. The others are the baselines they are compared with; "
+            "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),
     ] = "clp"
     search_objective: Annotated[
         str,
         one_of(
             objectives,
-            "What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: "
-            "it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
+            "What makes a cut good, for clp, gate, race and exhaustive. kl: it predicts as the dense model. "
+            "next-token: it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
             RARE,
         ),
     ] = "kl"
@@ -251,6 +251,7 @@ class SearchConfig:
 
     def _check_method(self) -> None:
         """Refuse a name that is unknown, and options that a method would ignore."""
+        takes_all = "clp", "gate", "race", "exhaustive"
         criteria.check(self.method, "--method")
         objectives.check(self.search_objective, "--search-objective")
         asked = {
@@ -260,7 +261,7 @@ class SearchConfig:
         }
         for flag, is_asked in asked.items():
             # of other packages' criteria, the search itself asks whether they take it
-            if is_asked and self.method in criteria.own and self.method not in ("clp", "exhaustive"):
+            if is_asked and self.method in criteria.own and self.method not in takes_all:
                 raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")

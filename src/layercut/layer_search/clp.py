@@ -1,134 +1,188 @@
-"""The criterion `clp`: price coarsely, descend by gradient, race what was found by the real cut.
+"""The criteria `clp`, `gate` and `race`: who proposes sets of segments, and who decides among them.
 
-    price_coarsely  every single segment on a few rows: where the descent starts
-    descend         the gate, from the best sets that differ (`gate.py`)
-    race            where it ended, all one-layer moves from there, and the better half of the coarse pricing
-    climb           with several segments: one-layer moves of the best, as long as one improves it
+    criterion   proposes                                                        decides, by the real cut
+    gate        the gradients of the gates, open in the dense model (`gate.py`)    halving among the proposals
+    clp         the same, more of them, and one-layer moves of the best            halving, and the climb
+    race        real cuts on a few rows: of all segments, or, with several,        halving; with several the climb
+                the sets of least sum of what their segments cost alone
 
-Race and climb go by the real cut alone, so that a bad descent costs time and not the answer. For one segment the
-coarse pricing covers all there are, on one row in eight; for K segments it prices each alone and adds up, since there
-are L^K sets (`cheapest_sums`). What each part contributes was measured: see `clp` and docs/log.md.
+Halving and climb go by the real cut alone, so that a bad proposal costs time and not the answer. What each part is
+worth was measured: docs/log.md, benchmarks/gate_ablation.py.
 """
 
 from __future__ import annotations
 
-from heapq import nsmallest
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from layercut.data.probes import ProbeRows
-from layercut.layer_search.gate import HEAD_EVERY, GateSchedule, descend
-from layercut.layer_search.gate_walls import neighbours, spread
-from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, race
+from layercut.layer_search.cheapest_sets import cheapest_sums
+from layercut.layer_search.gate import Foretold, foretell, proposals
+from layercut.layer_search.gate_walls import neighbours
+from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, halving
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
-from layercut.layer_search.sweep import Cuts, all_lengths, all_segments, sweep_work
+from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
-from layercut.segments import Segment
 
-Sums = list[tuple[float, Cuts]]
 
-COARSE_SHARE = 2
-"""With one segment: of the coarsely priced, the better one in two races, as in any round of the race."""
+@dataclass(frozen=True)
+class Effort:
+    """How much a criterion spends on the gate, and on real cuts of what it proposes."""
 
-DESCENT_SHARE = 0.2
-"""With one segment: work of the descent over that of the sweep on all rows, at most."""
+    share: int
+    """Of the rows one in so many gives gradients."""
+    proposals: int
+    """Sets for each segment that a cut may have."""
+    climbs: bool
+    """With several segments: whether the best's one-layer moves race against it until none is better."""
 
-SHORT_DESCENT = 4
-"""With several segments: steps of the descent. Longer ones ended at worse sets in nine blind trials (docs/log.md)."""
+    def gradient_rows(self, rows: int, kinds: int = 1) -> int:
+        """Of N rows, of text or of text and tests, those that give gradients: one of each kind at least."""
+        return min(rows, max(kinds, rows // self.share))
 
-COARSE_SETS, BEAM = 4, 8
-"""With several segments: so many proposals a layer race, and `cheapest_sums` keeps so many sets of each kind."""
+
+GATE, CLP = Effort(16, 6, climbs=False), Effort(8, 10, climbs=True)
+"""Of the criteria of these names."""
+
+BEGIN_SHARE, GATE_FINALISTS = 4, 2
+"""Proposals are first priced on one row in four, and so many of them at least on all. They are alike: rounds on fewer
+rows dropped the best of them now and then."""
+
+COARSE_SETS = 4
+"""`race` with several segments: so many sets a layer are raced."""
 
 MOST_CLIMBS = 8
 """Rounds of climbing at most; each takes one move."""
 
 
-def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedule:
-    """How many sets descend, and for how long.
-
-    K + 2 sets for K segments, or one for every four starts of a small stack; the coarse pricing says where they begin.
-    One segment takes as many steps as it has layers and four more, within DESCENT_SHARE of the sweep's work, two at
-    least: a step costs about half as much as a sweep of its row. Several segments take SHORT_DESCENT steps.
-
-    Args:
-        layers: L.
-        length: n, layers to remove.
-        count: K, segments.
-        rows: N, calibration rows.
-
-    Returns:
-        The schedule.
-    """
-    starts, kept = layers - length + 1, layers - length
-    particles = min(count + 2, max(1, starts // 4))
-    if count > 1:
-        return GateSchedule(particles=particles, steps=SHORT_DESCENT)
-    sweep = layers + starts * kept / 2
-    # half of the kept layers come after a segment, on average; a backward is taken as two forwards
-    step = layers + particles * (kept / 2 + 2) * 3
-    return GateSchedule(particles=particles, steps=min(4 + length, max(2, int(DESCENT_SHARE * rows * sweep / step))))
+def first_of_proposals(rows: int, kinds: int = 1) -> int:
+    """Of N rows, of text or of text and tests, those that proposals are first priced on: two of each kind at least."""
+    return min(rows, max(2 * kinds, rows // BEGIN_SHARE))
 
 
-def clp_cost(run: PlannedRun) -> Spent:
-    """Coarse pricing, descent and race, for one segment. The last two depend on where the descent leads.
-
-    In a step of the descent autograd keeps what every gated layer needs for its backward pass, with the difference that
-    the gate scales; of layers on disk their inputs, and what one of them needs at a time. P rows of logits are made at
-    once, with a float32 copy and p spread over them.
-    """
-    shape, layers, rows, kept = run.shape, run.shape.layers, run.calibration, run.shape.layers - run.length
-    schedule = schedule_for(layers, run.length, 1, rows)
-    p, steps, row = schedule.particles, schedule.steps, shape.stream(1)
-    # P streams enter the layers behind the segment, half of the kept ones on average, and up to four at its soft walls
-    entered = p * (kept / 2 + 2), 0, p * min(layers, kept + 4)
-    back = Bounds(*(steps * n for n in entered))
-    forth = back + Bounds.exactly(steps * layers)
-    descent = Work.of(shape, forth, back, heads=steps * (2 * p + 1) / HEAD_EVERY)
-    few, raced = race_work(run, p)
-    inside = p * shape.most("saved") if run.on_disk else entered[0] * shape.mean("saved")
-    logits = shape.window * shape.vocabulary
-    step = {
-        "kept for backward": round(entered[0] * row + inside),
-        "streams": 3 * p * row,
-        "logits": (p * logits * (shape.itemsize + 8) + logits * 4) // HEAD_EVERY,
-    }
-    swept = all_segments_cost(run)
-    coarse = Work.of(shape, sweep_work(all_segments(run.length, layers), layers, few), heads=few * (kept + 2))
-    return Spent(max(step, swept.peak, key=total), coarse + descent + raced)
+def order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows in the order in which halving takes them."""
+    return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
 
 
-def race_work(run: PlannedRun, particles: int) -> tuple[int, Work]:
-    """The race among the better half of the coarse pricing and what the descent adds to it.
+def gate_cost(run: PlannedRun, effort: Effort) -> Spent:
+    """A pass there and back of some rows, and halving of what the gate proposes; for one segment.
+
+    In the pass autograd keeps what every layer needs for its backward pass, of layers on disk their inputs and what
+    one of them needs at a time; beside it are a row of logits, p in float32 and the gradient.
 
     Args:
         run: what is planned.
-        particles: P, ends of the descent, some of which are in that half, as some of their neighbours are.
+        effort: how much is spent on either.
 
     Returns:
-        The rows of the coarse pricing, which are not priced again, and the work.
+        What that holds and computes.
+    """
+    shape, layers = run.shape, run.shape.layers
+    rows, row = effort.gradient_rows(run.calibration), shape.stream(1)
+    passes = Work.of(shape, rows * layers, rows * (layers - 1), heads=2 * rows)
+    held = shape.most("saved") if run.on_disk else layers * shape.mean("saved")
+    step = {
+        "kept for backward": round(layers * row + held),
+        "streams": 2 * layers * row,
+        "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
+    }
+    raced = halving_work(run, effort.proposals, first_of_proposals(run.calibration), GATE_FINALISTS)
+    return Spent(max(step, all_segments_cost(run).peak, key=total), passes + raced)
+
+
+def halving_work(run: PlannedRun, most: int, begin: int, finalists: int) -> Work:
+    """Halving among single segments.
+
+    Args:
+        run: what is planned.
+        most: how many race.
+        begin: rows of the first round.
+        finalists: of them, those that are priced on all rows, at least.
+
+    Returns:
+        The work: which segments race is not known, and those at the end have fewer layers behind them.
     """
     shape, rows, kept = run.shape, run.calibration, run.shape.layers - run.length
-    fewest = -(-(kept + 1) // COARSE_SHARE)
-    alive = [min(kept + 1, fewest + more) for more in (particles, 0, 5 * particles)]
-    few = priced = first_rows(rows)
-    work, seen = Work(), min(rows, 2 * few)
-    while True:
-        new = seen - priced
+    alive, seen, work = min(most, kept + 1), 0, Work()
+    while seen < rows:
+        until = min(rows, 2 * seen or begin)
         # behind a segment are 0 to L - n layers, half of them on average
-        behind = alive[0] * kept / 2, sum(range(alive[1])), sum(range(kept, kept - alive[2], -1))
-        work += Work.of(shape, Bounds(*(new * (shape.layers + n) for n in behind)), heads=new * (alive[0] + 1))
-        if seen == rows:
-            return few, work
-        alive = [min(kept + 1, max(FINALISTS, -(-n // 2))) for n in alive]
-        priced, seen = seen, min(rows, 2 * seen)
+        behind = alive * kept / 2, sum(range(alive)), sum(range(kept, kept - alive, -1))
+        entered = Bounds(*((until - seen) * (shape.layers + n) for n in behind))
+        work += Work.of(shape, entered, heads=(until - seen) * (alive + 1))
+        alive, seen = min(alive, max(finalists, -(-alive // 2))), until
+    return work
 
 
-@costs(clp_cost, prices_itself=True)
+def decided(
+    name: str, prices: Prices, foretold: Foretold, limits: Restriction, count: int, effort: Effort
+) -> SearchResult:
+    """The real cut decides among what the gate proposes.
+
+    Args:
+        name: of the criterion.
+        prices: of the calibration rows.
+        foretold: what the gate says that each segment costs.
+        limits: n, layers to remove, of L, and the cuts that are allowed.
+        count: K, segments.
+        effort: how much is spent.
+
+    Returns:
+        Candidates priced on all rows, from the best.
+    """
+    sets = proposals(foretold, limits, count, effort.proposals * count)
+    with bar(f"{name}: {len(sets)} proposals race", None):
+        begin = first_of_proposals(prices.rows, prices.kinds)
+        found = halving(prices, sets, begin=begin, finalists=GATE_FINALISTS)
+        if effort.climbs and count > 1:
+            found = climb(prices, found, limits, count)
+    return SearchResult(name, found, prices.cost, by_text=beside_text(prices, found, sets))
+
+
+@costs(lambda run: gate_cost(run, GATE), prices_itself=True)
+def gate(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+) -> SearchResult:
+    """CLP's gate (2510.23652) alone: no cut is priced but those that its gradients propose.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer passes are added.
+        seed: of the order in which the rows are taken, and of what is drawn.
+        num_segments: K, into how many segments at most.
+        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
+        restriction: of the cuts that may be chosen; not given: none.
+
+    Returns:
+        Candidates priced on all tokens, from the best.
+    """
+    prices = Prices(runner, order(tokens, seed), cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    foretold = foretell(prices, GATE.gradient_rows(prices.rows, prices.kinds), seed)
+    return decided("gate", prices, foretold, limits, num_segments, GATE)
+
+
+@costs(lambda run: gate_cost(run, CLP), prices_itself=True)
 def clp(
     runner: DecoderRunner,
     tokens: torch.Tensor,
@@ -140,121 +194,100 @@ def clp(
     objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
-    proposals: int | None = None,
-    schedule: GateSchedule | None = None,
 ) -> SearchResult:
-    """CLP's concave gate (2510.23652), made safe by a race by the real cut.
-
-    The coarse pricing and the race find the answer: the best segment in every case that was compared with the
-    exhaustive search (docs/log.md); no case is known in which the gradient proposed a set that they would have missed.
-    The descent is kept short and shows how the loss falls (`SearchResult.path`). With several segments, where not all
-    sets can be priced, the coarse pricing proposes, the descent adds where it ends, and race and climb decide.
+    """CLP's gate (2510.23652), made safe by more real cuts.
 
     Args:
         runner: the dense model.
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer passes are added.
+        seed: of the order in which the rows are taken, and of what is drawn.
+        num_segments: K, into how many segments at most.
+        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
+        restriction: of the cuts that may be chosen; not given: none.
+
+    Returns:
+        Candidates priced on all tokens, from the best.
+    """
+    prices = Prices(runner, order(tokens, seed), cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    foretold = foretell(prices, CLP.gradient_rows(prices.rows, prices.kinds), seed)
+    return decided("clp", prices, foretold, limits, num_segments, CLP)
+
+
+def race_cost(run: PlannedRun) -> Spent:
+    """Halving of all segments, for one segment: `gate_cost` without the gate."""
+    kept = run.shape.layers - run.length
+    return Spent(all_segments_cost(run).peak, halving_work(run, kept + 1, first_rows(run.calibration), FINALISTS))
+
+
+@costs(race_cost, prices_itself=True)
+def race(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+) -> SearchResult:
+    """Successive halving by real cuts, without a gradient: what the gate has to be compared with.
+
+    With one segment all race. With several, where not all sets can be priced, each segment is priced alone on a few
+    rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
         seed: of the order in which the rows are taken.
         num_segments: K, into how many segments at most.
         objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
         probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
-        restriction: of the cuts that may be chosen; not given: none. The descent moves freely; where it ends counts
-            only if it is allowed.
-        proposals: with several segments, race so many sets before climbing, not those of COARSE_SETS and all moves.
-        schedule: of the descent; by `schedule_for` where not given.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
-        Candidates priced on all tokens, from the best, and the descent's path.
+        Candidates priced on all tokens, from the best.
     """
-    layers, count, objective = len(runner), num_segments, as_objective(objective)
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
-    prices = Prices(runner, tokens, cost, objective, probes)
-    schedule = schedule or schedule_for(layers, length, count, prices.rows)
-    limits = restriction or Restriction.none(layers, length)
-    with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
-        seeds, coarse = price_coarsely(prices, limits, count, schedule.particles)
-        rows, weights = prices.unseen()
-        ends, path = descend(
-            runner, rows, seeds, schedule, cost, count=count, objective=objective, weights=weights, advance=advance
-        )
-        moves = (near for end in ends if count == 1 or proposals is None for near in neighbours(end, layers, count))
-        proposed = set(filter(limits.allows, (*coarse[:proposals], *seeds, *ends, *moves)))
-        if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
-            found = race(prices, proposed, begin=2 * prices.few)
+    prices = Prices(runner, order(tokens, seed), cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    with bar("race", None):
+        if num_segments == 1:
+            sets: Sequence[Cuts] = [(segment,) for segment in limits.needed_segments()]
+            found = halving(prices, sets)
         else:
-            found = climb(prices, race(prices, proposed), limits, count)
-        by_text = beside_text(prices, found, filter(limits.allows, prices.known) if count == 1 else ())
-    return SearchResult("clp", found, cost, path, by_text=by_text)
+            sets = priced_sums(prices, limits, num_segments)
+            found = climb(prices, halving(prices, sets), limits, num_segments)
+    return SearchResult("race", found, cost, by_text=beside_text(prices, found, sets))
 
 
-def price_coarsely(prices: Prices, limits: Restriction, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
-    """Price single segments on a few rows: with one segment all that are allowed, else all there are.
+def priced_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
+    """Sets of several segments by the sum of what each costs alone, priced by its real cut on a few rows.
 
     Args:
         prices: of the calibration rows.
         limits: n, layers to remove, of L, and the cuts that are allowed.
         count: K, segments.
-        particles: P, sets that descend.
 
     Returns:
-        P sets that differ, for the descent to begin at, and those that race whatever the descent finds.
+        Sets from the lowest sum, COARSE_SETS a layer.
 
     Raises:
         ConfigError: no cut is allowed.
     """
-    layers, length = len(limits.may), limits.length
-    if count == 1:
-        ranked = prices.ranked([(segment,) for segment in limits.needed_segments()], prices.few)
-        return spread(ranked, particles), ranked[: -(-len(ranked) // COARSE_SHARE)]
-    rows = max(1 if prices.weights is None else 4, prices.few // 2)  # both kinds of rows, where there are tests
-    singles = all_lengths(length, layers)
+    rows = max(1 if prices.kinds == 1 else 4, prices.few // 2)  # both kinds of rows, where there are tests
+    singles = all_lengths(limits.length, len(limits.may))
     costs = prices.weighted.mean(prices.of([(segment,) for segment in singles], rows)).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
     if not ranked:
         limits.needed_segments()  # raises: a single segment would have been among them
-    return spread(ranked, particles), ranked[: COARSE_SETS * layers]
-
-
-def cheapest_sums(costs: dict[Segment, float], limits: Restriction, count: int) -> list[Cuts]:
-    """Allowed sets of `count` segments at most with n layers in all, by the sum of their single costs.
-
-    Beam search by dynamic programming: for every number of layers removed and every place where the last segment may
-    end, the BEAM cheapest whose kept layers so far stand where they may. What segments do to each other is left to the
-    gate and the race.
-
-    Args:
-        costs: the price of each segment removed alone.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K.
-
-    Returns:
-        Sets from the lowest sum.
-    """
-    layers, length = len(limits.may), limits.length
-    # best[m, e]: sets of m layers that end at e or before; each round of the loop adds one segment
-    best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1) if limits.keeps(0, e, 0)}
-    found: dict[Cuts, float] = {}
-    for _ in range(count):
-        ending: dict[tuple[int, int], Sums] = {}
-        for segment, cost in costs.items():
-            for m in range(length - len(segment) + 1):
-                # at least one kept layer between two segments, or they would be one
-                if m and not limits.keeps(segment.start - 1, segment.start, m):
-                    continue
-                before = best.get((m, segment.start - 1 if m else segment.start), [])
-                sums = [(total + cost, (*cuts, segment)) for total, cuts in before]
-                ending.setdefault((m + len(segment), segment.stop), []).extend(sums)
-        for m in range(1, length + 1):
-            for e in range(1, layers + 1):
-                kept = best.get((m, e - 1), []) if limits.may_keep(e - 1, m) else []
-                options = {*best.get((m, e), []), *kept, *ending.get((m, e), [])}
-                best[m, e] = nsmallest(BEAM, options)
-        for e in range(1, layers + 1):
-            found |= {cuts: total for total, cuts in best[length, e]}
-        for sums in (sums for (m, _), sums in ending.items() if m == length):
-            found |= {cuts: total for total, cuts in nsmallest(BEAM, sums)}
-    return sorted(filter(limits.allows, found), key=lambda cuts: (found[cuts], cuts))
+    return ranked[: COARSE_SETS * len(limits.may)]
 
 
 def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
@@ -274,7 +307,7 @@ def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: in
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
         moves = filter(limits.allows, neighbours(best, len(limits.may), count))
-        known |= {candidate.segments: candidate for candidate in race(prices, {best, *moves})}
+        known |= {candidate.segments: candidate for candidate in halving(prices, {best, *moves})}
         ordered = sorted(known.values(), key=merit)
         if ordered[0].segments == best:
             break

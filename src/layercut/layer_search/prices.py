@@ -25,7 +25,7 @@ from layercut.models.runner import DecoderRunner, dense_logits
 from layercut.registries import objectives
 
 FIRST_SHARE, FINALISTS = 8, 3
-"""A race begins on one row in eight (two at least); so many candidates at least are priced on all rows."""
+"""A race begins on one row in eight (two at least); so many are priced on all rows, if not fewer are wanted."""
 
 FEWEST_SETS = 16
 """Sets of which the hidden states are held at once at the end of a sweep, at least; else STREAM_BYTES is the limit."""
@@ -145,9 +145,14 @@ class Prices:
         return len(self.tokens)
 
     @property
+    def kinds(self) -> int:
+        """How many kinds of rows there are: text, or text and generated tests in turn."""
+        return 1 if self.weights is None else 2
+
+    @property
     def few(self) -> int:
         """Rows of the first, coarse pricing; two of text and two of tests at least, where there are tests."""
-        return min(self.rows, max(first_rows(self.rows), 2 if self.weights is None else 4))
+        return min(self.rows, max(first_rows(self.rows), 2 * self.kinds))
 
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All rows and their weights, those first that the coarse pricing has not seen; of tests and text in turn."""
@@ -228,17 +233,19 @@ class Prices:
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
-def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> list[Candidate]:
+def halving(
+    prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None, finalists: int = FINALISTS
+) -> list[Candidate]:
     """Successive halving: all sets are priced on a few rows, the better half on twice as many, and so on.
 
-    FINALISTS at least reach the end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of
-    16 rows each, the race among all segments from two rows on found the best every time, for 0.36 of the sweep
-    (docs/log.md).
+    On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of 16 rows each, the race among all
+    segments from two rows on found the best every time, for 0.36 of the sweep (docs/log.md).
 
     Args:
         prices: of the calibration rows.
         sets: what races.
         begin: rows of the first round; one in FIRST_SHARE where not given.
+        finalists: how many are priced on all rows, at least.
 
     Returns:
         Those that reach the end, priced on all rows, from the cheapest.
@@ -248,7 +255,7 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> l
         alive = prices.ranked(alive, seen)
         if seen == prices.rows:
             return candidates(prices, alive)
-        alive = alive[: max(FINALISTS, math.ceil(len(alive) / 2))]
+        alive = alive[: max(finalists, math.ceil(len(alive) / 2))]
         seen = min(prices.rows, 2 * seen)
 
 
