@@ -75,8 +75,8 @@ def order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
 def gate_cost(run: PlannedRun, effort: Effort) -> Spent:
     """A pass there and back of some rows, and halving of what the gate proposes; for one segment.
 
-    In the pass autograd keeps what every layer needs for its backward pass, of layers on disk their inputs and what
-    one of them needs at a time; beside it are a row of logits, p in float32 and the gradient.
+    In the pass the hidden states are kept, their gradients, and what one layer needs at a time for its backward pass;
+    at the turn there are a row of logits, p in float32 and the gradient.
 
     Args:
         run: what is planned.
@@ -87,11 +87,10 @@ def gate_cost(run: PlannedRun, effort: Effort) -> Spent:
     """
     shape, layers = run.shape, run.shape.layers
     rows, row = effort.gradient_rows(run.calibration), shape.stream(1)
-    passes = Work.of(shape, rows * layers, rows * (layers - 1), heads=2 * rows)
-    held = shape.most("saved") if run.on_disk else layers * shape.mean("saved")
+    passes = Work.of(shape, rows * (2 * layers - 1), rows * (layers - 1), heads=2 * rows)
     step = {
-        "kept for backward": round(layers * row + held),
         "streams": 2 * layers * row,
+        "kept for backward": shape.most("saved"),
         "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
     }
     raced = halving_work(run, effort.proposals, first_of_proposals(run.calibration), GATE_FINALISTS)

@@ -32,7 +32,7 @@ from layercut.layer_search.prices import Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.objectives import Objective
-from layercut.models.runner import DecoderRunner, dense_logits
+from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
 
 WORST = 1e30
 """The foretold price where slopes overflow."""
@@ -69,8 +69,9 @@ def foretell(prices: Prices, rows: int, seed: int) -> Foretold:
         weights = None if prices.weights is None else prices.weights[at]
         table = foretold_of_row(prices.stack, prices.tokens[at : at + 1], prices.objective, draw, weights=weights)
         found.append(table.flatten())
-        prices.cost.layer_forwards += layers
-        prices.cost.layer_backwards += layers - 1  # as far as the first layer's output
+        # back to the first layer's output, each layer run again: what it computes inside is kept of one at a time
+        prices.cost.layer_forwards += 2 * layers - 1
+        prices.cost.layer_backwards += layers - 1
         prices.cost.dense_tokens += prices.tokens.shape[1]
     mean = prices.weighted.mean(torch.stack(found, -1)).view(layers + 1, layers + 1)
     return Foretold(processes.from_main(mean.nan_to_num(WORST, WORST, WORST)))
@@ -105,7 +106,7 @@ def foretold_of_row(
         first = stack.layer(0, embedded, calls)
     states = [first.detach().requires_grad_(True)]
     for i in range(1, len(stack)):
-        states.append(stack.layer(i, states[-1], calls))
+        states.append(recomputed_layer(stack, i, states[-1], calls))
     share = torch.full(row.shape[1:], 1 / row.shape[1]) if weights is None else weights
     end, upstream = upstream_of(stack, states[-1], row, objective, draw)
     upstream *= share.sqrt().to(upstream.device)[:, None]
