@@ -1,6 +1,6 @@
-"""Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, gate_ablation, stream,
-compare-RATIO, healing, recovery, keys, frontier, speed and shapes, all .json; of those from recovery on, one that is
-not there yet is said to be open. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, gate_ablation,
+stream, compare-RATIO, healing, recovery, keys, frontier, speed and shapes, all .json; of those from recovery on, one
+that is not there yet is said to be open. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
