@@ -39,9 +39,13 @@ class Effort:
     share: int
     """Of the rows one in so many gives gradients."""
     proposals: int
-    """Sets for each segment that a cut may have."""
+    """Sets that the gate proposes, for one segment."""
     climbs: bool
     """With several segments: whether the best's one-layer moves race against it until none is better."""
+
+    def sets(self, count: int) -> int:
+        """Sets that the gate proposes for K segments."""
+        return self.proposals if count == 1 else SETS_PER_SEGMENT * count
 
     def gradient_rows(self, rows: int, kinds: int = 1) -> int:
         """Of N rows, of text or of text and tests, those that give gradients: one of each kind at least."""
@@ -50,6 +54,9 @@ class Effort:
 
 GATE, CLP = Effort(16, 6, climbs=False), Effort(8, 10, climbs=True)
 """Of the criteria of these names."""
+
+SETS_PER_SEGMENT = 6
+"""Sets that the gate proposes for each of several segments; the climb adds those beside the best."""
 
 BEGIN_SHARE, GATE_FINALISTS = 4, 2
 """Proposals are first priced on one row in four, and so many of them at least on all. They are alike: rounds on fewer
@@ -93,7 +100,7 @@ def gate_cost(run: PlannedRun, effort: Effort) -> Spent:
         "kept for backward": shape.most("saved"),
         "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
     }
-    raced = halving_work(run, effort.proposals, first_of_proposals(run.calibration), GATE_FINALISTS)
+    raced = halving_work(run, effort.sets(1), first_of_proposals(run.calibration), GATE_FINALISTS)
     return Spent(max(step, all_segments_cost(run).peak, key=total), passes + raced)
 
 
@@ -137,7 +144,7 @@ def decided(
     Returns:
         Candidates priced on all rows, from the best.
     """
-    sets = proposals(foretold, limits, count, effort.proposals * count)
+    sets = proposals(foretold, limits, count, effort.sets(count))
     with bar(f"{name}: {len(sets)} proposals race", None):
         begin = first_of_proposals(prices.rows, prices.kinds)
         found = halving(prices, sets, begin=begin, finalists=GATE_FINALISTS)
@@ -306,7 +313,8 @@ def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: in
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
         moves = filter(limits.allows, neighbours(best, len(limits.may), count))
-        known |= {candidate.segments: candidate for candidate in halving(prices, {best, *moves})}
+        raced = halving(prices, {best, *moves}, finalists=GATE_FINALISTS)
+        known |= {candidate.segments: candidate for candidate in raced}
         ordered = sorted(known.values(), key=merit)
         if ordered[0].segments == best:
             break
