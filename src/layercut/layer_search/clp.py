@@ -40,6 +40,8 @@ class Effort:
     """Of the rows one in so many gives gradients."""
     proposals: int
     """Sets that the gate proposes, for one segment."""
+    finalists: int
+    """Of them, so many at least are priced on all rows."""
     climbs: bool
     """With several segments: whether the best's one-layer moves race against it until none is better."""
 
@@ -52,21 +54,20 @@ class Effort:
         return min(rows, max(kinds, rows // self.share))
 
 
-GATE, CLP = Effort(16, 6, climbs=False), Effort(8, 10, climbs=True)
+GATE, CLP = Effort(16, 6, 2, climbs=False), Effort(8, 10, FINALISTS, climbs=True)
 """Of the criteria of these names."""
 
 SETS_PER_SEGMENT = 6
 """Sets that the gate proposes for each of several segments; the climb adds those beside the best."""
 
-BEGIN_SHARE, GATE_FINALISTS = 4, 2
-"""Proposals are first priced on one row in four, and so many of them at least on all. They are alike: rounds on fewer
-rows dropped the best of them now and then."""
+BEGIN_SHARE = 4
+"""Proposals are first priced on one row in four. They are alike: rounds on fewer rows dropped the best now and then."""
 
 COARSE_SETS = 4
 """`race` with several segments: so many sets a layer are raced."""
 
-MOST_CLIMBS = 8
-"""Rounds of climbing at most; each takes one move."""
+MOST_CLIMBS, CLIMB_FINALISTS = 8, 2
+"""Rounds of climbing at most, each of which takes one move; and how many moves are priced on all rows, at least."""
 
 
 def first_of_proposals(rows: int, kinds: int = 1) -> int:
@@ -100,7 +101,7 @@ def gate_cost(run: PlannedRun, effort: Effort) -> Spent:
         "kept for backward": shape.most("saved"),
         "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
     }
-    raced = halving_work(run, effort.sets(1), first_of_proposals(run.calibration), GATE_FINALISTS)
+    raced = halving_work(run, effort.sets(1), first_of_proposals(run.calibration), effort.finalists)
     return Spent(max(step, all_segments_cost(run).peak, key=total), passes + raced)
 
 
@@ -147,7 +148,7 @@ def decided(
     sets = proposals(foretold, limits, count, effort.sets(count))
     with bar(f"{name}: {len(sets)} proposals race", None):
         begin = first_of_proposals(prices.rows, prices.kinds)
-        found = halving(prices, sets, begin=begin, finalists=GATE_FINALISTS)
+        found = halving(prices, sets, begin=begin, finalists=effort.finalists)
         if effort.climbs and count > 1:
             found = climb(prices, found, limits, count)
     return SearchResult(name, found, prices.cost, by_text=beside_text(prices, found, sets))
@@ -313,7 +314,7 @@ def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: in
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
         moves = filter(limits.allows, neighbours(best, len(limits.may), count))
-        raced = halving(prices, {best, *moves}, finalists=GATE_FINALISTS)
+        raced = halving(prices, {best, *moves}, finalists=CLIMB_FINALISTS)
         known |= {candidate.segments: candidate for candidate in raced}
         ordered = sorted(known.values(), key=merit)
         if ordered[0].segments == best:
