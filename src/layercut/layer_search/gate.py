@@ -22,6 +22,7 @@ sets of the lowest foretold price are proposals for the real cut (`clp.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,12 @@ from layercut.layer_search.cheapest_sets import cheapest_sums
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.sweep import Cuts, all_lengths
+from layercut.models.batch_sizes import slices
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
+
+DIFFERENCE_BYTES = 64 * 2**20
+"""Of hidden states in float32 that are subtracted from each other at once."""
 
 WORST = 1e30
 """The foretold price where slopes overflow."""
@@ -111,15 +116,32 @@ def foretold_of_row(
     end, upstream = upstream_of(stack, states[-1], row, objective, draw)
     upstream *= share.sqrt().to(upstream.device)[:, None]
     slopes = torch.autograd.grad(end, states, upstream.to(end.dtype))
-    with torch.no_grad():
-        h = torch.cat([embedded, *states]).detach()  # [L + 1, T, D]
-        # s_tab for every a of each b, in the model's dtype as v and h are, summed in float32
-        jumps = [((h[b] - h[:b]).float() * v[0].float()).sum(-1) for b, v in enumerate(slopes, 1)]  # [b, T]
-        table = torch.zeros(len(stack) + 1, len(stack) + 1, dtype=torch.float64)
-        for b, jump in enumerate(jumps, 1):
-            table[:b, b] = jump.double().square().sum(-1).cpu()
+    table = summed_squares([embedded, *states], slopes)
     alone = torch.cat([table.new_zeros(1), table.diagonal(1).cumsum(0)])
     return (table + (alone - alone[:, None]).triu(1)) / 4
+
+
+@torch.no_grad()
+def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """sum_t s_tab^2 of every segment, some tokens at a time; sums in float32, read from the device once.
+
+    Args:
+        states: h_0 … h_L [1, T, D].
+        slopes: v_1 … v_L [1, T, D].
+
+    Returns:
+        float64 [L + 1, L + 1], at (a, b); 0 elsewhere.
+    """
+    layers, tokens, width = len(slopes), *states[0].shape[1:]
+    sums = [torch.zeros(b, device=states[0].device) for b in range(1, layers + 1)]
+    for part in slices(tokens, max(1, DIFFERENCE_BYTES // (4 * len(states) * width))):
+        h = torch.stack([state[0, part] for state in states]).float()  # [L + 1, t, D]
+        for b, v in enumerate(slopes, 1):
+            sums[b - 1] += ((h[b] - h[:b]) * v[0, part].float()).sum(-1).square().sum(-1)
+    table = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+    for b, found in enumerate(torch.cat(sums).cpu().double().split([*range(1, layers + 1)]), 1):
+        table[:b, b] = found
+    return table
 
 
 def upstream_of(
