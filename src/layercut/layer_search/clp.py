@@ -50,7 +50,15 @@ class Effort:
         return self.proposals if count == 1 else SETS_PER_SEGMENT * count
 
     def gradient_rows(self, rows: int, kinds: int = 1) -> int:
-        """Of N rows, of text or of text and tests, those that give gradients: one of each kind at least."""
+        """Rows that give gradients: one of each kind at least.
+
+        Args:
+            rows: N.
+            kinds: of rows: text, or text and tests.
+
+        Returns:
+            How many of the first.
+        """
         return min(rows, max(kinds, rows // self.share))
 
 
@@ -71,12 +79,28 @@ MOST_CLIMBS, CLIMB_FINALISTS = 8, 2
 
 
 def first_of_proposals(rows: int, kinds: int = 1) -> int:
-    """Of N rows, of text or of text and tests, those that proposals are first priced on: two of each kind at least."""
+    """Rows that proposals are first priced on: two of each kind at least.
+
+    Args:
+        rows: N.
+        kinds: of rows: text, or text and tests.
+
+    Returns:
+        How many of the first.
+    """
     return min(rows, max(2 * kinds, rows // BEGIN_SHARE))
 
 
-def order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """Rows in the order in which halving takes them."""
+def shuffled(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows in the order in which halving takes them.
+
+    Args:
+        tokens: token ids [N, T].
+        seed: of the order.
+
+    Returns:
+        [N, T].
+    """
     return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -183,7 +207,7 @@ def gate(
     Returns:
         Candidates priced on all tokens, from the best.
     """
-    prices = Prices(runner, order(tokens, seed), cost, as_objective(objective), probes)
+    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
     foretold = foretell(prices, GATE.gradient_rows(prices.rows, prices.kinds), seed)
     return decided("gate", prices, foretold, limits, num_segments, GATE)
@@ -218,7 +242,7 @@ def clp(
     Returns:
         Candidates priced on all tokens, from the best.
     """
-    prices = Prices(runner, order(tokens, seed), cost, as_objective(objective), probes)
+    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
     foretold = foretell(prices, CLP.gradient_rows(prices.rows, prices.kinds), seed)
     return decided("clp", prices, foretold, limits, num_segments, CLP)
@@ -262,7 +286,7 @@ def race(
     Returns:
         Candidates priced on all tokens, from the best.
     """
-    prices = Prices(runner, order(tokens, seed), cost, as_objective(objective), probes)
+    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
     with bar("race", None):
         if num_segments == 1:
