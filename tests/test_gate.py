@@ -91,6 +91,14 @@ def test_the_least_foretold_sets_are_those_of_brute_force():
         assert proposals(foretold, Restriction.none(9, 4), count, 5) == best[:5]
 
 
+@pytest.mark.parametrize(("length", "layers"), [(9, 12), (11, 12), (1, 2)])
+def test_all_but_a_few_layers_can_be_proposed(length, layers):
+    table = torch.rand(layers + 1, layers + 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for count in (1, 2):
+        best = min(all_sets(length, layers, count), key=Foretold(table).of)
+        assert proposals(Foretold(table), Restriction.none(layers, length), count, 1) == [best]
+
+
 DEEP = (Segment(3, 5), Segment(11, 14), Segment(19, 20))
 
 
