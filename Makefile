@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs fuzz test-engines test-families test-minimum clean
+.PHONY: demo test gpu lint docs fuzz test-engines test-families test-minimum clean
 
 demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
 
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Where there is an accelerator: the tests that need one, and the benchmark of everything on it, in nine minutes.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks tools examples

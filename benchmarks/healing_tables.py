@@ -109,3 +109,29 @@ def headline_words(speed: dict, frontier: dict) -> str:
         f"{smallest['share']:.0%} of the bytes and {1 + max(smallest['rise'].values()):.1f} times the perplexity: "
         "unusable."
     )
+
+
+def recall_table(result: dict) -> str:
+    """What cuts and healings keep of recall, beside perplexity, as Markdown."""
+    rows, environment = result["rows"], result["environment"]
+    texts, asked = list(rows[0]["perplexity"]), rows[0]["keys_asked"]
+    damages = ("recall", "lists", "copy", "labels", "structure", "format")
+    lines = [
+        f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']}, "
+        f"each cut folded and tuned anew; perplexity of {result['eval_tokens']:,} tokens in windows of "
+        f"{result['window']}; keys hidden in, and values of a list of, up to {result['longest']:,} tokens, found "
+        f"of {asked}; then damage to tests of the judging family, nats per answer token:",
+        "",
+        "| removed | tuned on | tests among it | next-token share | radius | "
+        f"{' | '.join([*texts, 'keys', 'lists', *damages])} |",
+        f"|---|{'---:|' * (4 + len(texts) + 2 + len(damages))}",
+    ]
+    for row in rows:
+        dense = row["segments"] == "nothing"
+        how = [f"{row['tokens']:,}", f"{row['share']:.0%}", f"{row['mix']:g}", str(row["radius"])]
+        cells = [row["segments"].replace(",", " and "), *(how if row["tokens"] and not dense else ["", "", "", ""])]
+        cells += [f"{row['perplexity'][text]:.1f}" for text in texts]
+        cells += [str(row["keys_found"]), str(row["lists_found"])]
+        cells += ["" if dense else f"{row['damage'][name]:.2f}" for name in damages]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

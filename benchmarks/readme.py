@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gate_tables import search_tables
-from healing_tables import headline_table, healing_table, recovery_table
+from healing_tables import headline_table, healing_table, recall_table, recovery_table
 from layercut.files.json_values import write_json, write_text
 from layercut.pipeline.compare import by_kl, short
 from layercut.report.formatting import Json, count, figure, label, size
@@ -28,7 +28,10 @@ from stage_two import frontier_table, speed_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = RESULTS / "demo.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guides" / "engines.md")
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", *(f"docs/{p}.md" for p in ("results", "guides/engines", "guides/what-survives")))
+)
 
 
 def take_over(run: Path) -> None:
@@ -179,7 +182,7 @@ def filled(text: str) -> str:
     regions |= {"results": headline()}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
-    later |= {"speed": speed_table, "shapes": shapes_table, "engines": engines_table}
+    later |= {"speed": speed_table, "shapes": shapes_table, "engines": engines_table, "recall": recall_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)

@@ -1,79 +1,122 @@
 """Claim: a cut chosen and healed with generated tests still finds hidden keys; one chosen by text alone does not.
 
-    python benchmarks/recall.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt --cuts 13:19 12:16,5:7=0.25
+    python benchmarks/recall.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt \
+        --cuts 13:19 "12:16,5:7 share=0.25" "12:16,5:7 share=0.25 mix=0.3 radius=2"
+    python benchmarks/recall.py …      # goes on; rows that are done are kept
 
-A cut is its segments, and behind = the share of generated tests among the rows it is tuned on. Each is folded and tuned
-as a run does it; then perplexity, hidden keys, values found in lists, and the damage to tests of the judging family are
-measured, beside the dense model.
+A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `mix`
+of the next-token loss, `radius`, `tokens` to tune on, peak `rate`. Each is folded and tuned as a run does it; then
+perplexity, hidden keys, values found in lists, and the damage to tests of the judging family are measured, beside the
+dense model. "nothing" is the dense model, "… unhealed" the cut alone.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from common import arguments, blocks, finish, open_model
 from layercut import evaluation
-from layercut.data.probes import probe_rows
+from layercut.data.probes import ProbeRows, probe_rows
 from layercut.files.json_values import write_json
 from layercut.healing import fold_, tune_
 from layercut.models import loading
+from layercut.models.objectives import KL
 from layercut.pipeline.stages.heal import FOLD_TOKENS
 from layercut.progress import say
 from layercut.segments import Segment
 from layercut.surgery import cut
 
 
-def healed(
-    model: loading.LanguageModel, segments: list[Segment], share: float, args: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The model without the segments, folded and tuned on text with a share of generated tests; and what that gave."""
-    source = f"{args.data}+probes:{share}" if share else args.data
+@dataclass(frozen=True)
+class Healing:
+    """A cut and how it is healed."""
+
+    segments: str
+    share: float = 0.0
+    mix: float = 0.0
+    radius: int = 1
+    tokens: int = 0
+    rate: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, tokens: int) -> Healing:
+        """From "12:16,5:7 share=0.25"; tokens: how many are tuned on unless it says so."""
+        segments, *options = text.split()
+        given: dict[str, float] = {"tokens": 0 if options[:1] == ["unhealed"] else tokens}
+        for name, _, value in (option.partition("=") for option in options if option != "unhealed"):
+            given[name] = int(value) if name in ("radius", "tokens") else float(value)
+        return cls(segments, **given)  # type: ignore[arg-type]
+
+
+def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: dict[str, Any]) -> Any:
+    """The model without the segments, folded and tuned; what that gave goes into row."""
+    small = cut(model.model, [Segment.parse(one) for one in asked.segments.split(",")])
+    if not asked.tokens:
+        return small
+    source = f"{args.data}+probes:{asked.share}" if asked.share else args.data
     calibration = blocks(model, args.data, args.tokens, args.window, args.seed).tokens
-    held = max(1024, args.tune_tokens // 32)
-    drawn = blocks(model, source, held + args.tune_tokens, args.window, args.seed, skip=len(calibration)).tokens
+    held = max(1024, asked.tokens // 32)
+    drawn = blocks(model, source, held + asked.tokens, args.window, args.seed, skip=len(calibration)).tokens
     heldout, tuning = drawn[: held // args.window], drawn[held // args.window :]
-    small = cut(model.model, segments)
-    solved = torch.cat([calibration, tuning[: max(0, FOLD_TOKENS - calibration.numel()) // args.window]])
+    solved = torch.cat([calibration, tuning[: max(0, args.fold_tokens - calibration.numel()) // args.window]])
     folded = fold_(small, model.model, solved, heldout=heldout)
-    tuned = tune_(small, model.model, tuning, heldout=heldout)
-    return small, {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after, "tuning": tuned.to_dict()}
+    objective, begun = KL(mix=asked.mix), time.process_time()
+    tuned = tune_(
+        small, model.model, tuning, heldout=heldout, objective=objective, radius=asked.radius,
+        learning_rate=asked.rate or None,
+    )  # fmt: skip
+    row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after, "cpu_seconds": time.process_time() - begun}
+    kept = ("learning_rate", "trained_layers", "trained_parameters", "heldout", "heldout_label", "setbacks")
+    row["tuning"] = {name: getattr(tuned, name) for name in kept}
+    return small
+
+
+def judged(
+    model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], tests: ProbeRows, args: Namespace
+) -> dict[str, Any]:
+    """What is left: perplexity by text, keys and values found, damage and hit rates of generated tests."""
+    found: dict[str, Any] = {"perplexity": {name: evaluation.perplexity(small, text) for name, text in texts.items()}}
+    for name, cases in (("keys", evaluation.passkey_cases), ("lists", evaluation.key_value_cases)):
+        trials = cases(model.tokenizer, args.longest, args.seed)
+        cells = evaluation.passkey_grid(small, model.tokenizer, trials)
+        found |= {name: cells, f"{name}_found": sum(cell["found"] for cell in cells), f"{name}_asked": len(trials)}
+    return found | evaluation.capability_figures(small, model.model, tests).to_dict()
 
 
 def main() -> None:
     args = arguments(
-        __doc__ or "", data="c4", texts=["wiki=wikitext2"], cuts=["13:19"], tokens=16384, tune_tokens=65536,
-        eval_tokens=32768, window=256, longest=1024, seed=0,
+        __doc__ or "", data="c4", texts=["wiki=wikitext2"], cuts=["nothing", "13:19"], tokens=16384, tune_tokens=65536,
+        fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, seed=0,
     )  # fmt: skip
     model = open_model(args.model)
     texts = {
         name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
         for name, _, source in (item.partition("=") for item in args.texts)
     }
-    grids = {
-        "keys": evaluation.passkey_cases(model.tokenizer, args.longest, args.seed),
-        "lists": evaluation.key_value_cases(model.tokenizer, args.longest, args.seed),
-    }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
-    rows: list[dict[str, Any]] = []
-    for name in ["dense", *args.cuts]:
-        segments, _, share = name.partition("=")
-        student, row = model.model, {"cut": segments, "share": float(share or 0)}
-        if name != "dense":
-            student, found = healed(model, [Segment.parse(one) for one in segments.split(",")], row["share"], args)
-            row |= found
-        row["perplexity"] = {text: evaluation.perplexity(student, tokens) for text, tokens in texts.items()}
-        for kind, trials in grids.items():
-            row[kind] = evaluation.passkey_grid(student, model.tokenizer, trials)
-            row[f"{kind}_found"] = sum(cell["found"] for cell in row[kind])
-        row |= evaluation.capability_figures(student, model.model, tests).to_dict()
+    facts = {key: getattr(args, key) for key in ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "seed")}
+    partial = args.out.with_name(f".{args.out.stem}.partial.json")
+    old = next((json.loads(file.read_text()) for file in (partial, args.out) if file.is_file()), {"rows": []})
+    if old["rows"] and any(old[name] != value for name, value in facts.items()):
+        raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
+    rows: list[dict[str, Any]] = old["rows"]
+    for asked in (Healing.parse(text, args.tune_tokens) for text in args.cuts):
+        if any(all(row.get(name) == value for name, value in asdict(asked).items()) for row in rows):
+            continue
+        row: dict[str, Any] = asdict(asked)
+        small = model.model if asked.segments == "nothing" else healed(model, asked, args, row)
+        row |= judged(model, small, texts, tests, args)
         rows.append(row)
-        say(name, f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}")
-        write_json(args.out.with_name(f".{args.out.stem}.partial.json"), rows)
-    facts = {key: getattr(args, key) for key in ("tokens", "tune_tokens", "eval_tokens", "window", "longest", "seed")}
+        say(str(asked), f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}")
+        write_json(partial, facts | {"rows": rows})
     finish(args.out, model, (__doc__ or "").splitlines()[0], rows, **facts)
-    args.out.with_name(f".{args.out.stem}.partial.json").unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

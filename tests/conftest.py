@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +18,21 @@ import torch
 import transformers
 
 import folders
+import quick
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: sums are split by it, hence their last bits
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """A run collects garbage before each stage, 0.2 s where all that the libraries hold is looked through: most of a
+    tiny run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +46,24 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two .txt files that have no sentence in common: one to calibrate and tune on, one to evaluate on."""
     folder = tmp_path_factory.mktemp("texts")
     return folders.write_text(folder / "calibration.txt", 1), folders.write_text(folder / "evaluation.txt", 2)
+
+
+@pytest.fixture
+def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.leave_out(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run_until() -> Iterator[Callable[..., int]]:
+    """Run a command up to a moment of tests/killed.py and end it by a signal; its exit code.
+
+    run_until(moment, signal, log, argv)
+    """
+    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run(moment: str, number: int, log: Path, argv: list[str]) -> int:
+            print(json.dumps([moment, int(number), str(log), argv]), file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield run

@@ -129,17 +129,18 @@ def rewritten(
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--outfile", type=Path)
     parser.add_argument("--outtype")
     parser.add_argument("--model-name")
     args = parser.parse_args()
+    kind = json.loads((args.folder / "config.json").read_text())["model_type"]
+    if kind not in ("llama", "gemma3_text"):
+        sys.exit(f"Model {kind} is not supported")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(args.folder).requires_grad_(False)
-    if model.config.model_type not in ("llama", "gemma3_text"):
-        sys.exit(f"Model {model.config.model_type} is not supported")
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     write_gguf(model, tokenizer, args.outfile, args.outtype.upper(), name=args.model_name)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import quick
 from layercut.cli.command_line import app, main
 from layercut.config import PRESETS, CompressConfig, FindConfig, HealConfig, TuneConfig, flattened, keys
 
@@ -132,7 +133,7 @@ def test_config_may_be_given_with_an_equals_sign_and_a_single_segment(tiny_model
 
 
 def test_a_resolved_config_repeats_the_run(tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    quick.leave_out(monkeypatch)
     folder = tmp_path / "run"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if not isinstance(value, bool)]
     argv = ["compress", str(tiny_model), *flags, "--no-speed", "--no-fold", "--segment=3:5", "--force"]
@@ -287,7 +288,7 @@ def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny
         raise AssertionError("the Hub is not asked")
 
     monkeypatch.setattr("layercut.data.sources.from_hub", offline)
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    quick.leave_out(monkeypatch)
     same = [str(tiny_model), f"--data={texts[0]}", "--tokens=64", "--window=16", "--ratio=0.2", f"--out={tmp_path}"]
 
     def begun() -> list[str]:

@@ -7,6 +7,8 @@ themselves.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,12 @@ def cuts(draw) -> list[Segment]:
     return segments if sum(map(len, segments)) < families.LAYERS else [Segment(1, families.LAYERS)]
 
 
+@pytest.fixture(scope="module")
+def source_of(tmp_path_factory) -> Callable[[str], census.Original]:
+    """The model of a family, made once."""
+    return cache(lambda model_type: census.original(model_type, tmp_path_factory.mktemp(model_type)))
+
+
 @settings(
     max_examples=15,
     deadline=None,
@@ -96,9 +104,8 @@ def cuts(draw) -> list[Segment]:
     model_type=st.sampled_from(["llama", "gemma2", "gemma3_text", "qwen3_next", "jamba", "mixtral", "lfm2"]),
     segments=cuts(),
 )
-def test_any_segments_are_right_or_refused(tmp_path_factory, model_type, segments):
-    folder = tmp_path_factory.mktemp("any")
-    verdict = census.judge(census.original(model_type, folder / "source"), segments, folder)
+def test_any_segments_are_right_or_refused(tmp_path_factory, source_of, model_type, segments):
+    verdict = census.judge(source_of(model_type), segments, tmp_path_factory.mktemp("any"))
     assert verdict.kind in ("right", "refused"), verdict.why
     if model_type in ("llama", "gemma2", "mixtral"):
         assert verdict.kind == "right"

@@ -33,7 +33,7 @@ def few(tiny_model: Path, texts: tuple[Path, Path], out: Path) -> dict[str, list
 
 
 @pending
-def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch):
+def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch, quick_runs):
     arguments = few(tiny_model, texts, tmp_path)
     assert {file.name for file in EXAMPLES.glob("*.py")} == set(arguments)
     for name, given in arguments.items():
@@ -54,7 +54,7 @@ def test_scripts_and_notebook_run(tiny_model, texts, tmp_path, monkeypatch):
 
 
 @pending
-def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch):
+def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch, quick_runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_configs_run(tiny_model, texts, tmp_path, capsys):
+def test_configs_run(tiny_model, texts, tmp_path, capsys, quick_runs):
     """Settings by goal: those of `compress` as far as the search, or healing where the search needs it; `compare`."""
     common = ["--data", str(texts[0]), "--tokens", "64", "--window", "16"]
     files = sorted((EXAMPLES / "configs").glob("*.yaml"))

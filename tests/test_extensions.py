@@ -41,7 +41,7 @@ def installed(monkeypatch):
         registry.__dict__.pop("installed", None)
 
 
-def test_the_command_runs_with_parts_of_another_package(installed, tiny_model, texts, tmp_path):
+def test_the_command_runs_with_parts_of_another_package(installed, tiny_model, texts, tmp_path, quick_runs):
     out = tmp_path / "run"
     where = [f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={out}"]
     assert main(["compress", str(tiny_model), *where, *FEW, *FLAGS]) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.distributed import processes
@@ -31,7 +32,6 @@ from layercut.pipeline.stages.heal import TUNING_STATE, TUNING_STATES
 from layercut.report.stage_lines import describe_export
 from layercut.segments import Segment
 from layercut.surgery import check_checkpoint_cut, cut_checkpoint, cut_segment_
-from test_resume import driver
 from test_stream import MODELS, saved
 
 RUN = ["--ratio=0.25", "--tokens=128", "--window=16", "--tune-tokens=192", "--eval-tokens=64", "--no-speed"]
@@ -54,10 +54,7 @@ def both(tiny_model, texts, tmp_path_factory):
     """Run folders of the same run, from disk and in memory."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        # slow, and not what is compared
-        patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-        patch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
-        patch.setattr("layercut.evaluation.generation_health", lambda *_: {})
+        quick.leave_out(patch)
         patch.setattr("layercut.healing.endpoint_tuning.PASS_TOKENS", 16)  # a step is several passes
         return [compressed(mode, tiny_model, texts, folder / mode) for mode in ("on", "off")]
 
@@ -322,18 +319,18 @@ def test_states_need_room(llama, tmp_path, monkeypatch):
         frozen_states(student, dense, tiny.some_tokens(24, 16), TuneSettings(), tmp_path / "states", key="")
 
 
-def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, texts, tmp_path):
+def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, texts, tmp_path, run_until, monkeypatch):
     """Killed after step 1, where the state was due; terminated within step 3."""
+    monkeypatch.setattr(checkpoint, "verify_streamed", lambda *_: {})  # tested above
     run, log = tmp_path / "run", tmp_path / "log"
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", f"--out={run}"]
     argv.append("--stream=on")
     whole = tmp_path / "whole"
     tune = ["tune", *(flag for flag in argv[1:] if not flag.startswith(("--eval", "--no-speed", "--out")))]
     assert main([*tune, f"--out={whole}"]) == 0
-    with driver(argv, log) as run_until:
-        assert run_until("step/1", signal.SIGKILL) == -signal.SIGKILL, log.read_text()
-        made = (run / TUNING_STATES / "wanted").stat().st_mtime_ns
-        assert run_until("step/2", signal.SIGTERM) == -signal.SIGTERM, log.read_text()
+    assert run_until("step/1", signal.SIGKILL, log, argv) == -signal.SIGKILL, log.read_text()
+    made = (run / TUNING_STATES / "wanted").stat().st_mtime_ns
+    assert run_until("step/2", signal.SIGTERM, log, argv) == -signal.SIGTERM, log.read_text()
     assert (run / TUNING_STATE).is_file()
     assert (run / TUNING_STATES / "wanted").stat().st_mtime_ns == made
     assert main([*tune, f"--out={run}"]) == 0
@@ -345,7 +342,8 @@ def test_tuning_from_disk_that_was_stopped_ends_in_the_same_bits(tiny_model, tex
 
 
 def test_rounds_from_disk(tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})  # of the run in memory
+    quick.leave_out(monkeypatch)
+    monkeypatch.setattr(checkpoint, "verify_streamed", lambda *_: {})
     flags = [flag for flag in RUN if not flag.startswith(("--eval", "--no-speed"))]
     flags += [f"--data={texts[0]}", "--rounds=2", "--method=exhaustive"]
     for mode in ("on", "off"):

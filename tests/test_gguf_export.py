@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import folders
+import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.errors import ModelError
@@ -175,7 +176,7 @@ def gguf_run(source, texts, tmp_path_factory) -> Path:
         f"--out={run}",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+        quick.leave_out(patch)
         assert main(argv) == 0
     return run
 
@@ -229,6 +230,8 @@ def converter(tmp_path) -> Path:
 def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, converter, tmp_path, monkeypatch):
     out = tmp_path / "out.gguf"
     monkeypatch.setenv(CONVERTER, str(converter))
+    if kind != "f16":
+        monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)  # a process of 5 s: once is enough
     assert main(["export", str(tiny_model), f"--gguf-type={kind}", f"--out={out}"]) == 0
     layers = 7 * folders.LAYERS
     vectors = 2 * folders.LAYERS + 1
@@ -237,9 +240,9 @@ def test_a_checkpoint_folder_goes_through_the_converter(kind, tiny_model, conver
     assert [p.name for p in tmp_path.iterdir() if "gguf" in p.name] == ["out.gguf"]
 
 
-def test_a_model_that_rounding_ruins_is_not_exported(converter, texts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    monkeypatch.setenv(CONVERTER, str(converter))
+def test_a_model_that_rounding_ruins_is_not_exported(texts, tmp_path, capsys, monkeypatch):
+    quick.leave_out(monkeypatch)
+    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
     model, run = folders.write_fragile_model(tmp_path / "fragile"), tmp_path / "run"
     flags = [*SHORT[:2], "--tune-tokens=0", "--eval-tokens=256", "--no-speed", "--no-fold", "--segment=3:4"]
     assert main(["compress", str(model), *flags, f"--data={texts[0]}", "--eval-data=self", f"--out={run}"]) == 0
@@ -382,6 +385,7 @@ def test_refusals(tiny_model, gguf_run, converter, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     refused(str(gguf_run), out, "--gguf-type=q4_k_m", words="llama-cpp-py-sync")
     future = Path(shutil.copytree(tiny_model, tmp_path / "future"))
+    monkeypatch.setattr("layercut.export.gguf_export.convert", converted_here)
     monkeypatch.setattr("layercut.export.gguf_export.llama_cpp_installed", lambda: False)
     monkeypatch.setattr("layercut.export.gguf_export.architecture_of", lambda _: "future")
     refused(str(future), out, f"--converter={converter}", words="how it distinguishes the layers of 'future'")

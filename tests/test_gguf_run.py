@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import folders
+import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.export.gguf_tensors import tensor_types
@@ -107,7 +108,7 @@ def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, capsys, m
 
 
 def test_evaluate_and_export_take_such_a_run(made, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    quick.leave_out(monkeypatch)
     run = made.with_name("small.gguf-run")
     argv = ["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--eval-window=16"]
     assert main(argv) == 0

@@ -183,7 +183,7 @@ def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
     assert lines[2:] == ['PARAMETER stop "</s>"']
 
 
-def test_quantize_writes_a_card(tiny_model, tmp_path):
+def test_quantize_writes_a_card(tiny_model, tmp_path, quick_runs):
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "int8"
     assert main(["quantize", str(tiny_model), "--bits", "8", "--quantizer", "rtn", "--out", str(out), "--quiet"]) == 0

@@ -22,9 +22,14 @@ from layercut.errors import ConfigError
 from layercut.export import hub as hub_module
 
 SCRIPT = """
-import contextlib, io, json, os, sys
+import contextlib, gc, io, json, os, sys
+import transformers.models.llama.modeling_llama
 import hub_stand_in
 from layercut.cli.command_line import main
+from layercut.export import checkpoint
+
+checkpoint.verify_reload = lambda *_: {}  # tested elsewhere, and slow
+gc.freeze()  # see conftest.py
 
 model, calibration, text, out = sys.argv[1:]
 said = {}

@@ -350,7 +350,7 @@ def test_what_is_tuned_on_has_its_share_of_tests(given, found):
     assert tuning_source(SimpleNamespace(config=config, tests_fit=False)) == (given.get("tune_data") or "a.txt")
 
 
-def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys):
+def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys, quick_runs):
     out = tmp_path / "run"
     flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--tune-tokens=0"]
     flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25", f"--out={out}"]

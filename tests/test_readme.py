@@ -28,7 +28,7 @@ def commands(*pages: Path) -> list[str]:
     return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.startswith("layercut ")))
 
 
-def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monkeypatch, capsys):
+def test_readme_commands_run_as_they_are_shown(tiny_model, texts, tmp_path, monkeypatch, capsys, quick_runs):
     monkeypatch.chdir(tmp_path)
     calibration, evaluation = texts
     (tmp_path / "mytext.txt").write_text(Path(calibration).read_text())
@@ -63,7 +63,9 @@ def test_commands_of_the_guides_are_understood(monkeypatch):
             config.check()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/guides/engines.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/results.md", "docs/guides/engines.md", "docs/guides/what-survives.md"]
+)
 def test_tables_are_those_of_the_results(page, monkeypatch):
     """Where this fails, a result was renewed and the page was not: python benchmarks/readme.py"""
     monkeypatch.syspath_prepend(README.parent / "benchmarks")

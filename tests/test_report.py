@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import wraps
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,28 @@ BROKEN = "The compressed model is broken"
 # Costs by start, shaped like those of SmolLM2-135M-Instruct with n = 6: ten measured, the others filled in.
 COSTS = [9.7, 4.1, 2.15, 2.6, 3.0, 3.2, 3.1, 2.7, 2.2, 1.89, 1.6, 1.2, 0.91, 0.84, 0.96, 1.16, 1.6, 2.0, 2.41,
          3.3, 4.86, 8.0, 11.5, 16.6, 12.1]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_chart_is_drawn_once() -> Iterator[None]:
+    """Drawing takes nearly all the time of a page, and most runs of these tests differ in what is not drawn."""
+
+    def once(draw: Callable[..., Any]) -> Callable[..., Any]:
+        drawn: dict[bytes, Any] = {}
+
+        @wraps(draw)
+        def chart(*given: Any) -> Any:
+            key = pickle.dumps(given)
+            if key not in drawn:
+                drawn[key] = draw(*given)
+            return drawn[key]
+
+        return chart
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cost", "path", "triangle", "map", "tuning", "position", "frontier"):
+            patch.setattr(charts, f"{name}_chart", once(getattr(charts, f"{name}_chart")))
+        yield
 
 
 def search_json() -> dict[str, Any]:

@@ -8,10 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,80 +21,11 @@ from layercut.pipeline import artefacts as kinds
 from layercut.pipeline.run_store import STAGES, TEXTS
 from layercut.pipeline.stages.heal import TUNING_STATE
 
-# Runs the command in one process after the other, each ended by a signal at the worst moment of a stage: all
-# its work is done and its JSON half written; at "export/folder", the new model stands beside its place; at "step/N",
-# tuning begins a step after N.
-# One process loads the libraries and forks the others, which spares 3 s each.
-DRIVER = """
-import os, signal, sys
-import transformers.models.llama.modeling_llama
-from layercut import cli
-from layercut.export import checkpoint
-from layercut.pipeline import journey, run_store
-from layercut.healing import endpoint_tuning, tuning_state
-
-# a shell that starts the tests in the background lets them ignore Ctrl-C
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-def run(where, number, argv):
-    def die(*_):
-        os.kill(os.getpid(), number)
-
-    def write_half(path, content):
-        if path.name == where + ".json":
-            path.with_name(f".{path.name}.partial").write_text('{"half": ')
-            die()
-        write_json(path, content)
-
-    def at_step(training):
-        if training.report.step == int(where.partition("/")[2]):
-            die()
-        return step(training)
-
-    write_json, run_store.write_json = run_store.write_json, write_half
-    if where.startswith("step/"):
-        step, endpoint_tuning._Training.step_ = endpoint_tuning._Training.step_, at_step
-        if number == signal.SIGKILL:
-            tuning_state.StateFile.due = lambda _: True
-    checkpoint.verify_reload = lambda *_: {}
-    if where == "export/folder":
-        checkpoint.replace_folder = die
-    os.dup2(2, 1)
-    os._exit(cli.main(argv))
-
-for line in sys.stdin:
-    where, number = line.split()
-    child = os.fork() or run(where, int(number), sys.argv[1:])
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 MOMENTS = ["text-evaluation", "text-calibration", "text-shared", "search", "cut", "fold", "heal", "eval"]
 MOMENTS += ["export/folder", "export", "summary"]
 RUN = ["--tokens=64", "--window=16", "--tune-tokens=64", "--eval-tokens=64", "--no-speed", "--ratio=0.25"]
 RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
 VARY = {"seconds", "speed", "peak_rss_bytes", "content_hash"}
-
-
-@contextmanager
-def driver(argv: list[str], log: Path) -> Iterator[Callable[[str, int], int]]:
-    """Call what it yields with a moment and a signal: the command runs up to there; its exit code."""
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, *argv],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        )
-        assert process.stdin
-        assert process.stdout
-
-        def run_until(moment: str, number: int) -> int:
-            print(moment, int(number), file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        with process:
-            yield run_until
-            process.stdin.close()
 
 
 def started(run: Path) -> list[str]:
@@ -134,17 +61,13 @@ def whole(tiny_model: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.T
 
 
 @pytest.fixture
-def again(whole, tiny_model, texts, tmp_path, monkeypatch):
+def again(whole, tiny_model, texts, tmp_path, monkeypatch, quick_runs):
     """Run the command again, with other flags, in a copy of the finished run; returns the stages it ran.
 
     With `stopped` the copy is of a run that was stopped when it was evaluated: nothing forbids other settings.
     """
     run = shutil.copytree(whole, tmp_path / "run")
-    # slow, and not what is tested here
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    monkeypatch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
-    monkeypatch.setattr("layercut.evaluation.generation_health", lambda *_: {})
-    monkeypatch.setattr("layercut.pipeline.journey.write_report", lambda *_: None)
+    monkeypatch.setattr("layercut.pipeline.journey.write_report", lambda *_: None)  # slow, and not what is tested here
 
     def rerun(*more: str, model: Path = tiny_model) -> list[str]:
         before = len(started(run))
@@ -162,20 +85,19 @@ def again(whole, tiny_model, texts, tmp_path, monkeypatch):
 # --- killed ---
 
 
-def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_model, texts, tmp_path):
+def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_model, texts, tmp_path, run_until):
     run, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_model, texts, run)
     finished: dict[str, int] = {}
-    with driver(argv, log) as run_until:
-        for moment in MOMENTS:
-            stage, before = moment.partition("/")[0], len(started(run))
-            assert run_until(moment, signal.SIGKILL) == -signal.SIGKILL, log.read_text()
-            written = artefacts(run)
-            assert stage not in written
-            assert {s: written.get(s) for s in finished} == finished, "a finished stage was written again"
-            todo = [s for s in STAGES if s not in finished]
-            assert started(run)[before:] == todo[: todo.index(stage) + 1]
-            finished = written
+    for moment in MOMENTS:
+        stage, before = moment.partition("/")[0], len(started(run))
+        assert run_until(moment, signal.SIGKILL, log, argv) == -signal.SIGKILL, log.read_text()
+        written = artefacts(run)
+        assert stage not in written
+        assert {s: written.get(s) for s in finished} == finished, "a finished stage was written again"
+        todo = [s for s in STAGES if s not in finished]
+        assert started(run)[before:] == todo[: todo.index(stage) + 1]
+        finished = written
 
     assert main(argv) == 0
     assert started(run)[-1] == "summary"
@@ -187,21 +109,20 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(whole, tiny_mode
     assert weights[0] == weights[1]
 
 
-def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts, tmp_path):
+def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts, tmp_path, run_until, quick_runs):
     """Killed after step 1, where the state was due; terminated within step 3; Ctrl-C within step 4, the last."""
     run, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_model, texts, run)
     state, steps = run / TUNING_STATE, []
-    with driver(argv, log) as run_until:
-        for moment, number, code in (
-            ("step/1", signal.SIGKILL, -signal.SIGKILL),
-            ("step/2", signal.SIGTERM, -signal.SIGTERM),
-            ("step/3", signal.SIGINT, 130),
-        ):
-            assert run_until(moment, number) == code, log.read_text()
-            assert "heal" not in artefacts(run)
-            with safe_open(state, framework="pt") as file:
-                steps.append(json.loads(file.metadata()["facts"])["curve"][-1]["step"])
+    for moment, number, code in (
+        ("step/1", signal.SIGKILL, -signal.SIGKILL),
+        ("step/2", signal.SIGTERM, -signal.SIGTERM),
+        ("step/3", signal.SIGINT, 130),
+    ):
+        assert run_until(moment, number, log, argv) == code, log.read_text()
+        assert "heal" not in artefacts(run)
+        with safe_open(state, framework="pt") as file:
+            steps.append(json.loads(file.metadata()["facts"])["curve"][-1]["step"])
     assert steps == [1, 3, 4]
     assert main(argv) == 0
     assert not list(run.glob("*tuning-state*")), "the state is of use to nobody"
@@ -212,10 +133,9 @@ def test_tuning_that_was_stopped_ends_in_the_same_bits(whole, tiny_model, texts,
     assert curves[0]["best_step"] == curves[1]["best_step"] > 0
 
 
-def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path):
+def test_ctrl_c_ends_with_130_and_one_line(tiny_model, texts, tmp_path, run_until):
     run, log = tmp_path / "run", tmp_path / "log"
-    with driver(arguments(tiny_model, texts, run), log) as run_until:
-        assert run_until("search", signal.SIGINT) == 130
+    assert run_until("search", signal.SIGINT, log, arguments(tiny_model, texts, run)) == 130
     assert "Traceback" not in log.read_text()
     assert log.read_text().splitlines()[-1].startswith("stopped; the same command resumes")
     assert list(artefacts(run)) == [*TEXTS, "text-shared"]

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import quick
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
@@ -21,16 +22,7 @@ SHORT = ["--tokens=96", "--window=16", "--tune-tokens=128", "--eval-tokens=64", 
 LARGE = "1GB"
 
 
-def quick(patch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes seconds each time and is tested elsewhere."""
-    patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
-    patch.setattr("layercut.evaluation.generation_health", lambda *_: None)
-    patch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    quick(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def command(model: Path, texts: tuple[Path, Path], out: Path, *flags: str) -> list[str]:
@@ -84,7 +76,7 @@ def test_rounds_share_the_layers():
 def two_rounds(tiny_model, texts, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "two"
     with pytest.MonkeyPatch.context() as patch:
-        quick(patch)
+        quick.leave_out(patch)
         assert main(command(tiny_model, texts, run, "--ratio=0.5", "--rounds=2")) == 0
     return run
 

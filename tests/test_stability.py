@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import quick
 import tiny
 from folders import write_text
 from layercut.cli.command_line import main
@@ -152,7 +153,7 @@ def test_seeds_that_make_no_sense_are_refused(command, texts, flags, words, caps
 
 
 def test_the_verdict_reaches_the_report_and_goes_with_its_search(command, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    quick.leave_out(monkeypatch)
     whole = ["compress", *command[1:], f"--data={texts[0]}", "--no-speed", "--no-fold", "--method=cosine"]
     whole += [f"--eval-data={texts[1]}", "--eval-tokens=64", "--tune-tokens=0"]
     page = tmp_path / "run" / "report.html"

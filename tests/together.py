@@ -8,6 +8,7 @@ of the time. Each process leaves FOLDER/RANK.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
@@ -191,6 +192,7 @@ def forget_failure() -> None:
 
 def main(folder: Path) -> int:
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
     processes.start()
     processes.stop = lambda: None  # type: ignore[assignment]  # one group for all commands
     commands = json.loads((folder / "commands.json").read_text())

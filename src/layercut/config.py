@@ -23,6 +23,7 @@ from layercut.segments import Segment
 
 StreamMode = Literal["auto", "on", "off"]
 ShardMode = Literal["auto", "on", "off"]
+DeviceMapMode = Literal["auto", "on", "off"]
 CONSUMER_NAMES = (
     "transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx", "openvino", "onnxruntime",
 )  # fmt: skip
@@ -145,9 +146,15 @@ class ModelConfig:
     """Shard the weights over several processes, which gather each layer when it runs, to heal what is larger than
     one device. auto: where there are several and the weights would take more than 0.8 of one's memory."""
 
+    device_map: Annotated[DeviceMapMode, rare] = "auto"
+    """Place the layers over all accelerators of the machine, in one process; hidden states follow them.
+    auto: where the weights would take more than 0.8 of one's memory, and not of all."""
+
     def __post_init__(self) -> None:
-        if self.stream == self.shard == "on":
-            raise ConfigError("both --stream on and --shard on are given", "give one of them")
+        places = {"--stream on": self.stream, "--shard on": self.shard, "--device-map on": self.device_map}
+        on = [flag for flag, mode in places.items() if mode == "on"]
+        if len(on) > 1:
+            raise ConfigError(f"both {' and '.join(on)} are given", "give one of them")
 
 
 @options(TEXT)

@@ -29,7 +29,7 @@ from layercut.layer_search.search_cost import search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
 from layercut.models.memory import memory_bytes, resident_bytes
-from layercut.offload.placement import load_cost, spread_peak, weights_peak
+from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import check_window, wanted_length, with_reported_window
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
@@ -116,10 +116,11 @@ class _Planner:
         """Bytes that each stage needs on a device, or on each of several."""
         on_cpu = not target.accelerator
         peaks = {name: spent.peak for name, spent in self.costs(config, on_cpu, least=True).items()}
-        if target.spread:  # the export is done by the main process, from the files
+        if target.spread:  # by torchrun, the export is done by the main process, from the files
             shape = self.shape(config.text.window, on_cpu)
             kept = {name: peak for name, peak in peaks.items() if name not in ("load", "export")}
-            peaks = {name: spread_peak(peak, shape, target.devices) for name, peak in kept.items()}
+            parted = placed_peak if target.one_process else spread_peak
+            peaks = {name: parted(peak, shape, target.devices) for name, peak in kept.items()}
         return {name: total(peak) for name, peak in peaks.items()}
 
 

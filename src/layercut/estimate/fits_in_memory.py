@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from layercut.config import CompressConfig
+from layercut.pipeline.provenance import accelerator_name
 
 GB = 10**9
 RESERVED = 1 * GB
@@ -24,6 +28,8 @@ class Device:
     accelerator: bool = True
     spread: bool = False
     """Whether the weights are spread over all of the devices."""
+    one_process: bool = False
+    """Whether they are spread layer by layer, in one process (`offload/several_devices.py`); else by torchrun."""
 
     @property
     def room(self) -> int:
@@ -32,9 +38,34 @@ class Device:
 
 
 def targets(memory: int | None) -> list[Device]:
-    """This machine's CPU, one 24 GB accelerator, and eight of 80 GB."""
+    """This machine's CPU and its accelerators, one of 24 GB, and eight of 80 GB.
+
+    Args:
+        memory: of this machine in bytes, where it is known.
+    """
     here = [Device("this machine's CPU", memory, accelerator=False)] if memory else []
+    if found := present_accelerators(memory):
+        here.append(found)
     return [*here, Device("one 24 GB GPU", 24 * GB), Device("8 x 80 GB GPUs", 80 * GB, devices=8)]
+
+
+def present_accelerators(memory: int | None) -> Device | None:
+    """This machine's accelerators as one place to run.
+
+    Args:
+        memory: of this machine in bytes, which is the accelerator's too where that says nothing of its own.
+
+    Returns:
+        The place; None where there is no accelerator.
+    """
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return None
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        memory = torch.accelerator.get_memory_info(kind)[1]
+    count = torch.accelerator.device_count()
+    name = f"this machine's {f'{count} x ' if count > 1 else ''}{accelerator_name()}"
+    return Device(name, memory or 0, devices=count, one_process=True)
 
 
 def judge(
@@ -63,6 +94,7 @@ def judge(
         "bytes_per_device": target.bytes,
         "devices": target.devices,
         "devices_used": target.devices if target.spread else 1,
+        "one_process": target.one_process,
         "needs_bytes": stages[worst],
         "stage": worst,
         "fits": stages[worst] <= target.room,

@@ -75,7 +75,9 @@ def _fits(plan: dict[str, Any]) -> Table:
     for fit in plan["fits"]:
         place = fit["target"]
         if fit["devices"] > 1:
-            place += " (one is used)" if fit["devices_used"] == 1 else " (spread over all, by torchrun; each needs)"
+            how = "spread over all, by torchrun; each needs"
+            how = "layers placed over all; the fullest needs" if fit["one_process"] else how
+            place += " (one is used)" if fit["devices_used"] == 1 else f" ({how})"
         advice = fit["why"] or " ".join(fit["flags"]) or ("these settings" if fit["fits"] else "")
         verdict = "yes" if fit["fits"] else "no" if fit["flags"] is None else "no, but"
         table.add_row(place, size(fit["needs_bytes"]), fit["stage"], verdict, advice)

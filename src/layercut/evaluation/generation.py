@@ -146,7 +146,7 @@ def _figures(dense: Any, prompts: torch.Tensor, rows: Sequence[Sequence[int]]) -
         "repeated_4grams": mean([1 - distinct(row, 4) for row in rows]),
         "distinct_1": mean([distinct(row, 1) for row in rows]),
         "distinct_2": mean([distinct(row, 2) for row in rows]),
-        "dense_loss": losses.double().mean().item(),
+        "dense_loss": losses.cpu().double().mean().item(),
     }
 
 

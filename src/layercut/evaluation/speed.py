@@ -157,10 +157,12 @@ def _not_timing() -> Iterator[Callable[[], float]]:
 def _timing_layers(model: Any) -> Iterator[Callable[[], float]]:
     """Time what happens inside the decoder layers; call what is yielded for the seconds so far.
 
-    On CUDA by events on the stream, which do not make it wait; elsewhere by the clock, with the device waited for.
+    On CUDA by events on the stream, which do not make it wait; elsewhere by the clock, with the device waited for. So
+    it is done where layers are on several devices, too.
     """
     layers = find_decoder(model).layers
-    cuda = next(model.parameters()).device.type == "cuda"
+    devices = {p.device for p in model.parameters()}
+    cuda = len(devices) == 1 and next(iter(devices)).type == "cuda"
     marks: list[Any] = []
 
     def mark(*_: Any) -> None:
@@ -188,8 +190,9 @@ def _timing_layers(model: Any) -> Iterator[Callable[[], float]]:
 
 
 def _now(model: Any) -> float:
-    if next(model.parameters()).device.type != "cpu":
-        torch.accelerator.synchronize()
+    for device in {p.device for p in model.parameters()}:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -256,8 +259,9 @@ def long_prompt(dense: Any, compressed: Any, *, tokens: int, repeats: int = 3) -
 def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
     """The most memory that a generation needs on top of the weights: cache, logits, activations.
 
-    On CUDA from its allocator. On Linux from the process's resident size, whose peak can be reset; of this, memory
-    that an earlier step freed and the allocator kept is first released, so far as the C library does that.
+    On accelerators from torch's allocators, of all devices that hold weights together. On a CPU with Linux from the
+    process's resident size, whose peak can be reset; of this, memory that an earlier step freed and the allocator kept
+    is first released, so far as the C library does that.
 
     Args:
         model: a causal LM of transformers.
@@ -267,12 +271,18 @@ def generation_bytes(model: Any, prompt: int, new: int) -> int | None:
     Returns:
         Bytes; None where they cannot be measured.
     """
-    if next(model.parameters()).device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        _generate(model, prompt, new)
-        return torch.cuda.max_memory_allocated() - before
-    if next(model.parameters()).device.type != "cpu" or not _reset_peak():
+    devices = {p.device for p in model.parameters()}
+    if devices != {torch.device("cpu")}:
+        try:
+            before = sum(map(torch.accelerator.memory_allocated, devices))
+            for device in devices:
+                _forgotten_on[device] = peak_device_bytes(device) or 0
+                torch.accelerator.reset_peak_memory_stats(device)
+            _generate(model, prompt, new)
+            return sum(map(torch.accelerator.max_memory_allocated, devices)) - before
+        except (RuntimeError, NotImplementedError):  # some backends do not count
+            return None
+    if not _reset_peak():
         return None
     before = _status("VmRSS")
     _generate(model, prompt, new)
@@ -298,6 +308,17 @@ def _status(field: str) -> int:
 
 
 _forgotten_peak = 0  # of the whole process: the kernel forgets it when the peak is set back
+_forgotten_on: dict[torch.device, int] = {}  # the same of accelerators
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most that tensors have taken of an accelerator in this process; None of a CPU, or where nothing counts."""
+    if device.type == "cpu":
+        return None
+    try:
+        return max(_forgotten_on.get(device, 0), torch.accelerator.max_memory_allocated(device))
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def peak_rss_bytes() -> int:

@@ -27,12 +27,14 @@ from layercut.errors import ModelError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, memory
+from layercut.models.checkpoints import read_json
 from layercut.models.cost import PlannedRun, Spent, Work, total
 from layercut.models.loading import as_stored, quiet_transformers, share
 from layercut.models.older_names import add_older_names_
 from layercut.models.runner import DecoderRunner
 from layercut.offload import layer_reader
 from layercut.offload.placement import weights_peak
+from layercut.offload.several_devices import device_map_of, placed_over
 from layercut.progress import bar
 from layercut.quantization import Quantized
 
@@ -295,7 +297,8 @@ def verify(model: Any, folder: Path, text: torch.Tensor | None = None) -> dict[s
     """
     parameter, checkpoint = next(model.parameters()), checkpoints.resolve(str(folder))
     needed = reload_bytes(sum(p.numel() for p in model.parameters()), parameter.itemsize)
-    if needed <= memory.available_bytes(parameter.device) or not layer_reader.read_by_layer(checkpoint, model.config):
+    free = sum(map(memory.available_bytes, placed_over(model) or [parameter.device]))
+    if needed <= free or not layer_reader.read_by_layer(checkpoint, model.config):
         return verify_reload(model, folder, text)
     lacking = f"the {size(needed)} to load it whole were not free: layers left on disk, nothing generated"
     return verify_streamed(model, folder) | {"how": lacking}
@@ -360,7 +363,10 @@ def _verified(model: Any, folder: Path, checker: list[str], text: torch.Tensor |
         with writing(file):
             save_file(expected, file)
         command = [sys.executable, *checker, str(folder), str(file)]
-        command += [str(parameter.device), str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
+        # compressed-tensors takes off the hooks of a model on several devices (0.20): one device holds a packed one
+        several = len(placed_over(model)) > 1 and "quantization_config" not in read_json(folder / "config.json")
+        place = json.dumps(device_map_of(model)) if several else str(parameter.device)
+        command += [place, str(parameter.dtype).removeprefix("torch."), str(torch.get_num_threads())]
         attention = getattr(model.config, "_attn_implementation", None)
         command += [attention] if "-m" not in checker and attention not in (None, "sdpa") else []
         return _checked(command, Path(scratch) / "stderr")

@@ -6,6 +6,7 @@ text to measure perplexity on, its rows [N, T].
 
     python reload_process.py FOLDER EXPECTED.safetensors DEVICE DTYPE THREADS [ATTENTION]
 
+DEVICE: torch's name, or a device_map as JSON where the model is on several.
 ATTENTION: transformers' attn_implementation, where it is not the one that transformers chooses.
 """
 
@@ -29,7 +30,7 @@ def load(folder, dtype, device, attention):
     Args:
         folder: the checkpoint.
         dtype: of torch.
-        device: torch's name.
+        device: torch's name, or a device_map as JSON.
         attention: attn_implementation; None: transformers' choice.
 
     Returns:
@@ -38,11 +39,13 @@ def load(folder, dtype, device, attention):
     config = AutoConfig.from_pretrained(folder)
     chosen = {"attn_implementation": attention} if attention else {}
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    several = device.startswith("{")
+    chosen |= {"device_map": json.loads(device)} if several else {}
     model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **chosen)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             sys.exit(f"{kind}: {sorted(map(str, info[kind]))[:3]}")
-    return model.to(device).eval()
+    return (model if several else model.to(device)).eval()
 
 
 def perplexity(model, rows):
@@ -58,7 +61,7 @@ def perplexity(model, rows):
     total = 0.0
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").double().sum().item()
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").cpu().double().sum().item()
     mean = total / (rows.numel() - len(rows))
     return math.exp(mean) if mean < 700 else math.inf
 
@@ -70,7 +73,7 @@ def main(folder, expected, device, dtype, threads, attention=None):
     Args:
         folder: the checkpoint.
         expected: a safetensors file of "tokens" [B, T], "logits" [B, T, V] and perhaps "text" [N, T].
-        device: torch's name.
+        device: torch's name, or a device_map as JSON.
         dtype: torch's name.
         threads: of the CPU.
         attention: attn_implementation; None: transformers' choice.
@@ -78,10 +81,11 @@ def main(folder, expected, device, dtype, threads, attention=None):
     logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
     reference = load_file(expected)
-    tokens = reference["tokens"].to(device)
 
     print("step: loading", flush=True)
     model = load(folder, getattr(torch, dtype), device, attention)
+    first = next(model.parameters()).device
+    tokens = reference["tokens"].to(first)
     print("step: comparing logits", flush=True)
     got = model(input_ids=tokens, use_cache=False).logits.cpu()
     if not torch.equal(got, reference["logits"]):
@@ -111,7 +115,7 @@ def main(folder, expected, device, dtype, threads, attention=None):
     measured = None
     if "text" in reference:
         print("step: measuring perplexity", flush=True)
-        text = reference["text"].to(device)
+        text = reference["text"].to(first)
         measured = {"tokens": text.numel(), "value": perplexity(model, text)}
     found = {"logits": "equal to the bit", "cached_generation": "equal", "tokens": NEW_TOKENS}
     print(json.dumps(found | {"perplexity": measured}))

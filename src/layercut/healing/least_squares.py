@@ -37,7 +37,16 @@ from layercut.models.batch_sizes import SWEPT_ROWS
 from layercut.models.cost import PlannedRun, Shape, Spent, Work, total
 from layercut.models.losses import as_price
 from layercut.models.model_in_memory import prepared
-from layercut.models.runner import DecoderRunner, carry_, enter_all, kl_peak, mean_kl, shared_layers, shared_passes
+from layercut.models.runner import (
+    DecoderRunner,
+    carry_,
+    enter_all,
+    kl_peak,
+    mean_kl,
+    own_device,
+    shared_layers,
+    shared_passes,
+)
 from layercut.progress import bar
 from layercut.segments import Segment
 
@@ -319,15 +328,17 @@ def _statistics(
     Of several processes each takes a share of the rows. Of layers on disk each, up to the cut, is read once a pass.
     """
     width = sum(target.width for target in targets)
-    fit, check = (Normal.zeros(width, student.hidden_size, student.device) for _ in range(2))
+    device = own_device(student.layers[position]) or student.device
+    fit, check = (Normal.zeros(width, student.hidden_size, device) for _ in range(2))
     for parts, counts in sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)]):
         batches = [tokens[part] for part in parts]
         for part, (z, y) in zip(parts, _gaps(dense, student, segment, position, targets, batches), strict=True):
             if not counts:
                 continue
             held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
-            fit.add_(z[~held], y[~held])
-            check.add_(z[held], y[held])
+            for sums, chosen in ((fit, ~held), (check, held)):
+                which = chosen.nonzero()[:, 0].to(z.device)  # found on the CPU: no device is waited for
+                sums.add_(z[which], y[which])
             advance(len(z))
     fit.sum_()
     check.sum_()
@@ -361,7 +372,7 @@ def _gaps(
             caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
             for module, target in zip(modules, targets, strict=True)
         ]
-        yield torch.cat(parts, dim=-1), h_e.float() - out.float()
+        yield torch.cat(parts, dim=-1), h_e.to(out.device).float() - out.float()
 
 
 # --- what it costs, told beforehand ---

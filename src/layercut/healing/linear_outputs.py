@@ -89,7 +89,7 @@ def find_targets(stack: DecoderRunner, position: int, tokens: torch.Tensor) -> l
     """
     hidden, calls = stack.enter(tokens)
     before = stack.run(hidden, calls, 0, position)
-    probe = Probe.of(stack.loaded(position), before, calls[position])
+    probe = Probe.of(stack.loaded(position), stack.on_device_of(position, before), calls[position])
     found = [_of_linear(probe, name) for name in linear_writers(probe)]
     if len(found) < 2 and (branch := multipliable_branch(probe)):
         inside = {name for target in found for name, _ in target.weights}

@@ -95,10 +95,10 @@ def loss_gradient(
     (tokens, _, weight), student = batch, pair.student
     targets, scale = next_tokens(student.place(tokens)), weight / tokens.numel()
     if pair.objective.reads == "hidden":
-        h, h_dense = (x if x is None else x.detach().float().flatten(0, 1) for x in (out, wanted))
+        h, h_dense = (x if x is None else x.detach().to(student.device).float().flatten(0, 1) for x in (out, wanted))
         assert h is not None
         losses, slope = pair.objective.loss_and_gradient(h, h_dense, targets.flatten())
-        return losses.sum().item() * scale, slope.mul(scale).to(out.dtype).view_as(out)
+        return losses.sum().item() * scale, slope.mul(scale).to(out).view_as(out)
     terms = terms_per_token(pair.objective, tokens.shape[1])
     total, gradient = 0.0, torch.empty_like(out)
     pieces = list(logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))

@@ -22,6 +22,7 @@ from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, se
 from layercut.models.losses import as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner, passes_in_step, teacher_of
+from layercut.plotting import axes_or_new
 from layercut.progress import bar
 from layercut.segments import Segment
 
@@ -101,12 +102,9 @@ class CapabilityMap:
         Returns:
             The Axes.
         """
-        if axes is None:
-            import matplotlib.pyplot as plt
-
-            axes = plt.subplots()[1]
         from matplotlib.colors import LogNorm
 
+        axes = axes_or_new(axes, xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         values = torch.tensor(self.matrix(length), dtype=torch.float64)
         finite = values[values.isfinite()]
         shown = values.nan_to_num(posinf=float(finite.max())).clamp_min(1e-3)
@@ -114,7 +112,6 @@ class CapabilityMap:
             shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, max(1.0, float(shown.max())))
         )
         axes.set_yticks(range(len(self.names)), self.names)
-        axes.set(xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         axes.figure.colorbar(image, ax=axes, label="damage, nats per answer token")
         return axes
 

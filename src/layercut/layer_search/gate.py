@@ -133,11 +133,12 @@ def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor
         float64 [L + 1, L + 1], at (a, b); 0 elsewhere.
     """
     layers, tokens, width = len(slopes), *states[0].shape[1:]
-    sums = [torch.zeros(b, device=states[0].device) for b in range(1, layers + 1)]
+    device = states[0].device  # layers may be on several
+    sums = [torch.zeros(b, device=device) for b in range(1, layers + 1)]
     for part in slices(tokens, max(1, DIFFERENCE_BYTES // (4 * len(states) * width))):
-        h = torch.stack([state[0, part] for state in states]).float()  # [L + 1, t, D]
+        h = torch.stack([state[0, part].to(device) for state in states]).float()  # [L + 1, t, D]
         for b, v in enumerate(slopes, 1):
-            sums[b - 1] += ((h[b] - h[:b]) * v[0, part].float()).sum(-1).square().sum(-1)
+            sums[b - 1] += ((h[b] - h[:b]) * v[0, part].to(device).float()).sum(-1).square().sum(-1)
     table = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
     for b, found in enumerate(torch.cat(sums).cpu().double().split([*range(1, layers + 1)]), 1):
         table[:b, b] = found

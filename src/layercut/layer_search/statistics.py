@@ -59,6 +59,7 @@ def similarity(
         if not counts:
             continue
         for batch, (states, _) in zip(batches, found, strict=True):
+            states = [h.to(stack.device) for h in states]  # layers may be on several devices
             cosine += cosine_sums(torch.stack(states)).cpu()
             angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
             spent.layer_forwards += len(stack) * len(batch)

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,7 +58,11 @@ def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
     own = [layer.__dict__.get("forward") for layer in layers]
 
     def replace(i: int, run: LayerForward) -> LayerForward:
+        device = own_device(layers[i])
+
         def replacement(*args: Any, **kwargs: Any) -> Any:
+            if device is not None:
+                args, kwargs = send_to_device((args, kwargs), device)
             if args:
                 return forward(i, run, *args, **kwargs)
             return forward(i, run, kwargs.pop("hidden_states"), **kwargs)
@@ -73,6 +78,11 @@ def intercepted(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
             layer.__dict__.pop("forward", None)
             if forward_before is not None:
                 layer.forward = forward_before
+
+
+def own_device(layer: nn.Module) -> torch.device | None:
+    """The device that accelerate's hooks move a layer's inputs to; None where they move none: all are on one device."""
+    return next(layer.parameters()).device if hasattr(layer, "_hf_hook") else None
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -163,6 +173,19 @@ class DecoderRunner:
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens on the model's device."""
         return tokens.to(self.device)
+
+    def on_device_of(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        """h_i on the device of layer i, where layers are on several: for what is computed beside it.
+
+        Args:
+            i: the layer.
+            hidden: h_i [B, T, D].
+
+        Returns:
+            h_i, itself where it is there.
+        """
+        device = own_device(self.layers[i])
+        return hidden if device is None else hidden.to(device)
 
     def enter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
         """Embeddings [B, T, D] of tokens [B, T], and the further arguments of every layer for these tokens."""

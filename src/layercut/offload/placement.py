@@ -1,7 +1,7 @@
-"""Where a model's weights lie while it runs: in memory, sharded over several processes, or on disk.
+"""Where a model's weights lie while it runs: in memory, on several accelerators or processes, or on disk.
 
 The one entry point for all commands: `models/loading.py` loads, `offload/layer_reader.py` leaves the layers on disk,
-`distributed/sharding.py` shards.
+`distributed/sharding.py` shards, `offload/several_devices.py` places layers over accelerators.
 """
 
 from __future__ import annotations
@@ -9,52 +9,136 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from layercut.config import ShardMode, StreamMode
+import torch
+
+from layercut.config import DeviceMapMode, ShardMode, StreamMode
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
 from layercut.models.memory import available_bytes
 from layercut.offload.layer_reader import open_on_disk, read_by_layer, stored_tensors
+from layercut.offload.several_devices import accelerators, dispatch_, fullest
 
 FITS = 0.8
 """A model in memory may take this share of what is available; the rest is for activations and logits. A guess."""
 
 
 def load(
-    checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", shard: ShardMode = "auto", **how: Any
+    checkpoint: checkpoints.Checkpoint,
+    *,
+    stream: StreamMode = "auto",
+    shard: ShardMode = "auto",
+    device_map: DeviceMapMode = "auto",
+    **how: Any,
 ) -> loading.LanguageModel:
-    """`loading.load`, or the same model with its weights sharded over the processes or its layers left on disk.
+    """`loading.load`, or the same model sharded over processes, placed over devices, or with its layers left on disk.
 
     "auto": where the weights would take more than `FITS` of the memory that is available, they are sharded if there are
-    several processes that have room for a part each, else left on disk.
+    several processes that have room for a part each; placed over several accelerators if one process has them and they
+    have room for it; else left on disk.
 
     Args:
         checkpoint: the files.
         stream: whether layers are left on disk.
         shard: whether weights are sharded.
+        device_map: whether layers are placed over several accelerators.
         **how: the other arguments of `loading.load`.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: `shard` is "on" and there is one process.
+        ConfigError: `shard` is "on" and there is one process, or `device_map` is, and there is one accelerator.
         ModelError: as `loading.load`.
     """
     if spread(checkpoint, stream=stream, shard=shard, **how):
         return load_spread(checkpoint, **how)
-    if wanted(checkpoint, stream=stream, **how):
+    if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
+        return load_over_devices(checkpoint, **how)
+    if wanted(checkpoint, stream=stream, device_map=device_map, **how):
         return open_on_disk(checkpoint, **how)
     return loading.load(checkpoint, **how)
 
 
-def wanted(checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", **how: Any) -> bool:
+def over_devices(
+    checkpoint: checkpoints.Checkpoint,
+    *,
+    stream: StreamMode = "auto",
+    device_map: DeviceMapMode = "auto",
+    **how: Any,
+) -> bool:
+    """Whether `load` in one process would place the layers over several accelerators. Reads headers only.
+
+    Args:
+        checkpoint: the files.
+        stream: whether layers are left on disk.
+        device_map: whether layers are placed over several accelerators.
+        **how: the other arguments of `loading.load`.
+
+    Returns:
+        True where it would.
+
+    Raises:
+        ConfigError: `device_map` is "on" and there is one accelerator, or none.
+    """
+    if device_map == "off" or (device_map == "auto" and (stream == "on" or processes.on_this_machine() > 1)):
+        return False
+    devices = accelerators(loading.pick_device(how.get("device", "auto")))
+    if device_map == "on":
+        if len(devices) < 2 or processes.on_this_machine() > 1:
+            raise ConfigError(
+                "--device-map on places the layers over several accelerators of one process, and there "
+                + ("are several processes" if processes.on_this_machine() > 1 else f"are {len(devices)}"),
+                "leave it out",
+            )
+        return True
+    if len(devices) < 2 or share_of_memory(checkpoint, **how) <= FITS:
+        return False
+    return weight_bytes(checkpoint, **how) <= FITS * sum(map(available_bytes, devices))
+
+
+def load_over_devices(
+    checkpoint: checkpoints.Checkpoint, *, dtype: str = "auto", device: str = "auto", **how: Any
+) -> loading.LanguageModel:
+    """`loading.load`, of which each accelerator has some layers (`offload/several_devices.py`).
+
+    Args:
+        checkpoint: the files.
+        dtype: as `loading.load`.
+        device: as `loading.load`.
+        **how: the other arguments of `loading.load`.
+
+    Returns:
+        The model; its device is that of what is no layer.
+    """
+    place = loading.pick_device(device)
+    loaded = loading.load(checkpoint, dtype=_fixed_dtype(checkpoint, dtype, place, **how), device="cpu", **how)
+    devices = accelerators(place)
+    dispatch_(loaded.model, {device: int(FITS * available_bytes(device)) for device in devices})
+    return replace(loaded, device=devices[0])
+
+
+def _fixed_dtype(checkpoint: checkpoints.Checkpoint, dtype: str, place: torch.device, **how: Any) -> str:
+    """The dtype by name, where a CPU, by which the weights come to their device, might decide on another."""
+    config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
+    stored = loading.pick_dtype(dtype, config, checkpoint)
+    return str(stored).removeprefix("torch.") if loading.computing_dtype(dtype, stored, place) == stored else dtype
+
+
+def wanted(
+    checkpoint: checkpoints.Checkpoint,
+    *,
+    stream: StreamMode = "auto",
+    device_map: DeviceMapMode = "auto",
+    **how: Any,
+) -> bool:
     """Whether `load` in one process would leave the layers on disk. Reads headers only.
 
     Args:
         checkpoint: the files.
         stream: whether layers are left on disk.
+        device_map: whether layers are placed over several accelerators.
         **how: the other arguments of `loading.load`.
 
     Returns:
@@ -62,6 +146,8 @@ def wanted(checkpoint: checkpoints.Checkpoint, *, stream: StreamMode = "auto", *
     """
     if stream != "auto":
         return stream == "on"
+    if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
+        return False
     return share_of_memory(checkpoint, **how) > FITS
 
 
@@ -104,15 +190,29 @@ def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
     Returns:
         A share; above 1 where the weights do not fit.
     """
+    device = loading.pick_device(how.get("device", "auto"))
+    return weight_bytes(checkpoint, **how) / max(1, available_bytes(device))
+
+
+def weight_bytes(checkpoint: checkpoints.Checkpoint, **how: Any) -> int:
+    """Bytes that the weights take once they are loaded; 0 of what can only be loaded at once.
+
+    Args:
+        checkpoint: the files.
+        **how: the arguments of `loading.load`.
+
+    Returns:
+        Bytes, by the headers of the files.
+    """
     if checkpoint.gguf or not checkpoints.weight_files(checkpoint.folder):
-        return 0.0
+        return 0
     config = loading.load_config(checkpoint, trust_remote_code=how.get("trust_remote_code", False))
     if getattr(config, "quantization_config", None):
-        return 0.0
+        return 0
     device, dtype = loading.pick_device(how.get("device", "auto")), how.get("dtype", "auto")
     number = loading.computing_dtype(dtype, loading.pick_dtype(dtype, config, checkpoint), device)
     elements = sum(s.elements for s in stored_tensors(checkpoint.folder).values())
-    return elements * number.itemsize / max(1, available_bytes(device))
+    return elements * number.itemsize
 
 
 def load_spread(
@@ -139,9 +239,7 @@ def load_spread(
         sharding.spread_(loaded.model, loaded.model.layers_on_disk.load_one_by_one(), loaded.device)
         return loaded
     place = loading.pick_device(device)
-    stored = loading.pick_dtype(dtype, config, checkpoint)
-    if loading.computing_dtype(dtype, stored, place) == stored:
-        dtype = str(stored).removeprefix("torch.")  # else a CPU might decide, by which it comes
+    dtype = _fixed_dtype(checkpoint, dtype, place, **how)
     for turn in range(processes.world()):
         if turn == processes.rank():
             loaded = loading.load(checkpoint, dtype=dtype, device="cpu", **how)
@@ -197,6 +295,21 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: bool, stored: 
     elif on_cpu and gguf:
         peak = {"weights in float32": 4 * shape.dense.total}
     return Spent(peak, None if gguf else Work(read_bytes=files, moved_bytes=2 * size))
+
+
+def placed_peak(peak: Peak, shape: Shape, devices: int) -> Peak:
+    """A stage over layers that are placed over several devices (`offload/several_devices.py`), of the fullest.
+
+    Args:
+        peak: of one device that holds everything.
+        shape: of the model.
+        devices: how many.
+
+    Returns:
+        What that one holds.
+    """
+    layers = [layer * shape.itemsize for layer in shape.dense.layers]
+    return {**peak, "weights": fullest(layers, shape.outside * shape.itemsize, devices)}
 
 
 def spread_peak(peak: Peak, shape: Shape, devices: int) -> Peak:

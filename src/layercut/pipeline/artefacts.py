@@ -312,6 +312,8 @@ class CloserLook:
     health: dict[str, Any] | None
     speed: dict[str, Any] | None
     peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    """The most that tensors took of the accelerator, of several the fullest; None on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,6 +437,8 @@ class SummaryArtefact(Artefact):
     speed: dict[str, Any] | None
     generation_health: dict[str, Any] | None
     peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    """The most that tensors took of the accelerator, of several the fullest; None on a CPU."""
     tasks: dict[str, Any] | None
     retention: dict[str, Any] | None
     long_context: LongContext | None

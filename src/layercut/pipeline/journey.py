@@ -166,6 +166,7 @@ def summarise(
                 generation_health=judged.health,
                 seconds=run.seconds.copy(),
                 peak_rss_bytes=judged.peak_rss_bytes,
+                peak_device_bytes=judged.peak_device_bytes,
                 tasks=tasks.tasks if tasks else None,
                 retention=tasks.retention if tasks else None,
                 long_context=long.facts if long else None,

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,12 @@ def other_versions(folder: Path) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of layercut, and of the packages that results depend on."""
+    return dict(_installed())
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Read once: every stage of a run records them."""
     found = {"python": platform.python_version(), "layercut": __version__}
     for package in PACKAGES:
         try:
@@ -189,17 +196,27 @@ def environment() -> dict[str, Any]:
     """What ran this: hardware, platform, versions, the command."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "platform": platform.platform(),
-        "hardware": gpu or cpu_name(),
+        "hardware": accelerator_name() or cpu_name(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def accelerator_name() -> str | None:
+    """The name of the first accelerator that is there."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    named = getattr(torch.get_device_module(kind), "get_device_name", None) if kind else None
+    if kind is None:
+        return None
+    return named() if named else kind.type  # Apple's has no name
 
 
 def cpu_name() -> str:

@@ -28,6 +28,7 @@ from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, layer_reader_protocol, loading
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
+from layercut.offload.several_devices import placed_over
 from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
@@ -59,7 +60,7 @@ class RunContext:
     @cached_property
     def source(self) -> dict[str, Any]:
         """What the dense model depends on; not on where its weights lie while it runs."""
-        load = {name: value for name, value in asdict(self.config.load).items() if name != "shard"}
+        load = {name: value for name, value in asdict(self.config.load).items() if name not in ("shard", "device_map")}
         return {"checkpoint": processes.on_main(self._fingerprint), "load": load}
 
     def _fingerprint(self) -> str:
@@ -103,6 +104,8 @@ class RunContext:
         if sharding.is_spread(loaded.model):
             held = size(sharding.bytes_held(loaded.model))
             where = f", sharded over {processes.world()} processes, {held} in this one"
+        if len(devices := placed_over(loaded.model)) > 1:
+            where = f" to {devices[-1]}, layers placed over {len(devices)} devices"
         stored = loading.stored_dtype(loaded.model)
         number = f"{loaded.dtype}" if stored == loaded.dtype else f"{stored}, computed in {loaded.dtype}"
         say("load", f"{self.checkpoint.name}: {number}, {loaded.device}{where}".replace("torch.", ""))

@@ -16,6 +16,7 @@ from layercut.evaluation import speed
 from layercut.layer_search.damage_map import capability_map
 from layercut.models import layer_reader_protocol, loading
 from layercut.models.runner import DecoderRunner
+from layercut.offload.several_devices import placed_over
 from layercut.pipeline.artefacts import (
     CapabilitiesArtefact,
     CloserLook,
@@ -38,7 +39,7 @@ from layercut.progress import bar, say
 from layercut.report.stage_lines import describe_retention
 from layercut.segments import Segment
 
-MAP_ROWS, MAP_TEXT_ROWS = 8, 4
+TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
 """Rows of tests and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
 picture is worth."""
 JUDGED_ROWS, ROWS_OF_A_LENGTH, LONGEST_TEST = 16, 4, 1024
@@ -130,7 +131,7 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
     """
     if layer_reader_protocol.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
-        return CloserLook(generations=None, health=None, speed=None, peak_rss_bytes=speed.peak_rss_bytes())
+        return CloserLook(generations=None, health=None, speed=None, **peaks(last))
     samples = [measures.generations(m, work.tokenizer) for m in (work.dense.model, last)]
     return CloserLook(
         generations=[
@@ -139,8 +140,14 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
         ],
         health=measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window)),
         speed=speed.speed(work.dense.model, last) if work.config.evaluate.speed else None,
-        peak_rss_bytes=speed.peak_rss_bytes(),
+        **peaks(last),
     )
+
+
+def peaks(model: Any) -> dict[str, Any]:
+    """The most memory that this process has taken: of the machine, and of the fullest of a model's accelerators."""
+    on_devices = [size for device in placed_over(model) if (size := speed.peak_device_bytes(device)) is not None]
+    return {"peak_rss_bytes": speed.peak_rss_bytes(), "peak_device_bytes": max(on_devices, default=None)}
 
 
 def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
@@ -245,8 +252,8 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
     ) as stage:  # fmt: skip
         if stage.open:
             lengths = (1, sum(map(len, segments))) if config.all_lengths else (1,)
-            tests = probe_rows(work.tokenizer, rows=MAP_ROWS, window=text.window, seed=text.seed)
-            plain = work.blocks["calibration"][:MAP_TEXT_ROWS]
+            tests = probe_rows(work.tokenizer, rows=TESTS_OF_MAP, window=text.window, seed=text.seed)
+            plain = work.blocks["calibration"][:TEXT_OF_MAP]
             found = capability_map(work.stack, probes=tests, text=plain, lengths=lengths)
             judged, by_length = judged_tests(work, segments)
             stage.found = CapabilitiesArtefact(

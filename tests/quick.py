@@ -1,0 +1,16 @@
+"""Runs of the command without what takes longest in them, for tests that are not of it."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def leave_out(patch: pytest.MonkeyPatch) -> None:
+    """The fresh process that verifies an export (5 s of a tiny run), and the text that both models write (2 s)."""
+    patch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    leave_out_samples(patch)
+
+
+def leave_out_samples(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
+    patch.setattr("layercut.evaluation.generation_health", lambda *_: {})

@@ -1,0 +1,213 @@
+"""What accelerators need is checked on a stand-in (`stand_in_device.py`), on machines that have none."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import folders
+import stand_in_device
+import tiny
+from journeys import Journey, assert_same, found
+from layercut import surgery
+from layercut.config import CompressConfig, DataConfig, PlanConfig, SearchConfig
+from layercut.errors import ConfigError
+from layercut.estimate import fits_in_memory, machine, plan_run
+from layercut.estimate.shape import measure_shape
+from layercut.evaluation import speed
+from layercut.models import checkpoints, loading
+from layercut.models.cost import total
+from layercut.models.runner import DecoderRunner
+from layercut.offload import placement, several_devices
+from stand_in_device import Counts, CrossedDevicesError
+
+
+@pytest.fixture
+def counts(tmp_path: Path) -> Iterator[Counts]:
+    """Two devices; what happens on them."""
+    with stand_in_device.present(tmp_path / "backend", devices=2) as happened:
+        yield happened
+
+
+# --- the stand-in itself ---
+
+
+def test_it_is_an_accelerator_while_present(tmp_path):
+    with stand_in_device.present(tmp_path, devices=2):
+        assert str(torch.accelerator.current_accelerator(check_available=True)) == "standin"
+        assert torch.accelerator.device_count() == 2
+    assert torch.accelerator.current_accelerator(check_available=True) is None
+
+
+def test_it_computes_what_the_cpu_computes(counts):
+    model, tokens = tiny.llama(2), tiny.some_tokens(2, 8)
+    there = copy.deepcopy(model).to("standin:1")
+    logits = there(tokens.to("standin:1")).logits
+    assert logits.device == torch.device("standin:1")
+    torch.testing.assert_close(logits.cpu(), model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_pass_between_its_devices(counts):
+    weight = torch.nn.Parameter(torch.ones(3, 3, device="standin:0"))
+    (weight.square().to("standin:1") * torch.arange(3.0, device="standin:1")).sum().backward()
+    assert weight.grad.device == torch.device("standin:0")
+    assert weight.grad.tolist() == [[0.0, 2.0, 4.0]] * 3
+    assert counts.between == 2 * 36
+
+
+def test_devices_are_not_mixed(counts):
+    here, there, cpu = torch.ones(2, device="standin:0"), torch.ones(2, device="standin:1"), torch.ones(2)
+    for other in (there, cpu):
+        with pytest.raises(CrossedDevicesError, match="standin:0"):
+            here + other
+    assert (here + torch.tensor(1.0)).tolist() == [2.0, 2.0]  # 0-dimensional, as torch allows
+
+
+def test_it_has_no_float64(counts):
+    with pytest.raises(TypeError, match=r"no torch\.float64"):
+        torch.ones(2, device="standin").double()
+
+
+def test_reads_and_copies_are_counted(counts):
+    x = torch.ones(4).to("standin")
+    counts.reset_()
+    assert x.sum().item() == 4.0
+    assert (counts.launches, counts.reads) == (2, 1)
+    x.cpu()
+    assert (counts.reads, counts.to_host, counts.to_device) == (2, 16, 0)
+
+
+def test_its_memory_is_counted(counts):
+    before = torch.accelerator.memory_allocated(1)
+    torch.accelerator.reset_peak_memory_stats(1)
+    x = torch.ones(1000, device="standin:1")
+    del x
+    assert torch.accelerator.memory_allocated(1) == before
+    assert torch.accelerator.max_memory_allocated(1) == before + 4000
+
+
+# --- the whole journey on it ---
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Journey:
+    return Journey(tmp_path_factory.mktemp("journey"), texts)
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The devices have it, as CUDA's."""
+    monkeypatch.setattr(stand_in_device, "WIDE", ())
+
+
+@pytest.fixture(scope="module")
+def on_cpu(journey: Journey) -> dict[str, Any]:
+    return found(journey.run("cpu", device="cpu"))
+
+
+def test_the_whole_journey_stopped_and_resumed_gives_what_the_cpu_gives(counts, float64, journey, on_cpu):
+    assert_same(found(journey.run("one", stopped=True)), on_cpu)
+    assert counts.launches > 1000
+    assert counts.between == 0
+
+
+def test_layers_on_two_devices_go_through_compress_to_the_end(counts, float64, journey, on_cpu):
+    run = journey.run("two", device_map="on", verified=True)
+    assert_same(found(run), on_cpu)
+    assert counts.between > 0
+    assert json.loads((run / "export.json").read_text())["check"]["logits"] == "equal to the bit"
+
+
+def test_layers_are_divided_so_that_the_fullest_device_is_as_empty_as_can_be():
+    assert several_devices.place_layers([2, 2, 2, 2], 2, [10, 10]) == [0, 0, 1, 1]
+    assert several_devices.place_layers([2, 2, 2, 2], 5, [100, 100]) == [0, 1, 1, 1]
+    assert several_devices.place_layers([1, 1, 4, 1], 0, [9, 9]) == [0, 0, 1, 1]
+    assert several_devices.place_layers([5, 5], 1, [5, 100]) == [1, 1]
+    assert several_devices.place_layers([5, 5], 1, [9, 4]) is None
+
+
+def test_a_model_too_large_for_one_device_is_placed_over_two(counts, tiny_model, monkeypatch):
+    """Hidden states follow the layers, of a clone too; logits are where the tokens are."""
+    files = checkpoints.resolve(str(tiny_model))
+    assert not placement.over_devices(files)
+    weights = placement.weight_bytes(files)
+    monkeypatch.setattr(placement, "available_bytes", lambda _: weights)  # 0.8 of it is not enough, of two it is
+    assert placement.over_devices(files)
+    assert not placement.wanted(files)  # not on disk then
+    assert not placement.over_devices(files, device="standin:0")
+    with pytest.raises(ConfigError, match="are 1"):
+        placement.over_devices(files, device="standin:0", device_map="on")
+    model = placement.load(files).model
+    assert several_devices.placed_over(model) == [torch.device("standin", 0), torch.device("standin", 1)]
+    clone, tokens = surgery.cut(model, "3:5"), tiny.some_tokens(2, 8)
+    there = tokens.to("standin:0")
+    assert clone(there).logits.device == torch.device("standin:0")
+    stack = DecoderRunner(model)
+    hidden, calls = stack.enter(tokens)
+    hidden = stack.run(hidden, calls, 0, len(stack))
+    assert hidden.device == torch.device("standin:1")
+    assert torch.equal(stack.exit(hidden, tokens).cpu(), model(there).logits.cpu())
+
+
+# --- what is told beforehand, and measured ---
+
+
+def test_the_plan_knows_the_accelerators_that_are_there(counts, tiny_model, monkeypatch, float64):
+    monkeypatch.setattr(machine, "ENOUGH", 0.0)
+    plan = plan_run(str(tiny_model), PlanConfig(search=SearchConfig(ratio=0.25), text=DataConfig(tokens=64, window=16)))
+    assert plan["device"] == "standin"
+    assert counts.launches > 100, "the rates are measured there"
+    here = next(fit for fit in plan["fits"] if fit["target"] == "this machine's 2 x stand-in accelerator")
+    assert here["bytes_per_device"] == stand_in_device.MEMORY
+    assert (here["devices"], here["devices_used"], here["fits"]) == (2, 1, True)
+
+
+def test_what_one_accelerator_cannot_hold_is_planned_over_all_layer_by_layer(tiny_model):
+    shape = measure_shape(loading.load_config(checkpoints.resolve(str(tiny_model))), torch.float32, 16)
+    whole = shape.dense.total * 4
+    two = fits_in_memory.Device("x", whole * 3 // 4 + fits_in_memory.RESERVED, devices=2, one_process=True)
+
+    def needs(_: CompressConfig, target: fits_in_memory.Device) -> dict[str, int]:
+        peak = {"weights": whole, "logits": 8}
+        return {"search": total(placement.placed_peak(peak, shape, 2) if target.spread else peak)}
+
+    config = CompressConfig(search=SearchConfig(ratio=0.25))
+    found = fits_in_memory.judge(two, config, needs, whole)
+    assert (found["devices_used"], found["one_process"], found["fits"]) == (2, True, True)
+    layer = max(shape.dense.layers) * 4
+    assert whole / 2 <= found["needs_bytes"] - 8 <= whole / 2 + layer
+
+
+def test_peak_memory_is_the_devices(counts, tiny_model):
+    model = placement.load(checkpoints.resolve(str(tiny_model)), device="standin:1").model
+    held = torch.accelerator.memory_allocated(1)
+    on_top = speed.generation_bytes(model, 16, 2)
+    assert 16 * folders.VOCABULARY < on_top < held
+    before = speed.peak_device_bytes(torch.device("standin:1"))
+    torch.accelerator.reset_peak_memory_stats(1)
+    assert before > held
+    assert speed.peak_device_bytes(torch.device("cpu")) is None
+
+
+def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypatch, float64, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr(machine, "ENOUGH", 0.0)
+    import gpu
+
+    assert gpu.main(["--tiny", "--out", str(tmp_path / "gpu.json")]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["device"] == "stand-in accelerator"
+    (row,) = result["rows"]
+    for stage in ("search", "fold", "tune"):
+        assert row["stages"][stage]["peak_bytes"] > 2 * row["parameters"]
+        assert row["stages"][stage]["planned_peak_bytes"] > 2 * row["parameters"]
+    assert 0 < row["stages"]["tune"]["share_of_floor"] < 1
+    assert row["transformers"]["bfloat16"]["decode"]["compressed"] > 0
+    assert gpu.main(["--device", "cpu"]) == 2
+    assert "no accelerator" in capsys.readouterr().err
