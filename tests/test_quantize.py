@@ -78,6 +78,24 @@ def test_a_group_of_zeros_stays_zero():
     assert torch.equal(decode(encode(weight, grid), grid), weight)
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_few_bits_take_the_range_of_least_error(bits, asymmetric):
+    weight = problem(16, 64)[0]
+    weight[:, ::32] *= 4  # an outlier in each group, which a covering grid spends its points on
+    low, high = (f(weight.unflatten(1, (-1, 32)), -1) for f in (torch.amin, torch.amax))
+    span = high.clamp(min=0) - low.clamp(max=0) if asymmetric else 2 * torch.maximum(high, -low)
+    grid = grid_of(weight, bits, 32, asymmetric)
+    covering = Grid(span / (2**bits - 1), None, bits, 32)
+    if asymmetric:
+        zero = (grid.lowest - low.clamp(max=0) / covering.scale).round().clamp(grid.lowest, grid.highest)
+        covering = Grid(covering.scale, zero.to(torch.int8), bits, 32)
+    errors = [(decode(encode(weight, g), g) - weight).unflatten(1, (-1, 32)).square().sum(-1) for g in (grid, covering)]
+    assert (errors[0] <= errors[1]).all()
+    assert errors[0].sum() < 0.95 * errors[1].sum()
+    assert (grid.scale <= covering.scale).all()
+
+
 # --- GPTQ ---
 
 
@@ -222,7 +240,8 @@ def test_the_packed_tensors_are_the_model(tied, asymmetric):
     dense = half(tiny.llama(4, tie_word_embeddings=tied))
     before = {name: weight.clone() for name, weight in dense.named_parameters()}
     student = loading.share(dense)
-    config = QuantizeConfig(bits=4, quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, endpoint_bits=8)
+    width = {"bits": 8} if asymmetric else {"bits": 4, "endpoint_bits": 8}
+    config = QuantizeConfig(quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, **width)
     found = quantize_(student, TOKENS, config, endpoints=[1, 2])
     assert all(torch.equal(weight, before[name]) for name, weight in dense.named_parameters()), "the dense model"
     weights = quantized_weights(found.packed, found.config)
@@ -236,10 +255,13 @@ def test_the_packed_tensors_are_the_model(tied, asymmetric):
     assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
     bits = {row.name: row.bits for row in found.weights}
     assert {bits[name] for name in bits if ".layers.1." in name or ".layers.2." in name} == {8}
-    assert {bits[name] for name in bits if ".layers.0." in name or ".layers.3." in name} == {4}
+    assert {bits[name] for name in bits if ".layers.0." in name or ".layers.3." in name} == {8 if asymmetric else 4}
     assert bits["model.embed_tokens"] == 8
     sizes = {row.group_size for row in found.weights}
-    assert sizes == {32, 64}, "the largest that divides: 32 columns, and 64 of the MLP's output"
+    if asymmetric:
+        assert sizes == {32}, "one for all"
+    else:
+        assert sizes == {32, 64}, "the largest that divides: 32 columns, and 64 of the MLP's output"
 
 
 @pytest.mark.parametrize("options", [{}, {"endpoint_bits": 8}, {"endpoint_bits": 16}, {"asymmetric": True}], ids=str)
@@ -312,6 +334,55 @@ def test_other_architectures_reload_to_the_bit(config, tmp_path, monkeypatch):
     loaded = loading.load(checkpoints.resolve(str(tmp_path / "model")), dtype="bfloat16").model
     assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
     assert not hasattr(model.config, "quantization_config"), "the model in memory is a plain one"
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 6])
+def test_one_width_throughout_reloads_to_the_bit(bits, tied, asymmetric, tmp_path, monkeypatch):
+    """Embeddings packed as all other weights, which stock transformers unpacks while loading; tied ones stored once."""
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    model = half(tiny.llama(2, tie_word_embeddings=tied))
+    config = QuantizeConfig(
+        bits=bits, quantizer="rtn", asymmetric=asymmetric, quantize_embeddings=True, embedding_bits=bits
+    )
+    found = quantize_(model, TOKENS, config)
+    assert {row.group_size for row in found.weights} == {32}, "one for all: a loader takes the first group's"
+    packing = {"packed": found.packed, "quantization_config": found.config}
+    written = checkpoint.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert sum("weight_scale" in name for name in found.packed) == 2 * 7 + (1 if tied else 2)
+    assert found.bytes_after <= written["bytes"] < found.bytes_after + 8192, "with the header of the file"
+
+
+@pytest.mark.parametrize("options", [{}, {"asymmetric": True}], ids=str)
+def test_layers_alone_reload_with_zero_points_and_in_three_bits(options, tmp_path, monkeypatch):
+    """transformers loads zero points of packed weights only where it unpacks while loading."""
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    model = half(tiny.llama(2))
+    found = quantize_(model, TOKENS, QuantizeConfig(bits=3, quantizer="rtn", **options))
+    packing = {"packed": found.packed, "quantization_config": found.config}
+    checkpoint.export_checkpoint(model, folders.tokenizer(), tmp_path / "model", **packing)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 3, "embedding_bits": 3}, "without --quantize-embeddings"),
+        ({"bits": 4, "quantize_embeddings": True, "embedding_bits": 3}, "beside --bits 4 cannot be loaded"),
+        ({"bits": 4, "asymmetric": True, "quantize_embeddings": True}, "weights of different bits"),
+        ({"bits": 4, "asymmetric": True, "endpoint_bits": 8}, "weights of different bits"),
+        ({"bits": 3, "quantize_embeddings": True, "embedding_bits": 3, "endpoint_bits": 8}, "of different bits"),
+    ],
+    ids=str,
+)
+def test_widths_that_cannot_be_loaded_together_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        QuantizeConfig(**options)
 
 
 # --- what is refused ---

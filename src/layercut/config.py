@@ -39,6 +39,9 @@ Consumers = Annotated[
 ]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
+Bits = Literal[16, 8, 6, 4, 3, 2]
+"""Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
+EmbeddingBits = Literal[8, 6, 4, 3, 2]
 GgufType = Literal[
     "same", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
@@ -395,8 +398,8 @@ class HealConfig:
 class QuantizeConfig:
     """In how many bits the weights are stored."""
 
-    bits: Literal[16, 8, 4] = 16
-    """Bits for each weight of the decoder layers. 16: not quantized."""
+    bits: Bits = 16
+    """Bits for each weight of the decoder layers. 16: not quantized. vLLM reads 8 and 4."""
     quantizer: Annotated[
         str,
         one_of(
@@ -407,16 +410,53 @@ class QuantizeConfig:
     group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
     asymmetric: Annotated[bool, rare_switch] = False
-    """Store a zero point for every group as well."""
+    """Store a zero point for every group as well; all weights then have the same bits and groups."""
     endpoint_bits: Annotated[Literal[16, 8] | None, rare] = None
     """More bits for the layers beside the cut. Not given: as --bits."""
     quantize_embeddings: Annotated[bool, rare_switch] = False
     """Store embeddings and head in 8 bits too. Small models need it; transformers reads it, vLLM may not."""
+    embedding_bits: Annotated[EmbeddingBits | None, rare] = None
+    """Bits of these instead: 8, or the same as --bits, and then in the same groups as all other weights."""
 
     def __post_init__(self) -> None:
         quantizers.check(self.quantizer, "--quantizer")
+        self._check_one_width()
         if self.group_size is not None:
             at_least("group_size", self.group_size, 8)
+
+    @property
+    def packs_embeddings(self) -> bool:
+        """Whether embeddings are packed as the other weights are, and not stored as whole bytes."""
+        return self.quantize_embeddings and (self.embedding_bits == self.bits or self.asymmetric)
+
+    @property
+    def one_width(self) -> bool:
+        """Whether all weights must have the same bits and groups, since a loader takes the first group's for all."""
+        return self.bits < 16 and (self.asymmetric or self.packs_embeddings)
+
+    def _check_one_width(self) -> None:
+        """Refuse what stock transformers cannot load: packed embeddings or zero points beside weights of other bits."""
+        if self.embedding_bits is not None and not self.quantize_embeddings:
+            raise ConfigError(
+                "--embedding-bits is given without --quantize-embeddings", "give both, or leave out --embedding-bits"
+            )
+        if self.embedding_bits not in (None, 8, self.bits):
+            raise ConfigError(
+                f"--embedding-bits {self.embedding_bits} beside --bits {self.bits} cannot be loaded by transformers",
+                f"give --embedding-bits 8 or {self.bits}",
+            )
+        mixed = self.endpoint_bits == 8 != self.bits or (self.quantize_embeddings and self.embedded_in != self.bits)
+        if self.one_width and mixed:
+            what = "--asymmetric" if self.asymmetric else f"--embedding-bits {self.embedding_bits}"
+            raise ConfigError(
+                f"{what} is given with weights of different bits, which transformers cannot load",
+                "leave out --endpoint-bits, and give --embedding-bits as --bits",
+            )
+
+    @property
+    def embedded_in(self) -> int:
+        """Bits of embeddings and head, where they are quantized."""
+        return self.embedding_bits or 8
 
 
 @options(MEASURING)

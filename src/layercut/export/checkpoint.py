@@ -230,7 +230,9 @@ def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch
         What a checkpoint stores.
     """
     quantized = {key.rpartition(".")[0] for key in packed}
-    state = {name: t for name, t in model.state_dict().items() if name.removesuffix(".weight") not in quantized}
+    whole = model.state_dict()
+    stood_for = {whole[f"{name}.weight"].data_ptr() for name in quantized}  # a tied head too, by whatever name
+    state = {name: tensor for name, tensor in whole.items() if tensor.data_ptr() not in stood_for}
     return state | packed
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from layercut.config import CONSUMER_NAMES
 from layercut.models import llama_cpp_rules
 
-Written = Literal["float", "int8", "int4", "int8 embeddings", "gguf"]
+Written = Literal["float", "int8", "int4", "few bits", "int8 embeddings", "packed embeddings", "gguf"]
 """What a model is written as: a folder of float weights, of packed ones, of those with packed embeddings; a file."""
 Aspect = Literal["layer_types", "no_rope_layers"]
 """In which list of the config a layer's kind stands."""
@@ -168,7 +168,8 @@ _EVEN = IndexRule(
 
 CONSUMERS: dict[str, Consumer] = {
     "transformers": Consumer(
-        title="transformers", reads=("float", "int8", "int4", "int8 embeddings", "gguf"),
+        title="transformers",
+        reads=("float", "int8", "int4", "few bits", "int8 embeddings", "packed embeddings", "gguf"),
         tried="5.24 and 4.57.6: logits equal to the bit",
     ),
     "vllm": Consumer(

@@ -141,6 +141,7 @@ def _broken_by_count(text: Any, layers: int, kept: Sequence[int]) -> str:
 
 _WORDS = {
     "float": "folders", "int8": "int8 weights of compressed-tensors", "int4": "int4 weights of compressed-tensors",
+    "few bits": "weights of 2, 3 or 6 bits", "packed embeddings": "packed embeddings",
     "int8 embeddings": "int8 embeddings", "gguf": "GGUF files",
 }  # fmt: skip
 
@@ -301,7 +302,10 @@ def written_by(quantize: QuantizeConfig) -> Written:
     """What a folder holds that is quantized so."""
     if quantize.bits == 16:
         return "float"
-    return "int8 embeddings" if quantize.quantize_embeddings else "int8" if quantize.bits == 8 else "int4"
+    if quantize.quantize_embeddings:
+        return "packed embeddings" if quantize.packs_embeddings else "int8 embeddings"
+    by_bits: dict[int, Written] = {8: "int8", 4: "int4"}
+    return by_bits.get(quantize.bits, "few bits")
 
 
 def _titles(names: Sequence[str]) -> str:

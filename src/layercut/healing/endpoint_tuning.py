@@ -44,6 +44,8 @@ from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.progress import bar
 from layercut.segments import Segment, kept_layers
 
+Given = Sequence[tuple[nn.Parameter, float]]
+"""Parameters to train, each with the unit of which the learning rate is a share."""
 PASS_TOKENS = 1024
 """Tokens in one forward and backward pass: a step's gradient is summed over several. What is remembered for the
 backward pass grows with them; speed does not (docs/log.md)."""
@@ -169,16 +171,50 @@ def tune_(
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
-        try:
-            judge = training.begin_(heldout, files, advance)
-            with files.stopping() as stop:
-                while training.unfinished:
-                    count = training.step_()
-                    training.score_(judge)
-                    advance(count, f"loss {training.report.curve[-1]['loss']:.4f}")
-                    training.keep(files.state, stop)
-        finally:
-            training.finish_()
+        training.run_(heldout, files, advance)
+    return training.result()
+
+
+def tune_parameters_(
+    student: Any,
+    dense: Any,
+    given: Given,
+    tokens: torch.Tensor,
+    *,
+    heldout: torch.Tensor,
+    settings: TuneSettings,
+    files: TuningFiles = TuningFiles(),
+) -> TuningResult:
+    """Train parameters that the caller has put into the student, anywhere in it, by the loop of `tune_`.
+
+    Nothing is shared with the dense model, so that both run whole: after quantization every layer differs.
+
+    Args:
+        student: whose parameters are trained, in place; left in its best state by held-out loss.
+        dense: what it should predict like.
+        given: parameters of the student, each with the unit of which the learning rate is a share.
+        tokens: token ids [N, T] to train on, in their order.
+        heldout: token ids [M, T] that judge.
+        settings: objective, rate (a share of each unit), tokens of a step, epochs; the radius is not used.
+        files: what to keep on disk; nothing by default.
+
+    Returns:
+        What was trained, and the losses.
+
+    Raises:
+        ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
+    """
+    total = settings.epochs * tokens.numel()
+    opened = prepared(student, dense), bar("tuning the quantized model", total), torch.enable_grad()
+    with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
+        for parameter, _ in given:
+            parameter.requires_grad_(True)
+        pair = Pair(
+            dense=whole, student=cut, prefix=0, last=len(cut) - 1, objective=objective_of(settings.objective),
+            stored=files.teacher, apart=True,
+        )  # fmt: skip
+        training = _Training(pair, list(range(len(cut))), tokens, settings, given)
+        training.run_(heldout, files, advance)
     return training.result()
 
 
@@ -269,15 +305,20 @@ def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
 class _Training:
     """The loop's parts. What changes from step to step is in `tensors` and `report`."""
 
-    def __init__(self, pair: Pair, positions: list[int], tokens: torch.Tensor, settings: TuneSettings) -> None:
+    def __init__(
+        self, pair: Pair, positions: list[int], tokens: torch.Tensor, settings: TuneSettings, given: Given | None = None
+    ) -> None:
+        """Take the endpoints' parameters, or those that are given, each with the unit of which the rate is a share."""
         self.pair, self.tokens, self.settings, self.report = pair, tokens, settings, _Progress()
-        self.positions, self.trained = positions, own_parameters_(pair.student, positions)
+        given = [(p, 1.0) for p in own_parameters_(pair.student, positions)] if given is None else given
+        self.positions, self.trained = positions, [p for p, _ in given]
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
         self.rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size, self.steps)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        groups = [{"params": [m], "unit": unit} for m, (_, unit) in zip(self.masters, given, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.state_key = ""
 
     @property
@@ -289,6 +330,19 @@ class _Training:
     def unfinished(self) -> bool:
         """Whether there is a step left."""
         return self.report.step < self.steps and not self.report.stopped_early
+
+    def run_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> None:
+        """All steps, or those that are left; the student is then in its best state."""
+        try:
+            judge = self.begin_(heldout, files, advance)
+            with files.stopping() as stop:
+                while self.unfinished:
+                    count = self.step_()
+                    self.score_(judge)
+                    advance(count, f"loss {self.report.curve[-1]['loss']:.4f}")
+                    self.keep(files.state, stop)
+        finally:
+            self.finish_()
 
     def begin_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> HeldOut:
         """Resume from the state on disk where its key is the same, else take the first score.
@@ -358,7 +412,8 @@ class _Training:
             processes.sum_(*(master.grad for master in self.masters if master.grad is not None))
         total = processes.summed([total])[0]
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
+            share = warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
+            group["lr"] = self.rate * group["unit"] * share
         self._clip_(1.0)
         self.optimizer.step()
         # rounded to the dtype that is saved: what the next step computes with is what will be on disk

@@ -37,6 +37,8 @@ class Pair:
     objective: Objective = field(default_factory=KL)
     stored: StoredTeacher | None = None
     """The dense predictions on the tuning tokens, where they were stored."""
+    apart: bool = False
+    """Whether nothing is shared, not even the embeddings; `prefix` is 0 then."""
 
     @property
     def student_stop(self) -> int:
@@ -69,7 +71,12 @@ class Pair:
             [B, T, D] with a graph down to the first trained layer, and [B, T, D] or None without one.
         """
         with torch.no_grad():
-            if self.dense_stop is None or self.stored:
+            if self.apart:
+                shared, calls = self.student.enter(tokens)
+                wanted = None
+                if self.dense_stop is not None and not self.stored:
+                    wanted = self.dense.run(*self.dense.enter(tokens), 0, self.dense_stop)
+            elif self.dense_stop is None or self.stored:
                 hidden, calls = self.student.enter(tokens)
                 shared, wanted = self.student.run(hidden, calls, 0, self.prefix), None
             else:
@@ -169,7 +176,7 @@ def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torc
     with torch.no_grad():
         hidden, calls = enter_all(pair.dense, batches)
         carry_(pair.dense, hidden, calls, 0, pair.prefix)
-        shared = list(hidden)
+        shared = enter_all(pair.student, batches)[0] if pair.apart else list(hidden)
         carry_(pair.dense, hidden, calls, pair.prefix, len(pair.dense))
     return list(zip(hidden, shared, strict=True))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from layercut.config import Bits
 from layercut.data.blocks import TextFacts
 from layercut.export.consumers import Reading
 from layercut.files.json_values import OPTIONAL
@@ -23,9 +24,6 @@ from layercut.segments import Segment
 Kind = TypeVar("Kind")
 Bounds = tuple[int, int]
 """A segment: its first layer, and the first one after it."""
-
-
-Bits = Literal[16, 8, 4]
 
 
 def bounds_of(segments: Iterable[Segment]) -> list[Bounds]:
@@ -269,6 +267,7 @@ class QuantizeArtefact(Artefact):
     asymmetric: bool | None = field(default=None, metadata=OPTIONAL)
     endpoint_bits: int | None = None
     quantize_embeddings: bool | None = field(default=None, metadata=OPTIONAL)
+    embedding_bits: int | None = None
     left: list[Any] | None = field(default=None, metadata=OPTIONAL)
     bytes: BeforeAfter | None = field(default=None, metadata=OPTIONAL)
     quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from layercut import layer_search
-from layercut.config import CompressConfig, consumer_names
+from layercut.config import Bits, CompressConfig, consumer_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.export.consumer_rules import CONSUMERS
@@ -22,7 +22,6 @@ from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes, size_flag
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
-    Bits,
     CutArtefact,
     FoldArtefact,
     FrontierRecord,

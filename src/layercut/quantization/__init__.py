@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from layercut.config import QuantizeConfig
+from layercut.config import EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.models import loading
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.progress import bar
-from layercut.quantization.assignment import Assignment, left_as_they_are, linear_left, plan
+from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
 from layercut.quantization.gptq import add_to_hessian_, output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
@@ -42,12 +42,13 @@ def quantize(
     model: Any,
     tokens: torch.Tensor | None = None,
     *,
-    bits: Literal[8, 4],
+    bits: Literal[8, 6, 4, 3, 2],
     quantizer: str | Quantizer = "gptq",
     group_size: int | None = None,
     asymmetric: bool = False,
     quantize_embeddings: bool = False,
     endpoint_bits: Literal[16, 8] | None = None,
+    embedding_bits: EmbeddingBits | None = None,
     endpoints: Sequence[int] = (),
 ) -> Quantized:
     """Round the weights of the decoder layers to a few bits; `model` stays as it is.
@@ -62,6 +63,7 @@ def quantize(
         asymmetric: store a zero point for every group as well.
         quantize_embeddings: store embeddings and head in 8 bits too.
         endpoint_bits: bits of the layers beside a cut; None: as `bits`. 16: they are not quantized.
+        embedding_bits: bits of embeddings and head, with `quantize_embeddings`: 8, or as `bits`; None: 8.
         endpoints: layers beside a cut, by their place in `model`; those that its config shows are found in any case.
 
     Returns:
@@ -74,12 +76,14 @@ def quantize(
         ModelError: nothing that could be quantized, weights that are not finite, tokens outside the vocabulary, or
             (calibrated) a model that cannot be run layer by layer.
     """
-    if bits not in (4, 8):
-        raise ConfigError(f"bits={bits!r} is not among what weights can be stored in", "allowed are 8 and 4")
+    if bits not in (allowed := get_args(EmbeddingBits)):
+        raise ConfigError(
+            f"bits={bits!r} is not among what weights can be stored in", f"allowed are {', '.join(map(str, allowed))}"
+        )
     own = {"quantizer": quantizer} if isinstance(quantizer, str) else {}
     config = QuantizeConfig(
         bits=bits, group_size=group_size, asymmetric=asymmetric, quantize_embeddings=quantize_embeddings,
-        endpoint_bits=endpoint_bits, **own,
+        endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, **own,
     )  # fmt: skip
     clone = loading.share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
     return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer)
@@ -120,8 +124,7 @@ def quantize_(
     layers = len(loading.find_decoder(model))
     targets = plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)}))
     left, before = left_as_they_are(model, targets), loading.parameter_bytes(model)
-    rows: list[QuantizedWeight] = []
-    packed: dict[str, torch.Tensor] = {}
+    rows, packed = list[QuantizedWeight](), dict[str, torch.Tensor]()
 
     def quantize_one(target: Assignment, hessian: torch.Tensor | None) -> None:
         row, stored, weight = _quantize_weight(model, target, hessian, config, (name, rounds))
@@ -141,7 +144,9 @@ def quantize_(
                 for target in group:
                     quantize_one(target, None)
                 advance(1)
-    described = quantization_config(targets, linear_left(model, targets), asymmetric=config.asymmetric)
+    targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
+    kind = {"asymmetric": config.asymmetric, "one_width": config.one_width}
+    described = quantization_config(targets, linear_left(model, targets), **kind)
     after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
     asked = vars(config) | {"quantizer": name}
     return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked)
@@ -186,15 +191,18 @@ def original_layer_index(config: Any) -> list[int] | None:
 def _embeddings_and_head(
     model: Any, ends: Sequence[Assignment], packed: dict[str, torch.Tensor], quantize_one: QuantizeOne
 ) -> None:
-    """The weights outside the decoder layers, without calibration; tied ones once, with scales under both names."""
+    """The weights outside the decoder layers, without calibration; tied ones once.
+
+    In whole bytes a tied head's scales are stored under both names. Packed ones are unpacked while loading, then tied.
+    """
     if not ends:
         return
     first, last = ends
     tied = model.get_submodule(first.name).weight is model.get_submodule(last.name).weight
     quantize_one(first, None)
-    if tied:
+    if tied and first.form == WHOLE_BYTES:
         packed.update(_scales_for_tied_head(ends, packed))
-    else:
+    elif not tied:
         quantize_one(last, None)
 
 

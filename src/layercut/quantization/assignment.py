@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,8 +14,8 @@ from layercut.models.loading import find_decoder
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linear modules that choose experts: tiny, and a wrong choice costs more than a rounded weight. Left as they are."""
-EMBEDDING_BITS = 8
-"""compressed-tensors stores embeddings as whole bytes."""
+PACKED, WHOLE_BYTES = "pack-quantized", "naive-quantized"
+"""compressed-tensors' names: codes in words of 32 bits, or each in a byte of its own."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Assignment:
     """Decoder layer it is in; None: embeddings or head."""
     bits: int
     group_size: int
+    form: str = PACKED
 
 
 def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Assignment]:
@@ -55,9 +56,12 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
         )
     if config.endpoint_bits and not endpoints:
         raise ConfigError("--endpoint-bits is given, but this model has no cut", "leave out --endpoint-bits")
+    ends = _ends(model) if config.quantize_embeddings else []
+    if config.one_width and config.group_size is None:
+        config = replace(config, group_size=_common_group_size([*_columns(decoder.layers), *(e[1] for e in ends)]))
     inside: list[Assignment] = []
     for i, layer in enumerate(decoder.layers):
-        bits = config.endpoint_bits if i in endpoints and config.endpoint_bits else config.bits
+        bits: int = config.endpoint_bits if i in endpoints and config.endpoint_bits else config.bits
         for name, module in layer.named_modules():
             if bits < 16 and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS:
                 full = f"{decoder.path}.{i}.{name}"
@@ -67,8 +71,29 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
             f"{type(model).__name__} has no linear modules in its decoder layers that could be quantized",
             "leave out --bits; for llama.cpp, layercut export RUN --format gguf quantizes other architectures too",
         )
-    if not config.quantize_embeddings:
+    if not ends:
         return inside
+    form, bits = (PACKED if config.packs_embeddings else WHOLE_BYTES), config.embedded_in
+    first, last = (Assignment(name, None, bits, group_size(name, width, config), form) for name, width in ends)
+    return [first, *inside, last]
+
+
+def _columns(layers: nn.Module) -> list[int]:
+    """Columns of the linear modules."""
+    return [module.in_features for module in layers.modules() if isinstance(module, nn.Linear)]
+
+
+def _common_group_size(columns: Sequence[int]) -> int | None:
+    """The largest usual size that divides all; None where none does."""
+    return next((size for size in GROUP_SIZES if not any(width % size for width in columns)), None)
+
+
+def _ends(model: Any) -> list[tuple[str, int]]:
+    """Names and columns of the embeddings and the head.
+
+    Raises:
+        ModelError: they are no plain embedding and linear module.
+    """
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     ends = []
     for module, kind in ((first, nn.Embedding), (last, nn.Linear)):
@@ -79,8 +104,8 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
                 "leave out --quantize-embeddings",
             )
         name = next(name for name, found in model.named_modules() if found is module)
-        ends.append(Assignment(name, None, EMBEDDING_BITS, group_size(name, module.weight.shape[1], config)))
-    return [ends[0], *inside, ends[1]]
+        ends.append((name, module.weight.shape[1]))
+    return ends
 
 
 def group_size(name: str, columns: int, config: QuantizeConfig) -> int:

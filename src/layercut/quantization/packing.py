@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from layercut.errors import ConfigError
-from layercut.quantization.assignment import Assignment
+from layercut.quantization.assignment import WHOLE_BYTES, Assignment
 from layercut.quantization.grid import Grid
 
 
@@ -41,13 +41,15 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     stored = {"weight_scale": grid.scale.contiguous()}
-    if target.layer is None:
+    if target.form == WHOLE_BYTES:
         stored["weight"] = codes
     else:
         stored["weight_packed"] = pack_to_int32(codes, grid.bits)
         stored["weight_shape"] = torch.tensor(codes.shape)
     if grid.zero is not None:
-        stored["weight_zero_point"] = grid.zero if target.layer is None else pack_to_int32(grid.zero, grid.bits, 0)
+        stored["weight_zero_point"] = (
+            grid.zero if target.form == WHOLE_BYTES else pack_to_int32(grid.zero, grid.bits, 0)
+        )
     return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
 
 
@@ -69,17 +71,73 @@ def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, A
     from compressed_tensors.quantization import QuantizationScheme
 
     weights = {}
+    described: set[str] = set()
     for group in config["config_groups"].values():
         scheme = QuantizationScheme.model_validate(group)
         compressor = BaseCompressor.get_value_from_registry(group["format"])
         for name in group["targets"]:
+            described.add(name)
             own = {key.removeprefix(f"{name}."): t for key, t in packed.items() if key.startswith(f"{name}.weight")}
             if "weight" in own or "weight_packed" in own:  # else a head that reads the embedding's codes
                 weights[f"{name}.weight"] = compressor.decompress(own, scheme)["weight"]
-    return weights
+    plain = {key: tensor for key, tensor in packed.items() if key.rpartition(".")[0] not in described}
+    return weights | plain  # norms, which were trained with the scales
 
 
-def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool) -> dict[str, Any]:
+def grids(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, Grid]]:
+    """Codes and grids that packed tensors hold: the inverse of `pack`.
+
+    Args:
+        packed: tensors by their full names.
+        config: the `quantization_config` that describes them.
+
+    Returns:
+        Codes [O, I] int8 and grid, by the module's name; of a head that reads the embedding's codes none.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    found = {}
+    for group in config["config_groups"].values():
+        bits, size = group["weights"]["num_bits"], group["weights"]["group_size"]
+        for name in group["targets"]:
+            scale, zero = packed[f"{name}.weight_scale"], packed.get(f"{name}.weight_zero_point")
+            if f"{name}.weight_packed" in packed:
+                shape = torch.Size(packed[f"{name}.weight_shape"].tolist())
+                codes = unpack_from_int32(packed[f"{name}.weight_packed"], bits, shape)
+                zero = None if zero is None else unpack_from_int32(zero, bits, scale.shape, 0)
+            elif f"{name}.weight" in packed:
+                codes = packed[f"{name}.weight"]
+            else:
+                continue
+            found[name] = codes, Grid(scale, zero, bits, size)
+    return found
+
+
+def repacked(
+    packed: Mapping[str, torch.Tensor], changed: Mapping[str, tuple[torch.Tensor, Grid]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of packed weights with other codes and scales.
+
+    Args:
+        packed: tensors by their full names, as `pack` gives them.
+        changed: codes [O, I] and grid, by the module's name.
+
+    Returns:
+        Those tensors that are changed, on the CPU.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    found: dict[str, torch.Tensor] = {}
+    for name, (codes, grid) in changed.items():
+        form = "weight_packed" if f"{name}.weight_packed" in packed else "weight"
+        stored = pack_to_int32(codes.cpu(), grid.bits) if form == "weight_packed" else codes.cpu()
+        found |= {f"{name}.{form}": stored, f"{name}.weight_scale": grid.scale.cpu().contiguous()}
+    return found
+
+
+def quantization_config(
+    targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool, one_width: bool = False
+) -> dict[str, Any]:
     """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
 
     vLLM fails where it finds a linear module that is neither in a group nor in `ignore`.
@@ -88,6 +146,8 @@ def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, a
         targets: what is quantized.
         left: names of linear modules that are none of the targets.
         asymmetric: with zero points.
+        one_width: unpack while loading: transformers 5.24 can load zero points and packed embeddings in no other way,
+            and this way takes the bits and the group size of the first group for all.
 
     Returns:
         `quantization_config`, as JSON values.
@@ -112,8 +172,9 @@ def quantization_config(targets: Sequence[Assignment], left: Sequence[str], *, a
     config = QuantizationConfig(
         config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left)
     )
-    return config.model_dump(mode="json")
+    described = config.model_dump(mode="json")
+    return described | {"dequantize": True} if one_width else described
 
 
 def _kind(target: Assignment) -> tuple[int, int, str]:
-    return target.bits, target.group_size, "naive-quantized" if target.layer is None else "pack-quantized"
+    return target.bits, target.group_size, target.form

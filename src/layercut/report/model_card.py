@@ -100,7 +100,7 @@ def of_run(run: Path) -> Made:
     """The checkpoint in a finished run's folder. RunError if it is no finished run's folder."""
     found = read_run(run)
     bits = whole_number(found.quantization.bits)
-    number_format = f"int{bits}" if bits in (4, 8) else ""
+    number_format = f"int{bits}" if bits is not None and bits < 16 else ""
     return Made(
         source=source_card(str(found.summary.model)),
         done="",

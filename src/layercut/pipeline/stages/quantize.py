@@ -8,11 +8,12 @@ from typing import Any
 
 from layercut import evaluation
 from layercut import quantization as rounding
+from layercut.config import Bits
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
 from layercut.pipeline import gguf_run
-from layercut.pipeline.artefacts import BeforeAfter, Bits, FrontierArtefact, FrontierRecord, QuantizeArtefact
+from layercut.pipeline.artefacts import BeforeAfter, FrontierArtefact, FrontierRecord, QuantizeArtefact
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of

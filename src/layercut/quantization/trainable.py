@@ -1,0 +1,213 @@
+"""Quantized weights whose scales, and where asked whose rounding, can be trained; after rounding, before export.
+
+    parts = Trainable.of_(found)            # found: Quantized; its model now computes from codes and scales
+    …                                       # train parts.parameters by any loss of parts.model
+    found = parts.finished_()               # plain weights again, and the tensors for the checkpoint
+
+What is computed at every step is to the bit what a loader will compute from the tensors as they are then: codes and
+scales are decoded in the format in which they are saved. The result is in the same stock format.
+
+Frozen codes (`scales`): w = (q - z) s, dL/ds = Σ_group dL/dw (q - z) (end-to-end training of step sizes, as in
+EfficientQAT, 2407.11062). Learned rounding: w = s (clamp(round(v / s + z)) - z) with a weight v that is trained
+straight through the rounding, and s by LSQ's gradient (1902.08153). v starts as the point nearest to the weight before
+rounding among those that round to the codes chosen, so that nothing changes before the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layercut.models.loading import find_decoder, replace_parameters_, stored_dtype
+from layercut.quantization.grid import Grid, decode, encode
+from layercut.quantization.packing import grids, repacked
+from layercut.quantization.quantized import Quantized
+
+MARGIN = 0.49
+"""How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
+Shares = list[tuple[nn.Parameter, float]]
+"""Trained parameters, each with the size of one unit of it, of which the learning rate is a share."""
+
+
+class ScaledLinear(nn.Module):
+    """A linear module y = W x + b with W from frozen codes and a trainable scale for each group of columns."""
+
+    def __init__(self, plain: nn.Linear, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> None:
+        super().__init__()
+        self.codes, self.grid, self.stored, self.bias = codes, grid, stored, plain.bias
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.scale = nn.Parameter(grid.scale.to(plain.weight.dtype))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W [O, I], as a loader will compute it."""
+        return _Decoded.apply(self.scale, self.codes, self.grid, self.stored)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y = W x + b."""
+        return F.linear(x, self.weight, self.bias)
+
+    def current(self) -> tuple[torch.Tensor, Grid]:
+        """Codes and grid as they are now."""
+        return self.codes, _with_scale(self.grid, self.scale, self.stored)
+
+    def units(self) -> Shares:
+        """What is trained, and its mean size."""
+        return [(self.scale, self.scale.detach().abs().mean().item())]
+
+
+class RoundedLinear(ScaledLinear):
+    """The same with a trainable weight that is rounded to the codes in every pass."""
+
+    def __init__(
+        self, plain: nn.Linear, codes: torch.Tensor, grid: Grid, stored: torch.dtype, original: torch.Tensor
+    ) -> None:
+        super().__init__(plain, codes, grid, stored)
+        zero = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
+        step = grid.scale.float().unsqueeze(-1)
+        middle = codes.float().unflatten(1, (-1, grid.group_size))
+        place = original.float().unflatten(1, (-1, grid.group_size)) / step + zero
+        start = ((place.clamp(middle - MARGIN, middle + MARGIN) - zero) * step).flatten(1).to(stored)
+        moved = encode(start, grid) != codes  # the format's own rounding took it over the edge: the code's middle then
+        self.latent = nn.Parameter(torch.where(moved, decode(codes, grid), start).to(plain.weight.dtype))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W [O, I], as a loader will compute it."""
+        return _Rounded.apply(self.latent, self.scale, self.grid, self.stored)
+
+    def current(self) -> tuple[torch.Tensor, Grid]:
+        """Codes and grid as they are now."""
+        grid = _with_scale(self.grid, self.scale, self.stored)
+        return encode(self.latent.detach(), grid), grid
+
+    def units(self) -> Shares:
+        """What is trained: scales by their mean size, weights by that of a step of the grid."""
+        (scale, size), *_ = super().units()
+        return [(scale, size), (self.latent, size)]
+
+
+def _with_scale(grid: Grid, scale: torch.Tensor, stored: torch.dtype) -> Grid:
+    """The grid with another scale, in the format it is saved in; never 0 or below, where nothing could be rounded."""
+    return replace(grid, scale=scale.detach().to(stored).clamp_min(torch.finfo(stored).tiny))
+
+
+class _Decoded(torch.autograd.Function):
+    """Scales [O, G] -> weight [O, I], codes frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: torch.Tensor, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> torch.Tensor:
+        ctx.codes, ctx.grid = codes, grid
+        return decode(codes, _with_scale(grid, scale, stored)).to(scale.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        steps = ctx.codes.unflatten(1, (-1, ctx.grid.group_size)).float()
+        if ctx.grid.zero is not None:
+            steps = steps - ctx.grid.zero.float().unsqueeze(-1)
+        slope = grads[0].unflatten(1, (-1, ctx.grid.group_size)).float()
+        return (slope * steps).sum(-1).to(grads[0].dtype), None, None, None
+
+
+class _Rounded(torch.autograd.Function):
+    """Weight [O, I] and scales [O, G] -> rounded weight; straight through the rounding (LSQ, 1902.08153)."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: torch.Tensor, scale: torch.Tensor, grid: Grid, stored: torch.dtype) -> torch.Tensor:
+        now = _with_scale(grid, scale, stored)
+        ctx.save_for_backward(latent)
+        ctx.grid = now
+        return decode(encode(latent, now), now).to(scale.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (latent,), grid = ctx.saved_tensors, ctx.grid
+        place = latent.float().unflatten(1, (-1, grid.group_size)) / grid.scale.float().unsqueeze(-1)
+        zero = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
+        code = (place + zero).round()
+        inside = (code >= grid.lowest) & (code <= grid.highest)
+        slope = grads[0].unflatten(1, (-1, grid.group_size)).float()
+        steps = code.clamp_(grid.lowest, grid.highest).sub_(zero)
+        to_scale = (slope * torch.where(inside, steps - place, steps)).sum(-1)
+        return slope.mul_(inside).flatten(1).to(grads[0].dtype), to_scale.to(grads[0].dtype), None, None
+
+
+@dataclass
+class Trainable:
+    """A quantized model taken apart: what can be trained, and how it is put together again."""
+
+    found: Quantized
+    modules: dict[str, ScaledLinear]
+    """By dotted name, all inside the decoder layers."""
+    norms: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The vectors of the decoder and of the norm after it, with parameters of their own."""
+
+    @classmethod
+    def of_(cls, found: Quantized, before: Any = None) -> Trainable:
+        """Have the model of `found` compute from codes and scales; tensors that another model shares stay.
+
+        Args:
+            found: what `quantize` returned; its model is changed in place.
+            before: the model before it was rounded, to train the rounding as well; None: the codes are frozen.
+
+        Returns:
+            The parts.
+        """
+        model, stored, modules = found.model, stored_dtype(found.model), {}
+        inside = f"{find_decoder(model).path}."
+        for name, (codes, grid) in grids(found.packed, found.config).items():
+            if not name.startswith(inside):
+                continue
+            plain = model.get_submodule(name)
+            device = plain.weight.device
+            codes, grid = codes.to(device), _moved(grid, device)
+            if before is None:
+                modules[name] = ScaledLinear(plain, codes, grid, stored)
+            else:
+                modules[name] = RoundedLinear(plain, codes, grid, stored, before.get_submodule(name).weight.detach())
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, modules[name])
+        ours = {id(p) for module in modules.values() for p in module.parameters()}
+        vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1 and id(p) not in ours}
+        replace_parameters_(model, {name: nn.Parameter(value) for name, value in vectors.items()})
+        return cls(found, modules, {name: model.get_parameter(name) for name in vectors})
+
+    @property
+    def model(self) -> Any:
+        """The model, which computes from codes and scales."""
+        return self.found.model
+
+    @property
+    def parameters(self) -> Shares:
+        """All that can be trained, each with its unit."""
+        units: Shares = [unit for module in self.modules.values() for unit in module.units()]
+        return [*units, *((p, max(p.detach().abs().mean().item(), 1e-3)) for p in self.norms.values())]
+
+    @torch.no_grad()
+    def finished_(self) -> Quantized:
+        """The model with plain weights again, and the tensors of the checkpoint as they are now."""
+        model, stored = self.model, stored_dtype(self.model)
+        packed, weights = dict(self.found.packed), {}
+        changed: dict[str, tuple[torch.Tensor, Grid]] = {}
+        for name, module in self.modules.items():
+            changed[name] = codes, grid = module.current()
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(decode(codes, grid).to(module.scale.dtype), requires_grad=False)
+            plain.bias = module.bias
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, plain.eval())
+        packed.update(repacked(packed, changed))
+        for name, parameter in self.norms.items():
+            weights[name] = packed[name] = parameter.detach().to(stored).cpu().clone()
+        replace_parameters_(model, {n: nn.Parameter(w.to(self.norms[n].dtype), False) for n, w in weights.items()})
+        return replace(self.found, packed=packed)
+
+
+def _moved(grid: Grid, device: torch.device) -> Grid:
+    zero = None if grid.zero is None else grid.zero.to(device)
+    return replace(grid, scale=grid.scale.to(device), zero=zero)
+

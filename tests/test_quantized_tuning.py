@@ -1,0 +1,141 @@
+"""Training what quantization left: scales, norms and the rounding, towards the dense model; the format stays stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import folders
+import tiny
+from layercut.config import QuantizeConfig
+from layercut.export import checkpoint
+from layercut.healing import endpoint_tuning
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
+from layercut.healing.tuning_state import StateFile
+from layercut.models import loading
+from layercut.quantization import Quantized, quantize_, quantized_weights
+from layercut.quantization.grid import decode, encode, fit_grid
+from layercut.quantization.trainable import RoundedLinear, ScaledLinear, Trainable
+
+TOKENS, HELDOUT = tiny.some_tokens(16), tiny.some_tokens(4, seed=1)
+WAYS: list[dict[str, Any]] = [
+    {"bits": 4},
+    {"bits": 3, "asymmetric": True, "quantize_embeddings": True, "embedding_bits": 3},
+    {"bits": 2, "quantize_embeddings": True},
+]
+
+
+def half(model: Any) -> Any:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+def rounded(dense: Any, **options: Any) -> Quantized:
+    return quantize_(loading.share(dense), None, QuantizeConfig(quantizer="rtn", **options))
+
+
+def logits(model: Any) -> torch.Tensor:
+    return model(HELDOUT, use_cache=False).logits
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["scales", "rounding"])
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_nothing_changes_before_the_first_step(options, learned):
+    dense = half(tiny.llama(2, tie_word_embeddings=True))
+    found = rounded(dense, **options)
+    before, packed = logits(found.model), {name: tensor.clone() for name, tensor in found.packed.items()}
+    parts = Trainable.of_(found, dense if learned else None)
+    assert {type(module) for module in parts.modules.values()} == {RoundedLinear if learned else ScaledLinear}
+    assert torch.equal(logits(parts.model), before)
+    done = parts.finished_()
+    assert torch.equal(logits(done.model), before)
+    assert all(torch.equal(done.packed[name], tensor) for name, tensor in packed.items())
+    assert {type(m) for n, m in done.model.named_modules() if n.endswith("_proj")} == {nn.Linear}
+    assert done.model.lm_head.weight is done.model.model.embed_tokens.weight
+
+
+def test_gradients_are_those_of_the_decoded_weight():
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    plain = nn.Linear(64, 6, bias=False)
+    plain.weight.data = weight
+    for bits, asymmetric in ((4, False), (2, True)):
+        grid = fit_grid(weight, bits, 32, asymmetric=asymmetric, dtype=torch.float32)
+        codes, slope = encode(weight, grid), torch.randn(6, 64)
+        zero = 0 if grid.zero is None else grid.zero.float()[..., None]
+        steps = codes.float().unflatten(1, (-1, 32)) - zero
+        expected = (slope.unflatten(1, (-1, 32)) * steps).sum(-1)
+        scaled = ScaledLinear(plain, codes, grid, torch.float32)
+        scaled.weight.backward(slope)
+        assert torch.allclose(scaled.scale.grad, expected, atol=1e-5)
+        learned = RoundedLinear(plain, codes, grid, torch.float32, weight)
+        assert torch.equal(learned.weight, decode(codes, grid))
+        learned.weight.backward(slope)
+        place = (learned.latent.detach() / grid.scale.repeat_interleave(32, 1)).unflatten(1, (-1, 32)) + zero
+        inside = (place.round() >= grid.lowest) & (place.round() <= grid.highest)
+        assert torch.equal(learned.latent.grad.unflatten(1, (-1, 32)) != 0, inside)
+        lsq = (slope.unflatten(1, (-1, 32)) * torch.where(inside, place.round() - place, steps)).sum(-1)
+        assert torch.allclose(learned.scale.grad, lsq, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["scales", "rounding"])
+def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    dense = half(tiny.llama(2, tie_word_embeddings=True))
+    kept = {name: weight.clone() for name, weight in dense.named_parameters()}
+    found = rounded(dense, bits=3, quantize_embeddings=True, embedding_bits=3)
+    size = sum(tensor.nbytes for tensor in found.packed.values())
+    codes = found.packed["model.layers.0.mlp.up_proj.weight_packed"].clone()
+    parts = Trainable.of_(found, dense if learned else None)
+    settings = TuneSettings(batch_tokens=64, learning_rate=0.02, epochs=4)
+    told = tune_parameters_(parts.model, dense, parts.parameters, TOKENS, heldout=HELDOUT, settings=settings)
+    done = parts.finished_()
+    assert told.best < 0.95 * told.heldout[0]["loss"]
+    p, q = (model(HELDOUT, use_cache=False).logits.float().log_softmax(-1) for model in (dense, done.model))
+    assert (p.exp() * (p - q)).sum(-1).mean().item() == pytest.approx(told.best, rel=1e-2), "the best state is kept"
+    assert all(torch.equal(weight, kept[name]) for name, weight in dense.named_parameters()), "the dense model"
+    assert torch.equal(done.packed["model.layers.0.mlp.up_proj.weight_packed"], codes) == (not learned)
+    norms = sum(tensor.nbytes for name, tensor in done.packed.items() if "norm" in name)
+    assert sum(tensor.nbytes for tensor in done.packed.values()) == size + norms, "no byte beside what was there"
+    packing = {"packed": dict(done.packed), "quantization_config": dict(done.config)}
+    written = checkpoint.export_checkpoint(done.model, folders.tokenizer(), tmp_path / "model", **packing)
+    assert written["bytes"] < done.bytes_after + 8192
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(logits(loaded), logits(done.model))
+    again = loading.share(dense)  # as a run puts it together from its files
+    loading.replace_parameters_(again, quantized_weights(done.packed, done.config))
+    assert torch.equal(logits(again), logits(done.model))
+
+
+def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
+    dense, settings = half(tiny.llama(2)), TuneSettings(batch_tokens=64, learning_rate=0.02)
+    weights: list[dict[str, torch.Tensor]] = []
+    step = endpoint_tuning._Training.step_
+
+    def stop_after_two(self: Any) -> int:
+        if self.report.step == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    for stops in (False, True):
+        for attempt in range(1 + stops):
+            parts = Trainable.of_(rounded(dense, bits=3), dense)
+            files = TuningFiles(state=StateFile(tmp_path / f"{stops}", minutes=0.0))
+            with monkeypatch.context() as patch:
+                if stops and not attempt:
+                    patch.setattr(endpoint_tuning._Training, "step_", stop_after_two)
+                try:
+                    given = parts.parameters
+                    tune_parameters_(parts.model, dense, given, TOKENS, heldout=HELDOUT, settings=settings, files=files)
+                except KeyboardInterrupt:
+                    assert stops
+                    assert not attempt
+        weights.append(dict(parts.finished_().packed))
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    untouched = rounded(dense, bits=3).packed
+    assert any(not torch.equal(weights[0][name], tensor) for name, tensor in untouched.items())
