@@ -95,23 +95,31 @@ class Judge:
             some = weights[:, self.seen]
             # a row's weights keep their sum, whichever of its positions are compared
             scale = weights.sum(-1, keepdim=True) / some.sum(-1, keepdim=True).clamp_min(torch.finfo(some.dtype).tiny)
-            self.weights = (some * scale).to(dense.device)
-        self.tokens = tokens[:, self.seen]
-        targets = F.pad(stack.place(tokens)[:, 1:], (0, 1), value=-1)[:, self.seen]
+            self.weights = some * scale
+        self.tokens = _positions(tokens, self.seen)
+        targets = _positions(F.pad(stack.place(tokens)[:, 1:], (0, 1), value=-1), self.seen)
         compared = None
         if objective.needs_dense:
             with torch.no_grad():
-                compared = dense[:, self.seen]
+                compared = _positions(dense, self.seen)
                 compared = compared if self.reads == "hidden" else dense_logits(stack, compared, self.tokens)
         self.loss = objective.against(compared, targets)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B]; or, where there is one row of tokens, [P, T, D] -> [P]."""
-        student = hidden[:, self.seen]
+        student = _positions(hidden, self.seen)
         if self.reads == "logits":
             student = self.stack.exit(student, self.tokens.expand(len(hidden), -1))
         losses = self.loss(student)
-        return losses.mean(-1) if self.weights is None else (losses * self.weights).sum(-1)
+        if self.weights is None:
+            return losses.mean(-1)
+        self.weights = self.weights.to(losses.device)
+        return (losses * self.weights).sum(-1)
+
+
+def _positions(of_rows: torch.Tensor, chosen: slice | torch.Tensor) -> torch.Tensor:
+    """Some positions of [B, T, …], chosen on any device."""
+    return of_rows[:, chosen if isinstance(chosen, slice) else chosen.to(of_rows.device)]
 
 
 class Prices:
