@@ -1,6 +1,6 @@
-"""Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, search, stream,
-compare-RATIO, healing, recovery, keys, frontier, speed and shapes, all .json; of those from recovery on, one that is
-not there yet is said to be open. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, gate_ablation,
+stream, compare-RATIO, healing, recovery, keys, frontier, speed and shapes, all .json; of those from recovery on, one
+that is not there yet is said to be open. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gate_tables import search_tables
 from healing_tables import headline_table, healing_table, recall_table, recovery_table
 from layercut.files.json_values import write_json, write_text
 from layercut.report.formatting import Json, count, figure, label, short, size
@@ -96,27 +97,6 @@ def compare_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def search_words() -> str:
-    """How near the gate comes to the best there is, what that costs, and a search of a model larger than memory."""
-    found, disk = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("search", "stream"))
-    regret, costs, two = found["regret"], found["cost_at_a_fifth"], found["two_segments"]
-    shares = " : ".join(f"{costs[way]['work_over_brute_force']:.2f}" for way in ("brute_force", "sweep", "gate"))
-    seconds = " : ".join(f"{costs[way]['seconds']:.0f}" for way in ("brute_force", "sweep", "gate"))
-    run = disk["rows"][0]
-    return (
-        f"The gate against the best of all segments, {found['environment']['date'][:10]}, {found['model']}, ratios "
-        f"0.1 to 0.4, three seeds each: its segment's KL is {regret['median']:.2f} times the best one's in the median "
-        f"and {regret['worst']:.2f} at worst ({regret['cases']} cases). Work at ratio 0.2, brute force : one sweep : "
-        f"gate = {shares} in layer-forwards ({seconds} s). Two segments with {two['length']} layers in all: "
-        f"the best of {two['sets']:,} sets (regret {two['regret']:.2f}) for "
-        f"{100 * two['clp_over_brute_force']:.0f} % of brute force.\n\n"
-        f"A checkpoint of Llama-3-8B's shape ({size(disk['checkpoint_bytes'])}, random weights) searched "
-        f"from disk: peak memory {size(run['peak_rss_bytes'])}, each layer read "
-        f"{run['times_each_layer_was_read'][0]} time, {run['seconds']['search']:.0f} s on {disk['tokens']['rows']} x "
-        f"{disk['tokens']['window']} tokens."
-    )
-
-
 def shapes_table(result: dict) -> str:
     """What larger models take. Without the export: it does with less where less is there."""
     lines = [
@@ -194,7 +174,10 @@ def read(file: Path) -> dict:
 
 def filled(text: str) -> str:
     """A page with its tables made anew."""
-    regions = {"figures": table(json.loads(RESULT.read_text())), "search": search_words()}
+    regions = {
+        "figures": table(json.loads(RESULT.read_text())),
+        "search": search_tables(read(RESULTS / "gate_ablation.json"), read(RESULTS / "stream.json")),
+    }
     regions |= {"results": headline()}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}

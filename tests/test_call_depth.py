@@ -12,7 +12,7 @@ from layercut.healing.least_squares import Normal
 from layercut.layer_search import gate
 from layercut.models.objectives import KL
 
-MOST = {"concave_gate": 5, "solve": 5, "loss_and_gradient": 6}
+MOST = {"foretold_of_row": 5, "solve": 5, "loss_and_gradient": 6}
 """Calls from `journey.compress`, which the command calls, to the formula, the formula's own included."""
 
 
@@ -46,7 +46,7 @@ def test_from_the_command_to_the_formulas_are_few_calls(tiny_model, texts, tmp_p
 
         monkeypatch.setattr(owner, name, formula)
 
-    watch(gate, "concave_gate")
+    watch(gate, "foretold_of_row")
     watch(Normal, "solve")
     watch(KL, "loss_and_gradient", last=True)
     arguments = ["tune", str(tiny_model), f"--data={texts[0]}", f"--out={tmp_path / 'run'}", "--device=cpu"]

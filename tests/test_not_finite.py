@@ -60,8 +60,10 @@ def test_what_is_not_finite_is_the_worst_price(value):
 
 
 CASES: list[tuple[str, str]] = [(method, "kl") for method in list(criteria)]
-CASES += [(method, objective) for method in ("clp", "exhaustive") for objective in ("next-token", "hidden")]
-LOOK = {"clp", "exhaustive", "perplexity", "sleb", "evolution"}
+CASES += [
+    (method, objective) for method in ("clp", "gate", "race", "exhaustive") for objective in ("next-token", "hidden")
+]
+LOOK = {"clp", "gate", "race", "exhaustive", "perplexity", "sleb", "evolution"}
 """Methods that run the cut model; the others choose by the dense one, and what they choose is priced."""
 
 

@@ -224,12 +224,13 @@ def test_layer_forwards_are_those_that_the_search_counts(llama, method, rows):
         assert planned.layer_forwards.expected == planned.layer_forwards.most == cost.layer_forwards
 
 
+@pytest.mark.parametrize("method", ["clp", "gate", "race"])
 @pytest.mark.parametrize(("length", "rows"), [(2, 3), (3, 40), (9, 12), (11, 6)])
-def test_the_gates_layer_forwards_lie_within_their_bounds(llama, length, rows):
+def test_the_layer_forwards_of_a_race_lie_within_their_bounds(llama, length, rows, method):
     stack, shape, tokens = llama
-    planned = told("clp", shape, length, rows)
+    planned = told(method, shape, length, rows)
     for seed in (0, 1):
-        cost = search(stack, tokens[:rows], n_layers=length, method="clp", seed=seed).cost
+        cost = search(stack, tokens[:rows], n_layers=length, method=method, seed=seed).cost
         for counted, bounds in (
             (cost.layer_forwards, planned.layer_forwards), (cost.layer_backwards, planned.layer_backwards)
         ):  # fmt: skip

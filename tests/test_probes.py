@@ -27,8 +27,9 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
 from layercut.layer_search import prices, search
-from layercut.layer_search.clp import price_coarsely
+from layercut.layer_search.clp import priced_sums
 from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
+from layercut.layer_search.gate import foretell
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
@@ -224,7 +225,7 @@ def test_what_few_rows_propose_has_seen_the_tests(monkeypatch, model, probes):
     """On the first row alone, which is text, nothing would tell the layers that hold recall from the others."""
     planted(monkeypatch, {0: (0.9, 0.1), 1: (0.1, 9.0), 2: (0.8, 0.1), 3: (0.1, 9.0), 4: (0.8, 0.1)})
     prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 512), Cost(), probes=probes)
-    _, proposed = price_coarsely(prices, Restriction.none(5, 2), 2, 2)
+    proposed = priced_sums(prices, Restriction.none(5, 2), 2)
     assert {layer for segment in proposed[0] for layer in range(segment.start, segment.stop)} <= {0, 2, 4}
 
 
@@ -287,11 +288,14 @@ def test_a_method_of_the_literature_takes_no_tests(model, probes):
         search(model, tiny.some_tokens(), n_layers=2, method="cosine", probes=probes)
 
 
-def test_the_gate_descends_by_the_answers(model, probes):
-    found = layer_search.search(model, tiny.some_tokens(4, 64), n_layers=2, probes=probes)
-    again = layer_search.search(model, tiny.some_tokens(4, 64), n_layers=2)
-    assert found.path
-    assert found.path[0]["losses"] != again.path[0]["losses"]
+def test_the_gate_foretells_by_the_answers(model, probes):
+    stack, text = DecoderRunner(model), tiny.some_tokens(4, 64)
+    seeing, blind = (foretell(Prices(stack, text, Cost(), probes=tests), 2, 0) for tests in (probes, None))
+    only = Prices(stack, text, Cost(), probes=probes)
+    only.weights = torch.where(only.weighted.is_text[:, None], only.weights, 0.0)  # as if no answer counted
+    assert not torch.equal(seeing.table, blind.table)
+    assert not torch.equal(seeing.table, foretell(only, 2, 0).table)
+    found = layer_search.search(model, text, n_layers=2, probes=probes)
     assert found.candidates[0].score == pytest.approx(found.kl + found.candidates[0].damage, rel=1e-5)
 
 

@@ -158,7 +158,7 @@ def test_names_that_do_not_exist_are_found():
     assert wrong_names("| a | `search/gone.py` |") == ["search/gone.py"]
     assert wrong_names("see `docs/gone.md` and [here](docs/gone-too.md)") == ["docs/gone.md", "docs/gone-too.md"]
     fine = "`summary.json` `config.yaml`, `models.loading.share`, `layercut.pipeline.journey.compress`"
-    assert wrong_names(f"{fine}\n| `layer_search/gate.py` `concave_gate` | `max_loss` |") == []
+    assert wrong_names(f"{fine}\n| `layer_search/gate.py` `foretold_of_row` | `max_loss` |") == []
 
 
 def test_the_readme_is_short_and_has_one_table():

@@ -60,21 +60,10 @@ def _each_chart_is_drawn_once() -> Iterator[None]:
 
 
 def search_json() -> dict[str, Any]:
-    starts = [1.0, 5.0, 9.0, 14.0, 19.0, 23.0]
-    ends = [2.1, 2.9, 9.2, 13.1, 12.6, 22.2]
-
-    def cost(place: float) -> float:
-        low = min(int(place), 23)
-        return COSTS[low] + (place - low) * (COSTS[low + 1] - COSTS[low])
-
-    places = [
-        [a + (b - a) * (1 - math.exp(-step / 5)) for a, b in zip(starts, ends, strict=True)] for step in range(17)
-    ]
-    path = [{"step": s, "places": p, "losses": [cost(x) for x in p]} for s, p in enumerate(places)]
     every = [{"segments": [[s, s + 6]], "kl": kl} for s, kl in enumerate(COSTS)]
     return {
         "method": "clp", "segments": [[13, 19]], "candidates": [every[i] for i in (2, 9, 12, 13, 14, 22)],
-        "path": path, "oracle": {"segments": [[13, 19]], "kl": 0.84, "candidates": every, "regret": 0.0},
+        "oracle": {"segments": [[13, 19]], "kl": 0.84, "candidates": every, "regret": 0.0},
         "dense_tokens": 12288, "layer_forwards": 11520, "layer_backwards": 11520, "seconds": 41.2, "seed": 0,
         "calibration": {"source": "self", "tokens": 12288, "fingerprint": "3f9ac2d1b7e0"}, "statistics": None,
     }  # fmt: skip
@@ -260,7 +249,6 @@ def test_report_shows_every_section_and_figure(tmp_path: Path) -> None:
         "figures",
         "verdict",
         "cost",
-        "path",
         "tuning",
         "speed",
         "fold",
@@ -348,7 +336,7 @@ def test_summary_alone_is_enough_and_nothing_is_invented(tmp_path: Path) -> None
     (tmp_path / "summary.json").write_text(json.dumps(bare))
     html, page = report(tmp_path)
     assert page.text.count("not measured") >= 6
-    assert not {"path", "fold"} & set(page.ids)
+    assert not {"cost", "fold"} & set(page.ids)
     assert "has not had its perplexity measured" in page.text
     assert not re.search(r"\bnan\b", page.text)
     assert "None" not in page.text
@@ -371,7 +359,6 @@ def test_odd_values_do_not_stop_the_report(tmp_path: Path) -> None:
                  "tasks": {"arc": {"dense": 0.4, "compressed": 0.35}, "odd": 3}},
         search={"candidates": [{"segments": [[13, 19]], "kl": "inf"}, {"segments": None}, 3,
                                {"segments": [[2, 8]], "kl": 0.0}],
-                "path": [{"step": 0, "places": [1.0], "losses": [None]}, {"step": 1, "places": [2.0, "x"]}],
                 "oracle": None},
         heal={"fold": None, "tuning": {"curve": [{"step": 1}], "heldout": None}},
         eval={"generations": [None, {"prompt": "p"}], "speed": None},
@@ -389,7 +376,7 @@ def test_several_segments_and_long_stacks(tmp_path: Path) -> None:
     run = make_run(
         tmp_path,
         summary={"layers": {"before": 80, "after": 64}, "segments": segments},
-        search={"segments": segments, "candidates": scores, "oracle": None, "path": []},
+        search={"segments": segments, "candidates": scores, "oracle": None},
         heal={"tuning": {**heal_json()["tuning"], "trained_layers": [19, 20, 33, 34]}, "fold": []},
     )
     html, page = report(run)
@@ -482,7 +469,7 @@ def rounds_search(*segments: list[list[int]]) -> dict[str, Any]:
         {"method": "clp", "segments": s, "cut": [[0, 1]], "candidates": [{"segments": [[0, 1]], "kl": 0.2 + i / 10}]}
         for i, s in enumerate(segments)
     ]
-    return {"rounds": each, "segments": segments[-1], "oracle": None, "path": []}
+    return {"rounds": each, "segments": segments[-1], "oracle": None}
 
 
 def rounds_heal(*losses: tuple[float, ...]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import tiny
 from layercut.errors import ConfigError
 from layercut.layer_search import Restriction, search
-from layercut.layer_search.clp import cheapest_sums
+from layercut.layer_search.cheapest_sets import cheapest_sums
 from layercut.layer_search.criteria import lowest
 from layercut.layer_search.gate_walls import all_sets
 from layercut.registries import criteria
@@ -102,7 +102,7 @@ def test_what_is_forbidden_is_refused(model):
         search(model, tokens, n_layers=2, method=lambda runner, tokens, length: [Segment(0, 2)], restriction=period(2))
     # the eighth layer may stay nowhere but behind whole periods
     none = Restriction(tuple((False,) * 8 for _ in range(9)), "nothing fits")
-    for method in ("clp", "exhaustive", "block-influence", "sleb", "evolution", "random"):
+    for method in ("clp", "gate", "race", "exhaustive", "block-influence", "sleb", "evolution", "random"):
         with pytest.raises(ConfigError, match="nothing fits"):
             search(model, tokens, n_layers=1, method=method, restriction=none)
     assert kept_layers([Segment(7, 9)], 9) == list(range(7))

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
 import folders
+import layercut as lc
 import stand_in_device
 import tiny
 from journeys import Journey, assert_same, found
@@ -21,8 +23,10 @@ from layercut.errors import ConfigError
 from layercut.estimate import fits_in_memory, machine, plan_run
 from layercut.estimate.shape import measure_shape
 from layercut.evaluation import speed
+from layercut.layer_search.prices import Judge
 from layercut.models import checkpoints, loading
 from layercut.models.cost import total
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement, several_devices
 from stand_in_device import Counts, CrossedDevicesError
@@ -211,3 +215,32 @@ def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypat
     assert row["transformers"]["bfloat16"]["decode"]["compressed"] > 0
     assert gpu.main(["--device", "cpu"]) == 2
     assert "no accelerator" in capsys.readouterr().err
+
+
+# --- wherever layers are ---
+
+
+def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(counts, float64):
+    """Its head is on the last device, as device_map="auto" leaves it."""
+    model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{i}": i // 2 for i in range(4)}
+    devices = {name: torch.device("standin", place) for name, place in places.items()}
+    there = dispatch_model(copy.deepcopy(model), devices, main_device=torch.device("standin", 0))
+    found = [lc.search(each, tokens, n_layers=1, method="exhaustive") for each in (model, there)]
+    assert found[0].segments == found[1].segments
+    folds = [lc.fold_(lc.cut(each, "1:2"), each, tokens) for each in (model, there)]
+    assert folds[1].kl_after == pytest.approx(folds[0].kl_after, rel=1e-3)
+
+
+def test_answers_are_weighed_on_the_device_that_computes(counts):
+    model, tokens = tiny.llama(2), tiny.some_tokens(2, 8)
+    weights = torch.zeros(2, 8)
+    weights[:, 3:5] = 0.5
+    losses = []
+    for place in ("cpu", "standin:1"):
+        stack = DecoderRunner(copy.deepcopy(model).to(place))
+        hidden = stack.enter(tokens)[0]
+        dense = stack.run(*stack.enter(tokens), 0, 2)
+        losses.append(Judge(KL(), stack, dense, tokens, weights=weights)(hidden).cpu())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)

@@ -207,7 +207,7 @@ def test_weights_changed_while_they_are_in_memory_are_not_lost_unsaid(llama):
         disk.enter_(3)
 
 
-@pytest.mark.parametrize("method", ["clp", "sleb"])
+@pytest.mark.parametrize("method", ["clp", "race", "sleb"])
 def test_other_methods_search_on_disk_too(llama, method):
     memory, stack, _ = both(llama)
     tokens = tiny.some_tokens(4)

@@ -37,7 +37,10 @@ from layercut.offload import layer_reader, placement
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
-METHODS = ["clp", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb", "evolution"]
+METHODS = [
+    "clp", "gate", "race", "exhaustive", "block-influence", "angular", "cosine", "perplexity", "taylor", "sleb",
+    "evolution",
+]  # fmt: skip
 SPREAD_METHODS = ["clp", "exhaustive", "angular"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "kl": {}, "next-token": {"objective": "next-token"}, "hidden": {"objective": "hidden"}, "stored": {},

@@ -47,6 +47,8 @@ GgufType = Literal[
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
     "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
+TAKE_TESTS = ("clp", "gate", "race", "exhaustive")
+"""Criteria of layercut that take generated tests, several segments and other objectives."""
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -203,10 +205,10 @@ class SearchConfig:
     round: before healing, on a quarter of the calibration text that is not searched on. In several: after healing,
     on held-out rows. With --target-size: vary layers and bits until both are met, or say that they cannot be."""
     num_segments: int | Literal["auto"] = "auto"
-    """Remove the layers as up to so many segments; for clp and exhaustive. auto: as one, or as two where that lowers
-    what --preserve minimises by more than 5 %; as one with --preserve none."""
+    """Remove the layers as up to so many segments; for clp, gate, race and exhaustive. auto: as one, or as two where
+    that lowers what --preserve minimises by more than 5 %; as one with --preserve none."""
     preserve: str = "all"
-    """What the search keeps beside text, for clp and exhaustive: all, none, or names separated by commas of recall
+    """What the search keeps beside text, for the same methods: all, none, or names separated by commas of recall
     (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
     format. Its damage is measured on tests that are generated from the tokenizer, and added to the loss on text."""
     preserve_weight: Annotated[float, rare] = 1.0
@@ -216,17 +218,17 @@ class SearchConfig:
         str,
         one_of(
             criteria,
-            "clp: the concave gate, by gradient descent. exhaustive: every segment, in one sweep. The others "
-            "are the baselines they are compared with; block-influence, perplexity, taylor, sleb and "
-            "evolution may choose layers that are not neighbours.",
+            "clp: the gate proposes, real cuts decide. gate: the same with fewer cuts. race: real cuts alone. "
+            "exhaustive: every segment, in one sweep. The others are the baselines they are compared with; "
+            "block-influence, perplexity, taylor, sleb and evolution may choose layers that are not neighbours.",
         ),
     ] = "clp"
     search_objective: Annotated[
         str,
         one_of(
             objectives,
-            "What makes a cut good, for clp and exhaustive. kl: it predicts as the dense model. next-token: "
-            "it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
+            "What makes a cut good, for clp, gate, race and exhaustive. kl: it predicts as the dense model. "
+            "next-token: it predicts the text. hidden: its last hidden states are the dense model's; the cheapest.",
             RARE,
         ),
     ] = "kl"
@@ -270,7 +272,7 @@ class SearchConfig:
         }
         for flag, is_asked in asked.items():
             # of other packages' criteria, the search itself asks whether they take it
-            if is_asked and self.method in criteria.own and self.method not in ("clp", "exhaustive"):
+            if is_asked and self.method in criteria.own and self.method not in TAKE_TESTS:
                 raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
@@ -872,8 +874,8 @@ class MethodsConfig:
     """Share of the layers to remove, between 0 and 1."""
     methods: str = ",".join(("clp:all", *criteria))
     """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with the generated tests
-    of --preserve as well, and as two segments where that pays, for clp and exhaustive. 3:6+12:15: these layers. The
-    first one is what the others are compared with."""
+    of --preserve as well, and as two segments where that pays, for clp, gate, race and exhaustive. 3:6+12:15: these
+    layers. The first one is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
     """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas."""
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
@@ -929,7 +931,7 @@ class MethodsConfig:
             return SearchConfig(segment=tuple(name.split("+")), preserve="none")
         method, _, preserved = name.partition(":")
         preserve = preserved.replace("+", ",") or "none"
-        if preserve == "all" and method in criteria.own and method not in ("clp", "exhaustive"):
+        if preserve == "all" and method in criteria.own and method not in TAKE_TESTS:
             raise ConfigError(f"--methods {name}: {method} goes by text alone", f"--methods {method}")
         return SearchConfig(ratio=self.ratio, method=method, preserve=preserve)
 

@@ -130,7 +130,7 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
         flags, changed = list[str](), config
         for flag, group, values in [*place, *STEPS]:
             less = replace(changed, **{group: replace(getattr(changed, group), **values)})
-            if less != changed and (group != "search" or changed.search.method == "clp"):
+            if less != changed and (group != "search" or changed.search.method in ("clp", "gate")):
                 flags, changed = [*flags, flag], less
                 yield flags, changed
     window = changed.text.window

@@ -70,10 +70,10 @@ def search(
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
         segments: no search: price these, removed together.
-        num_segments: how many segments at most, for clp and exhaustive; "auto": two where that pays.
-        method: a name in `layercut.criteria`, or a `Criterion`; "clp" is CLP's gate (2510.23652) with a race by KL.
+        num_segments: how many segments at most, for clp, gate, race and exhaustive; "auto": two where that pays.
+        method: a name in `layercut.criteria`, or a `Criterion`; "clp" is CLP's gate (2510.23652) with a race.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
-        probes: generated tests (`layercut.probe_rows`), for clp and exhaustive to minimise their damage with the loss.
+        probes: generated tests (`layercut.probe_rows`), whose damage such a search minimises with the loss.
         seed: of everything drawn at random: the same seed gives the same result.
         oracle: run the exhaustive search as well and put its answer and the regret beside the result.
         restriction: of the cuts that may be chosen, for this number of layers; of `segments` too.
@@ -93,7 +93,7 @@ def search(
             return priced(runner, tokens, segments, probes)
         length, (name, criterion) = limits.length, named_criterion(method)
         asked: dict[str, Any] = {"seed": seed, "objective": as_objective(objective), "probes": probes}
-        asked |= {"restriction": limits, "proposals": len(runner) if num_segments == "auto" else None}
+        asked["restriction"] = limits
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
         found = []
         for k in (ks := numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))):

@@ -1,208 +1,285 @@
-"""The criterion `clp`: price coarsely, descend by gradient, race what was found by the real cut.
+"""The criteria `clp`, `gate` and `race`: who proposes sets of segments, and who decides among them.
 
-    price_coarsely  every single segment on a few rows: where the descent starts
-    descend         the gate, from the best sets that differ (`gate.py`)
-    race            where it ended, all one-layer moves from there, and the better half of the coarse pricing
-    climb           with several segments: one-layer moves of the best, as long as one improves it
+    criterion   proposes                                                        decides, by the real cut
+    gate        the gradients of the gates, open in the dense model (`gate.py`)    halving among the proposals
+    clp         the same, more of them, and one-layer moves of the best            halving, and the climb
+    race        real cuts on a few rows: of all segments, or, with several,        halving; with several the climb
+                the sets of least sum of what their segments cost alone
 
-Race and climb go by the real cut alone, so that a bad descent costs time and not the answer. For one segment the
-coarse pricing covers all there are, on one row in eight; for K segments it prices each alone and adds up, since there
-are L^K sets (`cheapest_sums`). What each part contributes was measured: see `clp` and docs/log.md.
+Halving and climb go by the real cut alone, so that a bad proposal costs time and not the answer. What each part is
+worth was measured: docs/log.md, benchmarks/gate_ablation.py.
 """
 
 from __future__ import annotations
 
-from heapq import nsmallest
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from layercut.data.probes import ProbeRows
-from layercut.layer_search.gate import HEAD_EVERY, GateSchedule, descend
-from layercut.layer_search.gate_walls import neighbours, spread
-from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, race
+from layercut.layer_search.cheapest_sets import cheapest_sums
+from layercut.layer_search.gate import Foretold, foretell, proposals
+from layercut.layer_search.gate_walls import neighbours
+from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, halving
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
-from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, all_segments, set_work, sweep_cost, sweep_work
-from layercut.models.cost import Bounds, Peak, PlannedRun, Spent, Work, total
+from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_work, sweep_cost
+from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
-from layercut.segments import Segment
-
-Sums = list[tuple[float, Cuts]]
-
-COARSE_SHARE = 2
-"""With one segment: of the coarsely priced, the better one in two races, as in any round of the race."""
-
-DESCENT_SHARE = 0.2
-"""With one segment: work of the descent over that of the sweep on all rows, at most."""
-
-SHORT_DESCENT = 4
-"""With several segments: steps of the descent. Longer ones ended at worse sets in nine blind trials (docs/log.md)."""
-
-COARSE_SETS, BEAM = 4, 8
-"""With several segments: so many proposals a layer race, and `cheapest_sums` keeps so many sets of each kind."""
-
-MOST_CLIMBS = 8
-"""Rounds of climbing at most; each takes one move."""
 
 
-def schedule_for(layers: int, length: int, count: int, rows: int) -> GateSchedule:
-    """How many sets descend, and for how long.
+@dataclass(frozen=True)
+class Effort:
+    """How much a criterion spends on the gate, and on real cuts of what it proposes."""
 
-    K + 2 sets for K segments, or one for every four starts of a small stack; the coarse pricing says where they begin.
-    One segment takes as many steps as it has layers and four more, within DESCENT_SHARE of the sweep's work, two at
-    least: a step costs about half as much as a sweep of its row. Several segments take SHORT_DESCENT steps.
+    share: int
+    """Of the rows one in so many gives gradients."""
+    proposals: int
+    """Sets that the gate proposes, for one segment."""
+    finalists: int
+    """Of them, so many at least are priced on all rows."""
+    climbs: bool
+    """With several segments: whether the best's one-layer moves race against it until none is better."""
+
+    def sets(self, count: int) -> int:
+        """Sets that the gate proposes for K segments."""
+        return self.proposals if count == 1 else SETS_PER_SEGMENT * count
+
+    def gradient_rows(self, rows: int, kinds: int = 1) -> int:
+        """Rows that give gradients: one of each kind at least.
+
+        Args:
+            rows: N.
+            kinds: of rows: text, or text and tests.
+
+        Returns:
+            How many of the first.
+        """
+        return min(rows, max(kinds, rows // self.share))
+
+
+GATE, CLP = Effort(16, 6, 2, climbs=False), Effort(8, 10, FINALISTS, climbs=True)
+"""Of the criteria of these names."""
+
+SETS_PER_SEGMENT = 6
+"""Sets that the gate proposes for each of several segments; the climb adds those beside the best."""
+
+BEGIN_SHARE = 4
+"""Proposals are first priced on one row in four. They are alike: rounds on fewer rows dropped the best now and then."""
+
+COARSE_SETS = 4
+"""`race` with several segments: so many sets a layer are raced."""
+
+MOST_CLIMBS, CLIMB_FINALISTS = 8, 2
+"""Rounds of climbing at most, each of which takes one move; and how many moves are priced on all rows, at least."""
+
+
+def first_of_proposals(rows: int, kinds: int = 1) -> int:
+    """Rows that proposals are first priced on: two of each kind at least.
 
     Args:
-        layers: L.
-        length: n, layers to remove.
+        rows: N.
+        kinds: of rows: text, or text and tests.
+
+    Returns:
+        How many of the first.
+    """
+    return min(rows, max(2 * kinds, rows // BEGIN_SHARE))
+
+
+def shuffled(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows in the order in which halving takes them.
+
+    Args:
+        tokens: token ids [N, T].
+        seed: of the order.
+
+    Returns:
+        [N, T].
+    """
+    return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+
+
+def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
+    """A pass there and back of some rows, and halving of what the gate proposes.
+
+    In the pass the hidden states are kept, their gradients, and what one layer needs at a time for its backward pass;
+    at the turn there are a row of logits, p in float32 and the gradient.
+
+    Args:
+        run: what is planned.
+        effort: how much is spent on either.
         count: K, segments.
-        rows: N, calibration rows.
 
     Returns:
-        The schedule.
+        What that holds and computes.
     """
-    starts, kept = layers - length + 1, layers - length
-    particles = min(count + 2, max(1, starts // 4))
-    if count > 1:
-        return GateSchedule(particles=particles, steps=SHORT_DESCENT)
-    sweep = layers + starts * kept / 2
-    # half of the kept layers come after a segment, on average; a backward is taken as two forwards
-    step = layers + particles * (kept / 2 + 2) * 3
-    return GateSchedule(particles=particles, steps=min(4 + length, max(2, int(DESCENT_SHARE * rows * sweep / step))))
-
-
-def clp_cost(run: PlannedRun) -> Spent:
-    """Coarse pricing, descent and race, for one segment. The last two depend on where the descent leads.
-
-    In a step of the descent autograd keeps what every gated layer needs for its backward pass, with the difference that
-    the gate scales; of layers on disk their inputs, and what one of them needs at a time. P rows of logits are made at
-    once, with a float32 copy and p spread over them.
-    """
-    shape, kept, schedule = (
-        run.shape,
-        run.shape.layers - run.length,
-        schedule_for(run.shape.layers, run.length, 1, run.searched),
-    )
-    few, raced = race_work(run, schedule.particles)
-    step, descent = descent_cost(run, schedule)
-    swept = all_segments_cost(run)
-    singles = all_segments(run.length, shape.layers)
-    coarse = Work.of(shape, sweep_work(singles, shape.layers, few), heads=few * (kept + 2))
-    return Spent(max(step, swept.peak, key=total), coarse + descent + raced)
-
-
-def descent_cost(run: PlannedRun, schedule: GateSchedule) -> tuple[Peak, Work]:
-    """What the descent holds in a step, and computes.
-
-    Args:
-        run: what is planned.
-        schedule: how many sets descend, for how many steps.
-
-    Returns:
-        Peak and work.
-    """
-    shape, layers, kept = run.shape, run.shape.layers, run.shape.layers - run.length
-    p, steps, row = schedule.particles, schedule.steps, shape.stream(1)
-    # P streams enter the layers behind the segment, half of the kept ones on average, and up to four at its soft walls
-    entered = p * (kept / 2 + 2), 0, p * min(layers, kept + 4)
-    back = Bounds(*(steps * n for n in entered))
-    forth = back + Bounds.exactly(steps * layers)
-    descent = Work.of(shape, forth, back, heads=steps * (2 * p + 1) / HEAD_EVERY)
-    inside = p * shape.most("saved") if run.on_disk else entered[0] * shape.mean("saved")
-    logits = shape.window * shape.vocabulary
+    shape, layers = run.shape, run.shape.layers
+    rows, row = effort.gradient_rows(run.searched, run.kinds), shape.stream(1)
+    passes = Work.of(shape, rows * (2 * layers - 1), rows * (layers - 1), heads=2 * rows)
     step = {
-        "kept for backward": round(entered[0] * row + inside),
-        "streams": 3 * p * row,
-        "logits": (p * logits * (shape.itemsize + 8) + logits * 4) // HEAD_EVERY,
+        "streams": 2 * layers * row,
+        "kept for backward": shape.most("saved"),
+        "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
     }
-    return step, descent
+    begin = first_of_proposals(run.searched, run.kinds)
+    if count == 1:
+        raced = halving_work(run, effort.sets(1), begin, effort.finalists)
+    else:
+        raced = sets_work(run, effort.sets(count), begin, effort.finalists)
+        raced += climb_work(run, count) if effort.climbs else Work()
+    return Spent(max(step, all_segments_cost(run).peak, key=total), passes + raced)
 
 
-def few_rows(run: PlannedRun) -> int:
-    """Rows of the first, coarse pricing: of both kinds where there are tests (`Prices.few`)."""
-    return min(run.searched, max(first_rows(run.searched), 4 if run.tests else 2))
-
-
-def several_cost(run: PlannedRun, count: int) -> Spent:
-    """What a search for K segments costs: race and climb by how many layers come behind a set's first segment.
+def halving_work(run: PlannedRun, most: int, begin: int, finalists: int) -> Work:
+    """Halving among single segments.
 
     Args:
         run: what is planned.
-        count: K.
+        most: how many race.
+        begin: rows of the first round.
+        finalists: of them, those that are priced on all rows, at least.
 
     Returns:
-        Its cost; the memory is taken as that of the descent, or of the coarse pricing of every single segment.
+        The work: which segments race is not known, and those at the end have fewer layers behind them.
     """
-    shape, layers, length = run.shape, run.shape.layers, run.length
-    few, schedule = few_rows(run), schedule_for(layers, length, count, run.searched)
-    coarse = max(4 if run.tests else 1, few // 2)
-    singles = [DENSE, *((segment,) for segment in all_lengths(length, layers))]
-    work = Work.of(shape, set_work(singles, layers, coarse), heads=coarse * len(singles))
-    step, descent = descent_cost(run, schedule)
-    # "auto" races one proposal a layer, and no moves
-    auto = run.config.search.num_segments == "auto"
-    moves = (2 * count) ** 2
-    racing = (1 if auto else COARSE_SETS) * layers + schedule.particles * (2 if auto else 2 + moves)
-    work += descent + raced_work(run, racing, few)
-    climbed = raced_work(run, moves + 1, few)
-    rounds = Bounds(2 * climbed.layer_forwards.expected, climbed.layer_forwards.least,
-                    MOST_CLIMBS * climbed.layer_forwards.most)  # fmt: skip
-    work += Work.of(shape, rounds, heads=2 * climbed.head_rows)
-    return Spent(max(step, sweep_cost(run, singles).peak, key=total), work)
+    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
+    alive, seen, work = min(most, kept + 1), 0, Work()
+    while seen < rows:
+        until = min(rows, 2 * seen or begin)
+        # behind a segment are 0 to L - n layers, half of them on average
+        behind = alive * kept / 2, sum(range(alive)), sum(range(kept, kept - alive, -1))
+        entered = Bounds(*((until - seen) * (shape.layers + n) for n in behind))
+        work += Work.of(shape, entered, heads=(until - seen) * (alive + 1))
+        alive, seen = min(alive, max(finalists, -(-alive // 2))), until
+    return work
 
 
-def raced_work(run: PlannedRun, sets: int, few: int) -> Work:
-    """A race of sets of several segments, from the first rows on; how much they share is not known beforehand.
+def sets_work(run: PlannedRun, sets: int, begin: int, finalists: int) -> Work:
+    """Halving among sets of several segments, of which it is not known beforehand how many layers they share.
 
     Args:
         run: what is planned.
         sets: how many race.
-        few: rows of the first round.
+        begin: rows of the first round.
+        finalists: of them, those that are priced on all rows, at least.
+
+    Returns:
+        The work: half of the kept layers are taken to come behind a set's first segment.
+    """
+    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
+    alive, seen, work = sets, 0, Work()
+    while seen < rows:
+        until = min(rows, 2 * seen or begin)
+        new = until - seen
+        entered = Bounds(new * (shape.layers + alive * kept / 2), 0, new * (shape.layers + alive * kept))
+        work += Work.of(shape, entered, heads=new * (alive + 1))
+        alive, seen = min(alive, max(finalists, -(-alive // 2))), until
+    return work
+
+
+def climb_work(run: PlannedRun, count: int) -> Work:
+    """The climb: one round at least; two are expected, the second of which finds nothing better.
+
+    Args:
+        run: what is planned.
+        count: K, segments.
 
     Returns:
         The work.
     """
-    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
-    forwards, heads, alive, seen, upto = Bounds(), 0, sets, 0, few
-    while True:
-        new = upto - seen
-        forwards += Bounds(new * (shape.layers + alive * kept / 2), 0, new * (shape.layers + alive * kept))
-        heads += new * (alive + 1)
-        if upto == rows:
-            return Work.of(shape, forwards, heads=heads)
-        alive, seen, upto = min(sets, max(FINALISTS, -(-alive // 2))), upto, min(rows, 2 * upto)
+    few = min(run.searched, max(first_rows(run.searched), 2 * run.kinds))
+    walls, kept = 2 * count, run.shape.layers - run.length
+    round_of = sets_work(run, walls * walls + 1, few, CLIMB_FINALISTS)
+    # fewer segments than K may split: a layer leaves one for anywhere
+    widest = sets_work(run, walls * (walls + kept), few, CLIMB_FINALISTS).layer_forwards
+    rounds = Bounds(2 * round_of.layer_forwards.expected, 0, MOST_CLIMBS * widest.most)
+    return Work.of(run.shape, rounds, heads=2 * round_of.head_rows)
 
 
-def race_work(run: PlannedRun, particles: int) -> tuple[int, Work]:
-    """The race among the better half of the coarse pricing and what the descent adds to it.
+def race_several_cost(run: PlannedRun, count: int) -> Spent:
+    """Every single segment on a few rows, halving among the sets of least sum, and the climb.
 
     Args:
         run: what is planned.
-        particles: P, ends of the descent, some of which are in that half, as some of their neighbours are.
+        count: K, segments.
 
     Returns:
-        The rows of the coarse pricing, which are not priced again, and the work.
+        The cost.
     """
-    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
-    fewest = -(-(kept + 1) // COARSE_SHARE)
-    alive = [min(kept + 1, fewest + more) for more in (particles, 0, 5 * particles)]
-    few = priced = few_rows(run)
-    work, seen = Work(), min(rows, 2 * few)
-    while True:
-        new = seen - priced
-        # behind a segment are 0 to L - n layers, half of them on average
-        behind = alive[0] * kept / 2, sum(range(alive[1])), sum(range(kept, kept - alive[2], -1))
-        work += Work.of(shape, Bounds(*(new * (shape.layers + n) for n in behind)), heads=new * (alive[0] + 1))
-        if seen == rows:
-            return few, work
-        alive = [min(kept + 1, max(FINALISTS, -(-n // 2))) for n in alive]
-        priced, seen = seen, min(rows, 2 * seen)
+    shape, layers, few = run.shape, run.shape.layers, min(run.searched, max(first_rows(run.searched), 2 * run.kinds))
+    rows = max(1 if run.kinds == 1 else 4, few // 2)
+    singles = [DENSE, *((segment,) for segment in all_lengths(run.length, layers))]
+    priced = Work.of(shape, set_work(singles, layers, rows), heads=rows * len(singles))
+    raced = sets_work(run, COARSE_SETS * layers, few, FINALISTS)
+    return Spent(sweep_cost(run, singles).peak, priced + raced + climb_work(run, count))
 
 
-@costs(clp_cost, prices_itself=True, several=several_cost)
+def decided(
+    name: str, prices: Prices, foretold: Foretold, limits: Restriction, count: int, effort: Effort
+) -> SearchResult:
+    """The real cut decides among what the gate proposes.
+
+    Args:
+        name: of the criterion.
+        prices: of the calibration rows.
+        foretold: what the gate says that each segment costs.
+        limits: n, layers to remove, of L, and the cuts that are allowed.
+        count: K, segments.
+        effort: how much is spent.
+
+    Returns:
+        Candidates priced on all rows, from the best.
+    """
+    sets = proposals(foretold, limits, count, effort.sets(count))
+    with bar(f"{name}: {len(sets)} proposals race", None):
+        begin = first_of_proposals(prices.rows, prices.kinds)
+        found = halving(prices, sets, begin=begin, finalists=effort.finalists)
+        if effort.climbs and count > 1:
+            found = climb(prices, found, limits, count)
+    return SearchResult(name, found, prices.cost, by_text=beside_text(prices, found, sets))
+
+
+@costs(lambda run: gate_cost(run, GATE), prices_itself=True, several=lambda run, count: gate_cost(run, GATE, count))
+def gate(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+) -> SearchResult:
+    """CLP's gate (2510.23652) alone: no cut is priced but those that its gradients propose.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer passes are added.
+        seed: of the order in which the rows are taken, and of what is drawn.
+        num_segments: K, into how many segments at most.
+        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
+        restriction: of the cuts that may be chosen; not given: none.
+
+    Returns:
+        Candidates priced on all tokens, from the best.
+    """
+    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    foretold = foretell(prices, GATE.gradient_rows(prices.rows, prices.kinds), seed)
+    return decided("gate", prices, foretold, limits, num_segments, GATE)
+
+
+@costs(lambda run: gate_cost(run, CLP), prices_itself=True, several=lambda run, count: gate_cost(run, CLP, count))
 def clp(
     runner: DecoderRunner,
     tokens: torch.Tensor,
@@ -214,121 +291,100 @@ def clp(
     objective: str | Objective = "kl",
     probes: ProbeRows | None = None,
     restriction: Restriction | None = None,
-    proposals: int | None = None,
-    schedule: GateSchedule | None = None,
 ) -> SearchResult:
-    """CLP's concave gate (2510.23652), made safe by a race by the real cut.
-
-    The coarse pricing and the race find the answer: the best segment in every case that was compared with the
-    exhaustive search (docs/log.md); no case is known in which the gradient proposed a set that they would have missed.
-    The descent is kept short and shows how the loss falls (`SearchResult.path`). With several segments, where not all
-    sets can be priced, the coarse pricing proposes, the descent adds where it ends, and race and climb decide.
+    """CLP's gate (2510.23652), made safe by more real cuts.
 
     Args:
         runner: the dense model.
         tokens: calibration token ids [N, T].
         length: n, layers to remove.
         cost: to which the layer passes are added.
+        seed: of the order in which the rows are taken, and of what is drawn.
+        num_segments: K, into how many segments at most.
+        objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
+        probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
+        restriction: of the cuts that may be chosen; not given: none.
+
+    Returns:
+        Candidates priced on all tokens, from the best.
+    """
+    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    foretold = foretell(prices, CLP.gradient_rows(prices.rows, prices.kinds), seed)
+    return decided("clp", prices, foretold, limits, num_segments, CLP)
+
+
+def race_cost(run: PlannedRun) -> Spent:
+    """Halving of all segments, for one segment: `gate_cost` without the gate."""
+    kept = run.shape.layers - run.length
+    return Spent(all_segments_cost(run).peak, halving_work(run, kept + 1, first_rows(run.searched), FINALISTS))
+
+
+@costs(race_cost, prices_itself=True, several=race_several_cost)
+def race(
+    runner: DecoderRunner,
+    tokens: torch.Tensor,
+    length: int,
+    *,
+    cost: Cost,
+    seed: int = 0,
+    num_segments: int = 1,
+    objective: str | Objective = "kl",
+    probes: ProbeRows | None = None,
+    restriction: Restriction | None = None,
+) -> SearchResult:
+    """Successive halving by real cuts, without a gradient: what the gate has to be compared with.
+
+    With one segment all race. With several, where not all sets can be priced, each segment is priced alone on a few
+    rows, the sets of least sum race, and the best's one-layer moves race against it until none is better.
+
+    Args:
+        runner: the dense model.
+        tokens: calibration token ids [N, T].
+        length: n, layers to remove.
+        cost: to which the layer-forwards are added.
         seed: of the order in which the rows are taken.
         num_segments: K, into how many segments at most.
         objective: what is minimised; the candidates' KL is measured beside it, at no cost of the search's.
         probes: generated tests whose damage is minimised along with the text's loss (`weighted_rows`).
-        restriction: of the cuts that may be chosen; not given: none. The descent moves freely; where it ends counts
-            only if it is allowed.
-        proposals: with several segments, race so many sets before climbing, not those of COARSE_SETS and all moves.
-        schedule: of the descent; by `schedule_for` where not given.
+        restriction: of the cuts that may be chosen; not given: none.
 
     Returns:
-        Candidates priced on all tokens, from the best, and the descent's path.
+        Candidates priced on all tokens, from the best.
     """
-    layers, count, objective = len(runner), num_segments, as_objective(objective)
-    tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
-    prices = Prices(runner, tokens, cost, objective, probes)
-    schedule = schedule or schedule_for(layers, length, count, prices.rows)
-    limits = restriction or Restriction.none(layers, length)
-    with bar(f"gate: {schedule.particles} sets descend", schedule.steps) as advance:
-        seeds, coarse = price_coarsely(prices, limits, count, schedule.particles)
-        rows, weights = prices.unseen()
-        ends, path = descend(
-            runner, rows, seeds, schedule, cost, count=count, objective=objective, weights=weights, advance=advance
-        )
-        moves = (near for end in ends if count == 1 or proposals is None for near in neighbours(end, layers, count))
-        proposed = set(filter(limits.allows, (*coarse[:proposals], *seeds, *ends, *moves)))
-        if count == 1:  # the coarse pricing has been the race's first round, and has seen every neighbour
-            found = race(prices, proposed, begin=2 * prices.few)
+    prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
+    limits = restriction or Restriction.none(len(runner), length)
+    with bar("race", None):
+        if num_segments == 1:
+            sets: Sequence[Cuts] = [(segment,) for segment in limits.needed_segments()]
+            found = halving(prices, sets)
         else:
-            found = climb(prices, race(prices, proposed), limits, count)
-        by_text = beside_text(prices, found, filter(limits.allows, prices.known) if count == 1 else ())
-    return SearchResult("clp", found, cost, path, by_text=by_text)
+            sets = priced_sums(prices, limits, num_segments)
+            found = climb(prices, halving(prices, sets), limits, num_segments)
+    return SearchResult("race", found, cost, by_text=beside_text(prices, found, sets))
 
 
-def price_coarsely(prices: Prices, limits: Restriction, count: int, particles: int) -> tuple[list[Cuts], list[Cuts]]:
-    """Price single segments on a few rows: with one segment all that are allowed, else all there are.
+def priced_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
+    """Sets of several segments by the sum of what each costs alone, priced by its real cut on a few rows.
 
     Args:
         prices: of the calibration rows.
         limits: n, layers to remove, of L, and the cuts that are allowed.
         count: K, segments.
-        particles: P, sets that descend.
 
     Returns:
-        P sets that differ, for the descent to begin at, and those that race whatever the descent finds.
+        Sets from the lowest sum, COARSE_SETS a layer.
 
     Raises:
         ConfigError: no cut is allowed.
     """
-    layers, length = len(limits.may), limits.length
-    if count == 1:
-        ranked = prices.ranked([(segment,) for segment in limits.needed_segments()], prices.few)
-        return spread(ranked, particles), ranked[: -(-len(ranked) // COARSE_SHARE)]
-    rows = max(1 if prices.weights is None else 4, prices.few // 2)  # both kinds of rows, where there are tests
-    singles = all_lengths(length, layers)
+    rows = max(1 if prices.kinds == 1 else 4, prices.few // 2)  # both kinds of rows, where there are tests
+    singles = all_lengths(limits.length, len(limits.may))
     costs = prices.weighted.mean(prices.of([(segment,) for segment in singles], rows)).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
     if not ranked:
         limits.needed_segments()  # raises: a single segment would have been among them
-    return spread(ranked, particles), ranked[: COARSE_SETS * layers]
-
-
-def cheapest_sums(costs: dict[Segment, float], limits: Restriction, count: int) -> list[Cuts]:
-    """Allowed sets of `count` segments at most with n layers in all, by the sum of their single costs.
-
-    Beam search by dynamic programming: for every number of layers removed and every place where the last segment may
-    end, the BEAM cheapest whose kept layers so far stand where they may. What segments do to each other is left to the
-    gate and the race.
-
-    Args:
-        costs: the price of each segment removed alone.
-        limits: n, layers to remove, of L, and the cuts that are allowed.
-        count: K.
-
-    Returns:
-        Sets from the lowest sum.
-    """
-    layers, length = len(limits.may), limits.length
-    # best[m, e]: sets of m layers that end at e or before; each round of the loop adds one segment
-    best: dict[tuple[int, int], Sums] = {(0, e): [(0.0, ())] for e in range(layers + 1) if limits.keeps(0, e, 0)}
-    found: dict[Cuts, float] = {}
-    for _ in range(count):
-        ending: dict[tuple[int, int], Sums] = {}
-        for segment, cost in costs.items():
-            for m in range(length - len(segment) + 1):
-                # at least one kept layer between two segments, or they would be one
-                if m and not limits.keeps(segment.start - 1, segment.start, m):
-                    continue
-                before = best.get((m, segment.start - 1 if m else segment.start), [])
-                sums = [(total + cost, (*cuts, segment)) for total, cuts in before]
-                ending.setdefault((m + len(segment), segment.stop), []).extend(sums)
-        for m in range(1, length + 1):
-            for e in range(1, layers + 1):
-                kept = best.get((m, e - 1), []) if limits.may_keep(e - 1, m) else []
-                options = {*best.get((m, e), []), *kept, *ending.get((m, e), [])}
-                best[m, e] = nsmallest(BEAM, options)
-        for e in range(1, layers + 1):
-            found |= {cuts: total for total, cuts in best[length, e]}
-        for sums in (sums for (m, _), sums in ending.items() if m == length):
-            found |= {cuts: total for total, cuts in nsmallest(BEAM, sums)}
-    return sorted(filter(limits.allows, found), key=lambda cuts: (found[cuts], cuts))
+    return ranked[: COARSE_SETS * len(limits.may)]
 
 
 def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: int) -> list[Candidate]:
@@ -348,7 +404,8 @@ def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: in
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
         moves = filter(limits.allows, neighbours(best, len(limits.may), count))
-        known |= {candidate.segments: candidate for candidate in race(prices, {best, *moves})}
+        raced = halving(prices, {best, *moves}, finalists=CLIMB_FINALISTS)
+        known |= {candidate.segments: candidate for candidate in raced}
         ordered = sorted(known.values(), key=merit)
         if ordered[0].segments == best:
             break

@@ -25,7 +25,7 @@ from layercut.models.runner import DecoderRunner, dense_logits
 from layercut.registries import objectives
 
 FIRST_SHARE, FINALISTS = 8, 3
-"""A race begins on one row in eight (two at least); so many candidates at least are priced on all rows."""
+"""A race begins on one row in eight (two at least); so many are priced on all rows, if not fewer are wanted."""
 
 FEWEST_SETS = 16
 """Sets of which the hidden states are held at once at the end of a sweep, at least; else STREAM_BYTES is the limit."""
@@ -95,23 +95,31 @@ class Judge:
             some = weights[:, self.seen]
             # a row's weights keep their sum, whichever of its positions are compared
             scale = weights.sum(-1, keepdim=True) / some.sum(-1, keepdim=True).clamp_min(torch.finfo(some.dtype).tiny)
-            self.weights = (some * scale).to(dense.device)
-        self.tokens = tokens[:, self.seen]
-        targets = F.pad(stack.place(tokens)[:, 1:], (0, 1), value=-1)[:, self.seen]
+            self.weights = some * scale
+        self.tokens = _positions(tokens, self.seen)
+        targets = _positions(F.pad(stack.place(tokens)[:, 1:], (0, 1), value=-1), self.seen)
         compared = None
         if objective.needs_dense:
             with torch.no_grad():
-                compared = dense[:, self.seen]
+                compared = _positions(dense, self.seen)
                 compared = compared if self.reads == "hidden" else dense_logits(stack, compared, self.tokens)
         self.loss = objective.against(compared, targets)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B]; or, where there is one row of tokens, [P, T, D] -> [P]."""
-        student = hidden[:, self.seen]
+        student = _positions(hidden, self.seen)
         if self.reads == "logits":
             student = self.stack.exit(student, self.tokens.expand(len(hidden), -1))
         losses = self.loss(student)
-        return losses.mean(-1) if self.weights is None else (losses * self.weights).sum(-1)
+        if self.weights is None:
+            return losses.mean(-1)
+        self.weights = self.weights.to(losses.device)
+        return (losses * self.weights).sum(-1)
+
+
+def _positions(of_rows: torch.Tensor, chosen: slice | torch.Tensor) -> torch.Tensor:
+    """Some positions of [B, T, …], chosen on any device."""
+    return of_rows[:, chosen if isinstance(chosen, slice) else chosen.to(of_rows.device)]
 
 
 class Prices:
@@ -145,9 +153,14 @@ class Prices:
         return len(self.tokens)
 
     @property
+    def kinds(self) -> int:
+        """How many kinds of rows there are: text, or text and generated tests in turn."""
+        return 1 if self.weights is None else 2
+
+    @property
     def few(self) -> int:
         """Rows of the first, coarse pricing; two of text and two of tests at least, where there are tests."""
-        return min(self.rows, max(first_rows(self.rows), 2 if self.weights is None else 4))
+        return min(self.rows, max(first_rows(self.rows), 2 * self.kinds))
 
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All rows and their weights, those first that the coarse pricing has not seen; of tests and text in turn."""
@@ -228,17 +241,19 @@ class Prices:
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
-def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> list[Candidate]:
+def halving(
+    prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None, finalists: int = FINALISTS
+) -> list[Candidate]:
     """Successive halving: all sets are priced on a few rows, the better half on twice as many, and so on.
 
-    FINALISTS at least reach the end. On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of
-    16 rows each, the race among all segments from two rows on found the best every time, for 0.36 of the sweep
-    (docs/log.md).
+    On 144 rugged landscapes of four families and four of SmolLM2, eight drawings of 16 rows each, the race among all
+    segments from two rows on found the best every time, for 0.36 of the sweep (docs/log.md).
 
     Args:
         prices: of the calibration rows.
         sets: what races.
         begin: rows of the first round; one in FIRST_SHARE where not given.
+        finalists: how many are priced on all rows, at least.
 
     Returns:
         Those that reach the end, priced on all rows, from the cheapest.
@@ -248,7 +263,7 @@ def race(prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None) -> l
         alive = prices.ranked(alive, seen)
         if seen == prices.rows:
             return candidates(prices, alive)
-        alive = alive[: max(FINALISTS, math.ceil(len(alive) / 2))]
+        alive = alive[: max(finalists, math.ceil(len(alive) / 2))]
         seen = min(prices.rows, 2 * seen)
 
 

@@ -72,7 +72,7 @@ class Restriction:
         Returns:
             Whether it may stand at place i - removed.
         """
-        return layer - removed < len(self.may[0]) and self.may[layer][layer - removed]
+        return 0 <= layer - removed < len(self.may[0]) and self.may[layer][layer - removed]
 
     def allows(self, cuts: Iterable[Segment]) -> bool:
         """Whether all layers that a cut leaves stand where they may."""

@@ -59,9 +59,6 @@ class SearchResult:
     """All that were priced on all tokens, from the best; at least one."""
     cost: Cost
     """What the criterion spent, without the pricing of what it picked, the oracle and the triangle."""
-    path: list[dict[str, Any]] = field(default_factory=list)
-    """The gate's descent, one entry a step: "step", "places" and "stops" [P * K], where its wells begin and end (in
-    layers), "losses" [P * K], the loss of each well's set; empty for criteria without one."""
     oracle: dict[str, Any] | None = None
     """The exhaustive result as a dict, with its "kl" (nats per token) and "regret"; where it was asked for."""
     triangle: list[tuple[int, int, float]] | None = None
@@ -92,7 +89,6 @@ class SearchResult:
             "segments": [[s.start, s.stop] for s in self.segments],
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "oracle": self.oracle,
-            "path": self.path,
             "triangle": None if self.triangle is None else [list(row) for row in self.triangle],
             "budget": self.budget,
             "by_text": self.by_text.to_dict() if self.by_text else None,

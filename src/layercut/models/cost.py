@@ -237,6 +237,11 @@ class PlannedRun:
         return self.calibration + self.tests
 
     @property
+    def kinds(self) -> int:
+        """Of these rows: text alone, or text and tests."""
+        return 1 + (self.tests > 0)
+
+    @property
     def tuning(self) -> int:
         """Rows that are tuned on."""
         return self.shape.rows_of(self.config.heal.tune_tokens)

@@ -280,7 +280,10 @@ class DecoderRunner:
 
     def _keep(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Have the head run on these positions only, where the model lets it."""
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+        head = self.model.get_output_embeddings()
+        elsewhere = head is not None and own_device(head) not in (None, self.device)
+        # a model's hook brings all that it is given to one device, and what is taken from is where the head is
+        if elsewhere or "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             return {}
         return {"logits_to_keep": positions}
 

@@ -145,7 +145,6 @@ class SearchArtefact(Artefact, SearchCost):
     calibration: TextFacts
     cut: list[Bounds] | None = field(default=None, metadata=OPTIONAL)
     """Of one round of several: `segments` in the layers of the model that it cut."""
-    path: list[dict[str, Any]] = field(default_factory=list)
     oracle: dict[str, Any] | None = None
     triangle: list[tuple[int, int, float]] | None = None
     budget: dict[str, Any] | None = None

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -232,58 +231,6 @@ def _length(where: Where) -> int:
 
 def _named(where: Where) -> str:
     return label([list(bounds) for bounds in where])
-
-
-def path_chart(search: Any, most_steps: int = 120) -> str | None:
-    """Where each particle of the gate stood at each step, coloured by its loss there.
-
-    Args:
-        search: search.json, or the part of it that has the path.
-        most_steps: drawn at most; of more, evenly spaced ones.
-
-    Returns:
-        An <svg> element, or None where there is no path.
-    """
-    from matplotlib.collections import LineCollection
-
-    search = Json(search)
-    steps = [row for row in map(_step, search.path) if row]
-    if not steps:
-        return None
-    steps = steps[:: math.ceil(len(steps) / most_steps)]
-    losses = [loss for _, _, row in steps for loss in row if loss is not None]
-    description = "Place of each particle of the gate over the steps of the search, coloured by its loss"
-    with drawing("path", description, xlabel="step", ylabel="place of the gate (first layer closed)") as d:
-        colours, norm = _loss_colours(losses)
-
-        def shade(loss: float | None) -> Any:
-            return MUTED if loss is None else colours(norm(loss))
-
-        for start, stop in spans(search.segments):
-            line = d.axes.axhline(start, color=ACCENT, lw=1.3, ls=(0, (4, 3)), zorder=1)
-            d.tip(line, f"chosen: {start}:{stop}")
-        moves = [(a, b, i) for a, b in pairwise(steps) for i in range(min(len(a[1]), len(b[1])))]
-        lines, paint = [[(a[0], a[1][i]), (b[0], b[1][i])] for a, b, i in moves], [shade(b[2][i]) for _, b, i in moves]
-        d.axes.add_collection(LineCollection(lines, colors=paint, linewidths=2.2, capstyle="round"))
-        for step, places, row in (steps[0], steps[-1]):
-            for place, loss in zip(places, row, strict=False):
-                title = f"step {step:g}: place {place:.2f}, loss {figure(loss)} nats"
-                style = {"mfc": shade(loss), "mec": SURFACE, "zorder": 3, "clip_on": False}
-                d.marks([(step, place, title)], marker="o", ms=6.5, mew=1, **style)
-        d.axes.margins(0.03, 0.08)
-        d.axes.locator_params(integer=True)
-        if losses:
-            _loss_bar(d.axes, colours, norm, "loss, nats", MUTED)
-        return d.svg()
-
-
-def _step(row: Json) -> tuple[float, list[float], list[float | None]] | None:
-    """One row of the path, or None if it is not numbers. Losses that are not finite are None."""
-    step, places = finite(row.step), [place for place in map(finite, row.places) if place is not None]
-    losses = [loss if (loss := finite(value)) and loss > 0 else None for value in row.losses]
-    if step is None or not places or len(places) < len(list(row.places)):
-        return None
-    return step, places, losses + [None] * (len(places) - len(losses))
 
 
 Prices = dict[tuple[int, int], float]

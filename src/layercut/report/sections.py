@@ -43,7 +43,6 @@ CHAPTERS = {
     ],
     "details": [
         Section("cost", lambda run: {"chart": charts.cost_chart(run.search)}),
-        Section("path", lambda run: {"chart": charts.path_chart(run.search)}),
         Section("map", lambda run: {"chart": charts.map_chart(run), "words": list(run.capabilities.words)}, wide=True),
         Section("triangle", lambda run: {"chart": charts.triangle_chart(run.search)}),
         Section("stability", lambda run: {"choices": list(run.stability.choices)}),

@@ -124,7 +124,6 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         by_text=candidate_record(result.by_text) if result.by_text else None,
         by_number=list(map(candidate_record, result.by_number)),
         oracle=result.oracle,
-        path=result.path,
         triangle=result.triangle,
         budget=result.budget,
         dense_tokens=result.cost.dense_tokens,

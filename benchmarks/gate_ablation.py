@@ -1,0 +1,200 @@
+"""Claim: the gate's gradients find the segments that real cuts would find, for a fraction of the cuts.
+
+    python benchmarks/gate_ablation.py families [--seeds 2]                       random weights, four families
+    python benchmarks/gate_ablation.py one --data TEXT [--ratios 0.1 0.2 …] [--seeds 3]
+    python benchmarks/gate_ablation.py several --data TEXT [--ratios 0.2 0.3]      K = 3, against SLEB and evolution
+    python benchmarks/gate_ablation.py deep                                       80 and 126 layers, planted segments
+
+Each is added, case by case, to benchmarks/results/gate_ablation.json; cases that are there are not run again, and a run
+that was stopped goes on. Regret is the price of what was found, KL of the real cut on all calibration rows, over the
+best there is, or, with several segments, over the best that any method found. Cost is counted in layers applied to a
+row of tokens, a backward as `backward_over_forward` of them, measured beside.
+
+families: layers scaled by random factors, so that the landscape has several minima; weak evidence, of many landscapes.
+deep: as they, and K segments whose layers add little, in a stack in which all sets cannot be priced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+
+from common import RESULTS, blocks, named, open_model
+from layercut.files.json_values import write_json
+from layercut.layer_search import SearchResult, search
+from layercut.layer_search.greedy import sleb_work
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import set_costs
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.provenance import environment
+from layercut.segments import Segment, joined_segments, layers_to_remove
+
+ALONE = ("gate", "race", "clp", "exhaustive")
+SEVERAL = ("gate", "clp", "race", "sleb", "evolution")
+SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 64}  # fmt: skip
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": lambda n: LlamaConfig(**SIZES, num_hidden_layers=n),
+    "qwen2": lambda n: Qwen2Config(**SIZES, num_hidden_layers=n),
+    "gemma2": lambda n: Gemma2Config(**SIZES, num_hidden_layers=n, head_dim=12),
+    "gpt2": lambda n: GPT2Config(
+        vocab_size=128, n_embd=48, n_head=4, n_layer=n, n_positions=64, initializer_range=0.08, bos_token_id=0,
+        eos_token_id=0,
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def rugged(family: str, layers: int, seed: int, planted: tuple[Segment, ...] = ()) -> DecoderRunner:
+    """A random model whose layers weigh a tenth to ten times their initialisation; planted ones a hundredth."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](layers)).eval().requires_grad_(False).float()
+    cheap = {i for segment in planted for i in range(segment.start, segment.stop)}
+    for i, layer in enumerate(DecoderRunner(model).layers):
+        factor = 0.01 if i in cheap else 10 ** (2 * torch.rand(()).item() - 1)
+        for weight in layer.parameters():
+            if weight.ndim > 1:
+                weight.mul_(factor**0.5)
+    return DecoderRunner(model)
+
+
+def backward_cost(stack: DecoderRunner, tokens: torch.Tensor, repeats: int = 9) -> float:
+    """Seconds of a backward through a frozen layer, to its input alone, over seconds of its forward; median."""
+    hidden, calls = stack.enter(tokens)
+    middle, ratios = len(stack) // 2, []
+    for _ in range(repeats + 1):
+        begun = time.process_time()
+        with torch.no_grad():
+            stack.layer(middle, hidden, calls)
+        forward = time.process_time() - begun
+        leaf = hidden.detach().requires_grad_(True)
+        out = stack.layer(middle, leaf, calls)
+        begun = time.process_time()
+        out.backward(torch.ones_like(out))
+        ratios.append((time.process_time() - begun) / forward)
+    return statistics.median(ratios[1:])
+
+
+def row_of(result: SearchResult, seconds: float) -> dict[str, Any]:
+    return {
+        "segments": " ".join(map(str, result.segments)),
+        "kl": result.kl,
+        "layer_forwards": result.cost.layer_forwards,
+        "layer_backwards": result.cost.layer_backwards,
+        "cpu_seconds": seconds,
+    }
+
+
+def by_methods(
+    stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, methods: tuple[str, ...], count: int = 1
+) -> dict[str, Any]:
+    """What each method finds and spends, and its regret against the best that any of them found."""
+    found = {}
+    for method in methods:
+        takes = {} if method in ("sleb", "evolution") else {"num_segments": count}
+        begun = time.process_time()
+        result = search(stack, tokens, n_layers=length, method=method, seed=seed, **takes)
+        found[method] = row_of(result, time.process_time() - begun)
+    # priced once more in one sweep, so that equal sets have equal prices
+    sets = {name: joined_segments(i for text in row["segments"].split() for i in range(*map(int, text.split(":"))))
+            for name, row in found.items()}  # fmt: skip
+    prices = {c.segments: c.kl for c in set_costs(stack, tokens, sets.values(), Cost())}
+    best = min(prices.values())
+    for name, row in found.items():
+        row |= {"kl": prices[sets[name]], "regret": prices[sets[name]] / best}
+    return found
+
+
+def of_families(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for seed in range(args.seeds):
+        for layers in (12, 24, 40):
+            for family in FAMILIES:
+                for ratio in args.ratios:
+                    case = {"kind": "families", "model": family, "layers": layers, "ratio": ratio, "seed": seed}
+                    if args.is_new(case):
+                        stack = rugged(family, layers, seed)
+                        tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
+                        length = layers_to_remove(ratio, layers)
+                        yield case | {"length": length, "rows": 16, "segments": 1,
+                                      "methods": by_methods(stack, tokens, length, seed, ALONE)}  # fmt: skip
+
+
+def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One segment, or several, of a real model."""
+    count = 1 if args.what == "one" else 3
+    model = open_model(args.model)
+    stack = DecoderRunner(model.model)
+    backward = None
+    for seed in range(args.seeds):
+        text = blocks(model, args.data, args.tokens, args.window, seed)
+        for ratio in args.ratios:
+            name = Path(model.checkpoint.name).name
+            case = {"kind": args.what, "model": name, "layers": len(stack), "ratio": ratio, "seed": seed}
+            if args.is_new(case):
+                backward = backward or backward_cost(stack, text.tokens[:2])
+                length = layers_to_remove(ratio, len(stack))
+                found = by_methods(stack, text.tokens, length, seed, ALONE if count == 1 else SEVERAL, count)
+                yield case | {
+                    "length": length, "rows": len(text.tokens), "window": args.window, "data": args.data,
+                    "segments": count, "backward_over_forward": backward, "methods": found,
+                }  # fmt: skip
+
+
+DEEP = {
+    80: (Segment(11, 15), Segment(37, 38), Segment(52, 59)),
+    126: (Segment(9, 12), Segment(60, 68), Segment(101, 107)),
+}
+
+
+def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Stacks so deep that pricing single segments is dear; the planted set is known, and may not be the best."""
+    for layers, planted in DEEP.items():
+        for seed in range(args.seeds):
+            case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": 0.0, "seed": seed}
+            if args.is_new(case):
+                stack = rugged("llama", layers, seed, planted)
+                tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
+                length = sum(map(len, planted))
+                found = by_methods(stack, tokens, length, seed, ("gate", "clp", "race"), 3)
+                yield case | {
+                    "length": length, "rows": 8, "segments": 3, "planted": " ".join(map(str, planted)),
+                    "planted_kl": set_costs(stack, tokens, [planted], Cost())[0].kl,
+                    "sleb_layer_forwards": sleb_work(length, layers, 8), "methods": found,
+                }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("families", "one", "several", "deep"))
+    parser.add_argument("--model", default=None, help="Hub id, folder or .gguf; the demo's SmolLM2 where not given")
+    parser.add_argument("--data", default="python-docstrings")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gate_ablation.json")
+    args = parser.parse_args()
+    there = json.loads(args.out.read_text()) if args.out.exists() else {"claim": __doc__.splitlines()[0], "cases": []}
+    keys = ("kind", "model", "layers", "ratio", "seed")
+    done = {tuple(case[key] for key in keys) for case in there["cases"]}
+    args.is_new = lambda case: tuple(case[key] for key in keys) not in done
+    cases = {"families": of_families, "deep": of_deep}.get(args.what, of_model)(args)
+    for case in cases:
+        there["cases"].append(named(case))
+        there["environment"] = environment() | {"command": [Path(sys.argv[0]).name, "families|one|several|deep"]}
+        write_json(args.out, there)
+        print({key: case[key] for key in keys}, {name: (round(row["regret"], 3), row["layer_forwards"],
+              row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The table of docs/results.md about the search, from gate_ablation.json and stream.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from layercut.layer_search.sweep import all_segments, sweep_work
+from layercut.report.formatting import size
+
+WAYS = {"gate": "gate alone", "race": "race alone", "clp": "`clp`: gate and race", "exhaustive": "sweep"}
+BACKWARD = 1.61
+"""Forwards that a backward through a frozen layer costs, where it was not measured beside (docs/log.md)."""
+
+
+def spent(case: dict[str, Any], method: str) -> float:
+    """Layer-forwards, a backward counted as those that it costs."""
+    row = case["methods"][method]
+    return row["layer_forwards"] + case.get("backward_over_forward", BACKWARD) * row["layer_backwards"]
+
+
+def search_tables(ablation: dict, stream: dict) -> str:
+    """One segment by every way of searching, several segments, deep stacks, and a model larger than memory."""
+    kinds = {kind: [case for case in ablation["cases"] if case["kind"] == kind]
+             for kind in ("one", "families", "several", "deep")}  # fmt: skip
+    run = stream["rows"][0]
+    parts = [
+        f"`benchmarks/gate_ablation.py`, {ablation['environment']['date'][:10]}. Regret is KL over the best segment's, "
+        "on all calibration rows; work is in layer-forwards over those of one sweep of all segments (a backward as "
+        "what it costs), median and most; CPU seconds over the sweep's.",
+        *(one_segment(kinds[kind]) for kind in ("one", "families") if kinds[kind]),
+        *(several(kinds[kind]) for kind in ("several", "deep") if kinds[kind]),
+        f"A checkpoint of Llama-3-8B's shape ({size(stream['checkpoint_bytes'])}, random weights) searched from disk: "
+        f"peak memory {size(run['peak_rss_bytes'])}, each layer read {run['times_each_layer_was_read'][0]} time, "
+        f"{run['seconds']['search']:.0f} s on {stream['tokens']['rows']} x {stream['tokens']['window']} tokens.",
+    ]
+    return "\n\n".join(parts)
+
+
+def one_segment(cases: Sequence[dict[str, Any]]) -> str:
+    """Regret and work of every way, one segment."""
+    models = ", ".join(dict.fromkeys(case["model"] for case in cases))
+    ratios = sorted({case["ratio"] for case in cases})
+    lines = [
+        f"One segment, {models}, ratios {ratios[0]:g} to {ratios[-1]:g}, {cases[0]['rows']} rows, {len(cases)} cases:",
+        "",
+        "| | regret, median | worst | best found | work | at most | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, name in WAYS.items():
+        regrets = [case["methods"][method]["regret"] for case in cases]
+        work = [spent(case, method) / swept(case) for case in cases]
+        seconds = [case["methods"][m]["cpu_seconds"] for m in (method, "exhaustive") for case in cases]
+        share = sum(seconds[: len(cases)]) / sum(seconds[len(cases) :])
+        lines.append(row(name, regrets, work, f"{share:.2f}"))
+    brute = [whole(case) / swept(case) for case in cases]
+    lines.append(row("brute force (computed)", [1.0] * len(cases), brute, "–"))
+    return "\n".join(lines)
+
+
+def row(name: str, regrets: Sequence[float], work: Sequence[float], seconds: str) -> str:
+    """One line of the table."""
+    found = sum(regret < 1.0005 for regret in regrets)
+    cells = [name, f"{statistics.median(regrets):.2f}", f"{max(regrets):.2f}", f"{found} of {len(regrets)}"]
+    cells += [f"{statistics.median(work):.2f}", f"{max(work):.2f}", seconds]
+    return f"| {' | '.join(cells)} |"
+
+
+def swept(case: dict[str, Any]) -> int:
+    """Layer-forwards of a sweep of all segments."""
+    return sweep_work(all_segments(case["length"], case["layers"]), case["layers"], case["rows"])
+
+
+def whole(case: dict[str, Any]) -> int:
+    """Layer-forwards of running the dense model and every cut one whole."""
+    layers, kept = case["layers"], case["layers"] - case["length"]
+    return case["rows"] * (layers + (kept + 1) * kept)
+
+
+def several(cases: Sequence[dict[str, Any]]) -> str:
+    """What each method finds with several segments, and what that takes."""
+    deep = cases[0]["kind"] == "deep"
+    head = (
+        "Three segments planted in random stacks; price over the planted set's (below 1: a better one)"
+        if deep else "Three segments at most; price over the best that any method found"
+    )  # fmt: skip
+    methods = [m for m in ("gate", "clp", "race", "sleb", "evolution") if m in cases[0]["methods"]]
+    lines = [
+        f"{head}, and layer-forwards:",
+        "",
+        f"| | {' | '.join(methods)} |{' SLEB would take |' if deep else ''}",
+        f"|---|{'---:|' * (len(methods) + deep)}",
+    ]
+    for case in cases:
+        name = f"{case['layers']} layers, seed {case['seed']}" if deep else f"{case['model']}, {case['ratio']:g}"
+        found = case["methods"]
+        over = case["planted_kl"] if deep else min(found[m]["kl"] for m in methods)
+        cells = [f"{found[m]['kl'] / over:.2f}, {spent(case, m):,.0f}" for m in methods]
+        cells += [f"{case['sleb_layer_forwards']:,}"] if deep else []
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
