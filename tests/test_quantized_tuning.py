@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
+from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning
@@ -139,3 +141,28 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     untouched = rounded(dense, bits=3).packed
     assert any(not torch.equal(weights[0][name], tensor) for name, tensor in untouched.items())
+
+
+def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tmp_path):
+    model = half(tiny.llama(5, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "model")
+    folders.tokenizer().save_pretrained(tmp_path / "model")
+    flags = ["--segment=2:3", "--bits=3", "--quantize-embeddings", "--embedding-bits=3", "--quantizer=rtn"]
+    flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=512", "--eval-tokens=256", "--no-fold"]
+    flags += ["--preserve=none", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    argv = ["compress", str(tmp_path / "model"), *flags]
+    runs = {}
+    for way in ("auto", "none"):
+        out = tmp_path / way
+        assert main([*argv, f"--out={out}", f"--tune-quantized={way}"]) == 0
+        runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
+        assert not (out / "quantized-tuning-state.safetensors").exists()
+    tuning = runs["auto"]["quantize"]["tuning"]
+    assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
+    assert "tuning" not in runs["none"]["quantize"]
+    found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}
+    assert found["auto"] != found["none"], "what was tuned is what is measured"
+    exported = runs["auto"]["export"]
+    assert exported["check"]["logits"] == "equal to the bit"
+    assert exported["check"]["perplexity"]["value"] == pytest.approx(found["auto"], rel=5e-3)
+    assert exported["bytes"] < runs["none"]["export"]["bytes"] + 64, "not a byte more for it"

@@ -460,6 +460,16 @@ class QuantizeConfig:
         return self.embedding_bits or 8
 
 
+@options(QUANTIZATION)
+@dataclass(frozen=True, kw_only=True)
+class AfterRoundingConfig:
+    """What is trained once the weights are rounded."""
+
+    tune_quantized: Literal["auto", "scales", "rounding", "none"] = "auto"
+    """Train what rounding left towards the dense model, on the tokens to tune on: the groups' scales and the norms
+    (scales), these and the rounding itself (rounding, 16 bytes a weight), or nothing. auto: scales, below 8 bits."""
+
+
 @options(MEASURING)
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -645,6 +655,7 @@ class TuneConfig(FindConfig):
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     heal: HealConfig = field(default_factory=HealConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    after_rounding: AfterRoundingConfig = field(default_factory=AfterRoundingConfig)
 
 
 @flat

@@ -274,6 +274,8 @@ class QuantizeArtefact(Artefact):
     quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     gguf: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     """Of a run that writes a GGUF file: number format, names of parameters "healed" and "rounded", importance."""
+    tuning: TuningRecord | None = field(default=None, metadata=OPTIONAL)
+    """How scales, norms and rounding were trained afterwards; the errors of `layers` are those before."""
 
 
 @dataclass(frozen=True, kw_only=True)

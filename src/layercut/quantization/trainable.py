@@ -27,6 +27,8 @@ from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, repacked
 from layercut.quantization.quantized import Quantized
 
+RATE = 5e-3
+"""Peak rate of AdamW as a share of each unit: of the mean scale, or of the mean entry of a norm."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
 Shares = list[tuple[nn.Parameter, float]]

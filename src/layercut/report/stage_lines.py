@@ -36,6 +36,11 @@ def describe_quantization(artefact: dict[str, Any]) -> str:
     return _say("quantization", artefact)
 
 
+def describe_quantized_tuning(tuning: dict[str, Any]) -> str:
+    """One line about what was trained after rounding."""
+    return _say("quantized_tuning", tuning)
+
+
 def describe_export(exported: dict[str, Any], folder: Path) -> str:
     """One line about the checkpoint that was written.
 

@@ -3,7 +3,7 @@
     text.py      draws every token of a run
     search.py    finds the segments to remove, and whether other text would have chosen the same
     heal.py      cuts, folds, tunes
-    quantize.py  stores what is left in fewer bits
+    quantize.py  stores what is left in fewer bits; tune_quantized.py trains what rounding left
     evaluate.py  perplexity, generations, speed, tasks, long context
     export.py    writes the stock checkpoint, and has a fresh process read it
 

@@ -15,9 +15,10 @@ from layercut.models.losses import as_price
 from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, FrontierArtefact, FrontierRecord, QuantizeArtefact
 from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.stages import tune_quantized
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
-from layercut.report.stage_lines import describe_quantization
+from layercut.report.stage_lines import describe_quantization, describe_quantized_tuning
 from layercut.segments import Segment
 
 
@@ -35,13 +36,14 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
         return gguf_run.quantize(work, segments)
     config = work.config.quantize
     calibrated = work.text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
-    inputs = [config, calibrated] if config.bits < 16 else None
+    inputs = [config, calibrated, *tune_quantized.inputs(work)] if config.bits < 16 else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:
             stage.found = QuantizeArtefact(bits=16, layers=[])
         elif stage.open:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
+            found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
                 **vars(config),
@@ -49,10 +51,14 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 left=list(found.left),
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
                 quantization_config=dict(found.config),
+                tuning=tuning,
                 files=["quantized.safetensors"],
             )
     if stage.artefact.bits < 16:
+        tune_quantized.forget_state_(work)
         say("quantize", describe_quantization(asdict(stage.artefact)))
+    if stage.artefact.tuning:
+        say("quantize", describe_quantized_tuning(asdict(stage.artefact.tuning)))
     return stage.artefact
 
 
