@@ -70,13 +70,14 @@ class Pair:
         Returns:
             [B, T, D] with a graph down to the first trained layer, and [B, T, D] or None without one.
         """
-        with torch.no_grad():
-            if self.apart:
-                shared, calls = self.student.enter(tokens)
-                wanted = None
-                if self.dense_stop is not None and not self.stored:
+        if self.apart:
+            wanted = None
+            if self.dense_stop is not None and not self.stored:
+                with torch.no_grad():
                     wanted = self.dense.run(*self.dense.enter(tokens), 0, self.dense_stop)
-            elif self.dense_stop is None or self.stored:
+            return self.student.run(*self.student.enter(tokens), 0, self.student_stop), wanted
+        with torch.no_grad():
+            if self.dense_stop is None or self.stored:
                 hidden, calls = self.student.enter(tokens)
                 shared, wanted = self.student.run(hidden, calls, 0, self.prefix), None
             else:

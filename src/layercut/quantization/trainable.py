@@ -15,14 +15,14 @@ rounding among those that round to the codes chosen, so that nothing changes bef
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layercut.models.loading import find_decoder, replace_parameters_, stored_dtype
+from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, repacked
 from layercut.quantization.quantized import Quantized
@@ -35,23 +35,17 @@ Shares = list[tuple[nn.Parameter, float]]
 """Trained parameters, each with the size of one unit of it, of which the learning rate is a share."""
 
 
-class ScaledLinear(nn.Module):
-    """A linear module y = W x + b with W from frozen codes and a trainable scale for each group of columns."""
+class Scaled(nn.Module):
+    """A weight [O, I] from frozen codes and a trainable scale for each group of columns."""
 
-    def __init__(self, plain: nn.Linear, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> None:
+    def __init__(self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> None:
         super().__init__()
-        self.codes, self.grid, self.stored, self.bias = codes, grid, stored, plain.bias
-        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.codes, self.grid, self.stored = codes, grid, stored
         self.scale = nn.Parameter(grid.scale.to(plain.weight.dtype))
 
-    @property
-    def weight(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """W [O, I], as a loader will compute it."""
         return _Decoded.apply(self.scale, self.codes, self.grid, self.stored)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y = W x + b."""
-        return F.linear(x, self.weight, self.bias)
 
     def current(self) -> tuple[torch.Tensor, Grid]:
         """Codes and grid as they are now."""
@@ -62,11 +56,11 @@ class ScaledLinear(nn.Module):
         return [(self.scale, self.scale.detach().abs().mean().item())]
 
 
-class RoundedLinear(ScaledLinear):
+class Rounded(Scaled):
     """The same with a trainable weight that is rounded to the codes in every pass."""
 
     def __init__(
-        self, plain: nn.Linear, codes: torch.Tensor, grid: Grid, stored: torch.dtype, original: torch.Tensor
+        self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype, original: torch.Tensor
     ) -> None:
         super().__init__(plain, codes, grid, stored)
         zero = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
@@ -77,8 +71,7 @@ class RoundedLinear(ScaledLinear):
         moved = encode(start, grid) != codes  # the format's own rounding took it over the edge: the code's middle then
         self.latent = nn.Parameter(torch.where(moved, decode(codes, grid), start).to(plain.weight.dtype))
 
-    @property
-    def weight(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """W [O, I], as a loader will compute it."""
         return _Rounded.apply(self.latent, self.scale, self.grid, self.stored)
 
@@ -91,6 +84,27 @@ class RoundedLinear(ScaledLinear):
         """What is trained: scales by their mean size, weights by that of a step of the grid."""
         (scale, size), *_ = super().units()
         return [(scale, size), (self.latent, size)]
+
+
+class QuantizedModule(nn.Module):
+    """A linear module or an embedding that reads its weight from where it is trained; a tied head reads the same."""
+
+    def __init__(self, plain: Any, source: Scaled) -> None:
+        super().__init__()
+        self.source, self.plain = source, [plain]  # in a list: no part of the model
+        self.bias = getattr(plain, "bias", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W [O, I]."""
+        return self.source()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y = W x + b, or the rows of W that token ids name, as the module in whose place it is computes them."""
+        (plain,) = self.plain
+        if isinstance(plain, nn.Linear):
+            return F.linear(x, self.weight, self.bias)
+        return F.embedding(x, self.weight)  # a plain one: others are not quantized
 
 
 def _with_scale(grid: Grid, scale: torch.Tensor, stored: torch.dtype) -> Grid:
@@ -143,9 +157,11 @@ class Trainable:
     """A quantized model taken apart: what can be trained, and how it is put together again."""
 
     found: Quantized
-    modules: dict[str, ScaledLinear]
-    """By dotted name, all inside the decoder layers."""
-    norms: dict[str, nn.Parameter] = field(default_factory=dict)
+    modules: dict[str, Scaled]
+    """By dotted name of the module that they are the weight of."""
+    places: dict[str, nn.Module]
+    """The plain modules in whose places the model has others now, by dotted name; a tied head's too."""
+    norms: dict[str, nn.Parameter]
     """The vectors of the decoder and of the norm after it, with parameters of their own."""
 
     @classmethod
@@ -159,24 +175,29 @@ class Trainable:
         Returns:
             The parts.
         """
-        model, stored, modules = found.model, stored_dtype(found.model), {}
-        inside = f"{find_decoder(model).path}."
+        model, stored, modules, places = found.model, stored_dtype(found.model), {}, {}
+        kinds = (nn.Linear, nn.Embedding)
+        by_weight: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, kinds):
+                by_weight.setdefault(id(module.weight), []).append(name)
         for name, (codes, grid) in grids(found.packed, found.config).items():
-            if not name.startswith(inside):
-                continue
+            if f"{name}.weight_packed" not in found.packed:
+                continue  # embeddings in whole bytes: near enough, and a tied head has scales of its own
             plain = model.get_submodule(name)
             device = plain.weight.device
             codes, grid = codes.to(device), _moved(grid, device)
             if before is None:
-                modules[name] = ScaledLinear(plain, codes, grid, stored)
+                modules[name] = Scaled(plain, codes, grid, stored)
             else:
-                modules[name] = RoundedLinear(plain, codes, grid, stored, before.get_submodule(name).weight.detach())
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, modules[name])
-        ours = {id(p) for module in modules.values() for p in module.parameters()}
+                modules[name] = Rounded(plain, codes, grid, stored, before.get_submodule(name).weight.detach())
+            for place in by_weight[id(plain.weight)]:
+                places[place] = model.get_submodule(place)
+                model.set_submodule(place, QuantizedModule(places[place], modules[name]))
+        ours = {id(p) for part in (*modules.values(), *places.values()) for p in part.parameters()}
         vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1 and id(p) not in ours}
         replace_parameters_(model, {name: nn.Parameter(value) for name, value in vectors.items()})
-        return cls(found, modules, {name: model.get_parameter(name) for name in vectors})
+        return cls(found, modules, places, {name: model.get_parameter(name) for name in vectors})
 
     @property
     def model(self) -> Any:
@@ -194,14 +215,12 @@ class Trainable:
         """The model with plain weights again, and the tensors of the checkpoint as they are now."""
         model, stored = self.model, stored_dtype(self.model)
         packed, weights = dict(self.found.packed), {}
-        changed: dict[str, tuple[torch.Tensor, Grid]] = {}
-        for name, module in self.modules.items():
-            changed[name] = codes, grid = module.current()
-            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(decode(codes, grid).to(module.scale.dtype), requires_grad=False)
-            plain.bias = module.bias
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, plain.eval())
+        changed = {name: module.current() for name, module in self.modules.items()}
+        for name, plain in self.places.items():
+            model.set_submodule(name, plain)
+        for name, (codes, grid) in changed.items():
+            weight = decode(codes, grid).to(self.modules[name].scale.dtype)
+            replace_parameters_(model, {f"{name}.weight": nn.Parameter(weight, requires_grad=False)})
         packed.update(repacked(packed, changed))
         for name, parameter in self.norms.items():
             weights[name] = packed[name] = parameter.detach().to(stored).cpu().clone()
