@@ -162,7 +162,7 @@ def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     """Add the gradient of weight x the mean KL over tokens [B, T] to what is trained; that loss."""
     batch = tokens, torch.arange(len(tokens)), weight
     if pair.prefix:
-        return sum(pair.backward([batch]))
+        return sum(loss.sum().item() for loss in pair.backward([batch]))
     with torch.no_grad():
         hidden, calls = pair.dense.enter(tokens)
         final = pair.dense.run(hidden, calls, 0, len(pair.dense))
@@ -170,7 +170,7 @@ def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     out = pair.student.run(hidden, calls, 0, len(pair.student))
     loss, gradient = loss_gradient(pair, batch, out, final)
     out.backward(gradient)
-    return loss
+    return loss.sum().item()
 
 
 def autograd_(dense: nn.Module, student: nn.Module, tokens: torch.Tensor, weight: float = 1.0) -> float:

@@ -3,6 +3,7 @@
 import math
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ import tiny
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning as room
-from layercut.healing import fold_, stored_teacher, tune_, tuning_pass
+from layercut.healing import fold_, stored_teacher, tune_
 from layercut.healing.endpoint_tuning import TuningFiles, endpoints, own_parameters_, rows_of_step, warmup_then_cosine
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import batch_sizes, loading, losses
+from layercut.models.batch_sizes import Budget
 from layercut.models.objectives import KL, NextToken, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
@@ -219,7 +221,7 @@ def test_next_token_loss_and_its_gradient():
 @pytest.mark.parametrize("budget", [1, 4 * 20 * 2, 2**20])
 def test_pieces_cover_all_tokens_once_and_fit(budget):
     seen = torch.zeros(6, 16, dtype=torch.int64)
-    for rows, columns in batch_sizes.logit_pieces(6, 16, 10, budget):
+    for rows, columns in replace(Budget.of_cpu(), piece=budget).logit_pieces(6, 16, 10):
         seen[rows, columns] += 1
         assert seen[rows, columns].numel() * 10 <= max(10, budget)
     assert (seen == 1).all()
@@ -241,7 +243,7 @@ DIRECT = {
 def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatch, tmp_path):
     """Chunks of 5 tokens, or all at once."""
     model, tokens, rows = tiny.llama(), tiny.some_tokens(4), torch.arange(4)
-    monkeypatch.setattr(tuning_pass, "logit_pieces", lambda *a: batch_sizes.logit_pieces(*a, budget_bytes=budget))
+    monkeypatch.setattr(batch_sizes, "PIECE_BYTES", budget)
     student, reference = (cut_copy(model, Segment(3, 5)) for _ in range(2))
     options = DIRECT[name]
     t, mix = options.get("temperature", 1.0), options.get("mix", 1.0 if name == "next-token" else 0.0)
@@ -262,7 +264,7 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatc
     expected = (1 - mix) * t**2 * kl + mix * F.cross_entropy(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     expected.backward()
     close = {"rtol": 2e-2, "atol": 2e-4} if stored else {"rtol": 1e-3, "atol": 1e-6}
-    assert loss == pytest.approx(expected.item(), rel=5e-3 if stored else 1e-5)
+    assert loss.sum().item() == pytest.approx(expected.item(), rel=5e-3 if stored else 1e-5)
     for ours, theirs in zip(trained, wanted, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, **close)
 
@@ -270,7 +272,7 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatc
 def test_a_step_of_several_passes_is_that_of_one(monkeypatch):
     model, results = tiny.llama(), []
     for tokens_in_pass in (16, 32, 1024):
-        monkeypatch.setattr(room, "PASS_TOKENS", tokens_in_pass)
+        monkeypatch.setattr(batch_sizes, "PASS_TOKENS", tokens_in_pass)
         student = cut_copy(model, Segment(3, 5))
         heldout = tiny.some_tokens(2, seed=1)
         report = tune_(student, model, tiny.some_tokens(6), heldout=heldout, batch_tokens=80, learning_rate=1e-3)

@@ -170,7 +170,7 @@ def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypa
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[:-1].numel()))
 
-    def few(tokens_per_row: int, vocabulary: int) -> int:
+    def few(model, tokens_per_row: int) -> int:
         return max(1, 30 // tokens_per_row)
 
     monkeypatch.setattr(likelihood, "rows_per_chunk", few)

@@ -150,12 +150,16 @@ class ModelConfig:
     shard: Annotated[ShardMode, rare] = "auto"
     """Shard the weights over several processes, which gather each layer when it runs, to heal what is larger than
     one device. auto: where there are several and the weights would take more than 0.8 of one's memory."""
-
+    max_memory: Annotated[str | None, rare] = None
+    """Memory of the device that a run may take, weights included, e.g. 20GB: it decides how many rows and tokens are
+    done at once. Not given: what is free on a GPU; on a CPU what its caches bear."""
     device_map: Annotated[DeviceMapMode, rare] = "auto"
     """Place the layers over all accelerators of the machine, in one process; hidden states follow them.
     auto: where the weights would take more than 0.8 of one's memory, and not of all."""
 
     def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_bytes("--max-memory", self.max_memory)
         places = {"--stream on": self.stream, "--shard on": self.shard, "--device-map on": self.device_map}
         on = [flag for flag, mode in places.items() if mode == "on"]
         if len(on) > 1:

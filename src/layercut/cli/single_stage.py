@@ -158,7 +158,8 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
     Raises:
         RunError: the run is not finished.
     """
-    found = _evaluate(target, config)
+    with memory.memory_limit(config.load.max_memory):
+        found = _evaluate(target, config)
     if (Path(target) / "config.yaml").is_file():
         processes.on_main(lambda: _keep(Path(target), found))
     return found
@@ -357,7 +358,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
         own = of_run and config.text == DataConfig()
         tokens = stored_blocks(run, "calibration") if own else _calibration(loaded, config.text)
     cut = _cut_of(run) if of_run else []
-    found = quantize_(loaded.model, tokens, config.quantize, endpoints=cut)  # in place: old weights leave memory
+    with memory.memory_limit(config.load.max_memory):  # in place: old weights leave memory
+        found = quantize_(loaded.model, tokens, config.quantize, endpoints=cut)
     facts = found.to_dict()
     say("quantize", describe_quantization(facts))
     unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None

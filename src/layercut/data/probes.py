@@ -63,7 +63,7 @@ class ProbeRows:
 
     def means(self, losses: torch.Tensor) -> dict[str, float]:
         """The mean over its answer tokens of each capability; losses: [M, T], read where there is an answer."""
-        of, losses = self.of(), losses.double().cpu()
+        of, losses = self.of(), losses.cpu().double()
         return {name: losses[of == c].mean().item() for c, name in enumerate(self.names)}
 
     def hit_rates(self, right: torch.Tensor) -> dict[str, float]:

@@ -27,8 +27,9 @@ from layercut.healing.tuning_cost import healed_bytes, tune_cost
 from layercut.layer_search import length_for_size
 from layercut.layer_search.search_cost import search_cost, unknown_search
 from layercut.models import checkpoints, loading
+from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
-from layercut.models.memory import memory_bytes, resident_bytes
+from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import check_window, wanted_length, with_reported_window
@@ -59,6 +60,8 @@ class _Planner:
     after: Parts
     base: int
     """Bytes of Python and its libraries."""
+    device: torch.device
+    """That the run is planned on."""
     shapes: dict[tuple[int, torch.dtype], Shape]
 
     def shape(self, window: int, on_cpu: bool) -> Shape:
@@ -68,8 +71,8 @@ class _Planner:
             self.shapes[key] = measure_shape(self.stock, key[1], window)
         return self.shapes[key]
 
-    def run(self, config: CompressConfig, on_cpu: bool) -> PlannedRun:
-        """The run with these settings, in that place."""
+    def run(self, config: CompressConfig, on_cpu: bool, room: int | None = None) -> PlannedRun:
+        """The run with these settings, in that place; room: bytes of an accelerator that a run may take."""
         window, heal = config.text.window, config.heal
         shape = self.shape(window, on_cpu)
         calibration, tuning = shape.rows_of(config.text.tokens), shape.rows_of(heal.tune_tokens)
@@ -81,9 +84,23 @@ class _Planner:
             after=self.after,
             heldout=shape.rows_of(held_out_tokens(heal)),
             folded=calibration + min(tuning, tuning_rows_to_fold(calibration * window, window)),
+            budget=self.budget(shape, config, on_cpu, room),
             tests=planned_tests(config),
             libraries=self.base if on_cpu else 0,
         )
+
+    def budget(self, shape: Shape, config: CompressConfig, on_cpu: bool, room: int | None) -> Budget:
+        """What one pass may take in that place, by the function that a run asks."""
+        if config.load.max_memory is not None:
+            most = parse_bytes("--max-memory", config.load.max_memory)
+            room = most if room is None else min(room, most)
+        if room is None:
+            room = None if on_cpu else available_bytes(self.device)
+        weights = total(weights_peak(shape, config.load.stream == "on"))
+        if on_cpu:
+            least = None if room is None else Budget.of_accelerator(max(0, room - weights - self.base))
+            return Budget.of_cpu().least(least) if least else Budget.of_cpu()
+        return Budget.of_accelerator(max(0, (room or 0) - weights))
 
     def load(self, config: CompressConfig, on_cpu: bool, *, to_cpu: bool) -> Spent:
         """What loading costs: in the memory of that place, or, for an accelerator, in that of the CPU on the way."""
@@ -100,12 +117,15 @@ class _Planner:
         """The number format of the files."""
         return loading.pick_dtype("auto", self.stock, self.checkpoint)
 
-    def costs(self, config: CompressConfig, on_cpu: bool, least: bool = False) -> dict[str, Spent]:
+    def costs(
+        self, config: CompressConfig, on_cpu: bool, least: bool = False, room: int | None = None
+    ) -> dict[str, Spent]:
         """What each stage costs, the weights, and Python and its libraries where that is the same memory, in its peak.
 
         least: with the export as it is done where memory is short, its fresh process leaving the layers on disk.
+        room: bytes of an accelerator that a run may take; those that are free where not given.
         """
-        run = self.run(config, on_cpu)
+        run = self.run(config, on_cpu, room)
         found = {"load": self.load(config, on_cpu, to_cpu=on_cpu)} | stage_costs(run)
         if least:
             short = export_cost(replace(run, config=_streamed(config))).peak
@@ -117,8 +137,11 @@ class _Planner:
 
     def needs(self, config: CompressConfig, target: Device) -> dict[str, int]:
         """Bytes that each stage needs on a device, or on each of several."""
-        on_cpu = not target.accelerator
-        peaks = {name: spent.peak for name, spent in self.costs(config, on_cpu, least=True).items()}
+        on_cpu, room = not target.accelerator, None
+        if target.accelerator:  # of weights that are spread each holds a part
+            weights = self.shape(config.text.window, on_cpu).dense.total * self.dtypes[on_cpu].itemsize
+            room = target.room + (weights - weights // target.devices) * target.spread
+        peaks = {name: spent.peak for name, spent in self.costs(config, on_cpu, least=True, room=room).items()}
         if target.spread:  # by torchrun, the export is done by the main process, from the files
             shape = self.shape(config.text.window, on_cpu)
             kept = {name: peak for name, peak in peaks.items() if name not in ("load", "export")}
@@ -178,8 +201,9 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     segments, after = cut_parts(stock, stored, *_removed(journey, checkpoint, before, stored))
     base = resident_bytes()
     planner = _Planner(
-        checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=base or 0, shapes={}
-    )
+        checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=base or 0,
+        device=device, shapes={},
+    )  # fmt: skip
     shape = planner.shape(journey.text.window, on_cpu)
     rates = calibrate(shape, dtypes[on_cpu], device, checkpoint.folder) if config.calibrate else None
     in_memory = _streamed(journey, "off")

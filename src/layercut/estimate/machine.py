@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from layercut.models.cost import Shape, Work
+from layercut.models.devices import place_of_float64
 
 ENOUGH = 0.4
 """Seconds spent on each rate."""
@@ -79,8 +80,7 @@ def calibrate(shape: Shape, dtype: torch.dtype, device: torch.device, folder: Pa
     """
     width, inner = min(shape.hidden, 8192), max(shape.read)
     rows, square = min(8 * shape.window, 2048), min(width, 2048)
-    # MPS has no float64
-    place64 = torch.device("cpu") if device.type == "mps" else device
+    place64 = place_of_float64(device)
     small, large = torch.ones(8, dtype=dtype, device=device), torch.ones(32 * 2**20, device=device)
     return Rates(
         flops=2 * rows * width * inner / _product_seconds(rows, width, inner, dtype, device),

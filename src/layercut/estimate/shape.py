@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layercut.evaluation.speed import cache_bytes
 from layercut.healing.linear_outputs import read_widths
+from layercut.models.batch_sizes import kept_bytes
 from layercut.models.cost import LayerCost, Parts, Shape
 from layercut.models.loading import build, find_decoder, quiet_transformers, skeleton
 from layercut.models.runner import hidden_of, intercepted, replaced_hidden
@@ -97,7 +98,9 @@ def measure_shape(config: Any, dtype: torch.dtype, window: int) -> Shape:
             raise
         # shapes alone know the experts' grouped product in bfloat16 only: take that, every number twice as wide
         costs = [
-            replace(cost, live=2 * cost.live, saved=2 * cost.saved, saved_trained=2 * cost.saved_trained)
+            replace(
+                cost, live=2 * cost.live, saved=2 * cost.saved, saved_trained=2 * cost.saved_trained, kept=2 * cost.kept
+            )
             for cost in _layer_costs(config, torch.bfloat16, window)
         ]
     return Shape(
@@ -148,6 +151,7 @@ def _cost(layer: Any, run: Any, hidden: torch.Tensor) -> tuple[LayerCost, Any]:
     layer.requires_grad_(True)
     cost = LayerCost(
         flops=counter.get_total_flops(), live=live.peak, kernels=live.kernels, saved=saved,
+        kept=kept_bytes([p.shape for p in layer.parameters()], hidden.dtype.itemsize),
         saved_trained=_kept(run, layer, hidden),
     )  # fmt: skip
     layer.requires_grad_(False)

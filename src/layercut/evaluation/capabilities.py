@@ -69,7 +69,7 @@ def capability_figures(
                     stack.exit(h[row : row + 1, at.to(h.device)], shown)[0].float()
                     for stack, h in zip(stacks, ends, strict=True)
                 )
-                damage[start + row, at] = kl_divergence(whole, cut).double().cpu()
+                damage[start + row, at] = kl_divergence(whole, cut).cpu().double()
                 for which, logits in enumerate((cut, whole)):
                     right[which, start + row, at] = logits.argmax(-1).cpu() == tokens[row, at + 1]
             advance(len(tokens))

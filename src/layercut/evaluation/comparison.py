@@ -14,6 +14,7 @@ from layercut.errors import ConfigError, DataError, ModelError
 from layercut.evaluation.likelihood import compared_losses, of_losses, paired_error, perplexity_protocol, window_losses
 from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
 from layercut.models import loading
+from layercut.models.memory import memory_limit
 from layercut.models.model_in_memory import in_eval_mode
 from layercut.models.runner import DecoderRunner
 from layercut.plotting import axes_or_new
@@ -147,7 +148,7 @@ def evaluate(
     if len({each.config.get_text_config().vocab_size for each in models.values()}) > 1:
         raise ModelError("the baseline has another vocabulary than the model", "give the model that this one came from")
     tokens = heldout.long()
-    with in_eval_mode(*models.values()), bar("perplexity", len(models) * len(tokens)) as advance:
+    with memory_limit(), in_eval_mode(*models.values()), bar("perplexity", len(models) * len(tokens)) as advance:
         if baseline is None:
             mine, theirs, kl = window_losses(model, tokens, advance=advance), None, None
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from layercut.evaluation import speed
 from layercut.evaluation.generation import CONTINUATION, FEWEST_PROMPTS, LONGEST_PROMPT, PROMPTS, SAMPLE
-from layercut.models.batch_sizes import rows_per_chunk
 from layercut.models.cost import PlannedRun, Spent, Work
 
 
@@ -30,8 +29,9 @@ def evaluate_cost(run: PlannedRun) -> Spent:
         decoded_bytes=(dense_steps * shape.dense.total + cut_steps * run.after.total) * shape.itemsize,
         decoded_layers=dense_steps * shape.layers + cut_steps * kept,
     )  # fmt: skip
-    together = min(rows, rows_per_chunk(shape.window, shape.vocabulary))
+    together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
     # where one row's logits are too many, those of a part of it
-    logits = 2 * min(together * shape.window, rows_per_chunk(1, shape.vocabulary)) * shape.vocabulary * shape.itemsize
+    some = min(together * shape.window, run.budget.logit_rows(1, shape.vocabulary))
+    logits = 2 * some * shape.vocabulary * shape.itemsize
     held = {"streams": 2 * shape.stream(rows)} if run.on_disk else {}
     return Spent(held | {"logits or layer": max(logits, together * shape.most("live"))}, work)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
-from layercut.models.batch_sizes import rows_per_chunk, slices
+from layercut.models.batch_sizes import slices
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.models.losses import kl_divergence, next_token_loss, token_loss
+from layercut.models.memory import ShrinkingParts, budget
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
 
 
@@ -84,12 +85,12 @@ def window_losses(
         Losses [N], float64, nats per token.
     """
     model = sharding.runnable(model)
-    rows = rows_per_chunk(tokens.shape[1], model.config.get_text_config().vocab_size)
+    rows = rows_per_chunk(model, tokens.shape[1])
     losses_of = _swept if layers_on_disk(model) else _whole
     losses = torch.zeros(len(tokens), dtype=torch.float64)
     for part, loss, counts in losses_of(model, tokens, rows, advance):
         if counts:
-            losses[part] = loss.double().mean(1).cpu()
+            losses[part] = loss.cpu().double().mean(1)
     return torch.tensor(processes.summed(losses.tolist()), dtype=torch.float64)
 
 
@@ -99,15 +100,19 @@ def _whole(
     """Losses [B, T - 1] of a few windows after the other, by the model's own forward, and whether they count."""
     device = next(model.parameters()).device
     stack = _opened(model, tokens.shape[1])
-    for part, counts in sharding.in_step(model, processes.share_of_batches(len(tokens), rows), slice(0, 1)):
-        batch = tokens[part].to(device)
-        if stack is None:
-            loss = next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
-        else:
-            hidden, calls = stack.enter(batch)
-            loss = exit_losses(stack, stack.run(hidden, calls, 0, len(stack)), batch)
-        yield part, loss, counts
-        advance(part.stop - part.start)
+    shared = sharding.in_step(model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
+    for one in (queue := ShrinkingParts("evaluate", shared, device, alone=not sharding.is_spread(model))):
+        (part, counts), loss = one, None
+        with queue.trying(one):
+            batch = tokens[part].to(device)
+            if stack is None:
+                loss = next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
+            else:
+                hidden, calls = stack.enter(batch)
+                loss = exit_losses(stack, stack.run(hidden, calls, 0, len(stack)), batch)
+        if loss is not None:
+            yield part, loss, counts
+            advance(part.stop - part.start)
 
 
 @torch.no_grad()
@@ -134,17 +139,38 @@ def compared_losses(
         return mine, theirs, None
     student, dense = (sharding.runnable(each) for each in (model, baseline))
     stacks = [_opened(each, tokens.shape[1]) for each in (student, dense)]
-    rows = rows_per_chunk(tokens.shape[1], student.config.get_text_config().vocab_size)
+    rows = rows_per_chunk(student, tokens.shape[1])
     found = torch.zeros(3, len(tokens), dtype=torch.float64)
-    for part, counts in sharding.in_step(dense, processes.share_of_batches(len(tokens), rows), slice(0, 1)):
-        batch = tokens[part]
-        q, p = (_next_logits(each, stack, batch) for each, stack in zip((student, dense), stacks, strict=True))
-        terms = [_terms(q(where), p(where), batch[:, 1:][:, where]) for where in _positions(stacks, batch)]
-        if counts:
-            found[:, part] = torch.cat(terms, dim=2).double().mean(2).cpu()
-        advance(2 * len(batch))
+    shared = sharding.in_step(dense, processes.share_of_batches(len(tokens), rows), slice(0, 1))
+    queue = ShrinkingParts("evaluate", shared, _device(student), alone=not sharding.is_spread(dense))
+    for one in queue:
+        with queue.trying(one):
+            part, counts = one
+            batch = tokens[part].to(_device(student))
+            q, p = (_next_logits(each, stack, batch) for each, stack in zip((student, dense), stacks, strict=True))
+            terms = [_terms(q(where), p(where), batch[:, 1:][:, where]) for where in _positions(stacks, batch)]
+            if counts:
+                found[:, part] = torch.cat(terms, dim=2).cpu().double().mean(2)
+            advance(2 * len(batch))
     mine, theirs, kl = torch.tensor(processes.summed(found.flatten().tolist()), dtype=torch.float64).view(3, -1)
     return mine, theirs, kl
+
+
+def rows_per_chunk(model: Any, window: int) -> int:
+    """Rows whose logits are had at once, by what is free on the model's device.
+
+    Args:
+        model: a causal LM of transformers.
+        window: T.
+
+    Returns:
+        At least 1.
+    """
+    return budget(_device(model)).logit_rows(window, model.config.get_text_config().vocab_size)
+
+
+def _device(model: Any) -> torch.device:
+    return next(p.device for p in model.parameters() if not p.is_meta)
 
 
 def _next_logits(model: Any, stack: DecoderRunner | None, batch: torch.Tensor) -> Callable[[slice], torch.Tensor]:
@@ -162,7 +188,7 @@ def _next_logits(model: Any, stack: DecoderRunner | None, batch: torch.Tensor) -
 def _positions(stacks: list[DecoderRunner | None], batch: torch.Tensor) -> list[slice]:
     """The T - 1 positions of a batch [B, T] that predict a token: all at once, or so many as the logits leave room."""
     last = batch.shape[1] - 1
-    together = [rows_per_chunk(len(batch), stack.vocabulary) for stack in stacks if stack]
+    together = [rows_per_chunk(stack.model, len(batch)) for stack in stacks if stack]
     return [*slices(last, min(together))] if together else [slice(0, last)]
 
 
@@ -175,8 +201,7 @@ def _terms(q: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 def _opened(model: Any, window: int) -> DecoderRunner | None:
     """A runner of the model, where one window's logits are too large to have at once and its layers can be run."""
-    vocabulary = model.config.get_text_config().vocab_size
-    if window <= rows_per_chunk(1, vocabulary) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    if window <= rows_per_chunk(model, 1) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return None
     try:
         return DecoderRunner(model)
@@ -195,7 +220,7 @@ def exit_losses(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor
     Returns:
         [B, T - 1], nats.
     """
-    tokens, together = tokens.to(hidden.device), rows_per_chunk(len(tokens), stack.vocabulary)
+    tokens, together = tokens.to(hidden.device), rows_per_chunk(stack.model, len(tokens))
     if together >= tokens.shape[1]:
         return next_token_loss(stack.exit(hidden, tokens), tokens)
     targets = tokens[:, 1:]
@@ -247,7 +272,7 @@ def loss_by_position(
     """
     device = next(model.parameters()).device
     row = row.to(device)
-    chunk = min(chunk, max(16, rows_per_chunk(1, model.config.get_text_config().vocab_size)))
+    chunk = min(chunk, max(16, rows_per_chunk(model, 1)))
     cache: dict[str, Any] = {}
     losses = []
     for start in range(0, len(row), chunk):
@@ -314,7 +339,7 @@ def perplexity_by_position(
     Returns:
         [{"start", "stop", "perplexity"}, …], stop exclusive.
     """
-    losses = torch.stack([loss_by_position(model, row, advance=advance).double().cpu() for row in windows])
+    losses = torch.stack([loss_by_position(model, row, advance=advance).cpu().double() for row in windows])
     edges = bucket_edges(windows.shape[1])
     return [
         # the loss at index i is that of the token at position i + 1

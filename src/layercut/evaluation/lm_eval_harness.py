@@ -35,8 +35,8 @@ import torch
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
 from layercut.files.json_values import digest, write_json
-from layercut.models.batch_sizes import rows_per_chunk
 from layercut.models.loading import quiet_transformers
+from layercut.models.memory import budget
 from layercut.progress import bar
 
 Record = dict[str, Any]
@@ -320,9 +320,10 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
 
         def _in_slices(self, requests: Any, order: list[int], length: Callable[[int], int], answer: Any) -> list[Any]:
             answers: list[Any] = [None] * len(requests)
+            room = budget(next(model.parameters()).device)
             with bar(self.title, len(requests)) as advance:
                 while order:
-                    rows = min(MOST_ROWS, rows_per_chunk(max(1, length(order[0])), vocabulary))
+                    rows = min(MOST_ROWS, room.logit_rows(max(1, length(order[0])), vocabulary))
                     self.batch_size_per_gpu = rows
                     part, order = order[: 4 * rows], order[4 * rows :]
                     for i, given in zip(part, answer([requests[i] for i in part]), strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layercut.models.batch_sizes import rows_per_chunk
+from layercut.models.memory import budget
 
 Request = tuple[list[int], list[int]]
 """A context, of one token at least, and what continues it, of one token at least."""
@@ -72,9 +72,9 @@ def log_likelihoods(model: Any, requests: Sequence[Request]) -> list[Answer]:
         if len(continuation) > 1:
             longer.append(i)
     longer.sort(key=lambda i: len(requests[i][1]))  # continuations of one length go together: little is padded
-    vocabulary = run.last.shape[-1]
+    room, vocabulary = budget(run.last.device), run.last.shape[-1]
     while longer:
-        rows = rows_per_chunk(len(requests[longer[-1]][1]), vocabulary)
+        rows = room.logit_rows(len(requests[longer[-1]][1]), vocabulary)
         part, longer = longer[-rows:], longer[:-rows]
         followed = _continue(model, run, [row_of[i] for i in part], [requests[i][1] for i in part])
         for i, (score, greedy) in zip(part, followed, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercut.models.devices import place_of_float64
 from layercut.progress import bar
 
 LEAST = 1e-12
@@ -36,7 +37,8 @@ def importance(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     def adding(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
         def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             rows = inputs[0].detach().flatten(0, -2).float()
-            found = rows.square().sum(0).double()
+            found = rows.square().sum(0)
+            found = found.to(place_of_float64(found.device)).double()
             sums[name] = sums[name] + found if name in sums else found
             counts[name] = counts.get(name, 0) + len(rows)
 

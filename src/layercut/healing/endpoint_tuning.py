@@ -17,9 +17,10 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from layercut.healing.stored_teacher import StoredTeacher
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
-from layercut.models.batch_sizes import slices
+from layercut.models import memory
+from layercut.models.batch_sizes import kept_bytes, slices
 from layercut.models.losses import as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective, objective_of
@@ -46,9 +48,6 @@ from layercut.segments import Segment, kept_layers
 
 Given = Sequence[tuple[nn.Parameter, float]]
 """Parameters to train, each with the unit of which the learning rate is a share."""
-PASS_TOKENS = 1024
-"""Tokens in one forward and backward pass: a step's gradient is summed over several. What is remembered for the
-backward pass grows with them; speed does not (docs/log.md)."""
 STATE_BYTES = 4 * 4
 """Of a trained parameter, in float32: the master, its gradient and AdamW's two moments."""
 SCORES = 8
@@ -57,6 +56,10 @@ SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start."""
 FEW_STEPS = 64
 """Fewer take half the default rate."""
+LOSS_SCALE = 2.0**16
+"""What losses are multiplied by where gradients are taken in float16, which below 6e-8 has nothing: at first. Halved
+where a gradient overflows, doubled every `RAISE_EVERY` steps. A power of two, undone in float32, changes no bit."""
+RAISE_EVERY = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ class _Progress:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     stopped_early: bool = False
+    pass_rows: int = 1
+    loss_scale: float = 1.0
 
     @property
     def step(self) -> int:
@@ -171,7 +176,9 @@ def tune_(
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
-        training.run_(heldout, files, advance)
+        with training.running_(heldout, files, advance) as after:
+            while training.unfinished:
+                after(training.step_())
     return training.result()
 
 
@@ -214,7 +221,9 @@ def tune_parameters_(
             stored=files.teacher, apart=True,
         )  # fmt: skip
         training = _Training(pair, list(range(len(cut))), tokens, settings, given)
-        training.run_(heldout, files, advance)
+        with training.running_(heldout, files, advance) as after:
+            while training.unfinished:
+                after(training.step_())
     return training.result()
 
 
@@ -262,7 +271,7 @@ def frozen_states(
         The states, in open files; `close` them.
     """
     (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
-    rows = rows_per_step(settings, window), rows_per_pass(window)
+    rows = rows_per_step(settings, window), rows_per_pass(pair, window)
     with bar("running the frozen layers once", len(tokens)) as advance:
         return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
 
@@ -317,9 +326,17 @@ class _Training:
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
         self.rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size, self.steps)
-        groups = [{"params": [m], "unit": unit} for m, (_, unit) in zip(self.masters, given, strict=True)]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        # parameters of one unit are stepped together
+        alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
+        groups = [{"params": [master for master, _ in pairs], "unit": unit} for unit, pairs in alike]
+        # fused: one launch, where torch would else take a dozen, and as much work space as one of the moments
+        fused = pair.student.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
         self.state_key = ""
+        self.report.pass_rows = rows_per_pass(pair, tokens.shape[1])
+        self.report.loss_scale = LOSS_SCALE if pair.student.model.dtype == torch.float16 else 1.0
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
 
     @property
     def own(self) -> list[torch.Tensor]:
@@ -331,16 +348,25 @@ class _Training:
         """Whether there is a step left."""
         return self.report.step < self.steps and not self.report.stopped_early
 
-    def run_(self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]) -> None:
-        """All steps, or those that are left; the student is then in its best state."""
+    @contextmanager
+    def running_(
+        self, heldout: torch.Tensor, files: TuningFiles, advance: Callable[..., None]
+    ) -> Iterator[Callable[[int], None]]:
+        """While open, steps are made, all or those that are left; the student is then in its best state.
+
+        Yields:
+            What is called after each step, with the tokens in it.
+        """
         try:
             judge = self.begin_(heldout, files, advance)
             with files.stopping() as stop:
-                while self.unfinished:
-                    count = self.step_()
+
+                def after(count: int) -> None:
                     self.score_(judge)
                     advance(count, f"loss {self.report.curve[-1]['loss']:.4f}")
                     self.keep(files.state, stop)
+
+                yield after
         finally:
             self.finish_()
 
@@ -351,7 +377,7 @@ class _Training:
             What scores the held-out rows.
         """
         self.state_key = self.key(heldout, [files.state.key if files.state else "", files.teacher is not None])
-        judge = HeldOut(self.pair, heldout, rows=rows_per_pass(heldout.shape[1]))
+        judge = HeldOut(self.pair, heldout, rows=rows_per_pass(self.pair, heldout.shape[1]))
         found = files.state.load(self.state_key) if files.state else None
         if processes.most(0 if found else 1) == 0 and found:  # all of them, or none
             self.restore_(*found)
@@ -395,30 +421,32 @@ class _Training:
         """One optimizer step on the next rows; the tokens in them.
 
         The gradient is that of the mean loss over the step's rows: each process takes its share of the passes and
-        weighs it by its rows. Of a sharded model every backward pass sums over the processes by itself.
+        weighs it by its rows. Of a sharded model every backward pass sums over the processes by itself. It is taken
+        again by smaller passes where memory runs out, and by a smaller loss scale where float16 overflows.
         """
-        report, model = self.report, self.pair.student.model
-        begun, cpu, total = time.perf_counter(), time.process_time(), 0.0
+        report, begun, cpu = self.report, time.perf_counter(), time.process_time()
         rows = rows_of_step(report.step, len(self.tokens), rows_per_step(self.settings, self.tokens.shape[1]))
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        for loss in self.pair.backward(self._batches(rows)):
-            total += loss
-            for master, p in zip(self.masters, self.trained, strict=True):
-                if p.grad is not None and master.grad is not None:
-                    master.grad.add_(sharding.local(p.grad))
-                p.grad = None
-        if not sharding.is_spread(model):
-            processes.sum_(*(master.grad for master in self.masters if master.grad is not None))
-        total = processes.summed([total])[0]
+        if report.loss_scale > 1 and report.step and report.step % RAISE_EVERY == 0:
+            report.loss_scale *= 2
+        total: float | None = None
+        while total is None:
+            losses, failed = list[torch.Tensor](), None
+            self._forget_gradients_()
+            try:
+                for loss in self.pair.backward(self._batches(rows)):
+                    losses.append(loss)
+                    self._take_gradients_()
+            except (RuntimeError, MemoryError) as error:
+                failed = error
+            if failed is None:
+                total = self._clip_(losses)
+            else:  # out of the handler, whose error would keep the pass's tensors
+                self._halve_passes_(failed, len(rows))
         for group in self.optimizer.param_groups:
             share = warmup_then_cosine(report.step, self.steps) * SETBACK ** len(report.setbacks)
             group["lr"] = self.rate * group["unit"] * share
-        self._clip_(1.0)
         self.optimizer.step()
-        # rounded to the dtype that is saved: what the next step computes with is what will be on disk
-        for master, own in zip(self.masters, self.own, strict=True):
-            own.copy_(master.detach().to(self.stored))
+        self._round_()
         count = len(rows) * self.tokens.shape[1]
         report.seconds += time.perf_counter() - begun
         report.cpu_seconds += time.process_time() - cpu
@@ -427,29 +455,83 @@ class _Training:
         report.curve.append({"step": report.step + 1, "tokens": report.tokens, "loss": total, **spent})
         return count
 
+    def _halve_passes_(self, error: RuntimeError | MemoryError, rows: int) -> None:
+        """Smaller passes for this step, which is taken again, and for those that follow, where memory ran out."""
+        if processes.world() > 1 or not memory.ran_out(error):
+            raise error  # of several processes the others wait for this one's gradients
+        together = min(self.report.pass_rows, rows)
+        memory.halve_(error.with_traceback(None), "tune", self.pair.student.device, together)
+        self.report.pass_rows = max(1, together // 2)
+
+    def _clip_(self, losses: list[torch.Tensor]) -> float | None:
+        """Clip the gradients' norm to 1; the host waits for the device here alone in a step.
+
+        Args:
+            losses: of the passes, times the loss scale.
+
+        Returns:
+            Their sum over all processes; None where a gradient has overflowed: the loss scale is then halved.
+        """
+        report, spread = self.report, sharding.is_spread(self.pair.student.model)
+        if not spread:
+            processes.sum_(*self._of_masters)
+        if report.loss_scale != 1:
+            torch._foreach_mul_(self._of_masters, 1 / report.loss_scale)
+        norm = nn.utils.get_total_norm(self._of_masters)
+        *parts, length = torch.cat([*losses, norm.reshape(1).to(self.pair.student.device)]).tolist()
+        total, squares = processes.summed([sum(parts) / report.loss_scale, length**2])
+        if spread:
+            length = math.sqrt(squares)
+        if not math.isfinite(length) and report.loss_scale > 1:
+            report.loss_scale /= 2
+            return None
+        nn.utils.clip_grads_with_norm_(self.masters, 1.0, norm.new_tensor(length) if spread else norm)
+        return total
+
+    @property
+    def _of_masters(self) -> list[torch.Tensor]:
+        return [master.grad for master in self.masters if master.grad is not None]
+
+    def _forget_gradients_(self) -> None:
+        torch._foreach_zero_(self._of_masters)
+        for p in self.trained:
+            p.grad = None
+
+    def _take_gradients_(self) -> None:
+        """Add a pass's gradients to the masters', in float32."""
+        pairs = zip(self.masters, self.trained, strict=True)
+        found = [(m.grad, sharding.local(p.grad)) for m, p in pairs if m.grad is not None and p.grad is not None]
+        if found:
+            torch._foreach_add_(*map(list, zip(*found, strict=True)))
+        for p in self.trained:
+            p.grad = None
+
+    def _round_(self) -> None:
+        """The masters' values in the dtype that is saved: what the next step computes with is what will be on disk."""
+        own = self.own
+        values = [
+            m.detach() if p.dtype == self.stored else m.detach().to(self.stored)
+            for m, p in zip(self.masters, own, strict=True)
+        ]
+        torch._foreach_copy_(own, values)
+
     def _batches(self, rows: torch.Tensor) -> list[Batch]:
         """This process's passes over the rows of a step, each with its weight.
 
         They are made smaller where there are fewer than processes, unless a loss is relative to the pass that it is
         taken over: then a step's passes are always the same.
         """
-        size = rows_per_pass(self.tokens.shape[1])
+        size, student = self.report.pass_rows, self.pair.student
         if any(term.whole_pass for _, term in self.pair.objective.terms()):
             parts = list(slices(len(rows), size))
             parts = parts[processes.share(len(parts))]
         else:
             parts = processes.share_of_batches(len(rows), size)
+        scale = self.report.loss_scale / len(rows)
         return [
-            (self.tokens[rows[part]], rows[part], len(rows[part]) / len(rows) if counts else 0.0)
-            for part, counts in sharding.in_step(self.pair.student.model, parts, slice(0, 1))
+            (student.place(self.tokens[rows[part]]), rows[part], len(rows[part]) * scale if counts else 0.0)
+            for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
         ]
-
-    def _clip_(self, most: float) -> None:
-        """Scale the gradients down where their norm, over all processes, is above `most`."""
-        norm = nn.utils.get_total_norm([master.grad for master in self.masters if master.grad is not None])
-        if sharding.is_spread(self.pair.student.model):
-            norm = norm.new_tensor(math.sqrt(processes.summed([norm.item() ** 2])[0]))
-        nn.utils.clip_grads_with_norm_(self.masters, most, norm)
 
     def score_(self, judge: HeldOut) -> None:
         """Take the held-out loss, where it is due after this step."""
@@ -514,7 +596,7 @@ class _Training:
 
     @torch.no_grad()
     def restore_(self, tensors: dict[str, list[torch.Tensor]], facts: dict[str, Any]) -> None:
-        vars(self.report).update({name: facts[name] for name in vars(self.report)})
+        vars(self.report).update({name: facts[name] for name in vars(self.report) if name in facts})
         own = {
             name: [sharding.part_like(p, value) for p, value in zip(self.trained, values, strict=True)]
             for name, values in tensors.items()
@@ -544,9 +626,23 @@ def is_scored(step: int, steps: int) -> bool:
     return step * SCORES // steps > (step - 1) * SCORES // steps
 
 
-def rows_per_pass(window: int) -> int:
-    """Rows of tokens in one forward and backward pass."""
-    return max(1, PASS_TOKENS // window)
+def rows_per_pass(pair: Pair, window: int) -> int:
+    """Rows of tokens in one forward and backward pass, by what the student's layers keep for the way back.
+
+    Args:
+        pair: the models.
+        window: T.
+
+    Returns:
+        At least 1; always the same where a token's loss depends on those beside it.
+    """
+    student, budget = pair.student, pair.student.budget
+    if any(term.whole_pass for _, term in pair.objective.terms()):
+        return max(1, budget.pass_tokens // window)
+    layers = student.layers[pair.prefix : pair.student_stop]
+    itemsize = student.model.dtype.itemsize
+    kept = sum(kept_bytes([p.shape for p in layer.parameters()], itemsize) for layer in layers)
+    return budget.pass_rows(window, kept)
 
 
 def rows_per_step(settings: TuneSettings, window: int) -> int:

@@ -25,7 +25,7 @@ import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ import torch
 from layercut.distributed import processes, sharding
 from layercut.healing.inputs import kept_positions, removed_segments, with_held_out
 from layercut.healing.linear_outputs import WIDEST, LinearOutput, find_targets, run_and_catch
-from layercut.models.batch_sizes import SWEPT_ROWS
 from layercut.models.cost import PlannedRun, Shape, Spent, Work, total
+from layercut.models.devices import place_of_float64
 from layercut.models.losses import as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import (
@@ -74,12 +74,13 @@ class Normal:
         Args:
             read: I, width of z.
             written: D, width of y.
-            device: of the sums.
+            device: of the sums; where it has no float64, they are on the CPU.
 
         Returns:
             Zeros.
         """
-        zz, zy = (torch.zeros(read, width, dtype=torch.float64, device=device) for width in (read, written))
+        place = place_of_float64(device)
+        zz, zy = (torch.zeros(read, width, dtype=torch.float64, device=place) for width in (read, written))
         return cls(zz, zy)
 
     def add_(self, z: torch.Tensor, y: torch.Tensor) -> None:
@@ -89,7 +90,7 @@ class Normal:
             z: what the projection reads [..., I].
             y: what is to be added to the stream [..., D].
         """
-        z, y = z.flatten(0, -2).double(), y.flatten(0, -2).double()
+        z, y = z.flatten(0, -2).to(self.zz), y.flatten(0, -2).to(self.zz)
         self.zz += z.T @ z
         self.zy += z.T @ y
         self.yy += y.square().sum().item()
@@ -175,7 +176,7 @@ def fold_(
     *,
     heldout: torch.Tensor | None = None,
     segments: Sequence[Segment] | None = None,
-    rows: int = SWEPT_ROWS,
+    rows: int | None = None,
 ) -> FoldResult:
     """Compensate the student's cuts by least squares in the layer before each, in place, where held-out KL falls.
 
@@ -191,7 +192,7 @@ def fold_(
         heldout: token ids [M, T] that decide whether the fold is kept; not given, the last eighth of the rows of
             `tokens`, one at least, which are then not solved on.
         segments: the cuts to fold, in the dense model's layers; not given, all.
-        rows: rows of `tokens` in one pass through the model.
+        rows: rows of `tokens` in one pass through the model; not given, as many as the budget allows.
 
     Returns:
         What was solved at each cut, and the KL before and after.
@@ -247,7 +248,7 @@ def fold_cut_(
     dense: DecoderRunner,
     segment: Segment,
     tokens: torch.Tensor,
-    rows: int = SWEPT_ROWS,
+    rows: int | None = None,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> Fold:
     """Fold one cut, whether that helps or not.
@@ -261,7 +262,7 @@ def fold_cut_(
         dense: the model that it was cut from.
         segment: the cut, in the dense model's layers.
         tokens: token ids [N, T].
-        rows: rows of a pass.
+        rows: rows of a pass; not given, as many as the budget allows.
         advance: counts every row once.
 
     Returns:
@@ -320,7 +321,7 @@ def _statistics(
     position: int,
     targets: Sequence[LinearOutput],
     tokens: torch.Tensor,
-    rows: int,
+    rows: int | None,
     advance: Callable[[float], None],
 ) -> tuple[Normal, Normal]:
     """Sums over the rows to fit and over those kept out; of fewer than HELD_OUT rows none is kept out.
@@ -330,9 +331,16 @@ def _statistics(
     width = sum(target.width for target in targets)
     device = own_device(student.layers[position]) or student.device
     fit, check = (Normal.zeros(width, student.hidden_size, device) for _ in range(2))
-    for parts, counts in sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)]):
-        batches = [tokens[part] for part in parts]
-        for part, (z, y) in zip(parts, _gaps(dense, student, segment, position, targets, batches), strict=True):
+    tokens, rows = dense.place(tokens), rows or dense.budget.layer_rows(tokens.shape[1])
+    shared = sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)])
+    queue = dense.parts("fold", shared)
+    for one in queue:
+        parts, counts = one
+        found: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
+        with queue.trying(one):
+            gaps = _gaps(dense, student, segment, position, targets, [tokens[part] for part in parts])
+            found = chain([next(gaps)], gaps)  # all layers have been run by then
+        for part, (z, y) in zip(parts, found, strict=False):  # none where memory ran out
             if not counts:
                 continue
             held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
@@ -362,7 +370,7 @@ def _gaps(
     carry_(dense, wanted, calls, 0, shared)
     before = list(wanted)
     carry_(dense, wanted, calls, shared, segment.stop)
-    calls = enter_all(student, batches)[1]
+    calls = [student.arguments(batch) for batch in batches]
     carry_(student, before, calls, shared, position)
     layer = student.loaded(position)
     modules = [layer.get_submodule(target.name) for target in targets]
@@ -398,7 +406,7 @@ def fold_cost(run: PlannedRun) -> Spent:
     solved = sum(solves * (2 / 3 * i**3 + 4 * i**2 * d) + 2 * rows * shape.window * i * (i + d) for i in systems)
     judged = 2 * run.heldout * (2 * shape.layers - run.length)
     work = Work.of(shape, forwards + judged, heads=4 * run.heldout, flops64=len(run.segments) * solved)
-    wide, few = max(systems), min(rows, SWEPT_ROWS)
+    wide, few = max(systems), min(rows, run.budget.layer_rows(shape.window))
     equations = 8 * wide * (wide + d)
     # Z'Z with the ridge and its factors; X, what Z'Z makes of it, and their product with Z'Y
     solving = 8 * wide * (2 * wide + 3 * d)

@@ -43,15 +43,15 @@ class LinearOutput:
 
         Args:
             layer: whose parameters are replaced.
-            x: X, float64.
+            x: X, float64, on the CPU where the device has none.
             stored: the dtype that the weights are saved in, to which the new ones are rounded.
         """
         for name, dim in self.weights:
             owner, _, leaf = name.rpartition(".")
             module = layer.get_submodule(owner)
             weight = getattr(module, leaf)
-            new = weight.double() + (x.T if dim == 0 else x) if self.reads else multiplied(weight, dim, x)
-            setattr(module, leaf, nn.Parameter(new.to(stored).to(weight.dtype), requires_grad=False))
+            new = weight.to(x) + (x.T if dim == 0 else x) if self.reads else multiplied(weight, dim, x)
+            setattr(module, leaf, nn.Parameter(new.to(stored).to(weight), requires_grad=False))
 
 
 def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,8 @@ def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:
         A weight of the same shape.
     """
     if weight.dim() == 3:
-        return torch.stack([multiplied(expert, dim - 1, x).to(weight.dtype) for expert in weight])
-    outputs = weight.double().movedim(dim, -1)
+        return torch.stack([multiplied(expert, dim - 1, x).to(weight) for expert in weight])
+    outputs = weight.to(x).movedim(dim, -1)
     return (outputs + outputs @ x).movedim(-1, dim)
 
 

@@ -21,6 +21,7 @@ import torch
 from layercut.errors import RunError
 from layercut.files.sizes import size
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
+from layercut.models.devices import placed
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
 from layercut.offload.weight_sharing import SharedLayers
 
@@ -158,20 +159,20 @@ class PairOnDisk(Pair):
     first: int
     """The first trained layer: how far the way down goes."""
 
-    def backward(self, batches: Sequence[Batch]) -> Iterator[float]:
+    def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """As in memory, but with layers outermost, so that each is read twice a step.
 
         Yields:
-            The loss of each batch while there is no gradient yet, and then 0 with the gradient of each batch at every
-            trained layer.
+            The loss of each batch while there is no gradient yet, and then none [0] with the gradient of each batch at
+            every trained layer.
         """
         assert isinstance(self.student.on_disk, SharedLayers)
         with self.student.on_disk.up_and_down(self.prefix):
             yield from self._up_and_down(batches)
 
-    def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[float]:
+    def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         student = self.student
-        calls = enter_all(student, [tokens for tokens, _, _ in batches])[1]
+        calls = [student.arguments(tokens) for tokens, _, _ in batches]
         hidden = [self._states("shared", rows) for _, rows, _ in batches]
         inputs: list[list[torch.Tensor]] = []
         for i in range(self.prefix, self.student_stop):
@@ -193,7 +194,7 @@ class PairOnDisk(Pair):
                 if leaf.grad is not None:
                     slopes[number] = leaf.grad
                 if any(p.requires_grad for p in student.layers[i].parameters()):
-                    yield 0.0
+                    yield slopes[number].new_empty(0, dtype=torch.float32)
 
     def _states(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        return self.states.read(name, rows).to(self.student.device)
+        return placed(self.states.read(name, rows), self.student.device)

@@ -20,7 +20,7 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically, writing
-from layercut.models.batch_sizes import logit_pieces, slices
+from layercut.models.batch_sizes import slices
 from layercut.models.runner import DecoderRunner
 
 SHARD_TOKENS = 8192
@@ -156,7 +156,7 @@ def _likeliest(dense: DecoderRunner, tokens: torch.Tensor, k: int, temperature: 
     for row, batch in enumerate(tokens.split(1)):
         hidden, calls = dense.enter(batch)
         final = dense.run(hidden, calls, 0, len(dense))
-        for rows, columns in logit_pieces(1, batch.shape[1], dense.vocabulary * 4):
+        for rows, columns in dense.budget.logit_pieces(1, batch.shape[1], dense.vocabulary * 4):
             logits = dense.exit(final[rows, columns], batch[rows, columns])[0].float() / temperature
             log_all = logits.log_softmax(-1)
             top = log_all.topk(k, dim=-1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, endpoints, rows_per_pass, rows_per_step
-from layercut.models.batch_sizes import PIECE_BYTES
+from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, endpoints, rows_per_step
 from layercut.models.cost import PlannedRun, Spent, Work
 from layercut.models.objectives import objective_of
 from layercut.segments import kept_layers
@@ -37,9 +36,12 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     work = Work.of(shape, forwards, rows * (stop - first), trained=rows * len(trained), heads=heads)
 
     step = min(rows_per_step(settings, shape.window), run.tuning)
-    together = min(step, rows_per_pass(shape.window))
+    budget, reckoned = run.budget, sum(shape.costs[kept[i]].kept for i in range(first, stop))
+    whole = any(term.whole_pass for _, term in objective.terms())
+    fit = max(1, budget.pass_tokens // shape.window) if whole else budget.pass_rows(shape.window, reckoned)
+    together = min(step, fit)
     # both models' logits of a piece, their gradient and one copy
-    piece = min(PIECE_BYTES, together * shape.window * shape.vocabulary * shape.itemsize)
+    piece = min(budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
     logits = 4 * piece * reads_logits
     parameters = sum(shape.dense.layers[kept[i]] for i in trained)
     peak = {"trained state": parameters * (STATE_BYTES + 3 * shape.itemsize)}

@@ -16,7 +16,8 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.healing.stored_teacher import StoredTeacher
-from layercut.models.batch_sizes import logit_pieces, slices, tokens_at_once
+from layercut.models.batch_sizes import slices
+from layercut.models.devices import placed
 from layercut.models.objectives import KL, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
 
@@ -51,12 +52,12 @@ class Pair:
         removed = len(self.dense) - len(self.student)
         return self.student_stop + removed if self.objective.needs_dense else None
 
-    def backward(self, batches: Sequence[Batch]) -> Iterator[float]:
+    def backward(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         """Add the gradient of weight x the mean loss of each batch, in turn, to the trained parameters.
 
         Yields:
-            The weighted loss of what the parameters hold the gradients of now; the caller takes and clears these
-            before it asks for the next.
+            The weighted loss of what the parameters hold the gradients of now, in parts [n], on the model's device, so
+            that nothing waits for it; the caller takes and clears the gradients before it asks for the next.
         """
         for batch in batches:
             out, wanted = self.forward(batch[0])
@@ -88,7 +89,7 @@ class Pair:
 
 def loss_gradient(
     pair: Pair, batch: Batch, out: torch.Tensor, wanted: torch.Tensor | None
-) -> tuple[float, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weight x the mean loss of what leaves the student's layers, and its gradient there.
 
     Args:
@@ -98,7 +99,7 @@ def loss_gradient(
         wanted: the same of the dense model; None where the objective needs none, or it was stored.
 
     Returns:
-        The loss, and its gradient [B, T, D] in the dtype of `out`.
+        The loss in parts [n], and its gradient [B, T, D] in the dtype of `out`.
     """
     (tokens, _, weight), student = batch, pair.student
     targets, scale = next_tokens(student.place(tokens)), weight / tokens.numel()
@@ -106,17 +107,18 @@ def loss_gradient(
         h, h_dense = (x if x is None else x.detach().to(student.device).float().flatten(0, 1) for x in (out, wanted))
         assert h is not None
         losses, slope = pair.objective.loss_and_gradient(h, h_dense, targets.flatten())
-        return losses.sum().item() * scale, slope.mul(scale).to(out).view_as(out)
+        return losses.sum()[None] * scale, slope.mul(scale).to(out).view_as(out)
     terms = terms_per_token(pair.objective, tokens.shape[1])
-    total, gradient = 0.0, torch.empty_like(out)
-    pieces = list(logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
+    parts, gradient = list[torch.Tensor](), torch.empty_like(out)
+    budget = student.budget
+    pieces = list(budget.logit_pieces(len(tokens), tokens.shape[1], student.vocabulary * out.element_size()))
     for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
         leaf = out[piece].detach().requires_grad_(True)  # [b, t, D]: the graph of the head ends here
         logits = student.exit(leaf, tokens[piece])  # [b, t, V]
         with torch.no_grad():
             z, known, following = logits.detach().flatten(0, 1), _known(pair, batch, piece, wanted), targets[piece]
             slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
-            for part in slices(len(z), tokens_at_once(z)):  # float32 exists for a few tokens at a time
+            for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
                 q, p = z[part].float(), known[0][part].float() if known else None
                 found = []
                 for share, term in terms:
@@ -130,9 +132,9 @@ def loss_gradient(
         logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`
         assert leaf.grad is not None
         if counts:
-            total += loss.item()
+            parts.append(loss)
             gradient[piece] = leaf.grad
-    return total * scale, gradient
+    return torch.stack(parts) * scale, gradient
 
 
 def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
@@ -158,7 +160,7 @@ def _known(
     """
     tokens, rows, _ = batch
     if pair.stored:
-        return tuple(x.to(pair.student.device) for x in pair.stored.read(rows[piece[0]], piece[1]))
+        return tuple(placed(x, pair.student.device) for x in pair.stored.read(rows[piece[0]], piece[1]))
     if wanted is None:
         return ()
     return (pair.dense.exit(wanted[piece], tokens[piece]).flatten(0, 1),)
@@ -200,7 +202,7 @@ class HeldOut:
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
         self.pair, self.tokens, self.objective = pair, tokens, pair.objective.judge()
         self.parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
-        self.batches = [tokens[part] for part, _ in self.parts]
+        self.batches = [pair.student.place(tokens[part]) for part, _ in self.parts]
         self.states = dense_states(pair, self.batches)
         for batch, (final, _) in zip(self.batches, self.states, strict=True):
             if not (finite := final.isfinite().flatten(1).all(1)).all():
@@ -210,30 +212,36 @@ class HeldOut:
     @torch.no_grad()
     def score(self) -> float:
         """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits."""
-        pair, terms = self.pair, self.objective.terms()
-        sums = [0.0] * len(terms)
+        pair, terms, budget = self.pair, self.objective.terms(), self.pair.student.budget
+        sums: list[torch.Tensor] = []  # of each piece, the loss by each term, read at the end
         outs = [shared for _, shared in self.states]
-        carry_(pair.student, outs, enter_all(pair.student, self.batches)[1], pair.prefix, len(pair.student))
+        calls = [pair.student.arguments(batch) for batch in self.batches]
+        carry_(pair.student, outs, calls, pair.prefix, len(pair.student))
         for (_, mine), batch, (final, _), out in zip(self.parts, self.batches, self.states, outs, strict=True):
             targets = next_tokens(pair.student.place(batch))
-            pieces = list(logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()))
+            pieces = list(budget.logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()))
             for piece, counts in sharding.in_step(pair.student.model, pieces, pieces[0]):
                 q, p = pair.student.exit(out[piece], batch[piece]).flatten(0, 1), None
                 if self.objective.needs_dense:
                     p = pair.dense.exit(final[piece], batch[piece]).flatten(0, 1)
                 if mine and counts:
-                    for i, (_, term) in enumerate(terms):
-                        sums[i] += _summed(term, q, p, targets[piece].flatten())
+                    following = targets[piece].flatten()
+                    together = budget.float_tokens(q.shape[-1])
+                    sums.append(torch.stack([_summed(term, q, p, following, together) for _, term in terms]))
+        read = torch.stack(sums).tolist() if sums else []
+        found = [sum(piece[i] for piece in read) for i in range(len(terms))]
         tokens, ends = self.tokens.numel(), len(self.tokens)
         return sum(
-            share * found / (tokens - ends if term.per_target else tokens)
-            for (share, term), found in zip(terms, processes.summed(sums), strict=True)
+            share * loss / (tokens - ends if term.per_target else tokens)
+            for (share, term), loss in zip(terms, processes.summed(found), strict=True)
         )
 
 
-def _summed(term: Objective, q: torch.Tensor, p: torch.Tensor | None, targets: torch.Tensor) -> float:
-    """The loss of logits [M, V], summed; float32 exists for a few tokens at a time."""
+def _summed(
+    term: Objective, q: torch.Tensor, p: torch.Tensor | None, targets: torch.Tensor, together: int
+) -> torch.Tensor:
+    """The loss of logits [M, V], summed; float32 exists for a few tokens at a time, `together`."""
     total = torch.zeros((), device=q.device)
-    for part in slices(len(q), tokens_at_once(q)):
+    for part in slices(len(q), together):
         total += term.loss(q[part].float(), None if p is None else p[part].float(), targets[part]).sum()
-    return total.item()
+    return total

@@ -45,6 +45,10 @@ class TuningResult:
     cpu_seconds: float
     """The same, of processor time over all threads: other work on the machine does not stretch it."""
     stopped_early: bool
+    pass_rows: int = 1
+    """Rows of tokens in one forward and backward pass, in the end."""
+    loss_scale: float = 1.0
+    """What losses were multiplied by before a backward pass, in the end: above 1 in float16."""
 
     @property
     def best(self) -> float:

@@ -17,7 +17,6 @@ from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, segment_costs, set_losses, sweep_work
-from layercut.models.batch_sizes import swept_rows
 from layercut.models.losses import as_price
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
@@ -189,8 +188,7 @@ def triangle(
         (start, stop, KL in nats per token) of each, sorted.
     """
     segments = all_lengths(longest, len(stack))
-    rows = swept_rows(stack.stream_bytes(tokens.shape[1]), len(segments))
-    costs = segment_costs(stack, tokens, segments, cost, rows=rows, advance=advance)
+    costs = segment_costs(stack, tokens, segments, cost, advance=advance)
     return sorted((c.segments[0].start, c.segments[0].stop, c.kl) for c in costs)
 
 

@@ -174,7 +174,7 @@ def capability_costs(
     sets: Sequence[Cuts],
     cost: Cost,
     *,
-    rows: int = 8,
+    rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, dict[str, float]]:
     """The damage of sets of segments to each capability, in one sweep.
@@ -184,33 +184,25 @@ def capability_costs(
         probes: rows of tests.
         sets: what is removed together.
         cost: to which the layer-forwards are added.
-        rows: rows that go through a layer together.
+        rows: rows that go through a layer together; not given, as many as the budget allows.
         advance: told the layer-forwards.
 
     Returns:
         {set: {capability: nats}}, mean over the tokens of its answers, infinite where not finite.
     """
-    wanted, spent = [DENSE, *sets], Cost()
+    wanted = [DENSE, *sets]
     of, at = probes.of(), torch.arange(len(probes.tokens))[:, None]
     marked = torch.cat([at, probes.tokens], dim=1)  # the row's number goes along, before its tokens
     sums = torch.zeros(len(sets), len(probes.names), dtype=torch.float64)
-    for batches, counts in passes_in_step(stack, marked, rows, streams_held(wanted, len(stack))):
-        numbers, tokens = [b[:, 0].tolist() for b in batches], [b[:, 1:] for b in batches]
-        ends = sweep(stack, tokens, wanted, spent if counts else Cost(), advance)
-        for b, batch in enumerate(tokens):
-            for row, (number, counted) in enumerate(sharding.in_step(stack.model, numbers[b], numbers[b][0])):
-                places = (of[number] >= 0).nonzero()[:, 0]
-                if not len(places):
-                    continue
-                row = min(row, len(batch) - 1)
-                shown, where = batch[row : row + 1, places], places.to(stack.device)
-                teacher = teacher_of(stack, ends[DENSE][b][row : row + 1, where], shown)
-                for s, cuts in enumerate(sets):
-                    kl = teacher.kl(stack.exit(ends[cuts][b][row : row + 1, where], shown))[0].double().cpu()
-                    if counts and counted:
-                        sums[s].index_add_(0, of[number, places], kl)
-        spent.dense_tokens += sum(batch.numel() for batch in tokens) * counts
-    cost.add_(spent)
+    rows = rows or stack.budget.layer_rows(probes.tokens.shape[1])
+    queue = stack.parts("search", passes_in_step(stack, marked, rows, streams_held(wanted, len(stack))))
+    for one in queue:
+        with queue.trying(one):
+            (batches, counts), spent = one, Cost()
+            found = _damage(stack, probes, sets, batches, spent, advance)
+            if counts:
+                sums += found
+                cost.add_(spent)
     processes.sum_(sums)
     tokens_of = torch.bincount(of[of >= 0], minlength=len(probes.names))
     means = (sums / tokens_of).tolist()
@@ -218,3 +210,33 @@ def capability_costs(
         cuts: {name: as_price(value, 0.0) for name, value in zip(probes.names, row, strict=True)}
         for cuts, row in zip(sets, means, strict=True)
     }
+
+
+def _damage(
+    stack: DecoderRunner,
+    probes: ProbeRows,
+    sets: Sequence[Cuts],
+    marked: Sequence[torch.Tensor],
+    cost: Cost,
+    advance: Callable[[int], None],
+) -> torch.Tensor:
+    """The damage of each set to each capability, summed over the answers of some rows: float64 [C, capabilities].
+
+    marked: the number of each row among the probes, and its tokens [B, 1 + T].
+    """
+    of, sums = probes.of(), torch.zeros(len(sets), len(probes.names), dtype=torch.float64)
+    numbers, tokens = [b[:, 0].tolist() for b in marked], [stack.place(b[:, 1:]) for b in marked]
+    ends = sweep(stack, tokens, [DENSE, *sets], cost, advance)
+    for b, batch in enumerate(tokens):
+        for row, (number, counted) in enumerate(sharding.in_step(stack.model, numbers[b], numbers[b][0])):
+            places = (of[number] >= 0).nonzero()[:, 0]
+            if not len(places):
+                continue
+            row, where = min(row, len(batch) - 1), places.to(stack.device)
+            shown = batch[row : row + 1, where]
+            teacher = teacher_of(stack, ends[DENSE][b][row : row + 1, where], shown)
+            kls = [teacher.kl(stack.exit(ends[cuts][b][row : row + 1, where], shown))[0] for cuts in sets]
+            if counted:
+                sums.index_add_(1, of[number, places], torch.stack(kls).cpu().double())
+    cost.dense_tokens += sum(batch.numel() for batch in tokens)
+    return sums

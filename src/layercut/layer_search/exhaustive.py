@@ -12,7 +12,6 @@ from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost, SearchResult
 from layercut.layer_search.search_cost import all_segments_cost, costs
 from layercut.layer_search.sweep import DENSE, set_costs, set_work, sweep_cost
-from layercut.models.batch_sizes import swept_rows
 from layercut.models.cost import PlannedRun, Spent
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
@@ -86,6 +85,5 @@ def exhaustive(
         with bar(f"sweeping {number} sets", None):
             found = candidates(prices, prices.ranked(sets, prices.rows))
             return SearchResult("exhaustive", found, cost, by_text=beside_text(prices, found, sets))
-    rows = swept_rows(runner.stream_bytes(tokens.shape[1]), number)
     with bar(f"sweeping {number} segments", set_work([DENSE, *sets], layers, len(tokens))) as advance:
-        return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, rows=rows, advance=advance), cost)
+        return SearchResult("exhaustive", set_costs(runner, tokens, sets, cost, advance=advance), cost)

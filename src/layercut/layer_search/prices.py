@@ -18,7 +18,6 @@ from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import DENSE, Cuts, row_chunks, sweep
 from layercut.layer_search.weighted_rows import weighted_rows
-from layercut.models.batch_sizes import STREAM_BYTES, SWEPT_ROWS
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
 from layercut.models.runner import DecoderRunner, dense_logits
@@ -28,7 +27,7 @@ FIRST_SHARE, FINALISTS = 8, 3
 """A race begins on one row in eight (two at least); so many are priced on all rows, if not fewer are wanted."""
 
 FEWEST_SETS = 16
-"""Sets of which the hidden states are held at once at the end of a sweep, at least; else STREAM_BYTES is the limit."""
+"""Sets of which the hidden states are held at once at the end of a sweep, at least; else the budget is the limit."""
 
 
 def first_rows(rows: int) -> int:
@@ -191,20 +190,25 @@ class Prices:
     @torch.no_grad()
     def _measure(self, sets: list[Cuts], start: int, stop: int) -> None:
         """Price rows start … stop; of several processes each a share of them, all sets on every row."""
-        streams = max(FEWEST_SETS, STREAM_BYTES // self.stack.stream_bytes(self.tokens.shape[1]))
-        rows = max(1, min(SWEPT_ROWS, streams // len(sets)))
-        prices, spent = torch.zeros(len(sets), stop - start, dtype=torch.float64), Cost()
+        stack, window = self.stack, self.tokens.shape[1]
+        budget, tokens = stack.budget, stack.place(self.tokens[start:stop])
+        streams = max(FEWEST_SETS, budget.streams // stack.stream_bytes(window))
+        rows = max(1, min(budget.layer_rows(window), streams // len(sets)))
+        prices = torch.zeros(len(sets), stop - start, dtype=torch.float64)
         shared = processes.share_of_batches(stop - start, rows)
-        for part, counts in sharding.in_step(self.stack.model, shared, slice(0, 1)):
-            batch, cost = self.tokens[start:stop][part], spent if counts else Cost()
-            weights = None if self.weights is None else self.weights[start:stop][part]
-            for some in range(0, len(sets), streams):
-                chosen = slice(some, some + streams)
-                found = self._of_batch(sets[chosen], batch, weights, cost)
+        queue = stack.parts("search", sharding.in_step(stack.model, shared, slice(0, 1)))
+        for one in queue:
+            with queue.trying(one):
+                (part, counts), spent = one, Cost()
+                weights = None if self.weights is None else self.weights[start:stop][part]
+                found = [
+                    self._of_batch(sets[some : some + streams], tokens[part], weights, spent)
+                    for some in range(0, len(sets), streams)
+                ]
+                spent.dense_tokens += tokens[part].numel()
                 if counts:
-                    prices[chosen, part] = found
-            cost.dense_tokens += batch.numel()
-        self.cost.add_(spent)
+                    prices[:, part] = torch.cat(found)
+                    self.cost.add_(spent)
         processes.sum_(prices)
         for cuts, found in zip(sets, prices.tolist(), strict=True):
             self.known[cuts] += map(as_price, found)
@@ -214,14 +218,13 @@ class Prices:
     ) -> torch.Tensor:
         """The price of each set on each row of a batch: token ids [B, T] -> [C, B]."""
         ends = {cuts: streams for cuts, (streams,) in sweep(self.stack, [batch], [DENSE, *sets], cost).items()}
-        found: list[list[float]] = [[] for _ in sets]
+        found: list[torch.Tensor] = []  # [C, b] of each chunk, read at the end
         for part, counts in row_chunks(self.stack, batch):
             some = None if weights is None else weights[part]
             judge = Judge(self.objective, self.stack, ends[DENSE][part], batch[part], weights=some)
-            for prices, cuts in zip(found, sets, strict=True):
-                price = judge(ends[cuts][part]).tolist()
-                prices += price if counts else []
-        return torch.tensor(found, dtype=torch.float64)
+            prices = torch.stack([judge(ends[cuts][part]) for cuts in sets])
+            found += [prices] if counts else []
+        return torch.cat(found, dim=1).cpu().double()
 
     def ranked(self, sets: Iterable[Cuts], rows: int, *, text_only: bool = False) -> list[Cuts]:
         """Sets from the cheapest on the first `rows` rows; the earlier of equals.

@@ -17,6 +17,7 @@ from torch import nn
 from layercut.distributed import processes
 from layercut.errors import ModelError
 from layercut.layer_search.result import Cost
+from layercut.models.devices import place_of_float64
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import Calls, DecoderRunner, passes, passes_in_step
 
@@ -60,7 +61,7 @@ def similarity(
             continue
         for batch, (states, _) in zip(batches, found, strict=True):
             states = [h.to(stack.device) for h in states]  # layers may be on several devices
-            cosine += cosine_sums(torch.stack(states)).cpu()
+            cosine += cosine_sums(torch.stack(states))
             angular += angular_sums(torch.stack([h[:, -1] for h in states])).cpu()
             spent.layer_forwards += len(stack) * len(batch)
             spent.dense_tokens += batch.numel()
@@ -87,12 +88,13 @@ def cosine_sums(states: torch.Tensor) -> torch.Tensor:
     it would be another criterion, which chooses other segments.
     """
     unit = F.normalize(states.float(), dim=-1).flatten(1)
-    return (unit @ unit.T).double()
+    return (unit @ unit.T).cpu().double()
 
 
 def angular_sums(last: torch.Tensor) -> torch.Tensor:
     """Sum over rows of arccos(cos(h_i, h_j)) / pi: [L + 1, B, D] -> [L + 1, L + 1], float64."""
-    unit = F.normalize(last.double(), dim=-1)  # float64: arccos is steep where two states are nearly the same
+    # float64: arccos is steep where two states are nearly the same
+    unit = F.normalize(last.to(place_of_float64(last.device)).double(), dim=-1)
     return torch.einsum("ibd,jbd->bij", unit, unit).clamp(-1, 1).arccos().sum(0) / torch.pi
 
 
@@ -146,7 +148,7 @@ def taylor_scores(
                         total += grad.float() / predictions
             if batches is groups[-1]:
                 scores[i] = sum(
-                    (p.detach().float() * g).abs().sum(dtype=torch.float64).item()
+                    (p.detach().float() * g).abs().to(place_of_float64(g.device)).sum(dtype=torch.float64).item()
                     for p, g in zip(matrices, sums[i], strict=True)
                 )
                 sums[i] = []

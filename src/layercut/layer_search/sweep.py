@@ -19,7 +19,7 @@ import torch
 
 from layercut.distributed import processes, sharding
 from layercut.layer_search.result import Candidate, Cost
-from layercut.models.batch_sizes import SWEPT_ROWS, rows_per_chunk, slices, swept_rows
+from layercut.models.batch_sizes import slices
 from layercut.models.cost import PlannedRun, Spent, Work
 from layercut.models.losses import as_price, compared_bytes, next_token_loss
 from layercut.models.runner import Calls, DecoderRunner, passes_in_step, teacher_of
@@ -37,7 +37,7 @@ def segment_costs(
     segments: Sequence[Segment],
     cost: Cost,
     *,
-    rows: int = SWEPT_ROWS,
+    rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
     """KL(p || q) of each segment cut out alone: `set_costs` of sets of one.
@@ -47,7 +47,7 @@ def segment_costs(
         tokens: token ids [N, T].
         segments: what is priced.
         cost: to which the layer-forwards are added.
-        rows: rows per batch.
+        rows: rows per batch; not given, as many as the budget allows.
         advance: called with the layer-forwards done.
 
     Returns:
@@ -63,7 +63,7 @@ def set_costs(
     sets: Iterable[Cuts],
     cost: Cost,
     *,
-    rows: int = SWEPT_ROWS,
+    rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> list[Candidate]:
     """KL(p || q) of each set of segments cut out together.
@@ -74,7 +74,7 @@ def set_costs(
         sets: what is priced.
         cost: to which the layer-forwards are added.
         rows: rows of tokens that go through a layer together: one sweep for each such batch, or, where the layers are
-            on disk, one for all.
+            on disk, one for all. Not given: as many as the budget allows.
         advance: called with the layer-forwards done.
 
     Returns:
@@ -84,17 +84,20 @@ def set_costs(
         ModelError: the dense predictions are not finite.
     """
     totals = dict.fromkeys(sets, 0.0)
-    wanted, spent = [DENSE, *totals], Cost()
-    for batches, counts in passes_in_step(stack, tokens, rows, streams_held(wanted, len(stack))):
-        ends = sweep(stack, batches, wanted, spent if counts else Cost(), advance)
-        for b, batch in enumerate(batches):
-            for part, chunk_counts in row_chunks(stack, batch):
-                teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])  # p [rows, T, V], for all sets
-                for cuts in totals:
-                    kl = teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum().item()
-                    totals[cuts] += kl if counts and chunk_counts else 0.0
-            spent.dense_tokens += batch.numel() * counts
-    cost.add_(spent)
+    wanted, tokens = [DENSE, *totals], stack.place(tokens)
+    queue = stack.parts("search", _passes(stack, tokens, rows, wanted))
+    for one in queue:
+        with queue.trying(one):
+            (batches, counts), spent = one, Cost()
+            ends = sweep(stack, batches, wanted, spent, advance)
+            found: list[torch.Tensor] = []  # of each chunk the KL of each set, read at the end
+            for b, batch in enumerate(batches):
+                for part, chunk_counts in row_chunks(stack, batch):
+                    teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])  # p [rows, T, V], for all sets
+                    kl = [teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum() for cuts in totals]
+                    found += [torch.stack(kl)] if kl and chunk_counts else []
+                spent.dense_tokens += batch.numel()
+            _add(totals, found, cost, spent, counts)
     totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
     candidates = [Candidate(cuts, as_price(total / tokens.numel(), 0.0)) for cuts, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
@@ -107,7 +110,7 @@ def set_losses(
     sets: Iterable[Cuts],
     cost: Cost,
     *,
-    rows: int = SWEPT_ROWS,
+    rows: int | None = None,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> dict[Cuts, float]:
     """Next-token loss without each set of segments; the dense stream is carried only as far as the last fork.
@@ -123,19 +126,41 @@ def set_losses(
     Returns:
         The loss of each set, mean over the N (T - 1) predictions in nats, infinite where it is not finite.
     """
-    totals, spent = dict.fromkeys(sets, 0.0), Cost()
-    for batches, counts in passes_in_step(stack, tokens, rows, streams_held(totals, len(stack))):
-        ends = sweep(stack, batches, list(totals), spent if counts else Cost(), advance)
-        for b, batch in enumerate(batches):
-            targets = stack.place(batch)
-            for part, chunk_counts in row_chunks(stack, batch):
-                for cuts in totals:
-                    logits = stack.exit(ends[cuts][b][part], batch[part])
-                    loss = next_token_loss(logits, targets[part]).sum().item()
-                    totals[cuts] += loss if counts and chunk_counts else 0.0
-    cost.add_(spent)
+    totals, tokens = dict.fromkeys(sets, 0.0), stack.place(tokens)
+    queue = stack.parts("search", _passes(stack, tokens, rows, list(totals)))
+    for one in queue:
+        with queue.trying(one):
+            (batches, counts), spent = one, Cost()
+            ends = sweep(stack, batches, list(totals), spent, advance)
+            found: list[torch.Tensor] = []
+            for b, batch in enumerate(batches):
+                for part, chunk_counts in row_chunks(stack, batch):
+                    losses = [
+                        next_token_loss(stack.exit(ends[cuts][b][part], batch[part]), batch[part]).sum()
+                        for cuts in totals
+                    ]
+                    found += [torch.stack(losses)] if losses and chunk_counts else []
+            _add(totals, found, cost, spent, counts)
     sums = processes.summed([*totals.values()])
     return {cuts: as_price(total / (tokens.numel() - len(tokens))) for cuts, total in zip(totals, sums, strict=True)}
+
+
+def _passes(
+    stack: DecoderRunner, tokens: torch.Tensor, rows: int | None, sets: Sequence[Cuts]
+) -> list[tuple[list[torch.Tensor], bool]]:
+    """This process's passes over the rows, each with whether it counts."""
+    window = tokens.shape[1]
+    rows = rows or stack.budget.swept_rows(window, stack.stream_bytes(window), len(sets))
+    return passes_in_step(stack, tokens, rows, streams_held(sets, len(stack)))
+
+
+def _add(totals: dict[Cuts, float], found: list[torch.Tensor], cost: Cost, spent: Cost, counts: bool) -> None:
+    """Add to the totals what a pass has found, [C] of each chunk, and its cost; nothing if it does not count."""
+    if counts:
+        for chunk in torch.stack(found).tolist() if found else []:
+            for cuts, value in zip(totals, chunk, strict=True):
+                totals[cuts] += value
+        cost.add_(spent)
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:
@@ -162,8 +187,8 @@ def sweep_cost(run: PlannedRun, sets: Sequence[Cuts]) -> Spent:
         Hidden states, and one layer at work or a chunk of logits; the layer-forwards.
     """
     shape, rows = run.shape, run.searched
-    batch = min(rows, swept_rows(shape.stream(1), len(sets)))
-    logits = compared_bytes(shape.chunk_logits(batch), shape.itemsize)
+    batch = min(rows, run.budget.swept_rows(shape.window, shape.stream(1), len(sets)))
+    logits = compared_bytes(shape.chunk_logits(batch, run.budget), shape.itemsize)
     held = streams_held(sets, shape.layers) * shape.stream(rows if run.on_disk else batch)
     peak = {"streams": held, "logits or layer": max(logits, batch * shape.most("live"))}
     return Spent(peak, Work.of(shape, set_work(sets, shape.layers, rows), heads=rows * len(sets)))
@@ -305,5 +330,5 @@ def row_chunks(stack: DecoderRunner, tokens: torch.Tensor) -> list[tuple[slice, 
     Returns:
         Slices of the rows, each with whether it counts: see `sharding.in_step`.
     """
-    rows = rows_per_chunk(tokens.shape[1], stack.vocabulary)
+    rows = stack.budget.logit_rows(tokens.shape[1], stack.vocabulary)
     return sharding.in_step(stack.model, list(slices(len(tokens), rows)), slice(0, 1))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from layercut.config import CompressConfig
-from layercut.models.batch_sizes import rows_per_chunk
+from layercut.models.batch_sizes import Budget
 from layercut.segments import Segment
 
 Peak = dict[str, int]
@@ -64,6 +64,8 @@ class LayerCost:
     """Bytes that autograd keeps for the backward pass, weights frozen."""
     saved_trained: int
     """The same where the weights take gradients: each matrix keeps its input as well."""
+    kept: int
+    """Bytes that a token leaves for the way back, as tuning reckons before it has run (`batch_sizes.kept_bytes`)."""
     kernels: int
     """Operations on tensors that one call of the layer issues, however few the tokens."""
 
@@ -116,9 +118,17 @@ class Shape:
         """Bytes of one hidden state of so many rows."""
         return rows * self.window * self.hidden * self.itemsize
 
-    def chunk_logits(self, rows: int) -> int:
-        """Numbers in one chunk of the logits of so many rows."""
-        return min(rows, rows_per_chunk(self.window, self.vocabulary)) * self.window * self.vocabulary
+    def chunk_logits(self, rows: int, budget: Budget) -> int:
+        """Numbers in one chunk of the logits.
+
+        Args:
+            rows: of which there are logits.
+            budget: of the device.
+
+        Returns:
+            How many.
+        """
+        return min(rows, budget.logit_rows(self.window, self.vocabulary)) * self.window * self.vocabulary
 
 
 # --- what a stage computes -----------------------------------------------------------------------------------
@@ -216,6 +226,8 @@ class PlannedRun:
     """Rows that judge healing."""
     folded: int
     """Rows that the fold is solved on."""
+    budget: Budget = field(default_factory=Budget.of_cpu)
+    """What one pass may take on the device."""
     tests: int = 0
     """Rows of generated tests that are searched on beside the text."""
     libraries: int = 0

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from layercut.models.batch_sizes import slices, tokens_at_once
+from layercut.models.batch_sizes import slices
+from layercut.models.memory import budget
 
 
 def as_price(value: float, least: float = -math.inf) -> float:
@@ -118,6 +119,6 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         [B, T], in nats.
     """
     z, targets = logits.flatten(0, 1), tokens.flatten()
-    parts = slices(len(z), tokens_at_once(logits))
+    parts = slices(len(z), budget(logits.device).float_tokens(logits.shape[-1]))
     losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
     return torch.cat(losses).view(tokens.shape)

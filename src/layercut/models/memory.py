@@ -1,4 +1,12 @@
-"""Memory of this machine and of this process, in bytes."""
+"""Memory of this machine, of this process and of its accelerator, in bytes; what of it a pass may take, and no more.
+
+Stages ask `budget` how much they do at once. Where memory runs out all the same, they go on in smaller parts:
+
+    with memory_limit(None):               # opened by the run, and by public functions
+        for part in (parts := ShrinkingParts("search", work, device)):
+            with parts.trying(part):
+                ...                        # a part that runs out of memory comes again, as two halves
+"""
 
 from __future__ import annotations
 
@@ -7,19 +15,30 @@ import ctypes
 import gc
 import os
 import resource
-from collections.abc import Iterator
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from layercut import progress
 from layercut.distributed import processes
+from layercut.errors import ModelError
+from layercut.files.sizes import parse_bytes
+from layercut.models.batch_sizes import Budget
+
+Part = TypeVar("Part", bound=Any)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can be allocated without swapping: of the machine, within a container's limit, and of the device.
+    """Memory that can still be allocated: an accelerator's, or the machine's without swapping.
 
-    Of several processes on a machine each has an even part of it, within the limits that the process has by itself
-    (`ulimit -v`, `ulimit -d`).
+    The machine's within a container's limit: of several processes on it each has an even part, within the limits that
+    the process has by itself (`ulimit -v`, `ulimit -d`).
     """
     import psutil
 
@@ -33,7 +52,26 @@ def available_bytes(device: torch.device) -> int:
     except (OSError, ValueError, KeyError):
         pass
     here = min([min(free) // processes.on_this_machine(), *_within_limits()])
-    return min(here, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else here
+    if device.type != "cpu" and (own := accelerator_bytes(device)) is not None:
+        return own
+    return here if (most := most_bytes()) is None else min(here, max(0, most - (resident_bytes() or 0)))
+
+
+def accelerator_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on an accelerator, what torch keeps for reuse counted as free.
+
+    Args:
+        device: not the CPU.
+
+    Returns:
+        Within what `memory_limit` allows; None where the device does not say, whose memory is taken as the machine's.
+    """
+    try:
+        used, kept = torch.accelerator.memory_allocated(device), torch.accelerator.memory_reserved(device)
+        free = torch.accelerator.get_memory_info(device)[0] + kept - used
+    except (RuntimeError, NotImplementedError, AttributeError):  # some backends do not count
+        return None
+    return max(0, free if (most := most_bytes()) is None else min(free, most - used))
 
 
 def _within_limits() -> Iterator[int]:
@@ -82,3 +120,177 @@ def reuse_freed(most: int = 256 * 2**20) -> None:
     if hasattr(library, "malloc_trim"):  # glibc, whose numbers these are
         library.mallopt(_M_TRIM_THRESHOLD, most)
         library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest there is: larger pieces are returned at once
+
+
+# --- what a pass may take ---
+
+
+@dataclass
+class _Limits:
+    most: int | None = None
+    halvings: int = 0
+    most_rows: int = sys.maxsize
+
+
+_limits: ContextVar[_Limits | None] = ContextVar("layercut_memory", default=None)
+
+
+@contextlib.contextmanager
+def memory_limit(most: int | str | None = None) -> Iterator[None]:
+    """While open, stages take no more memory than this on the device that computes, and remember where it ran out.
+
+    One that is opened within another keeps the other's limit where it gives none.
+
+    Args:
+        most: bytes, or a size such as "20GB", weights included; None: what is free.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: text that is no size.
+    """
+    most = parse_bytes("--max-memory", most) if isinstance(most, str) else most
+    if most is None and _limits.get() is not None:
+        yield
+        return
+    token = _limits.set(_Limits(most))
+    try:
+        yield
+    finally:
+        _limits.reset(token)
+
+
+def most_bytes() -> int | None:
+    """The limit of the innermost `memory_limit`; None where there is none."""
+    limits = _limits.get()
+    return limits.most if limits else None
+
+
+def budget(device: torch.device, free: int | None = None) -> Budget:
+    """What one pass may take on a device, its weights being there.
+
+    That of a CPU is the same whatever is free, so that results are, unless a limit is given; both are halved for each
+    time that memory ran out.
+
+    Args:
+        device: that computes.
+        free: bytes; asked now where not given.
+
+    Returns:
+        The budget.
+    """
+    limits = _limits.get()
+    if device.type != "cpu":
+        found = Budget.of_accelerator(available_bytes(device) if free is None else free)
+    else:
+        found = Budget.of_cpu()
+        if limits and limits.most is not None:
+            found = found.least(Budget.of_accelerator(available_bytes(device)))
+    return found.divided(2**limits.halvings, limits.most_rows) if limits and limits.halvings else found
+
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""Words of the errors of devices whose own class of error is not torch's."""
+MOST_HALVINGS = 16
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+
+
+def halve_(error: BaseException, stage: str, device: torch.device, rows: int) -> None:
+    """After an error that says so: halve the budget for what follows, and say it. Any other error is raised again.
+
+    Args:
+        error: what was caught.
+        stage: for the message.
+        device: that ran out of memory; what torch keeps for reuse on it is freed.
+        rows: that were done at once: from now on half of them, at most.
+
+    Raises:
+        BaseException: `error`, where it is another one or no `memory_limit` is open to remember it.
+        ModelError: it was halved too often.
+    """
+    limits = _limits.get()
+    if not ran_out(error) or limits is None:
+        raise error
+    if limits.halvings == MOST_HALVINGS:
+        raise ModelError(
+            f"{stage} runs out of memory on {device} even with the least that can be done at once",
+            "read the layers from disk: --stream on; or give shorter rows: --window 128",
+        ) from error
+    limits.halvings += 1
+    limits.most_rows = min(limits.most_rows, max(1, rows // 2))
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+    release_freed()
+    progress.warn(stage, f"out of memory on {device}: going on with 1/{2**limits.halvings} as much at once")
+
+
+class ShrinkingParts(Generic[Part]):
+    """Work in parts; one that runs out of memory is taken again as two halves, by half the budget."""
+
+    def __init__(self, stage: str, parts: Iterable[Part], device: torch.device, *, alone: bool = True) -> None:
+        """Nothing is done yet.
+
+        Args:
+            stage: for the message.
+            parts: slices or tensors of rows, lists of these, or tuples that begin with one of them.
+            device: that computes.
+            alone: whether no other process waits for this one's parts: else an error is raised.
+        """
+        self.stage, self.device, self.alone = stage, device, alone
+        self.left = deque(parts)
+
+    def __iter__(self) -> Iterator[Part]:
+        while self.left:
+            yield self.left.popleft()
+
+    @contextlib.contextmanager
+    def trying(self, part: Part) -> Iterator[None]:
+        """While open, work on a part, to whose results nothing was added yet when it fails.
+
+        Args:
+            part: that was given last.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not self.alone:
+                raise
+            failed: BaseException | None = error
+        else:
+            failed = None
+        if failed is not None:  # out of the handler: the error's traceback would keep the part's tensors
+            failed.__traceback__ = failed.__traceback__ if not ran_out(failed) else None
+            halve_(failed, self.stage, self.device, rows_in(part))
+            self.left.extendleft(reversed(halves(part)))
+
+
+def rows_in(part: Any) -> int:
+    """Rows of what `halves` takes."""
+    if isinstance(part, tuple):
+        return rows_in(part[0])
+    if isinstance(part, list):
+        return sum(map(rows_in, part))
+    return part.stop - part.start if isinstance(part, slice) else len(part)
+
+
+def halves(part: Any) -> list[Any]:
+    """Two parts of a part, or itself where it is one row: a slice, rows [N, …], a list of these, a tuple with one."""
+    if isinstance(part, tuple):
+        return [(half, *part[1:]) for half in halves(part[0])]
+    if isinstance(part, list):
+        middle = len(part) // 2
+        return [part[:middle], part[middle:]] if middle else [[half] for half in halves(part[0])]
+    if isinstance(part, slice):
+        middle = (part.start + part.stop + 1) // 2
+        return [slice(part.start, middle), slice(middle, part.stop)] if middle < part.stop else [part]
+    return list(part.split((len(part) + 1) // 2))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
 
 
@@ -32,7 +33,7 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
     """
     at_rest = [model.at_rest if isinstance(model, DecoderRunner) else model for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
-    with in_eval_mode(*at_rest):
+    with memory_limit(), in_eval_mode(*at_rest):
         try:
             for model in at_rest:
                 _set_flags_(model, {})

@@ -18,9 +18,10 @@ over the same weights, and all processes must take as many steps (`sharding.in_s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -30,15 +31,19 @@ from torch.utils.checkpoint import checkpoint
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.files.sizes import size
-from layercut.models.batch_sizes import rows_per_chunk
+from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Peak, PlannedRun
+from layercut.models.devices import placed
+from layercut.models.direct_head import DirectHead, find_direct_head
 from layercut.models.layer_reader_protocol import layers_on_disk, without_reading
 from layercut.models.loading import find_decoder, stored_dtype
 from layercut.models.losses import Teacher, as_price, compared_bytes
-from layercut.models.memory import available_bytes
+from layercut.models.memory import ShrinkingParts, available_bytes, budget
+from layercut.progress import say
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 LayerForward = Callable[..., Any]
+Part = TypeVar("Part")
 
 
 @contextmanager
@@ -103,6 +108,44 @@ def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+MOST_SHAPES = 4
+"""Shapes of tokens whose layer arguments (masks, rotary embeddings) are remembered."""
+
+
+REPEATS, NOISE = 3, 4
+"""Where layer by layer a model's logits are not its own to the bit: runs that show how far its own are from each other,
+and how many times as far those may be."""
+
+
+class _Entered(Exception):
+    """Ends a model's forward at its first layer."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two layers' arguments are equal: of tensors, plain values, and tuples, lists and dicts of these alone.
+
+    Args:
+        one: arguments, or a part of them.
+        other: the same of other tokens.
+
+    Returns:
+        False also where they hold anything else.
+    """
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(same_values, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(same_values, one.values(), other.values()))
+    return (one is None or isinstance(one, bool | int | float | str)) and one == other
+
+
 class DecoderRunner:
     """A model's decoder, run piece by piece: embeddings, any of the layers, final norm and head.
 
@@ -123,6 +166,10 @@ class DecoderRunner:
         self.on_disk = layers_on_disk(model)
         """The reader behind the layers; None where they are in memory."""
         self._shapes: dict[type, Any] = {}  # by class of layer, the structure of what it returns
+        self._embedding: nn.Module | None = None  # not known: the model's forward, ended at the first layer
+        self._head: DirectHead | None = None  # not known: logits by a run of the whole model
+        self._arguments: OrderedDict[torch.Size, Calls] | None = None  # by the tokens' shape, where that decides them
+        self._free = None if self.device.type == "cpu" else available_bytes(self.device)
         with without_reading(model):  # what is checked depends on the classes and the config, not on the weights
             self._check()
 
@@ -156,6 +203,23 @@ class DecoderRunner:
         """The dtype the weights are saved in."""
         return stored_dtype(self.model)
 
+    @property
+    def budget(self) -> Budget:
+        """What one pass may take; by what was free when this runner was made, so that it changes only where halved."""
+        return budget(self.device, self._free)
+
+    def parts(self, stage: str, parts: Iterable[Part]) -> ShrinkingParts[Part]:
+        """Work in parts that become smaller where memory runs out; unless other processes wait for each of them.
+
+        Args:
+            stage: for the message.
+            parts: as of `memory.ShrinkingParts`.
+
+        Returns:
+            To be iterated over.
+        """
+        return ShrinkingParts(stage, parts, self.device, alone=not sharding.is_spread(self.model))
+
     def loaded(self, i: int) -> nn.Module:
         """Layer i with its weights in memory: read now where it is on disk, and there until another is entered."""
         if self.on_disk:
@@ -172,7 +236,7 @@ class DecoderRunner:
 
     def place(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens on the model's device."""
-        return tokens.to(self.device)
+        return placed(tokens, self.device)
 
     def on_device_of(self, i: int, hidden: torch.Tensor) -> torch.Tensor:
         """h_i on the device of layer i, where layers are on several: for what is computed beside it.
@@ -189,6 +253,8 @@ class DecoderRunner:
 
     def enter(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
         """Embeddings [B, T, D] of tokens [B, T], and the further arguments of every layer for these tokens."""
+        if known := self._known_arguments(tokens):
+            return (self._embedding or self._embedded)(self.place(tokens)), known
         calls: Calls = []
         embedded: list[torch.Tensor] = []
 
@@ -200,7 +266,35 @@ class DecoderRunner:
 
         with intercepted(self.layers, record), sharding.not_gathering(self.layers):
             self.model(input_ids=self.place(tokens), use_cache=False, **self._one_logit())
+        if self._arguments is not None:
+            self._arguments[tokens.shape] = calls
+            if len(self._arguments) > MOST_SHAPES:
+                self._arguments.popitem(last=False)
         return embedded[0], calls
+
+    def arguments(self, tokens: torch.Tensor) -> Calls:
+        """What each layer will need for tokens [B, T], without their embeddings where it is known already."""
+        return self._known_arguments(tokens) or self.enter(tokens)[1]
+
+    def _known_arguments(self, tokens: torch.Tensor) -> Calls | None:
+        """The layers' arguments for other tokens of this shape; None where they may differ, or are not known yet."""
+        if not self._arguments or tokens.shape not in self._arguments:
+            return None
+        self._arguments.move_to_end(tokens.shape)
+        return self._arguments[tokens.shape]
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer [B, T, D]; the model's forward ends there."""
+
+        def end(i: int, run: LayerForward, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            raise _Entered(hidden)
+
+        with intercepted(self.layers[:1], end):
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except _Entered as entered:
+                return entered.hidden
+        raise AssertionError("the first layer was not entered")
 
     def layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
         """h_{i+1} = f_i(h_i). Under a gradient a layer on disk is recomputed, or the graph would hold its weights.
@@ -251,6 +345,12 @@ class DecoderRunner:
         Returns:
             Logits [B, T, V], or of the part.
         """
+        if self._head:
+            return self._head.logits(hidden if part is None else hidden[:, part], self.place(tokens))
+        return self._exit_whole(hidden, tokens, part)
+
+    def _exit_whole(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
+        """`exit` by a run of the whole model, in which no layer computes."""
         last = len(self.layers) - 1
         kept = {} if part is None else self._keep(torch.arange(part.start, part.stop, device=self.device))
 
@@ -291,16 +391,60 @@ class DecoderRunner:
     def _check(self) -> None:
         tokens = torch.arange(8, device=self.device)[None] % self.vocabulary
         expected = self.model(input_ids=tokens, use_cache=False).logits
-        hidden, calls = self.enter(tokens)
-        got = self.exit(self.run(hidden, calls, 0, len(self)), tokens)
-        # a model that overflows has the same NaN both ways; whether it may is for those who use its predictions
-        same = expected.shape == got.shape and bool(((expected == got) | (expected.isnan() & got.isnan())).all())
-        if hidden.shape[:2] != tokens.shape or not same:
+        embedding = self.model.get_input_embeddings()
+        embedded: list[torch.Tensor] = []
+        hook = embedding.register_forward_hook(lambda module, given, found: embedded.append(found))
+        try:
+            hidden, calls = self.enter(tokens)
+        finally:
+            hook.remove()
+        last = self.run(hidden, calls, 0, len(self))
+        self._head = find_direct_head(self.model, self.layers, self._exit_whole, last, tokens)
+        got = self.exit(last, tokens)
+        if hidden.shape[:2] != tokens.shape or not self._agrees(expected, got, tokens):
             raise ModelError(
                 f"the layers of {type(self.model).__name__} exchange more than the hidden state, "
                 "so they cannot be searched or healed one by one",
                 "cut a segment you choose yourself: layercut cut MODEL --segment START:STOP",
             )
+        # a run that ends at the first layer leaves weights gathered; and a model may look at its tokens for masks
+        others = [] if sharding.is_spread(self.model) else self._other_tokens(tokens)
+        if others and all(same_values(calls, self.enter(other)[1]) for other in others):
+            self._arguments = OrderedDict()
+            # where nothing is between them, what the embedding gives is what the first layer takes
+            self._embedding = embedding if any(found is hidden for found in embedded) else None
+
+    def _agrees(self, expected: torch.Tensor, got: torch.Tensor, tokens: torch.Tensor) -> bool:
+        """Whether logits are those of the model's own forward [1, T, V]: to the bit, or as near as that is to itself.
+
+        Kernels that add in any order (fused attention, experts) give other last bits at every run.
+        """
+        # a model that overflows has the same NaN both ways; whether it may is for those who use its predictions
+        if got.shape != expected.shape or not torch.equal(got.isnan(), expected.isnan()):
+            return False
+        away = (got.float() - expected.float()).nan_to_num().abs().max().item()
+        if away == 0:
+            return True
+        runs = [self.model(input_ids=tokens, use_cache=False).logits for _ in range(REPEATS)]
+        noise = max((run.float() - expected.float()).nan_to_num().abs().max().item() for run in runs)
+        most = min(2**10 * torch.finfo(expected.dtype).eps, 0.05) * expected.float().nan_to_num().abs().max().item()
+        if away > NOISE * noise or noise > most:  # more than rounding: it remembers what it ran before
+            return False
+        say(
+            "model",
+            f"{type(self.model).__name__} does not give the same logits twice (they differ by up to {noise:.2g}); "
+            f"run layer by layer they differ by {away:.2g}, allowed are {NOISE} times its own",
+        )
+        return True
+
+    def _other_tokens(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens in the place of others [1, T], on which masks may depend: those that the config names, and none."""
+        configs = (self.model.config, self.model.config.get_text_config())
+        named = {v for c in configs for name, v in vars(c).items() if "token" in name and type(v) is int}
+        special = sorted(v for v in named if 0 <= v < self.vocabulary) or [0]
+        plain = next((v for v in range(self.vocabulary) if v not in named), 0)
+        rows = [(special * tokens.shape[1])[: tokens.shape[1]], [plain] * tokens.shape[1]]
+        return [torch.tensor([row], device=tokens.device) for row in rows]
 
 
 def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
@@ -501,8 +645,7 @@ def common_prefix(
         h_prefix [B, T, D], and both models' layer arguments.
     """
     hidden, calls = dense.enter(tokens)
-    _, student_calls = student.enter(tokens)
-    return dense.run(hidden, calls, 0, prefix), calls, student_calls
+    return dense.run(hidden, calls, 0, prefix), calls, student.arguments(tokens)
 
 
 def teacher_of(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor) -> Teacher:
@@ -607,24 +750,29 @@ def mean_kl(dense: DecoderRunner, student: DecoderRunner, tokens: torch.Tensor, 
     Raises:
         ModelError: the dense predictions are not finite.
     """
-    total = 0.0
-    mine = shared_passes(dense, tokens, rows_per_chunk(tokens.shape[1], dense.vocabulary), streams=3)
-    for parts, counts in sharding.in_step(dense.model, mine, [slice(0, 1)]):
-        batches = [tokens[part] for part in parts]
-        p, calls = enter_all(dense, batches)
-        carry_(dense, p, calls, 0, prefix)
-        q, student_calls = list(p), enter_all(student, batches)[1]
-        carry_(dense, p, calls, prefix, len(dense))
-        carry_(student, q, student_calls, prefix, len(student))
-        for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True):
-            kl = teacher_of(dense, p_hidden, batch).kl(student.exit(q_hidden, batch)).sum().item()
-            total += kl if counts else 0.0
+    total, tokens = 0.0, dense.place(tokens)
+    mine = shared_passes(dense, tokens, dense.budget.logit_rows(tokens.shape[1], dense.vocabulary), streams=3)
+    queue = dense.parts("kl", sharding.in_step(dense.model, mine, [slice(0, 1)]))
+    for part in queue:
+        with queue.trying(part):
+            rows, counts = part
+            batches = [tokens[some] for some in rows]
+            p, calls = enter_all(dense, batches)
+            carry_(dense, p, calls, 0, prefix)
+            q, student_calls = list(p), [student.arguments(batch) for batch in batches]
+            carry_(dense, p, calls, prefix, len(dense))
+            carry_(student, q, student_calls, prefix, len(student))
+            found = [
+                teacher_of(dense, p_hidden, batch).kl(student.exit(q_hidden, batch)).sum()
+                for batch, p_hidden, q_hidden in zip(batches, p, q, strict=True)
+            ]
+            total += sum(torch.stack(found).tolist()) if counts else 0.0
     return as_price(processes.summed([total])[0] / tokens.numel())
 
 
 def kl_peak(run: PlannedRun) -> Peak:
     """What `mean_kl` of the held-out rows holds: hidden states, and a chunk of both models' logits."""
     shape, rows = run.shape, run.heldout
-    held = rows if run.on_disk else min(rows, rows_per_chunk(shape.window, shape.vocabulary))
-    logits = compared_bytes(shape.chunk_logits(rows), shape.itemsize, kept=2)
+    held = rows if run.on_disk else min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
+    logits = compared_bytes(shape.chunk_logits(rows, run.budget), shape.itemsize, kept=2)
     return {"streams": 3 * shape.stream(held), "logits": logits}

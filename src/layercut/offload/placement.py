@@ -16,7 +16,7 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Shape, Spent, Work
-from layercut.models.memory import available_bytes
+from layercut.models.memory import available_bytes, memory_limit
 from layercut.offload.layer_reader import open_on_disk, read_by_layer, stored_tensors
 from layercut.offload.several_devices import accelerators, dispatch_, fullest
 
@@ -29,6 +29,7 @@ def load(
     *,
     stream: StreamMode = "auto",
     shard: ShardMode = "auto",
+    max_memory: str | None = None,
     device_map: DeviceMapMode = "auto",
     **how: Any,
 ) -> loading.LanguageModel:
@@ -42,6 +43,7 @@ def load(
         checkpoint: the files.
         stream: whether layers are left on disk.
         shard: whether weights are sharded.
+        max_memory: what the device may hold; not given, that of an open `memory_limit`, or what is free.
         device_map: whether layers are placed over several accelerators.
         **how: the other arguments of `loading.load`.
 
@@ -52,13 +54,14 @@ def load(
         ConfigError: `shard` is "on" and there is one process, or `device_map` is, and there is one accelerator.
         ModelError: as `loading.load`.
     """
-    if spread(checkpoint, stream=stream, shard=shard, **how):
-        return load_spread(checkpoint, **how)
-    if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
-        return load_over_devices(checkpoint, **how)
-    if wanted(checkpoint, stream=stream, device_map=device_map, **how):
-        return open_on_disk(checkpoint, **how)
-    return loading.load(checkpoint, **how)
+    with memory_limit(max_memory):
+        if spread(checkpoint, stream=stream, shard=shard, **how):
+            return load_spread(checkpoint, **how)
+        if over_devices(checkpoint, stream=stream, device_map=device_map, **how):
+            return load_over_devices(checkpoint, **how)
+        if wanted(checkpoint, stream=stream, device_map=device_map, **how):
+            return open_on_disk(checkpoint, **how)
+        return loading.load(checkpoint, **how)
 
 
 def over_devices(
@@ -191,7 +194,9 @@ def share_of_memory(checkpoint: checkpoints.Checkpoint, **how: Any) -> float:
         A share; above 1 where the weights do not fit.
     """
     device = loading.pick_device(how.get("device", "auto"))
-    return weight_bytes(checkpoint, **how) / max(1, available_bytes(device))
+    with memory_limit(how.get("max_memory")):  # they pass through the machine's memory
+        room = min(available_bytes(place) for place in (device, torch.device("cpu")))
+    return weight_bytes(checkpoint, **how) / max(1, room)
 
 
 def weight_bytes(checkpoint: checkpoints.Checkpoint, **how: Any) -> int:

@@ -101,7 +101,8 @@ def compare(model: str, config: CompareConfig) -> Path:
     check_sources(journey)
     folder = default_folder(model)
 
-    with Run(config.run.out or folder.with_name(f"{folder.name}-compare"), force=config.run.force) as run:
+    folder, limit = folder.with_name(f"{folder.name}-compare"), memory.memory_limit(config.load.max_memory)
+    with limit, Run(config.run.out or folder, force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         compare_methods(RunContext(checkpoint, journey, run), model, config.compare, length)
         return run.folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
-from layercut.models import checkpoints
+from layercut.models import checkpoints, memory
 from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,
@@ -59,7 +59,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     processes.start()
     asked = resolve(model, config, until)
     repo_id = processes.on_main(lambda: destination(asked.config.hub))
-    with Run(gguf_run.run_folder(asked.config.run) or default_folder(model), force=asked.config.run.force) as run:
+    folder = gguf_run.run_folder(asked.config.run) or default_folder(model)
+    with memory.memory_limit(config.load.max_memory), Run(folder, force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)})
         work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
         stages.text.draw_all(work, stages.text.uses(asked.config, until))

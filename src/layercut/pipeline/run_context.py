@@ -60,7 +60,8 @@ class RunContext:
     @cached_property
     def source(self) -> dict[str, Any]:
         """What the dense model depends on; not on where its weights lie while it runs."""
-        load = {name: value for name, value in asdict(self.config.load).items() if name not in ("shard", "device_map")}
+        apart = ("shard", "device_map", "max_memory")
+        load = {name: value for name, value in asdict(self.config.load).items() if name not in apart}
         return {"checkpoint": processes.on_main(self._fingerprint), "load": load}
 
     def _fingerprint(self) -> str:

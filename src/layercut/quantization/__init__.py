@@ -21,6 +21,7 @@ import torch
 from layercut.config import EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.models import loading
+from layercut.models.devices import place_of_float64
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.progress import bar
@@ -33,7 +34,6 @@ from layercut.quantization.quantizers import Quantizer, codes, resolve
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 
-BATCH_TOKENS = 2048
 Batches = list[tuple[torch.Tensor, Calls]]
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
 
@@ -222,7 +222,7 @@ def _layer_by_layer(
     advance: Callable[..., None],
 ) -> None:
     """Hessians of a layer, then its weights, then its outputs for the next one."""
-    batches = [stack.enter(batch) for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))]
+    batches = [stack.enter(batch) for batch in stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1]))]
     for i in range(max(wanted) + 1):
         if i in wanted:
             hessians = _hessians(stack, i, batches, wanted[i])
@@ -263,7 +263,7 @@ def _hessians(
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return torch.float64 if place_of_float64(device) == device else torch.float32
 
 
 def _quantize_weight(

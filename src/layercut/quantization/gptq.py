@@ -40,7 +40,7 @@ def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tens
     Returns:
         [O], in H's dtype.
     """
-    delta = (weight.double() - other.double()).to(hessian.dtype)
+    delta = weight.to(hessian.dtype) - other.to(hessian.dtype)
     return ((delta @ hessian) * delta).sum(1) / 2
 
 

@@ -40,7 +40,7 @@ class Quantizer(Protocol):
         Args:
             weight: [O, I] of a linear layer y = W x (an embedding: [V, D]), on the model's device, in its dtype.
             hessian: H = 2 X'X [I, I] of the layer's inputs X [N, I], as the quantized layers before it compute them,
-                in float64 (float32 on mps); None where `needs_calibration` is False.
+                in float64 (float32 where the device has none); None where `needs_calibration` is False.
             grid: scales and zero points: code q stands for (q - z) s.
 
         Returns:

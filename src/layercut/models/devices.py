@@ -1,0 +1,38 @@
+"""What devices differ in: whether they know float64, and how tensors get to them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def place_of_float64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64, as Apple's GPUs."""
+    return device if _has_float64(device.type) else CPU
+
+
+@cache
+def _has_float64(kind: str) -> bool:
+    try:
+        torch.zeros((), dtype=torch.float64, device=kind)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; from the CPU's memory to a GPU's by way of pinned memory, for which nothing waits.
+
+    Args:
+        tensor: anywhere.
+        device: where it is wanted.
+
+    Returns:
+        Itself where it is there already.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

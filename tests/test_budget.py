@@ -1,0 +1,235 @@
+"""How much is done at once: by the device's memory, within a limit, and less where memory runs out all the same."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from layercut import memory_limit
+from layercut.errors import ConfigError, ModelError
+from layercut.evaluation import likelihood
+from layercut.healing import fold_, tune_, tuning_pass
+from layercut.layer_search import sweep
+from layercut.layer_search.prices import Prices
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
+from layercut.models import batch_sizes, loading, memory
+from layercut.models.batch_sizes import Budget, kept_bytes
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.segments import Segment
+from layercut.surgery import cut_segment_
+
+GPU = torch.device("cuda", 0)
+GIB = 2**30
+
+
+def cut_copy(model):
+    student = loading.share(model)
+    cut_segment_(student, [Segment(3, 5)])
+    return student
+
+
+# --- sizes ---
+
+
+def test_a_cpu_does_as_much_at_once_whatever_is_free():
+    assert memory.budget(torch.device("cpu")) == Budget.of_cpu() == Budget.of_cpu(torch.get_num_threads())
+    with memory_limit("1TB"):
+        assert replace(memory.budget(torch.device("cpu")), swept_tokens=Budget.of_cpu().swept_tokens) == Budget.of_cpu()
+
+
+@pytest.mark.parametrize("free", [0, 3 * GIB, 20 * GIB, 70 * GIB])
+def test_an_accelerator_does_as_much_as_its_free_memory_bears(free):
+    budget, vocabulary = Budget.of_accelerator(free), 128256
+    assert budget == Budget.of_accelerator(free + free // 100), "a little more changes nothing"
+    rows, tokens = budget.logit_rows(256, vocabulary), budget.float_tokens(vocabulary)
+    assert 1 <= budget.pass_rows(256, kept_bytes=2**20) <= budget.recorded_rows(256) <= 32
+    if free:
+        pieces = list(budget.logit_pieces(16, 256, 2 * vocabulary))
+        largest = max((r.stop - r.start) * (c.stop - c.start) for r, c in pieces)
+        assert 5 * rows * 256 * vocabulary * 4 < free
+        assert 4 * largest * 2 * vocabulary + 16 * tokens * vocabulary < free / 4
+        assert len(pieces) == {3: 16, 20: 2, 70: 1}[free // GIB], "130 tokens a piece, whatever the device, before"
+
+
+def test_what_torch_keeps_for_reuse_is_free(monkeypatch):
+    counted = {"get_memory_info": (5 * GIB, 24 * GIB), "memory_reserved": 18 * GIB, "memory_allocated": 3 * GIB}
+    for name, value in counted.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda device, value=value: value)
+    assert memory.available_bytes(GPU) == 20 * GIB
+    assert memory.budget(GPU) == Budget.of_accelerator(20 * GIB)
+    with memory_limit("8GiB"), memory_limit():
+        assert memory.available_bytes(GPU) == 5 * GIB, "the limit holds for what is there already too"
+        assert memory.budget(GPU) == Budget.of_accelerator(5 * GIB)
+
+
+def test_a_limit_is_a_size_and_ends(monkeypatch):
+    monkeypatch.setattr(memory, "resident_bytes", lambda: GIB)
+    with memory_limit("1200MiB"):
+        assert memory.budget(torch.device("cpu")) == Budget.of_cpu().least(Budget.of_accelerator(176 * 2**20))
+    assert memory.budget(torch.device("cpu")) == Budget.of_cpu()
+    with pytest.raises(ConfigError, match="--max-memory 'much' is no size"), memory_limit("much"):
+        pass
+
+
+def test_what_is_kept_for_the_way_back_is_told_on_the_safe_side():
+    layer, kept = tiny.llama().model.layers[0], 0
+    seen = set()
+
+    def pack(tensor):
+        nonlocal kept
+        key = tensor.untyped_storage().data_ptr()
+        if key not in seen and not isinstance(tensor, torch.nn.Parameter):
+            seen.add(key)
+            kept += tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.randn(1, 64, 32, requires_grad=True)
+    angles = torch.zeros(1, 64, 8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(hidden, position_embeddings=(angles.cos(), angles.sin()))
+    told = 64 * kept_bytes([p.shape for p in layer.parameters()], 4)
+    assert kept < told < 4 * kept
+    assert kept_bytes([torch.Size([64, 10, 6])], 2) == 2 * 8 * 16 * 2, "of 64 experts a token meets a few"
+
+
+def test_halves_of_everything_that_is_done_in_parts():
+    rows = torch.arange(5)
+    assert [h.tolist() for h in memory.halves(rows)] == [[0, 1, 2], [3, 4]]
+    assert memory.halves(slice(2, 7)) == [slice(2, 5), slice(5, 7)]
+    assert memory.halves(slice(2, 3)) == [slice(2, 3)]
+    assert memory.halves(([slice(0, 4)], True)) == [([slice(0, 2)], True), ([slice(2, 4)], True)]
+    assert memory.halves([1, 2, 3]) == [[1], [2, 3]]
+
+
+# --- where memory runs out ---
+
+
+def short_of_memory(function, most):
+    """As the function, on a device that holds what so many rows take; `tried` notes the rows of each call."""
+    tried = []
+
+    def checked(self, first, *args, **kwargs):
+        tried.append(len(first))
+        if len(first) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return function(self, first, *args, **kwargs)
+
+    return checked, tried
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Whatever runs layers runs out of memory with more than two rows."""
+    enter, tried = short_of_memory(DecoderRunner.enter, 2)
+    monkeypatch.setattr(DecoderRunner, "enter", enter)
+    return tried
+
+
+def stages():
+    model, tokens = tiny.llama(), tiny.some_tokens(7)
+    stack, student = DecoderRunner(model), DecoderRunner(cut_copy(model))
+    sets = [(segment,) for segment in all_segments(2, 8)]
+    return {
+        "sweep": lambda: [(c.segments, c.kl) for c in segment_costs(stack, tokens, all_segments(2, 8), Cost())],
+        "losses": lambda: list(set_losses(stack, tokens, sets, Cost()).items()),
+        "prices": lambda: list(zip(sets, Prices(stack, tokens, Cost()).of(sets, 7).mean(1).tolist(), strict=True)),
+        "kl": lambda: [("kl", mean_kl(stack, student, tokens))],
+    }
+
+
+@pytest.mark.parametrize("name", stages())
+def test_a_stage_that_runs_out_of_memory_goes_on_in_halves_and_says_so(name, short, caplog):
+    with memory_limit(), caplog.at_level(logging.WARNING, "layercut"):
+        stages()[name]()
+    assert max(short) > 2
+    assert "out of memory on cpu: going on with 1/2 as much at once" in caplog.text
+
+
+@pytest.mark.parametrize("name", stages())
+def test_what_goes_on_in_halves_finds_the_same(name, monkeypatch):
+    wanted, stage = dict(stages()[name]()), stages()[name]
+    enter, tried = short_of_memory(DecoderRunner.enter, 2)
+    monkeypatch.setattr(DecoderRunner, "enter", enter)
+    with pytest.raises(torch.OutOfMemoryError):
+        stage()  # nobody could remember it
+    with memory_limit():
+        found = dict(stage())
+        before = len(tried)
+        stage()
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert all(rows <= 2 for rows in tried[before:]), "what follows knows"
+
+
+def test_cost_is_that_of_the_work_that_counts(monkeypatch):
+    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(7)
+    plain, halved = Cost(), Cost()
+    segment_costs(stack, tokens, all_segments(2, 8), plain)
+    monkeypatch.setattr(DecoderRunner, "enter", short_of_memory(DecoderRunner.enter, 2)[0])
+    with memory_limit():
+        segment_costs(stack, tokens, all_segments(2, 8), halved)
+    assert (halved.layer_forwards, halved.dense_tokens) == (plain.layer_forwards, plain.dense_tokens)
+
+
+def test_an_evaluation_and_a_fold_go_on_too(monkeypatch):
+    model, tokens = tiny.llama(), tiny.some_tokens(16)
+    losses = likelihood.window_losses(model, tokens)
+    plain = fold_(first := cut_copy(model), model, tokens[:-2], heldout=tokens[-2:])
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", short_forward(forward))
+    with memory_limit():
+        torch.testing.assert_close(likelihood.window_losses(model, tokens), losses)
+    found = fold_(second := cut_copy(model), model, tokens[:-2], heldout=tokens[-2:])
+    assert found.kl_after == pytest.approx(plain.kl_after, rel=1e-4)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def short_forward(forward):
+    def checked(self, input_ids, **kwargs):
+        if len(input_ids) > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    return checked
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(monkeypatch, caplog):
+    model, tokens, results = tiny.llama(), tiny.some_tokens(8), []
+    for most in (8, 2):
+        forward, tried = short_of_memory(tuning_pass.Pair.forward, most)
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning_pass.Pair, "forward", forward)
+            student = cut_copy(model)
+            results.append(tune_(student, model, tokens[:-1], heldout=tokens[-1:], batch_tokens=64, learning_rate=1e-3))
+    plain, halved = results
+    assert (plain.pass_rows, halved.pass_rows) == (64, 2)
+    assert [p["loss"] for p in halved.curve] == pytest.approx([p["loss"] for p in plain.curve], rel=1e-4)
+    assert halved.heldout[-1]["loss"] == pytest.approx(plain.heldout[-1]["loss"], rel=1e-4)
+    assert tried == [4, 2, 2, 2, 1], "the first step twice; the second has three rows"
+    assert "out of memory on cpu" in caplog.text
+
+
+def test_what_no_halving_helps_ends_with_a_hint(monkeypatch):
+    stack = DecoderRunner(tiny.llama())
+    monkeypatch.setattr(DecoderRunner, "enter", short_of_memory(DecoderRunner.enter, 0)[0])
+    with memory_limit(), pytest.raises(ModelError, match="out of memory on cpu even with the least") as caught:
+        segment_costs(stack, tiny.some_tokens(2), all_segments(2, 8), Cost())
+    assert "--stream on" in caught.value.hint
+
+
+def test_other_errors_are_not_taken_for_it(monkeypatch):
+    stack = DecoderRunner(tiny.llama())
+    monkeypatch.setattr(sweep, "sweep", lambda *_: (_ for _ in ()).throw(RuntimeError("size mismatch")))
+    with memory_limit(), pytest.raises(RuntimeError, match="size mismatch"):
+        segment_costs(stack, tiny.some_tokens(2), all_segments(2, 8), Cost())
+
+
+def test_a_halved_budget_is_half_of_everything():
+    whole, half = Budget.of_cpu(), Budget.of_cpu().divided(2)
+    assert half.logits == whole.logits // 2
+    assert half.rows == whole.rows // 2
+    assert replace(half, rows=1).divided(8).rows == 1
+    assert whole.rows == batch_sizes.SWEPT_ROWS
