@@ -402,6 +402,10 @@ def test_refusals(monkeypatch):
     model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj holds weights that are not finite"):
         quantize_(model, TOKENS, QuantizeConfig(bits=4, quantizer="rtn"))
+    with monkeypatch.context() as older:
+        older.delattr("transformers.integrations.compressed_tensors.CompressedTensorsDequantize")
+        with pytest.raises(ConfigError, match="cannot load zero points or packed embeddings"):
+            quantize_(tiny.llama(2), TOKENS, QuantizeConfig(bits=4, asymmetric=True))
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(ConfigError, match="compressed-tensors") as refusal:
         quantize_(model, TOKENS, QuantizeConfig(bits=4))

@@ -115,7 +115,7 @@ def quantize_(
         DataError: as `quantize`.
         ModelError: as `quantize`.
     """
-    require_library()
+    require_library(one_width=config.one_width)
     name, rounds = resolve(quantizer or config.quantizer)
     if rounds.needs_calibration and (tokens is None or not tokens.numel()):
         raise ConfigError(f"the quantizer {name} is calibrated on tokens, and none are given", "give tokens [N, T]")

@@ -11,20 +11,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 
 from layercut.errors import ConfigError
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment
 from layercut.quantization.grid import Grid
 
 
-def require_library() -> None:
-    """ConfigError with the install line where compressed-tensors is missing."""
+def require_library(*, one_width: bool = False) -> None:
+    """Refuse to quantize where what is written could not be read.
+
+    Args:
+        one_width: whether transformers has to unpack the weights while loading.
+
+    Raises:
+        ConfigError: compressed-tensors is missing, or transformers cannot do that (5.24 can, 5.20 cannot; tried).
+    """
     try:
         import compressed_tensors  # noqa: F401
     except ImportError:
         raise ConfigError(
             "quantizing needs a package that is missing: compressed-tensors", 'pip install "layercut[quantize]"'
         ) from None
+    if one_width and not unpacks_while_loading():
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot load zero points or packed embeddings",
+            "pip install -U transformers, or leave out --asymmetric and --embedding-bits",
+        )
+
+
+def unpacks_while_loading() -> bool:
+    """Whether this version of transformers has the operation that unpacks each weight as it is read."""
+    from transformers.integrations import compressed_tensors
+
+    return hasattr(compressed_tensors, "CompressedTensorsDequantize")
 
 
 def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
