@@ -111,6 +111,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0].on
     if name in ("copy_", "_to_copy"):
         return _copied(func, args, kwargs)
+    if name.startswith("_foreach_") and len({t.device for t in args[0]}) > 1:
+        return _by_device(func, args, kwargs)
     own: list[StandInTensor] = []
     foreign: list[torch.Tensor] = []
     cpu_args = _unwrapped(args, own, foreign)
@@ -130,6 +132,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(out, torch.Tensor):
         return raws[id(out)] if id(out) in raws else StandInTensor(out, on)
     return tree_map_only(torch.Tensor, lambda t: raws[id(t)] if id(t) in raws else StandInTensor(t, on), out)
+
+
+def _by_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation on lists of tensors: for each place in the lists by itself, as torch does over several devices."""
+    found = [
+        func(*([each[i]] if type(each) is list else each for each in args), **kwargs) for i in range(len(args[0]))
+    ]
+    return None if None in found else [one for (one,) in found]
 
 
 def _unwrapped(value: Any, own: list[StandInTensor], foreign: list[torch.Tensor]) -> Any:

@@ -73,6 +73,14 @@ def test_devices_are_not_mixed(counts):
     assert (here + torch.tensor(1.0)).tolist() == [2.0, 2.0]  # 0-dimensional, as torch allows
 
 
+def test_lists_of_tensors_may_lie_on_several(counts):
+    tensors = [torch.ones(2, device=f"standin:{i}") for i in range(2)]
+    torch._foreach_mul_(tensors, 3.0)
+    assert [t.tolist() for t in torch._foreach_add(tensors, tensors)] == [[6.0, 6.0]] * 2
+    with pytest.raises(CrossedDevicesError):
+        torch._foreach_add_(tensors, tensors[::-1])
+
+
 def test_it_has_no_float64(counts):
     with pytest.raises(TypeError, match=r"no torch\.float64"):
         torch.ones(2, device="standin").double()
