@@ -230,6 +230,12 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         pass
 
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()  # random numbers are the CPU's
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
     def get_device_name(self, device: Any = None) -> str:
         return "stand-in accelerator"
 
