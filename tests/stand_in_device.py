@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 NAME = "standin"
 AVAILABLE = "LAYERCUT_STAND_IN"
@@ -236,6 +237,9 @@ class _Module:
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
     def get_device_name(self, device: Any = None) -> str:
         return "stand-in accelerator"
 
@@ -301,7 +305,8 @@ def register() -> None:
 def present(folder: Path, devices: int = 1) -> Iterator[Counts]:
     """While open, so many devices are there, also for processes that are started.
 
-    Autograd's threads by device are switched off: torch's Python backend has one of them.
+    Autograd's threads by device are switched off: torch's Python backend has one of them. So is the exception by which
+    recomputing ends where nothing more is needed: its device guard, in Python too, ends the process at it.
     """
     register()
     info = folder / "stand_in-0.dist-info"
@@ -314,7 +319,7 @@ def present(folder: Path, devices: int = 1) -> Iterator[Counts]:
     # parameters keep their identity when a module is moved, as between the CPU and CUDA
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(False), set_checkpoint_early_stop(False):
             counts.reset_()
             yield counts
     finally:
