@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 NAME = "standin"
 AVAILABLE = "LAYERCUT_STAND_IN"
@@ -305,8 +304,7 @@ def register() -> None:
 def present(folder: Path, devices: int = 1) -> Iterator[Counts]:
     """While open, so many devices are there, also for processes that are started.
 
-    Autograd's threads by device are switched off: torch's Python backend has one of them. So is the exception by which
-    recomputing ends where nothing more is needed: its device guard, in Python too, ends the process at it.
+    Autograd's threads by device are switched off: torch's Python backend has one of them.
     """
     register()
     info = folder / "stand_in-0.dist-info"
@@ -319,7 +317,7 @@ def present(folder: Path, devices: int = 1) -> Iterator[Counts]:
     # parameters keep their identity when a module is moved, as between the CPU and CUDA
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        with torch.autograd.set_multithreading_enabled(False), set_checkpoint_early_stop(False):
+        with torch.autograd.set_multithreading_enabled(False):
             counts.reset_()
             yield counts
     finally:
