@@ -3,8 +3,9 @@
     python benchmarks/compare.py --data TEXT --eval-data HELDOUT [--ratios 0.2 0.3] [--tune-tokens 16384] …
 
 `layercut compare` at each ratio, into runs/compare-RATIO (stopped, it goes on there); the outcome is copied to
-results/compare-RATIO.json, without paths of this machine, from which `benchmarks/readme.py` makes the README's
-tables. Every method gets the same calibration, tuning and evaluation tokens, in one run on one machine.
+results/compare-RATIO.json, without paths of this machine, from which `benchmarks/readme.py` makes the tables of the
+documentation; with --tasks or --probes to results/survives-RATIO.json, what every cut still does. Every method gets the
+same calibration, tuning and evaluation tokens, in one run on one machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from common import arguments
 from layercut.cli.demo import fetch_model
-from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig
+from layercut.config import CompareConfig, DataConfig, MethodsConfig, RunConfig, TasksConfig
 from layercut.data.sources import split_mix
 from layercut.files.json_values import write_json
 from layercut.pipeline.compare import compare
@@ -45,6 +46,11 @@ def main() -> None:
         tokens=2048,
         window=256,
         eval_tokens=8192,
+        tasks="",
+        include_path="",
+        limit=400,
+        probes=0,
+        states="cut,folded,tuned",
         tune_tokens=16384,
         seed=0,
         runs="runs",
@@ -59,11 +65,19 @@ def main() -> None:
                 eval_tokens=args.eval_tokens,
                 eval_window=args.window,
                 tune_tokens=args.tune_tokens,
+                states=args.states,
+            ),
+            tasks=TasksConfig(
+                tasks=args.tasks,
+                limit=args.limit if args.tasks else None,
+                include_path=Path(args.include_path) if args.include_path else None,
+                probes=bool(args.probes),
             ),
             run=RunConfig(out=Path(args.runs) / f"compare-{ratio:g}"),
         )
         run = compare(args.model or str(fetch_model()), config)
-        take_over(run, args.out.with_name(f"compare-{ratio:g}.json"), ratio=ratio, seed=args.seed)
+        name = "survives" if args.tasks or args.probes else "compare"
+        take_over(run, args.out.with_name(f"{name}-{ratio:g}.json"), ratio=ratio, seed=args.seed)
 
 
 if __name__ == "__main__":

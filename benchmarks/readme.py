@@ -23,6 +23,7 @@ from layercut.files.json_values import write_json, write_text
 from layercut.report.formatting import Json, count, figure, label, short, size
 from layercut.report.tables import by_kl, stage_rows
 from stage_two import frontier_table, speed_table
+from survival_tables import keep_table, survival_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -178,10 +179,11 @@ def filled(text: str) -> str:
         "figures": table(json.loads(RESULT.read_text())),
         "search": search_tables(read(RESULTS / "gate_ablation.json"), read(RESULTS / "stream.json")),
     }
-    regions |= {"results": headline()}
+    regions |= {"results": headline(), "survives": each("survives-*.json", survival_markdown)}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
     later |= {"speed": speed_table, "shapes": shapes_table, "engines": engines_table, "recall": recall_table}
+    later |= {"keep_recall": keep_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
         between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import folders
 from layercut import evaluation
@@ -88,6 +89,9 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
         bare = mean_kl(DecoderRunner(model), DecoderRunner(student), blocks["heldout"])
         assert tuning["heldout"]["start"] <= bare * (1 + 1e-5)
         assert tuning["from_fold"] or tuning["heldout"]["start"] == pytest.approx(bare, rel=1e-5)
+        # what else is measured of the tuned state is measured of these weights
+        loading.replace_parameters_(student, load_file(finished / f"{module.stem(segments)}-tuned.safetensors"))
+        assert evaluation.perplexity(student, blocks["evaluation"]) == pytest.approx(row["perplexity"]["tuned"])
         if tuning["best_step"] == 0:
             state = "folded" if tuning["from_fold"] else "cut"
             assert row["perplexity"]["tuned"] == pytest.approx(row["perplexity"][state], rel=1e-5)
@@ -302,12 +306,13 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
     (tmp_path / "tasks").mkdir()
     tasks = folders.write_tasks(tmp_path / "tasks")
     out = tmp_path / "run"
-    command = [*arguments, f"--out={out}", "--methods=2:4,cosine,3:4+6:7", "--tune-tokens=32", "--tasks=tiny_choices"]
-    command += [f"--include-path={tasks}", "--limit=9", "--probes"]
+    command = [*arguments, f"--out={out}", "--methods=2:4,3:5,cosine", "--tune-tokens=32", "--tasks=tiny_choices"]
+    command += [f"--include-path={tasks}", "--limit=9", "--probes", "--states=cut,tuned"]
     scored, real = [], evaluation.score_tasks
+    monkeypatch.setattr(evaluation, "generation_health", lambda *_: {"compressed": {"repeated_4grams": 0.25}})
 
     def score(*args, name, **how):
-        if len(scored) == 4:
+        if len(scored) == 2:
             raise KeyboardInterrupt
         scored.append(name)
         return real(*args, name=name, **how)
@@ -321,14 +326,16 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
     found = json.loads((out / "compare.json").read_text())
     assert found["tasks"]["tiny_choices"] == {"metric": "acc_norm", "items": 9, "chance": pytest.approx(13 / 36)}
     for row in found["methods"]:
-        assert list(row["judged"]) == [state for state, value in row["perplexity"].items() if value is not None]
+        assert list(row["judged"]) == ["cut", "tuned"]
         for judged in row["judged"].values():
             dense = found["judged_dense"]["scores"]["tiny_choices"]
             assert judged["retained"]["mean"] == pytest.approx(judged["scores"]["tiny_choices"] / dense)
             assert (judged["retained"]["behind"] is None) == (row["method"] == "2:4")
-            assert {"compressed", "dense"} <= judged["health"].keys()
+            assert judged["health"] == {"compressed": {"repeated_4grams": 0.25}}
     shown = capsys.readouterr().out
     assert "What survives" in shown
     assert "tuned" in shown
     assert (out / "compare-survival.svg").is_file()
-    assert "What survives" in (out / "compare.html").read_text()
+    page = (out / "compare.html").read_text()
+    assert "What survives" in page
+    assert "25.0%" in page.partition('id="survives"')[2].partition("</section>")[0]

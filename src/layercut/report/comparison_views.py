@@ -177,7 +177,7 @@ def damage(judged: Json) -> str:
     """The mean damage to the capabilities, in nats per answer token."""
     each = (formatting.finite(value) for _, value in judged.capabilities.damage.entries())
     known = [value for value in each if value is not None]
-    return formatting.figure(sum(known) / len(known)) if known else "-"
+    return f"{sum(known) / len(known):.2f}" if known else "-"
 
 
 def survival_table(comparison: Any) -> Table:
@@ -200,14 +200,15 @@ def survival_table(comparison: Any) -> Table:
     )  # fmt: skip
     table.add_column("method", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in (*(("kept", "above\nchance", "behind") if tasks else ()), "keys", "lists", "damage", "repeats"):
+    for heading in (*(("kept", "above\nchance", "behind") if tasks else ()), "keys", "lists", "damage"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = ""
     for method, state, judged in survivals(comparison):
-        kept = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")] if tasks else []
+        above = retention_words(judged, "above_chance").partition(" ")[0]  # eighty columns hold no more errors
+        kept = [retention_words(judged), above, retention_words(judged, "behind")] if tasks else []
         if method == "dense" and tasks:
             kept = ["100", "100", "-"]
-        of_probes = found(judged["keys"]), found(judged.lists), damage(judged), repeats(judged)
+        of_probes = found(judged["keys"]), found(judged.lists), damage(judged) if state else "-"
         table.add_row(Text("" if method == last else method), state, *kept, *of_probes)
         last = method
     return table
@@ -231,7 +232,7 @@ def survival_caption(tasks: dict[str, Json]) -> str:
     )
     return (kept if tasks else "") + (
         "keys, lists: found of those hidden; damage: KL per answer token of generated tests, nats, mean over "
-        "capabilities; repeats: share of 4-grams that occurred before"
+        "capabilities"
     )
 
 
@@ -260,7 +261,7 @@ def draw_survival(comparison: Any, path: Path) -> None:
     rows = [row for row in comparison.methods if row.judged]
     panels = [(title, of) for title, of in panels if any(of(j) for row in rows for _, j in row.judged.entries())]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
-        canvas = Figure(figsize=(3 * max(1, len(panels)) + 1, 1.2 + 0.45 * len(rows)), layout="constrained")
+        canvas = Figure(figsize=(max(7, 3 * len(panels) + 1), 1.2 + 0.45 * len(rows)), layout="constrained")
         every = canvas.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
         named: set[str] = set()
         for axes, (title, bar_of) in zip(every, panels, strict=False):

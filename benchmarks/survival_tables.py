@@ -1,0 +1,72 @@
+"""Tables of what cuts keep, as Markdown, from the results of compare.py with --tasks or --probes and of keep_recall.py.
+
+`readme.py` puts them into docs/guides/what-survives.md.
+"""
+
+from __future__ import annotations
+
+from layercut.report.comparison_views import damage, retention_words, survivals
+from layercut.report.comparison_views import found as found_of
+from layercut.report.formatting import figure, label, number, short
+
+
+def survival_markdown(result: dict) -> str:
+    """What the cuts of one comparison still do, as Markdown, and what was not measured."""
+    comparison, environment = result["comparison"], result["environment"]
+    layers, tuning, tasks = comparison["layers"], comparison["tuning"], comparison["tasks"]
+    kept = ["kept, %", "above chance, %", "behind, %"] if tasks else []
+    names = [name.removeprefix("local_") for name in tasks]
+    probed = bool(comparison["judged_dense"]["keys"])
+    found = ["keys", "lists", "damage, nats"] if probed else []
+    texts = list(comparison["dense"]["texts"])
+    headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *names, *found]
+    tuned = f", tuned on {tuning['tokens']:,} tokens" if tuning else ", nothing tuned"
+    each = [f"{of['items']} items of {name}" for name, of in zip(names, tasks.values(), strict=True)]
+    asked = f" {', '.join(each)};" if tasks else ""
+    lines = [
+        f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
+        f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, searched on "
+        f"{comparison['calibration']['tokens']:,} tokens{tuned};{asked} ± one standard error over the "
+        "items, paired; * p < 0.05 against the first method in the same state.",
+        "",
+        f"| {' | '.join(headings)} |",
+        f"|---|---|---|{'---:|' * (len(headings) - 3)}",
+    ]
+    rows = {row["method"]: row for row in comparison["methods"]}
+    for method, state, judged in survivals(comparison):
+        row = rows.get(method)
+        perplexity = row["texts"][state] if row else comparison["dense"]["texts"]
+        cells = [f"`{method}`" if row else method, label(row["segments"]) if row else "", state]
+        cells += [short(perplexity[text]) for text in texts]
+        if tasks:
+            words = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")]
+            cells += words if row else ["100", "100", "–"]
+            cells += [f"{100 * number(judged.scores[name]):.1f}" for name in tasks]
+        if probed:
+            cells += [found_of(judged["keys"]), found_of(judged.lists), damage(judged) if row else "–"]
+        lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")
+    return "\n".join([*lines, *(["", result["note"]] if result.get("note") else [])])
+
+
+def keep_table(result: dict) -> str:
+    """What each criterion removes freely and where some layers have to stay, as Markdown."""
+    kept = " and ".join(map(str, result["keep"]))
+    lines = [
+        f"`benchmarks/keep_recall.py`, {result['environment']['date'][:10]}, {result['model']}, ratio "
+        f"{result['ratio']:g}, searched on {result['tokens']:,} tokens; unhealed. Damage: KL per answer token, nats, "
+        f"to {result['tests']} rows of tests that no criterion sees.",
+        "",
+        f"| criterion | picks | KL | recall | lists | all | with {kept} kept | KL | recall | lists | all |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    by_method: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        by_method.setdefault(row["method"], []).append(row)
+    for method, rows in by_method.items():
+        cells = [f"`{method}`"]
+        for row in rows:
+            harm = row["damage"]
+            mean = sum(harm.values()) / len(harm)
+            cells += [label(row["segments"]), *map(figure, (row["kl"], harm["recall"], harm["lists"], mean))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
