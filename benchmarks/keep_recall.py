@@ -1,9 +1,10 @@
-"""Claim: every published criterion removes the layers that hold recall, and picks another, dearer cut where it may not.
+"""Claim: published criteria remove the layers that hold recall, and pick another, dearer cut where these have to stay.
 
     python benchmarks/keep_recall.py --data C4 --keep 16 18
 
-Each criterion chooses twice on the same tokens: freely, and where the layers of --keep (from the capability map) have
-to stay. Of both cuts: KL on the text, and the damage to generated tests of the judging family, which none of them sees.
+Block influence, angular and cosine distance (one pass through the dense model gives all three), and any others that are
+named, choose twice on the same tokens: freely, and where the layers of --keep (from the capability map) have to stay. Of
+every cut: KL on the text, and the damage to generated tests of the judging family, which no criterion sees.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 
 from common import arguments, blocks, finish, open_model
 from layercut.data.probes import probe_rows
-from layercut.files.json_values import write_json
 from layercut.layer_search import Restriction, search
+from layercut.layer_search.criteria import best_start, lowest
 from layercut.layer_search.damage_map import capability_costs
 from layercut.layer_search.result import Cost
-from layercut.layer_search.sweep import Cuts
+from layercut.layer_search.statistics import Similarity, similarity
+from layercut.layer_search.sweep import Cuts, set_costs
 from layercut.models.runner import DecoderRunner
 from layercut.progress import say
 from layercut.segments import Segment, layers_to_remove
@@ -40,34 +42,50 @@ class Kept(Restriction):
         return super().cheapest(dear, must)
 
 
+def by_similarity(found: Similarity, length: int, limits: Restriction) -> dict[str, Cuts]:
+    """What the criteria of that name pick (`layer_search/criteria.py`), of one pass."""
+    allowed = limits.segments()
+    return {
+        "block-influence": lowest(1 - found.cosine.diagonal(1), length, restriction=limits),
+        "angular": best_start(found.angular.diagonal(length), length, allowed),
+        "cosine": best_start(-found.cosine.diagonal(length), length, allowed),
+    }
+
+
 def main() -> None:
     args = arguments(
-        __doc__ or "", data="c4", methods="block-influence,angular,cosine,taylor,exhaustive,perplexity", ratio=0.2,
-        keep=[16, 18], tokens=2048, window=256, tests=8, seed=0,
+        __doc__ or "", data="c4", others="", ratio=0.2, keep=[16, 18], tokens=4096, window=256, priced=8, tests=8,
+        seed=0,
     )  # fmt: skip
     model = open_model(args.model)
     stack = DecoderRunner(model.model)
     tokens = blocks(model, args.data, args.tokens, args.window, args.seed).tokens
     tests = probe_rows(model.tokenizer, rows=args.tests, window=args.window, family="judging", seed=args.seed)
-    length = layers_to_remove(args.ratio, len(stack))
+    length, alike = layers_to_remove(args.ratio, len(stack)), similarity(stack, tokens, Cost())
     free = Restriction.none(len(stack), length)
-    damage: dict[Cuts, dict[str, float]] = {}
-    rows: list[dict[str, Any]] = []
-    for method in args.methods.split(","):
-        for keep in (frozenset(), frozenset(args.keep)):
-            limits = Kept(free.may, free.why, keep)
-            found = search(stack, tokens, n_layers=length, method=method, restriction=limits, seed=args.seed)
-            cuts = tuple(found.segments)
-            if cuts not in damage:
-                damage |= capability_costs(stack, tests, [cuts], Cost())
-            row = {"method": method, "kept": sorted(keep), "segments": [[s.start, s.stop] for s in cuts]}
-            rows.append(row | {"kl": found.kl, "damage": damage[cuts]})
-            mean = torch.tensor(list(damage[cuts].values())).mean().item()
-            say(method, f"keeping {sorted(keep)}: {', '.join(map(str, cuts))}, KL {found.kl:.3f}, damage {mean:.3f}")
-            write_json(args.out.with_name(f".{args.out.stem}.partial.json"), rows)
-    facts = {key: getattr(args, key) for key in ("ratio", "keep", "tokens", "window", "tests", "seed")}
+    picks: dict[tuple[str, bool], Cuts] = {}
+    for keeps in (False, True):
+        limits = Kept(free.may, free.why, frozenset(args.keep)) if keeps else free
+        picks |= {(name, keeps): cuts for name, cuts in by_similarity(alike, length, limits).items()}
+        for name in filter(None, args.others.split(",")):
+            found = search(stack, tokens, n_layers=length, method=name, restriction=limits, seed=args.seed)
+            picks[name, keeps] = tuple(found.segments)
+    for (name, keeps), cuts in picks.items():
+        say(name, f"{'keeping' if keeps else 'free'}: {', '.join(map(str, cuts))}")
+    every = list(dict.fromkeys(picks.values()))
+    kl = {one.segments: one.kl for one in set_costs(stack, tokens[: args.priced], every, Cost())}
+    damage = capability_costs(stack, tests, every, Cost())
+    rows: list[dict[str, Any]] = [
+        {
+            "method": name, "keeps": keeps, "segments": [[s.start, s.stop] for s in cuts], "kl": kl[cuts],
+            "damage": damage[cuts],
+        }
+        for (name, keeps), cuts in sorted(picks.items())
+    ]  # fmt: skip
+    facts = {key: getattr(args, key) for key in ("ratio", "keep", "tokens", "priced", "window", "tests", "seed")}
+    mean = {cuts: torch.tensor(list(harm.values())).mean().item() for cuts, harm in damage.items()}
+    say("damage", ", ".join(f"{'+'.join(map(str, cuts))} {value:.2f}" for cuts, value in mean.items()))
     finish(args.out, model, (__doc__ or "").splitlines()[0], rows, **facts)
-    args.out.with_name(f".{args.out.stem}.partial.json").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def keep_table(result: dict) -> str:
     kept = " and ".join(map(str, result["keep"]))
     lines = [
         f"`benchmarks/keep_recall.py`, {result['environment']['date'][:10]}, {result['model']}, ratio "
-        f"{result['ratio']:g}, searched on {result['tokens']:,} tokens; unhealed. Damage: KL per answer token, nats, "
-        f"to {result['tests']} rows of tests that no criterion sees.",
+        f"{result['ratio']:g}, chosen on {result['tokens']:,} tokens; unhealed. KL on {result['priced']} rows of "
+        f"{result['window']} tokens of these; damage: KL per answer token, nats, to {result['tests']} rows of tests that "
+        "no criterion sees.",
         "",
         f"| criterion | picks | KL | recall | lists | all | with {kept} kept | KL | recall | lists | all |",
         "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
@@ -64,7 +65,7 @@ def keep_table(result: dict) -> str:
         by_method.setdefault(row["method"], []).append(row)
     for method, rows in by_method.items():
         cells = [f"`{method}`"]
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["keeps"]):
             harm = row["damage"]
             mean = sum(harm.values()) / len(harm)
             cells += [label(row["segments"]), *map(figure, (row["kl"], harm["recall"], harm["lists"], mean))]
