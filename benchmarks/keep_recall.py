@@ -2,9 +2,9 @@
 
     python benchmarks/keep_recall.py --data C4 --keep 16 18
 
-Block influence, angular and cosine distance (one pass through the dense model gives all three), and any others that are
-named, choose twice on the same tokens: freely, and where the layers of --keep (from the capability map) have to stay. Of
-every cut: KL on the text, and the damage to generated tests of the judging family, which no criterion sees.
+Block influence, angular and cosine distance (one pass through the dense model gives all three), and any others that
+are named, choose twice on the same tokens: freely, and where the layers of --keep (from the capability map) have to
+stay. Of every cut: KL on the text, and the damage to generated tests of the judging family, which no criterion sees.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def keep_table(result: dict) -> str:
     lines = [
         f"`benchmarks/keep_recall.py`, {result['environment']['date'][:10]}, {result['model']}, ratio "
         f"{result['ratio']:g}, chosen on {result['tokens']:,} tokens; unhealed. KL on {result['priced']} rows of "
-        f"{result['window']} tokens of these; damage: KL per answer token, nats, to {result['tests']} rows of tests that "
-        "no criterion sees.",
+        f"{result['window']} tokens of these; damage: KL per answer token, nats, to {result['tests']} rows of tests "
+        "that no criterion sees.",
         "",
         f"| criterion | picks | KL | recall | lists | all | with {kept} kept | KL | recall | lists | all |",
         "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
