@@ -112,24 +112,18 @@ def journey(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) 
     return Journey(tmp_path_factory.mktemp("journey"), texts)
 
 
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The devices have it, as CUDA's."""
-    monkeypatch.setattr(stand_in_device, "WIDE", ())
-
-
 @pytest.fixture(scope="module")
 def on_cpu(journey: Journey) -> dict[str, Any]:
     return found(journey.run("cpu", device="cpu"))
 
 
-def test_the_whole_journey_stopped_and_resumed_gives_what_the_cpu_gives(counts, float64, journey, on_cpu):
+def test_the_whole_journey_stopped_and_resumed_gives_what_the_cpu_gives(counts, journey, on_cpu):
     assert_same(found(journey.run("one", stopped=True)), on_cpu)
     assert counts.launches > 1000
     assert counts.between == 0
 
 
-def test_layers_on_two_devices_go_through_compress_to_the_end(counts, float64, journey, on_cpu):
+def test_layers_on_two_devices_go_through_compress_to_the_end(counts, journey, on_cpu):
     run = journey.run("two", device_map="on", verified=True)
     assert_same(found(run), on_cpu)
     assert counts.between > 0
@@ -170,7 +164,7 @@ def test_a_model_too_large_for_one_device_is_placed_over_two(counts, tiny_model,
 # --- what is told beforehand, and measured ---
 
 
-def test_the_plan_knows_the_accelerators_that_are_there(counts, tiny_model, monkeypatch, float64):
+def test_the_plan_knows_the_accelerators_that_are_there(counts, tiny_model, monkeypatch):
     monkeypatch.setattr(machine, "ENOUGH", 0.0)
     plan = plan_run(str(tiny_model), PlanConfig(search=SearchConfig(ratio=0.25), text=DataConfig(tokens=64, window=16)))
     assert plan["device"] == "standin"
@@ -207,7 +201,7 @@ def test_peak_memory_is_the_devices(counts, tiny_model):
     assert speed.peak_device_bytes(torch.device("cpu")) is None
 
 
-def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypatch, float64, capsys):
+def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     monkeypatch.setattr(machine, "ENOUGH", 0.0)
     import gpu
@@ -228,7 +222,7 @@ def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypat
 # --- wherever layers are ---
 
 
-def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(counts, float64):
+def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(counts):
     """Its head is on the last device, as device_map="auto" leaves it."""
     model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
@@ -252,3 +246,15 @@ def test_answers_are_weighed_on_the_device_that_computes(counts):
         dense = stack.run(*stack.enter(tokens), 0, 2)
         losses.append(Judge(KL(), stack, dense, tokens, weights=weights)(hidden).cpu())
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_what_layers_hold_is_told_wherever_they_are(counts):
+    """A stream that jumps over the last layers ends on another device than the dense one."""
+    probes = lc.probe_rows(folders.tokenizer(), rows=4, window=128)
+    model = tiny.llama(3, vocab_size=folders.VOCABULARY)
+    there = copy.deepcopy(model)
+    room = dict.fromkeys((torch.device("standin", 0), torch.device("standin", 1)), 10**6)
+    several_devices.dispatch_(there, room)
+    maps = [lc.capability_map(each, probes=probes, lengths=(2,)) for each in (model, there)]
+    for one, other in zip(*(each.matrix(2) for each in maps), strict=True):
+        assert other == pytest.approx(one, rel=1e-3)

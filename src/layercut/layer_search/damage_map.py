@@ -234,8 +234,9 @@ def _damage(
                 continue
             row, where = min(row, len(batch) - 1), places.to(stack.device)
             shown = batch[row : row + 1, where]
-            teacher = teacher_of(stack, ends[DENSE][b][row : row + 1, where], shown)
-            kls = [teacher.kl(stack.exit(ends[cuts][b][row : row + 1, where], shown))[0] for cuts in sets]
+            dense, *others = (ends[cuts][b][row : row + 1] for cuts in (DENSE, *sets))  # maybe on several devices
+            teacher = teacher_of(stack, dense[:, where.to(dense.device)], shown)
+            kls = [teacher.kl(stack.exit(h[:, where.to(h.device)], shown))[0] for h in others]
             if counted:
                 sums.index_add_(1, of[number, places], torch.stack(kls).cpu().double())
     cost.dense_tokens += sum(batch.numel() for batch in tokens)
