@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import folders
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig
+from layercut.config import QuantizeConfig, from_flat
+from layercut.errors import ConfigError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
@@ -168,3 +169,14 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     assert exported["check"]["logits"] == "equal to the bit"
     assert exported["check"]["perplexity"]["value"] == pytest.approx(found["auto"], rel=5e-3)
     assert exported["bytes"] < runs["none"]["export"]["bytes"] + 64, "not a byte more for it"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({}, "but nothing is quantized"), ({"bits": 4, "tune_tokens": 0}, "but no tokens are tuned on")],
+    ids=str,
+)
+def test_what_would_be_ignored_is_refused(given, words):
+    with pytest.raises(ConfigError, match=words):
+        from_flat({"ratio": 0.2, "tune_quantized": "rounding", **given}).check()
+    from_flat({"ratio": 0.2, "tune_quantized": "rounding", "bits": 4}).check()

@@ -702,7 +702,12 @@ class CompressConfig(TuneConfig):
 
     def _check_bits(self) -> None:
         """Refuse bits that would be ignored: with two budgets they are varied, beginning with the whole model's."""
-        quantize = self.quantize
+        quantize, asked = self.quantize, self.after_rounding.tune_quantized
+        if asked in ("scales", "rounding"):
+            missing = "--bits" if quantize.bits == 16 and not self.search.two_budgets else "--tune-tokens"
+            if missing == "--bits" or not self.heal.tune_tokens:
+                what = "nothing is quantized" if missing == "--bits" else "no tokens are tuned on"
+                raise ConfigError(f"--tune-quantized {asked} is given, but {what}", f"give {missing} too")
         if self.search.two_budgets:
             if quantize.bits != 16 or quantize.endpoint_bits:
                 raise ConfigError(
