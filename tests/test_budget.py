@@ -15,7 +15,7 @@ from layercut.layer_search import sweep
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
-from layercut.models import batch_sizes, loading, memory
+from layercut.models import batch_sizes, devices, loading, memory
 from layercut.models.batch_sizes import Budget, kept_bytes
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.segments import Segment
@@ -233,3 +233,17 @@ def test_a_halved_budget_is_half_of_everything():
     assert half.rows == whole.rows // 2
     assert replace(half, rows=1).divided(8).rows == 1
     assert whole.rows == batch_sizes.SWEPT_ROWS
+
+
+def test_a_command_has_gpus_sum_in_float32():
+    flags = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(flags, name) for name in names], torch.backends.cudnn.allow_tf32
+    try:
+        devices.sum_in_float32_()
+        assert not any(getattr(flags, name) for name in names)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        for name, value in zip(names, before[0], strict=True):
+            setattr(flags, name, value)
+        torch.backends.cudnn.allow_tf32 = before[1]

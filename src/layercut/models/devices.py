@@ -36,3 +36,16 @@ def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def sum_in_float32_() -> None:
+    """From now on have GPUs sum products of float16 and bfloat16 in float32, and not round float32 to TF32.
+
+    torch lets the first be summed in parts of the narrow format, which overflows in float16, and convolutions of
+    recurrent layers be rounded. It costs little where memory is what a product waits for. Of the whole process: for a
+    command's own, not for a library call.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

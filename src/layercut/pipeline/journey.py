@@ -15,6 +15,7 @@ from pathlib import Path
 from layercut.config import CompressConfig, flattened
 from layercut.distributed import processes
 from layercut.models import checkpoints, memory
+from layercut.models.devices import sum_in_float32_
 from layercut.pipeline import gguf_run, stages
 from layercut.pipeline.artefacts import (
     BeforeAfter,
@@ -57,6 +58,8 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
         LayercutError: wrong input, with a hint how to correct it.
     """
     processes.start()
+    if own_process:
+        sum_in_float32_()
     asked = resolve(model, config, until)
     repo_id = processes.on_main(lambda: destination(asked.config.hub))
     folder = gguf_run.run_folder(asked.config.run) or default_folder(model)

@@ -206,6 +206,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "float32_products": torch.get_float32_matmul_precision(),
         "versions": versions(),
     }
 

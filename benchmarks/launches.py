@@ -1,0 +1,153 @@
+"""Claim: a tuning step and a sweep on an accelerator launch few operations beside the layers', and wait for it once.
+
+    python benchmarks/launches.py [--before SRC] [--layers 8] [--batch-tokens 1024 2048]
+
+On the stand-in accelerator of the tests (`tests/stand_in_device.py`), which the CPU's kernels compute and which counts
+operations launched, values read by the host and bytes copied. A random Llama of a vocabulary of 128,256, tiny layers,
+bfloat16, on a device that says it has 24 GiB. Counted are the second step of a tuning, and a sweep of all segments of
+two layers. Beside them "layers": what the layers' own passes launch, which nothing here can change. AdamW and the
+clipping of gradients run as on CUDA, by operations on lists of tensors; such a one counts once. SRC: the `src` folder
+of an older version, whose figures are put beside.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import stand_in_device
+from common import arguments
+from layercut.files.json_values import write_json
+from layercut.healing import endpoint_tuning, tune_
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import all_segments, segment_costs
+from layercut.models import loading
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.provenance import environment
+from layercut.segments import Segment
+from layercut.surgery import cut_segment_
+
+VOCABULARY, WINDOW, LENGTH, ROWS = 128256, 256, 2, 4
+
+
+def as_on_cuda_() -> None:
+    """Lists of tensors in AdamW and in clipping, which torch takes by itself on CUDA alone."""
+    torch.optim.AdamW = functools.partial(lambda *a, fused=False, **k: AdamW(*a, **k, foreach=True))  # type: ignore
+    torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True  # type: ignore
+    stand_in_device.MEMORY = 24 * 2**30
+
+
+def model_of(layers: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=layers, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to(torch.bfloat16).to("standin")
+
+
+def counted(counts: Any) -> dict[str, int]:
+    return {name: getattr(counts, name) for name in ("launches", "reads", "to_device", "to_host")}
+
+
+def layers_alone(dense: DecoderRunner, student: DecoderRunner, counts: Any) -> int:
+    """What the layers launch in a pass of tuning: forwards, and backwards through the student's above the prefix."""
+    first = endpoint_tuning.endpoints([cut_of(len(dense))], len(dense))[0]
+    tokens = torch.zeros(4, WINDOW, dtype=torch.long)
+    with torch.no_grad():
+        hidden, calls = dense.enter(tokens)
+    counts.reset_()
+    with torch.no_grad():
+        shared = dense.run(hidden, calls, 0, first)
+        dense.run(shared, calls, first, len(dense))
+    out = student.run(shared, calls, first, len(student))
+    out.backward(torch.empty_like(out))
+    return counts.launches
+
+
+def cut_of(layers: int) -> Segment:
+    return Segment(layers // 2, layers // 2 + LENGTH)
+
+
+def step_counts(model: Any, batch_tokens: int, counts: Any) -> dict[str, int]:
+    """Of the second step."""
+    student, found = loading.share(model), list[dict[str, int]]()
+    cut_segment_(student, [cut_of(len(model.model.layers))])
+    step_ = endpoint_tuning._Training.step_
+
+    def counting(self: Any) -> int:
+        counts.reset_()
+        done = step_(self)
+        found.append(counted(counts))
+        return done
+
+    rows = 2 * batch_tokens // WINDOW
+    tokens = torch.randint(VOCABULARY, (rows + 1, WINDOW), generator=torch.Generator().manual_seed(0))
+    endpoint_tuning._Training.step_ = counting  # type: ignore[method-assign]
+    try:
+        tune_(student, model, tokens[:-1], heldout=tokens[-1:], batch_tokens=batch_tokens)
+    finally:
+        endpoint_tuning._Training.step_ = step_  # type: ignore[method-assign]
+    return found[1]
+
+
+def sweep_counts(model: Any, counts: Any) -> dict[str, int]:
+    stack = DecoderRunner(model)
+    tokens = torch.randint(VOCABULARY, (2 * ROWS, WINDOW), generator=torch.Generator().manual_seed(0))
+    segments = all_segments(LENGTH, len(stack))
+    segment_costs(stack, tokens[:ROWS], segments[:1], Cost())
+    counts.reset_()
+    segment_costs(stack, tokens[ROWS:], segments, Cost())
+    return counted(counts)
+
+
+def measured(layers: int, batch_tokens: list[int]) -> list[dict[str, Any]]:
+    as_on_cuda_()
+    with tempfile.TemporaryDirectory() as folder, stand_in_device.present(Path(folder)) as counts:
+        model = model_of(layers)
+        student = loading.share(model)
+        cut_segment_(student, [cut_of(layers)])
+        with torch.enable_grad():
+            endpoints = endpoint_tuning.own_parameters_(own := DecoderRunner(student), [layers // 2 - 1, layers // 2])
+            assert endpoints
+            alone = layers_alone(DecoderRunner(model), own, counts)
+        rows: list[dict[str, Any]] = [
+            {"what": "tuning step", "batch_tokens": n, "layers_launch_a_pass": alone, **step_counts(model, n, counts)}
+            for n in batch_tokens
+        ]
+        return [*rows, {"what": "sweep", "rows": ROWS, "segments": layers - LENGTH + 1, **sweep_counts(model, counts)}]
+
+
+def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] == "--count":
+        print(json.dumps(measured(int(sys.argv[2]), [int(n) for n in sys.argv[3:]])))
+        return
+    args = arguments(__doc__, before="", layers=8, batch_tokens=[1024, 2048])
+    rows = []
+    for version, source in (("before", args.before), ("after", str(Path(__file__).parents[1] / "src"))):
+        if source:
+            command = [sys.executable, __file__, "--count", str(args.layers), *map(str, args.batch_tokens)]
+            told = subprocess.run(
+                command, env=os.environ | {"PYTHONPATH": source}, capture_output=True, text=True, check=True
+            )
+            rows += [{"version": version, **row} for row in json.loads(told.stdout.splitlines()[-1])]
+    environ = environment()
+    environ["command"] = ["launches.py", "--layers", str(args.layers), "--batch-tokens", *map(str, args.batch_tokens)]
+    shape = {"vocabulary": VOCABULARY, "window": WINDOW, "layers": args.layers, "device_bytes": 24 * 2**30}
+    write_json(args.out, {"claim": __doc__.splitlines()[0], **shape, "rows": rows, "environment": environ})
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
