@@ -49,17 +49,9 @@ class Effort:
         """Sets that the gate proposes for K segments."""
         return self.proposals if count == 1 else SETS_PER_SEGMENT * count
 
-    def gradient_rows(self, rows: int, kinds: int = 1) -> int:
-        """Rows that give gradients: one of each kind at least.
-
-        Args:
-            rows: N.
-            kinds: of rows: text, or text and tests.
-
-        Returns:
-            How many of the first.
-        """
-        return min(rows, max(kinds, rows // self.share))
+    def gradient_rows(self, rows: int) -> int:
+        """Of N rows, those that give gradients: two at least, of text and of tests where there are both."""
+        return min(rows, max(2, rows // self.share))
 
 
 GATE, CLP = Effort(16, 6, 2, climbs=False), Effort(8, 10, FINALISTS, climbs=True)
@@ -275,7 +267,7 @@ def gate(
     """
     prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
-    foretold = foretell(prices, GATE.gradient_rows(prices.rows, prices.kinds), seed)
+    foretold = foretell(prices, GATE.gradient_rows(prices.rows), seed)
     return decided("gate", prices, foretold, limits, num_segments, GATE)
 
 
@@ -310,7 +302,7 @@ def clp(
     """
     prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
-    foretold = foretell(prices, CLP.gradient_rows(prices.rows, prices.kinds), seed)
+    foretold = foretell(prices, CLP.gradient_rows(prices.rows), seed)
     return decided("clp", prices, foretold, limits, num_segments, CLP)
 
 
