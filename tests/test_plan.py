@@ -334,18 +334,20 @@ def test_time_is_work_over_rates(llama):
 
 
 def needs(settings: CompressConfig, target: Device) -> dict[str, int]:
-    method = 4 if settings.search.method == "clp" else 1
-    return {"search": 100 + method * settings.text.window, "tune": 100 + settings.heal.batch_tokens}
+    layers = 4 if settings.heal.radius > 1 else 1
+    return {"fold": 100 + layers * settings.text.window, "tune": 100 + settings.heal.batch_tokens}
 
 
 def test_flags_are_named_until_it_fits():
     roomy, tight, tiny_one, none = (Device("x", size, accelerator=False) for size in (200, 120, 110, 90))
-    start = CompressConfig(text=DataConfig(window=16), search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64))
+    start = CompressConfig(
+        text=DataConfig(window=16), search=SearchConfig(ratio=0.2), heal=HealConfig(batch_tokens=64, radius=2)
+    )
     assert judge(roomy, start, needs, 50)["flags"] == []
     found = judge(tight, start, needs, 50)
     assert not found["fits"]
-    assert (found["stage"], found["needs_bytes"]) == ("search", 164)
-    assert found["flags"] == ["--batch-tokens 1", "--method exhaustive"]
+    assert (found["stage"], found["needs_bytes"]) == ("fold", 164)
+    assert found["flags"] == ["--batch-tokens 1", "--radius 1"]
     assert judge(tiny_one, start, needs, 50)["flags"] is None, "no flag makes the window smaller than it is useful"
     assert "weights alone" in judge(none, start, needs, 95)["why"]
 

@@ -130,7 +130,7 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
         flags, changed = list[str](), config
         for flag, group, values in [*place, *STEPS]:
             less = replace(changed, **{group: replace(getattr(changed, group), **values)})
-            if less != changed and (group != "search" or changed.search.method in ("clp", "gate")):
+            if less != changed:
                 flags, changed = [*flags, flag], less
                 yield flags, changed
     window = changed.text.window
@@ -143,7 +143,6 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
 Step = tuple[str, str, dict[str, Any]]
 STEPS: list[Step] = [
     ("--batch-tokens 1", "heal", {"batch_tokens": 1}),
-    ("--method exhaustive", "search", {"method": "exhaustive"}),
     ("--radius 1", "heal", {"radius": 1}),
 ]
-"""One row in an optimizer step; the sweep, which keeps nothing for a backward pass; fewer trained layers."""
+"""One row in an optimizer step; fewer trained layers."""
