@@ -54,7 +54,7 @@ class Effort:
         return min(rows, max(2, rows // self.share))
 
 
-GATE, CLP = Effort(16, 6, 2, climbs=False), Effort(8, 10, FINALISTS, climbs=True)
+GATE, CLP = Effort(16, 8, 2, climbs=False), Effort(8, 10, FINALISTS, climbs=True)
 """Of the criteria of these names."""
 
 SETS_PER_SEGMENT = 6
