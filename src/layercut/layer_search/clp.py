@@ -111,7 +111,7 @@ def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
         What that holds and computes.
     """
     shape, layers = run.shape, run.shape.layers
-    rows, row = effort.gradient_rows(run.searched, run.kinds), shape.stream(1)
+    rows, row = effort.gradient_rows(run.searched), shape.stream(1)
     passes = Work.of(shape, rows * (2 * layers - 1), rows * (layers - 1), heads=2 * rows)
     step = {
         "streams": 2 * layers * row,
