@@ -85,7 +85,8 @@ def several(cases: Sequence[dict[str, Any]]) -> str:
         "Three segments planted in random stacks; price over the planted set's (below 1: a better one)"
         if deep else "Three segments at most; price over the best that any method found"
     )  # fmt: skip
-    methods = [m for m in ("gate", "clp", "race", "sleb", "evolution") if m in cases[0]["methods"]]
+    ways = ("gate", "clp", "race", "sleb", "evolution")
+    methods = [way for way in ways if any(way in case["methods"] for case in cases)]
     lines = [
         f"{head}, and layer-forwards:",
         "",
@@ -95,8 +96,8 @@ def several(cases: Sequence[dict[str, Any]]) -> str:
     for case in cases:
         name = f"{case['layers']} layers, seed {case['seed']}" if deep else f"{case['model']}, {case['ratio']:g}"
         found = case["methods"]
-        over = case["planted_kl"] if deep else min(found[m]["kl"] for m in methods)
-        cells = [f"{found[m]['kl'] / over:.2f}, {spent(case, m):,.0f}" for m in methods]
+        over = case["planted_kl"] if deep else min(row["kl"] for row in found.values())
+        cells = [f"{found[m]['kl'] / over:.2f}, {spent(case, m):,.0f}" if m in found else "–" for m in methods]
         cells += [f"{case['sleb_layer_forwards']:,}"] if deep else []
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
