@@ -1,4 +1,4 @@
-"""Claim: published criteria remove the layers that hold recall, and pick another, dearer cut where these have to stay.
+"""Claim: window criteria cut through the layers that hold recall; where these have to stay, their next pick is dearer.
 
     python benchmarks/keep_recall.py --data C4 --keep 16 18
 

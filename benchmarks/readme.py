@@ -23,7 +23,7 @@ from layercut.files.json_values import write_json, write_text
 from layercut.report.formatting import Json, count, figure, label, short, size
 from layercut.report.tables import by_kl, stage_rows
 from stage_two import frontier_table, speed_table
-from survival_tables import keep_table, survival_markdown
+from survival_tables import keep_table, survival_markdown, texts_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -155,6 +155,12 @@ def each(pattern: str, made_by: Callable[[dict], str]) -> str:
     return "\n\n".join(made_by(json.loads(file.read_text())) for file in sorted(RESULTS.glob(pattern)))
 
 
+def survives() -> str:
+    """What the cuts of several methods keep, as far as it was measured."""
+    found = each("texts-*.json", texts_table), each("survives-*.json", survival_markdown)
+    return "\n\n".join(filter(None, found)) or "Not measured yet: `benchmarks/compare.py --probes`."
+
+
 def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
     """A table of a result file; before there is one, how to make it."""
     file = RESULTS / f"{name}.json"
@@ -179,7 +185,7 @@ def filled(text: str) -> str:
         "figures": table(json.loads(RESULT.read_text())),
         "search": search_tables(read(RESULTS / "gate_ablation.json"), read(RESULTS / "stream.json")),
     }
-    regions |= {"results": headline(), "survives": each("survives-*.json", survival_markdown)}
+    regions |= {"results": headline(), "survives": survives()}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
     later |= {"speed": speed_table, "shapes": shapes_table, "engines": engines_table, "recall": recall_table}

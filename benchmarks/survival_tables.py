@@ -1,4 +1,5 @@
-"""Tables of what cuts keep, as Markdown, from the results of compare.py with --tasks or --probes and of keep_recall.py.
+"""Tables of what cuts keep, as Markdown, from the results of compare.py (of several texts, tasks and probes) and of
+keep_recall.py.
 
 `readme.py` puts them into docs/guides/what-survives.md.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from layercut.report.comparison_views import damage, retention_words, survivals
 from layercut.report.comparison_views import found as found_of
 from layercut.report.formatting import figure, label, number, short
+from layercut.report.tables import by_kl
 
 
 def survival_markdown(result: dict) -> str:
@@ -71,3 +73,30 @@ def keep_table(result: dict) -> str:
             cells += [label(row["segments"]), *map(figure, (row["kl"], harm["recall"], harm["lists"], mean))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def texts_table(result: dict) -> str:
+    """Perplexity of every cut on each of several texts, cut and folded, as Markdown."""
+    comparison, environment = result["comparison"], result["environment"]
+    dense, layers = comparison["dense"]["texts"], comparison["layers"]
+    states = [s for s in ("cut", "folded", "tuned") if any(row["texts"].get(s) for row in comparison["methods"])]
+    of_dense = ", ".join(f"{short(value)} on {text}" for text, value in dense.items())
+    lines = [
+        f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
+        f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, chosen and folded on "
+        f"{comparison['calibration']['tokens']:,} tokens. Perplexity in windows of "
+        f"{comparison['evaluation']['window']}, dense {of_dense}:",
+        "",
+        f"| {' | '.join(['removed', 'method', 'KL', *(f'{text}, {state}' for text in dense for state in states)])} |",
+        f"|---|---|---:|{'---:|' * (len(dense) * len(states))}",
+    ]
+    methods: dict[str, list[str]] = {}
+    for row in by_kl(comparison):
+        methods.setdefault(label(row["segments"]), []).append(row["method"])
+    for row in {label(row["segments"]): row for row in by_kl(comparison)}.values():
+        who = ", ".join(f"`{name}`" for name in methods[label(row["segments"])] if not name[0].isdigit())
+        cells = [label(row["segments"]), who or result.get("given", {}).get(label(row["segments"]), "given")]
+        cells.append(figure(row["kl"]))
+        cells += [short(row["texts"][s][text]) if row["texts"].get(s) else "–" for text in dense for s in states]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(["", result["note"]] if result.get("note") else [])])

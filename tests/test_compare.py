@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +124,16 @@ def test_the_table_and_the_plot_name_every_method(arguments, finished, capsys):
         assert method in shown
         assert method in plot
     assert "layers removed" in plot
+
+
+def test_of_a_mix_each_text_has_its_perplexity():
+    facts = SimpleNamespace(source="one.txt+two.txt", origins=["file 1", "file 2"])
+    work = SimpleNamespace(text={"evaluation": facts})
+    assert module.by_text(work, [1.0, 3.0, 2.0, 3.0]) == {
+        "one.txt": pytest.approx(math.exp(1.5)), "two.txt": pytest.approx(math.exp(3.0)),
+    }  # fmt: skip
+    facts.source, facts.origins = "one.txt", ["file 1"]
+    assert module.by_text(work, [1.0, 3.0]) == {}
 
 
 def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):

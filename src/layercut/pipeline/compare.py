@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from layercut import evaluation, layer_search
 from layercut.config import COMPARED_STATES, CompareConfig, MethodsConfig, flattened
 from layercut.data.probes import capability_names
+from layercut.data.sources import split_mix
 from layercut.data.text_overlap import by_origin
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError, SurgeryError
@@ -262,7 +263,9 @@ def by_text(work: RunContext, losses: Sequence[float]) -> dict[str, float]:
     Returns:
         By the text's name; empty where there is one.
     """
-    origins = work.text["evaluation"].origins
+    text = work.text["evaluation"]
+    named = split_mix(text.source)  # what streams are called; of files that is less telling than their names
+    origins = named if len(named) == len(text.origins) else text.origins
     parts = by_origin(torch.tensor(losses, dtype=torch.float64), origins)
     if len(parts) == 1:
         return {}
