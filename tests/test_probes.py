@@ -335,10 +335,10 @@ def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ({}, "a.txt+probes:0.25"),
+        ({}, "a.txt+probes:0.1"),
         ({"probe_share": 0.1}, "a.txt+probes:0.1"),
         ({"probe_share": 0.0}, "a.txt"),
-        ({"tune_data": "b.txt"}, "b.txt+probes:0.25"),
+        ({"tune_data": "b.txt"}, "b.txt+probes:0.1"),
         ({"tune_data": "python-docs+probes:0.5"}, "python-docs+probes:0.5"),
     ],
 )

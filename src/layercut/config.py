@@ -342,7 +342,7 @@ class HealConfig:
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
-    probe_share: float = 0.25
+    probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""
     objective: Annotated[
@@ -376,7 +376,7 @@ class HealConfig:
         objectives.check(self.objective, "--objective")
         at_least("tune_tokens", self.tune_tokens, 0)
         if not 0 <= self.probe_share < 1:
-            raise ConfigError(f"--probe-share {self.probe_share:g} is outside 0 to 1", "a quarter: --probe-share 0.25")
+            raise ConfigError(f"--probe-share {self.probe_share:g} is outside 0 to 1", "a tenth: --probe-share 0.1")
         at_least("epochs", self.epochs, 1)
         at_least("patience", self.patience, 0)
         at_least("teacher_topk", self.teacher_topk, 0)
@@ -907,7 +907,7 @@ class MethodsConfig:
     predicted. Not given: 2048, or as many as the model has positions."""
     tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
-    probe_share: Annotated[float, Parameter(group=HEALING)] = 0.25
+    probe_share: Annotated[float, Parameter(group=HEALING)] = 0.1
     """Share of these that are generated tests, for every method; 0: text alone."""
     triangle: Annotated[bool, no_negative] = False
     """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
