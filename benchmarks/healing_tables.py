@@ -122,14 +122,16 @@ def recall_table(result: dict) -> str:
         f"{result['window']}; keys hidden in, and values of a list of, up to {result['longest']:,} tokens, found "
         f"of {asked}; then damage to tests of the judging family, nats per answer token:",
         "",
-        "| removed | tuned on | tests among it | next-token share | radius | "
+        "| removed | tuned on | tests among it | next-token share | rate | "
         f"{' | '.join([*texts, 'keys', 'lists', *damages])} |",
         f"|---|{'---:|' * (4 + len(texts) + 2 + len(damages))}",
     ]
     for row in rows:
         dense = row["segments"] == "nothing"
-        how = [f"{row['tokens']:,}", f"{row['share']:.0%}", f"{row['mix']:g}", str(row["radius"])]
-        cells = [row["segments"].replace(",", " and "), *(how if row["tokens"] and not dense else ["", "", "", ""])]
+        how = ["", "", "", ""]
+        if tuning := row.get("tuning"):
+            how = [f"{row['tokens']:,}", f"{row['share']:.0%}", f"{row['mix']:g}", f"{tuning['learning_rate']:g}"]
+        cells = [row["segments"].replace(",", " and "), *how]
         cells += [f"{row['perplexity'][text]:.1f}" for text in texts]
         cells += [str(row["keys_found"]), str(row["lists_found"])]
         cells += ["" if dense else f"{row['damage'][name]:.2f}" for name in damages]

@@ -115,6 +115,8 @@ def main() -> None:
         rows.append(row)
         say(str(asked), f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}")
         write_json(partial, facts | {"rows": rows})
+    order = [asdict(Healing.parse(text, args.tune_tokens)).items() for text in args.cuts]
+    rows.sort(key=lambda row: next((i for i, asked in enumerate(order) if asked <= row.items()), len(order)))
     finish(args.out, model, (__doc__ or "").splitlines()[0], rows, **facts)
     partial.unlink(missing_ok=True)
 
