@@ -258,3 +258,17 @@ def test_what_layers_hold_is_told_wherever_they_are(counts):
     maps = [lc.capability_map(each, probes=probes, lengths=(2,)) for each in (model, there)]
     for one, other in zip(*(each.matrix(2) for each in maps), strict=True):
         assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_float16_is_tuned_as_well_as_bfloat16(counts):
+    """8,192 words: without a scale most entries of the logits' gradient are too small for float16 (8 % apart)."""
+    tokens, left = torch.randint(8192, (5, 64), generator=torch.Generator().manual_seed(0)), {}
+    for dtype in (torch.bfloat16, torch.float16):
+        model = tiny.llama(4, vocab_size=8192, initializer_range=0.02)
+        loading.convert_parameters_(model, dtype)
+        model.to("standin:1")
+        rates = {"batch_tokens": 256, "epochs": 4, "learning_rate": 3e-3}
+        told = lc.tune_(lc.cut(model, "1:3"), model, tokens[:-1], heldout=tokens[-1:], **rates)
+        left[dtype] = told.best / told.heldout[0]["loss"]
+    assert left[torch.bfloat16] < 0.9
+    assert left[torch.float16] == pytest.approx(left[torch.bfloat16], rel=0.01)
