@@ -93,6 +93,35 @@ def quantize_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def tune_quantized_table(result: dict[str, Any]) -> str:
+    """What training after rounding brings back at the same bytes."""
+    rows = result["rows"]
+    dense = next(row["perplexity"] for row in rows if row["bits"] == 16)
+    lines = [
+        f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
+        f"{result['model']}, {result['weights']}, all layers; perplexity of {result['eval_tokens']:,} tokens of each "
+        f"text (dense {' and '.join(figure(value) for value in dense.values())}):",
+        "",
+        f"| bits | embeddings | of the dense bytes | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
+        f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
+    ]
+    for row in rows:
+        if row["bits"] < 16:
+            rise = max(row["perplexity"][text] / value - 1 for text, value in dense.items())
+            tuned = row.get("tuning", {}).get("cpu_seconds")
+            cells = [str(row["bits"]), str(row["embeddings"]), f"{row['of_dense']:.1%}", row["train"]]
+            cells += (
+                [
+                    f"{row['tokens']:,}",
+                    f"{tuned:.0f}",
+                ]
+                if tuned
+                else ["", ""]
+            )
+            lines.append(f"| {' | '.join([*cells, *map(figure, row['perplexity'].values()), f'{rise:+.1%}'])} |")
+    return "\n".join(lines)
+
+
 def speed_table(result: dict[str, Any]) -> str:
     """How much faster, and how much of what can be reached that is."""
     lines = [
