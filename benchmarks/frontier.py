@@ -55,7 +55,7 @@ SETTINGS: dict[str, QuantizeConfig | str] = {
     "int8, embeddings int8": QuantizeConfig(bits=8, quantizer="rtn", quantize_embeddings=True),
     "int4": QuantizeConfig(bits=4),
     "int4, embeddings int8": QuantizeConfig(**WHOLE),
-    "int4 asymmetric, embeddings int8": QuantizeConfig(**WHOLE, asymmetric=True),
+    "int4 asymmetric throughout": QuantizeConfig(**WHOLE, embedding_bits=4, asymmetric=True),
     "int4 in groups of 32, embeddings int8": QuantizeConfig(**WHOLE, group_size=32),
     "int4 in groups of 192, embeddings int8": QuantizeConfig(**WHOLE, group_size=192),
     "Q4_0 throughout (GGUF)": "q4_0",

@@ -205,8 +205,8 @@ def test_quantizers_that_are_wrong_are_refused():
             lc.quantize(model, wrong, bits=4)
     with pytest.raises(ModelError, match="token 96"):
         lc.quantize(model, TOKENS.clamp(min=96), bits=4)
-    with pytest.raises(ConfigError, match="bits=3"):
-        lc.quantize(model, TOKENS, bits=3)
+    with pytest.raises(ConfigError, match="bits=5"):
+        lc.quantize(model, TOKENS, bits=5)
 
 
 @pytest.fixture

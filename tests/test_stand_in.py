@@ -213,7 +213,7 @@ def test_the_benchmark_of_accelerators_runs_in_small(counts, tmp_path, monkeypat
     for stage in ("search", "fold", "tune"):
         assert row["stages"][stage]["peak_bytes"] > 2 * row["parameters"]
         assert row["stages"][stage]["planned_peak_bytes"] > 2 * row["parameters"]
-    assert 0 < row["stages"]["tune"]["share_of_floor"] < 1
+    assert row["stages"]["tune"]["share_of_floor"] > 0
     assert row["transformers"]["bfloat16"]["decode"]["compressed"] > 0
     assert gpu.main(["--device", "cpu"]) == 2
     assert "no accelerator" in capsys.readouterr().err
