@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/layercut demo --out runs/demo
 
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where there is an accelerator: the tests that need one, and the benchmark of everything on it, in nine minutes.
 gpu: $(STAMP)
