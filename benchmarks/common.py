@@ -36,6 +36,26 @@ def blocks(model: loading.LanguageModel, source: str, tokens: int, window: int, 
     return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, **more)
 
 
+class RowsDone:
+    """Rows of a benchmark that goes on where it was stopped: of its result file, or of the partial one beside it."""
+
+    def __init__(self, out: Path, facts: dict[str, Any]) -> None:
+        """Take what is there; rows made with other facts are refused."""
+        self.partial, self.facts = out.with_name(f".{out.stem}.partial.json"), facts
+        old = next((json.loads(file.read_text()) for file in (self.partial, out) if file.is_file()), {"rows": []})
+        if old["rows"] and any(old[name] != value for name, value in facts.items()):
+            raise SystemExit(f"error: {out} was made with other settings\nhint: give another --out, or remove it")
+        self.rows: list[dict[str, Any]] = old["rows"]
+
+    def __contains__(self, asked: dict[str, Any]) -> bool:
+        return any(asked.items() <= row.items() for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row on disk."""
+        self.rows.append(row)
+        write_json(self.partial, self.facts | {"rows": self.rows})
+
+
 def named(content: Any) -> Any:
     """Results name files, not where this machine keeps them: "/data/a.txt+/data/b.txt" -> "a.txt+b.txt"."""
     if isinstance(content, dict):

@@ -12,18 +12,17 @@ dense model. "nothing" is the dense model, "… unhealed" the cut alone.
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from common import arguments, blocks, finish, open_model
+from common import RowsDone, arguments, blocks, finish, open_model
 from layercut import evaluation
-from layercut.data.probes import ProbeRows, probe_rows
-from layercut.files.json_values import write_json
+from layercut.data.probes import probe_rows
+from layercut.evaluation.generated_probes import Probes, found_of, probed, probes_for
 from layercut.healing import fold_, tune_
 from layercut.models import loading
 from layercut.models.objectives import KL
@@ -77,16 +76,14 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
     return small
 
 
-def judged(
-    model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], tests: ProbeRows, args: Namespace
-) -> dict[str, Any]:
+def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], probes: Probes) -> dict[str, Any]:
     """What is left: perplexity by text, keys and values found, damage and hit rates of generated tests."""
     found: dict[str, Any] = {"perplexity": {name: evaluation.perplexity(small, text) for name, text in texts.items()}}
-    for name, cases in (("keys", evaluation.passkey_cases), ("lists", evaluation.key_value_cases)):
-        trials = cases(model.tokenizer, args.longest, args.seed)
-        cells = evaluation.passkey_grid(small, model.tokenizer, trials)
-        found |= {name: cells, f"{name}_found": sum(cell["found"] for cell in cells), f"{name}_asked": len(trials)}
-    return found | evaluation.capability_figures(small, model.model, tests).to_dict()
+    told = probed(small, model.model, model.tokenizer, probes)
+    for name, cells in (("keys", told.keys), ("lists", told.lists)):
+        hits, trials = found_of(cells)
+        found |= {name: cells, f"{name}_found": hits, f"{name}_asked": trials}
+    return found | (told.capabilities or {})
 
 
 def main() -> None:
@@ -100,25 +97,22 @@ def main() -> None:
         for name, _, source in (item.partition("=") for item in args.texts)
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
+    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed)
+    probes = replace(longer, tests=tests)
     facts = {key: getattr(args, key) for key in ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "seed")}
-    partial = args.out.with_name(f".{args.out.stem}.partial.json")
-    old = next((json.loads(file.read_text()) for file in (partial, args.out) if file.is_file()), {"rows": []})
-    if old["rows"] and any(old[name] != value for name, value in facts.items()):
-        raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
-    rows: list[dict[str, Any]] = old["rows"]
+    done = RowsDone(args.out, facts)
     for asked in (Healing.parse(text, args.tune_tokens) for text in args.cuts):
-        if any(all(row.get(name) == value for name, value in asdict(asked).items()) for row in rows):
+        if asdict(asked) in done:
             continue
         row: dict[str, Any] = asdict(asked)
         small = model.model if asked.segments == "nothing" else healed(model, asked, args, row)
-        row |= judged(model, small, texts, tests, args)
-        rows.append(row)
+        row |= judged(model, small, texts, probes)
+        done.add(row)
         say(str(asked), f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}")
-        write_json(partial, facts | {"rows": rows})
     order = [asdict(Healing.parse(text, args.tune_tokens)).items() for text in args.cuts]
-    rows.sort(key=lambda row: next((i for i, asked in enumerate(order) if asked <= row.items()), len(order)))
-    finish(args.out, model, (__doc__ or "").splitlines()[0], rows, **facts)
-    partial.unlink(missing_ok=True)
+    done.rows.sort(key=lambda row: next((i for i, asked in enumerate(order) if asked <= row.items()), len(order)))
+    finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, **facts)
+    done.partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ dithered control
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from typing import Any
 
 import torch
 
-from common import arguments, blocks, finish, open_model
+from common import RowsDone, arguments, blocks, finish, open_model
 from control import dither_
 from layercut import evaluation
 from layercut.config import QuantizeConfig
-from layercut.files.json_values import write_json
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading
 from layercut.progress import say
@@ -76,22 +74,17 @@ def main() -> None:
     dither_(model.model)
     text, reported = drawn(model, args)
     facts = {key: getattr(args, key) for key in ("tokens", "heldout_tokens", "eval_tokens", "window", "seed")}
-    partial = args.out.with_name(f".{args.out.stem}.partial.json")
-    old = next((json.loads(file.read_text()) for file in (partial, args.out) if file.is_file()), {"rows": []})
-    if old["rows"] and any(old[name] != value for name, value in facts.items()):
-        raise SystemExit(f"error: {args.out} was made with other settings\nhint: give another --out, or remove it")
-    rows: list[dict[str, Any]] = old["rows"]
+    done = RowsDone(args.out, facts)
     for asked in (PLAIN, *(parsed(setting, args.tune_tokens) for setting in args.settings)):
-        if any(all(row[name] == value for name, value in asked.items()) for row in rows):
+        if asked in done:
             continue
         found = {"model": model.model} if asked["bits"] == 16 else quantized(model, asked, text)
         small = found.pop("model")
         found["perplexity"] = {name: evaluation.perplexity(small, tokens) for name, tokens in reported.items()}
-        rows.append(asked | found)
+        done.add(asked | found)
         say(str(asked), f"{found['perplexity']}, {found.get('bytes')} bytes")
-        write_json(partial, facts | {"rows": rows})
-    finish(args.out, model, (__doc__ or "").splitlines()[0], rows, weights="dithered control", **facts)
-    partial.unlink(missing_ok=True)
+    finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, weights="dithered control", **facts)
+    done.partial.unlink(missing_ok=True)
 
 
 def drawn(model: loading.LanguageModel, args: Namespace) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
