@@ -41,7 +41,7 @@ GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
 """Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
-EmbeddingBits = Literal[8, 6, 4, 3, 2]
+EmbeddingBits = Literal[16, 8, 6, 4, 3, 2]
 GgufType = Literal[
     "same", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
@@ -200,7 +200,8 @@ class SearchConfig:
     segment: Annotated[tuple[str, ...], Parameter(group=WHAT, negative="")] = ()
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     target_size: Annotated[str | None, Parameter(group=WHAT)] = None
-    """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB."""
+    """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB. With
+    --bits auto and a --ratio, which may be 0: choose the bits of each matrix for this size."""
     target_speedup: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
     removed). That is the ideal; what is reached is a little less."""
@@ -246,9 +247,9 @@ class SearchConfig:
     """Price every segment of every length up to the one that is removed as well: the report's map of the stack."""
 
     def __post_init__(self) -> None:
-        if len(given := self.given) > 1 and not self.two_budgets:
+        if len(given := [flag for flag in self.given if flag != "--target-size"]) > 1:
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them")
-        if self.ratio is not None and not 0 < self.ratio < 1:
+        if self.ratio is not None and not 0 <= self.ratio < 1:
             raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
         if self.target_size is not None:
             parse_bytes("--target-size", self.target_size)
@@ -292,6 +293,11 @@ class SearchConfig:
             "--target-speedup": self.target_speedup, "--max-loss": self.max_loss,
         }  # fmt: skip
         return [flag for flag, value in values.items() if value is not None]
+
+    @property
+    def removing(self) -> list[str]:
+        """Those of `given` that say how many layers go, where --bits auto makes the size."""
+        return [flag for flag in self.given if flag in ("--ratio", "--segment", "--target-speedup")]
 
     @property
     def two_budgets(self) -> bool:
@@ -403,8 +409,11 @@ class HealConfig:
 class QuantizeConfig:
     """In how many bits the weights are stored."""
 
-    bits: Bits = 16
-    """Bits for each weight of the decoder layers. 16: not quantized. vLLM reads 8 and 4."""
+    bits: Bits | Literal["auto"] = 16
+    """Bits for each weight of the decoder layers. 16: not quantized. vLLM reads 8 and 4. auto: each matrix, embeddings
+    and head too, in the bits of --bits-allowed that keep KL to the model least within --target-size."""
+    bits_allowed: Annotated[str, rare] = "16,8,6,4,3,2"
+    """What --bits auto chooses among, separated by commas. For vLLM: 8,4 with --embedding-bits 16."""
     quantizer: Annotated[
         str,
         one_of(
@@ -421,13 +430,35 @@ class QuantizeConfig:
     quantize_embeddings: Annotated[bool, rare_switch] = False
     """Store embeddings and head in 8 bits too. Small models need it; transformers reads it, vLLM may not."""
     embedding_bits: Annotated[EmbeddingBits | None, rare] = None
-    """Bits of these instead: 8, or the same as --bits, and then in the same groups as all other weights."""
+    """Bits of these instead: 8, or the same as --bits, and then in the same groups as all other weights. 16: with
+    --bits auto they stay as they are."""
 
     def __post_init__(self) -> None:
         quantizers.check(self.quantizer, "--quantizer")
-        self._check_one_width()
+        _ = self.allowed
+        if self.bits == "auto":
+            self._check_auto()
+        else:
+            self._check_one_width()
         if self.group_size is not None:
             at_least("group_size", self.group_size, 8)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is quantized."""
+        return self.bits != 16
+
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """What `bits` auto chooses among, the most bits first. ConfigError: no such bits."""
+        widths = get_args(Bits)
+        given = split_names(self.bits_allowed)
+        if not given or any(name not in map(str, widths) for name in given):
+            raise ConfigError(
+                f"--bits-allowed is {self.bits_allowed!r}",
+                f"allowed are {', '.join(map(str, widths))}, separated by commas",
+            )
+        return tuple(width for width in widths if str(width) in given)
 
     @property
     def packs_embeddings(self) -> bool:
@@ -437,10 +468,25 @@ class QuantizeConfig:
     @property
     def one_width(self) -> bool:
         """Whether all weights must have the same bits and groups, since a loader takes the first group's for all."""
-        return self.bits < 16 and (self.asymmetric or self.packs_embeddings)
+        return self.rounds and (self.asymmetric or self.packs_embeddings)
+
+    def _check_auto(self) -> None:
+        """Refuse what says of some weights in how many bits they are, where bits are chosen."""
+        given = {
+            "--asymmetric": self.asymmetric, "--endpoint-bits": self.endpoint_bits is not None,
+            f"--embedding-bits {self.embedding_bits}": self.embedding_bits not in (None, 16),
+        }  # fmt: skip
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            raise ConfigError(f"--bits auto chooses bits, and {flag} is given", f"leave out {flag}")
+        if self.quantize_embeddings and self.embedding_bits == 16:
+            raise ConfigError("--quantize-embeddings is given with --embedding-bits 16", "give one of them")
+        if self.allowed == (16,):
+            raise ConfigError("--bits auto has nothing to choose: --bits-allowed is 16", "--bits-allowed 16,8,4")
 
     def _check_one_width(self) -> None:
         """Refuse what stock transformers cannot load: packed embeddings or zero points beside weights of other bits."""
+        if self.embedding_bits == 16:
+            raise ConfigError("--embedding-bits 16 is for --bits auto", "leave out --embedding-bits")
         if self.embedding_bits is not None and not self.quantize_embeddings:
             raise ConfigError(
                 "--embedding-bits is given without --quantize-embeddings", "give both, or leave out --embedding-bits"
@@ -683,6 +729,12 @@ class CompressConfig(TuneConfig):
             raise ConfigError(
                 "neither --ratio nor --segment nor a budget is given", "a fifth of the layers: --ratio 0.2"
             )
+        if self.quantize.bits == "auto":
+            self._check_chosen_bits()
+        elif len(given := self.search.given) > 1 and not self.search.two_budgets:
+            raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them; both go with --bits auto")
+        elif self.search.ratio == 0 and not self.quantize.rounds:
+            raise ConfigError("--ratio 0 is outside 0 to 1", "a fifth of the layers: --ratio 0.2; none: give --bits")
         if self.number_of_rounds > 1:
             self._check_rounds()
         elif self.search.two_budgets:
@@ -699,6 +751,18 @@ class CompressConfig(TuneConfig):
     def number_of_rounds(self) -> int:
         """Rounds of pruning, at most."""
         return self.rounds.rounds or (5 if self.search.two_budgets else 1)
+
+    def _check_chosen_bits(self) -> None:
+        """Refuse --bits auto without a size, or without what says how many layers go."""
+        if self.search.target_size is None:
+            raise ConfigError("--bits auto is given without --target-size", "give the size: --target-size 60MB")
+        if self.search.max_loss is not None:
+            raise ConfigError("--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits")
+        if not self.search.removing:
+            raise ConfigError(
+                "--bits auto is given without what says how many layers go",
+                "none: --ratio 0; a fifth: --ratio 0.2",
+            )
 
     def _check_bits(self) -> None:
         """Refuse bits that would be ignored: with two budgets they are varied, beginning with the whole model's."""
@@ -795,6 +859,8 @@ class QuantizeAloneConfig:
     """The new checkpoint: a folder, or NAME.gguf."""
     gguf_type: GgufType | None = None
     """Number format of a GGUF file, as of export. Not given: of --bits 8 q8_0, of --bits 4 q4_k_m."""
+    target_size: str | None = None
+    """With --bits auto: bytes of the checkpoint's weights, at most, e.g. 60MB."""
     load: ModelConfig = field(default_factory=ModelConfig)
     text: DataConfig = field(default_factory=DataConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
@@ -817,6 +883,14 @@ class QuantizeAloneConfig:
             raise ConfigError("--gguf-type is given, and --out names no .gguf file", "--out NAME.gguf")
         if self.quantize.bits == 16 and not self.gguf_type:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
+        chosen = self.quantize.bits == "auto"
+        if chosen and self.out.suffix == ".gguf":
+            raise ConfigError("--bits auto packs weights for transformers, and --out is a GGUF file", "name a folder")
+        if chosen != (self.target_size is not None):
+            given, missing = ("--bits auto", "--target-size") if chosen else ("--target-size", "--bits auto")
+            raise ConfigError(f"{given} is given without {missing}", "--bits auto --target-size 60MB")
+        if self.target_size is not None:
+            parse_bytes("--target-size", self.target_size)
 
 
 @options(RUN)
@@ -913,7 +987,8 @@ class MethodsConfig:
     """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
 
     def __post_init__(self) -> None:
-        SearchConfig(ratio=self.ratio)
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
         HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share)
         EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
         unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not is_cut(name)]

@@ -30,6 +30,7 @@ from layercut.evaluation.generated_probes import Probed, probed, probes_for
 from layercut.export import consumers
 from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
+from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
 from layercut.models.layer_reader_protocol import layers_on_disk
@@ -41,7 +42,7 @@ from layercut.pipeline.provenance import check_finished, is_run, versions
 from layercut.pipeline.resolve_options import check_window
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
-from layercut.quantization import quantize_
+from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.model_card import Figure, Made, of_run
 from layercut.report.stage_lines import describe_quantization
@@ -353,13 +354,15 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     if placement.wanted(source, **asdict(config.load)):
         raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
     loaded = placement.load(source, **asdict(config.load))
-    tokens = None
-    if resolve(config.quantize.quantizer)[1].needs_calibration:
+    tokens, most = None, parse_bytes("--target-size", config.target_size) if config.target_size else None
+    if most:
+        bit_choice.check_target(loaded.model, config.quantize, most)
+    if most or resolve(config.quantize.quantizer)[1].needs_calibration:
         own = of_run and config.text == DataConfig()
         tokens = stored_blocks(run, "calibration") if own else _calibration(loaded, config.text)
     cut = _cut_of(run) if of_run else []
     with memory.memory_limit(config.load.max_memory):  # in place: old weights leave memory
-        found = quantize_(loaded.model, tokens, config.quantize, endpoints=cut)
+        found = quantize_(loaded.model, tokens, config.quantize, endpoints=cut, target=most)
     facts = found.to_dict()
     say("quantize", describe_quantization(facts))
     unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
@@ -381,10 +384,13 @@ def _quantized_model(target: str, run: Path | None, config: QuantizeAloneConfig,
         words = f"the first {measured['tokens']} tokens"
         figure = [Figure(metric="perplexity", value=measured["value"], dataset=str(dataset), words=words)]
     bits = config.quantize.bits
+    what = f"The decoder layers' weights in {bits} bits"
+    if bits == "auto":
+        what = f"Each matrix in its own bits, chosen for {config.target_size}"
     return replace(
         plain,
-        done=f"The decoder layers' weights in {bits} bits ({config.quantize.quantizer}).",
-        number_format=f"int{bits}",
+        done=f"{what} ({config.quantize.quantizer}).",
+        number_format="mixed integers" if bits == "auto" else f"int{bits}",
         packed=True,
         figures=figure,
     )

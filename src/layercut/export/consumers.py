@@ -9,7 +9,8 @@ the report and the card.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from layercut.models import llama_cpp_rules
 from layercut.models.loading import count_layers
 from layercut.models.older_names import READ_BY_4, period_of, unsaid
 from layercut.progress import warn
+from layercut.quantization.assignment import WHOLE_BYTES
 from layercut.segments import Segment, kept_layers
 
 
@@ -245,7 +247,8 @@ def check_written(names: Sequence[str], written: Written) -> None:
             folder = ", and folders of float weights by way of layercut export" if "float" not in consumer.reads else ""
             raise ConfigError(
                 f"{consumer.title} does not read {_WORDS[written]}; it reads {allowed}{folder}",
-                "leave out --bits and --quantize-embeddings, or leave it out of --for",
+                "leave out --bits and --quantize-embeddings, or leave it out of --for; of --bits auto it may read "
+                "--bits-allowed 8,4 --embedding-bits 16",
             )
 
 
@@ -299,13 +302,30 @@ def check_model(config: Any, names: Sequence[str], written: Written) -> list[Rea
 
 
 def written_by(quantize: QuantizeConfig) -> Written:
-    """What a folder holds that is quantized so."""
+    """What a folder holds that is quantized so, or where bits are chosen may hold."""
     if quantize.bits == 16:
         return "float"
+    if quantize.bits == "auto":
+        few = set(quantize.allowed) - {16}
+        return "packed embeddings" if quantize.embedding_bits != 16 else _of_linear(few)
     if quantize.quantize_embeddings:
         return "packed embeddings" if quantize.packs_embeddings else "int8 embeddings"
-    by_bits: dict[int, Written] = {8: "int8", 4: "int4"}
-    return by_bits.get(quantize.bits, "few bits")
+    return _of_linear({quantize.bits})
+
+
+def written_as(described: Mapping[str, Any]) -> Written:
+    """What a folder holds, told from the `quantization_config` in its config."""
+    groups = described.get("config_groups", {}).values()
+    if described.get("dequantize"):
+        return "packed embeddings"
+    if any(group["format"] == WHOLE_BYTES for group in groups):
+        return "int8 embeddings"
+    return _of_linear({group["weights"]["num_bits"] for group in groups})
+
+
+def _of_linear(bits: AbstractSet[int]) -> Written:
+    """Packed linear modules of these widths."""
+    return "float" if not bits else "int8" if bits == {8} else "int4" if bits <= {8, 4} else "few bits"
 
 
 def _titles(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from layercut.config import Bits
 from layercut.data.blocks import TextFacts
@@ -261,7 +261,7 @@ class FrontierArtefact(Artefact):
 class QuantizeArtefact(Artefact):
     """quantize.json; at 16 bits nothing but `bits` and no layers."""
 
-    bits: Bits
+    bits: Bits | Literal["auto"]
     layers: list[QuantizedWeight]
     quantizer: str | None = field(default=None, metadata=OPTIONAL)
     group_size: int | None = None
@@ -269,6 +269,9 @@ class QuantizeArtefact(Artefact):
     endpoint_bits: int | None = None
     quantize_embeddings: bool | None = field(default=None, metadata=OPTIONAL)
     embedding_bits: int | None = None
+    bits_allowed: str | None = field(default=None, metadata=OPTIONAL)
+    mixture: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
     left: list[Any] | None = field(default=None, metadata=OPTIONAL)
     bytes: BeforeAfter | None = field(default=None, metadata=OPTIONAL)
     quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)

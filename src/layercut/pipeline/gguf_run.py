@@ -78,8 +78,8 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> 
         if output.gguf_type:
             raise ConfigError("--gguf-type is given, and the result is a checkpoint folder", "--out NAME.gguf")
         return
-    if config.quantize.bits < 16 or config.search.two_budgets:
-        flag = "--bits" if config.quantize.bits < 16 else "--target-size with --max-loss"
+    if config.quantize.rounds or config.search.two_budgets:
+        flag = "--bits" if config.quantize.rounds else "--target-size with --max-loss"
         raise ConfigError(
             f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
             "--gguf-type q4_k_m, or for a checkpoint folder: --format safetensors",

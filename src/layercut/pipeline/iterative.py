@@ -58,7 +58,7 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     """
     config, text, count = work.config, work.text, work.config.number_of_rounds
     budget = config.search.max_loss
-    bits: tuple[Bits, ...] = tried_bits(config) if config.search.two_budgets else (config.quantize.bits,)
+    bits: tuple[Bits, ...] = tried_bits(config) if config.search.two_budgets else fixed_bits(config)
     if length is None and budget is None:
         length = stages.search.length_for_target(work)
     done: list[Round] = []
@@ -96,11 +96,21 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     return gathered(work, done)
 
 
+def fixed_bits(config: CompressConfig) -> tuple[Bits, ...]:
+    """The bits that a run asks for; none where they are chosen for a size."""
+    return () if config.quantize.bits == "auto" else (config.quantize.bits,)
+
+
 def tried_bits(config: CompressConfig) -> tuple[Bits, ...]:
     """The bits of two budgets' walk, without those that a consumer of --for does not read."""
     names = consumer_names(config.search.consumers)
     as_written = {bits: written_by(replace(config.quantize, bits=bits)) for bits in FRONTIER_BITS}
     return tuple(bits for bits, written in as_written.items() if all(CONSUMERS[name].takes(written) for name in names))
+
+
+def nothing_removed(work: RunContext) -> Removal:
+    """The artefacts of a run that removes no layers, and quantizes the model as it is."""
+    return gathered(work, [])
 
 
 def gathered(work: RunContext, done: Sequence[Round]) -> Removal:

@@ -33,7 +33,7 @@ from layercut.pipeline.artefacts import (
 )
 from layercut.pipeline.conversion import describe_result_, export
 from layercut.pipeline.handover import destination, result_of, upload
-from layercut.pipeline.iterative import in_rounds
+from layercut.pipeline.iterative import in_rounds, nothing_removed
 from layercut.pipeline.resolve_options import ResolvedRun, Stage, default_folder, resolve
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.run_store import Run
@@ -67,7 +67,9 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
         run.describe({"model": model, **flattened(asked.config)})
         work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
         stages.text.draw_all(work, stages.text.uses(asked.config, until))
-        if asked.config.number_of_rounds > 1:
+        if asked.length == 0:
+            removal = nothing_removed(work)
+        elif asked.config.number_of_rounds > 1:
             removal = in_rounds(work, asked.length)
         else:
             this = Round(work)

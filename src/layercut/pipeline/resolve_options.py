@@ -24,6 +24,7 @@ from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
 from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
+from layercut.quantization import bit_choice
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 Stage = Literal["search", "tune", "report"]
@@ -109,12 +110,12 @@ def wanted_length(search: SearchConfig, layers: int) -> int | None:
         ConfigError: no such number is possible.
     """
     if search.ratio is not None:
-        return layers_to_remove(search.ratio, layers)
+        return layers_to_remove(search.ratio, layers) if search.ratio else 0
     return length_for_speedup(layers, search.target_speedup) if search.target_speedup is not None else None
 
 
 def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
-    """Refuse a --target-size that no number of layers meets, by the config alone.
+    """Refuse a --target-size that no number of layers meets, or with --bits auto no bits, by the config alone.
 
     With --max-loss the bits count as well, and it is known only when they have been tried. A class that cannot be built
     without its own code is counted when it is loaded.
@@ -125,7 +126,7 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
         architecture: transformers' config.
 
     Raises:
-        ConfigError: no number of layers meets it.
+        ConfigError: nothing meets it.
     """
     if config.search.target_size is None or config.search.two_budgets:
         return
@@ -137,9 +138,14 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
         bare = loading.skeleton(architecture, stored)
     except ModelError:
         return
-    weights = [loading.parameter_bytes(layer, stored) for layer in loading.find_decoder(bare).layers]
+    target, layers = parse_bytes("--target-size", config.search.target_size), loading.find_decoder(bare).layers
+    if config.quantize.bits == "auto":
+        cut = sum(map(len, config.search.segments)) or wanted_length(config.search, len(layers)) or 0
+        bit_choice.check_target(bare, config.quantize, target, without=cut)
+        return
+    weights = [loading.parameter_bytes(layer, stored) for layer in layers]
     total = loading.parameter_bytes(bare, stored)
-    length_for_size(weights, total, parse_bytes("--target-size", config.search.target_size))
+    length_for_size(weights, total, target)
 
 
 def check_consumers(
@@ -160,7 +166,7 @@ def check_consumers(
     names = consumer_names(config.search.consumers)
     written: consumers.Written = "gguf" if gguf else consumers.written_by(config.quantize)
     consumers.check_cut(architecture, wanted, names, written)
-    if names and length is not None:
+    if names and length:
         consumers.restriction(architecture, names, length)
 
 
@@ -193,6 +199,7 @@ def check_spread(config: CompressConfig) -> None:
     refused = {
         "--rounds": config.number_of_rounds > 1,
         "--teacher-topk": config.heal.teacher_topk > 0,
+        "--bits auto": config.quantize.bits == "auto",
         "--method taylor": config.search.method == "taylor",
     }
     for flag, is_asked in refused.items():
@@ -214,7 +221,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
         ConfigError: a flag needs the model in memory.
     """
     asked = {
-        "--bits": config.quantize.bits < 16,
+        "--bits": config.quantize.rounds,
         "--tasks": bool(config.tasks.names),
         "--evaluations": bool(config.tasks.evaluation_names),
         "--long-context": config.long.long_context > 0,

@@ -18,14 +18,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from layercut.config import EmbeddingBits, QuantizeConfig
+from layercut.config import Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
+from layercut.files.sizes import parse_bytes
 from layercut.models import loading
 from layercut.models.devices import place_of_float64
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
+from layercut.quantization.bit_choice import Mixture, choose
 from layercut.quantization.gptq import add_to_hessian_, output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
@@ -42,7 +44,7 @@ def quantize(
     model: Any,
     tokens: torch.Tensor | None = None,
     *,
-    bits: Literal[8, 6, 4, 3, 2],
+    bits: Literal[8, 6, 4, 3, 2, "auto"],
     quantizer: str | Quantizer = "gptq",
     group_size: int | None = None,
     asymmetric: bool = False,
@@ -50,13 +52,15 @@ def quantize(
     endpoint_bits: Literal[16, 8] | None = None,
     embedding_bits: EmbeddingBits | None = None,
     endpoints: Sequence[int] = (),
+    bits_allowed: str = "16,8,6,4,3,2",
+    target_size: str | None = None,
 ) -> Quantized:
     """Round the weights of the decoder layers to a few bits; `model` stays as it is.
 
     Args:
         model: a causal LM of transformers in memory, or a DecoderRunner of one.
         tokens: calibration token ids [N, T]; needed where the quantizer is calibrated, as gptq is.
-        bits: bits of a weight.
+        bits: bits of a weight. "auto": of each weight those that cost least KL within `target_size`.
         quantizer: a name of `layercut.quantizers` ("gptq", "rtn", one of a package), or a class or function as
             `quantization/quantizers.py` describes it.
         group_size: columns that share a scale; None: the largest of 128, 64 and 32 that divides a weight's columns.
@@ -65,6 +69,8 @@ def quantize(
         endpoint_bits: bits of the layers beside a cut; None: as `bits`. 16: they are not quantized.
         embedding_bits: bits of embeddings and head, with `quantize_embeddings`: 8, or as `bits`; None: 8.
         endpoints: layers beside a cut, by their place in `model`; those that its config shows are found in any case.
+        bits_allowed: what "auto" chooses among, embeddings and head included unless `embedding_bits` is 16.
+        target_size: of the checkpoint's weights, at most, as "60MB"; with "auto".
 
     Returns:
         A clone with the rounded weights, the packed tensors, and what became of each weight.
@@ -76,17 +82,21 @@ def quantize(
         ModelError: nothing that could be quantized, weights that are not finite, tokens outside the vocabulary, or
             (calibrated) a model that cannot be run layer by layer.
     """
-    if bits not in (allowed := get_args(EmbeddingBits)):
+    if bits not in (allowed := (*(each for each in get_args(Bits) if each < 16), "auto")):
         raise ConfigError(
             f"bits={bits!r} is not among what weights can be stored in", f"allowed are {', '.join(map(str, allowed))}"
         )
+    if (target_size is None) == (bits == "auto"):
+        given = "is given with bits that are fixed" if target_size else "is missing, and bits='auto' chooses for a size"
+        raise ConfigError(f"target_size {given}", "give both, or neither: bits='auto', target_size='60MB'")
     own = {"quantizer": quantizer} if isinstance(quantizer, str) else {}
     config = QuantizeConfig(
         bits=bits, group_size=group_size, asymmetric=asymmetric, quantize_embeddings=quantize_embeddings,
-        endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, **own,
+        endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own,
     )  # fmt: skip
     clone = loading.share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
-    return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer)
+    target = parse_bytes("target_size", target_size) if target_size else None
+    return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer, target=target)
 
 
 @torch.no_grad()
@@ -97,6 +107,7 @@ def quantize_(
     *,
     endpoints: Sequence[int] = (),
     quantizer: str | Quantizer | None = None,
+    target: int | None = None,
 ) -> Quantized:
     """`quantize` in place: new parameters are put in, tensors that another model shares stay, ties are kept.
 
@@ -106,6 +117,7 @@ def quantize_(
         config: bits, group size and the like.
         endpoints: layers beside a cut, by their place in `model`.
         quantizer: in the place of `config.quantizer`.
+        target: bytes of the checkpoint's weights, at most, where bits are chosen.
 
     Returns:
         As `quantize`, of this model.
@@ -117,12 +129,12 @@ def quantize_(
     """
     require_library(one_width=config.one_width)
     name, rounds = resolve(quantizer or config.quantizer)
-    if rounds.needs_calibration and (tokens is None or not tokens.numel()):
-        raise ConfigError(f"the quantizer {name} is calibrated on tokens, and none are given", "give tokens [N, T]")
+    if (rounds.needs_calibration or target) and (tokens is None or not tokens.numel()):
+        who = f"the quantizer {name} is calibrated" if rounds.needs_calibration else "the choice of bits is measured"
+        raise ConfigError(f"{who} on tokens, and none are given", "give tokens [N, T]")
     if tokens is not None:
         _check_tokens(tokens, model)
-    layers = len(loading.find_decoder(model))
-    targets = plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)}))
+    targets, mixture = _assigned(model, tokens, config, endpoints, target)
     left, before = left_as_they_are(model, targets), loading.parameter_bytes(model)
     rows, packed = list[QuantizedWeight](), dict[str, torch.Tensor]()
 
@@ -133,23 +145,44 @@ def quantize_(
         replace_parameters_(model, {f"{target.name}.weight": weight})
 
     _embeddings_and_head(model, [target for target in targets if target.layer is None], packed, quantize_one)
+    _decoder_layers(model, targets, tokens if rounds.needs_calibration else None, quantize_one)
+    targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
+    kind = {"asymmetric": config.asymmetric, "one_width": mixture.one_width if mixture else config.one_width}
+    described = quantization_config(targets, linear_left(model, targets), **kind)
+    after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
+    asked = vars(config) | {"quantizer": name}
+    chosen = mixture.to_dict() if mixture else None
+    return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked, chosen)
+
+
+def _assigned(
+    model: Any, tokens: torch.Tensor | None, config: QuantizeConfig, endpoints: Sequence[int], target: int | None
+) -> tuple[list[Assignment], Mixture | None]:
+    """What is quantized, and to how many bits: as the config says, or chosen for a size."""
+    if config.bits != "auto":
+        layers = len(loading.find_decoder(model))
+        return plan(model, config, sorted({*endpoints, *endpoints_of(model.config, layers)})), None
+    if tokens is None or target is None:
+        raise ConfigError("bits are to be chosen, and no size is given", "give --target-size, as 60MB")
+    mixture = choose(model, tokens, config, target)
+    require_library(one_width=mixture.one_width)
+    return list(mixture.targets), mixture
+
+
+def _decoder_layers(
+    model: Any, targets: Sequence[Assignment], tokens: torch.Tensor | None, quantize_one: QuantizeOne
+) -> None:
+    """The weights in the decoder layers, layer by layer; tokens: to calibrate on, where the quantizer is calibrated."""
     inside = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
     wanted = {layer: list(group) for layer, group in inside if layer is not None}
-    with bar(f"quantizing to {config.bits} bits", layers) as advance:
-        if rounds.needs_calibration:
-            assert tokens is not None
+    with bar("quantizing", len(loading.find_decoder(model))) as advance:
+        if tokens is not None and wanted:
             _layer_by_layer(DecoderRunner(model), tokens, wanted, quantize_one, advance)
         else:
             for group in wanted.values():
                 for target in group:
                     quantize_one(target, None)
                 advance(1)
-    targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
-    kind = {"asymmetric": config.asymmetric, "one_width": config.one_width}
-    described = quantization_config(targets, linear_left(model, targets), **kind)
-    after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
-    asked = vars(config) | {"quantizer": name}
-    return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked)
 
 
 def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
@@ -197,12 +230,12 @@ def _embeddings_and_head(
     """
     if not ends:
         return
-    first, last = ends
-    tied = model.get_submodule(first.name).weight is model.get_submodule(last.name).weight
+    first, last = ends[0], ends[-1]
+    tied = len(ends) > 1 and model.get_submodule(first.name).weight is model.get_submodule(last.name).weight
     quantize_one(first, None)
     if tied and first.form == WHOLE_BYTES:
         packed.update(_scales_for_tied_head(ends, packed))
-    elif not tied:
+    elif len(ends) > 1 and not tied:
         quantize_one(last, None)
 
 

@@ -61,7 +61,7 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
         config = replace(config, group_size=_common_group_size([*_columns(decoder.layers), *(e[1] for e in ends)]))
     inside: list[Assignment] = []
     for i, layer in enumerate(decoder.layers):
-        bits: int = config.endpoint_bits if i in endpoints and config.endpoint_bits else config.bits
+        bits = config.endpoint_bits if i in endpoints and config.endpoint_bits else int(config.bits)
         for name, module in layer.named_modules():
             if bits < 16 and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS:
                 full = f"{decoder.path}.{i}.{name}"

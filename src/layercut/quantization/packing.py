@@ -73,6 +73,26 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
     return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
 
 
+def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each tensor that `pack` will make of a weight on a symmetric grid.
+
+    Args:
+        target: the weight, and how it is stored.
+        shape: [O, I].
+        dtype: of the scales.
+
+    Returns:
+        Bytes by the tensors' full names.
+    """
+    rows, columns = shape
+    parts = {"weight_scale": rows * (columns // target.group_size) * dtype.itemsize}
+    if target.form == WHOLE_BYTES:
+        parts["weight"] = rows * columns
+    else:
+        parts |= {"weight_packed": rows * -(-columns * target.bits // 32) * 4, "weight_shape": 2 * 8}
+    return {f"{target.name}.{name}": count for name, count in parts.items()}
+
+
 def quantized_weights(packed: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights [O, I] that packed tensors encode, as any loader computes them.
 

@@ -51,11 +51,14 @@ class Quantized:
     bytes_after: int
     settings: Mapping[str, Any]
     """What was asked: bits, quantizer, group_size, asymmetric, endpoint_bits, quantize_embeddings."""
+    mixture: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model and its tensors, fit for JSON; what a run keeps as quantize.json."""
         return {
             **self.settings,
+            "mixture": self.mixture and dict(self.mixture),
             "layers": [asdict(row) for row in self.weights],
             "left": list(self.left),
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},

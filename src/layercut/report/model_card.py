@@ -101,6 +101,8 @@ def of_run(run: Path) -> Made:
     found = read_run(run)
     bits = whole_number(found.quantization.bits)
     number_format = f"int{bits}" if bits is not None and bits < 16 else ""
+    if found.quantization.bits == "auto":
+        number_format = "mixed integers"
     return Made(
         source=source_card(str(found.summary.model)),
         done="",

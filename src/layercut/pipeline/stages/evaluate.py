@@ -86,7 +86,7 @@ def states_of(work: RunContext) -> dict[str, list[Weights]]:
     if run.artefact(HealArtefact, "heal").tuning:
         states["tuned"] = ["folded", "tuned"]
     quantized = run.artefact(QuantizeArtefact, "quantize")
-    if quantized.bits < 16 or (quantized.gguf and quantized.gguf["rounded"]):
+    if quantized.bits != 16 or (quantized.gguf and quantized.gguf["rounded"]):
         states["quantized"] = ["folded", "tuned", "quantized"]
     return states
 

@@ -78,7 +78,9 @@ def read_by(work: RunContext, segments: Sequence[Segment]) -> list[consumers.Rea
         A reading of each.
     """
     gguf = gguf_run.keeps_gguf(work.config, work.checkpoint)
-    written: consumers.Written = "gguf" if gguf else consumers.written_by(work.config.quantize)
+    written = "gguf" if gguf else consumers.written_by(work.config.quantize)
+    if work.config.quantize.bits == "auto":
+        written = consumers.written_as(work.run.artefact(QuantizeArtefact, "quantize").quantization_config or {})
     return consumers.readings(work.architecture, segments, written)
 
 

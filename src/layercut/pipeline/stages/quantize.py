@@ -35,14 +35,17 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     if gguf_run.keeps_gguf(work.config, work.checkpoint):
         return gguf_run.quantize(work, segments)
     config = work.config.quantize
-    calibrated = work.text["calibration"] if quantizer_of(config.quantizer)[1].needs_calibration else None
-    inputs = [config, calibrated, *tune_quantized.inputs(work)] if config.bits < 16 else None
+    chosen = [work.config.search.target_size] if config.bits == "auto" else []
+    read = bool(chosen) or quantizer_of(config.quantizer)[1].needs_calibration
+    calibrated = work.text["calibration"] if read else None
+    inputs = [config, calibrated, *chosen, *tune_quantized.inputs(work)] if config.rounds else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:
             stage.found = QuantizeArtefact(bits=16, layers=[])
         elif stage.open:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
-            found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asdict(config))
+            asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
+            found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asked)
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
@@ -51,10 +54,11 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 left=list(found.left),
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
                 quantization_config=dict(found.config),
+                mixture=dict(found.mixture) if found.mixture else None,
                 tuning=tuning,
                 files=["quantized.safetensors"],
             )
-    if stage.artefact.bits < 16:
+    if stage.artefact.bits != 16:
         tune_quantized.forget_state_(work)
         say("quantize", describe_quantization(asdict(stage.artefact)))
     if stage.artefact.tuning:

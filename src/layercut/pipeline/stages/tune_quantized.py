@@ -22,7 +22,8 @@ STATE = "quantized-tuning-state.safetensors"
 def wanted(config: CompressConfig) -> bool:
     """Whether what was rounded is trained: below 8 bits, unless that was switched off or nothing is tuned at all."""
     asked = config.after_rounding.tune_quantized
-    return bool(config.heal.tune_tokens) and (config.quantize.bits < 8 if asked == "auto" else asked != "none")
+    few = config.quantize.bits == "auto" or config.quantize.bits < 8
+    return bool(config.heal.tune_tokens) and (few if asked == "auto" else asked != "none")
 
 
 def inputs(work: RunContext) -> list[Any]:

@@ -1,0 +1,295 @@
+"""Bits by budget: for each weight the width that, all together, cost least KL within so many bytes.
+
+    mixture = choose(model, tokens, config, target=60_000_000)     # .targets: what to quantize, and to how many bits
+
+What can be loaded decides what can be mixed (docs/log.md): in the linear modules any widths beside each other,
+embeddings then in 16 bits or as whole bytes; or all in one width with embeddings packed as well, and what is left out
+of it in 16 bits. Each of these *formats* is a multiple-choice knapsack over the costs of `sensitivity.py`, solved by
+scipy's MILP; the cheapest is taken. A sum of costs is the second-order estimate of what they cost together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from math import gcd
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercut.config import GROUP_SIZES, QuantizeConfig
+from layercut.errors import ConfigError
+from layercut.files.sizes import size, size_flag
+from layercut.models import loading
+from layercut.quantization import sensitivity
+from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, plan
+from layercut.quantization.packing import stored_bytes, unpacks_while_loading
+from layercut.quantization.sensitivity import Width
+
+SEARCHED_GROUPS = 4
+"""Bits up to which several group sizes are tried: above it scales are little of the size, and errors small."""
+GROUP_STEP, LARGEST_GROUP = 32, 256
+"""Where all weights share one group size, it may be any multiple of that, up to this."""
+TENSOR_HEADER = 120
+"""Bytes of a tensor in the header of a safetensors file, beside its name: dtype, shape, place, punctuation. At most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that can be stored in several ways."""
+
+    targets: tuple[Assignment, ...]
+    """Its module; of tied embeddings and head both."""
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Of the first module."""
+        return self.targets[0].name
+
+    def stored(self, way: Assignment | None, dtype: torch.dtype) -> int:
+        """Bytes in the file, its tensors' entries in the header included.
+
+        Args:
+            way: how it is stored; None: as it is.
+            dtype: that the model is saved in.
+
+        Returns:
+            Bytes.
+        """
+        if way is None:
+            return self.shape[0] * self.shape[1] * dtype.itemsize + TENSOR_HEADER + len(self.name)
+        parts = stored_bytes(way, self.shape, dtype)
+        if len(self.targets) > 1 and way.form == WHOLE_BYTES:
+            parts |= {f"{self.targets[1].name}.weight_scale": parts[f"{self.name}.weight_scale"]}
+        return sum(count + TENSOR_HEADER + len(name) for name, count in parts.items())
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """What can be mixed in one checkpoint: of each candidate the ways to store it; None: as it is, in 16 bits."""
+
+    ways: tuple[tuple[Assignment | None, ...], ...]
+    one_width: bool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What was chosen."""
+
+    targets: tuple[Assignment, ...]
+    """What is quantized, in the order the model uses it."""
+    one_width: bool
+    cost: float
+    """Sum of the chosen costs, nats per token: the second-order estimate of the KL of all together."""
+    bytes: int
+    """Of the file, at most."""
+    costs: Mapping[str, Mapping[Width, float]]
+    """Of each weight at each width, nats per token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What quantize.json records of the choice."""
+        costs = {
+            name: [{"bits": bits, "group_size": group, "kl": kl} for (bits, group), kl in each.items()]
+            for name, each in self.costs.items()
+        }
+        return {"predicted_kl": self.cost, "bytes": self.bytes, "one_width": self.one_width, "costs": costs}
+
+
+def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int) -> Mixture:
+    """For each weight the width that, all together, cost least KL within a size.
+
+    Args:
+        model: a causal LM of transformers in memory, as it was on return.
+        tokens: calibration token ids [N, T].
+        config: which widths are allowed, and whether embeddings are among the weights.
+        target: bytes of the checkpoint's weights, at most.
+
+    Returns:
+        What to quantize.
+
+    Raises:
+        ConfigError: the target is below what is possible, or nothing needs to be quantized for it.
+    """
+    dtype = loading.stored_dtype(model)
+    candidates = _candidates(model, config)
+    formats, rest = _formats(candidates, config), _rest(model, candidates, dtype)
+    check_target(model, config, target)
+    widths = {
+        part.name: sorted({(way.bits, way.group_size) for each in formats for way in each.ways[i] if way})
+        for i, candidate in enumerate(candidates)
+        for part in candidate.targets
+    }
+    costs = sensitivity.measure(model, tokens, widths, dtype=dtype)
+    found = [each for each in (_within(each, candidates, costs, target - rest, dtype) for each in formats) if each]
+    best = min(found, key=lambda each: each.cost)
+    return replace(best, bytes=best.bytes + rest)
+
+
+def check_target(model: Any, config: QuantizeConfig, target: int, *, without: int = 0) -> None:
+    """Refuse a size that no choice of bits meets, or that the model has already. Needs no weights.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        config: which widths are allowed.
+        target: bytes of the checkpoint's weights, at most.
+        without: decoder layers that will be removed, whichever they are.
+
+    Raises:
+        ConfigError: it is below the least possible size, or above the size as it is.
+    """
+    dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
+    rest, layers = _rest(model, candidates, dtype), len(loading.find_decoder(model))
+    shares = [1.0 if each.targets[0].layer is None else 1 - without / layers for each in candidates]
+
+    def total(ways: Sequence[Sequence[Assignment | None]]) -> int:
+        sizes = [min(each.stored(way, dtype) for way in these) for each, these in zip(candidates, ways, strict=True)]
+        return rest + round(sum(count * share for count, share in zip(sizes, shares, strict=True)))
+
+    least = min(total(each.ways) for each in _formats(candidates, config))
+    if least > target:
+        more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
+        raise ConfigError(
+            f"no choice of bits meets the target size of {size(target)}: the least possible is {size(least)}",
+            f"{more}remove more layers, or allow --target-size {size_flag(least)}",
+        )
+    if target >= (has := total([[None]] * len(candidates))):
+        raise ConfigError(
+            f"the target size of {size(target)} needs no quantization: the model's weights are {size(has)}",
+            f"give a --target-size below {size(has)}",
+        )
+
+
+def _candidates(model: Any, config: QuantizeConfig) -> list[Candidate]:
+    """The weights among which bytes are shared out."""
+    as_bytes = replace(config, bits=8, quantize_embeddings=config.embedding_bits != 16, embedding_bits=None)
+    together: dict[int, list[Assignment]] = {}
+    for target in plan(model, as_bytes):
+        module = model.get_submodule(target.name)
+        if isinstance(module, nn.Linear) and id(module.weight) not in together:
+            target = replace(target, form=PACKED)  # a head of its own is packed as any linear module
+        together.setdefault(id(module.weight), []).append(target)
+    shapes = [tuple(model.get_submodule(each[0].name).weight.shape) for each in together.values()]
+    return [Candidate(tuple(each), shape) for each, shape in zip(together.values(), shapes, strict=True)]
+
+
+def _rest(model: Any, candidates: Sequence[Candidate], dtype: torch.dtype) -> int:
+    """Bytes of all that stays as it is, with its part of the header."""
+    chosen = {id(model.get_submodule(part.name).weight) for each in candidates for part in each.targets}
+    left = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in chosen}
+    buffers = TENSOR_HEADER * len(list(model.buffers()))
+    return buffers + sum(
+        p.numel() * min(dtype.itemsize, p.itemsize) + TENSOR_HEADER + len(name) for name, p in left.values()
+    )
+
+
+def _formats(candidates: Sequence[Candidate], config: QuantizeConfig) -> list[StoredFormat]:
+    """All that stock transformers can load, of which one has to be taken."""
+    plain: tuple[None, ...] = (None,) if 16 in config.allowed else ()
+    allowed = [bits for bits in config.allowed if bits < 16]
+    mixed = []
+    for candidate in candidates:
+        first, columns = candidate.targets[0], candidate.shape[1]
+        whole = first.form == WHOLE_BYTES
+        packed = _sizes(columns, config, first.group_size)
+        widths = [(8, first.group_size)] if whole else [(b, g) for b in allowed for g in packed[: _tried(b, packed)]]
+        ways = [replace(first, bits=bits, group_size=group) for bits, group in widths if bits in allowed]
+        mixed.append((*(plain or ((None,) if whole and not ways else ())), *ways))
+    formats = [StoredFormat(tuple(mixed), one_width=False)]
+    if any(candidate.targets[0].form == WHOLE_BYTES for candidate in candidates) and unpacks_while_loading():
+        common = _common_sizes(candidates, config)
+        for bits in allowed:
+            for group in common[: _tried(bits, common)]:
+                ways = [replace(each.targets[0], bits=bits, group_size=group, form=PACKED) for each in candidates]
+                formats.append(StoredFormat(tuple((*plain, way) for way in ways), one_width=True))
+    return formats
+
+
+def _tried(bits: int, sizes: Sequence[int]) -> int:
+    """How many of these group sizes, the coarsest first, are tried at so many bits."""
+    return len(sizes) if bits <= SEARCHED_GROUPS else 1
+
+
+def _sizes(columns: int, config: QuantizeConfig, default: int) -> list[int]:
+    """Group sizes of one weight, the coarsest first."""
+    if config.group_size:
+        return [config.group_size]
+    return [each for each in GROUP_SIZES if columns % each == 0] or [default]
+
+
+def _common_sizes(candidates: Sequence[Candidate], config: QuantizeConfig) -> list[int]:
+    """Group sizes that divide the columns of all, the coarsest first."""
+    shared = gcd(*(candidate.shape[1] for candidate in candidates))
+    if config.group_size:
+        return [config.group_size] if shared % config.group_size == 0 else []
+    return [each for each in range(LARGEST_GROUP, 0, -GROUP_STEP) if shared % each == 0]
+
+
+def _within(
+    form: StoredFormat,
+    candidates: Sequence[Candidate],
+    costs: Mapping[str, Mapping[Width, float]],
+    budget: int,
+    dtype: torch.dtype,
+) -> Mixture | None:
+    """The cheapest mixture of one format; None where none is small enough."""
+    sizes = [[each.stored(way, dtype) for way in ways] for each, ways in zip(candidates, form.ways, strict=True)]
+    kl = [
+        [sum(costs[part.name][way.bits, way.group_size] for part in each.targets) if way else 0.0 for way in ways]
+        for each, ways in zip(candidates, form.ways, strict=True)
+    ]
+    picked = cheapest(kl, sizes, budget)
+    if picked is None:
+        return None
+    targets = [
+        replace(way, name=part.name, layer=part.layer)
+        for each, ways, i in zip(candidates, form.ways, picked, strict=True)
+        if (way := ways[i])
+        for part in each.targets
+    ]
+    order = {part.name: place for place, part in enumerate(chain(*(each.targets for each in candidates)))}
+    targets.sort(key=lambda target: order[target.name])
+    return Mixture(
+        tuple(targets), form.one_width, sum(row[i] for row, i in zip(kl, picked, strict=True)),
+        sum(row[i] for row, i in zip(sizes, picked, strict=True)), costs,
+    )  # fmt: skip
+
+
+def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int] | None:
+    """The multiple-choice knapsack: of each row one choice, such that sizes sum to the budget at most, costs to least.
+
+    Args:
+        costs: of each choice, row by row; an infinite one is never chosen.
+        sizes: of the same.
+        budget: what the sizes may sum to.
+
+    Returns:
+        The number of the choice in each row; None where no choice fits.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
+    flat = np.array([cost for row in costs for cost in row])
+    finite = np.isfinite(flat)
+    weight = np.array([each for row in sizes for each in row], dtype=float)
+    rows = np.repeat(np.arange(len(costs)), [len(row) for row in costs])
+    if sum(min(row) for row in sizes) > budget:
+        return None
+    one_each = coo_array((np.ones(len(flat)), (rows, np.arange(len(flat)))), shape=(len(costs), len(flat)))
+    scale = max(weight.max(), 1.0)
+    found = milp(
+        np.where(finite, flat, 0.0) / max(flat[finite].max(initial=0.0), 1e-30),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None] / scale, ub=budget / scale)],
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, finite.astype(float)),
+        options={"mip_rel_gap": 1e-6, "time_limit": 60},
+    )
+    if found.x is None:
+        return None
+    starts = np.cumsum([0, *(len(row) for row in costs)])
+    picked = [int(found.x[a:b].argmax()) for a, b in pairwise(starts)]
+    over = sum(row[i] for row, i in zip(sizes, picked, strict=True)) - budget
+    return cheapest(costs, sizes, budget - over) if over > 0 else picked  # by the solver's tolerance
