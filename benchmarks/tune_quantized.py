@@ -5,15 +5,17 @@
     python benchmarks/tune_quantized.py …      # goes on; rows that are done are kept
 
 A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
-and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`. The model is the
-dithered control
-(control.py), whole: no layer is removed. Perplexity of the same tokens for all, beside the dense model's.
+and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`. "bits=auto
+size=86MB" chooses the bits of each matrix for a size, embeddings and head too, and is to be compared with one width of
+that size. The model is the dithered control (control.py), whole: no layer is removed. Perplexity of the same tokens for
+all, beside the dense model's.
 """
 
 from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections import Counter
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from common import RowsDone, arguments, blocks, finish, open_model
 from control import dither_
 from layercut import evaluation
 from layercut.config import QuantizeConfig
+from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading
 from layercut.progress import say
@@ -34,10 +37,13 @@ PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train":
 def parsed(text: str, tokens: int) -> dict[str, Any]:
     """A setting from "bits=4 train=scales"; tokens: how many it trains on unless it says so."""
     given = dict(option.split("=") for option in text.split())
-    if unknown := given.keys() - PLAIN.keys():
-        raise SystemExit(f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(PLAIN)}")
+    if unknown := given.keys() - {*PLAIN, "size"}:
+        raise SystemExit(
+            f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(PLAIN)}, size"
+        )
     trains = given.get("train", "none") != "none"
-    typed = {name: value if isinstance(PLAIN[name], str) else int(value) for name, value in given.items()}
+    words = {"size", *(name for name, value in PLAIN.items() if isinstance(value, str))}
+    typed = {name: value if name in words or value == "auto" else int(value) for name, value in given.items()}
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 
 
@@ -45,12 +51,16 @@ def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: dict[st
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
     config = QuantizeConfig(
         bits=asked["bits"], quantizer=asked["quantizer"], group_size=asked["group"] or None,
-        quantize_embeddings=asked["embeddings"] < 16,
+        quantize_embeddings=asked["bits"] != "auto" and asked["embeddings"] < 16,
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
+    target = parse_bytes("size", asked["size"]) if "size" in asked else None
     begun = time.process_time()
-    found = quantize_(loading.share(model.model), text["calibration"], config)
+    found = quantize_(loading.share(model.model), text["calibration"], config, target=target)
     row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / found.bytes_before}
+    if found.mixture:
+        row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
+        row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
     row["quantize_cpu_seconds"] = time.process_time() - begun
     if asked["train"] != "none":
         parts = Trainable.of_(found, model.model if asked["train"] == "rounding" else None)

@@ -136,9 +136,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _by_device(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation on lists of tensors: for each place in the lists by itself, as torch does over several devices."""
-    found = [
-        func(*([each[i]] if type(each) is list else each for each in args), **kwargs) for i in range(len(args[0]))
-    ]
+    found = [func(*([each[i]] if type(each) is list else each for each in args), **kwargs) for i in range(len(args[0]))]
     return None if None in found else [one for (one,) in found]
 
 

@@ -41,6 +41,8 @@ GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
 """Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
+AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
+"""The same, or chosen for each matrix."""
 EmbeddingBits = Literal[16, 8, 6, 4, 3, 2]
 GgufType = Literal[
     "same", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
@@ -409,7 +411,7 @@ class HealConfig:
 class QuantizeConfig:
     """In how many bits the weights are stored."""
 
-    bits: Bits | Literal["auto"] = 16
+    bits: AskedBits = 16
     """Bits for each weight of the decoder layers. 16: not quantized. vLLM reads 8 and 4. auto: each matrix, embeddings
     and head too, in the bits of --bits-allowed that keep KL to the model least within --target-size."""
     bits_allowed: Annotated[str, rare] = "16,8,6,4,3,2"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from layercut.config import Bits
+from layercut.config import AskedBits, Bits
 from layercut.data.blocks import TextFacts
 from layercut.evaluation.generated_probes import Grid
 from layercut.export.consumers import Reading
@@ -261,7 +261,7 @@ class FrontierArtefact(Artefact):
 class QuantizeArtefact(Artefact):
     """quantize.json; at 16 bits nothing but `bits` and no layers."""
 
-    bits: Bits | Literal["auto"]
+    bits: AskedBits
     layers: list[QuantizedWeight]
     quantizer: str | None = field(default=None, metadata=OPTIONAL)
     group_size: int | None = None

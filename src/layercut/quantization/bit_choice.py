@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import gcd
 from typing import Any
 
@@ -86,6 +86,8 @@ class Mixture:
     """Sum of the chosen costs, nats per token: the second-order estimate of the KL of all together."""
     bytes: int
     """Of the file, at most."""
+    mean_bits: float
+    """Of a weight among those that could be quantized, scales not counted."""
     costs: Mapping[str, Mapping[Width, float]]
     """Of each weight at each width, nats per token."""
 
@@ -95,7 +97,10 @@ class Mixture:
             name: [{"bits": bits, "group_size": group, "kl": kl} for (bits, group), kl in each.items()]
             for name, each in self.costs.items()
         }
-        return {"predicted_kl": self.cost, "bytes": self.bytes, "one_width": self.one_width, "costs": costs}
+        return {
+            "predicted_kl": self.cost, "mean_bits": self.mean_bits, "bytes": self.bytes, "one_width": self.one_width,
+            "costs": costs,
+        }  # fmt: skip
 
 
 def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int) -> Mixture:
@@ -243,18 +248,24 @@ def _within(
     picked = cheapest(kl, sizes, budget)
     if picked is None:
         return None
+    chosen = [ways[i] for ways, i in zip(form.ways, picked, strict=True)]
     targets = [
         replace(way, name=part.name, layer=part.layer)
-        for each, ways, i in zip(candidates, form.ways, picked, strict=True)
-        if (way := ways[i])
+        for each, way in zip(candidates, chosen, strict=True)
+        if way
         for part in each.targets
     ]
-    order = {part.name: place for place, part in enumerate(chain(*(each.targets for each in candidates)))}
-    targets.sort(key=lambda target: order[target.name])
+    order = [part.name for each in candidates for part in each.targets]
+    numbers = [each.shape[0] * each.shape[1] for each in candidates]
+    bits = sum(count * (way.bits if way else 16) for count, way in zip(numbers, chosen, strict=True))
     return Mixture(
-        tuple(targets), form.one_width, sum(row[i] for row, i in zip(kl, picked, strict=True)),
-        sum(row[i] for row, i in zip(sizes, picked, strict=True)), costs,
-    )  # fmt: skip
+        tuple(sorted(targets, key=lambda target: order.index(target.name))),
+        form.one_width,
+        sum(row[i] for row, i in zip(kl, picked, strict=True)),
+        sum(row[i] for row, i in zip(sizes, picked, strict=True)),
+        bits / sum(numbers),
+        costs,
+    )
 
 
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int] | None:

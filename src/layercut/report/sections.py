@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from layercut.report import charts, formatting, tables, verdicts
+from layercut.report import bit_chart, charts, formatting, tables, verdicts
 from layercut.report.run_facts import RunFacts
 
 
@@ -48,12 +48,17 @@ CHAPTERS = {
         Section("stability", lambda run: {"choices": list(run.stability.choices)}),
         Section("rounds", lambda run: {"rows": tables.round_rows(run)}, wide=True),
         Section("frontier", lambda run: _with_chart(tables.frontier(run.frontier), charts.frontier_chart)),
+        Section("bits", lambda run: _bits(run.quantization), wide=True),
         Section("tuning", lambda run: {"chart": charts.tuning_chart(run.heal)}),
         Section("fold", lambda run: {"rows": list(run.heal.fold)}, wide=True),
         Section("unmeasured", lambda run: {"names": tables.unmeasured(run)}, wide=True),
         Section("provenance", lambda run: {"model": formatting.short_name(run.summary.model)}, wide=True),
     ],
 }
+
+
+def _bits(found: formatting.Json) -> dict[str, Any]:
+    return {"chart": bit_chart.bit_chart(found), "outside": bit_chart.bits_outside(found)}
 
 
 def _with_chart(rows: Any, draw: Callable[[Any], str | None]) -> dict[str, Any]:

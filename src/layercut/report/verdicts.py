@@ -199,7 +199,8 @@ def _healing(run: RunFacts, stage: str, state: str) -> Verdict | None:
 
 
 def _quantization(run: RunFacts) -> Verdict | None:
-    found, bits = perplexities(run.summary), finite(run.quantization.bits)
+    found, bits = perplexities(run.summary), finite(run.quantization.mixture.mean_bits)
+    bits = finite(run.quantization.bits) if bits is None else bits
     if "quantized" not in found or len(found) < 2:
         return None
     old, new = list(found.values())[-2:]
@@ -234,7 +235,7 @@ def better_way(run: RunFacts) -> str:
         about = came * has / had + healed * max(0.0, KEPT_TYPE_BITS - 8 * came / had) / 8
     exported = weight if weight is not None and came is not None and weight < came else None
     return _say("better_way", from_gguf=printable(run.summary.model).endswith(".gguf"), exported=exported, about=about,
-                bits=finite(run.quantization.bits))  # fmt: skip
+                bits=2 if run.quantization.bits == "auto" else finite(run.quantization.bits))  # fmt: skip
 
 
 def _gguf(run: RunFacts) -> Verdict | None:
