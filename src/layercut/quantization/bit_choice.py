@@ -37,7 +37,7 @@ TENSOR_HEADER = 120
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Storable:
     """A weight that can be stored in several ways."""
 
     targets: tuple[Assignment, ...]
@@ -167,7 +167,7 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
         )
 
 
-def _candidates(model: Any, config: QuantizeConfig) -> list[Candidate]:
+def _candidates(model: Any, config: QuantizeConfig) -> list[Storable]:
     """The weights among which bytes are shared out."""
     as_bytes = replace(config, bits=8, quantize_embeddings=config.embedding_bits != 16, embedding_bits=None)
     together: dict[int, list[Assignment]] = {}
@@ -177,10 +177,10 @@ def _candidates(model: Any, config: QuantizeConfig) -> list[Candidate]:
             target = replace(target, form=PACKED)  # a head of its own is packed as any linear module
         together.setdefault(id(module.weight), []).append(target)
     shapes = [tuple(model.get_submodule(each[0].name).weight.shape) for each in together.values()]
-    return [Candidate(tuple(each), shape) for each, shape in zip(together.values(), shapes, strict=True)]
+    return [Storable(tuple(each), shape) for each, shape in zip(together.values(), shapes, strict=True)]
 
 
-def _rest(model: Any, candidates: Sequence[Candidate], dtype: torch.dtype) -> int:
+def _rest(model: Any, candidates: Sequence[Storable], dtype: torch.dtype) -> int:
     """Bytes of all that stays as it is, with its part of the header."""
     chosen = {id(model.get_submodule(part.name).weight) for each in candidates for part in each.targets}
     left = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in chosen}
@@ -190,7 +190,7 @@ def _rest(model: Any, candidates: Sequence[Candidate], dtype: torch.dtype) -> in
     )
 
 
-def _formats(candidates: Sequence[Candidate], config: QuantizeConfig) -> list[StoredFormat]:
+def _formats(candidates: Sequence[Storable], config: QuantizeConfig) -> list[StoredFormat]:
     """All that stock transformers can load, of which one has to be taken."""
     plain: tuple[None, ...] = (None,) if 16 in config.allowed else ()
     allowed = [bits for bits in config.allowed if bits < 16]
@@ -224,7 +224,7 @@ def _sizes(columns: int, config: QuantizeConfig, default: int) -> list[int]:
     return [each for each in GROUP_SIZES if columns % each == 0] or [default]
 
 
-def _common_sizes(candidates: Sequence[Candidate], config: QuantizeConfig) -> list[int]:
+def _common_sizes(candidates: Sequence[Storable], config: QuantizeConfig) -> list[int]:
     """Group sizes that divide the columns of all, the coarsest first."""
     shared = gcd(*(candidate.shape[1] for candidate in candidates))
     if config.group_size:
@@ -234,7 +234,7 @@ def _common_sizes(candidates: Sequence[Candidate], config: QuantizeConfig) -> li
 
 def _within(
     form: StoredFormat,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Storable],
     costs: Mapping[str, Mapping[Width, float]],
     budget: int,
     dtype: torch.dtype,
