@@ -74,11 +74,11 @@ def measure(
 
         with torch.enable_grad(), intercepted(modules, forward):
             for batch in tokens.split(rows):
-                drawn_log_likelihood_(model(batch, use_cache=False).logits, draw)
+                _drawn_log_likelihood_(model(batch, use_cache=False).logits, draw)
     return {name: {width: value / tokens.numel() for width, value in each.items()} for name, each in sums.items()}
 
 
-def drawn_log_likelihood_(logits: torch.Tensor, draw: torch.Generator) -> None:
+def _drawn_log_likelihood_(logits: torch.Tensor, draw: torch.Generator) -> None:
     """Backward pass of sum ln p(v), v drawn from p = softmax(logits) at each position of [B, T, V]."""
     p = logits.detach().float().softmax(-1)
     drawn = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=draw).view(*p.shape[:2], 1).to(p.device)
