@@ -33,6 +33,7 @@ from layercut.config import (
     HealConfig,
     ModelConfig,
     PlanConfig,
+    QuantizeConfig,
     SearchConfig,
 )
 from layercut.data.probes import ProbeRows
@@ -55,6 +56,8 @@ from layercut.models.cost import Peak, PlannedRun, Work, total
 from layercut.models.runner import DecoderRunner
 from layercut.offload.placement import spread_peak
 from layercut.pipeline.stages.search import planned_tests, rows_of_tests
+from layercut.quantization import quantize
+from layercut.quantization.quantization_cost import quantize_cost
 from layercut.registries import criteria
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -451,6 +454,50 @@ def test_a_criterion_of_ones_own_may_say_what_it_costs(bare, monkeypatch, capsys
 def test_the_fresh_process_generates_as_many_tokens_as_are_counted():
     source = Path(checkpoint.CHECKER).read_text()
     assert f"NEW_TOKENS = {checkpoint.PROBE_TOKENS}\n" in source
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_layer_forwards_of_quantization_are_those_that_it_runs(llama, quantizer, monkeypatch):
+    stack, shape, tokens = llama
+    run = run_of(shape, replace(config(), quantize=QuantizeConfig(bits=4, quantizer=quantizer)), Segment(2, 4))
+    rows = 0
+    layer = DecoderRunner.layer
+
+    def counted(self: Any, i: int, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal rows
+        rows += len(hidden)
+        return layer(self, i, hidden, *rest)
+
+    monkeypatch.setattr(DecoderRunner, "layer", counted)
+    quantize(stack.model, tokens[:8], bits=4, quantizer=quantizer)
+    work = quantize_cost(run, calibrated=quantizer == "gptq").work
+    assert work is not None
+    checked = len(stack) if quantizer == "gptq" else 0  # by one row the runner finds that the model can be run so
+    assert work.layer_forwards.expected == rows - checked
+
+
+def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
+    common = ["plan", str(bare), "--no-calibrate", "--json", "--tokens=128", "--window=16", "--tune-tokens=64"]
+
+    def stages(*flags: str) -> dict[str, Any]:
+        assert main([*common, *flags]) == 0
+        return json.loads(capsys.readouterr().out)["stages"]
+
+    plain = ["--bits=4", "--tune-quantized=none"]
+    assert "quantize" not in stages("--ratio=0.2")
+    rounded, trained = (stages("--ratio=0.2", *flags)["quantize"] for flags in (plain, ["--bits=4"]))
+    assert trained["layer_backwards"]["expected"] > rounded["layer_backwards"]["expected"] == 0
+    assert trained["flops"] > rounded["flops"] > 0
+    learned = stages("--ratio=0.2", "--bits=4", "--tune-quantized=rounding")["quantize"]
+    assert learned["parts"]["trained state"] > 10 * trained["parts"]["trained state"]
+    auto = ["--bits=auto", "--target-size=60kB", "--tune-quantized=none"]
+    chosen = stages("--ratio=0", *auto)
+    assert not {"search", "fold", "tune"} & chosen.keys(), "nothing is removed"
+    assert chosen["quantize"]["layer_backwards"]["expected"] > 0
+    assert main(["plan", str(bare), "--no-calibrate", "--window=16", "--ratio=0", *auto]) == 0
+    assert "no layer is removed" in capsys.readouterr().out
+    assert main([*common, "--ratio=0", "--bits=auto", "--target-size=1kB"]) == 2
+    assert "the least possible is" in capsys.readouterr().err
 
 
 def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):

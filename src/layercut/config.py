@@ -807,6 +807,8 @@ class PlanConfig:
     text: DataConfig = field(default_factory=DataConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     heal: HealConfig = field(default_factory=HealConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    after_rounding: AfterRoundingConfig = field(default_factory=AfterRoundingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     calibrate: bool = True
     """Measure this machine for a few seconds, to estimate how long it will take."""
@@ -819,8 +821,9 @@ class PlanConfig:
     def journey(self) -> CompressConfig:
         """The run that is planned."""
         return CompressConfig(
-            load=self.load, text=self.text, search=self.search, heal=self.heal, evaluate=self.evaluate
-        )
+            load=self.load, text=self.text, search=self.search, heal=self.heal, quantize=self.quantize,
+            after_rounding=self.after_rounding, evaluate=self.evaluate,
+        )  # fmt: skip
 
 
 @options(RUN)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layercut.config import CompressConfig, PlanConfig
+from layercut.config import GROUP_SIZES, CompressConfig, PlanConfig
 from layercut.errors import ConfigError, SurgeryError
 from layercut.estimate.fits_in_memory import Device, judge, targets
 from layercut.estimate.machine import Rates, calibrate
@@ -23,7 +23,7 @@ from layercut.evaluation.evaluation_cost import evaluate_cost
 from layercut.export.checkpoint import export_cost
 from layercut.files.sizes import parse_bytes
 from layercut.healing.least_squares import fold_cost
-from layercut.healing.tuning_cost import healed_bytes, tune_cost
+from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import length_for_size
 from layercut.layer_search.search_cost import search_cost, unknown_search
 from layercut.models import checkpoints, loading
@@ -32,11 +32,14 @@ from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
 from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
-from layercut.pipeline.resolve_options import check_window, wanted_length, with_reported_window
+from layercut.pipeline.resolve_options import check_target, check_window, wanted_length, with_reported_window
+from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.search import planned_tests
 from layercut.pipeline.stages.text import held_out_tokens
+from layercut.quantization.quantization_cost import quantize_cost
+from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
 
@@ -157,12 +160,15 @@ def _streamed(config: CompressConfig, stream: Any = "on") -> CompressConfig:
 
 def stage_costs(run: PlannedRun) -> dict[str, Spent]:
     """What every stage but loading costs, the weights in its peak, in the run's order."""
-    heal, healed = run.config.heal, healed_bytes(run)
-    found = {"search": search_cost(run)}
-    if heal.fold:
-        found["fold"] = fold_cost(run)
-    if heal.tune_tokens:
-        found["tune"] = tune_cost(run, tune_settings(heal))
+    heal, healed, found = run.config.heal, healed_bytes(run), dict[str, Spent]()
+    if run.segments:
+        found["search"] = search_cost(run)
+        if heal.fold:
+            found["fold"] = fold_cost(run)
+        if heal.tune_tokens:
+            found["tune"] = tune_cost(run, tune_settings(heal))
+    if run.config.quantize.rounds:
+        found["quantize"] = _quantize_cost(run)
     found |= {"eval": evaluate_cost(run), "export": export_cost(run)}
     found["eval"].peak["healed weights"] = healed
     if run.config.search.preserve != "none" and (tested := found["eval"].work):
@@ -171,6 +177,21 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
         found["export"].peak["healed weights"] = 2 * healed
     weights = weights_peak(run.shape, run.on_disk)
     return {name: Spent(weights | spent.peak, spent.work) for name, spent in found.items()}
+
+
+def _quantize_cost(run: PlannedRun) -> Spent:
+    """What the stage quantize costs: rounding, and what is trained after it."""
+    config = run.config
+    rounded = quantize_cost(run, calibrated=quantizer_of(config.quantize.quantizer)[1].needs_calibration)
+    if not tune_quantized.wanted(config):
+        return rounded
+    group = config.quantize.group_size or next((size for size in GROUP_SIZES if run.shape.hidden % size == 0), GROUP)
+    parameters = run.after.matrices // group
+    if config.after_rounding.tune_quantized == "rounding":
+        parameters += run.after.matrices
+    trained = tune_whole_cost(run, tune_quantized.settings_of(config.heal), parameters)
+    both = rounded.work + trained.work if rounded.work and trained.work else None
+    return Spent(max(rounded.peak, trained.peak, key=total), both)
 
 
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
@@ -196,6 +217,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     stored = loading.pick_dtype(asked, stock, checkpoint)
     check_window("--window", journey.text.window, stock)
     journey = with_reported_window(journey, stock)
+    if journey.quantize.bits == "auto":
+        check_target(journey, checkpoint, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}
     on_cpu, before = device.type == "cpu", count_parts(loading.skeleton(stock, stored))
     segments, after = cut_parts(stock, stored, *_removed(journey, checkpoint, before, stored))
@@ -223,12 +246,13 @@ def _told_sizes(planner: _Planner, journey: CompressConfig, before: Parts, store
     """Layers, parameters and bytes before and after the cut."""
     ends, given = {"before": before, "after": planner.after}, bool(journey.search.segments)
     length = sum(map(len, planner.segments))
+    assumed = "assumed: the search decides; the middle of the stack is taken here" if length else "none is removed"
     left = [before.total - sum(before.layers[s : s + length]) for s in range(len(before.layers) - length + 1)]
     counted = ("total", "embedding", "layers", "head", "other", "tied")
     return {
         "layers": {end: len(parts.layers) for end, parts in ends.items()},
         "segments": [[s.start, s.stop] for s in planner.segments],
-        "segments_are": "given" if given else "assumed: the search decides; the middle of the stack is taken here",
+        "segments_are": "given" if given else assumed,
         "search_is": unknown_search(journey.search),
         "parameters": {end: {name: getattr(parts, name) for name in counted} for end, parts in ends.items()},
         "parameters_after_range": None if given else {"least": min(left), "most": max(left)},
@@ -302,6 +326,8 @@ def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int
         SurgeryError: the architecture does not let them go.
     """
     model = loading.skeleton(config, dtype)
+    if not length:
+        return [], count_parts(model)
     layers = len(loading.find_decoder(model))
     middle = (layers - length) // 2
     starts = sorted(range(layers - length + 1), key=lambda s: (abs(s - middle), s))[:TRIES]

@@ -55,9 +55,42 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     return Spent(peak | {"held-out states": (2 + run.on_disk) * shape.stream(run.heldout)}, work)
 
 
+def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) -> Spent:
+    """What it costs to train parameters in every layer, as after rounding: both models run whole, nothing is shared.
+
+    Args:
+        run: what is planned.
+        settings: of the tuning.
+        parameters: how many are trained.
+
+    Returns:
+        Its cost.
+    """
+    shape, objective, kept = run.shape, objective_of(settings.objective), kept_layers(run.segments, run.shape.layers)
+    judge, rows, scored = objective.judge(), run.tuning * settings.epochs, run.heldout * (1 + SCORES)
+    forwards = rows * (len(kept) + shape.layers * objective.needs_dense) + run.heldout * shape.layers
+    heads = rows * (2 + objective.needs_dense) + scored * (1 + judge.needs_dense)
+    backwards = rows * len(kept)
+    work = Work.of(shape, forwards + scored * len(kept), backwards, trained=backwards, heads=heads)
+    step = min(rows_per_step(settings, shape.window), run.tuning)
+    together = min(step, max(1, run.budget.pass_tokens // shape.window))
+    logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
+    saved = sum(shape.costs[i].saved_trained for i in kept)
+    peak = {
+        "trained state": parameters * (STATE_BYTES + 3 * shape.itemsize),
+        "decoded weights": run.after.matrices * (2 * shape.itemsize + 1),
+        "kept for backward": together * saved,
+        "logits": logits,
+        "held-out states": 2 * shape.stream(run.heldout),
+    }
+    return Spent(peak, work)
+
+
 def healed_bytes(run: PlannedRun) -> int:
     """Bytes of the weights that healing changes in one cut's neighbours, of which the largest layers are taken."""
     shape, heal = run.shape, run.config.heal
+    if not run.segments:
+        return 0
     trained = sorted(shape.dense.layers)[-2 * heal.radius :] if heal.tune_tokens else []
     folded = shape.hidden * sum(shape.read) if heal.fold else 0
     return (sum(trained) + folded) * shape.itemsize

@@ -4,15 +4,14 @@
 
 What can be loaded decides what can be mixed (docs/log.md): in the linear modules any widths beside each other,
 embeddings then in 16 bits or as whole bytes; or all in one width with embeddings packed as well, and what is left out
-of it in 16 bits. Each of these *formats* is a multiple-choice knapsack over the costs of `sensitivity.py`, solved by
-scipy's MILP; the cheapest is taken. A sum of costs is the second-order estimate of what they cost together.
+of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of `sensitivity.py`; the cheapest
+is taken. A sum of costs is the second-order estimate of what they cost together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import gcd
 from typing import Any
 
@@ -32,6 +31,8 @@ SEARCHED_GROUPS = 4
 """Bits up to which several group sizes are tried: above it scales are little of the size, and errors small."""
 GROUP_STEP, LARGEST_GROUP = 32, 256
 """Where all weights share one group size, it may be any multiple of that, up to this."""
+MOST_UNITS = 2**17
+"""Into which the bytes to share out are divided at most."""
 TENSOR_HEADER = 120
 """Bytes of a tensor in the header of a safetensors file, beside its name: dtype, shape, place, punctuation. At most."""
 
@@ -271,6 +272,8 @@ def _within(
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int] | None:
     """The multiple-choice knapsack: of each row one choice, such that sizes sum to the budget at most, costs to least.
 
+    By dynamic programming over units of size: exact where these are common divisors, else sizes are rounded up to them.
+
     Args:
         costs: of each choice, row by row; an infinite one is never chosen.
         sizes: of the same.
@@ -280,27 +283,30 @@ def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
         The number of the choice in each row; None where no choice fits.
     """
     import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
 
-    flat = np.array([cost for row in costs for cost in row])
-    finite = np.isfinite(flat)
-    weight = np.array([each for row in sizes for each in row], dtype=float)
-    rows = np.repeat(np.arange(len(costs)), [len(row) for row in costs])
-    if sum(min(row) for row in sizes) > budget:
+    spare = budget - sum(min(row) for row in sizes)
+    if spare < 0:
         return None
-    one_each = coo_array((np.ones(len(flat)), (rows, np.arange(len(flat)))), shape=(len(costs), len(flat)))
-    scale = max(weight.max(), 1.0)
-    found = milp(
-        np.where(finite, flat, 0.0) / max(flat[finite].max(initial=0.0), 1e-30),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None] / scale, ub=budget / scale)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, finite.astype(float)),
-        options={"mip_rel_gap": 1e-6, "time_limit": 60},
-    )
-    if found.x is None:
+    more = [[count - min(row) for count in row] for row in sizes]
+    unit = max(gcd(*(count for row in more for count in row)), -(-spare // MOST_UNITS), 1)
+    units = spare // unit
+    least, picked = np.zeros(units + 1), []  # least[u]: the least cost of the rows so far with u units at most
+    for row, counts in zip(costs, more, strict=True):
+        with_row, best = np.full(units + 1, np.inf), np.zeros(units + 1, dtype=np.int16)
+        for choice, (cost, count) in enumerate(zip(row, counts, strict=True)):
+            taken = -(-count // unit)  # rounded up, so that the budget holds
+            if taken > units:
+                continue
+            tried = least[: units + 1 - taken] + cost
+            better = tried < with_row[taken:]
+            with_row[taken:][better] = tried[better]
+            best[taken:][better] = choice
+        least = with_row
+        picked.append(best)
+    if not np.isfinite(least[-1]):
         return None
-    starts = np.cumsum([0, *(len(row) for row in costs)])
-    picked = [int(found.x[a:b].argmax()) for a, b in pairwise(starts)]
-    over = sum(row[i] for row, i in zip(sizes, picked, strict=True)) - budget
-    return cheapest(costs, sizes, budget - over) if over > 0 else picked  # by the solver's tolerance
+    found, left = list[int](), units
+    for counts, best in zip(reversed(more), reversed(picked), strict=True):
+        found.append(int(best[left]))
+        left -= -(-counts[found[-1]] // unit)
+    return found[::-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from layercut.config import CompressConfig
+from layercut.config import CompressConfig, HealConfig
 from layercut.distributed import processes
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
@@ -35,6 +35,14 @@ def inputs(work: RunContext) -> list[Any]:
             heal.patience, text["tuning"], text["heldout"]]  # fmt: skip
 
 
+def settings_of(heal: HealConfig) -> TuneSettings:
+    """How it is trained."""
+    return TuneSettings(
+        objective=objective(replace(heal, teacher_topk=0)), learning_rate=RATE, batch_tokens=heal.batch_tokens,
+        epochs=heal.epochs, patience=heal.patience,
+    )  # fmt: skip
+
+
 def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, TuningRecord | None]:
     """Train scales and norms of a quantized model, and the rounding where that is asked.
 
@@ -48,11 +56,7 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     """
     if not wanted(work.config):
         return found, None
-    heal = work.config.heal
-    settings = TuneSettings(
-        objective=objective(replace(heal, teacher_topk=0)), learning_rate=RATE, batch_tokens=heal.batch_tokens,
-        epochs=heal.epochs, patience=heal.patience,
-    )  # fmt: skip
+    settings = settings_of(work.config.heal)
     learned = work.config.after_rounding.tune_quantized == "rounding"
     parts = Trainable.of_(found, before if learned else None)
     files = TuningFiles(
