@@ -37,6 +37,8 @@ WIDE = (torch.float64, torch.complex128)
 VIEWS = {"view", "expand", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze", "detach", "alias",
          "split", "split_with_sizes", "unbind", "_unsafe_view", "as_strided", "diagonal", "unfold", "lift_fresh",
          "_reshape_alias", "narrow", "view_as", "chunk", "expand_as", "movedim"}  # fmt: skip
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""Operations that launch nothing either: memory is taken, as torch's own allocator does it."""
 READS = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 """Operations whose result, or its shape, the host waits for."""
 
@@ -121,7 +123,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if len(places) > 1 or (places and foreign):
         crossed(f"{func} of tensors on {sorted(map(str, places | {x.device for x in foreign}))}")
     on = _place(kwargs["device"]) if kwargs.get("device") is not None else places.pop()
-    counts.launches += name not in VIEWS
+    counts.launches += name not in VIEWS and name not in ALLOCATIONS
     counts.reads += name in READS
     if "device" in cpu_kwargs:
         cpu_kwargs["device"] = torch.device("cpu")

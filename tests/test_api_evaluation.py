@@ -76,7 +76,8 @@ def test_windows_whose_logits_are_too_large_are_compared_in_parts(make, monkeypa
     for model in (dense, small):
         head = model.get_output_embeddings()
         head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape[:-1].numel()))
-    monkeypatch.setattr(likelihood, "rows_per_chunk", lambda model, tokens: max(1, 15 // tokens))
+    for name in ("rows_per_chunk", "positions_at_once"):
+        monkeypatch.setattr(likelihood, name, lambda model, tokens: max(1, 15 // tokens))
     parts = evaluate(small, TOKENS, baseline=dense)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
     assert (parts.perplexity, parts.ratio) == pytest.approx((whole.perplexity, whole.ratio), rel=1e-5)

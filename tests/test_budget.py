@@ -9,15 +9,17 @@ import torch
 import tiny
 from layercut import memory_limit
 from layercut.errors import ConfigError, ModelError
-from layercut.evaluation import likelihood
+from layercut.evaluation import likelihood, lm_eval_harness
 from layercut.healing import fold_, tune_, tuning_pass
 from layercut.layer_search import sweep
+from layercut.layer_search.gate import foretell
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_segments, segment_costs, set_losses
 from layercut.models import batch_sizes, devices, loading, memory
 from layercut.models.batch_sizes import Budget, kept_bytes
 from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.quantization import quantize
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -187,6 +189,19 @@ def test_an_evaluation_and_a_fold_go_on_too(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_window_whose_logits_fit_as_the_model_gives_them_is_run_whole(monkeypatch):
+    """In float32 they would not; but that is had of a few tokens at a time. A runner would first try the model out."""
+    model, tokens = tiny.llama(2).bfloat16(), tiny.some_tokens(2)
+    made = []
+    runner = likelihood.DecoderRunner
+    monkeypatch.setattr(likelihood, "DecoderRunner", lambda model: made.append(model) or runner(model))
+    losses = likelihood.window_losses(model, tokens)
+    for positions, runners in ((8, 0), (7, 1)):  # in float32; of 16
+        monkeypatch.setattr(batch_sizes, "CHUNK_BYTES", positions * 4 * tiny.VOCABULARY)
+        torch.testing.assert_close(likelihood.window_losses(model, tokens), losses, rtol=1e-3, atol=1e-3)
+        assert len(made) == runners
+
+
 def short_forward(forward):
     def checked(self, input_ids, **kwargs):
         if len(input_ids) > 2:
@@ -210,6 +225,87 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_in_smaller_passes(monkeyp
     assert halved.heldout[-1]["loss"] == pytest.approx(plain.heldout[-1]["loss"], rel=1e-4)
     assert tried == [4, 2, 2, 2, 1], "the first step twice; the second has three rows"
     assert "out of memory on cpu" in caplog.text
+
+
+def short_layers(most):
+    """`DecoderRunner._computed` on a device that has no memory for more rows; it notes those of each call."""
+    computed, tried = DecoderRunner._computed, []
+
+    def checked(self, functions, i, hidden, calls):
+        tried.append(len(hidden))
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return computed(self, functions, i, hidden, calls)
+
+    return checked, tried
+
+
+def test_the_gate_goes_on_with_fewer_positions_at_the_head(monkeypatch, caplog):
+    stack, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(2)
+    wanted, cost = foretell(Prices(stack, tokens, Cost()), 2, 0).table, Cost()
+    exit_ = DecoderRunner.exit
+
+    def short_head(self, hidden, tokens, part=None):
+        if hidden.shape[1] > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return exit_(self, hidden, tokens, part)
+
+    monkeypatch.setattr(batch_sizes, "CHUNK_BYTES", 16 * 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(DecoderRunner, "exit", short_head)
+    with memory_limit():
+        found = foretell(Prices(stack, tokens, cost), 2, 0).table
+        assert memory.budget(torch.device("cpu")).logit_tokens(tiny.VOCABULARY) == 4
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
+    assert cost.dense_tokens == tokens.numel(), "what failed is not counted"
+    assert "out of memory on cpu" in caplog.text
+
+
+def test_calibration_goes_on_in_halves(monkeypatch, caplog):
+    model, tokens = tiny.llama(3), tiny.some_tokens(7)
+    plain = quantize(model, tokens, bits=8)
+    checked, tried = short_layers(2)
+    monkeypatch.setattr(DecoderRunner, "_computed", checked)
+    monkeypatch.setattr(DecoderRunner, "_check", lambda self: None)
+    found = quantize(model, tokens, bits=8)
+    assert tried[:4] == [7, 4, 2, 2], "in halves"
+    assert max(tried[4:]) <= 3, "later layers begin with those"
+    errors = [[row.output_error for row in one.weights] for one in (found, plain)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    assert "out of memory on cpu" in caplog.text
+
+
+def test_held_out_rows_are_scored_in_halves_too(monkeypatch):
+    model, tokens = tiny.llama(), tiny.some_tokens(8)
+    asked = {"heldout": tokens[-5:], "batch_tokens": 32, "learning_rate": 1e-3}
+    plain = tune_(cut_copy(model), model, tokens[:-5], **asked)
+    student, whole = DecoderRunner(cut_copy(model)), DecoderRunner(model)
+    checked, tried = short_layers(2)
+    monkeypatch.setattr(DecoderRunner, "_computed", checked)
+    found = tune_(student, whole, tokens[:-5], **asked)
+    assert [p["loss"] for p in found.heldout] == pytest.approx([p["loss"] for p in plain.heldout], rel=1e-4)
+    assert tried[:3] == [5, 3, 2]
+
+
+def test_tasks_go_on_with_fewer_requests_at_once(monkeypatch):
+    model, tried = tiny.llama(1), []
+    requests = [([1] * (9 - i), [i, i + 1]) for i in range(7)]
+    wanted = lm_eval_harness._answers(model, requests, "")
+    likelihoods = lm_eval_harness.log_likelihoods
+
+    def short_answers(model, some):
+        tried.append(len(some))
+        if len(some) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return likelihoods(model, some)
+
+    monkeypatch.setattr(lm_eval_harness, "log_likelihoods", short_answers)
+    with memory_limit():
+        found = lm_eval_harness._answers(model, requests, "")
+        before = len(tried)
+        lm_eval_harness._answers(model, requests, "")
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], rel=1e-5)
+    assert tried[:3] == [7, 3, 1]
+    assert max(tried[before:]) <= 2, "what follows knows"
 
 
 def test_what_no_halving_helps_ends_with_a_hint(monkeypatch):

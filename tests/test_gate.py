@@ -8,7 +8,7 @@ import torch
 import tiny
 from layercut.layer_search import gate, search
 from layercut.layer_search.clp import priced_sums
-from layercut.layer_search.gate import Foretold, foretell, foretold_of_row, proposals, upstream_of
+from layercut.layer_search.gate import Foretold, draws, foretell, foretold_of_row, proposals, upstream_of
 from layercut.layer_search.gate_walls import all_sets
 from layercut.layer_search.prices import Prices
 from layercut.layer_search.restriction import Restriction
@@ -43,7 +43,8 @@ def test_what_is_foretold_is_made_of_the_derivatives_of_explicit_gates(objective
 
     def slopes(gates, h):
         """Of what is differentiated, with the same draw, in the gates."""
-        end, upstream = upstream_of(stack, h, row, objective, torch.Generator().manual_seed(3))
+        drawn = draws(objective, h.shape, torch.Generator().manual_seed(3))
+        end, upstream = upstream_of(stack, h, row, objective, drawn)
         share = torch.full((5,), 0.2) if weights is None else weights
         (found,) = torch.autograd.grad(end, gates, (upstream * share.sqrt()[:, None]).to(end.dtype))
         return found
@@ -64,7 +65,7 @@ def test_the_drawn_gradient_has_the_curvature_of_the_kl():
     last = stack.run(hidden, calls, 0, 2)[:, 5:6].expand(-1, 120, -1)  # 120 draws from the same p at once
     p = stack.exit(last, row)[0, 0].softmax(-1)
     draw = torch.Generator().manual_seed(0)
-    drawn = torch.cat([upstream_of(stack, last, row, KL(), draw)[1][0] for _ in range(40)])
+    drawn = torch.cat([upstream_of(stack, last, row, KL(), draws(KL(), last.shape, draw))[1][0] for _ in range(40)])
     exact = p.diag() - p[:, None] * p  # of KL(p || q) in the logits, at q = p
     assert (drawn.T @ drawn / len(drawn) - exact).norm() < 0.15 * exact.norm()
 
@@ -130,3 +131,23 @@ def test_same_seed_same_answer_and_another_draw_another_price():
         assert runs[0] == runs[1]
     prices = Prices(stack, tokens, Cost())
     assert not torch.equal(foretell(prices, 2, 0).table, foretell(prices, 2, 1).table)
+
+
+def test_slopes_that_float16_does_not_hold_are_scaled():
+    exact, half = DecoderRunner(tiny.llama(layers=4)), DecoderRunner(tiny.llama(layers=4).half())
+    row, weights = tiny.some_tokens(1, 12), torch.full((12,), 1e-14)
+
+    def table(stack, scale):
+        return foretold_of_row(stack, row, KL(), torch.Generator().manual_seed(0), weights=weights, scale=scale)
+
+    wanted = table(exact, 1.0)
+    assert torch.equal(table(exact, 2.0**16), wanted), "a power of two, undone, changes no bit"
+    assert (table(half, 1.0) - wanted).norm() > 0.9 * wanted.norm(), "below 6e-8 there is nothing"
+    assert (table(half, 2.0**16) - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_scale_that_overflows_is_halved(monkeypatch):
+    stack, tokens = DecoderRunner(tiny.llama(layers=4).half()), tiny.some_tokens(2, 12)
+    found = foretell(Prices(stack, tokens, Cost()), 2, 0)
+    monkeypatch.setattr(gate, "LOSS_SCALE", 2.0**30)
+    assert torch.allclose(foretell(Prices(stack, tokens, Cost()), 2, 0).table, found.table, rtol=0.02)

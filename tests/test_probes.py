@@ -176,6 +176,20 @@ def test_damage_and_hits_are_those_of_direct_computation(model, probes):
     assert max(capability_figures(model, model, probes).damage.values()) < 1e-6
 
 
+def test_capabilities_are_tested_in_halves_where_memory_runs_out(model, probes, monkeypatch):
+    small, enter = DecoderRunner(cut(model, [Segment(1, 3)])), DecoderRunner.enter
+    whole = DecoderRunner(model)
+    wanted = capability_figures(small, whole, probes)
+
+    def short(self, tokens):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return enter(self, tokens)
+
+    monkeypatch.setattr(DecoderRunner, "enter", short)
+    assert capability_figures(small, whole, probes).damage == pytest.approx(wanted.damage, rel=1e-4)
+
+
 def test_the_map_holds_the_damage_of_every_window(model, probes):
     text = tiny.some_tokens(3, 16)
     found = capability_map(model, probes=probes, text=text, lengths=(1, 2))

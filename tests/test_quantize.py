@@ -23,7 +23,7 @@ from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.models import checkpoints, loading
 from layercut.quantization import endpoints_of, quantize_, quantized_weights
-from layercut.quantization.gptq import DAMPING, add_to_hessian_, gptq, output_errors
+from layercut.quantization.gptq import DAMPING, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
 
 TOKENS = tiny.some_tokens(32)
@@ -36,8 +36,8 @@ def problem(outputs: int, inputs: int, seed: int = 0, samples: int = 256) -> tup
     mixing = torch.randn(inputs, inputs, generator=draw)
     x = torch.randn(samples, inputs, generator=draw) @ mixing * torch.rand(inputs, generator=draw)
     hessian = torch.zeros(inputs, inputs, dtype=torch.float64)
-    add_to_hessian_(hessian, x[: samples // 2])
-    add_to_hessian_(hessian, x[samples // 2 :])
+    hessian += gram(x[: samples // 2])
+    hessian += gram(x[samples // 2 :])
     return weight, hessian
 
 
@@ -143,7 +143,7 @@ def test_output_errors_are_those_at_the_output():
     weight, other = torch.randn(3, 8), torch.randn(3, 8)
     x = torch.randn(5, 7, 8)
     hessian = torch.zeros(8, 8, dtype=torch.float64)
-    add_to_hessian_(hessian, x)
+    hessian += gram(x)
     expected = ((weight - other) @ x.flatten(0, 1).T).square().sum(1)
     assert torch.allclose(output_errors(weight, other, hessian).float(), expected, rtol=1e-5)
 
@@ -214,7 +214,7 @@ def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
         student(TOKENS, use_cache=False)
         hook.remove()
         hessian = torch.zeros(32, 32, dtype=torch.float64)
-        add_to_hessian_(hessian, caught[0])
+        hessian += gram(caught[0])
         weight, rounded = (m.get_submodule(name).weight for m in (dense, student))
         whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
         expected = (output_errors(weight, rounded, hessian).sum() / whole).item()

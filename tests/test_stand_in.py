@@ -161,6 +161,22 @@ def test_a_model_too_large_for_one_device_is_placed_over_two(counts, tiny_model,
     assert torch.equal(stack.exit(hidden, tokens).cpu(), model(there).logits.cpu())
 
 
+def test_layers_on_disk_are_read_onto_it(counts, tiny_model):
+    files, tokens, left = checkpoints.resolve(str(tiny_model)), tiny.some_tokens(3, 8), []
+    elsewhere = torch.accelerator.memory_allocated(0)
+    torch.accelerator.reset_peak_memory_stats(0)
+    for where in ({"stream": "off", "device": "cpu"}, {"stream": "on", "device": "standin:1"}):
+        model = placement.load(files, **where).model
+        priced = lc.search(model, tokens, n_layers=1, method="exhaustive")
+        foretold = lc.search(model, tokens, n_layers=2, method="gate")  # forwards and backwards
+        left.append([priced.segments, priced.kl, foretold.segments, foretold.kl])
+    assert left[1][::2] == left[0][::2]
+    assert left[1][1::2] == pytest.approx(left[0][1::2], rel=1e-3)
+    assert max(model.layers_on_disk.layers_read) > 1
+    assert counts.between == 0
+    assert torch.accelerator.max_memory_allocated(0) <= elsewhere, "nothing is on the other device"
+
+
 # --- what is told beforehand, and measured ---
 
 

@@ -173,7 +173,8 @@ def test_a_window_whose_logits_are_too_large_is_measured_in_parts(make, monkeypa
     def few(model, tokens_per_row: int) -> int:
         return max(1, 30 // tokens_per_row)
 
-    monkeypatch.setattr(likelihood, "rows_per_chunk", few)
+    for name in ("rows_per_chunk", "positions_at_once"):
+        monkeypatch.setattr(likelihood, name, few)
     parts = evaluation.window_losses(model, tokens)
     torch.testing.assert_close(parts, whole)
     measured = [size for size in sizes if size != 8]  # 8: the check that the model can be opened up

@@ -33,6 +33,7 @@ from layercut.files.json_values import digest, jsonable, write_json
 from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
+from layercut.models.compiling import compiled
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.models.source_card import source_card
 from layercut.offload import placement
@@ -159,7 +160,7 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
     Raises:
         RunError: the run is not finished.
     """
-    with memory.memory_limit(config.load.max_memory):
+    with memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile):
         found = _evaluate(target, config)
     if (Path(target) / "config.yaml").is_file():
         processes.on_main(lambda: _keep(Path(target), found))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from layercut.data.probes import ProbeRows
+from layercut.models.batch_sizes import slices
 from layercut.models.losses import as_price, kl_divergence
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner
@@ -57,27 +58,36 @@ def capability_figures(
     damage = torch.zeros(probes.tokens.shape, dtype=torch.float64)
     right = torch.zeros(2, *probes.tokens.shape, dtype=torch.bool)
     with prepared(model, dense) as stacks:
-        for start in range(0, len(probes.tokens), ROWS):
-            tokens = probes.tokens[start : start + ROWS]
-            ends = [_last_states(stack, tokens) for stack in stacks]
-            for row in range(len(tokens)):
-                at = (probes.answers[start + row] >= 0).nonzero()[:, 0]
-                if not len(at):
-                    continue
-                shown = tokens[row : row + 1, at]
-                cut, whole = (
-                    stack.exit(h[row : row + 1, at.to(h.device)], shown)[0].float()
-                    for stack, h in zip(stacks, ends, strict=True)
-                )
-                damage[start + row, at] = kl_divergence(whole, cut).cpu().double()
-                for which, logits in enumerate((cut, whole)):
-                    right[which, start + row, at] = logits.argmax(-1).cpu() == tokens[row, at + 1]
-            advance(len(tokens))
+        queue = stacks[0].parts("evaluate", slices(len(probes.tokens), ROWS))
+        for part in queue:
+            with queue.trying(part):
+                _compare(stacks, probes, part, damage, right)
+                advance(part.stop - part.start)
     counts = torch.bincount(probes.capability, minlength=len(probes.names)).tolist()
     return CapabilityFigures(
         {name: as_price(mean, 0.0) for name, mean in probes.means(damage).items()},
         probes.hit_rates(right[0]), probes.hit_rates(right[1]), dict(zip(probes.names, counts, strict=True)),
     )  # fmt: skip
+
+
+def _compare(
+    stacks: list[DecoderRunner], probes: ProbeRows, part: slice, damage: torch.Tensor, right: torch.Tensor
+) -> None:
+    """Fill in `damage` [N, T] and `right` [2, N, T] of some rows, at their answers."""
+    tokens = probes.tokens[part]
+    ends = [_last_states(stack, tokens) for stack in stacks]
+    for row, number in enumerate(range(part.start, part.stop)):
+        at = (probes.answers[number] >= 0).nonzero()[:, 0]
+        if not len(at):
+            continue
+        shown = tokens[row : row + 1, at]
+        cut, whole = (
+            stack.exit(h[row : row + 1, at.to(h.device)], shown)[0].float()
+            for stack, h in zip(stacks, ends, strict=True)
+        )
+        damage[number, at] = kl_divergence(whole, cut).cpu().double()
+        for which, logits in enumerate((cut, whole)):
+            right[which, number, at] = logits.argmax(-1).cpu() == tokens[row, at + 1]
 
 
 def _last_states(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def evaluate_cost(run: PlannedRun) -> Spent:
     )  # fmt: skip
     together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
     # where one row's logits are too many, those of a part of it
-    some = min(together * shape.window, run.budget.logit_rows(1, shape.vocabulary))
+    some = min(together * shape.window, 4 * run.budget.logit_tokens(shape.vocabulary) // shape.itemsize)
     logits = 2 * some * shape.vocabulary * shape.itemsize
     held = {"streams": 2 * shape.stream(rows)} if run.on_disk else {}
     return Spent(held | {"logits or layer": max(logits, together * shape.most("live"))}, work)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
+from layercut.models import compiling
 from layercut.models.batch_sizes import slices
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.models.losses import kl_divergence, next_token_loss, token_loss
@@ -99,7 +100,7 @@ def _whole(
 ) -> Iterator[tuple[slice, torch.Tensor, bool]]:
     """Losses [B, T - 1] of a few windows after the other, by the model's own forward, and whether they count."""
     device = next(model.parameters()).device
-    stack = _opened(model, tokens.shape[1])
+    stack = _opened(model, tokens.shape[1], model.dtype.itemsize)  # float32 is had of a few tokens at a time
     shared = sharding.in_step(model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
     for one in (queue := ShrinkingParts("evaluate", shared, device, alone=not sharding.is_spread(model))):
         (part, counts), loss = one, None
@@ -138,7 +139,7 @@ def compared_losses(
         mine, theirs = (window_losses(each, tokens, advance=advance) for each in (model, baseline))
         return mine, theirs, None
     student, dense = (sharding.runnable(each) for each in (model, baseline))
-    stacks = [_opened(each, tokens.shape[1]) for each in (student, dense)]
+    stacks = [_opened(each, tokens.shape[1], 4) for each in (student, dense)]
     rows = rows_per_chunk(student, tokens.shape[1])
     found = torch.zeros(3, len(tokens), dtype=torch.float64)
     shared = sharding.in_step(dense, processes.share_of_batches(len(tokens), rows), slice(0, 1))
@@ -169,6 +170,19 @@ def rows_per_chunk(model: Any, window: int) -> int:
     return budget(_device(model)).logit_rows(window, model.config.get_text_config().vocab_size)
 
 
+def positions_at_once(model: Any, rows: int) -> int:
+    """Positions of a few rows whose logits are had at once in float32, where those of a whole row are too many.
+
+    Args:
+        model: a causal LM of transformers.
+        rows: B.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, budget(_device(model)).logit_tokens(model.config.get_text_config().vocab_size) // rows)
+
+
 def _device(model: Any) -> torch.device:
     return next(p.device for p in model.parameters() if not p.is_meta)
 
@@ -188,7 +202,7 @@ def _next_logits(model: Any, stack: DecoderRunner | None, batch: torch.Tensor) -
 def _positions(stacks: list[DecoderRunner | None], batch: torch.Tensor) -> list[slice]:
     """The T - 1 positions of a batch [B, T] that predict a token: all at once, or so many as the logits leave room."""
     last = batch.shape[1] - 1
-    together = [rows_per_chunk(stack.model, len(batch)) for stack in stacks if stack]
+    together = [positions_at_once(stack.model, len(batch)) for stack in stacks if stack]
     return [*slices(last, min(together))] if together else [slice(0, last)]
 
 
@@ -199,9 +213,17 @@ def _terms(q: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return torch.stack([each.to(q.device) for each in (*losses, kl)])
 
 
-def _opened(model: Any, window: int) -> DecoderRunner | None:
-    """A runner of the model, where one window's logits are too large to have at once and its layers can be run."""
-    if window <= rows_per_chunk(model, 1) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+def _opened(model: Any, window: int, itemsize: int) -> DecoderRunner | None:
+    """A runner of the model, where one window's logits are too large to have at once and its layers can be run.
+
+    Or where its layers are to run compiled. itemsize: bytes of a logit.
+    """
+    if compiling.opened() is not None:
+        return DecoderRunner(model)
+    if (
+        window * itemsize <= 4 * positions_at_once(model, 1)
+        or "logits_to_keep" not in inspect.signature(model.forward).parameters
+    ):
         return None
     try:
         return DecoderRunner(model)
@@ -220,7 +242,7 @@ def exit_losses(stack: DecoderRunner, hidden: torch.Tensor, tokens: torch.Tensor
     Returns:
         [B, T - 1], nats.
     """
-    tokens, together = tokens.to(hidden.device), rows_per_chunk(stack.model, len(tokens))
+    tokens, together = tokens.to(hidden.device), positions_at_once(stack.model, len(tokens))
     if together >= tokens.shape[1]:
         return next_token_loss(stack.exit(hidden, tokens), tokens)
     targets = tokens[:, 1:]
@@ -272,7 +294,7 @@ def loss_by_position(
     """
     device = next(model.parameters()).device
     row = row.to(device)
-    chunk = min(chunk, max(16, rows_per_chunk(model, 1)))
+    chunk = min(chunk, max(16, positions_at_once(model, 1)))
     cache: dict[str, Any] = {}
     losses = []
     for start in range(0, len(row), chunk):

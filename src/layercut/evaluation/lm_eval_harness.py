@@ -32,11 +32,12 @@ from typing import Any
 
 import torch
 
+from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
 from layercut.files.json_values import digest, write_json
 from layercut.models.loading import quiet_transformers
-from layercut.models.memory import budget
+from layercut.models.memory import ShrinkingParts, budget
 from layercut.progress import bar
 
 Record = dict[str, Any]
@@ -319,17 +320,15 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
             return self._in_slices(requests, order, length, answer)
 
         def _in_slices(self, requests: Any, order: list[int], length: Callable[[int], int], answer: Any) -> list[Any]:
-            answers: list[Any] = [None] * len(requests)
-            room = budget(next(model.parameters()).device)
-            with bar(self.title, len(requests)) as advance:
-                while order:
-                    rows = min(MOST_ROWS, room.logit_rows(max(1, length(order[0])), vocabulary))
-                    self.batch_size_per_gpu = rows
-                    part, order = order[: 4 * rows], order[4 * rows :]
-                    for i, given in zip(part, answer([requests[i] for i in part]), strict=True):
-                        answers[i] = given
-                    advance(len(part))
-            return answers
+            def rows_of(first: int) -> int:
+                room = budget(next(model.parameters()).device)
+                return min(MOST_ROWS, room.logit_rows(max(1, length(first)), vocabulary))
+
+            def given(part: list[int], share: float) -> Any:
+                self.batch_size_per_gpu = max(1, int(rows_of(part[0]) * share))
+                return answer([requests[i] for i in part])
+
+            return _in_slices(model, order, lambda first: 4 * rows_of(first), given, self.title)
 
     with _quiet():
         # a tokenizer of its own: lm-eval gives it a padding token, which must not get into what is exported
@@ -342,14 +341,46 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
 def _answers(model: Any, requests: list[Request], title: str) -> list[Answer]:
     """As lm-eval answers them, from the longest context to the shortest, every one run once; with a progress bar."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][0]), requests[i]))
-    answers: list[Any] = [None] * len(requests)
-    with bar(title, len(requests)) as advance:
+
+    def most(first: int) -> int:
+        return min(requests_at_once(len(requests[first][0])), budget(next(model.parameters()).device).most_rows)
+
+    return _in_slices(
+        model, order, most, lambda part, _: log_likelihoods(model, [requests[i] for i in part]), title
+    )  # fmt: skip
+
+
+def _in_slices(
+    model: Any,
+    order: list[int],
+    most: Callable[[int], int],
+    given: Callable[[list[int], float], Sequence[Any]],
+    title: str,
+) -> list[Any]:
+    """Answers to numbered requests, a slice after the other; one that runs out of memory is taken again in halves.
+
+    Args:
+        model: that answers.
+        order: numbers of requests, those that take the most memory first.
+        most: how many are asked at once, by the number of the first of them.
+        given: answers requests, told also which share of the slice that was first asked these are.
+        title: of the progress bar.
+
+    Returns:
+        The answers by number.
+    """
+    answers: list[Any] = [None] * len(order)
+    device, alone = next(model.parameters()).device, not sharding.is_spread(model)
+    with bar(title, len(order)) as advance:
         while order:
-            rows = requests_at_once(len(requests[order[0]][0]))
+            rows = most(order[0])
             part, order = order[:rows], order[rows:]
-            for i, given in zip(part, log_likelihoods(model, [requests[i] for i in part]), strict=True):
-                answers[i] = given
-            advance(len(part))
+            queue = ShrinkingParts("evaluate", [part], device, alone=alone)
+            for some in queue:
+                with queue.trying(some):
+                    for i, answer in zip(some, given(some, len(some) / len(part)), strict=True):
+                        answers[i] = answer
+                    advance(len(some))
     return answers
 
 

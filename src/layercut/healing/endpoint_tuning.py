@@ -39,7 +39,7 @@ from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models import memory
 from layercut.models.batch_sizes import kept_bytes, slices
-from layercut.models.losses import as_price
+from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner, shared_layers
@@ -56,10 +56,8 @@ SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start."""
 FEW_STEPS = 64
 """Fewer take half the default rate."""
-LOSS_SCALE = 2.0**16
-"""What losses are multiplied by where gradients are taken in float16, which below 6e-8 has nothing: at first. Halved
-where a gradient overflows, doubled every `RAISE_EVERY` steps. A power of two, undone in float32, changes no bit."""
 RAISE_EVERY = 64
+"""Steps after which a loss scale that was not too large is doubled."""
 
 
 @dataclass(frozen=True, kw_only=True)

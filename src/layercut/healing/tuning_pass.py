@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from layercut.distributed import processes, sharding
 from layercut.healing.stored_teacher import StoredTeacher
 from layercut.models.batch_sizes import slices
+from layercut.models.compiling import fused
 from layercut.models.devices import placed
 from layercut.models.objectives import KL, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
@@ -102,7 +104,7 @@ def loss_gradient(
         The loss in parts [n], and its gradient [B, T, D] in the dtype of `out`.
     """
     (tokens, _, weight), student = batch, pair.student
-    targets, scale = next_tokens(student.place(tokens)), weight / tokens.numel()
+    targets, scale = next_tokens(student.place(tokens)), torch.tensor(weight / tokens.numel())
     if pair.objective.reads == "hidden":
         h, h_dense = (x if x is None else x.detach().to(student.device).float().flatten(0, 1) for x in (out, wanted))
         assert h is not None
@@ -119,22 +121,37 @@ def loss_gradient(
             z, known, following = logits.detach().flatten(0, 1), _known(pair, batch, piece, wanted), targets[piece]
             slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
             for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
-                q, p = z[part].float(), known[0][part].float() if known else None
-                found = []
-                for share, term in terms:
-                    if p is not None and pair.stored and term.needs_dense:
-                        found.append((share, *term.loss_and_gradient_topk(q, p, known[1][part])))
-                    else:
-                        found.append((share, *term.loss_and_gradient(q, p, following.flatten()[part])))
-                losses, slopes = weighted(found)
-                loss += losses.sum()
-                slope[part] = slopes.mul_(scale)
+                some = tuple(x[part] for x in known)
+                summed, slope[part] = fused(_of_terms, z[part], some, following.flatten()[part], scale, terms)
+                loss += summed
         logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`
         assert leaf.grad is not None
         if counts:
             parts.append(loss)
             gradient[piece] = leaf.grad
     return torch.stack(parts) * scale, gradient
+
+
+def _of_terms(
+    logits: torch.Tensor,
+    known: tuple[torch.Tensor, ...],
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    terms: list[tuple[float, Objective]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted losses of a student's logits [M, V], summed, and scale x their gradient in float32 [M, V].
+
+    known: of the dense model its logits [M, V]; where they were stored log_p [M, K + 1] and index [M, K]; or nothing.
+    """
+    q, p = logits.float(), known[0].float() if known else None
+    found = []
+    for share, term in terms:
+        if p is not None and len(known) > 1 and term.needs_dense:
+            found.append((share, *term.loss_and_gradient_topk(q, p, known[1])))
+        else:
+            found.append((share, *term.loss_and_gradient(q, p, targets)))
+    losses, slopes = weighted(found)
+    return losses.sum(), slopes.mul_(scale)
 
 
 def terms_per_token(objective: Objective, window: int) -> list[tuple[float, Objective]]:
@@ -189,11 +206,33 @@ def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
 
 
+@dataclass(frozen=True)
+class HeldRows:
+    """Held-out rows [B, T] with what stays as it is while the student is tuned."""
+
+    tokens: torch.Tensor
+    counts: bool
+    """Whether they are this process's own, and not run to keep in step with others."""
+    final: torch.Tensor
+    """The dense h_L [B, T, D]."""
+    shared: torch.Tensor
+    """h at `prefix` [B, T, D]."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, rows: int) -> list[HeldRows]:
+        """As of a tensor: so many rows each."""
+        parts = zip(*(x.split(rows) for x in (self.tokens, self.final, self.shared)), strict=True)
+        return [HeldRows(tokens, self.counts, final, shared) for tokens, final, shared in parts]
+
+
 class HeldOut:
     """Rows that judge a student during tuning. What stays as it is from score to score is computed once.
 
     That is h at `prefix` and the dense h at the end, in the model's own dtype: 2 D numbers a token. Of several
-    processes each takes a share of the rows; the score is over all.
+    processes each takes a share of the rows; the score is over all. In memory some rows are scored after the other,
+    fewer at once where memory runs out; of layers on disk all go through a layer together.
 
     Raises:
         ModelError: a dense state is not finite, so that nothing can be compared with it.
@@ -201,40 +240,59 @@ class HeldOut:
 
     def __init__(self, pair: Pair, tokens: torch.Tensor, rows: int) -> None:
         self.pair, self.tokens, self.objective = pair, tokens, pair.objective.judge()
-        self.parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
-        self.batches = [pair.student.place(tokens[part]) for part, _ in self.parts]
-        self.states = dense_states(pair, self.batches)
-        for batch, (final, _) in zip(self.batches, self.states, strict=True):
-            if not (finite := final.isfinite().flatten(1).all(1)).all():
-                row = int((~finite).nonzero()[0])
-                raise not_finite(pair.dense, batch[row : row + 1])
+        parts = sharding.in_step(pair.student.model, processes.share_of_batches(len(tokens), rows), slice(0, 1))
+        self.groups: list[list[HeldRows]] = []
+        queue = pair.dense.parts("tune", self._together(parts))
+        for group in queue:
+            with queue.trying(group):
+                batches = [pair.student.place(tokens[part]) for part, _ in group]
+                states = dense_states(pair, batches)
+                for batch, (final, _) in zip(batches, states, strict=True):
+                    if not (finite := final.isfinite().flatten(1).all(1)).all():
+                        row = int((~finite).nonzero()[0])
+                        raise not_finite(pair.dense, batch[row : row + 1])
+                counted = zip(batches, group, states, strict=True)
+                self.groups.append([HeldRows(batch, mine, *found) for batch, (_, mine), found in counted])
+
+    def _together(self, parts: list[Any]) -> list[list[Any]]:
+        return [parts] if self.pair.student.on_disk else [[part] for part in parts]
 
     @torch.no_grad()
     def score(self) -> float:
         """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits."""
-        pair, terms, budget = self.pair, self.objective.terms(), self.pair.student.budget
-        sums: list[torch.Tensor] = []  # of each piece, the loss by each term, read at the end
-        outs = [shared for _, shared in self.states]
-        calls = [pair.student.arguments(batch) for batch in self.batches]
-        carry_(pair.student, outs, calls, pair.prefix, len(pair.student))
-        for (_, mine), batch, (final, _), out in zip(self.parts, self.batches, self.states, outs, strict=True):
-            targets = next_tokens(pair.student.place(batch))
-            pieces = list(budget.logit_pieces(len(batch), batch.shape[1], pair.student.vocabulary * out.element_size()))
-            for piece, counts in sharding.in_step(pair.student.model, pieces, pieces[0]):
-                q, p = pair.student.exit(out[piece], batch[piece]).flatten(0, 1), None
-                if self.objective.needs_dense:
-                    p = pair.dense.exit(final[piece], batch[piece]).flatten(0, 1)
-                if mine and counts:
-                    following = targets[piece].flatten()
-                    together = budget.float_tokens(q.shape[-1])
-                    sums.append(torch.stack([_summed(term, q, p, following, together) for _, term in terms]))
-        read = torch.stack(sums).tolist() if sums else []
+        terms, sums = self.objective.terms(), list[torch.Tensor]()  # of each piece the loss by each term
+        queue, done = self.pair.student.parts("tune", self.groups), list[list[HeldRows]]()
+        for group in queue:
+            with queue.trying(group):
+                sums += self._losses(group, [term for _, term in terms])
+                done.append(group)
+        self.groups = done
+        read = torch.stack(sums).tolist() if sums else []  # the host waits here alone
         found = [sum(piece[i] for piece in read) for i in range(len(terms))]
         tokens, ends = self.tokens.numel(), len(self.tokens)
         return sum(
             share * loss / (tokens - ends if term.per_target else tokens)
             for (share, term), loss in zip(terms, processes.summed(found), strict=True)
         )
+
+    def _losses(self, group: Sequence[HeldRows], terms: Sequence[Objective]) -> list[torch.Tensor]:
+        """The loss by each term [n] of each piece of these rows, summed over its tokens."""
+        pair, sums = self.pair, list[torch.Tensor]()
+        student, budget = pair.student, pair.student.budget
+        outs = [rows.shared for rows in group]
+        carry_(student, outs, [student.arguments(rows.tokens) for rows in group], pair.prefix, len(student))
+        for rows, out in zip(group, outs, strict=True):
+            batch, targets = rows.tokens, next_tokens(rows.tokens)
+            pieces = list(budget.logit_pieces(len(batch), batch.shape[1], student.vocabulary * out.element_size()))
+            for piece, counts in sharding.in_step(student.model, pieces, pieces[0]):
+                q, p = student.exit(out[piece], batch[piece]).flatten(0, 1), None
+                if self.objective.needs_dense:
+                    p = pair.dense.exit(rows.final[piece], batch[piece]).flatten(0, 1)
+                if rows.counts and counts:
+                    following = targets[piece].flatten()
+                    together = budget.float_tokens(q.shape[-1])
+                    sums.append(torch.stack([_summed(term, q, p, following, together) for term in terms]))
+        return sums
 
 
 def _summed(
@@ -243,5 +301,9 @@ def _summed(
     """The loss of logits [M, V], summed; float32 exists for a few tokens at a time, `together`."""
     total = torch.zeros((), device=q.device)
     for part in slices(len(q), together):
-        total += term.loss(q[part].float(), None if p is None else p[part].float(), targets[part]).sum()
+        total += fused(_judged, q[part], None if p is None else p[part], targets[part], term)
     return total
+
+
+def _judged(q: torch.Tensor, p: torch.Tensor | None, targets: torch.Tensor, term: Objective) -> torch.Tensor:
+    return term.loss(q.float(), None if p is None else p.float(), targets).sum()

@@ -33,11 +33,12 @@ from layercut.layer_search.prices import Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.batch_sizes import slices
+from layercut.models.losses import LOSS_SCALE
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
 
-DIFFERENCE_BYTES = 64 * 2**20
-"""Of hidden states in float32 that are subtracted from each other at once."""
+DIFFERENCES_SHARE = 8
+"""One part in so many of what the budget has for hidden states is had in float32 at once, to be subtracted."""
 
 WORST = 1e30
 """The foretold price where slopes overflow."""
@@ -68,16 +69,26 @@ def foretell(prices: Prices, rows: int, seed: int) -> Foretold:
     Returns:
         The price of every segment, as far as these rows tell.
     """
-    draw, layers = torch.Generator().manual_seed(seed), len(prices.stack)
-    found = []
-    for at in range(rows):
-        weights = None if prices.weights is None else prices.weights[at]
-        table = foretold_of_row(prices.stack, prices.tokens[at : at + 1], prices.objective, draw, weights=weights)
-        found.append(table.flatten())
-        # back to the first layer's output, each layer run again: what it computes inside is kept of one at a time
-        prices.cost.layer_forwards += 2 * layers - 1
-        prices.cost.layer_backwards += layers - 1
-        prices.cost.dense_tokens += prices.tokens.shape[1]
+    draw, layers, stack = torch.Generator().manual_seed(seed), len(prices.stack), prices.stack
+    scale = LOSS_SCALE if stack.model.dtype == torch.float16 else 1.0
+    found, states = list[torch.Tensor](), dict[int, torch.Tensor]()  # of each row, and of `draw` before it
+    queue = stack.parts("search", [slice(at, at + 1) for at in range(rows)])
+    for part in queue:
+        begun = states.setdefault(part.start, draw.get_state())
+        weights = None if prices.weights is None else prices.weights[part.start]
+        with queue.trying(part):
+            while True:  # what is drawn is the same again
+                draw.set_state(begun)
+                row = prices.tokens[part]
+                table = foretold_of_row(stack, row, prices.objective, draw, weights=weights, scale=scale)
+                if scale == 1 or table.isfinite().all():
+                    break
+                scale /= 2
+            found.append(table.flatten())
+            # back to the first layer's output, each layer run again: what it computes inside is kept of one at a time
+            prices.cost.layer_forwards += 2 * layers - 1
+            prices.cost.layer_backwards += layers - 1
+            prices.cost.dense_tokens += prices.tokens.shape[1]
     mean = prices.weighted.mean(torch.stack(found, -1)).view(layers + 1, layers + 1)
     return Foretold(processes.from_main(mean.nan_to_num(WORST, WORST, WORST)))
 
@@ -90,6 +101,7 @@ def foretold_of_row(
     draw: torch.Generator,
     *,
     weights: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """The equation of this module for all segments, by one draw of y.
 
@@ -99,6 +111,7 @@ def foretold_of_row(
         objective: what is compared: predictions, or hidden states, as in `upstream_of`.
         draw: of y.
         weights: w [T] of each position in the row's price; the mean over tokens where not given.
+        scale: a power of two by which slopes are larger on their way back, for float16; undone in the result.
 
     Returns:
         float64 [L + 1, L + 1], at (a, b) of the segment [a, b); 0 elsewhere.
@@ -113,21 +126,23 @@ def foretold_of_row(
     for i in range(1, len(stack)):
         states.append(recomputed_layer(stack, i, states[-1], calls))
     share = torch.full(row.shape[1:], 1 / row.shape[1]) if weights is None else weights
-    end, upstream = upstream_of(stack, states[-1], row, objective, draw)
-    upstream *= share.sqrt().to(upstream.device)[:, None]
-    slopes = torch.autograd.grad(end, states, upstream.to(end.dtype))
-    table = summed_squares([embedded, *states], slopes)
+    slope = slope_at_end(stack, states[-1].detach(), row, objective, draw, share.sqrt() * scale)
+    slopes = torch.autograd.grad(states[-1], states, slope)
+    table = summed_squares([embedded, *states], slopes, stack.budget.streams // DIFFERENCES_SHARE) / scale**2
     alone = torch.cat([table.new_zeros(1), table.diagonal(1).cumsum(0)])
     return (table + (alone - alone[:, None]).triu(1)) / 4
 
 
 @torch.no_grad()
-def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor]) -> torch.Tensor:
+def summed_squares(
+    states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], most_bytes: int = 64 * 2**20
+) -> torch.Tensor:
     """sum_t s_tab^2 of every segment, some tokens at a time; sums in float32, read from the device once.
 
     Args:
         states: h_0 … h_L [1, T, D].
         slopes: v_1 … v_L [1, T, D].
+        most_bytes: of states in float32 that are there at once.
 
     Returns:
         float64 [L + 1, L + 1], at (a, b); 0 elsewhere.
@@ -135,7 +150,7 @@ def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor
     layers, tokens, width = len(slopes), *states[0].shape[1:]
     device = states[0].device  # layers may be on several
     sums = [torch.zeros(b, device=device) for b in range(1, layers + 1)]
-    for part in slices(tokens, max(1, DIFFERENCE_BYTES // (4 * len(states) * width))):
+    for part in slices(tokens, max(1, most_bytes // (4 * len(states) * width))):
         h = torch.stack([state[0, part].to(device) for state in states]).float()  # [L + 1, t, D]
         for b, v in enumerate(slopes, 1):
             sums[b - 1] += ((h[b] - h[:b]) * v[0, part].to(device).float()).sum(-1).square().sum(-1)
@@ -145,8 +160,59 @@ def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor
     return table
 
 
+def slope_at_end(
+    stack: DecoderRunner,
+    last: torch.Tensor,
+    row: torch.Tensor,
+    objective: Objective,
+    draw: torch.Generator,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """v_L, by the head's backward pass on as many positions at a time as there is room for logits.
+
+    Args:
+        stack: the dense model.
+        last: what leaves its last layer [1, T, D].
+        row: token ids [1, T].
+        objective: what is compared.
+        draw: of y, or of signs.
+        weights: of each position's gradient [T].
+
+    Returns:
+        [1, T, D], in the dtype of `last`.
+
+    Raises:
+        ModelError: the dense predictions are not finite.
+    """
+    drawn, slope = draws(objective, last.shape, draw).to(last.device), torch.empty_like(last)
+    tokens = len(weights)
+    together = tokens if objective.reads == "hidden" else stack.budget.logit_tokens(stack.vocabulary)
+    for part in slices(tokens, together):
+        leaf = last[:, part].detach().requires_grad_(True)
+        end, upstream = upstream_of(stack, leaf, row[:, part], objective, drawn[part])
+        upstream *= weights[part, None].to(upstream.device)
+        (slope[:, part],) = torch.autograd.grad(end, leaf, upstream.to(end.dtype))
+    return slope
+
+
+def draws(objective: Objective, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
+    """What `upstream_of` draws by: uniform in [0, 1), [T], or random signs [T, D] where hidden states are compared.
+
+    Args:
+        objective: what is compared.
+        shape: of the last layer's output, (1, T, D).
+        draw: the generator.
+
+    Returns:
+        On the CPU, the same on any device.
+    """
+    if objective.reads == "hidden":
+        return torch.randint(2, shape, generator=draw)[0] * 2.0 - 1
+    return torch.rand(shape[1], generator=draw)
+
+
 def upstream_of(
-    stack: DecoderRunner, last: torch.Tensor, row: torch.Tensor, objective: Objective, draw: torch.Generator
+    stack: DecoderRunner, last: torch.Tensor, row: torch.Tensor, objective: Objective, drawn: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the backward pass begins, and with which gradient: one whose square has the objective's curvature.
 
@@ -158,7 +224,7 @@ def upstream_of(
         last: what leaves its last layer [1, T, D].
         row: token ids [1, T].
         objective: which of the two is compared.
-        draw: of y or e.
+        drawn: by which y is chosen, or e: of `draws`.
 
     Returns:
         The logits [1, T, V] or `last`, and the gradient there, float32.
@@ -167,12 +233,10 @@ def upstream_of(
         ModelError: the dense predictions are not finite.
     """
     if objective.reads == "hidden":
-        signs = torch.randint(2, last.shape, generator=draw).to(last.device) * 2.0 - 1
-        return last, 2**0.5 * signs / last.detach().float().norm(dim=-1, keepdim=True)
+        return last, 2**0.5 * drawn / last.detach().float().norm(dim=-1, keepdim=True)
     logits = dense_logits(stack, last, row)
     p = logits.detach().float().softmax(-1)
-    below = torch.rand(row.shape[1], generator=draw).to(p.device)
-    y = (p[0].cumsum(-1) < below[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
+    y = (p[0].cumsum(-1) < drawn[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
     upstream = p.neg_()  # of log p(y) in the logits: 1 at y, less p
     upstream[0, torch.arange(len(y), device=p.device), y] += 1
     return logits, upstream

@@ -131,6 +131,17 @@ class Budget:
         """
         return max(1, min(self.most_rows, self.logits // (window * vocabulary * 4)))
 
+    def logit_tokens(self, vocabulary: int) -> int:
+        """Positions of a row whose logits are had at once in float32.
+
+        Args:
+            vocabulary: V.
+
+        Returns:
+            At least 1.
+        """
+        return max(1, self.logits // (4 * vocabulary))
+
     def logit_pieces(self, rows: int, window: int, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of a [rows, window] of tokens, so that the logits of each piece fit.
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercut.models.compiling import fused
+
 
 @dataclass(frozen=True)
 class DirectHead:
@@ -42,7 +44,7 @@ class DirectHead:
         def decoded(*_: Any, **__: Any) -> Any:
             h = hidden
             for norm in self.norms:
-                h = norm(h)
+                h = fused(_output, norm, h)
             return _with_first(self.output, h)
 
         own = self.decoder.__dict__.get("forward")
@@ -54,6 +56,10 @@ class DirectHead:
                 del self.decoder.forward
             else:
                 self.decoder.forward = own
+
+
+def _output(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return module(hidden)
 
 
 def find_direct_head(

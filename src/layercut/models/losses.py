@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from layercut.models.batch_sizes import slices
+from layercut.models.compiling import fused
 from layercut.models.memory import budget
+
+LOSS_SCALE = 2.0**16
+"""What losses are multiplied by where gradients are taken in float16, which below 6e-8 has nothing: at first. Halved
+where a gradient overflows. A power of two, undone in float32, changes no bit."""
 
 
 def as_price(value: float, least: float = -math.inf) -> float:
@@ -40,13 +45,26 @@ class Teacher:
     """
 
     def __init__(self, p_logits: torch.Tensor) -> None:
-        log_p = F.log_softmax(p_logits.float(), dim=-1)
-        self.p = log_p.exp()
-        self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
+        self.p, self.negative_entropy = fused(_distribution, p_logits)
 
     def kl(self, q_logits: torch.Tensor) -> torch.Tensor:
         """KL(p || q) per token, differentiable in the student's logits: [..., V] -> [...]."""
-        return self.negative_entropy + _CrossEntropy.apply(q_logits, self.p)
+        return fused(_kl, q_logits, self.p, self.negative_entropy)
+
+
+def _distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """p [..., V] and sum_v p_v log p_v [...] of logits, in float32."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    p = log_p.exp()
+    return p, torch.linalg.vecdot(p, log_p)
+
+
+def _kl(logits: torch.Tensor, p: torch.Tensor, negative_entropy: torch.Tensor) -> torch.Tensor:
+    return negative_entropy + _CrossEntropy.apply(logits, p)
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def compared_bytes(logits: int, itemsize: int, kept: int = 1) -> int:
@@ -120,5 +138,5 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     z, targets = logits.flatten(0, 1), tokens.flatten()
     parts = slices(len(z), budget(logits.device).float_tokens(logits.shape[-1]))
-    losses = [F.cross_entropy(z[part].float(), targets[part], reduction="none") for part in parts]
+    losses = [fused(_nll, z[part], targets[part]) for part in parts]
     return torch.cat(losses).view(tokens.shape)

@@ -239,7 +239,8 @@ class ShrinkingParts(Generic[Part]):
 
         Args:
             stage: for the message.
-            parts: slices or tensors of rows, lists of these, or tuples that begin with one of them.
+            parts: slices or tensors of rows, or what has a length and `split` as these have, numbers of rows; lists of
+                these, or tuples that begin with one of them.
             device: that computes.
             alone: whether no other process waits for this one's parts: else an error is raised.
         """
@@ -280,6 +281,8 @@ def rows_in(part: Any) -> int:
         return rows_in(part[0])
     if isinstance(part, list):
         return sum(map(rows_in, part))
+    if isinstance(part, int):
+        return 1
     return part.stop - part.start if isinstance(part, slice) else len(part)
 
 
@@ -290,6 +293,8 @@ def halves(part: Any) -> list[Any]:
     if isinstance(part, list):
         middle = len(part) // 2
         return [part[:middle], part[middle:]] if middle else [[half] for half in halves(part[0])]
+    if isinstance(part, int):
+        return [part]
     if isinstance(part, slice):
         middle = (part.start + part.stop + 1) // 2
         return [slice(part.start, middle), slice(middle, part.stop)] if middle < part.stop else [part]

@@ -29,8 +29,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layercut.distributed import processes, sharding
-from layercut.errors import ModelError
+from layercut.errors import ConfigError, ModelError
 from layercut.files.sizes import size
+from layercut.models import compiling
 from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Peak, PlannedRun
 from layercut.models.devices import placed
@@ -93,6 +94,21 @@ def own_device(layer: nn.Module) -> torch.device | None:
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden state in a layer's output, which is a tensor or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def layer_output(layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden state that a layer puts out.
+
+    Args:
+        layer: that is run.
+        hidden: what it takes [B, T, D].
+        args: its further arguments.
+        kwargs: and those by name.
+
+    Returns:
+        [B, T, D].
+    """
+    return hidden_of(layer(hidden, *args, **kwargs))
 
 
 def replaced_hidden(output: Any, hidden: torch.Tensor) -> Any:
@@ -170,7 +186,8 @@ class DecoderRunner:
         self._head: DirectHead | None = None  # not known: logits by a run of the whole model
         self._arguments: OrderedDict[torch.Size, Calls] | None = None  # by the tokens' shape, where that decides them
         self._free = None if self.device.type == "cpu" else available_bytes(self.device)
-        with without_reading(model):  # what is checked depends on the classes and the config, not on the weights
+        # what is checked depends on the classes and the config, not on the weights
+        with without_reading(model), compiling.not_compiled():
             self._check()
 
     def __len__(self) -> int:
@@ -309,12 +326,26 @@ class DecoderRunner:
         """
         if self.on_disk and torch.is_grad_enabled() and hidden.requires_grad:
             return recomputed_layer(self, i, hidden, calls)
-        return self.plain_layer(i, hidden, calls)
+        return self._computed(compiling.opened(), i, hidden, calls)
 
     def plain_layer(self, i: int, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
-        """h_{i+1} = f_i(h_i), wherever the layer is; arguments as of `DecoderRunner.layer`."""
+        """The same wherever the layer is, and never compiled: for who watches what happens inside.
+
+        Arguments as of `DecoderRunner.layer`.
+        """
+        return self._computed(None, i, hidden, calls)
+
+    def _computed(
+        self, functions: compiling.CompiledFunctions | None, i: int, hidden: torch.Tensor, calls: Calls
+    ) -> torch.Tensor:
         args, kwargs = calls[i]
-        return hidden_of(self.layers[i](hidden, *args, **kwargs))
+        if functions is None:
+            return layer_output(self.layers[i], hidden, args, kwargs)
+        placed_apart = own_device(self.layers[i]) is not None
+        if self.on_disk or placed_apart or sharding.is_spread(self.model):
+            where = "read from disk" if self.on_disk else "on several devices" if placed_apart else "sharded"
+            raise ConfigError(f"--compile is for layers in one place, and these are {where}", compiling.WITHOUT)
+        return functions.call(layer_output, self.layers[i], hidden, args, kwargs)
 
     def run(self, hidden: torch.Tensor, calls: Calls, start: int, stop: int) -> torch.Tensor:
         """h_stop from h_start: layers start, start + 1, …, stop - 1.
@@ -427,8 +458,8 @@ class DecoderRunner:
             return True
         runs = [self.model(input_ids=tokens, use_cache=False).logits for _ in range(REPEATS)]
         noise = max((run.float() - expected.float()).nan_to_num().abs().max().item() for run in runs)
-        most = min(2**10 * torch.finfo(expected.dtype).eps, 0.05) * expected.float().nan_to_num().abs().max().item()
-        if away > NOISE * noise or noise > most:  # more than rounding: it remembers what it ran before
+        # more than rounding: it remembers what it ran before
+        if away > NOISE * noise or noise > compiling.most_rounding(expected):
             return False
         say(
             "model",
@@ -462,8 +493,9 @@ def recomputed_layer(stack: DecoderRunner, i: int, hidden: torch.Tensor, calls: 
     Returns:
         h_{i+1} [B, T, D].
     """
+    functions = compiling.opened()  # a backward pass may run in a thread of its own, which does not know
     return checkpoint(
-        lambda h: stack.plain_layer(i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
+        lambda h: stack._computed(functions, i, h, calls), hidden, use_reentrant=False, preserve_rng_state=False
     )  # no randomness: models are in eval mode
 
 

@@ -290,9 +290,7 @@ class LayersOnDisk:
         self._said = ""
         self.clone_layers: list[WeakSet[nn.Module]] = [WeakSet() for _ in self.layers]
         """Layers of clones of the model, which get the weights of these where they have none of their own."""
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if not tensor.is_meta:
-                tensor.data = tensor.data.to(device)
+        _move_(model, device)
         for i, layer in enumerate(self.layers):
             layer.forward = self._on_demand(i, layer.forward)
 
@@ -456,7 +454,8 @@ class LayersOnDisk:
             _put_(layer, made[kind])
         else:
             _put_(layer, {name: _blank(tensor, self.device) for name, tensor in self._empty[i].items()})
-            with torch.random.fork_rng(), torch.no_grad():
+            own = [] if self.device.type == "cpu" else [self.device]
+            with torch.random.fork_rng(own, device_type=self.device.type), torch.no_grad():
                 torch.manual_seed(0)
                 for module in layer.modules():
                     self._owner(layer)._init_weights(module)
@@ -470,6 +469,21 @@ class LayersOnDisk:
 
         around = [m for m in self.model.modules() if isinstance(m, PreTrainedModel) and layer in list(m.modules())]
         return around[-1]
+
+
+def _move_(model: nn.Module, device: torch.device) -> None:
+    """Put new tensors on the device in the place of those with data; one that several modules share stays one."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        holders: list[Any] = [module._parameters, module._buffers]
+        for held in holders:
+            for name, tensor in held.items():
+                if tensor is None or tensor.is_meta or tensor.device == device:
+                    continue
+                if id(tensor) not in moved:
+                    there = tensor.detach().to(device)
+                    moved[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+                held[name] = moved[id(tensor)]
 
 
 def _blank(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

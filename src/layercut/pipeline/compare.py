@@ -34,6 +34,7 @@ from layercut.healing.tuning_state import asked_to_stop
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_lengths, segment_costs, sweep_work
 from layercut.models import checkpoints, loading, memory
+from layercut.models.compiling import compiled
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import placement
 from layercut.pipeline.artefacts import BeforeAfter, bounds_of, segments_of
@@ -103,7 +104,7 @@ def compare(model: str, config: CompareConfig) -> Path:
     folder = default_folder(model)
 
     folder, limit = folder.with_name(f"{folder.name}-compare"), memory.memory_limit(config.load.max_memory)
-    with limit, Run(config.run.out or folder, force=config.run.force) as run:
+    with limit, compiled(config.compiled.compile), Run(config.run.out or folder, force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
         compare_methods(RunContext(checkpoint, journey, run), model, config.compare, length)
         return run.folder

@@ -13,8 +13,10 @@ compensate the errors of earlier ones as far as they can; only one layer's Hessi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -24,11 +26,12 @@ from layercut.files.sizes import parse_bytes
 from layercut.models import loading
 from layercut.models.devices import place_of_float64
 from layercut.models.loading import replace_parameters_, stored_dtype
+from layercut.models.memory import memory_limit
 from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
 from layercut.quantization.bit_choice import Mixture, choose
-from layercut.quantization.gptq import add_to_hessian_, output_errors
+from layercut.quantization.gptq import gram, output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantized import Quantized, QuantizedWeight
@@ -36,7 +39,7 @@ from layercut.quantization.quantizers import Quantizer, codes, resolve
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 
-Batches = list[tuple[torch.Tensor, Calls]]
+Part = TypeVar("Part")
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
 
 
@@ -175,7 +178,7 @@ def _decoder_layers(
     """The weights in the decoder layers, layer by layer; tokens: to calibrate on, where the quantizer is calibrated."""
     inside = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
     wanted = {layer: list(group) for layer, group in inside if layer is not None}
-    with bar("quantizing", len(loading.find_decoder(model))) as advance:
+    with memory_limit(), bar("quantizing", len(loading.find_decoder(model))) as advance:
         if tokens is not None and wanted:
             _layer_by_layer(DecoderRunner(model), tokens, wanted, quantize_one, advance)
         else:
@@ -255,44 +258,84 @@ def _layer_by_layer(
     advance: Callable[..., None],
 ) -> None:
     """Hessians of a layer, then its weights, then its outputs for the next one."""
-    batches = [stack.enter(batch) for batch in stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1]))]
+    rows = stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1]))
+    batches: list[_Rows] = []
+    _in_parts(stack, list(rows), lambda some: batches.append(_Rows(stack, some, *stack.enter(some))))
     for i in range(max(wanted) + 1):
         if i in wanted:
-            hessians = _hessians(stack, i, batches, wanted[i])
+            batches, hessians = _hessians(stack, i, batches, wanted[i])
             for target in wanted[i]:
                 quantize_one(target, hessians[target.name])
-        batches = [(stack.layer(i, hidden, calls), calls) for hidden, calls in batches]
+        batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
         advance(1)
 
 
+@dataclass
+class _Rows:
+    """Rows of calibration tokens [B, T] on their way through the layers."""
+
+    stack: DecoderRunner
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    """What enters the layer at hand [B, T, D]."""
+    calls: Calls
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, rows: int) -> list[_Rows]:
+        """As of a tensor: so many rows each."""
+        pairs = zip(self.tokens.split(rows), self.hidden.split(rows), strict=True)
+        return [_Rows(self.stack, tokens, hidden, self.stack.arguments(tokens)) for tokens, hidden in pairs]
+
+    def pass_(self, i: int) -> None:
+        """Through layer i."""
+        self.hidden = self.stack.plain_layer(i, self.hidden, self.calls)
+
+
+def _in_parts(stack: DecoderRunner, parts: list[Part], work: Callable[[Part], None]) -> list[Part]:
+    """Do work on each part, on two halves of it where memory runs out; the parts that it was done on."""
+    queue, done = stack.parts("quantize", parts), []
+    for part in queue:
+        with queue.trying(part):
+            work(part)
+            done.append(part)
+    return done
+
+
 def _hessians(
-    stack: DecoderRunner, i: int, batches: Batches, targets: Sequence[Assignment]
-) -> dict[str, torch.Tensor | None]:
+    stack: DecoderRunner, i: int, batches: list[_Rows], targets: Sequence[Assignment]
+) -> tuple[list[_Rows], dict[str, torch.Tensor | None]]:
     """H = 2 X'X of every target's input in layer i; one matrix where several read the same tensor.
 
-    None: the module did not run, as an expert to which no token was sent.
+    None: the module did not run, as an expert to which no token was sent. With them the batches, which are smaller
+    where memory ran out.
     """
     modules = [stack.model.get_submodule(target.name) for target in targets]
     source: dict[int, int] = {}  # module -> the module whose Hessian it uses
     sums: dict[int, torch.Tensor] = {}
-    for hidden, calls in batches:
+
+    def add_(rows: _Rows) -> None:
         seen: dict[int, torch.Tensor] = {}
 
-        def record(which: int, run: Callable[..., Any], x: torch.Tensor, seen: dict[int, Any] = seen) -> Any:
+        def record(which: int, run: Callable[..., Any], x: torch.Tensor) -> Any:
             seen[which] = x
             return run(x)
 
         with intercepted(modules, record):
-            stack.layer(i, hidden, calls)
+            stack.plain_layer(i, rows.hidden, rows.calls)
         for which, x in seen.items():
             if which not in source:
                 source[which] = next((other for other in seen if seen[other] is x and other in sums), which)
-            if source[which] == which:
-                if which not in sums:
-                    width = x.shape[-1]
-                    sums[which] = torch.zeros(width, width, dtype=_sum_dtype(x.device), device=x.device)
-                add_to_hessian_(sums[which], x)
-    return {t.name: sums[source[which]] if which in source else None for which, t in enumerate(targets)}
+            if source[which] == which and which not in sums:
+                sums[which] = torch.zeros(x.shape[-1], x.shape[-1], dtype=_sum_dtype(x.device), device=x.device)
+        # nothing is added before all is there: a part that runs out of memory comes again
+        found = {which: gram(x) for which, x in seen.items() if source[which] == which}
+        for which, product in found.items():
+            sums[which].add_(product)
+
+    batches = _in_parts(stack, batches, add_)
+    return batches, {t.name: sums[source[which]] if which in source else None for which, t in enumerate(targets)}
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

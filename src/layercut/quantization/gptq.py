@@ -18,15 +18,10 @@ DAMPING, BLOCK = 0.01, 128
 """Share of H's mean diagonal that is added to the diagonal, and columns updated at once; both as in the paper."""
 
 
-def add_to_hessian_(hessian: torch.Tensor, inputs: torch.Tensor) -> None:
-    """H += 2 X'X; products in float32, the sum in H's own dtype.
-
-    Args:
-        hessian: H [I, I], changed in place.
-        inputs: X [..., I].
-    """
+def gram(inputs: torch.Tensor) -> torch.Tensor:
+    """2 X'X [I, I] of inputs X [..., I], in float32: what they add to H."""
     x = inputs.flatten(0, -2).float()
-    hessian += 2 * (x.T @ x).to(hessian.dtype)
+    return (x.T @ x).mul_(2)
 
 
 def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
