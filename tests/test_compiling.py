@@ -41,8 +41,9 @@ def test_a_tuning_is_the_same_and_layers_are_compiled_together():
     assert found.heldout[-1]["loss"] == pytest.approx(plain.heldout[-1]["loss"], rel=1e-5)
     for name, weight in weights.items():
         torch.testing.assert_close(own[name], weight, rtol=1e-3, atol=1e-5)
-    # layers: frozen, and trained, without gradients; trained, behind a frozen and behind a trained one. Loss and score
-    assert backend.frame_count == 6, "not once for each of five layers of two models"
+    # layers: frozen, and trained, without gradients; trained, behind a frozen and behind a trained one
+    # the final norm without gradients and with them; the loss, and the score
+    assert backend.frame_count == 4 + 2 + 2, "not once for each of five layers of two models"
 
 
 def test_a_search_and_an_evaluation_are_the_same():
