@@ -6,9 +6,9 @@
 
 A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
 and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`. "bits=auto
-size=86MB" chooses the bits of each matrix for a size, embeddings and head too, and is to be compared with one width of
-that size. The model is the dithered control (control.py), whole: no layer is removed. Perplexity of the same tokens for
-all, beside the dense model's.
+size=86MB" chooses the bits of each matrix for a size, embeddings and head too (`embeddings` is not read then), and is
+to be compared with one width of that size. The model is the dithered control (control.py), whole: no layer is removed.
+Perplexity of the same tokens for all, beside the dense model's.
 """
 
 from __future__ import annotations
