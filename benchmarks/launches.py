@@ -9,12 +9,12 @@ two layers. Beside them "layers": what the layers' own passes launch. AdamW and 
 CUDA, by operations on lists of tensors; such a one counts once. SRC: the `src` folder of an older version, whose
 figures are put beside.
 
-"compiled" is the same with `--compile`. torch's compiler has no backend for the stand-in, so it is counted on the CPU,
-with the sizes of that device: operations that are dispatched, seen by a `TorchDispatchMode`, those that compiled code
-calls (matrix products, attention) among them; and every loop nest of a generated kernel as one launch, each time it is
-called. The CPU's code generator puts several nests into a kernel that Triton would launch one by one, and some that
-Triton would join: so it is a bound from above rather than a count of Triton kernels. "after, on the CPU" is the plain
-code counted in that way, to be compared with "after". Reads and copies are those of the stand-in alone.
+"compiled" is the same with `--compile`. torch's compiler has no backend for the stand-in, so all are counted on the CPU
+too, with the sizes of that device, where attention is one operation, as on CUDA, and not put together of several.
+Counted are operations that are dispatched, seen by a `TorchDispatchMode`, those that compiled code calls (matrix
+products, attention) among them; and every loop nest of a generated kernel as one launch, each time it is called. The
+CPU's code generator puts several nests into a kernel that Triton would launch one by one, and some that Triton would
+join: a bound from above rather than a count of Triton kernels. Reads and copies are the stand-in's alone.
 """
 
 from __future__ import annotations
@@ -165,11 +165,12 @@ class Dispatched(TorchDispatchMode):
 
 def measured_on_cpu(layers: int, batch_tokens: list[int], compile: bool) -> list[dict[str, Any]]:
     """`measured` of CPU tensors, with the sizes of the stand-in."""
-    from layercut.models.batch_sizes import Budget  # an older version has none
-
     as_on_cuda_()
-    sizes = Budget.of_accelerator(stand_in_device.MEMORY - 2**28)
-    Budget.of_cpu = classmethod(lambda cls, threads=None: sizes)  # type: ignore[method-assign, assignment]
+    with contextlib.suppress(ImportError):  # an older version has the same sizes on every device
+        from layercut.models.batch_sizes import Budget
+
+        sizes = Budget.of_accelerator(stand_in_device.MEMORY - 2**28)
+        Budget.of_cpu = classmethod(lambda cls, threads=None: sizes)  # type: ignore[method-assign, assignment]
     counts, model = Dispatched(), model_of(layers, "cpu")
     with contextlib.ExitStack() as opened:
         if compile:
@@ -209,7 +210,8 @@ def main() -> None:
     here = str(Path(__file__).parents[1] / "src")
     wanted = [("before", args.before, ""), ("after", here, "")]
     if not args.skip_compiled:
-        wanted += [("after, on the CPU", here, "-cpu"), ("compiled, on the CPU", here, "-compiled")]
+        on_cpu = [("before", args.before, "-cpu"), ("after", here, "-cpu"), ("compiled", here, "-compiled")]
+        wanted += [(f"{version}, on the CPU", source, where) for version, source, where in on_cpu]
     rows = []
     for version, source, where in wanted:
         if source:
