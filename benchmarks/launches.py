@@ -9,12 +9,13 @@ two layers. Beside them "layers": what the layers' own passes launch. AdamW and 
 CUDA, by operations on lists of tensors; such a one counts once. SRC: the `src` folder of an older version, whose
 figures are put beside.
 
-"compiled" is the same with `--compile`. torch's compiler has no backend for the stand-in, so all are counted on the CPU
-too, with the sizes of that device, where attention is one operation, as on CUDA, and not put together of several.
-Counted are operations that are dispatched, seen by a `TorchDispatchMode`, those that compiled code calls (matrix
-products, attention) among them; and every loop nest of a generated kernel as one launch, each time it is called. The
-CPU's code generator puts several nests into a kernel that Triton would launch one by one, and some that Triton would
-join: a bound from above rather than a count of Triton kernels. Reads and copies are the stand-in's alone.
+"compiled" is the same with `--compile`. torch's compiler has no backend for the stand-in, so it is counted on the CPU,
+with the sizes of that device; "after, on the CPU" is the plain code counted alike. There attention is one operation, as
+on CUDA, and not put together of several as on the stand-in. Counted are operations that are dispatched, seen by a
+`TorchDispatchMode`, those that compiled code calls (matrix products, attention) among them; and every loop nest of a
+generated kernel as one launch, each time it is called. The CPU's code generator puts several nests into a function, of
+which Triton would launch some one by one and join others: in "launches_joined" each such function counts once. Reads
+and copies are those of the stand-in alone.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def model_of(layers: int, device: str = "standin") -> Any:
 
 
 def counted(counts: Any) -> dict[str, int]:
-    names = ("launches",) if isinstance(counts, Dispatched) else ("launches", "reads", "to_device", "to_host")
+    on_cpu = isinstance(counts, Dispatched)
+    names = ("launches", "launches_joined") if on_cpu else ("launches", "reads", "to_device", "to_host")
     return {name: getattr(counts, name) for name in names}
 
 
@@ -131,18 +133,20 @@ class Dispatched(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches = 0
+        self.launches, self.launches_joined = 0, 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True  # what is compiled runs compiled, and is seen
 
     def reset_(self) -> None:
-        self.launches = 0
+        self.launches, self.launches_joined = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition("::")[2].partition(".")[0]
-        self.launches += name not in stand_in_device.VIEWS and name not in stand_in_device.ALLOCATIONS
+        counts = name not in stand_in_device.VIEWS and name not in stand_in_device.ALLOCATIONS
+        self.launches += counts
+        self.launches_joined += counts
         return func(*args, **(kwargs or {}))
 
     def counting_kernels_(self) -> None:
@@ -156,6 +160,7 @@ class Dispatched(TorchDispatchMode):
 
             def run(*args: Any) -> Any:
                 self.launches += nests
+                self.launches_joined += 1
                 return kernel(*args)
 
             return run
@@ -165,12 +170,11 @@ class Dispatched(TorchDispatchMode):
 
 def measured_on_cpu(layers: int, batch_tokens: list[int], compile: bool) -> list[dict[str, Any]]:
     """`measured` of CPU tensors, with the sizes of the stand-in."""
-    as_on_cuda_()
-    with contextlib.suppress(ImportError):  # an older version has the same sizes on every device
-        from layercut.models.batch_sizes import Budget
+    from layercut.models.batch_sizes import Budget  # an older version has none
 
-        sizes = Budget.of_accelerator(stand_in_device.MEMORY - 2**28)
-        Budget.of_cpu = classmethod(lambda cls, threads=None: sizes)  # type: ignore[method-assign, assignment]
+    as_on_cuda_()
+    sizes = Budget.of_accelerator(stand_in_device.MEMORY - 2**28)
+    Budget.of_cpu = classmethod(lambda cls, threads=None: sizes)  # type: ignore[method-assign, assignment]
     counts, model = Dispatched(), model_of(layers, "cpu")
     with contextlib.ExitStack() as opened:
         if compile:
@@ -210,8 +214,7 @@ def main() -> None:
     here = str(Path(__file__).parents[1] / "src")
     wanted = [("before", args.before, ""), ("after", here, "")]
     if not args.skip_compiled:
-        on_cpu = [("before", args.before, "-cpu"), ("after", here, "-cpu"), ("compiled", here, "-compiled")]
-        wanted += [(f"{version}, on the CPU", source, where) for version, source, where in on_cpu]
+        wanted += [("after, on the CPU", here, "-cpu"), ("compiled, on the CPU", here, "-compiled")]
     rows = []
     for version, source, where in wanted:
         if source:
