@@ -106,10 +106,13 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
     ]
     for row in rows:
-        if row["bits"] < 16:
+        if row["bits"] != 16:
             rise = max(row["perplexity"][text] / value - 1 for text, value in dense.items())
             tuned = row.get("tuning", {}).get("cpu_seconds")
-            cells = [str(row["bits"]), str(row["embeddings"]), f"{row['of_dense']:.1%}", row["train"]]
+            auto = row["bits"] == "auto"
+            bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
+            embeddings = "chosen" if auto else str(row["embeddings"])
+            cells = [bits, embeddings, f"{row['of_dense']:.1%}", row["train"]]
             cells += (
                 [
                     f"{row['tokens']:,}",
