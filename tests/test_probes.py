@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import folders
 import tiny
@@ -26,6 +27,7 @@ from layercut.data.sources import find, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
+from layercut.healing.least_squares import fold_cut_
 from layercut.layer_search import prices, search
 from layercut.layer_search.clp import priced_sums
 from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
@@ -35,8 +37,9 @@ from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import set_costs
 from layercut.layer_search.weighted_rows import weighted_rows
+from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
-from layercut.models.runner import DecoderRunner
+from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -384,3 +387,20 @@ def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tm
         assert f'id="{section}"' in page
         assert words in page
     assert "without layer 0: sums" in page
+
+
+def test_a_choice_by_the_fold_sees_the_tests_after_it(tiny_model, texts, tmp_path):
+    flags = [f"--data={texts[0]}", "--tokens=512", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
+    assert main(["search", str(tiny_model), *flags, "--preserve=sums", "--score=folded"]) == 0
+    best = json.loads((tmp_path / "search.json").read_text())["candidates"][0]
+    model = loading.load(checkpoints.resolve(str(tiny_model)))
+    text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "heldout")}
+    small = cut(model.model, [Segment(*bounds) for bounds in best["segments"]])
+    stacks = DecoderRunner(small), DecoderRunner(model.model)
+    for bounds in best["segments"]:
+        fold_cut_(*stacks, Segment(*bounds), text["calibration"])
+    tests = probe_rows(model.tokenizer, rows=8, window=128, capabilities=["sums"], first=8)
+    damage = capability_figures(small, model.model, tests).damage["sums"]
+    text_alone = mean_kl(stacks[1], stacks[0], text["heldout"])
+    assert best["score"] == pytest.approx(text_alone + damage, rel=1e-4)
+    assert damage > 0.01 * text_alone

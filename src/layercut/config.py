@@ -252,7 +252,7 @@ class SearchConfig:
     ] = "kl"
     score: Annotated[Literal["raw", "folded"], rare] = "raw"
     """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
-    fold, on held-out text."""
+    fold, on held-out text and other tests."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
     consumers: Consumers = ""

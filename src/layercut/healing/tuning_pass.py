@@ -122,7 +122,7 @@ def loss_gradient(
             slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
             for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
                 some = tuple(x[part] for x in known)
-                summed, slope[part] = fused(_of_terms, z[part], some, following.flatten()[part], scale, terms)
+                summed, slope[part] = fused(_of_terms)(z[part], some, following.flatten()[part], scale, terms)
                 loss += summed
         logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`
         assert leaf.grad is not None
@@ -301,7 +301,7 @@ def _summed(
     """The loss of logits [M, V], summed; float32 exists for a few tokens at a time, `together`."""
     total = torch.zeros((), device=q.device)
     for part in slices(len(q), together):
-        total += fused(_judged, q[part], None if p is None else p[part], targets[part], term)
+        total += fused(_judged)(q[part], None if p is None else p[part], targets[part], term)
     return total
 
 

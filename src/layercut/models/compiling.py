@@ -1,7 +1,7 @@
 """torch.compile of what runs most often, a decoder layer and the losses of logits: fewer kernels, of more work each.
 
     with compiled():                       # opened by the run where --compile is given
-        search(model, tokens)              # wherever `fused(function, ...)` is called, compiled code runs
+        search(model, tokens)              # wherever `fused(function)(...)` is called, compiled code runs
 
 Layers of one class share one function, compiled once for all of them: their weights are its inputs. Sizes are dynamic,
 so that a last, smaller batch needs no other code; torch makes another one for a batch of one row, for weights that
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -135,21 +136,19 @@ def opened() -> CompiledFunctions | None:
     return _open.get()
 
 
-def fused(function: Callable[..., Found], first: Any, *more: Any) -> Found:
-    """A function's result: by compiled code where `compiled` is open, else by itself.
+def fused(function: Callable[..., Found]) -> Callable[..., Found]:
+    """A function: as compiled code where `compiled` is open, else itself.
 
     Args:
-        function: pure, of a module's top level.
-        first: its first argument.
-        *more: the others. Numbers are constants of the code, tensors are not.
+        function: pure, of a module's top level. Numbers among its arguments are constants of the code, tensors are not.
 
     Returns:
-        What it returns.
+        What takes the same arguments and gives the same.
     """
     if torch.compiler.is_compiling():  # one within another is part of it
-        return function(first, *more)
+        return function
     functions = _open.get()
-    return function(first, *more) if functions is None else functions.call(function, first, *more)
+    return function if functions is None else partial(functions.call, function)
 
 
 def failed(error: Exception) -> ModelError:

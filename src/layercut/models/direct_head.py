@@ -44,7 +44,7 @@ class DirectHead:
         def decoded(*_: Any, **__: Any) -> Any:
             h = hidden
             for norm in self.norms:
-                h = fused(_output, norm, h)
+                h = fused(_output)(norm, h)
             return _with_first(self.output, h)
 
         own = self.decoder.__dict__.get("forward")

@@ -45,11 +45,11 @@ class Teacher:
     """
 
     def __init__(self, p_logits: torch.Tensor) -> None:
-        self.p, self.negative_entropy = fused(_distribution, p_logits)
+        self.p, self.negative_entropy = fused(_distribution)(p_logits)
 
     def kl(self, q_logits: torch.Tensor) -> torch.Tensor:
         """KL(p || q) per token, differentiable in the student's logits: [..., V] -> [...]."""
-        return fused(_kl, q_logits, self.p, self.negative_entropy)
+        return fused(_kl)(q_logits, self.p, self.negative_entropy)
 
 
 def _distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,5 +138,5 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     z, targets = logits.flatten(0, 1), tokens.flatten()
     parts = slices(len(z), budget(logits.device).float_tokens(logits.shape[-1]))
-    losses = [fused(_nll, z[part], targets[part]) for part in parts]
+    losses = [fused(_nll)(z[part], targets[part]) for part in parts]
     return torch.cat(losses).view(tokens.shape)

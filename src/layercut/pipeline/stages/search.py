@@ -17,6 +17,7 @@ from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
 from layercut.errors import ConfigError
+from layercut.evaluation.capabilities import capability_figures
 from layercut.export.consumers import restriction
 from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
@@ -89,7 +90,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
                 how = asked(this, length_for_target(work) if length is None else length, tests)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
             if config.score == "folded":
-                result = rescored(result, partial(folded_kl, this))
+                result = rescored(result, partial(price_after_fold, this, other_tests(work, tests)))
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
@@ -361,17 +362,41 @@ def length_for_target(work: RunContext) -> int:
     return length_for_size(weights, loading.parameter_bytes(model), target)
 
 
-def folded_kl(this: Round, segments: Sequence[Segment]) -> float:
-    """KL(p || q) on held-out tokens of the student without the segments, after its fold.
+def other_tests(work: RunContext, tests: ProbeRows | None) -> ProbeRows | None:
+    """Tests that the search has not seen.
+
+    Args:
+        work: of the run.
+        tests: those that it has; None where it went by the text alone.
+
+    Returns:
+        As many of the same kinds; None as before, or where they count nothing.
+    """
+    if tests is None or not tests.weight:
+        return None
+    rows, text = len(tests.tokens), work.config.text
+    return probe_rows(
+        work.tokenizer, rows=rows, window=text.window, capabilities=tests.names, seed=text.seed, weight=tests.weight,
+        first=rows,
+    )  # fmt: skip
+
+
+def price_after_fold(this: Round, tests: ProbeRows | None, segments: Sequence[Segment]) -> float:
+    """What the search minimises, of the student after its fold: KL on held-out text, and the damage to tests.
 
     Args:
         this: the round.
+        tests: generated tests of those kinds that the search weighs with the text; None: the text alone.
         segments: that are removed.
 
     Returns:
-        Nats per token.
+        J of `layer_search/weighted_rows.py`, in nats per token.
     """
     work, student = this.work, DecoderRunner(this.student(segments))
     for segment in sorted(segments):
         fold_cut_(student, work.stack, segment, work.blocks["calibration"])
-    return mean_kl(work.stack, student, work.blocks["heldout"])
+    price = mean_kl(work.stack, student, work.blocks["heldout"])
+    if tests is None:
+        return price
+    damage = capability_figures(student, work.stack, tests).damage.values()
+    return price + tests.weight * sum(damage) / len(damage)
