@@ -1,6 +1,7 @@
 """Claim: the gate's gradients find the segments that real cuts would find, for a fraction of the cuts.
 
     python benchmarks/gate_ablation.py families [--seeds 2]                       random weights, four families
+    python benchmarks/gate_ablation.py pairs [--seeds 2]                          as they, K = 2, beside all sets priced
     python benchmarks/gate_ablation.py one --data TEXT [--ratios 0.1 0.2 …] [--seeds 3]
     python benchmarks/gate_ablation.py several --data TEXT [--ratios 0.2 0.3]      K = 3, against SLEB and evolution
     python benchmarks/gate_ablation.py deep                                       80 and 126 layers, planted segments
@@ -10,7 +11,8 @@ that was stopped goes on. Regret is the price of what was found, KL of the real 
 best there is, or, with several segments, over the best that any method found. Cost is counted in layers applied to a
 row of tokens, a backward as `backward_over_forward` of them, measured beside.
 
-families: layers scaled by random factors, so that the landscape has several minima; weak evidence, of many landscapes.
+families, pairs: layers scaled by random factors, so that the landscape has several minima; weak evidence, of many
+landscapes.
 deep: as they, and K segments whose layers add little, in a stack in which all sets cannot be priced.
 """
 
@@ -22,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +118,17 @@ def by_methods(
 
 
 def of_families(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for seed in range(args.seeds):
-        for layers in (12, 24, 40):
-            for family in FAMILIES:
-                for ratio in args.ratios:
-                    case = {"kind": "families", "model": family, "layers": layers, "ratio": ratio, "seed": seed}
-                    if args.is_new(case):
-                        stack = rugged(family, layers, seed)
-                        tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
-                        length = layers_to_remove(ratio, layers)
-                        yield case | {"length": length, "rows": 16, "segments": 1,
-                                      "methods": by_methods(stack, tokens, length, seed, ALONE)}  # fmt: skip
+    """One segment, or two, of random stacks; the sweep, or all sets, says what the best is."""
+    count = 2 if args.what == "pairs" else 1
+    for seed, layers in product(range(args.seeds), (12, 24) if count == 2 else (12, 24, 40)):
+        for family, ratio in product(FAMILIES, args.ratios):
+            case = {"kind": args.what, "model": family, "layers": layers, "ratio": ratio, "seed": seed}
+            if args.is_new(case):
+                stack = rugged(family, layers, seed)
+                tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
+                length = layers_to_remove(ratio, layers)
+                yield case | {"length": length, "rows": 16, "segments": count,
+                              "methods": by_methods(stack, tokens, length, seed, ALONE, count)}  # fmt: skip
 
 
 def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -174,7 +177,7 @@ def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("families", "one", "several", "deep"))
+    parser.add_argument("what", choices=("families", "pairs", "one", "several", "deep"))
     parser.add_argument("--model", default=None, help="Hub id, folder or .gguf; the demo's SmolLM2 where not given")
     parser.add_argument("--data", default="python-docstrings")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
@@ -187,10 +190,10 @@ def main() -> None:
     keys = ("kind", "model", "layers", "ratio", "seed")
     done = {tuple(case[key] for key in keys) for case in there["cases"]}
     args.is_new = lambda case: tuple(case[key] for key in keys) not in done
-    cases = {"families": of_families, "deep": of_deep}.get(args.what, of_model)(args)
+    cases = {"families": of_families, "pairs": of_families, "deep": of_deep}.get(args.what, of_model)(args)
     for case in cases:
         there["cases"].append(named(case))
-        there["environment"] = environment() | {"command": [Path(sys.argv[0]).name, "families|one|several|deep"]}
+        there["environment"] = environment() | {"command": [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]}
         write_json(args.out, there)
         print({key: case[key] for key in keys}, {name: (round(row["regret"], 3), row["layer_forwards"],
               row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip

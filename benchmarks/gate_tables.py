@@ -1,4 +1,4 @@
-"""The table of docs/results.md about the search, from gate_ablation.json and stream.json."""
+"""The tables about the search, of docs/results.md and of README.md, from gate_ablation.json and stream.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from layercut.layer_search.sweep import all_segments, sweep_work
 from layercut.report.formatting import size
 
-WAYS = {"gate": "gate alone", "race": "race alone", "clp": "`clp`: gate and race", "exhaustive": "sweep"}
+WAYS = {"gate": "gate alone", "race": "race alone", "clp": "`clp`: gate and race", "exhaustive": "sweep of all"}
 BACKWARD = 1.61
 """Forwards that a backward through a frozen layer costs, where it was not measured beside (docs/log.md)."""
 
@@ -23,13 +23,14 @@ def spent(case: dict[str, Any], method: str) -> float:
 def search_tables(ablation: dict, stream: dict) -> str:
     """One segment by every way of searching, several segments, deep stacks, and a model larger than memory."""
     kinds = {kind: [case for case in ablation["cases"] if case["kind"] == kind]
-             for kind in ("one", "families", "several", "deep")}  # fmt: skip
+             for kind in ("one", "families", "pairs", "several", "deep")}  # fmt: skip
     run = stream["rows"][0]
     parts = [
         f"`benchmarks/gate_ablation.py`, {ablation['environment']['date'][:10]}. Regret is KL over the best segment's, "
-        "on all calibration rows; work is in layer-forwards over those of one sweep of all segments (a backward as "
-        "what it costs), median and most; CPU seconds over the sweep's.",
-        *(one_segment(kinds[kind]) for kind in ("one", "families") if kinds[kind]),
+        "on all calibration rows; work is in layer-forwards over those of one sweep of all segments, or of all sets of "
+        "two (a backward as what it costs), median and most; CPU seconds over the sweep's.",
+        *map(beside_all, by_model(kinds["one"])),
+        *(beside_all(kinds[kind]) for kind in ("families", "pairs") if kinds[kind]),
         *(several(kinds[kind]) for kind in ("several", "deep") if kinds[kind]),
         f"A checkpoint of Llama-3-8B's shape ({size(stream['checkpoint_bytes'])}, random weights) searched from disk: "
         f"peak memory {size(run['peak_rss_bytes'])}, each layer read {run['times_each_layer_was_read'][0]} time, "
@@ -38,12 +39,31 @@ def search_tables(ablation: dict, stream: dict) -> str:
     return "\n\n".join(parts)
 
 
-def one_segment(cases: Sequence[dict[str, Any]]) -> str:
-    """Regret and work of every way, one segment."""
+def by_model(cases: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The cases of each model, in the order in which models come first."""
+    models = dict.fromkeys(case["model"] for case in cases)
+    return [[case for case in cases if case["model"] == model] for model in models]
+
+
+def headline_of_search(ablation: dict) -> str:
+    """The README's table: what each part finds and costs, of one segment in all cases."""
+    cases = [case for case in ablation["cases"] if case["kind"] in ("one", "families")]
+    lines = [f"| search by | best found, of {len(cases)} | worst regret | work |", "|---|---:|---:|---:|"]
+    for method in ("gate", "race", "clp"):
+        regrets = [case["methods"][method]["regret"] for case in cases]
+        work = statistics.median(spent(case, method) / swept(case) for case in cases)
+        found = sum(regret < 1.0005 for regret in regrets)
+        lines.append(f"| {WAYS[method]} | {found} | {max(regrets):.2f} | {work:.2f} |")
+    return "\n".join(lines)
+
+
+def beside_all(cases: Sequence[dict[str, Any]]) -> str:
+    """Regret and work of every way, where the price of everything is known."""
     models = ", ".join(dict.fromkeys(case["model"] for case in cases))
     ratios = sorted({case["ratio"] for case in cases})
+    what = "One segment" if cases[0]["segments"] == 1 else "Two segments at most"
     lines = [
-        f"One segment, {models}, ratios {ratios[0]:g} to {ratios[-1]:g}, {cases[0]['rows']} rows, {len(cases)} cases:",
+        f"{what}, {models}, ratios {ratios[0]:g} to {ratios[-1]:g}, {cases[0]['rows']} rows, {len(cases)} cases:",
         "",
         "| | regret, median | worst | best found | work | at most | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -54,8 +74,9 @@ def one_segment(cases: Sequence[dict[str, Any]]) -> str:
         seconds = [case["methods"][m]["cpu_seconds"] for m in (method, "exhaustive") for case in cases]
         share = sum(seconds[: len(cases)]) / sum(seconds[len(cases) :])
         lines.append(row(name, regrets, work, f"{share:.2f}"))
-    brute = [whole(case) / swept(case) for case in cases]
-    lines.append(row("brute force (computed)", [1.0] * len(cases), brute, "–"))
+    if cases[0]["segments"] == 1:
+        brute = [whole(case) / swept(case) for case in cases]
+        lines.append(row("brute force (computed)", [1.0] * len(cases), brute, "–"))
     return "\n".join(lines)
 
 
@@ -68,7 +89,9 @@ def row(name: str, regrets: Sequence[float], work: Sequence[float], seconds: str
 
 
 def swept(case: dict[str, Any]) -> int:
-    """Layer-forwards of a sweep of all segments."""
+    """Layer-forwards of a sweep of all segments, or sets of them."""
+    if case["segments"] > 1:
+        return case["methods"]["exhaustive"]["layer_forwards"]
     return sweep_work(all_segments(case["length"], case["layers"]), case["layers"], case["rows"])
 
 

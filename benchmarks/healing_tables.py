@@ -116,15 +116,18 @@ def recall_table(result: dict) -> str:
     rows, environment = result["rows"], result["environment"]
     texts, asked = list(rows[0]["perplexity"]), rows[0]["keys_asked"]
     damages = ("recall", "lists", "copy", "labels", "structure", "format")
+    tasks = next((list(row["tasks"]) for row in rows if "tasks" in row), [])
+    shown = [f"tasks ({len(tasks)})"] if tasks else []
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']}, "
         f"each cut folded and tuned anew; perplexity of {result['eval_tokens']:,} tokens in windows of "
         f"{result['window']}; keys hidden in, and values of a list of, up to {result['longest']:,} tokens, found "
-        f"of {asked}; then damage to tests of the judging family, nats per answer token:",
+        f"of {asked}; {f'share of the dense scores of {names} that is left; ' if (names := ', '.join(tasks)) else ''}"
+        "then damage to tests of the judging family, nats per answer token:",
         "",
         "| removed | tuned on | tests among it | next-token share | rate | "
-        f"{' | '.join([*texts, 'keys', 'lists', *damages])} |",
-        f"|---|{'---:|' * (4 + len(texts) + 2 + len(damages))}",
+        f"{' | '.join([*texts, 'keys', 'lists', *shown, *damages])} |",
+        f"|---|{'---:|' * (4 + len(texts) + 2 + len(shown) + len(damages))}",
     ]
     for row in rows:
         dense = row["segments"] == "nothing"
@@ -134,6 +137,7 @@ def recall_table(result: dict) -> str:
         cells = [row["segments"].replace(",", " and "), *how]
         cells += [f"{row['perplexity'][text]:.1f}" for text in texts]
         cells += [str(row["keys_found"]), str(row["lists_found"])]
+        cells += [f"{kept['mean']:.1%} ± {kept['error']:.1%}" if (kept := row.get("retained")) else ""] * len(shown)
         cells += ["" if dense else f"{row['damage'][name]:.2f}" for name in damages]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

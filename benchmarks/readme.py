@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gate_tables import search_tables
+from gate_tables import headline_of_search, search_tables
 from healing_tables import headline_table, healing_table, recall_table, recovery_table
 from layercut.files.json_values import write_json, write_text
 from layercut.report.formatting import Json, count, figure, label, short, size
@@ -185,6 +185,7 @@ def filled(text: str) -> str:
         "figures": table(json.loads(RESULT.read_text())),
         "search": search_tables(read(RESULTS / "gate_ablation.json"), read(RESULTS / "stream.json")),
     }
+    regions |= {"gate": headline_of_search(read(RESULTS / "gate_ablation.json"))}
     regions |= {"results": headline(), "survives": survives()}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
