@@ -152,27 +152,27 @@ def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-DEEP = {
-    80: (Segment(11, 15), Segment(37, 38), Segment(52, 59)),
-    126: (Segment(9, 12), Segment(60, 68), Segment(101, 107)),
-}
+DEEP = (
+    (80, (Segment(11, 15), Segment(37, 38), Segment(52, 59))),
+    (80, (Segment(11, 15), Segment(37, 38), Segment(52, 59), Segment(70, 73))),
+    (126, (Segment(9, 12), Segment(60, 68), Segment(101, 107))),
+)
 
 
 def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Stacks so deep that pricing single segments is dear; the planted set is known, and may not be the best."""
-    for layers, planted in DEEP.items():
-        for seed in range(args.seeds):
-            case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": 0.0, "seed": seed}
-            if args.is_new(case):
-                stack = rugged("llama", layers, seed, planted)
-                tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
-                length = sum(map(len, planted))
-                found = by_methods(stack, tokens, length, seed, ("gate", "clp", "race"), 3)
-                yield case | {
-                    "length": length, "rows": 8, "segments": 3, "planted": " ".join(map(str, planted)),
-                    "planted_kl": set_costs(stack, tokens, [planted], Cost())[0].kl,
-                    "sleb_layer_forwards": sleb_work(length, layers, 8), "methods": found,
-                }  # fmt: skip
+    for seed, (layers, planted) in product(range(args.seeds), DEEP):
+        length, count = sum(map(len, planted)), len(planted)
+        case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": length / layers, "seed": seed}
+        if args.is_new(case):
+            stack = rugged("llama", layers, seed, planted)
+            tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
+            found = by_methods(stack, tokens, length, seed, ("gate", "clp", "race"), count)
+            yield case | {
+                "length": length, "rows": 8, "segments": count, "planted": " ".join(map(str, planted)),
+                "planted_kl": set_costs(stack, tokens, [planted], Cost())[0].kl,
+                "sleb_layer_forwards": sleb_work(length, layers, 8), "methods": found,
+            }  # fmt: skip
 
 
 def main() -> None:

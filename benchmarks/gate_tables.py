@@ -105,7 +105,7 @@ def several(cases: Sequence[dict[str, Any]]) -> str:
     """What each method finds with several segments, and what that takes."""
     deep = cases[0]["kind"] == "deep"
     head = (
-        "Three segments planted in random stacks; price over the planted set's (below 1: a better one)"
+        "Segments planted in random stacks; price over the planted set's (below 1: a better one)"
         if deep else "Three segments at most; price over the best that any method found"
     )  # fmt: skip
     ways = ("gate", "clp", "race", "sleb", "evolution")
@@ -117,7 +117,8 @@ def several(cases: Sequence[dict[str, Any]]) -> str:
         f"|---|{'---:|' * (len(methods) + deep)}",
     ]
     for case in cases:
-        name = f"{case['layers']} layers, seed {case['seed']}" if deep else f"{case['model']}, {case['ratio']:g}"
+        planted = f"{case['segments']} in {case['layers']} layers, seed {case['seed']}"
+        name = planted if deep else f"{case['model']}, {case['ratio']:g}"
         found = case["methods"]
         over = case["planted_kl"] if deep else min(row["kl"] for row in found.values())
         cells = [f"{found[m]['kl'] / over:.2f}, {spent(case, m):,.0f}" if m in found else "–" for m in methods]
