@@ -514,8 +514,8 @@ def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
 
 
 NOT_PLANNED = ("run", "rounds", "stability", "compiled", "tasks", "long", "output", "hub")
-"""Settings that take nothing, take as often again what the search takes, save what was measured on one machine alone, or
-say where the result goes."""
+"""Settings that take nothing, take as often again what the search takes, save what was measured on one machine alone,
+or say where the result goes."""
 
 
 def test_every_setting_of_compress_can_be_planned_and_has_its_default():
