@@ -184,7 +184,7 @@ def slope_at_end(
     Raises:
         ModelError: the dense predictions are not finite.
     """
-    drawn, slope = draws(objective, last.shape, draw).to(last.device), torch.empty_like(last)
+    drawn, slope = draws(objective, last.shape, draw), torch.empty_like(last)
     tokens = len(weights)
     together = tokens if objective.reads == "hidden" else stack.budget.logit_tokens(stack.vocabulary)
     for part in slices(tokens, together):
@@ -224,7 +224,7 @@ def upstream_of(
         last: what leaves its last layer [1, T, D].
         row: token ids [1, T].
         objective: which of the two is compared.
-        drawn: by which y is chosen, or e: of `draws`.
+        drawn: by which y is chosen, or e: of `draws`, on any device; logits may be on another than hidden states.
 
     Returns:
         The logits [1, T, V] or `last`, and the gradient there, float32.
@@ -233,10 +233,10 @@ def upstream_of(
         ModelError: the dense predictions are not finite.
     """
     if objective.reads == "hidden":
-        return last, 2**0.5 * drawn / last.detach().float().norm(dim=-1, keepdim=True)
+        return last, 2**0.5 * drawn.to(last.device) / last.detach().float().norm(dim=-1, keepdim=True)
     logits = dense_logits(stack, last, row)
     p = logits.detach().float().softmax(-1)
-    y = (p[0].cumsum(-1) < drawn[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
+    y = (p[0].cumsum(-1) < drawn.to(p.device)[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
     upstream = p.neg_()  # of log p(y) in the logits: 1 at y, less p
     upstream[0, torch.arange(len(y), device=p.device), y] += 1
     return logits, upstream
