@@ -33,7 +33,7 @@ from layercut.layer_search.prices import Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.batch_sizes import slices
-from layercut.models.losses import LOSS_SCALE
+from layercut.models.losses import LOSS_SCALE, likelihood_slope_
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
 
@@ -134,9 +134,7 @@ def foretold_of_row(
 
 
 @torch.no_grad()
-def summed_squares(
-    states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], most_bytes: int = 64 * 2**20
-) -> torch.Tensor:
+def summed_squares(states: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor], most_bytes: int) -> torch.Tensor:
     """sum_t s_tab^2 of every segment, some tokens at a time; sums in float32, read from the device once.
 
     Args:
@@ -237,9 +235,7 @@ def upstream_of(
     logits = dense_logits(stack, last, row)
     p = logits.detach().float().softmax(-1)
     y = (p[0].cumsum(-1) < drawn.to(p.device)[:, None]).sum(-1).clamp_max(p.shape[-1] - 1)
-    upstream = p.neg_()  # of log p(y) in the logits: 1 at y, less p
-    upstream[0, torch.arange(len(y), device=p.device), y] += 1
-    return logits, upstream
+    return logits, likelihood_slope_(p, y[None])
 
 
 def proposals(foretold: Foretold, limits: Restriction, count: int, most: int) -> list[Cuts]:

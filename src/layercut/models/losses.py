@@ -67,6 +67,19 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def likelihood_slope_(p: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """d ln p(v) / d logits = 1_v - p of tokens v drawn from p: its mean square is the Fisher information of the logits.
+
+    Args:
+        p: of each token [..., V]; overwritten.
+        drawn: v [...].
+
+    Returns:
+        [..., V], in the place of p.
+    """
+    return p.neg_().scatter_add_(-1, drawn[..., None], torch.ones_like(drawn[..., None], dtype=p.dtype))
+
+
 def compared_bytes(logits: int, itemsize: int, kept: int = 1) -> int:
     """Bytes that one KL takes: p, and what is made of the student's logits.
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layercut.models.losses import likelihood_slope_
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.progress import bar
 from layercut.quantization.grid import decode, encode, fit_grid
@@ -81,9 +82,8 @@ def measure(
 def _drawn_log_likelihood_(logits: torch.Tensor, draw: torch.Generator) -> None:
     """Backward pass of sum ln p(v), v drawn from p = softmax(logits) at each position of [B, T, V]."""
     p = logits.detach().float().softmax(-1)
-    drawn = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=draw).view(*p.shape[:2], 1).to(p.device)
-    slope = p.neg_().scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=p.dtype))  # d ln p(v) / d logits = 1_v - p
-    logits.backward(slope.to(logits.dtype))
+    drawn = torch.multinomial(p.flatten(0, 1).cpu(), 1, generator=draw).view(p.shape[:2]).to(p.device)
+    logits.backward(likelihood_slope_(p, drawn).to(logits.dtype))
 
 
 @torch.no_grad()
