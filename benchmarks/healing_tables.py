@@ -70,7 +70,7 @@ def recovery_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def headline_table(recovery: dict, keys: dict, speed: dict, frontier: dict) -> str:
+def headline_table(recovery: dict, keys: dict, speed: dict, frontier: dict, rounded: dict) -> str:
     """The README's table: one cut, healed on more and more tokens by the default settings, and what else it costs."""
     texts, environment = recovery["reported"], recovery["environment"]
     found = {row["state"]: sum(trial["found"] for trial in row["keys"]) for row in keys["rows"]}
@@ -85,7 +85,7 @@ def headline_table(recovery: dict, keys: dict, speed: dict, frontier: dict) -> s
     for row in recovery["rows"]:
         if not row.get("mix") and row.get("radius", 1) == 1:
             lines.append(f"| {' | '.join(headline_cells(row, texts, found))} |")
-    return "\n".join([*lines, "", headline_words(speed, frontier)])
+    return "\n".join([*lines, "", headline_words(speed, frontier, rounded)])
 
 
 def headline_cells(row: dict, texts: list[str], found: dict[str, int]) -> list[str]:
@@ -97,17 +97,21 @@ def headline_cells(row: dict, texts: list[str], found: dict[str, int]) -> list[s
     return [name, *perplexities, f"{max(row['heldout_kl'], 0):.3f}", "not measured" if kept is None else str(kept)]
 
 
-def headline_words(speed: dict, frontier: dict) -> str:
-    """Bytes and speed of that cut, and the smallest model of the frontier."""
+def headline_words(speed: dict, frontier: dict, rounded: dict) -> str:
+    """Bytes and speed of that cut, and a fifth of the bytes, by fewer layers and by fewer bits."""
     fifth = next(row for row in speed["rows"] if row["ratio"] == 0.2 and "backend" not in row)
     sizes, goal = fifth["weight_bytes"], frontier["answers"]["goal"]
     smallest = goal["best_that_fits"] or goal["smallest"]
+    dense = rounded["rows"][0]["perplexity"]
+    trained = [row for row in rounded["rows"] if row["train"] == "rounding" and row["of_dense"] <= smallest["share"]]
+    best = min(trained, key=lambda row: max(row["perplexity"].values()))
+    worse = max(best["perplexity"][text] / value for text, value in dense.items())
     return (
         f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. "
         f"Decoding: {times(fifth['decode']['ratio'])} as fast. "
-        f"The smallest model of the frontier, {smallest['layers']} layers in {smallest['setting']}, has "
-        f"{smallest['share']:.0%} of the bytes and {1 + max(smallest['rise'].values()):.1f} times the perplexity: "
-        "unusable."
+        f"At {smallest['share']:.0%} of the bytes, {smallest['layers']} layers in {smallest['setting']} have "
+        f"{1 + max(smallest['rise'].values()):.1f} times the perplexity; all layers in {best['bits']} bits, "
+        f"their rounding trained, {worse:.1f} times."
     )
 
 
@@ -125,15 +129,16 @@ def recall_table(result: dict) -> str:
         f"of {asked}; {f'share of the dense scores of {names} that is left; ' if (names := ', '.join(tasks)) else ''}"
         "then damage to tests of the judging family, nats per answer token:",
         "",
-        "| removed | tuned on | tests among it | next-token share | rate | "
+        "| removed | layers tuned | tuned on | tests among it | next-token share | rate | "
         f"{' | '.join([*texts, 'keys', 'lists', *shown, *damages])} |",
-        f"|---|{'---:|' * (4 + len(texts) + 2 + len(shown) + len(damages))}",
+        f"|---|{'---:|' * (5 + len(texts) + 2 + len(shown) + len(damages))}",
     ]
     for row in rows:
         dense = row["segments"] == "nothing"
-        how = ["", "", "", ""]
+        how = [""] * 5
         if tuning := row.get("tuning"):
             how = [f"{row['tokens']:,}", f"{row['share']:.0%}", f"{row['mix']:g}", f"{tuning['learning_rate']:g}"]
+            how.insert(0, str(len(tuning["trained_layers"])))
         cells = [row["segments"].replace(",", " and "), *how]
         cells += [f"{row['perplexity'][text]:.1f}" for text in texts]
         cells += [str(row["keys_found"]), str(row["lists_found"])]

@@ -169,7 +169,7 @@ def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
 
 def headline() -> str:
     """The README's table; before its results are there, how to make them."""
-    names = ("recovery", "keys", "speed", "frontier")
+    names = ("recovery", "keys", "speed", "frontier", "tune_quantized")
     files = [RESULTS / f"{name}.json" for name in names]
     missing = [f"`benchmarks/{file.stem}.py`" for file in files if not file.is_file()]
     return f"Not measured yet: {', '.join(missing)}." if missing else headline_table(*map(read, files))

@@ -5,10 +5,11 @@
     python benchmarks/tune_quantized.py …      # goes on; rows that are done are kept
 
 A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
-and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`. "bits=auto
-size=86MB" chooses the bits of each matrix for a size, embeddings and head too (`embeddings` is not read then), and is
-to be compared with one width of that size. The model is the dithered control (control.py), whole: no layer is removed.
-Perplexity of the same tokens for all, beside the dense model's.
+and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`, `batch` of them a
+step, at `rate` (a share of each unit; the default where not given). "bits=auto size=86MB" chooses the bits of each
+matrix for a size, embeddings and head too (`embeddings` is not read then), and is to be compared with one width of that
+size. The model is the dithered control (control.py), whole: no layer is removed. Perplexity of the same tokens for all,
+beside the dense model's.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from layercut.quantization import quantize_
 from layercut.quantization.trainable import RATE, Trainable
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
+LATER = {"size": str, "rate": float, "batch": int}
+"""Options of single settings, which the rows of others do not name."""
 
 
 def parsed(text: str, tokens: int) -> dict[str, Any]:
     """A setting from "bits=4 train=scales"; tokens: how many it trains on unless it says so."""
     given = dict(option.split("=") for option in text.split())
-    if unknown := given.keys() - {*PLAIN, "size"}:
-        raise SystemExit(
-            f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(PLAIN)}, size"
-        )
+    types = {name: type(value) for name, value in PLAIN.items()} | LATER
+    if unknown := given.keys() - types:
+        raise SystemExit(f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(types)}")
     trains = given.get("train", "none") != "none"
-    words = {"size", *(name for name, value in PLAIN.items() if isinstance(value, str))}
-    typed = {name: value if name in words or value == "auto" else int(value) for name, value in given.items()}
+    typed = {name: value if value == "auto" else types[name](value) for name, value in given.items()}
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 
 
@@ -65,7 +66,7 @@ def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: dict[st
     if asked["train"] != "none":
         parts = Trainable.of_(found, model.model if asked["train"] == "rounding" else None)
         tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
-        settings = TuneSettings(learning_rate=RATE)
+        settings = TuneSettings(learning_rate=asked.get("rate", RATE), batch_tokens=asked.get("batch", 1024))
         told = tune_parameters_(
             parts.model, model.model, parts.parameters, tuning, heldout=text["heldout"], settings=settings
         )

@@ -14,7 +14,7 @@ from layercut.config import SearchConfig
 from layercut.errors import ConfigError
 from layercut.files import sizes
 from layercut.files.sizes import parse_bytes
-from layercut.layer_search import SearchResult, longest_within, perplexity_rise, rescored, split_rows
+from layercut.layer_search import SearchResult, longest_within, perplexity_rise, split_rows
 from layercut.layer_search.budgets import length_for_size, length_for_speedup, triangle
 from layercut.layer_search.result import Candidate, Cost
 from layercut.layer_search.sweep import all_segments, segment_costs
@@ -115,14 +115,6 @@ def test_the_triangle_holds_every_segment_at_its_exact_cost():
             assert found[segment.start, segment.stop] == pytest.approx(candidate.kl, rel=1e-4, abs=1e-6)
 
 
-def test_another_score_reorders_the_first_candidates_alone():
-    cuts = [(Segment(s, s + 1),) for s in range(5)]
-    result = SearchResult("clp", [Candidate(c, float(i)) for i, c in enumerate(cuts)], Cost())
-    judged = rescored(result, lambda c: -c[0].start, most=3)
-    assert [c.segments for c in judged.candidates] == [cuts[2], cuts[1], cuts[0]]
-    assert judged.candidates[0].to_dict() == {"segments": [[2, 3]], "kl": 2.0, "score": -2}
-
-
 REFUSED = {
     "two budgets": ({"target_speedup": 1.2, "max_loss": 0.1}, "both --target-speedup and --max-loss"),
     "ratio and a budget": ({"ratio": 0.2, "target_speedup": 1.2}, "both --ratio and --target-speedup"),
@@ -132,6 +124,7 @@ REFUSED = {
     "no segments": ({"ratio": 0.2, "num_segments": 0}, "--num-segments 0 is too small"),
     "several by a baseline": ({"ratio": 0.2, "num_segments": 2, "method": "cosine"}, "not for --method cosine"),
     "objective of a baseline": ({"ratio": 0.2, "search_objective": "hidden", "method": "sleb"}, "--method sleb"),
+    "loss scored": ({"max_loss": 0.1, "score": "folded"}, "--score folded is given with --max-loss"),
     "segment scored": ({"segment": ("1:2",), "score": "folded"}, "--score folded is for a search"),
 }
 

@@ -27,7 +27,7 @@ from layercut.data.sources import find, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
-from layercut.healing.least_squares import fold_cut_
+from layercut.healing.fold_prices import FoldPrices
 from layercut.layer_search import prices, search
 from layercut.layer_search.clp import priced_sums
 from layercut.layer_search.damage_map import TEXT, capability_costs, capability_map
@@ -39,7 +39,7 @@ from layercut.layer_search.sweep import set_costs
 from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
-from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -389,18 +389,30 @@ def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tm
     assert "without layer 0: sums" in page
 
 
-def test_a_choice_by_the_fold_sees_the_tests_after_it(tiny_model, texts, tmp_path):
-    flags = [f"--data={texts[0]}", "--tokens=512", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
+def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_model, texts, tmp_path):
+    flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
     assert main(["search", str(tiny_model), *flags, "--preserve=sums", "--score=folded"]) == 0
-    best = json.loads((tmp_path / "search.json").read_text())["candidates"][0]
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert found["by_fold"]
+    best = found["candidates"][0]
+    assert best["segments"] == found["segments"]
     model = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "heldout")}
-    small = cut(model.model, [Segment(*bounds) for bounds in best["segments"]])
-    stacks = DecoderRunner(small), DecoderRunner(model.model)
-    for bounds in best["segments"]:
-        fold_cut_(*stacks, Segment(*bounds), text["calibration"])
-    tests = probe_rows(model.tokenizer, rows=8, window=128, capabilities=["sums"], first=8)
-    damage = capability_figures(small, model.model, tests).damage["sums"]
-    text_alone = mean_kl(stacks[1], stacks[0], text["heldout"])
-    assert best["score"] == pytest.approx(text_alone + damage, rel=1e-4)
-    assert damage > 0.01 * text_alone
+    mine, others = (
+        probe_rows(model.tokenizer, rows=8, window=128, capabilities=["sums"], first=first) for first in (0, 8)
+    )
+    fit = torch.cat([text["calibration"][:7], mine.tokens[:1]])
+    cuts = [Segment(*bounds) for bounds in best["segments"]]
+    prices = [
+        FoldPrices(DecoderRunner(model.model), fit, rows, weights)(cuts)
+        for rows, weights in ((text["heldout"][:8], None), (others.tokens, others.weights()))
+    ]
+    assert best["score"] == pytest.approx(sum(prices), rel=1e-4)
+    assert prices[1] > 0.01 * prices[0]
+    assert (
+        main(["search", str(tiny_model), *flags[:-1], f"--out={tmp_path}-raw", "--preserve=sums", "--score=raw"]) == 0
+    )
+    raw = json.loads((tmp_path.with_name(f"{tmp_path.name}-raw") / "search.json").read_text())
+    assert raw["layer_forwards"] < found["layer_forwards"]
+    best = raw["candidates"][0]
+    assert best["score"] == pytest.approx(best["kl"] + best["damage"], rel=1e-5)

@@ -251,8 +251,8 @@ class SearchConfig:
         ),
     ] = "kl"
     score: Annotated[Literal["raw", "folded"], rare] = "raw"
-    """raw: choose by the plain cut. folded: choose among the search's best candidates by what each is after its
-    fold, on held-out text and other tests."""
+    """raw: choose by the plain cut. folded: go on from the search's best by what each cut is after a quick fold, on
+    held-out text and other tests, which takes as long again."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
     consumers: Consumers = ""
@@ -297,6 +297,8 @@ class SearchConfig:
         if self.segment and (self.score == "folded" or self.all_lengths):
             flag = "--score folded" if self.score == "folded" else "--all-lengths"
             raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
+        if self.max_loss is not None and self.score == "folded":
+            raise ConfigError("--score folded is given with --max-loss, which goes by plain cuts", "leave out one")
 
     @property
     def given(self) -> list[str]:
@@ -374,7 +376,7 @@ class HealConfig:
     ] = "kl"
     learning_rate: float | None = None
     """Peak rate of AdamW, quartered where the held-out loss rises above the start's. Not given: 0.92 / hidden size,
-    half of it in fewer than 64 steps."""
+    half of it in fewer than 64 steps, 2 / N of it where N > 2 layers are tuned."""
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
     radius: Annotated[int, rare] = 1
@@ -802,7 +804,7 @@ class CompressConfig(TuneConfig):
         """Refuse flags that several rounds would ignore."""
         if self.search.segment:
             raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
-        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score != "raw")):
+        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score == "folded")):
             if is_asked:
                 raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
         if not self.heal.tune_tokens:

@@ -22,10 +22,12 @@ from layercut.estimate.shape import count_parts, measure_shape
 from layercut.evaluation.evaluation_cost import evaluate_cost
 from layercut.export.checkpoint import export_cost
 from layercut.files.sizes import parse_bytes
+from layercut.healing.fold_prices import fold_prices_cost
 from layercut.healing.least_squares import fold_cost
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
-from layercut.layer_search import length_for_size
-from layercut.layer_search.search_cost import search_cost, unknown_search
+from layercut.layer_search import length_for_size, numbers_of_segments
+from layercut.layer_search.after_fold import priced_after_fold
+from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
@@ -162,7 +164,7 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
     """What every stage but loading costs, the weights in its peak, in the run's order."""
     heal, healed, found = run.config.heal, healed_bytes(run), dict[str, Spent]()
     if run.segments:
-        found["search"] = search_cost(run)
+        found["search"] = _search_cost(run)
         if heal.fold:
             found["fold"] = fold_cost(run)
         if heal.tune_tokens:
@@ -177,6 +179,17 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
         found["export"].peak["healed weights"] = 2 * healed
     weights = weights_peak(run.shape, run.on_disk)
     return {name: Spent(weights | spent.peak, spent.work) for name, spent in found.items()}
+
+
+def _search_cost(run: PlannedRun) -> Spent:
+    """What the search costs, and what goes on from it by quick folds."""
+    search, found = run.config.search, search_cost(run)
+    if search.score != "folded":
+        return found
+    count = numbers_of_segments(search.num_segments, run.length, run.tests > 0)[-1]
+    cuts, plain = priced_after_fold(run, count)
+    folded = fold_prices_cost(run, cuts, count)
+    return both_searches(both_searches(found, Spent({}, plain)), folded)
 
 
 def _quantize_cost(run: PlannedRun) -> Spent:

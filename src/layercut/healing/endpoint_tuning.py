@@ -66,7 +66,7 @@ class TuneSettings:
 
     objective: str | Objective = "kl"
     learning_rate: float | None = None
-    """Peak rate of AdamW; None takes `default_learning_rate` of the width and the steps."""
+    """Peak rate of AdamW; None takes `default_learning_rate` of the width, the steps and the layers."""
     batch_tokens: int = 1024
     """Tokens in one optimizer step."""
     radius: int = 1
@@ -293,20 +293,21 @@ def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list
     return sorted(beside)
 
 
-def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS) -> float:
-    """1.6e-3 x 576 / D, and half of it in fewer than `FEW_STEPS` steps.
+def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS, layers: int = 2) -> float:
+    """1.6e-3 x 576 / D, half of it in fewer than `FEW_STEPS` steps, and 2 / N of it where N > 2 layers are trained.
 
-    1.6e-3 was the best at a width of 576 in 128 steps of 1,024 tokens, half of it the best in 12 (docs/log.md). Where
-    few ends, and the inverse law in the width, are guesses.
+    1.6e-3 was the best at a width of 576 in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
+    of either, and 19 were trained well at an eighth (docs/log.md). Where few ends, and both inverse laws, are guesses.
 
     Args:
         hidden_size: D.
         steps: optimizer steps planned.
+        layers: N, that are trained.
 
     Returns:
         Peak learning rate of AdamW.
     """
-    return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0)
+    return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
 
 
 class _Training:
@@ -323,7 +324,9 @@ class _Training:
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
-        self.rate = settings.learning_rate or default_learning_rate(pair.student.hidden_size, self.steps)
+        self.rate = settings.learning_rate or default_learning_rate(
+            pair.student.hidden_size, self.steps, len(positions)
+        )
         # parameters of one unit are stepped together
         alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
         groups = [{"params": [master for master, _ in pairs], "unit": unit} for unit, pairs in alike]

@@ -26,7 +26,7 @@ from layercut.layer_search.criteria import Criterion, accepted, lowest, names, t
 from layercut.layer_search.damage_map import CapabilityMap, capability_map
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
-from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret, rescored
+from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
 from layercut.models.loading import check_tokens, positions
 from layercut.models.model_in_memory import prepared
@@ -37,8 +37,8 @@ from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
-    "length_for_size", "length_for_speedup", "longest_within", "perplexity_rise", "regret", "rescored", "search",
-    "split_rows", "with_triangle",
+    "length_for_size", "length_for_speedup", "longest_within", "numbers_of_segments", "perplexity_rise", "regret",
+    "search", "split_rows", "with_triangle",
 ]  # fmt: skip
 
 SECOND_SEGMENT_GAIN = 0.05

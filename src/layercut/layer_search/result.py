@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from layercut.distributed import processes
@@ -153,18 +152,3 @@ def regret(result: SearchResult, oracle: SearchResult) -> float:
     """
     found, best = merit(result.candidates[0])[0], merit(oracle.candidates[0])[0]
     return 1.0 if found == best else found / best if best > 0 else math.inf
-
-
-def rescored(result: SearchResult, score: Callable[[tuple[Segment, ...]], float], most: int = 4) -> SearchResult:
-    """The first candidates, sorted by a score that would be too expensive for all of them.
-
-    Args:
-        result: a search's result.
-        score: of segments removed together; lower is better.
-        most: how many candidates are kept and scored.
-
-    Returns:
-        The result with these candidates only, each with its `score`, from the best.
-    """
-    judged = [replace(c, score=score(c.segments)) for c in result.candidates[:most]]
-    return replace(result, candidates=sorted(judged, key=merit))

@@ -154,6 +154,8 @@ class SearchArtefact(Artefact, SearchCost):
     """The best of one segment, and of two, where they were compared."""
     tests: dict[str, Any] | None = None
     """Which generated tests were weighed: {"rows", "window", "capabilities"}."""
+    by_fold: bool = False
+    """Whether the choice is by the price after a quick fold, which is then the candidates' score."""
     rounds: list[RoundRecord] | None = field(default=None, metadata=OPTIONAL)
 
     @property

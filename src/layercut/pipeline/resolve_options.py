@@ -201,6 +201,7 @@ def check_spread(config: CompressConfig) -> None:
         "--teacher-topk": config.heal.teacher_topk > 0,
         "--bits auto": config.quantize.bits == "auto",
         "--method taylor": config.search.method == "taylor",
+        "--score folded": config.search.score == "folded",
     }
     for flag, is_asked in refused.items():
         if is_asked:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from layercut import layer_search
@@ -17,26 +17,28 @@ from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.data.sources import public_name, split_mix
 from layercut.distributed import processes
 from layercut.errors import ConfigError
-from layercut.evaluation.capabilities import capability_figures
 from layercut.export.consumers import restriction
 from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
-from layercut.healing.least_squares import fold_cut_
+from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import (
     Candidate,
+    Cost,
     Restriction,
     SearchResult,
     length_for_size,
     longest_within,
+    numbers_of_segments,
     perplexity_rise,
-    rescored,
     split_rows,
     with_triangle,
 )
+from layercut.layer_search.after_fold import after_fold
 from layercut.layer_search.criteria import names
+from layercut.layer_search.prices import Prices
 from layercut.layer_search.stability import common_rows, judge, stability_work
+from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import loading
-from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.artefacts import (
     CandidateRecord,
     SearchArtefact,
@@ -59,6 +61,9 @@ TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
 recall from the others (docs/log.md)."""
 
+FIT_TESTS = 8
+"""Of the rows that a quick fold is solved on one in so many is of tests."""
+
 SHORTEST_TESTED = 64
 """Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
 
@@ -76,7 +81,8 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
     scored = [work.source, work.text["calibration"], seed, config, length]
-    if config.score == "folded":
+    by_fold = config.score == "folded"
+    if by_fold:
         scored.append(work.text["heldout"])
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
@@ -89,11 +95,12 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
             else:
                 how = asked(this, length_for_target(work) if length is None else length, tests)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
-            if config.score == "folded":
-                result = rescored(result, partial(price_after_fold, this, other_tests(work, tests)))
+                if by_fold:
+                    result = chosen_by_fold(this, result, tokens, how)
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
-            stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
+            found = recorded(result, work, this)
+            stage.found = replace(found, tests=tests.facts() if tests else None, by_fold=by_fold)
     found = stage.artefact
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
     words = ", ".join(map(str, this.removal.all))
@@ -272,13 +279,15 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         The artefact.
     """
     text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False)
-    inputs = [work.source, text, config, length]
+    inputs = [work.source, text, config, length, *([work.text["heldout"]] if config.score == "folded" else [])]
     with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
             how = asked(Round(work), length, generated_tests(work, seed))
             result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
+            if config.score == "folded":
+                result = chosen_by_fold(Round(work), result, drawn.tokens, how)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -362,12 +371,44 @@ def length_for_target(work: RunContext) -> int:
     return length_for_size(weights, loading.parameter_bytes(model), target)
 
 
-def other_tests(work: RunContext, tests: ProbeRows | None) -> ProbeRows | None:
+def chosen_by_fold(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
+    """Go on from a search's candidates by what cuts are after a quick fold, on held-out text and other tests.
+
+    Args:
+        this: the round.
+        result: of the search by plain cuts.
+        tokens: calibration token ids [N, T], on which the folds are solved, a few of the tests among them.
+        how: the search's arguments.
+
+    Returns:
+        The result, what all this cost added to the search's.
+    """
+    work, tests = this.work, how["probes"]
+    fit = tokens[: rows_to_fit(tokens.shape[1])]
+    if tests and tests.tokens.shape[1] == fit.shape[1]:
+        fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
+    seen = weighted_rows(work.blocks["heldout"][:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS))
+    count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
+    limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
+    prices = Prices(this.stack, tokens, Cost(), probes=tests)
+    with bar("pricing cuts after a quick fold", None):
+        folded = FoldPrices(this.stack, fit, seen.tokens, seen.weights, work.run.folder)
+        found = after_fold(result, prices, lambda cuts: processes.from_main(folded(cuts)), limits, count)
+    own, plain = result.cost, prices.cost
+    spent = Cost(
+        own.dense_tokens + plain.dense_tokens + folded.dense_tokens,
+        own.layer_forwards + plain.layer_forwards + folded.layer_forwards, own.layer_backwards,
+    )  # fmt: skip
+    return replace(found, cost=spent)
+
+
+def other_tests(work: RunContext, tests: ProbeRows | None, most: int) -> ProbeRows | None:
     """Tests that the search has not seen.
 
     Args:
         work: of the run.
         tests: those that it has; None where it went by the text alone.
+        most: rows at most.
 
     Returns:
         As many of the same kinds; None as before, or where they count nothing.
@@ -376,27 +417,6 @@ def other_tests(work: RunContext, tests: ProbeRows | None) -> ProbeRows | None:
         return None
     rows, text = len(tests.tokens), work.config.text
     return probe_rows(
-        work.tokenizer, rows=rows, window=text.window, capabilities=tests.names, seed=text.seed, weight=tests.weight,
-        first=rows,
+        work.tokenizer, rows=min(rows, most), window=text.window, capabilities=tests.names, seed=text.seed,
+        weight=tests.weight, first=rows,
     )  # fmt: skip
-
-
-def price_after_fold(this: Round, tests: ProbeRows | None, segments: Sequence[Segment]) -> float:
-    """What the search minimises, of the student after its fold: KL on held-out text, and the damage to tests.
-
-    Args:
-        this: the round.
-        tests: generated tests of those kinds that the search weighs with the text; None: the text alone.
-        segments: that are removed.
-
-    Returns:
-        J of `layer_search/weighted_rows.py`, in nats per token.
-    """
-    work, student = this.work, DecoderRunner(this.student(segments))
-    for segment in sorted(segments):
-        fold_cut_(student, work.stack, segment, work.blocks["calibration"])
-    price = mean_kl(work.stack, student, work.blocks["heldout"])
-    if tests is None:
-        return price
-    damage = capability_figures(student, work.stack, tests).damage.values()
-    return price + tests.weight * sum(damage) / len(damage)

@@ -1,0 +1,235 @@
+"""What cuts cost once each has a quick fold: a price nearer to what healing leaves, for a search.
+
+A plain cut's price is that of a model that nobody will use. Of SmolLM2's pairs of segments this one tells the good
+from the bad where plain prices do not, but not neighbours from each other (docs/log.md). It is the fold of
+`least_squares.py` made cheap: of the layer before a cut the last projection alone, the dense states computed once for
+all cuts:
+
+    h_e ~ h + z X,    X = (Z'Z + ridge I)^-1 Z'Y,    Y = h_e - h
+
+h is what leaves layer s - 1, z what its last linear output reads. No weight is changed: z X is added to the stream.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from layercut.healing.least_squares import HELD_OUT, Normal, fold_systems
+from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
+from layercut.models.batch_sizes import slices
+from layercut.models.cost import Bounds, PlannedRun, Spent, Work
+from layercut.models.losses import as_price
+from layercut.models.runner import DecoderRunner, carry_, enter_all, teacher_of
+from layercut.segments import Segment
+
+RIDGES = (1e-3, 1e-1)
+"""Relative ridges that are tried on rows kept out. Of few tokens for many unknowns the larger is better."""
+IN_MEMORY = 2**30
+"""Bytes of the dense model's states, of either kind of rows, beyond which they are kept in a file."""
+FIT_TOKENS, JUDGED_ROWS = 10240, 8
+"""Tokens that a quick fold is solved on, and rows that it is judged on, of text and of tests."""
+
+
+def rows_to_fit(window: int) -> int:
+    """Rows of T tokens that a quick fold is solved on."""
+    return max(1, FIT_TOKENS // window)
+
+
+class FoldPrices:
+    """Prices of sets of segments after a quick fold of each cut; the dense model's states are computed once."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        dense: DecoderRunner,
+        fit: torch.Tensor,
+        judged: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Run the dense model on all rows; its states are kept in the host's memory, L + 1 of each row.
+
+        Args:
+            dense: the model.
+            fit: token ids [F, T] to solve on.
+            judged: token ids [N, U] to price on.
+            weights: of each position [N, U]; a price is the mean over rows of sum_t w_t KL_t. Not given: 1 / U.
+            folder: where states beyond IN_MEMORY bytes are kept, in files that vanish with this; not given: where
+                temporary files are.
+        """
+        self.dense, self.targets = dense, dict[int, LinearOutput | None]()
+        self.probing = fit[:2, :32]
+        even = torch.full(judged.shape, 1 / judged.shape[1])
+        self.weights = (even if weights is None else weights).float()
+        at_once = [dense.budget.layer_rows(fit.shape[1]), dense.budget.logit_rows(judged.shape[1], dense.vocabulary)]
+        self.fit, self.judged = _Rows(dense, fit, at_once[0], folder), _Rows(dense, judged, min(at_once), folder)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens that went through the whole dense model."""
+        return self.fit.tokens.numel() + self.judged.tokens.numel()
+
+    @property
+    def layer_forwards(self) -> int:
+        """Layers applied to rows since."""
+        return self.fit.forwards + self.judged.forwards
+
+    @torch.no_grad()
+    def __call__(self, cuts: Sequence[Segment]) -> float:
+        """The price of segments removed together, in nats per token.
+
+        Args:
+            cuts: segments, in any order.
+
+        Returns:
+            Mean over the judged rows of sum_t w_t KL_t; infinite where it is not finite.
+        """
+        cuts, dense = sorted(cuts), self.dense
+        at = max(cuts[0].start - 1, 0)
+        fit, judged = self.fit.states(at), self.judged.states(at)
+        for number, segment in enumerate(cuts):
+            for rows, states in ((self.fit, fit), (self.judged, judged)):
+                rows.carry_(states, at, segment.start - 1)
+            if segment.start:
+                self._cross_(segment, fit, judged, last=number == len(cuts) - 1)
+            at = segment.stop
+        self.judged.carry_(judged, at, len(dense))
+        return as_price(sum(map(self._price, range(len(judged)), judged)) / len(self.weights))
+
+    def _cross_(self, segment: Segment, fit: list[torch.Tensor], judged: list[torch.Tensor], *, last: bool) -> None:
+        """Run layer s - 1, and add what stands for the segment; of the rows to fit nothing is needed after the last."""
+        position = segment.start - 1
+        if position not in self.targets:
+            self.targets[position] = next(reversed(find_targets(self.dense, position, self.probing)), None)
+        target = self.targets[position]
+        if target is None:
+            for rows, states in ((self.fit, fit), (self.judged, judged)):
+                rows.carry_(states, position, segment.start)
+            return
+        left = list(self.fit.leaving(fit, position, target))
+        x = self._solved(segment, left)
+        judged[:] = [_with(*each, x) for each in self.judged.leaving(judged, position, target)]
+        if not last:
+            fit[:] = [_with(*each, x) for each in left]
+
+    def _solved(self, segment: Segment, left: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """X [I, D] of what leaves layer s - 1 and what its target reads, by batch; None where a sum is not finite."""
+        solved, check = (Normal.zeros(left[0][1].shape[-1], self.dense.hidden_size, left[0][0].device) for _ in "ab")
+        for batch, (out, z) in enumerate(left):
+            y = self.fit.kept[segment.stop, self.fit.parts[batch]].to(out.device).float() - out.float()
+            part = self.fit.parts[batch]
+            held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
+            for sums, chosen in ((solved, ~held), (check, held)):
+                which = chosen.nonzero()[:, 0].to(z.device)
+                sums.add_(z[which], y[which])
+        if not (solved.finite and check.finite):
+            return None
+        found = [solved.solve(ridge) for ridge in (RIDGES if check.tokens else RIDGES[-1:])]
+        return min(found, key=check.left) if check.tokens else found[0]
+
+    def _price(self, batch: int, hidden: torch.Tensor) -> float:
+        """Sum over a batch of its positions' weighted KL, those without weight left out."""
+        part, dense = self.judged.parts[batch], self.dense
+        counted = self.weights[part].flatten().nonzero()[:, 0].to(hidden.device)
+        tokens = self.judged.tokens[part].flatten()[counted.cpu()].unsqueeze(0)
+        last = self.judged.kept[len(dense), part].to(hidden)
+        p, q = (states.flatten(0, 1)[counted].unsqueeze(0) for states in (last, hidden))
+        kl = teacher_of(dense, p, tokens).kl(dense.exit(q, tokens)).flatten()
+        return float(kl.cpu().double() @ self.weights[part].flatten()[counted.cpu()].double())
+
+
+def _with(out: torch.Tensor, z: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+    """h + z X, in h's dtype; h where there is no X."""
+    return out if x is None else out + (z.float() @ x.float().to(z.device)).to(out.dtype)
+
+
+def _on_the_host(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
+    """An empty tensor in memory; a large one in a file that is there as long as it is."""
+    if (size := math.prod(shape) * dtype.itemsize) <= IN_MEMORY:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".states-") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and not later a dead process
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+class _Rows:
+    """Rows of tokens in batches, and the dense model's hidden states of them at every boundary."""
+
+    def __init__(self, dense: DecoderRunner, tokens: torch.Tensor, at_once: int, folder: Path | None) -> None:
+        self.dense, self.tokens, self.parts = dense, tokens, list(slices(len(tokens), at_once))
+        self.forwards = 0
+        """Layers applied to rows since."""
+        shape = (len(dense) + 1, *tokens.shape, dense.hidden_size)
+        self.kept = _on_the_host(shape, dense.model.dtype, folder)
+        """h_0 … h_L [L + 1, N, T, D]."""
+        states, self.calls = enter_all(dense, [dense.place(tokens[part]) for part in self.parts])
+        for i in range(len(dense) + 1):  # layers outermost: one on disk is read once
+            if i:
+                carry_(dense, states, self.calls, i - 1, i)
+            for part, hidden in zip(self.parts, states, strict=True):
+                self.kept[i, part] = hidden.cpu()
+
+    def states(self, boundary: int) -> list[torch.Tensor]:
+        """The dense model's h of every batch, to be carried on."""
+        kept = (self.kept[boundary, part].to(self.dense.device) for part in self.parts)
+        return [self.dense.on_device_of(min(boundary, len(self.dense) - 1), hidden) for hidden in kept]
+
+    def carry_(self, states: list[torch.Tensor], start: int, stop: int) -> None:
+        """Replace h_start of every batch by what layers start … stop make of it."""
+        self.forwards += len(self.tokens) * max(0, stop - start)
+        carry_(self.dense, states, self.calls, start, stop)
+
+    def leaving(
+        self, states: list[torch.Tensor], position: int, target: LinearOutput
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(h after a layer, what its target reads or puts out) of every batch."""
+        layer = self.dense.loaded(position)
+        module = layer.get_submodule(target.name)
+        self.forwards += len(self.tokens)
+        for hidden, calls in zip(states, self.calls, strict=True):
+            hidden = self.dense.on_device_of(position, hidden)
+            out, caught = run_and_catch(layer, hidden, calls[position], [module])
+            yield out, caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
+
+
+# --- what it costs, told beforehand ---
+
+
+def fold_prices_cost(run: PlannedRun, cuts: Bounds, segments: int) -> Spent:
+    """What the dense states and so many prices cost, the places of their segments being unknown.
+
+    Of a cut of several segments the rows to fit run between the first and the last, a third of the layers on average;
+    the judged ones from the first on, which is taken to be a third from below.
+
+    Args:
+        run: what is planned.
+        cuts: how many are priced.
+        segments: K, of each.
+
+    Returns:
+        The cost.
+    """
+    shape, kept, wide = run.shape, run.shape.layers - run.length, fold_systems(run.shape)[-1]
+    fit = min(rows_to_fit(shape.window), run.searched)
+    judged = min(run.heldout, JUDGED_ROWS) + min(run.tests, JUDGED_ROWS)
+    between = 0 if segments == 1 else kept / 3
+    each = Bounds(fit * (between + segments) + judged * kept * 2 / 3, judged, (fit + judged) * kept)
+    forwards = Bounds(cuts.expected * each.expected, cuts.least * each.least, cuts.most * each.most)
+    solves = len(RIDGES) * (2 / 3 * wide**3 + 4 * wide**2 * shape.hidden)
+    products = 2 * fit * shape.window * wide * (wide + shape.hidden)
+    work = Work.of(
+        shape, forwards, heads=2 * judged * cuts.expected, flops64=cuts.expected * segments * (solves + products)
+    )
+    dense = Work(flops=(fit + judged) * shape.layers * shape.mean("flops"))
+    peak = {
+        "dense states": min(2 * IN_MEMORY, (shape.layers + 1) * shape.stream(fit + judged)),
+        "normal equations": 4 * 8 * wide * (wide + shape.hidden),
+    }
+    return Spent(peak, dense + work)
