@@ -804,7 +804,7 @@ class CompressConfig(TuneConfig):
         """Refuse flags that several rounds would ignore."""
         if self.search.segment:
             raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
-        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score == "folded")):
+        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score != "raw")):
             if is_asked:
                 raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
         if not self.heal.tune_tokens:

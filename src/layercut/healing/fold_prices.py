@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from layercut.healing.least_squares import HELD_OUT, Normal, fold_systems
+from layercut.healing.least_squares import Normal, add_split_, fold_systems
 from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
 from layercut.models.batch_sizes import slices
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work
@@ -122,12 +122,9 @@ class FoldPrices:
         """X [I, D] of what leaves layer s - 1 and what its target reads, by batch; None where a sum is not finite."""
         solved, check = (Normal.zeros(left[0][1].shape[-1], self.dense.hidden_size, left[0][0].device) for _ in "ab")
         for batch, (out, z) in enumerate(left):
-            y = self.fit.kept[segment.stop, self.fit.parts[batch]].to(out.device).float() - out.float()
             part = self.fit.parts[batch]
-            held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
-            for sums, chosen in ((solved, ~held), (check, held)):
-                which = chosen.nonzero()[:, 0].to(z.device)
-                sums.add_(z[which], y[which])
+            wanted = self.fit.kept[segment.stop, part].to(out.device)
+            add_split_(solved, check, part, z, wanted.float() - out.float())
         if not (solved.finite and check.finite):
             return None
         found = [solved.solve(ridge) for ridge in (RIDGES if check.tokens else RIDGES[-1:])]

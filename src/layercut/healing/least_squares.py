@@ -343,14 +343,27 @@ def _statistics(
         for part, (z, y) in zip(parts, found, strict=False):  # none where memory ran out
             if not counts:
                 continue
-            held = torch.arange(part.start, part.stop) % HELD_OUT == HELD_OUT - 1
-            for sums, chosen in ((fit, ~held), (check, held)):
-                which = chosen.nonzero()[:, 0].to(z.device)  # found on the CPU: no device is waited for
-                sums.add_(z[which], y[which])
+            add_split_(fit, check, part, z, y)
             advance(len(z))
     fit.sum_()
     check.sum_()
     return fit, check
+
+
+def add_split_(fit: Normal, check: Normal, rows: slice, z: torch.Tensor, y: torch.Tensor) -> None:
+    """Add rows to the sums to fit, one in HELD_OUT to those that check.
+
+    Args:
+        fit: sums over the rows to fit.
+        check: sums over those kept out.
+        rows: the numbers of the B rows.
+        z: what is read [B, T, I].
+        y: what is to be added to the stream [B, T, D].
+    """
+    held = torch.arange(rows.start, rows.stop) % HELD_OUT == HELD_OUT - 1
+    for sums, chosen in ((fit, ~held), (check, held)):
+        which = chosen.nonzero()[:, 0].to(z.device)  # found on the CPU: no device is waited for
+        sums.add_(z[which], y[which])
 
 
 def _gaps(
