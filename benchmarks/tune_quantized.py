@@ -6,20 +6,28 @@
 
 A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
 and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`, `batch` of them a
-step, at `rate` (a share of each unit; the default where not given). "bits=auto size=86MB" chooses the bits of each
-matrix for a size, embeddings and head too (`embeddings` is not read then), and is to be compared with one width of that
-size. The model is the dithered control (control.py), whole: no layer is removed. Perplexity of the same tokens for all,
-beside the dense model's.
+step, at `rate` (a share of each unit; the default where not given). "quantizer=auto-round iterations=50" has the layers
+rounded by auto-round (peer_auto_round.py) on the first `tokens` of the same text, embeddings as here, with
+`--auto-round PYTHON` of an environment that has it; its bytes are those of our checkpoint on the same grid. "bits=auto
+size=86MB" chooses the bits of each matrix for a size, embeddings and head too (`embeddings` is not read then), and is
+to be compared with one width of that size. The model is the dithered control (control.py), whole: no layer is removed.
+Perplexity of the same tokens for all, beside the dense model's.
 """
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from common import RowsDone, arguments, blocks, finish, open_model
 from control import dither_
@@ -27,13 +35,14 @@ from layercut import evaluation
 from layercut.config import QuantizeConfig
 from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
-from layercut.models import loading
+from layercut.models import loading, memory
 from layercut.progress import say
 from layercut.quantization import quantize_
 from layercut.quantization.trainable import RATE, Trainable
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
-LATER = {"size": str, "rate": float, "batch": int}
+PEER = "auto-round"
+LATER = {"size": str, "rate": float, "batch": int, "iterations": int}
 """Options of single settings, which the rows of others do not name."""
 
 
@@ -43,15 +52,18 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
     types = {name: type(value) for name, value in PLAIN.items()} | LATER
     if unknown := given.keys() - types:
         raise SystemExit(f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(types)}")
-    trains = given.get("train", "none") != "none"
+    trains = given.get("train", "none") != "none" or given.get("quantizer") == PEER
     typed = {name: value if value == "auto" else types[name](value) for name, value in given.items()}
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 
 
-def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: dict[str, torch.Tensor]) -> dict[str, Any]:
+def quantized(
+    model: loading.LanguageModel, asked: dict[str, Any], text: dict[str, torch.Tensor], peer: str
+) -> dict[str, Any]:
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
+    by_peer = asked["quantizer"] == PEER
     config = QuantizeConfig(
-        bits=asked["bits"], quantizer=asked["quantizer"], group_size=asked["group"] or None,
+        bits=asked["bits"], quantizer="rtn" if by_peer else asked["quantizer"], group_size=asked["group"] or None,
         quantize_embeddings=asked["bits"] != "auto" and asked["embeddings"] < 16,
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
@@ -62,7 +74,9 @@ def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: dict[st
     if found.mixture:
         row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
         row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
-    row["quantize_cpu_seconds"] = time.process_time() - begun
+    if by_peer:
+        row |= replaced_by_peer_(found.model, model, asked, text["tuning"], peer)
+    row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
     if asked["train"] != "none":
         parts = Trainable.of_(found, model.model if asked["train"] == "rounding" else None)
         tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
@@ -76,20 +90,48 @@ def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: dict[st
     return row | {"model": found.model}
 
 
+def replaced_by_peer_(
+    small: Any, model: loading.LanguageModel, asked: dict[str, Any], rows: torch.Tensor, peer: str
+) -> dict[str, Any]:
+    """The decoder's weights as auto-round rounds them, in the place of ours; with its processor time."""
+    rows = rows[: asked["tokens"] // rows.shape[1]]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.model.save_pretrained(folder / "model")
+        model.tokenizer.save_pretrained(folder / "model")
+        torch.save(rows, folder / "rows.pt")
+        files = [str(folder / each) for each in ("model", "rows.pt", "rounded.safetensors")]
+        options = {"bits": asked["bits"], "group-size": asked["group"], "iterations": asked["iterations"]}
+        told = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+        before = cpu_of_children()
+        subprocess.run([peer, str(Path(__file__).with_name("peer_auto_round.py")), *files, *told], check=True)
+        rounded = load_file(files[2])
+    missing = [n for n, p in small.named_parameters() if p.dim() == 2 and ".layers." in n and n not in rounded]
+    assert not missing, f"auto-round left {missing}"
+    loading.replace_parameters_(small, {n: torch.nn.Parameter(w.to(small.dtype), False) for n, w in rounded.items()})
+    return {"quantize_cpu_seconds": cpu_of_children() - before}
+
+
+def cpu_of_children() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 def main() -> None:
     args = arguments(
         __doc__ or "", data="c4", texts=["wiki=wikitext2"], settings=["bits=4", "bits=4 train=scales"], tokens=8192,
-        tune_tokens=16384, heldout_tokens=2048, eval_tokens=16384, window=256, seed=0,
+        tune_tokens=16384, heldout_tokens=2048, eval_tokens=16384, window=256, seed=0, auto_round=sys.executable,
     )  # fmt: skip
     model = open_model(args.model)
     dither_(model.model)
+    memory.reuse_freed()
     text, reported = drawn(model, args)
     facts = {key: getattr(args, key) for key in ("tokens", "heldout_tokens", "eval_tokens", "window", "seed")}
     done = RowsDone(args.out, facts)
     for asked in (PLAIN, *(parsed(setting, args.tune_tokens) for setting in args.settings)):
         if asked in done:
             continue
-        found = {"model": model.model} if asked["bits"] == 16 else quantized(model, asked, text)
+        found = {"model": model.model} if asked["bits"] == 16 else quantized(model, asked, text, args.auto_round)
         small = found.pop("model")
         found["perplexity"] = {name: evaluation.perplexity(small, tokens) for name, tokens in reported.items()}
         done.add(asked | found)

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
+import folders
 import tiny
+from layercut.data.probes import probe_rows
 from layercut.layer_search import gate, search
 from layercut.layer_search.clp import priced_sums
 from layercut.layer_search.gate import Foretold, draws, foretell, foretold_of_row, proposals, upstream_of
@@ -151,3 +153,16 @@ def test_a_scale_that_overflows_is_halved(monkeypatch):
     found = foretell(Prices(stack, tokens, Cost()), 2, 0)
     monkeypatch.setattr(gate, "LOSS_SCALE", 2.0**30)
     assert torch.allclose(foretell(Prices(stack, tokens, Cost()), 2, 0).table, found.table, rtol=0.02)
+
+
+def test_what_tests_count_can_be_changed_afterwards():
+    probes = probe_rows(folders.tokenizer(), rows=4, window=64, capabilities=["sums"])
+    model = tiny.llama(vocab_size=folders.VOCABULARY)
+    prices = Prices(DecoderRunner(model), tiny.some_tokens(4, 64), Cost(), probes=probes)
+    found = foretell(prices, 8, seed=0)
+    text = foretell(Prices(prices.stack, prices.text, Cost()), 4, seed=0)
+    torch.testing.assert_close(text.weighing(0).table, text.table)
+    torch.testing.assert_close(found.weighing(1).table, found.table)
+    double = found.weighing(0).table + found.weighing(2).table
+    torch.testing.assert_close(double, 2 * found.table)
+    assert not torch.allclose(found.weighing(0).table, found.table)

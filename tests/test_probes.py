@@ -393,8 +393,8 @@ def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_m
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
     assert main(["search", str(tiny_model), *flags, "--preserve=sums", "--score=folded"]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
-    assert found["by_fold"]
     best = found["candidates"][0]
+    assert found["tried"][0] == {"segments": best["segments"], "folded": best["score"]}
     assert best["segments"] == found["segments"]
     model = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "heldout")}

@@ -250,9 +250,11 @@ class SearchConfig:
             RARE,
         ),
     ] = "kl"
-    score: Annotated[Literal["raw", "folded"], rare] = "raw"
+    score: Annotated[Literal["auto", "raw", "folded", "healed"], rare] = "auto"
     """raw: choose by the plain cut. folded: go on from the search's best by what each cut is after a quick fold, on
-    held-out text and other tests, which takes as long again."""
+    held-out text and other tests, which takes as long again. healed: then tune the best few on a sixteenth of the
+    tuning text each, and take the best of them. auto: healed where tests are heeded and 65,536 tokens or more are
+    tuned on; else raw."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
     consumers: Consumers = ""
@@ -294,11 +296,18 @@ class SearchConfig:
                 raise ConfigError(f"{flag} is not for --method {self.method}", f"leave out {flag}, or use --method clp")
             if is_asked and self.segment:
                 raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
-        if self.segment and (self.score == "folded" or self.all_lengths):
-            flag = "--score folded" if self.score == "folded" else "--all-lengths"
+        if self.segment and (self.goes_on or self.all_lengths):
+            flag = f"--score {self.score}" if self.goes_on else "--all-lengths"
             raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
-        if self.max_loss is not None and self.score == "folded":
-            raise ConfigError("--score folded is given with --max-loss, which goes by plain cuts", "leave out one")
+        if self.max_loss is not None and self.goes_on:
+            raise ConfigError(
+                f"--score {self.score} is given with --max-loss, which goes by plain cuts", "leave out one"
+            )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the search goes on from plain cuts; of --score auto that is not known yet."""
+        return self.score in ("folded", "healed")
 
     @property
     def given(self) -> list[str]:
@@ -804,7 +813,7 @@ class CompressConfig(TuneConfig):
         """Refuse flags that several rounds would ignore."""
         if self.search.segment:
             raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
-        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.score != "raw")):
+        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.goes_on)):
             if is_asked:
                 raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
         if not self.heal.tune_tokens:

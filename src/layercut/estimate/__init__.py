@@ -22,24 +22,31 @@ from layercut.estimate.shape import count_parts, measure_shape
 from layercut.evaluation.evaluation_cost import evaluate_cost
 from layercut.export.checkpoint import export_cost
 from layercut.files.sizes import parse_bytes
-from layercut.healing.fold_prices import fold_prices_cost
+from layercut.healing.fold_prices import JUDGED_ROWS, fold_prices_cost
 from layercut.healing.least_squares import fold_cost
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import length_for_size, numbers_of_segments
-from layercut.layer_search.after_fold import priced_after_fold
+from layercut.layer_search.finalists import TRIED, priced_after_fold
 from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
-from layercut.models.cost import Parts, PlannedRun, Shape, Spent, total
+from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, total
 from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
-from layercut.pipeline.resolve_options import check_target, check_window, wanted_length, with_reported_window
+from layercut.pipeline.resolve_options import (
+    check_target,
+    check_window,
+    wanted_length,
+    with_reported_window,
+    with_score,
+)
 from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.search import planned_tests
 from layercut.pipeline.stages.text import held_out_tokens
+from layercut.pipeline.stages.trial import rows_to_tune
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.segments import Segment, checked_segments
@@ -156,8 +163,10 @@ class _Planner:
 
 
 def _streamed(config: CompressConfig, stream: Any = "on") -> CompressConfig:
-    """The settings with the layers left on disk, or not."""
-    return replace(config, load=replace(config.load, stream=stream))
+    """The settings with the layers left on disk, where no cuts are healed on trial, or not."""
+    raw = stream == "on" and config.search.score == "healed"
+    search = replace(config.search, score="raw") if raw else config.search
+    return replace(config, load=replace(config.load, stream=stream), search=search)
 
 
 def stage_costs(run: PlannedRun) -> dict[str, Spent]:
@@ -182,14 +191,31 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
 
 
 def _search_cost(run: PlannedRun) -> Spent:
-    """What the search costs, and what goes on from it by quick folds."""
+    """What the search costs, and what goes on from it by quick folds and by healing a few cuts for a while."""
     search, found = run.config.search, search_cost(run)
-    if search.score != "folded":
+    if not search.goes_on:
         return found
     count = numbers_of_segments(search.num_segments, run.length, run.tests > 0)[-1]
     cuts, plain = priced_after_fold(run, count)
     folded = fold_prices_cost(run, cuts, count)
-    return both_searches(both_searches(found, Spent({}, plain)), folded)
+    found = both_searches(both_searches(found, Spent({}, plain)), folded)
+    return both_searches(found, _trial_cost(run, folded.peak["dense states"])) if search.score == "healed" else found
+
+
+def _trial_cost(run: PlannedRun, held: int) -> Spent:
+    """What healing the cuts on trial costs; its layers are no search's, and are not counted as such.
+
+    held: bytes of the dense states that judge them.
+    """
+    heal = run.config.heal
+    short = replace(heal, tune_tokens=rows_to_tune(run.tuning) * run.shape.window, epochs=1)
+    one = replace(
+        run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
+        folded=run.calibration + rows_to_tune(run.tuning),
+    )  # fmt: skip
+    each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
+    work = each.work and sum((replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work())
+    return Spent(each.peak | {"dense states": held}, work)
 
 
 def _quantize_cost(run: PlannedRun) -> Spent:
@@ -229,7 +255,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
     check_window("--window", journey.text.window, stock)
-    journey = with_reported_window(journey, stock)
+    journey = with_score(with_reported_window(journey, stock), heals=True, whole=config.load.stream != "on")
     if journey.quantize.bits == "auto":
         check_target(journey, checkpoint, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}

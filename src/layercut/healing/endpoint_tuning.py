@@ -331,7 +331,7 @@ class _Training:
         alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
         groups = [{"params": [master for master, _ in pairs], "unit": unit} for unit, pairs in alike]
         # fused: one launch, where torch would else take a dozen, and as much work space as one of the moments
-        fused = pair.student.device.type == "cuda"
+        fused = pair.student.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
         self.state_key = ""
         self.report.pass_rows = rows_per_pass(pair, tokens.shape[1])

@@ -200,7 +200,10 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
         cost.layer_backwards += each.cost.layer_backwards
     best = [each.candidates[0] for each in found]
     by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
-    return replace(taken, cost=cost, seconds=sum(each.seconds for each in found), by_number=best, by_text=by_text)
+    return replace(
+        taken, cost=cost, seconds=sum(each.seconds for each in found), by_number=best, by_text=by_text,
+        lighter=found[-1].lighter,
+    )  # fmt: skip
 
 
 def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segments: Sequence[Segment] | None) -> int:

@@ -63,6 +63,10 @@ SETS_PER_SEGMENT = 6
 BEGIN_SHARE = 4
 """Proposals are first priced on one row in four. They are alike: rounds on fewer rows dropped the best now and then."""
 
+LIGHTER, OTHERS = 0.25, 6
+"""Where tests are weighed: how much less they count in the proposals that are only kept for a trial (healing teaches
+back more of what tests lose than of what text loses), and how many of these, and of those by text alone, there are."""
+
 COARSE_SETS = 4
 """`race` with several segments: so many sets a layer are raced."""
 
@@ -119,6 +123,10 @@ def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
         "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
     }
     begin = first_of_proposals(run.searched, run.kinds)
+    if run.kinds > 1:  # those by text alone on the first rows, of which half are among the others
+        few = min(OTHERS, layers - run.length + 1) if count == 1 else OTHERS
+        most = begin * (layers + few * (layers - run.length))
+        passes += Work.of(shape, Bounds(most / 4, 0, most), heads=begin * few / 2)
     if count == 1:
         raced = halving_work(run, effort.sets(1), begin, effort.finalists)
     else:
@@ -227,13 +235,18 @@ def decided(
     Returns:
         Candidates priced on all rows, from the best.
     """
-    sets = proposals(foretold, limits, count, effort.sets(count))
+    sets, by_text = proposals(foretold, limits, count, effort.sets(count)), list[Cuts]()
+    lighter = proposals(foretold.weighing(LIGHTER), limits, count, OTHERS) if prices.kinds > 1 else []
     with bar(f"{name}: {len(sets)} proposals race", None):
         begin = first_of_proposals(prices.rows, prices.kinds)
         found = halving(prices, sets, begin=begin, finalists=effort.finalists)
         if effort.climbs and count > 1:
             found = climb(prices, found, limits, count)
-    return SearchResult(name, found, prices.cost, by_text=beside_text(prices, found, sets))
+        if prices.kinds > 1:
+            by_text = proposals(foretold.weighing(0), limits, count, OTHERS)
+            prices.of(by_text, begin)
+    beside = beside_text(prices, found, [*sets, *by_text])
+    return SearchResult(name, found, prices.cost, by_text=beside, lighter=lighter)
 
 
 @costs(lambda run: gate_cost(run, GATE), prices_itself=True, several=lambda run, count: gate_cost(run, GATE, count))

@@ -50,10 +50,18 @@ class Foretold:
 
     table: torch.Tensor
     """float64 [L + 1, L + 1]: of the segment [a, b) at (a, b); nats per token, where the objective is KL."""
+    text: torch.Tensor | None = None
+    """The same of the text alone; None: there are no tests."""
 
     def of(self, cuts: Cuts) -> float:
         """The price of a set of segments: the sum of theirs."""
         return sum(self.table[segment.start, segment.stop].item() for segment in cuts)
+
+    def weighing(self, tests: float) -> Foretold:
+        """What it would say if generated tests counted `tests` times as much; 0: nothing."""
+        if self.text is None:
+            return self
+        return Foretold(self.text + tests * (self.table - self.text), self.text)
 
 
 def foretell(prices: Prices, rows: int, seed: int) -> Foretold:
@@ -89,8 +97,9 @@ def foretell(prices: Prices, rows: int, seed: int) -> Foretold:
             prices.cost.layer_forwards += 2 * layers - 1
             prices.cost.layer_backwards += layers - 1
             prices.cost.dense_tokens += prices.tokens.shape[1]
-    mean = prices.weighted.mean(torch.stack(found, -1)).view(layers + 1, layers + 1)
-    return Foretold(processes.from_main(mean.nan_to_num(WORST, WORST, WORST)))
+    of_rows = torch.stack(found, -1).nan_to_num(WORST, WORST, WORST)
+    both = [prices.weighted.mean(of_rows, tests).view(layers + 1, layers + 1) for tests in (1.0, 0.0)]
+    return Foretold(*processes.from_main(both))
 
 
 @torch.enable_grad()

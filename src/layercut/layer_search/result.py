@@ -29,6 +29,17 @@ class Candidate:
         return {"segments": [[s.start, s.stop] for s in self.segments], "kl": self.kl, **more}
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Segments that were removed for a trial, and what was left after a quick fold, and after a short healing."""
+
+    segments: tuple[Segment, ...]
+    folded: float
+    """The price of `healing/fold_prices.py`, nats per token."""
+    healed: float | None = None
+    """The same price after real healing on some of the tokens; None where it went no further."""
+
+
 @dataclass
 class Cost:
     """What a search spent, independent of the machine. A criterion adds to it while it works."""
@@ -68,6 +79,10 @@ class SearchResult:
     """The best by the text alone, where generated tests were weighed with it."""
     by_number: list[Candidate] = field(default_factory=list)
     """The best of one segment, and of two at most, where the search compared them."""
+    lighter: list[tuple[Segment, ...]] = field(default_factory=list)
+    """Sets that would have been proposed if generated tests counted less; they are not priced."""
+    tried: list[Tried] = field(default_factory=list)
+    """All that were tried beyond the plain cut, from the best."""
     seconds: float = field(default=0.0, compare=False)
     """Wall-clock time of what `cost` counts."""
 

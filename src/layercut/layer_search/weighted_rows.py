@@ -45,11 +45,12 @@ class WeightedRows:
         share = prices[:, self.is_text if text else ~self.is_text].sum(-1) / len(self.is_text)
         return share if text else share / self.probe_weight
 
-    def mean(self, prices: torch.Tensor) -> torch.Tensor:
+    def mean(self, prices: torch.Tensor, tests: float = 1.0) -> torch.Tensor:
         """J as the first rows tell it: of each kind its share of all rows times its mean over those that are there.
 
         Args:
             prices: of the first rows [C, n].
+            tests: what the share of the tests counts; 0: text alone.
 
         Returns:
             [C]; over all rows the plain mean.
@@ -59,7 +60,8 @@ class WeightedRows:
         for kind in (True, False):
             some = prices[:, is_text == kind]
             if some.shape[1]:
-                found += some.mean(-1) * (int((self.is_text == kind).sum()) / total)
+                share = int((self.is_text == kind).sum()) / total
+                found += some.mean(-1) * (share if kind else tests * share)
         return found
 
     def text_only(self, rows: int) -> torch.Tensor:

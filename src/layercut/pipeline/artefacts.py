@@ -113,6 +113,15 @@ class CandidateRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedRecord:
+    """Segments on trial, and what was left after a quick fold and after a short healing, in nats per token."""
+
+    segments: list[Bounds]
+    folded: float
+    healed: float | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchCost:
     """What a search spent, independent of the machine: see `layer_search.Cost`."""
 
@@ -154,8 +163,8 @@ class SearchArtefact(Artefact, SearchCost):
     """The best of one segment, and of two, where they were compared."""
     tests: dict[str, Any] | None = None
     """Which generated tests were weighed: {"rows", "window", "capabilities"}."""
-    by_fold: bool = False
-    """Whether the choice is by the price after a quick fold, which is then the candidates' score."""
+    tried: list[TriedRecord] = field(default_factory=list)
+    """Cuts on trial, from the one that is chosen; the price after the fold is then the candidates' score too."""
     rounds: list[RoundRecord] | None = field(default=None, metadata=OPTIONAL)
 
     @property

@@ -21,12 +21,16 @@ from layercut.export import consumers
 from layercut.files.sizes import parse_bytes
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
+from layercut.layer_search.criteria import names
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
 from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice
+from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
+ENOUGH_TO_TRY = 65536
+"""Tokens to tune on from which a share of them is spent on cuts on trial."""
 Stage = Literal["search", "tune", "report"]
 """How far a run goes: until the segments are known, the model is healed, or all is measured and reported."""
 
@@ -39,7 +43,7 @@ class ResolvedRun:
     """As the user named it."""
     checkpoint: checkpoints.Checkpoint
     config: CompressConfig
-    """With the window that perplexity is reported on filled in."""
+    """With the window that perplexity is reported on, and what --score auto is, filled in."""
     layers: int
     """L, before anything is removed."""
     wanted: list[Segment]
@@ -83,9 +87,11 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     check_sources(config, until)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
+    on_disk = placement.wanted(checkpoint, **asdict(config.load))
+    config = with_score(config, heals=until != "search", whole=not spread and not on_disk)
     if spread:
         check_spread(config)
-    if until != "search" and placement.wanted(checkpoint, **asdict(config.load)):
+    if until != "search" and on_disk:
         check_streamed(config, spread)
     if config.tasks.names and until == "report":
         evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
@@ -94,6 +100,32 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     return ResolvedRun(
         model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread
     )
+
+
+def with_score(config: CompressConfig, *, heals: bool, whole: bool) -> CompressConfig:
+    """What --score auto means for a run: healed where the search weighs tests and enough is tuned on to spare some.
+
+    Args:
+        config: every option.
+        heals: whether the run heals what it cuts.
+        whole: whether the model is whole, and in memory.
+
+    Returns:
+        The same with another `search.score` in the place of "auto".
+
+    Raises:
+        ConfigError: healed is asked for where nothing is healed.
+    """
+    search, heal = config.search, config.heal
+    heals = heals and heal.fold and heal.tune_tokens > 0
+    if search.score == "healed" and not heals:
+        raise ConfigError("--score healed is given, and this run does not fold and tune", "give --score folded")
+    if search.score != "auto":
+        return config
+    weighs = search.preserve != "none" and search.preserve_weight > 0 and names(criteria.get(search.method), "probes")
+    plain = search.segment or search.max_loss is not None or config.number_of_rounds > 1 or config.stability.seeds > 1
+    goes_on = heals and heal.tune_tokens >= ENOUGH_TO_TRY and weighs and whole and not plain
+    return replace(config, search=replace(search, score="healed" if goes_on else "raw"))
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:
@@ -201,7 +233,7 @@ def check_spread(config: CompressConfig) -> None:
         "--teacher-topk": config.heal.teacher_topk > 0,
         "--bits auto": config.quantize.bits == "auto",
         "--method taylor": config.search.method == "taylor",
-        "--score folded": config.search.score == "folded",
+        f"--score {config.search.score}": config.search.goes_on,
     }
     for flag, is_asked in refused.items():
         if is_asked:
@@ -228,6 +260,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
         "--long-context": config.long.long_context > 0,
         "--teacher-topk": config.heal.teacher_topk > 0,
         "--target-size with --max-loss": config.search.two_budgets,
+        "--score healed": config.search.score == "healed",
     }
     for flag in (flag for flag, is_asked in asked.items() if is_asked):
         raise ConfigError(

@@ -24,6 +24,11 @@ class Grid:
     group_size: int
     """Columns that share a scale."""
 
+    def rows(self, chosen: slice | torch.Tensor) -> Grid:
+        """The grid of some of the weight's outputs."""
+        zero = None if self.zero is None else self.zero[chosen]
+        return Grid(self.scale[chosen], zero, self.bits, self.group_size)
+
     @property
     def lowest(self) -> int:
         """The smallest code."""

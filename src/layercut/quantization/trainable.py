@@ -15,6 +15,7 @@ rounding among those that round to the codes chosen, so that nothing changes bef
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layercut.models.batch_sizes import slices
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, repacked
@@ -31,6 +33,8 @@ RATE = 5e-3
 """Peak rate of AdamW as a share of each unit: of the mean scale, or of the mean entry of a norm."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
+BLOCK = 2**16
+"""Weights that are rounded at once on a CPU."""
 Shares = list[tuple[nn.Parameter, float]]
 """Trained parameters, each with the size of one unit of it, of which the learning rate is a share."""
 
@@ -46,6 +50,10 @@ class Scaled(nn.Module):
     def forward(self) -> torch.Tensor:
         """W [O, I], as a loader will compute it."""
         return _Decoded.apply(self.scale, self.codes, self.grid, self.stored)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Some rows of W [n, I]; the others are not computed."""
+        return _Decoded.apply(self.scale[ids], self.codes[ids], self.grid.rows(ids), self.stored)
 
     def current(self) -> tuple[torch.Tensor, Grid]:
         """Codes and grid as they are now."""
@@ -74,6 +82,10 @@ class Rounded(Scaled):
     def forward(self) -> torch.Tensor:
         """W [O, I], as a loader will compute it."""
         return _Rounded.apply(self.latent, self.scale, self.grid, self.stored)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Some rows of W [n, I]; the others are not computed."""
+        return _Rounded.apply(self.latent[ids], self.scale[ids], self.grid.rows(ids), self.stored)
 
     def current(self) -> tuple[torch.Tensor, Grid]:
         """Codes and grid as they are now."""
@@ -104,7 +116,14 @@ class QuantizedModule(nn.Module):
         (plain,) = self.plain
         if isinstance(plain, nn.Linear):
             return F.linear(x, self.weight, self.bias)
-        return F.embedding(x, self.weight)  # a plain one: others are not quantized
+        ids, places = x.unique(return_inverse=True)
+        return F.embedding(places, self.source.rows(ids))  # a plain one: others are not quantized
+
+
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of [O, I] that are worked on at once: on a CPU as many as its cache holds, twice as fast as all."""
+    rows = max(1, BLOCK // weight.shape[1]) if weight.device.type == "cpu" else max(1, len(weight))
+    return slices(len(weight), rows)
 
 
 def _with_scale(grid: Grid, scale: torch.Tensor, stored: torch.dtype) -> Grid:
@@ -134,22 +153,30 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latent: torch.Tensor, scale: torch.Tensor, grid: Grid, stored: torch.dtype) -> torch.Tensor:
-        now = _with_scale(grid, scale, stored)
         ctx.save_for_backward(latent)
-        ctx.grid = now
-        return decode(encode(latent, now), now).to(scale.dtype)
+        ctx.grid = now = _with_scale(grid, scale, stored)
+        weight = torch.empty_like(latent, dtype=scale.dtype)
+        for part in _blocks(latent):
+            some = now.rows(part)
+            weight[part] = decode(encode(latent[part], some), some)
+        return weight
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        (latent,), grid = ctx.saved_tensors, ctx.grid
-        place = latent.float().unflatten(1, (-1, grid.group_size)) / grid.scale.float().unsqueeze(-1)
-        zero = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
-        code = (place + zero).round()
-        inside = (code >= grid.lowest) & (code <= grid.highest)
-        slope = grads[0].unflatten(1, (-1, grid.group_size)).float()
-        steps = code.clamp_(grid.lowest, grid.highest).sub_(zero)
-        to_scale = (slope * torch.where(inside, steps - place, steps)).sum(-1)
-        return slope.mul_(inside).flatten(1).to(grads[0].dtype), to_scale.to(grads[0].dtype), None, None
+        (latent,), grid, slopes = ctx.saved_tensors, ctx.grid, grads[0]
+        to_latent, to_scale = torch.empty_like(slopes), torch.empty_like(grid.scale, dtype=slopes.dtype)
+        for part in _blocks(latent):
+            some = grid.rows(part)
+            slope = slopes[part].unflatten(1, (-1, grid.group_size)).float()
+            place = latent[part].float().unflatten(1, (-1, grid.group_size)) / some.scale.float().unsqueeze(-1)
+            zero = 0.0 if some.zero is None else some.zero.float().unsqueeze(-1)
+            code = (place + zero).round_()
+            steps = code.clamp(grid.lowest, grid.highest)
+            inside = 1 - (steps - code).abs_().clamp_(max=1)  # 1 or 0; a comparison would take five times as long
+            to_latent[part] = (slope * inside).flatten(1)
+            # dL/ds: of a code inside the grid q - z - v / s, of one at its end q - z
+            to_scale[part] = steps.sub_(zero).sub_(place.mul_(inside)).mul_(slope).sum(-1)
+        return to_latent, to_scale, None, None
 
 
 @dataclass

@@ -21,6 +21,11 @@ def describe_shared(common: dict[str, Any]) -> str:
     return _say("shared", common)
 
 
+def describe_tried(search: dict[str, Any]) -> str:
+    """One line about the cuts on trial."""
+    return _say("tried", search)
+
+
 def describe_fold(outcome: dict[str, Any]) -> str:
     """One line about a fold."""
     return _say("fold", outcome)

@@ -91,7 +91,7 @@ def _search(run: RunFacts) -> Verdict | None:
     search, oracle = run.search, run.search.oracle
     choice, rival = label(search.segments), label(oracle.segments)
     score, best_score = _score(search, search.segments), _score(oracle, oracle.segments)
-    if score is not None and (run.settings.score == "folded" or (oracle and best_score is None)):
+    if score is not None and (run.settings.score in ("folded", "healed") or (oracle and best_score is None)):
         return _chosen_by_fold(search, choice, rival, score)
     by_score = score is not None and best_score is not None  # what the search went by, and the oracle beside it
     ours, best = (score, best_score) if by_score else (tables.chosen_kl(run), finite(oracle.kl))
@@ -116,7 +116,7 @@ def _score(found: Json, segments: Json) -> float | None:
 
 
 def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdict | None:
-    """--score folded beside the oracle: the choice by what is left after the fold, the search by the plain cuts.
+    """--score folded or healed beside the oracle: the choice by what is left then, the search by the plain cuts.
 
     A choice that is more expensive as a plain cut is no miss; the search is judged by the best it found before the
     fold. The oracle has no KL after the fold.
@@ -125,7 +125,11 @@ def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdi
     if regret is None:
         return None
     there, missed = _score(search, search.oracle.segments), max(regret - 1, 0.0)
-    text = _say("chosen by fold", choice=choice, rival=rival, ours=ours, there=there, missed=missed,
+    healed = {str(spans(one.segments)): finite(one.healed) for one in search.tried}
+    if (after := healed.get(str(spans(search.segments)))) is not None:
+        ours, there = after, healed.get(str(spans(search.oracle.segments)))
+    how = "fold" if after is None else "short healing"
+    text = _say("chosen by fold", how=how, choice=choice, rival=rival, ours=ours, there=there, missed=missed,
                 found=regret <= limits.NEAR_BEST)  # fmt: skip
     return Verdict("good" if regret <= limits.NEAR_BEST else "bad", "Search", text)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from layercut import layer_search
@@ -20,24 +19,18 @@ from layercut.errors import ConfigError
 from layercut.export.consumers import restriction
 from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
-from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import (
     Candidate,
-    Cost,
     Restriction,
     SearchResult,
     length_for_size,
     longest_within,
-    numbers_of_segments,
     perplexity_rise,
     split_rows,
     with_triangle,
 )
-from layercut.layer_search.after_fold import after_fold
 from layercut.layer_search.criteria import names
-from layercut.layer_search.prices import Prices
 from layercut.layer_search.stability import common_rows, judge, stability_work
-from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import loading
 from layercut.pipeline.artefacts import (
     CandidateRecord,
@@ -45,24 +38,24 @@ from layercut.pipeline.artefacts import (
     SeedArtefact,
     SeedChoice,
     StabilityArtefact,
+    TriedRecord,
     bounds_of,
     segments_of,
 )
 from layercut.pipeline.gguf_run import keeps_gguf
 from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
 from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.stages import trial
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
 from layercut.registries import criteria
+from layercut.report.stage_lines import describe_tried
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
 
 TEXT_ROWS_PER_TEST, FEWEST_TESTS = 4, 8
 """Rows of text for one of generated tests, and so many of these at least. On SmolLM2, 16 rows told the layers that hold
 recall from the others (docs/log.md)."""
-
-FIT_TESTS = 8
-"""Of the rows that a quick fold is solved on one in so many is of tests."""
 
 SHORTEST_TESTED = 64
 """Rows shorter than this are planned to hold no tests, which depends on the tokenizer."""
@@ -80,10 +73,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         What is removed once this round is done.
     """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
-    scored = [work.source, work.text["calibration"], seed, config, length]
-    by_fold = config.score == "folded"
-    if by_fold:
-        scored.append(work.text["heldout"])
+    scored = [work.source, work.text["calibration"], seed, config, length, *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
             stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
@@ -95,14 +85,15 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
             else:
                 how = asked(this, length_for_target(work) if length is None else length, tests)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
-                if by_fold:
-                    result = chosen_by_fold(this, result, tokens, how)
+                if config.goes_on:
+                    result = trial.go_on(this, result, tokens, how)
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
-            found = recorded(result, work, this)
-            stage.found = replace(found, tests=tests.facts() if tests else None, by_fold=by_fold)
+            stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
+    if found.tried:
+        say("search", describe_tried(asdict(found)))
     words = ", ".join(map(str, this.removal.all))
     say("search", f"{found.method}: remove {words} of {work.layers} layers")
     return this.removal
@@ -131,6 +122,7 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         candidates=list(map(candidate_record, result.candidates)),
         by_text=candidate_record(result.by_text) if result.by_text else None,
         by_number=list(map(candidate_record, result.by_number)),
+        tried=[TriedRecord(**vars(each) | {"segments": bounds_of(each.segments)}) for each in result.tried],
         oracle=result.oracle,
         triangle=result.triangle,
         budget=result.budget,
@@ -279,15 +271,15 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         The artefact.
     """
     text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False)
-    inputs = [work.source, text, config, length, *([work.text["heldout"]] if config.score == "folded" else [])]
+    inputs = [work.source, text, config, length, *trial.inputs(work)]
     with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
             how = asked(Round(work), length, generated_tests(work, seed))
             result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
-            if config.score == "folded":
-                result = chosen_by_fold(Round(work), result, drawn.tokens, how)
+            if config.goes_on:
+                result = trial.go_on(Round(work), result, drawn.tokens, how)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -369,54 +361,3 @@ def length_for_target(work: RunContext) -> int:
         return length_in_gguf(work.config, work.checkpoint, target)
     weights = [loading.parameter_bytes(layer, work.stack.stored_dtype) for layer in work.stack.layers]
     return length_for_size(weights, loading.parameter_bytes(model), target)
-
-
-def chosen_by_fold(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
-    """Go on from a search's candidates by what cuts are after a quick fold, on held-out text and other tests.
-
-    Args:
-        this: the round.
-        result: of the search by plain cuts.
-        tokens: calibration token ids [N, T], on which the folds are solved, a few of the tests among them.
-        how: the search's arguments.
-
-    Returns:
-        The result, what all this cost added to the search's.
-    """
-    work, tests = this.work, how["probes"]
-    fit = tokens[: rows_to_fit(tokens.shape[1])]
-    if tests and tests.tokens.shape[1] == fit.shape[1]:
-        fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
-    seen = weighted_rows(work.blocks["heldout"][:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS))
-    count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
-    limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
-    prices = Prices(this.stack, tokens, Cost(), probes=tests)
-    with bar("pricing cuts after a quick fold", None):
-        folded = FoldPrices(this.stack, fit, seen.tokens, seen.weights, work.run.folder)
-        found = after_fold(result, prices, lambda cuts: processes.from_main(folded(cuts)), limits, count)
-    own, plain = result.cost, prices.cost
-    spent = Cost(
-        own.dense_tokens + plain.dense_tokens + folded.dense_tokens,
-        own.layer_forwards + plain.layer_forwards + folded.layer_forwards, own.layer_backwards,
-    )  # fmt: skip
-    return replace(found, cost=spent)
-
-
-def other_tests(work: RunContext, tests: ProbeRows | None, most: int) -> ProbeRows | None:
-    """Tests that the search has not seen.
-
-    Args:
-        work: of the run.
-        tests: those that it has; None where it went by the text alone.
-        most: rows at most.
-
-    Returns:
-        As many of the same kinds; None as before, or where they count nothing.
-    """
-    if tests is None or not tests.weight:
-        return None
-    rows, text = len(tests.tokens), work.config.text
-    return probe_rows(
-        work.tokenizer, rows=min(rows, most), window=text.window, capabilities=tests.names, seed=text.seed,
-        weight=tests.weight, first=rows,
-    )  # fmt: skip

@@ -9,6 +9,7 @@ from layercut.config import CompressConfig, HealConfig
 from layercut.distributed import processes
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
+from layercut.models import memory
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
@@ -63,6 +64,8 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
         state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")),
         stopping=asked_to_stop if work.own_process else never_asked,
     )
+    if work.own_process:
+        memory.reuse_freed()
     blocks = work.blocks
     report = tune_parameters_(
         parts.model, work.dense.model, parts.parameters, blocks["tuning"], heldout=blocks["heldout"],

@@ -1,0 +1,145 @@
+"""A search that goes on by prices too dear for many cuts: what is left of each after a fold, and after some healing.
+
+    1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
+    2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
+    3. while the best of them gains more than GAIN, again from there; then the same from the next that differs
+    4. where asked the TRIED best by then that differ are healed for a while, and the best of them is taken
+
+Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from layercut.layer_search.gate_walls import neighbours
+from layercut.layer_search.prices import Prices, candidates
+from layercut.layer_search.restriction import Restriction
+from layercut.layer_search.result import SearchResult, Tried
+from layercut.layer_search.sweep import Cuts
+from layercut.models.cost import Bounds, PlannedRun, Work
+
+POOL, PROPOSED, MOST_MOVES, CLIMBED, TRIED = 6, 8, 6, 2, 4
+"""Candidates that are priced, moves that are in each round, rounds at most, cuts they begin from, and cuts healed."""
+GAIN = 0.01
+"""A move is taken where the price falls by more than this share; smaller gains are chance."""
+
+
+Price = Callable[[Cuts], float]
+
+
+def tried(
+    result: SearchResult,
+    prices: Prices,
+    folded: Price,
+    limits: Restriction,
+    count: int,
+    *,
+    healed: Price | None = None,
+) -> SearchResult:
+    """Go on from a search's candidates by what each cut costs once it is folded, and then by healing the best.
+
+    Args:
+        result: of a search by plain cuts.
+        prices: plain ones, of which two rows of each kind propose; the choice is priced on all.
+        folded: the price of a cut after a quick fold; lower is better.
+        limits: the cuts that are allowed.
+        count: K, segments at most.
+        healed: the price of a cut after a short healing; None: the fold decides.
+
+    Returns:
+        The result with the choice first, and all that was `tried`; of its candidates those that were have the price
+        after the fold as their `score`.
+    """
+    begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number]]
+    known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
+    ends = list[Cuts]()
+    for _ in range(CLIMBED if healed else 1):
+        ahead = differing([*ends, *sorted(known, key=known.__getitem__)], len(ends) + 1)
+        if len(ahead) > len(ends):  # else all are variants of those
+            ends.append(climbed_(known, ahead[-1], prices, folded, limits, count))
+    best = min(ends, key=known.__getitem__)
+    ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
+    after = {cuts: healed(cuts) for cuts in differing(ordered, TRIED)} if healed else {}
+    ordered.sort(key=lambda cuts: after.get(cuts, math.inf))
+    found = {each.segments: each for each in [*result.candidates, *result.by_number]}
+    chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
+    rest = [found[cuts] for cuts in ordered[1:] if cuts in found]
+    return replace(
+        result,
+        candidates=[replace(each, score=known[each.segments]) for each in [chosen, *rest]],
+        tried=[Tried(cuts, known[cuts], after.get(cuts)) for cuts in ordered],
+    )
+
+
+def climbed_(
+    known: dict[Cuts, float], best: Cuts, prices: Prices, folded: Price, limits: Restriction, count: int
+) -> Cuts:
+    """Where one-layer moves lead from a cut, each of which has to gain more than GAIN.
+
+    Args:
+        known: prices after a quick fold; those that are asked for on the way are added.
+        best: the cut to begin with.
+        prices: plain ones, by which the moves are picked that are priced.
+        folded: the price of a cut after a quick fold.
+        limits: the cuts that are allowed.
+        count: K, segments at most.
+
+    Returns:
+        The last cut.
+    """
+    for _ in range(MOST_MOVES):
+        moves = [move for move in neighbours(best, len(limits.may), count) if limits.allows(move) and move not in known]
+        nearest = prices.ranked(moves, min(prices.rows, 2 * prices.kinds))[:PROPOSED] if moves else []
+        known |= {cuts: folded(cuts) for cuts in nearest}
+        ahead = min([best, *nearest], key=known.__getitem__)
+        if known[ahead] > (1 - GAIN) * known[best] or ahead == best:
+            break
+        best = ahead
+    return best
+
+
+def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
+    """The first cuts that are no variants of one before: a third of their layers, two at least, are others.
+
+    Args:
+        ordered: cuts of equally many layers.
+        most: how many are wanted.
+
+    Returns:
+        These, in their order; the first always.
+    """
+    found: list[tuple[Cuts, set[int]]] = []
+    for cuts in ordered:
+        layers = {i for segment in cuts for i in range(segment.start, segment.stop)}
+        if all(len(layers - other) >= max(2, len(layers) // 3) for _, other in found):
+            found.append((cuts, layers))
+    return [cuts for cuts, _ in found[:most]]
+
+
+# --- what it costs, told beforehand ---
+
+
+def priced_after_fold(run: PlannedRun, count: int) -> tuple[Bounds, Work]:
+    """How many cuts are priced after a fold, and the work of proposing moves and of pricing the choice.
+
+    Two rounds of moves are expected from the best, the second of which finds nothing better, and one from another.
+
+    Args:
+        run: what is planned.
+        count: K, segments at most.
+
+    Returns:
+        Both.
+    """
+    moves, kept = 4 * count * count, run.shape.layers - run.length
+    proposed, pool = min(PROPOSED, moves), POOL * run.kinds
+    climbs = CLIMBED if run.config.search.score == "healed" else 1
+    cuts = Bounds(pool + (1 + climbs) * proposed, 1, pool + 2 + climbs * MOST_MOVES * PROPOSED)
+    rows = min(run.searched, 2 * run.kinds)
+    round_of = Bounds(rows * (run.shape.layers + moves * kept / 2), 0, rows * (2 * count * 2 * run.shape.layers) * kept)
+    choice = Bounds(run.searched * kept, 0, run.searched * 2 * run.shape.layers)
+    forwards = Bounds((1 + climbs) * round_of.expected, 0, climbs * MOST_MOVES * round_of.most) + choice
+    return cuts, Work.of(run.shape, forwards, heads=(1 + climbs) * rows * (moves + 1) + 2 * run.searched)

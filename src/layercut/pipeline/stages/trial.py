@@ -1,0 +1,151 @@
+"""Part of the stage search: the best cuts on trial, by what a quick fold and then some real healing leave of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from layercut import surgery
+from layercut.data.probes import ProbeRows, probe_rows
+from layercut.distributed import processes
+from layercut.healing import fold_, tune_
+from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
+from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
+from layercut.layer_search.finalists import tried
+from layercut.layer_search.prices import Judge, Prices
+from layercut.layer_search.weighted_rows import WeightedRows, weighted_rows
+from layercut.models.batch_sizes import slices
+from layercut.models.losses import as_price
+from layercut.models.objectives import KL
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.stages.heal import tune_settings
+from layercut.progress import bar, say
+from layercut.segments import Segment
+
+FIT_TESTS = 8
+"""Of the rows that a fold is solved on one in so many is of tests."""
+TUNED_SHARE = 16
+"""One in so many of the rows to tune on heals a cut on trial."""
+
+
+def inputs(work: RunContext) -> list[Any]:
+    """All that a trial depends on beside what the search does."""
+    score, text = work.config.search.score, work.text
+    healed = [work.config.heal, text["tuning"]] if score == "healed" else []
+    return [text["heldout"], *healed] if work.config.search.goes_on else []
+
+
+def rows_to_tune(rows: int) -> int:
+    """Of N rows to tune on, those that heal a cut on trial."""
+    return max(1, rows // TUNED_SHARE)
+
+
+def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
+    """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen.
+
+    Args:
+        this: the round.
+        result: of the search by plain cuts.
+        tokens: calibration token ids [N, T], on which the folds are solved, a few of the tests among them.
+        how: the search's arguments.
+
+    Returns:
+        The result, what all this cost added to the search's; the layers that healing runs are not counted.
+    """
+    work, tests = this.work, how["probes"]
+    fit = tokens[: rows_to_fit(tokens.shape[1])]
+    if tests and tests.tokens.shape[1] == fit.shape[1]:
+        fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
+    heldout = work.blocks["heldout"]
+    unseen = weighted_rows(heldout, other_tests(work, tests, len(heldout)))
+    few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS))
+    count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
+    limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
+    prices = Prices(this.stack, tokens, Cost(), probes=tests)
+    with ExitStack() as shown:
+        shown.enter_context(bar("pricing cuts after a quick fold", None))
+        folded = FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder)
+
+        def fold_price(cuts: Sequence[Segment]) -> float:
+            return processes.from_main(folded(cuts))
+
+        def healed_price(cuts: Sequence[Segment]) -> float:
+            shown.close()  # healing shows its own
+            left = processes.from_main(left_of(healed_for_a_while(this, cuts), this.stack, unseen))
+            say("trial", f"{', '.join(map(str, cuts))}: {left:.4g} nats after a short healing")
+            return left
+
+        after = healed_price if work.config.search.score == "healed" else None
+        found = tried(result, prices, fold_price, limits, count, healed=after)
+    own, plain = result.cost, prices.cost
+    spent = Cost(
+        own.dense_tokens + plain.dense_tokens + folded.dense_tokens,
+        own.layer_forwards + plain.layer_forwards + folded.layer_forwards, own.layer_backwards,
+    )  # fmt: skip
+    return replace(found, cost=spent)
+
+
+def healed_for_a_while(this: Round, cuts: Sequence[Segment]) -> DecoderRunner:
+    """A cut as the run would heal it, with fewer tokens to tune on.
+
+    Args:
+        this: the round.
+        cuts: segments that are removed.
+
+    Returns:
+        The healed model; what it shares with the dense one is as it was.
+    """
+    blocks, rows = this.work.blocks, this.tuning[: rows_to_tune(len(this.tuning))]
+    student, heldout = DecoderRunner(surgery.cut(this.before, cuts)), blocks["heldout"][:JUDGED_ROWS]
+    fold_(student, this.stack, torch.cat([blocks["calibration"], rows]), heldout=heldout)
+    settings = vars(tune_settings(this.work.config.heal)) | {"epochs": 1, "patience": 0}
+    tune_(student, this.stack, rows, heldout=heldout, **settings)
+    return student
+
+
+@torch.no_grad()
+def left_of(student: DecoderRunner, dense: DecoderRunner, rows: WeightedRows) -> float:
+    """J of `layer_search/weighted_rows.py` of a healed model.
+
+    Args:
+        student: the model.
+        dense: the model that it was cut from.
+        rows: of text and of tests.
+
+    Returns:
+        KL on the text and the weighed damage to the tests, nats per token; infinite where it is not finite.
+    """
+    found = []
+    for part in slices(len(rows.tokens), dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)):
+        ends = []
+        for stack in (dense, student):
+            hidden, calls = stack.enter(stack.place(rows.tokens[part]))
+            ends.append(stack.run(hidden, calls, 0, len(stack)))
+        weights = None if rows.weights is None else rows.weights[part]
+        found.append(Judge(KL(), dense, ends[0], rows.tokens[part], weights=weights)(ends[1]).cpu().double())
+    return as_price(rows.mean(torch.cat(found)[None]).item())
+
+
+def other_tests(work: RunContext, tests: ProbeRows | None, most: int) -> ProbeRows | None:
+    """Tests that the search has not seen.
+
+    Args:
+        work: of the run.
+        tests: those that it has; None where it went by the text alone.
+        most: rows at most.
+
+    Returns:
+        As many of the same kinds; None as before, or where they count nothing.
+    """
+    if tests is None or not tests.weight:
+        return None
+    rows, text = len(tests.tokens), work.config.text
+    return probe_rows(
+        work.tokenizer, rows=min(rows, most), window=text.window, capabilities=tests.names, seed=text.seed,
+        weight=tests.weight, first=rows,
+    )  # fmt: skip

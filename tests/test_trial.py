@@ -1,0 +1,248 @@
+"""Cuts on trial: the price after a quick fold is that of the fold in the weights, and what healing leaves decides."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from layercut.cli.command_line import main
+from layercut.config import from_flat
+from layercut.data.probes import probe_rows
+from layercut.healing import fold_, fold_prices, tune_
+from layercut.healing.fold_prices import RIDGES, FoldPrices
+from layercut.healing.least_squares import HELD_OUT
+from layercut.layer_search import Candidate, Cost, Restriction, SearchResult
+from layercut.layer_search.finalists import GAIN, TRIED, differing, tried
+from layercut.layer_search.prices import Prices
+from layercut.models import checkpoints, loading
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline.resolve_options import ENOUGH_TO_TRY, with_score
+from layercut.segments import Segment
+from layercut.surgery import cut
+
+FIT = 16
+
+
+def caught(stack, tokens, position, module):
+    """(what a layer's last projection reads, what leaves the layer), float64."""
+    seen = []
+    hook = stack.layers[position].get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hidden, calls = stack.enter(tokens)
+    out = stack.run(hidden, calls, 0, position + 1)
+    hook.remove()
+    return seen[-1].double(), out.double()
+
+
+@torch.no_grad()
+def folded_by_hand(model, cuts, tokens, module):
+    """The cut model, the last projection before each cut solved in float64; cuts from the first."""
+    student, dense = cut(model, cuts), DecoderRunner(model)
+    stack = DecoderRunner(student)
+    held = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
+    gone = 0
+    for segment in cuts:
+        position = segment.start - gone - 1
+        gone += len(segment)
+        if position < 0:
+            continue
+        z, out = caught(stack, tokens, position, module)
+        hidden, calls = dense.enter(tokens)
+        y = dense.run(hidden, calls, 0, segment.stop).double() - out
+        a, b = (z[~held].flatten(0, 1), y[~held].flatten(0, 1))
+        eye = torch.eye(a.shape[1], dtype=torch.float64)
+        solved = [torch.linalg.solve(a.T @ a + r * (a * a).sum() / a.shape[1] * eye, a.T @ b) for r in RIDGES]
+        x = min(solved, key=lambda x: (y[held] - z[held] @ x).square().sum())
+        projection = stack.layers[position].get_submodule(module)
+        plus = x.T if isinstance(projection, torch.nn.Linear) else x
+        projection.weight = torch.nn.Parameter((projection.weight.double() + plus).float())
+    return student
+
+
+@pytest.mark.parametrize("cuts", ["1:2", "1:2,4:6", "0:1,3:4"])
+def test_its_price_is_that_of_the_model_with_the_fold_in_its_weights(cuts):
+    model, cuts = tiny.llama(), [Segment.parse(one) for one in cuts.split(",")]
+    fit, judged = tiny.some_tokens(rows=FIT), tiny.some_tokens(rows=5, seed=1)
+    prices = FoldPrices(DecoderRunner(model), fit, judged)
+    by_hand = folded_by_hand(model, cuts, fit, "mlp.down_proj")
+    expected = mean_kl(DecoderRunner(model), DecoderRunner(by_hand), judged)
+    assert prices(cuts) == pytest.approx(expected, rel=1e-3)
+    plain = mean_kl(DecoderRunner(model), DecoderRunner(cut(model, cuts)), judged)
+    assert abs(plain / expected - 1) > 0.01, "a fold that does nothing would pass"
+
+
+def test_weights_say_what_each_position_counts():
+    model, judged = tiny.llama(), tiny.some_tokens(rows=4, seed=1)
+    fit, segment = tiny.some_tokens(rows=FIT), [Segment(2, 4)]
+    first = torch.zeros(judged.shape)
+    first[:2] = 1 / judged.shape[1]
+    half = FoldPrices(DecoderRunner(model), fit, judged, first)(segment)
+    assert half == pytest.approx(FoldPrices(DecoderRunner(model), fit, judged[:2])(segment) / 2, rel=1e-4)
+
+
+def test_states_beyond_memory_are_in_files_that_vanish(tmp_path, monkeypatch):
+    model, fit, judged = tiny.llama(), tiny.some_tokens(rows=FIT), tiny.some_tokens(rows=4, seed=1)
+    expected = FoldPrices(DecoderRunner(model), fit, judged)([Segment(2, 4)])
+    monkeypatch.setattr(fold_prices, "IN_MEMORY", 0)
+    prices = FoldPrices(DecoderRunner(model), fit, judged, folder=tmp_path)
+    assert prices([Segment(2, 4)]) == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_it_takes_is_planned(tiny_model, texts, tmp_path, capsys):
+    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", "--preserve=sums"]
+    flags.append("--score=folded")
+    assert main(["plan", *flags, "--json", "--no-calibrate"]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"]["search"]["layer_forwards"]
+    assert main(["search", *flags, f"--out={tmp_path / 'run'}"]) == 0
+    taken = json.loads((tmp_path / "run" / "search.json").read_text())["layer_forwards"]
+    assert planned["least"] <= taken <= planned["most"]
+    assert planned["expected"] / 3 < taken < 3 * planned["expected"]
+
+
+def plain_prices():
+    return Prices(DecoderRunner(tiny.llama()), tiny.some_tokens(rows=2), Cost())
+
+
+def result_of(*cuts):
+    return SearchResult("clp", [Candidate((Segment.parse(one),), float(i)) for i, one in enumerate(cuts)], Cost())
+
+
+def test_the_price_after_the_fold_decides_and_leads_to_moves_that_the_search_had_not():
+    # the further from 5 the layers are, the dearer: 1:3 is the search's best, and 4:6 only moves lead to
+    asked = []
+
+    def price(cuts):
+        asked.append(cuts)
+        return 1.0 + sum(abs(i - 4.5) for segment in cuts for i in range(segment.start, segment.stop))
+
+    found = tried(result_of("1:3", "0:2"), plain_prices(), price, Restriction.none(8, 2), 1)
+    assert found.segments == [Segment(4, 6)]
+    assert found.candidates[0].score == price((Segment(4, 6),))
+    assert found.candidates[0].kl > 0, "priced on all rows as a plain cut too"
+    assert {c.segments for c in found.candidates[1:]} == {(Segment(1, 3),), (Segment(0, 2),)}
+    assert len(asked) - 1 == len(set(asked[:-1])), "none is priced twice"
+
+
+def test_what_gains_no_more_than_chance_is_not_taken():
+    def price(cuts):
+        return 1.0 - 0.9 * GAIN * (cuts == (Segment(2, 4),))
+
+    assert tried(result_of("1:3"), plain_prices(), price, Restriction.none(8, 2), 1).segments == [Segment(1, 3)]
+
+
+def test_moves_stay_within_what_is_allowed_and_within_the_number_of_segments():
+    asked = []
+
+    def price(cuts):
+        asked.append(cuts)
+        return 1.0 / len(asked)
+
+    tried(result_of("1:4"), plain_prices(), price, Restriction.none(8, 3), 2)
+    assert {len(cuts) for cuts in asked} == {1, 2}
+    assert all(sum(map(len, cuts)) == 3 for cuts in asked)
+
+
+def test_the_best_that_differ_are_healed_and_what_that_leaves_decides():
+    # by the fold 1:3 is best; healing turns the order round, and variants of 1:3 are not healed
+    cuts = ["1:3", "2:4", "3:5", "4:6", "5:7", "6:8"]
+    fold = {(Segment.parse(one),): 1.0 + i for i, one in enumerate(cuts)}
+    asked = []
+
+    def healed(cuts):
+        asked.append(cuts)
+        return -fold[cuts]
+
+    found = tried(
+        result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1, healed=healed
+    )
+    assert asked == [(Segment(1, 3),), (Segment(3, 5),), (Segment(5, 7),)], "two layers are others"
+    assert found.segments == [Segment(5, 7)]
+    assert (found.candidates[0].score, found.tried[0].folded, found.tried[0].healed) == (5.0, 5.0, -5.0)
+    assert [one.healed for one in found.tried[:4]] == [-5.0, -3.0, -1.0, None]
+    by_fold = tried(result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1)
+    assert by_fold.segments == [Segment(1, 3)], "without healing the fold decides"
+
+
+def test_no_more_are_healed_than_said():
+    apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
+    assert differing(apart, TRIED) == apart[:TRIED]
+    assert differing([apart[0], apart[0]], TRIED) == [apart[0]]
+
+
+def test_proposals_in_which_tests_count_less_are_tried_too():
+    lighter = (Segment(5, 7),)
+    result = replace(result_of("1:3"), lighter=[lighter])
+    price = {lighter: 0.1, (Segment(1, 3),): 0.5}
+    found = tried(result, plain_prices(), lambda cuts: price.get(cuts, 1.0), Restriction.none(8, 2), 1)
+    assert found.segments == list(lighter)
+    assert found.candidates[0].kl > 0, "priced as a plain cut then"
+
+
+@pytest.mark.parametrize(
+    ("flags", "until", "whole", "score"),
+    [
+        ({}, "report", True, "healed"),
+        ({}, "tune", True, "healed"),
+        ({}, "search", True, "raw"),
+        ({}, "report", False, "raw"),
+        ({"tune_tokens": ENOUGH_TO_TRY - 1}, "report", True, "raw"),
+        ({"fold": False}, "report", True, "raw"),
+        ({"preserve": "none"}, "report", True, "raw"),
+        ({"method": "cosine"}, "report", True, "raw"),
+        ({"seeds": 2}, "report", True, "raw"),
+        ({"ratio": None, "segment": ("1:2",)}, "report", True, "raw"),
+        ({"ratio": None, "max_loss": 0.1}, "report", True, "raw"),
+        ({"rounds": 2}, "report", True, "raw"),
+        ({"score": "folded"}, "report", True, "folded"),
+    ],
+)
+def test_cuts_are_healed_on_trial_where_tests_are_weighed_and_enough_is_tuned_on(flags, until, whole, score):
+    config = from_flat({"ratio": 0.25} | flags)
+    assert with_score(config, heals=until != "search", whole=whole).search.score == score
+
+
+def test_a_trial_without_healing_is_refused(tiny_model, texts, tmp_path, capsys):
+    flags = [str(tiny_model), f"--data={texts[0]}", "--ratio=0.25", "--window=128", f"--out={tmp_path}"]
+    flags.append("--score=healed")
+    assert main(["search", *flags]) == 2
+    assert main(["tune", *flags, "--tune-tokens=0"]) == 2
+    assert capsys.readouterr().err.count("--score folded") == 2
+
+
+def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_path):
+    flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
+    flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
+    assert main(["tune", str(tiny_model), *flags]) == 0
+    found = json.loads((tmp_path / "search.json").read_text())
+    healed = [one for one in found["tried"] if "healed" in one]
+    assert 1 < len(healed) <= TRIED
+    assert found["segments"] == min(healed, key=lambda one: one["healed"])["segments"] == healed[0]["segments"]
+    assert json.loads((tmp_path / "cut.json").read_text())["segments"] == found["segments"]
+
+    opened = loading.load(checkpoints.resolve(str(tiny_model)))
+    text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "tuning", "heldout")}
+    kept = {"rows": 8, "window": 128, "capabilities": ["sums"]}
+    others = probe_rows(opened.tokenizer, **kept, first=8)
+    student = cut(opened.model, [Segment(*bounds) for bounds in healed[-1]["segments"]])
+    heldout, rows = text["heldout"], text["tuning"][: 4096 // 128 // 16]
+    fold_(student, opened.model, torch.cat([text["calibration"], rows]), heldout=heldout[:8])
+    folded = copy.deepcopy(student)
+    tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3)
+    prices = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
+    assert healed[-1]["healed"] == pytest.approx(prices[0], rel=1e-3)
+    assert abs(prices[1] / prices[0] - 1) > 2e-3, "tuning that does nothing would pass"
+
+
+@torch.no_grad()
+def left_of(dense, student, rows, tests):
+    """KL on rows of text and the damage to tests, per token of either."""
+
+    def kl(tokens):
+        p, q = (model(tokens).logits.float().log_softmax(-1) for model in (dense, student))
+        return (p.exp() * (p - q)).sum(-1)
+
+    return float(kl(rows).mean() + (kl(tests.tokens) * tests.weights()).sum(-1).mean())
