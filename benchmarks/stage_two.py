@@ -100,7 +100,7 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
     lines = [
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
         f"{result['model']}, {result['weights']}, all layers; perplexity of {result['eval_tokens']:,} tokens of each "
-        f"text (dense {' and '.join(figure(value) for value in dense.values())}):",
+        f"text (dense {' and '.join(figure(value) for value in dense.values())}); seconds with the rounding:",
         "",
         f"| bits | embeddings | of the dense bytes | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
         f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
@@ -108,19 +108,13 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
     for row in rows:
         if row["bits"] != 16:
             rise = max(row["perplexity"][text] / value - 1 for text, value in dense.items())
-            tuned = row.get("tuning", {}).get("cpu_seconds")
+            spent = row["quantize_cpu_seconds"] + row.get("tuning", {}).get("cpu_seconds", 0)
             auto = row["bits"] == "auto"
             bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
             embeddings = "chosen" if auto else str(row["embeddings"])
-            cells = [bits, embeddings, f"{row['of_dense']:.1%}", row["train"]]
-            cells += (
-                [
-                    f"{row['tokens']:,}",
-                    f"{tuned:.0f}",
-                ]
-                if tuned
-                else ["", ""]
-            )
+            by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
+            tokens = f"{row['tokens']:,}" if row["tokens"] else ""
+            cells = [bits, embeddings, f"{row['of_dense']:.1%}", by, tokens, f"{spent:.0f}"]
             lines.append(f"| {' | '.join([*cells, *map(figure, row['perplexity'].values()), f'{rise:+.1%}'])} |")
     return "\n".join(lines)
 
