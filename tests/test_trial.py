@@ -171,6 +171,8 @@ def test_no_more_are_healed_than_said():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
     assert differing(apart, TRIED) == apart[:TRIED]
     assert differing([apart[0], apart[0]], TRIED) == [apart[0]]
+    single = [(Segment(i, i + 1),) for i in range(3)]
+    assert differing(single, TRIED) == single, "of one layer all differ"
 
 
 def test_proposals_in_which_tests_count_less_are_tried_too():

@@ -25,8 +25,6 @@ POOL, PROPOSED, MOST_MOVES, CLIMBED, TRIED = 6, 8, 6, 2, 4
 """Candidates that are priced, moves that are in each round, rounds at most, cuts they begin from, and cuts healed."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
-
-
 Price = Callable[[Cuts], float]
 
 
@@ -102,7 +100,7 @@ def climbed_(
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
-    """The first cuts that are no variants of one before: a third of their layers, two at least, are others.
+    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are others.
 
     Args:
         ordered: cuts of equally many layers.
@@ -114,7 +112,7 @@ def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
     found: list[tuple[Cuts, set[int]]] = []
     for cuts in ordered:
         layers = {i for segment in cuts for i in range(segment.start, segment.stop)}
-        if all(len(layers - other) >= max(2, len(layers) // 3) for _, other in found):
+        if all(len(layers - other) >= min(len(layers), max(2, len(layers) // 3)) for _, other in found):
             found.append((cuts, layers))
     return [cuts for cuts, _ in found[:most]]
 

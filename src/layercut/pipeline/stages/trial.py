@@ -120,14 +120,16 @@ def left_of(student: DecoderRunner, dense: DecoderRunner, rows: WeightedRows) ->
     Returns:
         KL on the text and the weighed damage to the tests, nats per token; infinite where it is not finite.
     """
-    found = []
-    for part in slices(len(rows.tokens), dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)):
-        ends = []
-        for stack in (dense, student):
-            hidden, calls = stack.enter(stack.place(rows.tokens[part]))
-            ends.append(stack.run(hidden, calls, 0, len(stack)))
-        weights = None if rows.weights is None else rows.weights[part]
-        found.append(Judge(KL(), dense, ends[0], rows.tokens[part], weights=weights)(ends[1]).cpu().double())
+    found, at_once = [], dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)
+    queue = dense.parts("search", slices(len(rows.tokens), at_once))
+    for part in queue:
+        with queue.trying(part):
+            ends = []
+            for stack in (dense, student):
+                hidden, calls = stack.enter(stack.place(rows.tokens[part]))
+                ends.append(stack.run(hidden, calls, 0, len(stack)))
+            weights = None if rows.weights is None else rows.weights[part]
+            found.append(Judge(KL(), dense, ends[0], rows.tokens[part], weights=weights)(ends[1]).cpu().double())
     return as_price(rows.mean(torch.cat(found)[None]).item())
 
 
