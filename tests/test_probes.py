@@ -282,6 +282,9 @@ def test_two_segments_are_taken_where_they_spare_enough(monkeypatch, model, prob
     apart = {0: (9.0, 9.0), 1: (0.1, 0.1), 2: (2.0, 3.0), 3: (0.1, 0.1), 4: (2.0, 2.0)}
     planted(monkeypatch, apart)
     text = tiny.some_tokens(8, 512)
+    by_gate = search(model, text, n_layers=2, num_segments="auto", probes=probes)
+    assert {sum(map(len, cuts)) for cuts in by_gate.lighter} == {2}, "proposals in which the tests count less"
+    assert not search(model, text, n_layers=2).lighter
     found = search(model, text, n_layers=2, method="exhaustive", num_segments="auto", probes=probes)
     assert found.segments == [Segment(1, 2), Segment(3, 4)]
     assert [len(candidate.segments) for candidate in found.by_number] == [1, 2]

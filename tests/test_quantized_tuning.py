@@ -20,7 +20,7 @@ from layercut.healing import endpoint_tuning
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_state import StateFile
 from layercut.models import loading
-from layercut.quantization import Quantized, quantize_, quantized_weights
+from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
 
@@ -63,7 +63,10 @@ def test_nothing_changes_before_the_first_step(options, learned):
     assert done.model.lm_head.weight is done.model.model.embed_tokens.weight
 
 
-def test_gradients_are_those_of_the_decoded_weight():
+@pytest.mark.parametrize("block", [64, 2**16])
+def test_gradients_are_those_of_the_decoded_weight(monkeypatch, block):
+    """block: weights that are rounded at once; 64 is one row."""
+    monkeypatch.setattr(trainable, "BLOCK", block)
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     plain = nn.Linear(64, 6, bias=False)
     plain.weight.data = weight

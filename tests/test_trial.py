@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import from_flat
+from layercut.config import HealConfig, from_flat
 from layercut.data.probes import probe_rows
+from layercut.errors import ConfigError
 from layercut.healing import fold_, fold_prices, tune_
 from layercut.healing.fold_prices import RIDGES, FoldPrices
 from layercut.healing.least_squares import HELD_OUT
@@ -20,7 +22,8 @@ from layercut.layer_search.finalists import GAIN, TRIED, differing, tried
 from layercut.layer_search.prices import Prices
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.pipeline.resolve_options import ENOUGH_TO_TRY, with_score
+from layercut.pipeline.resolve_options import ENOUGH_TO_TRY, resolve, score_of
+from layercut.pipeline.stages import trial
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -103,6 +106,30 @@ def test_what_it_takes_is_planned(tiny_model, texts, tmp_path, capsys):
     assert planned["expected"] / 3 < taken < 3 * planned["expected"]
 
 
+def test_healing_on_trial_is_planned(tiny_model, capsys):
+    flags = [str(tiny_model), "--tokens=1024", "--window=128", "--ratio=0.25", "--tune-tokens=16384", "--json"]
+    told = {}
+    for score in ("folded", "healed"):
+        assert main(["plan", *flags, "--no-calibrate", f"--score={score}"]) == 0
+        told[score] = json.loads(capsys.readouterr().out)["stages"]
+    assert told["healed"]["search"]["flops"] > told["folded"]["search"]["flops"] + told["folded"]["tune"]["flops"] / 16
+    assert main(["plan", *flags, "--no-calibrate", "--score=healed", "--stream=on"]) == 2
+
+
+def test_a_trial_depends_on_what_its_healing_depends_on():
+    def inputs_of(score, **heal):
+        text = {"heldout": "held", "tuning": "tuned"}
+        return trial.inputs(SimpleNamespace(score=score, text=text, config=SimpleNamespace(heal=HealConfig(**heal))))
+
+    assert inputs_of("raw") == []
+    assert "tuned" not in inputs_of("folded")
+    healed = inputs_of("healed")
+    assert "tuned" in healed
+    assert healed == inputs_of("healed", epochs=2, patience=3, teacher_topk=64)
+    assert healed != inputs_of("healed", learning_rate=1e-3)
+    assert inputs_of("folded") == inputs_of("folded", learning_rate=1e-3)
+
+
 def plain_prices():
     return Prices(DecoderRunner(tiny.llama()), tiny.some_tokens(rows=2), Cost())
 
@@ -167,6 +194,20 @@ def test_the_best_that_differ_are_healed_and_what_that_leaves_decides():
     assert by_fold.segments == [Segment(1, 3)], "without healing the fold decides"
 
 
+def test_moves_lead_from_the_second_cut_that_differs_too():
+    # two basins; what the second one's end costs is not known before its moves are tried
+    fold = {(Segment(0, 2),): 1.0, (Segment(6, 8),): 1.2, (Segment(5, 7),): 1.1}
+    asked = []
+
+    def healed(cuts):
+        asked.append(cuts)
+        return fold.get(cuts, 9.0)
+
+    priced = plain_prices(), lambda cuts: fold.get(cuts, 9.0), Restriction.none(8, 2), 1
+    tried(result_of("0:2", "6:8"), *priced, healed=healed)
+    assert asked[:2] == [(Segment(0, 2),), (Segment(5, 7),)]
+
+
 def test_no_more_are_healed_than_said():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
     assert differing(apart, TRIED) == apart[:TRIED]
@@ -185,26 +226,33 @@ def test_proposals_in_which_tests_count_less_are_tried_too():
 
 
 @pytest.mark.parametrize(
-    ("flags", "until", "whole", "score"),
+    ("flags", "heals", "score"),
     [
-        ({}, "report", True, "healed"),
-        ({}, "tune", True, "healed"),
-        ({}, "search", True, "raw"),
-        ({}, "report", False, "raw"),
-        ({"tune_tokens": ENOUGH_TO_TRY - 1}, "report", True, "raw"),
-        ({"fold": False}, "report", True, "raw"),
-        ({"preserve": "none"}, "report", True, "raw"),
-        ({"method": "cosine"}, "report", True, "raw"),
-        ({"seeds": 2}, "report", True, "raw"),
-        ({"ratio": None, "segment": ("1:2",)}, "report", True, "raw"),
-        ({"ratio": None, "max_loss": 0.1}, "report", True, "raw"),
-        ({"rounds": 2}, "report", True, "raw"),
-        ({"score": "folded"}, "report", True, "folded"),
+        ({}, True, "healed"),
+        ({}, False, "raw"),
+        ({"seeds": 2}, True, "healed"),
+        ({"tune_tokens": ENOUGH_TO_TRY - 1}, True, "raw"),
+        ({"fold": False}, True, "raw"),
+        ({"preserve": "none"}, True, "raw"),
+        ({"method": "cosine"}, True, "raw"),
+        ({"ratio": None, "segment": ("1:2",)}, True, "raw"),
+        ({"ratio": None, "max_loss": 0.1}, True, "raw"),
+        ({"rounds": 2}, True, "raw"),
+        ({"score": "folded"}, True, "folded"),
     ],
 )
-def test_cuts_are_healed_on_trial_where_tests_are_weighed_and_enough_is_tuned_on(flags, until, whole, score):
-    config = from_flat({"ratio": 0.25} | flags)
-    assert with_score(config, heals=until != "search", whole=whole).search.score == score
+def test_cuts_are_healed_on_trial_where_tests_are_weighed_and_enough_is_tuned_on(flags, heals, score):
+    assert score_of(from_flat({"ratio": 0.25} | flags), heals=heals) == score
+
+
+def test_auto_is_no_trial_where_the_layers_are_on_disk_and_what_was_found_stays(tiny_model):
+    flags = {"ratio": 0.25, "window": 128}
+    whole, streamed = (resolve(str(tiny_model), from_flat(flags | {"stream": s}), "report") for s in ("off", "on"))
+    assert (whole.score, whole.score_now) == ("healed", "healed")
+    assert (streamed.score, streamed.score_now) == ("healed", "raw")
+    assert whole.config.search.score == "auto", "what the run folder says can be given to other commands"
+    with pytest.raises(ConfigError, match="--score healed needs the model in memory"):
+        resolve(str(tiny_model), from_flat(flags | {"stream": "on", "score": "healed"}), "report")
 
 
 def test_a_trial_without_healing_is_refused(tiny_model, texts, tmp_path, capsys):

@@ -51,6 +51,8 @@ GgufType = Literal[
 ]  # fmt: skip
 TAKE_TESTS = ("clp", "gate", "race", "exhaustive")
 """Criteria of layercut that take generated tests, several segments and other objectives."""
+Score = Literal["raw", "folded", "healed"]
+"""What cuts are chosen by in the end."""
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -250,7 +252,7 @@ class SearchConfig:
             RARE,
         ),
     ] = "kl"
-    score: Annotated[Literal["auto", "raw", "folded", "healed"], rare] = "auto"
+    score: Annotated[Literal["auto"] | Score, rare] = "auto"
     """raw: choose by the plain cut. folded: go on from the search's best by what each cut is after a quick fold, on
     held-out text and other tests, which takes as long again. healed: then tune the best few on a sixteenth of the
     tuning text each, and take the best of them. auto: healed where tests are heeded and 65,536 tokens or more are

@@ -87,7 +87,7 @@ def compress(
 
 @app.command
 def search(model: Model, *, config: FindConfig | None = None, log: Log = None, preset: PresetName = "balanced") -> None:
-    """Find the segment to remove, and stop there; compress with the same --out resumes after it.
+    """Find the segment to remove by plain cuts, and stop there; compress --score raw --out as here goes on.
 
     For example:
 

@@ -35,11 +35,12 @@ from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
+    check_streamed,
     check_target,
     check_window,
+    score_of,
     wanted_length,
     with_reported_window,
-    with_score,
 )
 from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.evaluate import capabilities_work
@@ -213,7 +214,9 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
         run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
         folded=run.calibration + rows_to_tune(run.tuning),
     )  # fmt: skip
-    each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
+    each, judged = both_searches(fold_cost(one), tune_cost(one, tune_settings(short))), run.heldout + run.tests
+    layers = 2 * run.shape.layers - run.length
+    each = both_searches(each, Spent({}, Work.of(run.shape, judged * layers, heads=2 * judged)))
     work = each.work and sum((replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work())
     return Spent(each.peak | {"dense states": held}, work)
 
@@ -255,7 +258,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
     check_window("--window", journey.text.window, stock)
-    journey = with_score(with_reported_window(journey, stock), heals=True, whole=config.load.stream != "on")
+    journey = _planned_score(with_reported_window(journey, stock))
     if journey.quantize.bits == "auto":
         check_target(journey, checkpoint, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}
@@ -279,6 +282,16 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         "base_bytes": base,
         **_told_stages(planner, journey, on_cpu, rates),
     }
+
+
+def _planned_score(journey: CompressConfig) -> CompressConfig:
+    """The settings with what --score auto means for a run; refused where a run refuses it."""
+    score = score_of(journey, heals=True)
+    if score == "healed" and journey.load.stream == "on":
+        if journey.search.score == "healed":
+            check_streamed(journey, spread=False)
+        score = "raw"
+    return replace(journey, search=replace(journey.search, score=score))
 
 
 def _told_sizes(planner: _Planner, journey: CompressConfig, before: Parts, stored: torch.dtype) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
     1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
-    3. while the best of them gains more than GAIN, again from there; then the same from the next that differs
-    4. where asked the TRIED best by then that differ are healed for a while, and the best of them is taken
+    3. while the best of them gains more than GAIN, again from there
+    4. where asked the same from the next that differs; then the TRIED best that differ are healed for a while, and the
+       best of them is taken
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """

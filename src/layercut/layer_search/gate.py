@@ -51,7 +51,7 @@ class Foretold:
     table: torch.Tensor
     """float64 [L + 1, L + 1]: of the segment [a, b) at (a, b); nats per token, where the objective is KL."""
     text: torch.Tensor | None = None
-    """The same of the text alone; None: there are no tests."""
+    """The same of the text alone; None: not known."""
 
     def of(self, cuts: Cuts) -> float:
         """The price of a set of segments: the sum of theirs."""

@@ -37,7 +37,7 @@ class Tried:
     folded: float
     """The price of `healing/fold_prices.py`, nats per token."""
     healed: float | None = None
-    """The same price after real healing on some of the tokens; None where it went no further."""
+    """J after real healing on some of the tokens, by more rows; None where it went no further."""
 
 
 @dataclass

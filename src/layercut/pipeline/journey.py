@@ -67,7 +67,10 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     opened = memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile)
     with opened[0], opened[1], Run(folder, force=asked.config.run.force) as run:
         run.describe({"model": model, **flattened(asked.config)})
-        work = RunContext(asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process)
+        work = RunContext(
+            asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process, score=asked.score,
+            score_now=asked.score_now,
+        )  # fmt: skip
         stages.text.draw_all(work, stages.text.uses(asked.config, until))
         if asked.length == 0:
             removal = nothing_removed(work)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layercut import evaluation
-from layercut.config import CompressConfig, SearchConfig, consumer_names
+from layercut.config import CompressConfig, Score, SearchConfig, consumer_names
 from layercut.data.probes import capability_names
 from layercut.data.sources import SELF, what_is_read
 from layercut.distributed import processes
@@ -43,7 +43,7 @@ class ResolvedRun:
     """As the user named it."""
     checkpoint: checkpoints.Checkpoint
     config: CompressConfig
-    """With the window that perplexity is reported on, and what --score auto is, filled in."""
+    """With the window that perplexity is reported on filled in."""
     layers: int
     """L, before anything is removed."""
     wanted: list[Segment]
@@ -52,6 +52,10 @@ class ResolvedRun:
     """Layers to remove; None where that depends on the weights or on the loss."""
     spread: bool
     """Whether the weights are sharded over several processes."""
+    score: Score
+    """What --score auto means with these options: what is found depends on it."""
+    score_now: Score
+    """The same, or raw where auto would try cuts and the model is not whole in memory this time."""
 
 
 def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
@@ -87,8 +91,9 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     check_sources(config, until)
     loading.pick_device(config.load.device)
     spread = placement.spread(checkpoint, **asdict(config.load))
-    on_disk = placement.wanted(checkpoint, **asdict(config.load))
-    config = with_score(config, heals=until != "search", whole=not spread and not on_disk)
+    on_disk = bool(processes.most(int(placement.wanted(checkpoint, **asdict(config.load)))))  # in one, in all
+    score = score_of(config, heals=until != "search")
+    in_parts = config.search.score == "auto" and (spread or on_disk)
     if spread:
         check_spread(config)
     if until != "search" and on_disk:
@@ -98,20 +103,20 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     if until == "report":
         evaluation.named(config.tasks.evaluation_names)  # a package that cannot be imported is refused now
     return ResolvedRun(
-        model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread
-    )
+        model=model, checkpoint=checkpoint, config=config, layers=layers, wanted=wanted, length=length, spread=spread,
+        score=score, score_now="raw" if in_parts else score,
+    )  # fmt: skip
 
 
-def with_score(config: CompressConfig, *, heals: bool, whole: bool) -> CompressConfig:
+def score_of(config: CompressConfig, *, heals: bool) -> Score:
     """What --score auto means for a run: healed where the search weighs tests and enough is tuned on to spare some.
 
     Args:
         config: every option.
         heals: whether the run heals what it cuts.
-        whole: whether the model is whole, and in memory.
 
     Returns:
-        The same with another `search.score` in the place of "auto".
+        Another than "auto"; what was given, where something else was.
 
     Raises:
         ConfigError: healed is asked for where nothing is healed.
@@ -121,11 +126,10 @@ def with_score(config: CompressConfig, *, heals: bool, whole: bool) -> CompressC
     if search.score == "healed" and not heals:
         raise ConfigError("--score healed is given, and this run does not fold and tune", "give --score folded")
     if search.score != "auto":
-        return config
+        return search.score
     weighs = search.preserve != "none" and search.preserve_weight > 0 and names(criteria.get(search.method), "probes")
-    plain = search.segment or search.max_loss is not None or config.number_of_rounds > 1 or config.stability.seeds > 1
-    goes_on = heals and heal.tune_tokens >= ENOUGH_TO_TRY and weighs and whole and not plain
-    return replace(config, search=replace(search, score="healed" if goes_on else "raw"))
+    plain = search.segment or search.max_loss is not None or config.number_of_rounds > 1
+    return "healed" if heals and heal.tune_tokens >= ENOUGH_TO_TRY and weighs and not plain else "raw"
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
-from layercut.config import CompressConfig, ShardMode
+from layercut.config import CompressConfig, Score, ShardMode
 from layercut.data.blocks import Reader, TextFacts, stored_blocks
 from layercut.data.probes import probe_rows
 from layercut.data.sources import split_mix
@@ -54,6 +54,10 @@ class RunContext:
     """Whether the weights are sharded over several processes."""
     own_process: bool = False
     """Whether signals may be caught and the allocator be set: in a command, not in a library call."""
+    score: Score = "raw"
+    """What cuts are chosen by, by the options: what the search's result is filed under."""
+    score_now: Score = "raw"
+    """What they are chosen by where the search is made now."""
     text: dict[str, TextFacts] = field(default_factory=dict)
     """What the text stage has drawn, by use."""
 

@@ -91,7 +91,7 @@ def _search(run: RunFacts) -> Verdict | None:
     search, oracle = run.search, run.search.oracle
     choice, rival = label(search.segments), label(oracle.segments)
     score, best_score = _score(search, search.segments), _score(oracle, oracle.segments)
-    if score is not None and (run.settings.score in ("folded", "healed") or (oracle and best_score is None)):
+    if score is not None and (list(search.tried) or run.settings.score == "folded" or (oracle and best_score is None)):
         return _chosen_by_fold(search, choice, rival, score)
     by_score = score is not None and best_score is not None  # what the search went by, and the oracle beside it
     ours, best = (score, best_score) if by_score else (tables.chosen_kl(run), finite(oracle.kl))

@@ -85,7 +85,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
             else:
                 how = asked(this, length_for_target(work) if length is None else length, tests)
                 result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
-                if config.goes_on:
+                if work.score_now != "raw":
                     result = trial.go_on(this, result, tokens, how)
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
@@ -278,7 +278,7 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
             how = asked(Round(work), length, generated_tests(work, seed))
             result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
-            if config.goes_on:
+            if work.score_now != "raw":
                 result = trial.go_on(Round(work), result, drawn.tokens, how)
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),

@@ -31,13 +31,16 @@ FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = 16
 """One in so many of the rows to tune on heals a cut on trial."""
+SHORT: dict[str, Any] = {"epochs": 1, "patience": 0}
+"""How they are tuned on, whatever the run's own options."""
 
 
 def inputs(work: RunContext) -> list[Any]:
-    """All that a trial depends on beside what the search does."""
-    score, text = work.config.search.score, work.text
-    healed = [work.config.heal, text["tuning"]] if score == "healed" else []
-    return [text["heldout"], *healed] if work.config.search.goes_on else []
+    """All that a trial depends on beside what the search does; nothing where there is none."""
+    if work.score == "raw":
+        return []
+    heal = replace(work.config.heal, **SHORT, teacher_topk=0)
+    return [work.score, work.text["heldout"], *([heal, work.text["tuning"]] if work.score == "healed" else [])]
 
 
 def rows_to_tune(rows: int) -> int:
@@ -76,11 +79,11 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
         def healed_price(cuts: Sequence[Segment]) -> float:
             shown.close()  # healing shows its own
-            left = processes.from_main(left_of(healed_for_a_while(this, cuts), this.stack, unseen))
+            left = processes.from_main(left_of(healed_for_a_while(this, cuts, tokens), this.stack, unseen))
             say("trial", f"{', '.join(map(str, cuts))}: {left:.4g} nats after a short healing")
             return left
 
-        after = healed_price if work.config.search.score == "healed" else None
+        after = healed_price if work.score_now == "healed" else None
         found = tried(result, prices, fold_price, limits, count, healed=after)
     own, plain = result.cost, prices.cost
     spent = Cost(
@@ -90,21 +93,21 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     return replace(found, cost=spent)
 
 
-def healed_for_a_while(this: Round, cuts: Sequence[Segment]) -> DecoderRunner:
+def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor) -> DecoderRunner:
     """A cut as the run would heal it, with fewer tokens to tune on.
 
     Args:
         this: the round.
         cuts: segments that are removed.
+        tokens: calibration token ids [N, T], on which it is folded, as on those that it is tuned on.
 
     Returns:
         The healed model; what it shares with the dense one is as it was.
     """
-    blocks, rows = this.work.blocks, this.tuning[: rows_to_tune(len(this.tuning))]
-    student, heldout = DecoderRunner(surgery.cut(this.before, cuts)), blocks["heldout"][:JUDGED_ROWS]
-    fold_(student, this.stack, torch.cat([blocks["calibration"], rows]), heldout=heldout)
-    settings = vars(tune_settings(this.work.config.heal)) | {"epochs": 1, "patience": 0}
-    tune_(student, this.stack, rows, heldout=heldout, **settings)
+    heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], this.tuning[: rows_to_tune(len(this.tuning))]
+    student, settings = DecoderRunner(surgery.cut(this.before, cuts)), tune_settings(this.work.config.heal)
+    fold_(student, this.stack, torch.cat([tokens, rows]), heldout=heldout)
+    tune_(student, this.stack, rows, heldout=heldout, **vars(settings) | SHORT)
     return student
 
 
