@@ -155,7 +155,6 @@ class Reads(TorchDispatchMode):
 
 def test_a_step_of_many_passes_is_read_once(monkeypatch):
     model, counted = tiny.llama(), []
-    tuned = [*model.model.layers[2].parameters(), *model.model.layers[5].parameters()]
     step_ = endpoint_tuning._Training.step_
 
     def counting(self):
@@ -171,10 +170,10 @@ def test_a_step_of_many_passes_is_read_once(monkeypatch):
         cut_segment_(student, [Segment(3, 5)])
         heldout = tiny.some_tokens(1, seed=1)
         tune_(student, model, tiny.some_tokens(8), heldout=heldout, batch_tokens=batch_tokens, epochs=2)
-    # of 8 steps of one pass, and 2 of four; masks are made, and looked at, once for each shape. What is left is AdamW's
-    # number of steps, which is on the CPU whatever the device; one tensor is read into a list without an operation
-    assert {*counted[1:8], counted[9]} == {len(tuned)}
-    assert counted[0] > len(tuned)
+    # of 8 steps of one pass, and 2 of four; masks are made, and looked at, once for each shape. One tensor is read into a
+    # list without an operation, and fused AdamW reads nothing
+    assert {*counted[1:8], counted[9]} == {0}
+    assert counted[0] > 0
 
 
 def test_float16_keeps_gradients_that_it_has_no_numbers_for(monkeypatch):
