@@ -170,8 +170,8 @@ def test_a_step_of_many_passes_is_read_once(monkeypatch):
         cut_segment_(student, [Segment(3, 5)])
         heldout = tiny.some_tokens(1, seed=1)
         tune_(student, model, tiny.some_tokens(8), heldout=heldout, batch_tokens=batch_tokens, epochs=2)
-    # of 8 steps of one pass, and 2 of four; masks are made, and looked at, once for each shape. One tensor is read into a
-    # list without an operation, and fused AdamW reads nothing
+    # of 8 steps of one pass, and 2 of four; masks are made, and looked at, once for each shape. One tensor is read into
+    # a list without an operation, and fused AdamW reads nothing
     assert {*counted[1:8], counted[9]} == {0}
     assert counted[0] > 0
 
