@@ -194,20 +194,6 @@ def test_the_best_that_differ_are_healed_and_what_that_leaves_decides():
     assert by_fold.segments == [Segment(1, 3)], "without healing the fold decides"
 
 
-def test_moves_lead_from_the_second_cut_that_differs_too():
-    # two basins; what the second one's end costs is not known before its moves are tried
-    fold = {(Segment(0, 2),): 1.0, (Segment(6, 8),): 1.2, (Segment(5, 7),): 1.1}
-    asked = []
-
-    def healed(cuts):
-        asked.append(cuts)
-        return fold.get(cuts, 9.0)
-
-    priced = plain_prices(), lambda cuts: fold.get(cuts, 9.0), Restriction.none(8, 2), 1
-    tried(result_of("0:2", "6:8"), *priced, healed=healed)
-    assert asked[:2] == [(Segment(0, 2),), (Segment(5, 7),)]
-
-
 def test_no_more_are_healed_than_said():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
     assert differing(apart, TRIED) == apart[:TRIED]

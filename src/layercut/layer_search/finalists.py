@@ -3,8 +3,7 @@
     1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. where asked the same from the next that differs; then the TRIED best that differ are healed for a while, and the
-       best of them is taken
+    4. where asked the TRIED best by then that differ are healed for a while, and the best of them is taken
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -22,8 +21,8 @@ from layercut.layer_search.result import SearchResult, Tried
 from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
 
-POOL, PROPOSED, MOST_MOVES, CLIMBED, TRIED = 6, 8, 6, 2, 4
-"""Candidates that are priced, moves that are in each round, rounds at most, cuts they begin from, and cuts healed."""
+POOL, PROPOSED, MOST_MOVES, TRIED = 6, 8, 6, 4
+"""Candidates that are priced, moves that are in each round, rounds at most, and cuts healed."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]
@@ -54,12 +53,7 @@ def tried(
     """
     begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number]]
     known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
-    ends = list[Cuts]()
-    for _ in range(CLIMBED if healed else 1):
-        ahead = differing([*ends, *sorted(known, key=known.__getitem__)], len(ends) + 1)
-        if len(ahead) > len(ends):  # else all are variants of those
-            ends.append(climbed_(known, ahead[-1], prices, folded, limits, count))
-    best = min(ends, key=known.__getitem__)
+    best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
     after = {cuts: healed(cuts) for cuts in differing(ordered, TRIED)} if healed else {}
     ordered.sort(key=lambda cuts: after.get(cuts, math.inf))
@@ -124,7 +118,7 @@ def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
 def priced_after_fold(run: PlannedRun, count: int) -> tuple[Bounds, Work]:
     """How many cuts are priced after a fold, and the work of proposing moves and of pricing the choice.
 
-    Two rounds of moves are expected from the best, the second of which finds nothing better, and one from another.
+    Two rounds of moves are expected, the second of which finds nothing better.
 
     Args:
         run: what is planned.
@@ -135,10 +129,9 @@ def priced_after_fold(run: PlannedRun, count: int) -> tuple[Bounds, Work]:
     """
     moves, kept = 4 * count * count, run.shape.layers - run.length
     proposed, pool = min(PROPOSED, moves), POOL * run.kinds
-    climbs = CLIMBED if run.config.search.score == "healed" else 1
-    cuts = Bounds(pool + (1 + climbs) * proposed, 1, pool + 2 + climbs * MOST_MOVES * PROPOSED)
+    cuts = Bounds(pool + 2 * proposed, 1, pool + 2 + MOST_MOVES * PROPOSED)
     rows = min(run.searched, 2 * run.kinds)
     round_of = Bounds(rows * (run.shape.layers + moves * kept / 2), 0, rows * (2 * count * 2 * run.shape.layers) * kept)
     choice = Bounds(run.searched * kept, 0, run.searched * 2 * run.shape.layers)
-    forwards = Bounds((1 + climbs) * round_of.expected, 0, climbs * MOST_MOVES * round_of.most) + choice
-    return cuts, Work.of(run.shape, forwards, heads=(1 + climbs) * rows * (moves + 1) + 2 * run.searched)
+    forwards = Bounds(2 * round_of.expected, 0, MOST_MOVES * round_of.most) + choice
+    return cuts, Work.of(run.shape, forwards, heads=2 * rows * (moves + 1) + 2 * run.searched)
