@@ -128,7 +128,7 @@ def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdi
     healed = {str(spans(one.segments)): finite(one.healed) for one in search.tried}
     if (after := healed.get(str(spans(search.segments)))) is not None:
         ours, there = after, healed.get(str(spans(search.oracle.segments)))
-    how = "fold" if after is None else "short healing"
+    how = "the fold" if after is None else "a short healing"
     text = _say("chosen by fold", how=how, choice=choice, rival=rival, ours=ours, there=there, missed=missed,
                 found=regret <= limits.NEAR_BEST)  # fmt: skip
     return Verdict("good" if regret <= limits.NEAR_BEST else "bad", "Search", text)
