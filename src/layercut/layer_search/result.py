@@ -97,7 +97,7 @@ class SearchResult:
         return self.candidates[0].kl
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the seconds, as JSON values; segments are [start, stop], costs are in `Cost`'s units."""
+        """All but the seconds and the trial, as JSON values; segments are [start, stop], costs in `Cost`'s units."""
         return {
             "method": self.method,
             "segments": [[s.start, s.stop] for s in self.segments],
