@@ -201,8 +201,8 @@ def llama() -> tuple[DecoderRunner, Any, torch.Tensor]:
 
 def run_of(shape: Any, settings: CompressConfig, segment: Segment) -> PlannedRun:
     return PlannedRun(
-        config=settings, shape=shape, reported=shape, segments=[segment], after=shape.dense, heldout=64, folded=8,
-        libraries=7,
+        config=settings, shape=shape, reported=shape, tuned=shape, segments=[segment], after=shape.dense, heldout=64,
+        folded=8, libraries=7,
     )  # fmt: skip
 
 

@@ -15,12 +15,12 @@ import folders
 import tiny
 from layercut import evaluation
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data.blocks import load_blocks
+from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedTextArtefact
-from layercut.pipeline.resolve_options import check_sources, with_reported_window
+from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.text import check_unseen, draw_all, uses
@@ -114,6 +114,31 @@ def test_the_same_text_in_another_file_is_passed_over_or_refused(tiny_model, sev
             draw(tiny_model, tmp_path / str(number), config)
 
 
+def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_path):
+    def tuned_on(positions: int, **heal) -> int | None:
+        config = replace(asking("c4", None, "wikitext2"), heal=HealConfig(**heal))
+        return with_windows(config, tiny.LlamaConfig(max_position_embeddings=positions)).heal.tune_window
+
+    many = ENOUGH_TOKENS
+    assert tuned_on(2048, tune_tokens=many) == LONG_ROW
+    assert tuned_on(2048, tune_tokens=many - 1) == tuned_on(1023, tune_tokens=many) == 32
+    assert tuned_on(2048, tune_tokens=many, tune_window=128) == 128
+    for positions, window, words in ((100, 128, "100 positions"), (2048, 16, "shorter than --window 32")):
+        with pytest.raises(ConfigError, match=words):
+            tuned_on(positions, tune_window=window)
+
+    config = asking(f"{several}/a.txt", None, f"{several}/other.txt")
+    config = replace(config, heal=HealConfig(tune_tokens=1000, tune_window=256, probe_share=0))
+    draw(tiny_model, tmp_path, config)
+    rows = {use: stored_blocks(tmp_path, use) for use in ("calibration", "heldout", "tuning")}
+    assert {use: tokens.shape[1] for use, tokens in rows.items()} == {"calibration": 32, "heldout": 32, "tuning": 256}
+    stream = load_blocks(
+        f"{several}/a.txt", loading.load_tokenizer(checkpoints.resolve(str(tiny_model))), window=32, seed=0,
+        tokens=sum(tokens.numel() for tokens in rows.values()),
+    ).tokens.flatten()  # fmt: skip
+    assert torch.equal(stream, torch.cat([tokens.flatten() for tokens in rows.values()])), "no token twice, none left"
+
+
 def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
     mine = tmp_path / "mine.txt"
     mine.write_text((several / "a.txt").read_text())
@@ -150,10 +175,10 @@ def test_the_reported_window_is_the_models_and_no_longer_than_2048():
     unset = replace(config, evaluate=EvaluateConfig())
 
     def window(positions: int, asked: CompressConfig = unset) -> int | None:
-        return with_reported_window(asked, tiny.LlamaConfig(max_position_embeddings=positions)).evaluate.eval_window
+        return with_windows(asked, tiny.LlamaConfig(max_position_embeddings=positions)).evaluate.eval_window
 
     assert [window(128), window(2048), window(131072)] == [128, 2048, 2048]
-    assert with_reported_window(unset, BloomConfig()).evaluate.eval_window == 2048, "no limit of positions"
+    assert with_windows(unset, BloomConfig()).evaluate.eval_window == 2048, "no limit of positions"
     assert window(128, config) == 64
     with pytest.raises(ConfigError, match="--eval-window 64 is longer than the model's 32 positions"):
         window(32, config)

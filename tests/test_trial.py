@@ -21,9 +21,11 @@ from layercut.layer_search import Candidate, Cost, Restriction, SearchResult
 from layercut.layer_search.finalists import GAIN, TRIED, differing, tried
 from layercut.layer_search.prices import Prices
 from layercut.models import checkpoints, loading
+from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.pipeline.resolve_options import ENOUGH_TO_TRY, resolve, score_of
+from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
 from layercut.pipeline.stages import trial
+from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -217,7 +219,7 @@ def test_proposals_in_which_tests_count_less_are_tried_too():
         ({}, True, "healed"),
         ({}, False, "raw"),
         ({"seeds": 2}, True, "healed"),
-        ({"tune_tokens": ENOUGH_TO_TRY - 1}, True, "raw"),
+        ({"tune_tokens": ENOUGH_TOKENS - 1}, True, "raw"),
         ({"fold": False}, True, "raw"),
         ({"preserve": "none"}, True, "raw"),
         ({"method": "cosine"}, True, "raw"),
@@ -261,13 +263,14 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
 
     opened = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "tuning", "heldout")}
-    kept = {"rows": 8, "window": 128, "capabilities": ["sums"]}
+    kept = {"rows": trial.TESTS, "window": 128, "capabilities": ["sums"]}
     others = probe_rows(opened.tokenizer, **kept, first=8)
     student = cut(opened.model, [Segment(*bounds) for bounds in healed[-1]["segments"]])
     heldout, rows = text["heldout"], text["tuning"][: 4096 // 128 // 16]
     fold_(student, opened.model, torch.cat([text["calibration"], rows]), heldout=heldout[:8])
     folded = copy.deepcopy(student)
-    tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3)
+    objective = KL(mix=DEFAULT_MIX)
+    tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3, objective=objective)
     prices = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
     assert healed[-1]["healed"] == pytest.approx(prices[0], rel=1e-3)
     assert abs(prices[1] / prices[0] - 1) > 2e-3, "tuning that does nothing would pass"

@@ -193,7 +193,7 @@ class DataConfig:
     tokens: int = 16384
     """Calibration tokens."""
     window: int = 256
-    """Tokens in a row, for calibration and tuning."""
+    """Tokens in a row, of calibration text and of what judges healing."""
     chat_template: Annotated[bool, rare_switch] = False
     """Render instruction data through the model's chat template."""
     seed: int = 0
@@ -374,6 +374,9 @@ class HealConfig:
     """Text to tune on, named like --data. Not given: other tokens of the calibration text's source."""
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
+    tune_window: Annotated[int | None, rare] = None
+    """Tokens in a row to tune on. Not given: 1,024 where 65,536 tokens or more are tuned on and the model has as many
+    positions; else as --window."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""
@@ -394,8 +397,9 @@ class HealConfig:
     """Layers tuned on each side of a cut."""
     temperature: Annotated[float, rare] = 1.0
     """Of both models' predictions in the objective kl."""
-    mix: Annotated[float, rare] = 0.0
-    """Share of the next-token loss in the objective kl, 0 to 1."""
+    mix: Annotated[float | None, rare] = None
+    """Share of the next-token loss in the objective kl, 0 to 1. Not given: 0.3 while layers are tuned, 0 after
+    rounding."""
     epochs: Annotated[int, rare] = 1
     """Passes over the tuning tokens."""
     patience: Annotated[int, rare] = 0
@@ -407,6 +411,8 @@ class HealConfig:
     def __post_init__(self) -> None:
         objectives.check(self.objective, "--objective")
         at_least("tune_tokens", self.tune_tokens, 0)
+        if self.tune_window is not None:
+            at_least("tune_window", self.tune_window, 8)
         if not 0 <= self.probe_share < 1:
             raise ConfigError(f"--probe-share {self.probe_share:g} is outside 0 to 1", "a tenth: --probe-share 0.1")
         at_least("epochs", self.epochs, 1)
@@ -414,10 +420,10 @@ class HealConfig:
         at_least("teacher_topk", self.teacher_topk, 0)
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"--temperature {self.temperature:g} is not above 0", "try --temperature 2")
-        if not 0 <= self.mix <= 1:
+        if self.mix is not None and not 0 <= self.mix <= 1:
             raise ConfigError(f"--mix {self.mix:g} is outside 0 to 1", "a tenth of the next-token loss: --mix 0.1")
         for name, value, neutral in (
-            ("temperature", self.temperature, 1), ("mix", self.mix, 0), ("teacher-topk", self.teacher_topk, 0),
+            ("temperature", self.temperature, 1), ("mix", self.mix or 0, 0), ("teacher-topk", self.teacher_topk, 0),
         ):  # fmt: skip
             if self.objective in objectives.own and self.objective != "kl" and value != neutral:
                 raise ConfigError(

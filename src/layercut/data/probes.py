@@ -24,6 +24,8 @@ from layercut.errors import ConfigError
 
 FOCUS_SHARE = 0.6
 """Share of a row that one or two growing capabilities have; the short ones share the rest."""
+SHORT_ROW, LONG_EVERY = 256, 3
+"""Tokens of the short rows that a longer one is made of, but one in so many: a few long tests teach less than many."""
 LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
 CHAT_SHARE = 0.5
@@ -108,7 +110,8 @@ def probe_rows(
     """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
 
     Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
-    items of the others, in random order. What does not fit a row is left out.
+    items of the others, in random order. What does not fit a row is left out. Of rows of 2 SHORT_ROW tokens and more,
+    all but one in LONG_EVERY are short ones laid end to end.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -132,7 +135,12 @@ def probe_rows(
     for number in range(first, first + rows):
         draw = random.Random(f"{family} {seed} {number}")
         chat = family == "tuning" and bool(getattr(tokenizer, "chat_template", None)) and draw.random() < CHAT_SHARE
-        marked.append(_row(_Writer(tokenizer, words, draw, chat), capabilities, window, number))
+        writer, found = _Writer(tokenizer, words, draw, chat), _Marked([], [])
+        pieces = 1 if number % LONG_EVERY == 0 else max(1, window // SHORT_ROW)
+        for piece in range(pieces):
+            length = window * (piece + 1) // pieces - window * piece // pieces
+            found.extend(_row(writer, capabilities, length, number * pieces + piece))
+        marked.append(found)
     return _joined(marked, weight)
 
 

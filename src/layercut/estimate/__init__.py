@@ -40,14 +40,13 @@ from layercut.pipeline.resolve_options import (
     check_window,
     score_of,
     wanted_length,
-    with_reported_window,
+    with_windows,
 )
-from layercut.pipeline.stages import tune_quantized
+from layercut.pipeline.stages import trial, tune_quantized
 from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.search import planned_tests
 from layercut.pipeline.stages.text import held_out_tokens
-from layercut.pipeline.stages.trial import rows_to_tune
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.segments import Segment, checked_segments
@@ -87,12 +86,14 @@ class _Planner:
     def run(self, config: CompressConfig, on_cpu: bool, room: int | None = None) -> PlannedRun:
         """The run with these settings, in that place; room: bytes of an accelerator that a run may take."""
         window, heal = config.text.window, config.heal
-        shape = self.shape(window, on_cpu)
-        calibration, tuning = shape.rows_of(config.text.tokens), shape.rows_of(heal.tune_tokens)
+        shape, tuned = self.shape(window, on_cpu), self.shape(heal.tune_window or window, on_cpu)
+        calibration = shape.rows_of(config.text.tokens)
+        tuning = tuned.rows_of(heal.tune_tokens) * tuned.window // window  # as rows to fold on
         return PlannedRun(
             config=config,
             shape=shape,
             reported=self.shape(config.evaluate.eval_window or window, on_cpu),
+            tuned=tuned,
             segments=self.segments,
             after=self.after,
             heldout=shape.rows_of(held_out_tokens(heal)),
@@ -209,14 +210,16 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     held: bytes of the dense states that judge them.
     """
     heal = run.config.heal
-    short = replace(heal, tune_tokens=rows_to_tune(run.tuning) * run.shape.window, epochs=1)
+    tokens = trial.rows_to_tune(run.tuning) * run.tuned.window
+    short = replace(heal, tune_tokens=tokens, epochs=1)
     one = replace(
         run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
-        folded=run.calibration + rows_to_tune(run.tuning),
+        folded=run.calibration + tokens // run.shape.window,
     )  # fmt: skip
-    each, judged = both_searches(fold_cost(one), tune_cost(one, tune_settings(short))), run.heldout + run.tests
+    each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
     layers = 2 * run.shape.layers - run.length
-    each = both_searches(each, Spent({}, Work.of(run.shape, judged * layers, heads=2 * judged)))
+    for shape, judged in ((run.shape, run.heldout), (run.tuned, trial.TESTS * (run.tests > 0))):
+        each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
     work = each.work and sum((replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work())
     return Spent(each.peak | {"dense states": held}, work)
 
@@ -258,7 +261,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
     check_window("--window", journey.text.window, stock)
-    journey = _planned_score(with_reported_window(journey, stock))
+    journey = _planned_score(with_windows(journey, stock))
     if journey.quantize.bits == "auto":
         check_target(journey, checkpoint, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}

@@ -128,7 +128,8 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
     disk: list[Step] = [("--stream on", "load", {"stream": "on"})]
     for place in [[]] if config.load.stream == "on" else [[], disk]:
         flags, changed = list[str](), config
-        for flag, group, values in [*place, *STEPS]:
+        rows = (f"--tune-window {config.text.window}", "heal", {"tune_window": config.text.window})
+        for flag, group, values in [*place, *STEPS, rows]:
             less = replace(changed, **{group: replace(getattr(changed, group), **values)})
             if less != changed:
                 flags, changed = [*flags, flag], less

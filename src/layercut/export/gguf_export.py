@@ -27,6 +27,7 @@ from layercut.export.gguf_check import (
     readable,
     unlike_the_folder,
 )
+from layercut.export.gguf_gptq import choose_codes_
 from layercut.export.gguf_measured import FLOATS, check_unrounded, coarsest, measure_again
 from layercut.export.gguf_tensors import (
     CONVERTED,
@@ -50,6 +51,8 @@ WINDOW = 256
 """Tokens a row of the text that a GGUF file is measured on where no run brings its own."""
 IMPORTANCE_TOKENS = 16384
 """Tokens that importance is measured on, at most."""
+FINE = (*CONVERTED, "q8_0")
+"""GGML types that are so fine that the importance of columns changes nothing worth measuring."""
 SAME = "same"
 """--gguf-type: every tensor in the number format that it came in."""
 
@@ -94,7 +97,8 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         tokens: token ids [N, T] to measure importance on; None: rounded without.
 
     Returns:
-        "kind", "healed": names of parameters, and "importance": how many matrices were rounded with it.
+        "kind", "healed": names of parameters, "importance": how many matrices were rounded with it, and "gptq": the
+        names of those whose codes were then chosen by GPTQ.
 
     Raises:
         ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
@@ -112,10 +116,17 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
     else:
         plain = file.with_name("unrounded.gguf")
         cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture))
-        _quantize(plain, file, kind, student, columns)
+        with bar(f"quantizing to {kind}", None):
+            quantize_file(plain, file, kind, _in_file(plain, student, columns))
         plain.unlink()
     heeded = columns.keys() & source.healed.keys() if not mixture else columns.keys()
-    return {"kind": kind, "healed": sorted(source.healed), "importance": len(heeded)}
+    rounded = _matrices(student) if mixture else source.healed
+    again = [] if tokens is None else choose_codes_(file, student, tokens, rounded)
+    return {"kind": kind, "healed": sorted(source.healed), "importance": len(heeded), "gptq": again}
+
+
+def _matrices(model: Any) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.dim() > 1]
 
 
 def _unrounded(source: CutGguf, student: Any, architecture: str) -> dict[str, tuple[Any, Any]]:
@@ -129,14 +140,10 @@ def _columns(model: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]
     return importance(model, tokens[: max(1, IMPORTANCE_TOKENS // tokens.shape[1])])
 
 
-def _quantize(plain: Path, file: Path, kind: str, model: Any, columns: Mapping[str, torch.Tensor]) -> None:
-    """A file in a mixture of llama.cpp's, where it knows them with the importance of columns."""
-    named: dict[str, np.ndarray] = {}
-    if columns:
-        names = llama_cpp_names([*columns], model.config, architecture_of(plain))
-        named = {name: columns[parameter].numpy() for parameter, name in names.items()}
-    with bar(f"quantizing to {kind}", None):
-        quantize_file(plain, file, kind, named)
+def _in_file(plain: Path, model: Any, columns: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The importance of columns by the matrices' names in a file."""
+    names = llama_cpp_names([*columns], model.config, architecture_of(plain)) if columns else {}
+    return {name: columns[parameter].numpy() for parameter, name in names.items()}
 
 
 def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
         kind: a GGML type or a mixture, in lower case.
 
     Returns:
-        "kind", "importance", "errors", "again", as of the others.
+        "kind", "importance", "gptq", "errors", "again", as of the others.
 
     Raises:
         ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
@@ -193,9 +200,8 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
         raise ModelError(f"{checkpoint.name} is in its own number formats already", "give another --gguf-type")
     loaded = loading.load(checkpoint, dtype="float32", device="cpu")
     text = _some_text(loaded)
-    columns = write_rounded(checkpoint.file, file, kind, loaded.model, text)
-    found = _read_and_measured(file, loaded, text, checkpoint.file)
-    return {"kind": kind, "importance": len(columns)} | found
+    how = write_rounded(checkpoint.file, file, kind, loaded.model, text)
+    return {"kind": kind} | how | _read_and_measured(file, loaded, text, checkpoint.file)
 
 
 def write_converted(
@@ -211,7 +217,8 @@ def write_converted(
         name: of the model, for the file's metadata; None: the folder's.
 
     Returns:
-        "kind", "importance", "errors": relative error of each parameter that was rounded, "again": what was measured.
+        "kind", "importance", "gptq", "errors": relative error of each parameter that was rounded, "again": what was
+        measured.
 
     Raises:
         ConfigError: there is no converter.
@@ -233,19 +240,17 @@ def write_converted(
         convert(folder, plain, kind if kind in CONVERTED else "f32", config.converter, name)
         _write_sliding_layers_(plain, loaded.model.config)
     _refuse_unknown(architecture_of(plain))
-    columns: dict[str, torch.Tensor] = {}
+    how: dict[str, Any] = {"importance": 0, "gptq": []}
     if plain != file:
         if llama_cpp_installed():  # what rounding costs would hide a small difference
             with bar("comparing before rounding", None):
                 by_llama_cpp(plain, loaded.model, loaded.tokenizer, text)
-        columns = write_rounded(
-            plain, file, kind, loaded.model, text if texts.calibration is None else texts.calibration
-        )
+        how = write_rounded(plain, file, kind, loaded.model, text if texts.calibration is None else texts.calibration)
         plain.unlink()
-    return {"kind": kind, "importance": len(columns)} | _read_and_measured(file, loaded, text)
+    return {"kind": kind} | how | _read_and_measured(file, loaded, text)
 
 
-def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.Tensor) -> dict[str, Any]:
     """A GGUF file with all its matrices in another number format.
 
     Args:
@@ -253,17 +258,19 @@ def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.
         file: where to write.
         kind: a GGML type or a mixture, in lower case.
         model: what is in `plain`.
-        tokens: token ids [N, T] to measure importance on, which mixtures heed.
+        tokens: token ids [N, T] to measure importance on, which mixtures heed, and to calibrate GPTQ on.
 
     Returns:
-        The importance of columns by parameter name; none where it was not heeded.
+        "importance": how many matrices heeded it, "gptq": whose codes were then chosen by GPTQ.
     """
+    columns = _columns(model, tokens) if kind not in FINE and llama_cpp_installed() else {}
+    named = _in_file(plain, model, columns)
     if kind in PLAIN:
-        cut_gguf(plain, [], file, replaced=requantized(plain, kind))
-        return {}
-    columns = _columns(model, tokens)
-    _quantize(plain, file, kind, model, columns)
-    return columns
+        cut_gguf(plain, [], file, replaced=requantized(plain, kind, named))
+    else:
+        with bar(f"quantizing to {kind}", None):
+            quantize_file(plain, file, kind, named)
+    return {"importance": len(columns), "gptq": choose_codes_(file, model, tokens, _matrices(model))}
 
 
 def _refuse_unknown(architecture: str) -> None:

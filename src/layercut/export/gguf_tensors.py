@@ -65,9 +65,7 @@ def gguf_tensors(
     found = {}
     for parameter, name in llama_cpp_names(weights, config, architecture).items():
         data = weights[parameter].detach().float().cpu()
-        if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
-            text = config.get_text_config()
-            data = rotary_order(data, text.num_attention_heads if "attn_q." in name else text.num_key_value_heads)
+        data = data[file_rows(name, architecture, config, len(data))]
         if architecture in NORMS_PLUS_ONE and name.endswith("norm.weight"):
             data = data + 1
         kind = "f32" if data.dim() < 2 else kind_of if isinstance(kind_of, str) else kind_of(name)
@@ -146,6 +144,25 @@ def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str
     return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
 
 
+def file_rows(name: str, architecture: str, config: Any, rows: int) -> torch.Tensor:
+    """Which row of a parameter is where in the file: of query and key of the architecture "llama" in rotary pairs.
+
+    Args:
+        name: llama.cpp's, of the tensor.
+        architecture: general.architecture.
+        config: of the model.
+        rows: of the tensor.
+
+    Returns:
+        [rows] of int64: the parameter's rows in the file's order.
+    """
+    order = torch.arange(rows)
+    if architecture != "llama" or not ("attn_q." in name or "attn_k." in name):
+        return order
+    text = config.get_text_config()
+    return rotary_order(order, text.num_attention_heads if "attn_q." in name else text.num_key_value_heads)
+
+
 def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head from halves (0 … d/2-1, d/2 … d-1) to pairs (0, d/2, 1, d/2+1, …), which llama.cpp rotates.
 
@@ -160,7 +177,7 @@ def rotary_order(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
+def requantized(file: Path, gguf_type: str, importance: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
     """The matrices of a GGUF file in another type, for `surgery.cut_gguf`.
 
     Beside types of fewer than 8 bits, embeddings and head are in Q8_0. A matrix whose columns do not fill the type's
@@ -169,6 +186,7 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
     Args:
         file: a GGUF file.
         gguf_type: one of `export.ggml.PLAIN`.
+        importance: of the columns of each matrix, by its name in the file; llama.cpp then rounds with it.
 
     Returns:
         (numpy data, GGML type) by name.
@@ -183,7 +201,7 @@ def requantized(file: Path, gguf_type: str) -> dict[str, tuple[Any, Any]]:
         if len(tensor.shape) < 2 or int(tensor.shape[0]) % GGML_QUANT_SIZES[kind][0]:
             continue
         data = quants.dequantize(tensor.data, tensor.tensor_type)
-        found[tensor.name] = (quantized_rows(data, kind), kind)
+        found[tensor.name] = (quantized_rows(data, kind, (importance or {}).get(tensor.name)), kind)
     return found
 
 

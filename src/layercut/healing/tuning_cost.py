@@ -24,16 +24,17 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     Returns:
         Its cost.
     """
-    shape, objective = run.shape, objective_of(settings.objective)
+    shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
     trained, kept = endpoints(run.segments, shape.layers, settings.radius), kept_layers(run.segments, shape.layers)
     reads_logits, judge, first = objective.reads == "logits", objective.judge(), min(trained)
     stop = len(kept) if reads_logits else max(trained) + 1
 
     rows, scored = run.tuning * settings.epochs, run.heldout * (1 + SCORES)
     dense = stop + run.length if objective.needs_dense else first
-    forwards = rows * (stop - first + dense) + run.heldout * shape.layers + scored * (len(kept) - first)
-    heads = rows * (2 + objective.needs_dense) * reads_logits + scored * (1 + judge.needs_dense)
+    forwards, heads = rows * (stop - first + dense), rows * (2 + objective.needs_dense) * reads_logits
     work = Work.of(shape, forwards, rows * (stop - first), trained=rows * len(trained), heads=heads)
+    judged = run.heldout * held.layers + scored * (len(kept) - first)
+    work += Work.of(held, judged, heads=scored * (1 + judge.needs_dense))
 
     step = min(rows_per_step(settings, shape.window), run.tuning)
     budget, reckoned = run.budget, sum(shape.costs[kept[i]].kept for i in range(first, stop))
@@ -52,7 +53,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
         costs = {i: shape.costs[kept[i]] for i in range(first, stop)}
         saved = sum(cost.saved_trained if i in trained else cost.saved for i, cost in costs.items())
         peak |= {"kept for backward": together * saved, "logits": logits}
-    return Spent(peak | {"held-out states": (2 + run.on_disk) * shape.stream(run.heldout)}, work)
+    return Spent(peak | {"held-out states": (2 + run.on_disk) * held.stream(run.heldout)}, work)
 
 
 def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) -> Spent:
@@ -66,12 +67,13 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
     Returns:
         Its cost.
     """
-    shape, objective, kept = run.shape, objective_of(settings.objective), kept_layers(run.segments, run.shape.layers)
+    shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
+    kept = kept_layers(run.segments, shape.layers)
     judge, rows, scored = objective.judge(), run.tuning * settings.epochs, run.heldout * (1 + SCORES)
-    forwards = rows * (len(kept) + shape.layers * objective.needs_dense) + run.heldout * shape.layers
-    heads = rows * (2 + objective.needs_dense) + scored * (1 + judge.needs_dense)
-    backwards = rows * len(kept)
-    work = Work.of(shape, forwards + scored * len(kept), backwards, trained=backwards, heads=heads)
+    forwards, heads = rows * (len(kept) + shape.layers * objective.needs_dense), rows * (2 + objective.needs_dense)
+    backwards, judged = rows * len(kept), run.heldout * shape.layers + scored * len(kept)
+    work = Work.of(shape, forwards, backwards, trained=backwards, heads=heads)
+    work += Work.of(held, judged, heads=scored * (1 + judge.needs_dense))
     step = min(rows_per_step(settings, shape.window), run.tuning)
     together = min(step, max(1, run.budget.pass_tokens // shape.window))
     logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
@@ -81,7 +83,7 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
         "decoded weights": run.after.matrices * (2 * shape.itemsize + 1),
         "kept for backward": together * saved,
         "logits": logits,
-        "held-out states": 2 * shape.stream(run.heldout),
+        "held-out states": 2 * held.stream(run.heldout),
     }
     return Spent(peak, work)
 

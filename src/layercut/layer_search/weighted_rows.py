@@ -69,6 +69,15 @@ class WeightedRows:
         return self.is_text[:rows].nonzero()[:, 0]
 
 
+def tests_alone(probes: ProbeRows) -> WeightedRows:
+    """Rows of tests without text: the mean of their prices is weight · mean_c D_c.
+
+    probes: M rows of tests.
+    """
+    none = torch.zeros(len(probes.tokens), dtype=torch.bool)
+    return WeightedRows(probes.tokens, probes.weights() * probes.weight, none, probes.weight)
+
+
 def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
     """Rows of text and of tests, in turn.
 

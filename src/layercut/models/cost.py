@@ -218,6 +218,8 @@ class PlannedRun:
     """Of the dense model, for rows of the calibration window."""
     reported: Shape
     """The same for the window that perplexity is reported on."""
+    tuned: Shape
+    """The same for the window that is tuned on."""
     segments: list[Segment]
     """What is removed: given, or assumed."""
     after: Parts
@@ -256,7 +258,7 @@ class PlannedRun:
     @property
     def tuning(self) -> int:
         """Rows that are tuned on."""
-        return self.shape.rows_of(self.config.heal.tune_tokens)
+        return self.tuned.rows_of(self.config.heal.tune_tokens)
 
     @property
     def evaluation(self) -> int:

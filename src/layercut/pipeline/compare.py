@@ -52,7 +52,7 @@ from layercut.pipeline.compare_artefacts import (
     StartAndBest,
 )
 from layercut.pipeline.compare_judged import DENSE, CutJudge, asked_tasks, with_retention
-from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_reported_window
+from layercut.pipeline.resolve_options import check_sources, check_window, default_folder, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings
@@ -95,7 +95,7 @@ def compare(model: str, config: CompareConfig) -> Path:
         evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
-    journey = with_reported_window(journey, architecture)
+    journey = with_windows(journey, architecture)
     config = replace(config, compare=replace(config.compare, eval_window=journey.evaluate.eval_window))
     layers = loading.count_layers(architecture)
     length = layers_to_remove(config.compare.ratio or 0, layers)

@@ -29,8 +29,10 @@ from layercut.quantization import bit_choice
 from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
-ENOUGH_TO_TRY = 65536
-"""Tokens to tune on from which a share of them is spent on cuts on trial."""
+ENOUGH_TOKENS = 65536
+"""To tune on: from here on a share of them is spent on cuts on trial, and their rows are long."""
+LONG_ROW = 1024
+"""Tokens in a long row to tune on; of 131,072 tokens such rows healed 5 % better than rows of 256 (docs/log.md)."""
 Stage = Literal["search", "tune", "report"]
 """How far a run goes: until the segments are known, the model is healed, or all is measured and reported."""
 
@@ -43,7 +45,7 @@ class ResolvedRun:
     """As the user named it."""
     checkpoint: checkpoints.Checkpoint
     config: CompressConfig
-    """With the window that perplexity is reported on filled in."""
+    """With the windows that are tuned and reported on filled in."""
     layers: int
     """L, before anything is removed."""
     wanted: list[Segment]
@@ -80,7 +82,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
-    config = with_reported_window(config, architecture)
+    config = with_windows(config, architecture)
     if config.heal.teacher_topk:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = loading.count_layers(architecture)
@@ -129,7 +131,7 @@ def score_of(config: CompressConfig, *, heals: bool) -> Score:
         return search.score
     weighs = search.preserve != "none" and search.preserve_weight > 0 and names(criteria.get(search.method), "probes")
     plain = search.segment or search.max_loss is not None or config.number_of_rounds > 1
-    return "healed" if heals and heal.tune_tokens >= ENOUGH_TO_TRY and weighs and not plain else "raw"
+    return "healed" if heals and heal.tune_tokens >= ENOUGH_TOKENS and weighs and not plain else "raw"
 
 
 def wanted_length(search: SearchConfig, layers: int) -> int | None:
@@ -297,8 +299,8 @@ def check_window(flag: str, window: int, architecture: Any) -> None:
         )
 
 
-def with_reported_window(config: CompressConfig, architecture: Any) -> CompressConfig:
-    """The config with the window that perplexity is reported on filled in.
+def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
+    """The config with the windows that are tuned on and that perplexity is reported on filled in.
 
     Args:
         config: every option.
@@ -308,11 +310,20 @@ def with_reported_window(config: CompressConfig, architecture: Any) -> CompressC
         The new config.
 
     Raises:
-        ConfigError: the window exceeds the model's positions.
+        ConfigError: a window exceeds the model's positions, or rows to tune on are shorter than the others.
     """
-    window = config.evaluate.eval_window or loading.reported_window(architecture)
-    check_window("--eval-window", window, architecture)
-    return replace(config, evaluate=replace(config.evaluate, eval_window=window))
+    reported, heal = config.evaluate.eval_window or loading.reported_window(architecture), config.heal
+    fits = (loading.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
+    tuned = heal.tune_window or (max(config.text.window, LONG_ROW) if fits else config.text.window)
+    check_window("--eval-window", reported, architecture)
+    check_window("--tune-window", tuned, architecture)
+    if tuned < config.text.window:
+        raise ConfigError(
+            f"--tune-window {tuned} is shorter than --window {config.text.window}",
+            f"allowed is {config.text.window} or more; or shorten --window as well",
+        )
+    evaluate, heal = replace(config.evaluate, eval_window=reported), replace(heal, tune_window=tuned)
+    return replace(config, evaluate=evaluate, heal=heal)
 
 
 def default_folder(model: str) -> Path:

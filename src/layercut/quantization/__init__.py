@@ -5,18 +5,16 @@
 `found.model` is a plain model whose weights are the rounded ones, to the bit those that a reload will compute;
 `found.packed` are the tensors for the checkpoint. Weights only: activations stay in the model's dtype.
 
-One decoder layer after another, each calibrated on what the quantized layers before it compute, so that later layers
-compensate the errors of earlier ones as far as they can; only one layer's Hessians are in memory. Which weights:
-`assignment.py`; the points a weight may take: `grid.py`; which point: `quantizers.py`; the file format: `packing.py`.
+One decoder layer after another, each calibrated on what the quantized layers before it compute: `layer_by_layer.py`.
+Which weights: `assignment.py`; the points a weight may take: `grid.py`; which point: `quantizers.py`; the file format:
+`packing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -24,22 +22,21 @@ from layercut.config import Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.files.sizes import parse_bytes
 from layercut.models import loading
-from layercut.models.devices import place_of_float64
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.memory import memory_limit
-from layercut.models.runner import Calls, DecoderRunner, intercepted
+from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
 from layercut.quantization.bit_choice import Mixture, choose
-from layercut.quantization.gptq import gram, output_errors
+from layercut.quantization.gptq import output_errors
 from layercut.quantization.grid import decode, encode, fit_grid
+from layercut.quantization.layer_by_layer import each_with_hessian
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantized import Quantized, QuantizedWeight
 from layercut.quantization.quantizers import Quantizer, codes, resolve
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 
-Part = TypeVar("Part")
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
 
 
@@ -177,15 +174,16 @@ def _decoder_layers(
 ) -> None:
     """The weights in the decoder layers, layer by layer; tokens: to calibrate on, where the quantizer is calibrated."""
     inside = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
-    wanted = {layer: list(group) for layer, group in inside if layer is not None}
+    wanted = {layer: {target.name: target for target in group} for layer, group in inside if layer is not None}
     with memory_limit(), bar("quantizing", len(loading.find_decoder(model))) as advance:
-        if tokens is not None and wanted:
-            _layer_by_layer(DecoderRunner(model), tokens, wanted, quantize_one, advance)
-        else:
+        if tokens is None or not wanted:
             for group in wanted.values():
-                for target in group:
+                for target in group.values():
                     quantize_one(target, None)
                 advance(1)
+            return
+        for layer, name, hessian in each_with_hessian(DecoderRunner(model), tokens, wanted, advance):
+            quantize_one(wanted[layer][name], hessian)
 
 
 def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
@@ -248,98 +246,6 @@ def _bytes_left(model: Any, rows: Sequence[QuantizedWeight]) -> int:
     covered = {id(model.get_submodule(row.name).weight) for row in rows}
     stored = stored_dtype(model).itemsize
     return sum(p.numel() * min(stored, p.itemsize) for key, p in parameters.items() if key not in covered)
-
-
-def _layer_by_layer(
-    stack: DecoderRunner,
-    tokens: torch.Tensor,
-    wanted: dict[int, list[Assignment]],
-    quantize_one: QuantizeOne,
-    advance: Callable[..., None],
-) -> None:
-    """Hessians of a layer, then its weights, then its outputs for the next one."""
-    rows = stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1]))
-    batches: list[_Rows] = []
-    _in_parts(stack, list(rows), lambda some: batches.append(_Rows(stack, some, *stack.enter(some))))
-    for i in range(max(wanted) + 1):
-        if i in wanted:
-            batches, hessians = _hessians(stack, i, batches, wanted[i])
-            for target in wanted[i]:
-                quantize_one(target, hessians[target.name])
-        batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
-        advance(1)
-
-
-@dataclass
-class _Rows:
-    """Rows of calibration tokens [B, T] on their way through the layers."""
-
-    stack: DecoderRunner
-    tokens: torch.Tensor
-    hidden: torch.Tensor
-    """What enters the layer at hand [B, T, D]."""
-    calls: Calls
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def split(self, rows: int) -> list[_Rows]:
-        """As of a tensor: so many rows each."""
-        pairs = zip(self.tokens.split(rows), self.hidden.split(rows), strict=True)
-        return [_Rows(self.stack, tokens, hidden, self.stack.arguments(tokens)) for tokens, hidden in pairs]
-
-    def pass_(self, i: int) -> None:
-        """Through layer i."""
-        self.hidden = self.stack.plain_layer(i, self.hidden, self.calls)
-
-
-def _in_parts(stack: DecoderRunner, parts: list[Part], work: Callable[[Part], None]) -> list[Part]:
-    """Do work on each part, on two halves of it where memory runs out; the parts that it was done on."""
-    queue, done = stack.parts("quantize", parts), []
-    for part in queue:
-        with queue.trying(part):
-            work(part)
-            done.append(part)
-    return done
-
-
-def _hessians(
-    stack: DecoderRunner, i: int, batches: list[_Rows], targets: Sequence[Assignment]
-) -> tuple[list[_Rows], dict[str, torch.Tensor | None]]:
-    """H = 2 X'X of every target's input in layer i; one matrix where several read the same tensor.
-
-    None: the module did not run, as an expert to which no token was sent. With them the batches, which are smaller
-    where memory ran out.
-    """
-    modules = [stack.model.get_submodule(target.name) for target in targets]
-    source: dict[int, int] = {}  # module -> the module whose Hessian it uses
-    sums: dict[int, torch.Tensor] = {}
-
-    def add_(rows: _Rows) -> None:
-        seen: dict[int, torch.Tensor] = {}
-
-        def record(which: int, run: Callable[..., Any], x: torch.Tensor) -> Any:
-            seen[which] = x
-            return run(x)
-
-        with intercepted(modules, record):
-            stack.plain_layer(i, rows.hidden, rows.calls)
-        for which, x in seen.items():
-            if which not in source:
-                source[which] = next((other for other in seen if seen[other] is x and other in sums), which)
-            if source[which] == which and which not in sums:
-                sums[which] = torch.zeros(x.shape[-1], x.shape[-1], dtype=_sum_dtype(x.device), device=x.device)
-        # nothing is added before all is there: a part that runs out of memory comes again
-        found = {which: gram(x) for which, x in seen.items() if source[which] == which}
-        for which, product in found.items():
-            sums[which].add_(product)
-
-    batches = _in_parts(stack, batches, add_)
-    return batches, {t.name: sums[source[which]] if which in source else None for which, t in enumerate(targets)}
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float64 if place_of_float64(device) == device else torch.float32
 
 
 def _quantize_weight(

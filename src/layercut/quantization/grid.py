@@ -18,7 +18,7 @@ class Grid:
     scale: torch.Tensor
     """[O, G], in the dtype that the model is saved in: rounded before any weight is, as it will be stored."""
     zero: torch.Tensor | None
-    """[O, G] int8; None: symmetric, every zero point is 0."""
+    """[O, G]: int8, or float32 where it need not be a code; None: symmetric, every zero point is 0."""
     bits: int
     """Of a code."""
     group_size: int

@@ -83,8 +83,10 @@ def asked(work: RunContext, use: Use) -> Asked:
         )
     if use == "calibration":
         return Asked(source=text.data, tokens=text.tokens, window=text.window)
-    tokens = held_out_tokens(heal) if use == "heldout" else heal.tune_tokens
-    return Asked(source=tuning_source(work), tokens=tokens, window=text.window)
+    source = tuning_source(work)
+    if use == "heldout":
+        return Asked(source=source, tokens=held_out_tokens(heal), window=text.window)
+    return Asked(source=source, tokens=heal.tune_tokens, window=heal.tune_window or text.window)
 
 
 def tuning_source(work: RunContext) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from layercut import surgery
+from layercut.data.blocks import in_rows
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.distributed import processes
 from layercut.healing import fold_, tune_
@@ -17,7 +18,7 @@ from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
 from layercut.layer_search.finalists import tried
 from layercut.layer_search.prices import Judge, Prices
-from layercut.layer_search.weighted_rows import WeightedRows, weighted_rows
+from layercut.layer_search.weighted_rows import WeightedRows, tests_alone, weighted_rows
 from layercut.models.batch_sizes import slices
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL
@@ -27,6 +28,8 @@ from layercut.pipeline.stages.heal import tune_settings
 from layercut.progress import bar, say
 from layercut.segments import Segment
 
+TESTS = 16
+"""Rows of tests, as long as those that are tuned on, by which what is left after healing is judged."""
 FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = 16
@@ -65,8 +68,9 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     if tests and tests.tokens.shape[1] == fit.shape[1]:
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
     heldout = work.blocks["heldout"]
-    unseen = weighted_rows(heldout, other_tests(work, tests, len(heldout)))
-    few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS))
+    few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS, work.config.text.window))
+    others = other_tests(work, tests, TESTS, work.config.heal.tune_window or work.config.text.window)
+    unseen = [weighted_rows(heldout, None), *([tests_alone(others)] if others else [])]
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
     prices = Prices(this.stack, tokens, Cost(), probes=tests)
@@ -79,7 +83,8 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
         def healed_price(cuts: Sequence[Segment]) -> float:
             shown.close()  # healing shows its own
-            left = processes.from_main(left_of(healed_for_a_while(this, cuts, tokens), this.stack, unseen))
+            student = healed_for_a_while(this, cuts, tokens)
+            left = processes.from_main(sum(left_of(student, this.stack, rows) for rows in unseen))
             say("trial", f"{', '.join(map(str, cuts))}: {left:.4g} nats after a short healing")
             return left
 
@@ -106,7 +111,7 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     """
     heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], this.tuning[: rows_to_tune(len(this.tuning))]
     student, settings = DecoderRunner(surgery.cut(this.before, cuts)), tune_settings(this.work.config.heal)
-    fold_(student, this.stack, torch.cat([tokens, rows]), heldout=heldout)
+    fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
     tune_(student, this.stack, rows, heldout=heldout, **vars(settings) | SHORT)
     return student
 
@@ -118,10 +123,11 @@ def left_of(student: DecoderRunner, dense: DecoderRunner, rows: WeightedRows) ->
     Args:
         student: the model.
         dense: the model that it was cut from.
-        rows: of text and of tests.
+        rows: of text or of tests.
 
     Returns:
-        KL on the text and the weighed damage to the tests, nats per token; infinite where it is not finite.
+        KL on text and the weighed damage to tests, as far as they are among the rows; nats per token, infinite where
+        it is not finite.
     """
     found, at_once = [], dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)
     queue = dense.parts("search", slices(len(rows.tokens), at_once))
@@ -136,21 +142,21 @@ def left_of(student: DecoderRunner, dense: DecoderRunner, rows: WeightedRows) ->
     return as_price(rows.mean(torch.cat(found)[None]).item())
 
 
-def other_tests(work: RunContext, tests: ProbeRows | None, most: int) -> ProbeRows | None:
+def other_tests(work: RunContext, tests: ProbeRows | None, rows: int, window: int) -> ProbeRows | None:
     """Tests that the search has not seen.
 
     Args:
         work: of the run.
         tests: those that it has; None where it went by the text alone.
-        most: rows at most.
+        rows: M.
+        window: T.
 
     Returns:
-        As many of the same kinds; None as before, or where they count nothing.
+        Tests of the same kinds; None as before, or where they count nothing.
     """
     if tests is None or not tests.weight:
         return None
-    rows, text = len(tests.tokens), work.config.text
     return probe_rows(
-        work.tokenizer, rows=min(rows, most), window=text.window, capabilities=tests.names, seed=text.seed,
-        weight=tests.weight, first=rows,
+        work.tokenizer, rows=rows, window=window, capabilities=tests.names, seed=work.config.text.seed,
+        weight=tests.weight, first=len(tests.tokens),
     )  # fmt: skip

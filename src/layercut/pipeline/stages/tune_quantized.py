@@ -38,9 +38,10 @@ def inputs(work: RunContext) -> list[Any]:
 
 def settings_of(heal: HealConfig) -> TuneSettings:
     """How it is trained."""
+    own = replace(heal, teacher_topk=0, mix=heal.mix or 0.0)
     return TuneSettings(
-        objective=objective(replace(heal, teacher_topk=0)), learning_rate=RATE, batch_tokens=heal.batch_tokens,
-        epochs=heal.epochs, patience=heal.patience,
+        objective=objective(own), learning_rate=RATE, batch_tokens=heal.batch_tokens, epochs=heal.epochs,
+        patience=heal.patience,
     )  # fmt: skip
 
 

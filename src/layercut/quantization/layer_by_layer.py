@@ -1,0 +1,118 @@
+"""What calibrated rounding sees: the Hessian of each weight, one decoder layer after another.
+
+Each layer is calibrated on what the layers before it compute once they are rounded, so that later ones compensate the
+errors of earlier ones as far as they can; only one layer's Hessians are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from layercut.models.devices import place_of_float64
+from layercut.models.runner import Calls, DecoderRunner, intercepted
+from layercut.quantization.gptq import gram
+
+Part = TypeVar("Part")
+
+
+def each_with_hessian(
+    stack: DecoderRunner, tokens: torch.Tensor, wanted: Mapping[int, Collection[str]], advance: Callable[..., None]
+) -> Iterator[tuple[int, str, torch.Tensor | None]]:
+    """Weights with their Hessians; whoever takes one rounds it in the model before asking for the next.
+
+    Args:
+        stack: the layers, whose weights are replaced on the way.
+        tokens: calibration token ids [N, T].
+        wanted: names of linear modules, by layer.
+        advance: called after each layer.
+
+    Yields:
+        Layer, module and H = 2 X'X [I, I] of what goes into it; None where nothing did, as into an expert to which
+        no token was sent.
+    """
+    rows = stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1]))
+    batches: list[_Rows] = []
+    _in_parts(stack, list(rows), lambda some: batches.append(_Rows(stack, some, *stack.enter(some))))
+    for i in range(max(wanted) + 1):
+        if i in wanted:
+            batches, hessians = _hessians(stack, i, batches, list(wanted[i]))
+            yield from ((i, name, hessians[name]) for name in wanted[i])
+        batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
+        advance(1)
+
+
+@dataclass
+class _Rows:
+    """Rows of calibration tokens [B, T] on their way through the layers."""
+
+    stack: DecoderRunner
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    """What enters the layer at hand [B, T, D]."""
+    calls: Calls
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, rows: int) -> list[_Rows]:
+        """As of a tensor: so many rows each."""
+        pairs = zip(self.tokens.split(rows), self.hidden.split(rows), strict=True)
+        return [_Rows(self.stack, tokens, hidden, self.stack.arguments(tokens)) for tokens, hidden in pairs]
+
+    def pass_(self, i: int) -> None:
+        """Through layer i."""
+        self.hidden = self.stack.plain_layer(i, self.hidden, self.calls)
+
+
+def _in_parts(stack: DecoderRunner, parts: list[Part], work: Callable[[Part], None]) -> list[Part]:
+    """Do work on each part, on two halves of it where memory runs out; the parts that it was done on."""
+    queue, done = stack.parts("quantize", parts), []
+    for part in queue:
+        with queue.trying(part):
+            work(part)
+            done.append(part)
+    return done
+
+
+def _hessians(
+    stack: DecoderRunner, i: int, batches: list[_Rows], names: Sequence[str]
+) -> tuple[list[_Rows], dict[str, torch.Tensor | None]]:
+    """H = 2 X'X of every module's input in layer i; one matrix where several read the same tensor.
+
+    None: the module did not run, as an expert to which no token was sent. With them the batches, which are smaller
+    where memory ran out.
+    """
+    modules = [stack.model.get_submodule(name) for name in names]
+    source: dict[int, int] = {}  # module -> the module whose Hessian it uses
+    sums: dict[int, torch.Tensor] = {}
+
+    def add_(rows: _Rows) -> None:
+        seen: dict[int, torch.Tensor] = {}
+
+        def record(which: int, run: Callable[..., Any], x: torch.Tensor) -> Any:
+            seen[which] = x
+            return run(x)
+
+        with intercepted(modules, record):
+            stack.plain_layer(i, rows.hidden, rows.calls)
+        for which, x in seen.items():
+            if which not in source:
+                source[which] = next((other for other in seen if seen[other] is x and other in sums), which)
+            if source[which] == which and which not in sums:
+                sums[which] = torch.zeros(x.shape[-1], x.shape[-1], dtype=_sum_dtype(x.device), device=x.device)
+        # nothing is added before all is there: a part that runs out of memory comes again
+        found = {which: gram(x) for which, x in seen.items() if source[which] == which}
+        for which, product in found.items():
+            sums[which].add_(product)
+
+    batches = _in_parts(stack, batches, add_)
+    return batches, {name: sums[source[which]] if which in source else None for which, name in enumerate(names)}
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if place_of_float64(device) == device else torch.float32

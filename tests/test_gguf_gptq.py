@@ -1,0 +1,151 @@
+"""GPTQ for GGUF files: codes go where llama.cpp reads them, its scales stay, and what is computed comes nearer."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import folders
+import tiny
+from layercut.errors import ModelError
+from layercut.export import gguf_gptq
+from layercut.export.ggml_codes import LAYOUTS, SHARED, grid_of, with_codes
+from layercut.export.gguf_check import read_by_transformers
+from layercut.export.gguf_export import CutGguf, write_cut
+from layercut.export.gguf_gptq import choose_codes_
+from layercut.models import checkpoints, loading
+from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.quantization.grid import decode
+from layercut.segments import Segment
+from layercut.surgery import cut_segment_
+
+gguf = pytest.importorskip("gguf")
+from gguf_writer import write_gguf  # noqa: E402 - it needs gguf
+
+SEGMENT = Segment(2, 4)
+
+
+def random_rows(kind: str, rows: int = 6, columns: int = 512) -> np.ndarray:
+    """Rows of blocks as a file has them, with scales that are numbers."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    draw = np.random.default_rng(0)
+    packed = draw.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+    for at in (0, 2) if kind in ("q4_1", "q5_1", "q4_k", "q5_k") else (0,):
+        numbers = draw.uniform(-1, 1, packed.shape[:2]).astype(np.float16)
+        packed[..., at : at + 2] = numbers[..., None].view(np.uint8)
+    return packed.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_codes_are_where_the_format_has_them(kind):
+    """By the gguf package's reader: any codes, beside any scales, are what the grid says they are."""
+    ggml, packed = gguf.GGMLQuantizationType[kind.upper()], random_rows(kind)
+    grid = grid_of(packed, ggml, 512)
+    codes = torch.randint(grid.lowest, grid.highest + 1, (6, 512), generator=torch.Generator().manual_seed(1))
+    other = with_codes(packed, kind, codes.numpy() - grid.lowest)
+    read = torch.from_numpy(gguf.quants.dequantize(other, ggml))
+    told, free = decode(codes.to(torch.int8), grid), grid.scale.isfinite().repeat_interleave(SHARED, 1)
+    assert free.double().mean() > 0.9
+    assert torch.allclose(read[free], told[free], rtol=1e-3, atol=1e-3)
+    assert (other != packed).any()
+    scales = list(range(min(LAYOUTS[kind].low, LAYOUTS[kind].high or 99)))
+    size = gguf.GGML_QUANT_SIZES[ggml][1]
+    assert (other.reshape(6, -1, size)[..., scales] == packed.reshape(6, -1, size)[..., scales]).all()
+
+
+def test_a_block_without_a_scale_leaves_no_choice():
+    ggml, packed = gguf.GGMLQuantizationType.Q4_1, random_rows("q4_1")
+    packed[2, :2] = 0  # the first block's scale
+    grid = grid_of(packed, ggml, 512)
+    assert grid.scale[2, 0].isnan()
+    assert grid.scale.isnan().sum() == 1
+    hessian, weight = torch.eye(512, dtype=torch.float64), torch.randn(6, 512)
+    chosen, points = gguf_gptq._chosen(packed, ggml, weight, hessian)
+    assert (chosen[2] == packed[2]).all()
+    assert (chosen[[0, 1, 3, 4, 5]] != packed[[0, 1, 3, 4, 5]]).any(1).all()
+    assert points.isfinite().all()
+    assert points.shape == weight.shape
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory):
+    """A source file, the cut model with what was changed beside the cut, and text: its tokens are alike, as text is."""
+    model = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    source = write_gguf(model, folders.tokenizer(), tmp_path_factory.mktemp("gguf") / "tiny.gguf", "Q4_1")
+    checkpoint = checkpoints.resolve(str(source))
+    student = loading.load(checkpoint, dtype="float32").model
+    cut_segment_(student, [SEGMENT])
+    draw = torch.Generator().manual_seed(1)
+    changed = {
+        name: weight + 0.1 * torch.randn(weight.shape, generator=draw)
+        for name, weight in student.named_parameters()
+        if name.startswith(("model.layers.1.", "model.layers.2."))
+    }
+    loading.replace_parameters_(student, changed)
+    few = torch.randint(0, folders.VOCABULARY, (40,), generator=draw)
+    tokens = few[torch.randint(0, 40, (24, 32), generator=draw)]
+    return CutGguf(checkpoint=checkpoint, segments=[SEGMENT], healed=changed), student, tokens
+
+
+@pytest.mark.parametrize("kind", ["same", "q4_0"])
+def test_what_a_healed_file_computes_is_nearer_to_the_model(healed, tmp_path, kind):
+    source, student, tokens = healed
+    text, other = tokens[:20], tokens[20:]
+    told = {
+        name: write_cut(source, tmp_path / f"{name}.gguf", kind, student, given)
+        for name, given in (("plain", None), ("gptq", text))
+    }
+    assert told["plain"]["gptq"] == []
+    matrices = [n for n, weight in source.healed.items() if weight.dim() == 2]
+    assert told["gptq"]["gptq"] == sorted(matrices)
+    files = {name: tmp_path / f"{name}.gguf" for name in told}
+    assert files["plain"].stat().st_size == files["gptq"].stat().st_size
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["gptq.gguf", "plain.gguf"]
+    left = {
+        name: mean_kl(DecoderRunner(student), DecoderRunner(read_by_transformers(file)), other)
+        for name, file in files.items()
+    }
+    assert left["gptq"] < 0.8 * left["plain"], left
+
+
+def test_rows_of_query_and_key_are_found_in_the_files_order(healed, tmp_path, monkeypatch):
+    """Without the rotary order the codes of one row stand beside another row's scales."""
+    source, student, tokens = healed
+    write_cut(source, file := tmp_path / "file.gguf", "same", student, None)
+    names = [n for n in source.healed if "q_proj" in n or "k_proj" in n]
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(file.read_bytes())
+    assert choose_codes_(file, student, tokens, names) == sorted(names)
+    monkeypatch.setattr(gguf_gptq, "file_rows", lambda name, architecture, config, rows: torch.arange(rows))
+    choose_codes_(wrong, student, tokens, names)
+
+    def error(path):
+        read = dict(read_by_transformers(path).named_parameters())
+        return max((read[n] - source.healed[n]).norm() / source.healed[n].norm() for n in names)
+
+    assert error(file) < 0.2 < error(wrong)
+
+
+def test_a_model_that_cannot_be_run_layer_by_layer_keeps_its_rounding(healed, tmp_path, monkeypatch):
+    (source, student, tokens), said = healed, []
+
+    def refuses(model):
+        raise ModelError("no layers of its own")
+
+    monkeypatch.setattr(gguf_gptq, "DecoderRunner", refuses)
+    monkeypatch.setattr(gguf_gptq, "say", lambda *words: said.append(" ".join(words)))
+    told = write_cut(source, tmp_path / "file.gguf", "same", student, tokens)
+    assert told["gptq"] == []
+    assert said == ["note rounded weight by weight, not by GPTQ: no layers of its own"]
+
+
+def test_only_linear_modules_of_the_decoder_are_taken(healed, tmp_path):
+    source, student, tokens = healed
+    write_cut(source, file := tmp_path / "file.gguf", "same", student, None)
+    assert choose_codes_(file, student, tokens, ["model.embed_tokens.weight", "model.norm.weight"]) == []
+    before = file.read_bytes()
+    assert choose_codes_(file, copy.deepcopy(student), tokens, []) == []
+    assert file.read_bytes() == before
