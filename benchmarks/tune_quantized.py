@@ -120,7 +120,8 @@ def cpu_of_children() -> float:
 def main() -> None:
     args = arguments(
         __doc__ or "", data="c4", texts=["wiki=wikitext2"], settings=["bits=4", "bits=4 train=scales"], tokens=8192,
-        tune_tokens=16384, heldout_tokens=2048, eval_tokens=16384, window=256, seed=0, auto_round=sys.executable,
+        tune_tokens=16384, heldout_tokens=2048, eval_tokens=16384, window=256, tune_window=0, seed=0,
+        auto_round=sys.executable,
     )  # fmt: skip
     model = open_model(args.model)
     dither_(model.model)
@@ -142,14 +143,17 @@ def main() -> None:
 
 def drawn(model: loading.LanguageModel, args: Namespace) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Tokens to calibrate, to judge and to train on, other rows each; and the texts that are reported."""
-    counts = {"calibration": args.tokens, "heldout": args.heldout_tokens, "tuning": args.tune_tokens}
+    counts = {"calibration": args.tokens, "heldout": args.heldout_tokens}
     rows = blocks(model, args.data, sum(counts.values()), args.window, args.seed).tokens
-    parts = rows.split([count // args.window for count in counts.values()])
+    parts = dict(zip(counts, rows.split([count // args.window for count in counts.values()]), strict=True))
+    window = args.tune_window or args.window
+    before = -(-sum(counts.values()) // window)
+    parts["tuning"] = blocks(model, args.data, args.tune_tokens, window, args.seed, skip=before).tokens
     reported = {
         name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
         for name, _, source in (item.partition("=") for item in args.texts)
     }
-    return dict(zip(counts, parts, strict=True)), reported
+    return parts, reported
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from layercut.errors import ConfigError, RunError
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning as room
 from layercut.healing import fold_, stored_teacher, tune_
-from layercut.healing.endpoint_tuning import TuningFiles, endpoints, own_parameters_, rows_of_step, warmup_then_cosine
+from layercut.healing.endpoint_tuning import (
+    TuningFiles,
+    endpoints,
+    own_parameters_,
+    rows_of_step,
+    trained_positions,
+    warmup_then_cosine,
+)
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
@@ -58,6 +65,21 @@ def test_endpoints_are_the_layers_beside_each_cut():
     assert endpoints([Segment(6, 8)], 8) == [5]
     assert endpoints([Segment(3, 5)], 8, radius=2) == [1, 2, 3, 4]
     assert endpoints([Segment(1, 2), Segment(5, 6)], 8) == [0, 1, 3, 4]
+
+
+def test_as_many_layers_are_trained_as_their_parameters_allow(monkeypatch):
+    monkeypatch.setattr(room, "MOST_TRAINED", 40)
+    one, two = [Segment(3, 5)], [Segment(1, 2), Segment(5, 6)]
+    assert trained_positions(one, [10] * 8, None) == [1, 2, 3, 4]
+    assert trained_positions(one, [10] * 8, 1) == [2, 3]
+    assert trained_positions(one, [10, 99, 10, 0, 0, 10, 10, 10], None) == [2, 3], "a large layer among the next"
+    assert trained_positions(one, [30] * 8, None) == [2, 3], "the endpoints in any case"
+    assert trained_positions(two, [10] * 8, None) == [0, 1, 3, 4]
+    assert trained_positions(two, [1] * 8, None) == [*range(6)]
+    monkeypatch.setattr(room, "MOST_TRAINED", 10**9)
+    model = tiny.llama()
+    report = tune_(cut_copy(model, one[0]), model, tiny.some_tokens(8), radius=None)
+    assert report.trained_layers == [*range(len(model.model.layers) - 2)]
 
 
 @pytest.mark.parametrize("objective", ["kl", "next-token", "hidden"])

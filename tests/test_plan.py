@@ -337,7 +337,7 @@ def test_time_is_work_over_rates(llama):
 
 
 def needs(settings: CompressConfig, target: Device) -> dict[str, int]:
-    layers = 4 if settings.heal.radius > 1 else 1
+    layers = 4 if settings.heal.radius != 1 else 1
     return {"fold": 100 + layers * settings.text.window, "tune": 100 + settings.heal.batch_tokens}
 
 

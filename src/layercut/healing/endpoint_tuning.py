@@ -54,6 +54,8 @@ SCORES = 8
 """How often the held-out loss is taken during tuning, beside once before it."""
 SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start."""
+MOST_TRAINED = 100_000_000
+"""Parameters that are trained where no radius is given: their state takes 2.2 GB, which most machines have."""
 FEW_STEPS = 64
 """Fewer take half the default rate."""
 RAISE_EVERY = 64
@@ -69,8 +71,8 @@ class TuneSettings:
     """Peak rate of AdamW; None takes `default_learning_rate` of the width, the steps and the layers."""
     batch_tokens: int = 1024
     """Tokens in one optimizer step."""
-    radius: int = 1
-    """Layers trained on each side of a cut."""
+    radius: int | None = 1
+    """Layers trained on each side of a cut; None: as many as `MOST_TRAINED` allows."""
     epochs: int = 1
     """Passes over the tokens; from the second on their rows are shuffled, by the epoch's number."""
     patience: int = 0
@@ -78,8 +80,8 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_tokens", 1), ("radius", 1), ("epochs", 1), ("patience", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, below {least}", f"the least is {name}={least}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name} is {value}, below {least}", f"the least is {name}={least}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"learning_rate is {self.learning_rate:g}, outside 0 to 1", "try 1e-4, or leave it out")
 
@@ -134,7 +136,7 @@ def tune_(
     objective: str | Objective = "kl",
     learning_rate: float | None = None,
     batch_tokens: int = 1024,
-    radius: int = 1,
+    radius: int | None = 1,
     epochs: int = 1,
     patience: int = 0,
     files: TuningFiles = TuningFiles(),
@@ -154,7 +156,7 @@ def tune_(
         objective: a registered name, or an `Objective`: `models.objectives.KL(temperature=2, mix=0.1)`.
         learning_rate: peak rate of AdamW; not given, `default_learning_rate`.
         batch_tokens: tokens in one optimizer step.
-        radius: layers trained on each side of a cut.
+        radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
         files: what to keep on disk; nothing by default.
@@ -229,7 +231,8 @@ def _pair(
     student: DecoderRunner, dense: DecoderRunner, settings: TuneSettings, files: TuningFiles
 ) -> tuple[Pair, list[int]]:
     """The two models and the objective; the positions of the layers that are trained."""
-    positions = endpoints(removed_segments(student, dense), len(dense), settings.radius)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in dense.layers]
+    positions = trained_positions(removed_segments(student, dense), sizes, settings.radius)
     objective = objective_of(settings.objective)
     if files.teacher and not all(term.stored_topk for _, term in objective.terms() if term.needs_dense):
         raise ConfigError(f"the objective {objective.name} needs all of the dense model's logits", "store no teacher")
@@ -272,6 +275,27 @@ def frozen_states(
     rows = rows_per_step(settings, window), rows_per_pass(pair, window)
     with bar("running the frozen layers once", len(tokens)) as advance:
         return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
+
+
+def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius: int | None) -> list[int]:
+    """Positions, in the cut model, of the layers that are trained: the endpoints, and more of them by the radius.
+
+    Args:
+        segments: the cuts, in the dense model's layers.
+        sizes: parameters of each of these layers.
+        radius: layers on each side of a cut; None: the largest for which they have no more than MOST_TRAINED
+            parameters, 1 in any case.
+
+    Returns:
+        Positions, sorted.
+    """
+    found, kept = endpoints(segments, len(sizes), radius or 1), kept_layers(segments, len(sizes))
+    for wider in range(2, len(kept)) if radius is None else ():
+        more = endpoints(segments, len(sizes), wider)
+        if sum(sizes[kept[p]] for p in more) > MOST_TRAINED:
+            break
+        found = more
+    return found
 
 
 def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list[int]:

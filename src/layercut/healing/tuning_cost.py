@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, endpoints, rows_per_step
+from layercut.healing.endpoint_tuning import SCORES, STATE_BYTES, TuneSettings, rows_per_step, trained_positions
 from layercut.models.cost import PlannedRun, Spent, Work
 from layercut.models.objectives import objective_of
 from layercut.segments import kept_layers
@@ -25,7 +25,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
         Its cost.
     """
     shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
-    trained, kept = endpoints(run.segments, shape.layers, settings.radius), kept_layers(run.segments, shape.layers)
+    trained, kept = _trained(run, settings.radius), kept_layers(run.segments, shape.layers)
     reads_logits, judge, first = objective.reads == "logits", objective.judge(), min(trained)
     stop = len(kept) if reads_logits else max(trained) + 1
 
@@ -93,6 +93,11 @@ def healed_bytes(run: PlannedRun) -> int:
     shape, heal = run.shape, run.config.heal
     if not run.segments:
         return 0
-    trained = sorted(shape.dense.layers)[-2 * heal.radius :] if heal.tune_tokens else []
+    trained = sorted(shape.dense.layers)[-len(_trained(run, heal.radius)) :] if heal.tune_tokens else []
     folded = shape.hidden * sum(shape.read) if heal.fold else 0
     return (sum(trained) + folded) * shape.itemsize
+
+
+def _trained(run: PlannedRun, radius: int | None) -> list[int]:
+    """Positions of the layers that are trained."""
+    return trained_positions(run.segments, run.shape.dense.layers, radius)
