@@ -263,8 +263,8 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
 
     opened = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "tuning", "heldout")}
-    kept = {"rows": trial.TESTS, "window": 128, "capabilities": ["sums"]}
-    others = probe_rows(opened.tokenizer, **kept, first=8)
+    kept = {"window": 128, "capabilities": ["sums"], "first": 8}
+    others = [probe_rows(opened.tokenizer, rows=rows, **kept) for rows in (trial.TESTS, trial.LONG_TESTS)]
     student = cut(opened.model, [Segment(*bounds) for bounds in healed[-1]["segments"]])
     heldout, rows = text["heldout"], text["tuning"][: 4096 // 128 // 16]
     fold_(student, opened.model, torch.cat([text["calibration"], rows]), heldout=heldout[:8])
@@ -278,10 +278,21 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
 
 @torch.no_grad()
 def left_of(dense, student, rows, tests):
-    """KL on rows of text and the damage to tests, per token of either."""
+    """KL on rows of text and the mean damage to two sets of tests, per token of either."""
 
     def kl(tokens):
         p, q = (model(tokens).logits.float().log_softmax(-1) for model in (dense, student))
         return (p.exp() * (p - q)).sum(-1)
 
-    return float(kl(rows).mean() + (kl(tests.tokens) * tests.weights()).sum(-1).mean())
+    damage = [(kl(each.tokens) * each.weights()).sum(-1).mean() for each in tests]
+    return float(kl(rows).mean() + sum(damage) / len(damage))
+
+
+def test_each_source_has_its_share_of_what_heals_a_cut_on_trial():
+    """Of a mix the tests are one row in ten: the first rows, or every sixteenth, may hold none."""
+    rows = torch.arange(64)[:, None]
+    origins = ["text"] * 5 + ["tests"] + ["text"] * 4
+    this = SimpleNamespace(tuning=rows, work=SimpleNamespace(text={"tuning": SimpleNamespace(origins=origins)}))
+    taken = trial.some_of_each(this)[:, 0].tolist()
+    assert [number for number in taken if origins[number % 10] == "tests"] == [5]
+    assert len(taken) == 1 + sum(origins[i % 10] == "text" for i in range(64)) // 16

@@ -110,8 +110,8 @@ def probe_rows(
     """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
 
     Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
-    items of the others, in random order. What does not fit a row is left out. Of rows of 2 SHORT_ROW tokens and more,
-    all but one in LONG_EVERY are short ones laid end to end.
+    items of the others, in random order. What does not fit a row is left out. For tuning, of rows of 2 SHORT_ROW tokens
+    and more all but one in LONG_EVERY are short ones laid end to end.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -136,7 +136,8 @@ def probe_rows(
         draw = random.Random(f"{family} {seed} {number}")
         chat = family == "tuning" and bool(getattr(tokenizer, "chat_template", None)) and draw.random() < CHAT_SHARE
         writer, found = _Writer(tokenizer, words, draw, chat), _Marked([], [])
-        pieces = 1 if number % LONG_EVERY == 0 else max(1, window // SHORT_ROW)
+        parted = family == "tuning" and number % LONG_EVERY
+        pieces = max(1, window // SHORT_ROW) if parted else 1
         for piece in range(pieces):
             length = window * (piece + 1) // pieces - window * piece // pieces
             found.extend(_row(writer, capabilities, length, number * pieces + piece))

@@ -128,17 +128,20 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
     disk: list[Step] = [("--stream on", "load", {"stream": "on"})]
     for place in [[]] if config.load.stream == "on" else [[], disk]:
         flags, changed = list[str](), config
-        rows = (f"--tune-window {config.text.window}", "heal", {"tune_window": config.text.window})
-        for flag, group, values in [*place, *STEPS, rows]:
+        window, shorter = config.text.window, list[Step]()
+        if (config.heal.tune_window or window) > window:
+            shorter = [(f"--tune-window {window}", "heal", {"tune_window": window})]
+        for flag, group, values in [*place, *STEPS, *shorter]:
             less = replace(changed, **{group: replace(getattr(changed, group), **values)})
             if less != changed:
                 flags, changed = [*flags, flag], less
                 yield flags, changed
-    window = changed.text.window
+    kept = [flag for flag in flags if not flag.startswith("--tune-window")]
     while window > 64:
         window //= 2
-        changed = replace(changed, text=replace(changed.text, window=window))
-        yield [*flags, f"--window {window}"], changed
+        text, heal = replace(changed.text, window=window), replace(changed.heal, tune_window=window)
+        changed = replace(changed, text=text, heal=heal)
+        yield [*kept, f"--tune-window {window}", f"--window {window}"], changed
 
 
 Step = tuple[str, str, dict[str, Any]]

@@ -46,6 +46,8 @@ LAYOUTS = {
 }
 """By GGML type (ggml-common.h, ggml-quants.c, b11739); in all of them 32 weights share a scale."""
 SHARED = 32
+NO_SCALE = 1e-30
+"""In the place of 0, by which nothing can be divided: all codes then stand for the same number, as with 0."""
 
 
 def with_codes(packed: np.ndarray, kind: str, codes: np.ndarray) -> np.ndarray:
@@ -83,7 +85,7 @@ def grid_of(packed: np.ndarray, kind: Any, columns: int) -> Grid:
         columns: I.
 
     Returns:
-        Scales and zero points in float32 [O, I / SHARED]; where a scale is 0, which leaves no choice, NaN.
+        Scales and zero points in float32 [O, I / SHARED]; a scale of 0, which leaves no choice, is NO_SCALE here.
     """
     from gguf import quants
 
@@ -93,5 +95,5 @@ def grid_of(packed: np.ndarray, kind: Any, columns: int) -> Grid:
         for code in (0, 1)
     )
     bits, scale = LAYOUTS[name].bits, one - none
-    scale = torch.where(scale == 0, torch.nan, scale)
+    scale = torch.where(scale == 0, NO_SCALE, scale)
     return Grid(scale, -(2 ** (bits - 1)) - none / scale, bits, SHARED)

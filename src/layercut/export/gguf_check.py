@@ -209,7 +209,7 @@ def compare_weights(name: str, read: Any, model: Any, rounded: Mapping[str, str]
                 raise ModelError(f"{name}, read back, holds another {parameter}", _TAKE_FOLDER)
             continue
         kind = rounded[parameter]
-        errors[parameter] = _distance(other, weight.cpu())
+        errors[parameter] = relative_distance(other, weight.cpu())
         if not errors[parameter] <= largest_error(kind):
             raise ModelError(
                 f"{name}, read back, is off by {errors[parameter]:.3g} in {parameter} ({kind}): "
@@ -229,8 +229,16 @@ def largest_error(kind: str) -> float:
     return next(error for least, error in LARGEST_ERROR_OF_BITS if 8 * size / block >= least)
 
 
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative error ||found - wanted|| / ||wanted||."""
+def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error ||found - wanted|| / ||wanted||.
+
+    Args:
+        found: of any shape.
+        wanted: of the same.
+
+    Returns:
+        0 where they are equal.
+    """
     return ((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30)).item()
 
 

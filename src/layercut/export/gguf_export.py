@@ -64,7 +64,7 @@ class Texts:
     measured: torch.Tensor | None = None
     """To measure on."""
     calibration: torch.Tensor | None = None
-    """To measure the importance of columns on."""
+    """To measure the importance of columns on, and for GPTQ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         file: where to write.
         kind: SAME, or a GGML type in lower case: of what was healed; a mixture of llama.cpp: of all matrices.
         student: the model that the file should be, for its config and the importance of columns.
-        tokens: token ids [N, T] to measure importance on; None: rounded without.
+        tokens: token ids [N, T] to measure importance on, and for GPTQ; None: rounded without.
 
     Returns:
         "kind", "healed": names of parameters, "importance": how many matrices were rounded with it, and "gptq": the
@@ -200,7 +200,7 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
         raise ModelError(f"{checkpoint.name} is in its own number formats already", "give another --gguf-type")
     loaded = loading.load(checkpoint, dtype="float32", device="cpu")
     text = _some_text(loaded)
-    how = write_rounded(checkpoint.file, file, kind, loaded.model, text)
+    how = write_rounded(checkpoint.file, file, kind, loaded.model, text, None)
     return {"kind": kind} | how | _read_and_measured(file, loaded, text, checkpoint.file)
 
 
@@ -245,12 +245,14 @@ def write_converted(
         if llama_cpp_installed():  # what rounding costs would hide a small difference
             with bar("comparing before rounding", None):
                 by_llama_cpp(plain, loaded.model, loaded.tokenizer, text)
-        how = write_rounded(plain, file, kind, loaded.model, text if texts.calibration is None else texts.calibration)
+        how = write_rounded(plain, file, kind, loaded.model, text, texts.calibration)
         plain.unlink()
     return {"kind": kind} | how | _read_and_measured(file, loaded, text)
 
 
-def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.Tensor) -> dict[str, Any]:
+def write_rounded(
+    plain: Path, file: Path, kind: str, model: Any, text: torch.Tensor, calibration: torch.Tensor | None
+) -> dict[str, Any]:
     """A GGUF file with all its matrices in another number format.
 
     Args:
@@ -258,19 +260,22 @@ def write_rounded(plain: Path, file: Path, kind: str, model: Any, tokens: torch.
         file: where to write.
         kind: a GGML type or a mixture, in lower case.
         model: what is in `plain`.
-        tokens: token ids [N, T] to measure importance on, which mixtures heed, and to calibrate GPTQ on.
+        text: token ids [N, T] to measure importance on where there is no calibration text; mixtures heed it.
+        calibration: token ids [N, T] of a run, for importance, and for GPTQ, which is left out without.
 
     Returns:
         "importance": how many matrices heeded it, "gptq": whose codes were then chosen by GPTQ.
     """
-    columns = _columns(model, tokens) if kind not in FINE and llama_cpp_installed() else {}
+    heeds = kind not in PLAIN or (kind not in FINE and calibration is not None and llama_cpp_installed())
+    columns = _columns(model, text if calibration is None else calibration) if heeds else {}
     named = _in_file(plain, model, columns)
     if kind in PLAIN:
         cut_gguf(plain, [], file, replaced=requantized(plain, kind, named))
     else:
         with bar(f"quantizing to {kind}", None):
             quantize_file(plain, file, kind, named)
-    return {"importance": len(columns), "gptq": choose_codes_(file, model, tokens, _matrices(model))}
+    again = [] if calibration is None else choose_codes_(file, model, calibration, _matrices(model))
+    return {"importance": len(columns), "gptq": again}
 
 
 def _refuse_unknown(architecture: str) -> None:
@@ -317,4 +322,4 @@ def _types_of(model: Any, file: Path) -> dict[str, str]:
     """The GGML type, in lower case, that each parameter has in a file; of those that llama.cpp parts, the coarsest."""
     types, coarse = stored_types(file), coarsest(file)[1].lower()
     names = possible_names(model, architecture_of(file))
-    return {parameter: coarse if name is None else types[name] for parameter, name in names.items()}
+    return {parameter: types.get(name or "", coarse) for parameter, name in names.items()}

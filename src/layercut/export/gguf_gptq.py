@@ -6,7 +6,7 @@ into account what the columns have to do with each other. The file's layout, siz
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import nn
 
 from layercut.errors import ModelError
 from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes
-from layercut.export.gguf_check import readable, weights_in
-from layercut.export.gguf_tensors import architecture_of, file_rows, possible_names
+from layercut.export.gguf_check import largest_error, readable, relative_distance, weights_in
+from layercut.export.gguf_tensors import CONVERTED as FLOATS
+from layercut.export.gguf_tensors import architecture_of, file_rows, possible_names, stored_types
 from layercut.models import loading
 from layercut.models.gguf_header import open_gguf
 from layercut.models.memory import memory_limit
@@ -26,8 +27,6 @@ from layercut.progress import bar, say
 from layercut.quantization.gptq import gptq
 from layercut.quantization.layer_by_layer import each_with_hessian
 from layercut.surgery import cut_gguf
-
-REWRITTEN = "rewritten.gguf"
 
 
 @torch.no_grad()
@@ -42,41 +41,52 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
 
     Returns:
         Names of the parameters that have other codes now: matrices of linear modules in the decoder layers, of the
-        types of `LAYOUTS`. None where the model cannot be run layer by layer, which is said.
+        types of `LAYOUTS`, with no more columns than there are tokens. Of the others it is said where the file keeps
+        their rows in an order of its own, or the model cannot be run layer by layer.
     """
-    tensors = {tensor.name: tensor for tensor in open_gguf(file)[1].tensors}
-    names = {n: name for n, name in possible_names(model, architecture_of(file)).items() if n in rounded and name}
-    wanted = {n: tensors[name] for n, name in names.items() if tensors[name].tensor_type.name.lower() in LAYOUTS}
+    tensors = {t.name: t for t in open_gguf(file)[1].tensors if t.tensor_type.name.lower() in LAYOUTS}
     student = loading.share(model).eval()
-    layers = _by_layer(student, wanted)
-    if not layers:
-        return []
     try:
-        stack = DecoderRunner(student)
+        names = _names(student, file, rounded) if tensors else {}
+        fit = {n for n, name in names.items() if name in tensors and tensors[name].shape[0] <= tokens.numel()}
+        layers = _by_layer(student, fit)
+        stack = DecoderRunner(student) if layers else None
     except ModelError as error:
         say("note", f"rounded weight by weight, not by GPTQ: {error.message}")
         return []
-    others = [name for name in rounded if name not in {f"{m}.weight" for group in layers.values() for m in group}]
-    if readable(architecture_of(file)):  # what the layers before a weight will compute
-        loading.replace_parameters_(student, weights_in(file, student, others))
-    replaced = dict[str, tuple[Any, Any]]()
+    if stack is None:
+        return []
+    _round_the_others_(student, file, rounded, layers)
+    replaced, unlike = dict[str, tuple[Any, Any]](), list[str]()
     with memory_limit(), bar("choosing codes", max(layers) + 1) as advance:
         for _, module, hessian in each_with_hessian(stack, tokens, layers, advance):
-            if hessian is None:
-                continue
             parameter = f"{module}.weight"
-            tensor, weight = wanted[parameter], student.get_parameter(parameter)
+            tensor, weight = tensors[names[parameter]], student.get_parameter(parameter)
             order = file_rows(tensor.name, architecture_of(file), model.config, len(weight)).numpy()
             packed = np.empty_like(tensor.data)
             packed[order] = tensor.data  # in the model's order of rows
+            if hessian is None:
+                continue
+            if not _is(packed, tensor.tensor_type, weight):
+                unlike.append(parameter)
+                continue
             chosen, points = _chosen(packed, tensor.tensor_type, weight, hessian)
             loading.replace_parameters_(student, {parameter: points.to(weight.dtype)})
             replaced[tensor.name] = (chosen[order], tensor.tensor_type)
-    again = file.with_name(REWRITTEN)
-    again.unlink(missing_ok=True)
-    cut_gguf(file, [], again, replaced=replaced)
-    again.replace(file)
+    if unlike:
+        say("note", f"not by GPTQ: the file has the rows of {len(unlike)} matrices, as {unlike[0]}, in another order")
+    if replaced:
+        again = file.with_name(f"{file.stem}.recoded.gguf")
+        again.unlink(missing_ok=True)
+        cut_gguf(file, [], again, replaced=replaced)
+        again.replace(file)
     return sorted(n for n, name in names.items() if name in replaced)
+
+
+def _names(model: Any, file: Path, parameters: Collection[str]) -> dict[str, str]:
+    """llama.cpp's names of these parameters, as far as it has one."""
+    found = possible_names(model, architecture_of(file))
+    return {parameter: name for parameter, name in found.items() if parameter in parameters and name}
 
 
 def _by_layer(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
@@ -91,14 +101,31 @@ def _by_layer(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
     return found
 
 
+def _round_the_others_(student: Any, file: Path, rounded: Collection[str], layers: Mapping[int, list[str]]) -> None:
+    """Put in what the file has of rounded weights whose codes stay, so that later layers see it."""
+    architecture, types = architecture_of(file), stored_types(file)
+    chosen = {f"{module}.weight" for group in layers.values() for module in group}
+    names = _names(student, file, {*rounded} - chosen)
+    others = [n for n, name in names.items() if types.get(name, FLOATS[0]) not in FLOATS]
+    if others and readable(architecture):
+        loading.replace_parameters_(student, weights_in(file, student, others))
+
+
+def _is(packed: np.ndarray, kind: Any, weight: torch.Tensor) -> bool:
+    """Whether rows of a file are these weights, rounded."""
+    from gguf import quants
+
+    found = torch.from_numpy(quants.dequantize(packed, kind))
+    return relative_distance(found, weight.cpu()) <= largest_error(kind.name.lower())
+
+
 def _chosen(
     packed: np.ndarray, kind: Any, weight: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Rows with the codes of GPTQ, and the weights that they stand for; rows with a block of scale 0 as they were."""
+    """Rows with the codes of GPTQ, and the weights that they stand for."""
     from gguf import quants
 
-    grid, found = grid_of(packed, kind, weight.shape[1]), packed.copy()
-    rows = grid.scale.isfinite().all(1).nonzero().flatten()
-    codes = gptq(weight.cpu()[rows], hessian.cpu(), grid.rows(rows)).int() - grid.lowest
-    found[rows] = with_codes(packed[rows], kind.name.lower(), codes.numpy())
+    grid = grid_of(packed, kind, weight.shape[1])
+    codes = gptq(weight.cpu(), hessian.cpu(), grid).int() - grid.lowest
+    found = with_codes(packed, kind.name.lower(), codes.numpy())
     return found, torch.from_numpy(quants.dequantize(found, kind)).to(weight.device)

@@ -221,7 +221,7 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
     if limits.halvings == MOST_HALVINGS:
         raise ModelError(
             f"{stage} runs out of memory on {device} even with the least that can be done at once",
-            "read the layers from disk: --stream on; or give shorter rows: --window 128",
+            f"read the layers from disk: --stream on; or give shorter rows: {rows_of(stage)} 128",
         ) from error
     limits.halvings += 1
     limits.most_rows = min(limits.most_rows, max(1, rows // 2))
@@ -229,6 +229,11 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
         torch.accelerator.empty_cache()
     release_freed()
     progress.warn(stage, f"out of memory on {device}: going on with 1/{2**limits.halvings} as much at once")
+
+
+def rows_of(stage: str) -> str:
+    """The flag by which the rows of a stage are made shorter."""
+    return "--tune-window" if stage == "tune" else "--window"
 
 
 class ShrinkingParts(Generic[Part]):

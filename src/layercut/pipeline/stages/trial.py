@@ -12,6 +12,7 @@ import torch
 from layercut import surgery
 from layercut.data.blocks import in_rows
 from layercut.data.probes import ProbeRows, probe_rows
+from layercut.data.text_overlap import by_origin
 from layercut.distributed import processes
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
@@ -28,8 +29,9 @@ from layercut.pipeline.stages.heal import tune_settings
 from layercut.progress import bar, say
 from layercut.segments import Segment
 
-TESTS = 16
-"""Rows of tests, as long as those that are tuned on, by which what is left after healing is judged."""
+TESTS, LONG_TESTS = 32, 16
+"""Rows of tests by which what is left after healing is judged: as long as those of the search, and as those that are
+tuned on; each half of it."""
 FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = 16
@@ -69,8 +71,11 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
     heldout = work.blocks["heldout"]
     few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS, work.config.text.window))
-    others = other_tests(work, tests, TESTS, work.config.heal.tune_window or work.config.text.window)
-    unseen = [weighted_rows(heldout, None), *([tests_alone(others)] if others else [])]
+    text, heal = work.config.text, work.config.heal
+    windows = ((TESTS, text.window), (LONG_TESTS, heal.tune_window or text.window))
+    others = [each for rows, window in windows if (each := other_tests(work, tests, rows, window))]
+    unseen = [weighted_rows(heldout, None)]
+    unseen += [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
     prices = Prices(this.stack, tokens, Cost(), probes=tests)
@@ -109,11 +114,20 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     Returns:
         The healed model; what it shares with the dense one is as it was.
     """
-    heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], this.tuning[: rows_to_tune(len(this.tuning))]
+    heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], some_of_each(this)
     student, settings = DecoderRunner(surgery.cut(this.before, cuts)), tune_settings(this.work.config.heal)
     fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
     tune_(student, this.stack, rows, heldout=heldout, **vars(settings) | SHORT)
     return student
+
+
+def some_of_each(this: Round) -> torch.Tensor:
+    """The rows to tune on that heal a cut on trial: of each source its share, one at least.
+
+    this: the round.
+    """
+    parts = by_origin(this.tuning, this.work.text["tuning"].origins).values()
+    return torch.cat([part[: rows_to_tune(len(part))] for part in parts])
 
 
 @torch.no_grad()
@@ -156,7 +170,8 @@ def other_tests(work: RunContext, tests: ProbeRows | None, rows: int, window: in
     """
     if tests is None or not tests.weight:
         return None
-    return probe_rows(
+    found = probe_rows(
         work.tokenizer, rows=rows, window=window, capabilities=tests.names, seed=work.config.text.seed,
         weight=tests.weight, first=len(tests.tokens),
     )  # fmt: skip
+    return found if found.names else None
