@@ -1,4 +1,4 @@
-"""Claim: codes chosen by GPTQ on llama.cpp's own scales lose less than llama.cpp's rounding, in as many bytes.
+"""Claim: codes chosen by GPTQ on llama.cpp's own scales lose no more than llama.cpp's rounding, in as many bytes.
 
     python benchmarks/gguf_rounding.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt --kinds q4_0 q4_1 q5_0
     python benchmarks/gguf_rounding.py …      # goes on; rows that are done are kept

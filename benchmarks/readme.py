@@ -22,7 +22,7 @@ from healing_tables import headline_table, healing_table, recall_table, recovery
 from layercut.files.json_values import write_json, write_text
 from layercut.report.formatting import Json, count, figure, label, short, size
 from layercut.report.tables import by_kl, stage_rows
-from stage_two import frontier_table, speed_table, tune_quantized_table
+from stage_two import frontier_table, gguf_rounding_table, speed_table, tune_quantized_table
 from survival_tables import keep_table, survival_markdown, texts_table
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +195,7 @@ def filled(text: str) -> str:
         "engines": engines_table,
         "recall": recall_table,
         "tune_quantized": tune_quantized_table,
+        "gguf_rounding": gguf_rounding_table,
     }
     later |= {"keep_recall": keep_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}

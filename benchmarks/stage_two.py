@@ -119,6 +119,25 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gguf_rounding_table(result: dict[str, Any]) -> str:
+    """What a GGUF file loses by its codes."""
+    plain, *rows = result["rows"]
+    dense = plain["perplexity"]
+    lines = [
+        f"GGUF files: `benchmarks/gguf_rounding.py`, {made(result)}, {result['model']}, {result['weights']}, all "
+        f"layers; perplexity of {result['eval_tokens']:,} tokens of each text in llama.cpp (float32 "
+        f"{' and '.join(figure(value) for value in dense.values())}):",
+        "",
+        f"| type | codes by | bytes | CPU seconds | {' | '.join(dense)} | rise |",
+        f"|---|---|---:|---:|{'---:|' * (1 + len(dense))}",
+    ]
+    for row in rows:
+        rise = max(row["perplexity"][text] / value - 1 for text, value in dense.items())
+        cells = [row["kind"].upper(), row["rounded"], f"{row['bytes']:,}", f"{row['cpu_seconds']:.0f}"]
+        lines.append(f"| {' | '.join([*cells, *map(figure, row['perplexity'].values()), f'{rise:+.1%}'])} |")
+    return "\n".join(lines)
+
+
 def speed_table(result: dict[str, Any]) -> str:
     """How much faster, and how much of what can be reached that is."""
     lines = [

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
 from layercut.errors import ConfigError
+from layercut.models.objectives import KL
 
 OPTIONS = {
     "ratio": 0.25, "tokens": 64, "window": 16, "tune_tokens": 96, "batch_tokens": 32, "eval_tokens": 64,
@@ -67,7 +68,7 @@ def test_step_by_step_gives_what_the_command_gives(run, blocks, model, tokenizer
     assert (folded.kept, folded.kl_before, folded.kl_after) == tuple(
         recorded[key] for key in ("kept", "kl_before", "kl_after")
     )
-    lc.tune_(small, model, blocks["tuning"], heldout=heldout, batch_tokens=32)
+    lc.tune_(small, model, blocks["tuning"], heldout=heldout, batch_tokens=32, objective=KL(mix=0.3))
     measured = lc.evaluate(small, blocks["evaluation"], baseline=model)
     assert measured.perplexity == run.summary["perplexity"]["tuned"]
     assert measured.baseline_perplexity == run.summary["perplexity"]["dense"]

@@ -289,7 +289,7 @@ def test_the_command_heals_to_the_same_bits(objective, tiny_model, texts, tmp_pa
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     run = tmp_path / "run"
     argv = ["tune", str(tiny_model), "--segment=1:3", f"--data={texts[0]}", "--tokens=512", "--window=16"]
-    argv += ["--tune-tokens=256", "--batch-tokens=64", f"--objective={objective}", f"--out={run}"]
+    argv += ["--tune-tokens=256", "--batch-tokens=64", f"--objective={objective}", "--mix=0", f"--out={run}"]
     assert main(argv) == 0
     told = {stage: json.loads((run / f"{stage}.json").read_text()) for stage in ("fold", "heal")}
     blocks = {use: stored_blocks(run, use) for use in ("calibration", "heldout", "tuning")}
