@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from layercut.models import loading
 from layercut.models.objectives import KL
 from layercut.pipeline.compare_judged import score_of
 from layercut.pipeline.stages.heal import FOLD_TOKENS
+from layercut.pipeline.stages.text import row_lengths
 from layercut.progress import say
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -46,15 +47,22 @@ class Healing:
     radius: int = 1
     tokens: int = 0
     rate: float = 0.0
+    window: int = 0
+    """Tokens of a row that is folded and tuned on; 0: as those that are reported."""
+    parted: int = 0
+    """1: rows of tests, and every second one of text, are done as short ones, as a run does it."""
+    beside: str = ""
+    """Another text to fold and tune on, of which half the rows are."""
 
     @classmethod
     def parse(cls, text: str, tokens: int) -> Healing:
         """From "12:16,5:7 share=0.25"; tokens: how many are tuned on unless it says so."""
         segments, *options = text.split()
-        given: dict[str, float] = {"tokens": 0 if options[:1] == ["unhealed"] else tokens}
+        given: dict[str, Any] = {"tokens": 0 if options[:1] == ["unhealed"] else tokens}
+        kinds = {each.name: type(each.default) for each in fields(cls)}
         for name, _, value in (option.partition("=") for option in options if option != "unhealed"):
-            given[name] = int(value) if name in ("radius", "tokens") else float(value)
-        return cls(segments, **given)  # type: ignore[arg-type]
+            given[name] = kinds[name](value)
+        return cls(segments, **given)
 
 
 def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: dict[str, Any]) -> Any:
@@ -62,17 +70,20 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
     small = cut(model.model, [Segment.parse(one) for one in asked.segments.split(",")])
     if not asked.tokens:
         return small
-    source = f"{args.data}+probes:{asked.share}" if asked.share else args.data
-    calibration = blocks(model, args.data, args.tokens, args.window, args.seed).tokens
+    window = asked.window or args.window
+    text = f"{args.data}+{asked.beside}" if asked.beside else args.data
+    source = f"{text}+probes:{asked.share}" if asked.share else text
+    calibration = blocks(model, text, args.tokens, window, args.seed).tokens
     held = max(1024, asked.tokens // 32)
-    drawn = blocks(model, source, held + asked.tokens, args.window, args.seed, skip=len(calibration)).tokens
-    heldout, tuning = drawn[: held // args.window], drawn[held // args.window :]
-    solved = torch.cat([calibration, tuning[: max(0, args.fold_tokens - calibration.numel()) // args.window]])
+    drawn = blocks(model, source, held + asked.tokens, window, args.seed, skip=len(calibration))
+    heldout, tuning = drawn.tokens[: held // window], drawn.tokens[held // window :]
+    lengths = row_lengths(drawn.tokens, drawn.origins, args.window) if asked.parted else None
+    solved = torch.cat([calibration, tuning[: max(0, args.fold_tokens - calibration.numel()) // window]])
     folded = fold_(small, model.model, solved, heldout=heldout)
     objective, begun = KL(mix=asked.mix), time.process_time()
     tuned = tune_(
         small, model.model, tuning, heldout=heldout, objective=objective, radius=asked.radius,
-        learning_rate=asked.rate or None,
+        learning_rate=asked.rate or None, row_lengths=None if lengths is None else lengths[held // window :],
     )  # fmt: skip
     row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after, "cpu_seconds": time.process_time() - begun}
     kept = ("learning_rate", "trained_layers", "trained_parameters", "heldout", "heldout_label", "setbacks")

@@ -82,6 +82,38 @@ def test_as_many_layers_are_trained_as_their_parameters_allow(monkeypatch):
     assert report.trained_layers == [*range(len(model.model.layers) - 2)]
 
 
+@pytest.mark.parametrize("objective", ["kl", "next-token"])
+def test_a_row_of_a_shorter_length_is_done_as_several(objective):
+    model, segment = tiny.llama(), Segment(3, 5)
+    tokens, heldout = tiny.some_tokens(8, 16), tiny.some_tokens(2, 16, seed=1)
+    settings = {"objective": objective, "learning_rate": 3e-3, "batch_tokens": 16, "heldout": heldout}
+
+    def tuned(rows, **more):
+        student = cut_copy(model, segment)
+        return tune_(student, model, rows, **settings, **more), weights_of(student)
+
+    whole, parted = (tuned(tokens, **more) for more in ({}, {"row_lengths": torch.full((8,), 4)}))
+    alone, weights = tuned(tokens.view(-1, 4))
+    assert [point["loss"] for point in parted[0].curve] == pytest.approx([point["loss"] for point in alone.curve])
+    assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in parted[1].items())
+    assert parted[0].curve[0]["loss"] != pytest.approx(whole[0].curve[0]["loss"], rel=1e-3)
+    for lengths in ([16, 4], [16] * 7 + [5]):
+        with pytest.raises(ConfigError, match="row_lengths"):
+            tune_(cut_copy(model, segment), model, tokens, row_lengths=torch.tensor(lengths))
+
+
+def test_rows_of_two_lengths_in_a_step_count_by_their_tokens():
+    model, segment = tiny.llama(), Segment(3, 5)
+    tokens, heldout = tiny.some_tokens(2, 16), tiny.some_tokens(2, 16, seed=1)
+    first = {}
+    for name, rows, lengths in (("both", tokens, [16, 4]), ("whole", tokens[:1], [16]), ("parted", tokens[1:], [4])):
+        report = tune_(
+            cut_copy(model, segment), model, rows, heldout=heldout, batch_tokens=32, row_lengths=torch.tensor(lengths)
+        )  # fmt: skip
+        first[name] = report.curve[0]["loss"]
+    assert first["both"] == pytest.approx((first["whole"] + first["parted"]) / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("objective", ["kl", "next-token", "hidden"])
 def test_only_the_endpoints_change_and_the_held_out_loss_falls(objective):
     model = tiny.llama()

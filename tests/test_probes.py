@@ -23,7 +23,7 @@ from layercut.data import probe_families
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
-from layercut.data.probes import LONG_EVERY, SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
+from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
 from layercut.data.sources import find, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
@@ -141,7 +141,7 @@ def test_rows_are_the_same_for_the_same_seed_wherever_they_begin(tokenizer):
     assert (whole.tokens != probe_rows(tokenizer, rows=4, window=300, seed=4).tokens).any()
 
 
-def test_most_long_rows_are_short_ones_laid_end_to_end(tokenizer, monkeypatch):
+def test_long_rows_to_tune_on_are_short_ones_laid_end_to_end(tokenizer, monkeypatch):
     made, row = list[int](), probes_module._row
 
     def noted(writer, capabilities, window, number):
@@ -149,15 +149,15 @@ def test_most_long_rows_are_short_ones_laid_end_to_end(tokenizer, monkeypatch):
         return row(writer, capabilities, window, number)
 
     monkeypatch.setattr(probes_module, "_row", noted)
-    kept = {"capabilities": ("recall", "lists", "sums"), "family": "tuning"}
-    long = probe_rows(tokenizer, rows=LONG_EVERY, window=4 * SHORT_ROW + 2, **kept)
-    assert long.tokens.shape == (LONG_EVERY, 4 * SHORT_ROW + 2)
-    assert made == [4 * SHORT_ROW + 2, *(LONG_EVERY - 1) * [SHORT_ROW, SHORT_ROW + 1, SHORT_ROW, SHORT_ROW + 1]]
-    for begin in range(0, 4 * SHORT_ROW, SHORT_ROW):
-        assert (long.answers[1:, begin : begin + SHORT_ROW] >= 0).any(1).all(), "tests in each of them"
-    made.clear()
-    assert probe_rows(tokenizer, rows=LONG_EVERY, window=2 * SHORT_ROW - 1, **kept).names
-    assert made == LONG_EVERY * [2 * SHORT_ROW - 1]
+    kept = {"rows": 2, "capabilities": ("recall", "lists", "sums")}
+    long = probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", **kept)
+    assert long.tokens.shape == (2, 4 * SHORT_ROW)
+    assert made == 8 * [SHORT_ROW]
+    assert (long.answers.view(8, SHORT_ROW) >= 0).any(1).all(), "tests in each of them"
+    for family, window in (("searching", 4 * SHORT_ROW), ("tuning", 4 * SHORT_ROW + 1)):
+        made.clear()
+        assert probe_rows(tokenizer, window=window, family=family, **kept).names
+        assert made == 2 * [window]
 
 
 def test_rows_weigh_every_capability_alike(probes):

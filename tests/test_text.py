@@ -24,7 +24,7 @@ from layercut.pipeline.artefacts import SharedTextArtefact
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_radius, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
-from layercut.pipeline.stages.text import check_unseen, draw_all, uses
+from layercut.pipeline.stages.text import check_unseen, draw_all, row_lengths, uses
 
 
 def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
@@ -138,6 +138,14 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
         tokens=sum(tokens.numel() for tokens in rows.values()),
     ).tokens.flatten()  # fmt: skip
     assert torch.equal(stream, torch.cat([tokens.flatten() for tokens in rows.values()])), "no token twice, none left"
+
+
+def test_tests_and_every_second_row_of_text_are_done_as_short_rows():
+    rows, mix = torch.zeros(8, 1024, dtype=torch.int64), ("a.txt", "a.txt", "probes", "a.txt")
+    assert row_lengths(rows, mix, 64).tolist() == [1024, 64, 256, 64, 1024, 64, 256, 64]
+    assert row_lengths(rows[:, :256], ("a.txt",), 256) is None
+    assert row_lengths(rows[:, :1000], ("a.txt",), 256) is None, "no multiple"
+    assert row_lengths(rows[:2, :320], ("probes",), 32).tolist() == [320, 320], "tests of no length of their own"
 
 
 def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):

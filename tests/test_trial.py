@@ -293,6 +293,6 @@ def test_each_source_has_its_share_of_what_heals_a_cut_on_trial():
     rows = torch.arange(64)[:, None]
     origins = ["text"] * 5 + ["tests"] + ["text"] * 4
     this = SimpleNamespace(tuning=rows, work=SimpleNamespace(text={"tuning": SimpleNamespace(origins=origins)}))
-    taken = trial.some_of_each(this)[:, 0].tolist()
+    taken = trial.some_of_each(this).tolist()
     assert [number for number in taken if origins[number % 10] == "tests"] == [5]
     assert len(taken) == 1 + sum(origins[i % 10] == "text" for i in range(64)) // 16

@@ -24,8 +24,8 @@ from layercut.errors import ConfigError
 
 FOCUS_SHARE = 0.6
 """Share of a row that one or two growing capabilities have; the short ones share the rest."""
-SHORT_ROW, LONG_EVERY = 256, 3
-"""Tokens of the short rows that a longer one is made of, but one in so many: a few long tests teach less than many."""
+SHORT_ROW = 256
+"""Tokens of the rows for tuning that a longer one is made of: many short tests teach more than a few long ones."""
 LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
 CHAT_SHARE = 0.5
@@ -110,8 +110,8 @@ def probe_rows(
     """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
 
     Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
-    items of the others, in random order. What does not fit a row is left out. For tuning, of rows of 2 SHORT_ROW tokens
-    and more all but one in LONG_EVERY are short ones laid end to end.
+    items of the others, in random order. What does not fit a row is left out. For tuning, rows of several SHORT_ROW
+    tokens are so many short ones laid end to end.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -136,11 +136,9 @@ def probe_rows(
         draw = random.Random(f"{family} {seed} {number}")
         chat = family == "tuning" and bool(getattr(tokenizer, "chat_template", None)) and draw.random() < CHAT_SHARE
         writer, found = _Writer(tokenizer, words, draw, chat), _Marked([], [])
-        parted = family == "tuning" and number % LONG_EVERY
-        pieces = max(1, window // SHORT_ROW) if parted else 1
+        pieces = window // SHORT_ROW if family == "tuning" and window % SHORT_ROW == 0 else 1
         for piece in range(pieces):
-            length = window * (piece + 1) // pieces - window * piece // pieces
-            found.extend(_row(writer, capabilities, length, number * pieces + piece))
+            found.extend(_row(writer, capabilities, window // pieces, number * pieces + piece))
         marked.append(found)
     return _joined(marked, weight)
 

@@ -139,6 +139,7 @@ def tune_(
     radius: int | None = 1,
     epochs: int = 1,
     patience: int = 0,
+    row_lengths: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
 ) -> TuningResult:
     """Train the layers beside the student's cuts, in place, and leave it in its best state by held-out loss.
@@ -159,6 +160,8 @@ def tune_(
         radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
+        row_lengths: int64 [N], each a divisor of T: a row with fewer than T is done as several of that length. Not
+            given: T. Not for stored teachers and states, which are of whole rows, nor for sharded weights.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -176,6 +179,7 @@ def tune_(
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
+        training.row_lengths = checked_lengths(row_lengths, tokens, alone=not (files.teacher or files.states))
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -277,6 +281,32 @@ def frozen_states(
         return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
 
 
+def checked_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, *, alone: bool) -> torch.Tensor | None:
+    """The lengths of rows, refused where they cannot be.
+
+    Args:
+        lengths: as `tune_` takes them.
+        tokens: token ids [N, T].
+        alone: whether nothing of whole rows was stored beforehand.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: not one for each row, a length that does not divide T, or predictions that were stored.
+    """
+    if lengths is None:
+        return None
+    rows, window = tokens.shape
+    if lengths.shape != (rows,) or (window % lengths).any() or not alone:
+        raise ConfigError(
+            f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()} are not those of tokens "
+            f"{[rows, window]}",
+            "give a divisor of the row's tokens for each, and no stored teacher",
+        )
+    return lengths
+
+
 def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius: int | None) -> list[int]:
     """Positions, in the cut model, of the layers that are trained: the endpoints, and more of them by the radius.
 
@@ -344,6 +374,7 @@ class _Training:
         self.pair, self.tokens, self.settings, self.report = pair, tokens, settings, _Progress()
         given = [(p, 1.0) for p in own_parameters_(pair.student, positions)] if given is None else given
         self.positions, self.trained = positions, [p for p, _ in given]
+        self.row_lengths: torch.Tensor | None = None
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
@@ -438,7 +469,8 @@ class _Training:
         start = hashlib.sha256()
         for p in self.trained:
             start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout)]
+        lengths = [] if self.row_lengths is None else [self.row_lengths[:, None]]
+        data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
         plan = [self.settings.facts, self.rate, self.steps, self.positions]
         return digest([more, plan, data, start.hexdigest()])
 
@@ -554,9 +586,20 @@ class _Training:
             parts = processes.share_of_batches(len(rows), size)
         scale = self.report.loss_scale / len(rows)
         return [
-            (student.place(self.tokens[rows[part]]), rows[part], len(rows[part]) * scale if counts else 0.0)
+            (student.place(tokens), some, len(some) * scale if counts else 0.0)
             for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
+            for some, tokens in self._by_length(rows[part])
         ]
+
+    def _by_length(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows of one length, and their tokens [B, that length]."""
+        if self.row_lengths is None:
+            yield rows, self.tokens[rows]
+            return
+        lengths = self.row_lengths[rows]
+        for length in lengths.unique().tolist():
+            some = rows[lengths == length]
+            yield some, self.tokens[some].view(-1, length)
 
     def score_(self, judge: HeldOut) -> None:
         """Take the held-out loss, where it is due after this step."""

@@ -262,7 +262,11 @@ class Round:
     @property
     def tuning(self) -> torch.Tensor:
         """This round's blocks to tune on [N, T]."""
-        return self.work.blocks["tuning"].tensor_split(self.of)[(self.number or 1) - 1]
+        return self.part(self.work.blocks["tuning"])
+
+    def part(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of what there is for each row to tune on, this round's."""
+        return rows.tensor_split(self.of)[(self.number or 1) - 1]
 
     def removed(self, cut: Sequence[Segment]) -> Removal:
         """What is removed in all where this round removes `cut`, in the layers of the model that it cuts."""

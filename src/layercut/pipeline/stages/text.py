@@ -18,11 +18,12 @@ from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
 from layercut.data.chat_templates import render_chat
+from layercut.data.probes import SHORT_ROW
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.files.json_values import digest
-from layercut.models import checkpoints, loading
+from layercut.models import checkpoints, layer_reader_protocol, loading
 from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
@@ -97,6 +98,42 @@ def tuning_source(work: RunContext) -> str:
     if not wanted or any(part.partition(":")[0] == TESTS for part in split_mix(source)):
         return source
     return f"{source}+{TESTS}:{config.heal.probe_share:g}"
+
+
+def tuning_row_lengths(work: RunContext) -> torch.Tensor | None:
+    """Of each row to tune on, as how long rows it is done.
+
+    Args:
+        work: of the run.
+
+    Returns:
+        int64 [N], as `tune_` takes it; None where all are done whole: they are short, something is kept of whole rows,
+        or the weights are sharded.
+    """
+    whole = work.config.heal.teacher_topk or work.spread or layer_reader_protocol.layers_on_disk(work.dense.model)
+    rows, origins = work.blocks["tuning"], work.text["tuning"].origins
+    return None if whole else row_lengths(rows, origins, work.config.text.window)
+
+
+def row_lengths(rows: torch.Tensor, origins: Sequence[str], short: int) -> torch.Tensor | None:
+    """As how long rows each is done: tests, and every second row of text, as short ones.
+
+    Long rows lower perplexity more; from rows that begin anew a model learns to use the beginning of a context.
+
+    Args:
+        rows: token ids [N, T].
+        origins: where they come from, in turn.
+        short: tokens of a short row of text; of tests it is SHORT_ROW.
+
+    Returns:
+        int64 [N], divisors of T; None where T is no larger multiple of `short`.
+    """
+    longest = rows.shape[1]
+    if longest <= short or longest % short:
+        return None
+    tests = SHORT_ROW if longest % SHORT_ROW == 0 else longest
+    kinds = (origins[i % len(origins)] for i in range(len(rows)))
+    return torch.tensor([tests if kind == TESTS else (longest, short)[i % 2] for i, kind in enumerate(kinds)])
 
 
 def held_out_tokens(heal: HealConfig) -> int:

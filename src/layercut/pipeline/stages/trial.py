@@ -26,6 +26,7 @@ from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.heal import tune_settings
+from layercut.pipeline.stages.text import tuning_row_lengths
 from layercut.progress import bar, say
 from layercut.segments import Segment
 
@@ -114,19 +115,21 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     Returns:
         The healed model; what it shares with the dense one is as it was.
     """
-    heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], some_of_each(this)
+    some, lengths = some_of_each(this), tuning_row_lengths(this.work)
+    heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], this.tuning[some]
     student, settings = DecoderRunner(surgery.cut(this.before, cuts)), tune_settings(this.work.config.heal)
     fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
-    tune_(student, this.stack, rows, heldout=heldout, **vars(settings) | SHORT)
+    row_lengths = None if lengths is None else lengths[some]
+    tune_(student, this.stack, rows, heldout=heldout, row_lengths=row_lengths, **vars(settings) | SHORT)
     return student
 
 
 def some_of_each(this: Round) -> torch.Tensor:
-    """The rows to tune on that heal a cut on trial: of each source its share, one at least.
+    """Which rows to tune on heal a cut on trial, int64 [n]: of each source its share, one at least.
 
     this: the round.
     """
-    parts = by_origin(this.tuning, this.work.text["tuning"].origins).values()
+    parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins).values()
     return torch.cat([part[: rows_to_tune(len(part))] for part in parts])
 
 
