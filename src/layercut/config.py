@@ -394,8 +394,8 @@ class HealConfig:
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
     radius: Annotated[int | None, rare] = None
-    """Layers tuned on each side of a cut. Not given: 1 where fewer than 65,536 tokens are tuned on, or what is tuned is
-    rounded again to a GGUF file's number formats; else as many as have 100 million parameters together, 1 at least."""
+    """Layers tuned on each side of a cut. Not given: 1 where fewer than 65,536 tokens are tuned on, or a .gguf file is
+    written again, of which tuned layers lose by rounding; else as many as have 100 million parameters together."""
     temperature: Annotated[float, rare] = 1.0
     """Of both models' predictions in the objective kl."""
     mix: Annotated[float | None, rare] = None
@@ -680,7 +680,8 @@ class OutputConfig:
     gguf_type: GgufType | None = None
     """Number format of what is written in a GGUF file. Of a .gguf file, same (not given): what healing changed is in
     the number format that it had; f32 to q4_0: in that one. Of a folder q8_0 where not given. q6_k to iq1_s: all
-    weights, by llama.cpp with an importance matrix (extra llamacpp)."""
+    weights, by llama.cpp with an importance matrix (extra llamacpp). Codes of Q4_0 to Q5_1, Q4_K and Q5_K are then
+    chosen by GPTQ."""
 
 
 @options(RUN)
@@ -951,7 +952,8 @@ class ExportConfig:
     """Number format of the weights in a GGUF file. A run that began from one keeps the bytes of every weight that
     healing left alone, and writes the others in the format that they came in (same, its default) or in that of f32 to
     q4_0. q6_k to iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
-    (extra llamacpp). Not given, and no GGUF file came: q8_0."""
+    (extra llamacpp). Of a run, codes of Q4_0 to Q5_1, Q4_K and Q5_K are then chosen by GPTQ on that text. Not given,
+    and no GGUF file came: q8_0."""
     converter: Annotated[Path | None, rare] = None
     """Folder that holds llama.cpp's convert_hf_to_gguf.py, for a model that is no .gguf file. Not given:
     $LAYERCUT_GGUF_CONVERTER, or that of the extra convert."""
