@@ -67,14 +67,14 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
     Returns:
         Its cost.
     """
-    shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
-    kept = kept_layers(run.segments, shape.layers)
-    judge, rows, scored = objective.judge(), run.tuning * settings.epochs, run.heldout * (1 + SCORES)
-    forwards, heads = rows * (len(kept) + shape.layers * objective.needs_dense), rows * (2 + objective.needs_dense)
-    backwards, judged = rows * len(kept), run.heldout * shape.layers + scored * len(kept)
-    work = Work.of(shape, forwards, backwards, trained=backwards, heads=heads)
-    work += Work.of(held, judged, heads=scored * (1 + judge.needs_dense))
-    step = min(rows_per_step(settings, shape.window), run.tuning)
+    shape, objective, kept = run.shape, objective_of(settings.objective), kept_layers(run.segments, run.shape.layers)
+    given = run.tuning * run.tuned.window // shape.window  # long rows are parted
+    judge, rows, scored = objective.judge(), given * settings.epochs, run.heldout * (1 + SCORES)
+    forwards = rows * (len(kept) + shape.layers * objective.needs_dense) + run.heldout * shape.layers
+    heads = rows * (2 + objective.needs_dense) + scored * (1 + judge.needs_dense)
+    backwards = rows * len(kept)
+    work = Work.of(shape, forwards + scored * len(kept), backwards, trained=backwards, heads=heads)
+    step = min(rows_per_step(settings, shape.window), given)
     together = min(step, max(1, run.budget.pass_tokens // shape.window))
     logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
     saved = sum(shape.costs[i].saved_trained for i in kept)
@@ -83,7 +83,7 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
         "decoded weights": run.after.matrices * (2 * shape.itemsize + 1),
         "kept for backward": together * saved,
         "logits": logits,
-        "held-out states": 2 * held.stream(run.heldout),
+        "held-out states": 2 * shape.stream(run.heldout),
     }
     return Spent(peak, work)
 

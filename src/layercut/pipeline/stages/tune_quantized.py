@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from layercut.config import CompressConfig, HealConfig
+from layercut.data.blocks import in_rows
 from layercut.distributed import processes
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
@@ -67,11 +68,10 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     )
     if work.own_process:
         memory.reuse_freed()
-    blocks = work.blocks
+    heldout, rows = work.blocks["heldout"], in_rows(work.blocks["tuning"], work.config.text.window)
     report = tune_parameters_(
-        parts.model, work.dense.model, parts.parameters, blocks["tuning"], heldout=blocks["heldout"],
-        settings=settings, files=files,
-    )  # fmt: skip
+        parts.model, work.dense.model, parts.parameters, rows, heldout=heldout, settings=settings, files=files
+    )
     for point in report.curve:
         work.run.event("quantize", int(point["step"]), "loss", point["loss"], "nats/token")
     return parts.finished_(), TuningRecord(**vars(report), data=work.text["tuning"])
