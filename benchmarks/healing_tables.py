@@ -115,6 +115,12 @@ def headline_words(speed: dict, frontier: dict, rounded: dict) -> str:
     )
 
 
+def lengths_of(row: dict, window: int) -> str:
+    """Tokens in the rows that are tuned on."""
+    longest = row["window"] or window
+    return f"{longest:,} and {window}" if row["parted"] else f"{longest:,}"
+
+
 def recall_table(result: dict) -> str:
     """What cuts and healings keep of recall, beside perplexity, as Markdown."""
     rows, environment = result["rows"], result["environment"]
@@ -129,15 +135,17 @@ def recall_table(result: dict) -> str:
         f"of {asked}; {f'share of the dense scores of {names} that is left; ' if (names := ', '.join(tasks)) else ''}"
         "then damage to tests of the judging family, nats per answer token:",
         "",
-        "| removed | layers tuned | tuned on | tests among it | next-token share | rate | "
+        "| removed | layers tuned | tuned on | rows of | tests among it | next-token share | rate | "
         f"{' | '.join([*texts, 'keys', 'lists', *shown, *damages])} |",
-        f"|---|{'---:|' * (5 + len(texts) + 2 + len(shown) + len(damages))}",
+        f"|---|{'---:|' * (6 + len(texts) + 2 + len(shown) + len(damages))}",
     ]
     for row in rows:
         dense = row["segments"] == "nothing"
-        how = [""] * 5
+        how = [""] * 6
         if tuning := row.get("tuning"):
-            how = [f"{row['tokens']:,}", f"{row['share']:.0%}", f"{row['mix']:g}", f"{tuning['learning_rate']:g}"]
+            beside = ", half of them Wikipedia" if row["beside"] else ""
+            how = [f"{row['tokens']:,}{beside}", lengths_of(row, result["window"]), f"{row['share']:.0%}"]
+            how += [f"{row['mix']:g}", f"{tuning['learning_rate']:g}"]
             how.insert(0, str(len(tuning["trained_layers"])))
         cells = [row["segments"].replace(",", " and "), *how]
         cells += [f"{row['perplexity'][text]:.1f}" for text in texts]

@@ -5,7 +5,8 @@
     python benchmarks/recall.py …      # goes on; rows that are done are kept
 
 A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `mix`
-of the next-token loss, `radius`, `tokens` to tune on, peak `rate`. Each is folded and tuned as a run does it; then
+of the next-token loss, `radius`, `tokens` to tune on, peak `rate`, `window` of the rows and whether some are `parted`,
+another text `beside` the first. Each is folded and tuned as a run does it; then
 perplexity, hidden keys, values found in lists, and the damage to tests of the judging family are measured, beside the
 dense model; with `--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is left of the scores of lm-eval's
 tasks too. "nothing" is the dense model, "… unhealed" the cut alone.
@@ -131,15 +132,13 @@ def main() -> None:
     facts = {key: getattr(args, key) for key in ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "seed")}
     done = RowsDone(args.out, facts)
     for asked in (Healing.parse(text, args.tune_tokens) for text in args.cuts):
-        if asdict(asked) in done:
+        row: dict[str, Any] = asdict(asked) | {"beside": Path(asked.beside).name}
+        if row in done:
             continue
-        row: dict[str, Any] = asdict(asked)
         small = model.model if asked.segments == "nothing" else healed(model, asked, args, row)
         row |= judged(model, small, texts, probes) | scored(model, small, args)
         done.add(row)
         say(str(asked), f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}")
-    order = [asdict(Healing.parse(text, args.tune_tokens)).items() for text in args.cuts]
-    done.rows.sort(key=lambda row: next((i for i, asked in enumerate(order) if asked <= row.items()), len(order)))
     finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, **facts)
     done.partial.unlink(missing_ok=True)
 
