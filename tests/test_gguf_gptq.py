@@ -121,7 +121,7 @@ def test_rows_that_the_file_has_in_another_order_are_left_alone(healed, tmp_path
     assert not said
     monkeypatch.setattr(gguf_gptq, "file_rows", lambda name, architecture, config, rows: torch.arange(rows))
     assert choose_codes_(unknown, student, tokens, names) == sorted(n for n in names if "v_proj" in n)
-    assert "2 matrices, as model.layers.1.self_attn.q_proj.weight, in another order" in said[0]
+    assert "2 matrices, as model.layers.1.self_attn.q_proj.weight, have other rows" in said[0]
 
     def error(path):
         read = dict(read_by_transformers(path).named_parameters())

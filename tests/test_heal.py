@@ -97,9 +97,10 @@ def test_a_row_of_a_shorter_length_is_done_as_several(objective):
     assert [point["loss"] for point in parted[0].curve] == pytest.approx([point["loss"] for point in alone.curve])
     assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in parted[1].items())
     assert parted[0].curve[0]["loss"] != pytest.approx(whole[0].curve[0]["loss"], rel=1e-3)
-    for lengths in ([16, 4], [16] * 7 + [5]):
+    for lengths in ([16, 4], [16] * 7 + [5], [16] * 7 + [1]):
         with pytest.raises(ConfigError, match="row_lengths"):
             tune_(cut_copy(model, segment), model, tokens, row_lengths=torch.tensor(lengths))
+    assert tune_(cut_copy(model, segment), model, tokens, row_lengths=torch.full((8,), 4)).tokens == 7 * 16
 
 
 def test_rows_of_two_lengths_in_a_step_count_by_their_tokens():

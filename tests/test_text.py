@@ -142,7 +142,8 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
 
 def test_tests_and_every_second_row_of_text_are_done_as_short_rows():
     rows, mix = torch.zeros(8, 1024, dtype=torch.int64), ("a.txt", "a.txt", "probes", "a.txt")
-    assert row_lengths(rows, mix, 64).tolist() == [1024, 64, 256, 64, 1024, 64, 256, 64]
+    assert row_lengths(rows, mix, 64).tolist() == [1024, 64, 256, 1024, 64, 1024, 256, 64]
+    assert row_lengths(rows, ("a.txt", "b.txt"), 64).tolist() == [1024, 1024, 64, 64] * 2, "of each text"
     assert row_lengths(rows[:, :256], ("a.txt",), 256) is None
     assert row_lengths(rows[:, :1000], ("a.txt",), 256) is None, "no multiple"
     assert row_lengths(rows[:2, :320], ("probes",), 32).tolist() == [320, 320], "tests of no length of their own"

@@ -375,8 +375,9 @@ class HealConfig:
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
     tune_window: Annotated[int | None, rare] = None
-    """Tokens in every second row to tune on; the others are as --window. Not given: 1,024 where 65,536 tokens or more
-    are tuned on and the model has as many positions; else as --window."""
+    """Tokens in every second row of text to tune on; the others are as --window, tests of 256. Not given: 1,024, or
+    --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions; else as
+    --window. With --stream or --teacher-topk all rows are of this length."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""

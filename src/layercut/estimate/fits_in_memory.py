@@ -131,7 +131,7 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
         window, shorter = config.text.window, list[Step]()
         if (config.heal.tune_window or window) > window:
             shorter = [(f"--tune-window {window}", "heal", {"tune_window": window})]
-        for flag, group, values in [*place, *STEPS, *shorter]:
+        for flag, group, values in [*place, *shorter, *STEPS]:
             less = replace(changed, **{group: replace(getattr(changed, group), **values)})
             if less != changed:
                 flags, changed = [*flags, flag], less

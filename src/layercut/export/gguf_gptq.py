@@ -74,7 +74,10 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
             loading.replace_parameters_(student, {parameter: points.to(weight.dtype)})
             replaced[tensor.name] = (chosen[order], tensor.tensor_type)
     if unlike:
-        say("note", f"not by GPTQ: the file has the rows of {len(unlike)} matrices, as {unlike[0]}, in another order")
+        say(
+            "note",
+            f"not by GPTQ: {len(unlike)} matrices, as {unlike[0]}, have other rows in the file, or another order",
+        )
     if replaced:
         again = file.with_name(f"{file.stem}.recoded.gguf")
         again.unlink(missing_ok=True)

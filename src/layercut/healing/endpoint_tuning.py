@@ -160,8 +160,8 @@ def tune_(
         radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
-        row_lengths: int64 [N], each a divisor of T: a row with fewer than T is done as several of that length. Not
-            given: T. Not for stored teachers and states, which are of whole rows, nor for sharded weights.
+        row_lengths: int64 [N], each a divisor of T, 2 at least: a row with fewer than T is done as several of that
+            length. Not given: T. Not for stored teachers and states, which are of whole rows.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -175,11 +175,12 @@ def tune_(
         objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
         learning_rate=learning_rate,
     )  # fmt: skip
+    check_lengths(row_lengths, tokens, files)
     tokens, heldout = with_held_out(tokens, heldout)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
-        training.row_lengths = checked_lengths(row_lengths, tokens, alone=not (files.teacher or files.states))
+        training.row_lengths = None if row_lengths is None else row_lengths[: len(tokens)]
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -281,30 +282,28 @@ def frozen_states(
         return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
 
 
-def checked_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, *, alone: bool) -> torch.Tensor | None:
-    """The lengths of rows, refused where they cannot be.
+def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, files: TuningFiles) -> None:
+    """Refuse lengths of rows that cannot be.
 
     Args:
         lengths: as `tune_` takes them.
         tokens: token ids [N, T].
-        alone: whether nothing of whole rows was stored beforehand.
-
-    Returns:
-        The same.
+        files: what is read from and kept on disk.
 
     Raises:
-        ConfigError: not one for each row, a length that does not divide T, or predictions that were stored.
+        ConfigError: not one for each row, below 2, a length that does not divide T, or something of whole rows was
+            stored.
     """
     if lengths is None:
-        return None
+        return
     rows, window = tokens.shape
-    if lengths.shape != (rows,) or (window % lengths).any() or not alone:
+    wrong = lengths.shape != (rows,) or lengths.min() < 2 or (window % lengths).any()
+    if wrong or files.teacher or files.states:
         raise ConfigError(
-            f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()} are not those of tokens "
+            f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()} are not for tokens "
             f"{[rows, window]}",
-            "give a divisor of the row's tokens for each, and no stored teacher",
+            "give a divisor of the row's tokens for each, 2 at least, and nothing that was stored of whole rows",
         )
-    return lengths
 
 
 def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius: int | None) -> list[int]:
@@ -573,33 +572,35 @@ class _Training:
         torch._foreach_copy_(own, values)
 
     def _batches(self, rows: torch.Tensor) -> list[Batch]:
-        """This process's passes over the rows of a step, each with its weight.
+        """This process's passes over the rows of a step, each with its weight; rows of one length after another."""
+        if self.row_lengths is None:
+            return self._of_length(rows, self.tokens.shape[1], len(rows))
+        lengths = self.row_lengths[rows]
+        return [
+            batch
+            for length in lengths.unique().tolist()
+            for batch in self._of_length(rows[lengths == length], length, len(rows))
+        ]
+
+    def _of_length(self, rows: torch.Tensor, length: int, of: int) -> list[Batch]:
+        """The passes over these of a step's rows, which may be several shorter ones each.
 
         They are made smaller where there are fewer than processes, unless a loss is relative to the pass that it is
         taken over: then a step's passes are always the same.
         """
-        size, student = self.report.pass_rows, self.pair.student
+        tokens, parts_of_row = self.tokens[rows].view(-1, length), self.tokens.shape[1] // length
+        size, student = self.report.pass_rows * parts_of_row, self.pair.student
         if any(term.whole_pass for _, term in self.pair.objective.terms()):
-            parts = list(slices(len(rows), size))
+            parts = list(slices(len(tokens), size))
             parts = parts[processes.share(len(parts))]
         else:
-            parts = processes.share_of_batches(len(rows), size)
-        scale = self.report.loss_scale / len(rows)
+            parts = processes.share_of_batches(len(tokens), size)
+        scale = self.report.loss_scale / (of * parts_of_row)
+        numbers = rows.repeat_interleave(parts_of_row)  # read where predictions were stored, of whole rows
         return [
-            (student.place(tokens), some, len(some) * scale if counts else 0.0)
+            (student.place(tokens[part]), numbers[part], len(tokens[part]) * scale if counts else 0.0)
             for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
-            for some, tokens in self._by_length(rows[part])
         ]
-
-    def _by_length(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows of one length, and their tokens [B, that length]."""
-        if self.row_lengths is None:
-            yield rows, self.tokens[rows]
-            return
-        lengths = self.row_lengths[rows]
-        for length in lengths.unique().tolist():
-            some = rows[lengths == length]
-            yield some, self.tokens[some].view(-1, length)
 
     def score_(self, judge: HeldOut) -> None:
         """Take the held-out loss, where it is due after this step."""

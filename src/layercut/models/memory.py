@@ -232,8 +232,8 @@ def halve_(error: BaseException, stage: str, device: torch.device, rows: int) ->
 
 
 def rows_of(stage: str) -> str:
-    """The flag by which the rows of a stage are made shorter."""
-    return "--tune-window" if stage == "tune" else "--window"
+    """The flags by which the rows of a stage are made shorter."""
+    return "--tune-window 128 --window" if stage == "tune" else "--window"
 
 
 class ShrinkingParts(Generic[Part]):

@@ -457,7 +457,7 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> Co
         student = with_fold if kept else student
     settings, files = tune_settings(work.config.heal), TuningFiles(stopping=asked_to_stop)
     memory.reuse_freed()
-    lengths = tuning_row_lengths(work)
+    lengths = tuning_row_lengths(work, stored=False)
     report = tune_(student, stack, tokens, heldout=heldout, files=files, row_lengths=lengths, **vars(settings))
     start = report.heldout[0]["loss"]
     say("tune", f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")

@@ -329,9 +329,9 @@ def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
         ConfigError: a window exceeds the model's positions, or rows to tune on are shorter than the others.
     """
     reported, heal = config.evaluate.eval_window or loading.reported_window(architecture), config.heal
-    share = heal.batch_tokens // processes.world()  # of a step, in which every process has a row at least
     fits = (loading.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
-    tuned = heal.tune_window or max(config.text.window, min(LONG_ROW, share) if fits else 0)
+    short = config.text.window
+    tuned = heal.tune_window or max(short, min(LONG_ROW, heal.batch_tokens) // short * short if fits else 0)
     check_window("--eval-window", reported, architecture)
     check_window("--tune-window", tuned, architecture)
     if tuned < config.text.window:

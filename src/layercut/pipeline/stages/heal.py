@@ -168,7 +168,7 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
             if work.own_process:
                 memory.reuse_freed()
             heldout, settings = work.blocks["heldout"], tune_settings(config)
-            lengths = tuning_row_lengths(work)
+            lengths = tuning_row_lengths(work, stored=config.teacher_topk > 0)
             report = tune_(
                 student, work.stack, this.tuning, heldout=heldout, files=files, **vars(settings),
                 row_lengths=None if lengths is None else this.part(lengths),

@@ -6,6 +6,7 @@ on is drawn first and as it is; its documents are left out of what is searched a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,23 +101,24 @@ def tuning_source(work: RunContext) -> str:
     return f"{source}+{TESTS}:{config.heal.probe_share:g}"
 
 
-def tuning_row_lengths(work: RunContext) -> torch.Tensor | None:
+def tuning_row_lengths(work: RunContext, *, stored: bool) -> torch.Tensor | None:
     """Of each row to tune on, as how long rows it is done.
 
     Args:
         work: of the run.
+        stored: whether the dense predictions are stored beforehand, which is done of whole rows.
 
     Returns:
-        int64 [N], as `tune_` takes it; None where all are done whole: they are short, something is kept of whole rows,
-        or the weights are sharded.
+        int64 [N], as `tune_` takes it; None where all are done whole: they are short, or what is not trained is stored
+        of whole rows, as predictions and the states of layers on disk are.
     """
-    whole = work.config.heal.teacher_topk or work.spread or layer_reader_protocol.layers_on_disk(work.dense.model)
-    rows, origins = work.blocks["tuning"], work.text["tuning"].origins
-    return None if whole else row_lengths(rows, origins, work.config.text.window)
+    if stored or layer_reader_protocol.layers_on_disk(work.stack.model):
+        return None
+    return row_lengths(work.blocks["tuning"], work.text["tuning"].origins, work.config.text.window)
 
 
 def row_lengths(rows: torch.Tensor, origins: Sequence[str], short: int) -> torch.Tensor | None:
-    """As how long rows each is done: tests, and every second row of text, as short ones.
+    """As how long rows each is done: tests, and every second row of each text, as short ones.
 
     Long rows lower perplexity more; from rows that begin anew a model learns to use the beginning of a context.
 
@@ -131,9 +133,13 @@ def row_lengths(rows: torch.Tensor, origins: Sequence[str], short: int) -> torch
     longest = rows.shape[1]
     if longest <= short or longest % short:
         return None
-    tests = SHORT_ROW if longest % SHORT_ROW == 0 else longest
-    kinds = (origins[i % len(origins)] for i in range(len(rows)))
-    return torch.tensor([tests if kind == TESTS else (longest, short)[i % 2] for i, kind in enumerate(kinds)])
+    lengths, seen = list[int](), Counter[str]()
+    for i in range(len(rows)):
+        kind = origins[i % len(origins)]
+        tests = SHORT_ROW if longest % SHORT_ROW == 0 else longest
+        lengths.append(tests if kind == TESTS else (longest, short)[seen[kind] % 2])
+        seen[kind] += 1
+    return torch.tensor(lengths)
 
 
 def held_out_tokens(heal: HealConfig) -> int:

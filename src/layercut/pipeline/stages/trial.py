@@ -31,8 +31,8 @@ from layercut.progress import bar, say
 from layercut.segments import Segment
 
 TESTS, LONG_TESTS = 32, 16
-"""Rows of tests by which what is left after healing is judged: as long as those of the search, and as those that are
-tuned on; each half of it."""
+"""Rows of tests by which what is left after healing is judged: as long as those of the search, and where longer rows
+are tuned on, as long as these; each half of it."""
 FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
 TUNED_SHARE = 16
@@ -73,8 +73,8 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     heldout = work.blocks["heldout"]
     few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS, work.config.text.window))
     text, heal = work.config.text, work.config.heal
-    windows = ((TESTS, text.window), (LONG_TESTS, heal.tune_window or text.window))
-    others = [each for rows, window in windows if (each := other_tests(work, tests, rows, window))]
+    windows = {text.window: TESTS, heal.tune_window or text.window: LONG_TESTS} | {text.window: TESTS}
+    others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
     unseen = [weighted_rows(heldout, None)]
     unseen += [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
@@ -115,7 +115,7 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     Returns:
         The healed model; what it shares with the dense one is as it was.
     """
-    some, lengths = some_of_each(this), tuning_row_lengths(this.work)
+    some, lengths = some_of_each(this), tuning_row_lengths(this.work, stored=False)
     heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], this.tuning[some]
     student, settings = DecoderRunner(surgery.cut(this.before, cuts)), tune_settings(this.work.config.heal)
     fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
@@ -125,12 +125,12 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
 
 
 def some_of_each(this: Round) -> torch.Tensor:
-    """Which rows to tune on heal a cut on trial, int64 [n]: of each source its share, one at least.
+    """Which rows to tune on heal a cut on trial, int64 [n], in their order: of each source its share, one at least.
 
     this: the round.
     """
     parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins).values()
-    return torch.cat([part[: rows_to_tune(len(part))] for part in parts])
+    return torch.cat([part.sort().values[: rows_to_tune(len(part))] for part in parts]).sort().values
 
 
 @torch.no_grad()
