@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from layercut.config import HealConfig
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation import perplexity
 from layercut.healing import endpoint_tuning as room
@@ -29,6 +30,7 @@ from layercut.models import batch_sizes, loading, losses
 from layercut.models.batch_sizes import Budget
 from layercut.models.objectives import KL, NextToken, objective_of
 from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline.stages.heal import tune_settings
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -76,6 +78,7 @@ def test_as_many_layers_are_trained_as_their_parameters_allow(monkeypatch):
     assert trained_positions(one, [30] * 8, None) == [2, 3], "the endpoints in any case"
     assert trained_positions(two, [10] * 8, None) == [0, 1, 3, 4]
     assert trained_positions(two, [1] * 8, None) == [*range(6)]
+    assert [tune_settings(HealConfig(radius=radius)).radius for radius in ("auto", 2)] == [None, 2]
     monkeypatch.setattr(room, "MOST_TRAINED", 10**9)
     model = tiny.llama()
     report = tune_(cut_copy(model, one[0]), model, tiny.some_tokens(8), radius=None)

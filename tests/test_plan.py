@@ -83,7 +83,7 @@ def stock(name: str) -> Any:
 
 
 def config(method: str = "exhaustive", **changes: Any) -> CompressConfig:
-    heal = {"tune_tokens": 64, "batch_tokens": 32, "radius": 1} | changes
+    heal = {"tune_tokens": 64, "batch_tokens": 32} | changes
     return CompressConfig(
         text=DataConfig(tokens=8 * 16, window=16),
         search=SearchConfig(ratio=0.25, method=method),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +14,13 @@ from transformers import BloomConfig
 import folders
 import tiny
 from layercut import evaluation
-from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, OutputConfig, SearchConfig
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
 from layercut.data.blocks import load_blocks, stored_blocks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedTextArtefact
-from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_radius, with_windows
+from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.text import check_unseen, draw_all, row_lengths, uses
@@ -221,19 +220,3 @@ def test_a_text_too_short_for_a_window_is_told():
     with pytest.raises(DataError, match="are needed") as caught:
         load_blocks("python-docs", tokenizer, tokens=10**8, window=2048, seed=0, order="as written")
     assert "--eval-window" in caught.value.hint
-
-
-def test_more_than_the_endpoints_is_tuned_where_it_stays_as_it_is_saved(tiny_model):
-    """Not of a GGUF file, whose number formats it is rounded to again."""
-    folder = checkpoints.resolve(str(tiny_model))
-    gguf = replace(folder, gguf=SimpleNamespace())
-
-    def radius(checkpoint, output="auto", **heal) -> int | None:
-        config = replace(asking("c4", None, "wikitext2"), heal=HealConfig(**heal))
-        return with_radius(replace(config, output=OutputConfig(format=output)), checkpoint).heal.radius
-
-    many = {"tune_tokens": ENOUGH_TOKENS}
-    assert radius(folder, **many) is None
-    assert radius(gguf, "safetensors", **many) is None
-    assert radius(gguf, **many) == radius(folder, tune_tokens=ENOUGH_TOKENS - 1) == 1
-    assert radius(gguf, radius=2) == radius(folder, radius=2) == 2

@@ -394,9 +394,9 @@ class HealConfig:
     half of it in fewer than 64 steps, 2 / N of it where N > 2 layers are tuned."""
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
-    radius: Annotated[int | None, rare] = None
-    """Layers tuned on each side of a cut. Not given: 1 where fewer than 65,536 tokens are tuned on, or a .gguf file is
-    written again, of which tuned layers lose by rounding; else as many as have 100 million parameters together."""
+    radius: Annotated[int | Literal["auto"], rare] = 1
+    """Layers tuned on each side of a cut. auto: as many as have 100 million parameters together, 1 at least; perplexity
+    gets lower, and fewer keys are kept."""
     temperature: Annotated[float, rare] = 1.0
     """Of both models' predictions in the objective kl."""
     mix: Annotated[float | None, rare] = None
@@ -433,7 +433,7 @@ class HealConfig:
                     f"it belongs to --objective kl; leave out --{name}",
                 )
         at_least("batch_tokens", self.batch_tokens, 1)
-        if self.radius is not None:
+        if self.radius != "auto":
             at_least("radius", self.radius, 1)
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
@@ -1031,7 +1031,7 @@ class MethodsConfig:
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
-        HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share, radius=1)
+        HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share)
         EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
         unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not is_cut(name)]
         if unknown or not self.names:
@@ -1096,7 +1096,7 @@ class CompareConfig:
             compiled=self.compiled,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
-            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=self.compare.probe_share, radius=1),
+            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=self.compare.probe_share),
             tasks=self.tasks,
             evaluate=EvaluateConfig(
                 eval_data=self.compare.eval_data,

@@ -40,7 +40,6 @@ from layercut.pipeline.resolve_options import (
     check_window,
     score_of,
     wanted_length,
-    with_radius,
     with_windows,
 )
 from layercut.pipeline.stages import trial, tune_quantized
@@ -263,7 +262,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
     check_window("--window", journey.text.window, stock)
-    journey = _planned_score(with_windows(with_radius(journey, checkpoint), stock))
+    journey = _planned_score(with_windows(journey, stock))
     if journey.quantize.bits == "auto":
         check_target(journey, checkpoint, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}

@@ -55,7 +55,7 @@ SCORES = 8
 SETBACK = 0.25
 """What the rate is multiplied by where the held-out loss has risen above that of the start."""
 MOST_TRAINED = 100_000_000
-"""Parameters that are trained where no radius is given: their state takes 2.2 GB, which most machines have."""
+"""Parameters that are trained where the radius is left open: their state takes 2.2 GB, which most machines have."""
 FEW_STEPS = 64
 """Fewer take half the default rate."""
 RAISE_EVERY = 64

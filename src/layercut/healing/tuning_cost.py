@@ -93,7 +93,8 @@ def healed_bytes(run: PlannedRun) -> int:
     shape, heal = run.shape, run.config.heal
     if not run.segments:
         return 0
-    trained = sorted(shape.dense.layers)[-len(_trained(run, heal.radius)) :] if heal.tune_tokens else []
+    radius = None if heal.radius == "auto" else heal.radius
+    trained = sorted(shape.dense.layers)[-len(_trained(run, radius)) :] if heal.tune_tokens else []
     folded = shape.hidden * sum(shape.read) if heal.fold else 0
     return (sum(trained) + folded) * shape.itemsize
 

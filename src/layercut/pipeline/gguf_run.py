@@ -127,7 +127,8 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
             per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
             growth[block] += max(0, int(tensor.n_elements) // per_block * packed - size)
     runs = config.search.num_segments
-    healed = 2 * (config.heal.radius or 1) * runs if isinstance(runs, int) else header.layers
+    radius = config.heal.radius
+    healed = 2 * radius * runs if isinstance(runs, int) and radius != "auto" else header.layers
     beside = sum(sorted(growth)[len(growth) - min(healed, len(growth)) :])
     if target >= (came := checkpoint.file.stat().st_size):
         return length_for_size(blocks, came, target)  # which refuses it: the file is as small already

@@ -258,7 +258,7 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
     """What tuning itself takes of the options."""
     return TuneSettings(
         objective=objective(heal), learning_rate=heal.learning_rate, batch_tokens=heal.batch_tokens,
-        radius=heal.radius, epochs=heal.epochs, patience=heal.patience,
+        radius=None if heal.radius == "auto" else heal.radius, epochs=heal.epochs, patience=heal.patience,
     )  # fmt: skip
 
 
