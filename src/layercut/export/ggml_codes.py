@@ -1,7 +1,7 @@
 """The codes of llama.cpp's block formats: which points a block's scales allow, and where each weight's code is.
 
 A row of a matrix is blocks of 32 or 256 weights, each with scales and with a code of 4 or 5 bits a weight. Of scales
-that stay as llama.cpp chose them the points are known, and any codes can be put in their place (`rounded_by_gptq`).
+that stay as llama.cpp chose them the points are known, and other codes can be put beside them: `gguf_gptq.py` does.
 """
 
 from __future__ import annotations

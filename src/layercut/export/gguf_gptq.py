@@ -45,9 +45,10 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
         their rows in an order of its own, or the model cannot be run layer by layer.
     """
     tensors = {t.name: t for t in open_gguf(file)[1].tensors if t.tensor_type.name.lower() in LAYOUTS}
-    student = loading.share(model).eval()
+    student, architecture = loading.share(model).eval(), architecture_of(file)
     try:
-        names = _names(student, file, rounded) if tensors else {}
+        found = possible_names(student, architecture) if tensors else {}
+        names = {parameter: name for parameter, name in found.items() if parameter in rounded and name}
         fit = {n for n, name in names.items() if name in tensors and tensors[name].shape[0] <= tokens.numel()}
         layers = _by_layer(student, fit)
         stack = DecoderRunner(student) if layers else None
@@ -56,17 +57,18 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
         return []
     if stack is None:
         return []
-    _round_the_others_(student, file, rounded, layers)
+    if readable(architecture):
+        _round_the_others_(student, file, names, layers)
     replaced, unlike = dict[str, tuple[Any, Any]](), list[str]()
     with memory_limit(), bar("choosing codes", max(layers) + 1) as advance:
         for _, module, hessian in each_with_hessian(stack, tokens, layers, advance):
-            parameter = f"{module}.weight"
-            tensor, weight = tensors[names[parameter]], student.get_parameter(parameter)
-            order = file_rows(tensor.name, architecture_of(file), model.config, len(weight)).numpy()
-            packed = np.empty_like(tensor.data)
-            packed[order] = tensor.data  # in the model's order of rows
             if hessian is None:
                 continue
+            parameter = f"{module}.weight"
+            tensor, weight = tensors[names[parameter]], student.get_parameter(parameter)
+            order = file_rows(tensor.name, architecture, model.config, len(weight)).numpy()
+            packed = np.empty_like(tensor.data)
+            packed[order] = tensor.data  # in the model's order of rows
             if not _is(packed, tensor.tensor_type, weight):
                 unlike.append(parameter)
                 continue
@@ -86,12 +88,6 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
     return sorted(n for n, name in names.items() if name in replaced)
 
 
-def _names(model: Any, file: Path, parameters: Collection[str]) -> dict[str, str]:
-    """llama.cpp's names of these parameters, as far as it has one."""
-    found = possible_names(model, architecture_of(file))
-    return {parameter: name for parameter, name in found.items() if parameter in parameters and name}
-
-
 def _by_layer(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
     """Linear modules with one of these weights, by decoder layer."""
     decoder = loading.find_decoder(model)
@@ -104,14 +100,11 @@ def _by_layer(model: Any, parameters: Collection[str]) -> dict[int, list[str]]:
     return found
 
 
-def _round_the_others_(student: Any, file: Path, rounded: Collection[str], layers: Mapping[int, list[str]]) -> None:
+def _round_the_others_(student: Any, file: Path, names: Mapping[str, str], layers: Mapping[int, list[str]]) -> None:
     """Put in what the file has of rounded weights whose codes stay, so that later layers see it."""
-    architecture, types = architecture_of(file), stored_types(file)
-    chosen = {f"{module}.weight" for group in layers.values() for module in group}
-    names = _names(student, file, {*rounded} - chosen)
-    others = [n for n, name in names.items() if types.get(name, FLOATS[0]) not in FLOATS]
-    if others and readable(architecture):
-        loading.replace_parameters_(student, weights_in(file, student, others))
+    types, chosen = stored_types(file), {f"{module}.weight" for group in layers.values() for module in group}
+    coarse = [n for n, name in names.items() if types.get(name, FLOATS[0]) not in FLOATS]
+    loading.replace_parameters_(student, weights_in(file, student, [n for n in coarse if n not in chosen]))
 
 
 def _is(packed: np.ndarray, kind: Any, weight: torch.Tensor) -> bool:

@@ -73,7 +73,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     heldout = work.blocks["heldout"]
     few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS, work.config.text.window))
     text, heal = work.config.text, work.config.heal
-    windows = {text.window: TESTS, heal.tune_window or text.window: LONG_TESTS} | {text.window: TESTS}
+    windows = {heal.tune_window or text.window: LONG_TESTS, text.window: TESTS}
     others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
     unseen = [weighted_rows(heldout, None)]
     unseen += [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
