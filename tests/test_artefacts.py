@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +182,23 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path):
             assert stage.open
             raise KeyError
     assert not (tmp_path / "run" / "cut.json").exists()
+
+
+def test_the_seconds_of_a_part_are_its_stages_too_whenever_it_was_run(tmp_path, monkeypatch):
+    clock, bare = iter([0.0, 10.0, 13.0, 20.0, 30.0, 34.0]), replace(CUT, files=[])
+    monkeypatch.setattr("layercut.pipeline.run_store.time.perf_counter", lambda: next(clock))
+
+    def run_both(outer_inputs):
+        with Run(tmp_path / "run") as run:
+            run.describe({"model": "m"})
+            with run.stage(CutArtefact, "outer", outer_inputs) as outer:
+                with run.stage(CutArtefact, "inner", "inputs") as inner:
+                    inner.found = inner.found or bare
+                outer.found = bare
+        return inner.artefact.seconds, run.seconds
+
+    assert run_both("first") == (3.0, {"outer": 20.0})
+    assert run_both("changed") == (3.0, {"outer": 7.0}), "4 now, 3 before"
 
 
 def test_a_folder_with_a_config_yaml_is_not_a_run(tmp_path):

@@ -28,11 +28,15 @@ RUN += ["--batch-tokens=16", "--learning-rate=0.001"]
 VARY = {"seconds", "speed", "peak_rss_bytes", "content_hash"}
 
 
+PLAIN = "search-plain"
+"""Run within the stage search."""
+
+
 def started(run: Path) -> list[str]:
-    """The stages that were begun, in order, as metrics.jsonl tells."""
+    """The stages that were begun, in order, as metrics.jsonl tells; without what is a part of another."""
     log = run / "metrics.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [event["stage"] for event in events if event["name"] == "started"]
+    return [event["stage"] for event in events if event["name"] == "started" and event["stage"] != PLAIN]
 
 
 def artefacts(run: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from layercut import layer_search
 from layercut.cli.command_line import main
 from layercut.config import HealConfig, from_flat
 from layercut.data.probes import probe_rows
@@ -23,6 +25,7 @@ from layercut.layer_search.prices import Prices
 from layercut.models import checkpoints, loading
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
+from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
 from layercut.pipeline.stages import trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
@@ -188,12 +191,29 @@ def test_the_best_that_differ_are_healed_and_what_that_leaves_decides():
     found = tried(
         result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1, healed=healed
     )
-    assert asked == [(Segment(1, 3),), (Segment(3, 5),), (Segment(5, 7),)], "two layers are others"
+    assert asked[:3] == [(Segment(1, 3),), (Segment(3, 5),), (Segment(5, 7),)], "two layers are others"
+    assert asked[3:] == [(Segment(4, 6),)], "of the variants of 5:7 the one that the fold likes better"
     assert found.segments == [Segment(5, 7)]
     assert (found.candidates[0].score, found.tried[0].folded, found.tried[0].healed) == (5.0, 5.0, -5.0)
-    assert [one.healed for one in found.tried[:4]] == [-5.0, -3.0, -1.0, None]
+    assert [one.healed for one in found.tried[:5]] == [-5.0, -4.0, -3.0, -1.0, None]
     by_fold = tried(result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1)
     assert by_fold.segments == [Segment(1, 3)], "without healing the fold decides"
+
+
+def test_a_variant_of_a_cut_that_healing_dislikes_gets_its_trial_where_it_is_one_of_the_best_too():
+    # seen on SmolLM2: 5:7 is near 6:8 by its layers and near 4:6 by what healing leaves, better than either
+    cuts = {"6:8": (1.0, 1.7), "5:7": (1.1, 1.0), "4:6": (1.2, 1.1), "0:2": (1.3, 1.2)}
+    price = {(Segment.parse(one),): both for one, both in cuts.items()}
+
+    def found(fold):
+        return tried(
+            result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1,
+            healed=lambda cuts: price[cuts][1],
+        )  # fmt: skip
+
+    assert found({cuts: fold for cuts, (fold, _) in price.items()}).segments == [Segment(5, 7)]
+    near = {cuts: 1.195 if fold == 1.1 else fold for cuts, (fold, _) in price.items()}
+    assert found(near).segments == [Segment(4, 6)], "by less than chance: none is healed for that"
 
 
 def test_no_more_are_healed_than_said():
@@ -274,6 +294,75 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
     prices = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
     assert healed[-1]["healed"] == pytest.approx(prices[0], rel=1e-3)
     assert abs(prices[1] / prices[0] - 1) > 2e-3, "tuning that does nothing would pass"
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, tmp_path, monkeypatch):
+    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25"]
+    flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
+    assert main(["tune", *flags, f"--out={tmp_path / 'whole'}"]) == 0
+    whole = json.loads((tmp_path / "whole" / "search.json").read_text())
+    asked = {"search": 0, "folded": [], "healed": []}
+    search, folded, heal = layer_search.search, FoldPrices.__call__, trial.healed_for_a_while
+    most = 1
+
+    def counted_search(*args, **how):
+        asked["search"] += 1
+        return search(*args, **how)
+
+    def counted_fold(self, cuts):
+        asked["folded"].append(tuple(cuts))
+        return folded(self, cuts)
+
+    def killed_heal(this, cuts, tokens):
+        if len(asked["healed"]) == most:
+            raise Killed
+        asked["healed"].append(tuple(cuts))
+        return heal(this, cuts, tokens)
+
+    monkeypatch.setattr(layer_search, "search", counted_search)
+    monkeypatch.setattr(FoldPrices, "__call__", counted_fold)
+    monkeypatch.setattr(trial, "healed_for_a_while", killed_heal)
+    run = tmp_path / "killed"
+    with pytest.raises(Killed):
+        main(["tune", *flags, f"--out={run}"])
+    assert (run / "search-prices.json").is_file()
+    assert not (run / "search.json").exists()
+    most = 99
+    assert main(["tune", *flags, f"--out={run}"]) == 0
+    found = json.loads((run / "search.json").read_text())
+    same = ("segments", "candidates", "by_number", "lighter", "tried")
+    assert {name: found[name] for name in same} == {name: whole[name] for name in same}
+    assert len(asked["healed"]) == len(set(asked["healed"])) > 1
+    assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["tried"])
+    assert asked["search"] == 1
+    assert not (run / "search-prices.json").exists()
+
+
+def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, texts, tmp_path, monkeypatch):
+    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", "--preserve=sums"]
+    flags.append(f"--out={tmp_path}")
+    assert main(["search", *flags]) == 0
+    plain = json.loads((tmp_path / "search.json").read_text())
+    assert "tried" not in plain or not plain["tried"]
+    monkeypatch.setattr(layer_search, "search", None)
+    assert main(["tune", *flags, "--tune-tokens=4096", "--score=folded", "--probe-share=0"]) == 0
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert found["tried"]
+    assert plain["candidates"][0]["segments"] in [one["segments"] for one in found["tried"]]
+
+
+def test_prices_of_other_inputs_or_damaged_ones_are_found_again(tmp_path):
+    cuts, path = [Segment(1, 3), Segment(5, 6)], tmp_path / "prices.json"
+    assert KnownPrices(path, "a")("folded", cuts, lambda: math.inf) == math.inf
+    assert KnownPrices(path, "a")("folded", cuts, lambda: 2.0) == math.inf
+    assert KnownPrices(path, "a")("healed", cuts, lambda: 3.0) == 3.0
+    assert KnownPrices(path, "b")("folded", cuts, lambda: 4.0) == 4.0
+    path.write_text("{")
+    assert KnownPrices(path, "b")("folded", cuts, lambda: 5.0) == 5.0
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
     1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. where asked the TRIED best by then that differ are healed for a while, and the best of them is taken
+    4. where asked the TRIED best by then that differ are healed for a while, then of the best one's variants the one
+       that the fold likes best, where it likes it better; the best of them is taken
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -11,7 +12,7 @@ Plain prices only propose; what decides is `healing/fold_prices.py`, and healing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from layercut.layer_search.gate_walls import neighbours
@@ -56,6 +57,8 @@ def tried(
     best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
     after = {cuts: healed(cuts) for cuts in differing(ordered, TRIED)} if healed else {}
+    if healed and (better := better_variant(ordered, known, min(after, key=after.__getitem__))):
+        after[better] = healed(better)  # it was no choice before: a variant of a cut that healing likes less
     ordered.sort(key=lambda cuts: after.get(cuts, math.inf))
     found = {each.segments: each for each in [*result.candidates, *result.by_number]}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
@@ -95,7 +98,7 @@ def climbed_(
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
-    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are others.
+    """The first cuts that are no variants of one before.
 
     Args:
         ordered: cuts of equally many layers.
@@ -104,12 +107,32 @@ def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
     Returns:
         These, in their order; the first always.
     """
-    found: list[tuple[Cuts, set[int]]] = []
+    found: list[Cuts] = []
     for cuts in ordered:
-        layers = {i for segment in cuts for i in range(segment.start, segment.stop)}
-        if all(len(layers - other) >= min(len(layers), max(2, len(layers) // 3)) for _, other in found):
-            found.append((cuts, layers))
-    return [cuts for cuts, _ in found[:most]]
+        if not any(are_variants(cuts, other) for other in found):
+            found.append(cuts)
+    return found[:most]
+
+
+def are_variants(cuts: Cuts, other: Cuts) -> bool:
+    """Whether two cuts of equally many layers have most in common: less than a third, or two, are others."""
+    layers, others = ({i for s in each for i in range(s.start, s.stop)} for each in (cuts, other))
+    return len(layers - others) < min(len(layers), max(2, len(layers) // 3))
+
+
+def better_variant(ordered: Sequence[Cuts], known: Mapping[Cuts, float], best: Cuts) -> Cuts | None:
+    """The variant of a cut that costs least after a quick fold, where that is less by more than GAIN.
+
+    Args:
+        ordered: cuts of equally many layers.
+        known: prices after a quick fold.
+        best: the cut.
+
+    Returns:
+        The variant; None where the cut is the best of its kind.
+    """
+    found = min((cuts for cuts in ordered if are_variants(cuts, best)), key=known.__getitem__)
+    return found if known[found] < (1 - GAIN) * known[best] else None
 
 
 # --- what it costs, told beforehand ---

@@ -51,6 +51,10 @@ class Cost:
     layer_backwards: int = 0
     """Backward passes of one layer for one row."""
 
+    def __add__(self, other: Cost) -> Cost:
+        """What both spent."""
+        return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
     def add_(self, share: Cost) -> None:
         """Add what every process spent on its share of the rows."""
         spent = processes.summed([share.dense_tokens, share.layer_forwards, share.layer_backwards])

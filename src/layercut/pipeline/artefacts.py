@@ -163,6 +163,8 @@ class SearchArtefact(Artefact, SearchCost):
     """The best of one segment, and of two, where they were compared."""
     tests: dict[str, Any] | None = None
     """Which generated tests were weighed: {"rows", "window", "capabilities"}."""
+    lighter: list[list[Bounds]] = field(default_factory=list)
+    """Sets that would have been proposed if tests counted less: what a trial goes on from."""
     tried: list[TriedRecord] = field(default_factory=list)
     """Cuts on trial, from the one that is chosen; the price after the fold is then the candidates' score too."""
     rounds: list[RoundRecord] | None = field(default=None, metadata=OPTIONAL)

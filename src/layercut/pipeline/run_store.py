@@ -73,6 +73,8 @@ class Run:
     def __init__(self, folder: Path | str, *, force: bool = False) -> None:
         self.folder = Path(folder)
         self.seconds: dict[str, float] = {}
+        self._within: list[float] = []
+        """Of each open stage, from the outermost: seconds that stages within it took before, in an earlier command."""
         self._hashes: dict[str, str] = {}
         self._artefacts: dict[str, Artefact] = {}
         self._lock: IO[str] | None = None
@@ -110,6 +112,8 @@ class Run:
                     stage.found = CutArtefact(…)
             cut = stage.artefact
 
+        A stage within another is a part of it: its seconds are in the other's too, whenever it was run.
+
         Args:
             kind: what the stage leaves.
             name: of its JSON file.
@@ -123,24 +127,31 @@ class Run:
         """
         self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
         stage = RunStage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
-        if stage.found is not None:
+        is_reused = stage.found is not None
+        if is_reused:
             yield stage
         else:
             memory.release_freed()  # what earlier stages held
             begun = time.perf_counter()
-            if together:
-                stage.open = True
-                yield stage
-            else:
-                with processes.main_alone() as work:
-                    stage.open = work.mine
+            self._within.append(0.0)
+            try:
+                if together:
+                    stage.open = True
                     yield stage
-                    work.value = stage.found
-                stage.found = work.value
-            seconds, found = round(time.perf_counter() - begun, 2), stage.artefact
+                else:
+                    with processes.main_alone() as work:
+                        stage.open = work.mine
+                        yield stage
+                        work.value = stage.found
+                    stage.found = work.value
+            finally:
+                earlier = self._within.pop()
+            seconds, found = round(time.perf_counter() - begun + earlier, 2), stage.artefact
             stage.open, stage.found = False, processes.on_main(lambda: self._finish(name, found, seconds))
         self._artefacts[name] = stage.artefact
-        if not isinstance(stage.artefact.seconds, dict):
+        if self._within:
+            self._within[-1] += stage.artefact.seconds if is_reused else 0.0
+        elif not isinstance(stage.artefact.seconds, dict):
             self.seconds[name] = stage.artefact.seconds
 
     def artefact(self, kind: type[Kind], name: str) -> Kind:
@@ -171,7 +182,6 @@ class Run:
 
     def _finish(self, name: str, found: Kind, seconds: float) -> Kind:
         """Write what a stage found."""
-        self.seconds[name] = seconds
         if not isinstance(found.seconds, dict):  # the summary's are those of all stages
             found = replace(found, seconds=seconds)
         files = record([self / file for file in found.files], self.folder) if found.files else {}

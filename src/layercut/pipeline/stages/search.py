@@ -21,6 +21,7 @@ from layercut.files.json_values import jsonable, restored
 from layercut.files.sizes import parse_bytes
 from layercut.layer_search import (
     Candidate,
+    Cost,
     Restriction,
     SearchResult,
     length_for_size,
@@ -44,6 +45,7 @@ from layercut.pipeline.artefacts import (
 )
 from layercut.pipeline.gguf_run import keeps_gguf
 from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
+from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial
 from layercut.pipeline.stages.text import with_evaluation_left_out
@@ -84,19 +86,49 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
                 result = search_within(this, config.max_loss, tests)
             else:
                 how = asked(this, length_for_target(work) if length is None else length, tests)
-                result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
+                result = by_plain_cuts(this, how)
                 if work.score_now != "raw":
-                    result = trial.go_on(this, result, tokens, how)
+                    result = trial.go_on(this, result, tokens, how, this.name("search"))
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
+    KnownPrices.of(work.run, this.name("search")).forget_()
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
     if found.tried:
         say("search", describe_tried(asdict(found)))
     words = ", ".join(map(str, this.removal.all))
     say("search", f"{found.method}: remove {words} of {work.layers} layers")
     return this.removal
+
+
+def by_plain_cuts(this: Round, how: dict[str, Any]) -> SearchResult:
+    """The search itself, which healing does not enter: found once for a run folder, whichever command needs it first.
+
+    Args:
+        this: the round.
+        how: the search's arguments.
+
+    Returns:
+        The result, without the seconds that it took.
+    """
+    work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
+    plain = replace(config, score="raw", all_lengths=False)
+    inputs = [work.source, work.text["calibration"], seed, plain, how["n_layers"]]
+    with work.run.stage(SearchArtefact, this.name("search-plain"), inputs, after=this.after, together=True) as stage:
+        if stage.open:
+            result = layer_search.search(this.stack, work.blocks["calibration"], **how, seed=seed, oracle=config.oracle)
+            stage.found = recorded(result, work)
+    found = stage.artefact
+    return SearchResult(
+        method=found.method,
+        candidates=list(map(candidate_of, found.candidates)),
+        cost=Cost(found.dense_tokens, found.layer_forwards, found.layer_backwards),
+        oracle=found.oracle,
+        by_text=candidate_of(found.by_text) if found.by_text else None,
+        by_number=list(map(candidate_of, found.by_number)),
+        lighter=[tuple(segments_of(each)) for each in found.lighter],
+    )
 
 
 def recorded(result: SearchResult, work: RunContext, this: Round | None = None) -> SearchArtefact:
@@ -122,6 +154,7 @@ def recorded(result: SearchResult, work: RunContext, this: Round | None = None) 
         candidates=list(map(candidate_record, result.candidates)),
         by_text=candidate_record(result.by_text) if result.by_text else None,
         by_number=list(map(candidate_record, result.by_number)),
+        lighter=list(map(bounds_of, result.lighter)),
         tried=[TriedRecord(**vars(each) | {"segments": bounds_of(each.segments)}) for each in result.tried],
         oracle=result.oracle,
         triangle=result.triangle,
@@ -139,6 +172,11 @@ def candidate_record(found: Candidate) -> CandidateRecord:
     return CandidateRecord(
         segments=bounds_of(found.segments), kl=found.kl, score=found.score, damage=found.damage
     )  # fmt: skip
+
+
+def candidate_of(found: CandidateRecord) -> Candidate:
+    """The inverse of `candidate_record`."""
+    return Candidate(tuple(segments_of(found.segments)), found.kl, found.score, found.damage)
 
 
 def generated_tests(work: RunContext, seed: int | None = None, config: SearchConfig | None = None) -> ProbeRows | None:
@@ -279,12 +317,13 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
             how = asked(Round(work), length, generated_tests(work, seed))
             result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
             if work.score_now != "raw":
-                result = trial.go_on(Round(work), result, drawn.tokens, how)
+                result = trial.go_on(Round(work), result, drawn.tokens, how, f"stability-{seed}")
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
                 layer_backwards=result.cost.layer_backwards, files=[f"stability-{seed}.safetensors"],
             )  # fmt: skip
+    KnownPrices.of(work.run, f"stability-{seed}").forget_()
     say("stability", f"seed {seed}: remove {', '.join(map(str, segments_of(stage.artefact.segments)))}")
     return stage.artefact
 

@@ -1,10 +1,14 @@
-"""Part of the stage search: the best cuts on trial, by what a quick fold and then some real healing leave of each."""
+"""Part of the stage search: the best cuts on trial, by what a quick fold and then some real healing leave of each.
+
+Every price is kept in the run folder as soon as it is known, until the stage is done: a trial that was stopped goes on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +17,6 @@ from layercut import surgery
 from layercut.data.blocks import in_rows
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.data.text_overlap import by_origin
-from layercut.distributed import processes
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
@@ -24,6 +27,7 @@ from layercut.models.batch_sizes import slices
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
+from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.heal import tune_settings
 from layercut.pipeline.stages.text import tuning_row_lengths
@@ -54,7 +58,7 @@ def rows_to_tune(rows: int) -> int:
     return max(1, rows // TUNED_SHARE)
 
 
-def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
+def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str) -> SearchResult:
     """Go on from a search's candidates by what is left of cuts, on held-out text and tests that it has not seen.
 
     Args:
@@ -62,6 +66,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         result: of the search by plain cuts.
         tokens: calibration token ids [N, T], on which the folds are solved, a few of the tests among them.
         how: the search's arguments.
+        stage: in which this is done.
 
     Returns:
         The result, what all this cost added to the search's; the layers that healing runs are not counted.
@@ -79,29 +84,31 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     unseen += [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
-    prices = Prices(this.stack, tokens, Cost(), probes=tests)
+    prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices.of(work.run, stage)
+    folds = cache(lambda: FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder))
     with ExitStack() as shown:
         shown.enter_context(bar("pricing cuts after a quick fold", None))
-        folded = FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder)
 
         def fold_price(cuts: Sequence[Segment]) -> float:
-            return processes.from_main(folded(cuts))
+            return known("folded", cuts, lambda: folds()(cuts))
 
         def healed_price(cuts: Sequence[Segment]) -> float:
             shown.close()  # healing shows its own
-            student = healed_for_a_while(this, cuts, tokens)
-            left = processes.from_main(sum(left_of(student, this.stack, rows) for rows in unseen))
-            say("trial", f"{', '.join(map(str, cuts))}: {left:.4g} nats after a short healing")
-            return left
+
+            def left() -> float:
+                student = healed_for_a_while(this, cuts, tokens)
+                return sum(left_of(student, this.stack, rows) for rows in unseen)
+
+            price = known("healed", cuts, left)
+            say("trial", f"{', '.join(map(str, cuts))}: {price:.4g} nats after a short healing")
+            return price
 
         after = healed_price if work.score_now == "healed" else None
         found = tried(result, prices, fold_price, limits, count, healed=after)
-    own, plain = result.cost, prices.cost
-    spent = Cost(
-        own.dense_tokens + plain.dense_tokens + folded.dense_tokens,
-        own.layer_forwards + plain.layer_forwards + folded.layer_forwards, own.layer_backwards,
-    )  # fmt: skip
-    return replace(found, cost=spent)
+        cost = result.cost + prices.cost
+        if folds.cache_info().currsize:
+            cost += Cost(folds().dense_tokens, folds().layer_forwards)
+    return replace(found, cost=cost)
 
 
 def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor) -> DecoderRunner:
