@@ -19,7 +19,7 @@ from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
 from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
-from layercut.healing.tuning_pass import HeldOut, Pair, loss_gradient
+from layercut.healing.tuning_pass import Batch, HeldOut, Pair, loss_gradient
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
@@ -160,7 +160,7 @@ def train_(
 
 def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     """Add the gradient of weight x the mean KL over tokens [B, T] to what is trained; that loss."""
-    batch = tokens, torch.arange(len(tokens)), weight
+    batch = Batch(tokens, torch.arange(len(tokens)), weight)
     if pair.prefix:
         return sum(loss.sum().item() for loss in pair.backward([batch]))
     with torch.no_grad():

@@ -144,7 +144,8 @@ def recall_table(result: dict) -> str:
         how = [""] * 6
         if tuning := row.get("tuning"):
             beside = ", half of them Wikipedia" if row["beside"] else ""
-            how = [f"{row['tokens']:,}{beside}", lengths_of(row, result["window"]), f"{row['share']:.0%}"]
+            counted = f", answers x {row['answer_weight']:g}" if row["answer_weight"] != 1 else ""
+            how = [f"{row['tokens']:,}{beside}", lengths_of(row, result["window"]), f"{row['share']:.0%}{counted}"]
             how += [f"{row['mix']:g}", f"{tuning['learning_rate']:g}"]
             how.insert(0, str(len(tuning["trained_layers"])))
         cells = [row["segments"].replace(",", " and "), *how]

@@ -6,7 +6,7 @@
 
 A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `mix`
 of the next-token loss, `radius`, `tokens` to tune on, peak `rate`, `window` of the rows and whether some are `parted`,
-another text `beside` the first. Each is folded and tuned as a run does it; then
+`answer_weight`, another text `beside` the first. Each is folded and tuned as a run does it; then
 perplexity, hidden keys, values found in lists, and the damage to tests of the judging family are measured, beside the
 dense model; with `--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is left of the scores of lm-eval's
 tasks too. "nothing" is the dense model, "… unhealed" the cut alone.
@@ -52,6 +52,8 @@ class Healing:
     """Tokens of a row that is folded and tuned on; 0: as those that are reported."""
     parted: int = 0
     """1: rows of tests, and every second one of text, are done as short ones, as a run does it."""
+    answer_weight: float = 1.0
+    """What an answer's token counts in the tests that are tuned on; others count 1."""
     beside: str = ""
     """Another text to fold and tune on, of which half the rows are."""
 
@@ -84,12 +86,23 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
     objective, begun = KL(mix=asked.mix), time.process_time()
     tuned = tune_(
         small, model.model, tuning, heldout=heldout, objective=objective, radius=asked.radius,
-        learning_rate=asked.rate or None, row_lengths=None if lengths is None else lengths[held // window :],
+        learning_rate=asked.rate or None, token_weights=answer_weights(model, asked, tuning, args.seed),
+        row_lengths=None if lengths is None else lengths[held // window :],
     )  # fmt: skip
     row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after, "cpu_seconds": time.process_time() - begun}
     kept = ("learning_rate", "trained_layers", "trained_parameters", "heldout", "heldout_label", "setbacks")
     row["tuning"] = {name: getattr(tuned, name) for name in kept}
     return small
+
+
+def answer_weights(model: loading.LanguageModel, asked: Healing, rows: torch.Tensor, seed: int) -> torch.Tensor | None:
+    """What each token of rows [N, T] counts: tokens before an answer's those of the setting, others 1."""
+    if asked.answer_weight == 1:
+        return None
+    tests = probe_rows(model.tokenizer, rows=len(rows), window=rows.shape[1], family="tuning", seed=seed)
+    of = {tuple(row.tolist()): marks >= 0 for row, marks in zip(tests.tokens, tests.answers, strict=True)}
+    found = [of.get(tuple(row.tolist()), torch.zeros_like(row, dtype=torch.bool)) for row in rows]
+    return torch.where(torch.stack(found), asked.answer_weight, 1.0)
 
 
 def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], probes: Probes) -> dict[str, Any]:

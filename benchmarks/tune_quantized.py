@@ -6,12 +6,13 @@
 
 A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
 and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`, `batch` of them a
-step, at `rate` (a share of each unit; the default where not given). "quantizer=auto-round iterations=50" has the layers
-rounded by auto-round (peer_auto_round.py) on the first `tokens` of the same text, embeddings as here, with
-`--auto-round PYTHON` of an environment that has it; its bytes are those of our checkpoint on the same grid. "bits=auto
-size=86MB" chooses the bits of each matrix for a size, embeddings and head too (`embeddings` is not read then), and is
-to be compared with one width of that size. The model is the dithered control (control.py), whole: no layer is removed.
-Perplexity of the same tokens for all, beside the dense model's.
+step, at `rate` (a share of each unit; the default where not given), with a share `mix` of the next token's loss, on
+other texts `beside` the first ("A+B"), of each of which as many rows are.
+"quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
+the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
+checkpoint on the same grid. "bits=auto size=86MB" chooses the bits of each matrix for a size, embeddings and head too
+(`embeddings` is not read then), and is to be compared with one width of that size. The model is the dithered control
+(control.py), whole: no layer is removed. Perplexity of the same tokens for all, beside the dense model's.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from common import RowsDone, arguments, blocks, finish, open_model
+from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
 from layercut.config import QuantizeConfig
 from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading, memory
+from layercut.models.objectives import KL
 from layercut.progress import say
 from layercut.quantization import quantize_
 from layercut.quantization.trainable import RATE, Trainable
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
-LATER = {"size": str, "rate": float, "batch": int, "iterations": int}
+LATER = {"size": str, "rate": float, "batch": int, "iterations": int, "mix": float, "beside": str}
 """Options of single settings, which the rows of others do not name."""
 
 
@@ -80,7 +82,10 @@ def quantized(
     if asked["train"] != "none":
         parts = Trainable.of_(found, model.model if asked["train"] == "rounding" else None)
         tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
-        settings = TuneSettings(learning_rate=asked.get("rate", RATE), batch_tokens=asked.get("batch", 1024))
+        objective = KL(mix=asked.get("mix", 0.0))
+        settings = TuneSettings(
+            objective=objective, learning_rate=asked.get("rate", RATE), batch_tokens=asked.get("batch", 1024)
+        )
         told = tune_parameters_(
             parts.model, model.model, parts.parameters, tuning, heldout=text["heldout"], settings=settings
         )
@@ -126,34 +131,36 @@ def main() -> None:
     model = open_model(args.model)
     dither_(model.model)
     memory.reuse_freed()
-    text, reported = drawn(model, args)
+    reported = {
+        name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
+        for name, _, source in (item.partition("=") for item in args.texts)
+    }
     facts = {key: getattr(args, key) for key in ("tokens", "heldout_tokens", "eval_tokens", "window", "seed")}
     done = RowsDone(args.out, facts)
     for asked in (PLAIN, *(parsed(setting, args.tune_tokens) for setting in args.settings)):
-        if asked in done:
+        row = asked | ({"beside": named(asked["beside"])} if "beside" in asked else {})
+        if row in done:
             continue
-        found = {"model": model.model} if asked["bits"] == 16 else quantized(model, asked, text, args.auto_round)
+        whole = asked["bits"] == 16
+        found = {"model": model.model} if whole else quantized(model, asked, drawn(model, asked, args), args.auto_round)
         small = found.pop("model")
         found["perplexity"] = {name: evaluation.perplexity(small, tokens) for name, tokens in reported.items()}
-        done.add(asked | found)
+        done.add(row | found)
         say(str(asked), f"{found['perplexity']}, {found.get('bytes')} bytes")
     finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, weights="dithered control", **facts)
     done.partial.unlink(missing_ok=True)
 
 
-def drawn(model: loading.LanguageModel, args: Namespace) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Tokens to calibrate, to judge and to train on, other rows each; and the texts that are reported."""
+def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) -> dict[str, torch.Tensor]:
+    """Tokens to calibrate, to judge and to train on, other rows each."""
+    data = f"{args.data}+{asked['beside']}" if "beside" in asked else args.data
     counts = {"calibration": args.tokens, "heldout": args.heldout_tokens}
-    rows = blocks(model, args.data, sum(counts.values()), args.window, args.seed).tokens
+    rows = blocks(model, data, sum(counts.values()), args.window, args.seed).tokens
     parts = dict(zip(counts, rows.split([count // args.window for count in counts.values()]), strict=True))
     window = args.tune_window or args.window
     before = -(-sum(counts.values()) // window)
-    parts["tuning"] = blocks(model, args.data, args.tune_tokens, window, args.seed, skip=before).tokens
-    reported = {
-        name: blocks(model, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
-        for name, _, source in (item.partition("=") for item in args.texts)
-    }
-    return parts, reported
+    parts["tuning"] = blocks(model, data, args.tune_tokens, window, args.seed, skip=before).tokens
+    return parts
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from layercut.healing.endpoint_tuning import (
     warmup_then_cosine,
 )
 from layercut.healing.stored_teacher import store_teacher, stored_bytes
-from layercut.healing.tuning_pass import HeldOut, Pair
+from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import batch_sizes, loading, losses
 from layercut.models.batch_sizes import Budget
@@ -119,6 +119,41 @@ def test_rows_of_two_lengths_in_a_step_count_by_their_tokens():
 
 
 @pytest.mark.parametrize("objective", ["kl", "next-token", "hidden"])
+def test_tokens_count_by_their_weights(objective):
+    model, segment, tokens = tiny.llama(), Segment(3, 5), tiny.some_tokens(4, 16)
+    settings = {"objective": objective, "heldout": tokens, "learning_rate": 1e-3}
+
+    def tuned(rows, batch, **more):
+        student = cut_copy(model, segment)
+        return tune_(student, model, rows, batch_tokens=batch, **settings, **more), weights_of(student)
+
+    # rows of weight 0 are as if they were not there: half the loss, and AdamW does not see its scale
+    none = torch.ones(tokens.shape)
+    none[1::2] = 0
+    half, alone = tuned(tokens, 32, token_weights=none), tuned(tokens[::2], 16)
+    losses = [[point["loss"] for point in told.curve] for told, _ in (half, alone)]
+    if objective != "hidden":  # which is relative to the norm of all that is in a pass
+        assert losses[0] == pytest.approx([loss / 2 for loss in losses[1]], rel=1e-3)
+    start = weights_of(cut_copy(model, segment))
+    moved, apart = (
+        sum((a[1][name] - b[name]).square().sum() for name in start) for a, b in ((alone, start), (half, alone[1]))
+    )
+    assert 0 <= apart < 0.02 * moved
+    # each token by its own, in rows that are parted too
+    some = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0))
+    ones = [tuned(tokens, 64, token_weights=mask)[0].curve[0]["loss"] for mask in (some, 1 - some)]
+    whole, lengths = tuned(tokens, 64), torch.full((4,), 4)
+    assert sum(ones) == pytest.approx(whole[0].curve[0]["loss"], rel=1e-4)
+    assert ones[0] != pytest.approx(ones[1], rel=1e-3)
+    parted = tuned(tokens, 64, token_weights=some, row_lengths=lengths)[0]
+    apart = tuned(tokens.view(-1, 4), 64, token_weights=some.view(-1, 4))[0]
+    assert parted.curve[0]["loss"] == pytest.approx(apart.curve[0]["loss"], rel=1e-5)
+    for wrong in (some[:2], -some, torch.full(tokens.shape, torch.nan)):
+        with pytest.raises(ConfigError, match="token_weights"):
+            tuned(tokens, 64, token_weights=wrong)
+
+
+@pytest.mark.parametrize("objective", ["kl", "next-token", "hidden"])
 def test_only_the_endpoints_change_and_the_held_out_loss_falls(objective):
     model = tiny.llama()
     student = cut_copy(model, Segment(3, 5))
@@ -208,7 +243,7 @@ def test_kl_step_gradient_is_the_full_models():
     reference = cut_copy(model, Segment(3, 5))
     trained = own_parameters_(DecoderRunner(student), [2, 3])
     pair = Pair(dense=DecoderRunner(model), student=DecoderRunner(student), prefix=2, last=3)
-    list(pair.backward([(tokens, torch.arange(4), 1.0)]))
+    list(pair.backward([Batch(tokens, torch.arange(4), 1.0)]))
     wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p = model(input_ids=tokens, use_cache=False).logits
     losses.kl_divergence(p, reference(input_ids=tokens, use_cache=False).logits).mean().backward()
@@ -314,7 +349,7 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatc
     dense, cut = DecoderRunner(model), DecoderRunner(student)
     pair = Pair(dense=dense, student=cut, prefix=2, last=3, stored=stored, objective=objective)
     trained = own_parameters_(pair.student, [2, 3])
-    (loss,) = pair.backward([(tokens, rows, 1.0)])
+    (loss,) = pair.backward([Batch(tokens, rows, 1.0)])
 
     wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, reference))

@@ -140,6 +140,7 @@ def tune_(
     epochs: int = 1,
     patience: int = 0,
     row_lengths: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
 ) -> TuningResult:
     """Train the layers beside the student's cuts, in place, and leave it in its best state by held-out loss.
@@ -162,6 +163,9 @@ def tune_(
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
         row_lengths: int64 [N], each a divisor of T, 2 at least: a row with fewer than T is done as several of that
             length. Not given: T. Not for stored teachers and states, which are of whole rows.
+        token_weights: [N, T], by what the loss at each token is multiplied (at the token before the one that is
+            predicted), for tokens that matter more, such as the answers of `ProbeRows`. Not given: 1. What judges
+            is not weighted.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -176,11 +180,13 @@ def tune_(
         learning_rate=learning_rate,
     )  # fmt: skip
     check_lengths(row_lengths, tokens, files)
+    check_weights(token_weights, tokens)
     tokens, heldout = with_held_out(tokens, heldout)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
         training.row_lengths = None if row_lengths is None else row_lengths[: len(tokens)]
+        training.token_weights = None if token_weights is None else token_weights[: len(tokens)]
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -306,6 +312,26 @@ def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, files: Tun
         )
 
 
+def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
+    """Refuse weights of tokens that cannot be.
+
+    Args:
+        weights: as `tune_` takes them.
+        tokens: token ids [N, T].
+
+    Raises:
+        ConfigError: not one for each token, or one that is negative or not finite.
+    """
+    if weights is None:
+        return
+    if weights.shape != tokens.shape or not weights.isfinite().all() or weights.min() < 0:
+        raise ConfigError(
+            f"token_weights {list(weights.shape)} from {weights.min()} to {weights.max()} are not for tokens "
+            f"{list(tokens.shape)}",
+            "give a finite weight of 0 or more for each token",
+        )
+
+
 def trained_positions(segments: Sequence[Segment], sizes: Sequence[int], radius: int | None) -> list[int]:
     """Positions, in the cut model, of the layers that are trained: the endpoints, and more of them by the radius.
 
@@ -374,6 +400,7 @@ class _Training:
         given = [(p, 1.0) for p in own_parameters_(pair.student, positions)] if given is None else given
         self.positions, self.trained = positions, [p for p, _ in given]
         self.row_lengths: torch.Tensor | None = None
+        self.token_weights: torch.Tensor | None = None
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
@@ -469,7 +496,9 @@ class _Training:
         for p in self.trained:
             start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
         lengths = [] if self.row_lengths is None else [self.row_lengths[:, None]]
-        data = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
+        data: list[Any] = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
+        if self.token_weights is not None:
+            data.append(hashlib.sha256(self.token_weights.float().cpu().contiguous().numpy().tobytes()).hexdigest())
         plan = [self.settings.facts, self.rate, self.steps, self.positions]
         return digest([more, plan, data, start.hexdigest()])
 
@@ -589,6 +618,7 @@ class _Training:
         taken over: then a step's passes are always the same.
         """
         tokens, parts_of_row = self.tokens[rows].view(-1, length), self.tokens.shape[1] // length
+        weights = None if self.token_weights is None else self.token_weights[rows].view(-1, length)
         size, student = self.report.pass_rows * parts_of_row, self.pair.student
         if any(term.whole_pass for _, term in self.pair.objective.terms()):
             parts = list(slices(len(tokens), size))
@@ -598,7 +628,12 @@ class _Training:
         scale = self.report.loss_scale / (of * parts_of_row)
         numbers = rows.repeat_interleave(parts_of_row)  # read where predictions were stored, of whole rows
         return [
-            (student.place(tokens[part]), numbers[part], len(tokens[part]) * scale if counts else 0.0)
+            Batch(
+                student.place(tokens[part]),
+                numbers[part],
+                len(tokens[part]) * scale if counts else 0.0,
+                None if weights is None else weights[part],
+            )
             for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
         ]
 

@@ -172,8 +172,8 @@ class PairOnDisk(Pair):
 
     def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         student = self.student
-        calls = [student.arguments(tokens) for tokens, _, _ in batches]
-        hidden = [self._states("shared", rows) for _, rows, _ in batches]
+        calls = [student.arguments(batch.tokens) for batch in batches]
+        hidden = [self._states("shared", batch.rows) for batch in batches]
         inputs: list[list[torch.Tensor]] = []
         for i in range(self.prefix, self.student_stop):
             inputs.append(hidden.copy())
@@ -181,7 +181,7 @@ class PairOnDisk(Pair):
                 carry_(student, hidden, calls, i, i + 1)
         slopes: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
-            wanted = self._states("wanted", batch[1]) if "wanted" in self.states.files else None
+            wanted = self._states("wanted", batch.rows) if "wanted" in self.states.files else None
             loss, slope = loss_gradient(self, batch, hidden[number], wanted)
             slopes.append(slope)
             yield loss

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,18 @@ from layercut.models.devices import placed
 from layercut.models.objectives import KL, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
 
-Batch = tuple[torch.Tensor, torch.Tensor, float]
-"""Token ids [B, T], their rows among those that are tuned on [B], the weight of their mean loss in the step's."""
+
+class Batch(NamedTuple):
+    """Rows of one pass."""
+
+    tokens: torch.Tensor
+    """Ids [B, T]."""
+    rows: torch.Tensor
+    """Their numbers among the rows that are tuned on [B]."""
+    weight: float
+    """Of their mean loss in the step's."""
+    token_weights: torch.Tensor | None = None
+    """[B, T], by what the loss at each token is multiplied; None: by 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,7 @@ class Pair:
             that nothing waits for it; the caller takes and clears the gradients before it asks for the next.
         """
         for batch in batches:
-            out, wanted = self.forward(batch[0])
+            out, wanted = self.forward(batch.tokens)
             loss, gradient = loss_gradient(self, batch, out, wanted)
             out.backward(gradient)
             yield loss
@@ -96,19 +106,22 @@ def loss_gradient(
 
     Args:
         pair: the models and the objective.
-        batch: tokens [B, T], their rows, their weight.
+        batch: of tokens [B, T].
         out: [B, T, D] of the student.
         wanted: the same of the dense model; None where the objective needs none, or it was stored.
 
     Returns:
         The loss in parts [n], and its gradient [B, T, D] in the dtype of `out`.
     """
-    (tokens, _, weight), student = batch, pair.student
-    targets, scale = next_tokens(student.place(tokens)), torch.tensor(weight / tokens.numel())
+    tokens, counted, student = batch.tokens, batch.token_weights, pair.student
+    targets, scale = next_tokens(student.place(tokens)), torch.tensor(batch.weight / tokens.numel())
     if pair.objective.reads == "hidden":
         h, h_dense = (x if x is None else x.detach().to(student.device).float().flatten(0, 1) for x in (out, wanted))
         assert h is not None
         losses, slope = pair.objective.loss_and_gradient(h, h_dense, targets.flatten())
+        if counted is not None:
+            each = counted.to(losses).flatten()
+            losses, slope = losses * each, slope * each[:, None]
         return losses.sum()[None] * scale, slope.mul(scale).to(out).view_as(out)
     terms = terms_per_token(pair.objective, tokens.shape[1])
     parts, gradient = list[torch.Tensor](), torch.empty_like(out)
@@ -122,7 +135,8 @@ def loss_gradient(
             slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
             for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
                 some = tuple(x[part] for x in known)
-                summed, slope[part] = fused(_of_terms)(z[part], some, following.flatten()[part], scale, terms)
+                weights = None if counted is None else counted[piece].flatten()[part].to(z.device)
+                summed, slope[part] = fused(_of_terms)(z[part], some, following.flatten()[part], scale, terms, weights)
                 loss += summed
         logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`
         assert leaf.grad is not None
@@ -138,10 +152,12 @@ def _of_terms(
     targets: torch.Tensor,
     scale: torch.Tensor,
     terms: list[tuple[float, Objective]],
+    weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted losses of a student's logits [M, V], summed, and scale x their gradient in float32 [M, V].
 
     known: of the dense model its logits [M, V]; where they were stored log_p [M, K + 1] and index [M, K]; or nothing.
+    weights: by what a token's loss is multiplied [M]; None: by 1.
     """
     q, p = logits.float(), known[0].float() if known else None
     found = []
@@ -151,6 +167,8 @@ def _of_terms(
         else:
             found.append((share, *term.loss_and_gradient(q, p, targets)))
     losses, slopes = weighted(found)
+    if weights is not None:
+        losses, slopes = losses * weights, slopes.mul_(weights[:, None])
     return losses.sum(), slopes.mul_(scale)
 
 
@@ -175,7 +193,7 @@ def _known(
     Returns:
         Logits [M, V]; or log_p [M, K + 1] and index [M, K] where they were stored.
     """
-    tokens, rows, _ = batch
+    tokens, rows = batch.tokens, batch.rows
     if pair.stored:
         return tuple(placed(x, pair.student.device) for x in pair.stored.read(rows[piece[0]], piece[1]))
     if wanted is None:
