@@ -355,14 +355,48 @@ def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, text
     assert plain["candidates"][0]["segments"] in [one["segments"] for one in found["tried"]]
 
 
+class Folder:
+    """A run folder with a stage of some inputs, as far as prices need one."""
+
+    def __init__(self, path, inputs):
+        self.path, self.inputs, self.seconds = path, inputs, []
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    def inputs_of(self, _stage):
+        return self.inputs
+
+    def took_before(self, seconds):
+        self.seconds.append(seconds)
+
+
 def test_prices_of_other_inputs_or_damaged_ones_are_found_again(tmp_path):
-    cuts, path = [Segment(1, 3), Segment(5, 6)], tmp_path / "prices.json"
-    assert KnownPrices(path, "a")("folded", cuts, lambda: math.inf) == math.inf
-    assert KnownPrices(path, "a")("folded", cuts, lambda: 2.0) == math.inf
-    assert KnownPrices(path, "a")("healed", cuts, lambda: 3.0) == 3.0
-    assert KnownPrices(path, "b")("folded", cuts, lambda: 4.0) == 4.0
+    cuts, path = [Segment(1, 3), Segment(5, 6)], tmp_path / "search-prices.json"
+
+    def asked(inputs, kind, price):
+        return KnownPrices(Folder(tmp_path, inputs), "search")(kind, cuts, lambda: price)
+
+    assert asked("a", "folded", math.inf) == math.inf
+    assert asked("a", "folded", 2.0) == math.inf
+    assert asked("a", "healed", 3.0) == 3.0
+    KnownPrices(Folder(tmp_path, "b"), "search").forget_()
+    assert asked("a", "healed", 9.0) == 3.0, "another's are not removed"
+    assert asked("b", "folded", 4.0) == 4.0
     path.write_text("{")
-    assert KnownPrices(path, "b")("folded", cuts, lambda: 5.0) == 5.0
+    assert asked("b", "folded", 5.0) == 5.0
+    KnownPrices(Folder(tmp_path, "b"), "search").forget_()
+    assert not path.exists()
+
+
+def test_seconds_that_a_price_took_before_count_once(tmp_path, monkeypatch):
+    clock = iter([1.0, 8.0])
+    monkeypatch.setattr("layercut.pipeline.known_prices.time.perf_counter", lambda: next(clock))
+    first, later = Folder(tmp_path, "a"), Folder(tmp_path, "a")
+    for folder in (first, later):
+        known = KnownPrices(folder, "search")
+        assert [known("folded", [Segment(1, 3)], lambda: 2.0) for _ in range(2)] == [2.0, 2.0]
+    assert (first.seconds, later.seconds) == ([], [7.0])
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ def tune_(
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
         training.row_lengths = None if row_lengths is None else row_lengths[: len(tokens)]
-        training.token_weights = None if token_weights is None else token_weights[: len(tokens)]
+        training.token_weights = None if token_weights is None else token_weights[: len(tokens)].float()
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -498,7 +498,7 @@ class _Training:
         lengths = [] if self.row_lengths is None else [self.row_lengths[:, None]]
         data: list[Any] = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
         if self.token_weights is not None:
-            data.append(hashlib.sha256(self.token_weights.float().cpu().contiguous().numpy().tobytes()).hexdigest())
+            data.append(hashlib.sha256(self.token_weights.cpu().contiguous().numpy().tobytes()).hexdigest())
         plan = [self.settings.facts, self.rate, self.steps, self.positions]
         return digest([more, plan, data, start.hexdigest()])
 
@@ -632,7 +632,7 @@ class _Training:
                 student.place(tokens[part]),
                 numbers[part],
                 len(tokens[part]) * scale if counts else 0.0,
-                None if weights is None else weights[part],
+                None if weights is None else student.place(weights[part]),
             )
             for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
         ]

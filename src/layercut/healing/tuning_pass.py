@@ -120,8 +120,7 @@ def loss_gradient(
         assert h is not None
         losses, slope = pair.objective.loss_and_gradient(h, h_dense, targets.flatten())
         if counted is not None:
-            each = counted.to(losses).flatten()
-            losses, slope = losses * each, slope * each[:, None]
+            losses, slope = losses * counted.flatten(), slope * counted.flatten()[:, None]
         return losses.sum()[None] * scale, slope.mul(scale).to(out).view_as(out)
     terms = terms_per_token(pair.objective, tokens.shape[1])
     parts, gradient = list[torch.Tensor](), torch.empty_like(out)
@@ -135,7 +134,7 @@ def loss_gradient(
             slope, loss = torch.empty_like(z), torch.zeros((), device=z.device)  # dloss/dz [M, V]
             for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
                 some = tuple(x[part] for x in known)
-                weights = None if counted is None else counted[piece].flatten()[part].to(z.device)
+                weights = None if counted is None else counted[piece].flatten()[part]
                 summed, slope[part] = fused(_of_terms)(z[part], some, following.flatten()[part], scale, terms, weights)
                 loss += summed
         logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`

@@ -23,7 +23,9 @@ from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
 
 POOL, PROPOSED, MOST_MOVES, TRIED = 6, 8, 6, 4
-"""Candidates that are priced, moves that are in each round, rounds at most, and cuts healed."""
+"""Candidates that are priced, moves that are in each round, rounds at most, and cuts healed that differ."""
+MOST_HEALED = TRIED + 1
+"""With the best one's variant."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]

@@ -6,8 +6,8 @@ Beside the run folder's artefacts (`run_store.py`), which are of whole stages.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from layercut.distributed import processes
@@ -19,20 +19,18 @@ from layercut.segments import Segment
 class KnownPrices:
     """Prices of cuts on trial by kind, in a file that a stopped trial goes on from.
 
+    Each with the seconds that it took, which the stage counts as its own where an earlier command spent them.
+
     Args:
-        path: of the file.
-        key: hash of all that they depend on; those of another are forgotten.
+        run: the folder.
+        stage: the one that needs them, which was begun; prices of other inputs than its present ones are not read.
     """
 
-    @classmethod
-    def of(cls, run: Run, stage: str) -> KnownPrices:
-        """Those of a stage that was begun."""
-        return cls(run / f"{stage}-prices.json", run.inputs_of(stage))
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.path, self.key = run, run / f"{stage}-prices.json", run.inputs_of(stage)
         found = processes.on_main(self._read)
-        self.known: dict[str, float] = found["prices"] if found.get("key") == key else {}
+        self.found_before: dict[str, list[float]] = found["prices"] if found.get("key") == self.key else {}
+        self.known = dict(self.found_before)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -53,12 +51,20 @@ class KnownPrices:
             Nats per token.
         """
         name = f"{kind} {'+'.join(map(str, cuts))}"
-        if name not in self.known:
-            self.known[name] = processes.from_main(price())
+        if name in self.found_before:
+            self.run.took_before(self.found_before.pop(name)[1])
+        elif name not in self.known:
+            begun = time.perf_counter()
+            self.known[name] = processes.from_main([price(), time.perf_counter() - begun])
             content = {"key": self.key, "prices": self.known}
             processes.on_main(lambda: write_json(self.path, jsonable(content)))
-        return self.known[name]
+        return self.known[name][0]
 
     def forget_(self) -> None:
-        """Remove them: the stage's artefact has what was wanted."""
-        processes.on_main(lambda: self.path.unlink(missing_ok=True))
+        """Remove them, now that the stage's artefact has what was wanted; those of other inputs stay."""
+
+        def remove() -> None:
+            if self._read().get("key") == self.key:
+                self.path.unlink(missing_ok=True)
+
+        processes.on_main(remove)

@@ -127,7 +127,7 @@ class Run:
         """
         self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
         stage = RunStage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
-        is_reused = stage.found is not None
+        is_reused, earlier = stage.found is not None, 0.0
         if is_reused:
             yield stage
         else:
@@ -150,9 +150,13 @@ class Run:
             stage.open, stage.found = False, processes.on_main(lambda: self._finish(name, found, seconds))
         self._artefacts[name] = stage.artefact
         if self._within:
-            self._within[-1] += stage.artefact.seconds if is_reused else 0.0
+            self._within[-1] += stage.artefact.seconds if is_reused else earlier
         elif not isinstance(stage.artefact.seconds, dict):
             self.seconds[name] = stage.artefact.seconds
+
+    def took_before(self, seconds: float) -> None:
+        """Count seconds that an earlier command spent on the stage that is open."""
+        self._within[-1] += seconds
 
     def artefact(self, kind: type[Kind], name: str) -> Kind:
         """The artefact of a stage that was closed.

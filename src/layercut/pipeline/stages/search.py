@@ -75,6 +75,8 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         What is removed once this round is done.
     """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
+    if length is None and config.max_loss is None and not wanted and keeps_gguf(work.config, work.checkpoint):
+        length = length_for_target(work)  # by the file's header; it depends on options that the search does not know
     scored = [work.source, work.text["calibration"], seed, config, length, *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
@@ -93,7 +95,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
-    KnownPrices.of(work.run, this.name("search")).forget_()
+    KnownPrices(work.run, this.name("search")).forget_()
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
     if found.tried:
         say("search", describe_tried(asdict(found)))
@@ -323,7 +325,7 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
                 layer_backwards=result.cost.layer_backwards, files=[f"stability-{seed}.safetensors"],
             )  # fmt: skip
-    KnownPrices.of(work.run, f"stability-{seed}").forget_()
+    KnownPrices(work.run, f"stability-{seed}").forget_()
     say("stability", f"seed {seed}: remove {', '.join(map(str, segments_of(stage.artefact.segments)))}")
     return stage.artefact
 

@@ -69,7 +69,8 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         stage: in which this is done.
 
     Returns:
-        The result, what all this cost added to the search's; the layers that healing runs are not counted.
+        The result, what all this cost added to the search's; the layers that healing runs are not counted, nor is the
+        work on prices that an earlier command found.
     """
     work, tests = this.work, how["probes"]
     fit = tokens[: rows_to_fit(tokens.shape[1])]
@@ -84,7 +85,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     unseen += [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
-    prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices.of(work.run, stage)
+    prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
     folds = cache(lambda: FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder))
     with ExitStack() as shown:
         shown.enter_context(bar("pricing cuts after a quick fold", None))
