@@ -26,7 +26,7 @@ from layercut.healing.fold_prices import JUDGED_ROWS, fold_prices_cost
 from layercut.healing.least_squares import fold_cost
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import length_for_size, numbers_of_segments
-from layercut.layer_search.finalists import MOST_HEALED, priced_after_fold
+from layercut.layer_search.finalists import TRIED, priced_after_fold
 from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
@@ -222,7 +222,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     for shape, judged in ((run.shape, run.heldout + tests), (run.tuned, long)):
         each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
     work = each.work and sum(
-        (replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * MOST_HEALED, Work()
+        (replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work()
     )
     return Spent(each.peak | {"dense states": held}, work)
 

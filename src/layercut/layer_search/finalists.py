@@ -3,8 +3,7 @@
     1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. where asked the TRIED best by then that differ are healed for a while, then of the best one's variants the one
-       that the fold likes best, where it likes it better; the best of them is taken
+    4. where asked the TRIED best by then that differ are healed for a while, and the best of them is taken
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -12,7 +11,7 @@ Plain prices only propose; what decides is `healing/fold_prices.py`, and healing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from layercut.layer_search.gate_walls import neighbours
@@ -23,9 +22,7 @@ from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
 
 POOL, PROPOSED, MOST_MOVES, TRIED = 6, 8, 6, 4
-"""Candidates that are priced, moves that are in each round, rounds at most, and cuts healed that differ."""
-MOST_HEALED = TRIED + 1
-"""With the best one's variant."""
+"""Candidates that are priced, moves that are in each round, rounds at most, and cuts healed."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]
@@ -59,8 +56,6 @@ def tried(
     best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
     after = {cuts: healed(cuts) for cuts in differing(ordered, TRIED)} if healed else {}
-    if healed and (better := better_variant(ordered, known, min(after, key=after.__getitem__))):
-        after[better] = healed(better)  # it was no choice before: a variant of a cut that healing likes less
     ordered.sort(key=lambda cuts: after.get(cuts, math.inf))
     found = {each.segments: each for each in [*result.candidates, *result.by_number]}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
@@ -100,7 +95,7 @@ def climbed_(
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
-    """The first cuts that are no variants of one before.
+    """The first cuts that are no variants of one before: a third of their layers, two where there are two, are others.
 
     Args:
         ordered: cuts of equally many layers.
@@ -109,32 +104,12 @@ def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
     Returns:
         These, in their order; the first always.
     """
-    found: list[Cuts] = []
+    found: list[tuple[Cuts, set[int]]] = []
     for cuts in ordered:
-        if not any(are_variants(cuts, other) for other in found):
-            found.append(cuts)
-    return found[:most]
-
-
-def are_variants(cuts: Cuts, other: Cuts) -> bool:
-    """Whether two cuts of equally many layers have most in common: less than a third, or two, are others."""
-    layers, others = ({i for s in each for i in range(s.start, s.stop)} for each in (cuts, other))
-    return len(layers - others) < min(len(layers), max(2, len(layers) // 3))
-
-
-def better_variant(ordered: Sequence[Cuts], known: Mapping[Cuts, float], best: Cuts) -> Cuts | None:
-    """The variant of a cut that costs least after a quick fold, where that is less by more than GAIN.
-
-    Args:
-        ordered: cuts of equally many layers.
-        known: prices after a quick fold.
-        best: the cut.
-
-    Returns:
-        The variant; None where the cut is the best of its kind.
-    """
-    found = min((cuts for cuts in ordered if are_variants(cuts, best)), key=known.__getitem__)
-    return found if known[found] < (1 - GAIN) * known[best] else None
+        layers = {i for segment in cuts for i in range(segment.start, segment.stop)}
+        if all(len(layers - other) >= min(len(layers), max(2, len(layers) // 3)) for _, other in found):
+            found.append((cuts, layers))
+    return [cuts for cuts, _ in found[:most]]
 
 
 # --- what it costs, told beforehand ---
