@@ -221,9 +221,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     tests, long = (rows * (run.tests > 0) for rows in (trial.TESTS, trial.LONG_TESTS))
     for shape, judged in ((run.shape, run.heldout + tests), (run.tuned, long)):
         each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
-    work = each.work and sum(
-        (replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work()
-    )
+    work = each.work and sum((replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work())
     return Spent(each.peak | {"dense states": held}, work)
 
 
