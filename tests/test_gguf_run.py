@@ -13,8 +13,10 @@ import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
+from layercut.config import from_flat
 from layercut.export.gguf_tensors import tensor_types
 from layercut.models import checkpoints, loading
+from layercut.pipeline.journey import compress
 from layercut.report.run_facts import read_run
 from layercut.report.stage_lines import describe_gguf_check
 from layercut.report.verdicts import verdicts
@@ -48,6 +50,17 @@ def made(source: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPa
 
 def contents(file: Path) -> dict[str, tuple[Any, bytes]]:
     return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(file).tensors}
+
+
+def test_a_size_is_searched_for_again_where_the_format_of_healed_layers_is_another(source, texts, tmp_path):
+    """Layers that are healed may grow by it, so that more have to go."""
+    target, removed = source.stat().st_size - 3000, []
+    for kind in ("same", "q8_0"):
+        flags = {"tokens": 128, "window": 16, "data": str(texts[0]), "out": tmp_path / "x.gguf", "gguf_type": kind}
+        run = compress(str(source), from_flat({"target_size": f"{target}B"} | flags), until="search")
+        (segment,) = json.loads((run / "search.json").read_text())["segments"]
+        removed.append(segment[1] - segment[0])
+    assert removed[0] == 1 < removed[1]
 
 
 def test_gguf_in_gives_gguf_out(source, made):

@@ -75,7 +75,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         What is removed once this round is done.
     """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
-    if length is None and config.max_loss is None and not wanted and keeps_gguf(work.config, work.checkpoint):
+    if config.target_size and config.max_loss is None and length is None and keeps_gguf(work.config, work.checkpoint):
         length = length_for_target(work)  # by the file's header; it depends on options that the search does not know
     scored = [work.source, work.text["calibration"], seed, config, length, *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
@@ -396,9 +396,9 @@ def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> Sear
 
 def length_for_target(work: RunContext) -> int:
     """Layers to remove for --target-size: counted in the dtype that is computed and saved in."""
-    model = work.dense.model
     target = parse_bytes("--target-size", work.config.search.target_size or "")
     if keeps_gguf(work.config, work.checkpoint):
         return length_in_gguf(work.config, work.checkpoint, target)
+    model = work.dense.model
     weights = [loading.parameter_bytes(layer, work.stack.stored_dtype) for layer in work.stack.layers]
     return length_for_size(weights, loading.parameter_bytes(model), target)
