@@ -296,9 +296,9 @@ def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny
         return [event["stage"] for event in map(json.loads, log) if event["name"] == "started"]
 
     assert main(["search", *same, "--method=exhaustive"]) == 0
-    assert begun() == ["text-calibration", "search"]
+    assert begun() == ["text-calibration", "search", "search-plain"]
     assert main(["tune", *same, "--method=exhaustive", "--no-fold", "--tune-tokens=32", "--batch-tokens=16"]) == 0
-    assert begun()[2:] == ["text-heldout", "text-tuning", "cut", "fold", "heal", "quantize", "export"]
+    assert begun()[3:] == ["text-heldout", "text-tuning", "cut", "fold", "heal", "quantize", "export"]
 
 
 # --- help in boxes ---

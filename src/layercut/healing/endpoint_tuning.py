@@ -161,11 +161,9 @@ def tune_(
         radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
-        row_lengths: int64 [N], each a divisor of T, 2 at least: a row with fewer than T is done as several of that
-            length. Not given: T. Not for stored teachers and states, which are of whole rows.
-        token_weights: [N, T], by what the loss at each token is multiplied (at the token before the one that is
-            predicted), for tokens that matter more, such as the answers of `ProbeRows`. Not given: 1. What judges
-            is not weighted.
+        row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long. Not with what was stored.
+        token_weights: [N, T], by what the loss at each token is multiplied, at the one before what is predicted;
+            the held-out loss is not weighted.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -179,14 +177,12 @@ def tune_(
         objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
         learning_rate=learning_rate,
     )  # fmt: skip
-    check_lengths(row_lengths, tokens, files)
-    check_weights(token_weights, tokens)
+    check_rows(row_lengths, token_weights, tokens, files)
     tokens, heldout = with_held_out(tokens, heldout)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
-        training.row_lengths = None if row_lengths is None else row_lengths[: len(tokens)]
-        training.token_weights = None if token_weights is None else token_weights[: len(tokens)].float()
+        training.treat_rows(row_lengths, token_weights)
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -288,18 +284,22 @@ def frozen_states(
         return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
 
 
-def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, files: TuningFiles) -> None:
-    """Refuse lengths of rows that cannot be.
+def check_rows(
+    lengths: torch.Tensor | None, weights: torch.Tensor | None, tokens: torch.Tensor, files: TuningFiles
+) -> None:
+    """Refuse lengths of rows and weights of tokens that cannot be.
 
     Args:
         lengths: as `tune_` takes them.
+        weights: as `tune_` takes them.
         tokens: token ids [N, T].
         files: what is read from and kept on disk.
 
     Raises:
-        ConfigError: not one for each row, below 2, a length that does not divide T, or something of whole rows was
-            stored.
+        ConfigError: not one length for each row, below 2, one that does not divide T, or something of whole rows was
+            stored; not one weight for each token, or one that is negative or not finite.
     """
+    check_weights(weights, tokens)
     if lengths is None:
         return
     rows, window = tokens.shape
@@ -419,6 +419,11 @@ class _Training:
         self.report.loss_scale = LOSS_SCALE if pair.student.model.dtype == torch.float16 else 1.0
         for master in self.masters:
             master.grad = torch.zeros_like(master)
+
+    def treat_rows(self, lengths: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        """Do the rows as `tune_` is told to; those that judge are not among them."""
+        self.row_lengths = None if lengths is None else lengths[: len(self.tokens)]
+        self.token_weights = None if weights is None else weights[: len(self.tokens)].float()
 
     @property
     def own(self) -> list[torch.Tensor]:

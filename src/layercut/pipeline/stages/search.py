@@ -88,7 +88,12 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
                 result = search_within(this, config.max_loss, tests)
             else:
                 how = asked(this, length_for_target(work) if length is None else length, tests)
-                result = by_plain_cuts(this, how)
+                inputs, name = plain_inputs(this, how), this.name("search-plain")
+                with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
+                    if plain.open:
+                        result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
+                        plain.found = recorded(result, work)
+                result = result_of(plain.artefact)
                 if work.score_now != "raw":
                     result = trial.go_on(this, result, tokens, how, this.name("search"))
             if config.all_lengths:
@@ -104,24 +109,23 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     return this.removal
 
 
-def by_plain_cuts(this: Round, how: dict[str, Any]) -> SearchResult:
-    """The search itself, which healing does not enter: found once for a run folder, whichever command needs it first.
+def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
+    """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder.
 
     Args:
         this: the round.
         how: the search's arguments.
 
     Returns:
-        The result, without the seconds that it took.
+        JSON values.
     """
-    work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
-    plain = replace(config, score="raw", all_lengths=False)
-    inputs = [work.source, work.text["calibration"], seed, plain, how["n_layers"]]
-    with work.run.stage(SearchArtefact, this.name("search-plain"), inputs, after=this.after, together=True) as stage:
-        if stage.open:
-            result = layer_search.search(this.stack, work.blocks["calibration"], **how, seed=seed, oracle=config.oracle)
-            stage.found = recorded(result, work)
-    found = stage.artefact
+    work = this.work
+    config = replace(work.config.search, score="raw", all_lengths=False)
+    return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"]]
+
+
+def result_of(found: SearchArtefact) -> SearchResult:
+    """A search from its artefact, without the seconds that it took."""
     return SearchResult(
         method=found.method,
         candidates=list(map(candidate_of, found.candidates)),
