@@ -27,6 +27,7 @@ from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
+from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages import trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
@@ -338,20 +339,17 @@ def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, text
     assert plain["candidates"][0]["segments"] in [one["segments"] for one in found["tried"]]
 
 
-class Folder:
+class Folder(Run):
     """A run folder with a stage of some inputs, as far as prices need one."""
 
     def __init__(self, path, inputs):
-        self.path, self.inputs, self.seconds = path, inputs, []
-
-    def __truediv__(self, name):
-        return self.path / name
+        self.folder, self.inputs, self.took = path, inputs, []
 
     def inputs_of(self, _stage):
         return self.inputs
 
     def took_before(self, seconds):
-        self.seconds.append(seconds)
+        self.took.append(seconds)
 
 
 def test_prices_of_other_inputs_or_damaged_ones_are_found_again(tmp_path):
@@ -379,7 +377,7 @@ def test_seconds_that_a_price_took_before_count_once(tmp_path, monkeypatch):
     for folder in (first, later):
         known = KnownPrices(folder, "search")
         assert [known("folded", [Segment(1, 3)], lambda: 2.0) for _ in range(2)] == [2.0, 2.0]
-    assert (first.seconds, later.seconds) == ([], [7.0])
+    assert (first.took, later.took) == ([], [7.0])
 
 
 @torch.no_grad()

@@ -5,13 +5,11 @@ Beside the run folder's artefacts (`run_store.py`), which are of whole stages.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from layercut.distributed import processes
-from layercut.files.json_values import jsonable, restored, write_json
+from layercut.files.json_values import write_json
 from layercut.pipeline.run_store import Run
 from layercut.segments import Segment
 
@@ -27,17 +25,10 @@ class KnownPrices:
     """
 
     def __init__(self, run: Run, stage: str) -> None:
-        self.run, self.path, self.key = run, run / f"{stage}-prices.json", run.inputs_of(stage)
-        found = processes.on_main(self._read)
+        self.run, self.name, self.key = run, f"{stage}-prices", run.inputs_of(stage)
+        found = processes.on_main(lambda: run.read(self.name)) or {}
         self.found_before: dict[str, list[float]] = found["prices"] if found.get("key") == self.key else {}
         self.known = dict(self.found_before)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = restored(json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) and isinstance(found.get("prices"), dict) else {}
 
     def __call__(self, kind: str, cuts: Sequence[Segment], price: Callable[[], float]) -> float:
         """A price that is known, or that is found now and kept; the main process's counts.
@@ -57,14 +48,14 @@ class KnownPrices:
             begun = time.perf_counter()
             self.known[name] = processes.from_main([price(), time.perf_counter() - begun])
             content = {"key": self.key, "prices": self.known}
-            processes.on_main(lambda: write_json(self.path, jsonable(content)))
+            processes.on_main(lambda: write_json(self.run / f"{self.name}.json", content))
         return self.known[name][0]
 
     def forget_(self) -> None:
         """Remove them, now that the stage's artefact has what was wanted; those of other inputs stay."""
 
         def remove() -> None:
-            if self._read().get("key") == self.key:
-                self.path.unlink(missing_ok=True)
+            if (self.run.read(self.name) or {}).get("key") == self.key:
+                (self.run / f"{self.name}.json").unlink(missing_ok=True)
 
         processes.on_main(remove)

@@ -174,7 +174,7 @@ class Run:
 
     def _begin(self, kind: type[Kind], name: str) -> Kind | None:
         """The stage's artefact where it is whole; else the folder is prepared for it."""
-        content = self._read(name)
+        content = self.read(name)
         if content is not None and (finished := self._whole(kind, name, content)) is not None:
             debug(name, "is whole and of the same inputs: not run again")
             return finished
@@ -229,8 +229,8 @@ class Run:
         """Hash of all that goes into a stage that was begun, earlier stages included."""
         return self._hashes[name]
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """A stage's JSON, or None where there is none that can be read."""
+    def read(self, name: str) -> dict[str, Any] | None:
+        """NAME.json of the folder, or None where there is none that can be read."""
         try:
             artefact = restored(json.loads((self / f"{name}.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError):
