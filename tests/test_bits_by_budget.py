@@ -183,7 +183,6 @@ def test_only_what_is_allowed_is_chosen():
     ("given", "words"),
     [
         ({"ratio": 0.2}, "without --target-size"),
-        ({"target_size": "1MB"}, "without what says how many layers go"),
         ({"target_size": "1MB", "max_loss": 0.1}, "with --max-loss"),
         ({"target_size": "1MB", "ratio": 0.2, "asymmetric": True}, "--asymmetric is given"),
         ({"target_size": "1MB", "ratio": 0.2, "embedding_bits": 4}, "--embedding-bits 4 is given"),
@@ -196,7 +195,7 @@ def test_only_what_is_allowed_is_chosen():
 def test_what_does_not_go_together_is_refused(given, words):
     with pytest.raises(ConfigError, match=words):
         from_flat({"bits": "auto", **given}).check()
-    for removed in ({"ratio": 0.0}, {"segment": ["2:3"]}, {"target_speedup": 1.2}):
+    for removed in ({}, {"ratio": 0.0}, {"segment": ["2:3"]}, {"target_speedup": 1.2}):
         from_flat({"bits": "auto", "target_size": "1MB", **removed}).check()
 
 

@@ -216,7 +216,7 @@ class SearchConfig:
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     target_size: Annotated[str | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB. With
-    --bits auto and a --ratio, which may be 0: choose the bits of each matrix for this size."""
+    --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio says it."""
     target_speedup: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
     removed). That is the ideal; what is reached is a little less."""
@@ -552,7 +552,8 @@ class AfterRoundingConfig:
 
     tune_quantized: Literal["auto", "scales", "rounding", "none"] = "auto"
     """Train what rounding left towards the dense model, on the tokens to tune on: the groups' scales and the norms
-    (scales), these and the rounding itself (rounding, 16 bytes a weight), or nothing. auto: scales, below 8 bits."""
+    (scales), these and the rounding itself (rounding, 16 bytes a weight), or nothing. auto: scales below 8 bits, the
+    rounding too where weights have 3 bits or fewer on average and memory has room for it."""
 
 
 @options(MEASURING)
@@ -791,16 +792,22 @@ class CompressConfig(TuneConfig):
         return self.rounds.rounds or (5 if self.search.two_budgets else 1)
 
     def _check_chosen_bits(self) -> None:
-        """Refuse --bits auto without a size, or without what says how many layers go."""
+        """Refuse --bits auto without a size, or with what chooses layers otherwise."""
         if self.search.target_size is None:
             raise ConfigError("--bits auto is given without --target-size", "give the size: --target-size 60MB")
         if self.search.max_loss is not None:
             raise ConfigError("--bits auto is given with --max-loss", "give --ratio in its place, or leave out --bits")
-        if not self.search.removing:
+        if self.shares_size and (self.number_of_rounds > 1 or self.stability.seeds > 1):
+            flag = "--rounds" if self.number_of_rounds > 1 else "--seeds"
             raise ConfigError(
-                "--bits auto is given without what says how many layers go",
-                "none: --ratio 0; a fifth: --ratio 0.2",
+                f"{flag} is given, and --bits auto with --target-size alone chooses how many layers go",
+                f"leave out {flag}, or give --ratio as well",
             )
+
+    @property
+    def shares_size(self) -> bool:
+        """Whether layers and bits share a size: then the number of layers that go is chosen too."""
+        return self.quantize.bits == "auto" and not self.search.removing
 
     def _check_bits(self) -> None:
         """Refuse bits that would be ignored: with two budgets they are varied, beginning with the whole model's."""

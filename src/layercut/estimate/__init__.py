@@ -47,6 +47,7 @@ from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.search import planned_tests
 from layercut.pipeline.stages.text import held_out_tokens
+from layercut.quantization import bit_choice
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.segments import Segment, checked_segments
@@ -174,6 +175,8 @@ def _streamed(config: CompressConfig, stream: Any = "on") -> CompressConfig:
 def stage_costs(run: PlannedRun) -> dict[str, Spent]:
     """What every stage but loading costs, the weights in its peak, in the run's order."""
     heal, healed, found = run.config.heal, healed_bytes(run), dict[str, Spent]()
+    if run.config.shares_size:
+        found["shares"] = Spent(_quantize_cost(run).peak, None)
     if run.segments:
         found["search"] = _search_cost(run)
         if heal.fold:
@@ -233,7 +236,7 @@ def _quantize_cost(run: PlannedRun) -> Spent:
         return rounded
     group = config.quantize.group_size or next((size for size in GROUP_SIZES if run.shape.hidden % size == 0), GROUP)
     parameters = run.after.matrices // group
-    if config.after_rounding.tune_quantized == "rounding":
+    if tune_quantized.may_learn_rounding(config):
         parameters += run.after.matrices
     trained = tune_whole_cost(run, tune_quantized.settings_of(config.heal), parameters)
     both = rounded.work + trained.work if rounded.work and trained.work else None
@@ -267,7 +270,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
         check_target(journey, checkpoint, stock)
     dtypes = {True: loading.computing_dtype(asked, stored, torch.device("cpu")), False: stored}
     on_cpu, before = device.type == "cpu", count_parts(loading.skeleton(stock, stored))
-    segments, after = cut_parts(stock, stored, *_removed(journey, checkpoint, before, stored))
+    segments, after = cut_parts(stock, stored, *_removed(journey, checkpoint, stock, before, stored))
     base = resident_bytes()
     planner = _Planner(
         checkpoint=checkpoint, stock=stock, dtypes=dtypes, segments=segments, after=after, base=base or 0,
@@ -348,7 +351,7 @@ def _told_stage(shape: Shape, spent: Spent, rates: Rates | None) -> dict[str, An
 
 
 def _removed(
-    config: CompressConfig, checkpoint: checkpoints.Checkpoint, before: Parts, stored: torch.dtype
+    config: CompressConfig, checkpoint: checkpoints.Checkpoint, stock: Any, before: Parts, stored: torch.dtype
 ) -> tuple[list[Segment], int]:
     """The segments given, and how many layers a run would remove, as far as that can be told without the weights."""
     search, layers = config.search, len(before.layers)
@@ -361,6 +364,8 @@ def _removed(
             "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
         )
     target, size = parse_bytes("--target-size", search.target_size), stored.itemsize
+    if config.shares_size:  # the run decides; the fewest are planned
+        return [], bit_choice.numbers_left_open(loading.skeleton(stock, stored), config.quantize, target)[0]
     if keeps_gguf(config, checkpoint):
         return [], length_for_target(config, checkpoint, target)
     return [], length_for_size([n * size for n in before.layers], before.total * size, target)

@@ -271,6 +271,33 @@ class FrontierArtefact(Artefact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShareRecord:
+    """A number of layers that could go, and the bits that what they leave would then have."""
+
+    layers: int
+    """That go."""
+    segments: list[Bounds]
+    folded: float
+    """The price of that cut after a quick fold, nats per token."""
+    rounded: float
+    """What the bits cost by estimate, untrained, nats per token."""
+    mean_bits: float
+    bytes: int
+    """Of the checkpoint's weights, at most."""
+    left: float | None = field(default=None, metadata=OPTIONAL)
+    """Of those on trial: what is left after a short healing, rounding and training, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesArtefact(Artefact):
+    """shares.json: what layers take of a size, and what bits."""
+
+    layers: int
+    """That go: of the points on trial the one of which most is left."""
+    points: list[ShareRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeArtefact(Artefact):
     """quantize.json; at 16 bits nothing but `bits` and no layers."""
 

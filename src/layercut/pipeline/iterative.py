@@ -126,7 +126,7 @@ def gathered(work: RunContext, done: Sequence[Round]) -> Removal:
     run, removal = work.run, done[-1].removal if done else None
     removal = removal or Removal.first(())
     after = [part.name("heal") for part in done]
-    with run.stage(SearchArtefact, "search", "rounds", after=after, together=True) as search:
+    with run.stage(SearchArtefact, "search", ["rounds", work.source], after=after, together=True) as search:
         if search.open:
             search.found = rounds_searched(work, done, removal)
     with run.stage(CutArtefact, "cut", "rounds", after=["search"]) as cut:

@@ -72,13 +72,14 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
             score_now=asked.score_now,
         )  # fmt: skip
         stages.text.draw_all(work, stages.text.uses(asked.config, until))
-        if asked.length == 0:
+        length = stages.layers_or_bits.number_of_layers(work) if asked.config.shares_size else asked.length
+        if length == 0:
             removal = nothing_removed(work)
         elif asked.config.number_of_rounds > 1:
-            removal = in_rounds(work, asked.length)
+            removal = in_rounds(work, length)
         else:
             this = Round(work)
-            removal = stages.search.search(this, asked.wanted, asked.length)
+            removal = stages.search.search(this, asked.wanted, length)
             if asked.config.stability.seeds > 1:
                 stages.search.stability(work, removal)
             if until == "search":

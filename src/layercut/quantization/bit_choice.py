@@ -10,7 +10,7 @@ is taken. A sum of costs is the second-order estimate of what they cost together
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -35,6 +35,8 @@ MOST_UNITS = 2**17
 """Into which the bytes to share out are divided at most."""
 TENSOR_HEADER = 120
 """Bytes of a tensor in the header of a safetensors file, beside its name: dtype, shape, place, punctuation. At most."""
+Costs = Mapping[str, Mapping[Width, float]]
+"""Of each weight at each width, nats per token: the rise of KL when it alone is rounded."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ class Mixture:
     """Of the file, at most."""
     mean_bits: float
     """Of a weight among those that could be quantized, scales not counted."""
-    costs: Mapping[str, Mapping[Width, float]]
-    """Of each weight at each width, nats per token."""
+    costs: Costs
 
     def to_dict(self) -> dict[str, Any]:
         """What quantize.json records of the choice."""
@@ -119,19 +120,68 @@ def choose(model: Any, tokens: torch.Tensor, config: QuantizeConfig, target: int
     Raises:
         ConfigError: the target is below what is possible, or nothing needs to be quantized for it.
     """
-    dtype = loading.stored_dtype(model)
-    candidates = _candidates(model, config)
-    formats, rest = _formats(candidates, config), _rest(model, candidates, dtype)
     check_target(model, config, target)
+    found = assigned(model, measured(model, tokens, config), config, target)
+    assert found  # the target is possible
+    return found
+
+
+def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
+    """What each weight costs in each way to store it that the config allows.
+
+    Args:
+        model: a causal LM of transformers in memory, as it was on return.
+        tokens: calibration token ids [N, T].
+        config: which widths are allowed, and whether embeddings are among the weights.
+
+    Returns:
+        Nats per token, by name of the module and width.
+    """
+    candidates = _candidates(model, config)
+    formats = _formats(candidates, config)
     widths = {
         part.name: sorted({(way.bits, way.group_size) for each in formats for way in each.ways[i] if way})
         for i, candidate in enumerate(candidates)
         for part in candidate.targets
     }
-    costs = sensitivity.measure(model, tokens, widths, dtype=dtype)
-    found = [each for each in (_within(each, candidates, costs, target - rest, dtype) for each in formats) if each]
-    best = min(found, key=lambda each: each.cost)
-    return replace(best, bytes=best.bytes + rest)
+    return sensitivity.measure(model, tokens, widths, dtype=loading.stored_dtype(model))
+
+
+def assigned(model: Any, costs: Costs, config: QuantizeConfig, target: int) -> Mixture | None:
+    """The mixture of least cost within a size, from costs that are known. Needs no weights.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        costs: as `measured` gives them.
+        config: the same.
+        target: bytes of the checkpoint's weights, at most.
+
+    Returns:
+        What to quantize; None where no mixture is small enough.
+    """
+    dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
+    rest = _rest(model, candidates, dtype)
+    every = (_within(each, candidates, costs, target - rest, dtype) for each in _formats(candidates, config))
+    best = min((each for each in every if each), key=lambda each: each.cost, default=None)
+    return replace(best, bytes=best.bytes + rest) if best else None
+
+
+def costs_after(costs: Costs, model: Any, cut: Any, removed: Container[int], config: QuantizeConfig) -> Costs:
+    """Costs by the names that the weights have once layers are removed: those that stay keep their order.
+
+    Args:
+        costs: of the model as it was.
+        model: that one.
+        cut: the same without some layers.
+        removed: which.
+        config: as the costs were measured with.
+
+    Returns:
+        The costs of what is left, nats per token.
+    """
+    before, after = ([part for each in _candidates(m, config) for part in each.targets] for m in (model, cut))
+    stay = [part for part in before if part.layer is None or part.layer not in removed]
+    return {now.name: costs[then.name] for now, then in zip(after, stay, strict=True)}
 
 
 def check_target(model: Any, config: QuantizeConfig, target: int, *, without: int = 0) -> None:
@@ -146,6 +196,31 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
     Raises:
         ConfigError: it is below the least possible size, or above the size as it is.
     """
+    least, has = sizes_between(model, config, without=without)
+    if least > target:
+        more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
+        raise ConfigError(
+            f"no choice of bits meets the target size of {size(target)}: the least possible is {size(least)}",
+            f"{more}remove more layers, or allow --target-size {size_flag(least)}",
+        )
+    if target >= has:
+        raise ConfigError(
+            f"the target size of {size(target)} needs no quantization: the model's weights are {size(has)}",
+            f"give a --target-size below {size(has)}",
+        )
+
+
+def sizes_between(model: Any, config: QuantizeConfig, *, without: int = 0) -> tuple[int, int]:
+    """The least size that a choice of bits can make, and the size without any. Needs no weights.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        config: which widths are allowed.
+        without: decoder layers that will be removed, whichever they are.
+
+    Returns:
+        Bytes of the checkpoint's weights, of both.
+    """
     dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
     rest, layers = _rest(model, candidates, dtype), len(loading.find_decoder(model))
     shares = [1.0 if each.targets[0].layer is None else 1 - without / layers for each in candidates]
@@ -154,18 +229,29 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
         sizes = [min(each.stored(way, dtype) for way in these) for each, these in zip(candidates, ways, strict=True)]
         return rest + round(sum(count * share for count, share in zip(sizes, shares, strict=True)))
 
-    least = min(total(each.ways) for each in _formats(candidates, config))
-    if least > target:
-        more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
-        raise ConfigError(
-            f"no choice of bits meets the target size of {size(target)}: the least possible is {size(least)}",
-            f"{more}remove more layers, or allow --target-size {size_flag(least)}",
-        )
-    if target >= (has := total([[None]] * len(candidates))):
-        raise ConfigError(
-            f"the target size of {size(target)} needs no quantization: the model's weights are {size(has)}",
-            f"give a --target-size below {size(has)}",
-        )
+    return min(total(each.ways) for each in _formats(candidates, config)), total([[None]] * len(candidates))
+
+
+def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[int]:
+    """Numbers of layers that leave something to choose: with some bits they meet the size, and without they do not.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        config: which widths are allowed.
+        target: bytes of the checkpoint's weights, at most.
+
+    Returns:
+        n, ascending.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    layers = len(loading.find_decoder(model))
+    ends = [sizes_between(model, config, without=n) for n in range(layers)]
+    found = [n for n, (least, whole) in enumerate(ends) if least <= target < whole]
+    if not found:
+        check_target(model, config, target, without=layers - 1 if target < ends[0][0] else 0)
+    return found
 
 
 def _candidates(model: Any, config: QuantizeConfig) -> list[Storable]:
@@ -236,7 +322,7 @@ def _common_sizes(candidates: Sequence[Storable], config: QuantizeConfig) -> lis
 def _within(
     form: StoredFormat,
     candidates: Sequence[Storable],
-    costs: Mapping[str, Mapping[Width, float]],
+    costs: Costs,
     budget: int,
     dtype: torch.dtype,
 ) -> Mixture | None:

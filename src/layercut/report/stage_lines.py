@@ -26,6 +26,11 @@ def describe_tried(search: dict[str, Any]) -> str:
     return _say("tried", search)
 
 
+def describe_shares(found: dict[str, Any]) -> str:
+    """One line about how layers and bits share a size."""
+    return _say("shares", found)
+
+
 def describe_fold(outcome: dict[str, Any]) -> str:
     """One line about a fold."""
     return _say("fold", outcome)

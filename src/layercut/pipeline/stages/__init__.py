@@ -1,6 +1,7 @@
 """The stages of a run; `pipeline/journey.py` says in which order.
 
     text.py      draws every token of a run
+    layers_or_bits.py  of a size, what layers take and what bits, where both are free
     search.py    finds the segments to remove, and whether other text would have chosen the same
     heal.py      cuts, folds, tunes
     quantize.py  stores what is left in fewer bits; tune_quantized.py trains what rounding left
@@ -22,6 +23,6 @@ Among the inputs is what the stage uses and no more, so that a changed flag runs
 it uses the tokens, whatever flags they came by. `CountArtefact` is a dataclass in `pipeline/artefacts.py`.
 """
 
-from layercut.pipeline.stages import evaluate, export, heal, quantize, search, text
+from layercut.pipeline.stages import evaluate, export, heal, layers_or_bits, quantize, search, text
 
-__all__ = ["evaluate", "export", "heal", "quantize", "search", "text"]
+__all__ = ["evaluate", "export", "heal", "layers_or_bits", "quantize", "search", "text"]

@@ -59,10 +59,11 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
         The uses.
     """
     heal, heals = config.heal, until != "search"
+    judged = config.search.score == "folded" or config.shares_size
     wanted: dict[Use, bool] = {
         "evaluation": until == "report",
         "calibration": True,
-        "heldout": config.search.score == "folded" or (heals and (heal.fold or heal.tune_tokens > 0)),
+        "heldout": judged or (heals and (heal.fold or heal.tune_tokens > 0)),
         "tuning": heals and heal.tune_tokens > 0,
     }
     return [use for use, is_wanted in wanted.items() if is_wanted]

@@ -73,20 +73,11 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         work on prices that an earlier command found.
     """
     work, tests = this.work, how["probes"]
-    fit = tokens[: rows_to_fit(tokens.shape[1])]
-    if tests and tests.tokens.shape[1] == fit.shape[1]:
-        fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
-    heldout = work.blocks["heldout"]
-    few = weighted_rows(heldout[:JUDGED_ROWS], other_tests(work, tests, JUDGED_ROWS, work.config.text.window))
-    text, heal = work.config.text, work.config.heal
-    windows = {heal.tune_window or text.window: LONG_TESTS, text.window: TESTS}
-    others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
-    unseen = [weighted_rows(heldout, None)]
-    unseen += [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
+    unseen = unseen_rows(work, tests)
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
     prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
-    folds = cache(lambda: FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder))
+    folds = cache(lambda: fold_prices(this, tokens, tests))
     with ExitStack() as shown:
         shown.enter_context(bar("pricing cuts after a quick fold", None))
 
@@ -112,6 +103,42 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     return replace(found, cost=cost)
 
 
+def fold_prices(this: Round, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
+    """Prices of cuts after a quick fold, on held-out text and other tests.
+
+    Args:
+        this: the round.
+        tokens: calibration token ids [N, T], on which the folds are solved.
+        tests: those that the search has, a few of which are among them; None where it goes by the text alone.
+
+    Returns:
+        The prices.
+    """
+    work, fit = this.work, tokens[: rows_to_fit(tokens.shape[1])]
+    if tests and tests.tokens.shape[1] == fit.shape[1]:
+        fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
+    others = other_tests(work, tests, JUDGED_ROWS, work.config.text.window)
+    few = weighted_rows(work.blocks["heldout"][:JUDGED_ROWS], others)
+    return FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder)
+
+
+def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]:
+    """What judges a healed cut: held-out text, and tests of each length that is tuned on.
+
+    Args:
+        work: of the run.
+        tests: those that the search has; None where it goes by the text alone.
+
+    Returns:
+        The rows, whose `left_of` add up to the price.
+    """
+    text, heal = work.config.text, work.config.heal
+    windows = {heal.tune_window or text.window: LONG_TESTS, text.window: TESTS}
+    others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
+    unseen = [weighted_rows(work.blocks["heldout"], None)]
+    return unseen + [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
+
+
 def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor) -> DecoderRunner:
     """A cut as the run would heal it, with fewer tokens to tune on.
 
@@ -123,12 +150,16 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     Returns:
         The healed model; what it shares with the dense one is as it was.
     """
-    some, lengths = some_of_each(this), tuning_row_lengths(this.work, stored=False)
-    heldout, rows = this.work.blocks["heldout"][:JUDGED_ROWS], this.tuning[some]
-    student, settings = DecoderRunner(surgery.cut(this.before, cuts)), tune_settings(this.work.config.heal)
-    fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
-    row_lengths = None if lengths is None else lengths[some]
-    tune_(student, this.stack, rows, heldout=heldout, row_lengths=row_lengths, **vars(settings) | SHORT)
+    heal, heldout = this.work.config.heal, this.work.blocks["heldout"][:JUDGED_ROWS]
+    student = DecoderRunner(surgery.cut(this.before, cuts))
+    some = some_of_each(this) if heal.tune_tokens else torch.empty(0, dtype=torch.int64)
+    rows = this.tuning[some] if heal.tune_tokens else tokens[:0]
+    if heal.fold:
+        fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
+    if heal.tune_tokens:
+        lengths, settings = tuning_row_lengths(this.work, stored=False), vars(tune_settings(heal)) | SHORT
+        row_lengths = None if lengths is None else lengths[some]
+        tune_(student, this.stack, rows, heldout=heldout, row_lengths=row_lengths, **settings)
     return student
 
 

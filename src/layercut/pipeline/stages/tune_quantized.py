@@ -5,18 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import in_rows
 from layercut.distributed import processes
+from layercut.files.sizes import size
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
+from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
 from layercut.models import memory
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
+from layercut.progress import say
 from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, Trainable
 
+FEW_BITS = 3.5
+"""A weight on average, below which the rounding is trained by itself: with 3 bits it brings far more than scales do,
+with 4 scales alone are better (docs/results.md)."""
+BYTES = 16
+"""Of memory that each such weight takes: itself, its gradient, and two moments, at most four bytes each."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -59,22 +69,78 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     """
     if not wanted(work.config):
         return found, None
-    settings = settings_of(work.config.heal)
-    learned = work.config.after_rounding.tune_quantized == "rounding"
-    parts = Trainable.of_(found, before if learned else None)
+    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
     files = TuningFiles(
         state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")),
         stopping=asked_to_stop if work.own_process else never_asked,
     )
     if work.own_process:
         memory.reuse_freed()
-    heldout, rows = work.blocks["heldout"], in_rows(work.blocks["tuning"], work.config.text.window)
-    report = tune_parameters_(
-        parts.model, work.dense.model, parts.parameters, rows, heldout=heldout, settings=settings, files=files
-    )
+    report = _trained_(work, parts, work.blocks["tuning"], settings_of(work.config.heal), files)
     for point in report.curve:
         work.run.event("quantize", int(point["step"]), "loss", point["loss"], "nats/token")
     return parts.finished_(), TuningRecord(**vars(report), data=work.text["tuning"])
+
+
+def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor) -> Quantized:
+    """The same on some rows, once, with nothing kept on disk: for a model on trial.
+
+    Args:
+        work: of the run.
+        found: the quantized model, changed in place.
+        before: the model before it was rounded.
+        rows: token ids [N, T].
+
+    Returns:
+        The trained model.
+    """
+    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
+    _trained_(work, parts, rows, replace(settings_of(work.config.heal), epochs=1, patience=0), TuningFiles())
+    return parts.finished_()
+
+
+def learns_rounding(work: RunContext, found: Quantized) -> bool:
+    """Whether the rounding itself is trained: where that was asked, and by itself where bits are few and memory is not.
+
+    Args:
+        work: of the run.
+        found: the quantized model.
+
+    Returns:
+        The answer, the same whenever it is asked of this model on this machine.
+    """
+    asked = work.config.after_rounding.tune_quantized
+    if asked != "auto":
+        return asked == "rounding"
+    numbers = {each.name: found.model.get_submodule(each.name).weight.numel() for each in found.weights}
+    total = sum(numbers.values())
+    if sum(each.bits * numbers[each.name] for each in found.weights) > FEW_BITS * total:
+        return False
+    needs, has = BYTES * total, memory.available_bytes(work.dense.device)
+    if needs > has:
+        what = f"training the rounding would take {size(needs)} of memory, and {size(has)} are free"
+        say("quantize", f"{what}: scales and norms alone are trained")
+    return needs <= has
+
+
+def may_learn_rounding(config: CompressConfig) -> bool:
+    """Whether the rounding is trained as far as the options say: bits that are chosen are not known to be few.
+
+    config: every option.
+    """
+    asked, bits = config.after_rounding.tune_quantized, config.quantize.bits
+    return asked == "rounding" or (asked == "auto" and bits != "auto" and bits <= FEW_BITS)
+
+
+def _trained_(
+    work: RunContext, parts: Trainable, tuning: torch.Tensor, settings: TuneSettings, files: TuningFiles
+) -> TuningResult:
+    """Train what can be, on rows to tune on, judged by the held-out ones."""
+    rows = in_rows(tuning, work.config.text.window)
+    return tune_parameters_(
+        parts.model, work.dense.model, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
+        files=files,
+    )  # fmt: skip
 
 
 def forget_state_(work: RunContext) -> None:

@@ -1,0 +1,206 @@
+"""Stage, with --bits auto and nothing that says how many layers go: what of a size layers take, and what bits.
+
+Layers removed are one more choice in the knapsack of `quantization/bit_choice.py`. For numbers of layers a tenth of the
+stack apart, the best cut is priced after a quick fold, and the mixture of bits that what is left then needs by its
+costs, which were measured once. Both prices are of a model that nobody has trained yet, and few bits cost far less
+once they are; so three numbers go on trial: the fewest layers, the number that is cheapest by these prices, and the one
+halfway. Each is healed, rounded and trained for a while, and the one of which most is left is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from layercut import layer_search, surgery
+from layercut import quantization as rounding
+from layercut.errors import ConfigError
+from layercut.files.sizes import parse_bytes
+from layercut.healing.endpoint_tuning import endpoints
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.artefacts import ShareRecord, SharesArtefact, bounds_of, segments_of
+from layercut.pipeline.known_prices import KnownPrices
+from layercut.pipeline.run_context import Round, RunContext
+from layercut.pipeline.stages import trial, tune_quantized
+from layercut.pipeline.stages.search import asked, generated_tests
+from layercut.progress import say
+from layercut.quantization import bit_choice
+from layercut.report.stage_lines import describe_shares
+from layercut.segments import Segment, kept_layers
+
+STEPS = 10
+"""Numbers of layers are tried in steps of one in so many of the stack."""
+MOST = 2
+"""From the fewest layers on, one in so many of the stack more at most."""
+TOKENS = 4096
+"""Calibration tokens on which the cut of each number is searched; the chosen one is searched on all."""
+STAGE = "shares"
+
+
+def number_of_layers(work: RunContext) -> int:
+    """How many layers go for --target-size, where the bits of what stays are chosen too.
+
+    Args:
+        work: of the run.
+
+    Returns:
+        n; 0: bits alone make the size best.
+
+    Raises:
+        ConfigError: no number of layers and choice of bits meets the size.
+    """
+    config, this = work.config, Round(work)
+    inputs = [work.source, config.text.seed, config.search, config.quantize, replace(config.heal, **trial.SHORT),
+              config.after_rounding, [work.text.get(use) for use in ("calibration", "heldout", "tuning")]]  # fmt: skip
+    with work.run.stage(SharesArtefact, STAGE, inputs) as stage:
+        if stage.open:
+            points = decided(this, priced(this))
+            best = min(points, key=lambda point: math.inf if point.left is None else point.left)
+            stage.found = SharesArtefact(layers=best.layers, points=points)
+    KnownPrices(work.run, STAGE).forget_()
+    say("shares", describe_shares(asdict(stage.artefact)))
+    return stage.artefact.layers
+
+
+def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:
+    """Which of the numbers of layers that could go are tried.
+
+    Args:
+        possible: n, ascending.
+        layers: L of the whole model.
+
+    Returns:
+        From the fewest on, a `STEPS`th of the stack apart, up to a `MOST`th of it more.
+    """
+    return [n for n in possible[:: max(1, round(layers / STEPS))] if n <= possible[0] + layers // MOST]
+
+
+def size_asked(work: RunContext) -> int:
+    """--target-size in bytes."""
+    return parse_bytes("--target-size", work.config.search.target_size or "")
+
+
+def priced(this: Round) -> list[ShareRecord]:
+    """The best cut of each number of layers after a quick fold, and the bits that what it leaves needs.
+
+    Args:
+        this: the round.
+
+    Returns:
+        A point for each number that can be made, with no verdict yet.
+    """
+    work, dense = this.work, this.work.dense.model
+    config, calibration = work.config.quantize, work.blocks["calibration"]
+    tests, few = generated_tests(work), calibration[: max(1, TOKENS // calibration.shape[1])]
+    costs = bit_choice.measured(dense, calibration, config)
+    known, folds, points = KnownPrices(work.run, STAGE), None, list[ShareRecord]()
+    possible = bit_choice.numbers_left_open(dense, config, size_asked(work))
+    for number in numbers_tried(possible, work.layers):
+        cuts = searched(this, few, number, tests)
+        if cuts is None:
+            continue
+        cut = surgery.cut(dense, cuts) if cuts else dense
+        removed = set(range(work.layers)) - set(kept_layers(cuts, work.layers))
+        left = bit_choice.costs_after(costs, dense, cut, removed, config)
+        mixture = bit_choice.assigned(cut, left, config, size_asked(work))
+        if mixture is None:
+            continue
+        folded = 0.0
+        if cuts:
+            folds = folds or trial.fold_prices(this, calibration, tests)
+            folded = known("folded", cuts, partial(folds, cuts))
+        points.append(
+            ShareRecord(
+                layers=number, segments=bounds_of(cuts), folded=folded, rounded=mixture.cost,
+                mean_bits=mixture.mean_bits, bytes=mixture.bytes,
+            )
+        )  # fmt: skip
+    return points
+
+
+def searched(this: Round, tokens: torch.Tensor, number: int, tests: Any) -> Sequence[Segment] | None:
+    """The best plain cut of so many layers; none of them where the number is 0.
+
+    Args:
+        this: the round.
+        tokens: token ids [N, T].
+        number: n.
+        tests: generated tests that are weighed with the text.
+
+    Returns:
+        The segments; None where no cut of so many layers stays right in the consumers of --for.
+    """
+    if not number:
+        return ()
+    try:
+        how = asked(this, number, tests)
+    except ConfigError:  # of this number alone: another one may do
+        return None
+    return layer_search.search(this.stack, tokens, **how, seed=this.work.config.text.seed).segments
+
+
+def on_trial(points: Sequence[ShareRecord]) -> list[int]:
+    """Which points go on trial: the fewest layers, the cheapest by their prices, and the one halfway.
+
+    Args:
+        points: by rising number of layers.
+
+    Returns:
+        Their places, ascending.
+    """
+    cheapest = min(range(len(points)), key=lambda i: points[i].folded + points[i].rounded)
+    return sorted({0, cheapest // 2, cheapest})
+
+
+def decided(this: Round, points: list[ShareRecord]) -> list[ShareRecord]:
+    """The points, of those on trial with what is left of the model.
+
+    Args:
+        this: the round.
+        points: by rising number of layers.
+
+    Returns:
+        The same in the same order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    work, known = this.work, KnownPrices(this.work.run, STAGE)
+    if not points:
+        raise ConfigError(
+            f"no number of layers and bits meets the target size of {work.config.search.target_size}",
+            "allow a larger --target-size, or more of --bits-allowed",
+        )
+    unseen = trial.unseen_rows(work, generated_tests(work))
+    for place in on_trial(points):
+        cuts = segments_of(points[place].segments)
+        left = known("rounded", cuts, partial(left_after, this, cuts, unseen))
+        say("shares", f"{points[place].layers} layers removed: {left:.4g} nats after a short healing and rounding")
+        points[place] = replace(points[place], left=left)
+    return points
+
+
+def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[Any]) -> float:
+    """What is left of a model that is cut, healed, rounded to the size and trained after it, each for a while.
+
+    Args:
+        this: the round.
+        cuts: segments that are removed; none: the dense model.
+        unseen: rows of text and of tests that judge.
+
+    Returns:
+        KL on text and the weighed damage to tests, nats per token.
+    """
+    work, calibration = this.work, this.work.blocks["calibration"]
+    student = trial.healed_for_a_while(this, cuts, calibration).at_rest if cuts else work.dense.model
+    options = asdict(work.config.quantize) | {"target_size": work.config.search.target_size}
+    found = rounding.quantize(student, calibration, endpoints=endpoints(cuts, work.layers), **options)
+    if tune_quantized.wanted(work.config):
+        found = tune_quantized.for_a_while(work, found, student, this.tuning[trial.some_of_each(this)])
+    rounded = DecoderRunner(found.model)
+    return sum(trial.left_of(rounded, this.stack, rows) for rows in unseen)

@@ -1,0 +1,180 @@
+"""A size that layers and bits share: how many layers go is chosen with the bits of what stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import folders
+import quick
+import tiny
+from layercut.cli.command_line import main
+from layercut.config import QuantizeConfig, from_flat
+from layercut.errors import ConfigError
+from layercut.pipeline.artefacts import ShareRecord
+from layercut.pipeline.stages import layers_or_bits, tune_quantized
+from layercut.quantization import bit_choice
+from layercut.segments import Segment
+from layercut.surgery import cut
+from test_bits_by_budget import SIZES, half
+
+LAYERS = 6
+AUTO = QuantizeConfig(bits="auto")
+
+
+def model_whose_layers(weigh: float) -> Any:
+    """A model every second layer of which adds `weigh` times as much to the stream as it did."""
+    model = tiny.llama(LAYERS, vocab_size=folders.VOCABULARY, tie_word_embeddings=True, **SIZES)
+    for layer in list(model.model.layers)[1::2]:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data *= weigh
+    return half(model)
+
+
+def compressed(folder: Path, model: Any, texts: Any, size: int, code: int = 0) -> dict[str, Any]:
+    """What a run by --bits auto and --target-size leaves in its folder."""
+    if model is not None:
+        model.save_pretrained(folder / "model")
+        folders.tokenizer().save_pretrained(folder / "model")
+    argv = ["tune", str(folder / "model"), "--bits=auto", "--bits-allowed=8,4,2", "--tokens=512", "--window=32"]
+    argv += ["--tune-tokens=512", "--quantizer=rtn", "--preserve=none", f"--data={texts[0]}"]
+    assert main([*argv, f"--out={folder / 'run'}", f"--target-size={size}"]) == code
+    names = ("shares", "quantize", "cut", "export") if code == 0 else ()
+    return {name: json.loads((folder / "run" / f"{name}.json").read_text()) for name in names}
+
+
+@pytest.mark.parametrize(("weigh", "size", "go"), [(0.0, 110_000, True), (1.0, 300_000, False)])
+def test_layers_go_where_they_are_cheaper_than_bits(weigh, size, go, texts, tmp_path, monkeypatch):
+    quick.leave_out(monkeypatch)
+    run = compressed(tmp_path, model_whose_layers(weigh), texts, size)
+    points, after = run["shares"]["points"], len(run["cut"]["original_layer_index"])
+    assert [point["layers"] for point in points] == sorted({point["layers"] for point in points})
+    assert all(point["bytes"] <= size for point in points)
+    assert run["export"]["bytes"] <= size
+    tried = {point["layers"]: point["left"] for point in points if "left" in point}
+    assert 0 in tried, "bits alone are always on trial"
+    assert LAYERS - after == run["shares"]["layers"] == min(tried, key=lambda n: tried[n])
+    assert (after < LAYERS) == go
+    assert run["quantize"]["mixture"]["mean_bits"] == pytest.approx(points[run["shares"]["layers"]]["mean_bits"], abs=1)
+
+
+def test_a_trial_that_is_stopped_goes_on_with_the_next_number(texts, tmp_path, monkeypatch):
+    quick.leave_out(monkeypatch)
+    tried, left_after = [], layers_or_bits.left_after
+
+    def stopped(this, cuts, unseen):
+        if tried:
+            raise KeyboardInterrupt
+        tried.append(cuts)
+        return left_after(this, cuts, unseen)
+
+    monkeypatch.setattr(layers_or_bits, "left_after", stopped)
+    compressed(tmp_path, model_whose_layers(0.0), texts, 110_000, code=130)
+    again = []
+    monkeypatch.setattr(layers_or_bits, "left_after", lambda this, cuts, unseen: again.append(cuts) or 0.0)
+    run = compressed(tmp_path, None, texts, 110_000)
+    known = [point["left"] for point in run["shares"]["points"] if "left" in point]
+    assert tried == [[]]
+    assert [] not in again
+    assert known == [known[0]] + [0.0] * len(again)
+    assert not (tmp_path / "run" / "shares-prices.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("prices", "places"),
+    [([1.0], [0]), ([1.0, 2.0, 3.0], [0]), ([3.0, 1.0, 2.0], [0, 1]), ([5.0, 4.0, 3.0, 2.0, 1.0, 9.0], [0, 2, 4])],
+)
+def test_the_fewest_the_cheapest_and_the_one_halfway_go_on_trial(prices, places):
+    points = [
+        ShareRecord(layers=i, segments=[], folded=price / 2, rounded=price / 2, mean_bits=4, bytes=1)
+        for i, price in enumerate(prices)
+    ]
+    assert layers_or_bits.on_trial(points) == places
+
+
+def test_numbers_are_a_tenth_of_the_stack_apart_and_half_of_it_at_most():
+    assert layers_or_bits.numbers_tried(range(30), 30) == [0, 3, 6, 9, 12, 15]
+    assert layers_or_bits.numbers_tried(range(5, 8), 8) == [5, 6, 7]
+    assert layers_or_bits.numbers_tried(range(2, 80), 80) == [2, 10, 18, 26, 34, 42]
+
+
+def test_numbers_left_open_are_those_that_a_choice_of_bits_is_not_refused_for():
+    model = model_whose_layers(1.0)
+    for target in (70_000, 110_000, 300_000):
+        open_ = []
+        for number in range(LAYERS):
+            try:
+                bit_choice.check_target(model, AUTO, target, without=number)
+            except ConfigError:
+                continue
+            open_.append(number)
+        assert bit_choice.numbers_left_open(model, AUTO, target) == open_
+        assert open_
+    for target, words in ((1_000, "the least possible is"), (10_000_000, "needs no quantization")):
+        with pytest.raises(ConfigError, match=words):
+            bit_choice.numbers_left_open(model, AUTO, target)
+
+
+def test_costs_follow_the_layers_that_stay():
+    model = model_whose_layers(1.0)
+    small = cut(model, [Segment(1, 3)])
+    names = [name for name, module in model.named_modules() if hasattr(module, "weight") and "norm" not in name]
+    by_weight = {id(model.get_submodule(name).weight): name for name in reversed(names)}
+    costs = {name: {(4, 64): float(i)} for i, name in enumerate(names)}
+    after = bit_choice.costs_after(costs, model, small, {1, 2}, AUTO)
+    assert after
+    for name, each in after.items():
+        before = by_weight[id(small.get_submodule(name).weight)]
+        assert each == costs[before] or before == "model.embed_tokens"
+    assert len(after) == len(names) - 2 * 7
+
+
+@pytest.mark.parametrize(("given", "flag"), [({"rounds": 2}, "--rounds"), ({"seeds": 2}, "--seeds")])
+def test_what_would_be_ignored_is_refused(given, flag):
+    with pytest.raises(ConfigError, match=f"{flag} is given"):
+        from_flat({"bits": "auto", "target_size": "1MB", **given}).check()
+
+
+def test_it_is_planned(tmp_path, capsys):
+    model = model_whose_layers(1.0)
+    model.save_pretrained(tmp_path)
+    argv = ["plan", str(tmp_path), "--bits=auto", "--target-size=110kB", "--no-calibrate", "--window=32", "--json"]
+    assert main(argv) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["stages"]["shares"]["flops"] is None, "which numbers go on trial is not known"
+    assert told["layers"] == {"before": LAYERS, "after": LAYERS}
+
+
+# --- what trains the rounding by itself ---
+
+
+class Weights:
+    """As much of a quantized model as tells how many bits it has."""
+
+    def __init__(self, bits: int) -> None:
+        self.model = tiny.llama(2)
+        self.weights = [SimpleNamespace(name="model.layers.0.mlp.up_proj", bits=bits)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "bits", "room", "learns"),
+    [
+        ("auto", 3, 10**9, True), ("auto", 4, 10**9, False), ("auto", 3, 1000, False), ("scales", 2, 10**9, False),
+        ("rounding", 4, 1000, True),
+    ],
+)  # fmt: skip
+def test_the_rounding_is_trained_by_itself_where_bits_are_few_and_memory_is_not(asked, bits, room, learns, monkeypatch):
+    config = from_flat({"ratio": 0.2, "bits": bits, "tune_quantized": asked})
+    work: Any = SimpleNamespace(config=config, dense=SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr("layercut.models.memory.available_bytes", lambda _: room)
+    said: list[str] = []
+    monkeypatch.setattr(tune_quantized, "say", lambda _, words: said.append(words))
+    assert tune_quantized.learns_rounding(work, Weights(bits)) == learns
+    unasked = asked == "auto" and bits == 3 and not learns
+    assert ["scales and norms alone are trained" in words for words in said] == [True] * unasked
+    assert tune_quantized.may_learn_rounding(config) == (asked == "rounding" or (asked == "auto" and bits == 3))
