@@ -505,6 +505,24 @@ def budgets_verdict(**changed: Any) -> tuple[str, str, str] | None:
     return found.mark, found.stage, found.text
 
 
+def test_what_layers_and_bits_take_of_a_size_is_shown_of_this_run_alone(tmp_path: Path) -> None:
+    points = [
+        {"layers": 0, "segments": [], "folded": 0.0, "rounded": 5.41, "mean_bits": 3.1, "bytes": 53_400_000},
+        {"layers": 6, "segments": [[13, 19]], "folded": 0.5, "rounded": 2.7, "mean_bits": 3.9, "bytes": 53_500_000},
+    ]
+    points[0]["left"] = 0.912
+    run = make_run(tmp_path, search={"segments": []})
+    (run / "shares.json").write_text(json.dumps({"layers": 0, "points": points}))
+    (run / "config.yaml").write_text("bits: auto\ntarget_size: 53.8MB\nratio: null\n")
+    _, page = report(run)
+    assert "shares" in page.ids
+    for text in ("0 none 3.10 53.4 MB 0 5.41 0.912", "6 13:19 3.90 53.5 MB 0.5 2.70 –"):
+        assert text in page.text, text
+    for settings in ("bits: auto\nratio: 0.2\n", "bits: 4\nratio: null\n"):
+        (run / "config.yaml").write_text(settings)
+        assert "shares" not in report(run)[1].ids
+
+
 def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
     html, page = report(run)

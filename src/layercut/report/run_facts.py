@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import RunError
-from layercut.report.formatting import Json, printable
+from layercut.report.formatting import Json, number, printable, spans
 
 FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation": "eval", "env": "env",
          "stability": "stability", "quantization": "quantize", "frontier": "frontier", "gguf": "gguf",
-         "capabilities": "capabilities"}  # fmt: skip
+         "capabilities": "capabilities", "shares": "shares"}  # fmt: skip
 """Fields of RunFacts, and the JSON files they are read from."""
 
 
@@ -32,6 +32,7 @@ class RunFacts:
     stability: Json = field(default_factory=Json)
     quantization: Json = field(default_factory=Json)
     frontier: Json = field(default_factory=Json)
+    shares: Json = field(default_factory=Json)
     capabilities: Json = field(default_factory=Json)
     gguf: Json = field(default_factory=Json)
     """Of the GGUF file last exported."""
@@ -69,6 +70,9 @@ def read_run(folder: Path) -> RunFacts:
     settings, key = _settings(folder / "config.yaml"), found["summary"].config_hash
     of_this_run = {
         "gguf": found["gguf"].run == key,
+        "shares": settings.bits == "auto"
+        and number(settings.ratio) is None
+        and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
         "stability": found["stability"].search == found["search"].config_hash,
         "frontier": "rounds" in dict(found["search"].entries())
         and all(dict(settings.entries()).get(k, asked) == asked for k, asked in found["frontier"].budgets.entries()),

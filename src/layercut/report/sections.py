@@ -48,6 +48,7 @@ CHAPTERS = {
         Section("stability", lambda run: {"choices": list(run.stability.choices)}),
         Section("rounds", lambda run: {"rows": tables.round_rows(run)}, wide=True),
         Section("frontier", lambda run: _with_chart(tables.frontier(run.frontier), charts.frontier_chart)),
+        Section("shares", lambda run: {"rows": list(run.shares.points), "layers": run.shares.layers}, wide=True),
         Section("bits", lambda run: _bits(run.quantization), wide=True),
         Section("tuning", lambda run: {"chart": charts.tuning_chart(run.heal)}),
         Section("fold", lambda run: {"rows": list(run.heal.fold)}, wide=True),
