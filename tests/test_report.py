@@ -518,9 +518,12 @@ def test_what_layers_and_bits_take_of_a_size_is_shown_of_this_run_alone(tmp_path
     assert "shares" in page.ids
     for text in ("0 none 3.10 53.4 MB 0 5.41 0.912", "6 13:19 3.90 53.5 MB 0.5 2.70 –"):
         assert text in page.text, text
-    for settings in ("bits: auto\nratio: 0.2\n", "bits: 4\nratio: null\n"):
+    for settings in ("bits: auto\nratio: 0.2\n", "bits: 4\nratio: null\n", "bits: auto\nsegment: ['0:1']\n"):
         (run / "config.yaml").write_text(settings)
         assert "shares" not in report(run)[1].ids
+    (run / "config.yaml").write_text("bits: auto\nratio: null\n")
+    (run / "shares.json").write_text(json.dumps({"layers": 6, "points": points}))
+    assert "shares" not in report(run)[1].ids, "of as many layers as were not removed"
 
 
 def test_rounds_and_the_frontier_are_shown(tmp_path: Path) -> None:

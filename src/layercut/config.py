@@ -216,7 +216,8 @@ class SearchConfig:
     """A segment START:STOP to remove instead of searching; 13:19 removes layers 13 to 18. Repeatable."""
     target_size: Annotated[str | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as bring the exported weights down to this, e.g. 200MB or 1.5GiB. With
-    --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio says it."""
+    --bits auto: choose the bits of each matrix for this size, and how many layers go too, unless --ratio, --segment or
+    --target-speedup says it."""
     target_speedup: Annotated[float | None, Parameter(group=WHAT)] = None
     """Instead of --ratio: remove as few layers as could make decoding so many times as fast, 1 / (1 - share
     removed). That is the ideal; what is reached is a little less."""
@@ -552,8 +553,8 @@ class AfterRoundingConfig:
 
     tune_quantized: Literal["auto", "scales", "rounding", "none"] = "auto"
     """Train what rounding left towards the dense model, on the tokens to tune on: the groups' scales and the norms
-    (scales), these and the rounding itself (rounding, 16 bytes a weight), or nothing. auto: scales below 8 bits, the
-    rounding too where weights have 3 bits or fewer on average and memory has room for it."""
+    (scales), these and the rounding itself (rounding, 31 to 45 bytes a weight), or nothing. auto: scales below 8
+    bits, the rounding too where packed weights have 3.5 bits or fewer on average and the device has such memory."""
 
 
 @options(MEASURING)

@@ -175,8 +175,9 @@ def _streamed(config: CompressConfig, stream: Any = "on") -> CompressConfig:
 def stage_costs(run: PlannedRun) -> dict[str, Spent]:
     """What every stage but loading costs, the weights in its peak, in the run's order."""
     heal, healed, found = run.config.heal, healed_bytes(run), dict[str, Spent]()
-    if run.config.shares_size:
-        found["shares"] = Spent(_quantize_cost(run).peak, None)
+    if run.config.shares_size:  # which cuts are tried, and on how many layers each, is not known
+        folded = fold_prices_cost(run, Bounds(), 1).peak
+        found["shares"] = Spent(max(folded, _quantize_cost(run).peak, key=total), None)
     if run.segments:
         found["search"] = _search_cost(run)
         if heal.fold:
@@ -236,9 +237,9 @@ def _quantize_cost(run: PlannedRun) -> Spent:
         return rounded
     group = config.quantize.group_size or next((size for size in GROUP_SIZES if run.shape.hidden % size == 0), GROUP)
     parameters = run.after.matrices // group
-    if tune_quantized.may_learn_rounding(config):
-        parameters += run.after.matrices
-    trained = tune_whole_cost(run, tune_quantized.settings_of(config.heal), parameters)
+    learned, settings = run.after.matrices, tune_quantized.settings_of(config.heal)
+    asked = config.after_rounding.tune_quantized == "rounding"  # what is chosen by itself is done where there is room
+    trained = tune_whole_cost(run, settings, parameters + learned * asked)
     both = rounded.work + trained.work if rounded.work and trained.work else None
     return Spent(max(rounded.peak, trained.peak, key=total), both)
 
@@ -305,7 +306,9 @@ def _told_sizes(planner: _Planner, journey: CompressConfig, before: Parts, store
     """Layers, parameters and bytes before and after the cut."""
     ends, given = {"before": before, "after": planner.after}, bool(journey.search.segments)
     length = sum(map(len, planner.segments))
-    assumed = "assumed: the search decides; the middle of the stack is taken here" if length else "none is removed"
+    assumed = "assumed: the search decides; the middle of the stack is taken here" if length else "no layer is removed"
+    if journey.shares_size:
+        assumed = f"how many layers go is chosen by the run; planned without any search: {length}"
     left = [before.total - sum(before.layers[s : s + length]) for s in range(len(before.layers) - length + 1)]
     counted = ("total", "embedding", "layers", "head", "other", "tied")
     return {

@@ -17,7 +17,7 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     wider = f", computed in {plan['computed_in']}" if plan["computed_in"] != plan["dtype"] else ""
     yield (
         f"{plan['model']}: {layers['before']} -> {layers['after']} layers, {plan['dtype']}{wider}, {plan['device']}; "
-        + (f"segment {where} ({plan['segments_are']})" if where else "no layer is removed")
+        + (f"segment {where} ({plan['segments_are']})" if where else plan["segments_are"])
     )
     yield _sizes(plan)
     yield _stages(plan)

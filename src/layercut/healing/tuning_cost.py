@@ -88,6 +88,19 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
     return Spent(peak, work)
 
 
+def learned_weight_bytes(itemsize: int) -> int:
+    """What training the rounding of a weight takes, both models with it: most of what `tune_whole_cost` plans.
+
+    Args:
+        itemsize: of a number that is computed with.
+
+    Returns:
+        Bytes of a weight: of its training state, itself, its gradient and best state, what it is decoded to, and its
+        place in the dense and in the rounded model.
+    """
+    return STATE_BYTES + 3 * itemsize + 2 * itemsize + 1 + 2 * itemsize
+
+
 def healed_bytes(run: PlannedRun) -> int:
     """Bytes of the weights that healing changes in one cut's neighbours, of which the largest layers are taken."""
     shape, heal = run.shape, run.config.heal

@@ -98,6 +98,27 @@ def memory_bytes() -> int | None:
     return None
 
 
+def whole_bytes(device: torch.device) -> int | None:
+    """All memory that a device has, used or not, within a container's limit and what `memory_limit` allows.
+
+    Unlike what is available it is the same whenever it is asked.
+
+    Args:
+        device: the CPU's is the machine's.
+
+    Returns:
+        Bytes; None where the system does not say.
+    """
+    found = [each for each in (memory_bytes(), most_bytes()) if each is not None]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+            own = int(torch.accelerator.get_memory_info(device)[1])
+            return own if (most := most_bytes()) is None else min(own, most)
+    return min(found, default=None)
+
+
 def release_freed() -> None:
     """Return freed memory to the system: the C library keeps it otherwise, where it has `malloc_trim` (glibc)."""
     gc.collect()

@@ -289,6 +289,13 @@ class ShareRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PricedArtefact(Artefact):
+    """shares-priced.json: every number of layers that was priced, before any went on trial."""
+
+    points: list[ShareRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SharesArtefact(Artefact):
     """shares.json: what layers take of a size, and what bits."""
 

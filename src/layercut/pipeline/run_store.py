@@ -41,7 +41,7 @@ from layercut.progress import debug, say, warn
 
 Kind = TypeVar("Kind", bound=Artefact)
 TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
-STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+STAGES = (*TEXTS, "text-shared", "shares", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long", "evaluations", "capabilities", "probes")
 """Stages that run only where they are asked for."""
 

@@ -10,7 +10,8 @@ is taken. A sum of costs is the second-order estimate of what they cost together
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -196,7 +197,7 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
     Raises:
         ConfigError: it is below the least possible size, or above the size as it is.
     """
-    least, has = sizes_between(model, config, without=without)
+    least, has = _sizes_between(model, config)(without)
     if least > target:
         more = "" if config.embedding_bits is None else "leave out --embedding-bits, "
         raise ConfigError(
@@ -210,26 +211,22 @@ def check_target(model: Any, config: QuantizeConfig, target: int, *, without: in
         )
 
 
-def sizes_between(model: Any, config: QuantizeConfig, *, without: int = 0) -> tuple[int, int]:
-    """The least size that a choice of bits can make, and the size without any. Needs no weights.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        config: which widths are allowed.
-        without: decoder layers that will be removed, whichever they are.
-
-    Returns:
-        Bytes of the checkpoint's weights, of both.
-    """
+def _sizes_between(model: Any, config: QuantizeConfig) -> Callable[[int], tuple[int, int]]:
+    """The least bytes that a choice of bits can make, and the bytes without any, by how many layers are removed."""
     dtype, candidates = loading.stored_dtype(model), _candidates(model, config)
     rest, layers = _rest(model, candidates, dtype), len(loading.find_decoder(model))
-    shares = [1.0 if each.targets[0].layer is None else 1 - without / layers for each in candidates]
+    every: list[Sequence[Sequence[Assignment | None]]] = [each.ways for each in _formats(candidates, config)]
+    sizes = [
+        [min(each.stored(way, dtype) for way in these) for each, these in zip(candidates, ways, strict=True)]
+        for ways in (*every, [[None]] * len(candidates))
+    ]
 
-    def total(ways: Sequence[Sequence[Assignment | None]]) -> int:
-        sizes = [min(each.stored(way, dtype) for way in these) for each, these in zip(candidates, ways, strict=True)]
-        return rest + round(sum(count * share for count, share in zip(sizes, shares, strict=True)))
+    def between(without: int) -> tuple[int, int]:
+        shares = [1.0 if each.targets[0].layer is None else 1 - without / layers for each in candidates]
+        *least, whole = (rest + round(sum(n * s for n, s in zip(each, shares, strict=True))) for each in sizes)
+        return min(least), whole
 
-    return min(total(each.ways) for each in _formats(candidates, config)), total([[None]] * len(candidates))
+    return between
 
 
 def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[int]:
@@ -247,10 +244,16 @@ def numbers_left_open(model: Any, config: QuantizeConfig, target: int) -> list[i
         ConfigError: there is none.
     """
     layers = len(loading.find_decoder(model))
-    ends = [sizes_between(model, config, without=n) for n in range(layers)]
+    ends = list(map(_sizes_between(model, config), range(layers)))
     found = [n for n, (least, whole) in enumerate(ends) if least <= target < whole]
+    if not found and target < (least := ends[-1][0]):
+        raise ConfigError(
+            f"no number of layers and bits meets the target size of {size(target)}: one layer in the fewest bits "
+            f"leaves {size(least)}",
+            f"allow --target-size {size_flag(least)}, or fewer bits by --bits-allowed",
+        )
     if not found:
-        check_target(model, config, target, without=layers - 1 if target < ends[0][0] else 0)
+        check_target(model, config, target)
     return found
 
 
@@ -329,7 +332,7 @@ def _within(
     """The cheapest mixture of one format; None where none is small enough."""
     sizes = [[each.stored(way, dtype) for way in ways] for each, ways in zip(candidates, form.ways, strict=True)]
     kl = [
-        [sum(costs[part.name][way.bits, way.group_size] for part in each.targets) if way else 0.0 for way in ways]
+        [sum(_cost(costs, part.name, way) for part in each.targets) if way else 0.0 for way in ways]
         for each, ways in zip(candidates, form.ways, strict=True)
     ]
     picked = cheapest(kl, sizes, budget)
@@ -353,6 +356,11 @@ def _within(
         bits / sum(numbers),
         costs,
     )
+
+
+def _cost(costs: Costs, name: str, way: Assignment) -> float:
+    """Of a weight stored in one way; infinite where that was not measured, as of groups that only a cut model has."""
+    return costs[name].get((way.bits, way.group_size), math.inf)
 
 
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int] | None:

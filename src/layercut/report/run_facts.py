@@ -72,6 +72,7 @@ def read_run(folder: Path) -> RunFacts:
         "gguf": found["gguf"].run == key,
         "shares": settings.bits == "auto"
         and number(settings.ratio) is None
+        and not (settings.segment or settings.target_speedup)
         and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
         "stability": found["stability"].search == found["search"].config_hash,
         "frontier": "rounds" in dict(found["search"].entries())

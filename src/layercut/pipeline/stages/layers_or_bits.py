@@ -12,18 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from layercut import layer_search, surgery
 from layercut import quantization as rounding
-from layercut.errors import ConfigError
+from layercut.data.probes import ProbeRows
+from layercut.errors import ConfigError, SurgeryError
 from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import endpoints
+from layercut.layer_search.weighted_rows import WeightedRows
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.artefacts import ShareRecord, SharesArtefact, bounds_of, segments_of
+from layercut.pipeline.artefacts import PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial, tune_quantized
@@ -39,7 +41,7 @@ MOST = 2
 """From the fewest layers on, one in so many of the stack more at most."""
 TOKENS = 4096
 """Calibration tokens on which the cut of each number is searched; the chosen one is searched on all."""
-STAGE = "shares"
+STAGE, PRICED = "shares", "shares-priced"
 
 
 def number_of_layers(work: RunContext) -> int:
@@ -54,17 +56,26 @@ def number_of_layers(work: RunContext) -> int:
     Raises:
         ConfigError: no number of layers and choice of bits meets the size.
     """
-    config, this = work.config, Round(work)
-    inputs = [work.source, config.text.seed, config.search, config.quantize, replace(config.heal, **trial.SHORT),
-              config.after_rounding, [work.text.get(use) for use in ("calibration", "heldout", "tuning")]]  # fmt: skip
-    with work.run.stage(SharesArtefact, STAGE, inputs) as stage:
+    this, heal = Round(work), replace(work.config.heal, **trial.SHORT, teacher_topk=0)
+    with work.run.stage(PricedArtefact, PRICED, inputs(work)) as priced:
+        if priced.open:
+            priced.found = PricedArtefact(points=every_number(this))
+    trained = [heal, work.text.get("tuning"), *tune_quantized.inputs(work)]
+    with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
         if stage.open:
-            points = decided(this, priced(this))
+            points = decided(this, priced.artefact.points)
             best = min(points, key=lambda point: math.inf if point.left is None else point.left)
             stage.found = SharesArtefact(layers=best.layers, points=points)
     KnownPrices(work.run, STAGE).forget_()
     say("shares", describe_shares(asdict(stage.artefact)))
     return stage.artefact.layers
+
+
+def inputs(work: RunContext) -> list[Any]:
+    """All that the prices depend on; not what only measures more."""
+    config = work.config
+    search = replace(config.search, score="raw", oracle=False, all_lengths=False)
+    return [work.source, work.text["calibration"], work.text["heldout"], config.text.seed, search, config.quantize]
 
 
 def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:
@@ -85,46 +96,51 @@ def size_asked(work: RunContext) -> int:
     return parse_bytes("--target-size", work.config.search.target_size or "")
 
 
-def priced(this: Round) -> list[ShareRecord]:
+def every_number(this: Round) -> list[ShareRecord]:
     """The best cut of each number of layers after a quick fold, and the bits that what it leaves needs.
 
     Args:
         this: the round.
 
     Returns:
-        A point for each number that can be made, with no verdict yet.
+        A point for each number that can be made, by rising number of layers, with no verdict yet.
+
+    Raises:
+        LayercutError: none can be made; the error of the last one.
     """
-    work, dense = this.work, this.work.dense.model
-    config, calibration = work.config.quantize, work.blocks["calibration"]
-    tests, few = generated_tests(work), calibration[: max(1, TOKENS // calibration.shape[1])]
+    work, dense, target = this.work, this.work.dense.model, size_asked(this.work)
+    config, calibration, tests = work.config.quantize, work.blocks["calibration"], generated_tests(work)
+    possible = bit_choice.numbers_left_open(dense, config, target)
     costs = bit_choice.measured(dense, calibration, config)
-    known, folds, points = KnownPrices(work.run, STAGE), None, list[ShareRecord]()
-    possible = bit_choice.numbers_left_open(dense, config, size_asked(work))
+    folds = cache(lambda: trial.fold_prices(this, calibration, tests))
+    points, refused = list[ShareRecord](), None
     for number in numbers_tried(possible, work.layers):
-        cuts = searched(this, few, number, tests)
-        if cuts is None:
+        try:
+            cuts = searched(this, calibration[: max(1, TOKENS // calibration.shape[1])], number, tests)
+            cut = surgery.cut(dense, cuts) if cuts else dense
+        except (ConfigError, SurgeryError) as error:  # of this number alone: another one may do
+            refused = error
             continue
-        cut = surgery.cut(dense, cuts) if cuts else dense
         removed = set(range(work.layers)) - set(kept_layers(cuts, work.layers))
         left = bit_choice.costs_after(costs, dense, cut, removed, config)
-        mixture = bit_choice.assigned(cut, left, config, size_asked(work))
-        if mixture is None:
+        if (mixture := bit_choice.assigned(cut, left, config, target)) is None:
             continue
-        folded = 0.0
-        if cuts:
-            folds = folds or trial.fold_prices(this, calibration, tests)
-            folded = known("folded", cuts, partial(folds, cuts))
         points.append(
             ShareRecord(
-                layers=number, segments=bounds_of(cuts), folded=folded, rounded=mixture.cost,
-                mean_bits=mixture.mean_bits, bytes=mixture.bytes,
+                layers=number, segments=bounds_of(cuts), folded=folds()(cuts) if cuts else 0.0,
+                rounded=mixture.cost, mean_bits=mixture.mean_bits, bytes=mixture.bytes,
             )
         )  # fmt: skip
+    if not points:
+        raise refused or ConfigError(
+            f"no number of layers and bits meets the target size of {work.config.search.target_size}",
+            "allow a larger --target-size, or more of --bits-allowed",
+        )
     return points
 
 
-def searched(this: Round, tokens: torch.Tensor, number: int, tests: Any) -> Sequence[Segment] | None:
-    """The best plain cut of so many layers; none of them where the number is 0.
+def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | None) -> Sequence[Segment]:
+    """The best plain cut of so many layers; no segment where the number is 0.
 
     Args:
         this: the round.
@@ -133,14 +149,14 @@ def searched(this: Round, tokens: torch.Tensor, number: int, tests: Any) -> Sequ
         tests: generated tests that are weighed with the text.
 
     Returns:
-        The segments; None where no cut of so many layers stays right in the consumers of --for.
+        The segments.
+
+    Raises:
+        ConfigError: no cut of so many layers stays right in the consumers of --for, or too many sets are to be priced.
     """
     if not number:
         return ()
-    try:
-        how = asked(this, number, tests)
-    except ConfigError:  # of this number alone: another one may do
-        return None
+    how = asked(this, number, tests)
     return layer_search.search(this.stack, tokens, **how, seed=this.work.config.text.seed).segments
 
 
@@ -157,7 +173,7 @@ def on_trial(points: Sequence[ShareRecord]) -> list[int]:
     return sorted({0, cheapest // 2, cheapest})
 
 
-def decided(this: Round, points: list[ShareRecord]) -> list[ShareRecord]:
+def decided(this: Round, points: Sequence[ShareRecord]) -> list[ShareRecord]:
     """The points, of those on trial with what is left of the model.
 
     Args:
@@ -166,26 +182,18 @@ def decided(this: Round, points: list[ShareRecord]) -> list[ShareRecord]:
 
     Returns:
         The same in the same order.
-
-    Raises:
-        ConfigError: there is none.
     """
-    work, known = this.work, KnownPrices(this.work.run, STAGE)
-    if not points:
-        raise ConfigError(
-            f"no number of layers and bits meets the target size of {work.config.search.target_size}",
-            "allow a larger --target-size, or more of --bits-allowed",
-        )
+    work, known, found = this.work, KnownPrices(this.work.run, STAGE), list(points)
     unseen = trial.unseen_rows(work, generated_tests(work))
     for place in on_trial(points):
         cuts = segments_of(points[place].segments)
         left = known("rounded", cuts, partial(left_after, this, cuts, unseen))
         say("shares", f"{points[place].layers} layers removed: {left:.4g} nats after a short healing and rounding")
-        points[place] = replace(points[place], left=left)
-    return points
+        found[place] = replace(points[place], left=left)
+    return found
 
 
-def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[Any]) -> float:
+def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[WeightedRows]) -> float:
     """What is left of a model that is cut, healed, rounded to the size and trained after it, each for a while.
 
     Args:

@@ -12,6 +12,7 @@ from layercut.data.blocks import in_rows
 from layercut.distributed import processes
 from layercut.files.sizes import size
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
+from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
 from layercut.models import memory
@@ -23,10 +24,8 @@ from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, Trainable
 
 FEW_BITS = 3.5
-"""A weight on average, below which the rounding is trained by itself: with 3 bits it brings far more than scales do,
-with 4 scales alone are better (docs/results.md)."""
-BYTES = 16
-"""Of memory that each such weight takes: itself, its gradient, and two moments, at most four bytes each."""
+"""On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it brings far
+more than scales do, with 4 scales alone are better (docs/results.md)."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -42,9 +41,10 @@ def inputs(work: RunContext) -> list[Any]:
     """All that decides the result beside what quantization depends on; nothing where nothing is trained."""
     if not wanted(work.config):
         return []
-    heal, text = work.config.heal, work.text
-    return [work.config.after_rounding, heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs,
-            heal.patience, text["tuning"], text["heldout"]]  # fmt: skip
+    heal, text, asked = work.config.heal, work.text, work.config.after_rounding
+    few = [FEW_BITS] if asked.tune_quantized == "auto" else []
+    return [*few, asked, heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience,
+            text["tuning"], text["heldout"]]  # fmt: skip
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
@@ -107,29 +107,23 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
         found: the quantized model.
 
     Returns:
-        The answer, the same whenever it is asked of this model on this machine.
+        The answer, the same whenever it is asked of this model on this machine: it goes by all its memory.
     """
     asked = work.config.after_rounding.tune_quantized
     if asked != "auto":
         return asked == "rounding"
-    numbers = {each.name: found.model.get_submodule(each.name).weight.numel() for each in found.weights}
-    total = sum(numbers.values())
-    if sum(each.bits * numbers[each.name] for each in found.weights) > FEW_BITS * total:
+    packed = [each for each in found.weights if f"{each.name}.weight_packed" in found.packed]
+    weights = {each.name: found.model.get_submodule(each.name).weight for each in packed}
+    total = sum(weight.numel() for weight in weights.values())
+    if not total or sum(each.bits * weights[each.name].numel() for each in packed) > FEW_BITS * total:
         return False
-    needs, has = BYTES * total, memory.available_bytes(work.dense.device)
-    if needs > has:
-        what = f"training the rounding would take {size(needs)} of memory, and {size(has)} are free"
-        say("quantize", f"{what}: scales and norms alone are trained")
-    return needs <= has
-
-
-def may_learn_rounding(config: CompressConfig) -> bool:
-    """Whether the rounding is trained as far as the options say: bits that are chosen are not known to be few.
-
-    config: every option.
-    """
-    asked, bits = config.after_rounding.tune_quantized, config.quantize.bits
-    return asked == "rounding" or (asked == "auto" and bits != "auto" and bits <= FEW_BITS)
+    needs = total * learned_weight_bytes(next(iter(weights.values())).itemsize)
+    has = memory.whole_bytes(work.dense.device)
+    if fits := has is None or needs <= has:
+        return fits
+    what = f"training the rounding would take {size(needs)} of memory, and there are {size(has)}"
+    say("quantize", f"{what}: scales and norms alone are trained")
+    return False
 
 
 def _trained_(
