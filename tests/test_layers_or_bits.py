@@ -17,6 +17,7 @@ from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
 from layercut.pipeline.artefacts import ShareRecord
+from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages import layers_or_bits, trial, tune_quantized
 from layercut.quantization import bit_choice
 from layercut.segments import Segment
@@ -86,6 +87,8 @@ def test_a_trial_that_is_stopped_goes_on_with_the_next_number(texts, tmp_path, m
     assert [] not in again
     assert known == [known[0]] + [0.0] * len(again)
     assert not (tmp_path / "run" / "shares-prices.json").exists()
+    Run(tmp_path / "run", force=True)
+    assert not list((tmp_path / "run").glob("shares*.json")), "--force forgets what was chosen"
 
 
 @pytest.mark.parametrize(

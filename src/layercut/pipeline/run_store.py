@@ -41,7 +41,7 @@ from layercut.progress import debug, say, warn
 
 Kind = TypeVar("Kind", bound=Artefact)
 TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
-STAGES = (*TEXTS, "text-shared", "shares", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
+STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long", "evaluations", "capabilities", "probes")
 """Stages that run only where they are asked for."""
 
@@ -314,7 +314,7 @@ class Run:
         return lock
 
     def _forget(self) -> None:
-        parts = ("compare*", "stability*", "frontier*", "tasks/*", *(f"{name}-*" for name in STAGES))
+        parts = ("compare*", "stability*", "frontier*", "shares*", "tasks/*", *(f"{name}-*" for name in STAGES))
         more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
         for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
             artefact.unlink(missing_ok=True)
