@@ -164,6 +164,9 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
         runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
         assert not (out / "quantized-tuning-state.safetensors").exists()
     tuning = runs["auto"]["quantize"]["tuning"]
+    assert tuning["trained_parameters"] > sum(p.numel() for p in model.parameters() if p.dim() > 1) * 4 / 5, (
+        "at 3 bits the rounding is trained by itself, of all layers but the one removed"
+    )
     assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
     assert "tuning" not in runs["none"]["quantize"]
     found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}
