@@ -30,7 +30,9 @@ def take_over(run: Path, target: Path, **settings: Any) -> None:
     comparison["model"] = Path(comparison["model"]).name
     for use in ("calibration", "tuning", "evaluation"):
         if comparison[use]:
-            comparison[use]["source"] = "+".join(Path(part).name.removesuffix(".txt") for part in split_mix(comparison[use]["source"]))
+            comparison[use]["source"] = "+".join(
+                Path(part).name.removesuffix(".txt") for part in split_mix(comparison[use]["source"])
+            )
     plain = [argument for argument in sys.argv[1:] if not argument.startswith("/")]
     environment["command"] = [Path(sys.argv[0]).name, *plain]
     write_json(target, {**settings, "comparison": comparison, "environment": environment})

@@ -45,7 +45,7 @@ from layercut.data.blocks import load_blocks
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json, write_text
 from layercut.healing import tune_
-from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate
+from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, root_mean_square
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.models import loading
@@ -300,7 +300,8 @@ def measure(args: Namespace) -> dict[str, Any]:
             """Held-out loss where a short run ends, not its best."""
             return heal(start(), few, heldout, rate)["heldout"][-1]["loss"]
 
-        tried = [] if args.rate else bracketed(rates(args.only, dense.hidden_size), ends_at)
+        weight = root_mean_square([p for layer in dense.layers for p in layer.parameters()])
+        tried = [] if args.rate else bracketed(rates(args.only, weight), ends_at)
         rate = args.rate or best(tried)["rate"]
         student = start()
         before = settled_bytes()
@@ -371,12 +372,12 @@ def folded_student(
     return stack
 
 
-def rates(method: str, width: int) -> list[float]:
+def rates(method: str, weight: float) -> list[float]:
     if method == PEER:
         return list(PEER_RATES)
     if method in BASELINES:
         return list(BASELINES[method][1])
-    return [factor * default_learning_rate(width) for factor in (0.5, 1.0, 2.0)]
+    return [factor * default_learning_rate(weight) for factor in (0.5, 1.0, 2.0)]
 
 
 MOST_RATES = 9

@@ -26,7 +26,7 @@ from layercut.models.objectives import KL, Hidden, NextToken, Objective, objecti
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.registries import objectives
 from layercut.segments import Segment
-from layercut.surgery import cut_segment_
+from layercut.surgery import cut, cut_segment_
 
 HELDOUT = tiny.some_tokens(6, seed=3)
 FROZEN = "model.layers.1.mlp.down_proj.weight"
@@ -121,6 +121,23 @@ def test_what_cannot_be_healed_is_refused():
         tune_(student, model, tokens, radius=0)
     with pytest.raises(ConfigError, match="learning_rate is 7"):
         tune_(student, model, tokens, learning_rate=7.0)
+
+
+def test_the_rate_is_a_share_of_the_weights_that_are_trained():
+    """By the width instead, a model of small weights is torn apart (docs/log.md)."""
+    rates = []
+    for scale in (1.0, 0.1):
+        model = tiny.llama()
+        for parameter in (p for p in model.model.layers.parameters() if p.dim() > 1):
+            parameter.data *= scale
+        student = cut(model, [Segment(2, 4)])
+        rates.append(tune_(student, model, tiny.some_tokens(8), heldout=HELDOUT).learning_rate)
+        tuned = [p for i in (1, 2) for p in student.model.layers[i].parameters() if p.dim() > 1]
+    assert rates[1] == pytest.approx(rates[0] / 10)
+    mean = torch.cat([p.detach().flatten() for p in tuned]).square().mean().sqrt().item()
+    assert rates[1] == pytest.approx(mean / 120 / 2, rel=0.1), (
+        "half of it in few steps; the mean before was a little less"
+    )
 
 
 def test_an_eighth_of_the_rows_is_held_out_where_none_are_given():

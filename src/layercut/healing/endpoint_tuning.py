@@ -68,7 +68,7 @@ class TuneSettings:
 
     objective: str | Objective = "kl"
     learning_rate: float | None = None
-    """Peak rate of AdamW; None takes `default_learning_rate` of the width, the steps and the layers."""
+    """Peak rate of AdamW; None takes `default_learning_rate` of the weights, the steps and the layers."""
     batch_tokens: int = 1024
     """Tokens in one optimizer step."""
     radius: int | None = 1
@@ -372,21 +372,37 @@ def endpoints(segments: Sequence[Segment], layers: int, radius: int = 1) -> list
     return sorted(beside)
 
 
-def default_learning_rate(hidden_size: int, steps: int = FEW_STEPS, layers: int = 2) -> float:
-    """1.6e-3 x 576 / D, half of it in fewer than `FEW_STEPS` steps, and 2 / N of it where N > 2 layers are trained.
+def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2) -> float:
+    """A 120th of a weight, half of it in fewer than `FEW_STEPS` steps, and 2 / N of it where N > 2 layers are trained.
 
-    1.6e-3 was the best at a width of 576 in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
-    of either, and 19 were trained well at an eighth (docs/log.md). Where few ends, and both inverse laws, are guesses.
+    A step of AdamW is the rate whatever the gradient, so it is a share of what it changes. Of SmolLM2-135M, whose
+    weights are 0.19, 1.6e-3 was the best in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
+    of either, and 19 were trained well at an eighth. Of Qwen2.5-0.5B, whose weights are 0.016 at nearly that width,
+    a rate by the width was four to sixteen times too high (docs/log.md). Where few ends, and 2 / N, are guesses.
 
     Args:
-        hidden_size: D.
+        weight: root mean square of the matrices that are trained.
         steps: optimizer steps planned.
         layers: N, that are trained.
 
     Returns:
         Peak learning rate of AdamW.
     """
-    return 1.6e-3 * 576 / hidden_size * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
+    return weight / 120 * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
+
+
+def root_mean_square(parameters: Sequence[torch.Tensor]) -> float:
+    """Of the entries of all matrices among some parameters, of the vectors where there is none; 0 of nothing.
+
+    Args:
+        parameters: whole, or sharded over several processes.
+
+    Returns:
+        Its value, the same in every process.
+    """
+    counted = [p for p in parameters if p.dim() > 1] or parameters
+    squares = sum(float(sharding.whole(p.detach().float().square().sum())) for p in counted)
+    return math.sqrt(squares / max(1, sum(p.numel() for p in counted)))
 
 
 class _Training:
@@ -406,7 +422,7 @@ class _Training:
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
         self.rate = settings.learning_rate or default_learning_rate(
-            pair.student.hidden_size, self.steps, len(positions)
+            root_mean_square(self.masters), self.steps, len(positions)
         )
         # parameters of one unit are stepped together
         alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
