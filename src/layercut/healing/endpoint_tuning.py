@@ -378,7 +378,7 @@ def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2
     A step of AdamW is the rate whatever the gradient, so it is a share of what it changes. Of SmolLM2-135M, whose
     weights are 0.19, 1.6e-3 was the best in 128 steps of 1,024 tokens, half of it the best in 12; of four layers half
     of either, and 19 were trained well at an eighth. Of Qwen2.5-0.5B, whose weights are 0.016 at nearly that width,
-    a rate by the width was four to sixteen times too high (docs/log.md). Where few ends, and 2 / N, are guesses.
+    eight times as much ruined the first steps (docs/log.md). Where few ends, and 2 / N, are guesses.
 
     Args:
         weight: root mean square of the matrices that are trained.

@@ -45,7 +45,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     piece = min(budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
     logits = 4 * piece * reads_logits
     parameters = sum(shape.dense.layers[kept[i]] for i in trained)
-    peak = {"trained state": parameters * (STATE_BYTES + 3 * shape.itemsize)}
+    peak = {"trained state": parameters * trained_bytes(shape.itemsize)}
     if run.on_disk:
         peak["inputs of a step"] = (stop - first + 2) * shape.stream(step)
         peak["logits or layer"] = max(logits, together * shape.most("saved_trained"))
@@ -79,8 +79,8 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
     logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
     saved = sum(shape.costs[i].saved_trained for i in kept)
     peak = {
-        "trained state": parameters * (STATE_BYTES + 3 * shape.itemsize),
-        "decoded weights": run.after.matrices * (2 * shape.itemsize + 1),
+        "trained state": parameters * trained_bytes(shape.itemsize),
+        "decoded weights": run.after.matrices * decoded_bytes(shape.itemsize),
         "kept for backward": together * saved,
         "logits": logits,
         "held-out states": 2 * shape.stream(run.heldout),
@@ -88,17 +88,19 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
     return Spent(peak, work)
 
 
+def trained_bytes(itemsize: int) -> int:
+    """Of a trained number of so many bytes: its training state, itself, its gradient and its best state."""
+    return STATE_BYTES + 3 * itemsize
+
+
+def decoded_bytes(itemsize: int) -> int:
+    """Of a quantized weight while it is trained: its code, what it is decoded to, and the gradient of that."""
+    return 2 * itemsize + 1
+
+
 def learned_weight_bytes(itemsize: int) -> int:
-    """What training the rounding of a weight takes, both models with it: most of what `tune_whole_cost` plans.
-
-    Args:
-        itemsize: of a number that is computed with.
-
-    Returns:
-        Bytes of a weight: of its training state, itself, its gradient and best state, what it is decoded to, and its
-        place in the dense and in the rounded model.
-    """
-    return STATE_BYTES + 3 * itemsize + 2 * itemsize + 1 + 2 * itemsize
+    """Of a weight whose rounding is trained: what that takes, and its place in the dense and in the rounded model."""
+    return trained_bytes(itemsize) + decoded_bytes(itemsize) + 2 * itemsize
 
 
 def healed_bytes(run: PlannedRun) -> int:

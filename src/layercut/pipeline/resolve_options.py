@@ -178,10 +178,10 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
         return
     target, layers = parse_bytes("--target-size", config.search.target_size), loading.find_decoder(bare).layers
     if config.quantize.bits == "auto":
-        cut = sum(map(len, config.search.segments)) or wanted_length(config.search, len(layers)) or 0
         if config.shares_size:
             bit_choice.numbers_left_open(bare, config.quantize, target)
         else:
+            cut = sum(map(len, config.search.segments)) or wanted_length(config.search, len(layers)) or 0
             bit_choice.check_target(bare, config.quantize, target, without=cut)
         return
     weights = [loading.parameter_bytes(layer, stored) for layer in layers]

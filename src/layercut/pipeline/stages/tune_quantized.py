@@ -24,8 +24,8 @@ from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, Trainable
 
 FEW_BITS = 3.5
-"""On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it brings far
-more than scales do, with 4 scales alone are better (docs/results.md)."""
+"""On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
+most of what GPTQ loses, with 4 scales alone are better (docs/results.md). Scales alone with 3 were not measured."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -69,17 +69,16 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     """
     if not wanted(work.config):
         return found, None
-    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
     files = TuningFiles(
         state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")),
         stopping=asked_to_stop if work.own_process else never_asked,
     )
     if work.own_process:
         memory.reuse_freed()
-    report = _trained_(work, parts, work.blocks["tuning"], settings_of(work.config.heal), files)
+    found, report = _trained(work, found, before, work.blocks["tuning"], settings_of(work.config.heal), files)
     for point in report.curve:
         work.run.event("quantize", int(point["step"]), "loss", point["loss"], "nats/token")
-    return parts.finished_(), TuningRecord(**vars(report), data=work.text["tuning"])
+    return found, TuningRecord(**vars(report), data=work.text["tuning"])
 
 
 def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor) -> Quantized:
@@ -94,9 +93,8 @@ def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Ten
     Returns:
         The trained model.
     """
-    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    _trained_(work, parts, rows, replace(settings_of(work.config.heal), epochs=1, patience=0), TuningFiles())
-    return parts.finished_()
+    once = replace(settings_of(work.config.heal), epochs=1, patience=0)
+    return _trained(work, found, before, rows, once, TuningFiles())[0]
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
@@ -119,22 +117,24 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
         return False
     needs = total * learned_weight_bytes(next(iter(weights.values())).itemsize)
     has = memory.whole_bytes(work.dense.device)
-    if fits := has is None or needs <= has:
-        return fits
+    if has is None or needs <= has:
+        return True
     what = f"training the rounding would take {size(needs)} of memory, and there are {size(has)}"
     say("quantize", f"{what}: scales and norms alone are trained")
     return False
 
 
-def _trained_(
-    work: RunContext, parts: Trainable, tuning: torch.Tensor, settings: TuneSettings, files: TuningFiles
-) -> TuningResult:
-    """Train what can be, on rows to tune on, judged by the held-out ones."""
+def _trained(
+    work: RunContext, found: Quantized, before: Any, tuning: torch.Tensor, settings: TuneSettings, files: TuningFiles
+) -> tuple[Quantized, TuningResult]:
+    """Train what is to be trained of a quantized model, on rows to tune on, judged by the held-out ones."""
+    parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
     rows = in_rows(tuning, work.config.text.window)
-    return tune_parameters_(
+    report = tune_parameters_(
         parts.model, work.dense.model, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
         files=files,
     )  # fmt: skip
+    return parts.finished_(), report
 
 
 def forget_state_(work: RunContext) -> None:
