@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
 from layercut.models import checkpoints, loading
@@ -270,6 +271,20 @@ def test_a_file_behind_a_link_as_in_the_hubs_cache(tmp_path):
     asked = os.umask(0)
     os.umask(asked)
     assert (tmp_path / "b.gguf").stat().st_mode & 0o777 == 0o666 & ~asked
+
+
+def test_a_files_config_is_read_once_and_again_where_the_file_changed(tmp_path, monkeypatch):
+    reads, read = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **more: reads.append(args) or read(*args, **more))
+    file = write(tmp_path / "a.gguf", "llama")
+    first = loading.load_config(checkpoints.resolve(str(file)))
+    first.num_hidden_layers = 77  # the caller's own
+    assert loading.load_config(checkpoints.resolve(str(file))).num_hidden_layers == LAYERS
+    assert len(reads) == 1
+    cut_gguf(file, [Segment(1, 2)], tmp_path / "b.gguf")
+    (tmp_path / "b.gguf").replace(file)
+    assert loading.load_config(checkpoints.resolve(str(file))).num_hidden_layers == LAYERS - 1
+    assert len(reads) == 2
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
