@@ -114,6 +114,7 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
             embeddings = "chosen" if auto else str(row["embeddings"])
             by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
             by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""
+            by += f", rate {row['rate']:g}" if "rate" in row else ""
             tokens = f"{row['tokens']:,}" if row["tokens"] else ""
             tokens += f", {' and '.join(row['beside'].split('+'))} beside C4" if "beside" in row else ""
             cells = [bits, embeddings, f"{row['of_dense']:.1%}", by, tokens, f"{spent:.0f}"]

@@ -40,7 +40,7 @@ from layercut.models import loading, memory
 from layercut.models.objectives import KL
 from layercut.progress import say
 from layercut.quantization import quantize_
-from layercut.quantization.trainable import RATE, Trainable
+from layercut.quantization.trainable import Trainable
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
@@ -84,7 +84,7 @@ def quantized(
         tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
         objective = KL(mix=asked.get("mix", 0.0))
         settings = TuneSettings(
-            objective=objective, learning_rate=asked.get("rate", RATE), batch_tokens=asked.get("batch", 1024)
+            objective=objective, learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024)
         )
         told = tune_parameters_(
             parts.model, model.model, parts.parameters, tuning, heldout=text["heldout"], settings=settings

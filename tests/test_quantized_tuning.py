@@ -163,10 +163,13 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
         assert main([*argv, f"--out={out}", f"--tune-quantized={way}"]) == 0
         runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
         assert not (out / "quantized-tuning-state.safetensors").exists()
+    trained = trainable.Trainable.of_(rounded(half(tiny.llama(2)), bits=3), half(tiny.llama(2)))
+    assert trained.rate < Trainable.of_(rounded(half(tiny.llama(2)), bits=3)).rate, "of rounding, and of scales alone"
     tuning = runs["auto"]["quantize"]["tuning"]
     assert tuning["trained_parameters"] > sum(p.numel() for p in model.parameters() if p.dim() > 1) * 4 / 5, (
         "at 3 bits the rounding is trained by itself, of all layers but the one removed"
     )
+    assert tuning["learning_rate"] == trained.rate
     assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
     assert "tuning" not in runs["none"]["quantize"]
     found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}

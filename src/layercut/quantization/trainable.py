@@ -29,8 +29,9 @@ from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, repacked
 from layercut.quantization.quantized import Quantized
 
-RATE = 5e-3
-"""Peak rate of AdamW as a share of each unit: of the mean scale, or of the mean entry of a norm."""
+RATE, ROUNDING_RATE = 5e-3, 2e-3
+"""Peak rate of AdamW as a share of each unit, the mean scale or the mean entry of a norm: where codes are frozen, and
+where the rounding is trained too (docs/log.md)."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
 BLOCK = 2**16
@@ -236,6 +237,11 @@ class Trainable:
         """All that can be trained, each with its unit."""
         units: Shares = [unit for module in self.modules.values() for unit in module.units()]
         return [*units, *((p, max(p.detach().abs().mean().item(), 1e-3)) for p in self.norms.values())]
+
+    @property
+    def rate(self) -> float:
+        """Peak rate of AdamW for them, as a share of each unit."""
+        return ROUNDING_RATE if any(isinstance(module, Rounded) for module in self.modules.values()) else RATE
 
     @torch.no_grad()
     def finished_(self) -> Quantized:

@@ -21,7 +21,7 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
 from layercut.progress import say
 from layercut.quantization import Quantized
-from layercut.quantization.trainable import RATE, Trainable
+from layercut.quantization.trainable import Trainable
 
 FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
@@ -48,12 +48,11 @@ def inputs(work: RunContext) -> list[Any]:
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
-    """How it is trained."""
+    """How it is trained; the rate is that of what is trained."""
     own = replace(heal, teacher_topk=0, mix=heal.mix or 0.0)
     return TuneSettings(
-        objective=objective(own), learning_rate=RATE, batch_tokens=heal.batch_tokens, epochs=heal.epochs,
-        patience=heal.patience,
-    )  # fmt: skip
+        objective=objective(own), batch_tokens=heal.batch_tokens, epochs=heal.epochs, patience=heal.patience
+    )
 
 
 def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, TuningRecord | None]:
@@ -129,7 +128,7 @@ def _trained(
 ) -> tuple[Quantized, TuningResult]:
     """Train what is to be trained of a quantized model, on rows to tune on, judged by the held-out ones."""
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    rows = in_rows(tuning, work.config.text.window)
+    rows, settings = in_rows(tuning, work.config.text.window), replace(settings, learning_rate=parts.rate)
     report = tune_parameters_(
         parts.model, work.dense.model, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
         files=files,
