@@ -91,6 +91,33 @@ def test_a_trial_that_is_stopped_goes_on_with_the_next_number(texts, tmp_path, m
     assert not list((tmp_path / "run").glob("shares*.json")), "--force forgets what was chosen"
 
 
+def test_a_number_of_layers_that_no_cut_can_have_is_passed_over(texts, tmp_path, monkeypatch):
+    quick.leave_out(monkeypatch)
+    searched, asked = layers_or_bits.searched, []
+
+    def refused(this, tokens, number, tests):
+        asked.append(number)
+        if number == 1:
+            raise ConfigError("a cut of one layer breaks its pattern", "take another number")
+        return searched(this, tokens, number, tests)
+
+    monkeypatch.setattr(layers_or_bits, "searched", refused)
+    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [0])
+    run = compressed(tmp_path, model_whose_layers(0.0), texts, 110_000)
+    assert 1 in asked
+    assert [point["layers"] for point in run["shares"]["points"]] == [number for number in asked if number != 1]
+
+
+def test_what_only_measures_more_does_not_choose_again(texts, tmp_path, monkeypatch):
+    quick.leave_out(monkeypatch)
+    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [1])
+    first = compressed(tmp_path, model_whose_layers(0.0), texts, 110_000)
+    for again in ("every_number", "decided"):
+        monkeypatch.setattr(layers_or_bits, again, lambda *_: pytest.fail("chosen again"))
+    assert compressed(tmp_path, None, texts, 110_000, flags=["--oracle"])["shares"] == first["shares"]
+    assert "oracle" in json.loads((tmp_path / "run" / "search.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("prices", "places"),
     [([1.0], [0]), ([1.0, 2.0, 3.0], [0]), ([3.0, 1.0, 2.0], [0, 1]), ([5.0, 4.0, 3.0, 2.0, 1.0, 9.0], [0, 2, 4])],

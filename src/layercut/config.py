@@ -269,8 +269,7 @@ class SearchConfig:
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
-        if self.target_size is not None:
-            parse_bytes("--target-size", self.target_size)
+        _ = self.target_bytes
         if self.target_speedup is not None and not 1 < self.target_speedup < math.inf:
             raise ConfigError(f"--target-speedup {self.target_speedup:g} is not above 1", "try 1.25")
         if self.max_loss is not None and not 0 < self.max_loss < math.inf:
@@ -311,6 +310,11 @@ class SearchConfig:
     def goes_on(self) -> bool:
         """Whether the search goes on from plain cuts; of --score auto that is not known yet."""
         return self.score in ("folded", "healed")
+
+    @property
+    def target_bytes(self) -> int:
+        """What --target-size allows; 0 where it is not given."""
+        return parse_bytes("--target-size", self.target_size) if self.target_size is not None else 0
 
     @property
     def given(self) -> list[str]:

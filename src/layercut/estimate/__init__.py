@@ -362,11 +362,11 @@ def _removed(
         return given, sum(map(len, given))
     if (length := wanted_length(search, layers)) is not None:
         return [], length
-    if search.target_size is None:
+    if not (target := search.target_bytes):
         raise ConfigError(
             "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
         )
-    target, size = parse_bytes("--target-size", search.target_size), stored.itemsize
+    size = stored.itemsize
     if config.shares_size:  # the run decides; the fewest are planned
         return [], bit_choice.numbers_left_open(loading.skeleton(stock, stored), config.quantize, target)[0]
     if keeps_gguf(config, checkpoint):

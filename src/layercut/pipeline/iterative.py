@@ -19,7 +19,7 @@ from layercut.errors import ConfigError
 from layercut.export.consumer_rules import CONSUMERS
 from layercut.export.consumers import written_by
 from layercut.files.json_values import write_json
-from layercut.files.sizes import parse_bytes, size_flag
+from layercut.files.sizes import size_flag
 from layercut.pipeline import stages
 from layercut.pipeline.artefacts import (
     CutArtefact,
@@ -220,10 +220,9 @@ def within_budgets(points: Sequence[FrontierRecord], config: CompressConfig) -> 
         The point; None where there is none, or only one budget.
     """
     search = config.search
-    if not search.two_budgets or search.max_loss is None or search.target_size is None:
+    if not search.two_budgets or search.max_loss is None:
         return None
-    size = parse_bytes("--target-size", search.target_size)
-    inside = [p for p in points if p.bytes <= size and p.rise <= search.max_loss]
+    inside = [p for p in points if p.bytes <= search.target_bytes and p.rise <= search.max_loss]
     return min(inside, key=lambda point: point.rise, default=None)
 
 
@@ -249,8 +248,7 @@ def out_of_budget(points: Sequence[FrontierRecord], config: CompressConfig) -> C
         cost = f"costs {least:.1%}: allow more by --max-loss," if math.isfinite(least) else "leaves no finite loss:"
         hint = f"the first round {cost} give more --tune-tokens or smaller rounds"
         return ConfigError(f"--max-loss {search.max_loss:g} is exceeded by the first round: {seen}", hint)
-    target = parse_bytes("--target-size", search.target_size or "")
-    small = min((p.rise for p in points if p.bytes <= target), default=math.inf)
+    small = min((p.rise for p in points if p.bytes <= search.target_bytes), default=math.inf)
     good = min((p.bytes for p in points if p.rise <= (search.max_loss or 0)), default=None)
     ways = [f"--max-loss {small:.3f} would reach that size"] if math.isfinite(small) else []
     ways += [f"--target-size {size_flag(good)} would keep that loss"] if good is not None else []

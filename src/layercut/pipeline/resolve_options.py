@@ -18,7 +18,6 @@ from layercut.data.sources import SELF, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.export import consumers
-from layercut.files.sizes import parse_bytes
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.layer_search.criteria import names
@@ -166,17 +165,17 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
     Raises:
         ConfigError: nothing meets it.
     """
-    if config.search.target_size is None or config.search.two_budgets:
+    if not config.search.target_bytes or config.search.two_budgets:
         return
     if keeps_gguf(config, checkpoint):
-        length_for_target(config, checkpoint, parse_bytes("--target-size", config.search.target_size))
+        length_for_target(config, checkpoint, config.search.target_bytes)
         return
     stored = loading.pick_dtype(config.load.dtype, architecture, checkpoint)
     try:
         bare = loading.skeleton(architecture, stored)
     except ModelError:
         return
-    target, layers = parse_bytes("--target-size", config.search.target_size), loading.find_decoder(bare).layers
+    target, layers = config.search.target_bytes, loading.find_decoder(bare).layers
     if config.quantize.bits == "auto":
         if config.shares_size:
             bit_choice.numbers_left_open(bare, config.quantize, target)

@@ -21,7 +21,6 @@ from layercut import layer_search, surgery
 from layercut import quantization as rounding
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, SurgeryError
-from layercut.files.sizes import parse_bytes
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.layer_search.weighted_rows import WeightedRows
 from layercut.models.runner import DecoderRunner
@@ -91,11 +90,6 @@ def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:
     return [n for n in possible[:: max(1, round(layers / STEPS))] if n <= possible[0] + layers // MOST]
 
 
-def size_asked(work: RunContext) -> int:
-    """--target-size in bytes."""
-    return parse_bytes("--target-size", work.config.search.target_size or "")
-
-
 def every_number(this: Round) -> list[ShareRecord]:
     """The best cut of each number of layers after a quick fold, and the bits that what it leaves needs.
 
@@ -108,7 +102,7 @@ def every_number(this: Round) -> list[ShareRecord]:
     Raises:
         LayercutError: none can be made; the error of the last one.
     """
-    work, dense, target = this.work, this.work.dense.model, size_asked(this.work)
+    work, dense, target = this.work, this.work.dense.model, this.work.config.search.target_bytes
     config, calibration, tests = work.config.quantize, work.blocks["calibration"], generated_tests(work)
     possible = bit_choice.numbers_left_open(dense, config, target)
     costs = bit_choice.measured(dense, calibration, config)

@@ -18,7 +18,6 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.export.consumers import restriction
 from layercut.files.json_values import jsonable, restored
-from layercut.files.sizes import parse_bytes
 from layercut.layer_search import (
     Candidate,
     Cost,
@@ -400,7 +399,7 @@ def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> Sear
 
 def length_for_target(work: RunContext) -> int:
     """Layers to remove for --target-size: counted in the dtype that is computed and saved in."""
-    target = parse_bytes("--target-size", work.config.search.target_size or "")
+    target = work.config.search.target_bytes
     if keeps_gguf(work.config, work.checkpoint):
         return length_in_gguf(work.config, work.checkpoint, target)
     model = work.dense.model
