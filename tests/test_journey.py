@@ -42,9 +42,9 @@ def run(tmp_path_factory):
     except ModelError as error:
         pytest.skip(f"the real model is not to be had: {error.message}")
     config = CompressConfig(
-        text=DataConfig(data="python-docstrings", tokens=512, window=64),
+        text=DataConfig(data="python-docstrings", tokens=256, window=64),
         search=SearchConfig(ratio=0.2, oracle=True, preserve="none"),  # tests: test_probes.py
-        heal=HealConfig(tune_tokens=4096, batch_tokens=1024),
+        heal=HealConfig(tune_tokens=2048, batch_tokens=512),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=1024, eval_window=256, speed=False),
         output=OutputConfig(format="safetensors"),
         run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
