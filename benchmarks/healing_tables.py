@@ -121,6 +121,21 @@ def lengths_of(row: dict, window: int) -> str:
     return f"{longest:,} and {window}" if row["parted"] else f"{longest:,}"
 
 
+WRITERS = {
+    "text": "in two rounds",
+    "student": "half of them written by the healed model",
+    "dense": "half of them written by the dense model",
+    "chat": "half of them chats by the dense model",
+}
+"""What recall.py calls a second round of tuning."""
+
+
+def taught_otherwise(row: dict) -> str:
+    """What recall.py's tokens to tune on are, where they are not text as it comes."""
+    hurt = f", the 1 in {row['hurt']} that the cut hurt most" if row["hurt"] != 1 else ""
+    return hurt + (f", {WRITERS[row['writer']]}" if row["writer"] else "")
+
+
 def recall_table(result: dict) -> str:
     """What cuts and healings keep of recall, beside perplexity, as Markdown."""
     rows, environment = result["rows"], result["environment"]
@@ -143,11 +158,11 @@ def recall_table(result: dict) -> str:
         dense = row["segments"] == "nothing"
         how = [""] * 6
         if tuning := row.get("tuning"):
-            beside = ", half of them Wikipedia" if row["beside"] else ""
+            beside = (", half of them Wikipedia" if row["beside"] else "") + taught_otherwise(row)
             counted = f", answers x {row['answer_weight']:g}" if row["answer_weight"] != 1 else ""
             how = [f"{row['tokens']:,}{beside}", lengths_of(row, result["window"]), f"{row['share']:.0%}{counted}"]
             how += [f"{row['mix']:g}", f"{tuning['learning_rate']:g}"]
-            how.insert(0, str(len(tuning["trained_layers"])))
+            how.insert(0, "LoRA on all" if row["lora"] else str(len(tuning["trained_layers"])))
         cells = [row["segments"].replace(",", " and "), *how]
         cells += [f"{row['perplexity'][text]:.1f}" for text in texts]
         cells += [str(row["keys_found"]), str(row["lists_found"])]

@@ -1,0 +1,202 @@
+"""How recall.py heals a cut: as a run does it, or as others would, on as many tokens.
+
+`lora=1`: LoRA on all layers (healers.py) in place of the layers beside the cut. `writer`: tuned in two rounds,
+the second of which is on text ("text"), or what follows its first words as the healed model ("student": on-policy
+distillation, 2607.13124) or the dense one ("dense") writes it, or whole chats by the dense one ("chat"). `hurt`: of so
+many times the rows, those of each source on which the folded cut is furthest from the dense model (data by damage, the
+idea of PASER, 2502.12594).
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from common import blocks
+from healers import lora_, train_
+from layercut.data.probes import probe_rows
+from layercut.data.self_sampled import ROWS, generating, sample
+from layercut.data.sources import TESTS
+from layercut.healing import fold_, tune_
+from layercut.models import loading
+from layercut.models.losses import kl_divergence
+from layercut.models.objectives import KL
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.stages.text import row_lengths
+from layercut.segments import Segment
+from layercut.surgery import cut
+
+PROMPT = 32
+"""Tokens of a row that stay where a model writes the others."""
+
+
+@dataclass(frozen=True)
+class Healing:
+    """A cut and how it is healed."""
+
+    segments: str
+    share: float = 0.0
+    mix: float = 0.0
+    radius: int = 1
+    tokens: int = 0
+    rate: float = 0.0
+    window: int = 0
+    """Tokens of a row that is folded and tuned on; 0: as those that are reported."""
+    parted: int = 0
+    """1: rows of tests, and every second one of text, are done as short ones, as a run does it."""
+    answer_weight: float = 1.0
+    """What an answer's token counts in the tests that are tuned on; others count 1."""
+    beside: str = ""
+    """Another text to fold and tune on, of which half the rows are."""
+    lora: int = 0
+    """1: LoRA on all layers is trained."""
+    writer: str = ""
+    """Whose text the second of two rounds is on; "": one round."""
+    hurt: int = 1
+    """Of so many times the rows those that the cut hurt most."""
+
+    @classmethod
+    def parse(cls, text: str, tokens: int) -> Healing:
+        """From "12:16,5:7 share=0.25"; tokens: how many are tuned on unless it says so."""
+        segments, *options = text.split()
+        given: dict[str, Any] = {"tokens": 0 if options[:1] == ["unhealed"] else tokens}
+        kinds = {each.name: type(each.default) for each in fields(cls)}
+        for name, _, value in (option.partition("=") for option in options if option != "unhealed"):
+            given[name] = kinds[name](value)
+        return cls(segments, **given)
+
+
+@dataclass
+class Rows:
+    """Token ids to judge by [M, T] and to tune on [N, T]; of the latter the sources, and how long each is done."""
+
+    heldout: torch.Tensor
+    tuning: torch.Tensor
+    origins: Sequence[str]
+    lengths: torch.Tensor | None
+
+
+def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: dict[str, Any]) -> Any:
+    """The model without the segments, folded and tuned; what that gave goes into row."""
+    small = cut(model.model, [Segment.parse(one) for one in asked.segments.split(",")])
+    if not asked.tokens:
+        return small
+    window = asked.window or args.window
+    text = f"{args.data}+{asked.beside}" if asked.beside else args.data
+    calibration = blocks(model, text, args.tokens, window, args.seed).tokens
+    rows = drawn(model, asked, text, window, args, skip=len(calibration))
+    solved = torch.cat([calibration, rows.tuning[: max(0, args.fold_tokens - calibration.numel()) // window]])
+    folded = fold_(small, model.model, solved, heldout=rows.heldout)
+    row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after}
+    if asked.hurt > 1:
+        rows = most_hurt(model.model, small, rows, asked.tokens // window)
+    begun = time.process_time()
+    if asked.lora:
+        row["tuning"] = adapted_(model.model, small, asked, rows)
+    elif asked.writer:
+        half = len(rows.tuning) // 2
+        first = tuned_(model, small, asked, rows, slice(0, half), args.seed)
+        rows.tuning[half:] = written(model, small, asked, rows, range(half, len(rows.tuning)), args.seed)
+        second = tuned_(model, small, asked, rows, slice(half, None), args.seed)
+        row["tuning"] = second | {"heldout": [*first["heldout"], *second["heldout"]]}
+    else:
+        row["tuning"] = tuned_(model, small, asked, rows, slice(None), args.seed)
+    row["cpu_seconds"] = time.process_time() - begun
+    return small
+
+
+def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, args: Namespace, skip: int) -> Rows:
+    """Other rows than those skipped: what judges, then what is tuned on."""
+    held = max(1024, asked.tokens // 32)
+    source = f"{text}+probes:{asked.share}" if asked.share else text
+    found = blocks(model, source, held + asked.tokens * asked.hurt, window, args.seed, skip=skip)
+    first = held // window
+    lengths = row_lengths(found.tokens, found.origins, args.window) if asked.parted else None
+    origins = [found.origins[i % len(found.origins)] for i in range(first, len(found.tokens))]
+    return Rows(
+        found.tokens[:first], found.tokens[first:].clone(), origins, None if lengths is None else lengths[first:]
+    )
+
+
+def tuned_(
+    model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows, part: slice, seed: int
+) -> dict[str, Any]:
+    """Train the layers beside the cuts on a part of the rows, in place."""
+    tuning = rows.tuning[part]
+    found = tune_(
+        small, model.model, tuning, heldout=rows.heldout, objective=KL(mix=asked.mix), radius=asked.radius,
+        learning_rate=asked.rate or None, token_weights=answer_weights(model, asked, tuning, seed),
+        row_lengths=None if rows.lengths is None else rows.lengths[part],
+    )  # fmt: skip
+    kept = ("learning_rate", "trained_layers", "trained_parameters", "heldout", "heldout_label", "setbacks")
+    return {name: getattr(found, name) for name in kept}
+
+
+def adapted_(dense: Any, small: Any, asked: Healing, rows: Rows) -> dict[str, Any]:
+    """Train LoRA on all layers, 1,024 tokens a step, in place; it is left beside the weights, which are shared."""
+    student = DecoderRunner(small)
+    trained, prefix = lora_(student, Segment(1, 2))
+    teacher = DecoderRunner(dense)
+    found = train_(teacher, student, trained, prefix, rows.tuning, rows.heldout, asked.rate, 1024, mix=asked.mix)
+    names = ("trained_parameters", "heldout")
+    layers = [*range(len(student))]
+    return {"learning_rate": asked.rate, "trained_layers": layers} | {name: found[name] for name in names}
+
+
+def written(
+    model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows, part: range, seed: int
+) -> torch.Tensor:
+    """What a model writes in place of the rows [len(part), T] of text; tests stay, and all of "text" does."""
+    plain = rows.tuning[part.start : part.stop].clone()
+    texts = torch.tensor([i for i, row in enumerate(part) if rows.origins[row] != TESTS])
+    if asked.writer == "chat":
+        span = range(len(texts))
+        plain[texts] = sample(model.model, model.tokenizer, plain.shape[1], span, seed, chat_template=True)
+    elif asked.writer != "text":
+        plain[texts] = continued({"student": small, "dense": model.model}[asked.writer], plain[texts], seed)
+    return plain
+
+
+def continued(writer: Any, rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Rows [N, T] whose first words the writer goes on from, by its plain distribution, past EOS."""
+    from transformers import GenerationConfig
+
+    how = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=rows.shape[1], pad_token_id=0
+    )
+    found = []
+    with generating(writer, how):
+        for batch in rows[:, :PROMPT].split(ROWS):
+            torch.manual_seed(seed + len(found))
+            found.append(writer.generate(batch, attention_mask=torch.ones_like(batch), use_cache=True))
+    return torch.cat(found).clone()
+
+
+@torch.no_grad()
+def most_hurt(dense: Any, small: Any, rows: Rows, number: int) -> Rows:
+    """Of each source, in their order, the rows with the most KL per token to the dense model; `number` in all."""
+    kl = torch.tensor(
+        [kl_divergence(dense(row[None]).logits, small(row[None]).logits).mean().item() for row in rows.tuning]
+    )
+    chosen = list[int]()
+    for origin in dict.fromkeys(rows.origins):
+        own = torch.tensor([i for i, of in enumerate(rows.origins) if of == origin])
+        chosen += own[kl[own].topk(round(len(own) * number / len(rows.tuning))).indices].tolist()
+    chosen.sort()
+    lengths = None if rows.lengths is None else rows.lengths[chosen]
+    return Rows(rows.heldout, rows.tuning[chosen], [rows.origins[i] for i in chosen], lengths)
+
+
+def answer_weights(model: loading.LanguageModel, asked: Healing, rows: torch.Tensor, seed: int) -> torch.Tensor | None:
+    """What each token of rows [N, T] counts: tokens before an answer's those of the setting, others 1."""
+    if asked.answer_weight == 1:
+        return None
+    tests = probe_rows(model.tokenizer, rows=len(rows), window=rows.shape[1], family="tuning", seed=seed)
+    of = {tuple(row.tolist()): marks >= 0 for row, marks in zip(tests.tokens, tests.answers, strict=True)}
+    found = [of.get(tuple(row.tolist()), torch.zeros_like(row, dtype=torch.bool)) for row in rows]
+    return torch.where(torch.stack(found), asked.answer_weight, 1.0)
