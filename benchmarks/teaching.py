@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from layercut.pipeline.stages.text import row_lengths
 from layercut.segments import Segment
 from layercut.surgery import cut
 
+WRITERS = ("", "text", "student", "dense", "chat")
 PROMPT = 32
 """Tokens of a row that stay where a model writes the others."""
 
@@ -70,6 +71,15 @@ class Healing:
             given[name] = kinds[name](value)
         return cls(segments, **given)
 
+    def __post_init__(self) -> None:
+        if self.writer not in WRITERS:
+            raise SystemExit(f"error: writer is {self.writer!r}\nhint: allowed are {', '.join(WRITERS[1:])}")
+        unread = self.parted or self.writer or self.answer_weight != 1 or self.radius != 1
+        if self.lora and (unread or not self.rate):
+            raise SystemExit(
+                "error: lora=1 takes a rate, and of the others share, mix, tokens, window, beside and hurt"
+            )
+
 
 @dataclass
 class Rows:
@@ -93,16 +103,17 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
     solved = torch.cat([calibration, rows.tuning[: max(0, args.fold_tokens - calibration.numel()) // window]])
     folded = fold_(small, model.model, solved, heldout=rows.heldout)
     row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after}
+    begun = time.process_time()
     if asked.hurt > 1:
         rows = most_hurt(model.model, small, rows, asked.tokens // window)
-    begun = time.process_time()
     if asked.lora:
         row["tuning"] = adapted_(model.model, small, asked, rows)
     elif asked.writer:
         half = len(rows.tuning) // 2
         first = tuned_(model, small, asked, rows, slice(0, half), args.seed)
         rows.tuning[half:] = written(model, small, asked, rows, range(half, len(rows.tuning)), args.seed)
-        second = tuned_(model, small, asked, rows, slice(half, None), args.seed)
+        own = replace(asked, mix=0.0) if asked.writer == "student" else asked  # its own words are nothing to learn by
+        second = tuned_(model, small, own, rows, slice(half, None), args.seed)
         row["tuning"] = second | {"heldout": [*first["heldout"], *second["heldout"]]}
     else:
         row["tuning"] = tuned_(model, small, asked, rows, slice(None), args.seed)
@@ -111,7 +122,7 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
 
 
 def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, args: Namespace, skip: int) -> Rows:
-    """Other rows than those skipped: what judges, then what is tuned on."""
+    """What judges, then what is tuned on: from row `skip` of the mix on; with tests in it some text comes twice."""
     held = max(1024, asked.tokens // 32)
     source = f"{text}+probes:{asked.share}" if asked.share else text
     found = blocks(model, source, held + asked.tokens * asked.hurt, window, args.seed, skip=skip)
@@ -133,7 +144,15 @@ def tuned_(
         learning_rate=asked.rate or None, token_weights=answer_weights(model, asked, tuning, seed),
         row_lengths=None if rows.lengths is None else rows.lengths[part],
     )  # fmt: skip
-    kept = ("learning_rate", "trained_layers", "trained_parameters", "heldout", "heldout_label", "setbacks")
+    kept = (
+        "learning_rate",
+        "trained_layers",
+        "trained_parameters",
+        "heldout",
+        "heldout_label",
+        "best_step",
+        "setbacks",
+    )
     return {name: getattr(found, name) for name in kept}
 
 

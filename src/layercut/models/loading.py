@@ -92,8 +92,9 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     header = read_header(checkpoint.file) if checkpoint.gguf else None
     try:
         if header:
-            written = checkpoint.file.stat()
-            config = copy.deepcopy(_gguf_config(checkpoint.file, written.st_mtime_ns, written.st_size))
+            told = checkpoint.file.stat()  # all that changes where the content does, as a fingerprint's memo has it
+            stamp = told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns
+            config = copy.deepcopy(_gguf_config(checkpoint.file, stamp))
             correct_(config, header)
         else:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -111,8 +112,8 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
 
 @lru_cache(maxsize=4)
-def _gguf_config(file: Path, changed: int, size: int) -> Any:
-    """A GGUF file's config, kept until the file changes.
+def _gguf_config(file: Path, stamp: tuple[int, ...]) -> Any:
+    """A GGUF file's config, kept until the file's stamp is another.
 
     transformers reads every token's text to find it: 3 seconds for 49,000 tokens, 10 for 152,000.
     """

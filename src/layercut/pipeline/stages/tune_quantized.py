@@ -21,11 +21,12 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
 from layercut.progress import say
 from layercut.quantization import Quantized
-from layercut.quantization.trainable import Trainable
+from layercut.quantization.trainable import RATE, ROUNDING_RATE, Trainable
 
 FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
-most of what GPTQ loses, with 4 scales alone are better (docs/results.md). Scales alone with 3 were not measured."""
+most of what GPTQ loses, with 4 scales alone were better, rounding at their rate (docs/results.md). Scales alone with 3
+were not measured."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -43,8 +44,8 @@ def inputs(work: RunContext) -> list[Any]:
         return []
     heal, text, asked = work.config.heal, work.text, work.config.after_rounding
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
-    return [*few, asked, heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience,
-            text["tuning"], text["heldout"]]  # fmt: skip
+    trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
+    return [*few, RATE, ROUNDING_RATE, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
