@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,8 +188,9 @@ def autograd_(dense: nn.Module, student: nn.Module, tokens: torch.Tensor, weight
 def judged(judge: HeldOut) -> float:
     """Its score; with nothing shared by the student's own embeddings, which may be trained."""
     if judge.pair.prefix == 0:
-        own = [judge.pair.student.enter(batch)[0] for batch in judge.batches]
-        judge.states = [(final, embedded) for (final, _), embedded in zip(judge.states, own, strict=True)]
+        judge.groups = [
+            [replace(rows, shared=judge.pair.student.enter(rows.tokens)[0]) for rows in group] for group in judge.groups
+        ]
     return judge.score()
 
 
