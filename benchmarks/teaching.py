@@ -19,6 +19,7 @@ import torch
 
 from common import blocks
 from healers import lora_, train_
+from healing_tables import WRITERS
 from layercut.data.probes import probe_rows
 from layercut.data.self_sampled import ROWS, generating, sample
 from layercut.data.sources import TESTS
@@ -31,7 +32,6 @@ from layercut.pipeline.stages.text import row_lengths
 from layercut.segments import Segment
 from layercut.surgery import cut
 
-WRITERS = ("", "text", "student", "dense", "chat")
 PROMPT = 32
 """Tokens of a row that stay where a model writes the others."""
 
@@ -72,8 +72,8 @@ class Healing:
         return cls(segments, **given)
 
     def __post_init__(self) -> None:
-        if self.writer not in WRITERS:
-            raise SystemExit(f"error: writer is {self.writer!r}\nhint: allowed are {', '.join(WRITERS[1:])}")
+        if self.writer and self.writer not in WRITERS:
+            raise SystemExit(f"error: writer is {self.writer!r}\nhint: allowed are {', '.join(WRITERS)}")
         unread = self.parted or self.writer or self.answer_weight != 1 or self.radius != 1
         if self.lora and (unread or not self.rate):
             raise SystemExit(
