@@ -21,7 +21,7 @@ from common import blocks
 from healers import lora_, train_
 from healing_tables import WRITERS
 from layercut.data.probes import probe_rows
-from layercut.data.self_sampled import ROWS, generating, sample
+from layercut.data.self_sampled import ROWS, generating, plain_distribution, sample
 from layercut.data.sources import TESTS
 from layercut.healing import fold_, tune_
 from layercut.models import loading
@@ -183,13 +183,8 @@ def written(
 
 def continued(writer: Any, rows: torch.Tensor, seed: int) -> torch.Tensor:
     """Rows [N, T] whose first words the writer goes on from, by its plain distribution, past EOS."""
-    from transformers import GenerationConfig
-
-    how = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=rows.shape[1], pad_token_id=0
-    )
     found = []
-    with generating(writer, how):
+    with generating(writer, plain_distribution(rows.shape[1])):
         for batch in rows[:, :PROMPT].split(ROWS):
             torch.manual_seed(seed + len(found))
             found.append(writer.generate(batch, attention_mask=torch.ones_like(batch), use_cache=True))

@@ -42,19 +42,10 @@ def sample(
     Raises:
         DataError: there is no model, or the chat template does not suit.
     """
-    from transformers import GenerationConfig
-
     if model is None:
         raise DataError("--data self samples text from the model, and none is loaded", "give a file or a named set")
     prefix = chat_prefix(tokenizer, window) if chat_template else None
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_length=window,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
+    plain = plain_distribution(window, tokenizer.pad_token_id or 0)
     rows = []
     total = len(span) * (window - len(prefix or [0]))
     with bar("sampling text from the model", total) as advance, generating(model, plain):
@@ -77,6 +68,21 @@ def sample(
                 )
             rows.append(ids.cpu())
     return torch.cat(rows).clone()  # cloned outside inference mode, or autograd would refuse these tokens
+
+
+def plain_distribution(length: int, pad: int = 0) -> Any:
+    """Generation by the model's own distribution, temperature 1, past EOS.
+
+    Args:
+        length: tokens of a row, its beginning included.
+        pad: a token that is never read, since rows are equally long.
+
+    Returns:
+        transformers' GenerationConfig.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=pad)
 
 
 @contextmanager
