@@ -59,8 +59,8 @@ def scored(model: loading.LanguageModel, small: Any, args: Namespace) -> dict[st
 def main() -> None:
     args = arguments(
         __doc__ or "", data="c4", texts=["wiki=wikitext2"], cuts=["nothing", "13:19"], tokens=16384, tune_tokens=65536,
-        fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, seed=0, tasks="", include_path="",
-        items=400,
+        fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, trials=2, seed=0, tasks="",
+        include_path="", items=400,
     )  # fmt: skip
     model = open_model(args.model)
     texts = {
@@ -68,9 +68,12 @@ def main() -> None:
         for name, _, source in (item.partition("=") for item in args.texts)
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
-    longer = probes_for(model.tokenizer, model.model.config, longest=args.longest, seed=args.seed)
+    longer = probes_for(
+        model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, trials=args.trials
+    )
     probes = replace(longer, tests=tests)
-    facts = {key: getattr(args, key) for key in ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "seed")}
+    named = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")
+    facts = {key: getattr(args, key) for key in named}
     done = RowsDone(args.out, facts)
     for asked in (Healing.parse(text, args.tune_tokens) for text in args.cuts):
         row: dict[str, Any] = asdict(asked) | {"beside": Path(asked.beside).name}

@@ -5,6 +5,7 @@ Each takes the content of its result file and gives Markdown.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from fronts import answers
@@ -93,33 +94,61 @@ def quantize_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+BUDGETS, GOAL = (0.01, 0.05, 0.1, 0.25), 0.2
+"""Rises of perplexity that a user may accept; share of the dense bytes that is the goal."""
+
+
 def tune_quantized_table(result: dict[str, Any]) -> str:
-    """What training after rounding brings back at the same bytes."""
-    rows = result["rows"]
-    dense = next(row["perplexity"] for row in rows if row["bits"] == 16)
+    """What training after rounding brings back at the same bytes; before that, the smallest within each rise."""
+    dense = next(row["perplexity"] for row in result["rows"] if row["bits"] == 16)
+    rows = [row | {"rise": rise_of(row, dense)} for row in result["rows"] if row["bits"] != 16]
     lines = [
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
-        f"{result['model']}, {result['weights']}, all layers; perplexity of {result['eval_tokens']:,} tokens of each "
-        f"text (dense {' and '.join(figure(value) for value in dense.values())}); seconds with the rounding:",
+        f"{result['model']}, {result['weights']}; perplexity of {result['eval_tokens']:,} tokens of each "
+        f"text (dense {' and '.join(figure(value) for value in dense.values())}), the rise that of the worse; seconds "
+        "with the rounding. Of the rows below:",
         "",
-        f"| bits | embeddings | of the dense bytes | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
+        "| asked | of the dense bytes | rise | bits | embeddings | trained | tokens |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for budget in BUDGETS:
+        within = min((row for row in rows if row["rise"] <= budget), key=lambda row: row["bytes"], default=None)
+        lines += [] if within is None else [answer(f"smallest within {budget:.0%}", within)]
+    best = min((row for row in rows if row["of_dense"] <= GOAL), key=itemgetter("rise"))
+    lines.append(answer(f"best at {GOAL:.0%}", best))
+    lines += [
+        "",
+        f"| of the dense bytes | bits | embeddings | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
         f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
     ]
     for row in rows:
-        if row["bits"] != 16:
-            rise = max(row["perplexity"][text] / value - 1 for text, value in dense.items())
-            spent = row["quantize_cpu_seconds"] + row.get("tuning", {}).get("cpu_seconds", 0)
-            auto = row["bits"] == "auto"
-            bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
-            embeddings = "chosen" if auto else str(row["embeddings"])
-            by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
-            by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""
-            by += f", rate {row['rate']:g}" if "rate" in row else ""
-            tokens = f"{row['tokens']:,}" if row["tokens"] else ""
-            tokens += f", {' and '.join(row['beside'].split('+'))} beside C4" if "beside" in row else ""
-            cells = [bits, embeddings, f"{row['of_dense']:.1%}", by, tokens, f"{spent:.0f}"]
-            lines.append(f"| {' | '.join([*cells, *map(figure, row['perplexity'].values()), f'{rise:+.1%}'])} |")
+        spent = row["quantize_cpu_seconds"] + row.get("tuning", {}).get("cpu_seconds", 0)
+        cells = [f"{row['of_dense']:.1%}", *described(row), f"{spent:.0f}", *map(figure, row["perplexity"].values())]
+        lines.append(f"| {' | '.join(cells)} | {row['rise']:+.1%} |")
     return "\n".join(lines)
+
+
+def rise_of(row: dict[str, Any], dense: dict[str, float]) -> float:
+    """Of the worse text, over 1."""
+    return max(row["perplexity"][text] / value - 1 for text, value in dense.items())
+
+
+def answer(asked: str, row: dict[str, Any]) -> str:
+    """The row that answers a question, as a line."""
+    return f"| {asked} | {row['of_dense']:.1%} | {row['rise']:+.1%} | {' | '.join(described(row))} |"
+
+
+def described(row: dict[str, Any]) -> list[str]:
+    """Bits, bits of embeddings, what is trained, on how many tokens."""
+    auto = row["bits"] == "auto"
+    bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
+    bits += f", without layers {row['removed']}" if "removed" in row else ""
+    by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
+    by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""
+    by += f", rate {row['rate']:g}" if "rate" in row else ""
+    tokens = f"{row['tokens']:,}" if row["tokens"] else ""
+    tokens += f", {' and '.join(row['beside'].split('+'))} beside C4" if "beside" in row else ""
+    return [bits, "chosen" if auto else str(row["embeddings"]), by, tokens]
 
 
 def gguf_rounding_table(result: dict[str, Any]) -> str:

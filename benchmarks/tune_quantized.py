@@ -7,7 +7,8 @@
 A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
 and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`, `batch` of them a
 step, at `rate` (a share of each unit; the default where not given), with a share `mix` of the next token's loss, on
-other texts `beside` the first ("A+B"), of each of which as many rows are.
+other texts `beside` the first ("A+B"), of each of which as many rows are. "removed=16:19" takes layers out first, and
+folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
 checkpoint on the same grid. "bits=auto size=86MB" chooses the bits of each matrix for a size, embeddings and head too
@@ -35,16 +36,19 @@ from control import dither_
 from layercut import evaluation
 from layercut.config import QuantizeConfig
 from layercut.files.sizes import parse_bytes
+from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading, memory
 from layercut.models.objectives import KL
 from layercut.progress import say
 from layercut.quantization import quantize_
 from layercut.quantization.trainable import Trainable
+from layercut.segments import Segment
+from layercut.surgery import cut
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
-LATER = {"size": str, "rate": float, "batch": int, "iterations": int, "mix": float, "beside": str}
+LATER = {"removed": str, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float, "beside": str}
 """Options of single settings, which the rows of others do not name."""
 
 
@@ -71,8 +75,10 @@ def quantized(
     )  # fmt: skip
     target = parse_bytes("size", asked["size"]) if "size" in asked else None
     begun = time.process_time()
-    found = quantize_(loading.share(model.model), text["calibration"], config, target=target)
-    row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / found.bytes_before}
+    student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
+    found = quantize_(loading.share(student), text["calibration"], config, target=target)
+    dense_bytes = loading.parameter_bytes(model.model)
+    row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / dense_bytes}
     if found.mixture:
         row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
         row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
@@ -80,7 +86,7 @@ def quantized(
         row |= replaced_by_peer_(found.model, model, asked, text["tuning"], peer)
     row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
     if asked["train"] != "none":
-        parts = Trainable.of_(found, model.model if asked["train"] == "rounding" else None)
+        parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
         tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
         objective = KL(mix=asked.get("mix", 0.0))
         settings = TuneSettings(
@@ -93,6 +99,13 @@ def quantized(
         row["tuning"] = {name: getattr(told, name) for name in kept}
         found = parts.finished_()
     return row | {"model": found.model}
+
+
+def without(dense: Any, removed: str, text: dict[str, torch.Tensor]) -> Any:
+    """A copy that lacks the layers of "12:16,5:7", folded on the calibration tokens."""
+    student = cut(dense, [Segment.parse(one) for one in removed.split(",")])
+    fold_(student, dense, text["calibration"], heldout=text["heldout"])
+    return student
 
 
 def replaced_by_peer_(

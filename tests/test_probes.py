@@ -134,6 +134,20 @@ def test_an_answer_is_what_its_item_says(tokenizer, family, capability):
             assert said.split()[0] in before
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_chats_reply_begins_as_its_first_answer_is_asked_for(family, capability):
+    for seed in range(8):
+        item = CAPABILITIES[capability](FAMILIES[family], random.Random(seed), 12)
+        assert item.parts[0].endswith(item.reply)
+        if capability == "lists" and family == "tuning":  # it may be a chat: the question says what is looked up
+            asked = item.parts[0].removesuffix(item.reply)
+            (thing,) = (word for word in FAMILIES[family].things if word in item.reply)
+            assert asked.count(thing) == 2, "in the list and in the question"
+            line = next(line for line in re.split(r"[\n;,]", asked) if thing in line)
+            assert item.parts[1].strip() in line, "the answer stands beside it"
+
+
 def test_rows_are_the_same_for_the_same_seed_wherever_they_begin(tokenizer):
     whole = probe_rows(tokenizer, rows=4, window=300, seed=3)
     tail = probe_rows(tokenizer, rows=2, window=300, seed=3, first=2)

@@ -174,12 +174,12 @@ TUNING = Family(
         ("Ticket {key} was issued to {name}.", "Which ticket was issued to {name}?", "It was ticket"),
     ),
     lists=(
-        ("The table below has names and values.\n", "{thing} = {key}\n", "Look up one name.\n", "{thing} ="),
-        ("{{", '"{thing}": "{key}", ', '}}\nThe value under one key, as text: ', '"{thing}": "'),
-        ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. What did one cost? ",
+        ("The table below has names and values.\n", "{thing} = {key}\n", "Look up {thing}.\n", "{thing} ="),
+        ("{{", '"{thing}": "{key}", ', '}}\nThe value under "{thing}", as text: ', '"{thing}": "'),
+        ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. What did the {thing} cost? ",
          "For the {thing} we paid"),
-        ("| item | mark |\n", "| {thing} | {key} |\n", "One row once more:\n", "| {thing} |"),
-        ("", "set {thing} to {key}\n", "which value is set?\n", "{thing} is"),
+        ("| item | mark |\n", "| {thing} | {key} |\n", "The row of {thing} once more:\n", "| {thing} |"),
+        ("", "set {thing} to {key}\n", "to which value is {thing} set?\n", "{thing} is"),
     ),
     syllables=("bra", "dun", "fel", "gri", "hos", "jum", "pla", "quo", "sti", "wex", "yon", "zab"),
     repeats=(("Copy what follows.\n", "\nCopied:\n"), ("<a>", "</a>\n<a>"), ("Original -", "\nDuplicate -"), ("",
@@ -287,12 +287,13 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
     things = draw.sample(family.things, min(len(family.things), max(3, size)))
     values = {thing: family.key(draw) for thing in things}
     body = "".join(line.format(thing=thing, key=value) for thing, value in values.items())
+    wanted = draw.sample(things, max(1, len(things) // 4))
     quote = '"' if begins.endswith('"') else ""
-    parts, text = [], head.format() + body + asked.format()
-    for thing in draw.sample(things, max(1, len(things) // 4)):
+    parts, text = [], head.format() + body + asked.format(thing=wanted[0])
+    for thing in wanted:
         parts += [text + begins.format(thing=thing), values[thing] if quote else f" {values[thing]}"]
         text = f"{quote}\n"
-    return Item((*parts, f"{quote}\n"), begins.format(thing=things[0]))
+    return Item((*parts, f"{quote}\n"), begins.format(thing=wanted[0]))
 
 
 def copy(family: Family, draw: random.Random, size: int) -> Item:

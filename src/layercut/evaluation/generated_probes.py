@@ -14,7 +14,7 @@ from typing import Any
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.evaluation.capabilities import CapabilityFigures, capability_figures
 from layercut.evaluation.key_values import key_value_cases
-from layercut.evaluation.passkey import cases, passkey_grid
+from layercut.evaluation.passkey import TRIALS, cases, passkey_grid
 from layercut.models.loading import positions
 
 LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 16, 256
@@ -53,7 +53,9 @@ class Probed:
     """`CapabilityFigures.to_dict()`; None where no test fits a row."""
 
 
-def probes_for(tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, seed: int = 0) -> Probes:
+def probes_for(
+    tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, seed: int = 0, trials: int = TRIALS
+) -> Probes:
     """The prompts and tests for all models of a tokenizer.
 
     Args:
@@ -61,6 +63,7 @@ def probes_for(tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, see
         config: of the model, whose positions are not exceeded.
         longest: tokens of the longest prompts; halves of it are tried too.
         seed: of all that is drawn.
+        trials: of a key, and of a value, at each length and depth.
 
     Returns:
         The probes.
@@ -68,7 +71,8 @@ def probes_for(tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, see
     longest = min(longest, positions(config) or longest)
     window = min(TEST_WINDOW, longest)
     tests = probe_rows(tokenizer, rows=TEST_ROWS, window=window, family="judging", seed=seed)
-    return Probes(cases(tokenizer, longest, seed), key_value_cases(tokenizer, longest, seed), tests, longest)
+    keys, lists = (make(tokenizer, longest, seed, trials) for make in (cases, key_value_cases))
+    return Probes(keys, lists, tests, longest)
 
 
 def probed(
