@@ -1,6 +1,7 @@
 """Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, gate_ablation,
-stream, compare-RATIO, healing, recovery, keys, frontier, speed and shapes, all .json; of those from recovery on, one
-that is not there yet is said to be open. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+stream, compare-RATIO, healing, recall, recovery, frontier, tune_quantized, speed, shapes and others, all .json; of
+those from recall on, one that is not there yet is said to be open. A table stands between `<!-- NAME -->` and
+`<!-- /NAME -->`.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -169,7 +170,7 @@ def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
 
 def headline() -> str:
     """The README's table; before its results are there, how to make them."""
-    names = ("recovery", "keys", "speed", "frontier", "tune_quantized")
+    names = ("recall", "speed", "frontier", "tune_quantized")
     files = [RESULTS / f"{name}.json" for name in names]
     missing = [f"`benchmarks/{file.stem}.py`" for file in files if not file.is_file()]
     return f"Not measured yet: {', '.join(missing)}." if missing else headline_table(*map(read, files))

@@ -13,7 +13,7 @@ folds.
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
 checkpoint on the same grid. "bits=auto size=86MB" chooses the bits of each matrix for a size, embeddings and head too
 (`embeddings` is not read then), and is to be compared with one width of that size. The model is the dithered control
-(control.py), whole: no layer is removed. Perplexity of the same tokens for all, beside the dense model's.
+(control.py), with all layers unless some are `removed`. Perplexity of the same tokens for all, beside the dense one's.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
     if unknown := given.keys() - types:
         raise SystemExit(f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(types)}")
     trains = given.get("train", "none") != "none" or given.get("quantizer") == PEER
+    if "removed" in given and ("bits" not in given or given.get("quantizer") == PEER):
+        raise SystemExit(f"error: {text!r} removes layers\nhint: with bits of ours alone: drop removed, or give bits")
     typed = {name: value if value == "auto" else types[name](value) for name, value in given.items()}
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 
@@ -74,8 +76,8 @@ def quantized(
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
     target = parse_bytes("size", asked["size"]) if "size" in asked else None
-    begun = time.process_time()
     student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
+    begun = time.process_time()
     found = quantize_(loading.share(student), text["calibration"], config, target=target)
     dense_bytes = loading.parameter_bytes(model.model)
     row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / dense_bytes}

@@ -28,6 +28,7 @@ from layercut.data.sources import find, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
+from layercut.evaluation.generated_probes import probes_for
 from layercut.healing.fold_prices import FoldPrices
 from layercut.layer_search import prices, search
 from layercut.layer_search.clp import priced_sums
@@ -146,6 +147,14 @@ def test_a_chats_reply_begins_as_its_first_answer_is_asked_for(family, capabilit
             assert asked.count(thing) == 2, "in the list and in the question"
             line = next(line for line in re.split(r"[\n;,]", asked) if thing in line)
             assert item.parts[1].strip() in line, "the answer stands beside it"
+
+
+def test_every_trial_hides_a_key_and_a_value_of_its_own(tokenizer):
+    config = tiny.llama(2, max_position_embeddings=1024).config
+    few, many = (probes_for(tokenizer, config, longest=1024, trials=trials) for trials in (1, 3))
+    assert len(many.keys) == 3 * len(few.keys) > 0
+    assert len({key for *_, key in many.keys}) == len(many.keys)
+    assert len(many.lists) > 2 * len(few.lists) > 0, "a list may not fit the shortest prompts"
 
 
 def test_rows_are_the_same_for_the_same_seed_wherever_they_begin(tokenizer):
