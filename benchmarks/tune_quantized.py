@@ -60,7 +60,7 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
         raise SystemExit(f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(types)}")
     trains = given.get("train", "none") != "none" or given.get("quantizer") == PEER
     if "removed" in given and ("bits" not in given or given.get("quantizer") == PEER):
-        raise SystemExit(f"error: {text!r} removes layers\nhint: with bits of ours alone: drop removed, or give bits")
+        raise SystemExit(f"error: {text!r} removes layers and rounds nothing of ours\nhint: give bits, and no {PEER}")
     typed = {name: value if value == "auto" else types[name](value) for name, value in given.items()}
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 
