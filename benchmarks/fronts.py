@@ -1,7 +1,7 @@
 """What a cloud of measured points says: the smallest size within a loss, the loss at a size, and which way is better.
 
 A point is a dict with `bytes`, `share` (of the dense model's bytes) and `rise` (of perplexity over the dense model's,
-by text); its loss is the largest rise of any text. Pure functions, for frontier.py.
+by text); its loss is the largest rise of any text. Pure functions, for frontier.py and stage_two.py.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def extra_losses(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def smallest_within(points: Sequence[Point], budget: float) -> Point:
-    """The smallest point whose loss is within a budget; the dense one always is."""
-    return min((p for p in points if loss(p) <= budget), key=lambda p: p["bytes"])
+    """The smallest point whose loss is within a budget, of equal ones the best; the dense one always is."""
+    return min((p for p in points if loss(p) <= budget), key=lambda p: (p["bytes"], loss(p)))
 
 
 def at_size(fronts: dict[str, list[Point]], size: float) -> dict[str, Any]:

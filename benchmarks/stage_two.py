@@ -5,10 +5,9 @@ Each takes the content of its result file and gives Markdown.
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any
 
-from fronts import answers
+from fronts import AS_PRINTED, BUDGETS, SMALLER, answers, loss, smallest_within
 from layercut.report.formatting import figure, size, times
 
 
@@ -94,14 +93,13 @@ def quantize_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-BUDGETS, GOAL = (0.01, 0.05, 0.1, 0.25), 0.2
-"""Rises of perplexity that a user may accept; share of the dense bytes that is the goal."""
-
-
 def tune_quantized_table(result: dict[str, Any]) -> str:
     """What training after rounding brings back at the same bytes; before that, the smallest within each rise."""
     dense = next(row["perplexity"] for row in result["rows"] if row["bits"] == 16)
-    rows = [row | {"rise": rise_of(row, dense)} for row in result["rows"] if row["bits"] != 16]
+    rows = [
+        row | {"rise": {text: row["perplexity"][text] / value - 1 for text, value in dense.items()}}
+        for row in result["rows"] if row["bits"] != 16
+    ]  # fmt: skip
     lines = [
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
         f"{result['model']}, {result['weights']}; perplexity of {result['eval_tokens']:,} tokens of each "
@@ -111,12 +109,10 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         "| asked | of the dense bytes | rise | bits | embeddings | trained | tokens |",
         "|---|---:|---:|---:|---:|---|---:|",
     ]
-    for budget in BUDGETS:
-        within = min((row for row in rows if row["rise"] <= budget), key=by_size, default=None)
-        lines += [] if within is None else [answer(f"smallest within {budget:.0%}", within)]
-    best = min((row for row in rows if row["of_dense"] <= GOAL), key=itemgetter("rise"), default=None)
-    lines += [] if best is None else [answer(f"best at {GOAL:.0%}", best)]
+    best = min((row for row in rows if row["of_dense"] <= 1 - SMALLER + AS_PRINTED), key=loss)
+    lines += [answer(f"smallest within {budget:.0%}", smallest_within(rows, budget)) for budget in BUDGETS]
     lines += [
+        answer(f"best at {1 - SMALLER:.0%}", best),
         "",
         f"| of the dense bytes | bits | embeddings | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
         f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
@@ -124,23 +120,13 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
     for row in rows:
         spent = row["quantize_cpu_seconds"] + row.get("tuning", {}).get("cpu_seconds", 0)
         cells = [f"{row['of_dense']:.1%}", *described(row), f"{spent:.0f}", *map(figure, row["perplexity"].values())]
-        lines.append(f"| {' | '.join(cells)} | {row['rise']:+.1%} |")
+        lines.append(f"| {' | '.join(cells)} | {loss(row):+.1%} |")
     return "\n".join(lines)
-
-
-def rise_of(row: dict[str, Any], dense: dict[str, float]) -> float:
-    """Of the worse text, over 1."""
-    return max(row["perplexity"][text] / value - 1 for text, value in dense.items())
-
-
-def by_size(row: dict[str, Any]) -> tuple[float, float]:
-    """For sorting: what is the same share of the dense bytes to a tenth of a per cent, by its rise."""
-    return round(row["of_dense"], 3), row["rise"]
 
 
 def answer(asked: str, row: dict[str, Any]) -> str:
     """The row that answers a question, as a line."""
-    return f"| {asked} | {row['of_dense']:.1%} | {row['rise']:+.1%} | {' | '.join(described(row))} |"
+    return f"| {asked} | {row['of_dense']:.1%} | {loss(row):+.1%} | {' | '.join(described(row))} |"
 
 
 def described(row: dict[str, Any]) -> list[str]:
