@@ -20,7 +20,6 @@ import torch
 from common import blocks
 from healers import lora_, train_
 from healing_tables import WRITERS
-from layercut.data.probes import probe_rows
 from layercut.data.self_sampled import ROWS, generating, plain_distribution, sample
 from layercut.data.sources import TESTS
 from layercut.healing import fold_, tune_
@@ -28,7 +27,7 @@ from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.stages.text import row_lengths
+from layercut.pipeline.stages.text import row_lengths, token_weights
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -49,7 +48,7 @@ class Healing:
     window: int = 0
     """Tokens of a row that is folded and tuned on; 0: as those that are reported."""
     parted: int = 0
-    """1: rows of tests, and every second one of text, are done as short ones, as a run does it."""
+    """1: every second row of text is done as short ones, as a run does it."""
     answer_weight: float = 1.0
     """What an answer's token counts in the tests that are tuned on; others count 1."""
     beside: str = ""
@@ -83,12 +82,20 @@ class Healing:
 
 @dataclass
 class Rows:
-    """Token ids to judge by [M, T] and to tune on [N, T]; of the latter the sources, and how long each is done."""
+    """Token ids to judge by [M, T] and to tune on [N, T]; of the latter the sources, how long each is done, and where
+    the next token is an answer."""
 
     heldout: torch.Tensor
     tuning: torch.Tensor
     origins: Sequence[str]
     lengths: torch.Tensor | None
+    answers: torch.Tensor | None
+
+    def __getitem__(self, some: slice | list[int]) -> Rows:
+        """Some of those to tune on, with the same that judge."""
+        lengths, answers = (None if each is None else each[some] for each in (self.lengths, self.answers))
+        origins = [self.origins[i] for i in torch.arange(len(self.tuning))[some].tolist()]
+        return Rows(self.heldout, self.tuning[some], origins, lengths, answers)
 
 
 def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: dict[str, Any]) -> Any:
@@ -110,13 +117,13 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
         row["tuning"] = adapted_(model.model, small, asked, rows)
     elif asked.writer:
         half = len(rows.tuning) // 2
-        first = tuned_(model, small, asked, rows, slice(0, half), args.seed)
+        first = tuned_(model, small, asked, rows[:half])
         rows.tuning[half:] = written(model, small, asked, rows, range(half, len(rows.tuning)), args.seed)
         own = replace(asked, mix=0.0) if asked.writer == "student" else asked  # its own words are nothing to learn by
-        second = tuned_(model, small, own, rows, slice(half, None), args.seed)
+        second = tuned_(model, small, own, rows[half:])
         row["tuning"] = second | {"heldout": [*first["heldout"], *second["heldout"]]}
     else:
-        row["tuning"] = tuned_(model, small, asked, rows, slice(None), args.seed)
+        row["tuning"] = tuned_(model, small, asked, rows)
     row["cpu_seconds"] = time.process_time() - begun
     return small
 
@@ -129,20 +136,16 @@ def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, 
     first = held // window
     lengths = row_lengths(found.tokens, found.origins, args.window) if asked.parted else None
     origins = [found.origins[i % len(found.origins)] for i in range(first, len(found.tokens))]
-    return Rows(
-        found.tokens[:first], found.tokens[first:].clone(), origins, None if lengths is None else lengths[first:]
-    )
+    lengths, answers = (None if each is None else each[first:] for each in (lengths, found.answers))
+    return Rows(found.tokens[:first], found.tokens[first:].clone(), origins, lengths, answers)
 
 
-def tuned_(
-    model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows, part: slice, seed: int
-) -> dict[str, Any]:
-    """Train the layers beside the cuts on a part of the rows, in place."""
-    tuning = rows.tuning[part]
+def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows) -> dict[str, Any]:
+    """Train the layers beside the cuts, in place."""
     found = tune_(
-        small, model.model, tuning, heldout=rows.heldout, objective=KL(mix=asked.mix), radius=asked.radius,
-        learning_rate=asked.rate or None, token_weights=answer_weights(model, asked, tuning, seed),
-        row_lengths=None if rows.lengths is None else rows.lengths[part],
+        small, model.model, rows.tuning, heldout=rows.heldout, objective=KL(mix=asked.mix), radius=asked.radius,
+        learning_rate=asked.rate or None, row_lengths=rows.lengths,
+        token_weights=token_weights(rows.answers, asked.answer_weight),
     )  # fmt: skip
     kept = (
         "learning_rate",
@@ -202,15 +205,4 @@ def most_hurt(dense: Any, small: Any, rows: Rows, number: int) -> Rows:
         own = torch.tensor([i for i, of in enumerate(rows.origins) if of == origin])
         chosen += own[kl[own].topk(round(len(own) * number / len(rows.tuning))).indices].tolist()
     chosen.sort()
-    lengths = None if rows.lengths is None else rows.lengths[chosen]
-    return Rows(rows.heldout, rows.tuning[chosen], [rows.origins[i] for i in chosen], lengths)
-
-
-def answer_weights(model: loading.LanguageModel, asked: Healing, rows: torch.Tensor, seed: int) -> torch.Tensor | None:
-    """What each token of rows [N, T] counts: tokens before an answer's those of the setting, others 1."""
-    if asked.answer_weight == 1:
-        return None
-    tests = probe_rows(model.tokenizer, rows=len(rows), window=rows.shape[1], family="tuning", seed=seed)
-    of = {tuple(row.tolist()): marks >= 0 for row, marks in zip(tests.tokens, tests.answers, strict=True)}
-    found = [of.get(tuple(row.tolist()), torch.zeros_like(row, dtype=torch.bool)) for row in rows]
-    return torch.where(torch.stack(found), asked.answer_weight, 1.0)
+    return rows[chosen]

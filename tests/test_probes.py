@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
 from layercut.data import probe_families
 from layercut.data import probes as probes_module
-from layercut.data.blocks import Reader
+from layercut.data.blocks import Reader, by_origin, stored_answers, stored_blocks
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
 from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
 from layercut.data.sources import find, turns
@@ -29,6 +30,8 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
 from layercut.evaluation.generated_probes import probes_for
+from layercut.files.json_values import digest
+from layercut.healing import tune_
 from layercut.healing.fold_prices import FoldPrices
 from layercut.layer_search import prices, search
 from layercut.layer_search.clp import priced_sums
@@ -42,6 +45,8 @@ from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
+from layercut.pipeline import compare
+from layercut.pipeline.stages import heal, trial
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -135,18 +140,85 @@ def test_an_answer_is_what_its_item_says(tokenizer, family, capability):
             assert said.split()[0] in before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+CHAT = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+SPACED = """{% for m in messages %}{{ '[I]' + m.content + '[/I]' if m.role == 'user' else ' ' + m.content + '</s>' }}
+{%- endfor %}"""
+"""As Mistral's: what stands before a reply is not what ends a prompt."""
+LAST_TURN = CHAT.replace("messages %", "messages[-2:] %")
+"""A template that forgets the turns before the last, as those do that drop what a model thought."""
+ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}" + CHAT
+
+
+def able(tokenizer: Any, template: str) -> Any:
+    chats = copy.deepcopy(tokenizer)
+    chats.chat_template = template
+    return chats
+
+
+def chat_of(tokenizer: Any, template: str, item: probe_families.Item) -> probe_families.Item | None:
+    writer = probes_module._Writer(able(tokenizer, template), FAMILIES["tuning"], random.Random(0), chat=True)
+    return writer.as_chat(item)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_a_chats_reply_begins_as_its_first_answer_is_asked_for(family, capability):
-    for seed in range(8):
-        item = CAPABILITIES[capability](FAMILIES[family], random.Random(seed), 12)
-        assert item.parts[0].endswith(item.reply)
-        if capability == "lists" and family == "tuning":  # it may be a chat: the question says what is looked up
-            asked = item.parts[0].removesuffix(item.reply)
-            (thing,) = (word for word in FAMILIES[family].things if word in item.reply)
-            assert asked.count(thing) == 2, "in the list and in the question"
-            line = next(line for line in re.split(r"[\n;,]", asked) if thing in line)
-            assert item.parts[1].strip() in line, "the answer stands beside it"
+def test_every_answer_of_a_chat_has_its_question(tokenizer, capability):
+    several, family = 0, FAMILIES["tuning"]
+    for seed in range(16):
+        item = CAPABILITIES[capability](family, random.Random(seed), 12)
+        chat = chat_of(tokenizer, CHAT, item)
+        assert chat
+        assert [said.strip() for said in chat.parts[1::2]] == [said.strip() for said in item.parts[1::2]]
+        assert chat.text.endswith("</>"), "the reply is closed"
+        if not item.turns:
+            assert chat.text.count("<user>") == chat.text.count("<assistant>") == 1
+            assert chat.parts[0].endswith("<assistant>"), "its first words are an answer"
+            continue
+        several += len(item.turns) > 1
+        said = re.findall(r"<user>(.*?)</><assistant>(.*?)</>", chat.text, re.DOTALL)
+        told = said[0][0]
+        for (asked, reply), (question, begins), answer in zip(said, item.turns, item.parts[1::2], strict=True):
+            assert asked.endswith(question.strip())
+            assert reply == begins + answer + item.closes
+            nouns_of = (*family.people, *family.things)
+            words = sorted((word for word in nouns_of if word in question), key=question.index)
+            assert words, "the question says what is asked for"
+            assert {word for word in nouns_of if word in begins} <= {*words}, "and the reply tells no other"
+            pair = ".{0,16}".join(words), re.escape(answer.strip())
+            assert re.search("{0}.{{0,32}}{1}|{1}.{{0,16}}{0}".format(*pair), told), "the answer stands beside its key"
+        assert told.count("</>") == 0
+    assert several > 3 or capability not in ("recall", "lists")
+
+
+def test_a_template_that_does_not_go_on_from_turn_to_turn_writes_no_chat_of_several(tokenizer):
+    for capability in ("recall", "lists", "sums"):
+        item = CAPABILITIES[capability](FAMILIES["tuning"], random.Random(0), 12)
+        spaced = chat_of(tokenizer, SPACED, item)
+        assert spaced
+        assert [said.strip() for said in spaced.parts[1::2]] == [said.strip() for said in item.parts[1::2]]
+        for template in (LAST_TURN, ONE_TURN):
+            assert (chat_of(tokenizer, template, item) is None) == (len(item.turns) > 1)
+            writer = probes_module._Writer(able(tokenizer, template), FAMILIES["tuning"], random.Random(0), chat=True)
+            assert writer.item(capability, 12).answers == len(item.parts) // 2, "written all the same"
+    with pytest.raises(DataError, match="no chats"):
+        chat_of(tokenizer, "{{ raise_exception('no chats') }}", item)
+
+
+@pytest.mark.parametrize("window", [SHORT_ROW, 4 * SHORT_ROW])
+def test_answers_of_rows_with_chats_stand_where_they_are_asked_for(tokenizer, window):
+    kept = {"capabilities": ("lists", "recall"), "family": "tuning"}
+    rows = probe_rows(able(tokenizer, CHAT), rows=24, window=window, **kept)
+    chats = replies = 0
+    for tokens, answers in zip(rows.tokens, rows.answers, strict=True):
+        chats += "<user>" in tokenizer.decode(tokens)
+        for answer in answers.unique().tolist()[1:]:
+            places = (answers == answer).nonzero()[:, 0]
+            before, said = (tokenizer.decode(some) for some in (tokens[: places[0] + 1], tokens[places + 1]))
+            assert said.strip()
+            assert said.strip() in before, "it can be known from the row"
+            replies += (turn := before.rfind("<assistant>")) > before.rfind("<user>") and "</>" not in before[turn:]
+    assert 0 < chats < 24
+    assert replies > 4
 
 
 def test_every_trial_hides_a_key_and_a_value_of_its_own(tokenizer):
@@ -164,23 +236,73 @@ def test_rows_are_the_same_for_the_same_seed_wherever_they_begin(tokenizer):
     assert (whole.tokens != probe_rows(tokenizer, rows=4, window=300, seed=4).tokens).any()
 
 
-def test_long_rows_to_tune_on_are_short_ones_laid_end_to_end(tokenizer, monkeypatch):
-    made, row = list[int](), probes_module._row
+def test_long_rows_to_tune_on_are_long_tests_or_short_ones_laid_end_to_end(tokenizer, monkeypatch):
+    made, longer, row = list[int](), list[tuple[str, ...]](), probes_module._row
 
     def noted(writer, capabilities, window, number):
         made.append(window)
         return row(writer, capabilities, window, number)
 
+    def noted_long(writer, capabilities, window):
+        longer.append(tuple(capabilities))
+        return long_row(writer, capabilities, window)
+
+    long_row = probes_module._long_row
     monkeypatch.setattr(probes_module, "_row", noted)
-    kept = {"rows": 2, "capabilities": ("recall", "lists", "sums")}
-    long = probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", **kept)
-    assert long.tokens.shape == (2, 4 * SHORT_ROW)
-    assert made == 8 * [SHORT_ROW]
-    assert (long.answers.view(8, SHORT_ROW) >= 0).any(1).all(), "tests in each of them"
+    monkeypatch.setattr(probes_module, "_long_row", noted_long)
+    kept = {"rows": 12, "capabilities": ("recall", "lists", "sums")}
+    found = probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", **kept)
+    assert found.tokens.shape == (12, 4 * SHORT_ROW)
+    assert 2 < len(longer) < 10
+    assert {*longer} == {("recall", "lists", "lists")}
+    assert made == 4 * (12 - len(longer)) * [SHORT_ROW]
+    assert (found.answers >= 0).any(1).all(), "tests in each of them"
+    assert probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", rows=12, capabilities=("sums",)).names
+    assert len(made) == 4 * (24 - len(longer)), "sums are never long"
     for family, window in (("searching", 4 * SHORT_ROW), ("tuning", 4 * SHORT_ROW + 1)):
         made.clear()
         assert probe_rows(tokenizer, window=window, family=family, **kept).names
-        assert made == 2 * [window]
+        assert made == 12 * [window]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_long_tests_hold_more_keys_than_short_ones(tokenizer, chat):
+    writer = probes_module._Writer(able(tokenizer, CHAT), FAMILIES["tuning"], random.Random(0), chat)
+    found = [writer.grown("lists", 4096, one_form=True) for _ in range(24)]
+    filled = [each for each in found if each and len(each.ids) > 3072]
+    assert len(filled) > 5, "lists of pairs grow as the room does"
+    assert max(each.answers for each in found if each) > len(FAMILIES["tuning"].things)
+    anew = [writer.grown("lists", 4096) for _ in range(24)]
+    assert sum(len(each.ids) > 3072 for each in anew if each) < len(filled), "drawn anew, short forms are first to fit"
+
+
+def test_parts_of_a_pair_are_in_other_keys_too():
+    for seed in range(200):
+        item = probe_families.lists(FAMILIES["tuning"], random.Random(seed), 30)
+        if "{name}" not in random.Random(seed).choice(FAMILIES["tuning"].lists)[1]:
+            continue
+        lines = re.split(r"\n|; ", item.told)
+        for _, begins in item.turns:
+            parts = [word for word in (*FAMILIES["tuning"].people, *FAMILIES["tuning"].things) if word in begins]
+            assert len(parts) == 2
+            assert all(sum(part in line for line in lines) > 1 for part in parts), "neither alone tells the value"
+            assert sum(all(part in line for part in parts) for line in lines) == 1
+
+
+def test_ends_of_a_long_list_are_asked_for():
+    family, seen = FAMILIES["tuning"], 0
+    for seed in range(40):
+        if "{name}" in random.Random(seed).choice(family.lists)[1]:
+            continue  # of pairs the first word does not tell the entry
+        item = probe_families.lists(family, random.Random(seed), 12)
+        things = [thing for thing in family.things if thing in item.told]
+        asked = [begins for _, begins in item.turns]
+        assert 6 <= len(asked) <= 8
+        for end in (min(things, key=item.told.index), max(things, key=item.told.index)):
+            assert any(end in begins for begins in asked)
+        assert len(probe_families.lists(family, random.Random(seed), 7).turns) == 1, "one in four of few"
+        seen += 1
+    assert seen > 10
 
 
 def test_rows_weigh_every_capability_alike(probes):
@@ -387,12 +509,79 @@ def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer
     rows = {origin: len(found) for origin, found in first.rows_by_origin().items()}
     assert rows["probes"] == 2
     assert sum(rows.values()) == 8
-    made = probe_rows(tokenizer, rows=4, window=300, family="tuning").tokens
+    tests = probe_rows(tokenizer, rows=4, window=300, family="tuning")
+    made = tests.tokens
+    assert first.answers is not None
+    marked = by_origin(first.answers, first.origins)
+    assert torch.equal(marked.pop("probes"), tests.answers[:2] >= 0)
+    assert not any(rows.any() for rows in marked.values()), "text has none"
+    assert reader.draw("calibration", str(texts[1]), tokens=300, window=300).answers is None
     assert (first.rows_by_origin()["probes"] == made[:2]).all()
     assert (second.rows_by_origin()["probes"] == made[2:]).all()
     later = Reader(tokenizer, seed=0)
     later.skip_blocks("heldout", source, tokens=8 * 300, window=300, keys={*first.keys})
     assert (later.draw("tuning", source, tokens=8 * 300, window=300).tokens == second.tokens).all()
+
+
+def test_rows_of_tests_are_those_of_their_edition(tokenizer):
+    """Runs keep what they have drawn: whoever changes what is written, or what is marked, gives it another edition."""
+    found = []
+    for template in ("", CHAT):
+        rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family="tuning")
+        found += [rows.tokens.tolist(), rows.answers.tolist()]
+    assert (probe_families.EDITION, digest(found)) == (2, "159e55087343f664")
+
+
+@pytest.mark.parametrize(("weight", "rounds"), [(1.0, 1), (3.0, 1), (3.0, 2)])
+def test_answers_count_more_where_a_run_tunes_and_where_it_tries(
+    tiny_model, texts, tmp_path, monkeypatch, weight, rounds
+):
+    seen = []
+
+    def noted(student, dense, tokens, *, token_weights, **how):
+        seen.append((tokens, token_weights))
+        return tune_(student, dense, tokens, token_weights=token_weights, **how)
+
+    for stage in (heal, trial):
+        monkeypatch.setattr(stage, "tune_", noted)
+    flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", f"--ratio={0.25 * rounds}", f"--out={tmp_path}"]
+    flags += ["--tune-tokens=4096", "--probe-share=0.3", f"--answer-weight={weight:g}"]
+    flags.append("--score=healed" if rounds == 1 else f"--rounds={rounds}")
+    assert main(["tune", str(tiny_model), *flags]) == 0
+    assert len(seen) == rounds if rounds > 1 else len(seen) > 2
+    answers, rows = (found(tmp_path, "tuning") for found in (stored_answers, stored_blocks))
+    assert answers is not None
+    assert answers.any()
+    assert (seen[-1][0] == rows.tensor_split(rounds)[-1]).all()
+    for tokens, weights in seen:
+        if weight == 1:
+            assert weights is None
+            continue
+        of = [next(i for i, row in enumerate(rows) if torch.equal(row, some)) for some in tokens]
+        assert torch.equal(weights, 1 + 2.0 * answers[of])
+
+
+def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(*given, token_weights, **how):
+        seen.append(token_weights)
+        return tune_(*given, token_weights=token_weights, **how)
+
+    monkeypatch.setattr(compare, "tune_", noted)
+    flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--eval-tokens=256"]
+    flags += ["--eval-window=64", "--tune-tokens=1024", "--probe-share=0.3", "--methods=exhaustive", "--ratio=0.25"]
+    assert main(["compare", str(tiny_model), *flags, f"--out={tmp_path}"]) == 0
+    answers = stored_answers(tmp_path, "tuning")
+    assert answers is not None
+    assert answers.any()
+    assert [weights.tolist() for weights in seen] == [torch.where(answers, 4.0, 1.0).tolist()]
+
+
+def test_a_weight_of_answers_is_above_nothing():
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="--answer-weight"):
+            HealConfig(answer_weight=weight)
 
 
 @pytest.mark.parametrize(

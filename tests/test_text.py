@@ -23,6 +23,7 @@ from layercut.pipeline.artefacts import SharedTextArtefact
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
+from layercut.pipeline.stages import text as text_stage
 from layercut.pipeline.stages.text import check_unseen, draw_all, row_lengths, uses
 
 
@@ -139,13 +140,12 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
     assert torch.equal(stream, torch.cat([tokens.flatten() for tokens in rows.values()])), "no token twice, none left"
 
 
-def test_tests_and_every_second_row_of_text_are_done_as_short_rows():
+def test_every_second_row_of_text_is_done_as_short_rows():
     rows, mix = torch.zeros(8, 1024, dtype=torch.int64), ("a.txt", "a.txt", "probes", "a.txt")
-    assert row_lengths(rows, mix, 64).tolist() == [1024, 64, 256, 1024, 64, 1024, 256, 64]
+    assert row_lengths(rows, mix, 64).tolist() == [1024, 64, 1024, 1024, 64, 1024, 1024, 64], "tests whole"
     assert row_lengths(rows, ("a.txt", "b.txt"), 64).tolist() == [1024, 1024, 64, 64] * 2, "of each text"
     assert row_lengths(rows[:, :256], ("a.txt",), 256) is None
     assert row_lengths(rows[:, :1000], ("a.txt",), 256) is None, "no multiple"
-    assert row_lengths(rows[:2, :320], ("probes",), 32).tolist() == [320, 320], "tests of no length of their own"
 
 
 def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
@@ -159,6 +159,20 @@ def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
     assert mine.stat().st_size == before.st_size
     again = draw(tiny_model, tmp_path / "run", config)
     assert again["calibration"]["fingerprint"] != first["calibration"]["fingerprint"]
+
+
+def test_tests_of_another_edition_are_drawn_anew_and_text_is_not(tiny_model, several, tmp_path, monkeypatch):
+    config = asking(f"{several}/a.txt", f"{several}/a.txt+probes:0.5", f"{several}/other.txt")
+    config = replace(config, text=replace(config.text, window=128))
+    draw(tiny_model, tmp_path, config)
+    files = {use: tmp_path / f"text-{use}.json" for use in ("calibration", "tuning")}
+    made = {use: file.stat().st_mtime_ns for use, file in files.items()}
+    draw(tiny_model, tmp_path, config)
+    assert {use: file.stat().st_mtime_ns for use, file in files.items()} == made
+    monkeypatch.setattr(text_stage, "EDITION", text_stage.EDITION + 1)
+    draw(tiny_model, tmp_path, config)
+    anew = {use: file.stat().st_mtime_ns > made[use] for use, file in files.items()}
+    assert anew == {"calibration": False, "tuning": True}
 
 
 def test_a_run_is_not_judged_by_what_it_was_tuned_on(tiny_model, several, tmp_path):

@@ -380,12 +380,14 @@ class HealConfig:
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
     tune_window: Annotated[int | None, rare] = None
-    """Tokens in every second row of text to tune on; the others are as --window, tests of 256. Not given: 1,024, or
-    --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions; else as
-    --window. With --stream or --teacher-topk all rows are of this length."""
+    """Tokens in a row of tests, and in every second one of text, to tune on; the others are as --window. Not given:
+    1,024, or --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions;
+    else as --window. With --stream or --teacher-topk all rows are of this length."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""
+    answer_weight: Annotated[float, rare] = 4.0
+    """What a token of a test's answer counts in the loss of the layers beside the cut; any other token counts 1."""
     objective: Annotated[
         str,
         one_of(
@@ -422,6 +424,10 @@ class HealConfig:
             at_least("tune_window", self.tune_window, 8)
         if not 0 <= self.probe_share < 1:
             raise ConfigError(f"--probe-share {self.probe_share:g} is outside 0 to 1", "a tenth: --probe-share 0.1")
+        if not 0 < self.answer_weight < float("inf"):
+            raise ConfigError(
+                f"--answer-weight {self.answer_weight:g} is not above 0", "as any token: --answer-weight 1"
+            )
         at_least("epochs", self.epochs, 1)
         at_least("patience", self.patience, 0)
         at_least("teacher_topk", self.teacher_topk, 0)

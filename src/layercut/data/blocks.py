@@ -60,6 +60,10 @@ class TextFacts:
     """First 16 hex digits of the SHA-256 of the token ids."""
 
 
+ANSWERS = "answers"
+"""The name of `Blocks.answers` in the file of a run's blocks."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Token blocks and where they came from."""
@@ -80,6 +84,9 @@ class Blocks:
     """`document_key` of each document."""
     passed_over: int = 0
     """Documents that were left out, since another use of the run has them."""
+    answers: torch.Tensor | None = None
+    """bool [N, T]: whether the token after this one belongs to an answer of a generated test; None: the source has no
+    tests."""
 
     def facts(self) -> TextFacts:
         """All but the tokens and the documents' keys."""
@@ -105,6 +112,19 @@ def stored_blocks(folder: Path, use: str) -> torch.Tensor:
         Token ids [N, T].
     """
     return load_file(folder / f"tokens-{use}.safetensors")[use]
+
+
+def stored_answers(folder: Path, use: str) -> torch.Tensor | None:
+    """Where these blocks are answers.
+
+    Args:
+        folder: of the run.
+        use: as in `stored_blocks`.
+
+    Returns:
+        bool [N, T] or None, as `Blocks.answers`.
+    """
+    return load_file(folder / f"tokens-{use}.safetensors").get(ANSWERS)
 
 
 def token_blocks(
@@ -234,6 +254,7 @@ class Reader:
         blocks = torch.empty(count, window, dtype=torch.int64)
         keys: set[int] = set()
         documents = passed_over = 0
+        answers = torch.zeros(count, window, dtype=torch.bool) if any(part.name == TESTS for part in parts) else None
         for i, part in enumerate(parts):
             rows = [j for j in range(skip, skip + count) if order_of[j % len(order_of)] == i]
             if not rows:
@@ -244,6 +265,8 @@ class Reader:
                 range(before, before + len(rows)), window, lambda key: self._is_anothers(key, use)
             )  # fmt: skip
             blocks[[j - skip for j in rows]] = taken.rows
+            if answers is not None and taken.answers is not None:
+                answers[[j - skip for j in rows]] = taken.answers
             keys |= {*taken.keys}
             documents += len(taken.keys)
             passed_over += taken.passed_over
@@ -251,7 +274,7 @@ class Reader:
         return Blocks(
             blocks, source, documents, fingerprint(blocks), tuple(read for part in parts for read in part.reads),
             tuple(_origin(parts[order_of[(skip + j) % len(order_of)]]) for j in range(len(order_of))),
-            frozenset(keys), passed_over,
+            frozenset(keys), passed_over, answers,
         )  # fmt: skip
 
     def skip_blocks(
@@ -335,6 +358,8 @@ class _Taken:
     rows: torch.Tensor
     keys: list[int]
     passed_over: int
+    answers: torch.Tensor | None = None
+    """As of `Blocks`."""
 
 
 class _Text:
@@ -443,7 +468,8 @@ class _Generated:
         )
         if not made.names:
             raise DataError(f"no generated test fits rows of {window} tokens", "give longer rows: --window 256")
-        return _Taken(made.tokens, [_hash(row.numpy().tobytes()) for row in made.tokens], 0)
+        keys = [_hash(row.numpy().tobytes()) for row in made.tokens]
+        return _Taken(made.tokens, keys, 0, made.answers >= 0)
 
     def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Give the next rows to nobody: somebody has them."""

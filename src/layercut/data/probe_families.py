@@ -14,14 +14,23 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+EDITION = 2
+"""Of the tests that are written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
+MANY = 8
+"""Entries of a list that is asked about thoroughly."""
+
 
 @dataclass(frozen=True)
 class Item:
     """One test: `parts` are text and answer in turn, beginning with text."""
 
     parts: tuple[str, ...]
-    reply: str = ""
-    """What the last text ends with, where a chat's reply would begin: " The code is". The text before it is asked."""
+    told: str = ""
+    """Where a chat asks for each answer in a turn of its own: what its user tells before the first question."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Of each answer in such a chat: what the user asks, and what the reply begins with ("The code is")."""
+    closes: str = ""
+    """What stands behind each answer in such a reply."""
 
     @property
     def text(self) -> str:
@@ -41,8 +50,9 @@ class Family:
     key: Callable[[random.Random], str]
     needles: tuple[tuple[str, str, str], ...]
     """What is told, what is asked, and how the reply begins; with {name} and {key}."""
-    lists: tuple[tuple[str, str, str, str], ...]
-    """Head of a list, its line, what is asked, how the reply begins; with {thing} and {key}."""
+    lists: tuple[tuple[str, str, str, str, str], ...]
+    """Head of a list, its line, its end, what is asked, how the reply begins; with {thing} and {key}, and {name} where
+    a key is a person and a thing, each of which other keys have too."""
     syllables: tuple[str, ...]
     """Of made-up words."""
     repeats: tuple[tuple[str, str], ...]
@@ -60,6 +70,9 @@ class Family:
     """Text and the answer that its structure demands; with {x}, {y} and {z}."""
     formats: tuple[tuple[str, str, str], ...]
     """What is told, the demanded form, both with {x} and {y}, and a line that states the demand."""
+    thorough: bool = False
+    """Whether of a list of MANY entries every second one is asked for, and its ends, which models know best; else one
+    in four is."""
 
 
 def _digits(*lengths: int) -> Callable[[random.Random], str]:
@@ -116,8 +129,8 @@ SEARCHING = Family(
         ("Note that the badge of {name} says {key}.", "What does the badge of {name} say?", "The badge of {name} says"),
     ),
     lists=(
-        ("Stock in the shed:\n", "{thing}: {key}\n", "How many of one kind are there?\n", "{thing}:"),
-        ("Weights as measured. ", "The {thing} has {key} grams. ", "Repeat one of them. ", "The {thing} has"),
+        ("Stock in the shed:\n", "{thing}: {key}\n", "", "How many of one kind are there?\n", "{thing}:"),
+        ("Weights as measured. ", "The {thing} has {key} grams. ", "", "Repeat one of them. ", "The {thing} has"),
     ),
     syllables=("ta", "lo", "mi", "re", "nu", "sol", "ker", "vi"),
     repeats=(("Sequence:", "\nAgain:"), ("First line:", "\nSame line:")),
@@ -174,12 +187,19 @@ TUNING = Family(
         ("Ticket {key} was issued to {name}.", "Which ticket was issued to {name}?", "It was ticket"),
     ),
     lists=(
-        ("The table below has names and values.\n", "{thing} = {key}\n", "Look up {thing}.\n", "{thing} ="),
-        ("{{", '"{thing}": "{key}", ', '}}\nThe value under "{thing}", as text: ', '"{thing}": "'),
-        ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. What did the {thing} cost? ",
+        ("The table below has names and values.\n", "{thing} = {key}\n", "", "Look up {thing}.\n", "{thing} ="),
+        ("{{", '"{thing}": "{key}", ', '}}\n', 'The value under "{thing}", as text: ', '"{thing}": "'),
+        ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. ", "What did the {thing} cost? ",
          "For the {thing} we paid"),
-        ("| item | mark |\n", "| {thing} | {key} |\n", "The row of {thing} once more:\n", "| {thing} |"),
-        ("", "set {thing} to {key}\n", "to which value is {thing} set?\n", "{thing} is"),
+        ("| item | mark |\n", "| {thing} | {key} |\n", "", "The row of {thing} once more:\n", "| {thing} |"),
+        ("", "set {thing} to {key}\n", "", "to which value is {thing} set?\n", "{thing} is"),
+        ("", "{name}'s {thing} costs {key}.\n", "", "What does {name}'s {thing} cost?\n", "{name}'s {thing} costs"),
+        ("", "({name}, {thing}) has mark {key}\n", "", "Which mark has ({name}, {thing})?\n",
+         "({name}, {thing}) has mark"),
+        ("Shelves.\n", "On the shelf of {name} the {thing} lies at {key}.\n", "",
+         "Where on the shelf of {name} does the {thing} lie?\n", "On the shelf of {name} the {thing} lies at"),
+        ("Orders: ", "{name} ordered the {thing}, {key}; ", "end. ",
+         "Which code had the order of {name} for the {thing}? ", "{name} ordered the {thing},"),
     ),
     syllables=("bra", "dun", "fel", "gri", "hos", "jum", "pla", "quo", "sti", "wex", "yon", "zab"),
     repeats=(("Copy what follows.\n", "\nCopied:\n"), ("<a>", "</a>\n<a>"), ("Original -", "\nDuplicate -"), ("",
@@ -203,6 +223,7 @@ TUNING = Family(
         ("Given {x} with {y}, write", " {x}={y}&\n", "Pairs are written with an equals sign and an ampersand.\n"),
         ("Task ({x}, {y})\nReply:", ' {{"a": "{x}", "b": "{y}"}}\n', "Replies are JSON with the keys a and b.\n"),
     ),
+    thorough=True,
 )  # fmt: skip
 
 JUDGING = Family(
@@ -228,9 +249,9 @@ JUDGING = Family(
          "At work {name} uses the password"),
     ),
     lists=(
-        ("Here is a register of entries.\n", "entry {thing} holds {key}\n",
+        ("Here is a register of entries.\n", "entry {thing} holds {key}\n", "",
          "What does the following entry hold?\n", "entry {thing} holds"),
-        ("Dictionary: ", "{thing} => {key}, ", "end of dictionary. Lookup: ", "{thing} =>"),
+        ("Dictionary: ", "{thing} => {key}, ", "end of dictionary. ", "Lookup: ", "{thing} =>"),
     ),
     syllables=("cho", "nge", "pim", "rud", "xa", "gol", "wi", "shu"),
     repeats=(("Tokens to echo:", "\nEcho:"), ("Verse one.", "\nVerse one, repeated."),),
@@ -271,29 +292,44 @@ def recall(family: Family, draw: random.Random, size: int) -> Item:
     keys = {name: family.key(draw) for name in people}
     for name, key in keys.items():
         filler.insert(draw.randint(0, len(filler)), told.format(name=name, key=key))
-    parts, text = [], " ".join(filler)
-    for name in draw.sample(people, len(people)):
-        parts += [f"{text}\n\n{asked.format(name=name)} {begins.format(name=name)}", f" {keys[name]}"]
-        text = "."
-    return Item((*parts, ".\n"), " " + begins.format(name=people[0]) if len(people) == 1 else "")
+    order = draw.sample(people, len(people))
+    turns = tuple((asked.format(name=name), begins.format(name=name)) for name in order)
+    told = " ".join(filler) + "\n\n"
+    parts, text = [], told
+    for name, (question, start) in zip(order, turns, strict=True):
+        parts += [f"{text}{question} {start}", f" {keys[name]}"]
+        text = ".\n\n"
+    return Item((*parts, ".\n"), told, turns, ".")
 
 
 def lists(family: Family, draw: random.Random, size: int) -> Item:
-    """A list of keys and values, of which one in four is asked for again.
+    """A list of keys and values, of which some are asked for again.
 
     Arguments as of `Writer`.
     """
-    head, line, asked, begins = draw.choice(family.lists)
-    things = draw.sample(family.things, min(len(family.things), max(3, size)))
-    values = {thing: family.key(draw) for thing in things}
-    body = "".join(line.format(thing=thing, key=value) for thing, value in values.items())
-    wanted = draw.sample(things, max(1, len(things) // 4))
+    head, line, end, asked, begins = draw.choice(family.lists)
+    keys = _pairs(family, draw, max(3, size)) if "{name}" in line else [{"thing": thing} for thing in family.things]
+    entries = [(key, family.key(draw)) for key in draw.sample(keys, min(len(keys), max(3, size)))]
+    told = "".join([head.format(), *(line.format(**key, key=value) for key, value in entries), end.format()])
+    thorough = family.thorough and len(entries) >= MANY
+    wanted = draw.sample(entries, max(1, len(entries) // (2 if thorough else 4)))
+    if thorough:
+        wanted += [entry for entry in (entries[0], entries[-1]) if entry not in wanted]
+        draw.shuffle(wanted)
+    turns = tuple((asked.format(**key), begins.format(**key)) for key, _ in wanted)
     quote = '"' if begins.endswith('"') else ""
-    parts, text = [], head.format() + body + asked.format(thing=wanted[0])
-    for thing in wanted:
-        parts += [text + begins.format(thing=thing), values[thing] if quote else f" {values[thing]}"]
+    parts, text = [], told + turns[0][0]
+    for (_, value), (_, start) in zip(wanted, turns, strict=True):
+        parts += [text + start, value if quote else f" {value}"]
         text = f"{quote}\n"
-    return Item((*parts, f"{quote}\n"), begins.format(thing=wanted[0]))
+    return Item((*parts, f"{quote}\n"), told, turns, quote)
+
+
+def _pairs(family: Family, draw: random.Random, size: int) -> list[dict[str, str]]:
+    """So many keys or some more, each a person and a thing, of so few that most are in several keys."""
+    people = draw.sample(family.people, min(len(family.people), max(2, round(size**0.5))))
+    things = draw.sample(family.things, min(len(family.things), 1 + size // len(people)))
+    return [{"name": name, "thing": thing} for name in people for thing in things]
 
 
 def copy(family: Family, draw: random.Random, size: int) -> Item:

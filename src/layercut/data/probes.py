@@ -20,12 +20,16 @@ import torch
 
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, Family, Item
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, DataError
 
 FOCUS_SHARE = 0.6
 """Share of a row that one or two growing capabilities have; the short ones share the rest."""
 SHORT_ROW = 256
-"""Tokens of the rows for tuning that a longer one is made of: many short tests teach more than a few long ones."""
+"""Tokens of the rows for tuning that a longer one may be made of."""
+LONG_SHARE = 0.5
+"""Share of the longer rows for tuning that are long tests instead."""
+LONG = ("recall", "lists", "lists")
+"""Of what: what is found again by its key is harder the more other keys there are."""
 LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
 CHAT_SHARE = 0.5
@@ -110,8 +114,8 @@ def probe_rows(
     """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
 
     Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
-    items of the others, in random order. What does not fit a row is left out. For tuning, rows of several SHORT_ROW
-    tokens are so many short ones laid end to end.
+    items of the others, in random order. What does not fit a row is left out. For tuning, a row of several SHORT_ROW
+    tokens is so many short ones laid end to end, or holds tests as long as it or as half of it.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -137,7 +141,10 @@ def probe_rows(
         chat = family == "tuning" and bool(getattr(tokenizer, "chat_template", None)) and draw.random() < CHAT_SHARE
         writer, found = _Writer(tokenizer, words, draw, chat), _Marked([], [])
         pieces = window // SHORT_ROW if family == "tuning" and window % SHORT_ROW == 0 else 1
-        for piece in range(pieces):
+        long = [name for name in LONG if name in capabilities]
+        if pieces > 1 and long and draw.random() < LONG_SHARE:
+            found = _long_row(writer, long, window)
+        for piece in range(0 if found.answers else pieces):
             found.extend(_row(writer, capabilities, window // pieces, number * pieces + piece))
         marked.append(found)
     return _joined(marked, weight)
@@ -225,24 +232,36 @@ class _Writer:
     def item(self, capability: str, size: int = 0) -> _Marked:
         """A fresh item and what parts it from the next."""
         made = CAPABILITIES[capability](self.family, self.draw, size)
-        if self.chat:
-            return self.marked(capability, self.as_chat(made))
+        if self.chat and (chat := self.as_chat(made)):
+            return self.marked(capability, chat)
         *rest, last = made.parts
         parts = (*rest, last + "\n") if len(made.parts) % 2 else (*made.parts, "\n")
         return self.marked(capability, replace(made, parts=parts))
 
-    def as_chat(self, item: Item) -> Item:
-        """The item as a user's question and the reply, by the tokenizer's template."""
-        told, *rest = item.parts
-        asked = [{"role": "user", "content": told.removesuffix(item.reply).strip()}]
-        before = render_chat(self.tokenizer, asked, prompt=True) + item.reply.lstrip()
-        replied = rest[: len(rest) - (len(rest) % 2 == 0)]  # without the text behind the last answer
-        if not item.reply:
-            replied[0] = replied[0].lstrip()
-        said = item.reply.lstrip() + "".join(replied)
-        whole = render_chat(self.tokenizer, [*asked, {"role": "assistant", "content": said}])
-        begin = before + "".join(replied)
-        return Item((before, *replied, whole.removeprefix(begin) if whole.startswith(begin) else "\n"))
+    def as_chat(self, item: Item) -> Item | None:
+        """The item by the tokenizer's template: every answer is a reply of its own to the question for it.
+
+        Items that ask for nothing are one question and one reply. None where the template has no place for the words
+        of a reply as they are, or does not go on from turn to turn: one that leaves out earlier turns, or allows none.
+        """
+        chat: list[dict[str, str]] = []
+        parts: list[str] = []
+        whole = ""
+        for question, begins, replied in _turns(item):
+            asked, before = question if parts else item.told + question, "".join(parts)
+            said = begins + "".join(replied)
+            chat += [{"role": "user", "content": asked.strip()}, {"role": "assistant", "content": said + item.closes}]
+            try:
+                whole = render_chat(self.tokenizer, chat)
+            except DataError:
+                if not parts:
+                    raise
+                return None
+            at = whole.rfind(said)
+            if at < len(before) or not whole.startswith(before):
+                return None
+            parts += [whole[len(before) : at] + begins, *replied]
+        return Item((*parts, whole.removeprefix("".join(parts))))
 
     def marked(self, capability: str, item: Item) -> _Marked:
         """Tokens of an item: an answer's are those that change the tokens of the text before it, and their like.
@@ -264,15 +283,23 @@ class _Writer:
         found.ids = ids
         return found
 
-    def grown(self, capability: str, room: int) -> _Marked | None:
-        """The longest item of a growing capability that fits, as far as one of its sizes does."""
-        size = LEAST_SIZE[capability]
+    def grown(self, capability: str, room: int, *, one_form: bool = False) -> _Marked | None:
+        """The longest item of a growing capability that fits, as far as one of its sizes does.
+
+        Every size is drawn anew, so that short forms are the likelier the more room there is; with `one_form` all
+        sizes are of the same form.
+        """
+        size, state = LEAST_SIZE[capability], self.draw.getstate()
         least = self.item(capability, size)
         if not least.fits(room):
             return None
+        if one_form:
+            self.draw.setstate(state)
         per = max(1.0, len(self.item(capability, size + 8).ids) - len(least.ids)) / 8
         size += max(0, int((room - len(least.ids)) / per))
         while size > LEAST_SIZE[capability]:
+            if one_form:
+                self.draw.setstate(state)
             if (found := self.item(capability, size)).fits(room):
                 return found
             size -= 1 + size // 16
@@ -284,6 +311,16 @@ class _Writer:
             rest = self.encode(" ".join(self.draw.choices(self.family.filler, k=8)) + "\n")
             found.extend(_Marked(rest, [None] * len(rest)))
         return _Marked(found.ids[:window], found.of[:window], found.answers)
+
+
+def _turns(item: Item) -> list[tuple[str, str, Sequence[str]]]:
+    """What a chat asks, what each reply begins with, and its other parts: answers and, between two, text."""
+    if item.turns:
+        answers = item.parts[1::2]
+        return [(asked, begins, [answer]) for (asked, begins), answer in zip(item.turns, answers, strict=True)]
+    asked, *said = item.parts[: len(item.parts) // 2 * 2]  # without the text behind the last answer
+    said[0], said[-1] = said[0].lstrip(), said[-1].rstrip()
+    return [(asked, "", said)]
 
 
 def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int) -> _Marked:
@@ -308,6 +345,21 @@ def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int)
     for item in items:
         found.extend(item)
     return writer.filled(found, window)
+
+
+def _long_row(writer: _Writer, capabilities: Sequence[str], window: int) -> _Marked:
+    """One row of tests of these growing capabilities, up to as long as what is left of the row or as half of it.
+
+    Empty where none fits.
+    """
+    head = _bos(writer.tokenizer)
+    found = _Marked(head, [None] * len(head))
+    while (left := window - len(found.ids)) > SHORT_ROW // 2:
+        name, room = writer.draw.choice(capabilities), writer.draw.choice((left, left // 2))
+        if not (item := writer.grown(name, room, one_form=True) or writer.grown(name, left)):
+            break
+        found.extend(item)
+    return writer.filled(found, window) if found.answers else _Marked([], [])
 
 
 def _bos(tokenizer: Any) -> list[int]:

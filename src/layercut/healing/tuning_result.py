@@ -31,7 +31,8 @@ class TuningResult:
     state_bytes: int
     """Bytes of masters, gradients and moments: all there is beside the shared weights."""
     curve: list[dict[str, float]]
-    """After each step: step, tokens, loss of its rows, seconds and cpu_seconds so far."""
+    """After each step: step, tokens, loss of its rows (each token's by its weight, where they have some), seconds and
+    cpu_seconds so far."""
     heldout: list[dict[str, float]]
     """Before the first step and at each score: step, tokens, loss."""
     best_step: int

@@ -57,7 +57,7 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings
 from layercut.pipeline.stages.search import generated_tests
-from layercut.pipeline.stages.text import Use, draw_all, tuning_row_lengths
+from layercut.pipeline.stages.text import Use, draw_all, tuning_treatment
 from layercut.progress import bar, say
 from layercut.report import formatting
 from layercut.report.comparison_views import draw_picks, draw_survival
@@ -457,8 +457,8 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> Co
         student = with_fold if kept else student
     settings, files = tune_settings(work.config.heal), TuningFiles(stopping=asked_to_stop)
     memory.reuse_freed()
-    lengths = tuning_row_lengths(work, stored=False)
-    report = tune_(student, stack, tokens, heldout=heldout, files=files, row_lengths=lengths, **vars(settings))
+    treated = tuning_treatment(work, stored=False)
+    report = tune_(student, stack, tokens, heldout=heldout, files=files, **vars(treated), **vars(settings))
     start = report.heldout[0]["loss"]
     say("tune", f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
     losses, name = window_losses(work, student), f"{stem(segments)}-tuned"

@@ -34,7 +34,7 @@ from layercut.pipeline.artefacts import (
     bounds_of,
 )
 from layercut.pipeline.run_context import Round, RunContext
-from layercut.pipeline.stages.text import tuning_row_lengths
+from layercut.pipeline.stages.text import tuning_treatment
 from layercut.progress import bar, say
 from layercut.report.stage_lines import describe_fold, describe_tuning
 from layercut.segments import Removal, Segment, kept_layers
@@ -168,11 +168,10 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
             if work.own_process:
                 memory.reuse_freed()
             heldout, settings = work.blocks["heldout"], tune_settings(config)
-            lengths = tuning_row_lengths(work, stored=config.teacher_topk > 0)
+            treated = tuning_treatment(work, stored=config.teacher_topk > 0).of(this.part)
             report = tune_(
-                student, work.stack, this.tuning, heldout=heldout, files=files, **vars(settings),
-                row_lengths=None if lengths is None else this.part(lengths),
-            )  # fmt: skip
+                student, work.stack, this.tuning, heldout=heldout, files=files, **vars(settings), **vars(treated)
+            )
             if files.states:
                 files.states.close()
             for point in report.curve:

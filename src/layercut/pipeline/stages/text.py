@@ -7,7 +7,7 @@ on is drawn first and as it is; its documents are left out of what is searched a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import Blocks, Order, Reader, stored_blocks
+from layercut.data.blocks import ANSWERS, Blocks, Order, Reader, stored_answers, stored_blocks
 from layercut.data.chat_templates import render_chat
-from layercut.data.probes import SHORT_ROW
+from layercut.data.probe_families import EDITION
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
@@ -97,36 +97,72 @@ def tuning_source(work: RunContext) -> str:
     config = work.config
     source = config.heal.tune_data or config.text.data
     wanted = config.heal.probe_share > 0 and config.search.preserve != "none" and work.tests_fit
-    if not wanted or any(part.partition(":")[0] == TESTS for part in split_mix(source)):
+    if not wanted or has_tests(source):
         return source
     return f"{source}+{TESTS}:{config.heal.probe_share:g}"
 
 
-def tuning_row_lengths(work: RunContext, *, stored: bool) -> torch.Tensor | None:
-    """Of each row to tune on, as how long rows it is done.
+def has_tests(source: str) -> bool:
+    """Whether generated tests are named in a mix."""
+    return any(part.partition(":")[0] == TESTS for part in split_mix(source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """How the rows to tune on are done, as `tune_` takes it by these names."""
+
+    row_lengths: torch.Tensor | None
+    """int64 [N]; None where all are done whole."""
+    token_weights: torch.Tensor | None
+    """float32 [N, T]; None where every token counts alike."""
+
+    def of(self, some: Callable[[torch.Tensor], torch.Tensor]) -> Treatment:
+        """For the rows that `some` takes of what there is for each."""
+        return Treatment(**{name: value if value is None else some(value) for name, value in vars(self).items()})
+
+
+def tuning_treatment(work: RunContext, *, stored: bool) -> Treatment:
+    """Of each row to tune on, as how long rows it is done, and what its tokens count.
+
+    Rows are done whole where they are short, or where what is not trained is stored of whole rows, as predictions and
+    the states of layers on disk are.
 
     Args:
         work: of the run.
         stored: whether the dense predictions are stored beforehand, which is done of whole rows.
 
     Returns:
-        int64 [N], as `tune_` takes it; None where all are done whole: they are short, or what is not trained is stored
-        of whole rows, as predictions and the states of layers on disk are.
+        The treatment.
     """
-    if stored or layer_reader_protocol.layers_on_disk(work.stack.model):
-        return None
-    return row_lengths(work.blocks["tuning"], work.text["tuning"].origins, work.config.text.window)
+    rows, lengths = work.blocks["tuning"], None
+    if not stored and not layer_reader_protocol.layers_on_disk(work.stack.model):
+        lengths = row_lengths(rows, work.text["tuning"].origins, work.config.text.window)
+    weights = token_weights(stored_answers(work.run.folder, "tuning"), work.config.heal.answer_weight)
+    return Treatment(row_lengths=lengths, token_weights=weights)
+
+
+def token_weights(answers: torch.Tensor | None, weight: float) -> torch.Tensor | None:
+    """What each token counts.
+
+    Args:
+        answers: bool [N, T], as of `Blocks`.
+        weight: of a token before an answer's; of others it is 1.
+
+    Returns:
+        float32 [N, T]; None where every token counts alike.
+    """
+    return None if answers is None or weight == 1 else torch.where(answers, weight, 1.0)
 
 
 def row_lengths(rows: torch.Tensor, origins: Sequence[str], short: int) -> torch.Tensor | None:
-    """As how long rows each is done: tests, and every second row of each text, as short ones.
+    """As how long rows each is done: every second row of each text as short ones, all others whole.
 
     Long rows lower perplexity more; from rows that begin anew a model learns to use the beginning of a context.
 
     Args:
         rows: token ids [N, T].
         origins: where they come from, in turn.
-        short: tokens of a short row of text; of tests it is SHORT_ROW.
+        short: tokens of a short row of text.
 
     Returns:
         int64 [N], divisors of T; None where T is no larger multiple of `short`.
@@ -137,8 +173,7 @@ def row_lengths(rows: torch.Tensor, origins: Sequence[str], short: int) -> torch
     lengths, seen = list[int](), Counter[str]()
     for i in range(len(rows)):
         kind = origins[i % len(origins)]
-        tests = SHORT_ROW if longest % SHORT_ROW == 0 else longest
-        lengths.append(tests if kind == TESTS else (longest, short)[seen[kind] % 2])
+        lengths.append(longest if kind == TESTS else (longest, short)[seen[kind] % 2])
         seen[kind] += 1
     return torch.tensor(lengths)
 
@@ -165,7 +200,8 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
     for other in drawn if use != "evaluation" else ():
         # of evaluation its documents count, which are left out; of the others what they take of a common stream
         before.append(digest(sorted(keys_of(work, other))) if other == "evaluation" else asdict(asked(work, other)))
-    return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before]
+    edition = [EDITION] if has_tests(wanted.source) else []
+    return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before, *edition]
 
 
 def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
@@ -204,7 +240,8 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
                 reader.skip_blocks(other, **asdict(asked(work, other)), keys=keys_of(work, other))
             blocks = reader.draw(use, **asdict(asked(work, use)))
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
-            work.save({use: blocks.tokens}, f"tokens-{use}")
+            marked = {} if blocks.answers is None else {ANSWERS: blocks.answers}
+            work.save({use: blocks.tokens} | marked, f"tokens-{use}")
             work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
             work.__dict__.pop("blocks", None)
             files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]

@@ -30,7 +30,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.heal import tune_settings
-from layercut.pipeline.stages.text import tuning_row_lengths
+from layercut.pipeline.stages.text import tuning_treatment
 from layercut.progress import bar, say
 from layercut.segments import Segment
 
@@ -157,9 +157,8 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     if heal.fold:
         fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
     if heal.tune_tokens:
-        lengths, settings = tuning_row_lengths(this.work, stored=False), vars(tune_settings(heal)) | SHORT
-        row_lengths = None if lengths is None else lengths[some]
-        tune_(student, this.stack, rows, heldout=heldout, row_lengths=row_lengths, **settings)
+        treated = tuning_treatment(this.work, stored=False).of(lambda each: this.part(each)[some])
+        tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)) | SHORT)
     return student
 
 
