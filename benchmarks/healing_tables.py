@@ -75,7 +75,9 @@ DEFAULT, BY_TEXT = "4:6,12:16", "13:19"
 AS_BY_DEFAULT = {
     "tokens": 131072, "mix": 0.3, "rate": 0.0, "radius": 1, "window": 1024, "parted": 1, "beside": "wiki_passages.txt",
 }  # fmt: skip
-"""How it heals, of recall.py's settings; where recall is to be kept, with a share of 0.1."""
+"""How it heals, of recall.py's settings."""
+WITH_TESTS = {"share": 0.1, "answer_weight": 4.0}
+"""And where recall is to be kept."""
 
 
 def headline_table(recall: dict, speed: dict, frontier: dict, rounded: dict) -> str:
@@ -83,7 +85,7 @@ def headline_table(recall: dict, speed: dict, frontier: dict, rounded: dict) -> 
     environment, dense = recall["environment"], recall["rows"][0]
     asked = {
         f"without {named_cut(DEFAULT)}": {"segments": DEFAULT, "tokens": 0},
-        "**healed**": {"segments": DEFAULT, "share": 0.1} | AS_BY_DEFAULT,
+        "**healed**": {"segments": DEFAULT} | WITH_TESTS | AS_BY_DEFAULT,
         f"chosen and healed by the text alone: without {BY_TEXT}": {
             "segments": BY_TEXT, "share": 0.0,
         } | AS_BY_DEFAULT,

@@ -137,6 +137,7 @@ def described(row: dict[str, Any]) -> list[str]:
     by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
     by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""
     by += f", rate {row['rate']:g}" if "rate" in row else ""
+    by += f", {row['batch']} tokens a step" if "batch" in row else ""
     tokens = f"{row['tokens']:,}" if row["tokens"] else ""
     tokens += f", {' and '.join(row['beside'].split('+'))} beside C4" if "beside" in row else ""
     return [bits, "chosen" if auto else str(row["embeddings"]), by, tokens]
