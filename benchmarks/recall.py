@@ -68,11 +68,12 @@ def main() -> None:
         for name, _, source in (item.partition("=") for item in args.texts)
     }
     tests = probe_rows(model.tokenizer, rows=24, window=args.window, family="judging", seed=args.seed)
-    asked_for = {"longest": args.longest, "seed": args.seed, "trials": args.trials}
-    longer = probes_for(model.tokenizer, model.model.config, **asked_for)
+    longer = probes_for(
+        model.tokenizer, model.model.config, longest=args.longest, seed=args.seed, trials=args.trials
+    )
     probes = replace(longer, tests=tests)
-    told = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")
-    facts = {key: getattr(args, key) for key in told}
+    named = ("tokens", "fold_tokens", "eval_tokens", "window", "longest", "trials", "seed")
+    facts = {key: getattr(args, key) for key in named}
     done = RowsDone(args.out, facts)
     for asked in (Healing.parse(text, args.tune_tokens) for text in args.cuts):
         row: dict[str, Any] = asdict(asked) | {"beside": Path(asked.beside).name}

@@ -264,9 +264,10 @@ class Reader:
             taken = stream.take(
                 range(before, before + len(rows)), window, lambda key: self._is_anothers(key, use)
             )  # fmt: skip
-            blocks[[j - skip for j in rows]] = taken.rows
+            places = [j - skip for j in rows]
+            blocks[places] = taken.rows
             if answers is not None and taken.answers is not None:
-                answers[[j - skip for j in rows]] = taken.answers
+                answers[places] = taken.answers
             keys |= {*taken.keys}
             documents += len(taken.keys)
             passed_over += taken.passed_over

@@ -308,8 +308,9 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
     Arguments as of `Writer`.
     """
     head, line, end, asked, begins = draw.choice(family.lists)
-    keys = _pairs(family, draw, max(3, size)) if "{name}" in line else [{"thing": thing} for thing in family.things]
-    entries = [(key, family.key(draw)) for key in draw.sample(keys, min(len(keys), max(3, size)))]
+    size = max(3, size)
+    keys = _pairs(family, draw, size) if "{name}" in line else [{"thing": thing} for thing in family.things]
+    entries = [(key, family.key(draw)) for key in draw.sample(keys, min(len(keys), size))]
     told = "".join([head.format(), *(line.format(**key, key=value) for key, value in entries), end.format()])
     thorough = family.thorough and len(entries) >= MANY
     wanted = draw.sample(entries, max(1, len(entries) // (2 if thorough else 4)))

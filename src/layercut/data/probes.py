@@ -290,17 +290,19 @@ class _Writer:
         sizes are of the same form.
         """
         size, state = LEAST_SIZE[capability], self.draw.getstate()
-        least = self.item(capability, size)
-        if not least.fits(room):
-            return None
-        if one_form:
-            self.draw.setstate(state)
-        per = max(1.0, len(self.item(capability, size + 8).ids) - len(least.ids)) / 8
-        size += max(0, int((room - len(least.ids)) / per))
-        while size > LEAST_SIZE[capability]:
+
+        def drawn(size: int) -> _Marked:
             if one_form:
                 self.draw.setstate(state)
-            if (found := self.item(capability, size)).fits(room):
+            return self.item(capability, size)
+
+        least = drawn(size)
+        if not least.fits(room):
+            return None
+        per = max(1.0, len(drawn(size + 8).ids) - len(least.ids)) / 8
+        size += max(0, int((room - len(least.ids)) / per))
+        while size > LEAST_SIZE[capability]:
+            if (found := drawn(size)).fits(room):
                 return found
             size -= 1 + size // 16
         return least
@@ -329,9 +331,8 @@ def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int)
     long = [growing[(number + i) % len(growing)] for i in range(min(len(growing), 1 + number % 2))] if growing else []
     short = [name for name in capabilities if name not in GROWING]
     turn = number % max(1, len(short))
-    head = _bos(writer.tokenizer)
-    items: list[_Marked] = []
-    room = window - len(head)
+    found, items = _head(writer.tokenizer), list[_Marked]()
+    room = window - len(found.ids)
     left = room * (1 - FOCUS_SHARE if long else 1)
     for name in short[turn:] + short[:turn]:
         if (item := writer.item(name)).fits(int(left)):
@@ -341,7 +342,6 @@ def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int)
         left = (room - sum(len(item.ids) for item in items)) / (1 + (name != long[-1]))
         items += [grown] if (grown := writer.grown(name, int(left))) else []
     writer.draw.shuffle(items)
-    found = _Marked(head, [None] * len(head))
     for item in items:
         found.extend(item)
     return writer.filled(found, window)
@@ -352,8 +352,7 @@ def _long_row(writer: _Writer, capabilities: Sequence[str], window: int) -> _Mar
 
     Empty where none fits.
     """
-    head = _bos(writer.tokenizer)
-    found = _Marked(head, [None] * len(head))
+    found = _head(writer.tokenizer)
     while (left := window - len(found.ids)) > SHORT_ROW // 2:
         name, room = writer.draw.choice(capabilities), writer.draw.choice((left, left // 2))
         if not (item := writer.grown(name, room, one_form=True) or writer.grown(name, left)):
@@ -362,9 +361,10 @@ def _long_row(writer: _Writer, capabilities: Sequence[str], window: int) -> _Mar
     return writer.filled(found, window) if found.answers else _Marked([], [])
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def _head(tokenizer: Any) -> _Marked:
+    """What a row begins with: BOS, where the tokenizer puts one before a text."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+    return _Marked([bos], [None]) if bos is not None and tokenizer("a").input_ids[:1] == [bos] else _Marked([], [])
 
 
 def _joined(marked: Sequence[_Marked], weight: float) -> ProbeRows:
