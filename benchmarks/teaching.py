@@ -27,7 +27,7 @@ from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.stages.text import row_lengths, token_weights
+from layercut.pipeline.stages.text import Treatment, row_lengths, token_weights
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -82,20 +82,17 @@ class Healing:
 
 @dataclass
 class Rows:
-    """Token ids to judge by [M, T] and to tune on [N, T]; of the latter the sources, how long each is done, and where
-    the next token is an answer."""
+    """Token ids to judge by [M, T] and to tune on [N, T]; of the latter the sources, and how they are done."""
 
     heldout: torch.Tensor
     tuning: torch.Tensor
     origins: Sequence[str]
-    lengths: torch.Tensor | None
-    answers: torch.Tensor | None
+    treated: Treatment
 
     def __getitem__(self, some: slice | list[int]) -> Rows:
         """Some of those to tune on, with the same that judge."""
-        lengths, answers = (None if each is None else each[some] for each in (self.lengths, self.answers))
         origins = [self.origins[i] for i in torch.arange(len(self.tuning))[some].tolist()]
-        return Rows(self.heldout, self.tuning[some], origins, lengths, answers)
+        return Rows(self.heldout, self.tuning[some], origins, self.treated.of(lambda each: each[some]))
 
 
 def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: dict[str, Any]) -> Any:
@@ -134,18 +131,18 @@ def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, 
     source = f"{text}+probes:{asked.share}" if asked.share else text
     found = blocks(model, source, held + asked.tokens * asked.hurt, window, args.seed, skip=skip)
     first = held // window
-    lengths = row_lengths(found.tokens, found.origins, args.window) if asked.parted else None
+    lengths = row_lengths(found.tokens, found.origins, args.window, found.marks) if asked.parted else None
+    treated = Treatment(row_lengths=lengths, token_weights=token_weights(found.marks, asked.answer_weight))
     origins = [found.origins[i % len(found.origins)] for i in range(first, len(found.tokens))]
-    lengths, answers = (None if each is None else each[first:] for each in (lengths, found.answers))
-    return Rows(found.tokens[:first], found.tokens[first:].clone(), origins, lengths, answers)
+    later = treated.of(lambda each: each[first:])
+    return Rows(found.tokens[:first], found.tokens[first:].clone(), origins, later)
 
 
 def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows) -> dict[str, Any]:
     """Train the layers beside the cuts, in place."""
     found = tune_(
         small, model.model, rows.tuning, heldout=rows.heldout, objective=KL(mix=asked.mix), radius=asked.radius,
-        learning_rate=asked.rate or None, row_lengths=rows.lengths,
-        token_weights=token_weights(rows.answers, asked.answer_weight),
+        learning_rate=asked.rate or None, **vars(rows.treated),
     )  # fmt: skip
     kept = (
         "learning_rate",

@@ -247,7 +247,7 @@ def test_one_segment_compared_with_two_on_tests_as_well_lies_within_its_bounds(l
     stack, shape, tokens = llama
     answers = torch.full((8, 16), -1)
     answers[:, 9] = torch.arange(8)
-    tests = ProbeRows(tokens[:8].clone(), answers, torch.zeros(8, dtype=torch.int64), ("recall",))
+    tests = ProbeRows(tokens[:8].clone(), answers, torch.zeros(8, dtype=torch.int64), ("recall",), torch.full((8,), 16))
     settings = replace(config("clp"), text=DataConfig(tokens=16 * rows, window=16))
     planned = search_cost(replace(run_of(shape, settings, Segment(0, length)), tests=8)).work.layer_forwards
     alone = search_cost(run_of(shape, settings, Segment(0, length))).work.layer_forwards

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
 from layercut.data import probe_families
 from layercut.data import probes as probes_module
-from layercut.data.blocks import Reader, by_origin, stored_answers, stored_blocks
+from layercut.data.blocks import Reader, by_origin, stored_blocks, stored_marks
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
 from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
 from layercut.data.sources import find, turns
@@ -145,6 +146,8 @@ CHAT = """{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}
 SPACED = """{% for m in messages %}{{ '[I]' + m.content + '[/I]' if m.role == 'user' else ' ' + m.content + '</s>' }}
 {%- endfor %}"""
 """As Mistral's: what stands before a reply is not what ends a prompt."""
+TRIMMED = CHAT.replace("m.content", "m.content | trim")
+"""As Llama 3's and Gemma's."""
 LAST_TURN = CHAT.replace("messages %", "messages[-2:] %")
 """A template that forgets the turns before the last, as those do that drop what a model thought."""
 ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}" + CHAT
@@ -161,18 +164,20 @@ def chat_of(tokenizer: Any, template: str, item: probe_families.Item) -> probe_f
     return writer.as_chat(item)
 
 
+@pytest.mark.parametrize("template", [CHAT, TRIMMED], ids=["plain", "trimmed"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_answer_of_a_chat_has_its_question(tokenizer, capability):
+def test_every_answer_of_a_chat_has_its_question(tokenizer, capability, template):
     several, family = 0, FAMILIES["tuning"]
     for seed in range(16):
         item = CAPABILITIES[capability](family, random.Random(seed), 12)
-        chat = chat_of(tokenizer, CHAT, item)
+        chat = chat_of(tokenizer, template, item)
         assert chat
         assert [said.strip() for said in chat.parts[1::2]] == [said.strip() for said in item.parts[1::2]]
         assert chat.text.endswith("</>"), "the reply is closed"
         if not item.turns:
             assert chat.text.count("<user>") == chat.text.count("<assistant>") == 1
             assert chat.parts[0].endswith("<assistant>"), "its first words are an answer"
+            assert chat.parts[1] == chat.parts[1].lstrip(), "no reply begins with a space"
             continue
         several += len(item.turns) > 1
         said = re.findall(r"<user>(.*?)</><assistant>(.*?)</>", chat.text, re.DOTALL)
@@ -181,13 +186,19 @@ def test_every_answer_of_a_chat_has_its_question(tokenizer, capability):
             assert asked.endswith(question.strip())
             assert reply == begins + answer + item.closes
             nouns_of = (*family.people, *family.things)
+            if capability == "labels":
+                nouns_of = tuple(word for _, own in family.classes for word in own)
             words = sorted((word for word in nouns_of if word in question), key=question.index)
             assert words, "the question says what is asked for"
             assert {word for word in nouns_of if word in begins} <= {*words}, "and the reply tells no other"
+            if capability == "labels":
+                continue
+            ends = capability != "lists" or f"{answer.strip()}{item.closes}" in told
+            assert ends, "a value ends as it does where it is told"
             pair = ".{0,16}".join(words), re.escape(answer.strip())
             assert re.search("{0}.{{0,32}}{1}|{1}.{{0,16}}{0}".format(*pair), told), "the answer stands beside its key"
         assert told.count("</>") == 0
-    assert several > 3 or capability not in ("recall", "lists")
+    assert several > 3 or capability not in ("recall", "lists", "labels")
 
 
 def test_a_template_that_does_not_go_on_from_turn_to_turn_writes_no_chat_of_several(tokenizer):
@@ -253,16 +264,46 @@ def test_long_rows_to_tune_on_are_long_tests_or_short_ones_laid_end_to_end(token
     kept = {"rows": 12, "capabilities": ("recall", "lists", "sums")}
     found = probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", **kept)
     assert found.tokens.shape == (12, 4 * SHORT_ROW)
-    assert 2 < len(longer) < 10
-    assert {*longer} == {("recall", "lists", "lists")}
-    assert made == 4 * (12 - len(longer)) * [SHORT_ROW]
+    assert longer == 6 * [("recall", "lists", "lists")]
+    assert made == 4 * 6 * [SHORT_ROW]
+    assert found.lengths.tolist() == [SHORT_ROW, 4 * SHORT_ROW] * 6, "by turns, so that few rows have both"
     assert (found.answers >= 0).any(1).all(), "tests in each of them"
-    assert probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", rows=12, capabilities=("sums",)).names
-    assert len(made) == 4 * (24 - len(longer)), "sums are never long"
-    for family, window in (("searching", 4 * SHORT_ROW), ("tuning", 4 * SHORT_ROW + 1)):
+    sums = probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", rows=12, capabilities=("sums",))
+    assert sums.lengths.tolist() == [SHORT_ROW] * 12, "sums are never long"
+    assert len(made) == 4 * 18
+    for family, window in (("searching", 4 * SHORT_ROW), ("tuning", 4 * SHORT_ROW + 1), ("tuning", SHORT_ROW)):
         made.clear()
-        assert probe_rows(tokenizer, window=window, family=family, **kept).names
+        assert probe_rows(tokenizer, window=window, family=family, **kept).lengths.tolist() == 12 * [window]
         assert made == 12 * [window]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+@pytest.mark.parametrize("template", ["", CHAT])
+def test_every_capability_is_in_short_rows_that_are_chats_and_in_others(tokenizer, pieces, template, monkeypatch):
+    """What a row holds goes by its number, and so does whether it is a chat: neither may decide the other."""
+    short = 4 * SHORT_ROW  # of letters, as these tokens are, it takes more
+    monkeypatch.setattr(probes_module, "SHORT_ROW", short)
+    found = probe_rows(able(tokenizer, template), rows=48, window=pieces * short, family="tuning")
+    seen: dict[bool, set[int]] = {}
+    for row, of in zip(found.tokens[found.lengths == short], found.of()[found.lengths == short], strict=True):
+        for piece, capability in zip(row.split(short), of.split(short), strict=True):
+            seen.setdefault("<user>" in tokenizer.decode(piece), set()).update(capability.unique().tolist())
+    everything = {*range(-1, len(CAPABILITIES))}
+    assert seen == ({False: everything, True: everything} if template else {False: everything})
+
+
+@pytest.mark.parametrize("rows", [range(4), range(5, 9), range(8, 12)])
+def test_four_rows_have_short_and_long_chats_and_others(tokenizer, rows):
+    kept = {"rows": 4, "first": rows.start, "window": 4 * SHORT_ROW, "family": "tuning"}
+    found = probe_rows(able(tokenizer, CHAT), **kept)
+    pieces = zip(found.tokens, found.lengths.tolist(), strict=True)
+    kinds = [(n, "<user>" in tokenizer.decode(piece)) for row, n in pieces for piece in row.split(n)]
+    assert Counter(kinds) == {
+        (n, chat): 4 if n == SHORT_ROW else 1 for n in (SHORT_ROW, 4 * SHORT_ROW) for chat in (True, False)
+    }
+    assert not any("<user>" in tokenizer.decode(row) for row in probe_rows(tokenizer, **kept).tokens), (
+        "without a template none"
+    )
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -511,11 +552,14 @@ def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer
     assert sum(rows.values()) == 8
     tests = probe_rows(tokenizer, rows=4, window=300, family="tuning")
     made = tests.tokens
-    assert first.answers is not None
-    marked = by_origin(first.answers, first.origins)
-    assert torch.equal(marked.pop("probes"), tests.answers[:2] >= 0)
-    assert not any(rows.any() for rows in marked.values()), "text has none"
-    assert reader.draw("calibration", str(texts[1]), tokens=300, window=300).answers is None
+    assert first.marks
+    weighed = (tests.of() >= 0) & (tests.of() != tests.names.index("copy"))
+    assert 0 < weighed[:2].sum() < (tests.answers[:2] >= 0).sum(), "words that are copied do not count more"
+    for mark, of_tests in ((first.marks.answers, weighed[:2]), (first.marks.lengths, tests.lengths[:2])):
+        marked = by_origin(mark, first.origins)
+        assert torch.equal(marked.pop("probes"), of_tests)
+        assert not any(rows.any() for rows in marked.values()), "text has none"
+    assert reader.draw("calibration", str(texts[1]), tokens=300, window=300).marks is None
     assert (first.rows_by_origin()["probes"] == made[:2]).all()
     assert (second.rows_by_origin()["probes"] == made[2:]).all()
     later = Reader(tokenizer, seed=0)
@@ -528,8 +572,8 @@ def test_rows_of_tests_are_those_of_their_edition(tokenizer):
     found = []
     for template in ("", CHAT):
         rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family="tuning")
-        found += [rows.tokens.tolist(), rows.answers.tolist()]
-    assert (probe_families.EDITION, digest(found)) == (2, "159e55087343f664")
+        found += [rows.tokens.tolist(), rows.answers.tolist(), rows.lengths.tolist()]
+    assert (probe_families.EDITION, digest(found)) == (3, "a63de8a2a80fbf59")
 
 
 @pytest.mark.parametrize(("weight", "rounds"), [(1.0, 1), (3.0, 1), (3.0, 2)])
@@ -542,6 +586,7 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_tries(
         seen.append((tokens, token_weights))
         return tune_(student, dense, tokens, token_weights=token_weights, **how)
 
+    monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
     for stage in (heal, trial):
         monkeypatch.setattr(stage, "tune_", noted)
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", f"--ratio={0.25 * rounds}", f"--out={tmp_path}"]
@@ -549,16 +594,16 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_tries(
     flags.append("--score=healed" if rounds == 1 else f"--rounds={rounds}")
     assert main(["tune", str(tiny_model), *flags]) == 0
     assert len(seen) == rounds if rounds > 1 else len(seen) > 2
-    answers, rows = (found(tmp_path, "tuning") for found in (stored_answers, stored_blocks))
-    assert answers is not None
-    assert answers.any()
+    marks, rows = (found(tmp_path, "tuning") for found in (stored_marks, stored_blocks))
+    assert marks
+    assert marks.answers.any()
     assert (seen[-1][0] == rows.tensor_split(rounds)[-1]).all()
     for tokens, weights in seen:
         if weight == 1:
             assert weights is None
             continue
         of = [next(i for i, row in enumerate(rows) if torch.equal(row, some)) for some in tokens]
-        assert torch.equal(weights, 1 + 2.0 * answers[of])
+        assert torch.equal(weights, 1 + 2.0 * marks.answers[of])
 
 
 def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts, tmp_path, monkeypatch):
@@ -568,14 +613,15 @@ def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts,
         seen.append(token_weights)
         return tune_(*given, token_weights=token_weights, **how)
 
+    monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
     monkeypatch.setattr(compare, "tune_", noted)
     flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--eval-tokens=256"]
-    flags += ["--eval-window=64", "--tune-tokens=1024", "--probe-share=0.3", "--methods=exhaustive", "--ratio=0.25"]
+    flags += ["--eval-window=64", "--tune-tokens=2048", "--probe-share=0.3", "--methods=exhaustive", "--ratio=0.25"]
     assert main(["compare", str(tiny_model), *flags, f"--out={tmp_path}"]) == 0
-    answers = stored_answers(tmp_path, "tuning")
-    assert answers is not None
-    assert answers.any()
-    assert [weights.tolist() for weights in seen] == [torch.where(answers, 4.0, 1.0).tolist()]
+    marks = stored_marks(tmp_path, "tuning")
+    assert marks
+    assert marks.answers.any()
+    assert [weights.tolist() for weights in seen] == [torch.where(marks.answers, 4.0, 1.0).tolist()]
 
 
 def test_a_weight_of_answers_is_above_nothing():

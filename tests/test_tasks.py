@@ -274,7 +274,8 @@ def started(run: Path) -> list[str]:
 def few_probes() -> Probes:
     answers = torch.full((1, 16), -1)
     answers[0, 12] = 0
-    tests = ProbeRows(torch.arange(3, 19)[None], answers, torch.zeros(1, dtype=torch.int64), ("recall",))
+    names, lengths = ("recall",), torch.tensor([16])
+    tests = ProbeRows(torch.arange(3, 19)[None], answers, torch.zeros(1, dtype=torch.int64), names, lengths)
     return Probes([(16, depth, [3, 4, 5], "") for depth in (0.0, 1.0)], [(16, 0.5, [3, 4], "¶¶")], tests, 16)
 
 

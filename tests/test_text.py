@@ -14,15 +14,18 @@ from transformers import BloomConfig
 import folders
 import tiny
 from layercut import evaluation
+from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data.blocks import load_blocks, stored_blocks
+from layercut.data.blocks import Marks, load_blocks, stored_blocks, stored_marks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
+from layercut.healing import tune_
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedTextArtefact
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, LONG_ROW, check_sources, with_windows
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
+from layercut.pipeline.stages import heal
 from layercut.pipeline.stages import text as text_stage
 from layercut.pipeline.stages.text import check_unseen, draw_all, row_lengths, uses
 
@@ -124,6 +127,7 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
     assert tuned_on(2048, tune_tokens=many) == LONG_ROW
     assert tuned_on(2048, tune_tokens=many - 1) == tuned_on(1023, tune_tokens=many) == 32
     assert tuned_on(2048, tune_tokens=many, tune_window=128) == 128
+    assert tuned_on(2048, tune_tokens=many, teacher_topk=16) == 32, "stored predictions are of whole rows"
     for positions, window, words in ((100, 128, "100 positions"), (2048, 16, "shorter than --window 32")):
         with pytest.raises(ConfigError, match=words):
             tuned_on(positions, tune_window=window)
@@ -140,12 +144,40 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
     assert torch.equal(stream, torch.cat([tokens.flatten() for tokens in rows.values()])), "no token twice, none left"
 
 
-def test_every_second_row_of_text_is_done_as_short_rows():
+def test_every_second_row_of_text_is_done_as_short_rows_and_tests_as_they_are_made():
     rows, mix = torch.zeros(8, 1024, dtype=torch.int64), ("a.txt", "a.txt", "probes", "a.txt")
-    assert row_lengths(rows, mix, 64).tolist() == [1024, 64, 1024, 1024, 64, 1024, 1024, 64], "tests whole"
+    marks = Marks.none(8, 1024)
+    marks.lengths[[2, 6]] = torch.tensor([256, 1024])
+    assert row_lengths(rows, mix, 64, marks).tolist() == [1024, 64, 256, 1024, 64, 1024, 1024, 64]
     assert row_lengths(rows, ("a.txt", "b.txt"), 64).tolist() == [1024, 1024, 64, 64] * 2, "of each text"
     assert row_lengths(rows[:, :256], ("a.txt",), 256) is None
     assert row_lengths(rows[:, :1000], ("a.txt",), 256) is None, "no multiple"
+    assert row_lengths(rows, mix, 1024, marks).tolist() == [1024, 1024, 256, *[1024] * 5], "of text all whole"
+    marks.lengths[2] = 1024
+    assert row_lengths(rows, mix, 1024, marks) is None
+
+
+def test_a_run_tunes_on_its_tests_as_they_are_made(several, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(student, dense, tokens, *, row_lengths, **how):
+        seen.append((tokens, row_lengths))
+        return tune_(student, dense, tokens, row_lengths=row_lengths, **how)
+
+    monkeypatch.setattr(heal, "tune_", noted)
+    longer = tmp_path / "longer"
+    tiny.llama(4, vocab_size=folders.VOCABULARY, max_position_embeddings=512).save_pretrained(longer)
+    folders.tokenizer().save_pretrained(longer)
+    flags = [f"--data={several}/a.txt", "--tokens=512", "--window=128", "--tune-window=512", "--probe-share=0.5"]
+    assert main(["tune", str(longer), *flags, "--tune-tokens=4096", "--ratio=0.25", f"--out={tmp_path / 'run'}"]) == 0
+    ((tokens, lengths),) = seen
+    marks = stored_marks(tmp_path / "run", "tuning")
+    assert marks
+    tests = marks.lengths > 0
+    assert torch.equal(tokens, stored_blocks(tmp_path / "run", "tuning"))
+    assert torch.equal(lengths[tests], marks.lengths[tests])
+    assert {*lengths[tests].tolist()} == {256, 512}
+    assert {*lengths[~tests].tolist()} == {128, 512}
 
 
 def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):

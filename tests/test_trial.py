@@ -393,10 +393,13 @@ def left_of(dense, student, rows, tests):
 
 
 def test_each_source_has_its_share_of_what_heals_a_cut_on_trial():
-    """Of a mix the tests are one row in ten: the first rows, or every sixteenth, may hold none."""
+    """Of a mix the tests are one row in ten: the first rows, or every sixteenth, may hold none.
+
+    One of two is short, the other long.
+    """
     rows = torch.arange(64)[:, None]
-    origins = ["text"] * 5 + ["tests"] + ["text"] * 4
+    origins = ["text"] * 5 + ["probes"] + ["text"] * 4
     this = SimpleNamespace(tuning=rows, work=SimpleNamespace(text={"tuning": SimpleNamespace(origins=origins)}))
     taken = trial.some_of_each(this).tolist()
-    assert [number for number in taken if origins[number % 10] == "tests"] == [5]
-    assert taken == [0, 1, 2, 5], "in their order, so that the last step is not the tests'"
+    assert [number for number in taken if origins[number % 10] == "probes"] == [5, 15]
+    assert taken == [0, 1, 2, 5, 15], "in their order"

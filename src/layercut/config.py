@@ -380,14 +380,15 @@ class HealConfig:
     tune_tokens: int = 131072
     """Tokens to tune the endpoint layers on; 0 leaves tuning out."""
     tune_window: Annotated[int | None, rare] = None
-    """Tokens in a row of tests, and in every second one of text, to tune on; the others are as --window. Not given:
+    """Tokens in every second row to tune on, of text or tests; the others are as --window, of tests 256. Not given:
     1,024, or --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions;
-    else as --window. With --stream or --teacher-topk all rows are of this length."""
+    else, and with --teacher-topk, as --window. With --stream or --teacher-topk all rows are of this length."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""
     answer_weight: Annotated[float, rare] = 4.0
-    """What a token of a test's answer counts in the loss of the layers beside the cut; any other token counts 1."""
+    """What a token of a test's answer counts in the loss of the layers beside the cut, of copies excepted; any other
+    token counts 1."""
     objective: Annotated[
         str,
         one_of(

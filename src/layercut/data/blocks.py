@@ -60,8 +60,20 @@ class TextFacts:
     """First 16 hex digits of the SHA-256 of the token ids."""
 
 
-ANSWERS = "answers"
-"""The name of `Blocks.answers` in the file of a run's blocks."""
+@dataclass(frozen=True)
+class Marks:
+    """What is known of generated tests among N rows of T tokens; in the file of a run's blocks by these names."""
+
+    answers: torch.Tensor
+    """bool [N, T]: whether the token after this one belongs to an answer that counts more than text; no copy does, of
+    which every word is one, or most of what short tests teach would be to copy."""
+    lengths: torch.Tensor
+    """int64 [N]: as how long rows each is made (`ProbeRows.lengths`), 0 where it is of text."""
+
+    @classmethod
+    def none(cls, rows: int, window: int) -> Marks:
+        """Of rows of text."""
+        return cls(torch.zeros(rows, window, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,8 @@ class Blocks:
     """`document_key` of each document."""
     passed_over: int = 0
     """Documents that were left out, since another use of the run has them."""
-    answers: torch.Tensor | None = None
-    """bool [N, T]: whether the token after this one belongs to an answer of a generated test; None: the source has no
-    tests."""
+    marks: Marks | None = None
+    """None: the source has no tests."""
 
     def facts(self) -> TextFacts:
         """All but the tokens and the documents' keys."""
@@ -114,17 +125,18 @@ def stored_blocks(folder: Path, use: str) -> torch.Tensor:
     return load_file(folder / f"tokens-{use}.safetensors")[use]
 
 
-def stored_answers(folder: Path, use: str) -> torch.Tensor | None:
-    """Where these blocks are answers.
+def stored_marks(folder: Path, use: str) -> Marks | None:
+    """What is known of the tests among these blocks.
 
     Args:
         folder: of the run.
         use: as in `stored_blocks`.
 
     Returns:
-        bool [N, T] or None, as `Blocks.answers`.
+        As `Blocks.marks`.
     """
-    return load_file(folder / f"tokens-{use}.safetensors").get(ANSWERS)
+    found = load_file(folder / f"tokens-{use}.safetensors")
+    return Marks(found["answers"], found["lengths"]) if "lengths" in found else None
 
 
 def token_blocks(
@@ -254,7 +266,7 @@ class Reader:
         blocks = torch.empty(count, window, dtype=torch.int64)
         keys: set[int] = set()
         documents = passed_over = 0
-        answers = torch.zeros(count, window, dtype=torch.bool) if any(part.name == TESTS for part in parts) else None
+        marks = Marks.none(count, window) if any(part.name == TESTS for part in parts) else None
         for i, part in enumerate(parts):
             rows = [j for j in range(skip, skip + count) if order_of[j % len(order_of)] == i]
             if not rows:
@@ -266,8 +278,8 @@ class Reader:
             )  # fmt: skip
             places = [j - skip for j in rows]
             blocks[places] = taken.rows
-            if answers is not None and taken.answers is not None:
-                answers[places] = taken.answers
+            if marks and taken.marks:
+                marks.answers[places], marks.lengths[places] = taken.marks.answers, taken.marks.lengths
             keys |= {*taken.keys}
             documents += len(taken.keys)
             passed_over += taken.passed_over
@@ -275,7 +287,7 @@ class Reader:
         return Blocks(
             blocks, source, documents, fingerprint(blocks), tuple(read for part in parts for read in part.reads),
             tuple(_origin(parts[order_of[(skip + j) % len(order_of)]]) for j in range(len(order_of))),
-            frozenset(keys), passed_over, answers,
+            frozenset(keys), passed_over, marks,
         )  # fmt: skip
 
     def skip_blocks(
@@ -359,7 +371,7 @@ class _Taken:
     rows: torch.Tensor
     keys: list[int]
     passed_over: int
-    answers: torch.Tensor | None = None
+    marks: Marks | None = None
     """As of `Blocks`."""
 
 
@@ -470,7 +482,8 @@ class _Generated:
         if not made.names:
             raise DataError(f"no generated test fits rows of {window} tokens", "give longer rows: --window 256")
         keys = [_hash(row.numpy().tobytes()) for row in made.tokens]
-        return _Taken(made.tokens, keys, 0, made.answers >= 0)
+        of, copied = made.of(), made.names.index("copy") if "copy" in made.names else -1
+        return _Taken(made.tokens, keys, 0, Marks((of >= 0) & (of != copied), made.lengths))
 
     def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Give the next rows to nobody: somebody has them."""

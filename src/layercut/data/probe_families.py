@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-EDITION = 2
+EDITION = 3
 """Of the tests that are written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
 MANY = 8
 """Entries of a list that is asked about thoroughly."""
@@ -50,9 +50,9 @@ class Family:
     key: Callable[[random.Random], str]
     needles: tuple[tuple[str, str, str], ...]
     """What is told, what is asked, and how the reply begins; with {name} and {key}."""
-    lists: tuple[tuple[str, str, str, str, str], ...]
-    """Head of a list, its line, its end, what is asked, how the reply begins; with {thing} and {key}, and {name} where
-    a key is a person and a thing, each of which other keys have too."""
+    lists: tuple[tuple[str, str, str, str, str, str], ...]
+    """Head of a list, its line, its end, what is asked, how the reply begins and closes; with {thing} and {key}, and
+    {name} where a key is a person and a thing, each of which other keys have too."""
     syllables: tuple[str, ...]
     """Of made-up words."""
     repeats: tuple[tuple[str, str], ...]
@@ -84,9 +84,11 @@ def _digits(*lengths: int) -> Callable[[random.Random], str]:
 
 
 def _tuning_key(draw: random.Random) -> str:
-    kind = draw.randrange(4)
+    kind = draw.randrange(5)
     if kind == 0:
         return _digits(3, 6, 7, 9)(draw)
+    if kind == 4:
+        return "-".join(f"{draw.randrange(16**4):04x}" for _ in range(draw.choice((2, 2, 4))))
     letters = "".join(draw.choices("BDFGHKLMNPRSTVZ", k=3))
     if kind == 1:
         return f"{letters}-{draw.randrange(10, 100)}"
@@ -129,8 +131,8 @@ SEARCHING = Family(
         ("Note that the badge of {name} says {key}.", "What does the badge of {name} say?", "The badge of {name} says"),
     ),
     lists=(
-        ("Stock in the shed:\n", "{thing}: {key}\n", "", "How many of one kind are there?\n", "{thing}:"),
-        ("Weights as measured. ", "The {thing} has {key} grams. ", "", "Repeat one of them. ", "The {thing} has"),
+        ("Stock in the shed:\n", "{thing}: {key}\n", "", "How many of one kind are there?\n", "{thing}:", ""),
+        ("Weights as measured. ", "The {thing} has {key} grams. ", "", "Repeat one of them. ", "The {thing} has", ""),
     ),
     syllables=("ta", "lo", "mi", "re", "nu", "sol", "ker", "vi"),
     repeats=(("Sequence:", "\nAgain:"), ("First line:", "\nSame line:")),
@@ -187,19 +189,21 @@ TUNING = Family(
         ("Ticket {key} was issued to {name}.", "Which ticket was issued to {name}?", "It was ticket"),
     ),
     lists=(
-        ("The table below has names and values.\n", "{thing} = {key}\n", "", "Look up {thing}.\n", "{thing} ="),
-        ("{{", '"{thing}": "{key}", ', '}}\n', 'The value under "{thing}", as text: ', '"{thing}": "'),
+        ("The table below has names and values.\n", "{thing} = {key}\n", "", "Look up {thing}.\n", "{thing} =", ""),
+        ('{{"of": "values"', ', "{thing}": "{key}"', '}}\n', 'The value under "{thing}", as text: ', '"{thing}": "',
+         '"'),
         ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. ", "What did the {thing} cost? ",
-         "For the {thing} we paid"),
-        ("| item | mark |\n", "| {thing} | {key} |\n", "", "The row of {thing} once more:\n", "| {thing} |"),
-        ("", "set {thing} to {key}\n", "", "to which value is {thing} set?\n", "{thing} is"),
-        ("", "{name}'s {thing} costs {key}.\n", "", "What does {name}'s {thing} cost?\n", "{name}'s {thing} costs"),
+         "For the {thing} we paid", ";"),
+        ("| item | mark |\n", "| {thing} | {key} |\n", "", "The row of {thing} once more:\n", "| {thing} |", " |"),
+        ("", "set {thing} to {key}\n", "", "to which value is {thing} set?\n", "{thing} is", ""),
+        ("", "{name}'s {thing} costs {key}.\n", "", "What does {name}'s {thing} cost?\n", "{name}'s {thing} costs",
+         "."),
         ("", "({name}, {thing}) has mark {key}\n", "", "Which mark has ({name}, {thing})?\n",
-         "({name}, {thing}) has mark"),
+         "({name}, {thing}) has mark", ""),
         ("Shelves.\n", "On the shelf of {name} the {thing} lies at {key}.\n", "",
-         "Where on the shelf of {name} does the {thing} lie?\n", "On the shelf of {name} the {thing} lies at"),
+         "Where on the shelf of {name} does the {thing} lie?\n", "On the shelf of {name} the {thing} lies at", "."),
         ("Orders: ", "{name} ordered the {thing}, {key}; ", "end. ",
-         "Which code had the order of {name} for the {thing}? ", "{name} ordered the {thing},"),
+         "Which code had the order of {name} for the {thing}? ", "{name} ordered the {thing},", ";"),
     ),
     syllables=("bra", "dun", "fel", "gri", "hos", "jum", "pla", "quo", "sti", "wex", "yon", "zab"),
     repeats=(("Copy what follows.\n", "\nCopied:\n"), ("<a>", "</a>\n<a>"), ("Original -", "\nDuplicate -"), ("",
@@ -250,8 +254,8 @@ JUDGING = Family(
     ),
     lists=(
         ("Here is a register of entries.\n", "entry {thing} holds {key}\n", "",
-         "What does the following entry hold?\n", "entry {thing} holds"),
-        ("Dictionary: ", "{thing} => {key}, ", "end of dictionary. ", "Lookup: ", "{thing} =>"),
+         "What does the following entry hold?\n", "entry {thing} holds", ""),
+        ("Dictionary: ", "{thing} => {key}, ", "end of dictionary. ", "Lookup: ", "{thing} =>", ""),
     ),
     syllables=("cho", "nge", "pim", "rud", "xa", "gol", "wi", "shu"),
     repeats=(("Tokens to echo:", "\nEcho:"), ("Verse one.", "\nVerse one, repeated."),),
@@ -307,7 +311,7 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
 
     Arguments as of `Writer`.
     """
-    head, line, end, asked, begins = draw.choice(family.lists)
+    head, line, end, asked, begins, closes = draw.choice(family.lists)
     size = max(3, size)
     keys = _pairs(family, draw, size) if "{name}" in line else [{"thing": thing} for thing in family.things]
     entries = [(key, family.key(draw)) for key in draw.sample(keys, min(len(keys), size))]
@@ -318,12 +322,11 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
         wanted += [entry for entry in (entries[0], entries[-1]) if entry not in wanted]
         draw.shuffle(wanted)
     turns = tuple((asked.format(**key), begins.format(**key)) for key, _ in wanted)
-    quote = '"' if begins.endswith('"') else ""
     parts, text = [], told + turns[0][0]
     for (_, value), (_, start) in zip(wanted, turns, strict=True):
-        parts += [text + start, value if quote else f" {value}"]
-        text = f"{quote}\n"
-    return Item((*parts, f"{quote}\n"), told, turns, quote)
+        parts += [text + start, value if begins.endswith('"') else f" {value}"]
+        text = f"{closes}\n"
+    return Item((*parts, text), told, turns, closes)
 
 
 def _pairs(family: Family, draw: random.Random, size: int) -> list[dict[str, str]]:
@@ -358,15 +361,12 @@ def labels(family: Family, draw: random.Random, size: int) -> Item:
     draw.shuffle(names)  # which label a class carries changes from item to item
     words = [(word, name) for name, (_, own) in zip(names, classes, strict=True) for word in draw.sample(own, 4)]
     draw.shuffle(words)
-    parts, text = [], ""
-    for number, (word, name) in enumerate(words):
-        text += line.format(word=word)
-        if number < len(words) - 3:
-            text += f" {name}\n"
-        else:
-            parts += [text, f" {name}"]
-            text = "\n"
-    return Item((*parts, "\n"))
+    told = text = "".join(f"{line.format(word=word)} {name}\n" for word, name in words[:-3])
+    lines, parts = [line.format(word=word) for word, _ in words[-3:]], list[str]()
+    for asked, (_, name) in zip(lines, words[-3:], strict=True):
+        parts += [text + asked, f" {name}"]
+        text = "\n"
+    return Item((*parts, text), told, tuple((asked, asked) for asked in lines))
 
 
 def sums(family: Family, draw: random.Random, size: int) -> Item:

@@ -26,14 +26,10 @@ FOCUS_SHARE = 0.6
 """Share of a row that one or two growing capabilities have; the short ones share the rest."""
 SHORT_ROW = 256
 """Tokens of the rows for tuning that a longer one may be made of."""
-LONG_SHARE = 0.5
-"""Share of the longer rows for tuning that are long tests instead."""
 LONG = ("recall", "lists", "lists")
-"""Of what: what is found again by its key is harder the more other keys there are."""
+"""Of what long tests are: what is found again by its key is harder the more other keys there are."""
 LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
-CHAT_SHARE = 0.5
-"""Share of the rows for tuning that are chats, where the tokenizer has a template. A guess."""
 DEFAULT_WEIGHT = 1.0
 """A nat per answer token, mean over capabilities, counts as one nat per token of text."""
 
@@ -50,6 +46,8 @@ class ProbeRows:
     """int64 [A]: the capability of each answer, as an index of `names`."""
     names: tuple[str, ...]
     """C capabilities, of which each has an answer here."""
+    lengths: torch.Tensor
+    """int64 [M]: as how long rows each is made, T or, of several short ones laid end to end, SHORT_ROW."""
     weight: float = DEFAULT_WEIGHT
     """What a nat of damage, mean over the capabilities, counts in a search beside a nat of KL on text."""
 
@@ -114,15 +112,17 @@ def probe_rows(
     """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
 
     Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
-    items of the others, in random order. What does not fit a row is left out. For tuning, a row of several SHORT_ROW
-    tokens is so many short ones laid end to end, or holds tests as long as it or as half of it.
+    items of the others, in random order. What does not fit a row is left out. For tuning, of two rows of several
+    SHORT_ROW tokens one is so many short ones laid end to end and the other holds tests as long as it or as half of
+    it; and half of the short ones, as half of the long ones, are chats, where the tokenizer has a template. By turns
+    and not by chance: a tenth of 32,768 tokens is three rows.
 
     Args:
         tokenizer: a tokenizer of transformers.
         rows: M.
         window: T, tokens in a row.
         capabilities: what is probed; names in `CAPABILITIES`.
-        family: searching, tuning or judging. Rows for tuning are in part chats, where the tokenizer has a template.
+        family: searching, tuning or judging.
         seed: of all that is drawn.
         first: the number of the first row.
         weight: of the damage in a search.
@@ -135,19 +135,16 @@ def probe_rows(
     """
     words = _family(family)
     capability_names(",".join(capabilities) or "none")
-    marked = []
+    pieces = window // SHORT_ROW if family == "tuning" and window % SHORT_ROW == 0 else 1
+    long = [name for name in LONG if name in capabilities and pieces > 1]
+    marked, lengths = list[_Marked](), list[int]()
     for number in range(first, first + rows):
-        draw = random.Random(f"{family} {seed} {number}")
-        chat = family == "tuning" and bool(getattr(tokenizer, "chat_template", None)) and draw.random() < CHAT_SHARE
-        writer, found = _Writer(tokenizer, words, draw, chat), _Marked([], [])
-        pieces = window // SHORT_ROW if family == "tuning" and window % SHORT_ROW == 0 else 1
-        long = [name for name in LONG if name in capabilities]
-        if pieces > 1 and long and draw.random() < LONG_SHARE:
-            found = _long_row(writer, long, window)
-        for piece in range(0 if found.answers else pieces):
-            found.extend(_row(writer, capabilities, window // pieces, number * pieces + piece))
-        marked.append(found)
-    return _joined(marked, weight)
+        writer = _Writer(tokenizer, words, random.Random(f"{family} {seed} {number}"), False)
+        writer.chat = writer.can_chat and number // 2 % 2 == 1
+        found = _long_row(writer, long, window) if long and number % 2 else None
+        lengths.append(window if found else window // pieces)
+        marked.append(found or _short_rows(writer, capabilities, window, pieces, number // 2 if long else number))
+    return _joined(marked, lengths, weight)
 
 
 def judging_rows(
@@ -185,7 +182,7 @@ def judging_rows(
             while len(found.ids) < window and (item := writer.item(capability)).fits(window - len(found.ids)):
                 found.extend(item)
         marked.append(writer.filled(found, window))
-    return _joined(marked, DEFAULT_WEIGHT)
+    return _joined(marked, [window] * rows, DEFAULT_WEIGHT)
 
 
 def _family(name: str) -> Family:
@@ -224,6 +221,11 @@ class _Writer:
     family: Family
     draw: random.Random
     chat: bool
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a template, and the family's rows are tuned on."""
+        return self.family.name == "tuning" and bool(getattr(self.tokenizer, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens, but those that the text spells."""
@@ -321,14 +323,31 @@ def _turns(item: Item) -> list[tuple[str, str, Sequence[str]]]:
         answers = item.parts[1::2]
         return [(asked, begins, [answer]) for (asked, begins), answer in zip(item.turns, answers, strict=True)]
     asked, *said = item.parts[: len(item.parts) // 2 * 2]  # without the text behind the last answer
-    said[0], said[-1] = said[0].lstrip(), said[-1].rstrip()
+    said[0] = said[0].lstrip()
+    said[-1] = said[-1].rstrip()  # which may be the same one
     return [(asked, "", said)]
 
 
+def _short_rows(writer: _Writer, capabilities: Sequence[str], window: int, pieces: int, number: int) -> _Marked:
+    """So many rows laid end to end, half of them chats where these can be.
+
+    Of eight rows the last four are chats where the first are not: what a row holds goes by its number in turns of four.
+    """
+    found = _Marked([], [])
+    for turn in range(number * pieces, (number + 1) * pieces):
+        writer.chat = writer.can_chat and (turn + turn // 4) % 2 == 1
+        found.extend(_row(writer, capabilities, window // pieces, turn))
+    return found
+
+
 def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int) -> _Marked:
-    """One row: one or two growing capabilities for FOCUS_SHARE of it, short items of the others while they fit."""
+    """One row: one or two growing capabilities for FOCUS_SHARE of it, short items of the others while they fit.
+
+    Of chats, which take more tokens, one.
+    """
     growing = [name for name in GROWING if name in capabilities]
-    long = [growing[(number + i) % len(growing)] for i in range(min(len(growing), 1 + number % 2))] if growing else []
+    several = min(len(growing), 1 if writer.chat else 1 + number % 2)
+    long = [growing[(number + i) % len(growing)] for i in range(several)]
     short = [name for name in capabilities if name not in GROWING]
     turn = number % max(1, len(short))
     found, items = _head(writer.tokenizer), list[_Marked]()
@@ -347,10 +366,10 @@ def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int)
     return writer.filled(found, window)
 
 
-def _long_row(writer: _Writer, capabilities: Sequence[str], window: int) -> _Marked:
+def _long_row(writer: _Writer, capabilities: Sequence[str], window: int) -> _Marked | None:
     """One row of tests of these growing capabilities, up to as long as what is left of the row or as half of it.
 
-    Empty where none fits.
+    None where none fits.
     """
     found = _head(writer.tokenizer)
     while (left := window - len(found.ids)) > SHORT_ROW // 2:
@@ -358,7 +377,7 @@ def _long_row(writer: _Writer, capabilities: Sequence[str], window: int) -> _Mar
         if not (item := writer.grown(name, room, one_form=True) or writer.grown(name, left)):
             break
         found.extend(item)
-    return writer.filled(found, window) if found.answers else _Marked([], [])
+    return writer.filled(found, window) if found.answers else None
 
 
 def _head(tokenizer: Any) -> _Marked:
@@ -367,7 +386,7 @@ def _head(tokenizer: Any) -> _Marked:
     return _Marked([bos], [None]) if bos is not None and tokenizer("a").input_ids[:1] == [bos] else _Marked([], [])
 
 
-def _joined(marked: Sequence[_Marked], weight: float) -> ProbeRows:
+def _joined(marked: Sequence[_Marked], lengths: Sequence[int], weight: float) -> ProbeRows:
     """Rows with their marks as tensors; the mark of a token stands where it is predicted, one place before."""
     seen = {mark[0] for row in marked for mark in row.of[1:] if mark}
     names = tuple(name for name in CAPABILITIES if name in seen)
@@ -382,4 +401,5 @@ def _joined(marked: Sequence[_Marked], weight: float) -> ProbeRows:
                     capability.append(names.index(mark[0]))
                 answers[i, t] = numbers[i, mark[1]]
     tokens = torch.tensor([row.ids for row in marked], dtype=torch.int64)
-    return ProbeRows(tokens, answers, torch.tensor(capability, dtype=torch.int64), names, weight)
+    of = torch.tensor(capability, dtype=torch.int64)
+    return ProbeRows(tokens, answers, of, names, torch.tensor(lengths), weight)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import ANSWERS, Blocks, Order, Reader, stored_answers, stored_blocks
+from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
@@ -134,48 +134,51 @@ def tuning_treatment(work: RunContext, *, stored: bool) -> Treatment:
     Returns:
         The treatment.
     """
-    rows, lengths = work.blocks["tuning"], None
+    marks, lengths = stored_marks(work.run.folder, "tuning"), None
     if not stored and not layer_reader_protocol.layers_on_disk(work.stack.model):
-        lengths = row_lengths(rows, work.text["tuning"].origins, work.config.text.window)
-    weights = token_weights(stored_answers(work.run.folder, "tuning"), work.config.heal.answer_weight)
+        rows, origins = work.blocks["tuning"], work.text["tuning"].origins
+        lengths = row_lengths(rows, origins, work.config.text.window, marks)
+    weights = token_weights(marks, work.config.heal.answer_weight)
     return Treatment(row_lengths=lengths, token_weights=weights)
 
 
-def token_weights(answers: torch.Tensor | None, weight: float) -> torch.Tensor | None:
+def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:
     """What each token counts.
 
     Args:
-        answers: bool [N, T], as of `Blocks`.
+        marks: of the N rows of T tokens.
         weight: of a token before an answer's; of others it is 1.
 
     Returns:
         float32 [N, T]; None where every token counts alike.
     """
-    return None if answers is None or weight == 1 else torch.where(answers, weight, 1.0)
+    return None if marks is None or weight == 1 else torch.where(marks.answers, weight, 1.0)
 
 
-def row_lengths(rows: torch.Tensor, origins: Sequence[str], short: int) -> torch.Tensor | None:
-    """As how long rows each is done: every second row of each text as short ones, all others whole.
+def row_lengths(
+    rows: torch.Tensor, origins: Sequence[str], short: int, marks: Marks | None = None
+) -> torch.Tensor | None:
+    """As how long rows each is done: every second row of each text as short ones, and tests as they are made.
 
     Long rows lower perplexity more; from rows that begin anew a model learns to use the beginning of a context.
 
     Args:
         rows: token ids [N, T].
         origins: where they come from, in turn.
-        short: tokens of a short row of text.
+        short: tokens of a short row of text; where T is no multiple of it all of text is done whole.
+        marks: of the tests among them.
 
     Returns:
-        int64 [N], divisors of T; None where T is no larger multiple of `short`.
+        int64 [N], divisors of T; None where all are done whole.
     """
-    longest = rows.shape[1]
-    if longest <= short or longest % short:
-        return None
-    lengths, seen = list[int](), Counter[str]()
-    for i in range(len(rows)):
+    longest, seen = rows.shape[1], Counter[str]()
+    of_text = (longest, short if longest % short == 0 else longest)
+    lengths = torch.zeros(len(rows), dtype=torch.int64) if marks is None else marks.lengths.clone()
+    for i in (lengths == 0).nonzero()[:, 0].tolist():
         kind = origins[i % len(origins)]
-        lengths.append(longest if kind == TESTS else (longest, short)[seen[kind] % 2])
+        lengths[i] = of_text[seen[kind] % 2]
         seen[kind] += 1
-    return torch.tensor(lengths)
+    return lengths if (lengths < longest).any() else None
 
 
 def held_out_tokens(heal: HealConfig) -> int:
@@ -240,8 +243,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
                 reader.skip_blocks(other, **asdict(asked(work, other)), keys=keys_of(work, other))
             blocks = reader.draw(use, **asdict(asked(work, use)))
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
-            marked = {} if blocks.answers is None else {ANSWERS: blocks.answers}
-            work.save({use: blocks.tokens} | marked, f"tokens-{use}")
+            work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
             work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
             work.__dict__.pop("blocks", None)
             files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercut import surgery
+from layercut.data import sources
 from layercut.data.blocks import in_rows
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.data.text_overlap import by_origin
@@ -165,10 +166,13 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
 def some_of_each(this: Round) -> torch.Tensor:
     """Which rows to tune on heal a cut on trial, int64 [n], in their order: of each source its share, one at least.
 
+    Of tests two, of which one is short and one is long.
+
     this: the round.
     """
-    parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins).values()
-    return torch.cat([part.sort().values[: rows_to_tune(len(part))] for part in parts]).sort().values
+    parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins)
+    counts = {name: max(rows_to_tune(len(part)), 1 + (name == sources.TESTS)) for name, part in parts.items()}
+    return torch.cat([part.sort().values[: counts[name]] for name, part in parts.items()]).sort().values
 
 
 @torch.no_grad()
