@@ -72,7 +72,15 @@ class Marks:
 
     @classmethod
     def none(cls, rows: int, window: int) -> Marks:
-        """Of rows of text."""
+        """Of rows of text, which has no tests.
+
+        Args:
+            rows: N.
+            window: T.
+
+        Returns:
+            The marks.
+        """
         return cls(torch.zeros(rows, window, dtype=torch.bool), torch.zeros(rows, dtype=torch.int64))
 
 
