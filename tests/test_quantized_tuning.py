@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -53,7 +54,9 @@ def test_nothing_changes_before_the_first_step(options, learned):
     dense = half(tiny.llama(2, tie_word_embeddings=True))
     found = rounded(dense, **options)
     before, packed = logits(found.model), {name: tensor.clone() for name, tensor in found.packed.items()}
+    plain = weakref.ref(found.model.get_parameter("model.layers.0.mlp.up_proj.weight"))
     parts = Trainable.of_(found, dense if learned else None)
+    assert plain() is None, "what is computed anew is not kept beside"
     assert {type(module) for module in parts.modules.values()} == {Rounded if learned else Scaled}
     assert torch.equal(logits(parts.model), before)
     done = parts.finished_()

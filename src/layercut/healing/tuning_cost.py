@@ -94,13 +94,14 @@ def trained_bytes(itemsize: int) -> int:
 
 
 def decoded_bytes(itemsize: int) -> int:
-    """Of a quantized weight while it is trained: its code, what it is decoded to, and the gradient of that."""
+    """Of a quantized weight while its scale is trained: its code, what it is decoded to, and the gradient of that."""
     return 2 * itemsize + 1
 
 
 def learned_weight_bytes(itemsize: int) -> int:
-    """Of a weight whose rounding is trained: what that takes, and its place in the dense and in the rounded model."""
-    return trained_bytes(itemsize) + decoded_bytes(itemsize) + 2 * itemsize
+    """Of a weight whose rounding is trained: what that takes, what it is rounded to and the gradient of that, and its
+    place in the dense model."""
+    return trained_bytes(itemsize) + 3 * itemsize
 
 
 def healed_bytes(run: PlannedRun) -> int:

@@ -15,6 +15,7 @@ rounding among those that round to the codes chosen, so that nothing changes bef
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,13 +41,37 @@ Shares = list[tuple[nn.Parameter, float]]
 """Trained parameters, each with the size of one unit of it, of which the learning rate is a share."""
 
 
-class Scaled(nn.Module):
-    """A weight [O, I] from frozen codes and a trainable scale for each group of columns."""
+class WeightOnGrid(nn.Module, ABC):
+    """A weight [O, I] that is computed from what is trained: of all, a scale for each group of columns."""
+
+    def __init__(self, plain: Any, grid: Grid, stored: torch.dtype) -> None:
+        super().__init__()
+        self.grid, self.stored = grid, stored
+        self.scale = nn.Parameter(grid.scale.to(plain.weight.dtype))
+
+    @abstractmethod
+    def forward(self) -> torch.Tensor:
+        """W [O, I], as a loader will compute it."""
+
+    @abstractmethod
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Some rows of W [n, I]; the others are not computed."""
+
+    @abstractmethod
+    def current(self) -> tuple[torch.Tensor, Grid]:
+        """Codes and grid as they are now."""
+
+    def units(self) -> Shares:
+        """What is trained, and its mean size."""
+        return [(self.scale, self.scale.detach().abs().mean().item())]
+
+
+class Scaled(WeightOnGrid):
+    """From frozen codes."""
 
     def __init__(self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype) -> None:
-        super().__init__()
-        self.codes, self.grid, self.stored = codes, grid, stored
-        self.scale = nn.Parameter(grid.scale.to(plain.weight.dtype))
+        super().__init__(plain, grid, stored)
+        self.codes = codes
 
     def forward(self) -> torch.Tensor:
         """W [O, I], as a loader will compute it."""
@@ -60,18 +85,14 @@ class Scaled(nn.Module):
         """Codes and grid as they are now."""
         return self.codes, _with_scale(self.grid, self.scale, self.stored)
 
-    def units(self) -> Shares:
-        """What is trained, and its mean size."""
-        return [(self.scale, self.scale.detach().abs().mean().item())]
 
-
-class Rounded(Scaled):
-    """The same with a trainable weight that is rounded to the codes in every pass."""
+class Rounded(WeightOnGrid):
+    """From a trainable weight that is rounded in every pass."""
 
     def __init__(
         self, plain: Any, codes: torch.Tensor, grid: Grid, stored: torch.dtype, original: torch.Tensor
     ) -> None:
-        super().__init__(plain, codes, grid, stored)
+        super().__init__(plain, grid, stored)
         zero = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
         step = grid.scale.float().unsqueeze(-1)
         middle = codes.float().unflatten(1, (-1, grid.group_size))
@@ -102,7 +123,7 @@ class Rounded(Scaled):
 class QuantizedModule(nn.Module):
     """A linear module or an embedding that reads its weight from where it is trained; a tied head reads the same."""
 
-    def __init__(self, plain: Any, source: Scaled) -> None:
+    def __init__(self, plain: Any, source: WeightOnGrid) -> None:
         super().__init__()
         self.source, self.plain = source, [plain]  # in a list: no part of the model
         self.bias = getattr(plain, "bias", None)
@@ -185,10 +206,11 @@ class Trainable:
     """A quantized model taken apart: what can be trained, and how it is put together again."""
 
     found: Quantized
-    modules: dict[str, Scaled]
+    modules: dict[str, WeightOnGrid]
     """By dotted name of the module that they are the weight of."""
     places: dict[str, nn.Module]
-    """The plain modules in whose places the model has others now, by dotted name; a tied head's too."""
+    """The plain modules, without a weight, in whose places the model has others now, by dotted name; a tied head's
+    too."""
     norms: dict[str, nn.Parameter]
     """The vectors of the decoder and of the norm after it, with parameters of their own."""
 
@@ -203,7 +225,9 @@ class Trainable:
         Returns:
             The parts.
         """
-        model, stored, modules, places = found.model, stored_dtype(found.model), {}, {}
+        model, stored = found.model, stored_dtype(found.model)
+        modules: dict[str, WeightOnGrid] = {}
+        places: dict[str, Any] = {}
         kinds = (nn.Linear, nn.Embedding)
         by_weight: dict[int, list[str]] = {}
         for name, module in model.named_modules():
@@ -219,9 +243,12 @@ class Trainable:
                 modules[name] = Scaled(plain, codes, grid, stored)
             else:
                 modules[name] = Rounded(plain, codes, grid, stored, before.get_submodule(name).weight.detach())
-            for place in by_weight[id(plain.weight)]:
-                places[place] = model.get_submodule(place)
-                model.set_submodule(place, QuantizedModule(places[place], modules[name]))
+            weight = plain.weight
+            none = nn.Parameter(weight.new_empty(0), requires_grad=False)  # while it is trained, nothing reads it
+            for place in by_weight[id(weight)]:
+                places[place] = module = model.get_submodule(place)
+                model.set_submodule(place, QuantizedModule(module, modules[name]))
+                module.weight = none
         ours = {id(p) for part in (*modules.values(), *places.values()) for p in part.parameters()}
         vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1 and id(p) not in ours}
         replace_parameters_(model, {name: nn.Parameter(value) for name, value in vectors.items()})
