@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,13 @@ from layercut.errors import ConfigError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
+from layercut.healing.tuning_pass import Batch, Pair
 from layercut.healing.tuning_state import StateFile
 from layercut.models import loading
+from layercut.models.batch_sizes import Budget
+from layercut.models.model_in_memory import prepared
+from layercut.models.objectives import KL
+from layercut.models.runner import DecoderRunner
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
@@ -121,6 +127,26 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     again = loading.share(dense)  # as a run puts it together from its files
     loading.replace_parameters_(again, quantized_weights(done.packed, done.config))
     assert torch.equal(logits(again), logits(done.model))
+
+
+def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
+    """Its gradient is that of all pieces: the same as of logits in one piece."""
+    dense = half(tiny.llama(2, tie_word_embeddings=True)).float()
+    gradients, counts, calls = [], list[int](), list[int]()
+    rounds = Rounded.forward
+    monkeypatch.setattr(Rounded, "forward", lambda self: calls.append(len(self.latent)) or rounds(self))
+    for piece in (2**30, 4 * dense.config.vocab_size * 5):  # five tokens
+        parts = Trainable.of_(rounded(dense, bits=3, quantize_embeddings=True, embedding_bits=3), dense)
+        monkeypatch.setattr(DecoderRunner, "budget", replace(Budget.of_cpu(), piece=piece))
+        with prepared(parts.model, dense) as (cut, whole), torch.enable_grad():
+            own = [parameter.requires_grad_() for parameter, _ in parts.parameters]
+            pair = Pair(dense=whole, student=cut, prefix=0, last=1, objective=KL(), apart=True)
+            calls.clear()
+            list(pair.backward([Batch(TOKENS[:4], torch.arange(4), 1.0)]))
+        counts.append(calls.count(dense.config.vocab_size))
+        gradients.append([parameter.grad for parameter in own])
+    assert counts[0] == counts[1]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):

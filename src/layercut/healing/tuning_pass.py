@@ -73,7 +73,8 @@ class Pair:
         """
         for batch in batches:
             out, wanted = self.forward(batch.tokens)
-            loss, gradient = loss_gradient(self, batch, out, wanted)
+            with self.student.head_once():
+                loss, gradient = loss_gradient(self, batch, out, wanted)
             out.backward(gradient)
             yield loss
 
@@ -280,7 +281,7 @@ class HeldOut:
         terms, sums = self.objective.terms(), list[torch.Tensor]()  # of each piece the loss by each term
         queue, done = self.pair.student.parts("tune", self.groups), list[list[HeldRows]]()
         for group in queue:
-            with queue.trying(group):
+            with queue.trying(group), self.pair.student.head_once():
                 sums += self._losses(group, [term for _, term in terms])
                 done.append(group)
         self.groups = done

@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -379,6 +379,10 @@ class DecoderRunner:
         if self._head:
             return self._head.logits(hidden if part is None else hidden[:, part], self.place(tokens))
         return self._exit_whole(hidden, tokens, part)
+
+    def head_once(self) -> AbstractContextManager[None]:
+        """While open, a head that computes its weight (a quantized one in training, `weight_once`) does so once."""
+        return getattr(self.model.get_output_embeddings(), "weight_once", nullcontext)()
 
     def _exit_whole(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
         """`exit` by a run of the whole model, in which no layer computes."""

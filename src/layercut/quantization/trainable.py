@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,11 +128,24 @@ class QuantizedModule(nn.Module):
         super().__init__()
         self.source, self.plain = source, [plain]  # in a list: no part of the model
         self.bias = getattr(plain, "bias", None)
+        self._held: torch.Tensor | None = None
 
     @property
     def weight(self) -> torch.Tensor:
         """W [O, I]."""
-        return self.source()
+        return self.source() if self._held is None else self._held
+
+    @contextmanager
+    def weight_once(self) -> Iterator[None]:
+        """While open, W is computed once, and at the end its gradient is passed on once: of a head, for all pieces."""
+        weight = self.source()
+        self._held = weight.detach().requires_grad_(weight.requires_grad)
+        try:
+            yield
+            if self._held.grad is not None:
+                weight.backward(self._held.grad)
+        finally:
+            self._held = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W x + b, or the rows of W that token ids name, as the module in whose place it is computes them."""
