@@ -99,8 +99,7 @@ def decoded_bytes(itemsize: int) -> int:
 
 
 def learned_weight_bytes(itemsize: int) -> int:
-    """Of a weight whose rounding is trained: what that takes, what it is rounded to and the gradient of that, and its
-    place in the dense model."""
+    """Of a weight whose rounding is trained: its training, what it is rounded to, its gradient, the dense one."""
     return trained_bytes(itemsize) + 3 * itemsize
 
 
