@@ -161,7 +161,8 @@ def train_(
 
 def backward_(pair: Pair, tokens: torch.Tensor, weight: float) -> float:
     """Add the gradient of weight x the mean KL over tokens [B, T] to what is trained; that loss."""
-    batch = Batch(tokens, torch.arange(len(tokens)), weight)
+    rows = torch.arange(len(tokens))
+    batch = Batch(tokens, rows, torch.zeros_like(rows), weight)
     if pair.prefix:
         return sum(loss.sum().item() for loss in pair.backward([batch]))
     with torch.no_grad():

@@ -17,7 +17,7 @@ import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.distributed import processes
-from layercut.errors import ModelError, RunError, SurgeryError
+from layercut.errors import ConfigError, ModelError, RunError, SurgeryError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning as room
@@ -255,31 +255,35 @@ SETTINGS = {
     "next-token": {"objective": "next-token"},
     "hidden": {"objective": "hidden"},
     "two epochs": {"epochs": 2, "radius": 2},
+    "parted": {"epochs": 2},
 }
+LENGTHS = torch.tensor([16, 4, 8] * 8)
 
 
-def tuned(checkpoint, mode, folder, segments, settings, tokens, **how):
+def tuned(checkpoint, mode, folder, segments, settings, tokens, lengths, **how):
     """The report of tuning, the weights after it, and the dense stack."""
     dense, student = opened(checkpoint, segments, mode, **how)
     states = None
     if mode == "on":
-        states = frozen_states(student, dense, tokens, settings, folder, key="")
-    files = TuningFiles(states=states)
-    report = tune_(student, dense, tokens, heldout=tiny.some_tokens(8, 16, seed=3), files=files, **vars(settings))
+        states = frozen_states(student, dense, tokens, settings, folder, key="", row_lengths=lengths)
+    files, heldout = TuningFiles(states=states), tiny.some_tokens(8, 16, seed=3)
+    report = tune_(student, dense, tokens, heldout=heldout, row_lengths=lengths, files=files, **vars(settings))
     weights = {n: p for n, p in student.model.named_parameters() if n.startswith("model.layers.") and not p.is_meta}
     return report, weights, dense
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
     ("kl", "float32"), ("kl", "bfloat16"), ("mixed", "float32"), ("next-token", "float32"), ("hidden", "bfloat16"),
-    ("two epochs", "bfloat16"),
+    ("two epochs", "bfloat16"), ("parted", "bfloat16"),
 ])  # fmt: skip
 def test_tuning_ends_in_the_same_bits(name, dtype, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_sizes, "PASS_TOKENS", 48)
     settings = TuneSettings(learning_rate=1e-3, batch_tokens=96, **SETTINGS[name])
     segments, tokens = [Segment(2, 3), Segment(4, 6)], tiny.some_tokens(24, 16)
+    lengths = LENGTHS if name == "parted" else None
     (ours, left, _), (theirs, right, _) = (
-        tuned(llama, mode, tmp_path / "states", segments, settings, tokens, dtype=dtype) for mode in ("on", "off")
+        tuned(llama, mode, tmp_path / "states", segments, settings, tokens, lengths, dtype=dtype)
+        for mode in ("on", "off")
     )
     assert ours.heldout == theirs.heldout
     assert [p["loss"] for p in ours.curve] == [p["loss"] for p in theirs.curve]
@@ -307,8 +311,13 @@ def test_a_frozen_layer_is_read_twice_a_step_and_one_below_the_cut_never(llama, 
     assert max(disk.layers_read[6:]) <= 2 + scores + steps + 2
     below = disk.layers_read[:2]
     again = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="")
-    assert torch.equal(again.read("wanted", torch.tensor([5])), states.read("wanted", torch.tensor([5])))
+    part = torch.tensor([5]), torch.tensor([0]), 16
+    assert torch.equal(again.read("wanted", *part), states.read("wanted", *part))
     assert disk.layers_read[:2] == below, "states that are there are made again"
+    with pytest.raises(ConfigError, match="the states were stored of rows of other lengths"):
+        tune_(student, dense, tokens, heldout=heldout, files=files, row_lengths=LENGTHS, **vars(settings))
+    parted = frozen_states(student, dense, tokens, settings, tmp_path / "states", key="", row_lengths=LENGTHS)
+    assert not torch.equal(again.read("wanted", *part), parted.read("wanted", *part)), "those of whole rows stay"
 
 
 def test_states_need_room(llama, tmp_path, monkeypatch):

@@ -243,7 +243,7 @@ def test_kl_step_gradient_is_the_full_models():
     reference = cut_copy(model, Segment(3, 5))
     trained = own_parameters_(DecoderRunner(student), [2, 3])
     pair = Pair(dense=DecoderRunner(model), student=DecoderRunner(student), prefix=2, last=3)
-    list(pair.backward([Batch(tokens, torch.arange(4), 1.0)]))
+    list(pair.backward([Batch(tokens, torch.arange(4), torch.zeros(4, dtype=torch.int64), 1.0)]))
     wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p = model(input_ids=tokens, use_cache=False).logits
     losses.kl_divergence(p, reference(input_ids=tokens, use_cache=False).logits).mean().backward()
@@ -349,7 +349,7 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatc
     dense, cut = DecoderRunner(model), DecoderRunner(student)
     pair = Pair(dense=dense, student=cut, prefix=2, last=3, stored=stored, objective=objective)
     trained = own_parameters_(pair.student, [2, 3])
-    (loss,) = pair.backward([Batch(tokens, rows, 1.0)])
+    (loss,) = pair.backward([Batch(tokens, rows, torch.zeros_like(rows), 1.0)])
 
     wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, reference))
@@ -429,7 +429,7 @@ def test_stored_teacher_is_the_dense_models_and_goes_on_where_it_stopped(tmp_pat
     size = sum(file.stat().st_size for file in files)
     assert stored_bytes(tokens.numel(), 8) < size < stored_bytes(tokens.numel(), 8) + 4 * 400
 
-    log_p, index = teacher.read(torch.tensor([5, 2]), slice(3, 9))
+    log_p, index = teacher.read(torch.tensor([5, 2]), torch.zeros(2, dtype=torch.int64), slice(3, 9))
     p = F.softmax(model(input_ids=tokens[[5, 2], :], use_cache=False).logits, -1)[:, 3:9].flatten(0, 1)
     torch.testing.assert_close(p.gather(-1, index), p.topk(8).values)
     torch.testing.assert_close(log_p[:, :-1].exp(), p.topk(8).values, rtol=5e-3, atol=1e-6)
@@ -443,6 +443,19 @@ def test_stored_teacher_is_the_dense_models_and_goes_on_where_it_stopped(tmp_pat
     assert files[0].stat().st_mtime_ns == written, "what was there is computed again"
     store_teacher(DecoderRunner(model), tokens[:2], 8, folder, key="b")
     assert [file.name for file in folder.iterdir()] == ["00000.safetensors"], "those of other tokens stay"
+
+
+def test_a_stored_teacher_predicts_parts_of_rows_from_their_beginning(tmp_path):
+    model, tokens, lengths = tiny.llama(), tiny.some_tokens(3, 16), torch.tensor([16, 4, 8])
+    teacher = store_teacher(DecoderRunner(model), tokens, 8, tmp_path, key="", lengths=lengths)
+    for row, start, length in ((0, 0, 16), (1, 0, 4), (1, 12, 4), (2, 8, 8)):
+        part = tokens[row, start : start + length]
+        p = model(input_ids=part[None], use_cache=False).logits[0, 1:4].softmax(-1)
+        log_p, index = teacher.read(torch.tensor([row]), torch.tensor([start]), slice(1, 4))
+        assert torch.equal(index, p.topk(8).indices), (row, start)
+        torch.testing.assert_close(log_p[:, :-1].exp(), p.topk(8).values, rtol=5e-3, atol=1e-6)
+    with pytest.raises(ConfigError, match="the dense predictions were stored of rows of other lengths"):
+        tune_(cut_copy(model, Segment(3, 5)), model, tokens, heldout=tokens, files=TuningFiles(teacher=teacher))
 
 
 def test_stored_teacher_refuses_what_cannot_be(tmp_path, monkeypatch):

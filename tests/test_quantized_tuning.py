@@ -142,7 +142,7 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
             own = [parameter.requires_grad_() for parameter, _ in parts.parameters]
             pair = Pair(dense=whole, student=cut, prefix=0, last=1, objective=KL(), apart=True)
             calls.clear()
-            list(pair.backward([Batch(TOKENS[:4], torch.arange(4), 1.0)]))
+            list(pair.backward([Batch(TOKENS[:4], torch.arange(4), torch.zeros(4, dtype=torch.int64), 1.0)]))
         counts.append(calls.count(dense.config.vocab_size))
         gradients.append([parameter.grad for parameter in own])
     assert counts[0] == counts[1]

@@ -382,7 +382,7 @@ class HealConfig:
     tune_window: Annotated[int | None, rare] = None
     """Tokens in every second row to tune on, of text or tests; the others are as --window, of tests 256. Not given:
     1,024, or --batch-tokens where that is less, if 65,536 tokens or more are tuned on and the model has the positions;
-    else, and with --teacher-topk, as --window. With --stream or --teacher-topk all rows are of this length."""
+    else as --window."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""

@@ -33,6 +33,7 @@ from layercut.errors import ConfigError
 from layercut.files.json_values import digest
 from layercut.healing.inputs import removed_segments, with_held_out
 from layercut.healing.offloaded import FrozenStates, PairOnDisk, store_states
+from layercut.healing.row_parts import RowParts, check_lengths, row_parts
 from layercut.healing.stored_teacher import StoredTeacher
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair
 from layercut.healing.tuning_result import TuningResult
@@ -161,7 +162,7 @@ def tune_(
         radius: layers trained on each side of a cut; None: as many as have no more than `MOST_TRAINED` parameters.
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
-        row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long. Not with what was stored.
+        row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
         token_weights: [N, T], by what the loss at each token is multiplied, at the one before what is predicted;
             the held-out loss is not weighted.
         files: what to keep on disk; nothing by default.
@@ -177,7 +178,9 @@ def tune_(
         objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
         learning_rate=learning_rate,
     )  # fmt: skip
-    check_rows(row_lengths, token_weights, tokens, files)
+    stored = {"the states": files.states, "the dense predictions": files.teacher}
+    check_lengths(row_lengths, tokens, {name: each.lengths for name, each in stored.items() if each})
+    check_weights(token_weights, tokens)
     tokens, heldout = with_held_out(tokens, heldout)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
@@ -261,6 +264,7 @@ def frozen_states(
     folder: Path,
     *,
     key: str,
+    row_lengths: torch.Tensor | None = None,
 ) -> FrozenStates:
     """For models whose layers are on disk: what `tune_` with the same arguments need not compute in every step.
 
@@ -271,6 +275,7 @@ def frozen_states(
         settings: those of `tune_`.
         folder: where to keep the states; those of the same key that are there are not computed again.
         key: stands for model and tokens.
+        row_lengths: as `tune_` takes them.
 
     Raises:
         RunError: the disk is too small.
@@ -281,35 +286,10 @@ def frozen_states(
     (pair, _), window = _pair(student, dense, settings, TuningFiles()), tokens.shape[1]
     rows = rows_per_step(settings, window), rows_per_pass(pair, window)
     with bar("running the frozen layers once", len(tokens)) as advance:
-        return store_states(dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, advance=advance)
-
-
-def check_rows(
-    lengths: torch.Tensor | None, weights: torch.Tensor | None, tokens: torch.Tensor, files: TuningFiles
-) -> None:
-    """Refuse lengths of rows and weights of tokens that cannot be.
-
-    Args:
-        lengths: as `tune_` takes them.
-        weights: as `tune_` takes them.
-        tokens: token ids [N, T].
-        files: what is read from and kept on disk.
-
-    Raises:
-        ConfigError: not one length for each row, below 2, one that does not divide T, or something of whole rows was
-            stored; not one weight for each token, or one that is negative or not finite.
-    """
-    check_weights(weights, tokens)
-    if lengths is None:
-        return
-    rows, window = tokens.shape
-    wrong = lengths.shape != (rows,) or lengths.min() < 2 or (window % lengths).any()
-    if wrong or files.teacher or files.states:
-        raise ConfigError(
-            f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()} are not for tokens "
-            f"{[rows, window]}",
-            "give a divisor of the row's tokens for each, 2 at least, and nothing that was stored of whole rows",
-        )
+        return store_states(
+            dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, lengths=row_lengths,
+            advance=advance,
+        )  # fmt: skip
 
 
 def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
@@ -623,35 +603,32 @@ class _Training:
 
     def _batches(self, rows: torch.Tensor) -> list[Batch]:
         """This process's passes over the rows of a step, each with its weight; rows of one length after another."""
-        if self.row_lengths is None:
-            return self._of_length(rows, self.tokens.shape[1], len(rows))
-        lengths = self.row_lengths[rows]
-        return [
-            batch
-            for length in lengths.unique().tolist()
-            for batch in self._of_length(rows[lengths == length], length, len(rows))
-        ]
+        parts = row_parts(self.tokens, rows, self.row_lengths)
+        return [batch for each in parts for batch in self._of_length(each, rows.numel() * self.tokens.shape[1])]
 
-    def _of_length(self, rows: torch.Tensor, length: int, of: int) -> list[Batch]:
-        """The passes over these of a step's rows, which may be several shorter ones each.
+    def _of_length(self, given: RowParts, of: int) -> list[Batch]:
+        """The passes over these of a step's rows, whose tokens are `of` in all.
 
         They are made smaller where there are fewer than processes, unless a loss is relative to the pass that it is
         taken over: then a step's passes are always the same.
         """
-        tokens, parts_of_row = self.tokens[rows].view(-1, length), self.tokens.shape[1] // length
-        weights = None if self.token_weights is None else self.token_weights[rows].view(-1, length)
-        size, student = self.report.pass_rows * parts_of_row, self.pair.student
+        tokens, rows, starts = given
+        parts_of_row, student = self.tokens.shape[1] // tokens.shape[1], self.pair.student
+        weights = None
+        if self.token_weights is not None:
+            weights = self.token_weights[rows[::parts_of_row]].view(tokens.shape)
+        size = self.report.pass_rows * parts_of_row
         if any(term.whole_pass for _, term in self.pair.objective.terms()):
             parts = list(slices(len(tokens), size))
             parts = parts[processes.share(len(parts))]
         else:
             parts = processes.share_of_batches(len(tokens), size)
-        scale = self.report.loss_scale / (of * parts_of_row)
-        numbers = rows.repeat_interleave(parts_of_row)  # read where predictions were stored, of whole rows
+        scale = self.report.loss_scale * tokens.shape[1] / of
         return [
             Batch(
                 student.place(tokens[part]),
-                numbers[part],
+                rows[part],
+                starts[part],
                 len(tokens[part]) * scale if counts else 0.0,
                 None if weights is None else student.place(weights[part]),
             )

@@ -20,7 +20,9 @@ import torch
 
 from layercut.errors import RunError
 from layercut.files.sizes import size
+from layercut.healing.row_parts import RowParts, of_lengths, row_parts
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
+from layercut.models.batch_sizes import slices
 from layercut.models.devices import placed
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
 from layercut.offload.weight_sharing import SharedLayers
@@ -38,38 +40,42 @@ class FrozenStates:
     row: tuple[int, int]
     """T and D."""
     dtype: torch.dtype
+    lengths: str
+    """As how long rows these were done, `of_lengths`."""
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, T x D numbers."""
-        return self.row[0] * self.row[1] * self.dtype.itemsize
-
-    def read(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Hidden states of some rows.
+    def read(self, name: str, rows: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+        """Hidden states of parts of some rows.
 
         Args:
             name: of the file.
             rows: indices [n].
+            starts: where in these each part begins [n].
+            length: t, tokens of a part.
 
         Returns:
-            [n, T, D] on the CPU.
+            [n, t, D] on the CPU.
         """
-        found = torch.empty(len(rows), *self.row, dtype=self.dtype)
-        for into, row in zip(found, rows.tolist(), strict=True):
-            self.files[name].seek(row * self.row_bytes)
+        found = torch.empty(len(rows), length, self.row[1], dtype=self.dtype)
+        for into, row, start in zip(found, rows.tolist(), starts.tolist(), strict=True):
+            self._seek(name, row, start)
             self.files[name].readinto(into.view(torch.uint8).numpy())  # type: ignore[attr-defined]
         return found
 
-    def write_(self, name: str, first: int, states: torch.Tensor) -> None:
-        """Write hidden states of the rows from `first` on.
+    def write_(self, name: str, parts: RowParts, states: torch.Tensor) -> None:
+        """Write hidden states of parts of rows.
 
         Args:
             name: of the file.
-            first: the first row.
-            states: [n, T, D].
+            parts: n of t tokens.
+            states: [n, t, D].
         """
-        self.files[name].seek(first * self.row_bytes)
-        self.files[name].write(states.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for row, start, state in zip(parts.rows.tolist(), parts.starts.tolist(), states.cpu(), strict=True):
+            self._seek(name, row, start)
+            self.files[name].write(state.contiguous().view(torch.uint8).numpy().tobytes())
+
+    def _seek(self, name: str, row: int, start: int) -> None:
+        window, hidden_size = self.row
+        self.files[name].seek((row * window + start) * hidden_size * self.dtype.itemsize)
 
     def close(self) -> None:
         """Close the files."""
@@ -87,6 +93,7 @@ def store_states(
     *,
     rows: tuple[int, int],
     key: str,
+    lengths: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> FrozenStates:
     """Dense hidden states at `prefix` and at `stop`; those that are there already are not computed again.
@@ -100,6 +107,7 @@ def store_states(
         rows: in an optimizer step and in a pass of it, which go through the layers here as they will in the first
             epoch.
         key: stands for model and tokens.
+        lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
         advance: called with the rows done.
 
     Returns:
@@ -110,26 +118,30 @@ def store_states(
     """
     names = ["shared"] if stop is None else ["shared", "wanted"]
     window = tokens.shape[1]
-    key = f"{key} prefix={prefix} stop={stop} rows={rows} of={tuple(tokens.shape)} dtype={dense.model.dtype}"
+    done_as = of_lengths(lengths)
+    key = f"{key} prefix={prefix} stop={stop} rows={rows} of={tuple(tokens.shape)} {done_as} dtype={dense.model.dtype}"
     if (folder / KEY).is_file() and (folder / KEY).read_text() == key:
-        return _opened(folder, names, "rb", dense, window)
+        return _opened(folder, names, "rb", dense, window, done_as)
     _make_room(folder, len(names) * dense.stream_bytes(tokens.numel()))
-    states = _opened(folder, names, "w+b", dense, window)
+    states = _opened(folder, names, "w+b", dense, window, done_as)
     per_step, per_pass = rows
     together = max(1, rows_at_once(dense, window, 1) // per_step) * per_step
-    groups = tokens.split(together)
-    say_passes(dense, groups[0].numel(), 1, len(groups))
-    for number, group in enumerate(groups):
-        batches = [batch for step in group.split(per_step) for batch in step.split(per_pass)]
-        hidden, calls = enter_all(dense, batches)
+    groups = torch.arange(len(tokens)).split(together)
+    say_passes(dense, len(groups[0]) * window, 1, len(groups))
+    for group in groups:
+        batches = [
+            parts.some(some)
+            for step in group.split(per_step)
+            for parts in row_parts(tokens, step, lengths)
+            for some in slices(len(parts.tokens), per_pass * window // parts.tokens.shape[1])
+        ]
+        hidden, calls = enter_all(dense, [parts.tokens for parts in batches])
         for name, start, end in zip(names, (0, prefix), (prefix, stop), strict=False):
             for i in range(start, end or 0):
                 carry_(dense, hidden, calls, i, i + 1)
                 advance(len(group) / (stop or prefix))
-            first = number * together
-            for state in hidden:
-                states.write_(name, first, state)
-                first += len(state)
+            for parts, state in zip(batches, hidden, strict=True):
+                states.write_(name, parts, state)
     for file in states.files.values():
         file.flush()
     (folder / KEY).write_text(key)
@@ -146,9 +158,11 @@ def _make_room(folder: Path, needed: int) -> None:
         )
 
 
-def _opened(folder: Path, names: Sequence[str], mode: str, dense: DecoderRunner, window: int) -> FrozenStates:
+def _opened(
+    folder: Path, names: Sequence[str], mode: str, dense: DecoderRunner, window: int, lengths: str
+) -> FrozenStates:
     files = {name: (folder / name).open(mode) for name in names}
-    return FrozenStates(files, (window, dense.hidden_size), dense.model.dtype)
+    return FrozenStates(files, (window, dense.hidden_size), dense.model.dtype, lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +187,7 @@ class PairOnDisk(Pair):
     def _up_and_down(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         student = self.student
         calls = [student.arguments(batch.tokens) for batch in batches]
-        hidden = [self._states("shared", batch.rows) for batch in batches]
+        hidden = [self._states("shared", batch) for batch in batches]
         inputs: list[list[torch.Tensor]] = []
         for i in range(self.prefix, self.student_stop):
             inputs.append(hidden.copy())
@@ -181,7 +195,7 @@ class PairOnDisk(Pair):
                 carry_(student, hidden, calls, i, i + 1)
         slopes: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
-            wanted = self._states("wanted", batch.rows) if "wanted" in self.states.files else None
+            wanted = self._states("wanted", batch) if "wanted" in self.states.files else None
             loss, slope = loss_gradient(self, batch, hidden[number], wanted)
             slopes.append(slope)
             yield loss
@@ -196,5 +210,6 @@ class PairOnDisk(Pair):
                 if any(p.requires_grad for p in student.layers[i].parameters()):
                     yield slopes[number].new_empty(0, dtype=torch.float32)
 
-    def _states(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        return placed(self.states.read(name, rows), self.student.device)
+    def _states(self, name: str, batch: Batch) -> torch.Tensor:
+        found = self.states.read(name, batch.rows, batch.starts, batch.tokens.shape[1])
+        return placed(found, self.student.device)

@@ -20,6 +20,7 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically, writing
+from layercut.healing.row_parts import of_lengths, row_parts
 from layercut.models.batch_sizes import slices
 from layercut.models.runner import DecoderRunner
 
@@ -30,28 +31,31 @@ SHARD_TOKENS = 8192
 class StoredTeacher:
     """log p of the K likeliest tokens and of all others together, at some temperature, for tokens [N, T]."""
 
-    def __init__(self, folder: Path, rows: int, rows_per_file: int) -> None:
-        self.rows_per_file = rows_per_file
+    def __init__(self, folder: Path, rows: int, rows_per_file: int, lengths: str) -> None:
+        """Open the files; lengths: as how long rows these were done, `of_lengths`."""
+        self.rows_per_file, self.lengths = rows_per_file, lengths
         self._closing = ExitStack()
         self._files: list[Any] = [
             self._closing.enter_context(safe_open(_shard(folder, i), framework="pt"))
             for i in range(-(-rows // rows_per_file))
         ]
 
-    def read(self, rows: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense model's predictions for some rows, one after another.
+    def read(self, rows: torch.Tensor, starts: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense model's predictions for parts of some rows, one after another.
 
         Args:
             rows: indices [n] of rows.
-            columns: positions in each.
+            starts: where in these each part begins [n].
+            columns: positions in each part.
 
         Returns:
             log p, float32 [M, K + 1], which sums to 1, the bucket last; and token ids, int64 [M, K].
         """
         found = []
-        for row in rows.tolist():
+        for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
             file, i = self._files[row // self.rows_per_file], row % self.rows_per_file
-            found.append([file.get_slice(name)[i, columns] for name in ("log_p", "index")])
+            of_row = slice(start + columns.start, start + columns.stop)
+            found.append([file.get_slice(name)[i, of_row] for name in ("log_p", "index")])
         log_p, index = (torch.cat(parts) for parts in zip(*found, strict=True))
         return log_p.float().log_softmax(-1), index.long()
 
@@ -99,6 +103,7 @@ def store_teacher(
     *,
     key: str,
     temperature: float = 1.0,
+    lengths: torch.Tensor | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> StoredTeacher:
     """Compute what is missing in the folder, and open it. Of several processes each computes a share of the files.
@@ -110,6 +115,7 @@ def store_teacher(
         folder: where to keep the files; those of another key are removed.
         key: stands for model and tokens.
         temperature: t; p = softmax(logits / t).
+        lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
         advance: called with the tokens done.
 
     Returns:
@@ -121,16 +127,17 @@ def store_teacher(
     """
     check_topk(k, dense.vocabulary)
     rows = max(1, SHARD_TOKENS // tokens.shape[1])
-    key = f"{key} k={k} t={temperature:g} rows={rows}"
+    done_as = of_lengths(lengths)
+    key = f"{key} k={k} t={temperature:g} rows={rows} {done_as}"
     parts = list(slices(len(tokens), rows))
     missing = processes.on_main(lambda: _make_room(folder, key, [tokens[part].numel() for part in parts], k))
     for i in missing[processes.share(len(missing))]:
-        likeliest = _likeliest(dense, tokens[parts[i]], k, temperature)
+        likeliest = _likeliest(dense, tokens[parts[i]], k, temperature, None if lengths is None else lengths[parts[i]])
         with write_atomically(_shard(folder, i)) as partial:
             save_file(likeliest, partial, {"key": key})
         advance(tokens[parts[i]].numel())
     processes.barrier()
-    return StoredTeacher(folder, len(tokens), rows)
+    return StoredTeacher(folder, len(tokens), rows, done_as)
 
 
 def _make_room(folder: Path, key: str, tokens: list[int], k: int) -> list[int]:
@@ -149,21 +156,24 @@ def _make_room(folder: Path, key: str, tokens: list[int], k: int) -> list[int]:
     return missing
 
 
-def _likeliest(dense: DecoderRunner, tokens: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:
+def _likeliest(
+    dense: DecoderRunner, tokens: torch.Tensor, k: int, temperature: float, lengths: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """index int32 [B, T, K] and log_p float16 [B, T, K + 1], the bucket of all others last."""
     index = torch.empty(*tokens.shape, k, dtype=torch.int32)
     log_p = torch.empty(*tokens.shape, k + 1, dtype=torch.float16)
-    for row, batch in enumerate(tokens.split(1)):
+    for row in range(len(tokens)):
+        ((batch, _, _),) = row_parts(tokens, torch.tensor([row]), lengths)
         hidden, calls = dense.enter(batch)
         final = dense.run(hidden, calls, 0, len(dense))
-        for rows, columns in dense.budget.logit_pieces(1, batch.shape[1], dense.vocabulary * 4):
-            logits = dense.exit(final[rows, columns], batch[rows, columns])[0].float() / temperature
-            log_all = logits.log_softmax(-1)
+        for piece in dense.budget.logit_pieces(*batch.shape, dense.vocabulary * 4):
+            log_all = (dense.exit(final[piece], batch[piece]).float() / temperature).log_softmax(-1)
             top = log_all.topk(k, dim=-1)
             others = log_all.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
-            index[row, columns] = top.indices.int().cpu()
+            index[row].view(*batch.shape, k)[piece] = top.indices.int().cpu()
             # float16 ends at -65504: what is less likely than that has no weight either
-            log_p[row, columns] = torch.cat([top.values, others], -1).clamp_min(-6e4).half().cpu()
+            found = torch.cat([top.values, others], -1).clamp_min(-6e4).half().cpu()
+            log_p[row].view(*batch.shape, k + 1)[piece] = found
     return {"index": index, "log_p": log_p}
 
 

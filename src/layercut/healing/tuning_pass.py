@@ -30,7 +30,9 @@ class Batch(NamedTuple):
     tokens: torch.Tensor
     """Ids [B, T]."""
     rows: torch.Tensor
-    """Their numbers among the rows that are tuned on [B]."""
+    """Of which of the rows that are tuned on each is a part [B]."""
+    starts: torch.Tensor
+    """Where in that row it begins [B]."""
     weight: float
     """Of their mean loss in the step's."""
     token_weights: torch.Tensor | None = None
@@ -193,12 +195,13 @@ def _known(
     Returns:
         Logits [M, V]; or log_p [M, K + 1] and index [M, K] where they were stored.
     """
-    tokens, rows = batch.tokens, batch.rows
     if pair.stored:
-        return tuple(placed(x, pair.student.device) for x in pair.stored.read(rows[piece[0]], piece[1]))
+        some, columns = piece
+        known = pair.stored.read(batch.rows[some], batch.starts[some], columns)
+        return tuple(placed(x, pair.student.device) for x in known)
     if wanted is None:
         return ()
-    return (pair.dense.exit(wanted[piece], tokens[piece]).flatten(0, 1),)
+    return (pair.dense.exit(wanted[piece], batch.tokens[piece]).flatten(0, 1),)
 
 
 def dense_states(pair: Pair, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -457,7 +457,7 @@ def tune(work: RunContext, segments: Sequence[Segment], folded: list[str]) -> Co
         student = with_fold if kept else student
     settings, files = tune_settings(work.config.heal), TuningFiles(stopping=asked_to_stop)
     memory.reuse_freed()
-    treated = tuning_treatment(work, stored=False)
+    treated = tuning_treatment(work)
     report = tune_(student, stack, tokens, heldout=heldout, files=files, **vars(treated), **vars(settings))
     start = report.heldout[0]["loss"]
     say("tune", f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")

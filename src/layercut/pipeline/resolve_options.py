@@ -316,7 +316,7 @@ def with_windows(config: CompressConfig, architecture: Any) -> CompressConfig:
     """
     reported, heal = config.evaluate.eval_window or loading.reported_window(architecture), config.heal
     fits = (loading.positions(architecture) or LONG_ROW) >= LONG_ROW and heal.tune_tokens >= ENOUGH_TOKENS
-    long = min(LONG_ROW, heal.batch_tokens) if fits and not heal.teacher_topk else 0
+    long = min(LONG_ROW, heal.batch_tokens) if fits else 0
     short = config.text.window
     tuned = heal.tune_window or max(short, long // short * short)
     check_window("--eval-window", reported, architecture)

@@ -164,11 +164,11 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
             stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)
         elif stage.open:
             student = DecoderRunner(this.student(removal.cut, "folded"))
-            files = tuning_files(this, student)
+            treated = tuning_treatment(work).of(this.part)
+            files = tuning_files(this, student, treated.row_lengths)
             if work.own_process:
                 memory.reuse_freed()
             heldout, settings = work.blocks["heldout"], tune_settings(config)
-            treated = tuning_treatment(work, stored=config.teacher_topk > 0).of(this.part)
             report = tune_(
                 student, work.stack, this.tuning, heldout=heldout, files=files, **vars(settings), **vars(treated)
             )
@@ -187,31 +187,32 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
     return stage.artefact
 
 
-def tuning_files(this: Round, student: DecoderRunner) -> TuningFiles:
+def tuning_files(this: Round, student: DecoderRunner, lengths: torch.Tensor | None) -> TuningFiles:
     """What tuning reads from and keeps in the run folder.
 
     Args:
         this: the round.
         student: the folded model.
+        lengths: as how long rows these are done, int64 [N]; None: all whole.
 
     Returns:
         The files.
     """
     work, tokens = this.work, this.tuning
-    teacher = stored_teacher(work, tokens, fingerprint(tokens)) if work.config.heal.teacher_topk else None
-    states = stored_states(this, student, tokens) if student.on_disk else None
+    teacher = stored_teacher(work, tokens, lengths) if work.config.heal.teacher_topk else None
+    states = stored_states(this, student, tokens, lengths) if student.on_disk else None
     state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(this.name("heal")))
     stopping = asked_to_stop if work.own_process else never_asked
     return TuningFiles(teacher=teacher, states=states, state=state, stopping=stopping)
 
 
-def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> StoredTeacher:
+def stored_teacher(work: RunContext, tokens: torch.Tensor, lengths: torch.Tensor | None) -> StoredTeacher:
     """The dense predictions on the tuning tokens, computed where they are not in the run folder yet.
 
     Args:
         work: of the run.
         tokens: token ids [N, T].
-        fingerprint: of the tokens.
+        lengths: as how long rows these are done, int64 [N].
 
     Returns:
         The stored predictions, in open files.
@@ -222,17 +223,21 @@ def stored_teacher(work: RunContext, tokens: torch.Tensor, fingerprint: str) -> 
     with bar("storing the dense predictions", tokens.numel()) as advance:
         return store_teacher(
             work.stack, tokens, heal.teacher_topk, work.run / "teacher",
-            key=digest([work.source, fingerprint]), temperature=heal.temperature, advance=advance,
+            key=digest([work.source, fingerprint(tokens)]), temperature=heal.temperature, lengths=lengths,
+            advance=advance,
         )  # fmt: skip
 
 
-def stored_states(this: Round, student: DecoderRunner, tokens: torch.Tensor) -> FrozenStates:
+def stored_states(
+    this: Round, student: DecoderRunner, tokens: torch.Tensor, lengths: torch.Tensor | None
+) -> FrozenStates:
     """What the frozen layers, which are on disk, make of the tuning tokens; kept in the run folder.
 
     Args:
         this: the round.
         student: the folded model.
         tokens: token ids [N, T].
+        lengths: as how long rows these are done, int64 [N].
 
     Returns:
         The stored states, in open files.
@@ -240,7 +245,7 @@ def stored_states(this: Round, student: DecoderRunner, tokens: torch.Tensor) -> 
     work = this.work
     key = digest([work.run.inputs_of(this.name("heal")), fingerprint(tokens)])
     settings, folder = tune_settings(work.config.heal), work.run / TUNING_STATES
-    return frozen_states(student, work.stack, tokens, settings, folder, key=key)
+    return frozen_states(student, work.stack, tokens, settings, folder, key=key, row_lengths=lengths)
 
 
 def forget_tuning_(work: RunContext) -> None:

@@ -24,7 +24,7 @@ from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.files.json_values import digest
-from layercut.models import checkpoints, layer_reader_protocol, loading
+from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
@@ -121,23 +121,10 @@ class Treatment:
         return Treatment(**{name: value if value is None else some(value) for name, value in vars(self).items()})
 
 
-def tuning_treatment(work: RunContext, *, stored: bool) -> Treatment:
-    """Of each row to tune on, as how long rows it is done, and what its tokens count.
-
-    Rows are done whole where they are short, or where what is not trained is stored of whole rows, as predictions and
-    the states of layers on disk are.
-
-    Args:
-        work: of the run.
-        stored: whether the dense predictions are stored beforehand, which is done of whole rows.
-
-    Returns:
-        The treatment.
-    """
-    marks, lengths = stored_marks(work.run.folder, "tuning"), None
-    if not stored and not layer_reader_protocol.layers_on_disk(work.stack.model):
-        rows, origins = work.blocks["tuning"], work.text["tuning"].origins
-        lengths = row_lengths(rows, origins, work.config.text.window, marks)
+def tuning_treatment(work: RunContext) -> Treatment:
+    """Of each row to tune on, as how long rows it is done, and what its tokens count."""
+    marks = stored_marks(work.run.folder, "tuning")
+    lengths = row_lengths(work.blocks["tuning"], work.text["tuning"].origins, work.config.text.window, marks)
     weights = token_weights(marks, work.config.heal.answer_weight)
     return Treatment(row_lengths=lengths, token_weights=weights)
 

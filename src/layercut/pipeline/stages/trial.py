@@ -158,7 +158,7 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     if heal.fold:
         fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
     if heal.tune_tokens:
-        treated = tuning_treatment(this.work, stored=False).of(lambda each: this.part(each)[some])
+        treated = tuning_treatment(this.work).of(lambda each: this.part(each)[some])
         tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)) | SHORT)
     return student
 

@@ -1,0 +1,80 @@
+"""Rows of tokens as how long ones they are done: whole, or each as several shorter ones that begin anew.
+
+Beside endpoint tuning. What the dense model makes of rows is stored in their order, whichever way they are done, and is
+read for parts of them (`offloaded.py`, `stored_teacher.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from layercut.data.blocks import fingerprint
+from layercut.errors import ConfigError
+
+
+class RowParts(NamedTuple):
+    """n rows of t tokens each, which are parts of longer ones."""
+
+    tokens: torch.Tensor
+    """Ids [n, t]."""
+    rows: torch.Tensor
+    """Of which row each is a part [n]."""
+    starts: torch.Tensor
+    """Where in that row it begins [n]."""
+
+    def some(self, part: slice) -> RowParts:
+        """A few of them."""
+        return RowParts(*(each[part] for each in self))
+
+
+def row_parts(tokens: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor | None) -> list[RowParts]:
+    """Some rows as they are done, those of one length after another.
+
+    Args:
+        tokens: token ids [N, T].
+        rows: which [m].
+        lengths: int64 [N], divisors of T; None: all are done whole.
+
+    Returns:
+        Parts of the m rows, shorter ones first.
+    """
+    window, found = tokens.shape[1], list[RowParts]()
+    of_rows = torch.full_like(rows, window) if lengths is None else lengths[rows]
+    for length in of_rows.unique().tolist():
+        some = rows[of_rows == length]
+        starts = torch.arange(0, window, length)
+        found.append(
+            RowParts(tokens[some].view(-1, length), some.repeat_interleave(len(starts)), starts.repeat(len(some)))
+        )
+    return found
+
+
+def of_lengths(lengths: torch.Tensor | None) -> str:
+    """What stands for the lengths in the key of what is stored of the rows."""
+    return "whole" if lengths is None else fingerprint(lengths[:, None])
+
+
+def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: dict[str, str]) -> None:
+    """Refuse lengths that rows cannot be done as, or that they were not done as where something is stored of them.
+
+    Args:
+        lengths: as `row_parts` takes them.
+        tokens: token ids [N, T].
+        stored: what of them is stored, with its `of_lengths`.
+
+    Raises:
+        ConfigError: not one length for each row, below 2, one that does not divide T, or others than what was stored.
+    """
+    if lengths is not None:
+        rows, window = tokens.shape
+        if lengths.shape != (rows,) or lengths.min() < 2 or (window % lengths).any():
+            raise ConfigError(
+                f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()} are not for tokens "
+                f"{[rows, window]}",
+                "give a divisor of the row's tokens for each, 2 at least",
+            )
+    for name, known in stored.items():
+        if known != of_lengths(lengths):
+            raise ConfigError(f"{name} were stored of rows of other lengths", "store them with the same row_lengths")
