@@ -447,7 +447,7 @@ def test_stored_teacher_is_the_dense_models_and_goes_on_where_it_stopped(tmp_pat
 
 def test_a_stored_teacher_predicts_parts_of_rows_from_their_beginning(tmp_path):
     model, tokens, lengths = tiny.llama(), tiny.some_tokens(3, 16), torch.tensor([16, 4, 8])
-    teacher = store_teacher(DecoderRunner(model), tokens, 8, tmp_path, key="", lengths=lengths)
+    teacher = store_teacher(DecoderRunner(model), tokens, 8, tmp_path, key="", row_lengths=lengths)
     for row, start, length in ((0, 0, 16), (1, 0, 4), (1, 12, 4), (2, 8, 8)):
         part = tokens[row, start : start + length]
         p = model(input_ids=part[None], use_cache=False).logits[0, 1:4].softmax(-1)

@@ -127,7 +127,7 @@ def test_rows_to_tune_on_are_long_where_they_are_many(tiny_model, several, tmp_p
     assert tuned_on(2048, tune_tokens=many) == LONG_ROW
     assert tuned_on(2048, tune_tokens=many - 1) == tuned_on(1023, tune_tokens=many) == 32
     assert tuned_on(2048, tune_tokens=many, tune_window=128) == 128
-    assert tuned_on(2048, tune_tokens=many, teacher_topk=16) == 32, "stored predictions are of whole rows"
+    assert tuned_on(2048, tune_tokens=many, teacher_topk=16) == LONG_ROW
     for positions, window, words in ((100, 128, "100 positions"), (2048, 16, "shorter than --window 32")):
         with pytest.raises(ConfigError, match=words):
             tuned_on(positions, tune_window=window)
@@ -157,7 +157,8 @@ def test_every_second_row_of_text_is_done_as_short_rows_and_tests_as_they_are_ma
     assert row_lengths(rows, mix, 1024, marks) is None
 
 
-def test_a_run_tunes_on_its_tests_as_they_are_made(several, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["--stream=off", "--stream=on", "--teacher-topk=8"])
+def test_a_run_tunes_on_its_tests_as_they_are_made(way, several, tmp_path, monkeypatch):
     seen = []
 
     def noted(student, dense, tokens, *, row_lengths, **how):
@@ -168,7 +169,7 @@ def test_a_run_tunes_on_its_tests_as_they_are_made(several, tmp_path, monkeypatc
     longer = tmp_path / "longer"
     tiny.llama(4, vocab_size=folders.VOCABULARY, max_position_embeddings=512).save_pretrained(longer)
     folders.tokenizer().save_pretrained(longer)
-    flags = [f"--data={several}/a.txt", "--tokens=512", "--window=128", "--tune-window=512", "--probe-share=0.5"]
+    flags = [f"--data={several}/a.txt", "--tokens=512", "--window=128", "--tune-window=512", "--probe-share=0.5", way]
     assert main(["tune", str(longer), *flags, "--tune-tokens=4096", "--ratio=0.25", f"--out={tmp_path / 'run'}"]) == 0
     ((tokens, lengths),) = seen
     marks = stored_marks(tmp_path / "run", "tuning")

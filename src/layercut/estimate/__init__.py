@@ -239,7 +239,7 @@ def _quantize_cost(run: PlannedRun) -> Spent:
     parameters = run.after.matrices // group
     learned, settings = run.after.matrices, tune_quantized.settings_of(config.heal)
     asked = config.after_rounding.tune_quantized == "rounding"  # what is chosen by itself is done where there is room
-    trained = tune_whole_cost(run, settings, parameters + learned * asked)
+    trained = tune_whole_cost(run, settings, parameters + learned * asked, learned * (not asked))
     both = rounded.work + trained.work if rounded.work and trained.work else None
     return Spent(max(rounded.peak, trained.peak, key=total), both)
 

@@ -178,8 +178,7 @@ def tune_(
         objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
         learning_rate=learning_rate,
     )  # fmt: skip
-    stored = {"the states": files.states, "the dense predictions": files.teacher}
-    check_lengths(row_lengths, tokens, {name: each.lengths for name, each in stored.items() if each})
+    check_lengths(row_lengths, tokens, _stored(files))
     check_weights(token_weights, tokens)
     tokens, heldout = with_held_out(tokens, heldout)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
@@ -219,8 +218,10 @@ def tune_parameters_(
         What was trained, and the losses.
 
     Raises:
+        ConfigError: the dense predictions were stored of parts of rows.
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
+    check_lengths(None, tokens, _stored(files))
     total = settings.epochs * tokens.numel()
     opened = prepared(student, dense), bar("tuning the quantized model", total), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
@@ -235,6 +236,12 @@ def tune_parameters_(
             while training.unfinished:
                 after(training.step_())
     return training.result()
+
+
+def _stored(files: TuningFiles) -> dict[str, str]:
+    """What of the rows is stored, and as how long ones they were done for it."""
+    found = {"the states": files.states, "the dense predictions": files.teacher}
+    return {name: each.lengths for name, each in found.items() if each}
 
 
 def _pair(
@@ -287,7 +294,7 @@ def frozen_states(
     rows = rows_per_step(settings, window), rows_per_pass(pair, window)
     with bar("running the frozen layers once", len(tokens)) as advance:
         return store_states(
-            dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, lengths=row_lengths,
+            dense, tokens, pair.prefix, pair.dense_stop, folder, rows=rows, key=key, row_lengths=row_lengths,
             advance=advance,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ import torch
 
 from layercut.errors import RunError
 from layercut.files.sizes import size
-from layercut.healing.row_parts import RowParts, of_lengths, row_parts
+from layercut.healing.row_parts import RowParts, lengths_key, row_parts
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
 from layercut.models.batch_sizes import slices
 from layercut.models.devices import placed
@@ -33,7 +33,7 @@ KEY = "key"
 
 @dataclass(frozen=True)
 class FrozenStates:
-    """Hidden states [N, T, D] in files, read by row."""
+    """Hidden states [N, T, D] in files, read by parts of rows."""
 
     files: dict[str, IO[bytes]]
     """By name: "shared" below the first trained layer, "wanted" what the objective compares with, where it does."""
@@ -41,7 +41,7 @@ class FrozenStates:
     """T and D."""
     dtype: torch.dtype
     lengths: str
-    """As how long rows these were done, `of_lengths`."""
+    """As how long rows these were done, `lengths_key`."""
 
     def read(self, name: str, rows: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
         """Hidden states of parts of some rows.
@@ -93,7 +93,7 @@ def store_states(
     *,
     rows: tuple[int, int],
     key: str,
-    lengths: torch.Tensor | None = None,
+    row_lengths: torch.Tensor | None = None,
     advance: Callable[[float], None] = lambda rows: None,
 ) -> FrozenStates:
     """Dense hidden states at `prefix` and at `stop`; those that are there already are not computed again.
@@ -107,7 +107,7 @@ def store_states(
         rows: in an optimizer step and in a pass of it, which go through the layers here as they will in the first
             epoch.
         key: stands for model and tokens.
-        lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
+        row_lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
         advance: called with the rows done.
 
     Returns:
@@ -118,8 +118,8 @@ def store_states(
     """
     names = ["shared"] if stop is None else ["shared", "wanted"]
     window = tokens.shape[1]
-    done_as = of_lengths(lengths)
-    key = f"{key} prefix={prefix} stop={stop} rows={rows} of={tuple(tokens.shape)} {done_as} dtype={dense.model.dtype}"
+    done_as = lengths_key(row_lengths)
+    key = f"{key} prefix={prefix} stop={stop} rows={rows} of={tuple(tokens.shape)}{done_as} dtype={dense.model.dtype}"
     if (folder / KEY).is_file() and (folder / KEY).read_text() == key:
         return _opened(folder, names, "rb", dense, window, done_as)
     _make_room(folder, len(names) * dense.stream_bytes(tokens.numel()))
@@ -132,7 +132,7 @@ def store_states(
         batches = [
             parts.some(some)
             for step in group.split(per_step)
-            for parts in row_parts(tokens, step, lengths)
+            for parts in row_parts(tokens, step, row_lengths)
             for some in slices(len(parts.tokens), per_pass * window // parts.tokens.shape[1])
         ]
         hidden, calls = enter_all(dense, [parts.tokens for parts in batches])

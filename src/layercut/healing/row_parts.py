@@ -1,4 +1,4 @@
-"""Rows of tokens as how long ones they are done: whole, or each as several shorter ones that begin anew.
+"""How rows of tokens are done: whole, or each as several shorter ones that begin anew.
 
 Beside endpoint tuning. What the dense model makes of rows is stored in their order, whichever way they are done, and is
 read for parts of them (`offloaded.py`, `stored_teacher.py`).
@@ -51,9 +51,9 @@ def row_parts(tokens: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor | 
     return found
 
 
-def of_lengths(lengths: torch.Tensor | None) -> str:
-    """What stands for the lengths in the key of what is stored of the rows."""
-    return "whole" if lengths is None else fingerprint(lengths[:, None])
+def lengths_key(lengths: torch.Tensor | None) -> str:
+    """What stands for the lengths in the key of what is stored of the rows; nothing where all are done whole."""
+    return "" if lengths is None else f" lengths={fingerprint(lengths[:, None])}"
 
 
 def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: dict[str, str]) -> None:
@@ -62,7 +62,7 @@ def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: di
     Args:
         lengths: as `row_parts` takes them.
         tokens: token ids [N, T].
-        stored: what of them is stored, with its `of_lengths`.
+        stored: what of them is stored, with its `lengths_key`.
 
     Raises:
         ConfigError: not one length for each row, below 2, one that does not divide T, or others than what was stored.
@@ -76,5 +76,5 @@ def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: di
                 "give a divisor of the row's tokens for each, 2 at least",
             )
     for name, known in stored.items():
-        if known != of_lengths(lengths):
+        if known != lengths_key(lengths):
             raise ConfigError(f"{name} were stored of rows of other lengths", "store them with the same row_lengths")

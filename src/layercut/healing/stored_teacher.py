@@ -1,7 +1,8 @@
 """The dense model's predictions on disk: its K likeliest tokens, and one bucket for all others.
 
 Beside endpoint tuning, before it (`--teacher-topk K`). Computed once, they serve every epoch and every later run on
-the same tokens: from then on no layer of the dense model above the cut is run. 6 K + 2 bytes a token.
+the same tokens, done as rows of the same lengths: from then on no layer of the dense model above the cut is run.
+6 K + 2 bytes a token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError, RunError
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically, writing
-from layercut.healing.row_parts import of_lengths, row_parts
+from layercut.healing.row_parts import lengths_key, row_parts
 from layercut.models.batch_sizes import slices
 from layercut.models.runner import DecoderRunner
 
@@ -32,7 +33,7 @@ class StoredTeacher:
     """log p of the K likeliest tokens and of all others together, at some temperature, for tokens [N, T]."""
 
     def __init__(self, folder: Path, rows: int, rows_per_file: int, lengths: str) -> None:
-        """Open the files; lengths: as how long rows these were done, `of_lengths`."""
+        """Open the files; lengths: as how long rows these were done, `lengths_key`."""
         self.rows_per_file, self.lengths = rows_per_file, lengths
         self._closing = ExitStack()
         self._files: list[Any] = [
@@ -103,7 +104,7 @@ def store_teacher(
     *,
     key: str,
     temperature: float = 1.0,
-    lengths: torch.Tensor | None = None,
+    row_lengths: torch.Tensor | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> StoredTeacher:
     """Compute what is missing in the folder, and open it. Of several processes each computes a share of the files.
@@ -115,7 +116,7 @@ def store_teacher(
         folder: where to keep the files; those of another key are removed.
         key: stands for model and tokens.
         temperature: t; p = softmax(logits / t).
-        lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
+        row_lengths: as how long rows these are done, int64 [N], as `tune_` takes them.
         advance: called with the tokens done.
 
     Returns:
@@ -127,12 +128,13 @@ def store_teacher(
     """
     check_topk(k, dense.vocabulary)
     rows = max(1, SHARD_TOKENS // tokens.shape[1])
-    done_as = of_lengths(lengths)
-    key = f"{key} k={k} t={temperature:g} rows={rows} {done_as}"
+    done_as = lengths_key(row_lengths)
+    key = f"{key} k={k} t={temperature:g} rows={rows}{done_as}"
     parts = list(slices(len(tokens), rows))
     missing = processes.on_main(lambda: _make_room(folder, key, [tokens[part].numel() for part in parts], k))
     for i in missing[processes.share(len(missing))]:
-        likeliest = _likeliest(dense, tokens[parts[i]], k, temperature, None if lengths is None else lengths[parts[i]])
+        lengths = None if row_lengths is None else row_lengths[parts[i]]
+        likeliest = _likeliest(dense, tokens[parts[i]], k, temperature, lengths)
         with write_atomically(_shard(folder, i)) as partial:
             save_file(likeliest, partial, {"key": key})
         advance(tokens[parts[i]].numel())
@@ -166,7 +168,7 @@ def _likeliest(
         ((batch, _, _),) = row_parts(tokens, torch.tensor([row]), lengths)
         hidden, calls = dense.enter(batch)
         final = dense.run(hidden, calls, 0, len(dense))
-        for piece in dense.budget.logit_pieces(*batch.shape, dense.vocabulary * 4):
+        for piece in dense.budget.logit_pieces(len(batch), batch.shape[1], dense.vocabulary * 4):
             log_all = (dense.exit(final[piece], batch[piece]).float() / temperature).log_softmax(-1)
             top = log_all.topk(k, dim=-1)
             others = log_all.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)

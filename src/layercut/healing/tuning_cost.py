@@ -56,13 +56,14 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
     return Spent(peak | {"held-out states": (2 + run.on_disk) * held.stream(run.heldout)}, work)
 
 
-def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) -> Spent:
+def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, codes: int) -> Spent:
     """What it costs to train parameters in every layer, as after rounding: both models run whole, nothing is shared.
 
     Args:
         run: what is planned.
         settings: of the tuning.
         parameters: how many are trained.
+        codes: how many weights have frozen ones, of a byte each.
 
     Returns:
         Its cost.
@@ -80,7 +81,7 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
     saved = sum(shape.costs[i].saved_trained for i in kept)
     peak = {
         "trained state": parameters * trained_bytes(shape.itemsize),
-        "decoded weights": run.after.matrices * decoded_bytes(shape.itemsize),
+        "decoded weights": run.after.matrices * 2 * shape.itemsize + codes,  # and their gradients
         "kept for backward": together * saved,
         "logits": logits,
         "held-out states": 2 * shape.stream(run.heldout),
@@ -91,11 +92,6 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int) ->
 def trained_bytes(itemsize: int) -> int:
     """Of a trained number of so many bytes: its training state, itself, its gradient and its best state."""
     return STATE_BYTES + 3 * itemsize
-
-
-def decoded_bytes(itemsize: int) -> int:
-    """Of a quantized weight while its scale is trained: its code, what it is decoded to, and the gradient of that."""
-    return 2 * itemsize + 1
 
 
 def learned_weight_bytes(itemsize: int) -> int:

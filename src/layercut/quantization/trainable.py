@@ -128,24 +128,28 @@ class QuantizedModule(nn.Module):
         super().__init__()
         self.source, self.plain = source, [plain]  # in a list: no part of the model
         self.bias = getattr(plain, "bias", None)
-        self._held: torch.Tensor | None = None
+        self._once: list[torch.Tensor] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
         """W [O, I]."""
-        return self.source() if self._held is None else self._held
+        if self._once is None:
+            return self.source()
+        if not self._once:
+            weight = self.source()
+            self._once += [weight, weight.detach().requires_grad_(weight.requires_grad)]
+        return self._once[1]
 
     @contextmanager
     def weight_once(self) -> Iterator[None]:
         """While open, W is computed once, and at the end its gradient is passed on once: of a head, for all pieces."""
-        weight = self.source()
-        self._held = weight.detach().requires_grad_(weight.requires_grad)
+        self._once = []
         try:
             yield
-            if self._held.grad is not None:
-                weight.backward(self._held.grad)
+            if self._once and self._once[1].grad is not None:
+                self._once[0].backward(self._once[1].grad)
         finally:
-            self._held = None
+            self._once = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = W x + b, or the rows of W that token ids name, as the module in whose place it is computes them."""

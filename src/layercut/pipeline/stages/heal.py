@@ -223,7 +223,7 @@ def stored_teacher(work: RunContext, tokens: torch.Tensor, lengths: torch.Tensor
     with bar("storing the dense predictions", tokens.numel()) as advance:
         return store_teacher(
             work.stack, tokens, heal.teacher_topk, work.run / "teacher",
-            key=digest([work.source, fingerprint(tokens)]), temperature=heal.temperature, lengths=lengths,
+            key=digest([work.source, fingerprint(tokens)]), temperature=heal.temperature, row_lengths=lengths,
             advance=advance,
         )  # fmt: skip
 
