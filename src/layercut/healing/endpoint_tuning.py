@@ -163,8 +163,7 @@ def tune_(
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
-        token_weights: [N, T], by what the loss at each token is multiplied, at the one before what is predicted;
-            the held-out loss is not weighted.
+        token_weights: [N, T], by what the loss of what each token predicts is multiplied, but the held-out loss.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -620,7 +619,7 @@ class _Training:
         taken over: then a step's passes are always the same.
         """
         tokens, rows, starts = given
-        parts_of_row, student = self.tokens.shape[1] // tokens.shape[1], self.pair.student
+        parts_of_row, student = self.tokens.shape[1] // given.length, self.pair.student
         weights = None
         if self.token_weights is not None:
             weights = self.token_weights[rows[::parts_of_row]].view(tokens.shape)
@@ -630,7 +629,7 @@ class _Training:
             parts = parts[processes.share(len(parts))]
         else:
             parts = processes.share_of_batches(len(tokens), size)
-        scale = self.report.loss_scale * tokens.shape[1] / of
+        scale = self.report.loss_scale * given.length / of
         return [
             Batch(
                 student.place(tokens[part]),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +23,6 @@ from layercut.errors import RunError
 from layercut.files.sizes import size
 from layercut.healing.row_parts import RowParts, lengths_key, row_parts
 from layercut.healing.tuning_pass import Batch, Pair, loss_gradient
-from layercut.models.batch_sizes import slices
 from layercut.models.devices import placed
 from layercut.models.runner import DecoderRunner, carry_, enter_all, rows_at_once, say_passes
 from layercut.offload.weight_sharing import SharedLayers
@@ -129,12 +129,8 @@ def store_states(
     groups = torch.arange(len(tokens)).split(together)
     say_passes(dense, len(groups[0]) * window, 1, len(groups))
     for group in groups:
-        batches = [
-            parts.some(some)
-            for step in group.split(per_step)
-            for parts in row_parts(tokens, step, row_lengths)
-            for some in slices(len(parts.tokens), per_pass * window // parts.tokens.shape[1])
-        ]
+        steps = (row_parts(tokens, step, row_lengths) for step in group.split(per_step))
+        batches = [batch for parts in chain(*steps) for batch in parts.split(per_pass * window // parts.length)]
         hidden, calls = enter_all(dense, [parts.tokens for parts in batches])
         for name, start, end in zip(names, (0, prefix), (prefix, stop), strict=False):
             for i in range(start, end or 0):

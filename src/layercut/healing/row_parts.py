@@ -24,9 +24,14 @@ class RowParts(NamedTuple):
     starts: torch.Tensor
     """Where in that row it begins [n]."""
 
-    def some(self, part: slice) -> RowParts:
-        """A few of them."""
-        return RowParts(*(each[part] for each in self))
+    @property
+    def length(self) -> int:
+        """t."""
+        return self.tokens.shape[1]
+
+    def split(self, count: int) -> list[RowParts]:
+        """As of a tensor: so many each."""
+        return [RowParts(*each) for each in zip(*(one.split(count) for one in self), strict=True)]
 
 
 def row_parts(tokens: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor | None) -> list[RowParts]:
