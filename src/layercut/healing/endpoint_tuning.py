@@ -163,7 +163,7 @@ def tune_(
         epochs: passes over the tokens; from the second on their rows are shuffled.
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
-        token_weights: [N, T], by what the loss of what each token predicts is multiplied, but the held-out loss.
+        token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
         files: what to keep on disk; nothing by default.
 
     Returns:
