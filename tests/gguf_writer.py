@@ -1,4 +1,4 @@
-"""A tiny Llama or Gemma 3 as a .gguf file, written by hand in llama.cpp's layout. Also a stand-in for its converter:
+"""A tiny Llama, Qwen or Gemma 3 as a .gguf file, written by hand in llama.cpp's layout; a stand-in for its converter:
 
 python gguf_writer.py FOLDER --outfile FILE --outtype f16
 """
@@ -31,7 +31,8 @@ def llama_name(parameter: str, names: dict[str, str] = NAMES) -> str:
     """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
     if parameter.startswith("model.layers."):
         number, rest = parameter.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{number}.{names[rest.removesuffix('.weight')]}.weight"
+        role, kind = rest.rsplit(".", 1)
+        return f"blk.{number}.{names[role]}.{kind}"
     outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     return outside[parameter.removesuffix(".weight")] + ".weight"
 
@@ -48,8 +49,8 @@ def llama_layout(name: str, weight: np.ndarray, config: Any) -> np.ndarray:
 def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32", name: str | None = None) -> Path:
     """The model with its byte-level BPE tokenizer; matrices in `kind`, vectors in F32."""
     config = model.config
-    gemma = config.model_type == "gemma3_text"
-    writer = gguf.GGUFWriter(path, "gemma3" if gemma else "llama")
+    gemma, qwen = config.model_type == "gemma3_text", config.model_type in ("qwen2", "qwen3")
+    writer = gguf.GGUFWriter(path, "gemma3" if gemma else config.model_type)
     if name:
         writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
@@ -59,11 +60,12 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32", name: 
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if gemma:
+    if gemma or config.model_type == "qwen3":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    if gemma:
         writer.add_sliding_window(config.sliding_window)
-    else:
+    elif not qwen:
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"] if gemma else 10000.0)
     writer.add_vocab_size(config.vocab_size)
@@ -82,7 +84,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, kind: str = "F32", name: 
     for parameter, weight in model.named_parameters():
         name = llama_name(parameter, GEMMA_NAMES if gemma else NAMES)
         data = weight.float().numpy() + (1 if gemma and "norm" in parameter else 0)
-        data = np.ascontiguousarray(data if gemma else llama_layout(name, data, config))
+        data = np.ascontiguousarray(data if gemma or qwen else llama_layout(name, data, config))
         ggml = gguf.GGMLQuantizationType[kind] if data.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(data, ggml), raw_dtype=ggml)
     writer.write_header_to_file()

@@ -10,11 +10,13 @@ import math
 import re
 import struct
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from layercut.errors import ModelError, first_line
+from layercut.models.gguf_twins import HEAD, Stored, finer_twin, read_as_one_
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 """GGUF value type -> struct code; 8 is a string, 9 an array."""
@@ -41,6 +43,8 @@ class Header:
     left out unless asked for."""
     tensors: dict[str, tuple[int, ...]]
     """Shapes by name, the fastest dimension first."""
+    stored: dict[str, Stored]
+    """The type of each, and where its bytes begin."""
 
     @property
     def architecture(self) -> str:
@@ -61,6 +65,11 @@ class Header:
     def elements(self) -> int:
         """How many weights the tensors hold together."""
         return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @cached_property
+    def finer_twin(self) -> str | None:
+        """Which of embeddings and head keeps more bits of a matrix that both hold; None where they are two."""
+        return finer_twin(self.file, self.architecture, self.tensors, self.stored)
 
     def facts(self) -> dict[str, Any]:
         """The metadata under the architecture's name, by key without that name."""
@@ -126,14 +135,21 @@ def read_header(file: Path, texts: Container[str] = ()) -> Header:
 
 
 def open_gguf(file: Path) -> tuple[Header, Any]:
-    """A file's header and a `gguf.GGUFReader` of it. ModelError: as `read_header`."""
+    """A file's header and a `gguf.GGUFReader` of it, both without a head that is the embeddings once more.
+
+    ModelError: as `read_header`.
+    """
     header = read_header(file)
     from gguf import GGUFReader
 
     try:
-        return header, GGUFReader(file, "r")
+        reader = GGUFReader(file, "r")
     except Exception as error:  # the reader raises whatever its parsing runs into
         raise corrupt(file, first_line(error)) from None
+    if finer := header.finer_twin:
+        read_as_one_(reader, finer)
+        header = replace(header, tensors={name: shape for name, shape in header.tensors.items() if name != HEAD})
+    return header, reader
 
 
 def corrupt(file: Path, why: str) -> ModelError:
@@ -217,7 +233,8 @@ class _HeaderParser:
             if tensors * 24 + pairs * 13 > self.size:
                 raise self._bad(f"it promises {tensors:,} tensors and {pairs:,} metadata keys")
             values = self._keys(pairs)
-            return Header(self.file, values, self._tensors(tensors, values.get("general.alignment", 32)))
+            shapes, stored = self._tensors(tensors, values.get("general.alignment", 32))
+            return Header(self.file, values, shapes, stored)
 
     def _bad(self, why: str) -> ModelError:
         return corrupt(self.file, why)
@@ -287,11 +304,11 @@ class _HeaderParser:
         items = struct.unpack(f"{self.order}{count}{SCALARS[kind]}", self._take(count * least))
         return [bool(item) for item in items] if kind == BOOL else list(items)
 
-    def _tensors(self, count: int, alignment: int) -> dict[str, tuple[int, ...]]:
+    def _tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         seen: set[str] = set()
-        found, ends = {}, []
+        found, stored, ends = {}, {}, []
         for _ in range(count):
             name, rank = self._name(seen), self._number("I")
             if not 1 <= rank <= LARGEST_RANK:
@@ -304,9 +321,9 @@ class _HeaderParser:
                 raise self._bad(f"tensor {name!r} is of the unknown type {kind}") from None
             if 0 in shape or shape[0] % block or offset % alignment:
                 raise self._bad(f"tensor {name!r} cannot have the shape {shape} or start at {offset:,}")
-            found[name] = tuple(shape)
+            found[name], stored[name] = tuple(shape), (kind, offset)
             ends.append((offset + math.prod(shape) // block * size, name))
         start = -(-self.stream.tell() // alignment) * alignment
         if ends and start + max(ends)[0] > self.size:
             raise self._bad(f"tensor {max(ends)[1]!r} ends behind the file")
-        return found
+        return found, {name: (kind, start + offset) for name, (kind, offset) in stored.items()}

@@ -21,11 +21,12 @@ from torch import nn
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError, first_line
 from layercut.files.reading import LARGEST_JSON, REFETCH, open_regular
-from layercut.models import checkpoints, config_checks
+from layercut.models import checkpoints, config_checks, gguf_twins
 from layercut.models.checkpoints import Checkpoint, read_json
 from layercut.models.config_checks import COUNTS
 from layercut.models.gguf_config import check_size, correct_
 from layercut.models.gguf_header import read_header
+from layercut.progress import say
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model",
@@ -113,13 +114,15 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
 @lru_cache(maxsize=4)
 def _gguf_config(file: Path, stamp: tuple[int, ...]) -> Any:
-    """A GGUF file's config, kept until the file's stamp is another.
+    """A GGUF file's config, tied where the file keeps its embeddings twice; kept until the file's stamp is another.
 
     transformers reads every token's text to find it: 3 seconds for 49,000 tokens, 10 for 152,000.
     """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.tie_word_embeddings = config.tie_word_embeddings or read_header(file).finer_twin is not None
+    return config
 
 
 def _refuse_remote_code(folder: Path) -> None:
@@ -402,7 +405,10 @@ def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    check_size(config, read_header(checkpoint.file), AutoModelForCausalLM)
+    header = read_header(checkpoint.file)
+    check_size(config, header, AutoModelForCausalLM)
+    if finer := header.finer_twin:
+        config.tie_word_embeddings = False  # until both are read
     with redirect_stderr(io.StringIO()):  # its bar does not ask whether bars are wanted
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
@@ -417,6 +423,9 @@ def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     _unmark_quantized_(model)
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = checkpoint.name
+    if finer:
+        gguf_twins.tie_(model, finer)
+        say("note", f"{checkpoint.name} keeps its tied embeddings twice: read once, from {finer}, the finer rounding")
     convert_parameters_(model, dtype)
     return model
 

@@ -130,10 +130,11 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
     radius = config.heal.radius
     healed = 2 * radius * runs if isinstance(runs, int) and radius != "auto" else header.layers
     beside = sum(sorted(growth)[len(growth) - min(healed, len(growth)) :])
-    if target >= (came := checkpoint.file.stat().st_size):
-        return length_for_size(blocks, came, target)  # which refuses it: the file is as small already
-    total = came + beside + METADATA_GROWTH + 4 * header.layers
-    return length_for_size(blocks, total, target)
+    aligned = (-(-int(tensor.n_bytes) // reader.alignment) * reader.alignment for tensor in reader.tensors)
+    whole = int(reader.data_offset) + sum(aligned)
+    if target >= whole:
+        return length_for_size(blocks, whole, target)  # which refuses it: the file is as small already
+    return length_for_size(blocks, whole + beside + METADATA_GROWTH + 4 * header.layers, target)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------

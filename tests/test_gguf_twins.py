@@ -1,0 +1,129 @@
+"""Tied embeddings that a .gguf file keeps twice, in two roundings: read, cut and written as the one that they were."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+import folders
+import quick
+import tiny
+from layercut.cli.command_line import main
+from layercut.export.gguf_check import by_llama_cpp
+from layercut.export.gguf_tensors import stored_types
+from layercut.models import checkpoints, loading
+from layercut.models.gguf_header import open_gguf, read_header
+from layercut.models.gguf_twins import EMBEDDING, HEAD, TIED_WITHOUT_HEAD
+from layercut.segments import Segment
+from layercut.surgery import cut_gguf
+
+gguf = pytest.importorskip("gguf")
+from gguf_writer import rewritten, write_gguf  # noqa: E402 - it needs gguf
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp_py_sync") is None, reason="pip install llama-cpp-py-sync"
+)
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def tied(architecture: str) -> Any:
+    """Small, but for Qwen 3's heads: transformers takes their width from its defaults, not from the file."""
+    width = {"head_dim": 128} if architecture == "qwen3" else {}
+    return tiny.tiny(
+        CONFIGS[architecture](
+            vocab_size=folders.VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+            num_key_value_heads=2, num_hidden_layers=6, max_position_embeddings=128,
+            initializer_range=0.15, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, **width,
+        )
+    )  # fmt: skip
+
+
+def twice(plain: Path, out: Path, embeddings: str, head: str, moved: float = 0.0) -> Path:
+    """The file with its embeddings in one type, and as the head in another; moved: a change of the head's last row."""
+    (tensor,) = (t for t in gguf.GGUFReader(plain).tensors if t.name == EMBEDDING)
+    other = tensor.data.copy()
+    other[-1, 0] += moved
+
+    def add(writer: Any) -> None:
+        for name, kind, data in ((EMBEDDING, embeddings, tensor.data), (HEAD, head, other)):
+            number = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(data, number), raw_dtype=number)
+
+    return rewritten(plain, out, add, tensors=lambda name: name != EMBEDDING)
+
+
+@pytest.fixture(scope="module", params=sorted(TIED_WITHOUT_HEAD))
+def model(request: pytest.FixtureRequest) -> Any:
+    return tied(request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in float32, its embeddings stored once."""
+    return write_gguf(model, folders.tokenizer(), tmp_path_factory.mktemp("gguf") / "plain.gguf")
+
+
+def exact(name: str, file: Path) -> torch.Tensor:
+    (tensor,) = (t for t in gguf.GGUFReader(file).tensors if t.name == name)
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+@pytest.mark.parametrize(("embeddings", "head", "finer"), [("Q4_0", "Q8_0", HEAD), ("F16", "Q5_0", EMBEDDING)])
+def test_the_finer_of_the_two_is_the_tied_matrix(plain, tmp_path, embeddings, head, finer):
+    file = twice(plain, tmp_path / "twice.gguf", embeddings, head)
+    assert read_header(file).finer_twin == finer
+    checkpoint = checkpoints.resolve(str(file))
+    assert loading.load_config(checkpoint).tie_word_embeddings
+    model = loading.load(checkpoint, dtype="float32").model
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, exact(finer, file))
+    model.save_pretrained(tmp_path / "saved")
+    again = loading.load(checkpoints.resolve(str(tmp_path / "saved")), tokenizer=folders.tokenizer()).model
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_two_matrices_stay_two(plain, tmp_path):
+    """A head of which one row in the sample was trained apart, and copies in float32 that differ by more than float."""
+    apart = twice(plain, tmp_path / "apart.gguf", "Q4_0", "Q8_0", moved=2.0)
+    close = twice(plain, tmp_path / "close.gguf", "F32", "F32", moved=0.05)
+    for file in (apart, close):
+        assert read_header(file).finer_twin is None
+        assert HEAD in open_gguf(file)[0].tensors
+        model = loading.load(checkpoints.resolve(str(file)), dtype="float32").model
+        assert not model.config.tie_word_embeddings
+        assert torch.equal(model.lm_head.weight, exact(HEAD, file))
+        assert torch.equal(model.model.embed_tokens.weight, exact(EMBEDDING, file))
+    same = twice(plain, tmp_path / "same.gguf", "F32", "F32")
+    assert read_header(same).finer_twin
+
+
+@needs_llama_cpp
+def test_llama_cpp_takes_the_head_from_the_embeddings_that_are_left(plain, tmp_path):
+    file, out = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0"), tmp_path / "out.gguf"
+    cut_gguf(file, [Segment(2, 4)], out)
+    assert stored_types(out)[EMBEDDING] == "q8_0"
+    assert HEAD not in read_header(out).tensors
+    assert file.stat().st_size - out.stat().st_size > exact(EMBEDDING, file).numel() // 2
+    read = loading.load(checkpoints.resolve(str(out)), dtype="float32")
+    tokens = torch.arange(32).view(1, 32) * 7 % folders.VOCABULARY
+    found = by_llama_cpp(out, read.model, read.tokenizer, tokens)
+    assert found["logit_error"] < 0.02
+
+
+@needs_llama_cpp
+def test_a_whole_run_writes_them_once(texts, tmp_path, monkeypatch):
+    quick.leave_out(monkeypatch)
+    plain = write_gguf(tied("llama"), folders.tokenizer(), tmp_path / "plain.gguf")
+    file, out = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0"), tmp_path / "out.gguf"
+    short = ["--tokens=128", "--window=16", "--eval-window=16", "--tune-tokens=256", "--eval-tokens=64", "--no-speed"]
+    argv = ["compress", str(file), *short, "--segment=2:4", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    assert main([*argv, f"--out={out}"]) == 0
+    assert HEAD not in read_header(out).tensors
+    assert torch.equal(exact(EMBEDDING, out), exact(HEAD, file))
