@@ -43,11 +43,11 @@ def tied(architecture: str) -> Any:
     )  # fmt: skip
 
 
-def twice(plain: Path, out: Path, embeddings: str, head: str, moved: float = 0.0) -> Path:
-    """The file with its embeddings in one type, and as the head in another; moved: a change of the head's last row."""
+def twice(plain: Path, out: Path, embeddings: str, head: str, scale: float = 1.0, row: int | None = None) -> Path:
+    """The file with its embeddings in one type, and as the head in another, where one row or all are scaled."""
     (tensor,) = (t for t in gguf.GGUFReader(plain).tensors if t.name == EMBEDDING)
     other = tensor.data.copy()
-    other[-1, 0] += moved
+    other[slice(None) if row is None else row] *= scale
 
     def add(writer: Any) -> None:
         for name, kind, data in ((EMBEDDING, embeddings, tensor.data), (HEAD, head, other)):
@@ -89,25 +89,28 @@ def test_the_finer_of_the_two_is_the_tied_matrix(plain, tmp_path, embeddings, he
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_two_matrices_stay_two(plain, tmp_path):
-    """A head of which one row in the sample was trained apart, and copies in float32 that differ by more than float."""
-    apart = twice(plain, tmp_path / "apart.gguf", "Q4_0", "Q8_0", moved=2.0)
-    close = twice(plain, tmp_path / "close.gguf", "F32", "F32", moved=0.05)
-    for file in (apart, close):
-        assert read_header(file).finer_twin is None
-        assert HEAD in open_gguf(file)[0].tensors
-        model = loading.load(checkpoints.resolve(str(file)), dtype="float32").model
-        assert not model.config.tie_word_embeddings
-        assert torch.equal(model.lm_head.weight, exact(HEAD, file))
-        assert torch.equal(model.model.embed_tokens.weight, exact(EMBEDDING, file))
-    same = twice(plain, tmp_path / "same.gguf", "F32", "F32")
-    assert read_header(same).finer_twin
+@pytest.mark.parametrize(
+    ("embeddings", "head", "scale", "row"),
+    [("Q4_0", "Q8_0", 1.5, 123), ("Q8_0", "Q8_0", 1.1, None), ("F16", "Q8_0", 1.05, 7), ("F32", "F32", 1.0001, None)],
+)
+def test_two_matrices_stay_two(plain, tmp_path, embeddings, head, scale, row):
+    """A head whose every row, or one, was trained apart by more than the two types explain."""
+    file = twice(plain, tmp_path / "apart.gguf", embeddings, head, scale, row)
+    assert read_header(file).finer_twin is None
+    assert HEAD in open_gguf(file, as_loaded=True)[0].tensors
+    model = loading.load(checkpoints.resolve(str(file)), dtype="float32").model
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, exact(HEAD, file))
+    assert torch.equal(model.model.embed_tokens.weight, exact(EMBEDDING, file))
+    assert read_header(twice(plain, tmp_path / "same.gguf", embeddings, head)).finer_twin
 
 
 @needs_llama_cpp
 def test_llama_cpp_takes_the_head_from_the_embeddings_that_are_left(plain, tmp_path):
     file, out = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0"), tmp_path / "out.gguf"
-    cut_gguf(file, [Segment(2, 4)], out)
+    cut_gguf(file, [Segment(2, 4)], tmp_path / "as-it-is.gguf")
+    assert exact(HEAD, tmp_path / "as-it-is.gguf").equal(exact(HEAD, file))
+    cut_gguf(file, [Segment(2, 4)], out, as_loaded=True)
     assert stored_types(out)[EMBEDDING] == "q8_0"
     assert HEAD not in read_header(out).tensors
     assert file.stat().st_size - out.stat().st_size > exact(EMBEDDING, file).numel() // 2
@@ -115,6 +118,26 @@ def test_llama_cpp_takes_the_head_from_the_embeddings_that_are_left(plain, tmp_p
     tokens = torch.arange(32).view(1, 32) * 7 % folders.VOCABULARY
     found = by_llama_cpp(out, read.model, read.tokenizer, tokens)
     assert found["logit_error"] < 0.02
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["q8_0", "iq4_xs"])
+def test_they_are_written_once_in_another_type_too(tmp_path, kind):
+    plain = write_gguf(tied("llama"), folders.tokenizer(), tmp_path / "plain.gguf")
+    file, out = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0"), tmp_path / "out.gguf"
+    assert main(["quantize", str(file), f"--gguf-type={kind}", f"--out={out}"]) == 0
+    assert HEAD not in read_header(out).tensors
+
+
+def test_a_size_is_counted_without_the_coarser(texts, tmp_path, capsys):
+    """What is as small already by keeping one matrix is no cut, though the file is larger."""
+    plain = write_gguf(tied("llama"), folders.tokenizer(), tmp_path / "plain.gguf")
+    file = twice(plain, tmp_path / "twice.gguf", "Q4_0", "Q8_0")
+    once = file.stat().st_size - exact(EMBEDDING, file).numel() * 18 // 32
+    argv = ["search", str(file), "--tokens=128", "--window=16", f"--data={texts[0]}", f"--out={tmp_path / 'run'}"]
+    assert main([*argv, f"--target-size={once + 100}B"]) == 2
+    assert "is no cut" in capsys.readouterr().err
+    assert main([*argv, f"--target-size={once - 9000}B"]) == 0
 
 
 @needs_llama_cpp

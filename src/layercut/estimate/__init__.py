@@ -31,6 +31,7 @@ from layercut.layer_search.search_cost import both_searches, search_cost, unknow
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, total
+from layercut.models.gguf_header import read_header
 from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
@@ -120,7 +121,8 @@ class _Planner:
     def load(self, config: CompressConfig, on_cpu: bool, *, to_cpu: bool) -> Spent:
         """What loading costs: in the memory of that place, or, for an accelerator, in that of the CPU on the way."""
         own, computed, checkpoint = self.checkpoint_dtype, self.dtypes[on_cpu], self.checkpoint
-        stored, gguf = None if own == computed else own.itemsize, checkpoint.gguf is not None
+        stored = None if own == computed else own.itemsize
+        gguf = read_header(checkpoint.file).elements if checkpoint.gguf else None
         paths = [checkpoint.file] if gguf else checkpoints.weight_files(checkpoint.folder)
         files = sum(file.stat().st_size for file in paths if file.is_file())
         run = self.run(config, on_cpu)

@@ -43,6 +43,7 @@ from layercut.export.gguf_tensors import (
 from layercut.export.importance import importance
 from layercut.models import checkpoints, loading
 from layercut.models import llama_cpp_rules as rules
+from layercut.models.gguf_header import read_header
 from layercut.progress import bar, say
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf, cut_segment_
@@ -112,10 +113,10 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         if not llama_cpp_installed():
             columns = {}  # the gguf package rounds to nearest
         tensors = gguf_tensors(source.healed, student.config, architecture, of, columns)
-        cut_gguf(came, source.segments, file, replaced=tensors)
+        cut_gguf(came, source.segments, file, replaced=tensors, as_loaded=True)
     else:
         plain = file.with_name("unrounded.gguf")
-        cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture))
+        cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture), as_loaded=True)
         with bar(f"quantizing to {kind}", None):
             quantize_file(plain, file, kind, _in_file(plain, student, columns))
         plain.unlink()
@@ -174,7 +175,7 @@ def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]
 
         def write(plain: Path) -> None:
             cut_gguf(source.checkpoint.file, source.segments, plain,
-                     replaced=_unrounded(source, student, architecture))  # fmt: skip
+                     replaced=_unrounded(source, student, architecture), as_loaded=True)  # fmt: skip
 
         check_unrounded(write, student, loaded.tokenizer, text)
     measured = measure_again(file, student, read, loaded.tokenizer, text, source=source.checkpoint.file)
@@ -200,7 +201,13 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
         raise ModelError(f"{checkpoint.name} is in its own number formats already", "give another --gguf-type")
     loaded = loading.load(checkpoint, dtype="float32", device="cpu")
     text = _some_text(loaded)
-    how = write_rounded(checkpoint.file, file, kind, loaded.model, text, None)
+    came = checkpoint.file
+    if read_header(came).finer_twin:
+        came = file.with_name("unrounded.gguf")
+        cut_gguf(checkpoint.file, [], came, as_loaded=True)
+    how = write_rounded(came, file, kind, loaded.model, text, None)
+    if came != checkpoint.file:
+        came.unlink()
     return {"kind": kind} | how | _read_and_measured(file, loaded, text, checkpoint.file)
 
 

@@ -133,13 +133,13 @@ def types_as_they_came(file: Path, segments: Sequence[Segment]) -> dict[str, str
     """The GGML types of the tensors that a cut leaves.
 
     Args:
-        file: a GGUF file.
+        file: a GGUF file, which is read as it is loaded.
         segments: the layers to remove.
 
     Returns:
         Types in lower case, by the tensors' names after the cut.
     """
-    header, reader = open_gguf(file)
+    header, reader = open_gguf(file, as_loaded=True)
     names = names_after(header, segments)
     return {names[t.name]: t.tensor_type.name.lower() for t in reader.tensors if t.name in names}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import ModelError, first_line
-from layercut.models.gguf_twins import HEAD, Stored, finer_twin, read_as_one_
+from layercut.models.gguf_twins import EMBEDDING, HEAD, Stored, finer_twin, read_as_one_
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 """GGUF value type -> struct code; 8 is a string, 9 an array."""
@@ -44,7 +44,7 @@ class Header:
     tensors: dict[str, tuple[int, ...]]
     """Shapes by name, the fastest dimension first."""
     stored: dict[str, Stored]
-    """The type of each, and where its bytes begin."""
+    """How and where each is."""
 
     @property
     def architecture(self) -> str:
@@ -69,7 +69,11 @@ class Header:
     @cached_property
     def finer_twin(self) -> str | None:
         """Which of embeddings and head keeps more bits of a matrix that both hold; None where they are two."""
-        return finer_twin(self.file, self.architecture, self.tensors, self.stored)
+        if HEAD not in self.tensors:
+            return None
+        told = self.file.stat()
+        stamp = told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns
+        return finer_twin(self.file, stamp, self.architecture, *(self.stored.get(name) for name in (EMBEDDING, HEAD)))
 
     def facts(self) -> dict[str, Any]:
         """The metadata under the architecture's name, by key without that name."""
@@ -134,10 +138,19 @@ def read_header(file: Path, texts: Container[str] = ()) -> Header:
     return header
 
 
-def open_gguf(file: Path) -> tuple[Header, Any]:
-    """A file's header and a `gguf.GGUFReader` of it, both without a head that is the embeddings once more.
+def open_gguf(file: Path, *, as_loaded: bool = False) -> tuple[Header, Any]:
+    """A file's header and a `gguf.GGUFReader` of it.
 
-    ModelError: as `read_header`.
+    Args:
+        file: a .gguf file.
+        as_loaded: whether both leave out a head that is the embeddings once more, as the model is loaded
+            (`models/gguf_twins.py`).
+
+    Returns:
+        The two.
+
+    Raises:
+        ModelError: as of `read_header`.
     """
     header = read_header(file)
     from gguf import GGUFReader
@@ -146,7 +159,7 @@ def open_gguf(file: Path) -> tuple[Header, Any]:
         reader = GGUFReader(file, "r")
     except Exception as error:  # the reader raises whatever its parsing runs into
         raise corrupt(file, first_line(error)) from None
-    if finer := header.finer_twin:
+    if as_loaded and (finer := header.finer_twin):
         read_as_one_(reader, finer)
         header = replace(header, tensors={name: shape for name, shape in header.tensors.items() if name != HEAD})
     return header, reader
@@ -321,9 +334,9 @@ class _HeaderParser:
                 raise self._bad(f"tensor {name!r} is of the unknown type {kind}") from None
             if 0 in shape or shape[0] % block or offset % alignment:
                 raise self._bad(f"tensor {name!r} cannot have the shape {shape} or start at {offset:,}")
-            found[name], stored[name] = tuple(shape), (kind, offset)
+            found[name], stored[name] = tuple(shape), Stored(kind, offset, tuple(shape))
             ends.append((offset + math.prod(shape) // block * size, name))
         start = -(-self.stream.tell() // alignment) * alignment
         if ends and start + max(ends)[0] > self.size:
             raise self._bad(f"tensor {max(ends)[1]!r} ends behind the file")
-        return found, {name: (kind, start + offset) for name, (kind, offset) in stored.items()}
+        return found, {name: each._replace(start=start + each.start) for name, each in stored.items()}

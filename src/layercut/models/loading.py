@@ -425,9 +425,15 @@ def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
     model.config._name_or_path = checkpoint.name
     if finer:
         gguf_twins.tie_(model, finer)
-        say("note", f"{checkpoint.name} keeps its tied embeddings twice: read once, from {finer}, the finer rounding")
+        _say_once(f"{checkpoint.name} keeps its tied embeddings twice: read once, from {finer}, the finer rounding")
     convert_parameters_(model, dtype)
     return model
+
+
+@lru_cache
+def _say_once(words: str) -> None:
+    """In a run a model is loaded more than once."""
+    say("note", words)
 
 
 def convert_parameters_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -272,7 +272,7 @@ def weights_peak(shape: Shape, on_disk: bool) -> Peak:
     return {"weights in memory": shape.outside * shape.itemsize, "two layers": two}
 
 
-def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: bool, stored: int | None) -> Spent:
+def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: int | None, stored: int | None) -> Spent:
     """What loading costs: the files are read, and copied once into memory.
 
     Safetensors in the number format that is computed in are mapped, not read: the file's pages are the weights, and
@@ -285,7 +285,7 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: bool, stored: 
         run: what is planned.
         files: bytes of the files.
         on_cpu: whether the CPU's memory is asked for; else the accelerator's, to which the weights are moved.
-        gguf: whether it comes from a GGUF file.
+        gguf: of a GGUF file, how many weights it holds; None: no such file.
         stored: bytes of a number in the files, where that is not the format that is computed in.
 
     Returns:
@@ -298,7 +298,7 @@ def load_cost(run: PlannedRun, *, files: int, on_cpu: bool, gguf: bool, stored: 
         one = max(max(shape.dense.layers) * shape.itemsize, shape.outside * (stored or 0))
         peak = {"weights in memory": rest, "one layer or as read": one}
     elif on_cpu and gguf:
-        peak = {"weights in float32": 4 * shape.dense.total}
+        peak = {"weights in float32": 4 * gguf}
     return Spent(peak, None if gguf else Work(read_bytes=files, moved_bytes=2 * size))
 
 

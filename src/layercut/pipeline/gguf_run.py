@@ -114,7 +114,7 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    header, reader = open_gguf(checkpoint.file)
+    header, reader = open_gguf(checkpoint.file, as_loaded=True)
     blocks, growth = [0] * header.layers, [0] * header.layers
     kind = config.output.gguf_type or SAME
     for tensor in reader.tensors:

@@ -26,6 +26,7 @@ from layercut.export.gguf_check import weights_in
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
 from layercut.models import checkpoints, layer_reader_protocol, loading
+from layercut.models.gguf_header import read_header
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
 from layercut.offload.several_devices import placed_over
@@ -66,7 +67,9 @@ class RunContext:
         """What the dense model depends on; not on where its weights lie while it runs."""
         apart = ("shard", "device_map", "max_memory")
         load = {name: value for name, value in asdict(self.config.load).items() if name not in apart}
-        return {"checkpoint": processes.on_main(self._fingerprint), "load": load}
+        finer = read_header(self.checkpoint.file).finer_twin if self.checkpoint.gguf else None
+        twins = {"embeddings": finer} if finer else {}  # another model than an earlier version loaded
+        return {"checkpoint": processes.on_main(self._fingerprint), "load": load} | twins
 
     def _fingerprint(self) -> str:
         """Of the checkpoint's files, remembered in the run folder."""

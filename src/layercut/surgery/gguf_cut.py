@@ -31,6 +31,7 @@ def cut_gguf(
     force: bool = False,
     replaced: Mapping[str, tuple[Any, Any]] | None = None,
     full: Sequence[bool] | None = None,
+    as_loaded: bool = False,
 ) -> None:
     """Write to `out` the GGUF file without the blocks of `segments`; kept tensors are copied byte for byte.
 
@@ -42,6 +43,7 @@ def cut_gguf(
         replaced: (data, GGML type) to store in the place of the source's, by the names in the cut file.
         full: of each layer of the cut file, whether it attends to all tokens; written as an array of sliding layers.
             None: as the source has it.
+        as_loaded: whether embeddings that the source keeps twice are written once (`models/gguf_twins.py`).
 
     Raises:
         SurgeryError: llama.cpp has no key or rule that describes what is left.
@@ -52,7 +54,7 @@ def cut_gguf(
     file, out = Path(file), Path(out)
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} is not named as a GGUF file", f"--out {out.with_suffix('.gguf')}")
-    header, reader = open_gguf(file)
+    header, reader = open_gguf(file, as_loaded=as_loaded)
     name, layers, facts = header.architecture, header.layers, header.facts()
     if header.count("split.count", 0) > 1:
         hint = "join them first: llama-gguf-split --merge FIRST.gguf WHOLE.gguf"

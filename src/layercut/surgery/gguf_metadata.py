@@ -25,7 +25,7 @@ Entry = tuple[Any, Any, Any]
 
 
 def general_entries(
-    fields: Mapping[str, Any], writer: Any, *, layers: int, left: int, replaced: bool
+    fields: Mapping[str, Any], writer: Any, *, layers: int, left: int, replaced: bool, tied: bool = False
 ) -> dict[str, Entry | None]:
     """What has to stand in a file that was made from another.
 
@@ -35,6 +35,7 @@ def general_entries(
         layers: how many there were.
         left: how many there are.
         replaced: whether tensors were written anew.
+        tied: whether a head that is the embeddings once more was left out.
 
     Returns:
         By key: the value and its types, or None for a key that is left out.
@@ -42,6 +43,7 @@ def general_entries(
     found: dict[str, Entry | None] = {}
     if left < layers:
         found |= _another_model(fields, layers, left)
+    if left < layers or tied:
         found |= _size(fields, writer)
     if replaced:
         found |= _number_formats(fields, writer)

@@ -56,7 +56,8 @@ def write_gguf(
         raise ModelError(f"the GGUF file has no tensor {min(unknown)}", "give the file that the run began from")
     for new, (data, kind) in contents.items():
         writer.add_tensor_info(new, data.shape, data.dtype, data.nbytes, kind)
-    general = general_entries(reader.fields, writer, layers=layers, left=len(kept), replaced=bool(replaced))
+    fewer = len(reader.tensors) < int(reader.fields["GGUF.tensor_count"].contents())  # embeddings kept twice are one
+    general = general_entries(reader.fields, writer, layers=layers, left=len(kept), replaced=bool(replaced), tied=fewer)
     _write_metadata(writer, reader, name, kept, layers, kept_blocks, blocks, changes, general)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
