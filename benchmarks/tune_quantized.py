@@ -4,11 +4,11 @@
         --settings "bits=4" "bits=4 train=scales" "bits=3 embeddings=3 group=96 train=rounding"
     python benchmarks/tune_quantized.py …      # goes on; rows that are done are kept
 
-A setting is `bits`, `group` (columns that share a scale), `quantizer`, `embeddings` (their bits; 16 where not given),
-and what is trained after rounding: `train` none, scales or rounding (the integers too), on `tokens`, `batch` of them a
-step, at `rate` (a share of each unit; the default where not given), with a share `mix` of the next token's loss, on
-other texts `beside` the first ("A+B"), of each of which as many rows are. "removed=16:19" takes layers out first, and
-folds.
+A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and a zero point), `quantizer`,
+`embeddings` (their bits; 16 where not given), and what is trained after rounding: `train` none, scales or rounding (the
+integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
+a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are.
+"removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
 checkpoint on the same grid. "bits=auto size=86MB" chooses the bits of each matrix for a size, embeddings and head too
@@ -48,7 +48,10 @@ from layercut.surgery import cut
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
-LATER = {"removed": str, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float, "beside": str}
+LATER = {
+    "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
+    "beside": str,
+}  # fmt: skip
 """Options of single settings, which the rows of others do not name."""
 
 
@@ -72,6 +75,7 @@ def quantized(
     by_peer = asked["quantizer"] == PEER
     config = QuantizeConfig(
         bits=asked["bits"], quantizer="rtn" if by_peer else asked["quantizer"], group_size=asked["group"] or None,
+        asymmetric=None if asked["bits"] == "auto" else bool(asked.get("asymmetric")),
         quantize_embeddings=asked["bits"] != "auto" and asked["embeddings"] < 16,
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip

@@ -357,6 +357,27 @@ def test_one_width_throughout_reloads_to_the_bit(bits, tied, asymmetric, tmp_pat
     assert found.bytes_after <= written["bytes"] < found.bytes_after + 8192, "with the header of the file"
 
 
+@pytest.mark.parametrize(
+    ("options", "has"),
+    [
+        ({"bits": 3}, True), ({"bits": 2, "endpoint_bits": 16}, True), ({"bits": 4, "asymmetric": True}, True),
+        ({"bits": 3, "quantize_embeddings": True, "embedding_bits": 3}, True),
+        ({"bits": 4}, False), ({"bits": "auto"}, False), ({"bits": 3, "asymmetric": False}, False),
+        ({"bits": 3, "quantize_embeddings": True}, False), ({"bits": 3, "endpoint_bits": 8}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_few_bits_have_zero_points_where_they_can_be_loaded(options, has):
+    assert QuantizeConfig(**options).zero_points == has
+    if options["bits"] == 3 and has:
+        found, plain = (quantize_(half(tiny.llama(2)), TOKENS, QuantizeConfig(quantizer="rtn", **options | more))
+                        for more in ({}, {"asymmetric": False}))  # fmt: skip
+        assert found.settings["asymmetric"]
+        assert not plain.settings["asymmetric"]
+        assert sum(row.weight_error for row in found.weights) < 0.9 * sum(row.weight_error for row in plain.weights)
+        assert any(name.endswith("weight_zero_point") for name in found.packed)
+
+
 @pytest.mark.parametrize("options", [{}, {"asymmetric": True}], ids=str)
 def test_layers_alone_reload_with_zero_points_and_in_three_bits(options, tmp_path, monkeypatch):
     """transformers loads zero points of packed weights only where it unpacks while loading."""

@@ -103,7 +103,7 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
     dense = half(tiny.llama(2, tie_word_embeddings=True))
     kept = {name: weight.clone() for name, weight in dense.named_parameters()}
-    found = rounded(dense, bits=3, quantize_embeddings=True, embedding_bits=3)
+    found = rounded(dense, bits=3, asymmetric=False, quantize_embeddings=True, embedding_bits=3)
     size = sum(tensor.nbytes for tensor in found.packed.values())
     codes = found.packed["model.layers.0.mlp.up_proj.weight_packed"].clone()
     parts = Trainable.of_(found, dense if learned else None)

@@ -41,6 +41,9 @@ GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
 """Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
+COARSE_BITS = 3
+"""Up to which groups have zero points by themselves: for 1 % more bytes 8 and 10 % less perplexity of
+Qwen2.5-Coder-0.5B (docs/log.md), and no engine but transformers reads so few bits."""
 AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
 """The same, or chosen for each matrix."""
 EmbeddingBits = Literal[16, 8, 6, 4, 3, 2]
@@ -470,8 +473,9 @@ class QuantizeConfig:
     ] = "gptq"
     group_size: Annotated[int | None, rare] = None
     """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
-    asymmetric: Annotated[bool, rare_switch] = False
-    """Store a zero point for every group as well; all weights then have the same bits and groups."""
+    asymmetric: Annotated[bool | None, Parameter(group=RARE, negative="--symmetric")] = None
+    """Store a zero point for every group as well; all weights then have the same bits and groups. Not given: with 3
+    bits and fewer, where all weights have the same."""
     endpoint_bits: Annotated[Literal[16, 8] | None, rare] = None
     """More bits for the layers beside the cut. Not given: as --bits."""
     quantize_embeddings: Annotated[bool, rare_switch] = False
@@ -508,19 +512,31 @@ class QuantizeConfig:
         return tuple(width for width in widths if str(width) in given)
 
     @property
+    def zero_points(self) -> bool:
+        """Whether every group has a zero point: as asked, else up to `COARSE_BITS` where all weights have as many."""
+        if self.asymmetric is None:
+            return self.bits != "auto" and self.bits <= COARSE_BITS and not self._is_mixed
+        return self.asymmetric
+
+    @property
+    def _is_mixed(self) -> bool:
+        """Whether some weights are asked to be in other bits than most."""
+        return self.endpoint_bits == 8 != self.bits or (self.quantize_embeddings and self.embedded_in != self.bits)
+
+    @property
     def packs_embeddings(self) -> bool:
         """Whether embeddings are packed as the other weights are, and not stored as whole bytes."""
-        return self.quantize_embeddings and (self.embedding_bits == self.bits or self.asymmetric)
+        return self.quantize_embeddings and (self.embedding_bits == self.bits or self.zero_points)
 
     @property
     def one_width(self) -> bool:
         """Whether all weights must have the same bits and groups, since a loader takes the first group's for all."""
-        return self.rounds and (self.asymmetric or self.packs_embeddings)
+        return self.rounds and (self.zero_points or self.packs_embeddings)
 
     def _check_auto(self) -> None:
         """Refuse what says of some weights in how many bits they are, where bits are chosen."""
         given = {
-            "--asymmetric": self.asymmetric, "--endpoint-bits": self.endpoint_bits is not None,
+            "--asymmetric": self.asymmetric is not None, "--endpoint-bits": self.endpoint_bits is not None,
             f"--embedding-bits {self.embedding_bits}": self.embedding_bits not in (None, 16),
         }  # fmt: skip
         for flag in (flag for flag, is_given in given.items() if is_given):
@@ -543,8 +559,7 @@ class QuantizeConfig:
                 f"--embedding-bits {self.embedding_bits} beside --bits {self.bits} cannot be loaded by transformers",
                 f"give --embedding-bits 8 or {self.bits}",
             )
-        mixed = self.endpoint_bits == 8 != self.bits or (self.quantize_embeddings and self.embedded_in != self.bits)
-        if self.one_width and mixed:
+        if self.one_width and self._is_mixed:
             what = "--asymmetric" if self.asymmetric else f"--embedding-bits {self.embedding_bits}"
             raise ConfigError(
                 f"{what} is given with weights of different bits, which transformers cannot load",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import ModelError, first_line
-from layercut.models.gguf_twins import EMBEDDING, HEAD, Stored, finer_twin, read_as_one_
+from layercut.models.gguf_twins import EMBEDDING, HEAD, TensorPlace, finer_twin, read_as_one_
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 """GGUF value type -> struct code; 8 is a string, 9 an array."""
@@ -43,7 +43,7 @@ class Header:
     left out unless asked for."""
     tensors: dict[str, tuple[int, ...]]
     """Shapes by name, the fastest dimension first."""
-    stored: dict[str, Stored]
+    stored: dict[str, TensorPlace]
     """How and where each is."""
 
     @property
@@ -317,7 +317,7 @@ class _HeaderParser:
         items = struct.unpack(f"{self.order}{count}{SCALARS[kind]}", self._take(count * least))
         return [bool(item) for item in items] if kind == BOOL else list(items)
 
-    def _tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, Stored]]:
+    def _tensors(self, count: int, alignment: int) -> tuple[dict[str, tuple[int, ...]], dict[str, TensorPlace]]:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         seen: set[str] = set()
@@ -334,7 +334,7 @@ class _HeaderParser:
                 raise self._bad(f"tensor {name!r} is of the unknown type {kind}") from None
             if 0 in shape or shape[0] % block or offset % alignment:
                 raise self._bad(f"tensor {name!r} cannot have the shape {shape} or start at {offset:,}")
-            found[name], stored[name] = tuple(shape), Stored(kind, offset, tuple(shape))
+            found[name], stored[name] = tuple(shape), TensorPlace(kind, offset, tuple(shape))
             ends.append((offset + math.prod(shape) // block * size, name))
         start = -(-self.stream.tell() // alignment) * alignment
         if ends and start + max(ends)[0] > self.size:

@@ -28,7 +28,7 @@ ROWS = 8192
 """That are compared at once."""
 
 
-class Stored(NamedTuple):
+class TensorPlace(NamedTuple):
     """How and where a tensor is in a file."""
 
     kind: int
@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
 @lru_cache(maxsize=8)
 def finer_twin(
-    file: Path, stamp: tuple[int, ...], architecture: str, embedding: Stored | None, head: Stored | None
+    file: Path, stamp: tuple[int, ...], architecture: str, embedding: TensorPlace | None, head: TensorPlace | None
 ) -> str | None:
     """Which of embeddings and head keeps more bits of a matrix that both hold, row for row.
 
@@ -75,7 +75,7 @@ def finer_twin(
     return EMBEDDING if first < second else HEAD
 
 
-def _plain(file: Path, stored: Stored, rows: slice) -> np.ndarray:
+def _plain(file: Path, stored: TensorPlace, rows: slice) -> np.ndarray:
     """Some rows of a matrix, decoded."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 

@@ -47,7 +47,7 @@ def quantize(
     bits: Literal[8, 6, 4, 3, 2, "auto"],
     quantizer: str | Quantizer = "gptq",
     group_size: int | None = None,
-    asymmetric: bool = False,
+    asymmetric: bool | None = None,
     quantize_embeddings: bool = False,
     endpoint_bits: Literal[16, 8] | None = None,
     embedding_bits: EmbeddingBits | None = None,
@@ -64,7 +64,8 @@ def quantize(
         quantizer: a name of `layercut.quantizers` ("gptq", "rtn", one of a package), or a class or function as
             `quantization/quantizers.py` describes it.
         group_size: columns that share a scale; None: the largest of 128, 64 and 32 that divides a weight's columns.
-        asymmetric: store a zero point for every group as well.
+        asymmetric: store a zero point for every group as well; None: with 3 bits and fewer, where all weights have as
+            many.
         quantize_embeddings: store embeddings and head in 8 bits too.
         endpoint_bits: bits of the layers beside a cut; None: as `bits`. 16: they are not quantized.
         embedding_bits: bits of embeddings and head, with `quantize_embeddings`: 8, or as `bits`; None: 8.
@@ -147,10 +148,10 @@ def quantize_(
     _embeddings_and_head(model, [target for target in targets if target.layer is None], packed, quantize_one)
     _decoder_layers(model, targets, tokens if rounds.needs_calibration else None, quantize_one)
     targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
-    kind = {"asymmetric": config.asymmetric, "one_width": mixture.one_width if mixture else config.one_width}
+    kind = {"asymmetric": config.zero_points, "one_width": mixture.one_width if mixture else config.one_width}
     described = quantization_config(targets, linear_left(model, targets), **kind)
     after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
-    asked = vars(config) | {"quantizer": name}
+    asked = vars(config) | {"quantizer": name, "asymmetric": config.zero_points}
     chosen = mixture.to_dict() if mixture else None
     return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked, chosen)
 
@@ -263,7 +264,7 @@ def _quantize_weight(
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "the model is damaged: load it again")
-    grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.asymmetric, dtype=stored_dtype(model))
+    grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.zero_points, dtype=stored_dtype(model))
     nearest = encode(weight, grid)
     uncalibrated = hessian is None and quantizer[1].needs_calibration
     chosen = nearest if uncalibrated else codes(*quantizer, weight, hessian, grid)

@@ -36,7 +36,7 @@ def require_library(*, one_width: bool = False) -> None:
     if one_width and not unpacks_while_loading():
         raise ConfigError(
             f"transformers {transformers.__version__} cannot load zero points or packed embeddings",
-            "pip install -U transformers, or leave out --asymmetric and --embedding-bits",
+            "pip install -U transformers, or --symmetric without --embedding-bits",
         )
 
 
