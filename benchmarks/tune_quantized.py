@@ -99,8 +99,9 @@ def quantized(
             objective=objective, learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024)
         )
         told = tune_parameters_(
-            parts.model, model.model, parts.parameters, tuning, heldout=text["heldout"], settings=settings
-        )
+            parts.model, model.model, parts.parameters, tuning, heldout=text["heldout"], settings=settings,
+            rate_from=None if "rate" in asked or "mix" in asked else parts.rate_from,
+        )  # fmt: skip
         kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
         row["tuning"] = {name: getattr(told, name) for name in kept}
         found = parts.finished_()

@@ -168,7 +168,9 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
                     patch.setattr(endpoint_tuning._Training, "step_", stop_after_two)
                 try:
                     given = parts.parameters
-                    tune_parameters_(parts.model, dense, given, TOKENS, heldout=HELDOUT, settings=settings, files=files)
+                    more: dict[str, Any] = {"settings": settings, "rate_from": lambda loss: 0.02 * loss, "files": files}
+                    told = tune_parameters_(parts.model, dense, given, TOKENS, heldout=HELDOUT, **more)
+                    assert told.learning_rate == 0.02 * told.heldout[0]["loss"]
                 except KeyboardInterrupt:
                     assert stops
                     assert not attempt
@@ -183,8 +185,8 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     model.save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
     flags = ["--segment=2:3", "--bits=3", "--quantize-embeddings", "--embedding-bits=3", "--quantizer=rtn"]
-    flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=512", "--eval-tokens=256", "--no-fold"]
-    flags += ["--preserve=none", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=1024", "--batch-tokens=32", "--no-fold"]
+    flags += ["--eval-tokens=256", "--preserve=none", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     argv = ["compress", str(tmp_path / "model"), *flags]
     runs = {}
     for way in ("auto", "none"):
@@ -198,7 +200,7 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     assert tuning["trained_parameters"] > sum(p.numel() for p in model.parameters() if p.dim() > 1) * 4 / 5, (
         "at 3 bits the rounding is trained by itself, of all layers but the one removed"
     )
-    assert tuning["learning_rate"] == trained.rate
+    assert tuning["learning_rate"] == trained.rate_from(tuning["heldout"][0]["loss"]) < trained.rate
     assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
     assert "tuning" not in runs["none"]["quantize"]
     found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}

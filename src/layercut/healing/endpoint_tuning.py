@@ -198,6 +198,7 @@ def tune_parameters_(
     *,
     heldout: torch.Tensor,
     settings: TuneSettings,
+    rate_from: Callable[[float], float] | None = None,
     files: TuningFiles = TuningFiles(),
 ) -> TuningResult:
     """Train parameters that the caller has put into the student, anywhere in it, by the loop of `tune_`.
@@ -211,6 +212,7 @@ def tune_parameters_(
         tokens: token ids [N, T] to train on, in their order.
         heldout: token ids [M, T] that judge.
         settings: objective, rate (a share of each unit), tokens of a step, epochs; the radius is not used.
+        rate_from: the rate by the held-out loss before the first step, in the place of that of `settings`.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -231,6 +233,7 @@ def tune_parameters_(
             stored=files.teacher, apart=True,
         )  # fmt: skip
         training = _Training(pair, list(range(len(cut))), tokens, settings, given)
+        training.rate_from = rate_from
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -403,6 +406,7 @@ class _Training:
         self.positions, self.trained = positions, [p for p, _ in given]
         self.row_lengths: torch.Tensor | None = None
         self.token_weights: torch.Tensor | None = None
+        self.rate_from: Callable[[float], float] | None = None
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
@@ -474,6 +478,8 @@ class _Training:
                 advance(int(self.report.curve[-1]["tokens"]), f"loss {self.report.curve[-1]['loss']:.4f}")
         else:
             self.note_score_(judge.score())
+        if self.rate_from:
+            self.rate = self.rate_from(self.report.heldout[0]["loss"])
         return judge
 
     def keep(self, state: StateFile | None, stop: Stop) -> None:

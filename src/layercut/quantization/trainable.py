@@ -33,7 +33,10 @@ from layercut.quantization.quantized import Quantized
 
 RATE, ROUNDING_RATE = 5e-3, 2e-3
 """Peak rate of AdamW as a share of each unit, the mean scale or the mean entry of a norm: where codes are frozen, and
-where the rounding is trained too (docs/log.md)."""
+the highest where the rounding is trained too (docs/log.md)."""
+RATE_PER_NAT = 8e-4
+"""That for each nat per token of KL that rounding left. 0.2 % was right where it left 2.6; where it left 1.3 or 0.5 it
+first ruined what there was (docs/log.md)."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
 BLOCK = 2**16
@@ -285,8 +288,19 @@ class Trainable:
 
     @property
     def rate(self) -> float:
-        """Peak rate of AdamW for them, as a share of each unit."""
+        """Peak rate of AdamW for them, as a share of each unit; the highest where the rounding is trained."""
         return ROUNDING_RATE if any(isinstance(module, Rounded) for module in self.modules.values()) else RATE
+
+    def rate_from(self, kl: float) -> float:
+        """The same by the KL to the dense model that rounding left.
+
+        Args:
+            kl: nats per token.
+
+        Returns:
+            A share of each unit.
+        """
+        return min(self.rate, RATE_PER_NAT * kl) if self.rate == ROUNDING_RATE else self.rate
 
     @torch.no_grad()
     def finished_(self) -> Quantized:

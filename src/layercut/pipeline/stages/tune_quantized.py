@@ -16,12 +16,13 @@ from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
 from layercut.models import memory
+from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
 from layercut.progress import say
 from layercut.quantization import Quantized
-from layercut.quantization.trainable import RATE, ROUNDING_RATE, Trainable
+from layercut.quantization.trainable import RATE, RATE_PER_NAT, ROUNDING_RATE, Trainable
 
 FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
@@ -45,7 +46,7 @@ def inputs(work: RunContext) -> list[Any]:
     heal, text, asked = work.config.heal, work.text, work.config.after_rounding
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
     trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
-    return [*few, RATE, ROUNDING_RATE, asked, *trained, text["tuning"], text["heldout"]]
+    return [*few, RATE, ROUNDING_RATE, RATE_PER_NAT, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
@@ -130,9 +131,11 @@ def _trained(
     """Train what is to be trained of a quantized model, on rows to tune on, judged by the held-out ones."""
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
     rows, settings = in_rows(tuning, work.config.text.window), replace(settings, learning_rate=parts.rate)
+    loss = settings.objective
+    is_kl = isinstance(loss, KL) and not loss.mix and loss.temperature == 1
     report = tune_parameters_(
         parts.model, work.dense.model, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
-        files=files,
+        rate_from=parts.rate_from if is_kl else None, files=files,
     )  # fmt: skip
     return parts.finished_(), report
 
