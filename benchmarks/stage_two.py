@@ -133,14 +133,15 @@ def described(row: dict[str, Any]) -> list[str]:
     """Bits, bits of embeddings, what is trained, on how many tokens."""
     auto = row["bits"] == "auto"
     bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
+    bits += ", zero points" if row.get("asymmetric") else ""
     bits += f", without layers {row['removed']}" if "removed" in row else ""
     by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
     by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""
     by += f", rate {row['rate']:g}" if "rate" in row else ""
     by += f", {row['batch']} tokens a step" if "batch" in row else ""
-    tokens = f"{row['tokens']:,}" if row["tokens"] else ""
-    tokens += f", {' and '.join(row['beside'].split('+'))} beside C4" if "beside" in row else ""
-    return [bits, "chosen" if auto else str(row["embeddings"]), by, tokens]
+    tokens = [f"{row['tokens']:,}"] if row["tokens"] else []
+    tokens += [f"{' and '.join(row['beside'].split('+'))} beside C4"] if "beside" in row else []
+    return [bits, "chosen" if auto else str(row["embeddings"]), by, ", ".join(tokens)]
 
 
 def gguf_rounding_table(result: dict[str, Any]) -> str:
