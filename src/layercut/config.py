@@ -39,11 +39,11 @@ Consumers = Annotated[
 ]
 GROUP_SIZES = (128, 64, 32)
 """Columns that share a scale in quantized weights: the sizes for which loaders have fast kernels, coarsest first."""
-Bits = Literal[16, 8, 6, 4, 3, 2]
-"""Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
 COARSE_BITS = 3
 """Up to which groups have zero points by themselves: for 1 % more bytes 8 and 10 % less perplexity of
 Qwen2.5-Coder-0.5B (docs/log.md), and no engine but transformers reads so few bits."""
+Bits = Literal[16, 8, 6, 4, 3, 2]
+"""Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
 AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
 """The same, or chosen for each matrix."""
 EmbeddingBits = Literal[16, 8, 6, 4, 3, 2]

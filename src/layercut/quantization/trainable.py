@@ -287,9 +287,14 @@ class Trainable:
         return [*units, *((p, max(p.detach().abs().mean().item(), 1e-3)) for p in self.norms.values())]
 
     @property
+    def learns_rounding(self) -> bool:
+        """Whether the codes are trained, and not scales and norms alone."""
+        return any(isinstance(module, Rounded) for module in self.modules.values())
+
+    @property
     def rate(self) -> float:
         """Peak rate of AdamW for them, as a share of each unit; the highest where the rounding is trained."""
-        return ROUNDING_RATE if any(isinstance(module, Rounded) for module in self.modules.values()) else RATE
+        return ROUNDING_RATE if self.learns_rounding else RATE
 
     def rate_from(self, kl: float) -> float:
         """The same by the KL to the dense model that rounding left.
@@ -300,7 +305,7 @@ class Trainable:
         Returns:
             A share of each unit.
         """
-        return min(self.rate, RATE_PER_NAT * kl) if self.rate == ROUNDING_RATE else self.rate
+        return min(ROUNDING_RATE, RATE_PER_NAT * kl) if self.learns_rounding else RATE
 
     @torch.no_grad()
     def finished_(self) -> Quantized:
