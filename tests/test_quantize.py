@@ -22,7 +22,7 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.models import checkpoints, loading
-from layercut.quantization import endpoints_of, quantize_, quantized_weights
+from layercut.quantization import EMBEDDING_SHARE, endpoints_of, quantize_, quantized_weights
 from layercut.quantization.gptq import DAMPING, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
 
@@ -232,6 +232,35 @@ def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
         logits = [m(heldout, use_cache=False).logits.log_softmax(-1) for m in (dense, student)]
         distance[quantizer] = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
     assert 0 < distance["gptq"] < distance["rtn"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
+    dense, caught = tiny.llama(4, tie_word_embeddings=tied), []
+    hook = dense.lm_head.register_forward_hook(lambda _, args, out: caught.append(args[0]))
+    dense(TOKENS, use_cache=False)
+    hook.remove()
+    hessian = gram(caught[0]).double()
+    if tied:
+        hessian.diagonal().add_(EMBEDDING_SHARE * hessian.diagonal().mean())
+    options = QuantizeConfig(bits=4, quantize_embeddings=True, embedding_bits=4)
+    student = loading.share(dense)
+    rows = {row.name: row for row in quantize_(student, TOKENS, options).weights}
+    row = rows["model.embed_tokens" if tied else "lm_head"]
+    assert row.method == "gptq"
+    weight, rounded = dense.lm_head.weight, student.lm_head.weight
+    whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
+    expected = (output_errors(weight, rounded, hessian).sum() / whole).item()
+    assert row.output_error == pytest.approx(expected, rel=1e-4)
+    assert row.output_error < 0.9 * row.rtn_output_error
+    if not tied:
+        assert rows["model.embed_tokens"].method == "rtn", "what rows are read as they are is not calibrated"
+    monkeypatch.setattr("layercut.quantization.gptq.ROWS", 7)
+    by_parts = loading.share(dense)
+    quantize_(by_parts, TOKENS, options)
+    assert torch.equal(by_parts.lm_head.weight, rounded)
+    whole_bytes = quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True)).weights
+    assert {row.method for row in whole_bytes if row.bits == 8} == {"rtn"}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -29,8 +29,8 @@ from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
 from layercut.quantization.bit_choice import Mixture, choose
 from layercut.quantization.gptq import output_errors
-from layercut.quantization.grid import decode, encode, fit_grid
-from layercut.quantization.layer_by_layer import each_with_hessian
+from layercut.quantization.grid import NEAR_ENOUGH, decode, encode, fit_grid
+from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantized import Quantized, QuantizedWeight
 from layercut.quantization.quantizers import Quantizer, codes, resolve
@@ -38,6 +38,10 @@ from layercut.quantization.quantizers import Quantizer, codes, resolve
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
 
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
+
+EMBEDDING_SHARE = 0.1
+"""H of a tied head is of what the head reads; as an embedding its rows are read as they are, for which this share of
+the mean diagonal is added to the diagonal (docs/log.md)."""
 
 
 def quantize(
@@ -145,8 +149,9 @@ def quantize_(
         packed.update(stored)
         replace_parameters_(model, {f"{target.name}.weight": weight})
 
-    _embeddings_and_head(model, [target for target in targets if target.layer is None], packed, quantize_one)
-    _decoder_layers(model, targets, tokens if rounds.needs_calibration else None, quantize_one)
+    tokens = tokens if rounds.needs_calibration else None
+    _embeddings_and_head(model, [target for target in targets if target.layer is None], tokens, packed, quantize_one)
+    _decoder_layers(model, targets, tokens, quantize_one)
     targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
     kind = {"asymmetric": config.zero_points, "one_width": mixture.one_width if mixture else config.one_width}
     described = quantization_config(targets, linear_left(model, targets), **kind)
@@ -224,9 +229,13 @@ def original_layer_index(config: Any) -> list[int] | None:
 
 
 def _embeddings_and_head(
-    model: Any, ends: Sequence[Assignment], packed: dict[str, torch.Tensor], quantize_one: QuantizeOne
+    model: Any,
+    ends: Sequence[Assignment],
+    tokens: torch.Tensor | None,
+    packed: dict[str, torch.Tensor],
+    quantize_one: QuantizeOne,
 ) -> None:
-    """The weights outside the decoder layers, without calibration; tied ones once.
+    """The weights outside the decoder layers; tied ones once. Tokens: to calibrate the head on, if it is below a byte.
 
     In whole bytes a tied head's scales are stored under both names. Packed ones are unpacked while loading, then tied.
     """
@@ -234,11 +243,17 @@ def _embeddings_and_head(
         return
     first, last = ends[0], ends[-1]
     tied = len(ends) > 1 and model.get_submodule(first.name).weight is model.get_submodule(last.name).weight
-    quantize_one(first, None)
+    hessian = None
+    if tokens is not None and last.bits < NEAR_ENOUGH and len(ends) > 1:
+        with memory_limit():
+            hessian = hessian_of_head(DecoderRunner(model), tokens, model.get_output_embeddings())
+    if tied and hessian is not None:
+        hessian.diagonal().add_(EMBEDDING_SHARE * hessian.diagonal().mean())
+    quantize_one(first, hessian if tied else None)
     if tied and first.form == WHOLE_BYTES:
         packed.update(_scales_for_tied_head(ends, packed))
     elif len(ends) > 1 and not tied:
-        quantize_one(last, None)
+        quantize_one(last, hessian)
 
 
 def _bytes_left(model: Any, rows: Sequence[QuantizedWeight]) -> int:

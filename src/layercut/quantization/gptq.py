@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import torch
 
+from layercut.models.batch_sizes import slices
 from layercut.quantization.grid import Grid, decode, encode
 
 DAMPING, BLOCK = 0.01, 128
 """Share of H's mean diagonal that is added to the diagonal, and columns updated at once; both as in the paper."""
+ROWS = 2**14
+"""Rows that are worked on at once, of which none needs another: a head has as many as there are tokens."""
 
 
 def gram(inputs: torch.Tensor) -> torch.Tensor:
@@ -35,8 +38,11 @@ def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tens
     Returns:
         [O], in H's dtype.
     """
-    delta = weight.to(hessian.dtype) - other.to(hessian.dtype)
-    return ((delta @ hessian) * delta).sum(1) / 2
+    found = []
+    for part in slices(len(weight), ROWS):
+        delta = weight[part].to(hessian.dtype) - other[part].to(hessian.dtype)
+        found.append(((delta @ hessian) * delta).sum(1) / 2)
+    return torch.cat(found)
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -52,6 +58,13 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tenso
     """
     order = hessian.diagonal().argsort(descending=True)  # columns of the largest inputs first: most can compensate
     factor = inverse_factor(hessian[order][:, order]).float()  # U [I, I], U'U = H^-1
+    parts = slices(len(weight), ROWS)
+    found = torch.cat([_compensated(weight[part], grid.rows(part), order, factor) for part in parts])
+    return _better_rows(weight, found, encode(weight, grid), hessian, grid)
+
+
+def _compensated(weight: torch.Tensor, grid: Grid, order: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Codes of some rows [O, I], their columns rounded in an order."""
     open_columns = weight.float()[:, order].T.contiguous()  # [I, O], so that a column is contiguous
     group = order // grid.group_size
     scale = grid.scale.float().T[group]  # [I, O]
@@ -70,7 +83,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tenso
         open_columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     found = torch.empty_like(codes, dtype=torch.int8)
     found[order] = codes.to(torch.int8)
-    return _better_rows(weight, found.T.contiguous(), encode(weight, grid), hessian, grid)
+    return found.T.contiguous()
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

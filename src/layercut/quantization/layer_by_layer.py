@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from layercut.models.devices import place_of_float64
 from layercut.models.runner import Calls, DecoderRunner, intercepted
@@ -35,15 +36,46 @@ def each_with_hessian(
         Layer, module and H = 2 X'X [I, I] of what goes into it; None where nothing did, as into an expert to which
         no token was sent.
     """
-    rows = stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1]))
-    batches: list[_Rows] = []
-    _in_parts(stack, list(rows), lambda some: batches.append(_Rows(stack, some, *stack.enter(some))))
+    batches = _entered(stack, tokens)
     for i in range(max(wanted) + 1):
         if i in wanted:
             batches, hessians = _hessians(stack, i, batches, list(wanted[i]))
             yield from ((i, name, hessians[name]) for name in wanted[i])
         batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
         advance(1)
+
+
+def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor, head: nn.Linear) -> torch.Tensor | None:
+    """H = 2 X'X [D, D] of what the head reads in the model as it is; None where its module is not called.
+
+    Args:
+        stack: the model.
+        tokens: calibration token ids [N, T].
+        head: the linear module that makes logits.
+
+    Returns:
+        H, in float64 where the device has it.
+    """
+    batches = _entered(stack, tokens)
+    for i in range(len(stack)):
+        batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
+    sums: list[torch.Tensor] = []
+
+    def add_(rows: _Rows) -> None:
+        seen: list[torch.Tensor] = []
+
+        def record(_: int, run: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x.new_zeros(*x.shape[:-1], head.out_features)  # nobody reads the logits
+
+        with intercepted([head], record):
+            stack.exit(rows.hidden, rows.tokens)
+        sums.extend(gram(x).to(_sum_dtype(x.device)) for x in seen)
+        sums[:] = [torch.stack(sums).sum(0)] if sums else []
+
+    few = stack.budget.logit_rows(tokens.shape[1], head.out_features)
+    _in_parts(stack, [part for rows in batches for part in rows.split(few)], add_)
+    return sums[0] if sums else None
 
 
 @dataclass
@@ -67,6 +99,13 @@ class _Rows:
     def pass_(self, i: int) -> None:
         """Through layer i."""
         self.hidden = self.stack.plain_layer(i, self.hidden, self.calls)
+
+
+def _entered(stack: DecoderRunner, tokens: torch.Tensor) -> list[_Rows]:
+    """Rows of tokens [N, T] before the first layer, as many in a batch as may be recorded at once."""
+    rows, batches = stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1])), list[_Rows]()
+    _in_parts(stack, list(rows), lambda some: batches.append(_Rows(stack, some, *stack.enter(some))))
+    return batches
 
 
 def _in_parts(stack: DecoderRunner, parts: list[Part], work: Callable[[Part], None]) -> list[Part]:
