@@ -68,9 +68,9 @@ def named(content: Any) -> Any:
 
 
 def without_folder(argument: str) -> str:
-    """NAME=/data/a.txt -> NAME=a.txt; anything else as it is."""
-    name, equals, source = argument.partition("=")
-    return f"{name}={named(source)}" if equals else argument
+    """NAME=/data/a.txt -> NAME=a.txt, in each of its words; anything else as it is."""
+    parts = (word.partition("=") for word in argument.split(" "))
+    return " ".join(f"{name}={named(source)}" if equals else name for name, equals, source in parts)
 
 
 def finish(out: Path, model: loading.LanguageModel, claim: str, rows: list[dict[str, Any]], **facts: Any) -> None:

@@ -196,6 +196,7 @@ def filled(text: str) -> str:
         "engines": engines_table,
         "recall": recall_table,
         "tune_quantized": tune_quantized_table,
+        "tune_quantized-qwen": tune_quantized_table,
         "gguf_rounding": gguf_rounding_table,
     }
     later |= {"keep_recall": keep_table}

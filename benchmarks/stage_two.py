@@ -110,7 +110,8 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---|---:|",
     ]
     best = min((row for row in rows if row["of_dense"] <= 1 - SMALLER + AS_PRINTED), key=loss)
-    lines += [answer(f"smallest within {budget:.0%}", smallest_within(rows, budget)) for budget in BUDGETS]
+    met = [budget for budget in BUDGETS if min(map(loss, rows)) <= budget]
+    lines += [answer(f"smallest within {budget:.0%}", smallest_within(rows, budget)) for budget in met]
     lines += [
         answer(f"best at {1 - SMALLER:.0%}", best),
         "",
@@ -141,7 +142,10 @@ def described(row: dict[str, Any]) -> list[str]:
     by += f", {row['batch']} tokens a step" if "batch" in row else ""
     tokens = [f"{row['tokens']:,}"] if row["tokens"] else []
     tokens += [f"{' and '.join(row['beside'].split('+'))} beside C4"] if "beside" in row else []
-    return [bits, "chosen" if auto else str(row["embeddings"]), by, ", ".join(tokens)]
+    embeddings = "chosen" if auto else str(row["embeddings"])
+    small = row["embeddings"] < 8 or row.get("one_width")
+    embeddings += ", to nearest" if small and "head" not in row else ""
+    return [bits, embeddings, by, ", ".join(tokens)]
 
 
 def gguf_rounding_table(result: dict[str, Any]) -> str:

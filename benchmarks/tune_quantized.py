@@ -42,6 +42,7 @@ from layercut.models import loading, memory
 from layercut.models.objectives import KL
 from layercut.progress import say
 from layercut.quantization import quantize_
+from layercut.quantization.grid import NEAR_ENOUGH
 from layercut.quantization.trainable import Trainable
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -159,6 +160,8 @@ def main() -> None:
     done = RowsDone(args.out, facts)
     for asked in (PLAIN, *(parsed(setting, args.tune_tokens) for setting in args.settings)):
         row = asked | ({"beside": named(asked["beside"])} if "beside" in asked else {})
+        if asked["quantizer"] == "gptq" and (asked["bits"] == "auto" or asked["embeddings"] < NEAR_ENOUGH):
+            row["head"] = "gptq"  # rows without it are of before, when it was rounded to nearest
         others = LATER.keys() - row.keys()  # rows that name these were made by another setting
         if any(row.items() <= each.items() and not others & each.keys() for each in done.rows):
             continue

@@ -22,9 +22,13 @@ from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
 from layercut.export import checkpoint
 from layercut.models import checkpoints, loading
+from layercut.models.batch_sizes import Budget
+from layercut.models.memory import memory_limit
+from layercut.models.runner import DecoderRunner
 from layercut.quantization import EMBEDDING_SHARE, endpoints_of, quantize_, quantized_weights
 from layercut.quantization.gptq import DAMPING, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
+from layercut.quantization.layer_by_layer import hessian_of_head
 
 TOKENS = tiny.some_tokens(32)
 
@@ -234,6 +238,34 @@ def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
     assert 0 < distance["gptq"] < distance["rtn"]
 
 
+def rows_of_head(dense, monkeypatch) -> torch.Tensor:
+    """H of what its head reads, by parts of one row, the second of which runs out of memory once, at its end."""
+    stack, calls, exits = DecoderRunner(dense), [], DecoderRunner.exit
+
+    def failing(self, *args):
+        logits = exits(self, *args)
+        calls.append(len(args[0]))
+        if len(calls) == 2:
+            raise MemoryError
+        return logits
+
+    monkeypatch.setattr(DecoderRunner, "exit", failing)
+    monkeypatch.setattr(Budget, "logit_rows", lambda *_: 2)
+    with memory_limit():
+        found = hessian_of_head(stack, TOKENS)
+    assert found is not None
+    assert sum(calls) > len(TOKENS), "one part came again"
+    monkeypatch.undo()
+    return found
+
+
+def test_a_head_beside_plain_embeddings_is_calibrated_too():
+    mixed = QuantizeConfig(bits="auto", bits_allowed="16,4,3")
+    found = quantize_(tiny.llama(4, tie_word_embeddings=False), TOKENS, mixed, target=62_000)
+    methods = {row.name: row.method for row in found.weights if ".layers." not in row.name}
+    assert methods == {"lm_head": "gptq"}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     dense, caught = tiny.llama(4, tie_word_embeddings=tied), []
@@ -259,6 +291,8 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     by_parts = loading.share(dense)
     quantize_(by_parts, TOKENS, options)
     assert torch.equal(by_parts.lm_head.weight, rounded)
+    several = rows_of_head(dense, monkeypatch)
+    assert torch.allclose(several, gram(caught[0]).double(), rtol=1e-5, atol=1e-2)
     whole_bytes = quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True)).weights
     assert {row.method for row in whole_bytes if row.bits == 8} == {"rtn"}
 

@@ -567,6 +567,11 @@ class QuantizeConfig:
             )
 
     @property
+    def small_head(self) -> bool:
+        """Whether the head has fewer than 8 bits, or may be given fewer."""
+        return self.bits == "auto" or (self.quantize_embeddings and self.embedded_in < 8)
+
+    @property
     def embedded_in(self) -> int:
         """Bits of embeddings and head, where they are quantized."""
         return self.embedding_bits or 8

@@ -243,13 +243,13 @@ def _embeddings_and_head(
         return
     first, last = ends[0], ends[-1]
     tied = len(ends) > 1 and model.get_submodule(first.name).weight is model.get_submodule(last.name).weight
-    hessian = None
-    if tokens is not None and last.bits < NEAR_ENOUGH and len(ends) > 1:
+    hessian, has_head = None, model.get_submodule(last.name) is model.get_output_embeddings()
+    if tokens is not None and last.bits < NEAR_ENOUGH and has_head:
         with memory_limit():
-            hessian = hessian_of_head(DecoderRunner(model), tokens, model.get_output_embeddings())
+            hessian = hessian_of_head(DecoderRunner(model), tokens)
     if tied and hessian is not None:
         hessian.diagonal().add_(EMBEDDING_SHARE * hessian.diagonal().mean())
-    quantize_one(first, hessian if tied else None)
+    quantize_one(first, hessian if tied or first is last else None)
     if tied and first.form == WHOLE_BYTES:
         packed.update(_scales_for_tied_head(ends, packed))
     elif len(ends) > 1 and not tied:

@@ -45,23 +45,23 @@ def each_with_hessian(
         advance(1)
 
 
-def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor, head: nn.Linear) -> torch.Tensor | None:
+def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor | None:
     """H = 2 X'X [D, D] of what the head reads in the model as it is; None where its module is not called.
 
     Args:
-        stack: the model.
+        stack: the model, whose head is a linear module.
         tokens: calibration token ids [N, T].
-        head: the linear module that makes logits.
 
     Returns:
         H, in float64 where the device has it.
     """
+    head: nn.Linear = stack.model.get_output_embeddings()
     batches = _entered(stack, tokens)
     for i in range(len(stack)):
         batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
     sums: list[torch.Tensor] = []
 
-    def add_(rows: _Rows) -> None:
+    def add_(pair: _Left) -> None:
         seen: list[torch.Tensor] = []
 
         def record(_: int, run: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
@@ -69,13 +69,31 @@ def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor, head: nn.Linear)
             return x.new_zeros(*x.shape[:-1], head.out_features)  # nobody reads the logits
 
         with intercepted([head], record):
-            stack.exit(rows.hidden, rows.tokens)
-        sums.extend(gram(x).to(_sum_dtype(x.device)) for x in seen)
-        sums[:] = [torch.stack(sums).sum(0)] if sums else []
+            stack.exit(pair.hidden, pair.tokens)
+        found = [gram(x) for x in seen]
+        if found and not sums:
+            sums.append(torch.zeros_like(found[0], dtype=_sum_dtype(found[0].device)))
+        for product in found:  # nothing is added before all is there: a part that runs out of memory comes again
+            sums[0].add_(product)
 
     few = stack.budget.logit_rows(tokens.shape[1], head.out_features)
-    _in_parts(stack, [part for rows in batches for part in rows.split(few)], add_)
+    _in_parts(stack, [part for rows in batches for part in _Left(rows.tokens, rows.hidden).split(few)], add_)
     return sums[0] if sums else None
+
+
+@dataclass
+class _Left:
+    """Rows of calibration tokens [B, T], and what left the last layer [B, T, D]."""
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, rows: int) -> list[_Left]:
+        """As of a tensor: so many rows each."""
+        return [_Left(*pair) for pair in zip(self.tokens.split(rows), self.hidden.split(rows), strict=True)]
 
 
 @dataclass

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from layercut.models.cost import Peak, PlannedRun, Spent, Work, total
 from layercut.quantization import sensitivity
-from layercut.quantization.grid import NEAR_ENOUGH, SEARCHED_BITS, SHARES
+from layercut.quantization.gptq import ROWS
+from layercut.quantization.grid import SEARCHED_BITS, SHARES
 
 MATRICES, WIDTHS = 7, 16
 """Of a layer, and what is tried for each where bits are chosen: those of a Llama."""
@@ -42,7 +43,9 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
         gathered = layers * rows * shape.window * 2 * squares + 2 * matrices * mean
         work += Work.of(shape, 2 * rows * layers, heads=0, flops64=solved) + Work(flops=gathered)
         peak |= {"streams": 2 * shape.stream(rows), "Hessians": 4 * 8 * squares}
-        work += _head_work(run)
+        if run.config.quantize.small_head:
+            head = _head_cost(run)
+            work, peak = work + head.work if head.work else work, peak | head.peak
     if bits == "auto":
         measured = _measured(run)
         work = work + measured.work if measured.work else work
@@ -50,15 +53,17 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
     return Spent(peak, work)
 
 
-def _head_work(run: PlannedRun) -> Work:
-    """One more pass of the calibration rows, for what the head reads, and its rounding; of few bits alone."""
-    shape, config, rows = run.shape, run.config.quantize, run.calibration
-    if config.bits == "auto" or not config.quantize_embeddings or config.embedded_in >= NEAR_ENOUGH:
-        return Work()
-    square = shape.hidden**2
+def _head_cost(run: PlannedRun) -> Spent:
+    """One more pass of the calibration rows, for what the head reads, and its rounding."""
+    shape, rows, square = run.shape, run.calibration, run.shape.hidden**2
     solved = 8 * shape.vocabulary * square + 3 * shape.hidden**3
     gathered = 2 * square * (rows * shape.window + shape.vocabulary)
-    return Work.of(shape, rows * len(run.after.layers), heads=0, flops64=solved) + Work(flops=gathered)
+    together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
+    peak = {
+        "logits": shape.itemsize * together * shape.window * shape.vocabulary,
+        "errors": 5 * 8 * min(ROWS, shape.vocabulary) * shape.hidden,
+    }
+    return Spent(peak, Work.of(shape, rows * len(run.after.layers), heads=0, flops64=solved) + Work(flops=gathered))
 
 
 def _measured(run: PlannedRun) -> Spent:

@@ -27,7 +27,8 @@ class QuantizedWeight:
     weight_error: float
     """||W - Q||² / ||W||²"""
     output_error: float | None
-    """||(W - Q) X'||² / ||W X'||² on the calibration inputs X; None where it was not calibrated."""
+    """||(W - Q) X'||² / ||W X'||² on the calibration inputs X; None where it was not calibrated. Of a tied
+    head with the share of ||W - Q||² that stands for the embedding."""
     rtn_output_error: float | None
     """The same of rounding to nearest."""
 

@@ -32,15 +32,17 @@ class Quantizer(Protocol):
 
     needs_calibration: bool
     """Whether it asks for the Hessian. True: calibration tokens must be given, the model is run on them layer by
-    layer, and a weight without a Hessian (embeddings, an expert to which no token was sent) is rounded to nearest."""
+    layer, and a weight without one (embeddings that are no head, an expert to which no token was sent) is rounded to
+    nearest."""
 
     def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
         """The codes of a weight.
 
         Args:
             weight: [O, I] of a linear layer y = W x (an embedding: [V, D]), on the model's device, in its dtype.
-            hessian: H = 2 X'X [I, I] of the layer's inputs X [N, I], as the quantized layers before it compute them,
-                in float64 (float32 where the device has none); None where `needs_calibration` is False.
+            hessian: H = 2 X'X [I, I] of the layer's inputs X [N, I], as the quantized layers before it compute them, of
+                a head below 8 bits as the model did before (tied: with more on the diagonal, for the embedding), in
+                float64 (float32 where the device has none); None where `needs_calibration` is False.
             grid: scales and zero points: code q stands for (q - z) s.
 
         Returns:
