@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
-from layercut.config import QuantizeConfig
+from layercut.config import NEAR_ENOUGH, QuantizeConfig
 from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
@@ -42,7 +42,6 @@ from layercut.models import loading, memory
 from layercut.models.objectives import KL
 from layercut.progress import say
 from layercut.quantization import quantize_
-from layercut.quantization.grid import NEAR_ENOUGH
 from layercut.quantization.trainable import Trainable
 from layercut.segments import Segment
 from layercut.surgery import cut

@@ -239,7 +239,7 @@ def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
 
 
 def rows_of_head(dense, monkeypatch) -> torch.Tensor:
-    """H of what its head reads, by parts of one row, the second of which runs out of memory once, at its end."""
+    """H of what its head reads, by parts of two rows, the second of which runs out of memory once, at its end."""
     stack, calls, exits = DecoderRunner(dense), [], DecoderRunner.exit
 
     def failing(self, *args):

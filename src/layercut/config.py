@@ -42,6 +42,8 @@ GROUP_SIZES = (128, 64, 32)
 COARSE_BITS = 3
 """Up to which groups have zero points by themselves: for 1 % more bytes 8 and 10 % less perplexity of
 Qwen2.5-Coder-0.5B (docs/log.md), and no engine but transformers reads so few bits."""
+NEAR_ENOUGH = 8
+"""Bits of a head from which on it is rounded to nearest, without calibration."""
 Bits = Literal[16, 8, 6, 4, 3, 2]
 """Of a weight. compressed-tensors packs 1 to 8; these are reloaded by transformers to the bit (tried, docs/log.md)."""
 AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
@@ -568,8 +570,8 @@ class QuantizeConfig:
 
     @property
     def small_head(self) -> bool:
-        """Whether the head has fewer than 8 bits, or may be given fewer."""
-        return self.bits == "auto" or (self.quantize_embeddings and self.embedded_in < 8)
+        """Whether the head has so few bits that it is calibrated, or may be given them."""
+        return self.bits == "auto" or (self.quantize_embeddings and self.embedded_in < NEAR_ENOUGH)
 
     @property
     def embedded_in(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from layercut.config import Bits, EmbeddingBits, QuantizeConfig
+from layercut.config import NEAR_ENOUGH, Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
 from layercut.files.sizes import parse_bytes
 from layercut.models import loading
@@ -29,7 +29,7 @@ from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
 from layercut.quantization.bit_choice import Mixture, choose
 from layercut.quantization.gptq import output_errors
-from layercut.quantization.grid import NEAR_ENOUGH, decode, encode, fit_grid
+from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantized import Quantized, QuantizedWeight

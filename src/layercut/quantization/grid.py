@@ -42,8 +42,6 @@ class Grid:
 
 SEARCHED_BITS = 3
 """At so few bits and fewer, a grid that leaves a group's largest weights out is often nearer to all the others."""
-NEAR_ENOUGH = 8
-"""Bits of a head from which on it is rounded to nearest, without calibration."""
 SHARES = torch.linspace(1.0, 0.4, 13).tolist()
 """Of the range that would cover a group, from which its grid is then chosen."""
 

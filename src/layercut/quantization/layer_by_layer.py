@@ -1,4 +1,4 @@
-"""What calibrated rounding sees: the Hessian of each weight, one decoder layer after another.
+"""What calibrated rounding sees: the Hessian of the head, and of each weight, one decoder layer after another.
 
 Each layer is calibrated on what the layers before it compute once they are rounded, so that later ones compensate the
 errors of earlier ones as far as they can; only one layer's Hessians are in memory.
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from layercut.models.batch_sizes import slices
 from layercut.models.devices import place_of_float64
 from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.quantization.gptq import gram
@@ -61,7 +62,9 @@ def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor 
         batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
     sums: list[torch.Tensor] = []
 
-    def add_(pair: _Left) -> None:
+    few = stack.budget.logit_rows(tokens.shape[1], head.out_features)
+
+    def add_(rows: _Rows) -> None:
         seen: list[torch.Tensor] = []
 
         def record(_: int, run: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
@@ -69,31 +72,16 @@ def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor 
             return x.new_zeros(*x.shape[:-1], head.out_features)  # nobody reads the logits
 
         with intercepted([head], record):
-            stack.exit(pair.hidden, pair.tokens)
+            for part in slices(len(rows), few):
+                stack.exit(rows.hidden[part], rows.tokens[part])
         found = [gram(x) for x in seen]
         if found and not sums:
             sums.append(torch.zeros_like(found[0], dtype=_sum_dtype(found[0].device)))
         for product in found:  # nothing is added before all is there: a part that runs out of memory comes again
             sums[0].add_(product)
 
-    few = stack.budget.logit_rows(tokens.shape[1], head.out_features)
-    _in_parts(stack, [part for rows in batches for part in _Left(rows.tokens, rows.hidden).split(few)], add_)
+    _in_parts(stack, batches, add_)
     return sums[0] if sums else None
-
-
-@dataclass
-class _Left:
-    """Rows of calibration tokens [B, T], and what left the last layer [B, T, D]."""
-
-    tokens: torch.Tensor
-    hidden: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def split(self, rows: int) -> list[_Left]:
-        """As of a tensor: so many rows each."""
-        return [_Left(*pair) for pair in zip(self.tokens.split(rows), self.hidden.split(rows), strict=True)]
 
 
 @dataclass
