@@ -1,4 +1,4 @@
-"""GPTQ for GGUF files: codes go where llama.cpp reads them, its scales stay, and what is computed comes nearer."""
+"""GPTQ for GGUF files: codes and scales go where llama.cpp reads them, and what is computed comes nearer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import folders
 import tiny
 from layercut.errors import ModelError
 from layercut.export import gguf_gptq
-from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes
+from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes, with_scales
 from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_export import CutGguf, write_cut
 from layercut.export.gguf_gptq import choose_codes_
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.quantization.grid import decode
+from layercut.quantization import scales
+from layercut.quantization.gptq import gram, output_errors
+from layercut.quantization.grid import Grid, decode
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -52,6 +54,36 @@ def test_codes_are_where_the_format_has_them(kind):
     scales = list(range(min(LAYOUTS[kind].low, LAYOUTS[kind].high or 99)))
     size = gguf.GGML_QUANT_SIZES[ggml][1]
     assert (other.reshape(6, -1, size)[..., scales] == packed.reshape(6, -1, size)[..., scales]).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, layout in LAYOUTS.items() if layout.scales])
+def test_scales_are_where_the_format_has_them(kind):
+    ggml, packed = gguf.GGMLQuantizationType[kind.upper()], random_rows(kind)
+    grid = grid_of(packed, ggml, 512)
+    wider = Grid(grid.scale * 1.5, grid.zero, grid.bits, grid.group_size)
+    other = with_scales(packed, kind, wider)
+    read = torch.from_numpy(gguf.quants.dequantize(other, ggml))
+    assert torch.allclose(read, 1.5 * torch.from_numpy(gguf.quants.dequantize(packed, ggml)), rtol=2e-3, atol=2e-2)
+    found = grid_of(other, ggml, 512)
+    assert np.array_equal(with_scales(other, kind, found), other), "what was rounded once stays"
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0"])
+def test_fitted_scales_bring_rows_nearer(kind, monkeypatch):
+    ggml = gguf.GGMLQuantizationType[kind.upper()]
+    draw = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 512, generator=draw) for n in (6, 2048))
+    hessian = gram(x @ torch.randn(512, 512, generator=draw)).double()
+    packed = gguf.quants.quantize(weight.numpy(), ggml)
+
+    def error() -> float:
+        rows, points = gguf_gptq._chosen(packed, ggml, weight, hessian)
+        assert torch.equal(torch.from_numpy(gguf.quants.dequantize(rows, ggml)), points)
+        return output_errors(weight, points, hessian).sum().item()
+
+    fitted = error()
+    monkeypatch.setattr(scales, "TURNS", 0)
+    assert fitted < 0.97 * error()
 
 
 def test_a_block_without_a_scale_stands_for_one_number():
@@ -107,6 +139,19 @@ def test_what_a_healed_file_computes_is_nearer_to_the_model(healed, tmp_path, ki
         for name, file in files.items()
     }
     assert left["gptq"] < 0.8 * left["plain"], left
+
+
+def test_tokens_count_in_files_too(healed, tmp_path, monkeypatch):
+    """By H that counts no token more than another other codes are chosen."""
+    source, student, tokens = healed
+    asked = list[int]()
+    weights = gguf_gptq.token_weights
+    monkeypatch.setattr(gguf_gptq, "token_weights", lambda *given: asked.append(len(given[2])) or weights(*given))
+    write_cut(source, tmp_path / "weighted.gguf", "q4_0", student, tokens)
+    assert asked == [14], "the matrices of the two healed layers"
+    monkeypatch.setattr(gguf_gptq, "token_weights", lambda *_: {})
+    write_cut(source, tmp_path / "even.gguf", "q4_0", student, tokens)
+    assert (tmp_path / "weighted.gguf").read_bytes() != (tmp_path / "even.gguf").read_bytes()
 
 
 def test_rows_that_the_file_has_in_another_order_are_left_alone(healed, tmp_path, monkeypatch):

@@ -469,10 +469,20 @@ def test_layer_forwards_of_quantization_are_those_that_it_runs(llama, quantizer,
         return layer(self, i, hidden, *rest)
 
     monkeypatch.setattr(DecoderRunner, "plain_layer", counted)
+    kind = type(stack.model.model.layers[0])
+    whole, passes = kind.forward, list[int]()
+
+    def watched(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        passes.extend([len(hidden)] if torch.is_grad_enabled() else [])  # for what each token counts
+        return whole(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", watched)
     quantize(stack.model, tokens[:8], bits=4, quantizer=quantizer)
     work = quantize_cost(run, calibrated=quantizer == "gptq").work
     assert work is not None
-    assert work.layer_forwards.expected == rows
+    assert work.layer_forwards.expected == rows + sum(passes)
+    assert work.layer_backwards.expected == sum(passes)
+    assert bool(passes) is (quantizer == "gptq")
 
 
 def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
@@ -485,7 +495,9 @@ def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
     plain = ["--bits=4", "--tune-quantized=none"]
     assert "quantize" not in stages("--ratio=0.2")
     rounded, trained = (stages("--ratio=0.2", *flags)["quantize"] for flags in (plain, ["--bits=4"]))
-    assert trained["layer_backwards"]["expected"] > rounded["layer_backwards"]["expected"] == 0
+    assert trained["layer_backwards"]["expected"] > rounded["layer_backwards"]["expected"] > 0, "what tokens count"
+    nearest = stages("--ratio=0.2", *plain, "--quantizer=rtn")["quantize"]
+    assert nearest["layer_backwards"]["expected"] == 0
     assert trained["flops"] > rounded["flops"] > 0
     learned = stages("--ratio=0.2", "--bits=4", "--tune-quantized=rounding")["quantize"]
     assert learned["parts"]["trained state"] > 10 * trained["parts"]["trained state"]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, OlmoConfig, Phi3Config, Qwen3Config
 
 import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import QuantizeConfig
+from layercut.config import CompressConfig, QuantizeConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
@@ -25,10 +26,22 @@ from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
 from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
-from layercut.quantization import EMBEDDING_SHARE, endpoints_of, quantize_, quantized_weights
+from layercut.pipeline.iterative import recipes
+from layercut.quantization import (
+    EMBEDDING_SHARE,
+    endpoints_of,
+    quantize_,
+    quantized_weights,
+    recipe,
+    scales,
+    sensitivity,
+)
+from layercut.quantization import gptq as gptq_module
 from layercut.quantization.gptq import DAMPING, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
-from layercut.quantization.layer_by_layer import hessian_of_head
+from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
+from layercut.quantization.scales import by_turns, fitted_scales
+from layercut.quantization.sensitivity import token_weights
 
 TOKENS = tiny.some_tokens(32)
 
@@ -190,6 +203,64 @@ def test_inputs_that_never_occur_change_nothing():
     assert torch.equal(codes[:, 5], encode(weight, grid)[:, 5])
 
 
+def test_a_hessian_is_solved_once_while_it_stays_as_it_is(monkeypatch):
+    weight, hessian = problem(8, 64)
+    grid, solved = grid_of(weight, 4, 32), []
+    solve = gptq_module.inverse_factor
+    monkeypatch.setattr(gptq_module, "inverse_factor", lambda h: solved.append(1) or solve(h))
+    first = gptq(weight, hessian, grid)
+    assert torch.equal(gptq(weight, hessian, grid), first)
+    assert len(solved) == 1
+    hessian.diagonal().add_(hessian.diagonal().mean())
+    assert torch.equal(gptq(weight, hessian, grid), gptq(weight, hessian.clone(), grid))
+    assert len(solved) == 3
+
+
+# --- codes and scales by turns ---
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_scales_are_the_least_squares_for_their_codes(asymmetric, monkeypatch):
+    monkeypatch.setattr(scales, "DAMPING", 0.0)
+    monkeypatch.setattr(scales, "TINY", 1e-30)
+    weight, hessian = problem(8, 64)
+    grid = grid_of(weight, 3, 16, asymmetric=asymmetric)
+    codes = gptq(weight, hessian, grid)
+    found = fitted_scales(weight, hessian, grid, codes)
+    root = torch.linalg.cholesky(hessian.double()).T  # ||(w - q) X'||^2 = ||root (w - q)||^2 / 2
+    for o in range(8):
+        steps = codes[o].double().view(4, 16)
+        if grid.zero is not None:
+            steps = steps - grid.zero[o].double().unsqueeze(-1)
+        columns = torch.zeros(64, 4, dtype=torch.float64)
+        for g in range(4):
+            columns[16 * g : 16 * (g + 1), g] = steps[g]
+        expected = torch.linalg.lstsq(root @ columns, (root @ weight[o].double()).unsqueeze(-1)).solution[:, 0]
+        assert torch.allclose(found.scale[o].double(), expected, rtol=1e-3)
+    before, after = (output_errors(weight, decode(codes, each), hessian) for each in (grid, found))
+    assert (after < before).all()
+
+
+def test_turns_make_no_row_worse_and_all_together_better():
+    weight, hessian = problem(64, 64)
+    grid = grid_of(weight, 3, 32)
+    first = gptq(weight, hessian, grid)
+    turned, codes = by_turns(weight, hessian, grid, first, partial(gptq, weight, hessian))
+    before, after = (output_errors(weight, decode(*each), hessian) for each in ((first, grid), (codes, turned)))
+    assert (after <= before).all()
+    assert after.sum() < 0.95 * before.sum()
+    assert torch.equal(after, output_errors(weight, decode(codes, turned), hessian))
+
+
+def test_a_group_without_a_code_keeps_its_scale():
+    weight, hessian = problem(4, 64)
+    weight[:, :32] = 0
+    grid = grid_of(weight, 3, 32)
+    found = fitted_scales(weight, hessian, grid, encode(weight, grid))
+    assert torch.equal(found.scale[:, 0], grid.scale[:, 0])
+    assert torch.isfinite(found.scale).all()
+
+
 # --- whole models ---
 
 
@@ -217,14 +288,124 @@ def test_every_layer_is_calibrated_on_the_quantized_ones_before_it():
         hook = module.register_forward_hook(lambda _, args, out, caught=caught: caught.append(args[0]))
         student(TOKENS, use_cache=False)
         hook.remove()
-        hessian = torch.zeros(32, 32, dtype=torch.float64)
-        hessian += gram(caught[0])
+        counts = token_weights(dense, TOKENS, [name])[name]  # before anything is rounded
+        hessian = gram(caught[0] * counts.sqrt().unsqueeze(-1)).double()
         weight, rounded = (m.get_submodule(name).weight for m in (dense, student))
         whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
         expected = (output_errors(weight, rounded, hessian).sum() / whole).item()
         assert rows[name].output_error == pytest.approx(expected, rel=1e-4)
         assert rows[name].method == "gptq"
     assert all(row.output_error <= row.rtn_output_error for row in found.weights)
+
+
+def test_weights_are_the_slopes_of_what_is_predicted():
+    dense, name = tiny.llama(3), "model.layers.1.mlp.down_proj"
+    dense.get_submodule(name).weight.requires_grad_(True)
+    found = token_weights(dense, TOKENS, [name], seed=5)[name]
+    assert dense.get_submodule(name).weight.requires_grad, "as it was"
+    assert dense.get_submodule(name).weight.grad is None
+    kept = []
+    hook = dense.get_submodule(name).register_forward_hook(lambda _, args, out: kept.append(out))
+    logits = dense(TOKENS, use_cache=False).logits
+    hook.remove()
+    drawn = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(5))
+    likelihood = logits.log_softmax(-1).flatten(0, 1).gather(1, drawn).sum()
+    (slope,) = torch.autograd.grad(likelihood, kept)
+    expected = slope.square().mean(-1).sqrt()
+    assert torch.allclose(found, expected / expected.mean(), rtol=1e-3)
+
+
+def test_slopes_are_the_same_where_memory_runs_out_on_the_way(monkeypatch):
+    """And where the model writes into what a projection gives, as OLMo does that clips its queries."""
+    dense = tiny.tiny(OlmoConfig(**SIZES, clip_qkv=0.5))
+    names = list(linears(dense))
+    monkeypatch.setattr(sensitivity, "_drawn_log_likelihood_", lambda logits, _: logits.sum().backward())
+    whole = token_weights(dense, TOKENS, names)
+    assert set(whole) == set(names)
+    forward, batches = type(dense).forward, list[int]()
+
+    def failing(self, *args, **kwargs):
+        found = forward(self, *args, **kwargs)
+        batches.extend([len(args[0])] if torch.is_grad_enabled() else [])
+        if len(batches) == 1:
+            raise MemoryError
+        return found
+
+    monkeypatch.setattr(type(dense), "forward", failing)
+    with memory_limit():
+        halves = token_weights(dense, TOKENS, names)
+    assert batches[0] > batches[1]
+    assert sum(batches[1:]) == len(TOKENS)
+    assert all(torch.allclose(halves[name], whole[name], rtol=1e-4) for name in names)
+
+
+def test_how_few_bits_are_rounded_is_an_input_of_the_stages_that_round():
+    assert recipe(QuantizeConfig(bits=8)) == []
+    assert recipe(QuantizeConfig(bits=8, quantize_embeddings=True)) == []
+    assert recipe(QuantizeConfig(bits=4)) == scales.RECIPE
+    with_head = QuantizeConfig(bits=4, quantize_embeddings=True, embedding_bits=4)
+    assert recipe(QuantizeConfig(bits="auto")) == recipe(with_head) == [EMBEDDING_SHARE, *scales.RECIPE]
+    config = CompressConfig(quantize=QuantizeConfig(bits=4))
+    assert recipes(config, [16]) == []
+    assert recipes(config, [16, 8, 4]) == scales.RECIPE
+
+
+def test_rounding_needs_no_mode_of_its_own():
+    dense = tiny.llama(2)
+    found = [quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4)).packed]
+    with torch.inference_mode():
+        found.append(quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4)).packed)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_tokens_that_count_twice_are_as_two(rows, monkeypatch):
+    monkeypatch.setattr(Budget, "recorded_rows", lambda *_: rows)
+    dense = tiny.llama(3)
+    names = list(linears(dense))[:7]
+    doubled = torch.ones(TOKENS.shape)
+    doubled[2:] = 2
+
+    def hessians(tokens: torch.Tensor, **more) -> dict:
+        stack = DecoderRunner(dense)
+        return {n: h for _, n, h in each_with_hessian(stack, tokens, {0: names}, lambda _: None, **more)}
+
+    twice = hessians(torch.cat([TOKENS, TOKENS[2:]]))
+    found = hessians(TOKENS, weights=dict.fromkeys(names[1:], doubled))
+    assert all(torch.allclose(found[name], twice[name], rtol=1e-5, atol=1e-2) for name in names[1:])
+    assert torch.equal(found[names[0]], hessians(TOKENS)[names[0]]), "without weights each counts once"
+
+
+def test_a_module_that_does_not_see_every_token_has_no_weights():
+    dense = tiny.llama(3)
+    mlp = dense.model.layers[1].mlp
+    whole = mlp.forward
+    mlp.forward = lambda x: torch.cat([whole(x[:1]), x[1:]])  # as an expert to which one row is sent
+    names = list(linears(dense))
+    weights = token_weights(dense, TOKENS, names)
+    assert set(names) - set(weights) == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert all(each.shape == TOKENS.shape for each in weights.values())
+    methods = {row.method for row in quantize_(dense, TOKENS, QuantizeConfig(bits=4)).weights}
+    assert methods == {"gptq"}
+
+
+@pytest.mark.parametrize("left_out", ["TURNS", "token_weights"])
+def test_what_is_left_out_makes_few_bits_worse(left_out, monkeypatch):
+    """Turns and weights each bring the model's predictions nearer to the dense ones."""
+
+    def distance(dense) -> float:
+        student, heldout = loading.share(dense), tiny.some_tokens(seed=9)
+        quantize_(student, TOKENS, QuantizeConfig(bits=3, quantize_embeddings=True, embedding_bits=3))
+        logits = [m(heldout, use_cache=False).logits.log_softmax(-1) for m in (dense, student)]
+        return (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+
+    models = [tiny.tiny(tiny.llama(4).config, seed) for seed in range(6)]
+    whole = sum(map(distance, models))
+    if left_out == "TURNS":
+        monkeypatch.setattr(scales, "TURNS", 0)
+    else:
+        monkeypatch.setattr("layercut.quantization.token_weights", lambda *_: {})
+    assert whole < sum(map(distance, models))
 
 
 def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
@@ -238,8 +419,13 @@ def test_calibration_brings_the_logits_nearer_to_the_dense_ones():
     assert 0 < distance["gptq"] < distance["rtn"]
 
 
+def row_weights() -> torch.Tensor:
+    return torch.linspace(0.1, 1.9, len(TOKENS)).unsqueeze(1).expand(TOKENS.shape)
+
+
 def rows_of_head(dense, monkeypatch) -> torch.Tensor:
-    """H of what its head reads, by parts of two rows, the second of which runs out of memory once, at its end."""
+    """H of what its head reads, by parts of two rows, the second of which runs out of memory once, at its end; the
+    tokens of each row count otherwise."""
     stack, calls, exits = DecoderRunner(dense), [], DecoderRunner.exit
 
     def failing(self, *args):
@@ -252,7 +438,7 @@ def rows_of_head(dense, monkeypatch) -> torch.Tensor:
     monkeypatch.setattr(DecoderRunner, "exit", failing)
     monkeypatch.setattr(Budget, "logit_rows", lambda *_: 2)
     with memory_limit():
-        found = hessian_of_head(stack, TOKENS)
+        found = hessian_of_head(stack, TOKENS, row_weights())
     assert found is not None
     assert sum(calls) > len(TOKENS), "one part came again"
     monkeypatch.undo()
@@ -272,7 +458,8 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     hook = dense.lm_head.register_forward_hook(lambda _, args, out: caught.append(args[0]))
     dense(TOKENS, use_cache=False)
     hook.remove()
-    hessian = gram(caught[0]).double()
+    counts = token_weights(dense, TOKENS, ["lm_head"])["lm_head"]
+    hessian = gram(caught[0] * counts.sqrt().unsqueeze(-1)).double()
     if tied:
         hessian.diagonal().add_(EMBEDDING_SHARE * hessian.diagonal().mean())
     options = QuantizeConfig(bits=4, quantize_embeddings=True, embedding_bits=4)
@@ -292,7 +479,8 @@ def test_a_head_of_few_bits_is_calibrated_on_what_it_reads(tied, monkeypatch):
     quantize_(by_parts, TOKENS, options)
     assert torch.equal(by_parts.lm_head.weight, rounded)
     several = rows_of_head(dense, monkeypatch)
-    assert torch.allclose(several, gram(caught[0]).double(), rtol=1e-5, atol=1e-2)
+    by_row = caught[0] * row_weights().sqrt().unsqueeze(-1)
+    assert torch.allclose(several, gram(by_row).double(), rtol=1e-5, atol=1e-2)
     whole_bytes = quantize_(loading.share(dense), TOKENS, QuantizeConfig(bits=4, quantize_embeddings=True)).weights
     assert {row.method for row in whole_bytes if row.bits == 8} == {"rtn"}
 

@@ -29,6 +29,7 @@ from layercut.models.cost import total
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement, several_devices
+from layercut.quantization import quantize
 from stand_in_device import Counts, CrossedDevicesError
 
 
@@ -249,6 +250,19 @@ def test_a_model_that_transformers_placed_is_searched_cut_and_folded_as_it_lies(
     assert found[0].segments == found[1].segments
     folds = [lc.fold_(lc.cut(each, "1:2"), each, tokens) for each in (model, there)]
     assert folds[1].kl_after == pytest.approx(folds[0].kl_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("head", [{}, {"quantize_embeddings": True, "embedding_bits": 4}])
+def test_a_model_over_two_devices_is_rounded_as_on_one(counts, head):
+    model, tokens = tiny.llama(4), tiny.some_tokens(8, 8)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{i}": i // 2 for i in range(4)}
+    devices = {name: torch.device("standin", place) for name, place in places.items()}
+    there = dispatch_model(copy.deepcopy(model), devices, main_device=torch.device("standin", 0))
+    one, two = (quantize(each, tokens, bits=4, **head) for each in (model, there))
+    errors = [[row.output_error or row.weight_error for row in found.weights] for found in (one, two)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    assert {row.method for row in two.weights if ".layers." in row.name} == {"gptq"}
 
 
 def test_answers_are_weighed_on_the_device_that_computes(counts):

@@ -574,6 +574,11 @@ class QuantizeConfig:
         return self.bits == "auto" or (self.quantize_embeddings and self.embedded_in < NEAR_ENOUGH)
 
     @property
+    def small(self) -> bool:
+        """Whether any weight has, or may be given, so few bits that scales are fitted to what it does."""
+        return self.small_head or self.bits == "auto" or self.bits < NEAR_ENOUGH
+
+    @property
     def embedded_in(self) -> int:
         """Bits of embeddings and head, where they are quantized."""
         return self.embedding_bits or 8

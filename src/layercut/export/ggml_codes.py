@@ -1,7 +1,8 @@
-"""The codes of llama.cpp's block formats: which points a block's scales allow, and where each weight's code is.
+"""The codes of llama.cpp's block formats: which points a block's scales allow, and where codes and scales are.
 
 A row of a matrix is blocks of 32 or 256 weights, each with scales and with a code of 4 or 5 bits a weight. Of scales
-that stay as llama.cpp chose them the points are known, and other codes can be put beside them: `gguf_gptq.py` does.
+the points are known, and other codes, or other scales where they are halves of their own, can be put in: `gguf_gptq.py`
+does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class BlockLayout:
     """Byte at which the low four bits begin."""
     high: int | None = None
     """Byte at which the fifth bits begin."""
+    scales: tuple[int, ...] = ()
+    """Where each scale is a half of its own: which, 0 the scale, 1 the number that code 0 stands for."""
 
     @property
     def block(self) -> int:
@@ -37,10 +40,10 @@ class BlockLayout:
 
 
 LAYOUTS = {
-    "q4_0": BlockLayout(4, 1, 16, 2),
-    "q4_1": BlockLayout(4, 1, 16, 4),
-    "q5_0": BlockLayout(5, 1, 16, 6, 2),
-    "q5_1": BlockLayout(5, 1, 16, 8, 4),
+    "q4_0": BlockLayout(4, 1, 16, 2, scales=(0,)),
+    "q4_1": BlockLayout(4, 1, 16, 4, scales=(0, 1)),
+    "q5_0": BlockLayout(5, 1, 16, 6, 2, scales=(0,)),
+    "q5_1": BlockLayout(5, 1, 16, 8, 4, scales=(0, 1)),
     "q4_k": BlockLayout(4, 4, 32, 16),
     "q5_k": BlockLayout(5, 4, 32, 48, 16),
 }
@@ -74,6 +77,25 @@ def with_codes(packed: np.ndarray, kind: str, codes: np.ndarray) -> np.ndarray:
             high = np.packbits(fifth.reshape(*fifth.shape[:2], -1, layout.n), axis=-2, bitorder="little")[..., 0, :]
         blocks[..., layout.high : layout.high + high.shape[-1]] = high
     return blocks.reshape(rows, -1)
+
+
+def with_scales(packed: np.ndarray, kind: str, grid: Grid) -> np.ndarray:
+    """Rows with other scales beside the same codes; of a type whose scales are halves of their own.
+
+    Args:
+        packed: uint8 [O, bytes of a row].
+        kind: one of LAYOUTS.
+        grid: scales, and zero points [O, I / SHARED], which a type without a least number keeps as they are.
+
+    Returns:
+        uint8 [O, bytes of a row]; `grid_of` gives the grid that it holds, rounded to halves.
+    """
+    assert grid.zero is not None
+    blocks = packed.reshape(*grid.scale.shape, -1).copy()
+    numbers = (grid.scale, (grid.lowest - grid.zero) * grid.scale)
+    halves = torch.stack([numbers[which] for which in LAYOUTS[kind].scales], -1).half().numpy()
+    blocks[..., : 2 * halves.shape[-1]] = halves.view(np.uint8)
+    return blocks.reshape(len(packed), -1)
 
 
 def grid_of(packed: np.ndarray, kind: Any, columns: int) -> Grid:

@@ -1,12 +1,14 @@
-"""GPTQ for GGUF files: the scales as llama.cpp chose them, the codes so that later columns make up for earlier errors.
+"""GPTQ for GGUF files: the codes so that later columns make up for earlier errors, the scales fitted to them.
 
 llama.cpp rounds every weight for itself, or with the importance of its column; GPTQ (Frantar et al., 2210.17323) takes
-into account what the columns have to do with each other. The file's layout, size and readers stay the same.
+into account what the columns have to do with each other. It begins on the scales that llama.cpp chose, and keeps them
+where a type packs them in six bits. The file's layout, size and readers stay the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from layercut.errors import ModelError
-from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes
+from layercut.export.ggml_codes import LAYOUTS, grid_of, with_codes, with_scales
 from layercut.export.gguf_check import largest_error, readable, relative_distance, weights_in
 from layercut.export.gguf_tensors import CONVERTED as FLOATS
 from layercut.export.gguf_tensors import architecture_of, file_rows, possible_names, stored_types
@@ -25,13 +27,16 @@ from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say
 from layercut.quantization.gptq import gptq
+from layercut.quantization.grid import Grid
 from layercut.quantization.layer_by_layer import each_with_hessian
+from layercut.quantization.scales import by_turns
+from layercut.quantization.sensitivity import token_weights
 from layercut.surgery import cut_gguf
 
 
 @torch.no_grad()
 def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collection[str]) -> list[str]:
-    """Choose the codes of matrices in a GGUF file again, by GPTQ on the file's own scales.
+    """Choose the codes of matrices in a GGUF file again, by GPTQ, and scales that are a block's own.
 
     Args:
         file: the file; replaced when all is chosen.
@@ -57,11 +62,14 @@ def choose_codes_(file: Path, model: Any, tokens: torch.Tensor, rounded: Collect
         return []
     if stack is None:
         return []
+    modules = [module for group in layers.values() for module in group]
+    with memory_limit():
+        counts = {} if stack.on_disk else token_weights(student, tokens, modules)
     if readable(architecture):
         _round_the_others_(student, file, names, layers)
     replaced, unlike = dict[str, tuple[Any, Any]](), list[str]()
     with memory_limit(), bar("choosing codes", max(layers) + 1) as advance:
-        for _, module, hessian in each_with_hessian(stack, tokens, layers, advance):
+        for _, module, hessian in each_with_hessian(stack, tokens, layers, advance, counts):
             if hessian is None:
                 continue
             parameter = f"{module}.weight"
@@ -118,10 +126,18 @@ def _is(packed: np.ndarray, kind: Any, weight: torch.Tensor) -> bool:
 def _chosen(
     packed: np.ndarray, kind: Any, weight: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Rows with the codes of GPTQ, and the weights that they stand for."""
+    """Rows with the codes of GPTQ and, where a block has scales of its own, those fitted; what they stand for."""
     from gguf import quants
 
-    grid = grid_of(packed, kind, weight.shape[1])
-    codes = gptq(weight.cpu(), hessian.cpu(), grid).int() - grid.lowest
-    found = with_codes(packed, kind.name.lower(), codes.numpy())
+    name, columns, plain, sums = kind.name.lower(), weight.shape[1], weight.cpu(), hessian.cpu()
+
+    def stored(grid: Grid) -> Grid:
+        return grid_of(with_scales(packed, name, grid), kind, columns)
+
+    grid, choose = grid_of(packed, kind, columns), partial(gptq, plain, sums)
+    codes = choose(grid)
+    if LAYOUTS[name].scales:
+        grid, codes = by_turns(plain, sums, grid, codes, choose, stored)
+        packed = with_scales(packed, name, grid)
+    found = with_codes(packed, name, (codes.int() - grid.lowest).numpy())
     return found, torch.from_numpy(quants.dequantize(found, kind)).to(weight.device)

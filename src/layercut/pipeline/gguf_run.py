@@ -26,6 +26,7 @@ from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.provenance import is_run
 from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
 from layercut.progress import say
+from layercut.quantization.scales import RECIPE
 from layercut.report.stage_lines import describe_gguf_check
 from layercut.segments import Segment
 
@@ -165,7 +166,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
         The artefact.
     """
     kind = work.config.output.gguf_type or SAME
-    with work.run.stage(QuantizeArtefact, "quantize", [kind, work.text["calibration"]], after=["heal"]) as stage:
+    inputs = [kind, work.text["calibration"], RECIPE]
+    with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open:
             file, student = work.run / QUANTIZED_GGUF, work.student(segments, "folded", "tuned")
             file.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from layercut import layer_search
+from layercut import layer_search, quantization
 from layercut.config import Bits, CompressConfig, consumer_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError
@@ -65,7 +65,7 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     points: list[FrontierRecord] = []
     chosen: FrontierRecord | None = None
     if config.search.two_budgets:
-        measured = [work.source, text["heldout"], text["calibration"], config.quantize]
+        measured = [work.source, text["heldout"], text["calibration"], config.quantize, *recipes(config, bits)]
         points += stages.quantize.frontier(Round(work), bits, measured)
         chosen = within_budgets(points, config)
     for number, part in enumerate(round_lengths(length, work.layers, count), start=1):
@@ -78,7 +78,8 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
         stages.heal.fold(this, removal)
         stages.heal.tune(this, removal)
         if budget is not None:
-            seen = stages.quantize.frontier(this, bits, [text["heldout"], config.quantize, bits])
+            measured = [text["heldout"], config.quantize, bits, *recipes(config, bits)]
+            seen = stages.quantize.frontier(this, bits, measured)
             points += seen
             for point in seen:
                 say("frontier", describe_point(vars(point)))
@@ -94,6 +95,20 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     if chosen:
         work.config = replace(config, quantize=replace(config.quantize, bits=chosen.bits))
     return gathered(work, done)
+
+
+def recipes(config: CompressConfig, bits: Sequence[Bits]) -> list[Any]:
+    """How weights of each of these bits are rounded, as an input of the stages that measure them.
+
+    Args:
+        config: every option.
+        bits: that are tried.
+
+    Returns:
+        `quantization.recipe` of each, one after another; empty where none needs one.
+    """
+    asked = (replace(config.quantize, bits=each) for each in bits if each != 16)
+    return [how for each in asked for how in quantization.recipe(each)]
 
 
 def fixed_bits(config: CompressConfig) -> tuple[Bits, ...]:

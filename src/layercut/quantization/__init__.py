@@ -12,11 +12,13 @@ Which weights: `assignment.py`; the points a weight may take: `grid.py`; which p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from layercut.config import NEAR_ENOUGH, Bits, EmbeddingBits, QuantizeConfig
 from layercut.errors import ConfigError, DataError, ModelError
@@ -34,8 +36,17 @@ from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_h
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantized import Quantized, QuantizedWeight
 from layercut.quantization.quantizers import Quantizer, codes, resolve
+from layercut.quantization.scales import RECIPE, by_turns
+from layercut.quantization.sensitivity import token_weights
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
+
+
+def recipe(config: QuantizeConfig) -> list[Any]:
+    """What decides beside the options how calibrated weights are rounded: an older run's are rounded anew."""
+    head = [EMBEDDING_SHARE] if config.small_head else []
+    return [*head, *RECIPE] if config.small else head
+
 
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
 
@@ -150,8 +161,12 @@ def quantize_(
         replace_parameters_(model, {f"{target.name}.weight": weight})
 
     tokens = tokens if rounds.needs_calibration else None
-    _embeddings_and_head(model, [target for target in targets if target.layer is None], tokens, packed, quantize_one)
-    _decoder_layers(model, targets, tokens, quantize_one)
+    small = [target.name for target in targets if target.bits < NEAR_ENOUGH and _is_linear(model, target)]
+    with memory_limit():
+        weights = token_weights(model, tokens, small) if tokens is not None and small else {}
+    ends = [target for target in targets if target.layer is None]
+    _embeddings_and_head(model, ends, tokens, weights, packed, quantize_one)
+    _decoder_layers(model, targets, tokens, weights, quantize_one)
     targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
     kind = {"asymmetric": config.zero_points, "one_width": mixture.one_width if mixture else config.one_width}
     described = quantization_config(targets, linear_left(model, targets), **kind)
@@ -176,7 +191,11 @@ def _assigned(
 
 
 def _decoder_layers(
-    model: Any, targets: Sequence[Assignment], tokens: torch.Tensor | None, quantize_one: QuantizeOne
+    model: Any,
+    targets: Sequence[Assignment],
+    tokens: torch.Tensor | None,
+    weights: Mapping[str, torch.Tensor],
+    quantize_one: QuantizeOne,
 ) -> None:
     """The weights in the decoder layers, layer by layer; tokens: to calibrate on, where the quantizer is calibrated."""
     inside = groupby((target for target in targets if target.layer is not None), lambda target: target.layer)
@@ -188,8 +207,12 @@ def _decoder_layers(
                     quantize_one(target, None)
                 advance(1)
             return
-        for layer, name, hessian in each_with_hessian(DecoderRunner(model), tokens, wanted, advance):
+        for layer, name, hessian in each_with_hessian(DecoderRunner(model), tokens, wanted, advance, weights):
             quantize_one(wanted[layer][name], hessian)
+
+
+def _is_linear(model: Any, target: Assignment) -> bool:
+    return isinstance(model.get_submodule(target.name), nn.Linear)
 
 
 def _check_tokens(tokens: torch.Tensor, model: Any) -> None:
@@ -232,6 +255,7 @@ def _embeddings_and_head(
     model: Any,
     ends: Sequence[Assignment],
     tokens: torch.Tensor | None,
+    weights: Mapping[str, torch.Tensor],
     packed: dict[str, torch.Tensor],
     quantize_one: QuantizeOne,
 ) -> None:
@@ -246,7 +270,7 @@ def _embeddings_and_head(
     hessian, has_head = None, model.get_submodule(last.name) is model.get_output_embeddings()
     if tokens is not None and last.bits < NEAR_ENOUGH and has_head:
         with memory_limit():
-            hessian = hessian_of_head(DecoderRunner(model), tokens)
+            hessian = hessian_of_head(DecoderRunner(model), tokens, weights.get(last.name))
     if tied and hessian is not None:
         hessian.diagonal().add_(EMBEDDING_SHARE * hessian.diagonal().mean())
     quantize_one(first, hessian if tied or first is last else None)
@@ -283,13 +307,16 @@ def _quantize_weight(
     nearest = encode(weight, grid)
     uncalibrated = hessian is None and quantizer[1].needs_calibration
     chosen = nearest if uncalibrated else codes(*quantizer, weight, hessian, grid)
+    plain = grid
+    if hessian is not None and target.bits < NEAR_ENOUGH:
+        grid, chosen = by_turns(weight, hessian, grid, chosen, partial(codes, *quantizer, weight, hessian))
     rounded = decode(chosen, grid)
     stored = pack(target, chosen, grid)
     output = rtn = None
     if hessian is not None:
         whole = output_errors(weight, torch.zeros_like(weight), hessian).sum()
         output = _share(output_errors(weight, rounded, hessian).sum(), whole)
-        rtn = _share(output_errors(weight, decode(nearest, grid), hessian).sum(), whole)
+        rtn = _share(output_errors(weight, decode(nearest, plain), hessian).sum(), whole)
     row = QuantizedWeight(
         name=target.name,
         method="rtn" if uncalibrated else quantizer[0],

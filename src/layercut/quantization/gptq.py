@@ -11,6 +11,7 @@ better keeps it: the error is never above that of rounding to nearest.
 from __future__ import annotations
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from layercut.models.batch_sizes import slices
 from layercut.quantization.grid import Grid, decode, encode
@@ -56,11 +57,26 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tenso
     Returns:
         Codes [O, I] int8, row by row never worse at the output than rounding to nearest.
     """
-    order = hessian.diagonal().argsort(descending=True)  # columns of the largest inputs first: most can compensate
-    factor = inverse_factor(hessian[order][:, order]).float()  # U [I, I], U'U = H^-1
+    order, factor = _factored(hessian)
     parts = slices(len(weight), ROWS)
     found = torch.cat([_compensated(weight[part], grid.rows(part), order, factor) for part in parts])
     return _better_rows(weight, found, encode(weight, grid), hessian, grid)
+
+
+_FACTORED = WeakTensorKeyDictionary()
+"""The last Hessian, while it lives: what is solved once for all grids of a weight."""
+
+
+def _factored(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of H's columns [I], and U [I, I] of H in that order, U'U = H^-1."""
+    version = None if hessian.is_inference() else hessian._version  # whether it was written to since
+    kept, order, factor = _FACTORED.get(hessian, (None, None, None))
+    if version is None or version != kept:
+        _FACTORED.clear()
+        order = hessian.diagonal().argsort(descending=True)  # columns of the largest inputs first: most can compensate
+        factor = inverse_factor(hessian[order][:, order]).float()
+        _FACTORED[hessian] = version, order, factor
+    return order, factor
 
 
 def _compensated(weight: torch.Tensor, grid: Grid, order: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

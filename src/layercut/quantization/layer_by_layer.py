@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +21,15 @@ from layercut.models.runner import Calls, DecoderRunner, intercepted
 from layercut.quantization.gptq import gram
 
 Part = TypeVar("Part")
+Weights = Mapping[str, torch.Tensor]
 
 
 def each_with_hessian(
-    stack: DecoderRunner, tokens: torch.Tensor, wanted: Mapping[int, Collection[str]], advance: Callable[..., None]
+    stack: DecoderRunner,
+    tokens: torch.Tensor,
+    wanted: Mapping[int, Collection[str]],
+    advance: Callable[..., None],
+    weights: Weights = MappingProxyType({}),
 ) -> Iterator[tuple[int, str, torch.Tensor | None]]:
     """Weights with their Hessians; whoever takes one rounds it in the model before asking for the next.
 
@@ -32,26 +38,30 @@ def each_with_hessian(
         tokens: calibration token ids [N, T].
         wanted: names of linear modules, by layer.
         advance: called after each layer.
+        weights: w [N, T] of the tokens, by module; each counts 1 where not given.
 
     Yields:
-        Layer, module and H = 2 X'X [I, I] of what goes into it; None where nothing did, as into an expert to which
-        no token was sent.
+        Layer, module and H = 2 X' diag(w) X [I, I] of what goes into it; None where nothing did, as into an expert to
+        which no token was sent.
     """
     batches = _entered(stack, tokens)
     for i in range(max(wanted) + 1):
         if i in wanted:
-            batches, hessians = _hessians(stack, i, batches, list(wanted[i]))
+            batches, hessians = _hessians(stack, i, batches, list(wanted[i]), weights)
             yield from ((i, name, hessians[name]) for name in wanted[i])
         batches = _in_parts(stack, batches, partial(_Rows.pass_, i=i))
         advance(1)
 
 
-def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor | None:
-    """H = 2 X'X [D, D] of what the head reads in the model as it is; None where its module is not called.
+def hessian_of_head(
+    stack: DecoderRunner, tokens: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """H = 2 X' diag(w) X [D, D] of what the head reads in the model as it is; None where its module is not called.
 
     Args:
         stack: the model, whose head is a linear module.
         tokens: calibration token ids [N, T].
+        weights: w [N, T] of the tokens; each counts 1 where not given.
 
     Returns:
         H, in float64 where the device has it.
@@ -74,7 +84,7 @@ def hessian_of_head(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor 
         with intercepted([head], record):
             for part in slices(len(rows), few):
                 stack.exit(rows.hidden[part], rows.tokens[part])
-        found = [gram(x) for x in seen]
+        found = [gram(_weighted(torch.cat(seen), rows.of(weights)))] if seen else []
         if found and not sums:
             sums.append(torch.zeros_like(found[0], dtype=_sum_dtype(found[0].device)))
         for product in found:  # nothing is added before all is there: a part that runs out of memory comes again
@@ -93,14 +103,21 @@ class _Rows:
     hidden: torch.Tensor
     """What enters the layer at hand [B, T, D]."""
     calls: Calls
+    first: int
+    """Of all rows, the number of the first."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def split(self, rows: int) -> list[_Rows]:
         """As of a tensor: so many rows each."""
-        pairs = zip(self.tokens.split(rows), self.hidden.split(rows), strict=True)
-        return [_Rows(self.stack, tokens, hidden, self.stack.arguments(tokens)) for tokens, hidden in pairs]
+        starts = range(self.first, self.first + len(self), rows)
+        parts = zip(starts, self.tokens.split(rows), self.hidden.split(rows), strict=True)
+        return [_Rows(self.stack, ids, hidden, self.stack.arguments(ids), first) for first, ids, hidden in parts]
+
+    def of(self, weights: torch.Tensor | None) -> torch.Tensor | None:
+        """Of the weights of all rows [N, T] those of these [B, T]."""
+        return None if weights is None else weights[self.first : self.first + len(self)]
 
     def pass_(self, i: int) -> None:
         """Through layer i."""
@@ -110,7 +127,11 @@ class _Rows:
 def _entered(stack: DecoderRunner, tokens: torch.Tensor) -> list[_Rows]:
     """Rows of tokens [N, T] before the first layer, as many in a batch as may be recorded at once."""
     rows, batches = stack.place(tokens).split(stack.budget.recorded_rows(tokens.shape[1])), list[_Rows]()
-    _in_parts(stack, list(rows), lambda some: batches.append(_Rows(stack, some, *stack.enter(some))))
+
+    def enter(some: torch.Tensor) -> None:
+        batches.append(_Rows(stack, some, *stack.enter(some), first=sum(map(len, batches))))
+
+    _in_parts(stack, list(rows), enter)
     return batches
 
 
@@ -125,14 +146,15 @@ def _in_parts(stack: DecoderRunner, parts: list[Part], work: Callable[[Part], No
 
 
 def _hessians(
-    stack: DecoderRunner, i: int, batches: list[_Rows], names: Sequence[str]
+    stack: DecoderRunner, i: int, batches: list[_Rows], names: Sequence[str], weights: Weights
 ) -> tuple[list[_Rows], dict[str, torch.Tensor | None]]:
-    """H = 2 X'X of every module's input in layer i; one matrix where several read the same tensor.
+    """H of every module's input in layer i; one matrix where several without weights read the same tensor.
 
     None: the module did not run, as an expert to which no token was sent. With them the batches, which are smaller
     where memory ran out.
     """
     modules = [stack.model.get_submodule(name) for name in names]
+    plain = [name not in weights for name in names]
     source: dict[int, int] = {}  # module -> the module whose Hessian it uses
     sums: dict[int, torch.Tensor] = {}
 
@@ -147,16 +169,29 @@ def _hessians(
             stack.plain_layer(i, rows.hidden, rows.calls)
         for which, x in seen.items():
             if which not in source:
-                source[which] = next((other for other in seen if seen[other] is x and other in sums), which)
+                alike = (other for other in seen if seen[other] is x and other in sums and plain[other])
+                source[which] = next(alike, which) if plain[which] else which
             if source[which] == which and which not in sums:
                 sums[which] = torch.zeros(x.shape[-1], x.shape[-1], dtype=_sum_dtype(x.device), device=x.device)
         # nothing is added before all is there: a part that runs out of memory comes again
-        found = {which: gram(x) for which, x in seen.items() if source[which] == which}
+        own = {which: x for which, x in seen.items() if source[which] == which}
+        found = {which: gram(_weighted(x, rows.of(weights.get(names[which])))) for which, x in own.items()}
         for which, product in found.items():
             sums[which].add_(product)
 
     batches = _in_parts(stack, batches, add_)
     return batches, {name: sums[source[which]] if which in source else None for which, name in enumerate(names)}
+
+
+def _weighted(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Inputs [B, T, I], or of as many tokens [B * T, I], times the roots of their weights [B, T].
+
+    Of more or fewer tokens, as where a rounded layer before sends others to an expert, each counts 1, as the mean does.
+    """
+    flat = x.flatten(0, -2)
+    if weights is None or weights.numel() != len(flat):
+        return x
+    return flat.float() * weights.to(x.device).flatten().sqrt().unsqueeze(-1)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -10,9 +10,12 @@ from layercut.models.cost import Peak, PlannedRun, Spent, Work, total
 from layercut.quantization import sensitivity
 from layercut.quantization.gptq import ROWS
 from layercut.quantization.grid import SEARCHED_BITS, SHARES
+from layercut.quantization.scales import EQUATIONS_BYTES, TURNS
 
 MATRICES, WIDTHS = 7, 16
 """Of a layer, and what is tried for each where bits are chosen: those of a Llama."""
+SMALLEST_GROUP = 32
+"""Columns that share a scale, where the config does not say how many."""
 PASSES = 10
 """Times that rounding a weight reads or writes it in float32, for each range that is tried. A guess."""
 
@@ -20,8 +23,9 @@ PASSES = 10
 def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
     """What quantizing the healed model costs, without what is trained afterwards.
 
-    Of every calibration row each layer is run twice, to gather what its modules read and for the layer after it. Where
-    bits are chosen, of the first rows forwards and backwards once more.
+    Of every calibration row each layer is run twice, to gather what its modules read and for the layer after it. Below
+    8 bits the whole model runs forwards and backwards once before, for what each token counts, and scales are fitted by
+    turns. Where bits are chosen, of the first rows forwards and backwards once more.
 
     Args:
         run: what is planned; its config says how many bits.
@@ -35,21 +39,40 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
     work = Work(moved_bytes=4 * matrices * PASSES * ranges)
     held = matrices * (shape.itemsize + 1)  # rounded weights beside those before, and their codes
     peak: Peak = {"rounded weights": held}
-    if calibrated:
-        rows, inputs = run.calibration, _inputs(run)
-        squares, mean = sum(width**2 for width in inputs), sum(inputs) / len(inputs)
-        # errors at the output of four weights, 2 O I^2 each, and of a factor three times I^3
-        solved = 8 * matrices * mean + layers * 3 * sum(width**3 for width in inputs)
-        gathered = layers * rows * shape.window * 2 * squares + 2 * matrices * mean
-        work += Work.of(shape, 2 * rows * layers, heads=0, flops64=solved) + Work(flops=gathered)
-        peak |= {"streams": 2 * shape.stream(rows), "Hessians": 4 * 8 * squares}
-        if run.config.quantize.small_head:
-            head = _head_cost(run)
-            work, peak = work + head.work if head.work else work, peak | head.peak
-    if bits == "auto":
-        measured = _measured(run)
-        work = work + measured.work if measured.work else work
-        peak = max(peak, measured.peak, key=total)
+    if not calibrated:
+        return _with_passes(run, Spent(peak, work), weighted=False)
+    rows, inputs, small = run.calibration, _inputs(run), run.config.quantize.small
+    turns = 1 + TURNS if small else 1
+    read = [*inputs, *[shape.hidden] * (MATRICES - len(inputs))] if small else inputs  # a Hessian for every matrix
+    squares, mean = sum(width**2 for width in read), sum(inputs) / len(inputs)
+    # errors at the output of four weights in every turn, 2 O I^2 each, and of a factor three times I^3
+    solved = turns * 8 * matrices * mean + layers * 3 * sum(width**3 for width in read)
+    # codes that compensate, and scales for them, 2 O I^2 each
+    gathered = layers * rows * shape.window * 2 * squares + 2 * (2 * turns - 1) * matrices * mean
+    work += Work.of(shape, 2 * rows * layers, heads=0, flops64=solved) + Work(flops=gathered)
+    peak |= {"streams": 2 * shape.stream(rows), "Hessians": 4 * 8 * sum(width**2 for width in inputs)}
+    if small:
+        peak["Hessians"] += 8 * (MATRICES - len(inputs)) * shape.hidden**2
+        groups = max(inputs) / (run.config.quantize.group_size or SMALLEST_GROUP)
+        peak["scales fitted"] = 2 * min(EQUATIONS_BYTES, round(4 * groups**2 * max(inputs)))
+    if run.config.quantize.small_head:
+        head = _head_cost(run)
+        work, peak = work + head.work if head.work else work, peak | head.peak
+    return _with_passes(run, Spent(peak, work), weighted=small)
+
+
+def _with_passes(run: PlannedRun, spent: Spent, *, weighted: bool) -> Spent:
+    """With the passes forwards and backwards before anything is rounded."""
+    window = run.shape.window
+    passes = [_backwards(run, run.calibration, Work())] if weighted else []
+    if run.config.quantize.bits == "auto":
+        inputs, rows = _inputs(run), min(run.calibration, max(1, sensitivity.TOKENS // window))
+        tried = MATRICES * WIDTHS * len(run.after.layers)
+        products = 2 * sensitivity.ROWS * rows * window * sum(inputs) / len(inputs) * tried
+        passes.append(_backwards(run, rows, Work(flops=products)))
+    work, peak = spent.work or Work(), spent.peak
+    for each in passes:
+        work, peak = work + (each.work or Work()), max(peak, each.peak, key=total)
     return Spent(peak, work)
 
 
@@ -66,14 +89,13 @@ def _head_cost(run: PlannedRun) -> Spent:
     return Spent(peak, Work.of(shape, rows * len(run.after.layers), heads=0, flops64=solved) + Work(flops=gathered))
 
 
-def _measured(run: PlannedRun) -> Spent:
-    """One pass forwards and backwards, and the products of rounded rows with what their modules read."""
+def _backwards(run: PlannedRun, rows: int, beside: Work) -> Spent:
+    """Rows once forwards and backwards, and what is computed on the way."""
     shape, layers = run.shape, len(run.after.layers)
-    rows = min(run.calibration, max(1, sensitivity.TOKENS // shape.window))
-    inputs = _inputs(run)
-    products = 2 * sensitivity.ROWS * rows * shape.window * sum(inputs) / len(inputs) * MATRICES * WIDTHS * layers
-    together = min(rows, run.budget.pass_rows(shape.window, 0), run.budget.logit_rows(shape.window, shape.vocabulary))
-    work = Work.of(shape, rows * layers, rows * layers, heads=2 * rows) + Work(flops=products)
+    kept = round(layers * shape.mean("kept"))
+    fit = min(run.budget.pass_rows(shape.window, kept), run.budget.logit_rows(shape.window, shape.vocabulary))
+    together = min(rows, fit)
+    work = Work.of(shape, rows * layers, rows * layers, heads=2 * rows) + beside
     saved = round(layers * shape.mean("saved"))
     logits = 3 * 4 * together * shape.window * shape.vocabulary
     return Spent({"kept for backward": together * saved, "logits": logits}, work)

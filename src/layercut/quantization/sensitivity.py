@@ -1,6 +1,7 @@
 """What it costs to round one weight: by how much KL to the model as it is rises, in nats per token, at each width.
 
     costs = measure(model, tokens, {"model.layers.0.mlp.up_proj": [(4, 64), (3, 64)]}, seed=0)
+    weights = token_weights(model, tokens, ["model.layers.0.mlp.up_proj"])  # at which tokens its errors count most
 
 Second order: with F the Fisher information of what the model predicts, KL(p || p_dW) = 1/2 <dW, F dW>. Of a linear
 module y = W x, with d the gradient of ln p(v) in y for v drawn from p, F is taken as Kronecker product of E[x x'] and
@@ -14,13 +15,16 @@ of the tokens that occur are taken, and (d, dW_t)^2 as it is. How well this rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layercut.models.batch_sizes import kept_bytes
 from layercut.models.losses import likelihood_slope_
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.progress import bar
@@ -30,6 +34,7 @@ TOKENS = 2048
 """Calibration tokens that are enough: the costs of weights differ by orders of magnitude."""
 ROWS = 128
 """Rows of a matrix that are rounded to tell what all would cost."""
+Result = TypeVar("Result")
 Width = tuple[int, int]
 """Bits, and columns that share a scale."""
 
@@ -49,34 +54,106 @@ def measure(
     Returns:
         Nats per token, by name and width; of a module that no token reached 0.
     """
-    stack, draw = DecoderRunner(model), torch.Generator().manual_seed(seed)
-    window = tokens.shape[1]
-    tokens = stack.place(tokens[: max(1, TOKENS // window)])
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = min(stack.budget.pass_rows(window, 0), stack.budget.logit_rows(window, vocabulary))
-    modules = [model.get_submodule(name) for name in widths]
+    draw = torch.Generator().manual_seed(seed)
+    tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
     sums = {name: dict.fromkeys(each, 0.0) for name, each in widths.items()}
-    with bar("what each width costs", len(modules) * -(-len(tokens) // rows)) as advance:
 
-        def forward(which: int, run: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            output = run(x, *args, **kwargs)
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True)
-            name, module = list(widths)[which], modules[which]
+    def costs(name: str, x: torch.Tensor | None, slope: torch.Tensor) -> list[float]:
+        assert x is not None
+        return rise(model.get_submodule(name), x, slope, widths[name], dtype=dtype, draw=draw)
 
-            def backward(slope: torch.Tensor) -> None:
-                found = rise(module, x.detach(), slope, widths[name], dtype=dtype, draw=draw)
-                for width, value in zip(widths[name], found, strict=True):
-                    sums[name][width] += value
-                advance(1)
-
-            output.register_hook(backward)
-            return output
-
-        with torch.enable_grad(), intercepted(modules, forward):
-            for batch in tokens.split(rows):
-                _drawn_log_likelihood_(model(batch, use_cache=False).logits, draw)
+    for _, called in _slopes(model, tokens, list(widths), costs, draw, title="what each width costs"):
+        for name, found in called:
+            for width, value in zip(widths[name], found, strict=True):
+                sums[name][width] += value
     return {name: {width: value / tokens.numel() for width, value in each.items()} for name, each in sums.items()}
+
+
+def token_weights(model: Any, tokens: torch.Tensor, names: Sequence[str], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """How much what the model predicts depends on a module's outputs at each token.
+
+    The root of the mean over outputs of d^2, d as above, so that H = 2 X' diag(w) X counts an error most where it does
+    most harm. To weigh by the gradient is GuidedQuant's idea (2505.07004). Here the root of d^2 is taken, as a few
+    tokens count hundreds of times the others without it, all outputs count together, and v is drawn from p.
+
+    Args:
+        model: a causal LM of transformers in memory; as it was on return.
+        tokens: calibration token ids [N, T].
+        names: of linear modules.
+        seed: of the tokens drawn.
+
+    Returns:
+        Weights [N, T] in float32, of mean 1, by name; none of a module that does not see each token once, as an expert.
+    """
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def each_token(_: str, x: torch.Tensor | None, slope: torch.Tensor) -> torch.Tensor:
+        return slope.float().square().mean(-1).sqrt().flatten()
+
+    draw = torch.Generator().manual_seed(seed)
+    for batch, called in _slopes(model, tokens, names, each_token, draw, title="what each token counts", inputs=False):
+        calls = Counter(name for name, _ in called)
+        for name, weights in called:
+            if calls[name] == 1 and weights.numel() == batch.numel():
+                found[name].append(weights.view(batch.shape))
+    whole = {name: torch.cat(parts) for name, parts in found.items() if sum(map(len, parts)) == len(tokens)}
+    return {name: weights / weights.mean() for name, weights in whole.items() if weights.mean() > 0}
+
+
+def _slopes(
+    model: Any,
+    tokens: torch.Tensor,
+    names: Sequence[str],
+    watch: Callable[[str, torch.Tensor | None, torch.Tensor], Result],
+    draw: torch.Generator,
+    *,
+    title: str,
+    inputs: bool = True,
+) -> Iterator[tuple[torch.Tensor, list[tuple[str, Result]]]]:
+    """Forwards and backwards, batch by batch of tokens [N, T]: a batch [B, T], and what its calls of modules gave.
+
+    watch: told the name, what went in [..., I] where `inputs` are kept, and d [..., O] at what came out.
+    """
+    stack, window = DecoderRunner(model), tokens.shape[1]
+    modules = [model.get_submodule(name) for name in names]
+    vocabulary, itemsize = model.config.get_text_config().vocab_size, model.dtype.itemsize
+    kept = sum(kept_bytes([p.shape for p in layer.parameters()], itemsize) for layer in stack.layers)
+    rows = min(stack.budget.pass_rows(window, kept), stack.budget.logit_rows(window, vocabulary))
+    called, inference = list[tuple[str, Any]](), torch.is_inference_mode_enabled()
+
+    def forward(which: int, run: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = run(x, *args, **kwargs)
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+        read = x.detach() if inputs else None
+        output.register_hook(lambda slope: called.append((names[which], watch(names[which], read, slope))))
+        return output.clone()  # which a model may write into, as one that clips its queries does
+
+    batches = stack.parts("quantize", stack.place(tokens).split(rows))
+    with bar(title, len(tokens)) as advance:
+        for batch in batches:
+            found: list[tuple[str, Any]] | None = None
+            with batches.trying(batch), torch.inference_mode(False) if inference else nullcontext():
+                called.clear()
+                with _frozen(model), torch.enable_grad(), intercepted(modules, forward):
+                    _drawn_log_likelihood_(model(batch.clone(), use_cache=False).logits, draw)
+                found = list(called)
+            if found is not None:  # else memory ran out, and halves of the batch are next
+                yield batch, found
+                advance(len(batch))
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """While open, no weight takes gradients; afterwards those do that did before."""
+    taking = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in taking:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in taking:
+            weight.requires_grad_(True)
 
 
 def _drawn_log_likelihood_(logits: torch.Tensor, draw: torch.Generator) -> None:

@@ -59,7 +59,8 @@ def number_of_layers(work: RunContext) -> int:
     with work.run.stage(PricedArtefact, PRICED, inputs(work)) as priced:
         if priced.open:
             priced.found = PricedArtefact(points=every_number(this))
-    trained = [heal, work.text.get("tuning"), *tune_quantized.inputs(work)]
+    how = rounding.recipe(work.config.quantize)
+    trained = [heal, work.text.get("tuning"), *how, *tune_quantized.inputs(work)]
     with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
         if stage.open:
             points = decided(this, priced.artefact.points)

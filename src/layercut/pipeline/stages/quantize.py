@@ -38,8 +38,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     chosen = [work.config.search.target_size] if config.bits == "auto" else []
     read = bool(chosen) or quantizer_of(config.quantizer)[1].needs_calibration
     calibrated = work.text["calibration"] if read else None
-    head = [rounding.EMBEDDING_SHARE] if read and config.small_head else []
-    inputs = [config, calibrated, *chosen, *head, *tune_quantized.inputs(work)] if config.rounds else None
+    how = rounding.recipe(config) if read else []
+    inputs = [config, calibrated, *chosen, *how, *tune_quantized.inputs(work)] if config.rounds else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:
             stage.found = QuantizeArtefact(bits=16, layers=[])
