@@ -4,12 +4,14 @@
     python benchmarks/frontier.py …      # goes on: points, healed models and tuning that was under way are kept
 
 For every ratio of layers the model is cut (by the search) and healed (fold, endpoint tuning) once; every setting of
-the quantizer is then measured on it. Weights read from a 4-bit GGUF file lie on a 4-bit grid, which 4-bit formats
-re-hit for free: where the model is a .gguf file all these points, 16 bits too, are taken on a *dithered control*
-(control.py). Beside them, `--gguf-ratios`: the file itself, cut and healed as it came, kept tensors byte for byte.
-Bytes are those of all weights as they are stored, embeddings, scales and zero points included; of GGUF the whole
-file's stand beside. Finished points and healed models are kept in --work; remove it to start anew. Writes OUT.json
-and OUT.svg.
+the quantizer is then measured on it, before and, where it says `train`, after its scales or its rounding are trained
+towards the dense model: settings are "bf16", those of tune_quantized.py, and "Q4_0 throughout (GGUF)". Every point has
+bytes, perplexity by text, and how many of the keys hidden in up to --longest tokens are found.
+Weights read from a 4-bit GGUF file lie on a 4-bit grid, which 4-bit formats re-hit for free: where the model is a .gguf
+file all these points, 16 bits too, are taken on a *dithered control* (control.py). Beside them, `--gguf-ratios`: the
+file itself, cut and healed as it came, kept tensors byte for byte. Bytes are those of all weights as they are stored,
+embeddings, scales and zero points included; of GGUF the whole file's stand beside. Finished points and healed models
+are kept in --work; remove it to start anew. Writes OUT.json and OUT.svg.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import json
 import tempfile
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,35 +37,39 @@ from layercut.config import (
     EvaluateConfig,
     HealConfig,
     OutputConfig,
-    QuantizeConfig,
     RunConfig,
     SearchConfig,
 )
 from layercut.evaluation import perplexity
+from layercut.evaluation.generated_probes import found_of
+from layercut.evaluation.passkey import cases, passkey_grid
 from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
-from layercut.quantization import quantize
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
+from tune_quantized import PEER, drawn, parsed, rounded, trained_
 
 Row = dict[str, Any]
-WHOLE: dict[str, Any] = {"bits": 4, "quantize_embeddings": True}
-SETTINGS: dict[str, QuantizeConfig | str] = {
-    "bf16": QuantizeConfig(),
-    "int8": QuantizeConfig(bits=8, quantizer="rtn"),
-    "int8, embeddings int8": QuantizeConfig(bits=8, quantizer="rtn", quantize_embeddings=True),
-    "int4": QuantizeConfig(bits=4),
-    "int4, embeddings int8": QuantizeConfig(**WHOLE),
-    "int4 asymmetric throughout": QuantizeConfig(**WHOLE, embedding_bits=4, asymmetric=True),
-    "int4 in groups of 32, embeddings int8": QuantizeConfig(**WHOLE, group_size=32),
-    "int4 in groups of 192, embeddings int8": QuantizeConfig(**WHOLE, group_size=192),
-    "Q4_0 throughout (GGUF)": "q4_0",
-}
-"""compressed-tensors as `--bits 8 --quantizer rtn` and `--bits 4` (GPTQ) make it, with and without embeddings; 192 is
-the largest group that divides SmolLM2's widths. GGUF: all matrices in one type, embeddings too, of a model that came
-from a .gguf file; rounded to nearest, by the library's functions: no flag of the command writes it."""
+GGUF = {"Q4_0 throughout (GGUF)": "q4_0"}
+"""All matrices in one type, embeddings too, of a model that came from a .gguf file; rounded to nearest, by the
+library's functions: no flag of the command writes it."""
+HELDOUT = 2048
+"""Tokens that judge what is trained after rounding."""
+ELSEWHERE = ("removed", "beside", "size", "iterations")
+"""Words of tune_quantized.py's settings that say what is given otherwise here: layers, text and sizes."""
+TRAINING = ("train", "tokens", "batch", "rate", "mix")
+"""Words of a setting that say how it is trained after rounding."""
+SETTINGS = [
+    "bf16",
+    "bits=8 embeddings=8 quantizer=rtn",
+    "bits=6 embeddings=8 train=scales",
+    "bits=4 embeddings=8 train=scales",
+    "bits=4 embeddings=4 train=scales",
+    "bits=3 embeddings=3 asymmetric=1 train=rounding batch=256 tokens=32768",
+    *GGUF,
+]
 
 
 @dataclass(frozen=True)
@@ -70,55 +77,69 @@ class Given:
     """What every point is measured on."""
 
     texts: dict[str, torch.Tensor]
-    calibration: torch.Tensor
-    """Of the quantizer [N, T]."""
+    text: dict[str, torch.Tensor]
+    """To calibrate the quantizer on, to train after it on, and what judges that [N, T]."""
     gguf: Path | None
     """The file the model came from."""
+    dense: loading.LanguageModel
+    """What is trained towards: the control, with all layers."""
+    keys: list[tuple[int, float, list[int], str]]
+    """Prompts with hidden keys."""
+    train_tokens: int
+    """What a setting is trained on after rounding unless it says so."""
 
 
 def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], ratios=[0.0, 0.1, 0.2, 0.3, 0.37, 0.4, 0.57],
-        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=list(SETTINGS), method="clp", window=256, seed=0,
-        search_tokens=4096, tune_tokens=131072, quantize_tokens=8192, eval_tokens=16384, dither="auto", threads=2,
-        work=Path("runs/frontier"),
+        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="clp", preserve="none", window=256, seed=0,
+        search_tokens=4096, tune_tokens=131072, quantize_tokens=8192, train_tokens=16384, eval_tokens=16384,
+        longest=1024, dither="auto", threads=2, work=Path("runs/frontier"),
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     opened = open_model(args.model)
     gguf = opened.checkpoint.file if opened.checkpoint.gguf else None
     dithered = args.dither == "yes" or (args.dither == "auto" and gguf is not None)
     sources = dict(item.split("=", 1) for item in args.report)
-    given = Given(
-        {
-            name: blocks(opened, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
-            for name, source in sources.items()
-        },
-        blocks(opened, args.data, args.quantize_tokens, args.window, args.seed).tokens,
-        gguf,
-    )
-    asked = ("data", "method", "window", "seed", "search_tokens", "tune_tokens", "quantize_tokens", "eval_tokens")
+    asked = ("data", "method", "preserve", "window", "seed", "search_tokens", "tune_tokens", "quantize_tokens",
+             "eval_tokens", "longest")  # fmt: skip
     facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
     facts |= {name: getattr(args, name) for name in asked}
     kept = Kept(args.work / "points.json", named(facts | {"model": opened.checkpoint.name}))
+    texts = {
+        name: blocks(opened, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
+        for name, source in sources.items()
+    }
 
     if not kept.has("as loaded", 0.0, "bf16"):
-        kept.add("as loaded", 0.0, "bf16", {"perplexity": perplexities(opened.model, given.texts)})
-    dense = args.work / "dense"
-    if not dense.exists():
+        kept.add("as loaded", 0.0, "bf16", {"perplexity": perplexities(opened.model, texts)})
+    folder = args.work / "dense"
+    if not folder.exists():
         if dithered:
             dither_(opened.model, args.seed)
-        save(opened, dense)
+        save(opened, folder)
+    dense = loading.load(checkpoints.resolve(str(folder)))
+    most = max([HELDOUT, *(parsed(name, args.train_tokens)["tokens"] for name in args.settings if "=" in name)])
+    after = Namespace(data=args.data, window=args.window, tune_window=args.window, seed=args.seed,
+                      tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
+    keys = cases(dense.tokenizer, min(args.longest, loading.positions(dense.model.config) or args.longest), args.seed)
+    given = Given(texts, drawn(dense, {}, after), gguf, dense, keys, args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
-    settings = [n for n in dict.fromkeys(["bf16", *args.settings]) if gguf or not isinstance(SETTINGS[n], str)]
+    settings = [name for name in dict.fromkeys(["bf16", *args.settings]) if gguf or name not in GGUF]
     for ratio in dict.fromkeys([0.0, *args.ratios]):
-        missing = [name for name in settings if not kept.has("control", ratio, name)]
+        missing = [
+            name for name in settings
+            if not all(kept.has("control", ratio, one) for one in points_of(name, args.train_tokens))
+        ]  # fmt: skip
         if missing:
-            model, told = opened_at(ratio, dense, args, sources)
+            model, told = opened_at(ratio, folder, args, sources)
             for name in missing:
-                kept.add("control", ratio, name, told | measured(model, SETTINGS[name], told["segments"], given))
+                for point, row in measured(model, name, told["segments"], given):
+                    if not kept.has("control", ratio, point):
+                        kept.add("control", ratio, point, told | row)
     for ratio in dict.fromkeys([0.0, *args.gguf_ratios]) if gguf else []:
         if not kept.has("gguf", ratio, "Q4_1 kept"):
-            kept.add("gguf", ratio, "Q4_1 kept", kept_tensors(gguf, ratio, args, sources, given.texts))
+            kept.add("gguf", ratio, "Q4_1 kept", kept_tensors(gguf, ratio, args, sources, texts))
 
     found = compared(kept.rows)
     plot(found, args.out.with_suffix(".svg"))
@@ -156,7 +177,7 @@ class Kept:
 def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, HealConfig]:
     """How a ratio is searched and healed."""
     return (
-        SearchConfig(ratio=ratio, method=args.method),
+        SearchConfig(ratio=ratio, method=args.method, preserve=args.preserve, num_segments=1),
         DataConfig(data=args.data, tokens=args.search_tokens, window=args.window, seed=args.seed),
         HealConfig(tune_tokens=args.tune_tokens),
     )
@@ -191,29 +212,52 @@ def perplexities(model: Any, texts: dict[str, torch.Tensor]) -> dict[str, float]
     return {name: perplexity(model, tokens) for name, tokens in texts.items()}
 
 
-def measured(model: Any, setting: QuantizeConfig | str, segments: list[list[int]], given: Given) -> Row:
-    """Bytes and perplexity of a model in one number format; the model stays as it is."""
-    if isinstance(setting, str):
-        assert given.gguf is not None
-        return throughout(model, setting, segments, given.gguf, given.texts)
-    size = loading.parameter_bytes(model)
-    if setting.bits < 16:
-        found = quantize(model, given.calibration, **asdict(setting))
-        model, size = found.model, found.bytes_after
-    return {"bytes": size, "perplexity": perplexities(model, given.texts)}
+def points_of(setting: str, tokens: int) -> list[str]:
+    """The points that a setting makes: as it is rounded, and once more as it is trained."""
+    if "=" not in setting:
+        return [setting]
+    words = setting.split()
+    if unread := [word for word in words if word.partition("=")[0] in ELSEWHERE or word.endswith(PEER)]:
+        raise SystemExit(f"error: {unread[0]} is not read here\nhint: tune_quantized.py does")
+    plain = [word for word in words if word.partition("=")[0] not in TRAINING]
+    if parsed(setting, tokens)["train"] == "none":
+        return [" ".join(plain)]
+    return [" ".join(plain), " ".join(words if "tokens=" in setting else [*words, f"tokens={tokens}"])]
 
 
-def throughout(
-    model: Any, gguf_type: str, segments: list[list[int]], source: Path, texts: dict[str, torch.Tensor]
-) -> Row:
+def measured(model: Any, setting: str, segments: list[list[int]], given: Given) -> Iterator[tuple[str, Row]]:
+    """The points of a setting, with bytes, perplexity, keys and values found; the model stays as it is."""
+    rounding, *training = points_of(setting, given.train_tokens)
+    if setting in GGUF:
+        yield rounding, throughout(model, GGUF[setting], segments, given)
+    elif "=" not in setting:
+        yield rounding, {"bytes": loading.parameter_bytes(model), **judged(model, given)}
+    else:
+        asked = parsed(setting, given.train_tokens)
+        found = rounded(model, asked, given.text["calibration"])
+        yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
+        for point in training:
+            found, told = trained_(found, model, given.dense.model, asked, given.text)
+            yield point, {"bytes": found.bytes_after, "trained": told, **judged(found.model, given)}
+
+
+def judged(model: Any, given: Given) -> Row:
+    """Perplexity by text; of the keys that are hidden in texts of several lengths those found."""
+    hits, asked = found_of(passkey_grid(model, given.dense.tokenizer, given.keys))
+    return {"perplexity": perplexities(model, given.texts), "keys_found": hits, "keys_asked": asked}
+
+
+def throughout(model: Any, gguf_type: str, segments: list[list[int]], given: Given) -> Row:
     """The model as a .gguf file with all matrices in one type, read back by transformers."""
+    source = given.gguf
+    assert source is not None
     tensors = gguf_tensors(dict(model.named_parameters()), model.config, architecture_of(source), gguf_type)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         cut_gguf(source, [Segment(*bounds) for bounds in segments], file, replaced=tensors)
         again = loading.load(checkpoints.resolve(str(file))).model
         size = sum(data.nbytes for data, _ in tensors.values())
-        return {"bytes": size, "file_bytes": file.stat().st_size, "perplexity": perplexities(again, texts)}
+        return {"bytes": size, "file_bytes": file.stat().st_size, **judged(again, given)}
 
 
 def kept_tensors(

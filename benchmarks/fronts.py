@@ -130,7 +130,22 @@ def goal_words(points: Sequence[Point]) -> str:
 
 
 def named(point: Point) -> str:
-    return f"{point['layers']} layers, {point['setting']}"
+    return f"{point['layers']} layers, {worded(point['setting'])}"
+
+
+def worded(setting: str) -> str:
+    """A setting of frontier.py as one reads it: "bits=4 embeddings=8 train=scales tokens=16384"."""
+    if "=" not in setting:
+        return setting
+    said = dict(word.split("=") for word in setting.split())
+    words = [f"{said.pop('bits')} bits", f"embeddings {said.pop('embeddings', 16)}"]
+    words += ["zero points"] if said.pop("asymmetric", "0") == "1" else []
+    words += [f"groups of {said.pop('group')}"] if "group" in said else []
+    words += ["to nearest"] if said.get("quantizer") == "rtn" else []
+    if "train" in said:
+        words.append(f"{said.pop('train')} trained on {int(said.pop('tokens')):,} tokens")
+        words += [f"{said.pop('batch')} a step"] if "batch" in said else []
+    return ", ".join([*words, *(f"{name} {value}" for name, value in said.items() if value != "rtn")])
 
 
 def verdicts(fronts: dict[str, list[Point]]) -> list[str]:

@@ -1,10 +1,10 @@
-"""Claim: codes chosen by GPTQ on llama.cpp's own scales lose no more than llama.cpp's rounding, in as many bytes.
+"""Claim: codes and scales by GPTQ and least squares lose less than llama.cpp's rounding, in as many bytes.
 
     python benchmarks/gguf_rounding.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt --kinds q4_0 q4_1 q5_0
     python benchmarks/gguf_rounding.py …      # goes on; rows that are done are kept
 
 The model is the dithered control (control.py), whole. Of each type of llama.cpp's: rounded by llama.cpp, the same with
-an importance matrix, and the latter's file with other codes beside its scales. llama.cpp itself measures perplexity;
+an importance matrix, and the latter's file with other codes and scales. llama.cpp itself measures perplexity;
 importance and GPTQ are measured on the same calibration tokens.
 """
 
@@ -28,7 +28,7 @@ from layercut.models import loading
 from layercut.progress import say
 from layercut.surgery import cut_gguf
 
-FLOAT, PLAIN, IMPORTANT, GPTQ = "float32", "llama.cpp", "llama.cpp, importance matrix", "GPTQ on its scales"
+FLOAT, PLAIN, IMPORTANT, GPTQ = "float32", "llama.cpp", "llama.cpp, importance matrix", "GPTQ, scales fitted"
 
 
 def unrounded(model: loading.LanguageModel, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fronts import AS_PRINTED, SMALLER, loss, worded
 from layercut.report.formatting import count, figure, size, times
 
 
@@ -121,8 +122,9 @@ def named_cut(segments: str) -> str:
 def headline_words(speed: dict, frontier: dict, rounded: dict) -> str:
     """Bytes and speed of a cut of as many layers, and a fifth of the bytes, by fewer layers and by fewer bits."""
     fifth = next(row for row in speed["rows"] if row["ratio"] == 0.2 and "backend" not in row)
-    sizes, goal = fifth["weight_bytes"], frontier["answers"]["goal"]
-    smallest = goal["best_that_fits"] or goal["smallest"]
+    sizes, control = fifth["weight_bytes"], [p for p in frontier["rows"] if p["points"] == "control"]
+    fitting = [p for p in control if p["ratio"] and p["share"] <= 1 - SMALLER + AS_PRINTED]
+    smallest = min(fitting, key=loss)
     dense = rounded["rows"][0]["perplexity"]
     whole = [row for row in rounded["rows"] if "removed" not in row and row["bits"] != "auto"]
     trained = [row for row in whole if row["train"] == "rounding" and row["of_dense"] <= smallest["share"]]
@@ -131,8 +133,8 @@ def headline_words(speed: dict, frontier: dict, rounded: dict) -> str:
     return (
         f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. "
         f"Decoding: {times(fifth['decode']['ratio'])} as fast. "
-        f"At {smallest['share']:.0%} of the bytes, {smallest['layers']} layers in {smallest['setting']} have "
-        f"{1 + max(smallest['rise'].values()):.1f} times the perplexity; all layers in {best['bits']} bits, "
+        f"At {smallest['share']:.0%} of the bytes, {smallest['layers']} layers in {worded(smallest['setting'])} have "
+        f"{1 + loss(smallest):.1f} times the perplexity; all layers in {best['bits']} bits, "
         f"their rounding trained, {worse:.1f} times."
     )
 

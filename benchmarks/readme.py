@@ -210,8 +210,7 @@ def filled(text: str) -> str:
 def main() -> None:
     if len(sys.argv) > 1:
         take_over(Path(sys.argv[1]))
-    drawn = RESULTS / "frontier.svg"
-    if drawn.is_file():  # the benchmark has drawn it anew; it is a picture of the documentation
+    for drawn in RESULTS.glob("frontier*.svg"):  # the benchmark has drawn it anew; it is a picture of the documentation
         drawn.replace(ROOT / "docs" / drawn.name)
     for page in PAGES:
         write_text(page, filled(page.read_text(encoding="utf-8")))

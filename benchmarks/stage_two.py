@@ -5,27 +5,36 @@ Each takes the content of its result file and gives Markdown.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
-from fronts import AS_PRINTED, BUDGETS, SMALLER, answers, loss, smallest_within
+from fronts import AS_PRINTED, BUDGETS, SMALLER, answers, loss, smallest_within, worded
 from layercut.report.formatting import figure, size, times
 
+NOTHING = 0.005
+"""Nats that bits cost the dense model below which no ratio to them tells anything."""
 
-def frontier_table(result: dict[str, Any]) -> str:
-    """The smallest size within each loss, the loss at the goal, what is better at equal bytes, and GGUF as it came."""
+
+def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str:
+    """The smallest size within each loss, the loss at the goal, what is better at equal bytes, all points, and GGUF."""
     points = result["rows"]
-    told = answers([p for p in points if p["points"] == "control"])  # anew, by the rules as they are now
-    dense = next(p for p in points if p["points"] == "control" and p["way"] == "dense")
+    control, whole = ([p for p in points if p["points"] == kind] for kind in ("control", "gguf"))
+    told = answers(control)  # anew, by the rules as they are now
+    dense = next(p for p in control if p["way"] == "dense")
     texts = list(dense["perplexity"])
+    chosen = "the text alone" if result.get("preserve", "none") == "none" else "text and tests"
+    asked = "keys_asked" in dense  # results of before 2026-11-28 have no keys
+    keys = f" Of {dense['keys_asked']} keys in up to {result['longest']:,} tokens so many are found." if asked else ""
     lines = [
         f"`benchmarks/frontier.py`, {made(result)}: {result['model']}, {result['weights']}, perplexity on "
         f"{result['eval_tokens']:,} tokens each of {' and '.join(result['texts'].values())} (dense "
-        f"{' and '.join(figure(dense['perplexity'][text]) for text in texts)}), every cut healed with "
-        f"{result['tune_tokens']:,} tokens. Bytes of all weights, embeddings included; dense bf16 "
-        f"{size(dense['bytes'])}. The rise is that of the worse text.",
+        f"{' and '.join(figure(dense['perplexity'][text]) for text in texts)}); layers chosen by {chosen}, every cut "
+        f"healed with {result['tune_tokens']:,} tokens. Bytes of all weights, embeddings included; dense bf16 "
+        f"{size(dense['bytes'])}. The rise is that of the worse text.{keys}",
         "",
-        "| asked | bytes | of dense | rise | layers | stored as |",
-        "|---|---:|---:|---:|---:|---|",
+        f"| asked | bytes | of dense | rise |{' keys |' * asked} layers | stored as |",
+        f"|---|---:|---:|---:|{'---:|' * asked}---:|---|",
     ]
     by_point: dict[tuple[Any, ...], tuple[list[str], dict[str, Any]]] = {}
     for budget, point in told["smallest_within"].items():
@@ -36,22 +45,38 @@ def frontier_table(result: dict[str, Any]) -> str:
     goal = told["goal"]
     best = goal["best_that_fits"]
     lines.append(frontier_row("best that is 80.0% smaller" if best else "smallest", best or goal["smallest"]))
-    lines += ["", "- " + "\n- ".join(told["words"])]
-    lines += ["", *quantize_lines(result)]
-    whole = [point for point in points if point["points"] == "gguf"]
+    lines += ["", "- " + "\n- ".join([*told["words"], *quantize_words(result)])]
+    lines += ["", "All points, of the dense bytes and the rise:", "", *grid(control, share_and_rise)]
+    lines += ["", "Keys found:", "", *grid(control, lambda point: str(point["keys_found"]))] if asked else []
     if any(point["ratio"] for point in whole):
         lines += ["", *gguf_lines(whole)]
     elif whole:
         found = " and ".join(map(figure, whole[0]["perplexity"].values()))
         words = f"{size(whole[0]['bytes'])}, perplexity {found}."
         lines += ["", f"The `.gguf` file itself was measured uncut only (no dithering): {words}"]
-    return "\n".join([*lines, "", "![Rise of perplexity over bytes](frontier.svg)"])
+    return "\n".join([*lines, "", f"![Rise of perplexity over bytes]({picture})"])
 
 
 def frontier_row(asked: str, point: dict[str, Any]) -> str:
-    rise = max(point["rise"].values())
-    cells = [asked, size(point["bytes"]), f"{point['share']:.1%}", f"{rise:+.1%}", point["layers"], point["setting"]]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    cells = [asked, size(point["bytes"]), f"{point['share']:.1%}", f"{loss(point):+.1%}"]
+    cells += [point["keys_found"]] if "keys_found" in point else []
+    return "| " + " | ".join(map(str, [*cells, point["layers"], worded(point["setting"])])) + " |"
+
+
+def grid(points: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    """A table of settings by share of the layers removed."""
+    ratios, settings = (list(dict.fromkeys(p[name] for p in points)) for name in ("ratio", "setting"))
+    there = {(p["ratio"], p["setting"]): cell(p) for p in points}
+    lines = [f"| layers removed: | {' | '.join(f'{ratio:.0%}' for ratio in ratios)} |", f"|---|{'---:|' * len(ratios)}"]
+    return lines + [
+        f"| {worded(setting)} | {' | '.join(there.get((ratio, setting), '') for ratio in ratios)} |"
+        for setting in settings
+    ]
+
+
+def share_and_rise(point: dict[str, Any]) -> str:
+    rise = f"{loss(point):+.1%}" if loss(point) < 1 else times(1 + loss(point))
+    return f"{point['share']:.0%}: {rise}"
 
 
 def gguf_lines(points: list[dict[str, Any]]) -> list[str]:
@@ -71,26 +96,20 @@ def gguf_lines(points: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def quantize_lines(result: dict[str, Any]) -> list[str]:
-    """Extra loss of quantizing, cut and healed over dense."""
-    cut = [row for row in result["quantizing"] if row["ratio"]]
-    dense = {row["setting"]: row["extra"] for row in result["quantizing"] if not row["ratio"]}
-    texts = list(cut[0]["extra"]) if cut else []
-    lines = [
-        "Extra loss of quantizing, nats a token, of the dense model and of the cut and healed ones, and the ratio of "
-        "the two:",
-        "",
-        f"| removed | stored as | {' | '.join(f'{text}: dense | cut | ratio' for text in texts)} |",
-        f"|---:|---|{'---:|' * 3 * len(texts)}",
+def quantize_words(result: dict[str, Any]) -> list[str]:
+    """Whether few bits, not trained, cost a cut model more than the dense one, where they cost that something."""
+    rows = [row for row in result["quantizing"] if "train=" not in row["setting"]]
+    dense = {row["setting"]: row["extra"] for row in rows if not row["ratio"]}
+    known = sorted(
+        ratio for row in rows if row["ratio"] for text, ratio in row["over_dense"].items()
+        if dense[row["setting"]][text] > NOTHING
+    )  # fmt: skip
+    if not known:
+        return []
+    return [
+        f"The same bits cost a cut and healed model {median(known):.2f} times the nats that they cost the dense one "
+        f"(median of {len(known)}, {known[0]:.2f} to {known[-1]:.2f})."
     ]
-    for row in cut:
-        cells = [f"{row['ratio']:.0%}", row["setting"]]
-        for text in texts:
-            cells += [f"{extra[text]:.4f}" for extra in (dense[row["setting"]], row["extra"])]
-            ratio = row["over_dense"][text]
-            cells.append("–" if ratio is None else f"{ratio:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
 
 
 def tune_quantized_table(result: dict[str, Any]) -> str:
@@ -104,7 +123,8 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
         f"{result['model']}, {result['weights']}; perplexity of {result['eval_tokens']:,} tokens of each "
         f"text (dense {' and '.join(figure(value) for value in dense.values())}), the rise that of the worse; seconds "
-        "with the rounding. Of the rows below:",
+        "with the rounding. * by GPTQ as it was, all tokens counting alike, scales not fitted to codes. Of the rows "
+        "below:",
         "",
         "| asked | of the dense bytes | rise | bits | embeddings | trained | tokens |",
         "|---|---:|---:|---:|---:|---|---:|",
@@ -135,6 +155,8 @@ def described(row: dict[str, Any]) -> list[str]:
     auto = row["bits"] == "auto"
     bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
     bits += ", zero points" if row.get("asymmetric") else ""
+    bits += f", {row['turns']} turns" if "turns" in row else ""  # of a draft; there are three
+    bits += "*" if row["quantizer"] == "gptq" and (auto or row["bits"] < 8) and "scales" not in row else ""
     bits += f", without layers {row['removed']}" if "removed" in row else ""
     by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
     by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""

@@ -39,9 +39,11 @@ from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading, memory
+from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
 from layercut.progress import say
 from layercut.quantization import quantize_
+from layercut.quantization.quantized import Quantized
 from layercut.quantization.trainable import Trainable
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -72,40 +74,50 @@ def quantized(
     model: loading.LanguageModel, asked: dict[str, Any], text: dict[str, torch.Tensor], peer: str
 ) -> dict[str, Any]:
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
-    by_peer = asked["quantizer"] == PEER
+    student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
+    begun = time.process_time()
+    found = rounded(student, asked, text["calibration"])
+    row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / parameter_bytes(model.model)}
+    if found.mixture:
+        row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
+        row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
+    if asked["quantizer"] == PEER:
+        row |= replaced_by_peer_(found.model, model, asked, text["tuning"], peer)
+    row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
+    if asked["train"] != "none":
+        found, row["tuning"] = trained_(found, student, model.model, asked, text)
+    return row | {"model": found.model}
+
+
+def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Quantized:
+    """A model in fewer bits; it shares what is not rounded with the student, which stays as it is."""
     config = QuantizeConfig(
-        bits=asked["bits"], quantizer="rtn" if by_peer else asked["quantizer"], group_size=asked["group"] or None,
+        bits=asked["bits"], quantizer="rtn" if asked["quantizer"] == PEER else asked["quantizer"],
+        group_size=asked["group"] or None,
         asymmetric=None if asked["bits"] == "auto" else bool(asked.get("asymmetric")),
         quantize_embeddings=asked["bits"] != "auto" and asked["embeddings"] < 16,
         embedding_bits=asked["embeddings"] if asked["embeddings"] < 16 else None,
     )  # fmt: skip
     target = parse_bytes("size", asked["size"]) if "size" in asked else None
-    student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
-    begun = time.process_time()
-    found = quantize_(loading.share(student), text["calibration"], config, target=target)
-    dense_bytes = loading.parameter_bytes(model.model)
-    row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / dense_bytes}
-    if found.mixture:
-        row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
-        row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
-    if by_peer:
-        row |= replaced_by_peer_(found.model, model, asked, text["tuning"], peer)
-    row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
-    if asked["train"] != "none":
-        parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
-        tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
-        objective = KL(mix=asked.get("mix", 0.0))
-        settings = TuneSettings(
-            objective=objective, learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024)
-        )
-        told = tune_parameters_(
-            parts.model, model.model, parts.parameters, tuning, heldout=text["heldout"], settings=settings,
-            rate_from=None if "rate" in asked or "mix" in asked else parts.rate_from,
-        )  # fmt: skip
-        kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
-        row["tuning"] = {name: getattr(told, name) for name in kept}
-        found = parts.finished_()
-    return row | {"model": found.model}
+    return quantize_(loading.share(student), calibration, config, target=target)
+
+
+def trained_(
+    found: Quantized, student: Any, teacher: Any, asked: dict[str, Any], text: dict[str, torch.Tensor]
+) -> tuple[Quantized, dict[str, Any]]:
+    """What `rounded` made of the student, trained towards the teacher; and how that went."""
+    parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
+    tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
+    settings = TuneSettings(
+        objective=KL(mix=asked.get("mix", 0.0)),
+        learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024),
+    )  # fmt: skip
+    told = tune_parameters_(
+        parts.model, teacher, parts.parameters, tuning, heldout=text["heldout"], settings=settings,
+        rate_from=None if "rate" in asked or "mix" in asked else parts.rate_from,
+    )  # fmt: skip
+    kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
+    return parts.finished_(), {name: getattr(told, name) for name in kept}
 
 
 def without(dense: Any, removed: str, text: dict[str, torch.Tensor]) -> Any:
@@ -159,8 +171,7 @@ def main() -> None:
     done = RowsDone(args.out, facts)
     for asked in (PLAIN, *(parsed(setting, args.tune_tokens) for setting in args.settings)):
         row = asked | ({"beside": named(asked["beside"])} if "beside" in asked else {})
-        if asked["quantizer"] == "gptq" and (asked["bits"] == "auto" or asked["embeddings"] < NEAR_ENOUGH):
-            row["head"] = "gptq"  # rows without it are of before, when it was rounded to nearest
+        row |= how_rounded(asked)
         others = LATER.keys() - row.keys()  # rows that name these were made by another setting
         if any(row.items() <= each.items() and not others & each.keys() for each in done.rows):
             continue
@@ -172,6 +183,15 @@ def main() -> None:
         say(str(asked), f"{found['perplexity']}, {found.get('bytes')} bytes")
     finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, weights="dithered control", **facts)
     done.partial.unlink(missing_ok=True)
+
+
+def how_rounded(asked: dict[str, Any]) -> dict[str, str]:
+    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales stayed."""
+    if asked["quantizer"] != "gptq":
+        return {}
+    auto = asked["bits"] == "auto"
+    head = {"head": "gptq"} if auto or asked["embeddings"] < NEAR_ENOUGH else {}
+    return head | ({"scales": "fitted"} if head or auto or asked["bits"] < NEAR_ENOUGH else {})
 
 
 def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ def point(ratio: float, setting: str, size: float, *rises: float) -> dict:
     perplexity = {text: 10 * (1 + rise) for text, rise in by_text.items()}
     return {
         "ratio": ratio, "setting": setting, "layers": round(10 * (1 - ratio)), "bytes": size, "share": size / 1000,
-        "rise": by_text, "perplexity": perplexity,
+        "rise": by_text, "perplexity": perplexity, "keys_found": 3, "keys_asked": 4,
     }  # fmt: skip
 
 
@@ -123,10 +123,22 @@ def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_calle
     environment = {"date": "2026-01-01", "cores": 2, "cpu": "x"}
     told = {"model": "m", "weights": "w", "eval_tokens": 1, "texts": {"text0": "a", "text1": "b"}, "tune_tokens": 1}
     rows = [p | {"points": "control", "way": fronts.way(p)} for p in POINTS]
-    table = stage_two.frontier_table({**told, "rows": rows, "quantizing": [], "environment": environment})
+    told |= {
+        "preserve": "none",
+        "longest": 4,
+        "rows": rows,
+        "quantizing": fronts.extra_losses(POINTS),
+        "environment": environment,
+    }
+    table = stage_two.frontier_table(told)
     assert "| smallest within 1%, 5% | 500 B |" in table
     assert "| smallest within 10%, 25% | 300 B |" in table
     assert "1%, 5%, 10%" not in table
+    assert "| int4 | 30%: +8.0% | 24%: +40.0% | 19%: 2.20× |" in table, "every point stands there"
+    assert table.count("| int4 | 3 | 3 | 3 |") == 1
+    rows = [row for row in told["quantizing"] if row["ratio"] and row["setting"] == "int4"]
+    over = sorted(value for row in rows for value in row["over_dense"].values())
+    assert f"{(over[1] + over[2]) / 2:.2f} times the nats" in table, "to int8 the dense model loses next to nothing"
 
     def speed(reached: float) -> str:
         phase = {"ratio": 1.3, "reached": reached}
@@ -135,6 +147,16 @@ def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_calle
 
     assert "shares above 1, here up to 1.06, are the noise of both timings" in speed(1.06)
     assert "noise" not in speed(0.99)
+
+
+def test_settings_are_told_in_words(fronts):
+    worded = fronts.worded
+    trained = "bits=3 embeddings=3 group=96 asymmetric=1 train=rounding batch=256 tokens=32768"
+    assert worded(trained) == (
+        "3 bits, embeddings 3, zero points, groups of 96, rounding trained on 32,768 tokens, 256 a step"
+    )
+    assert worded("bits=4") == "4 bits, embeddings 16"
+    assert worded("Q4_0 throughout (GGUF)") == "Q4_0 throughout (GGUF)"
 
 
 def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch):
@@ -159,7 +181,9 @@ def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch):
 # --- the benchmark itself, on a tiny .gguf model ---
 
 
-SETTINGS = ("bf16", "int4, embeddings int8", "Q4_0 throughout (GGUF)")
+ROUNDED = "bits=4 embeddings=8"
+TRAINED = f"{ROUNDED} train=scales batch=32"
+SETTINGS = ("bf16", TRAINED, "Q4_0 throughout (GGUF)")
 
 
 @pytest.fixture
@@ -173,9 +197,12 @@ def benchmark(monkeypatch, tmp_path, texts):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     quick.leave_out(monkeypatch)
     frontier = import_module("frontier")
+    # no key fits a tiny tokenizer's context
+    monkeypatch.setattr(frontier, "passkey_grid", lambda *asked: [{"found": 1, "trials": 2}])
 
     def run(*flags: str, settings: tuple[str, ...] = SETTINGS) -> tuple[dict, dict]:
-        few = "--search-tokens 64 --tune-tokens 128 --quantize-tokens 64 --eval-tokens 256 --window 16 --threads 1"
+        few = "--search-tokens 64 --tune-tokens 128 --quantize-tokens 64 --train-tokens 64 --eval-tokens 256"
+        few += " --window 16 --threads 1"
         given = ["--model", str(file), "--data", str(texts[0]), "--report", f"made={texts[1]}", *few.split()]
         places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
         monkeypatch.setattr(sys, "argv", ["frontier.py", *given, *places, "--settings", *settings, *flags])
@@ -187,12 +214,12 @@ def benchmark(monkeypatch, tmp_path, texts):
 
 def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_path):
     _, first = benchmark("--ratios", "0", "--gguf-ratios", "0", settings=SETTINGS[1:2])
-    assert [row["setting"] for row in first["rows"]] == ["bf16", *SETTINGS[:2], "Q4_1 kept"]
+    assert [row["setting"] for row in first["rows"]] == ["bf16", "bf16", ROUNDED, f"{TRAINED} tokens=64", "Q4_1 kept"]
     flags = ("--ratios", "0.2", "--gguf-ratios", "0.2")
     result, kept = benchmark(*flags)
     assert kept["rows"][: len(first["rows"])] == first["rows"], "finished points are not measured again"
     rows = {(row["points"], row["ratio"], row["setting"]): row for row in result["rows"]}
-    assert len(rows) == 2 * len(SETTINGS) + 2
+    assert len(rows) == 2 * (len(SETTINGS) + 1) + 2
     control = loading.load(checkpoints.resolve(str(tmp_path / "work" / "dense"))).model
     plain = loading.load(checkpoints.resolve(str(tmp_path / "tiny.gguf"))).model
     assert not torch.equal(control.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
@@ -202,6 +229,12 @@ def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_
     assert dense["perplexity"] != result["perplexity_as_loaded"], "dithered"
     weights = sum(p.numel() * 18 / 32 if p.dim() == 2 else 4 * p.numel() for p in control.parameters())
     assert rows["control", 0.0, "Q4_0 throughout (GGUF)"]["bytes"] == weights
+    rounded, trained = (rows["control", 0.2, name] for name in (ROUNDED, f"{TRAINED} tokens=64"))
+    assert rounded["bytes"] == trained["bytes"]
+    losses = [each["loss"] for each in trained["trained"]["heldout"]]
+    assert min(losses) < losses[0]
+    assert trained["perplexity"] != rounded["perplexity"]
+    assert all((row["keys_found"], row["keys_asked"]) == (1, 2) for row in (dense, rounded, trained))
     cut = rows["control", 0.2, "bf16"]
     assert (cut["layers"], cut["way"], len(cut["segments"])) == (4, "fewer layers", 1)
     assert cut["retention"]["made"] == pytest.approx(dense["perplexity"]["made"] / cut["perplexity"]["made"])
