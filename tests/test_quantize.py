@@ -339,6 +339,21 @@ def test_slopes_are_the_same_where_memory_runs_out_on_the_way(monkeypatch):
     assert all(torch.allclose(halves[name], whole[name], rtol=1e-4) for name in names)
 
 
+@pytest.mark.parametrize("fits", [False, True])
+def test_a_quantizer_says_whether_scales_are_fitted_to_its_codes(fits):
+    dense, asked = tiny.llama(2), list[Grid]()
+
+    class Own:
+        needs_calibration, fits_scales = True, fits
+
+        def __call__(self, weight, hessian, grid):
+            asked.append(grid)
+            return encode(weight, grid)
+
+    quantize_(dense, TOKENS, QuantizeConfig(bits=4), quantizer=Own)
+    assert len(asked) == 2 * 7 * (1 + scales.TURNS * fits)
+
+
 def test_how_few_bits_are_rounded_is_an_input_of_the_stages_that_round():
     assert recipe(QuantizeConfig(bits=8)) == []
     assert recipe(QuantizeConfig(bits=8, quantize_embeddings=True)) == []

@@ -308,7 +308,7 @@ def _quantize_weight(
     uncalibrated = hessian is None and quantizer[1].needs_calibration
     chosen = nearest if uncalibrated else codes(*quantizer, weight, hessian, grid)
     plain = grid
-    if hessian is not None and target.bits < NEAR_ENOUGH:
+    if hessian is not None and target.bits < NEAR_ENOUGH and getattr(quantizer[1], "fits_scales", False):
         grid, chosen = by_turns(weight, hessian, grid, chosen, partial(codes, *quantizer, weight, hessian))
     rounded = decode(chosen, grid)
     stored = pack(target, chosen, grid)

@@ -10,8 +10,10 @@ A quantizer is a function, or a class without arguments whose instances can be c
             scaled = weight.float() / grid.scale.float().repeat_interleave(grid.group_size, 1)
             return scaled.floor().clamp(grid.lowest, grid.highest)
 
-Everything around it is layercut's: which weights, the grid of points that a weight may take (`grid.py`), the Hessians,
-packing, the errors of the report. The codes are stored as compressed-tensors stores them, so stock loaders read them.
+With `fits_scales = True` beside `needs_calibration = True`, below 8 bits scales are fitted to its codes and it is asked
+again (`scales.py`), as GPTQ is. Everything around it is layercut's: which weights, the grid of points that a weight may
+take (`grid.py`), the Hessians, packing, the errors of the report. The codes are stored as compressed-tensors stores
+them, so stock loaders read them.
 """
 
 from __future__ import annotations
@@ -44,8 +46,7 @@ class Quantizer(Protocol):
                 them, of a head below 8 bits as the model did before (tied: with more on the diagonal, for the
                 embedding), in float64 (float32 where the device has none); w is 1, below 8 bits what the token counts.
                 None where `needs_calibration` is False.
-            grid: scales and zero points: code q stands for (q - z) s. Below 8 bits it is asked again, on scales that
-                were fitted to its codes.
+            grid: scales and zero points: code q stands for (q - z) s.
 
         Returns:
             Whole numbers [O, I], of any dtype, from `grid.lowest` to `grid.highest`.
@@ -57,6 +58,7 @@ class Gptq:
     """GPTQ: column by column; the columns not yet rounded compensate each error (Frantar et al., 2210.17323)."""
 
     needs_calibration = True
+    fits_scales = True
 
     def __call__(self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> torch.Tensor:
         """Codes by GPTQ; as of `Quantizer.__call__`."""
