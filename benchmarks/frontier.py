@@ -226,7 +226,7 @@ def points_of(setting: str, tokens: int) -> list[str]:
 
 
 def measured(model: Any, setting: str, segments: list[list[int]], given: Given) -> Iterator[tuple[str, Row]]:
-    """The points of a setting, with bytes, perplexity, keys and values found; the model stays as it is."""
+    """The points of a setting, with bytes, perplexity and keys found; the model stays as it is."""
     rounding, *training = points_of(setting, given.train_tokens)
     if setting in GGUF:
         yield rounding, throughout(model, GGUF[setting], segments, given)

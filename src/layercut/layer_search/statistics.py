@@ -6,8 +6,7 @@ where the layers are on disk, those of all rows, so that each layer is read once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from layercut.distributed import processes
 from layercut.errors import ModelError
 from layercut.layer_search.result import Cost
 from layercut.models.devices import place_of_float64
+from layercut.models.loading import taking_gradients
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import Calls, DecoderRunner, passes, passes_in_step
 
@@ -180,20 +180,7 @@ def _layer_backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """The gradients at layer i's input and at its weights, from the one at its output."""
     hidden = hidden.detach().requires_grad_(True)
-    with trainable(weights):
+    with taking_gradients(weights, True):
         output = stack.plain_layer(i, hidden, calls)
         grads = torch.autograd.grad(output, [hidden, *weights], slope, allow_unused=True)
     return grads[0], list(grads[1:])
-
-
-@contextmanager
-def trainable(weights: list[nn.Parameter]) -> Iterator[None]:
-    """While open, the weights take gradients; afterwards those do that did before."""
-    flags = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight, flag in zip(weights, flags, strict=True):
-            weight.requires_grad_(flag)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
@@ -791,3 +791,24 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
         if advice is not None:
             os.environ["TRANSFORMERS_VERBOSITY"] = advice
+
+
+@contextmanager
+def taking_gradients(weights: Sequence[nn.Parameter], flag: bool) -> Iterator[None]:
+    """While open, the weights take gradients, or none does; afterwards those do that did before.
+
+    Args:
+        weights: parameters.
+        flag: whether they take them.
+
+    Yields:
+        Nothing.
+    """
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(flag)
+        yield
+    finally:
+        for weight, own in zip(weights, before, strict=True):
+            weight.requires_grad_(own)

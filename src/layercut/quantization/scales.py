@@ -16,6 +16,7 @@ from layercut.quantization.gptq import output_errors
 from layercut.quantization.grid import Grid, decode
 
 TURNS = 3
+"""Times that scales are fitted and codes chosen again (docs/log.md)."""
 DAMPING = 1e-3
 """Share of the mean diagonal of the normal equations that holds scales at what they were."""
 WITHIN = 3.0
@@ -24,8 +25,6 @@ EQUATIONS_BYTES = 2**28
 """Of the normal equations that are in memory at once, in float32; solving them takes as much again."""
 TINY = 1e-6
 """Where a row's codes are all zero there is nothing else to solve."""
-
-
 LARGEST = 1e6
 """Of a code less its zero point: more is that of a group of a file that has no scale, and stands for one number."""
 RECIPE = ["weighted tokens", TURNS, DAMPING, WITHIN]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layercut.models.batch_sizes import kept_bytes
+from layercut.models.loading import taking_gradients
 from layercut.models.losses import likelihood_slope_
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.progress import bar
@@ -115,7 +116,7 @@ def _slopes(
     watch: told the name, what went in [..., I] where `inputs` are kept, and d [..., O] at what came out.
     """
     stack, window = DecoderRunner(model), tokens.shape[1]
-    modules = [model.get_submodule(name) for name in names]
+    modules, weights = [model.get_submodule(name) for name in names], list(model.parameters())
     vocabulary, itemsize = model.config.get_text_config().vocab_size, model.dtype.itemsize
     kept = sum(kept_bytes([p.shape for p in layer.parameters()], itemsize) for layer in stack.layers)
     rows = min(stack.budget.pass_rows(window, kept), stack.budget.logit_rows(window, vocabulary))
@@ -135,25 +136,12 @@ def _slopes(
             found: list[tuple[str, Any]] | None = None
             with batches.trying(batch), torch.inference_mode(False) if inference else nullcontext():
                 called.clear()
-                with _frozen(model), torch.enable_grad(), intercepted(modules, forward):
+                with taking_gradients(weights, False), torch.enable_grad(), intercepted(modules, forward):
                     _drawn_log_likelihood_(model(batch.clone(), use_cache=False).logits, draw)
                 found = list(called)
             if found is not None:  # else memory ran out, and halves of the batch are next
                 yield batch, found
                 advance(len(batch))
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """While open, no weight takes gradients; afterwards those do that did before."""
-    taking = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in taking:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in taking:
-            weight.requires_grad_(True)
 
 
 def _drawn_log_likelihood_(logits: torch.Tensor, draw: torch.Generator) -> None:
