@@ -92,17 +92,17 @@ class Given:
 def main() -> None:
     args = arguments(
         __doc__, data="python-docstrings", report=["docs=python-docs"], ratios=[0.0, 0.1, 0.2, 0.3, 0.37, 0.4, 0.57],
-        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="clp", preserve="none", window=256, seed=0,
-        search_tokens=4096, tune_tokens=131072, quantize_tokens=8192, train_tokens=16384, eval_tokens=16384,
-        longest=1024, dither="auto", threads=2, work=Path("runs/frontier"),
+        gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="clp", preserve="none", num_segments="1",
+        score="auto", window=256, seed=0, search_tokens=4096, tune_tokens=131072, quantize_tokens=8192,
+        train_tokens=16384, eval_tokens=16384, longest=1024, dither="auto", threads=2, work=Path("runs/frontier"),
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     opened = open_model(args.model)
     gguf = opened.checkpoint.file if opened.checkpoint.gguf else None
     dithered = args.dither == "yes" or (args.dither == "auto" and gguf is not None)
     sources = dict(item.split("=", 1) for item in args.report)
-    asked = ("data", "method", "preserve", "window", "seed", "search_tokens", "tune_tokens", "quantize_tokens",
-             "eval_tokens", "longest")  # fmt: skip
+    asked = ("data", "method", "preserve", "num_segments", "score", "window", "seed", "search_tokens", "tune_tokens",
+             "quantize_tokens", "eval_tokens", "longest")  # fmt: skip
     facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
     facts |= {name: getattr(args, name) for name in asked}
     kept = Kept(args.work / "points.json", named(facts | {"model": opened.checkpoint.name}))
@@ -176,8 +176,10 @@ class Kept:
 
 def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, HealConfig]:
     """How a ratio is searched and healed."""
+    how = {"method": args.method, "preserve": args.preserve, "score": args.score}
+    segments = args.num_segments if args.num_segments == "auto" else int(args.num_segments)
     return (
-        SearchConfig(ratio=ratio, method=args.method, preserve=args.preserve, num_segments=1),
+        SearchConfig(ratio=ratio, num_segments=segments, **how),
         DataConfig(data=args.data, tokens=args.search_tokens, window=args.window, seed=args.seed),
         HealConfig(tune_tokens=args.tune_tokens),
     )
@@ -195,12 +197,16 @@ def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str
 
 
 def healing(run: Path) -> Row:
-    """From a run's artefacts: what was removed, KL(p || q) on held-out tokens of every state, and the seconds."""
+    """From a run's artefacts: what was removed, how far it was healed on held-out tokens, and the seconds.
+
+    KL(p || q) of the cut and the folded model; what was tuned for, part of it the next token's loss, before and after.
+    """
     search, fold, heal = (checkpoints.read_json(run / f"{name}.json") for name in ("search", "fold", "heal"))
     folds, losses = fold["fold"], [point["loss"] for point in heal["tuning"]["heldout"]]
     return {
         "segments": search["segments"],
-        "heldout_kl": {"cut": folds[0]["kl_before"], "folded": folds[0]["kl_after"], "tuned": min(losses)},
+        "heldout_kl": {"cut": folds[0]["kl_before"], "folded": folds[0]["kl_after"]},
+        "heldout_loss": {"folded": losses[0], "tuned": min(losses)},
         "healing_seconds": {"search": search["seconds"], "fold": fold["seconds"], "tune": heal["seconds"]},
     }
 

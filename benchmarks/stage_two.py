@@ -138,7 +138,7 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         f"| of the dense bytes | bits | embeddings | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
         f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (-round(row["of_dense"], 3), loss(row))):
         spent = row["quantize_cpu_seconds"] + row.get("tuning", {}).get("cpu_seconds", 0)
         cells = [f"{row['of_dense']:.1%}", *described(row), f"{spent:.0f}", *map(figure, row["perplexity"].values())]
         lines.append(f"| {' | '.join(cells)} | {loss(row):+.1%} |")
