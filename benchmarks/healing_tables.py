@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fronts import AS_PRINTED, SMALLER, loss, worded
 from layercut.report.formatting import count, figure, size, times
 
 
@@ -81,7 +80,7 @@ WITH_TESTS = {"share": 0.1, "answer_weight": 4.0}
 """And where recall is to be kept."""
 
 
-def headline_table(recall: dict, speed: dict, frontier: dict, rounded: dict) -> str:
+def headline_table(recall: dict, speed: dict) -> str:
     """The README's table: what the default cut and its healing leave, beside the cut and healing by the text alone."""
     environment, dense = recall["environment"], recall["rows"][0]
     asked = {
@@ -105,7 +104,7 @@ def headline_table(recall: dict, speed: dict, frontier: dict, rounded: dict) -> 
         headline_row("dense", dense),
         *(headline_row(name, rows[0]) for name, rows in found.items()),
     ]
-    return "\n".join([*lines, "", headline_words(speed, frontier, rounded)])
+    return "\n".join([*lines, "", headline_words(speed)])
 
 
 def headline_row(name: str, row: dict) -> str:
@@ -119,23 +118,13 @@ def named_cut(segments: str) -> str:
     return segments.replace(",", " and ")
 
 
-def headline_words(speed: dict, frontier: dict, rounded: dict) -> str:
-    """Bytes and speed of a cut of as many layers, and a fifth of the bytes, by fewer layers and by fewer bits."""
+def headline_words(speed: dict) -> str:
+    """Bytes and speed of a cut of as many layers."""
     fifth = next(row for row in speed["rows"] if row["ratio"] == 0.2 and "backend" not in row)
-    sizes, control = fifth["weight_bytes"], [p for p in frontier["rows"] if p["points"] == "control"]
-    fitting = [p for p in control if p["ratio"] and p["share"] <= 1 - SMALLER + AS_PRINTED]
-    smallest = min(fitting, key=loss)
-    dense = rounded["rows"][0]["perplexity"]
-    whole = [row for row in rounded["rows"] if "removed" not in row and row["bits"] != "auto"]
-    trained = [row for row in whole if row["train"] == "rounding" and row["of_dense"] <= smallest["share"]]
-    best = min(trained, key=lambda row: max(row["perplexity"].values()))
-    worse = max(best["perplexity"][text] / value for text, value in dense.items())
+    sizes = fifth["weight_bytes"]
     return (
         f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. "
-        f"Decoding: {times(fifth['decode']['ratio'])} as fast. "
-        f"At {smallest['share']:.0%} of the bytes, {smallest['layers']} layers in {worded(smallest['setting'])} have "
-        f"{1 + loss(smallest):.1f} times the perplexity; all layers in {best['bits']} bits, "
-        f"their rounding trained, {worse:.1f} times."
+        f"Decoding: {times(fifth['decode']['ratio'])} as fast."
     )
 
 

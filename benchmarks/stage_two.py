@@ -114,11 +114,7 @@ def quantize_words(result: dict[str, Any]) -> list[str]:
 
 def tune_quantized_table(result: dict[str, Any]) -> str:
     """What training after rounding brings back at the same bytes; before that, the smallest within each rise."""
-    dense = next(row["perplexity"] for row in result["rows"] if row["bits"] == 16)
-    rows = [
-        row | {"rise": {text: row["perplexity"][text] / value - 1 for text, value in dense.items()}}
-        for row in result["rows"] if row["bits"] != 16
-    ]  # fmt: skip
+    dense, rows = with_rises(result)
     lines = [
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
         f"{result['model']}, {result['weights']}; perplexity of {result['eval_tokens']:,} tokens of each "
@@ -129,11 +125,8 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         "| asked | of the dense bytes | rise | bits | embeddings | trained | tokens |",
         "|---|---:|---:|---:|---:|---|---:|",
     ]
-    best = min((row for row in rows if row["of_dense"] <= 1 - SMALLER + AS_PRINTED), key=loss)
-    met = [budget for budget in BUDGETS if min(map(loss, rows)) <= budget]
-    lines += [answer(f"smallest within {budget:.0%}", smallest_within(rows, budget)) for budget in met]
+    lines += [answer(asked, row) for asked, row in asked_of(rows)]
     lines += [
-        answer(f"best at {1 - SMALLER:.0%}", best),
         "",
         f"| of the dense bytes | bits | embeddings | trained | tokens | CPU seconds | {' | '.join(dense)} | rise |",
         f"|---:|---:|---:|---|{'---:|' * (3 + len(dense))}",
@@ -143,6 +136,42 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
         cells = [f"{row['of_dense']:.1%}", *described(row), f"{spent:.0f}", *map(figure, row["perplexity"].values())]
         lines.append(f"| {' | '.join(cells)} | {loss(row):+.1%} |")
     return "\n".join(lines)
+
+
+def fewer_bits_table(result: dict[str, Any]) -> str:
+    """The README's: what fewer bits cost where all layers stay."""
+    _, rows = with_rises(result)
+    found = [row for _, row in asked_of([row for row in rows if "removed" not in row])]
+    asked = [row for row, before in zip(found, [None, *found], strict=False) if row is not before]
+    lines = {
+        "of the bytes": [f"{row['of_dense']:.1%}" for row in asked],
+        "bits (embeddings)": [mean_bits(row) for row in asked],
+        "perplexity": [f"{loss(row):+.1%}" for row in asked],
+    }
+    head, *rest = (f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())
+    words = "All layers, fewer bits (`--bits`), trained after rounding; `benchmarks/tune_quantized.py`, "
+    words += f"{result['environment']['date'][:10]}, {result['weights']}, the worse text:"
+    return "\n".join([words, "", head, f"|---|{'---:|' * len(asked)}", *rest])
+
+
+def mean_bits(row: dict[str, Any]) -> str:
+    """Bits of the layers, of embeddings in brackets; of a mixture the mean."""
+    return f"{row['mean_bits']:.1f}" if row["bits"] == "auto" else f"{row['bits']} ({row['embeddings']})"
+
+
+def with_rises(result: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Of tune_quantized.py's results the dense model's perplexity, and all other rows, with how much theirs rose."""
+    dense = next(row["perplexity"] for row in result["rows"] if row["bits"] == 16)
+    rises = [{text: row["perplexity"][text] / value - 1 for text, value in dense.items()} for row in result["rows"]]
+    return dense, [row | {"rise": rise} for row, rise in zip(result["rows"], rises, strict=True) if row["bits"] != 16]
+
+
+def asked_of(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The smallest row within each rise that is met, and the best of those that are small enough."""
+    met = [budget for budget in BUDGETS if min(map(loss, rows)) <= budget]
+    best = min((row for row in rows if row["of_dense"] <= 1 - SMALLER + AS_PRINTED), key=loss)
+    smallest = [(f"smallest within {budget:.0%}", smallest_within(rows, budget)) for budget in met]
+    return [*smallest, (f"best at {1 - SMALLER:.0%}", best)]
 
 
 def answer(asked: str, row: dict[str, Any]) -> str:

@@ -149,6 +149,28 @@ def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_calle
     assert "noise" not in speed(0.99)
 
 
+def test_the_readme_tells_the_smallest_of_each_budget_that_is_met(fronts):
+    stage_two = import_module("stage_two")
+    how = {"quantizer": "rtn", "train": "none", "tokens": 0, "embeddings": 8}
+
+    def row(bits: object, share: float, *perplexity: float, **more: object) -> dict:
+        by_text = dict(zip("ab", perplexity, strict=True))
+        return how | {"bits": bits, "of_dense": share, "bytes": 100 * share, "perplexity": by_text} | more
+
+    mixed = row("auto", 0.4, 10.0, 20.1, mean_bits=6.94, embeddings=16)
+    rows = [
+        row(16, 1.0, 10.0, 20.0), row(8, 0.5, 10.0, 20.1), mixed, row(4, 0.3, 10.0, 21.8), row(4, 0.31, 10.9, 20.0),
+        row(3, 0.2, 13.0, 44.0, embeddings=3), row(4, 0.25, 10.0, 20.0, removed="1:2"),
+    ]  # fmt: skip
+    table = stage_two.fewer_bits_table({"rows": rows, "weights": "w", "environment": {"date": "2026-01-01 00:00"}})
+    assert table.splitlines()[2:] == [
+        "| of the bytes | 40.0% | 30.0% | 20.0% |",
+        "|---|---:|---:|---:|",
+        "| bits (embeddings) | 6.9 | 4 (8) | 3 (3) |",
+        "| perplexity | +0.5% | +9.0% | +120.0% |",
+    ], "of the worse text; layers that go, and the larger of two, do not count"
+
+
 def test_settings_are_told_in_words(fronts):
     worded = fronts.worded
     trained = "bits=3 embeddings=3 group=96 asymmetric=1 train=rounding batch=256 tokens=32768"
