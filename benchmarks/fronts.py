@@ -153,7 +153,7 @@ def verdicts(fronts: dict[str, list[Point]]) -> list[str]:
     layers, bits, both = (fronts[name] for name in WAYS)
     found = [duel("fewer bits", bits, "fewer layers", layers), duel("both together", both, "fewer bits alone", bits)]
     if both and bits and both[0]["bytes"] < bits[0]["bytes"]:
-        found.append(f"Below {bits[0]['bytes'] / 1e6:.1f} MB, which bits alone do not reach, there is only both.")
+        found.append(f"Below {bits[0]['bytes'] / 1e6:.1f} MB, where no bits alone were measured, there is only both.")
     return found
 
 

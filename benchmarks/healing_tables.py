@@ -96,8 +96,8 @@ def headline_table(recall: dict, speed: dict) -> str:
     counted = f"keys found of {dense['keys_asked']} | list values found of {dense['lists_asked']}"
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {recall['model']} "
-        f"without a fifth of its layers, healed on {AS_BY_DEFAULT['tokens']:,} tokens of C4 and Wikipedia, as by "
-        f"default; {recall['eval_tokens']:,} tokens of each text in windows of {recall['window']}.",
+        f"without a fifth of its layers, healed on {AS_BY_DEFAULT['tokens']:,} tokens of C4 and Wikipedia, else as "
+        f"by default; {recall['eval_tokens']:,} tokens of each text in windows of {recall['window']}.",
         "",
         f"| | {' | '.join(f'perplexity, {text}' for text in dense['perplexity'])} | {counted} |",
         f"|---|{'---:|' * (len(dense['perplexity']) + 2)}",

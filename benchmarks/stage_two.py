@@ -115,12 +115,14 @@ def quantize_words(result: dict[str, Any]) -> list[str]:
 def tune_quantized_table(result: dict[str, Any]) -> str:
     """What training after rounding brings back at the same bytes; before that, the smallest within each rise."""
     dense, rows = with_rises(result)
+    drafted = any("turns" in row for row in rows)
+    draft = " 2 turns: by a draft that fitted scales to codes twice; it is done three times." * drafted
     lines = [
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
         f"{result['model']}, {result['weights']}; perplexity of {result['eval_tokens']:,} tokens of each "
         f"text (dense {' and '.join(figure(value) for value in dense.values())}), the rise that of the worse; seconds "
-        "with the rounding. * by GPTQ as it was, all tokens counting alike, scales not fitted to codes. Of the rows "
-        "below:",
+        f"with the rounding. * by GPTQ as it was, all tokens counting alike, scales not fitted to codes.{draft} Of the "
+        "rows below:",
         "",
         "| asked | of the dense bytes | rise | bits | embeddings | trained | tokens |",
         "|---|---:|---:|---:|---:|---|---:|",
@@ -138,25 +140,18 @@ def tune_quantized_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fewer_bits_table(result: dict[str, Any]) -> str:
+def fewer_bits_words(result: dict[str, Any]) -> str:
     """The README's: what fewer bits cost where all layers stay."""
     _, rows = with_rises(result)
     found = [row for _, row in asked_of([row for row in rows if "removed" not in row])]
     asked = [row for row, before in zip(found, [None, *found], strict=False) if row is not before]
-    lines = {
-        "of the bytes": [f"{row['of_dense']:.1%}" for row in asked],
-        "bits (embeddings)": [mean_bits(row) for row in asked],
-        "perplexity": [f"{loss(row):+.1%}" for row in asked],
-    }
-    head, *rest = (f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())
-    words = "All layers, fewer bits (`--bits`), trained after rounding; `benchmarks/tune_quantized.py`, "
-    words += f"{result['environment']['date'][:10]}, {result['weights']}, the worse text:"
-    return "\n".join([words, "", head, f"|---|{'---:|' * len(asked)}", *rest])
-
-
-def mean_bits(row: dict[str, Any]) -> str:
-    """Bits of the layers, of embeddings in brackets; of a mixture the mean."""
-    return f"{row['mean_bits']:.1f}" if row["bits"] == "auto" else f"{row['bits']} ({row['embeddings']})"
+    first, *others = (f"{row['of_dense']:.1%} of the bytes for {loss(row):+.1%}" for row in asked)
+    listed = ", ".join([f"{first} of perplexity", *(words.replace(" of the bytes", "") for words in others)])
+    most = max(row["tokens"] for row in asked)
+    return (
+        f"All layers in fewer bits instead: {listed}, trained on up to {most:,} tokens "
+        "([how](docs/results.md#size-against-perplexity))."
+    )
 
 
 def with_rises(result: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
