@@ -23,7 +23,14 @@ from healing_tables import headline_table, healing_table, recall_table, recovery
 from layercut.files.json_values import write_json, write_text
 from layercut.report.formatting import Json, count, figure, label, short, size
 from layercut.report.tables import by_kl, stage_rows
-from stage_two import fewer_bits_words, frontier_table, gguf_rounding_table, speed_table, tune_quantized_table
+from stage_two import (
+    fewer_bits_words,
+    frontier_table,
+    gguf_rounding_table,
+    speed_table,
+    tenth_words,
+    tune_quantized_table,
+)
 from survival_tables import keep_table, survival_markdown, texts_table
 
 ROOT = Path(__file__).parents[1]
@@ -170,12 +177,12 @@ def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
 
 def headline() -> str:
     """The README's table and the words below it; before their results are there, how to make them."""
-    files = [RESULTS / f"{name}.json" for name in ("recall", "speed", "tune_quantized")]
+    files = [RESULTS / f"{name}.json" for name in ("recall", "speed", "frontier", "tune_quantized")]
     missing = [f"`benchmarks/{file.stem}.py`" for file in files if not file.is_file()]
     if missing:
         return f"Not measured yet: {', '.join(missing)}."
-    recall, speed, rounded = map(read, files)
-    return f"{headline_table(recall, speed)} {fewer_bits_words(rounded)}"
+    recall, speed, frontier, rounded = map(read, files)
+    return f"{headline_table(recall, speed)} {tenth_words(frontier)}{fewer_bits_words(rounded)}"
 
 
 def read(file: Path) -> dict:
