@@ -5,7 +5,7 @@
 
 For every ratio of layers the model is cut (by the search) and healed (fold, endpoint tuning) once; every setting of
 the quantizer is then measured on it, before and, where it says `train`, after its scales or its rounding are trained
-towards the dense model: settings are "bf16", those of tune_quantized.py, and "Q4_0 throughout (GGUF)". Every point has
+towards what was rounded: settings are "bf16", those of tune_quantized.py, and "Q4_0 throughout (GGUF)". Every point has
 bytes, perplexity by text, and how many of the keys hidden in up to --longest tokens are found.
 Weights read from a 4-bit GGUF file lie on a 4-bit grid, which 4-bit formats re-hit for free: where the model is a .gguf
 file all these points, 16 bits too, are taken on a *dithered control* (control.py). Beside them, `--gguf-ratios`: the
@@ -82,7 +82,7 @@ class Given:
     gguf: Path | None
     """The file the model came from."""
     dense: loading.LanguageModel
-    """What is trained towards: the control, with all layers."""
+    """The control, with all layers."""
     keys: list[tuple[int, float, list[int], str]]
     """Prompts with hidden keys."""
     train_tokens: int
@@ -243,7 +243,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
         found = rounded(model, asked, given.text["calibration"])
         yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
         for point in training:
-            found, told = trained_(found, model, given.dense.model, asked, given.text)
+            found, told = trained_(found, model, asked, given.text)
             yield point, {"bytes": found.bytes_after, "trained": told, **judged(found.model, given)}
 
 

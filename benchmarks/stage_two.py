@@ -157,8 +157,10 @@ def fewer_bits_words(result: dict[str, Any]) -> str:
     _, rows = with_rises(result)
     found = [row for _, row in asked_of([row for row in rows if "removed" not in row])]
     asked = [row for row, before in zip(found, [None, *found], strict=False) if row is not before]
-    first, *others = (f"{row['of_dense']:.1%} of the bytes for {loss(row):+.1%}" for row in asked)
-    listed = ", ".join([f"{first} of perplexity", *(words.replace(" of the bytes", "") for words in others)])
+    units = [(" of the bytes", " of perplexity"), *([("", "")] * (len(asked) - 1))]
+    listed = ", ".join(
+        f"{row['of_dense']:.1%}{of} for {loss(row):+.1%}{on}" for row, (of, on) in zip(asked, units, strict=True)
+    )
     most = max(row["tokens"] for row in asked)
     return (
         f"All layers in fewer bits instead: {listed}, trained on up to {most:,} tokens "

@@ -85,7 +85,7 @@ def quantized(
         row |= replaced_by_peer_(found.model, model, asked, text["tuning"], peer)
     row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
     if asked["train"] != "none":
-        found, row["tuning"] = trained_(found, student, model.model, asked, text)
+        found, row["tuning"] = trained_(found, student, asked, text)
     return row | {"model": found.model}
 
 
@@ -103,9 +103,9 @@ def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Q
 
 
 def trained_(
-    found: Quantized, student: Any, teacher: Any, asked: dict[str, Any], text: dict[str, torch.Tensor]
+    found: Quantized, student: Any, asked: dict[str, Any], text: dict[str, torch.Tensor]
 ) -> tuple[Quantized, dict[str, Any]]:
-    """What `rounded` made of the student, trained towards the teacher; and how that went."""
+    """What `rounded` made of the student, trained towards it; and how that went."""
     parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
     tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
     settings = TuneSettings(
@@ -113,8 +113,8 @@ def trained_(
         learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024),
     )  # fmt: skip
     told = tune_parameters_(
-        parts.model, teacher, parts.parameters, tuning, heldout=text["heldout"], settings=settings,
-        rate_from=None if "rate" in asked or "mix" in asked else parts.rate_from,
+        parts.model, student, parts.parameters, tuning, heldout=text["heldout"], settings=settings,
+        rate_from=None if "rate" in asked else parts.rate_from,
     )  # fmt: skip
     kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
     return parts.finished_(), {name: getattr(told, name) for name in kept}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import folders
 import tiny
+from layercut import surgery
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
@@ -22,7 +25,7 @@ from layercut.healing import endpoint_tuning
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_pass import Batch, Pair
 from layercut.healing.tuning_state import StateFile
-from layercut.models import loading
+from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL
@@ -30,6 +33,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
+from layercut.segments import Segment
 
 TOKENS, HELDOUT = tiny.some_tokens(16), tiny.some_tokens(4, seed=1)
 WAYS: list[dict[str, Any]] = [
@@ -52,6 +56,12 @@ def rounded(dense: Any, **options: Any) -> Quantized:
 
 def logits(model: Any) -> torch.Tensor:
     return model(HELDOUT, use_cache=False).logits
+
+
+@torch.no_grad()
+def kl(dense: Any, student: Any, tokens: torch.Tensor) -> float:
+    p, q = (model(tokens, use_cache=False).logits.float().log_softmax(-1) for model in (dense, student))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["scales", "rounding"])
@@ -113,8 +123,7 @@ def test_tuning_brings_it_nearer_and_transformers_reloads_it(learned, tmp_path, 
     done = parts.finished_()
     assert torch.equal(logits(done.model), trained), "what was judged is what is saved"
     assert told.best < 0.95 * told.heldout[0]["loss"]
-    p, q = (model(HELDOUT, use_cache=False).logits.float().log_softmax(-1) for model in (dense, done.model))
-    assert (p.exp() * (p - q)).sum(-1).mean().item() == pytest.approx(told.best, rel=5e-2), "the best state is kept"
+    assert kl(dense, done.model, HELDOUT) == pytest.approx(told.best, rel=5e-2), "the best state is kept"
     assert all(torch.equal(weight, kept[name]) for name, weight in dense.named_parameters()), "the dense model"
     assert torch.equal(done.packed["model.layers.0.mlp.up_proj.weight_packed"], codes) == (not learned)
     norms = sum(tensor.nbytes for name, tensor in done.packed.items() if "norm" in name)
@@ -150,7 +159,8 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
 
 
 def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
-    dense, settings = half(tiny.llama(2)), TuneSettings(batch_tokens=64, learning_rate=0.02)
+    """At a rate by the KL before, which is one term of what is judged."""
+    dense, settings = half(tiny.llama(2)), TuneSettings(objective=KL(mix=0.25), batch_tokens=64)
     weights: list[dict[str, torch.Tensor]] = []
     step = endpoint_tuning._Training.step_
 
@@ -168,9 +178,9 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
                     patch.setattr(endpoint_tuning._Training, "step_", stop_after_two)
                 try:
                     given = parts.parameters
-                    more: dict[str, Any] = {"settings": settings, "rate_from": lambda loss: 0.02 * loss, "files": files}
+                    more: dict[str, Any] = {"settings": settings, "rate_from": lambda kl: 0.02 * kl, "files": files}
                     told = tune_parameters_(parts.model, dense, given, TOKENS, heldout=HELDOUT, **more)
-                    assert told.learning_rate == 0.02 * told.heldout[0]["loss"]
+                    assert told.learning_rate == 0.02 * told.heldout[0]["kl"] < 0.02 * told.heldout[0]["loss"]
                 except KeyboardInterrupt:
                     assert stops
                     assert not attempt
@@ -178,6 +188,17 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     untouched = rounded(dense, bits=3).packed
     assert any(not torch.equal(weights[0][name], tensor) for name, tensor in untouched.items())
+
+
+def losses_of_rounding(model: Path, run: Path, removed: Segment) -> tuple[float, float]:
+    """KL on the held-out rows of a run's rounded model, from the dense model and from the healed one."""
+    dense = loading.load(checkpoints.resolve(str(model))).model
+    healed, small = (surgery.cut(dense, [removed]) for _ in range(2))
+    loading.replace_parameters_(healed, load_file(run / "tuned.safetensors"))
+    packing = json.loads((run / "quantize.json").read_text())["quantization_config"]
+    loading.replace_parameters_(small, quantized_weights(load_file(run / "quantized.safetensors"), packing))
+    (heldout,) = load_file(run / "tokens-heldout.safetensors").values()
+    return kl(dense, small, heldout), kl(healed, small, heldout)
 
 
 def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tmp_path):
@@ -205,6 +226,11 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     assert "tuning" not in runs["none"]["quantize"]
     found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}
     assert found["auto"] != found["none"], "what was tuned is what is measured"
+    from_dense, from_healed = losses_of_rounding(tmp_path / "model", tmp_path / "none", Segment(2, 3))
+    assert tuning["heldout"][0]["loss"] == pytest.approx(from_healed, rel=1e-3), (
+        "it is trained towards the healed model"
+    )
+    assert tuning["heldout"][0]["loss"] < 0.8 * from_dense, "which is another figure than from the dense one"
     exported = runs["auto"]["export"]
     assert exported["check"]["logits"] == "equal to the bit"
     assert exported["check"]["perplexity"]["value"] == pytest.approx(found["auto"], rel=5e-3)

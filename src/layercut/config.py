@@ -590,7 +590,7 @@ class AfterRoundingConfig:
     """What is trained once the weights are rounded."""
 
     tune_quantized: Literal["auto", "scales", "rounding", "none"] = "auto"
-    """Train what rounding left towards the dense model, on the tokens to tune on: the groups' scales and the norms
+    """Train what was rounded towards what it was before, on the tokens to tune on: the groups' scales and the norms
     (scales), these and the rounding itself (rounding, 28 to 40 bytes a weight), or nothing. auto: scales below 8
     bits, the rounding too where packed weights have 3.5 bits or fewer on average and the device has such memory."""
 

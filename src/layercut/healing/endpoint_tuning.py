@@ -42,7 +42,7 @@ from layercut.models import memory
 from layercut.models.batch_sizes import kept_bytes, slices
 from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.model_in_memory import prepared
-from layercut.models.objectives import Objective, objective_of
+from layercut.models.objectives import KL, Objective, objective_of
 from layercut.models.runner import DecoderRunner, shared_layers
 from layercut.progress import bar
 from layercut.segments import Segment, kept_layers
@@ -212,7 +212,8 @@ def tune_parameters_(
         tokens: token ids [N, T] to train on, in their order.
         heldout: token ids [M, T] that judge.
         settings: objective, rate (a share of each unit), tokens of a step, epochs; the radius is not used.
-        rate_from: the rate by the held-out loss before the first step, in the place of that of `settings`.
+        rate_from: the rate by the held-out loss before the first step, of a mixture by its KL, in the place of that
+            of `settings`.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -479,7 +480,8 @@ class _Training:
         else:
             self.note_score_(judge.score())
         if self.rate_from:
-            self.rate = self.rate_from(self.report.heldout[0]["loss"])
+            first = self.report.heldout[0]
+            self.rate = self.rate_from(first.get(KL.name, first["loss"]))
         return judge
 
     def keep(self, state: StateFile | None, stop: Stop) -> None:
@@ -652,17 +654,18 @@ class _Training:
         if is_scored(self.report.step, self.steps):
             self.note_score_(judge.score())
 
-    def note_score_(self, score: float) -> None:
-        """Remember a held-out loss, the weights where they are the best so far, and whether to stop.
+    def note_score_(self, scores: dict[str, float]) -> None:
+        """Remember a held-out loss and its terms, the weights where they are the best so far, and whether to stop.
 
         A score that is not finite is the worst there is: it is never kept, and any finite one is better.
         """
-        report, score = self.report, as_price(score)
+        report, scores = self.report, {name: as_price(each) for name, each in scores.items()}
+        score = scores["loss"]
         first = not report.heldout
         if not first and score < min(point["loss"] for point in report.heldout):
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]
-        report.heldout.append({"step": report.step, "tokens": report.tokens, "loss": score})
+        report.heldout.append({"step": report.step, "tokens": report.tokens, **scores})
         worse = math.isinf(score) or score > report.heldout[0]["loss"]
         if not first and worse and report.step < self.steps:
             self.step_back_()

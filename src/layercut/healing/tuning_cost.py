@@ -57,7 +57,7 @@ def tune_cost(run: PlannedRun, settings: TuneSettings) -> Spent:
 
 
 def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, codes: int) -> Spent:
-    """What it costs to train parameters in every layer, as after rounding: both models run whole, nothing is shared.
+    """What it costs to train parameters in every layer, as after rounding: the model and what it was run whole.
 
     Args:
         run: what is planned.
@@ -71,7 +71,7 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, co
     shape, objective, kept = run.shape, objective_of(settings.objective), kept_layers(run.segments, run.shape.layers)
     given = run.tuning * run.tuned.window // shape.window  # long rows are parted
     judge, rows, scored = objective.judge(), given * settings.epochs, run.heldout * (1 + SCORES)
-    forwards = rows * (len(kept) + shape.layers * objective.needs_dense) + run.heldout * shape.layers
+    forwards = (rows * (1 + objective.needs_dense) + run.heldout) * len(kept)
     heads = rows * (2 + objective.needs_dense) + scored * (1 + judge.needs_dense)
     backwards = rows * len(kept)
     work = Work.of(shape, forwards + scored * len(kept), backwards, trained=backwards, heads=heads)

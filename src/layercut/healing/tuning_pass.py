@@ -279,8 +279,12 @@ class HeldOut:
         return [parts] if self.pair.student.on_disk else [[part] for part in parts]
 
     @torch.no_grad()
-    def score(self) -> float:
-        """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits."""
+    def score(self) -> dict[str, float]:
+        """The mean of the objective's `judge` over all held-out tokens; in nats, where that is a loss of logits.
+
+        Returns:
+            It as `loss`; of a mixture also the means of its terms, by their names.
+        """
         terms, sums = self.objective.terms(), list[torch.Tensor]()  # of each piece the loss by each term
         queue, done = self.pair.student.parts("tune", self.groups), list[list[HeldRows]]()
         for group in queue:
@@ -289,12 +293,13 @@ class HeldOut:
                 done.append(group)
         self.groups = done
         read = torch.stack(sums).tolist() if sums else []  # the host waits here alone
-        found = [sum(piece[i] for piece in read) for i in range(len(terms))]
+        found = processes.summed([sum(piece[i] for piece in read) for i in range(len(terms))])
         tokens, ends = self.tokens.numel(), len(self.tokens)
-        return sum(
-            share * loss / (tokens - ends if term.per_target else tokens)
-            for (share, term), loss in zip(terms, processes.summed(found), strict=True)
-        )
+        counts = [tokens - ends if term.per_target else tokens for _, term in terms]
+        means = [loss / count for loss, count in zip(found, counts, strict=True)]
+        mean = sum(share * each for (share, _), each in zip(terms, means, strict=True))
+        by_name = {term.name: each for (_, term), each in zip(terms, means, strict=True)}
+        return {"loss": mean} | (by_name if len(terms) > 1 else {})
 
     def _losses(self, group: Sequence[HeldRows], terms: Sequence[Objective]) -> list[torch.Tensor]:
         """The loss by each term [n] of each piece of these rows, summed over its tokens."""

@@ -34,7 +34,7 @@ class TuningResult:
     """After each step: step, tokens, loss of its rows (each token's by its weight, where they have some), seconds and
     cpu_seconds so far."""
     heldout: list[dict[str, float]]
-    """Before the first step and at each score: step, tokens, loss."""
+    """Before the first step and at each score: step, tokens, loss; of a mixture each term of it too, by its name."""
     best_step: int
     """After which the student was as it was left; 0 where no step was an improvement."""
     setbacks: list[int]

@@ -297,7 +297,7 @@ class Trainable:
         return ROUNDING_RATE if self.learns_rounding else RATE
 
     def rate_from(self, kl: float) -> float:
-        """The same by the KL to the dense model that rounding left.
+        """The same by the KL to the model before that rounding left.
 
         Args:
             kl: nats per token.

@@ -1,4 +1,8 @@
-"""Stage, with quantization: what rounding left is trained towards the dense model, in the same stock format."""
+"""Stage, with quantization: a rounded model is trained towards what it was before, in the same stock format.
+
+Of a cut model that is the healed one: towards the dense model it would lose what healing gave it beside KL, the text's
+own next tokens and the tests (docs/log.md).
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,8 @@ def inputs(work: RunContext) -> list[Any]:
     heal, text, asked = work.config.heal, work.text, work.config.after_rounding
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
     trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
-    return [*few, RATE, ROUNDING_RATE, RATE_PER_NAT, asked, *trained, text["tuning"], text["heldout"]]
+    rates = [RATE, ROUNDING_RATE, RATE_PER_NAT]
+    return [*few, "towards what was rounded", *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
@@ -128,14 +133,14 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
 def _trained(
     work: RunContext, found: Quantized, before: Any, tuning: torch.Tensor, settings: TuneSettings, files: TuningFiles
 ) -> tuple[Quantized, TuningResult]:
-    """Train what is to be trained of a quantized model, on rows to tune on, judged by the held-out ones."""
+    """Train what is to be trained of a quantized model towards `before`, judged by the held-out rows."""
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
     rows, settings = in_rows(tuning, work.config.text.window), replace(settings, learning_rate=parts.rate)
     loss = settings.objective
-    is_kl = isinstance(loss, KL) and not loss.mix and loss.temperature == 1
+    judged_by_kl = isinstance(loss, KL) and loss.needs_dense
     report = tune_parameters_(
-        parts.model, work.dense.model, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
-        rate_from=parts.rate_from if is_kl else None, files=files,
+        parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
+        rate_from=parts.rate_from if judged_by_kl else None, files=files,
     )  # fmt: skip
     return parts.finished_(), report
 
