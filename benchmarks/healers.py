@@ -192,7 +192,7 @@ def judged(judge: HeldOut) -> float:
         judge.groups = [
             [replace(rows, shared=judge.pair.student.enter(rows.tokens)[0]) for rows in group] for group in judge.groups
         ]
-    return judge.score()
+    return judge.score()["loss"]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Claim: scales and norms that are trained after rounding bring a quantized model nearer to the dense one.
+"""Claim: scales and norms that are trained after rounding bring a quantized model nearer to what was rounded.
 
     python benchmarks/tune_quantized.py --data C4 --texts wiki=WIKI.txt c4=HELDOUT.txt \
         --settings "bits=4" "bits=4 train=scales" "bits=3 embeddings=3 group=96 train=rounding"
@@ -41,6 +41,7 @@ from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading, memory
 from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
+from layercut.pipeline.stages.tune_quantized import TOWARDS
 from layercut.progress import say
 from layercut.quantization import quantize_
 from layercut.quantization.quantized import Quantized
@@ -186,12 +187,14 @@ def main() -> None:
 
 
 def how_rounded(asked: dict[str, Any]) -> dict[str, str]:
-    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales stayed."""
+    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales stayed, and cut models were
+    trained towards the dense one."""
+    how = {"towards": TOWARDS} if "removed" in asked and asked["train"] != "none" else {}
     if asked["quantizer"] != "gptq":
-        return {}
+        return how
     auto = asked["bits"] == "auto"
     head = {"head": "gptq"} if auto or asked["embeddings"] < NEAR_ENOUGH else {}
-    return head | ({"scales": "fitted"} if head or auto or asked["bits"] < NEAR_ENOUGH else {})
+    return how | head | ({"scales": "fitted"} if head or auto or asked["bits"] < NEAR_ENOUGH else {})
 
 
 def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) -> dict[str, torch.Tensor]:

@@ -124,7 +124,7 @@ def test_a_fold_is_judged_by_finite_figures_only(sound):
 def test_tuning_keeps_the_first_finite_state(monkeypatch):
     """The start cannot be scored: any state that can is better, and one that again cannot is not kept."""
     scores = iter([math.nan, 2.0, math.nan, *[1.5] * 20])
-    monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: next(scores))
+    monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: {"loss": next(scores)})
     model = tiny.llama(4)
     student = loading.share(model)
     cut_segment_(student, [Segment(1, 2)])

@@ -230,6 +230,7 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     assert tuning["heldout"][0]["loss"] == pytest.approx(from_healed, rel=1e-3), (
         "it is trained towards the healed model"
     )
+    assert tuning["label"] == tuning["heldout_label"] == "KL to what was rounded"
     assert tuning["heldout"][0]["loss"] < 0.8 * from_dense, "which is another figure than from the dense one"
     exported = runs["auto"]["export"]
     assert exported["check"]["logits"] == "equal to the bit"

@@ -203,11 +203,11 @@ def tune_parameters_(
 ) -> TuningResult:
     """Train parameters that the caller has put into the student, anywhere in it, by the loop of `tune_`.
 
-    Nothing is shared with the dense model, so that both run whole: after quantization every layer differs.
+    Nothing is shared with what it should predict like, so that both run whole: after quantization every layer differs.
 
     Args:
         student: whose parameters are trained, in place; left in its best state by held-out loss.
-        dense: what it should predict like.
+        dense: what it should predict like, of as many layers or more.
         given: parameters of the student, each with the unit of which the learning rate is a share.
         tokens: token ids [N, T] to train on, in their order.
         heldout: token ids [M, T] that judge.

@@ -95,7 +95,7 @@ def trained_bytes(itemsize: int) -> int:
 
 
 def learned_weight_bytes(itemsize: int) -> int:
-    """Of a weight whose rounding is trained: its training, what it is rounded to, its gradient, the dense one."""
+    """Of a weight whose rounding is trained: its training, what it is rounded to, its gradient, the one before."""
     return trained_bytes(itemsize) + 3 * itemsize
 
 

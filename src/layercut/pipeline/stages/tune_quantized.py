@@ -32,6 +32,8 @@ FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
 most of what GPTQ loses, with 4 scales alone were better, rounding at their rate (docs/results.md). On
 Qwen2.5-Coder-0.5B with 3 scales alone come near it, for an eighth of its time (docs/log.md)."""
+TOWARDS = "what was rounded"
+"""What a rounded model is trained towards."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -51,7 +53,7 @@ def inputs(work: RunContext) -> list[Any]:
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
     trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
     rates = [RATE, ROUNDING_RATE, RATE_PER_NAT]
-    return [*few, "towards what was rounded", *rates, asked, *trained, text["tuning"], text["heldout"]]
+    return [*few, TOWARDS, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
@@ -142,7 +144,8 @@ def _trained(
         parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
         rate_from=parts.rate_from if judged_by_kl else None, files=files,
     )  # fmt: skip
-    return parts.finished_(), report
+    labels = {name: getattr(report, name).replace("the dense model", TOWARDS) for name in ("label", "heldout_label")}
+    return parts.finished_(), replace(report, **labels)
 
 
 def forget_state_(work: RunContext) -> None:
