@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +59,21 @@ def journey(argv: list[str], limit: int, held_out: int) -> None:
     peaks: dict[str, dict[str, float]] = {}
     stage = Run.stage
 
-    def watched(run: Run, name: str, inputs: Any, compute: Any, **how: Any) -> Any:
+    @contextmanager
+    def watched(run: Run, kind: Any, name: str, inputs: Any, **how: Any) -> Iterator[Any]:
         reset_peak()
         begun, both = time.perf_counter(), Children()
         try:
-            found = stage(run, name, inputs, compute, **how)
+            with stage(run, kind, name, inputs, **how) as opened:
+                yield opened
         finally:
             together = both.stop()
         peaks[name] = {"peak_rss_bytes": high_water(), "seconds": round(time.perf_counter() - begun, 1)}
         if name == "export":
             peaks[name]["peak_rss_bytes_with_the_fresh_process"] = together
         print(name, peaks[name], file=sys.stderr, flush=True)
-        return found
 
-    Run.stage = watched  # type: ignore[method-assign]
+    Run.stage = watched  # type: ignore
     code = command(argv)
     print(json.dumps({"exit_code": code, "stages": peaks}))
 

@@ -59,7 +59,7 @@ def make(folder: Path, layers: int) -> int:
         if sum(shapes[n].numel() for n in groups[-1]) * 2 > 1e9:
             groups.append([])
         groups[-1].append(name)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file({n: torch.randn(shapes[n], dtype=torch.bfloat16) * 0.02 for n in names}, folder / file)

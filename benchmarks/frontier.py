@@ -138,8 +138,8 @@ def main() -> None:
                 for point, row in measured(model, name, told["segments"], given):
                     if not kept.has("control", ratio, point):
                         kept.add("control", ratio, point, told | row)
-    for ratio in dict.fromkeys([0.0, *args.gguf_ratios]) if gguf else []:
-        if not kept.has("gguf", ratio, "Q4_1 kept"):
+    for ratio in dict.fromkeys([0.0, *args.gguf_ratios]):
+        if gguf and not kept.has("gguf", ratio, "Q4_1 kept"):
             kept.add("gguf", ratio, "Q4_1 kept", kept_tensors(gguf, ratio, args, sources, texts))
 
     found = compared(kept.rows)
@@ -188,7 +188,7 @@ def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, Hea
 
 def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str]) -> tuple[Any, Row]:
     """The control without a share of its layers, healed; and what that took."""
-    place, told = dense, {"segments": []}
+    place, told = dense, Row(segments=[])
     if ratio:
         run = args.work / f"control-{ratio:g}"
         place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))

@@ -103,7 +103,7 @@ def by_methods(
     """What each method finds and spends, and its regret against the best that any of them found."""
     found = {}
     for method in methods:
-        takes = {} if method in ("sleb", "evolution") else {"num_segments": count}
+        takes: dict[str, Any] = {} if method in ("sleb", "evolution") else {"num_segments": count}
         begun = time.process_time()
         result = search(stack, tokens, n_layers=length, method=method, seed=seed, **takes)
         found[method] = row_of(result, time.process_time() - begun)
@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS / "gate_ablation.json")
     args = parser.parse_args()
-    there = json.loads(args.out.read_text()) if args.out.exists() else {"claim": __doc__.splitlines()[0], "cases": []}
+    new: dict[str, Any] = {"claim": (__doc__ or "").splitlines()[0], "cases": []}
+    there = json.loads(args.out.read_text()) if args.out.exists() else new
     keys = ("kind", "model", "layers", "ratio", "seed")
     done = {tuple(case[key] for key in keys) for case in there["cases"]}
     args.is_new = lambda case: tuple(case[key] for key in keys) not in done

@@ -47,13 +47,13 @@ from layercut.pipeline.provenance import environment
 from layercut.quantization import quantize
 from tuning_speed import matrix_rate, operations
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 5e5},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4,
+TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
 RATIO, WINDOW = 0.2, 256
 AMOUNTS = {"tokens": 16384, "tune_tokens": 32768, "prompt": 512, "decode": 64, "repeats": 3, "square": 8192}
@@ -161,12 +161,16 @@ def int4_speed(model: Any, small: Any, amounts: dict[str, int]) -> dict[str, Any
     """`speed` in 4 bits by torchao's kernels, on copies of both models."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    pair = []
-    for each in (model, small):
-        with each.device:
-            pair.append(AutoModelForCausalLM.from_config(each.config, dtype=torch.bfloat16).eval())
-        quantize_(pair[-1], Int4WeightOnlyConfig(group_size=128))
-    return timed(*pair, amounts)
+    dense, cut = (in_bfloat16(each) for each in (model, small))
+    for each in (dense, cut):
+        quantize_(each, Int4WeightOnlyConfig(group_size=128))
+    return timed(dense, cut, amounts)
+
+
+def in_bfloat16(model: Any) -> Any:
+    """A model of the same shape, of random weights, on the same device."""
+    with model.device:
+        return AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).eval()
 
 
 def timed(dense: Any, small: Any, amounts: dict[str, int]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def gather(args: Namespace) -> None:
 
 def kept_rows(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What is done already, by method."""
-    done = json.loads(out.read_text()) if out.is_file() else {"settings": settings, "rows": []}
+    done: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"settings": settings, "rows": []}
     if done["settings"] != settings:
         raise SystemExit(f"error: {out} was made with other settings\nhint: give another --out, or remove it")
     return {row["method"]: row for row in done["rows"]}

@@ -56,7 +56,7 @@ VOCABULARY, WINDOW, LENGTH, ROWS = 128256, 256, 2, 4
 def as_on_cuda_() -> None:
     """Lists of tensors in AdamW and in clipping, which torch takes by itself on CUDA alone."""
     torch.optim.AdamW = functools.partial(lambda *a, fused=False, **k: AdamW(*a, **k, foreach=True))  # type: ignore
-    torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True  # type: ignore
+    torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True
     stand_in_device.MEMORY = 24 * 2**30
 
 
@@ -165,7 +165,7 @@ class Dispatched(TorchDispatchMode):
 
             return run
 
-        AsyncCompile.cpp_pybinding = counting  # type: ignore[method-assign]
+        AsyncCompile.cpp_pybinding = counting  # type: ignore
 
 
 def measured_on_cpu(layers: int, batch_tokens: list[int], compile: bool) -> list[dict[str, Any]]:

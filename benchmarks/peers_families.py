@@ -3,7 +3,7 @@
     python benchmarks/peers_families.py [--only TYPE ...]     (half an hour on one core)
 
 Each peer is installed in a virtual environment of its own, which borrows this one's torch and transformers,
-and is given the same tiny models as benchmarks/families.py (run that first: its verdicts are layercut's
+and is given the same tiny models as benchmarks/family_census.py (run that first: its verdicts are layercut's
 column). A cut is right when the saved result loads in the stock class with nothing missing, computes what
 the original computes with those layers skipped (within 1e-5, where layercut is held to the bit), and
 generates with the cache as without; refused when the peer raises; wrong otherwise. Writes
@@ -104,8 +104,8 @@ def judge(peer: str, source: Any, cut: str, scratch: Path) -> tuple[str, str]:
                 f"{len(info['missing_keys'])} weights missing, {len(info['unexpected_keys'])} left over",
             )
         got = census.logits_of(model.eval())
-        error = max(1e-5, census.tolerance(model.config))
-        if not torch.allclose(got, wanted, atol=error, rtol=error):
+        most = max(1e-5, census.tolerance(model.config))
+        if not torch.allclose(got, wanted, atol=most, rtol=most):
             return "wrong", f"logits differ by up to {(got - wanted).abs().max().item():.2g}"
         trouble = census.generation_trouble(model) if source.generates else ""
         return ("wrong", trouble) if trouble else ("right", "")

@@ -121,7 +121,7 @@ def shapes_table(result: dict) -> str:
         peaks = []
         for way in ("off", "on"):
             stages = {name: bytes_ for name, bytes_ in row["peak_bytes"][way].items() if name != "export"}
-            most = max(stages, key=lambda name, of=stages: of[name])
+            most = max(stages, key=stages.__getitem__)
             peaks.append(f"{size(stages[most])} ({most})")
         cells = [row["model"], "{before} -> {after}".format(**row["layers"]), size(before["saved"])]
         cells += [size(after["saved"]), size(after["4 bits"]), *peaks, f"{row['flops'] / 1e15:.1f}"]
@@ -211,9 +211,14 @@ def filled(text: str) -> str:
     later |= {"keep_recall": keep_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
     for region, tables in regions.items():
-        between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
-        text = between.sub(lambda found, inside=tables: f"{found[1]}\n{inside}\n{found[2]}", text)
+        text = with_inside(text, region, tables)
     return text
+
+
+def with_inside(text: str, region: str, inside: str) -> str:
+    """The text with other content between a region's marks, where it has that region."""
+    between = re.compile(rf"(<!-- {region} -->).*?(<!-- /{region} -->)", re.DOTALL)
+    return between.sub(lambda found: f"{found[1]}\n{inside}\n{found[2]}", text)
 
 
 def main() -> None:

@@ -106,8 +106,8 @@ def main() -> None:
                 math.ceil(count / args.epochs / args.window),
             )
             report = tune_(student, dense, tokens[:rows_of_count], heldout=heldout, files=files, **vars(settings))
-            spent = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
-            row = {"state": "tuned", **settled, "batch_tokens": args.batch_tokens, **spent}
+            taken: dict[str, Any] = {k: None if resumed else v + rows[2][k] for k, v in clock.read().items()}
+            row = {"state": "tuned", **settled, "batch_tokens": args.batch_tokens, **taken}
             kept = ("learning_rate", "trained_layers", "trained_parameters", "state_bytes", "heldout", "best_step")
             row |= {key: getattr(report, key) for key in kept} | {"tuning_seconds": report.seconds}
             rows.append(row | measured(student))

@@ -43,7 +43,8 @@ def survival_markdown(result: dict) -> str:
         if tasks:
             words = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")]
             cells += words if row else ["100", "100", "–"]
-            cells += [f"{100 * number(judged.scores[name]):.1f}" for name in tasks]
+            scores = [number(judged.scores[name]) for name in tasks]
+            cells += ["–" if score is None else f"{100 * score:.1f}" for score in scores]
         if probed:
             cells += [found_of(judged["keys"]), found_of(judged.lists), damage(judged) if row else "–"]
         lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")

@@ -65,7 +65,7 @@ class Healing:
         """From "12:16,5:7 share=0.25"; tokens: how many are tuned on unless it says so."""
         segments, *options = text.split()
         given: dict[str, Any] = {"tokens": 0 if options[:1] == ["unhealed"] else tokens}
-        kinds = {each.name: type(each.default) for each in fields(cls)}
+        kinds: dict[str, Any] = {each.name: type(each.default) for each in fields(cls)}
         for name, _, value in (option.partition("=") for option in options if option != "unhealed"):
             given[name] = kinds[name](value)
         return cls(segments, **given)
@@ -183,7 +183,7 @@ def written(
 
 def continued(writer: Any, rows: torch.Tensor, seed: int) -> torch.Tensor:
     """Rows [N, T] whose first words the writer goes on from, by its plain distribution, past EOS."""
-    found = []
+    found: list[torch.Tensor] = []
     with generating(writer, plain_distribution(rows.shape[1])):
         for batch in rows[:, :PROMPT].split(ROWS):
             torch.manual_seed(seed + len(found))

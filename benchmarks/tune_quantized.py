@@ -61,7 +61,7 @@ LATER = {
 def parsed(text: str, tokens: int) -> dict[str, Any]:
     """A setting from "bits=4 train=scales"; tokens: how many it trains on unless it says so."""
     given = dict(option.split("=") for option in text.split())
-    types = {name: type(value) for name, value in PLAIN.items()} | LATER
+    types: dict[str, Any] = {name: type(value) for name, value in PLAIN.items()} | LATER
     if unknown := given.keys() - types:
         raise SystemExit(f"error: no setting is called {', '.join(unknown)}\nhint: allowed are {', '.join(types)}")
     trains = given.get("train", "none") != "none" or given.get("quantizer") == PEER
