@@ -45,7 +45,7 @@ from layercut.data.blocks import load_blocks
 from layercut.evaluation import perplexity
 from layercut.files.json_values import write_json, write_text
 from layercut.healing import tune_
-from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, root_mean_square
+from layercut.healing.endpoint_tuning import TuneSettings, default_learning_rate, usual_weight
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_pass import HeldOut, Pair
 from layercut.models import loading
@@ -300,7 +300,7 @@ def measure(args: Namespace) -> dict[str, Any]:
             """Held-out loss where a short run ends, not its best."""
             return heal(start(), few, heldout, rate)["heldout"][-1]["loss"]
 
-        weight = root_mean_square([p for layer in dense.layers for p in layer.parameters()])
+        weight = usual_weight([p for layer in dense.layers for p in layer.parameters()])
         tried = [] if args.rate else bracketed(rates(args.only, weight), ends_at)
         rate = args.rate or best(tried)["rate"]
         student = start()

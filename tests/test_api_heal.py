@@ -140,6 +140,19 @@ def test_the_rate_is_a_share_of_the_weights_that_are_trained():
     )
 
 
+def test_the_rate_is_that_of_usual_weights_and_not_of_what_the_fold_made_large():
+    """The fold writes what removed layers wrote, with entries hundreds of times the others; these ruined the rest."""
+    model = tiny.llama()
+    rates = []
+    for largest in (1.0, 300.0):
+        student = cut(model, [Segment(2, 4)])
+        folded = student.model.layers[1].mlp.down_proj
+        folded.weight = torch.nn.Parameter(folded.weight.detach().clone())
+        folded.weight.data[0, :4] *= largest
+        rates.append(tune_(student, model, tiny.some_tokens(8), heldout=HELDOUT).learning_rate)
+    assert rates[1] == pytest.approx(rates[0], rel=0.05)
+
+
 def test_an_eighth_of_the_rows_is_held_out_where_none_are_given():
     tokens = tiny.some_tokens(17)
     ours, held = with_held_out(tokens, None)

@@ -404,7 +404,8 @@ class HealConfig:
     ] = "kl"
     learning_rate: float | None = None
     """Peak rate of AdamW, quartered where the held-out loss rises above the start's. Not given: a 120th of the
-    root mean square of the weights tuned, half of it in fewer than 64 steps, 2 / N of it where N > 2 layers are."""
+    usual weight tuned (the median of the matrices' root mean squares), half of it in fewer than 64 steps, 2 / N of it
+    where N > 2 layers are."""
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
     radius: Annotated[int | Literal["auto"], rare] = 1

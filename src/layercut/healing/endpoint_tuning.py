@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -371,7 +372,7 @@ def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2
     eight times as much ruined the first steps (docs/log.md). Where few ends, and 2 / N, are guesses.
 
     Args:
-        weight: root mean square of the matrices that are trained.
+        weight: `usual_weight` of what is trained.
         steps: optimizer steps planned.
         layers: N, that are trained.
 
@@ -381,8 +382,11 @@ def default_learning_rate(weight: float, steps: int = FEW_STEPS, layers: int = 2
     return weight / 120 * (0.5 if steps < FEW_STEPS else 1.0) * min(1.0, 2 / layers)
 
 
-def root_mean_square(parameters: Sequence[torch.Tensor]) -> float:
-    """Of the entries of all matrices among some parameters, of the vectors where there is none; 0 of nothing.
+def usual_weight(parameters: Sequence[torch.Tensor]) -> float:
+    """Each matrix' root mean square, of these the median; of the vectors where there is no matrix, 0 of nothing.
+
+    That of all entries together would be the fold's, which solves a few of the matrices: it has some entries hundreds
+    of times the others where removed layers wrote them, and a rate by those ruins the rest (docs/log.md).
 
     Args:
         parameters: whole, or sharded over several processes.
@@ -391,8 +395,8 @@ def root_mean_square(parameters: Sequence[torch.Tensor]) -> float:
         Its value, the same in every process.
     """
     counted = [p for p in parameters if p.dim() > 1] or parameters
-    squares = sum(float(sharding.whole(p.detach().float().square().sum())) for p in counted)
-    return math.sqrt(squares / max(1, sum(p.numel() for p in counted)))
+    squares = [float(sharding.whole(p.detach().float().square().sum())) / max(1, p.numel()) for p in counted]
+    return math.sqrt(median(squares)) if squares else 0.0
 
 
 class _Training:
@@ -413,7 +417,7 @@ class _Training:
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
         self.rate = settings.learning_rate or default_learning_rate(
-            root_mean_square(self.masters), self.steps, len(positions)
+            usual_weight(self.masters), self.steps, len(positions)
         )
         # parameters of one unit are stepped together
         alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
