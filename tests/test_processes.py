@@ -186,6 +186,7 @@ def test_a_spread_model_is_held_in_parts(folder):
         assert found["dense_is_as_it_was"]
         assert found["trained"] == found["trained_layers"] == [2, 3]
         assert found["best_step"] > 0
+    assert first["learning_rate"] == second["learning_rate"], "by whole weights, of which each has a part"
 
 
 def test_spreading_needs_several_processes(tiny_model, texts, tmp_path, capsys):

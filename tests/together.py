@@ -120,7 +120,7 @@ def spreading(model: Path) -> dict[str, Any]:
     before = [sharding.local(p).clone() for p in spread.parameters()]
     student = DecoderRunner(student_of(spread))
     tokens = tiny.some_tokens(4, seed=1)  # judged on what it learns, so that it does get better
-    report = tune_(student, DecoderRunner(spread), tokens, heldout=tokens, learning_rate=1e-3, batch_tokens=32)
+    report = tune_(student, DecoderRunner(spread), tokens, heldout=tokens, batch_tokens=32)
     same, own = {id(p) for p in spread.parameters()}, student.model.named_parameters()
     return {
         "bytes": loading.parameter_bytes(spread),
@@ -131,6 +131,7 @@ def spreading(model: Path) -> dict[str, Any]:
         "trained": sorted({int(name.split(".")[2]) for name, p in own if id(p) not in same}),
         "trained_layers": report.trained_layers,
         "best_step": report.best_step,
+        "learning_rate": report.learning_rate,
     }
 
 

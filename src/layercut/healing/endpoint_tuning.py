@@ -417,7 +417,7 @@ class _Training:
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
         self.rate = settings.learning_rate or default_learning_rate(
-            usual_weight(self.masters), self.steps, len(positions)
+            usual_weight(self.trained), self.steps, len(positions)
         )
         # parameters of one unit are stepped together
         alike = groupby(zip(self.masters, given, strict=True), key=lambda pair: pair[1][1])
