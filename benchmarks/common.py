@@ -42,8 +42,8 @@ class RowsDone:
     def __init__(self, out: Path, facts: dict[str, Any]) -> None:
         """Take what is there; rows made with other facts are refused."""
         self.partial, self.facts = out.with_name(f".{out.stem}.partial.json"), facts
-        there = [json.loads(file.read_text()) for file in (self.partial, out) if file.is_file()]
-        old: dict[str, Any] = there[0] if there else {"rows": []}
+        there = next((file for file in (self.partial, out) if file.is_file()), None)
+        old: dict[str, Any] = json.loads(there.read_text()) if there else {"rows": []}
         if old["rows"] and any(old.get(name) != value for name, value in facts.items()):
             raise SystemExit(f"error: {out} was made with other settings\nhint: give another --out, or remove it")
         self.rows: list[dict[str, Any]] = old["rows"]

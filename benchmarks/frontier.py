@@ -82,8 +82,7 @@ class Given:
     """To calibrate the quantizer on, to train after it on, and what judges that [N, T]."""
     gguf: Path | None
     """The file the model came from."""
-    dense: loading.LanguageModel
-    """The control, with all layers."""
+    tokenizer: Any
     keys: list[tuple[int, float, list[int], str]]
     """Prompts with hidden keys."""
     train_tokens: int
@@ -124,7 +123,7 @@ def main() -> None:
     after = Namespace(data=args.data, window=args.window, tune_window=args.window, seed=args.seed,
                       tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
     keys = cases(dense.tokenizer, min(args.longest, loading.positions(dense.model.config) or args.longest), args.seed)
-    given = Given(texts, drawn(dense, {}, after), gguf, dense, keys, args.train_tokens)
+    given = Given(texts, drawn(dense, {}, after), gguf, dense.tokenizer, keys, args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
     settings = [name for name in dict.fromkeys(["bf16", *args.settings]) if gguf or name not in GGUF]
     for ratio in dict.fromkeys([0.0, *args.ratios]):
@@ -250,7 +249,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
 
 def judged(model: Any, given: Given) -> Row:
     """Perplexity by text; of the keys that are hidden in texts of several lengths those found."""
-    hits, asked = found_of(passkey_grid(model, given.dense.tokenizer, given.keys))
+    hits, asked = found_of(passkey_grid(model, given.tokenizer, given.keys))
     return {"perplexity": perplexities(model, given.texts), "keys_found": hits, "keys_asked": asked}
 
 

@@ -1,4 +1,4 @@
-"""Training what quantization left: scales, norms and the rounding, towards the dense model; the format stays stock."""
+"""Training what was quantized: scales, norms and the rounding, towards what it was; the format stays stock."""
 
 from __future__ import annotations
 
