@@ -212,6 +212,26 @@ def test_a_rate_that_leads_astray_is_lowered(rate, tmp_path):
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize(
+    ("start", "later", "setbacks"),
+    [
+        ({"loss": 1.0}, [1.009, 0.9, 1.009, 0.9], []),
+        ({"loss": 1.0}, [1.009, 1.001, 1.009, 0.9], [2]),
+        ({"loss": 1.0}, [1.011, 1.009, 1.001, 0.9], [1, 3]),
+        ({"loss": 1.0, "kl": 0.5}, [1.006, 0.9, 1.004, 0.9], [1]),
+    ],
+    ids=["a small rise passes", "two in a row do not", "one after a setback is a first one", "a mixture's by its KL"],
+)
+def test_a_setback_is_more_than_a_small_rise(start, later, setbacks, monkeypatch):
+    scores = iter([start, *({"loss": each} for each in later)])
+    monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: next(scores))
+    model = tiny.llama()
+    student, tokens = cut_copy(model, Segment(3, 5)), tiny.some_tokens(len(later))
+    report = tune_(student, model, tokens, heldout=tiny.some_tokens(2, seed=3), batch_tokens=tokens.shape[1])
+    assert [point["loss"] for point in report.heldout] == [start["loss"], *later]
+    assert report.setbacks == setbacks
+
+
 def test_a_ruinous_rate_leaves_the_start_as_it_was():
     """Too few steps for the rate to come down: whoever scores worst is not kept."""
     model = tiny.llama()

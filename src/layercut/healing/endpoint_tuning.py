@@ -55,7 +55,9 @@ STATE_BYTES = 4 * 4
 SCORES = 8
 """How often the held-out loss is taken during tuning, beside once before it."""
 SETBACK = 0.25
-"""What the rate is multiplied by where the held-out loss has risen above that of the start."""
+"""What the rate is multiplied by where the held-out loss has risen above that of the start: see `is_setback`."""
+TOLERATED = 0.01
+"""Rise above the start, as a share of the start's loss, of a mixture of its KL, that is no setback the first time."""
 MOST_TRAINED = 100_000_000
 """Parameters that are trained where the radius is left open: their state takes 2.2 GB, which most machines have."""
 FEW_STEPS = 64
@@ -665,13 +667,11 @@ class _Training:
         """
         report, scores = self.report, {name: as_price(each) for name, each in scores.items()}
         score = scores["loss"]
-        first = not report.heldout
-        if not first and score < min(point["loss"] for point in report.heldout):
+        if report.heldout and score < min(point["loss"] for point in report.heldout):
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]
         report.heldout.append({"step": report.step, "tokens": report.tokens, **scores})
-        worse = math.isinf(score) or score > report.heldout[0]["loss"]
-        if not first and worse and report.step < self.steps:
+        if is_setback(report.heldout, report.setbacks) and report.step < self.steps:
             self.step_back_()
         since = sum(point["step"] > report.best_step for point in report.heldout)
         report.stopped_early = 0 < self.settings.patience <= since and report.step < self.steps
@@ -745,6 +745,28 @@ def is_scored(step: int, steps: int) -> bool:
         True where it is due.
     """
     return step * SCORES // steps > (step - 1) * SCORES // steps
+
+
+def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int]) -> bool:
+    """Whether the last held-out score says that the rate is too high.
+
+    So it does above the start's by more than `TOLERATED`, and above it for the second time in a row. A smaller rise may
+    pass by itself, where the rate that it would cost does not come back (docs/log.md).
+
+    Args:
+        heldout: the scores so far, the start's first; each with its step.
+        setbacks: steps after which the best state was returned to.
+
+    Returns:
+        True where the rate is to be lowered.
+    """
+    start, *later = heldout
+    if not later:
+        return False
+    last, rises = later[-1], [math.isinf(point["loss"]) or point["loss"] > start["loss"] for point in later]
+    again = len(later) > 1 and rises[-2] and later[-2]["step"] not in setbacks
+    allowed = TOLERATED * abs(start.get(KL.name, start["loss"]))
+    return rises[-1] and (again or math.isinf(last["loss"]) or last["loss"] > start["loss"] + allowed)
 
 
 def rows_per_pass(pair: Pair, window: int) -> int:

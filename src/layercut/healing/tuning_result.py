@@ -24,12 +24,12 @@ class TuningResult:
     steps: int
     """Optimizer steps planned; fewer were done where `stopped_early`."""
     learning_rate: float
-    """Peak rate of AdamW."""
+    """Peak rate of AdamW; of what was rounded, as a share of each unit (`tune_parameters_`)."""
     trained_layers: list[int]
     """Positions in the cut model."""
     trained_parameters: int
     state_bytes: int
-    """Bytes of masters, gradients and moments: all there is beside the shared weights."""
+    """Bytes of masters, their gradients and AdamW's moments; the trained weights themselves come on top."""
     curve: list[dict[str, float]]
     """After each step: step, tokens, loss of its rows (each token's by its weight, where they have some), seconds and
     cpu_seconds so far."""
@@ -38,8 +38,8 @@ class TuningResult:
     best_step: int
     """After which the student was as it was left; 0 where no step was an improvement."""
     setbacks: list[int]
-    """Steps after which the held-out loss stood above that of the start (or was no number): each time training went
-    on from the best state, at a quarter of the rate."""
+    """Steps after which the held-out loss stood above that of the start (`is_setback`): each time training went on from
+    the best state, at a quarter of the rate."""
     tokens_per_second: float
     seconds: float
     """Of training, without scoring; over all processes where it was stopped and resumed."""
