@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,13 @@ from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
+from layercut.files.typed_json import SEAL
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
-from layercut.pipeline.artefacts import RUNS_OWN
+from layercut.pipeline.artefacts import Artefact
 from layercut.pipeline.compare_artefacts import MethodChoice
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.registries import criteria
@@ -32,6 +33,8 @@ from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
 METHODS = ["clp:all", *criteria]
+RUNS_OWN = {each.name for each in fields(Artefact)} | {SEAL}
+"""What the run folder adds to what a method found."""
 FAIR = ["--tune-tokens=64", "--triangle"]
 
 
@@ -288,6 +291,7 @@ def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_p
         (["--methods=clp,magic"], "'magic'"),
         (["--methods=,"], "no method"),
         (["--methods=cosine:all"], "goes by text alone"),
+        (["--methods=cosine:recall"], "goes by text alone"),
         (["--methods=clp:music"], "'music'"),
         (["--states=cut,healed"], "'healed'"),
         (["--methods=clp,2:5"], "2:5 removes 3 layers"),

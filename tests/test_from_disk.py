@@ -367,7 +367,7 @@ def test_rounds_from_disk(tiny_model, texts, tmp_path, monkeypatch):
 # --- what is refused, and what is counted on ---
 
 
-@pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--long-context=32", "--teacher-topk=8"])
+@pytest.mark.parametrize("flag", ["--bits=8", "--tasks=piqa", "--probes", "--long-context=32", "--teacher-topk=8"])
 def test_what_needs_the_model_in_memory_is_refused_at_once(flag, tiny_model, texts, tmp_path, capsys):
     argv = ["compress", str(tiny_model), *RUN, f"--data={texts[0]}", f"--eval-data={texts[1]}", "--stream=on"]
     assert main([*argv, flag, f"--out={tmp_path / 'run'}"]) == 2

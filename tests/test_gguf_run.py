@@ -150,6 +150,8 @@ def test_refusals(source, tiny_model, made, tmp_path, capsys, monkeypatch):
         "--eval-data=python-docstrings",
     ]
     refused(*compress, "--bits=4", f"--out={tmp_path / 'x'}", words="packs weights for transformers and vLLM")
+    tune = ["tune", *compress[1:-1], f"--out={tmp_path / 'x'}"]
+    refused(*tune, "--bits=4", words="hint: layercut compress: --gguf-type q4_k_m, or")
     refused(*compress, "--format=safetensors", f"--out={tmp_path / 'x.gguf'}", words="name a folder")
     (tmp_path / "there.gguf").write_bytes(b"")
     refused(*compress, f"--out={tmp_path / 'there.gguf'}", words="there.gguf exists")

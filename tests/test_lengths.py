@@ -10,7 +10,7 @@ import torch
 import tiny
 from layercut import layer_search
 from layercut.cli.command_line import main
-from layercut.config import SearchConfig
+from layercut.config import QuantizeConfig, SearchConfig
 from layercut.errors import ConfigError
 from layercut.files import sizes
 from layercut.files.sizes import parse_bytes
@@ -22,6 +22,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import next_token_loss
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.resolve_options import wanted_length
+from layercut.quantization.saved_size import saved_bytes
 from layercut.report import formatting
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -140,6 +141,25 @@ def search(tiny_model, texts, out, *flags):
     arguments = [f"--data={texts[0]}", "--tokens=128", "--window=16"]
     code = main(["search", str(tiny_model), *arguments, f"--out={out}", *flags])
     return code, json.loads((out / "search.json").read_text()) if code == 0 else None
+
+
+def test_a_size_is_counted_in_the_bits_that_are_saved(tiny_model, texts, tmp_path, capsys):
+    """As few layers as meet it once they are rounded, by plan and run; in 16 bits far more would have to go."""
+    flags = [f"--data={texts[0]}", "--tokens=128", "--window=16", "--bits=4", "--quantizer=rtn", "--group-size=16"]
+    flags += ["--method=cosine", "--preserve=none", "--tune-tokens=0", "--no-speed", f"--eval-data={texts[1]}"]
+    flags += ["--eval-tokens=128"]
+    config = QuantizeConfig(bits=4, quantizer="rtn", group_size=16)
+    dense = loading.load(checkpoints.resolve(str(tiny_model))).model
+    saved = saved_bytes(dense, config, loading.stored_dtype(dense))
+    target = saved.total - 2 * saved.layers[0]
+    assert main(["plan", str(tiny_model), *flags[1:6], "--no-calibrate", "--json", f"--target-size={target}"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]["after"] == 8 - 2
+    out = tmp_path / "run"
+    assert main(["compress", str(tiny_model), *flags, f"--target-size={target}", f"--out={out}"]) == 0
+    found = json.loads((out / "quantize.json").read_text())["bytes"]
+    assert target - saved.layers[0] < found["after"] <= target
+    assert main(["compress", str(tiny_model), *flags, f"--target-size={saved.total}", f"--out={tmp_path / 'no'}"]) == 2
+    assert "the model's weights in 4 bits are" in capsys.readouterr().err
 
 
 def test_budgets_from_the_command_line(tiny_model, texts, tmp_path, capsys, monkeypatch):

@@ -58,6 +58,7 @@ from layercut.offload.placement import spread_peak
 from layercut.pipeline.stages.search import planned_tests, rows_of_tests
 from layercut.quantization import quantize
 from layercut.quantization.quantization_cost import quantize_cost
+from layercut.quantization.saved_size import saved_bytes
 from layercut.registries import criteria
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
@@ -387,6 +388,21 @@ def test_a_stage_over_spread_weights():
     assert "gradient of a layer" not in spread_peak({"weights": 7}, shape, 8)
 
 
+def test_over_spread_weights_no_cuts_are_tried(monkeypatch, tmp_path):
+    """As no run does it: their healing is in the search's memory on one device alone."""
+    stock("qwen2").save_pretrained(tmp_path)
+    place = Device("x", 10**9, devices=2, accelerator=False)
+    monkeypatch.setattr("layercut.estimate.targets", lambda memory: [place, replace(place, spread=True)])
+    monkeypatch.setattr("layercut.estimate.judge", lambda target, config, needs, weights: needs(config, target))
+    text, found = DataConfig(window=64, tokens=1024), {}
+    for score in ("healed", "raw"):
+        asked = PlanConfig(search=SearchConfig(ratio=0.3, score=score), text=text, calibrate=False)
+        plan = plan_run(str(tmp_path), asked)
+        found[score] = [each["search"] - plan["base_bytes"] for each in plan["fits"]]
+    assert found["healed"][0] > found["raw"][0]
+    assert found["healed"][1] == found["raw"][1]
+
+
 # --- the command ---
 
 
@@ -511,6 +527,24 @@ def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
     assert "the least possible is" in capsys.readouterr().err
 
 
+def test_a_plan_tells_the_size_in_the_bits_that_are_asked_for(bare, capsys):
+    common = ["plan", str(bare), "--no-calibrate", "--tokens=128", "--window=16", "--tune-tokens=64", "--ratio=0.25"]
+    asked = ["--bits=3", "--quantize-embeddings", "--embedding-bits=3", "--group-size=16"]
+    assert main([*common, *asked, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    dtype = getattr(torch, told["dtype"])
+    config = QuantizeConfig(bits=3, quantize_embeddings=True, embedding_bits=3, group_size=16)
+    whole = saved_bytes(skeleton(stock("qwen2"), dtype), config, dtype)
+    ((start, stop),) = told["segments"]
+    gone = sum(whole.layers[start:stop])
+    assert told["bytes"]["before"]["asked"] == whole.total
+    assert told["bytes"]["after"]["asked"] == whole.total - gone
+    assert main([*common, *asked]) == 0
+    assert "as asked" in capsys.readouterr().out
+    assert main([*common, "--json"]) == 0
+    assert "asked" not in json.loads(capsys.readouterr().out)["bytes"]["before"], "nothing is rounded"
+
+
 def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
     fetched = []
 
@@ -525,7 +559,7 @@ def test_of_a_hub_model_only_the_config_is_fetched(bare, monkeypatch):
     assert fetched == [("owner/name", "config.json")]
 
 
-NOT_PLANNED = ("run", "rounds", "stability", "compiled", "tasks", "long", "output", "hub")
+NOT_PLANNED = ("run", "rounds", "stability", "compiled", "tasks", "long", "hub")
 """Settings that take nothing, take as often again what the search takes, save what was measured on one machine alone,
 or say where the result goes."""
 

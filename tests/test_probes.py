@@ -499,6 +499,19 @@ def test_two_segments_are_taken_where_they_spare_enough(monkeypatch, model, prob
     assert len(found.segments) == 1, "one per cent does not pay for two more boundaries"
 
 
+def test_of_too_many_sets_one_segment_alone_is_searched(monkeypatch, model, probes, caplog):
+    """Left to itself, the exhaustive search of a deep stack is not refused after its first half is done."""
+    planted(monkeypatch, {0: (9.0, 9.0), 1: (0.1, 0.1), 2: (2.0, 3.0), 3: (0.1, 0.1), 4: (2.0, 2.0)})
+    monkeypatch.setattr("layercut.layer_search.MOST_SETS", 5)
+    monkeypatch.setattr("layercut.layer_search.exhaustive.MOST_SETS", 5)
+    text, asked = tiny.some_tokens(8, 512), {"n_layers": 2, "method": "exhaustive", "probes": probes}
+    found = search(model, text, num_segments="auto", **asked)
+    assert found.segments == search(model, text, **asked).segments
+    assert len(found.segments) == 1
+    with pytest.raises(ConfigError, match="10 sets of 2 segments are too many"):
+        search(model, text, num_segments=2, **asked)
+
+
 def test_the_oracle_beside_a_comparison_is_that_of_one_segment(monkeypatch, model, probes):
     planted(monkeypatch, {0: (9.0, 9.0), 1: (0.1, 0.1), 2: (2.0, 3.0), 3: (0.1, 0.1), 4: (2.0, 2.0)})
     text = tiny.some_tokens(8, 512)

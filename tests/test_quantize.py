@@ -40,6 +40,7 @@ from layercut.quantization import gptq as gptq_module
 from layercut.quantization.gptq import DAMPING, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
 from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
+from layercut.quantization.saved_size import bytes_with_endpoints, saved_bytes
 from layercut.quantization.scales import by_turns, fitted_scales
 from layercut.quantization.sensitivity import token_weights
 
@@ -803,3 +804,35 @@ def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, 
     for page in ("report.html", "model/README.md"):
         assert "The compressed model is broken" in (tmp_path / "run" / page).read_text()
     assert "Quantization broke it" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"bits": 16},
+        {"bits": 4},
+        {"bits": 6, "group_size": 32, "endpoint_bits": 16},
+        {"bits": 4, "endpoint_bits": 8, "quantize_embeddings": True},
+        {"bits": 4, "asymmetric": True},
+        {"bits": 3, "quantize_embeddings": True, "embedding_bits": 3},
+    ],
+)
+def test_bytes_are_known_before_anything_is_rounded(asked, tied):
+    """To the byte those of the tensors, of each layer too: without it there are as many fewer."""
+    config, ends = QuantizeConfig(quantizer="rtn", **asked), [1, 2]
+    model = half(tiny.llama(3, tie_word_embeddings=tied))
+    model.stored_dtype = torch.bfloat16
+    found = saved_bytes(model, config, torch.bfloat16, endpoints=ends)
+    whole = loading.parameter_bytes(model)
+    if config.rounds:
+        whole = quantize_(loading.share(model), None, config, endpoints=ends).bytes_after
+    assert found.total == whole
+    if not config.endpoint_bits:
+        fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)
+        assert found.layers == (found.total - fewer.total,) * 3
+    else:
+        outside = bytes_with_endpoints(model, config, torch.bfloat16, endpoints=2)
+        assert outside.total == found.total
+        assert outside.layers[1] < found.layers[1]
+        assert outside.layers[0] == found.layers[0]

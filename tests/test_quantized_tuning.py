@@ -231,6 +231,11 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
         "it is trained towards the healed model"
     )
     assert tuning["label"] == tuning["heldout_label"] == "KL to what was rounded"
+    cards = {way: (tmp_path / way / "model" / "README.md").read_text() for way in runs}
+    assert f"- After rounding: {tuning['trained_parameters']:,} parameters" in cards["auto"]
+    assert "no other layer were trained before rounding." in cards["auto"]
+    assert "After rounding" not in cards["none"]
+    assert "no other layer were trained." in cards["none"]
     assert tuning["heldout"][0]["loss"] < 0.8 * from_dense, "which is another figure than from the dense one"
     exported = runs["auto"]["export"]
     assert exported["check"]["logits"] == "equal to the bit"

@@ -403,9 +403,9 @@ class HealConfig:
         ),
     ] = "kl"
     learning_rate: float | None = None
-    """Peak rate of AdamW, quartered where the held-out loss rises above the start's. Not given: a 120th of the
-    usual weight tuned (the median of the matrices' root mean squares), half of it in fewer than 64 steps, 2 / N of it
-    where N > 2 layers are."""
+    """Peak rate of AdamW, quartered where the held-out loss rises above the start's by 1 %, or twice in a row. Not
+    given: a 120th of the usual weight tuned (the median of the matrices' root mean squares), half of it in fewer than
+    64 steps, 2 / N of it where N > 2 layers are."""
     batch_tokens: Annotated[int, rare] = 1024
     """Tokens in one optimizer step."""
     radius: Annotated[int | Literal["auto"], rare] = 1
@@ -475,7 +475,8 @@ class QuantizeConfig:
         ),
     ] = "gptq"
     group_size: Annotated[int | None, rare] = None
-    """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns."""
+    """Columns that share a scale. Not given: for each weight the largest of 128, 64 and 32 that divides its columns,
+    where all weights have the same the largest that divides all."""
     asymmetric: Annotated[bool | None, Parameter(group=RARE, negative="--symmetric")] = None
     """Store a zero point for every group as well; all weights then have the same bits and groups. Not given: with 3
     bits and fewer, where all weights have the same."""
@@ -678,14 +679,14 @@ class PerplexityConfig:
     tasks: TasksConfig = field(default_factory=TasksConfig)
     eval_data: str | None = None
     """Held-out text for perplexity, named like --data; wikitext2 is its test split. Not given: wikitext2, or no text
-    where --tasks or --evaluations is given."""
+    where --tasks, --evaluations or --probes is given."""
     eval_tokens: int = 32768
     """Tokens to measure perplexity on."""
     eval_window: Annotated[int | None, Parameter(alias="--window")] = None
     """Tokens in a window: windows do not overlap, the first token of each is not predicted. Not given: 2048, or as
     many as the model has positions."""
     seed: int = 0
-    """Seed of the evaluations, and of the text where --eval-data is self."""
+    """Seed of the evaluations and of --probes, and of the text where --eval-data is self."""
     config: Annotated[Path | None, Parameter(group=RUN)] = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""
@@ -893,6 +894,7 @@ class PlanConfig:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     after_rounding: AfterRoundingConfig = field(default_factory=AfterRoundingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     calibrate: bool = True
     """Measure this machine for a few seconds, to estimate how long it will take."""
     json: Annotated[bool, no_negative] = False
@@ -905,7 +907,7 @@ class PlanConfig:
         """The run that is planned."""
         return CompressConfig(
             load=self.load, text=self.text, search=self.search, heal=self.heal, quantize=self.quantize,
-            after_rounding=self.after_rounding, evaluate=self.evaluate,
+            after_rounding=self.after_rounding, evaluate=self.evaluate, output=self.output,
         )  # fmt: skip
 
 
@@ -946,7 +948,8 @@ class QuantizeAloneConfig:
     out: Path
     """The new checkpoint: a folder, or NAME.gguf."""
     gguf_type: GgufType | None = None
-    """Number format of a GGUF file, as of export. Not given: of --bits 8 q8_0, of --bits 4 q4_k_m."""
+    """Number format of a GGUF file, as of export. Not given: of --bits 8, 6, 4, 3 and 2 q8_0, q6_k,
+    q4_k_m, q3_k_m and q2_k."""
     target_size: str | None = None
     """With --bits auto: bytes of the checkpoint's weights, at most, e.g. 60MB."""
     load: ModelConfig = field(default_factory=ModelConfig)
@@ -1115,7 +1118,7 @@ class MethodsConfig:
             return SearchConfig(segment=tuple(name.split("+")), preserve="none")
         method, _, preserved = name.partition(":")
         preserve = preserved.replace("+", ",") or "none"
-        if preserve == "all" and method in criteria.own and method not in TAKE_TESTS:
+        if preserve != "none" and method in criteria.own and method not in TAKE_TESTS:
             raise ConfigError(f"--methods {name}: {method} goes by text alone", f"--methods {method}")
         return SearchConfig(ratio=self.ratio, method=method, preserve=preserve)
 

@@ -136,7 +136,7 @@ def quantize(
     config: QuantizeAloneConfig,
     log: Log = None,
 ) -> None:
-    """Store a model's weights in 8 or 4 bits; --out gets a checkpoint that transformers reads.
+    """Store a model's weights in 8 to 2 bits; --out gets a checkpoint that transformers reads, or a GGUF file.
 
     For example:
 

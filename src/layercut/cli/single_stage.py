@@ -15,9 +15,11 @@ import torch
 
 from layercut import evaluation
 from layercut.config import (
+    AskedBits,
     CutConfig,
     DataConfig,
     ExportConfig,
+    GgufType,
     PerplexityConfig,
     QuantizeAloneConfig,
     consumer_names,
@@ -49,6 +51,9 @@ from layercut.report.model_card import Figure, Made, of_run
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
+
+GGUF_OF_BITS: dict[AskedBits, GgufType] = {8: "q8_0", 6: "q6_k", 4: "q4_k_m", 3: "q3_k_m", 2: "q2_k"}
+"""The number format of a GGUF file that --bits means where no --gguf-type is given."""
 
 
 def cut(model: str, config: CutConfig) -> Path:
@@ -340,7 +345,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     """
     config.check()
     if config.out.suffix == ".gguf":
-        kind = config.gguf_type or ("q8_0" if config.quantize.bits == 8 else "q4_k_m")
+        kind = config.gguf_type or GGUF_OF_BITS[config.quantize.bits]
         asked = ExportConfig(out=config.out, consumers=config.consumers, hub=config.hub, force=config.force)
         return export(target, replace(asked, gguf_type=kind))
     consumers.check_written(consumer_names(config.consumers), consumers.written_by(config.quantize))

@@ -25,7 +25,7 @@ from layercut.files.sizes import parse_bytes
 from layercut.healing.fold_prices import JUDGED_ROWS, fold_prices_cost
 from layercut.healing.least_squares import fold_cost
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
-from layercut.layer_search import length_for_size, numbers_of_segments
+from layercut.layer_search import numbers_of_segments
 from layercut.layer_search.finalists import TRIED, priced_after_fold
 from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
@@ -34,11 +34,12 @@ from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, 
 from layercut.models.gguf_header import read_header
 from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
-from layercut.pipeline.gguf_run import keeps_gguf, length_for_target
+from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
     check_streamed,
     check_target,
     check_window,
+    length_for_saved_size,
     score_of,
     wanted_length,
     with_windows,
@@ -51,6 +52,7 @@ from layercut.pipeline.stages.text import held_out_tokens
 from layercut.quantization import bit_choice
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
+from layercut.quantization.saved_size import bytes_with_endpoints, saved_bytes
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
 
@@ -158,6 +160,8 @@ class _Planner:
         if target.accelerator:  # of weights that are spread each holds a part
             weights = self.shape(config.text.window, on_cpu).dense.total * self.dtypes[on_cpu].itemsize
             room = target.room + (weights - weights // target.devices) * target.spread
+        if target.spread and not target.one_process and config.search.score == "healed":
+            config = replace(config, search=replace(config.search, score="raw"))  # sharded, no cuts are tried
         peaks = {name: spent.peak for name, spent in self.costs(config, on_cpu, least=True, room=room).items()}
         if target.spread:  # by torchrun, the export is done by the main process, from the files
             shape = self.shape(config.text.window, on_cpu)
@@ -264,6 +268,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     journey = config.journey()
     journey.check()
     checkpoint = checkpoints.resolve(model, weights=False)
+    check_output(journey, checkpoint)
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
@@ -311,6 +316,7 @@ def _told_sizes(planner: _Planner, journey: CompressConfig, before: Parts, store
     assumed = "assumed: the search decides; the middle of the stack is taken here" if length else "no layer is removed"
     if journey.shares_size:
         assumed = f"how many layers go is chosen by the run; planned without any search: {length}"
+    asked = _asked_sizes(planner, journey, stored)
     left = [before.total - sum(before.layers[s : s + length]) for s in range(len(before.layers) - length + 1)]
     counted = ("total", "embedding", "layers", "head", "other", "tied")
     return {
@@ -320,10 +326,22 @@ def _told_sizes(planner: _Planner, journey: CompressConfig, before: Parts, store
         "search_is": unknown_search(journey.search),
         "parameters": {end: {name: getattr(parts, name) for name in counted} for end, parts in ends.items()},
         "parameters_after_range": None if given else {"least": min(left), "most": max(left)},
-        "bytes": {end: sizes(parts, stored) for end, parts in ends.items()},
+        "bytes": {end: sizes(parts, stored) | asked.get(end, {}) for end, parts in ends.items()},
         "kv_bytes_per_token": {end: parts.kv_bytes_per_token for end, parts in ends.items()},
         "caches": {end: parts.caches for end, parts in ends.items()},
     }
+
+
+def _asked_sizes(planner: _Planner, journey: CompressConfig, stored: torch.dtype) -> dict[str, dict[str, int]]:
+    """Bytes before and after the cut in the bits that are asked for; nothing where none are, or they are chosen."""
+    if not journey.quantize.rounds or journey.quantize.bits == "auto":
+        return {}
+    whole, cuts = loading.skeleton(planner.stock, stored), planner.segments
+    given = replace(journey.quantize, endpoint_bits=None)
+    before = saved_bytes(whole, given, stored)
+    after = bytes_with_endpoints(whole, journey.quantize, stored, endpoints=2 * len(cuts))
+    gone = sum(sum(after.layers[cut.start : cut.stop]) for cut in cuts)
+    return {"before": {"asked": before.total}, "after": {"asked": after.total - gone}}
 
 
 def _told_stages(planner: _Planner, journey: CompressConfig, on_cpu: bool, rates: Rates | None) -> dict[str, Any]:
@@ -368,12 +386,12 @@ def _removed(
         raise ConfigError(
             "--max-loss is measured on the model, which a plan does not load", "plan a --ratio that you expect"
         )
-    size = stored.itemsize
-    if config.shares_size:  # the run decides; the fewest are planned
-        return [], bit_choice.numbers_left_open(loading.skeleton(stock, stored), config.quantize, target)[0]
     if keeps_gguf(config, checkpoint):
         return [], length_for_target(config, checkpoint, target)
-    return [], length_for_size([n * size for n in before.layers], before.total * size, target)
+    whole = loading.skeleton(stock, stored)
+    if config.shares_size:  # the run decides; the fewest are planned
+        return [], bit_choice.numbers_left_open(whole, config.quantize, target)[0]
+    return [], length_for_saved_size(config, whole, stored)
 
 
 def cut_parts(config: Any, dtype: torch.dtype, given: list[Segment], length: int) -> tuple[list[Segment], Parts]:

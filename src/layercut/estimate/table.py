@@ -43,7 +43,8 @@ def _sizes(plan: dict[str, Any]) -> Table:
     table.add_row("  head", *head)
     table.add_row("  other", *(f"{parameters[end]['other']:,}" for end in ends))
     for name in saved["before"]:
-        table.add_row("saved" if name == "saved" else f"  in {name}", *(size(saved[end][name]) for end in ends))
+        words = {"saved": "saved", "asked": "  as asked"}.get(name, f"  in {name}")
+        table.add_row(words, *(size(saved[end][name]) for end in ends))
     kv = plan["kv_bytes_per_token"]
     table.add_row("cache, a token", *("?" if kv[end] is None else f"{kv[end]:,} B" for end in ends))
     if set(plan["caches"]["before"]) != {"full"}:

@@ -20,11 +20,6 @@ from layercut.errors import ConfigError, ModelError
 
 PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 """GGML types that the `gguf` package itself writes."""
-MIXTURES = (
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
-    "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
-)  # fmt: skip
-"""What llama.cpp makes of a whole file: each a mixture of types, chosen for each tensor."""
 DECLARED = """
 size_t ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row,
                            const float * imatrix);
@@ -79,7 +74,7 @@ def quantize_file(source: Path, out: Path, kind: str, importance: Mapping[str, n
     Args:
         source: the file, best of float weights.
         out: the file to write.
-        kind: one of `MIXTURES`.
+        kind: of `config.GgufType`, one that is a mixture.
         importance: of the columns of each matrix, by its name in the file; empty: none.
 
     Raises:

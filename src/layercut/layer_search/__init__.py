@@ -24,6 +24,8 @@ from layercut.layer_search.budgets import (
 )
 from layercut.layer_search.criteria import Criterion, accepted, lowest, names, takes
 from layercut.layer_search.damage_map import CapabilityMap, capability_map
+from layercut.layer_search.exhaustive import MOST_SETS
+from layercut.layer_search.gate_walls import number_of_sets
 from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret
@@ -32,7 +34,7 @@ from layercut.models.loading import check_tokens, positions
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
-from layercut.progress import bar
+from layercut.progress import bar, say
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
 __all__ = [
@@ -92,11 +94,11 @@ def search(
         if segments is not None:
             return priced(runner, tokens, segments, probes)
         length, (name, criterion) = limits.length, named_criterion(method)
-        asked: dict[str, Any] = {"seed": seed, "objective": as_objective(objective), "probes": probes}
-        asked["restriction"] = limits
+        asked: dict[str, Any] = {"seed": seed, "probes": probes, "restriction": limits}
+        asked["objective"] = as_objective(objective)
         check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
         found = []
-        for k in (ks := numbers_of_segments(num_segments, length, bool(probes) and names(criterion, "num_segments"))):
+        for k in (ks := numbers_searched(num_segments, limits, criterion, bool(probes), len(runner))):
             cost, begun = Cost(), time.perf_counter()
             with bar(name, None) if takes(criterion, "advance") else nullcontext(lambda steps: None) as advance:
                 options = {"cost": cost, "advance": advance, **asked, "num_segments": k}
@@ -173,6 +175,29 @@ def numbers_of_segments(asked: int | Literal["auto"], length: int, compares: boo
     if asked == "auto":
         return [1, 2] if length > 1 and compares else [1]
     return [min(asked, length)]
+
+
+def numbers_searched(
+    asked: int | Literal["auto"], limits: Restriction, criterion: Criterion, tests: bool, layers: int
+) -> list[int]:
+    """The same for a criterion; of "auto" the exhaustive search has 1 alone where sets of two are too many, as is said.
+
+    Args:
+        asked: K, or "auto".
+        limits: of n layers.
+        criterion: that searches.
+        tests: whether generated tests are given.
+        layers: L.
+
+    Returns:
+        One K or two, none above n.
+    """
+    compares = asked == "auto" and tests and names(criterion, "num_segments")
+    if compares and limits.length > 1 and criterion is registries.criteria.get("exhaustive"):
+        sets = number_of_sets(limits.length, layers, 2)
+        if not (compares := sets <= MOST_SETS):
+            say("note", f"one segment only: with two there are {sets:,} sets, and at most {MOST_SETS:,} are all priced")
+    return numbers_of_segments(asked, limits.length, compares)
 
 
 def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:

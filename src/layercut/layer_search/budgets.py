@@ -25,7 +25,9 @@ UNSEEN_SHARE = 4
 """With a loss budget, one calibration row in four is not searched on but verifies."""
 
 
-def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: int) -> int:
+def length_for_size(
+    layer_bytes: Sequence[int], total_bytes: int, target_bytes: int, weights: str = "the model's weights"
+) -> int:
     """The fewest layers n such that any n of them bring the model's weights down to a size.
 
     Where layers differ in size, the lightest are counted, so that the target is met whichever are removed.
@@ -34,6 +36,7 @@ def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: 
         layer_bytes: bytes of each layer.
         total_bytes: of the whole model.
         target_bytes: that may be left.
+        weights: what is counted, for messages.
 
     Returns:
         n, at least 1.
@@ -45,14 +48,14 @@ def length_for_size(layer_bytes: Sequence[int], total_bytes: int, target_bytes: 
     n = next((n for n in range(len(lightest)) if total_bytes - sum(lightest[:n]) <= target_bytes), len(lightest))
     if n == 0:
         raise ConfigError(
-            f"the target size of {size(target_bytes)} is no cut: the model's weights are {size(total_bytes)}",
+            f"the target size of {size(target_bytes)} is no cut: {weights} are {size(total_bytes)}",
             f"give a --target-size below {size(total_bytes)}",
         )
     if n >= len(layer_bytes):
         smallest = total_bytes - sum(lightest[:-1])
         raise ConfigError(
-            f"no cut of layers meets the target size of {size(target_bytes)}: with one layer left the model's "
-            f"weights are {size(smallest)}, the rest being embeddings and head",
+            f"no cut of layers meets the target size of {size(target_bytes)}: with one layer left {weights} "
+            f"are {size(smallest)}, the rest being embeddings and head",
             f"allowed is down to --target-size {size_flag(smallest)}",
         )
     return n

@@ -93,6 +93,8 @@ def search_cost(run: PlannedRun) -> Spent:
     if search.num_segments == "auto":
         # where tests are weighed with the text, one segment is compared with two
         more = several(run, 2) if several and run.tests and run.length > 1 else Spent({}, Work())
+        if more.work is None and search.method == "exhaustive":
+            more = Spent({}, Work())  # more sets than it prices: one segment alone is searched
         found = both_searches(found, more)
     elif search.num_segments > 1:
         more = several(run, min(search.num_segments, run.length)) if several else Spent({}, None)

@@ -15,7 +15,6 @@ from layercut.data.blocks import TextFacts
 from layercut.evaluation.generated_probes import Grid
 from layercut.export.consumers import Reading
 from layercut.files.json_values import OPTIONAL
-from layercut.files.typed_json import SEAL
 from layercut.healing.least_squares import Fold
 from layercut.healing.tuning_result import TuningResult
 from layercut.layer_search.stability import Stability
@@ -50,11 +49,7 @@ class Artefact:
     config_hash: str = ""
     """Of all that went into the stage, earlier stages included."""
     record: dict[str, list[Any]] = field(default_factory=dict, metadata=OPTIONAL)
-    """The size of each of the files, and of each file in such a folder."""
-
-
-RUNS_OWN = {each.name for each in fields(Artefact)} | {SEAL}
-"""Keys that the run folder adds to what a stage found."""
+    """Size and digest of each of the files, and of each file in such a folder."""
 
 
 def part_of(kind: type[Kind], whole: Any) -> Kind:

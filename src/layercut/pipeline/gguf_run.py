@@ -58,12 +58,13 @@ def keeps_gguf(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> bo
     return checkpoint.gguf is not None and config.output.format != "safetensors"
 
 
-def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> None:
+def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, chooses: bool = True) -> None:
     """Refuse options that do not go with the format of the result.
 
     Args:
         config: every option.
         checkpoint: the files of the model.
+        chooses: whether the command has flags for the format, for the hint.
 
     Raises:
         ConfigError: a flag that would be ignored, or a package that is missing.
@@ -81,9 +82,10 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint) -> 
         return
     if config.quantize.rounds or config.search.two_budgets:
         flag = "--bits" if config.quantize.rounds else "--target-size with --max-loss"
+        command = "" if chooses else "layercut compress: "
         raise ConfigError(
             f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
-            "--gguf-type q4_k_m, or for a checkpoint folder: --format safetensors",
+            f"{command}--gguf-type q4_k_m, or for a checkpoint folder: --format safetensors",
         )
     if output.gguf_type not in (None, SAME, *PLAIN):
         require_llama_cpp()

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from layercut import evaluation
 from layercut.config import CompressConfig, Score, SearchConfig, consumer_names
 from layercut.data.probes import capability_names
@@ -25,6 +27,7 @@ from layercut.models import checkpoints, loading
 from layercut.offload import placement
 from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice
+from layercut.quantization.saved_size import bytes_with_endpoints
 from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
@@ -86,7 +89,7 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
         check_topk(config.heal.teacher_topk, architecture.get_text_config().vocab_size)
     layers = loading.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
-    check_output(config, checkpoint)
+    check_output(config, checkpoint, chooses=until == "report")
     check_target(config, checkpoint, architecture)
     check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
     check_sources(config, until)
@@ -175,17 +178,36 @@ def check_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, arc
         bare = loading.skeleton(architecture, stored)
     except ModelError:
         return
-    target, layers = config.search.target_bytes, loading.find_decoder(bare).layers
-    if config.quantize.bits == "auto":
-        if config.shares_size:
-            bit_choice.numbers_left_open(bare, config.quantize, target)
-        else:
-            cut = sum(map(len, config.search.segments)) or wanted_length(config.search, len(layers)) or 0
-            bit_choice.check_target(bare, config.quantize, target, without=cut)
-        return
-    weights = [loading.parameter_bytes(layer, stored) for layer in layers]
-    total = loading.parameter_bytes(bare, stored)
-    length_for_size(weights, total, target)
+    target = config.search.target_bytes
+    if config.quantize.bits != "auto":
+        length_for_saved_size(config, bare, stored)
+    elif config.shares_size:
+        bit_choice.numbers_left_open(bare, config.quantize, target)
+    else:
+        layers = len(loading.find_decoder(bare))
+        cut = sum(map(len, config.search.segments)) or wanted_length(config.search, layers) or 0
+        bit_choice.check_target(bare, config.quantize, target, without=cut)
+
+
+def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype) -> int:
+    """Layers to remove for --target-size of a checkpoint folder, in the bits that it is saved in.
+
+    Args:
+        config: every option.
+        model: a causal LM of transformers, on any device.
+        dtype: that it is saved in, where it is not rounded.
+
+    Returns:
+        n, at least 1.
+
+    Raises:
+        ConfigError: no number of layers meets it, or the model is as small without a cut.
+    """
+    search, quantize = config.search, config.quantize
+    segments = 2 if search.num_segments == "auto" else search.num_segments
+    saved = bytes_with_endpoints(model, quantize, dtype, endpoints=2 * segments)
+    what = f"the model's weights in {quantize.bits} bits" if quantize.rounds else "the model's weights"
+    return length_for_size(saved.layers, saved.total, search.target_bytes, what)
 
 
 def check_consumers(
@@ -265,6 +287,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
         "--bits": config.quantize.rounds,
         "--tasks": bool(config.tasks.names),
         "--evaluations": bool(config.tasks.evaluation_names),
+        "--probes": config.tasks.probes,
         "--long-context": config.long.long_context > 0,
         "--teacher-topk": config.heal.teacher_topk > 0,
         "--target-size with --max-loss": config.search.two_budgets,

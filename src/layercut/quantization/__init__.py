@@ -1,4 +1,4 @@
-"""Quantize: store the weights that are left in 8 or 4 bits each. After healing, before the last measurement.
+"""Quantize: store the weights that are left in 8 to 2 bits each. After healing, before the last measurement.
 
     found = quantize(model, tokens, bits=4)
 
@@ -78,7 +78,8 @@ def quantize(
         bits: bits of a weight. "auto": of each weight those that cost least KL within `target_size`.
         quantizer: a name of `layercut.quantizers` ("gptq", "rtn", one of a package), or a class or function as
             `quantization/quantizers.py` describes it.
-        group_size: columns that share a scale; None: the largest of 128, 64 and 32 that divides a weight's columns.
+        group_size: columns that share a scale; None: the largest of 128, 64 and 32 that divides a weight's columns, or
+            all weights' where all must have the same.
         asymmetric: store a zero point for every group as well; None: with 3 bits and fewer, where all weights have as
             many.
         quantize_embeddings: store embeddings and head in 8 bits too.

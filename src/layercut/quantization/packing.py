@@ -73,23 +73,30 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
     return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
 
 
-def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each tensor that `pack` will make of a weight on a symmetric grid.
+def stored_bytes(
+    target: Assignment, shape: tuple[int, int], dtype: torch.dtype, *, zero_points: bool = False
+) -> dict[str, int]:
+    """Bytes of each tensor that `pack` will make of a weight.
 
     Args:
         target: the weight, and how it is stored.
         shape: [O, I].
         dtype: of the scales.
+        zero_points: whether each group has one.
 
     Returns:
         Bytes by the tensors' full names.
     """
     rows, columns = shape
-    parts = {"weight_scale": rows * (columns // target.group_size) * dtype.itemsize}
+    groups = columns // target.group_size
+    parts = {"weight_scale": rows * groups * dtype.itemsize}
     if target.form == WHOLE_BYTES:
         parts["weight"] = rows * columns
     else:
         parts |= {"weight_packed": rows * -(-columns * target.bits // 32) * 4, "weight_shape": 2 * 8}
+    if zero_points:
+        whole = target.form == WHOLE_BYTES
+        parts["weight_zero_point"] = rows * groups if whole else -(-rows * target.bits // 32) * 4 * groups
     return {f"{target.name}.{name}": count for name, count in parts.items()}
 
 

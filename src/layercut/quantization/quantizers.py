@@ -8,6 +8,8 @@ A quantizer is a function, or a class without arguments whose instances can be c
 
         def __call__(self, weight, hessian, grid):
             scaled = weight.float() / grid.scale.float().repeat_interleave(grid.group_size, 1)
+            if grid.zero is not None:
+                scaled = scaled + grid.zero.float().repeat_interleave(grid.group_size, 1)
             return scaled.floor().clamp(grid.lowest, grid.highest)
 
 With `fits_scales = True` beside `needs_calibration = True`, below 8 bits scales are fitted to its codes and it is asked

@@ -245,7 +245,7 @@ def round_rows(run: RunFacts) -> list[RoundRow]:
     for index, found in enumerate(run.search.rounds):
         now = {i for start, stop in spans(found.segments) for i in range(start, stop)}
         tuning = tunings[index] if index < len(tunings) else Json()
-        losses = [loss for point in tuning.heldout if (loss := finite(point.loss)) is not None]
+        losses = held_out_losses(tuning)
         rows.append(
             RoundRow(
                 number=index + 1,
@@ -258,6 +258,11 @@ def round_rows(run: RunFacts) -> list[RoundRow]:
         )
         gone = now
     return rows
+
+
+def held_out_losses(tuning: Json) -> list[float]:
+    """Of a training, from the start on, where they were numbers."""
+    return [loss for point in tuning.heldout if (loss := finite(point.loss)) is not None]
 
 
 def runs_of(layers: set[int]) -> list[list[int]]:

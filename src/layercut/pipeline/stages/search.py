@@ -23,7 +23,6 @@ from layercut.layer_search import (
     Cost,
     Restriction,
     SearchResult,
-    length_for_size,
     longest_within,
     perplexity_rise,
     split_rows,
@@ -31,7 +30,6 @@ from layercut.layer_search import (
 )
 from layercut.layer_search.criteria import names
 from layercut.layer_search.stability import common_rows, judge, stability_work
-from layercut.models import loading
 from layercut.pipeline.artefacts import (
     CandidateRecord,
     SearchArtefact,
@@ -45,6 +43,7 @@ from layercut.pipeline.artefacts import (
 from layercut.pipeline.gguf_run import keeps_gguf
 from layercut.pipeline.gguf_run import length_for_target as length_in_gguf
 from layercut.pipeline.known_prices import KnownPrices
+from layercut.pipeline.resolve_options import length_for_saved_size
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial
 from layercut.pipeline.stages.text import with_evaluation_left_out
@@ -398,10 +397,7 @@ def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> Sear
 
 
 def length_for_target(work: RunContext) -> int:
-    """Layers to remove for --target-size: counted in the dtype that is computed and saved in."""
-    target = work.config.search.target_bytes
+    """Layers to remove for --target-size: counted as the result is saved."""
     if keeps_gguf(work.config, work.checkpoint):
-        return length_in_gguf(work.config, work.checkpoint, target)
-    model = work.dense.model
-    weights = [loading.parameter_bytes(layer, work.stack.stored_dtype) for layer in work.stack.layers]
-    return length_for_size(weights, loading.parameter_bytes(model), target)
+        return length_in_gguf(work.config, work.checkpoint, work.config.search.target_bytes)
+    return length_for_saved_size(work.config, work.dense.model, work.stack.stored_dtype)

@@ -1,0 +1,88 @@
+"""How many bytes a model takes once it is rounded to given bits: from shapes alone, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from layercut.config import QuantizeConfig
+from layercut.models import loading
+from layercut.quantization.assignment import WHOLE_BYTES, Assignment, plan
+from layercut.quantization.packing import stored_bytes
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Of the weights in a checkpoint, its file's header aside."""
+
+    layers: tuple[int, ...]
+    """Of each decoder layer."""
+    total: int
+
+    def __add__(self, other: int) -> SavedBytes:
+        """With so many more that are in no layer."""
+        return replace(self, total=self.total + other)
+
+
+def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: Sequence[int] = ()) -> SavedBytes:
+    """What `quantize_` will make of a model, to the byte, where bits are not chosen for a size.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        config: bits, 16 included.
+        dtype: that the model is saved in.
+        endpoints: layers beside a cut, by their place in `model`.
+
+    Returns:
+        Bytes of each layer and of all.
+
+    Raises:
+        ConfigError: as `quantize_`.
+        ModelError: as `quantize_`.
+    """
+    decoder = loading.find_decoder(model)
+    targets = plan(model, config, endpoints) if config.rounds else []
+    saved = [loading.parameter_bytes(layer, dtype) for layer in decoder.layers]
+    total, done = loading.parameter_bytes(model, dtype), set[int]()
+    for target in targets:
+        weight = model.get_submodule(target.name).weight
+        plain = weight.numel() * min(weight.itemsize, dtype.itemsize)
+        parts = stored_bytes(target, tuple(weight.shape), dtype, zero_points=config.zero_points)
+        change = _of_tied_head(target, parts) if id(weight) in done else sum(parts.values()) - plain
+        done.add(id(weight))
+        total += change
+        if target.layer is not None:
+            saved[target.layer] += change
+    return SavedBytes(tuple(saved), total)
+
+
+def _of_tied_head(target: Assignment, parts: dict[str, int]) -> int:
+    """Bytes beside the codes, which are the embeddings': in whole bytes scales are stored again, as loaders ask."""
+    return sum(parts.values()) - parts[f"{target.name}.weight"] if target.form == WHOLE_BYTES else 0
+
+
+def bytes_with_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: int) -> SavedBytes:
+    """The same where it is not known yet which layers stand beside a cut: the dearest, so that it is no more.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        config: bits, 16 included.
+        dtype: that the model is saved in.
+        endpoints: how many layers there will be beside cuts, at most.
+
+    Returns:
+        Bytes of each layer, as one that is not beside a cut, and of all.
+
+    Raises:
+        ConfigError: as `quantize_`.
+        ModelError: as `quantize_`.
+    """
+    plain = saved_bytes(model, replace(config, endpoint_bits=None), dtype)
+    if not (config.rounds and config.endpoint_bits):
+        return plain
+    alone = saved_bytes(model, replace(config, bits=config.endpoint_bits, endpoint_bits=None), dtype)
+    more = sorted((a - b for a, b in zip(alone.layers, plain.layers, strict=True)), reverse=True)
+    return plain + sum(more[:endpoints])
