@@ -268,7 +268,8 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     journey = config.journey()
     journey.check()
     checkpoint = checkpoints.resolve(model, weights=False)
-    check_output(journey, checkpoint)
+    if checkpoint.gguf:
+        check_output(journey, checkpoint)  # else it is about --out, which a plan has not
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
