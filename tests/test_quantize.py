@@ -17,7 +17,8 @@ import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
-from layercut.config import CompressConfig, QuantizeConfig
+from layercut.cli.single_stage import quantize_alone
+from layercut.config import CompressConfig, QuantizeAloneConfig, QuantizeConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
@@ -816,6 +817,8 @@ def test_a_ruined_model_goes_the_same_way_and_is_called_broken(texts, tmp_path, 
         {"bits": 4, "endpoint_bits": 8, "quantize_embeddings": True},
         {"bits": 4, "asymmetric": True},
         {"bits": 3, "quantize_embeddings": True, "embedding_bits": 3},
+        {"bits": 3, "endpoint_bits": 8},
+        {"bits": 4, "endpoint_bits": 16, "quantize_embeddings": True, "embedding_bits": 4},
     ],
 )
 def test_bytes_are_known_before_anything_is_rounded(asked, tied):
@@ -836,3 +839,11 @@ def test_bytes_are_known_before_anything_is_rounded(asked, tied):
         assert outside.total == found.total
         assert outside.layers[1] < found.layers[1]
         assert outside.layers[0] == found.layers[0]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "q8_0"), (6, "q6_k"), (4, "q4_k_m"), (3, "q3_k_m"), (2, "q2_k")])
+def test_a_gguf_file_has_the_bits_that_are_asked_for(bits, kind, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("layercut.cli.single_stage.export", lambda _, config: asked.append(config))
+    quantize_alone("model", QuantizeAloneConfig(out=tmp_path / "x.gguf", quantize=QuantizeConfig(bits=bits)))
+    assert asked[0].gguf_type == kind

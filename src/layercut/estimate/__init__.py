@@ -338,9 +338,12 @@ def _asked_sizes(planner: _Planner, journey: CompressConfig, stored: torch.dtype
     if not journey.quantize.rounds or journey.quantize.bits == "auto":
         return {}
     whole, cuts = loading.skeleton(planner.stock, stored), planner.segments
-    given = replace(journey.quantize, endpoint_bits=None)
-    before = saved_bytes(whole, given, stored)
-    after = bytes_with_endpoints(whole, journey.quantize, stored, endpoints=2 * len(cuts))
+    before = bytes_with_endpoints(whole, journey.quantize, stored, endpoints=0)
+    if journey.search.segments:
+        beside = {i for cut in cuts for i in (cut.start - 1, cut.stop)} or {len(before.layers)}
+        after = saved_bytes(whole, journey.quantize, stored, endpoints=sorted(beside))
+    else:
+        after = bytes_with_endpoints(whole, journey.quantize, stored, endpoints=2 * len(cuts))
     gone = sum(sum(after.layers[cut.start : cut.stop]) for cut in cuts)
     return {"before": {"asked": before.total}, "after": {"asked": after.total - gone}}
 

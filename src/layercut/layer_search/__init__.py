@@ -196,7 +196,10 @@ def numbers_searched(
     if compares and limits.length > 1 and criterion is registries.criteria.get("exhaustive"):
         sets = number_of_sets(limits.length, layers, 2)
         if not (compares := sets <= MOST_SETS):
-            say("note", f"one segment only: with two there are {sets:,} sets, and at most {MOST_SETS:,} are all priced")
+            say(
+                "note",
+                f"the sweep is of one segment: with two there are {sets:,} sets, and {MOST_SETS:,} at most are priced",
+            )
     return numbers_of_segments(asked, limits.length, compares)
 
 

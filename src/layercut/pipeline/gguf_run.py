@@ -83,9 +83,10 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
     if config.quantize.rounds or config.search.two_budgets:
         flag = "--bits" if config.quantize.rounds else "--target-size with --max-loss"
         command = "" if chooses else "layercut compress: "
+        here = "" if config.search.target_size else "--gguf-type q4_k_m, or "
         raise ConfigError(
             f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
-            f"{command}--gguf-type q4_k_m, or for a checkpoint folder: --format safetensors",
+            f"{command}{here}for a checkpoint folder: --format safetensors",
         )
     if output.gguf_type not in (None, SAME, *PLAIN):
         require_llama_cpp()

@@ -26,7 +26,7 @@ from layercut.layer_search.criteria import names
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
 from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
-from layercut.quantization import bit_choice
+from layercut.quantization import bit_choice, endpoints_of
 from layercut.quantization.saved_size import bytes_with_endpoints
 from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
@@ -205,7 +205,11 @@ def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype
     """
     search, quantize = config.search, config.quantize
     segments = 2 if search.num_segments == "auto" else search.num_segments
-    saved = bytes_with_endpoints(model, quantize, dtype, endpoints=2 * segments)
+    there = len(endpoints_of(model.config, len(loading.find_decoder(model))))  # of earlier cuts
+    saved = bytes_with_endpoints(model, quantize, dtype, endpoints=there)
+    if saved.total > search.target_bytes:
+        most = there + 2 * segments * config.number_of_rounds
+        saved = bytes_with_endpoints(model, quantize, dtype, endpoints=most)
     what = f"the model's weights in {quantize.bits} bits" if quantize.rounds else "the model's weights"
     return length_for_size(saved.layers, saved.total, search.target_bytes, what)
 

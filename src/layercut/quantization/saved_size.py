@@ -51,7 +51,8 @@ def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpo
         weight = model.get_submodule(target.name).weight
         plain = weight.numel() * min(weight.itemsize, dtype.itemsize)
         parts = stored_bytes(target, tuple(weight.shape), dtype, zero_points=config.zero_points)
-        change = _of_tied_head(target, parts) if id(weight) in done else sum(parts.values()) - plain
+        again = target.layer is None and id(weight) in done
+        change = _of_tied_head(target, parts) if again else sum(parts.values()) - plain
         done.add(id(weight))
         total += change
         if target.layer is not None:
@@ -80,9 +81,13 @@ def bytes_with_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype,
         ConfigError: as `quantize_`.
         ModelError: as `quantize_`.
     """
-    plain = saved_bytes(model, replace(config, endpoint_bits=None), dtype)
+    layers = loading.find_decoder(model).layers
+    plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])  # which none of them is
     if not (config.rounds and config.endpoint_bits):
         return plain
-    alone = saved_bytes(model, replace(config, bits=config.endpoint_bits, endpoint_bits=None), dtype)
-    more = sorted((a - b for a, b in zip(alone.layers, plain.layers, strict=True)), reverse=True)
+    if config.endpoint_bits == 16:
+        alone = tuple(loading.parameter_bytes(layer, dtype) for layer in layers)
+    else:
+        alone = saved_bytes(model, config, dtype, endpoints=range(len(layers))).layers
+    more = sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)
     return plain + sum(more[:endpoints])

@@ -73,7 +73,8 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
         What is removed once this round is done.
     """
     work, config, seed = this.work, this.work.config.search, this.work.config.text.seed
-    if config.target_size and config.max_loss is None and length is None and keeps_gguf(work.config, work.checkpoint):
+    counted = keeps_gguf(work.config, work.checkpoint) or work.config.quantize.bits not in (16, "auto")
+    if counted and config.target_size and config.max_loss is None and length is None:
         length = length_for_target(work)  # by the file's header; it depends on options that the search does not know
     scored = [work.source, work.text["calibration"], seed, config, length, *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
