@@ -35,6 +35,7 @@ def take_over(run: Path, target: Path, **settings: Any) -> None:
             )
     plain = [argument for argument in sys.argv[1:] if not argument.startswith("/")]
     environment["command"] = [Path(sys.argv[0]).name, *plain]
+    environment.pop("commands", None)  # those that made the run folder, with paths
     write_json(target, {**settings, "comparison": comparison, "environment": environment})
 
 
