@@ -22,10 +22,6 @@ class SavedBytes:
     """Of each decoder layer."""
     total: int
 
-    def __add__(self, other: int) -> SavedBytes:
-        """With so many more that are in no layer."""
-        return replace(self, total=self.total + other)
-
 
 def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: Sequence[int] = ()) -> SavedBytes:
     """What `quantize_` will make of a model, to the byte, where bits are not chosen for a size.
@@ -90,4 +86,4 @@ def bytes_with_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype,
     else:
         alone = saved_bytes(model, config, dtype, endpoints=range(len(layers))).layers
     more = sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)
-    return plain + sum(more[:endpoints])
+    return replace(plain, total=plain.total + sum(more[:endpoints]))
