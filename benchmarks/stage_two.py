@@ -127,14 +127,13 @@ def quantize_words(result: dict[str, Any]) -> list[str]:
 def tune_quantized_table(result: dict[str, Any]) -> str:
     """What training after rounding brings back at the same bytes; before that, the smallest within each rise."""
     dense, rows = with_rises(result)
-    drafted = any("turns" in row for row in rows)
-    draft = " 2 turns: by a draft that fitted scales to codes twice; it is done three times." * drafted
+    found = {as_it_was(row) for row in rows}
+    marks = "; ".join(f"{mark} {means}" for mark, means in AS_IT_WAS.items() if mark in found)
     lines = [
         f"Trained after rounding (`--tune-quantized`): `benchmarks/tune_quantized.py`, {made(result)}, "
         f"{result['model']}, {result['weights']}; perplexity of {result['eval_tokens']:,} tokens of each "
         f"text (dense {' and '.join(figure(value) for value in dense.values())}), the rise that of the worse; seconds "
-        f"with the rounding. * by GPTQ as it was, all tokens counting alike, scales not fitted to codes.{draft} Of the "
-        "rows below:",
+        f"with the rounding{'. ' * bool(marks)}{marks}. Of the rows below:",
         "",
         "| asked | of the dense bytes | rise | bits | embeddings | trained | tokens |",
         "|---|---:|---:|---:|---:|---|---:|",
@@ -188,13 +187,26 @@ def answer(asked: str, row: dict[str, Any]) -> str:
     return f"| {asked} | {row['of_dense']:.1%} | {loss(row):+.1%} | {' | '.join(described(row))} |"
 
 
+AS_IT_WAS = {
+    "*": "by GPTQ as it was, all tokens counting alike, scales not fitted to codes",
+    "†": "with scales fitted, codes of GPTQ not exchanged",
+}
+"""What the marks of rows say that were made before."""
+
+
+def as_it_was(row: dict[str, Any]) -> str:
+    """The mark of a row whose weights were rounded before it was done as it is now."""
+    if row["quantizer"] != "gptq" or (row["bits"] != "auto" and row["bits"] >= 8) or "codes" in row:
+        return ""
+    return "†" if "scales" in row else "*"
+
+
 def described(row: dict[str, Any]) -> list[str]:
     """Bits, bits of embeddings, what is trained, on how many tokens."""
     auto = row["bits"] == "auto"
     bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
     bits += ", zero points" if row.get("asymmetric") else ""
-    bits += f", {row['turns']} turns" if "turns" in row else ""  # of a draft; there are three
-    bits += "*" if row["quantizer"] == "gptq" and (auto or row["bits"] < 8) and "scales" not in row else ""
+    bits += as_it_was(row) + (f", {row['turns']} turns" if "turns" in row else "")  # of a draft; there are more
     bits += f", without layers {row['removed']}" if "removed" in row else ""
     by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
     by += f", {row['mix']:g} of it the next token's loss" if "mix" in row else ""

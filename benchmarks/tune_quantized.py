@@ -187,14 +187,15 @@ def main() -> None:
 
 
 def how_rounded(asked: dict[str, Any]) -> dict[str, str]:
-    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales stayed, and cut models were
-    trained towards the dense one."""
+    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales and codes stayed, and cut
+    models were trained towards the dense one."""
     how = {"towards": TOWARDS} if "removed" in asked and asked["train"] != "none" else {}
     if asked["quantizer"] != "gptq":
         return how
     auto = asked["bits"] == "auto"
     head = {"head": "gptq"} if auto or asked["embeddings"] < NEAR_ENOUGH else {}
-    return how | head | ({"scales": "fitted"} if head or auto or asked["bits"] < NEAR_ENOUGH else {})
+    small = head or auto or asked["bits"] < NEAR_ENOUGH
+    return how | head | ({"scales": "fitted", "codes": "exchanged"} if small else {})
 
 
 def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) -> dict[str, torch.Tensor]:

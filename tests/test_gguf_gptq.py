@@ -18,7 +18,7 @@ from layercut.export.gguf_export import CutGguf, write_cut
 from layercut.export.gguf_gptq import choose_codes_
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner, mean_kl
-from layercut.quantization import scales
+from layercut.quantization import coordinate_descent, scales
 from layercut.quantization.gptq import gram, output_errors
 from layercut.quantization.grid import Grid, decode
 from layercut.segments import Segment
@@ -68,22 +68,42 @@ def test_scales_are_where_the_format_has_them(kind):
     assert np.array_equal(with_scales(other, kind, found), other), "what was rounded once stays"
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0"])
-def test_fitted_scales_bring_rows_nearer(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "left_out", "share"),
+    [(kind, (scales, "TURNS"), 0.97) for kind in ("q4_0", "q4_1", "q5_0", "q5_1")]
+    + [(kind, (coordinate_descent, "PASSES"), 0.98) for kind in LAYOUTS],
+)
+def test_fitted_scales_and_exchanged_codes_bring_rows_nearer(kind, left_out, share, monkeypatch):
     ggml = gguf.GGMLQuantizationType[kind.upper()]
     draw = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, 512, generator=draw) for n in (6, 2048))
     hessian = gram(x @ torch.randn(512, 512, generator=draw)).double()
-    packed = gguf.quants.quantize(weight.numpy(), ggml)
+    packed = random_rows(kind) if kind.endswith("k") else gguf.quants.quantize(weight.numpy(), ggml)
 
     def error() -> float:
         rows, points = gguf_gptq._chosen(packed, ggml, weight, hessian)
         assert torch.equal(torch.from_numpy(gguf.quants.dequantize(rows, ggml)), points)
         return output_errors(weight, points, hessian).sum().item()
 
-    fitted = error()
-    monkeypatch.setattr(scales, "TURNS", 0)
-    assert fitted < 0.97 * error()
+    whole = error()
+    monkeypatch.setattr(*left_out, 0)
+    assert whole < share * error()
+
+
+def test_no_row_of_a_type_with_scales_in_six_bits_is_worse_than_by_gptq(monkeypatch):
+    """One column that is far larger than the others, so that the damped H is not H."""
+    draw = torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(64, 512, generator=draw)
+    x = torch.randn(1024, 4, generator=draw) @ torch.randn(4, 512, generator=draw) / 2
+    x += 0.02 * torch.randn(1024, 512, generator=draw)
+    x[:, :1] *= 300
+    hessian, kind = gram(x).double(), gguf.GGMLQuantizationType.Q4_K
+    packed = random_rows("q4_k", 64)
+    found = output_errors(weight, gguf_gptq._chosen(packed, kind, weight, hessian)[1], hessian)
+    monkeypatch.setattr(coordinate_descent, "PASSES", 0)
+    before = output_errors(weight, gguf_gptq._chosen(packed, kind, weight, hessian)[1], hessian)
+    assert (found <= before).all()
+    assert found.sum() < before.sum()
 
 
 def test_a_block_without_a_scale_stands_for_one_number():

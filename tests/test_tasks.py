@@ -398,6 +398,15 @@ def test_a_context_that_several_answers_share_is_run_once(monkeypatch):
     assert all(greedy for _, greedy in found)
 
 
+def test_the_head_reads_rows_side_by_side():
+    """Of rows that are far apart torch copies a head's frozen weight for each, which took a minute of tasks an hour."""
+    lm, read = model(), []
+    lm.lm_head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    shared_contexts.log_likelihoods(lm, [([5, 6, 7], [9]), ([8], [10, 11]), (list(range(3, 20)), [3])])
+    assert read[0].shape[:2] == (3, 1)
+    assert all(hidden.stride(0) == hidden.shape[1] * hidden.stride(1) for hidden in read)
+
+
 @pytest.mark.parametrize("config", [{"layer_types": ["full_attention", "sliding_attention"]}, {"sliding_window": 8}])
 def test_layers_that_do_not_see_everything_are_run_as_lm_eval_does(config):
     lm = model()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layercut.models.memory import budget
+from layercut.models.runner import logits_at
 
 Request = tuple[list[int], list[int]]
 """A context, of one token at least, and what continues it, of one token at least."""
@@ -98,9 +99,8 @@ def _run_contexts(model: Any, contexts: Sequence[Sequence[int]]) -> _Contexts:
     device = next(model.parameters()).device
     ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in contexts], device=device)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=device)
-    out = model(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
-    )  # fmt: skip
+    last: dict[str, Any] = logits_at(model, torch.tensor([width - 1], device=device)) or {"logits_to_keep": 1}
+    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, **last)
     return _Contexts(out[_cache_name(out)], mask, out.logits[:, -1])
 
 

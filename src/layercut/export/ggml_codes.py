@@ -15,6 +15,9 @@ import torch
 
 from layercut.quantization.grid import Grid
 
+SCALE, LEAST = 0, 1
+"""Numbers of a block."""
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -31,7 +34,7 @@ class BlockLayout:
     high: int | None = None
     """Byte at which the fifth bits begin."""
     scales: tuple[int, ...] = ()
-    """Where each scale is a half of its own: which, 0 the scale, 1 the number that code 0 stands for."""
+    """Where each is a half of its own: which of SCALE and LEAST, the number that code 0 stands for."""
 
     @property
     def block(self) -> int:
@@ -40,10 +43,10 @@ class BlockLayout:
 
 
 LAYOUTS = {
-    "q4_0": BlockLayout(4, 1, 16, 2, scales=(0,)),
-    "q4_1": BlockLayout(4, 1, 16, 4, scales=(0, 1)),
-    "q5_0": BlockLayout(5, 1, 16, 6, 2, scales=(0,)),
-    "q5_1": BlockLayout(5, 1, 16, 8, 4, scales=(0, 1)),
+    "q4_0": BlockLayout(4, 1, 16, 2, scales=(SCALE,)),
+    "q4_1": BlockLayout(4, 1, 16, 4, scales=(SCALE, LEAST)),
+    "q5_0": BlockLayout(5, 1, 16, 6, 2, scales=(SCALE,)),
+    "q5_1": BlockLayout(5, 1, 16, 8, 4, scales=(SCALE, LEAST)),
     "q4_k": BlockLayout(4, 4, 32, 16),
     "q5_k": BlockLayout(5, 4, 32, 48, 16),
 }
@@ -85,7 +88,7 @@ def with_scales(packed: np.ndarray, kind: str, grid: Grid) -> np.ndarray:
     Args:
         packed: uint8 [O, bytes of a row].
         kind: one of LAYOUTS.
-        grid: scales, and zero points [O, I / SHARED], which a type without a least number keeps as they are.
+        grid: scales, and zero points [O, I / SHARED], 0 of a type without a least number.
 
     Returns:
         uint8 [O, bytes of a row]; `grid_of` gives the grid that it holds, rounded to halves.
@@ -107,7 +110,8 @@ def grid_of(packed: np.ndarray, kind: Any, columns: int) -> Grid:
         columns: I.
 
     Returns:
-        Scales and zero points in float32 [O, I / SHARED]; a scale of 0, which leaves no choice, is NO_SCALE here.
+        Scales in float32 [O, I / SHARED], a scale of 0, which leaves no choice, as NO_SCALE; and zero points, in
+        float32 where a block has a least number, which may be any, else int8 and 0.
     """
     from gguf import quants
 
@@ -118,4 +122,6 @@ def grid_of(packed: np.ndarray, kind: Any, columns: int) -> Grid:
     )
     bits, scale = LAYOUTS[name].bits, one - none
     scale = torch.where(scale == 0, NO_SCALE, scale)
-    return Grid(scale, -(2 ** (bits - 1)) - none / scale, bits, SHARED)
+    symmetric = LAYOUTS[name].scales == (SCALE,)
+    zero = torch.zeros_like(scale, dtype=torch.int8) if symmetric else -(2 ** (bits - 1)) - none / scale
+    return Grid(scale, zero, bits, SHARED)

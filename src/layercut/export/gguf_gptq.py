@@ -1,4 +1,4 @@
-"""GPTQ for GGUF files: the codes so that later columns make up for earlier errors, the scales fitted to them.
+"""GPTQ for GGUF files: the codes so that later columns make up for earlier errors, exchanged then, scales fitted.
 
 llama.cpp rounds every weight for itself, or with the importance of its column; GPTQ (Frantar et al., 2210.17323) takes
 into account what the columns have to do with each other. It begins on the scales that llama.cpp chose, and keeps them
@@ -26,6 +26,7 @@ from layercut.models.gguf_header import open_gguf
 from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say
+from layercut.quantization.coordinate_descent import descended
 from layercut.quantization.gptq import gptq
 from layercut.quantization.grid import Grid
 from layercut.quantization.layer_by_layer import each_with_hessian
@@ -134,10 +135,9 @@ def _chosen(
     def stored(grid: Grid) -> Grid:
         return grid_of(with_scales(packed, name, grid), kind, columns)
 
-    grid, choose = grid_of(packed, kind, columns), partial(gptq, plain, sums)
-    codes = choose(grid)
-    if LAYOUTS[name].scales:
-        grid, codes = by_turns(plain, sums, grid, codes, choose, stored)
-        packed = with_scales(packed, name, grid)
+    grid, again = grid_of(packed, kind, columns), partial(descended, plain, sums)
+    own = bool(LAYOUTS[name].scales)
+    grid, codes = by_turns(plain, sums, grid, gptq(plain, sums, grid), again, stored if own else None)
+    packed = with_scales(packed, name, grid) if own else packed
     found = with_codes(packed, name, (codes.int() - grid.lowest).numpy())
     return found, torch.from_numpy(quants.dequantize(found, kind)).to(weight.device)

@@ -36,7 +36,7 @@ from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_h
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
 from layercut.quantization.quantized import Quantized, QuantizedWeight
 from layercut.quantization.quantizers import Quantizer, codes, resolve
-from layercut.quantization.scales import RECIPE, by_turns
+from layercut.quantization.scales import RECIPE, better_start, by_turns
 from layercut.quantization.sensitivity import token_weights
 
 __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantize", "quantize_", "quantized_weights"]
@@ -304,13 +304,18 @@ def _quantize_weight(
     weight = model.get_submodule(target.name).weight
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "the model is damaged: load it again")
-    grid = fit_grid(weight, target.bits, target.group_size, asymmetric=config.zero_points, dtype=stored_dtype(model))
-    nearest = encode(weight, grid)
+    fit = partial(
+        fit_grid, weight, target.bits, target.group_size, asymmetric=config.zero_points, dtype=stored_dtype(model)
+    )
+    grid = plain = fit()
+    nearest = encode(weight, plain)
     uncalibrated = hessian is None and quantizer[1].needs_calibration
-    chosen = nearest if uncalibrated else codes(*quantizer, weight, hessian, grid)
-    plain = grid
+    choose = partial(codes, *quantizer, weight, hessian)
     if hessian is not None and target.bits < NEAR_ENOUGH and getattr(quantizer[1], "fits_scales", False):
-        grid, chosen = by_turns(weight, hessian, grid, chosen, partial(codes, *quantizer, weight, hessian))
+        grid, chosen = better_start(weight, hessian, lambda counts: fit(counts=counts), choose)
+        grid, chosen = by_turns(weight, hessian, grid, chosen, choose)
+    else:
+        chosen = nearest if uncalibrated else choose(grid)
     rounded = decode(chosen, grid)
     stored = pack(target, chosen, grid)
     output = rtn = None

@@ -14,12 +14,10 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from layercut.models.batch_sizes import slices
-from layercut.quantization.grid import Grid, decode, encode
+from layercut.quantization.grid import ROWS, Grid, decode, encode
 
 DAMPING, BLOCK = 0.01, 128
 """Share of H's mean diagonal that is added to the diagonal, and columns updated at once; both as in the paper."""
-ROWS = 2**14
-"""Rows that are worked on at once, of which none needs another: a head has as many as there are tokens."""
 
 
 def gram(inputs: torch.Tensor) -> torch.Tensor:
@@ -102,13 +100,18 @@ def _compensated(weight: torch.Tensor, grid: Grid, order: torch.Tensor, factor: 
     return found.T.contiguous()
 
 
-def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """U [I, I] upper triangular with U'U = H^-1, H damped; an input that never occurs gets 1 on the diagonal."""
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
+def damped(hessian: torch.Tensor) -> torch.Tensor:
+    """H [I, I] with `DAMPING` of its mean diagonal on its diagonal; an input that never occurs gets 1 beside."""
+    found = hessian.clone()
+    diagonal = found.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    lower = torch.linalg.cholesky(damped)
+    return found
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """U [I, I] upper triangular with U'U = H^-1, H damped."""
+    lower = torch.linalg.cholesky(damped(hessian))
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 

@@ -6,9 +6,13 @@ G = I / group size. A weight is stored as codes q of b bits; it stands for (q - 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from layercut.models.batch_sizes import slices
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,28 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
 
+ROWS = 2**14
+"""Rows that are worked on at once, of which none needs another: a head has as many as there are tokens."""
 SEARCHED_BITS = 3
 """At so few bits and fewer, a grid that leaves a group's largest weights out is often nearer to all the others."""
 SHARES = torch.linspace(1.0, 0.4, 13).tolist()
 """Of the range that would cover a group, from which its grid is then chosen."""
 
 
-def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bool, dtype: torch.dtype) -> Grid:
+def fit_grid(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    asymmetric: bool,
+    dtype: torch.dtype,
+    counts: torch.Tensor | None = None,
+) -> Grid:
     """The grid that just covers each group of `weight` [O, I]; 0 is always one of its points.
 
     Symmetric: s = max|w| / (2^b - 1) * 2, z = 0. Asymmetric: s = (max - min) / (2^b - 1), z = lowest - min / s. At
-    `SEARCHED_BITS` and fewer the range is that of `SHARES` of it with the least squared error of the group.
+    `SEARCHED_BITS` and fewer, or with `counts`, the range is that of `SHARES` of it with the least squared error of
+    the group.
 
     Args:
         weight: [O, I], of any dtype; computed in float32.
@@ -58,26 +73,39 @@ def fit_grid(weight: torch.Tensor, bits: int, group_size: int, *, asymmetric: bo
         group_size: columns that share a scale; divides I.
         asymmetric: with zero points.
         dtype: of the scales, as they are stored.
+        counts: what the squared error of each column counts [I]; each alike where not given.
 
     Returns:
         Scales [O, I / group_size], and zero points of the same shape where asymmetric.
     """
+    tried = SHARES if bits <= SEARCHED_BITS or counts is not None else ()
+    how = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "dtype": dtype}
+    found = [_fitted(weight[part], tried, counts, how) for part in slices(len(weight), ROWS)]
+    zeros = [grid.zero for grid in found if grid.zero is not None]
+    return Grid(torch.cat([grid.scale for grid in found]), torch.cat(zeros) if zeros else None, bits, group_size)
+
+
+def _fitted(weight: torch.Tensor, shares: Sequence[float], counts: torch.Tensor | None, how: dict[str, Any]) -> Grid:
+    """Of some rows: the covering grid, or that of the share of its range with the least error."""
+    group_size = how["group_size"]
     grouped = weight.float().unflatten(1, (-1, group_size))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    best, least = _covering(low, high, bits, group_size, asymmetric=asymmetric, dtype=dtype), None
-    for share in SHARES if bits <= SEARCHED_BITS else ():
-        tried = _covering(share * low, share * high, bits, group_size, asymmetric=asymmetric, dtype=dtype)
+    best, least = _covering(low, high, **how), None
+    counted = None if counts is None else counts.float().unflatten(0, (-1, group_size))
+    for share in shares:
+        tried = _covering(share * low, share * high, **how)
         rounded = decode(encode(weight, tried), tried).float().unflatten(1, (-1, group_size))
-        error = (rounded - grouped).square().sum(-1)  # [O, G]
-        nearer = error < (error + 1 if least is None else least)
+        squared = (rounded - grouped).square()
+        error = (squared if counted is None else squared * counted).sum(-1)  # [O, G]
+        nearer = error < (torch.inf if least is None else least)
         least = error if least is None else torch.where(nearer, error, least)
         zero = None if best.zero is None or tried.zero is None else torch.where(nearer, tried.zero, best.zero)
-        best = Grid(torch.where(nearer, tried.scale, best.scale), zero, bits, group_size)
+        best = Grid(torch.where(nearer, tried.scale, best.scale), zero, best.bits, group_size)
     return best
 
 
 def _covering(
-    low: torch.Tensor, high: torch.Tensor, bits: int, group_size: int, *, asymmetric: bool, dtype: torch.dtype
+    low: torch.Tensor, high: torch.Tensor, *, bits: int, group_size: int, asymmetric: bool, dtype: torch.dtype
 ) -> Grid:
     """The grid from `low` [O, G], 0 at most, to `high` [O, G], 0 at least."""
     steps = 2**bits - 1

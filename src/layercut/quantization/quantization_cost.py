@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from layercut.models.cost import Peak, PlannedRun, Spent, Work, total
 from layercut.quantization import sensitivity
-from layercut.quantization.gptq import ROWS
-from layercut.quantization.grid import SEARCHED_BITS, SHARES
+from layercut.quantization.coordinate_descent import PASSES
+from layercut.quantization.grid import ROWS, SEARCHED_BITS, SHARES
 from layercut.quantization.scales import EQUATIONS_BYTES, TURNS
 
 MATRICES, WIDTHS = 7, 16
 """Of a layer, and what is tried for each where bits are chosen: those of a Llama."""
 SMALLEST_GROUP = 32
 """Columns that share a scale, where the config does not say how many."""
-PASSES = 10
+TOUCHED = 10
 """Times that rounding a weight reads or writes it in float32, for each range that is tried. A guess."""
+
+ERRORS, PRODUCTS = 2 * TURNS + 11, 2 + TURNS + (TURNS + 1) * (PASSES + 1)
+"""Below 8 bits, of each weight: times that its error at the output is taken, and products of its size with H."""
 
 
 def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
@@ -35,20 +38,20 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
         Its cost.
     """
     shape, layers, matrices, bits = run.shape, len(run.after.layers), run.after.matrices, run.config.quantize.bits
-    ranges = len(SHARES) if bits == "auto" or bits <= SEARCHED_BITS else 1
-    work = Work(moved_bytes=4 * matrices * PASSES * ranges)
+    small = calibrated and run.config.quantize.small
+    ranges = len(SHARES) * (2 if small else 1) if small or bits == "auto" or bits <= SEARCHED_BITS else 1
+    work = Work(moved_bytes=4 * matrices * TOUCHED * ranges)
     held = matrices * (shape.itemsize + 1)  # rounded weights beside those before, and their codes
     peak: Peak = {"rounded weights": held}
     if not calibrated:
         return _with_passes(run, Spent(peak, work), weighted=False)
-    rows, inputs, small = run.calibration, _inputs(run), run.config.quantize.small
-    turns = 1 + TURNS if small else 1
+    rows, inputs = run.calibration, _inputs(run)
     read = [*inputs, *[shape.hidden] * (MATRICES - len(inputs))] if small else inputs  # a Hessian for every matrix
     squares, mean = sum(width**2 for width in read), sum(inputs) / len(inputs)
-    # errors at the output of four weights in every turn, 2 O I^2 each, and of a factor three times I^3
-    solved = turns * 8 * matrices * mean + layers * 3 * sum(width**3 for width in read)
-    # codes that compensate, and scales for them, 2 O I^2 each
-    gathered = layers * rows * shape.window * 2 * squares + 2 * (2 * turns - 1) * matrices * mean
+    # of a weight 2 O I^2 each: errors at the output; codes that compensate, are exchanged, and scales for them
+    errors, products = (ERRORS, PRODUCTS) if small else (5, 1)
+    solved = 2 * errors * matrices * mean + layers * 3 * sum(width**3 for width in read)  # a factor: three times I^3
+    gathered = layers * rows * shape.window * 2 * squares + 2 * products * matrices * mean
     work += Work.of(shape, 2 * rows * layers, heads=0, flops64=solved) + Work(flops=gathered)
     peak |= {"streams": 2 * shape.stream(rows), "Hessians": 4 * 8 * sum(width**2 for width in inputs)}
     if small:
@@ -79,8 +82,8 @@ def _with_passes(run: PlannedRun, spent: Spent, *, weighted: bool) -> Spent:
 def _head_cost(run: PlannedRun) -> Spent:
     """One more pass of the calibration rows, for what the head reads, and its rounding."""
     shape, rows, square = run.shape, run.calibration, run.shape.hidden**2
-    solved = 8 * shape.vocabulary * square + 3 * shape.hidden**3
-    gathered = 2 * square * (rows * shape.window + shape.vocabulary)
+    solved = 2 * ERRORS * shape.vocabulary * square + 3 * shape.hidden**3
+    gathered = 2 * square * (rows * shape.window + PRODUCTS * shape.vocabulary)
     together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))
     peak = {
         "logits": shape.itemsize * together * shape.window * shape.vocabulary,

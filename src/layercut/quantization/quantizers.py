@@ -13,9 +13,9 @@ A quantizer is a function, or a class without arguments whose instances can be c
             return scaled.floor().clamp(grid.lowest, grid.highest)
 
 With `fits_scales = True` beside `needs_calibration = True`, below 8 bits scales are fitted to its codes and it is asked
-again (`scales.py`), as GPTQ is. Everything around it is layercut's: which weights, the grid of points that a weight may
-take (`grid.py`), the Hessians, packing, the errors of the report. The codes are stored as compressed-tensors stores
-them, so stock loaders read them.
+again (`scales.py`), or its method `again(weight, hessian, grid, codes)` is, with the codes there are. Everything around
+it is layercut's: which weights, the grid of points that a weight may take (`grid.py`), the Hessians, packing, the
+errors of the report. The codes are stored as compressed-tensors stores them, so stock loaders read them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from typing import Any, Protocol
 import torch
 
 from layercut.errors import ConfigError
+from layercut.quantization.coordinate_descent import descended
 from layercut.quantization.gptq import gptq
 from layercut.quantization.grid import Grid, encode
 from layercut.registries import quantizers
 
 
 class Quantizer(Protocol):
-    """Chooses the codes of one weight, after its grid is fitted and before it is packed."""
+    """Chooses the codes of one weight, after its grid is fitted and before it is packed.
+
+    It may have `fits_scales` and `again` besides, as said above.
+    """
 
     needs_calibration: bool
     """Whether it asks for the Hessian. True: calibration tokens must be given, the model is run on them layer by
@@ -57,7 +61,10 @@ class Quantizer(Protocol):
 
 
 class Gptq:
-    """GPTQ: column by column; the columns not yet rounded compensate each error (Frantar et al., 2210.17323)."""
+    """GPTQ: column by column; the columns not yet rounded compensate each error (Frantar et al., 2210.17323).
+
+    Below 8 bits by turns with fitted scales, its codes exchanged for better ones by coordinate descent.
+    """
 
     needs_calibration = True
     fits_scales = True
@@ -66,6 +73,13 @@ class Gptq:
         """Codes by GPTQ; as of `Quantizer.__call__`."""
         assert hessian is not None
         return gptq(weight, hessian, grid)
+
+    def again(
+        self, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid, codes: torch.Tensor
+    ) -> torch.Tensor:
+        """Codes from those [O, I] that there are; else as of `Quantizer.__call__`."""
+        assert hessian is not None
+        return descended(weight, hessian, grid, codes)
 
 
 class RoundToNearest:
@@ -97,7 +111,14 @@ def resolve(quantizer: str | Quantizer | Callable[..., Any]) -> tuple[str, Quant
     return name, found
 
 
-def codes(name: str, quantizer: Quantizer, weight: torch.Tensor, hessian: torch.Tensor | None, grid: Grid) -> Any:
+def codes(
+    name: str,
+    quantizer: Quantizer,
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None,
+    grid: Grid,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What a quantizer makes of a weight, checked.
 
     Args:
@@ -106,6 +127,7 @@ def codes(name: str, quantizer: Quantizer, weight: torch.Tensor, hessian: torch.
         weight: [O, I].
         hessian: H = 2 X'X [I, I], or None.
         grid: fitted to the weight.
+        before: codes that there are [O, I], for a quantizer that begins with these.
 
     Returns:
         Codes [O, I], int8.
@@ -113,7 +135,8 @@ def codes(name: str, quantizer: Quantizer, weight: torch.Tensor, hessian: torch.
     Raises:
         ConfigError: another shape, fractions, or codes outside the grid.
     """
-    found = quantizer(weight, hessian, grid)
+    again = None if before is None else getattr(quantizer, "again", None)
+    found = again(weight, hessian, grid, before) if again else quantizer(weight, hessian, grid)
     wanted = f"wanted are whole numbers {list(weight.shape)} from {grid.lowest} to {grid.highest}"
     hint = "correct the quantizer, or use --quantizer gptq"
     if not isinstance(found, torch.Tensor) or found.shape != weight.shape:

@@ -13,10 +13,10 @@ import torch
 
 from layercut.models.batch_sizes import slices
 from layercut.quantization.gptq import output_errors
-from layercut.quantization.grid import Grid, decode
+from layercut.quantization.grid import ROWS, Grid, decode
 
-TURNS = 3
-"""Times that scales are fitted and codes chosen again (docs/log.md)."""
+TURNS = 4
+"""Times that scales are fitted, with codes chosen again before and after each (docs/log.md)."""
 DAMPING = 1e-3
 """Share of the mean diagonal of the normal equations that holds scales at what they were."""
 WITHIN = 3.0
@@ -27,8 +27,32 @@ TINY = 1e-6
 """Where a row's codes are all zero there is nothing else to solve."""
 LARGEST = 1e6
 """Of a code less its zero point: more is that of a group of a file that has no scale, and stands for one number."""
-RECIPE = ["weighted tokens", TURNS, DAMPING, WITHIN]
+RECIPE = ["weighted tokens", "two ranges, coordinate descent", TURNS, DAMPING, WITHIN]
 """What decides beside the options which codes and scales are found."""
+
+
+def better_start(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    fit: Callable[[torch.Tensor], Grid],
+    choose: Callable[[Grid], torch.Tensor],
+) -> tuple[Grid, torch.Tensor]:
+    """Of two grids with codes on them the better one, row by row: fitted to all weights alike, and to those that count.
+
+    Args:
+        weight: [O, I].
+        hessian: H = 2 X'X [I, I].
+        fit: the grid of the weight where the error of each column counts so much [I].
+        choose: codes [O, I] of the weight on a grid.
+
+    Returns:
+        The grid, and codes [O, I] int8.
+    """
+    alike = fit(torch.ones_like(hessian.diagonal()))
+    kept = _Kept(weight, hessian, alike, choose(alike))
+    counted = fit(hessian.diagonal())
+    kept.or_(counted, choose(counted))
+    return kept.grid, kept.codes
 
 
 def by_turns(
@@ -36,8 +60,8 @@ def by_turns(
     hessian: torch.Tensor,
     grid: Grid,
     codes: torch.Tensor,
-    choose: Callable[[Grid], torch.Tensor],
-    stored: Callable[[Grid], Grid] = lambda grid: grid,
+    again: Callable[[Grid, torch.Tensor], torch.Tensor],
+    stored: Callable[[Grid], Grid] | None = lambda grid: grid,
 ) -> tuple[Grid, torch.Tensor]:
     """A grid and codes on it that are nowhere worse at the output than those given.
 
@@ -46,22 +70,37 @@ def by_turns(
         hessian: H = 2 X'X [I, I].
         grid: fitted to the weight.
         codes: [O, I] on it.
-        choose: codes [O, I] of the weight on another grid.
-        stored: the grid that a file keeps for one, where its scales and zero points are rounded further.
+        again: codes [O, I] of the weight on another grid, from those that there are.
+        stored: the grid that a file keeps for one, where its scales and zero points are rounded further; None where
+            they stay.
 
     Returns:
         The grid, and codes [O, I] int8.
     """
-    error = output_errors(weight, decode(codes, grid), hessian)  # [O]
-    for _ in range(TURNS):
-        fitted = stored(fitted_scales(weight, hessian, grid, codes))
-        for tried in (codes, choose(fitted)):
-            other = output_errors(weight, decode(tried, fitted), hessian)
-            better = (other < error)[:, None]
-            codes = torch.where(better, tried, codes)
-            grid = _better(better, fitted, grid)
-            error = torch.minimum(other, error)
-    return grid, codes
+    kept = _Kept(weight, hessian, grid, codes)
+    kept.or_(kept.grid, again(kept.grid, kept.codes))
+    for _ in range(TURNS if stored else 0):
+        assert stored is not None
+        kept.or_(stored(fitted_scales(weight, hessian, kept.grid, kept.codes)), kept.codes)
+        kept.or_(kept.grid, again(kept.grid, kept.codes))
+    return kept.grid, kept.codes
+
+
+class _Kept:
+    """Of the grids and codes that were tried, row by row, those with the least error at the output."""
+
+    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> None:
+        self.weight, self.hessian, self.grid, self.codes = weight, hessian, grid, codes
+        self.error = output_errors(weight, decode(codes, grid), hessian)  # [O]
+
+    def or_(self, grid: Grid, codes: torch.Tensor) -> None:
+        """Other codes on another grid, or on the same one."""
+        error = output_errors(self.weight, decode(codes, grid), self.hessian)
+        better = (error < self.error)[:, None]
+        self.error = torch.minimum(error, self.error)
+        self.codes = torch.where(better, codes, self.codes)
+        if grid is not self.grid:
+            self.grid = _better(better, grid, self.grid)
 
 
 def _better(rows: torch.Tensor, fitted: Grid, grid: Grid) -> Grid:
@@ -71,10 +110,11 @@ def _better(rows: torch.Tensor, fitted: Grid, grid: Grid) -> Grid:
 
 
 def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> Grid:
-    """The scales with the least error at the output for these codes; zero points stay.
+    """The scales with the least error at the output for these codes; zero points stay, but such as need be no codes.
 
     Of a row w, with v_g its codes less zero points in the columns of group g and 0 elsewhere: A s = b,
-    A_gh = v_g H v_h', b_g = v_g H w'.
+    A_gh = v_g H v_h', b_g = v_g H w'. A zero point that may be any number moves all that a group stands for by d_g,
+    whose v is 1 in the columns of the group: as many unknowns more, the codes then less the middle one of the group.
 
     Args:
         weight: [O, I].
@@ -86,27 +126,72 @@ def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes
         The grid, with scales in the dtype that they are stored in.
     """
     hessian = hessian.float() / hessian.diagonal().mean().clamp(min=TINY)
-    found, groups = [], grid.scale.shape[1]
-    for part in slices(len(weight), max(1, EQUATIONS_BYTES // (4 * groups**2))):
-        some = grid.rows(part)
-        old, rows = some.scale.float(), weight[part].float()
-        steps = codes[part].float().unflatten(1, (-1, grid.group_size))  # V [O, G, group]
-        if some.zero is not None:
-            steps = steps - some.zero.float().unsqueeze(-1)
-            still = steps.abs() > LARGEST
-            rows = rows - torch.where(still, steps * old.unsqueeze(-1), 0).flatten(1)
-            steps = torch.where(still, 0, steps)
-        normal = old.new_empty(*old.shape, old.shape[1])  # A [O, G, G]
-        right = torch.empty_like(old)  # b [O, G]
-        for g, columns in enumerate(hessian.split(grid.group_size)):
-            seen = steps[:, g] @ columns  # v_g H [O, I]
-            normal[:, g] = (seen.unflatten(1, (-1, grid.group_size)) * steps).sum(-1)
-            right[:, g] = (seen * rows).sum(-1)
-        missing = right - (normal @ old.unsqueeze(-1)).squeeze(-1)  # A (s - s_old) = b - A s_old
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal += DAMPING * diagonal.mean(1, keepdim=True) + TINY
-        scale = old + torch.linalg.solve(normal, missing)
-        share = scale / old
-        kept = torch.isfinite(scale) & (share < WITHIN) & (share > 1 / WITHIN)
-        found.append(torch.where(kept, scale, old).to(grid.scale.dtype))
-    return Grid(torch.cat(found), grid.zero, grid.bits, grid.group_size)
+    unknowns = (1 + _moves(grid)) * grid.scale.shape[1]
+    parts = slices(len(weight), min(ROWS, max(1, EQUATIONS_BYTES // (4 * unknowns**2))))
+    found = [_fitted(weight[part].float(), hessian, grid.rows(part), codes[part]) for part in parts]
+    zero = grid.zero
+    if _moves(grid):
+        zero = torch.cat([some.zero for some in found if some.zero is not None])
+    return Grid(torch.cat([some.scale for some in found]), zero, grid.bits, grid.group_size)
+
+
+def _moves(grid: Grid) -> bool:
+    """Whether its zero points need be no codes."""
+    return grid.zero is not None and grid.zero.is_floating_point()
+
+
+def _fitted(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> Grid:
+    """Of some rows w [O, I] in float32; H divided by its mean diagonal."""
+    old, moves = grid.scale.float(), _moves(grid)
+    steps = codes.float().unflatten(1, (-1, grid.group_size))  # [O, G, group]
+    terms, before = steps.unsqueeze(0), old.unsqueeze(0)  # v [P, O, G, group], [P, O, G]
+    if grid.zero is not None:
+        steps = steps - grid.zero.float().unsqueeze(-1)
+        still = steps.abs() > LARGEST
+        rows = rows - torch.where(still, steps * old.unsqueeze(-1), 0).flatten(1)
+        terms = torch.where(still, 0, steps).unsqueeze(0)
+        if moves:  # about the middle of the codes, that the two unknowns of a group have little to do with each other
+            middle = codes.float().unflatten(1, (-1, grid.group_size)).mean(-1).round()  # [O, G]
+            offset = torch.where(still.any(-1), 0, middle - grid.zero)
+            terms = torch.stack([torch.where(still, 0, steps - offset.unsqueeze(-1)), (~still).float()])
+            before = torch.stack([old, offset * old])
+    scale, *moved = _least_squares(terms, before, rows, hessian)
+    share = scale / old
+    kept = torch.isfinite(scale) & (share < WITHIN) & (share > 1 / WITHIN)
+    zero = grid.zero
+    if moves:
+        assert zero is not None
+        kept &= torch.isfinite(moved[0]) & ~still.any(-1)
+        zero = torch.where(kept, middle - moved[0] / scale, zero)
+    return Grid(torch.where(kept, scale, old).to(grid.scale.dtype), zero, grid.bits, grid.group_size)
+
+
+def _least_squares(
+    terms: torch.Tensor, before: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor
+) -> torch.Tensor:
+    """How much of each term makes rows w [O, I] the nearest, held a little at what it was.
+
+    Args:
+        terms: v [P, O, G, I / G], each 0 outside its group.
+        before: what it was [P, O, G].
+        rows: w.
+        hessian: H [I, I].
+
+    Returns:
+        [P, O, G].
+    """
+    kinds, outputs, groups, size = terms.shape
+    normal = terms.new_empty(outputs, kinds, groups, kinds, groups)  # A
+    right = terms.new_empty(outputs, kinds, groups)  # b
+    for g, columns in enumerate(hessian.split(size)):
+        for p in range(kinds):
+            seen = terms[p, :, g] @ columns  # v_g H [O, I]
+            normal[:, p, g] = torch.einsum("ogc,pogc->opg", seen.unflatten(1, (-1, size)), terms)
+            right[:, p, g] = (seen * rows).sum(-1)
+    normal = normal.flatten(3).flatten(1, 2)  # [O, P G, P G]
+    old = before.movedim(0, 1).flatten(1)  # [O, P G]
+    missing = right.flatten(1) - (normal @ old.unsqueeze(-1)).squeeze(-1)  # A (s - s_old) = b - A s_old
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    of_kinds = diagonal.unflatten(1, (kinds, groups)).mean(2, keepdim=True).expand(-1, -1, groups).flatten(1)
+    diagonal += DAMPING * of_kinds + TINY
+    return (old + torch.linalg.solve(normal, missing)).unflatten(1, (kinds, groups)).movedim(1, 0)
