@@ -136,6 +136,9 @@ class Oracle:
     def parameters(self):
         yield torch.zeros(1)
 
+    def get_output_embeddings(self):
+        return None
+
     def generate(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
         text = self.tokenizer.decode(ids[0])
         key = text.partition("The pass key is ")[2][:5] if ids.shape[1] <= self.memory else "12345"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from layercut.evaluation import speed
+from layercut.evaluation import generation, speed
 from layercut.evaluation.speed import Seconds
 from layercut.models import loading, memory
 from layercut.segments import Segment
@@ -59,6 +59,22 @@ def test_real_timings_hold_together(pair):
     # two heads of 8 for keys and for values, in float32
     assert found["kv_bytes_per_token"] == {"dense": 8 * 2 * 2 * 8 * 4, "compressed": 6 * 2 * 2 * 8 * 4}
     assert found["weight_bytes"]["dense"] == sum(p.numel() * 4 for p in pair[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "generate",
+    [lambda model: generation.greedy(model, torch.tensor([[3, 4]]), 2, 0), lambda model: speed._generate(model, 8, 2)],
+)
+def test_generation_runs_the_head_as_transformers_leaves_it(pair, generate, monkeypatch):
+    """A head that takes no gradients is copied for each row by torch: no user's model is so slow."""
+    model, took = pair[0], []
+    stock = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: took.append(model.lm_head.weight.requires_grad) or stock(*a, **k)
+    )
+    generate(model)
+    assert took == [True]
+    assert not any(weight.requires_grad for weight in model.parameters())
 
 
 def test_time_inside_the_layers_is_part_of_the_whole(pair):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layercut.data.chat_templates import render_chat
+from layercut.models.loading import as_just_loaded
 from layercut.models.losses import next_token_loss
 
 PROMPTS = (
@@ -94,7 +95,8 @@ def greedy(
         settings["streamer"] = streamer
     if exactly:
         settings["min_new_tokens"] = tokens
-    return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.shape[1] :].tolist()
+    with as_just_loaded(model):
+        return model.generate(ids, max_new_tokens=tokens, **settings)[:, ids.shape[1] :].tolist()
 
 
 # --- health --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from layercut.models.loading import find_decoder, parameter_bytes, stored_dtype
+from layercut.models.loading import as_just_loaded, find_decoder, parameter_bytes, stored_dtype
 
 PROMPT, DECODE, REPEATS = 512, 24, 5
 """Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up."""
@@ -136,16 +136,17 @@ def _time_once(model: Any, prompt: int, decode: int, *, inside: bool = False) ->
 def _generate(model: Any, prompt: int, new: int, **more: Any) -> Any:
     device = next(model.parameters()).device
     tokens = torch.arange(prompt, device=device)[None] % model.config.get_text_config().vocab_size
-    return model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        **more,
-    )
+    with as_just_loaded(model):
+        return model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **more,
+        )
 
 
 @contextmanager

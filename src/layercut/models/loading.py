@@ -794,6 +794,25 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
+def as_just_loaded(model: Any) -> Iterator[None]:
+    """While open, the head's weight takes gradients, as transformers leaves it; for generation, which computes none.
+
+    Of rows that are not contiguous, as the last token's of a prompt, torch multiplies each by a copy of a weight that
+    takes no gradients: with 512 tokens of SmolLM2-135M in bfloat16 on a CPU that was an eighth of the prefill.
+
+    Args:
+        model: a causal LM of transformers.
+
+    Yields:
+        Nothing.
+    """
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    weights = [weight] if isinstance(weight, nn.Parameter) and weight.is_floating_point() else []
+    with taking_gradients([weight for weight in weights if not weight.is_inference()], True):
+        yield
+
+
+@contextmanager
 def taking_gradients(weights: Sequence[nn.Parameter], flag: bool) -> Iterator[None]:
     """While open, the weights take gradients, or none does; afterwards those do that did before.
 
