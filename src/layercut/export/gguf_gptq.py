@@ -27,7 +27,7 @@ from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say
 from layercut.quantization.coordinate_descent import descended
-from layercut.quantization.gptq import gptq
+from layercut.quantization.gptq import gptq, with_ridge
 from layercut.quantization.grid import Grid
 from layercut.quantization.layer_by_layer import each_with_hessian
 from layercut.quantization.scales import by_turns
@@ -130,7 +130,7 @@ def _chosen(
     """Rows with the codes of GPTQ and, where a block has scales of its own, those fitted; what they stand for."""
     from gguf import quants
 
-    name, columns, plain, sums = kind.name.lower(), weight.shape[1], weight.cpu(), hessian.cpu()
+    name, columns, plain, sums = kind.name.lower(), weight.shape[1], weight.cpu(), with_ridge(hessian.cpu())
 
     def stored(grid: Grid) -> Grid:
         return grid_of(with_scales(packed, name, grid), kind, columns)

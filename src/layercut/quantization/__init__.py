@@ -30,7 +30,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
 from layercut.quantization.bit_choice import Mixture, choose
-from layercut.quantization.gptq import output_errors
+from layercut.quantization.gptq import output_errors, with_ridge
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
 from layercut.quantization.packing import pack, quantization_config, quantized_weights, require_library
@@ -44,15 +44,10 @@ __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantiz
 
 def recipe(config: QuantizeConfig) -> list[Any]:
     """What decides beside the options how calibrated weights are rounded: an older run's are rounded anew."""
-    head = [EMBEDDING_SHARE] if config.small_head else []
-    return [*head, *RECIPE] if config.small else head
+    return RECIPE if config.small or config.small_head else []
 
 
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
-
-EMBEDDING_SHARE = 0.1
-"""H of a tied head is of what the head reads; as an embedding its rows are read as they are, for which this share of
-the mean diagonal is added to the diagonal (docs/log.md)."""
 
 
 def quantize(
@@ -272,8 +267,6 @@ def _embeddings_and_head(
     if tokens is not None and last.bits < NEAR_ENOUGH and has_head:
         with memory_limit():
             hessian = hessian_of_head(DecoderRunner(model), tokens, weights.get(last.name))
-    if tied and hessian is not None:
-        hessian.diagonal().add_(EMBEDDING_SHARE * hessian.diagonal().mean())
     quantize_one(first, hessian if tied or first is last else None)
     if tied and first.form == WHOLE_BYTES:
         packed.update(_scales_for_tied_head(ends, packed))
@@ -310,10 +303,12 @@ def _quantize_weight(
     grid = plain = fit()
     nearest = encode(weight, plain)
     uncalibrated = hessian is None and quantizer[1].needs_calibration
-    choose = partial(codes, *quantizer, weight, hessian)
-    if hessian is not None and target.bits < NEAR_ENOUGH and getattr(quantizer[1], "fits_scales", False):
-        grid, chosen = better_start(weight, hessian, lambda counts: fit(counts=counts), choose)
-        grid, chosen = by_turns(weight, hessian, grid, chosen, choose)
+    small = hessian is not None and target.bits < NEAR_ENOUGH
+    heeded = with_ridge(hessian) if hessian is not None and small else hessian
+    choose = partial(codes, *quantizer, weight, heeded)
+    if heeded is not None and small and getattr(quantizer[1], "fits_scales", False):
+        grid, chosen = better_start(weight, heeded, lambda counts: fit(counts=counts), choose)
+        grid, chosen = by_turns(weight, heeded, grid, chosen, choose)
     else:
         chosen = nearest if uncalibrated else choose(grid)
     rounded = decode(chosen, grid)

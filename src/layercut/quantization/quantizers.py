@@ -49,9 +49,9 @@ class Quantizer(Protocol):
         Args:
             weight: [O, I] of a linear layer y = W x (an embedding: [V, D]), on the model's device, in its dtype.
             hessian: H = 2 X' diag(w) X [I, I] of the layer's inputs X [N, I], as the quantized layers before it compute
-                them, of a head below 8 bits as the model did before (tied: with more on the diagonal, for the
-                embedding), in float64 (float32 where the device has none); w is 1, below 8 bits what the token counts.
-                None where `needs_calibration` is False.
+                them, of a head below 8 bits as the model did before, in float64 (float32 where the device has none);
+                below 8 bits w is what the token counts, and `RIDGE` of the mean diagonal is on the diagonal, else w
+                is 1. None where `needs_calibration` is False.
             grid: scales and zero points: code q stands for (q - z) s.
 
         Returns:

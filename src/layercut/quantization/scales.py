@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from layercut.models.batch_sizes import slices
-from layercut.quantization.gptq import output_errors
+from layercut.quantization.gptq import RIDGE, output_errors
 from layercut.quantization.grid import ROWS, Grid, decode
 
 TURNS = 4
@@ -27,7 +27,7 @@ TINY = 1e-6
 """Where a row's codes are all zero there is nothing else to solve."""
 LARGEST = 1e6
 """Of a code less its zero point: more is that of a group of a file that has no scale, and stands for one number."""
-RECIPE = ["weighted tokens", "two ranges, coordinate descent", TURNS, DAMPING, WITHIN]
+RECIPE = ["weighted tokens", "two ranges, coordinate descent", RIDGE, TURNS, DAMPING, WITHIN]
 """What decides beside the options which codes and scales are found."""
 
 
