@@ -189,7 +189,7 @@ def answer(asked: str, row: dict[str, Any]) -> str:
 
 AS_IT_WAS = {
     "*": "by GPTQ as it was, all tokens counting alike, scales not fitted to codes",
-    "†": "with scales fitted, codes of GPTQ not exchanged",
+    "†": "with scales fitted, codes not exchanged, no ridge",
 }
 """What the marks of rows say that were made before."""
 
