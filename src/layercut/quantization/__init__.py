@@ -303,7 +303,7 @@ def _quantize_weight(
     grid = plain = fit()
     nearest = encode(weight, plain)
     uncalibrated = hessian is None and quantizer[1].needs_calibration
-    small = hessian is not None and target.bits < NEAR_ENOUGH
+    small = target.bits < NEAR_ENOUGH
     heeded = with_ridge(hessian) if hessian is not None and small else hessian
     choose = partial(codes, *quantizer, weight, heeded)
     if heeded is not None and small and getattr(quantizer[1], "fits_scales", False):
