@@ -28,7 +28,8 @@ from layercut.models import loading
 from layercut.progress import say
 from layercut.surgery import cut_gguf
 
-FLOAT, PLAIN, IMPORTANT, GPTQ = "float32", "llama.cpp", "llama.cpp, importance matrix", "GPTQ, scales fitted"
+FLOAT, PLAIN, IMPORTANT = "float32", "llama.cpp", "llama.cpp, importance matrix"
+GPTQ = "GPTQ, codes exchanged, scales fitted"
 
 
 def unrounded(model: loading.LanguageModel, folder: Path) -> Path:
