@@ -6,9 +6,9 @@ G = I / group size. A weight is stored as codes q of b bits; it stands for (q - 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -78,22 +78,27 @@ def fit_grid(
     Returns:
         Scales [O, I / group_size], and zero points of the same shape where asymmetric.
     """
-    tried = SHARES if bits <= SEARCHED_BITS or counts is not None else ()
-    how = {"bits": bits, "group_size": group_size, "asymmetric": asymmetric, "dtype": dtype}
-    found = [_fitted(weight[part], tried, counts, how) for part in slices(len(weight), ROWS)]
+    shares = SHARES if bits <= SEARCHED_BITS or counts is not None else []
+    cover = partial(_covering, bits=bits, group_size=group_size, asymmetric=asymmetric, dtype=dtype)
+    found = [_of_least_error(weight[part], cover, group_size, shares, counts) for part in slices(len(weight), ROWS)]
     zeros = [grid.zero for grid in found if grid.zero is not None]
     return Grid(torch.cat([grid.scale for grid in found]), torch.cat(zeros) if zeros else None, bits, group_size)
 
 
-def _fitted(weight: torch.Tensor, shares: Sequence[float], counts: torch.Tensor | None, how: dict[str, Any]) -> Grid:
+def _of_least_error(
+    weight: torch.Tensor,
+    cover: Callable[[torch.Tensor, torch.Tensor], Grid],
+    group_size: int,
+    shares: Sequence[float],
+    counts: torch.Tensor | None,
+) -> Grid:
     """Of some rows: the covering grid, or that of the share of its range with the least error."""
-    group_size = how["group_size"]
     grouped = weight.float().unflatten(1, (-1, group_size))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    best, least = _covering(low, high, **how), None
+    best, least = cover(low, high), None
     counted = None if counts is None else counts.float().unflatten(0, (-1, group_size))
     for share in shares:
-        tried = _covering(share * low, share * high, **how)
+        tried = cover(share * low, share * high)
         rounded = decode(encode(weight, tried), tried).float().unflatten(1, (-1, group_size))
         squared = (rounded - grouped).square()
         error = (squared if counted is None else squared * counted).sum(-1)  # [O, G]

@@ -79,8 +79,9 @@ def by_turns(
     """
     kept = _Kept(weight, hessian, grid, codes)
     kept.or_(kept.grid, again(kept.grid, kept.codes))
-    for _ in range(TURNS if stored else 0):
-        assert stored is not None
+    if stored is None:
+        return kept.grid, kept.codes
+    for _ in range(TURNS):
         kept.or_(stored(fitted_scales(weight, hessian, kept.grid, kept.codes)), kept.codes)
         kept.or_(kept.grid, again(kept.grid, kept.codes))
     return kept.grid, kept.codes
@@ -143,27 +144,25 @@ def _moves(grid: Grid) -> bool:
 def _fitted(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> Grid:
     """Of some rows w [O, I] in float32; H divided by its mean diagonal."""
     old, moves = grid.scale.float(), _moves(grid)
-    steps = codes.float().unflatten(1, (-1, grid.group_size))  # [O, G, group]
-    terms, before = steps.unsqueeze(0), old.unsqueeze(0)  # v [P, O, G, group], [P, O, G]
-    if grid.zero is not None:
-        steps = steps - grid.zero.float().unsqueeze(-1)
-        still = steps.abs() > LARGEST
-        rows = rows - torch.where(still, steps * old.unsqueeze(-1), 0).flatten(1)
-        terms = torch.where(still, 0, steps).unsqueeze(0)
-        if moves:  # about the middle of the codes, that the two unknowns of a group have little to do with each other
-            middle = codes.float().unflatten(1, (-1, grid.group_size)).mean(-1).round()  # [O, G]
-            offset = torch.where(still.any(-1), 0, middle - grid.zero)
-            terms = torch.stack([torch.where(still, 0, steps - offset.unsqueeze(-1)), (~still).float()])
-            before = torch.stack([old, offset * old])
-    scale, *moved = _least_squares(terms, before, rows, hessian)
+    zero = torch.zeros_like(old) if grid.zero is None else grid.zero.float()
+    codes = codes.float().unflatten(1, (-1, grid.group_size))  # [O, G, group]
+    steps = codes - zero.unsqueeze(-1)
+    still = steps.abs().amax(-1) > LARGEST  # [O, G]
+    rows = rows - torch.where(still.unsqueeze(-1), steps * old.unsqueeze(-1), 0).flatten(1)
+    terms, before = [steps], [old]  # v [O, G, group], [O, G]
+    if moves:  # about the middle of the codes, that the two unknowns of a group have little to do with each other
+        middle = codes.mean(-1).round()
+        terms = [codes - middle.unsqueeze(-1), torch.ones_like(codes)]
+        before = [old, torch.where(still, 0, (middle - zero) * old)]
+    seen = torch.where(still.unsqueeze(-1), 0, torch.stack(terms))
+    scale, *moved = _least_squares(seen, torch.stack(before), rows, hessian)
     share = scale / old
     kept = torch.isfinite(scale) & (share < WITHIN) & (share > 1 / WITHIN)
-    zero = grid.zero
     if moves:
-        assert zero is not None
-        kept &= torch.isfinite(moved[0]) & ~still.any(-1)
+        kept &= torch.isfinite(moved[0]) & ~still
         zero = torch.where(kept, middle - moved[0] / scale, zero)
-    return Grid(torch.where(kept, scale, old).to(grid.scale.dtype), zero, grid.bits, grid.group_size)
+    scale = torch.where(kept, scale, old).to(grid.scale.dtype)
+    return Grid(scale, zero if moves else grid.zero, grid.bits, grid.group_size)
 
 
 def _least_squares(
