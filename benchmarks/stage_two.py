@@ -214,6 +214,7 @@ def described(row: dict[str, Any]) -> list[str]:
     by += f", {row['batch']} tokens a step" if "batch" in row else ""
     tokens = [f"{row['tokens']:,}"] if row["tokens"] else []
     tokens += [f"{' and '.join(row['beside'].split('+'))} beside C4"] if "beside" in row else []
+    tokens += [f"rounded on {row['calibration']:,}"] if "calibration" in row else []
     embeddings = "chosen" if auto else str(row["embeddings"])
     small = row["embeddings"] < 8 or row.get("one_width")
     embeddings += ", to nearest" if small and "head" not in row else ""

@@ -8,6 +8,7 @@ A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and 
 `embeddings` (their bits; 16 where not given), and what is trained after rounding: `train` none, scales or rounding (the
 integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are.
+It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes.
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
@@ -53,7 +54,7 @@ PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train":
 PEER = "auto-round"
 LATER = {
     "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
-    "beside": str,
+    "beside": str, "calibration": int,
 }  # fmt: skip
 """Options of single settings, which the rows of others do not name."""
 
@@ -207,7 +208,12 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     window = args.tune_window or args.window
     before = -(-sum(counts.values()) // window)
     parts["tuning"] = blocks(model, data, args.tune_tokens, window, args.seed, skip=before).tokens
-    return parts
+    more = (asked.get("calibration", args.tokens) - args.tokens) // args.window
+    spare = parts["tuning"].reshape(-1, args.window)
+    if not 0 <= more <= len(spare):
+        got, most = asked["calibration"], args.tokens + spare.numel()
+        raise SystemExit(f"error: calibration={got}\nhint: --tokens {args.tokens}, those to train on too: up to {most}")
+    return parts | {"calibration": torch.cat([parts["calibration"], spare[:more]])}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +173,21 @@ def test_the_readme_tells_the_smallest_of_each_budget_that_is_met(fronts):
         "All layers in fewer bits instead: 40.0% of the bytes for +0.5% of perplexity, 30.0% for +9.0%, "
         "20.0% for +120.0%, trained on up to 5,000 tokens"
     ), "of the worse text; layers that go, and the larger of two, do not count"
+
+
+def test_more_tokens_to_round_on_are_those_to_train_on_and_none_that_judge(fronts, texts):
+    drawn, model = import_module("tune_quantized").drawn, SimpleNamespace(tokenizer=folders.tokenizer())
+    asked = {"tokens": 32, "heldout_tokens": 16, "tune_tokens": 64}
+    args = Namespace(data=str(texts[0]), window=8, tune_window=16, seed=0, **asked)
+    few, more = drawn(model, {}, args), drawn(model, {"calibration": 64}, args)
+    assert few["calibration"].shape == (4, 8)
+    assert more["calibration"].shape == (8, 8)
+    assert torch.equal(more["calibration"], torch.cat([few["calibration"], few["tuning"].view(8, 8)[:4]]))
+    assert torch.equal(more["heldout"], few["heldout"])
+    assert torch.equal(more["tuning"], few["tuning"])
+    for wrong in (24, 128):
+        with pytest.raises(SystemExit, match=f"calibration={wrong}"):
+            drawn(model, {"calibration": wrong}, args)
 
 
 def test_settings_are_told_in_words(fronts):
