@@ -23,8 +23,11 @@ def survival_markdown(result: dict) -> str:
     texts = list(comparison["dense"]["texts"])
     headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *names, *found]
     tuned = f", tuned on {tuning['tokens']:,} tokens" if tuning else ", nothing tuned"
-    each = [f"{of['items']} items of {name}" for name, of in zip(names, tasks.values(), strict=True)]
-    asked = f" {', '.join(each)};" if tasks else ""
+    by_items: dict[int, list[str]] = {}
+    for name, of in zip(names, tasks.values(), strict=True):
+        by_items.setdefault(of["items"], []).append(name)
+    each = [f"{items} items each of {', '.join(those)}" for items, those in by_items.items()]
+    asked = f" {'; '.join(each)};" if tasks else ""
     lines = [
         f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
         f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, searched on "
@@ -35,10 +38,17 @@ def survival_markdown(result: dict) -> str:
         f"|---|---|---|{'---:|' * (len(headings) - 3)}",
     ]
     rows = {row["method"]: row for row in comparison["methods"]}
+    alike: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        alike.setdefault(label(row["segments"]), []).append(name)
     for method, state, judged in survivals(comparison):
         row = rows.get(method)
+        those = alike[label(row["segments"])] if row else ["dense"]
+        if row and method != those[0]:  # the same layers, so the same figures
+            continue
         perplexity = row["texts"][state] if row else comparison["dense"]["texts"]
-        cells = [f"`{method}`" if row else method, label(row["segments"]) if row else "", state]
+        cells = [", ".join(f"`{name}`" for name in those) if row else method]
+        cells += [label(row["segments"]) if row else "", state]
         cells += [short(perplexity[text]) for text in texts]
         if tasks:
             words = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")]
