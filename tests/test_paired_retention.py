@@ -66,8 +66,10 @@ def test_records_of_other_items_are_refused():
         retained({"a": record([1, 0])}, {"x": {"a": record([1, 0], name="two")}})
 
 
-def test_a_task_that_the_dense_model_guesses_counts_above_chance_for_nothing():
-    dense = {"a": record(items(200)), "b": record(items(300))}
+@pytest.mark.parametrize(("right", "counts"), [(200, False), (219, False), (221, True)])
+def test_a_task_that_the_dense_model_guesses_counts_above_chance_for_nothing(right, counts):
+    dense = {"a": record(items(right)), "b": record(items(300))}
     kept = retained(dense, {"x": {"a": record(items(100)), "b": record(items(250))}})["x"]
-    assert kept.above_chance == pytest.approx((250 - 200) / (300 - 200))
-    assert kept.mean == pytest.approx((0.5 + 250 / 300) / 2)
+    guessed = [(100 - 200) / (right - 200)] if counts else []  # 20 of 400 are two standard errors
+    assert kept.above_chance == pytest.approx(np.mean([(250 - 200) / (300 - 200), *guessed]))
+    assert kept.mean == pytest.approx((100 / right + 250 / 300) / 2)

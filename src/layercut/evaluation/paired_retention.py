@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from layercut.errors import RunError
-from layercut.evaluation.retention import ACCURACIES, chance, representative_metric
+from layercut.evaluation.retention import guessing, representative_metric
 
 DRAWS = 2000
 """Bootstrap samples of the items."""
@@ -32,7 +32,7 @@ class Retained:
     error: float | None
     """Its standard error over the items."""
     above_chance: float | None
-    """Mean over tasks of (score - chance) / (dense score - chance)."""
+    """Mean of (score - chance) / (dense score - chance) over the tasks on which the dense model does not guess."""
     above_chance_error: float | None
     behind: float | None = None
     """The first model's mean less this one's."""
@@ -63,11 +63,12 @@ def retained(
     for task, record in dense.items():
         of_models = [models[name][task] for name in names]
         check_items(task, record, of_models)
-        points, samples = _scores([record, *of_models], representative_metric(record), draws, generator)
-        floor = _floor(record)
+        metric = representative_metric(record)
+        points, samples = _scores([record, *of_models], metric, draws, generator)
+        floor, clear = guessing(record, metric)
         if points[0] > 0:
             shares.append((points[1:] / points[0], _over(samples[:, 1:], samples[:, :1])))
-        if points[0] > floor and _is_better_when_higher(record):
+        if points[0] > clear and record["metrics"][metric]["higher_is_better"]:
             point = (points[1:] - floor) / (points[0] - floor)
             above.append((point, _over(samples[:, 1:] - floor, samples[:, :1] - floor)))
     mean, drawn = _means(shares, len(names), draws)
@@ -94,15 +95,6 @@ def check_items(task: str, record: Mapping[str, Any], others: Sequence[Mapping[s
     """
     if any(other["document_hash"] != record["document_hash"] for other in others):
         raise RunError(f"models were not scored on the same items of {task}", "run again with --force")
-
-
-def _is_better_when_higher(record: Mapping[str, Any]) -> bool:
-    return bool(record["metrics"][representative_metric(record)]["higher_is_better"])
-
-
-def _floor(record: Mapping[str, Any]) -> float:
-    """The score of guessing."""
-    return chance(record["choices"]) if representative_metric(record).partition(",")[0] in ACCURACIES else 0.0
 
 
 def _scores(

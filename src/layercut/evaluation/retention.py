@@ -6,8 +6,8 @@ A *record* is what one model made of one task, item by item (`lm_eval_harness.sc
      "choices": [4, 4, 3, …] or None, "items": 100, "document_hash": "…"}
 
 Scores near chance flatter a broken model, so retention comes twice: score / dense score, and
-(score - chance) / (dense score - chance). What differs between two models on the same items is judged by the items
-that flipped, not by the two standard errors.
+(score - chance) / (dense score - chance), the latter of tasks on which the dense model does not guess. What differs
+between two models on the same items is judged by the items that flipped, not by the two standard errors.
 """
 
 from __future__ import annotations
@@ -23,11 +23,32 @@ PREFERRED = ("acc_norm", "acc", "exact_match")
 """Which metric represents a task: the first of these that it reports, else the first one where higher is better."""
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 """Metrics by which guessing among n choices scores 1 / n."""
+CLEAR = 2.0
+"""Standard errors of guessing by which a score is above it, where it is no guessing."""
 
 
 def chance(choices: Sequence[int] | None) -> float:
     """Expected accuracy of guessing: the mean of 1 / n over the items; 0 where nothing is chosen from a list."""
     return sum(1 / n for n in choices) / len(choices) if choices else 0.0
+
+
+def guessing(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """The score of guessing by a metric of a task, and the score above which a model does not guess.
+
+    The second is `CLEAR` standard errors above the first, sqrt(sum of p (1 - p)) / N with p = 1 / n of each of the N
+    items: what chance makes of as many.
+
+    Args:
+        record: of the task.
+        metric: one of its metrics.
+
+    Returns:
+        Both; 0 and 0 where nothing is chosen from a list.
+    """
+    choices = record["choices"] if metric.partition(",")[0] in ACCURACIES else None
+    guess = chance(choices)
+    spread = math.sqrt(sum((1 - 1 / n) / n for n in choices)) / len(choices) if choices else 0.0
+    return guess, guess + CLEAR * spread
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -142,7 +163,7 @@ def compare_tasks(dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> Ro
 
 def _compare(dense: Mapping[str, Any], compressed: Mapping[str, Any], metric: str) -> Row:
     before, after = dense["metrics"][metric], compressed["metrics"][metric]
-    guess = chance(dense["choices"]) if metric.partition(",")[0] in ACCURACIES else 0.0
+    guess, clear = guessing(dense, metric)
     row: Row = {
         "chance": guess,
         "dense": before["score"],
@@ -164,7 +185,8 @@ def _compare(dense: Mapping[str, Any], compressed: Mapping[str, Any], metric: st
             row |= {"lost": flipped[0], "gained": flipped[1], "p_value": mcnemar(*flipped)}
     if before["higher_is_better"]:
         row["retention"] = kept(after["score"], before["score"])
-        row["retention_above_chance"] = kept(after["score"], before["score"], guess)
+        if before["score"] > clear:
+            row["retention_above_chance"] = kept(after["score"], before["score"], guess)
     return row
 
 

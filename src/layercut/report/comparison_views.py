@@ -226,8 +226,9 @@ def survival_caption(tasks: dict[str, Json]) -> str:
     items = sorted({whole for task in tasks.values() if (whole := formatting.whole_number(task["items"])) is not None})
     about = " to ".join(f"{n:,}" for n in dict.fromkeys((items[0], items[-1]))) if items else "some"
     kept = (
-        f"kept: mean over {', '.join(tasks)} of score / dense, %, and above chance; {about} items each, the same for "
-        "all; behind: the first method's kept less this one's; ± one standard error, paired over the items; "
+        f"kept: mean over {', '.join(tasks)} of score / dense, %, and above chance, over those that the dense model "
+        f"does not guess; {about} items each, the same for all; behind: the first method's kept less this one's; ± one "
+        "standard error, paired over the items; "
         f"* p < {thresholds.SIGNIFICANT:g}; "
     )
     return (kept if tasks else "") + (
