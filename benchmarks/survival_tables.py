@@ -26,7 +26,7 @@ def survival_markdown(result: dict) -> str:
     by_items: dict[int, list[str]] = {}
     for name, of in zip(names, tasks.values(), strict=True):
         by_items.setdefault(of["items"], []).append(name)
-    each = [f"{items} items each of {', '.join(those)}" for items, those in by_items.items()]
+    each = [f"{n} items {'each ' * (len(those) > 1)}of {', '.join(those)}" for n, those in by_items.items()]
     asked = f" {'; '.join(each)};" if tasks else ""
     lines = [
         f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
