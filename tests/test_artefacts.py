@@ -305,6 +305,13 @@ def test_an_error_of_the_disk_is_the_users_wherever_it_comes_up(tmp_path):
     assert "ulimit" in caught.value.hint
 
 
+@pytest.mark.parametrize(("tasks", "stays"), [("piqa,copa,boolq", True), ("copa", False), ("boolq,copa", False)])
+def test_more_tasks_lose_nothing_and_fewer_others_do(tasks, stays, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(FINISHED | {"tasks": "copa,piqa"}))
+    (tmp_path / "compare.json").write_text("{}")
+    assert bool(would_be_lost(tmp_path, FINISHED | {"tasks": tasks})[1]) != stays
+
+
 FINISHED = {
     "model": "m", "ratio": 0.2, "speed": True, "oracle": False, "tasks": "", "limit": None, "seeds": 1, "out": "a",
     "eval_tokens": 64, "long_context": 128, "probes": False, "device": "auto",

@@ -357,3 +357,8 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
     page = (out / "compare.html").read_text()
     assert "What survives" in page
     assert "25.0%" in page.partition('id="survives"')[2].partition("</section>")[0]
+
+    files = {file: file.stat().st_mtime_ns for file in (out / "tasks").iterdir()}
+    assert main([part.replace("tiny_choices", "tiny_choices,tiny_sums") for part in command]) == 0, "no --force"
+    assert list(json.loads((out / "compare.json").read_text())["tasks"]) == ["tiny_choices", "tiny_sums"]
+    assert files.items() <= {file: file.stat().st_mtime_ns for file in (out / "tasks").iterdir()}.items(), "kept"

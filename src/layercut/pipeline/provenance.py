@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from layercut import __version__
+from layercut.config import split_names
 from layercut.errors import RunError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
@@ -33,6 +34,8 @@ MORE: dict[str, Any] = {
 }  # fmt: skip
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
+LISTS = {"tasks", "evaluations"}
+"""Of these, several by name: where others come beside all that there were, nothing is lost."""
 APART = {"seeds", "tasks", "evaluations", "probes", "long_context", "triangle"}
 """Of these, the ones whose artefacts are of their own, and stay where it is not asked for them."""
 MEASURED = {*MORE, "limit", "include_path", "eval_data", "eval_tokens", "eval_window", "methods", "states"}
@@ -124,6 +127,8 @@ def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -
         return False
     if key in ("limit", "include_path"):
         return not (before.get("tasks") and config.get("tasks"))
+    if key in LISTS and before[key] and {*split_names(before[key])} <= {*split_names(config[key])}:
+        return True
     # every method of a comparison, and every state of its cut, has artefacts of its own
     return key in ("methods", "states") or (
         key in MORE and MORE[key] in (before[key], *([config[key]] if key in APART else []))
