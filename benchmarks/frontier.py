@@ -58,7 +58,7 @@ GGUF = {"Q4_0 throughout (GGUF)": "q4_0"}
 library's functions: no flag of the command writes it."""
 HELDOUT = 2048
 """Tokens that judge what is trained after rounding."""
-ELSEWHERE = ("removed", "beside", "size", "iterations")
+ELSEWHERE = ("removed", "beside", "size", "iterations", "calibration")
 """Words of tune_quantized.py's settings that say what is given otherwise here: layers, text and sizes."""
 TRAINING = ("train", "tokens", "batch", "rate", "mix")
 """Words of a setting that say how it is trained after rounding."""

@@ -190,6 +190,12 @@ def test_more_tokens_to_round_on_are_those_to_train_on_and_none_that_judge(front
             drawn(model, {"calibration": wrong}, args)
 
 
+@pytest.mark.parametrize("word", ["removed=1:2", "beside=a.txt", "size=3MB", "calibration=64", "quantizer=auto-round"])
+def test_words_that_are_not_read_are_refused(fronts, word):
+    with pytest.raises(SystemExit, match=f"{word} is not read here"):
+        import_module("frontier").points_of(f"bits=4 {word}", 64)
+
+
 def test_settings_are_told_in_words(fronts):
     worded = fronts.worded
     trained = "bits=3 embeddings=3 group=96 asymmetric=1 train=rounding batch=256 tokens=32768"
