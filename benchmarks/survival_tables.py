@@ -6,6 +6,8 @@ keep_recall.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from layercut.report.comparison_views import damage, retention_words, survivals
 from layercut.report.comparison_views import found as found_of
 from layercut.report.formatting import figure, label, number, short
@@ -38,9 +40,7 @@ def survival_markdown(result: dict) -> str:
         f"|---|---|---|{'---:|' * (len(headings) - 3)}",
     ]
     rows = {row["method"]: row for row in comparison["methods"]}
-    alike: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        alike.setdefault(label(row["segments"]), []).append(name)
+    alike = methods_of(comparison["methods"])
     for method, state, judged in survivals(comparison):
         row = rows.get(method)
         those = alike[label(row["segments"])] if row else ["dense"]
@@ -59,6 +59,14 @@ def survival_markdown(result: dict) -> str:
             cells += [found_of(judged["keys"]), found_of(judged.lists), damage(judged) if row else "–"]
         lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")
     return "\n".join([*lines, *(["", result["note"]] if result.get("note") else [])])
+
+
+def methods_of(rows: Iterable[dict]) -> dict[str, list[str]]:
+    """The methods that remove the same layers, by these, in the order of the rows."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(label(row["segments"]), []).append(row["method"])
+    return found
 
 
 def keep_table(result: dict) -> str:
@@ -101,9 +109,7 @@ def texts_table(result: dict) -> str:
         f"| {' | '.join(['removed', 'method', 'KL', *(f'{text}, {state}' for text in dense for state in states)])} |",
         f"|---|---|---:|{'---:|' * (len(dense) * len(states))}",
     ]
-    methods: dict[str, list[str]] = {}
-    for row in by_kl(comparison):
-        methods.setdefault(label(row["segments"]), []).append(row["method"])
+    methods = methods_of(by_kl(comparison))
     for row in {label(row["segments"]): row for row in by_kl(comparison)}.values():
         who = ", ".join(f"`{name}`" for name in methods[label(row["segments"])] if not name[0].isdigit())
         cells = [label(row["segments"]), who or result.get("given", {}).get(label(row["segments"]), "given")]
