@@ -60,7 +60,7 @@ HELDOUT = 2048
 """Tokens that judge what is trained after rounding."""
 ELSEWHERE = ("removed", "beside", "size", "iterations", "calibration")
 """Words of tune_quantized.py's settings that say what is given otherwise here: layers, text and sizes."""
-TRAINING = ("train", "tokens", "batch", "rate", "mix")
+TRAINING = ("train", "tokens", "batch", "rate", "mix", "tests")
 """Words of a setting that say how it is trained after rounding."""
 SETTINGS = [
     "bf16",
@@ -68,7 +68,7 @@ SETTINGS = [
     "bits=6 embeddings=8 train=scales",
     "bits=4 embeddings=8 train=scales",
     "bits=4 embeddings=4 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 train=rounding batch=256 tokens=32768",
+    "bits=3 embeddings=3 asymmetric=1 train=rounding batch=256 tests=0.1 tokens=32768",
     *GGUF,
 ]
 
@@ -78,8 +78,8 @@ class Given:
     """What every point is measured on."""
 
     texts: dict[str, torch.Tensor]
-    text: dict[str, torch.Tensor]
-    """To calibrate the quantizer on, to train after it on, and what judges that [N, T]."""
+    text: dict[float, dict[str, torch.Tensor]]
+    """To calibrate the quantizer on, to train after it on with that share of tests, and what judges that [N, T]."""
     gguf: Path | None
     """The file the model came from."""
     tokenizer: Any
@@ -119,11 +119,14 @@ def main() -> None:
             dither_(opened.model, args.seed)
         save(opened, folder)
     dense = loading.load(checkpoints.resolve(str(folder)))
-    most = max([HELDOUT, *(parsed(name, args.train_tokens)["tokens"] for name in args.settings if "=" in name)])
+    parts = [parsed(name, args.train_tokens) for name in args.settings if "=" in name]
+    most = max([HELDOUT, *(part["tokens"] for part in parts)])
     after = Namespace(data=args.data, window=args.window, tune_window=args.window, seed=args.seed,
                       tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
     keys = cases(dense.tokenizer, min(args.longest, loading.positions(dense.model.config) or args.longest), args.seed)
-    given = Given(texts, drawn(dense, {}, after), gguf, dense.tokenizer, keys, args.train_tokens)
+    shares = {0.0, *(part.get("tests", 0.0) for part in parts)}
+    text = {share: drawn(dense, {"tests": share}, after) for share in shares}
+    given = Given(texts, text, gguf, dense.tokenizer, keys, args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
     settings = [name for name in dict.fromkeys(["bf16", *args.settings]) if gguf or name not in GGUF]
     for ratio in dict.fromkeys([0.0, *args.ratios]):
@@ -240,10 +243,11 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
         yield rounding, {"bytes": loading.parameter_bytes(model), **judged(model, given)}
     else:
         asked = parsed(setting, given.train_tokens)
-        found = rounded(model, asked, given.text["calibration"])
+        text = given.text[asked.get("tests", 0.0)]
+        found = rounded(model, asked, text["calibration"])
         yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
         for point in training:
-            found, told = trained_(found, model, asked, given.text)
+            found, told = trained_(found, model, asked, text)
             yield point, {"bytes": found.bytes_after, "trained": told, **judged(found.model, given)}
 
 

@@ -144,6 +144,7 @@ def worded(setting: str) -> str:
     words += ["to nearest"] if said.get("quantizer") == "rtn" else []
     if "train" in said:
         words.append(f"{said.pop('train')} trained on {int(said.pop('tokens')):,} tokens")
+        words += [f"{float(said.pop('tests')):.0%} of them tests"] if "tests" in said else []
         words += [f"{said.pop('batch')} a step"] if "batch" in said else []
     return ", ".join([*words, *(f"{name} {value}" for name, value in said.items() if value != "rtn")])
 

@@ -7,7 +7,8 @@
 A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and a zero point), `quantizer`,
 `embeddings` (their bits; 16 where not given), and what is trained after rounding: `train` none, scales or rounding (the
 integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
-a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are.
+a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
+and a share `tests` of generated tests among them, as `compress` has them (0.1).
 It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes.
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
@@ -19,6 +20,7 @@ checkpoint on the same grid. "bits=auto size=86MB" chooses the bits of each matr
 
 from __future__ import annotations
 
+import math
 import resource
 import subprocess
 import sys
@@ -36,12 +38,15 @@ from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
 from layercut.config import NEAR_ENOUGH, QuantizeConfig
+from layercut.data.blocks import in_rows
+from layercut.data.sources import TESTS, split_mix
 from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
 from layercut.healing.endpoint_tuning import TuneSettings, tune_parameters_
 from layercut.models import loading, memory
 from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
+from layercut.pipeline.resolve_options import LONG_ROW
 from layercut.pipeline.stages.tune_quantized import TOWARDS
 from layercut.progress import say
 from layercut.quantization import quantize_
@@ -54,7 +59,7 @@ PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train":
 PEER = "auto-round"
 LATER = {
     "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
-    "beside": str, "calibration": int,
+    "beside": str, "calibration": int, "tests": float,
 }  # fmt: skip
 """Options of single settings, which the rows of others do not name."""
 
@@ -205,11 +210,16 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     counts = {"calibration": args.tokens, "heldout": args.heldout_tokens}
     rows = blocks(model, data, sum(counts.values()), args.window, args.seed).tokens
     parts = dict(zip(counts, rows.split([count // args.window for count in counts.values()]), strict=True))
-    window = args.tune_window or args.window
-    before = -(-sum(counts.values()) // window)
-    parts["tuning"] = blocks(model, data, args.tune_tokens, window, args.seed, skip=before).tokens
+    share, window = asked.get("tests", 0.0), args.tune_window or args.window
+    made = LONG_ROW if share else window  # tests are made for long rows, and those are parted after it
+    streams = len(split_mix(data)) if made != args.window else 0  # each may have gone a part of such a row more
+    before = math.ceil(sum(counts.values()) / (1 - share) / made) + streams
+    source = f"{data}+{TESTS}:{share:g}" if share else data
+    found = blocks(model, source, args.tune_tokens, made, args.seed, skip=before)
+    parts["tuning"] = in_rows(found.tokens, window)
+    text = found.tokens[found.marks.lengths == 0] if found.marks else found.tokens
+    spare = text.reshape(-1, args.window)
     more = (asked.get("calibration", args.tokens) - args.tokens) // args.window
-    spare = parts["tuning"].reshape(-1, args.window)
     if not 0 <= more <= len(spare):
         got, most = asked["calibration"], args.tokens + spare.numel()
         raise SystemExit(f"error: calibration={got}\nhint: --tokens {args.tokens}, those to train on too: up to {most}")

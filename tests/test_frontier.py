@@ -14,6 +14,7 @@ import torch
 import folders
 import quick
 import tiny
+from layercut.data import blocks
 from layercut.models import checkpoints, loading
 
 
@@ -190,6 +191,23 @@ def test_more_tokens_to_round_on_are_those_to_train_on_and_none_that_judge(front
             drawn(model, {"calibration": wrong}, args)
 
 
+def test_a_share_of_tests_is_trained_on_and_neither_rounded_on_nor_judged_by(fronts, texts):
+    tune_quantized = import_module("tune_quantized")
+    model = SimpleNamespace(tokenizer=folders.tokenizer())
+    args = Namespace(
+        data=str(texts[0]), window=256, tune_window=0, seed=0, tokens=256, heldout_tokens=256, tune_tokens=6144
+    )
+    plain, mixed = (tune_quantized.drawn(model, asked, args) for asked in ({}, {"tests": 0.2, "calibration": 1024}))
+    tests = blocks.load_blocks(f"{texts[0]}+probes:0.2", model.tokenizer, tokens=6144, window=1024, seed=0, skip=2)
+    assert torch.equal(mixed["tuning"], tests.tokens.view(-1, 256))
+    assert (tests.marks.lengths > 0).sum() == 2
+    text = tests.tokens[tests.marks.lengths == 0].view(-1, 256)
+    assert torch.equal(mixed["calibration"], torch.cat([plain["calibration"], text[:3]]))
+    assert torch.equal(mixed["heldout"], plain["heldout"])
+    rows = {tuple(row) for row in mixed["tuning"].tolist()}
+    assert not rows & {tuple(row) for row in torch.cat([plain["calibration"], plain["heldout"]]).tolist()}
+
+
 @pytest.mark.parametrize("word", ["removed=1:2", "beside=a.txt", "size=3MB", "calibration=64", "quantizer=auto-round"])
 def test_words_that_are_not_read_are_refused(fronts, word):
     with pytest.raises(SystemExit, match=f"{word} is not read here"):
@@ -201,6 +219,9 @@ def test_settings_are_told_in_words(fronts):
     trained = "bits=3 embeddings=3 group=96 asymmetric=1 train=rounding batch=256 tokens=32768"
     assert worded(trained) == (
         "3 bits, embeddings 3, zero points, groups of 96, rounding trained on 32,768 tokens, 256 a step"
+    )
+    assert worded("bits=4 train=scales tests=0.1 tokens=64") == (
+        "4 bits, embeddings 16, scales trained on 64 tokens, 10% of them tests"
     )
     assert worded("bits=4") == "4 bits, embeddings 16"
     assert worded("Q4_0 throughout (GGUF)") == "Q4_0 throughout (GGUF)"
