@@ -14,6 +14,7 @@ from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
 from layercut.evaluation.generated_probes import found_of, probes_for
+from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.layer_search.sweep import DENSE, all_segments, set_work
 from layercut.models import layer_reader_protocol, loading
@@ -165,7 +166,7 @@ def score(work: RunContext, segments: Sequence[Segment]) -> TasksArtefact:
         The artefact.
     """
     asked = work.config.tasks
-    inputs = [asked.names, asked.limit, measures.harness_version(asked.include_path)]
+    inputs = [asked.names, asked.limit, measures.harness_version(asked.include_path), CLEAR]
     with work.run.stage(TasksArtefact, "tasks", inputs, after=["quantize"]) as stage:
         if stage.open:
             tasks, cache = measures.load_tasks(asked.names, asked.include_path), work.run / "tasks"
