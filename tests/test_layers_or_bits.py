@@ -91,6 +91,30 @@ def test_a_trial_that_is_stopped_goes_on_with_the_next_number(texts, tmp_path, m
     assert not list((tmp_path / "run").glob("shares*.json")), "--force forgets what was chosen"
 
 
+def test_a_search_of_numbers_that_is_stopped_goes_on_with_the_next(texts, tmp_path, monkeypatch, capsys):
+    quick.leave_out(monkeypatch)
+    searched, asked = layers_or_bits.searched, []
+
+    def stopped(this, tokens, number, tests):
+        asked.append(number)
+        if asked.count(2) == 1 and number == 2:
+            raise KeyboardInterrupt
+        return searched(this, tokens, number, tests)
+
+    monkeypatch.setattr(layers_or_bits, "searched", stopped)
+    monkeypatch.setattr(layers_or_bits, "on_trial", lambda points: [1])
+    model = model_whose_layers(0.0)
+    compressed(tmp_path, model, texts, 110_000, code=130)
+    told = capsys.readouterr().err
+    assert [told.count(f"{number} layers removed: ") for number in (0, 1, 2)] == [1, 1, 0]
+    run = compressed(tmp_path, None, texts, 110_000)
+    assert asked == [0, 1, 2, 2, 3]
+    assert not list((tmp_path / "run").glob("shares*-prices.json"))
+    (tmp_path / "once").mkdir()
+    at_once = compressed(tmp_path / "once", model, texts, 110_000)
+    assert run["shares"]["points"] == at_once["shares"]["points"]
+
+
 def test_a_number_of_layers_that_no_cut_can_have_is_passed_over(texts, tmp_path, monkeypatch):
     quick.leave_out(monkeypatch)
     searched, asked = layers_or_bits.searched, []

@@ -1,4 +1,4 @@
-"""Prices that took long to find, kept in the run folder until their stage is done: one that was stopped goes on there.
+"""What took long to find, kept in the run folder until its stage is done: one that was stopped goes on there.
 
 Beside the run folder's artefacts (`run_store.py`), which are of whole stages.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from layercut.distributed import processes
 from layercut.files.json_values import write_json
@@ -15,19 +16,19 @@ from layercut.segments import Segment
 
 
 class KnownPrices:
-    """Prices of cuts on trial by kind, in a file that a stopped trial goes on from.
+    """Prices of cuts by kind, and what else is named, in a file that a stopped stage goes on from.
 
     Each with the seconds that it took, which the stage counts as its own where an earlier command spent them.
 
     Args:
         run: the folder.
-        stage: the one that needs them, which was begun; prices of other inputs than its present ones are not read.
+        stage: the one that needs them, which was begun; those of other inputs than its present ones are not read.
     """
 
     def __init__(self, run: Run, stage: str) -> None:
         self.run, self.name, self.key = run, f"{stage}-prices", run.inputs_of(stage)
         found = processes.on_main(lambda: run.read(self.name)) or {}
-        self.found_before: dict[str, list[float]] = found["prices"] if found.get("key") == self.key else {}
+        self.found_before: dict[str, list[Any]] = found["prices"] if found.get("key") == self.key else {}
         self.known = dict(self.found_before)
 
     def __call__(self, kind: str, cuts: Sequence[Segment], price: Callable[[], float]) -> float:
@@ -41,12 +42,23 @@ class KnownPrices:
         Returns:
             Nats per token.
         """
-        name = f"{kind} {'+'.join(map(str, cuts))}"
+        return self.value(f"{kind} {'+'.join(map(str, cuts))}", price)
+
+    def value(self, name: str, find: Callable[[], Any]) -> Any:
+        """The same for any JSON value.
+
+        Args:
+            name: of the value.
+            find: finds it.
+
+        Returns:
+            What was found.
+        """
         if name in self.found_before:
             self.run.took_before(self.found_before.pop(name)[1])
         elif name not in self.known:
             begun = time.perf_counter()
-            self.known[name] = processes.from_main([price(), time.perf_counter() - begun])
+            self.known[name] = processes.from_main([find(), time.perf_counter() - begun])
             content = {"key": self.key, "prices": self.known}
             processes.on_main(lambda: write_json(self.run / f"{self.name}.json", content))
         return self.known[name][0]

@@ -24,7 +24,7 @@ from layercut.errors import ConfigError, SurgeryError
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.layer_search.weighted_rows import WeightedRows
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.artefacts import PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
+from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial, tune_quantized
@@ -59,6 +59,7 @@ def number_of_layers(work: RunContext) -> int:
     with work.run.stage(PricedArtefact, PRICED, inputs(work)) as priced:
         if priced.open:
             priced.found = PricedArtefact(points=every_number(this))
+    KnownPrices(work.run, PRICED).forget_()
     how = rounding.recipe(work.config.quantize)
     trained = [heal, work.text.get("tuning"), *how, *tune_quantized.inputs(work)]
     with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
@@ -108,10 +109,15 @@ def every_number(this: Round) -> list[ShareRecord]:
     possible = bit_choice.numbers_left_open(dense, config, target)
     costs = bit_choice.measured(dense, calibration, config)
     folds = cache(lambda: trial.fold_prices(this, calibration, tests))
-    points, refused = list[ShareRecord](), None
+    few = calibration[: max(1, TOKENS // calibration.shape[1])]
+    known, points, refused = KnownPrices(work.run, PRICED), list[ShareRecord](), None
+
+    def folded(cuts: Sequence[Segment]) -> float:
+        return known("folded", cuts, lambda: folds()(cuts))
+
     for number in numbers_tried(possible, work.layers):
         try:
-            cuts = searched(this, calibration[: max(1, TOKENS // calibration.shape[1])], number, tests)
+            cuts = segments_of(known.value(f"cut {number}", partial(searched, this, few, number, tests)))
             cut = surgery.cut(dense, cuts) if cuts else dense
         except (ConfigError, SurgeryError) as error:  # of this number alone: another one may do
             refused = error
@@ -120,12 +126,13 @@ def every_number(this: Round) -> list[ShareRecord]:
         left = bit_choice.costs_after(costs, dense, cut, removed, config)
         if (mixture := bit_choice.assigned(cut, left, config, target)) is None:
             continue
-        points.append(
-            ShareRecord(
-                layers=number, segments=bounds_of(cuts), folded=folds()(cuts) if cuts else 0.0,
-                rounded=mixture.cost, mean_bits=mixture.mean_bits, bytes=mixture.bytes,
-            )
+        point = ShareRecord(
+            layers=number, segments=bounds_of(cuts), folded=folded(cuts) if cuts else 0.0,
+            rounded=mixture.cost, mean_bits=mixture.mean_bits, bytes=mixture.bytes,
         )  # fmt: skip
+        points.append(point)
+        price = f"{point.folded:.4g} nats folded and {point.rounded:.4g} for {point.mean_bits:.2g} bits, untrained"
+        say("shares", f"{number} layers removed: {price}")
     if not points:
         raise refused or ConfigError(
             f"no number of layers and bits meets the target size of {work.config.search.target_size}",
@@ -134,8 +141,8 @@ def every_number(this: Round) -> list[ShareRecord]:
     return points
 
 
-def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | None) -> Sequence[Segment]:
-    """The best plain cut of so many layers; no segment where the number is 0.
+def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | None) -> list[Bounds]:
+    """The best plain cut of so many layers, as artefacts hold it; no segment where the number is 0.
 
     Args:
         this: the round.
@@ -150,9 +157,9 @@ def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | 
         ConfigError: no cut of so many layers stays right in the consumers of --for, or too many sets are to be priced.
     """
     if not number:
-        return ()
+        return []
     how = asked(this, number, tests)
-    return layer_search.search(this.stack, tokens, **how, seed=this.work.config.text.seed).segments
+    return bounds_of(layer_search.search(this.stack, tokens, **how, seed=this.work.config.text.seed).segments)
 
 
 def on_trial(points: Sequence[ShareRecord]) -> list[int]:
