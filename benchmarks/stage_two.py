@@ -205,7 +205,7 @@ def described(row: dict[str, Any]) -> list[str]:
     """Bits, bits of embeddings, what is trained, on how many tokens."""
     auto = row["bits"] == "auto"
     bits = f"auto, {row['mean_bits']:.1f} on average" if auto else str(row["bits"])
-    bits += ", zero points" if row.get("asymmetric") else ""
+    bits += (", zero points" if row.get("asymmetric") else "") + (f", groups of {row['group']}" if row["group"] else "")
     bits += as_it_was(row) + (f", {row['turns']} turns" if "turns" in row else "")  # of a draft; there are more
     bits += f", without layers {row['removed']}" if "removed" in row else ""
     by = f"auto-round, {row['iterations']} steps" if row["quantizer"] == "auto-round" else row["train"]
@@ -214,6 +214,7 @@ def described(row: dict[str, Any]) -> list[str]:
     by += f", {row['batch']} tokens a step" if "batch" in row else ""
     tokens = [f"{row['tokens']:,}"] if row["tokens"] else []
     tokens += [f"{' and '.join(row['beside'].split('+'))} beside C4"] if "beside" in row else []
+    tokens += [f"{row['tests']:.0%} of them tests"] if "tests" in row else []
     tokens += [f"rounded on {row['calibration']:,}"] if "calibration" in row else []
     embeddings = "chosen" if auto else str(row["embeddings"])
     small = row["embeddings"] < 8 or row.get("one_width")
