@@ -83,11 +83,12 @@ def test_a_knapsack_in_which_nothing_fits_says_so():
     assert cheapest([[1.0, 0.0], [1.0, 0.0]], [[5, 9], [5, 9]], 14) in ([0, 1], [1, 0])
 
 
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("bits", "form"), [(2, PACKED), (3, PACKED), (6, PACKED), (8, PACKED), (8, WHOLE_BYTES)])
-def test_sizes_are_those_of_what_is_packed(bits, form):
+def test_sizes_are_those_of_what_is_packed(bits, form, zeros):
     weight = torch.randn(6, 96).bfloat16()
-    target = Assignment("some.module", 0, bits, 32, form)
-    grid = fit_grid(weight, bits, 32, asymmetric=False, dtype=torch.bfloat16)
+    target = Assignment("some.module", 0, bits, 32, form, zeros)
+    grid = fit_grid(weight, bits, 32, asymmetric=zeros, dtype=torch.bfloat16)
     packed = pack(target, encode(weight, grid), grid)
     assert {name: tensor.nbytes for name, tensor in packed.items()} == stored_bytes(target, (6, 96), torch.bfloat16)
 
@@ -98,13 +99,13 @@ def test_sizes_are_those_of_what_is_packed(bits, form):
 def test_costs_are_the_kl_of_rounding_one_weight():
     model = tiny.llama(4, tie_word_embeddings=True, **SIZES)
     names = [name for name, module in model.named_modules() if name.endswith("_proj")] + ["model.embed_tokens"]
-    widths = [(3, 32), (4, 64)]
+    widths = [(3, 32, True), (4, 64, False)]
     found = sensitivity.measure(model, TOKENS, dict.fromkeys(names, widths), dtype=torch.bfloat16)
     pairs = []
     for name, width in itertools.product(names[::3], widths):
         copy = loading.share(model)
         weight = copy.get_submodule(name).weight
-        grid = fit_grid(weight, *width, asymmetric=False, dtype=torch.bfloat16)
+        grid = fit_grid(weight, *width[:2], asymmetric=width[2], dtype=torch.bfloat16)
         rounded = torch.nn.Parameter(decode(encode(weight, grid), grid).to(weight.dtype), False)
         loading.replace_parameters_(copy, {f"{name}.weight": rounded})
         pairs.append((kl(model, copy), found[name][width]))
@@ -160,6 +161,30 @@ def test_it_is_within_the_size_and_reloads_to_the_bit(size, tied, tmp_path, monk
     if small:  # whole bytes are unpacked under both names
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert consumers.written_as(found.config) == ("packed embeddings" if small else "int8 embeddings")
+
+
+def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    model = half(tiny.llama(3, tie_word_embeddings=True, vocab_size=folders.VOCABULARY, **SIZES))
+    fixed = {"bits": 3, "group_size": 64, "quantizer": "rtn", "quantize_embeddings": True, "embedding_bits": 3}
+    plain, zeros = (quantize(model, asymmetric=each, **fixed) for each in (False, True))
+
+    def chosen(like):
+        budget = like.bytes_after + bit_choice.TENSOR_HEADER * 2 * len(like.packed)
+        found = quantize(model, TOKENS, bits="auto", bits_allowed="3", quantizer="rtn", target_size=str(budget))
+        packing = {"packed": dict(found.packed), "quantization_config": dict(found.config)}
+        written = checkpoint.export_checkpoint(found.model, folders.tokenizer(), tmp_path / str(budget), **packing)
+        assert found.mixture is not None
+        assert written["bytes"] <= found.mixture["bytes"] <= budget
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(budget), dtype=torch.bfloat16)
+        assert torch.equal(loaded(TOKENS, use_cache=False).logits, found.model(TOKENS, use_cache=False).logits)
+        return found
+
+    without, found = chosen(plain), chosen(zeros)
+    assert not without.settings["asymmetric"]
+    assert not any("zero_point" in name for name in without.packed)
+    assert found.settings["asymmetric"]
+    assert kl(model, found.model) < 0.8 * kl(model, without.model)
 
 
 def test_only_what_is_allowed_is_chosen():

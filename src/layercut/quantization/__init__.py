@@ -29,7 +29,7 @@ from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
-from layercut.quantization.bit_choice import Mixture, choose
+from layercut.quantization.bit_choice import CHOSEN_AMONG, Mixture, choose
 from layercut.quantization.gptq import output_errors, with_ridge
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
@@ -44,7 +44,9 @@ __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantiz
 
 def recipe(config: QuantizeConfig) -> list[Any]:
     """What decides beside the options how calibrated weights are rounded: an older run's are rounded anew."""
-    return RECIPE if config.small or config.small_head else []
+    if not (config.small or config.small_head):
+        return []
+    return RECIPE + (CHOSEN_AMONG if config.bits == "auto" else [])
 
 
 QuantizeOne = Callable[[Assignment, torch.Tensor | None], None]
@@ -164,10 +166,10 @@ def quantize_(
     _embeddings_and_head(model, ends, tokens, weights, packed, quantize_one)
     _decoder_layers(model, targets, tokens, weights, quantize_one)
     targets = [target for target in targets if f"{target.name}.weight_scale" in packed]  # not a packed, tied head
-    kind = {"asymmetric": config.zero_points, "one_width": mixture.one_width if mixture else config.one_width}
-    described = quantization_config(targets, linear_left(model, targets), **kind)
+    one_width = mixture.one_width if mixture else config.one_width
+    described = quantization_config(targets, linear_left(model, targets), one_width=one_width)
     after = _bytes_left(model, rows) + sum(t.nbytes for t in packed.values())
-    asked = vars(config) | {"quantizer": name, "asymmetric": config.zero_points}
+    asked = vars(config) | {"quantizer": name, "asymmetric": any(target.zero_points for target in targets)}
     chosen = mixture.to_dict() if mixture else None
     return Quantized(model, packed, described, tuple(rows), tuple(left), before, after, asked, chosen)
 
@@ -298,7 +300,7 @@ def _quantize_weight(
     if not torch.isfinite(weight).all():
         raise ModelError(f"{target.name} holds weights that are not finite", "the model is damaged: load it again")
     fit = partial(
-        fit_grid, weight, target.bits, target.group_size, asymmetric=config.zero_points, dtype=stored_dtype(model)
+        fit_grid, weight, target.bits, target.group_size, asymmetric=target.zero_points, dtype=stored_dtype(model)
     )
     grid = plain = fit()
     nearest = encode(weight, plain)

@@ -18,6 +18,10 @@ PACKED, WHOLE_BYTES = "pack-quantized", "naive-quantized"
 """compressed-tensors' names: codes in words of 32 bits, or each in a byte of its own."""
 
 
+Width = tuple[int, int, bool]
+"""Bits, columns that share a scale, and whether they share a zero point."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """One weight to quantize."""
@@ -29,6 +33,13 @@ class Assignment:
     bits: int
     group_size: int
     form: str = PACKED
+    zero_points: bool = False
+    """Whether each group has one."""
+
+    @property
+    def width(self) -> Width:
+        """On which grids it may be."""
+        return self.bits, self.group_size, self.zero_points
 
 
 def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> list[Assignment]:
@@ -56,7 +67,7 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
         )
     if config.endpoint_bits and not endpoints:
         raise ConfigError("--endpoint-bits is given, but this model has no cut", "leave out --endpoint-bits")
-    ends = _ends(model) if config.quantize_embeddings else []
+    ends, zeros = _ends(model) if config.quantize_embeddings else [], config.zero_points
     if config.one_width and config.group_size is None:
         config = replace(config, group_size=_common_group_size([*_columns(decoder.layers), *(e[1] for e in ends)]))
     inside: list[Assignment] = []
@@ -65,7 +76,8 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
         for name, module in layer.named_modules():
             if bits < 16 and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS:
                 full = f"{decoder.path}.{i}.{name}"
-                inside.append(Assignment(full, i, bits, group_size(full, module.in_features, config)))
+                group = group_size(full, module.in_features, config)
+                inside.append(Assignment(full, i, bits, group, zero_points=zeros))
     if not inside:
         raise ModelError(
             f"{type(model).__name__} has no linear modules in its decoder layers that could be quantized",
@@ -74,7 +86,7 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
     if not ends:
         return inside
     form, bits = (PACKED if config.packs_embeddings else WHOLE_BYTES), config.embedded_in
-    first, last = (Assignment(name, None, bits, group_size(name, width, config), form) for name, width in ends)
+    first, last = (Assignment(name, None, bits, group_size(name, width, config), form, zeros) for name, width in ends)
     return [first, *inside, last]
 
 

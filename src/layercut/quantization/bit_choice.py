@@ -3,9 +3,9 @@
     mixture = choose(model, tokens, config, target=60_000_000)     # .targets: what to quantize, and to how many bits
 
 What can be loaded decides what can be mixed (docs/log.md): in the linear modules any widths beside each other,
-embeddings then in 16 bits or as whole bytes; or all in one width with embeddings packed as well, and what is left out
-of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of `sensitivity.py`; the cheapest
-is taken. A sum of costs is the second-order estimate of what they cost together.
+embeddings then in 16 bits or as whole bytes; or all in one width with embeddings packed as well, with zero points or
+without, and what is left out of it in 16 bits. Each of these formats is a multiple-choice knapsack over the costs of
+`sensitivity.py`; the cheapest is taken. A sum of costs is the second-order estimate of what they cost together.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from layercut.errors import ConfigError
 from layercut.files.sizes import size, size_flag
 from layercut.models import loading
 from layercut.quantization import sensitivity
-from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, plan
+from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment, Width, plan
 from layercut.quantization.packing import stored_bytes, unpacks_while_loading
-from layercut.quantization.sensitivity import Width
 
 SEARCHED_GROUPS = 4
-"""Bits up to which several group sizes are tried: above it scales are little of the size, and errors small."""
+"""Bits up to which several group sizes are tried, and zero points: above it both are little of the size, and errors
+small."""
+CHOSEN_AMONG = ["zero points"]
+"""What decides beside the options: an older run's bits are chosen anew."""
 GROUP_STEP, LARGEST_GROUP = 32, 256
 """Where all weights share one group size, it may be any multiple of that, up to this."""
 MOST_UNITS = 2**17
@@ -97,7 +99,10 @@ class Mixture:
     def to_dict(self) -> dict[str, Any]:
         """What quantize.json records of the choice."""
         costs = {
-            name: [{"bits": bits, "group_size": group, "kl": kl} for (bits, group), kl in each.items()]
+            name: [
+                {"bits": bits, "group_size": group, "zero_points": zeros, "kl": kl}
+                for (bits, group, zeros), kl in each.items()
+            ]
             for name, each in self.costs.items()
         }
         return {
@@ -141,7 +146,7 @@ def measured(model: Any, tokens: torch.Tensor, config: QuantizeConfig) -> Costs:
     candidates = _candidates(model, config)
     formats = _formats(candidates, config)
     widths = {
-        part.name: sorted({(way.bits, way.group_size) for each in formats for way in each.ways[i] if way})
+        part.name: sorted({way.width for each in formats for way in each.ways[i] if way})
         for i, candidate in enumerate(candidates)
         for part in candidate.targets
     }
@@ -294,12 +299,24 @@ def _formats(candidates: Sequence[Storable], config: QuantizeConfig) -> list[Sto
         mixed.append((*(plain or ((None,) if whole and not ways else ())), *ways))
     formats = [StoredFormat(tuple(mixed), one_width=False)]
     if any(candidate.targets[0].form == WHOLE_BYTES for candidate in candidates) and unpacks_while_loading():
-        common = _common_sizes(candidates, config)
-        for bits in allowed:
-            for group in common[: _tried(bits, common)]:
-                ways = [replace(each.targets[0], bits=bits, group_size=group, form=PACKED) for each in candidates]
-                formats.append(StoredFormat(tuple((*plain, way) for way in ways), one_width=True))
+        for bits, group, zeros in _common_widths(candidates, config, allowed):
+            ways = [
+                replace(each.targets[0], bits=bits, group_size=group, form=PACKED, zero_points=zeros)
+                for each in candidates
+            ]
+            formats.append(StoredFormat(tuple((*plain, way) for way in ways), one_width=True))
     return formats
+
+
+def _common_widths(candidates: Sequence[Storable], config: QuantizeConfig, allowed: Sequence[int]) -> list[Width]:
+    """What all weights may have alike; zero points, which no loader takes beside other widths, up to a few bits."""
+    sizes, zeros = _common_sizes(candidates, config), (False, True)
+    return [
+        (bits, group, zero)
+        for bits in allowed
+        for zero in zeros[: 1 + (bits <= SEARCHED_GROUPS)]
+        for group in sizes[: _tried(bits, sizes)]
+    ]
 
 
 def _tried(bits: int, sizes: Sequence[int]) -> int:
@@ -360,7 +377,7 @@ def _within(
 
 def _cost(costs: Costs, name: str, way: Assignment) -> float:
     """Of a weight stored in one way; infinite where that was not measured, as of groups that only a cut model has."""
-    return costs[name].get((way.bits, way.group_size), math.inf)
+    return costs[name].get(way.width, math.inf)
 
 
 def cheapest(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int] | None:

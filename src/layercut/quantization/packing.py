@@ -73,16 +73,13 @@ def pack(target: Assignment, codes: torch.Tensor, grid: Grid) -> dict[str, torch
     return {f"{target.name}.{name}": tensor.cpu() for name, tensor in stored.items()}
 
 
-def stored_bytes(
-    target: Assignment, shape: tuple[int, int], dtype: torch.dtype, *, zero_points: bool = False
-) -> dict[str, int]:
+def stored_bytes(target: Assignment, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each tensor that `pack` will make of a weight.
 
     Args:
         target: the weight, and how it is stored.
         shape: [O, I].
         dtype: of the scales.
-        zero_points: whether each group has one.
 
     Returns:
         Bytes by the tensors' full names.
@@ -94,7 +91,7 @@ def stored_bytes(
         parts["weight"] = rows * columns
     else:
         parts |= {"weight_packed": rows * -(-columns * target.bits // 32) * 4, "weight_shape": 2 * 8}
-    if zero_points:
+    if target.zero_points:
         whole = target.form == WHOLE_BYTES
         parts["weight_zero_point"] = rows * groups if whole else -(-rows * target.bits // 32) * 4 * groups
     return {f"{target.name}.{name}": count for name, count in parts.items()}
@@ -183,7 +180,7 @@ def repacked(
 
 
 def quantization_config(
-    targets: Sequence[Assignment], left: Sequence[str], *, asymmetric: bool, one_width: bool = False
+    targets: Sequence[Assignment], left: Sequence[str], *, one_width: bool = False
 ) -> dict[str, Any]:
     """What config.json must say for a loader to read the packed weights: one group of modules for each kind of grid.
 
@@ -192,7 +189,6 @@ def quantization_config(
     Args:
         targets: what is quantized.
         left: names of linear modules that are none of the targets.
-        asymmetric: with zero points.
         one_width: unpack while loading: transformers 5.24 can load zero points and packed embeddings in no other way,
             and this way takes the bits and the group size of the first group for all.
 
@@ -208,13 +204,13 @@ def quantization_config(
 
     groups: dict[str, Any] = {}
     for kind in sorted({_kind(target) for target in targets}):
-        bits, group_size, form = kind
+        bits, group_size, zero_points, form = kind
         args = QuantizationArgs(
-            num_bits=bits, type="int", strategy="group", group_size=group_size, symmetric=not asymmetric
+            num_bits=bits, type="int", strategy="group", group_size=group_size, symmetric=not zero_points
         )
         names = [target.name for target in targets if _kind(target) == kind]
         groups[f"group_{len(groups)}"] = QuantizationScheme(targets=names, weights=args, format=form)
-    forms = {_kind(target)[2] for target in targets}
+    forms = {target.form for target in targets}
     form = forms.pop() if len(forms) == 1 else "mixed-precision"
     config = QuantizationConfig(
         config_groups=groups, format=form, quantization_status=QuantizationStatus.COMPRESSED, ignore=list(left)
@@ -223,5 +219,5 @@ def quantization_config(
     return described | {"dequantize": True} if one_width else described
 
 
-def _kind(target: Assignment) -> tuple[int, int, str]:
-    return target.bits, target.group_size, target.form
+def _kind(target: Assignment) -> tuple[int, int, bool, str]:
+    return *target.width, target.form

@@ -12,7 +12,7 @@ from layercut.quantization.coordinate_descent import PASSES
 from layercut.quantization.grid import ROWS, SEARCHED_BITS, SHARES
 from layercut.quantization.scales import EQUATIONS_BYTES, TURNS
 
-MATRICES, WIDTHS = 7, 16
+MATRICES, WIDTHS = 7, 28
 """Of a layer, and what is tried for each where bits are chosen: those of a Llama."""
 SMALLEST_GROUP = 32
 """Columns that share a scale, where the config does not say how many."""

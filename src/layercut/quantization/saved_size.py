@@ -46,7 +46,7 @@ def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpo
     for target in targets:
         weight = model.get_submodule(target.name).weight
         plain = weight.numel() * min(weight.itemsize, dtype.itemsize)
-        parts = stored_bytes(target, tuple(weight.shape), dtype, zero_points=config.zero_points)
+        parts = stored_bytes(target, tuple(weight.shape), dtype)
         again = target.layer is None and id(weight) in done
         change = _of_tied_head(target, parts) if again else sum(parts.values()) - plain
         done.add(id(weight))

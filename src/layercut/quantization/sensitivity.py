@@ -1,6 +1,6 @@
 """What it costs to round one weight: by how much KL to the model as it is rises, in nats per token, at each width.
 
-    costs = measure(model, tokens, {"model.layers.0.mlp.up_proj": [(4, 64), (3, 64)]}, seed=0)
+    costs = measure(model, tokens, {"model.layers.0.mlp.up_proj": [(4, 64, False), (3, 64, True)]}, seed=0)
     weights = token_weights(model, tokens, ["model.layers.0.mlp.up_proj"])  # at which tokens its errors count most
 
 Second order: with F the Fisher information of what the model predicts, KL(p || p_dW) = 1/2 <dW, F dW>. Of a linear
@@ -29,6 +29,7 @@ from layercut.models.loading import taking_gradients
 from layercut.models.losses import likelihood_slope_
 from layercut.models.runner import DecoderRunner, intercepted
 from layercut.progress import bar
+from layercut.quantization.assignment import Width
 from layercut.quantization.grid import decode, encode, fit_grid
 
 TOKENS = 2048
@@ -36,8 +37,6 @@ TOKENS = 2048
 ROWS = 128
 """Rows of a matrix that are rounded to tell what all would cost."""
 Result = TypeVar("Result")
-Width = tuple[int, int]
-"""Bits, and columns that share a scale."""
 
 
 def measure(
@@ -195,5 +194,6 @@ def rise(
 
 def _error(weight: torch.Tensor, width: Width, dtype: torch.dtype) -> torch.Tensor:
     """W - round(W) of some rows [R, I], float32."""
-    grid = fit_grid(weight, *width, asymmetric=False, dtype=dtype)
+    bits, group_size, zero_points = width
+    grid = fit_grid(weight, bits, group_size, asymmetric=zero_points, dtype=dtype)
     return weight.float() - decode(encode(weight, grid), grid).float()

@@ -76,7 +76,15 @@ def inputs(work: RunContext) -> list[Any]:
     """All that the prices depend on; not what only measures more."""
     config = work.config
     search = replace(config.search, score="raw", oracle=False, all_lengths=False)
-    return [work.source, work.text["calibration"], work.text["heldout"], config.text.seed, search, config.quantize]
+    return [
+        work.source,
+        work.text["calibration"],
+        work.text["heldout"],
+        config.text.seed,
+        search,
+        config.quantize,
+        *bit_choice.CHOSEN_AMONG,
+    ]
 
 
 def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:

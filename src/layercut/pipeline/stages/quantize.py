@@ -50,7 +50,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
-                **(vars(config) | {"asymmetric": config.zero_points}),
+                **(vars(config) | {"asymmetric": found.settings["asymmetric"]}),
                 layers=list(found.weights),
                 left=list(found.left),
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
