@@ -29,6 +29,7 @@ from layercut.quantization.assignment import PACKED, WHOLE_BYTES, Assignment
 from layercut.quantization.bit_choice import cheapest
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.packing import pack, stored_bytes
+from layercut.report.stage_lines import describe_quantization
 
 TOKENS, OTHERS = tiny.some_tokens(32, 32), tiny.some_tokens(8, 32, seed=1)
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
@@ -185,6 +186,8 @@ def test_zero_points_are_taken_where_they_are_worth_their_bytes(tmp_path, monkey
     assert not any("zero_point" in name for name in without.packed)
     assert found.settings["asymmetric"]
     assert kl(model, found.model) < 0.8 * kl(model, without.model)
+    told = [describe_quantization(each.to_dict()) for each in (without, found)]
+    assert ["bits a weight on average, with zero points, KL" in line for line in told] == [False, True]
 
 
 def test_only_what_is_allowed_is_chosen():
