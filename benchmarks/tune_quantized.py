@@ -8,7 +8,7 @@ A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and 
 `embeddings` (their bits; 16 where not given), and what is trained after rounding: `train` none, scales or rounding (the
 integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
-and a share `tests` of generated tests among them, as `compress` has them (0.1).
+and a share `tests` of generated tests among them (`compress` has 0.1, and long rows), parted into rows like all text.
 It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes.
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of

@@ -30,6 +30,7 @@ from layercut.models.batch_sizes import Budget
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
+from layercut.pipeline.stages import tune_quantized
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
@@ -158,6 +159,30 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
+def test_rows_are_parted_and_answers_weighed_as_in_healing():
+    """Rows of 32 in halves are rows of 16; a token that counts nothing is not learned."""
+    dense, found = half(tiny.llama(2)), list[dict[str, torch.Tensor]]()
+    settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
+    halves = torch.full((len(TOKENS),), TOKENS.shape[1] // 2)
+    nothing = torch.zeros(TOKENS.shape)
+    ways: list[tuple[torch.Tensor, dict[str, Any]]] = [
+        (TOKENS, {}), (TOKENS, {"row_lengths": halves}), (TOKENS.view(2 * len(TOKENS), -1), {}),
+        (TOKENS, {"token_weights": nothing}),
+    ]  # fmt: skip
+    for rows, treated in ways:
+        parts = Trainable.of_(rounded(dense, bits=3), dense)
+        tune_parameters_(parts.model, dense, parts.parameters, rows, heldout=HELDOUT, settings=settings, **treated)
+        found.append(dict(parts.finished_().packed))
+    whole, parted, short, unlearned = found
+    same = [all(torch.equal(one[name], short[name]) for name in short) for one in (whole, parted)]
+    assert same == [False, True]
+    untouched = rounded(dense, bits=3).packed
+    assert all(torch.equal(unlearned[name], tensor) for name, tensor in untouched.items())
+    with pytest.raises(ConfigError, match="row_lengths"):
+        more = {"heldout": HELDOUT, "settings": settings, "row_lengths": halves + 1}
+        tune_parameters_(parts.model, dense, parts.parameters, TOKENS, **more)
+
+
 def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     """At a rate by the KL before, which is one term of what is judged."""
     dense, settings = half(tiny.llama(2)), TuneSettings(objective=KL(mix=0.25), batch_tokens=64)
@@ -201,12 +226,18 @@ def losses_of_rounding(model: Path, run: Path, removed: Segment) -> tuple[float,
     return kl(dense, small, heldout), kl(healed, small, heldout)
 
 
-def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tmp_path):
+def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tmp_path, monkeypatch):
+    lengths, tune_parameters_ = list[torch.Tensor](), tune_quantized.tune_parameters_
+    monkeypatch.setattr(
+        tune_quantized, "tune_parameters_",
+        lambda *args, **more: lengths.append(more["row_lengths"]) or tune_parameters_(*args, **more),
+    )  # fmt: skip
     model = half(tiny.llama(5, vocab_size=folders.VOCABULARY, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
     flags = ["--segment=2:3", "--bits=3", "--quantize-embeddings", "--embedding-bits=3", "--quantizer=rtn"]
-    flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=1024", "--batch-tokens=32", "--no-fold"]
+    flags += ["--no-speed", "--tokens=256", "--window=32", "--tune-tokens=2048", "--batch-tokens=32", "--no-fold"]
+    flags += ["--tune-window=64"]
     flags += ["--eval-tokens=256", "--preserve=none", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     argv = ["compress", str(tmp_path / "model"), *flags]
     runs = {}
@@ -224,6 +255,8 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     assert tuning["learning_rate"] == trained.rate_from(tuning["heldout"][0]["loss"]) < trained.rate
     assert min(point["loss"] for point in tuning["heldout"]) < tuning["heldout"][0]["loss"]
     assert "tuning" not in runs["none"]["quantize"]
+    (done_as,) = lengths
+    assert done_as.tolist() == [64, 32] * 16, "rows are done as healing does them"
     found = {way: run["summary"]["perplexity"]["quantized"] for way, run in runs.items()}
     assert found["auto"] != found["none"], "what was tuned is what is measured"
     from_dense, from_healed = losses_of_rounding(tmp_path / "model", tmp_path / "none", Segment(2, 3))

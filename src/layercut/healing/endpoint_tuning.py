@@ -202,6 +202,8 @@ def tune_parameters_(
     heldout: torch.Tensor,
     settings: TuneSettings,
     rate_from: Callable[[float], float] | None = None,
+    row_lengths: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
 ) -> TuningResult:
     """Train parameters that the caller has put into the student, anywhere in it, by the loop of `tune_`.
@@ -217,16 +219,19 @@ def tune_parameters_(
         settings: objective, rate (a share of each unit), tokens of a step, epochs; the radius is not used.
         rate_from: the rate by the held-out loss before the first step, of a mixture by its KL, in the place of that
             of `settings`.
+        row_lengths: as `tune_` takes them.
+        token_weights: as `tune_` takes them.
         files: what to keep on disk; nothing by default.
 
     Returns:
         What was trained, and the losses.
 
     Raises:
-        ConfigError: the dense predictions were stored of parts of rows.
+        ConfigError: lengths or weights are not for these tokens, or the dense predictions were stored of other parts.
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
-    check_lengths(None, tokens, _stored(files))
+    check_lengths(row_lengths, tokens, _stored(files))
+    check_weights(token_weights, tokens)
     total = settings.epochs * tokens.numel()
     opened = prepared(student, dense), bar("tuning the quantized model", total), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
@@ -238,6 +243,7 @@ def tune_parameters_(
         )  # fmt: skip
         training = _Training(pair, list(range(len(cut))), tokens, settings, given)
         training.rate_from = rate_from
+        training.treat_rows(row_lengths, token_weights)
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())

@@ -68,14 +68,13 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, co
     Returns:
         Its cost.
     """
-    shape, objective, kept = run.shape, objective_of(settings.objective), kept_layers(run.segments, run.shape.layers)
-    given = run.tuning * run.tuned.window // shape.window  # long rows are parted
-    judge, rows, scored = objective.judge(), given * settings.epochs, run.heldout * (1 + SCORES)
-    forwards = (rows * (1 + objective.needs_dense) + run.heldout) * len(kept)
-    heads = rows * (2 + objective.needs_dense) + scored * (1 + judge.needs_dense)
-    backwards = rows * len(kept)
-    work = Work.of(shape, forwards + scored * len(kept), backwards, trained=backwards, heads=heads)
-    step = min(rows_per_step(settings, shape.window), given)
+    shape, held, objective = run.tuned, run.shape, objective_of(settings.objective)
+    judge, rows, kept = objective.judge(), run.tuning * settings.epochs, kept_layers(run.segments, shape.layers)
+    heads, backwards = rows * (2 + objective.needs_dense), rows * len(kept)
+    work = Work.of(shape, backwards * (1 + objective.needs_dense), backwards, trained=backwards, heads=heads)
+    scored = run.heldout * (1 + SCORES)
+    work += Work.of(held, (run.heldout + scored) * len(kept), heads=scored * (1 + judge.needs_dense))
+    step = min(rows_per_step(settings, shape.window), run.tuning)
     together = min(step, max(1, run.budget.pass_tokens // shape.window))
     logits = 4 * min(run.budget.piece, together * shape.window * shape.vocabulary * shape.itemsize)
     saved = sum(shape.costs[i].saved_trained for i in kept)
@@ -84,7 +83,7 @@ def tune_whole_cost(run: PlannedRun, settings: TuneSettings, parameters: int, co
         "decoded weights": run.after.matrices * 2 * shape.itemsize + codes,  # and their gradients
         "kept for backward": together * saved,
         "logits": logits,
-        "held-out states": 2 * shape.stream(run.heldout),
+        "held-out states": 2 * held.stream(run.heldout),
     }
     return Spent(peak, work)
 

@@ -31,7 +31,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.heal import tune_settings
-from layercut.pipeline.stages.text import tuning_treatment
+from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
 from layercut.segments import Segment
 
@@ -153,14 +153,21 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     """
     heal, heldout = this.work.config.heal, this.work.blocks["heldout"][:JUDGED_ROWS]
     student = DecoderRunner(surgery.cut(this.before, cuts))
-    some = some_of_each(this) if heal.tune_tokens else torch.empty(0, dtype=torch.int64)
-    rows = this.tuning[some] if heal.tune_tokens else tokens[:0]
+    rows, treated = some_to_tune(this) if heal.tune_tokens else (tokens[:0], None)
     if heal.fold:
         fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
-    if heal.tune_tokens:
-        treated = tuning_treatment(this.work).of(lambda each: this.part(each)[some])
+    if treated:
         tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)) | SHORT)
     return student
+
+
+def some_to_tune(this: Round) -> tuple[torch.Tensor, Treatment]:
+    """The rows that heal a cut on trial, token ids [n, T], and how they are done.
+
+    this: the round.
+    """
+    some = some_of_each(this)
+    return this.tuning[some], tuning_treatment(this.work).of(lambda each: this.part(each)[some])
 
 
 def some_of_each(this: Round) -> torch.Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import in_rows
 from layercut.distributed import processes
 from layercut.files.sizes import size
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
@@ -24,6 +23,7 @@ from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
+from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import say
 from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, RATE_PER_NAT, ROUNDING_RATE, Trainable
@@ -34,6 +34,8 @@ most of what GPTQ loses, with 4 scales alone were better, rounding at their rate
 Qwen2.5-Coder-0.5B with 3 scales alone come near it, for an eighth of its time (docs/log.md)."""
 TOWARDS = "what was rounded"
 """What a rounded model is trained towards."""
+ROWS = "rows as in healing"
+"""How they are done: in short rows alone a model of few bits loses what lies further back (docs/log.md)."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -53,7 +55,7 @@ def inputs(work: RunContext) -> list[Any]:
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
     trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
     rates = [RATE, ROUNDING_RATE, RATE_PER_NAT]
-    return [*few, TOWARDS, *rates, asked, *trained, text["tuning"], text["heldout"]]
+    return [*few, TOWARDS, ROWS, heal.answer_weight, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
@@ -83,13 +85,14 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     )
     if work.own_process:
         memory.reuse_freed()
-    found, report = _trained(work, found, before, work.blocks["tuning"], settings_of(work.config.heal), files)
+    rows, treated = work.blocks["tuning"], tuning_treatment(work)
+    found, report = _trained(work, found, before, rows, treated, settings_of(work.config.heal), files)
     for point in report.curve:
         work.run.event("quantize", int(point["step"]), "loss", point["loss"], "nats/token")
     return found, TuningRecord(**vars(report), data=work.text["tuning"])
 
 
-def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor) -> Quantized:
+def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment) -> Quantized:
     """The same on some rows, once, with nothing kept on disk: for a model on trial.
 
     Args:
@@ -97,12 +100,13 @@ def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Ten
         found: the quantized model, changed in place.
         before: the model before it was rounded.
         rows: token ids [N, T].
+        treated: how they are done.
 
     Returns:
         The trained model.
     """
     once = replace(settings_of(work.config.heal), epochs=1, patience=0)
-    return _trained(work, found, before, rows, once, TuningFiles())[0]
+    return _trained(work, found, before, rows, treated, once, TuningFiles())[0]
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
@@ -133,16 +137,17 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
 
 
 def _trained(
-    work: RunContext, found: Quantized, before: Any, tuning: torch.Tensor, settings: TuneSettings, files: TuningFiles
-) -> tuple[Quantized, TuningResult]:
+    work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment, settings: TuneSettings,
+    files: TuningFiles,
+) -> tuple[Quantized, TuningResult]:  # fmt: skip
     """Train what is to be trained of a quantized model towards `before`, judged by the held-out rows."""
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    rows, settings = in_rows(tuning, work.config.text.window), replace(settings, learning_rate=parts.rate)
+    settings = replace(settings, learning_rate=parts.rate)
     loss = settings.objective
     judged_by_kl = isinstance(loss, KL) and loss.needs_dense
     report = tune_parameters_(
         parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
-        rate_from=parts.rate_from if judged_by_kl else None, files=files,
+        rate_from=parts.rate_from if judged_by_kl else None, files=files, **vars(treated),
     )  # fmt: skip
     labels = {name: getattr(report, name).replace("the dense model", TOWARDS) for name in ("label", "heldout_label")}
     return parts.finished_(), replace(report, **labels)
