@@ -160,7 +160,7 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
 
 
 def test_rows_are_parted_and_answers_weighed_as_in_healing():
-    """Rows of 32 in halves are rows of 16; a token that counts nothing is not learned."""
+    """Rows of 16 in halves are rows of 8; a token that counts nothing is not learned."""
     dense, found = half(tiny.llama(2)), list[dict[str, torch.Tensor]]()
     settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
     halves = torch.full((len(TOKENS),), TOKENS.shape[1] // 2)

@@ -44,7 +44,7 @@ __all__ = ["Quantized", "QuantizedWeight", "Quantizer", "endpoints_of", "quantiz
 
 def recipe(config: QuantizeConfig) -> list[Any]:
     """What decides beside the options how calibrated weights are rounded: an older run's are rounded anew."""
-    if not (config.small or config.small_head):
+    if not config.small:
         return []
     return RECIPE + (CHOSEN_AMONG if config.bits == "auto" else [])
 
