@@ -42,7 +42,7 @@ def output_errors(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tens
     Args:
         weight: w [O, I].
         other: w' [O, I].
-        hessian: H = 2 X'X [I, I].
+        hessian: H = 2 X'X [I, I]; in float32, twice as fast, it tells the better one of two as well.
 
     Returns:
         [O], in H's dtype.
@@ -129,6 +129,7 @@ def _better_rows(
     weight: torch.Tensor, found: torch.Tensor, nearest: torch.Tensor, hessian: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """Row by row, those codes that make the smaller error at the output."""
-    error = output_errors(weight, decode(found, grid), hessian)  # [O]
-    error_of_nearest = output_errors(weight, decode(nearest, grid), hessian)
+    seen = hessian.float()
+    error = output_errors(weight, decode(found, grid), seen)  # [O]
+    error_of_nearest = output_errors(weight, decode(nearest, grid), seen)
     return torch.where((error <= error_of_nearest)[:, None], found, nearest)

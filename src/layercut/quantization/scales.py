@@ -91,8 +91,8 @@ class _Kept:
     """Of the grids and codes that were tried, row by row, those with the least error at the output."""
 
     def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> None:
-        self.weight, self.hessian, self.grid, self.codes = weight, hessian, grid, codes
-        self.error = output_errors(weight, decode(codes, grid), hessian)  # [O]
+        self.weight, self.hessian, self.grid, self.codes = weight, hessian.float(), grid, codes
+        self.error = output_errors(weight, decode(codes, grid), self.hessian)  # [O]
 
     def or_(self, grid: Grid, codes: torch.Tensor) -> None:
         """Other codes on another grid, or on the same one."""
