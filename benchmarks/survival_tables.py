@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from layercut.report.comparison_views import damage, retention_words, survivals
+from layercut.report.comparison_views import damage, repeats, retention_words, survivals
 from layercut.report.comparison_views import found as found_of
-from layercut.report.formatting import figure, label, number, short
+from layercut.report.formatting import figure, label, number, percent, short
 from layercut.report.tables import by_kl
+
+REPEATS = "; repeats: 4-grams of eight greedy continuations by 64 tokens that had occurred in them"
 
 
 def survival_markdown(result: dict) -> str:
@@ -21,7 +23,7 @@ def survival_markdown(result: dict) -> str:
     kept = ["kept, %", "above chance, %", "behind, %"] if tasks else []
     names = [name.removeprefix("local_") for name in tasks]
     probed = bool(comparison["judged_dense"]["keys"])
-    found = ["keys", "lists", "damage, nats"] if probed else []
+    found = ["keys", "lists", "damage, nats", "repeats"] if probed else []
     texts = list(comparison["dense"]["texts"])
     headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *names, *found]
     tuned = f", tuned on {tuning['tokens']:,} tokens" if tuning else ", nothing tuned"
@@ -34,7 +36,7 @@ def survival_markdown(result: dict) -> str:
         f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
         f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, searched on "
         f"{comparison['calibration']['tokens']:,} tokens{tuned};{asked} ± one standard error over the "
-        "items, paired; * p < 0.05 against the first method in the same state.",
+        f"items, paired; * p < 0.05 against the first method in the same state{REPEATS * probed}.",
         "",
         f"| {' | '.join(headings)} |",
         f"|---|---|---|{'---:|' * (len(headings) - 3)}",
@@ -56,9 +58,16 @@ def survival_markdown(result: dict) -> str:
             scores = [number(judged.scores[name]) for name in tasks]
             cells += ["–" if score is None else f"{100 * score:.1f}" for score in scores]
         if probed:
-            cells += [found_of(judged["keys"]), found_of(judged.lists), damage(judged) if row else "–"]
+            cells += [found_of(judged["keys"]), found_of(judged.lists)]
+            cells += [damage(judged), repeats(judged)] if row else ["–", dense_repeats(comparison["methods"])]
         lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")
     return "\n".join([*lines, *(["", result["note"]] if result.get("note") else [])])
+
+
+def dense_repeats(rows: Iterable[dict]) -> str:
+    """`repeats` of the dense model, which was measured beside every cut."""
+    health = next(state["health"] for row in rows for state in row["judged"].values() if state["health"])
+    return percent(health["dense"]["repeated_4grams"])
 
 
 def methods_of(rows: Iterable[dict]) -> dict[str, list[str]]:
