@@ -50,7 +50,7 @@ from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import TOWARDS
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
-from tune_quantized import PEER, drawn, parsed, rounded, trained_
+from tune_quantized import PEER, Text, drawn, parsed, rounded, trained_
 
 Row = dict[str, Any]
 GGUF = {"Q4_0 throughout (GGUF)": "q4_0"}
@@ -68,7 +68,7 @@ SETTINGS = [
     "bits=6 embeddings=8 train=scales",
     "bits=4 embeddings=8 train=scales",
     "bits=4 embeddings=4 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 train=rounding batch=256 tests=0.1 tokens=32768",
+    "bits=3 embeddings=3 asymmetric=1 train=rounding tests=0.1 tokens=32768",
     *GGUF,
 ]
 
@@ -78,7 +78,7 @@ class Given:
     """What every point is measured on."""
 
     texts: dict[str, torch.Tensor]
-    text: dict[float, dict[str, torch.Tensor]]
+    text: dict[float, Text]
     """To calibrate the quantizer on, to train after it on with that share of tests, and what judges that [N, T]."""
     gguf: Path | None
     """The file the model came from."""
@@ -244,7 +244,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
     else:
         asked = parsed(setting, given.train_tokens)
         text = given.text[asked.get("tests", 0.0)]
-        found = rounded(model, asked, text["calibration"])
+        found = rounded(model, asked, text.calibration)
         yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
         for point in training:
             found, told = trained_(found, model, asked, text)

@@ -214,7 +214,8 @@ def described(row: dict[str, Any]) -> list[str]:
     by += f", {row['batch']} tokens a step" if "batch" in row else ""
     tokens = [f"{row['tokens']:,}"] if row["tokens"] else []
     tokens += [f"{' and '.join(row['beside'].split('+'))} beside C4"] if "beside" in row else []
-    tokens += [f"{row['tests']:.0%} of them tests"] if "tests" in row else []
+    short = "" if "rows" in row else ", rows of 256"
+    tokens += [f"{row['tests']:.0%} of them tests{short}"] if "tests" in row else []
     tokens += [f"rounded on {row['calibration']:,}"] if "calibration" in row else []
     embeddings = "chosen" if auto else str(row["embeddings"])
     small = row["embeddings"] < 8 or row.get("one_width")

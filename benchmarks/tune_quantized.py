@@ -8,7 +8,7 @@ A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and 
 `embeddings` (their bits; 16 where not given), and what is trained after rounding: `train` none, scales or rounding (the
 integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
-and a share `tests` of generated tests among them (`compress` has 0.1, and long rows), parted into rows like all text.
+and a share `tests` of generated tests among them; rows are then done as a run does them, half of all text in long ones.
 It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes.
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
@@ -28,6 +28,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ from safetensors.torch import load_file
 from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
-from layercut.config import NEAR_ENOUGH, QuantizeConfig
-from layercut.data.blocks import in_rows
+from layercut.config import NEAR_ENOUGH, HealConfig, QuantizeConfig
 from layercut.data.sources import TESTS, split_mix
 from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
@@ -47,7 +47,8 @@ from layercut.models import loading, memory
 from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
 from layercut.pipeline.resolve_options import LONG_ROW
-from layercut.pipeline.stages.tune_quantized import TOWARDS
+from layercut.pipeline.stages.text import Treatment, row_lengths, token_weights
+from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.progress import say
 from layercut.quantization import quantize_
 from layercut.quantization.quantized import Quantized
@@ -78,18 +79,18 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
 
 
 def quantized(
-    model: loading.LanguageModel, asked: dict[str, Any], text: dict[str, torch.Tensor], peer: str
+    model: loading.LanguageModel, asked: dict[str, Any], text: Text, peer: str
 ) -> dict[str, Any]:
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
     student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
     begun = time.process_time()
-    found = rounded(student, asked, text["calibration"])
+    found = rounded(student, asked, text.calibration)
     row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / parameter_bytes(model.model)}
     if found.mixture:
         row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
         row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
     if asked["quantizer"] == PEER:
-        row |= replaced_by_peer_(found.model, model, asked, text["tuning"], peer)
+        row |= replaced_by_peer_(found.model, model, asked, text.tuning, peer)
     row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
     if asked["train"] != "none":
         found, row["tuning"] = trained_(found, student, asked, text)
@@ -110,27 +111,27 @@ def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Q
 
 
 def trained_(
-    found: Quantized, student: Any, asked: dict[str, Any], text: dict[str, torch.Tensor]
+    found: Quantized, student: Any, asked: dict[str, Any], text: Text
 ) -> tuple[Quantized, dict[str, Any]]:
     """What `rounded` made of the student, trained towards it; and how that went."""
     parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
-    tuning = text["tuning"][: asked["tokens"] // text["tuning"].shape[1]]
+    rows = slice(asked["tokens"] // text.tuning.shape[1])
     settings = TuneSettings(
         objective=KL(mix=asked.get("mix", 0.0)),
         learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024),
     )  # fmt: skip
     told = tune_parameters_(
-        parts.model, student, parts.parameters, tuning, heldout=text["heldout"], settings=settings,
-        rate_from=None if "rate" in asked else parts.rate_from,
+        parts.model, student, parts.parameters, text.tuning[rows], heldout=text.heldout, settings=settings,
+        rate_from=None if "rate" in asked else parts.rate_from, **vars(text.treated.of(lambda each: each[rows])),
     )  # fmt: skip
     kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
     return parts.finished_(), {name: getattr(told, name) for name in kept}
 
 
-def without(dense: Any, removed: str, text: dict[str, torch.Tensor]) -> Any:
+def without(dense: Any, removed: str, text: Text) -> Any:
     """A copy that lacks the layers of "12:16,5:7", folded on the calibration tokens."""
     student = cut(dense, [Segment.parse(one) for one in removed.split(",")])
-    fold_(student, dense, text["calibration"], heldout=text["heldout"])
+    fold_(student, dense, text.calibration, heldout=text.heldout)
     return student
 
 
@@ -193,9 +194,10 @@ def main() -> None:
 
 
 def how_rounded(asked: dict[str, Any]) -> dict[str, str]:
-    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales and codes stayed, and cut
-    models were trained towards the dense one."""
+    """What rows of before lack: heads were rounded to nearest, tokens counted alike, scales and codes stayed, cut
+    models were trained towards the dense one, and tests in short rows."""
     how = {"towards": TOWARDS} if "removed" in asked and asked["train"] != "none" else {}
+    how |= {"rows": ROWS} if "tests" in asked else {}
     if asked["quantizer"] != "gptq":
         return how
     auto = asked["bits"] == "auto"
@@ -204,26 +206,38 @@ def how_rounded(asked: dict[str, Any]) -> dict[str, str]:
     return how | head | ({"scales": "fitted", "codes": "exchanged"} if small else {})
 
 
-def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) -> dict[str, torch.Tensor]:
-    """Tokens to calibrate, to judge and to train on, other rows each."""
+@dataclass(frozen=True)
+class Text:
+    """Token ids to round on, to judge by and to train on [N, T], other rows each; and how the last are done."""
+
+    calibration: torch.Tensor
+    heldout: torch.Tensor
+    tuning: torch.Tensor
+    treated: Treatment
+
+
+def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) -> Text:
+    """What a setting is rounded on, judged by and trained on."""
     data = f"{args.data}+{asked['beside']}" if "beside" in asked else args.data
-    counts = {"calibration": args.tokens, "heldout": args.heldout_tokens}
-    rows = blocks(model, data, sum(counts.values()), args.window, args.seed).tokens
-    parts = dict(zip(counts, rows.split([count // args.window for count in counts.values()]), strict=True))
-    share, window = asked.get("tests", 0.0), args.tune_window or args.window
-    made = LONG_ROW if share else window  # tests are made for long rows, and those are parted after it
-    streams = len(split_mix(data)) if made != args.window else 0  # each may have gone a part of such a row more
-    before = math.ceil(sum(counts.values()) / (1 - share) / made) + streams
+    counts = args.tokens, args.heldout_tokens
+    calibration, heldout = blocks(model, data, sum(counts), args.window, args.seed).tokens.split(
+        [count // args.window for count in counts]
+    )
+    share = asked.get("tests", 0.0)
+    window = LONG_ROW if share else args.tune_window or args.window
+    streams = len(split_mix(data)) if window != args.window else 0  # each may have gone a part of such a row more
+    before = math.ceil(sum(counts) / (1 - share) / window) + streams
     source = f"{data}+{TESTS}:{share:g}" if share else data
-    found = blocks(model, source, args.tune_tokens, made, args.seed, skip=before)
-    parts["tuning"] = in_rows(found.tokens, window)
+    found = blocks(model, source, args.tune_tokens, window, args.seed, skip=before)
+    lengths = row_lengths(found.tokens, found.origins, args.window, found.marks) if share else None
+    treated = Treatment(row_lengths=lengths, token_weights=token_weights(found.marks, HealConfig().answer_weight))
     text = found.tokens[found.marks.lengths == 0] if found.marks else found.tokens
     spare = text.reshape(-1, args.window)
     more = (asked.get("calibration", args.tokens) - args.tokens) // args.window
     if not 0 <= more <= len(spare):
         got, most = asked["calibration"], args.tokens + spare.numel()
         raise SystemExit(f"error: calibration={got}\nhint: --tokens {args.tokens}, those to train on too: up to {most}")
-    return parts | {"calibration": torch.cat([parts["calibration"], spare[:more]])}
+    return Text(torch.cat([calibration, spare[:more]]), heldout, found.tokens, treated)
 
 
 if __name__ == "__main__":

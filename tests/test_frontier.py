@@ -181,11 +181,11 @@ def test_more_tokens_to_round_on_are_those_to_train_on_and_none_that_judge(front
     asked = {"tokens": 32, "heldout_tokens": 16, "tune_tokens": 64}
     args = Namespace(data=str(texts[0]), window=8, tune_window=16, seed=0, **asked)
     few, more = drawn(model, {}, args), drawn(model, {"calibration": 64}, args)
-    assert few["calibration"].shape == (4, 8)
-    assert more["calibration"].shape == (8, 8)
-    assert torch.equal(more["calibration"], torch.cat([few["calibration"], few["tuning"].view(8, 8)[:4]]))
-    assert torch.equal(more["heldout"], few["heldout"])
-    assert torch.equal(more["tuning"], few["tuning"])
+    assert few.calibration.shape == (4, 8)
+    assert more.calibration.shape == (8, 8)
+    assert torch.equal(more.calibration, torch.cat([few.calibration, few.tuning.view(8, 8)[:4]]))
+    assert torch.equal(more.heldout, few.heldout)
+    assert torch.equal(more.tuning, few.tuning)
     for wrong in (24, 128):
         with pytest.raises(SystemExit, match=f"calibration={wrong}"):
             drawn(model, {"calibration": wrong}, args)
@@ -199,13 +199,16 @@ def test_a_share_of_tests_is_trained_on_and_neither_rounded_on_nor_judged_by(fro
     )
     plain, mixed = (tune_quantized.drawn(model, asked, args) for asked in ({}, {"tests": 0.2, "calibration": 1024}))
     tests = blocks.load_blocks(f"{texts[0]}+probes:0.2", model.tokenizer, tokens=6144, window=1024, seed=0, skip=2)
-    assert torch.equal(mixed["tuning"], tests.tokens.view(-1, 256))
+    assert torch.equal(mixed.tuning, tests.tokens)
     assert (tests.marks.lengths > 0).sum() == 2
+    assert mixed.treated.row_lengths[tests.marks.lengths == 0].tolist() == [1024, 256, 1024, 256], "as a run does them"
+    assert torch.equal(mixed.treated.token_weights, torch.where(tests.marks.answers, 4.0, 1.0))
+    assert vars(plain.treated) == {"row_lengths": None, "token_weights": None}
     text = tests.tokens[tests.marks.lengths == 0].view(-1, 256)
-    assert torch.equal(mixed["calibration"], torch.cat([plain["calibration"], text[:3]]))
-    assert torch.equal(mixed["heldout"], plain["heldout"])
-    rows = {tuple(row) for row in mixed["tuning"].tolist()}
-    assert not rows & {tuple(row) for row in torch.cat([plain["calibration"], plain["heldout"]]).tolist()}
+    assert torch.equal(mixed.calibration, torch.cat([plain.calibration, text[:3]]))
+    assert torch.equal(mixed.heldout, plain.heldout)
+    rows = {tuple(row) for row in mixed.tuning.view(-1, 256).tolist()}
+    assert not rows & {tuple(row) for row in torch.cat([plain.calibration, plain.heldout]).tolist()}
 
 
 @pytest.mark.parametrize("word", ["removed=1:2", "beside=a.txt", "size=3MB", "calibration=64", "quantizer=auto-round"])
