@@ -6,9 +6,10 @@ on is drawn first and as it is; its documents are left out of what is searched a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,17 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
+from layercut.data.blocks import (
+    Blocks,
+    Marks,
+    Order,
+    Reader,
+    TextFacts,
+    fingerprint,
+    load_blocks,
+    stored_blocks,
+    stored_marks,
+)
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
@@ -123,10 +134,41 @@ class Treatment:
 
 def tuning_treatment(work: RunContext) -> Treatment:
     """Of each row to tune on, as how long rows it is done, and what its tokens count."""
-    marks = stored_marks(work.run.folder, "tuning")
-    lengths = row_lengths(work.blocks["tuning"], work.text["tuning"].origins, work.config.text.window, marks)
-    weights = token_weights(marks, work.config.heal.answer_weight)
-    return Treatment(row_lengths=lengths, token_weights=weights)
+    return _treatment(work, work.blocks["tuning"], stored_marks(work.run.folder, "tuning"))
+
+
+def with_more_tests(work: RunContext, share: float) -> tuple[torch.Tensor, Treatment, TextFacts]:
+    """The rows to tune on with fresh tests in the place of some of text, how they are done, and what they are.
+
+    Args:
+        work: of the run.
+        share: of the rows that are to be of tests, at least.
+
+    Returns:
+        Token ids [N, T], treatment and facts; as without it where there are no tests among them, or as many.
+    """
+    rows, marks, facts = work.blocks["tuning"], stored_marks(work.run.folder, "tuning"), work.text["tuning"]
+    text = torch.empty(0) if marks is None else (marks.lengths == 0).nonzero()[:, 0]
+    missing = math.ceil(share * len(rows)) - (len(rows) - len(text))
+    if marks is not None and 0 < missing <= len(text):
+        window = rows.shape[1]
+        drawn = sum(map(len, work.blocks.values()))  # no use can have had more tests
+        fresh = load_blocks(
+            TESTS, work.tokenizer, tokens=missing * window, window=window, seed=work.config.text.seed, skip=drawn
+        )
+        assert fresh.marks
+        places = text[torch.arange(missing) * len(text) // missing]  # of all sources, and throughout
+        rows = rows.index_copy(0, places, fresh.tokens)
+        answers = marks.answers.index_copy(0, places, fresh.marks.answers)
+        marks = Marks(answers, marks.lengths.index_copy(0, places, fresh.marks.lengths))
+        mix = [part for part in split_mix(facts.source) if not has_tests(part)]
+        facts = replace(facts, source="+".join([*mix, f"{TESTS}:{share:g}"]), fingerprint=fingerprint(rows))
+    return rows, _treatment(work, rows, marks), facts
+
+
+def _treatment(work: RunContext, rows: torch.Tensor, marks: Marks | None) -> Treatment:
+    lengths = row_lengths(rows, work.text["tuning"].origins, work.config.text.window, marks)
+    return Treatment(row_lengths=lengths, token_weights=token_weights(marks, work.config.heal.answer_weight))
 
 
 def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:
