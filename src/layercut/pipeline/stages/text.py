@@ -148,14 +148,12 @@ def with_more_tests(work: RunContext, share: float) -> tuple[torch.Tensor, Treat
         Token ids [N, T], treatment and facts; as without it where there are no tests among them, or as many.
     """
     rows, marks, facts = work.blocks["tuning"], stored_marks(work.run.folder, "tuning"), work.text["tuning"]
-    text = torch.empty(0) if marks is None else (marks.lengths == 0).nonzero()[:, 0]
+    text = (marks.lengths == 0).nonzero()[:, 0] if marks else torch.empty(0)
     missing = math.ceil(share * len(rows)) - (len(rows) - len(text))
-    if marks is not None and 0 < missing <= len(text):
-        window = rows.shape[1]
+    if marks and missing > 0:
         drawn = sum(map(len, work.blocks.values()))  # no use can have had more tests
-        fresh = load_blocks(
-            TESTS, work.tokenizer, tokens=missing * window, window=window, seed=work.config.text.seed, skip=drawn
-        )
+        window, seed = rows.shape[1], work.config.text.seed
+        fresh = load_blocks(TESTS, work.tokenizer, tokens=missing * window, window=window, seed=seed, skip=drawn)
         assert fresh.marks
         places = text[torch.arange(missing) * len(text) // missing]  # of all sources, and throughout
         rows = rows.index_copy(0, places, fresh.tokens)
