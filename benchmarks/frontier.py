@@ -47,7 +47,7 @@ from layercut.export.gguf_tensors import architecture_of, gguf_tensors
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
-from layercut.pipeline.stages.tune_quantized import TOWARDS
+from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
 from tune_quantized import PEER, Text, drawn, parsed, rounded, trained_
@@ -104,7 +104,7 @@ def main() -> None:
     asked = ("data", "method", "preserve", "num_segments", "score", "window", "seed", "search_tokens", "tune_tokens",
              "quantize_tokens", "eval_tokens", "longest")  # fmt: skip
     facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
-    facts |= {"trained_towards": TOWARDS} | {name: getattr(args, name) for name in asked}
+    facts |= {"trained_towards": TOWARDS, "tests_in": ROWS} | {name: getattr(args, name) for name in asked}
     kept = Kept(args.work / "points.json", named(facts | {"model": opened.checkpoint.name}))
     texts = {
         name: blocks(opened, source, args.eval_tokens, args.window, args.seed, order="as written").tokens

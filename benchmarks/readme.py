@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gate_tables import headline_of_search, search_tables
@@ -207,6 +208,7 @@ def filled(text: str) -> str:
         "tune_quantized": tune_quantized_table,
         "tune_quantized-qwen": tune_quantized_table,
         "gguf_rounding": gguf_rounding_table,
+        "frontier-qwen": partial(frontier_table, picture="frontier-qwen.svg"),
     }
     later |= {"keep_recall": keep_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}

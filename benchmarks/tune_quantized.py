@@ -115,7 +115,7 @@ def trained_(
 ) -> tuple[Quantized, dict[str, Any]]:
     """What `rounded` made of the student, trained towards it; and how that went."""
     parts = Trainable.of_(found, student if asked["train"] == "rounding" else None)
-    rows = slice(asked["tokens"] // text.tuning.shape[1])
+    rows = slice(max(1, asked["tokens"] // text.tuning.shape[1]))
     settings = TuneSettings(
         objective=KL(mix=asked.get("mix", 0.0)),
         learning_rate=asked.get("rate", parts.rate), batch_tokens=asked.get("batch", 1024),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import tiny
 from layercut import surgery
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
-from layercut.data.blocks import fingerprint, stored_blocks, stored_marks
+from layercut.data.blocks import Marks, stored_blocks, stored_marks
 from layercut.errors import ConfigError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning
@@ -31,7 +33,7 @@ from layercut.models.batch_sizes import Budget
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.stages import tune_quantized
+from layercut.pipeline.stages import text, tune_quantized
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
@@ -303,9 +305,23 @@ def test_the_rounding_is_trained_on_more_tests(texts, tmp_path, monkeypatch, way
     assert torch.equal(weighed, changed | (marks.lengths > 0))
     had = {row for use in ("calibration", "heldout", "tuning") for row in map(tuple, stored_blocks(run, use).tolist())}
     assert not had & {*map(tuple, rows[changed].tolist())}
-    trained_on = json.loads((run / "quantize.json").read_text())["tuning"]["data"]
-    assert trained_on["source"] == f"{texts[0].name}+probes:{most / 10:g}"
-    assert trained_on["fingerprint"] == fingerprint(rows)
+    assert json.loads((run / "quantize.json").read_text())["tuning"].get("fresh_tests", 0) == changed.sum()
+
+
+@pytest.mark.parametrize("some", [40, 12])
+@pytest.mark.parametrize("sources", [1, 2, 3])
+def test_every_source_makes_room_for_tests(sources, some):
+    """Of rows of which every tenth is of tests; also of some of them."""
+    origins = [*(f"{i % sources}" for i in range(9 * sources)), *["probes"] * sources]
+    tests = torch.tensor([origins[i % len(origins)] == "probes" for i in range(40)])
+    marks = Marks(torch.zeros(40, 4, dtype=torch.bool), torch.where(tests, 4, 0))
+    given = torch.arange(40)[:: 40 // some][:some]
+    places = text._places_of_text(given, marks, 0.3, origins)
+    assert len(places) == len({*places.tolist()}) == math.ceil(0.3 * some) - int(tests[given].sum())
+    assert {*places.tolist()} <= {*given[~tests[given]].tolist()}
+    lost = Counter(origins[i % len(origins)] for i in places.tolist())
+    had = Counter(origins[i % len(origins)] for i in given.tolist())
+    assert all(abs(lost[f"{i}"] / len(places) - had[f"{i}"] / (some - had["probes"])) < 0.2 for i in range(sources))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,21 +18,11 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import (
-    Blocks,
-    Marks,
-    Order,
-    Reader,
-    TextFacts,
-    fingerprint,
-    load_blocks,
-    stored_blocks,
-    stored_marks,
-)
+from layercut.data.blocks import Blocks, Marks, Order, Reader, load_blocks, stored_blocks, stored_marks
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
-from layercut.data.text_overlap import MOST, shared
+from layercut.data.text_overlap import MOST, by_origin, shared
 from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading
@@ -41,6 +31,8 @@ from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
 from layercut.report.stage_lines import describe_shared
 
+UNDRAWN = 2**20
+"""Number of the first test that no use draws."""
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
 Use = Literal["evaluation", "calibration", "heldout", "tuning"]
@@ -137,31 +129,42 @@ def tuning_treatment(work: RunContext) -> Treatment:
     return _treatment(work, work.blocks["tuning"], stored_marks(work.run.folder, "tuning"))
 
 
-def with_more_tests(work: RunContext, share: float) -> tuple[torch.Tensor, Treatment, TextFacts]:
-    """The rows to tune on with fresh tests in the place of some of text, how they are done, and what they are.
+def with_more_tests(
+    work: RunContext, share: float, some: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Treatment, int]:
+    """The rows to tune on with fresh tests in the place of some of text, and how they are done.
 
     Args:
         work: of the run.
-        share: of the rows that are to be of tests, at least.
+        share: of the rows that are to be of tests, at least, where there are any.
+        some: which of the rows, int64 [n]; all where not given.
 
     Returns:
-        Token ids [N, T], treatment and facts; as without it where there are no tests among them, or as many.
+        Token ids [n, T], their treatment, and how many of them are fresh.
     """
-    rows, marks, facts = work.blocks["tuning"], stored_marks(work.run.folder, "tuning"), work.text["tuning"]
-    text = (marks.lengths == 0).nonzero()[:, 0] if marks else torch.empty(0)
-    missing = math.ceil(share * len(rows)) - (len(rows) - len(text))
-    if marks and missing > 0:
-        drawn = sum(map(len, work.blocks.values()))  # no use can have had more tests
+    rows, marks = work.blocks["tuning"], stored_marks(work.run.folder, "tuning")
+    some = torch.arange(len(rows)) if some is None else some
+    places = _places_of_text(some, marks, share, work.text["tuning"].origins) if marks else some[:0]
+    if marks and len(places):
         window, seed = rows.shape[1], work.config.text.seed
-        fresh = load_blocks(TESTS, work.tokenizer, tokens=missing * window, window=window, seed=seed, skip=drawn)
+        tokens = len(places) * window
+        fresh = load_blocks(TESTS, work.tokenizer, tokens=tokens, window=window, seed=seed, skip=UNDRAWN)
         assert fresh.marks
-        places = text[torch.arange(missing) * len(text) // missing]  # of all sources, and throughout
         rows = rows.index_copy(0, places, fresh.tokens)
         answers = marks.answers.index_copy(0, places, fresh.marks.answers)
         marks = Marks(answers, marks.lengths.index_copy(0, places, fresh.marks.lengths))
-        mix = [part for part in split_mix(facts.source) if not has_tests(part)]
-        facts = replace(facts, source="+".join([*mix, f"{TESTS}:{share:g}"]), fingerprint=fingerprint(rows))
-    return rows, _treatment(work, rows, marks), facts
+    return rows[some], _treatment(work, rows, marks).of(lambda each: each[some]), len(places)
+
+
+def _places_of_text(some: torch.Tensor, marks: Marks, share: float, origins: Sequence[str]) -> torch.Tensor:
+    """Which of some rows of text make room for tests, int64: as many of each source, from its first row to its last."""
+    wanted = torch.zeros(len(marks.lengths), dtype=torch.bool)
+    wanted[some] = True
+    missing = max(0, math.ceil(share * len(some)) - int((marks.lengths[some] > 0).sum()))
+    sources = by_origin(torch.arange(len(wanted)), origins).values()
+    text = torch.cat([each.sort().values for each in sources])
+    text = text[wanted[text] & (marks.lengths[text] == 0)]
+    return text[(2 * torch.arange(missing) + 1) * len(text) // (2 * missing)] if missing else text[:0]
 
 
 def _treatment(work: RunContext, rows: torch.Tensor, marks: Marks | None) -> Treatment:

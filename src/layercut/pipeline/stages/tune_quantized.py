@@ -37,7 +37,7 @@ ROWS = "rows as in healing"
 """How they are done: in short rows alone a model of few bits loses what lies further back (docs/log.md)."""
 TESTS_SHARE = 0.3
 """Of the rows on which the rounding is trained, where there are tests among them: with the tenth that is enough for
-healing, keys further back than 256 tokens are lost (docs/log.md)."""
+healing, most keys further back than 256 tokens are lost (docs/log.md)."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -145,21 +145,20 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
 
 def _trained(
     work: RunContext, found: Quantized, before: Any, settings: TuneSettings, files: TuningFiles,
-    some: torch.Tensor | slice = slice(None),
+    some: torch.Tensor | None = None,
 ) -> tuple[Quantized, TuningRecord]:  # fmt: skip
     """Train what is to be trained of a quantized model towards `before`, on some rows, judged by the held-out ones."""
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    rows, treated, facts = with_more_tests(work, TESTS_SHARE if parts.learns_rounding else 0)
+    rows, treated, fresh = with_more_tests(work, TESTS_SHARE if parts.learns_rounding else 0, some)
     settings = replace(settings, learning_rate=parts.rate)
     loss = settings.objective
     judged_by_kl = isinstance(loss, KL) and loss.needs_dense
     report = tune_parameters_(
-        parts.model, before, parts.parameters, rows[some], heldout=work.blocks["heldout"], settings=settings,
-        rate_from=parts.rate_from if judged_by_kl else None, files=files,
-        **vars(treated.of(lambda each: each[some])),
+        parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
+        rate_from=parts.rate_from if judged_by_kl else None, files=files, **vars(treated),
     )  # fmt: skip
     labels = {name: getattr(report, name).replace("the dense model", TOWARDS) for name in ("label", "heldout_label")}
-    return parts.finished_(), TuningRecord(**vars(report) | labels, data=facts)
+    return parts.finished_(), TuningRecord(**vars(report) | labels, data=work.text["tuning"], fresh_tests=fresh)
 
 
 def forget_state_(work: RunContext) -> None:
