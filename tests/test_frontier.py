@@ -108,7 +108,7 @@ def test_a_verdict_turns_with_the_figures(fronts):
     mixed = fronts.answers([*POINTS, point(0.2, "int4 finer", 310, 0.05)])["words"][2]
     assert "both together cost less than fewer bits alone at 1 of 3" in mixed
     assert "At no size can" in fronts.duel("a", [], "b", [DENSE])
-    assert fronts.verdicts(dict.fromkeys(fronts.WAYS, [DENSE])) == ["No model without some layers was measured."]
+    assert fronts.verdicts({name: [DENSE] for name in fronts.WAYS}) == ["No model without some layers was measured."]
 
 
 def test_extra_loss_of_quantizing_is_laid_beside_the_dense_models(fronts):
