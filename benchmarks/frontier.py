@@ -68,7 +68,7 @@ SETTINGS = [
     "bits=6 embeddings=8 train=scales",
     "bits=4 embeddings=8 train=scales",
     "bits=4 embeddings=4 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 train=rounding tests=0.3 tokens=32768",
+    "bits=3 embeddings=3 asymmetric=1 train=rounding tests=0.1 tokens=32768",
     *GGUF,
 ]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import weakref
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ import tiny
 from layercut import surgery
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
-from layercut.data.blocks import Marks, stored_blocks, stored_marks
 from layercut.errors import ConfigError
 from layercut.export import checkpoint
 from layercut.healing import endpoint_tuning
@@ -33,7 +30,7 @@ from layercut.models.batch_sizes import Budget
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.stages import text, tune_quantized
+from layercut.pipeline.stages import tune_quantized
 from layercut.quantization import Quantized, quantize_, quantized_weights, trainable
 from layercut.quantization.grid import decode, encode, fit_grid
 from layercut.quantization.trainable import Rounded, Scaled, Trainable
@@ -277,51 +274,6 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
     assert exported["check"]["logits"] == "equal to the bit"
     assert exported["check"]["perplexity"]["value"] == pytest.approx(found["auto"], rel=5e-3)
     assert exported["bytes"] < runs["none"]["export"]["bytes"] + 64, "not a byte more for it"
-
-
-@pytest.mark.parametrize(("way", "most"), [("rounding", 3), ("scales", 1)])
-def test_the_rounding_is_trained_on_more_tests(texts, tmp_path, monkeypatch, way, most):
-    """Fresh ones, in the place of text, three rows of ten; scales are trained on the rows that healed it."""
-    seen, tune_parameters_ = list[Any](), tune_quantized.tune_parameters_
-    monkeypatch.setattr(
-        tune_quantized, "tune_parameters_",
-        lambda *args, **more: seen.append((args[3], more)) or tune_parameters_(*args, **more),
-    )  # fmt: skip
-    model, run = half(tiny.llama(4, vocab_size=folders.VOCABULARY, max_position_embeddings=512)), tmp_path / "run"
-    model.save_pretrained(tmp_path / "model")
-    folders.tokenizer().save_pretrained(tmp_path / "model")
-    flags = ["--segment=2:3", "--bits=3", "--quantizer=rtn", f"--tune-quantized={way}", f"--out={run}", "--no-fold"]
-    flags += ["--no-speed", "--tokens=256", "--window=256", "--tune-tokens=5120", "--tune-window=512"]
-    flags += ["--eval-tokens=256", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
-    assert main(["compress", str(tmp_path / "model"), *flags]) == 0
-    marks, plain = stored_marks(run, "tuning"), stored_blocks(run, "tuning")
-    ((rows, more),) = seen
-    assert marks
-    changed = (rows != plain).any(1)
-    assert len(rows) == 10
-    assert changed.sum() + (marks.lengths > 0).sum() == most
-    assert not (changed & (marks.lengths > 0)).any(), "text made room"
-    weighed = (more["token_weights"] == 4).any(1)
-    assert torch.equal(weighed, changed | (marks.lengths > 0))
-    had = {row for use in ("calibration", "heldout", "tuning") for row in map(tuple, stored_blocks(run, use).tolist())}
-    assert not had & {*map(tuple, rows[changed].tolist())}
-    assert json.loads((run / "quantize.json").read_text())["tuning"].get("fresh_tests", 0) == changed.sum()
-
-
-@pytest.mark.parametrize("some", [40, 12])
-@pytest.mark.parametrize("sources", [1, 2, 3])
-def test_every_source_makes_room_for_tests(sources, some):
-    """Of rows of which every tenth is of tests; also of some of them."""
-    origins = [*(f"{i % sources}" for i in range(9 * sources)), *["probes"] * sources]
-    tests = torch.tensor([origins[i % len(origins)] == "probes" for i in range(40)])
-    marks = Marks(torch.zeros(40, 4, dtype=torch.bool), torch.where(tests, 4, 0))
-    given = torch.arange(40)[:: 40 // some][:some]
-    places = text._places_of_text(given, marks, 0.3, origins)
-    assert len(places) == len({*places.tolist()}) == math.ceil(0.3 * some) - int(tests[given].sum())
-    assert {*places.tolist()} <= {*given[~tests[given]].tolist()}
-    lost = Counter(origins[i % len(origins)] for i in places.tolist())
-    had = Counter(origins[i % len(origins)] for i in given.tolist())
-    assert all(abs(lost[f"{i}"] / len(places) - had[f"{i}"] / (some - had["probes"])) < 0.2 for i in range(sources))
 
 
 @pytest.mark.parametrize(

@@ -390,7 +390,7 @@ class HealConfig:
     else as --window."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
-    0, or --preserve none: text alone. Any other is 0.3 at least where the rounding is trained (--tune-quantized)."""
+    0, or --preserve none: text alone."""
     answer_weight: Annotated[float, rare] = 4.0
     """What a token of a test's answer counts in the loss of the layers beside the cut, of copies excepted; any other
     token counts 1."""

@@ -235,8 +235,6 @@ class TuningRecord(TuningResult):
     """What endpoint tuning did, and on what text."""
 
     data: TextFacts
-    fresh_tests: int = field(default=0, metadata=OPTIONAL)
-    """Rows of the text in whose place others were, of generated tests: where the rounding was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,6 +219,6 @@ def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[WeightedRo
     options = asdict(work.config.quantize) | {"target_size": work.config.search.target_size}
     found = rounding.quantize(student, calibration, endpoints=endpoints(cuts, work.layers), **options)
     if tune_quantized.wanted(work.config):
-        found = tune_quantized.for_a_while(work, found, student, trial.some_of_each(this))
+        found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(this))
     rounded = DecoderRunner(found.model)
     return sum(trial.left_of(rounded, this.stack, rows) for rows in unseen)

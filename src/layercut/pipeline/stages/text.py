@@ -6,7 +6,6 @@ on is drawn first and as it is; its documents are left out of what is searched a
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +17,11 @@ from safetensors.torch import load_file
 
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
-from layercut.data.blocks import Blocks, Marks, Order, Reader, load_blocks, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
-from layercut.data.text_overlap import MOST, by_origin, shared
+from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading
@@ -31,8 +30,6 @@ from layercut.pipeline.run_context import RunContext
 from layercut.progress import say
 from layercut.report.stage_lines import describe_shared
 
-UNDRAWN = 2**20
-"""Number of the first test that no use draws."""
 FEWEST_HELD_OUT, HELD_OUT_SHARE = 1024, 32
 """Tokens, beside those that are tuned on, that judge the fold and choose the best state of tuning: one in 32."""
 Use = Literal["evaluation", "calibration", "heldout", "tuning"]
@@ -126,50 +123,10 @@ class Treatment:
 
 def tuning_treatment(work: RunContext) -> Treatment:
     """Of each row to tune on, as how long rows it is done, and what its tokens count."""
-    return _treatment(work, work.blocks["tuning"], stored_marks(work.run.folder, "tuning"))
-
-
-def with_more_tests(
-    work: RunContext, share: float, some: torch.Tensor | None = None
-) -> tuple[torch.Tensor, Treatment, int]:
-    """The rows to tune on with fresh tests in the place of some of text, and how they are done.
-
-    Args:
-        work: of the run.
-        share: of the rows that are to be of tests, at least, where there are any.
-        some: which of the rows, int64 [n]; all where not given.
-
-    Returns:
-        Token ids [n, T], their treatment, and how many of them are fresh.
-    """
-    rows, marks = work.blocks["tuning"], stored_marks(work.run.folder, "tuning")
-    some = torch.arange(len(rows)) if some is None else some
-    places = _places_of_text(some, marks, share, work.text["tuning"].origins) if marks else some[:0]
-    if marks and len(places):
-        window, seed = rows.shape[1], work.config.text.seed
-        tokens = len(places) * window
-        fresh = load_blocks(TESTS, work.tokenizer, tokens=tokens, window=window, seed=seed, skip=UNDRAWN)
-        assert fresh.marks
-        rows = rows.index_copy(0, places, fresh.tokens)
-        answers = marks.answers.index_copy(0, places, fresh.marks.answers)
-        marks = Marks(answers, marks.lengths.index_copy(0, places, fresh.marks.lengths))
-    return rows[some], _treatment(work, rows, marks).of(lambda each: each[some]), len(places)
-
-
-def _places_of_text(some: torch.Tensor, marks: Marks, share: float, origins: Sequence[str]) -> torch.Tensor:
-    """Which of some rows of text make room for tests, int64: as many of each source, from its first row to its last."""
-    wanted = torch.zeros(len(marks.lengths), dtype=torch.bool)
-    wanted[some] = True
-    missing = max(0, math.ceil(share * len(some)) - int((marks.lengths[some] > 0).sum()))
-    sources = by_origin(torch.arange(len(wanted)), origins).values()
-    text = torch.cat([each.sort().values for each in sources])
-    text = text[wanted[text] & (marks.lengths[text] == 0)]
-    return text[(2 * torch.arange(missing) + 1) * len(text) // (2 * missing)] if missing else text[:0]
-
-
-def _treatment(work: RunContext, rows: torch.Tensor, marks: Marks | None) -> Treatment:
-    lengths = row_lengths(rows, work.text["tuning"].origins, work.config.text.window, marks)
-    return Treatment(row_lengths=lengths, token_weights=token_weights(marks, work.config.heal.answer_weight))
+    marks = stored_marks(work.run.folder, "tuning")
+    lengths = row_lengths(work.blocks["tuning"], work.text["tuning"].origins, work.config.text.window, marks)
+    weights = token_weights(marks, work.config.heal.answer_weight)
+    return Treatment(row_lengths=lengths, token_weights=weights)
 
 
 def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:

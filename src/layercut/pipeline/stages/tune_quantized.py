@@ -16,13 +16,14 @@ from layercut.distributed import processes
 from layercut.files.sizes import size
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_cost import learned_weight_bytes
+from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
 from layercut.models import memory
 from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import objective
-from layercut.pipeline.stages.text import with_more_tests
+from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import say
 from layercut.quantization import Quantized
 from layercut.quantization.trainable import RATE, RATE_PER_NAT, ROUNDING_RATE, Trainable
@@ -35,9 +36,6 @@ TOWARDS = "what was rounded"
 """What a rounded model is trained towards."""
 ROWS = "rows as in healing"
 """How they are done: in short rows alone a model of few bits loses what lies further back (docs/log.md)."""
-TESTS_SHARE = 0.3
-"""Of the rows on which the rounding is trained, where there are tests among them: with the tenth that is enough for
-healing, most keys further back than 256 tokens are lost (docs/log.md)."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
@@ -57,14 +55,7 @@ def inputs(work: RunContext) -> list[Any]:
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
     trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
     rates = [RATE, ROUNDING_RATE, RATE_PER_NAT]
-    rows = [ROWS, TESTS_SHARE] if may_learn_rounding(work.config) else [ROWS]
-    return [*few, TOWARDS, *rows, heal.answer_weight, *rates, asked, *trained, text["tuning"], text["heldout"]]
-
-
-def may_learn_rounding(config: CompressConfig) -> bool:
-    """Whether the rounding itself may be trained, by the options alone."""
-    asked, bits = config.after_rounding.tune_quantized, config.quantize.bits
-    return asked == "rounding" or (asked == "auto" and (bits == "auto" or bits <= FEW_BITS))
+    return [*few, TOWARDS, ROWS, heal.answer_weight, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
 def settings_of(heal: HealConfig) -> TuneSettings:
@@ -94,26 +85,28 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     )
     if work.own_process:
         memory.reuse_freed()
-    found, report = _trained(work, found, before, settings_of(work.config.heal), files)
+    rows, treated = work.blocks["tuning"], tuning_treatment(work)
+    found, report = _trained(work, found, before, rows, treated, settings_of(work.config.heal), files)
     for point in report.curve:
         work.run.event("quantize", int(point["step"]), "loss", point["loss"], "nats/token")
-    return found, report
+    return found, TuningRecord(**vars(report), data=work.text["tuning"])
 
 
-def for_a_while(work: RunContext, found: Quantized, before: Any, some: torch.Tensor) -> Quantized:
+def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment) -> Quantized:
     """The same on some rows, once, with nothing kept on disk: for a model on trial.
 
     Args:
         work: of the run.
         found: the quantized model, changed in place.
         before: the model before it was rounded.
-        some: which of the rows to tune on, int64 [n].
+        rows: token ids [N, T].
+        treated: how they are done.
 
     Returns:
         The trained model.
     """
     once = replace(settings_of(work.config.heal), epochs=1, patience=0)
-    return _trained(work, found, before, once, TuningFiles(), some)[0]
+    return _trained(work, found, before, rows, treated, once, TuningFiles())[0]
 
 
 def learns_rounding(work: RunContext, found: Quantized) -> bool:
@@ -144,12 +137,11 @@ def learns_rounding(work: RunContext, found: Quantized) -> bool:
 
 
 def _trained(
-    work: RunContext, found: Quantized, before: Any, settings: TuneSettings, files: TuningFiles,
-    some: torch.Tensor | None = None,
-) -> tuple[Quantized, TuningRecord]:  # fmt: skip
-    """Train what is to be trained of a quantized model towards `before`, on some rows, judged by the held-out ones."""
+    work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment, settings: TuneSettings,
+    files: TuningFiles,
+) -> tuple[Quantized, TuningResult]:  # fmt: skip
+    """Train what is to be trained of a quantized model towards `before`, judged by the held-out rows."""
     parts = Trainable.of_(found, before if learns_rounding(work, found) else None)
-    rows, treated, fresh = with_more_tests(work, TESTS_SHARE if parts.learns_rounding else 0, some)
     settings = replace(settings, learning_rate=parts.rate)
     loss = settings.objective
     judged_by_kl = isinstance(loss, KL) and loss.needs_dense
@@ -158,7 +150,7 @@ def _trained(
         rate_from=parts.rate_from if judged_by_kl else None, files=files, **vars(treated),
     )  # fmt: skip
     labels = {name: getattr(report, name).replace("the dense model", TOWARDS) for name in ("label", "heldout_label")}
-    return parts.finished_(), TuningRecord(**vars(report) | labels, data=work.text["tuning"], fresh_tests=fresh)
+    return parts.finished_(), replace(report, **labels)
 
 
 def forget_state_(work: RunContext) -> None:
