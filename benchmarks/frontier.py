@@ -53,6 +53,7 @@ from layercut.surgery import cut_gguf
 from tune_quantized import PEER, Text, drawn, parsed, rounded, trained_
 
 Row = dict[str, Any]
+Kind = tuple[tuple[str, Any], ...]
 GGUF = {"Q4_0 throughout (GGUF)": "q4_0"}
 """All matrices in one type, embeddings too, of a model that came from a .gguf file; rounded to nearest, by the
 library's functions: no flag of the command writes it."""
@@ -78,8 +79,8 @@ class Given:
     """What every point is measured on."""
 
     texts: dict[str, torch.Tensor]
-    text: dict[float, Text]
-    """To calibrate the quantizer on, to train after it on with that share of tests, and what judges that [N, T]."""
+    text: dict[Kind, Text]
+    """To calibrate the quantizer on, to train after it on, and what judges that [N, T], by `rows_of` a setting."""
     gguf: Path | None
     """The file the model came from."""
     tokenizer: Any
@@ -124,8 +125,7 @@ def main() -> None:
     after = Namespace(data=args.data, window=args.window, tune_window=args.window, seed=args.seed,
                       tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
     keys = cases(dense.tokenizer, min(args.longest, loading.positions(dense.model.config) or args.longest), args.seed)
-    shares = {0.0, *(part.get("tests", 0.0) for part in parts)}
-    text = {share: drawn(dense, {"tests": share}, after) for share in shares}
+    text = {kind: drawn(dense, dict(kind), after) for kind in {(), *map(rows_of, parts)}}
     given = Given(texts, text, gguf, dense.tokenizer, keys, args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
     settings = [name for name in dict.fromkeys(["bf16", *args.settings]) if gguf or name not in GGUF]
@@ -234,6 +234,11 @@ def points_of(setting: str, tokens: int) -> list[str]:
     return [" ".join(plain), " ".join(words if "tokens=" in setting else [*words, f"tokens={tokens}"])]
 
 
+def rows_of(asked: Row) -> Kind:
+    """What of a setting decides the rows that it is trained on."""
+    return tuple((name, asked[name]) for name in ("tests", "batch") if name in asked and "tests" in asked)
+
+
 def measured(model: Any, setting: str, segments: list[list[int]], given: Given) -> Iterator[tuple[str, Row]]:
     """The points of a setting, with bytes, perplexity and keys found; the model stays as it is."""
     rounding, *training = points_of(setting, given.train_tokens)
@@ -243,7 +248,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
         yield rounding, {"bytes": loading.parameter_bytes(model), **judged(model, given)}
     else:
         asked = parsed(setting, given.train_tokens)
-        text = given.text[asked.get("tests", 0.0)]
+        text = given.text[rows_of(asked)]
         found = rounded(model, asked, text.calibration)
         yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
         for point in training:

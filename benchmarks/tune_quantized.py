@@ -224,7 +224,8 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
         [count // args.window for count in counts]
     )
     share = asked.get("tests", 0.0)
-    window = LONG_ROW if share else args.tune_window or args.window
+    longest = min(LONG_ROW, asked.get("batch", LONG_ROW))  # a row is no longer than a step
+    window = max(longest, args.window) if share else args.tune_window or args.window
     streams = len(split_mix(data)) if window != args.window else 0  # each may have gone a part of such a row more
     before = math.ceil(sum(counts) / (1 - share) / window) + streams
     source = f"{data}+{TESTS}:{share:g}" if share else data

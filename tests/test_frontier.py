@@ -208,6 +208,10 @@ def test_a_share_of_tests_is_trained_on_and_neither_rounded_on_nor_judged_by(fro
     text = tests.tokens[tests.marks.lengths == 0].view(-1, 256)
     assert torch.equal(mixed.calibration, torch.cat([plain.calibration, text[:3]]))
     assert torch.equal(mixed.heldout, plain.heldout)
+    assert tune_quantized.drawn(model, {"tests": 0.2, "batch": 512}, args).tuning.shape == (12, 512), "a row a step"
+    rows_of, mixture = import_module("frontier").rows_of, {"tests": 0.2, "batch": 512}
+    assert dict(rows_of({"bits": 3} | mixture)) == mixture
+    assert not rows_of({"bits": 4, "batch": 512}), "plain rows are the same for all"
     rows = {tuple(row) for row in mixed.tuning.view(-1, 256).tolist()}
     assert not rows & {tuple(row) for row in torch.cat([plain.calibration, plain.heldout]).tolist()}
 
