@@ -152,7 +152,7 @@ def worded(setting: str) -> str:
 def verdicts(fronts: dict[str, list[Point]]) -> list[str]:
     """Fewer layers against fewer bits, then both against the better of the two alone."""
     layers, bits, both = (fronts[name] for name in WAYS)
-    if not {way(point) for point in (*layers, *both)} & {"fewer layers", "both"}:
+    if not any(point["ratio"] for point in (*layers, *both)):
         return ["No model without some layers was measured."]
     found = [duel("fewer bits", bits, "fewer layers", layers), duel("both together", both, "fewer bits alone", bits)]
     if both and bits and both[0]["bytes"] < bits[0]["bytes"]:

@@ -78,9 +78,7 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 
 
-def quantized(
-    model: loading.LanguageModel, asked: dict[str, Any], text: Text, peer: str
-) -> dict[str, Any]:
+def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: Text, peer: str) -> dict[str, Any]:
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
     student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
     begun = time.process_time()

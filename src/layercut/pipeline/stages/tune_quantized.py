@@ -35,7 +35,7 @@ Qwen2.5-Coder-0.5B with 3 scales alone come near it, for an eighth of its time (
 TOWARDS = "what was rounded"
 """What a rounded model is trained towards."""
 ROWS = "rows as in healing"
-"""How they are done: in short rows alone a model of few bits loses what lies further back (docs/log.md)."""
+"""How they are done. Whether short rows alone lose what lies further back is not told by one rounding (docs/log.md)."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
 
