@@ -66,10 +66,10 @@ TRAINING = ("train", "tokens", "batch", "rate", "mix", "tests")
 SETTINGS = [
     "bf16",
     "bits=8 embeddings=8 quantizer=rtn",
-    "bits=6 embeddings=8 train=scales",
-    "bits=4 embeddings=8 train=scales",
-    "bits=4 embeddings=4 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 train=rounding tests=0.1 tokens=32768",
+    "bits=6 embeddings=8 rounding_tests=0.25 train=scales",
+    "bits=4 embeddings=8 rounding_tests=0.25 train=scales",
+    "bits=4 embeddings=4 rounding_tests=0.25 train=scales",
+    "bits=3 embeddings=3 asymmetric=1 rounding_tests=0.25 train=rounding tests=0.1 tokens=32768",
     *GGUF,
 ]
 
@@ -235,8 +235,9 @@ def points_of(setting: str, tokens: int) -> list[str]:
 
 
 def rows_of(asked: Row) -> Kind:
-    """What of a setting decides the rows that it is trained on."""
-    return tuple((name, asked[name]) for name in ("tests", "batch") if name in asked and "tests" in asked)
+    """What of a setting decides the rows that it is rounded and trained on."""
+    names = ["rounding_tests", "tests", *["batch"] * ("tests" in asked)]
+    return tuple((name, asked[name]) for name in names if name in asked)
 
 
 def measured(model: Any, setting: str, segments: list[list[int]], given: Given) -> Iterator[tuple[str, Row]]:
@@ -249,7 +250,7 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
     else:
         asked = parsed(setting, given.train_tokens)
         text = given.text[rows_of(asked)]
-        found = rounded(model, asked, text.calibration)
+        found = rounded(model, asked, text.rounding)
         yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
         for point in training:
             found, told = trained_(found, model, asked, text)

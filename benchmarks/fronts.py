@@ -142,6 +142,7 @@ def worded(setting: str) -> str:
     words += ["zero points"] if said.pop("asymmetric", "0") == "1" else []
     words += [f"groups of {said.pop('group')}"] if "group" in said else []
     words += ["to nearest"] if said.get("quantizer") == "rtn" else []
+    words += ["rounded on tests too"] if said.pop("rounding_tests", None) else []
     if "train" in said:
         words.append(f"{said.pop('train')} trained on {int(said.pop('tokens')):,} tokens")
         words += [f"{float(said.pop('tests')):.0%} of them tests"] if "tests" in said else []

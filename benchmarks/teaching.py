@@ -27,7 +27,7 @@ from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline.stages.text import Treatment, row_lengths, token_weights
+from layercut.pipeline.stages.text import Treatment
 from layercut.segments import Segment
 from layercut.surgery import cut
 
@@ -131,8 +131,10 @@ def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, 
     source = f"{text}+probes:{asked.share}" if asked.share else text
     found = blocks(model, source, held + asked.tokens * asked.hurt, window, args.seed, skip=skip)
     first = held // window
-    lengths = row_lengths(found.tokens, found.origins, args.window, found.marks) if asked.parted else None
-    treated = Treatment(row_lengths=lengths, token_weights=token_weights(found.marks, asked.answer_weight))
+    treated = Treatment.as_drawn(
+        found.tokens, found.origins, found.marks,
+        short=args.window if asked.parted else None, answer_weight=asked.answer_weight,
+    )  # fmt: skip
     origins = [found.origins[i % len(found.origins)] for i in range(first, len(found.tokens))]
     later = treated.of(lambda each: each[first:])
     return Rows(found.tokens[:first], found.tokens[first:].clone(), origins, later)

@@ -9,7 +9,8 @@ A setting is `bits`, `group` (columns that share a scale), `asymmetric` (1: and 
 integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each unit; the default where not given), with
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
 and a share `tests` of generated tests among them; rows are then done as a run does them, half of all text in long ones.
-It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes.
+It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes; and
+on `rounding_tests` rows of tests for each of these rows (a run: 0.25).
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
@@ -39,6 +40,7 @@ from common import RowsDone, arguments, blocks, finish, named, open_model
 from control import dither_
 from layercut import evaluation
 from layercut.config import NEAR_ENOUGH, HealConfig, QuantizeConfig
+from layercut.data.probes import probe_rows
 from layercut.data.sources import TESTS, split_mix
 from layercut.files.sizes import parse_bytes
 from layercut.healing import fold_
@@ -47,7 +49,8 @@ from layercut.models import loading, memory
 from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
 from layercut.pipeline.resolve_options import LONG_ROW
-from layercut.pipeline.stages.text import Treatment, row_lengths, token_weights
+from layercut.pipeline.stages.quantize import FIRST_TEST
+from layercut.pipeline.stages.text import Treatment
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.progress import say
 from layercut.quantization import quantize_
@@ -60,7 +63,7 @@ PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train":
 PEER = "auto-round"
 LATER = {
     "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
-    "beside": str, "calibration": int, "tests": float,
+    "beside": str, "calibration": int, "tests": float, "rounding_tests": float,
 }  # fmt: skip
 """Options of single settings, which the rows of others do not name."""
 
@@ -82,7 +85,7 @@ def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: Text, p
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
     student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
     begun = time.process_time()
-    found = rounded(student, asked, text.calibration)
+    found = rounded(student, asked, text.rounding)
     row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / parameter_bytes(model.model)}
     if found.mixture:
         row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
@@ -206,9 +209,11 @@ def how_rounded(asked: dict[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids to round on, to judge by and to train on [N, T], other rows each; and how the last are done."""
+    """Token ids to calibrate on, to judge by and to train on [N, T], other rows each; and how the last are done."""
 
     calibration: torch.Tensor
+    rounding: torch.Tensor
+    """These, and the tests that weights are rounded on beside them."""
     heldout: torch.Tensor
     tuning: torch.Tensor
     treated: Treatment
@@ -228,15 +233,23 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     before = math.ceil(sum(counts) / (1 - share) / window) + streams
     source = f"{data}+{TESTS}:{share:g}" if share else data
     found = blocks(model, source, args.tune_tokens, window, args.seed, skip=before)
-    lengths = row_lengths(found.tokens, found.origins, args.window, found.marks) if share else None
-    treated = Treatment(row_lengths=lengths, token_weights=token_weights(found.marks, HealConfig().answer_weight))
+    treated = Treatment.as_drawn(
+        found.tokens, found.origins, found.marks,
+        short=args.window if share else None, answer_weight=HealConfig().answer_weight,
+    )  # fmt: skip
     text = found.tokens[found.marks.lengths == 0] if found.marks else found.tokens
     spare = text.reshape(-1, args.window)
     more = (asked.get("calibration", args.tokens) - args.tokens) // args.window
     if not 0 <= more <= len(spare):
         got, most = asked["calibration"], args.tokens + spare.numel()
         raise SystemExit(f"error: calibration={got}\nhint: --tokens {args.tokens}, those to train on too: up to {most}")
-    return Text(torch.cat([calibration, spare[:more]]), heldout, found.tokens, treated)
+    calibration = torch.cat([calibration, spare[:more]])
+    rounding, count = [calibration], round(asked.get("rounding_tests", 0.0) * len(calibration))
+    if count:
+        how = {"window": args.window, "family": "tuning", "seed": args.seed, "first": FIRST_TEST}
+        made = probe_rows(model.tokenizer, rows=count, **how)
+        rounding.append(made.tokens[(made.answers >= 0).any(1)])
+    return Text(calibration, torch.cat(rounding), heldout, found.tokens, treated)
 
 
 if __name__ == "__main__":

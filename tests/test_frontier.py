@@ -15,6 +15,7 @@ import folders
 import quick
 import tiny
 from layercut.data import blocks
+from layercut.data.probes import probe_rows
 from layercut.models import checkpoints, loading
 
 
@@ -187,6 +188,14 @@ def test_more_tokens_to_round_on_are_those_to_train_on_and_none_that_judge(front
     assert torch.equal(more.calibration, torch.cat([few.calibration, few.tuning.view(8, 8)[:4]]))
     assert torch.equal(more.heldout, few.heldout)
     assert torch.equal(more.tuning, few.tuning)
+    assert torch.equal(more.rounding, more.calibration)
+    longer = {"window": 256, "tune_window": 0, "tokens": 1024, "heldout_tokens": 256, "tune_tokens": 256}
+    tests = drawn(model, {"rounding_tests": 0.5}, Namespace(**vars(args) | longer))
+    made = probe_rows(model.tokenizer, rows=2, window=256, family="tuning", first=2**20)
+    assert made.names
+    assert torch.equal(tests.rounding, torch.cat([tests.calibration, made.tokens[(made.answers >= 0).any(1)]]))
+    assert len(tests.calibration) == 4, "which a fold is solved on"
+    assert dict(import_module("frontier").rows_of({"bits": 3, "rounding_tests": 0.5})) == {"rounding_tests": 0.5}
     for wrong in (24, 128):
         with pytest.raises(SystemExit, match=f"calibration={wrong}"):
             drawn(model, {"calibration": wrong}, args)
@@ -231,6 +240,7 @@ def test_settings_are_told_in_words(fronts):
     assert worded("bits=4 train=scales tests=0.1 tokens=64") == (
         "4 bits, embeddings 16, scales trained on 64 tokens, 10% of them tests"
     )
+    assert worded("bits=4 rounding_tests=0.25") == "4 bits, embeddings 16, rounded on tests too"
     assert worded("bits=4") == "4 bits, embeddings 16"
     assert worded("Q4_0 throughout (GGUF)") == "Q4_0 throughout (GGUF)"
 

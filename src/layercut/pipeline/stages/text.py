@@ -116,6 +116,25 @@ class Treatment:
     token_weights: torch.Tensor | None
     """float32 [N, T]; None where every token counts alike."""
 
+    @classmethod
+    def as_drawn(
+        cls, rows: torch.Tensor, origins: Sequence[str], marks: Marks | None, *, short: int | None, answer_weight: float
+    ) -> Treatment:
+        """What a run does with rows of text and tests.
+
+        Args:
+            rows: token ids [N, T].
+            origins: where they come from, in turn.
+            marks: of the tests among them.
+            short: tokens of a short row of text; None: all rows are done whole.
+            answer_weight: of a token before an answer's; of others it is 1.
+
+        Returns:
+            How they are done.
+        """
+        lengths = None if short is None else row_lengths(rows, origins, short, marks)
+        return cls(row_lengths=lengths, token_weights=token_weights(marks, answer_weight))
+
     def of(self, some: Callable[[torch.Tensor], torch.Tensor]) -> Treatment:
         """For the rows that `some` takes of what there is for each."""
         return Treatment(**{name: value if value is None else some(value) for name, value in vars(self).items()})
@@ -123,10 +142,9 @@ class Treatment:
 
 def tuning_treatment(work: RunContext) -> Treatment:
     """Of each row to tune on, as how long rows it is done, and what its tokens count."""
-    marks = stored_marks(work.run.folder, "tuning")
-    lengths = row_lengths(work.blocks["tuning"], work.text["tuning"].origins, work.config.text.window, marks)
-    weights = token_weights(marks, work.config.heal.answer_weight)
-    return Treatment(row_lengths=lengths, token_weights=weights)
+    rows, origins, marks = work.blocks["tuning"], work.text["tuning"].origins, stored_marks(work.run.folder, "tuning")
+    short, weight = work.config.text.window, work.config.heal.answer_weight
+    return Treatment.as_drawn(rows, origins, marks, short=short, answer_weight=weight)
 
 
 def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:
