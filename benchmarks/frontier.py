@@ -66,10 +66,10 @@ TRAINING = ("train", "tokens", "batch", "rate", "mix", "tests")
 SETTINGS = [
     "bf16",
     "bits=8 embeddings=8 quantizer=rtn",
-    "bits=6 embeddings=8 rounding_tests=0.25 train=scales",
-    "bits=4 embeddings=8 rounding_tests=0.25 train=scales",
-    "bits=4 embeddings=4 rounding_tests=0.25 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 rounding_tests=0.25 train=rounding tests=0.1 tokens=32768",
+    "bits=6 embeddings=8 train=scales",
+    "bits=4 embeddings=8 train=scales",
+    "bits=4 embeddings=4 train=scales",
+    "bits=3 embeddings=3 asymmetric=1 train=rounding tests=0.1 tokens=32768",
     *GGUF,
 ]
 

@@ -10,7 +10,7 @@ integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each u
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
 and a share `tests` of generated tests among them; rows are then done as a run does them, half of all text in long ones.
 It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes; and
-on `rounding_tests` rows of tests for each of these rows (a run: 0.25).
+on `rounding_tests` rows of generated tests for each of these rows.
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
@@ -49,7 +49,6 @@ from layercut.models import loading, memory
 from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
 from layercut.pipeline.resolve_options import LONG_ROW
-from layercut.pipeline.stages.quantize import FIRST_TEST
 from layercut.pipeline.stages.text import Treatment
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.progress import say
@@ -61,6 +60,8 @@ from layercut.surgery import cut
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
+FIRST_TEST = 2**20
+"""Number of the first row of tests that weights are rounded on: far beyond those that are trained on."""
 LATER = {
     "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
     "beside": str, "calibration": int, "tests": float, "rounding_tests": float,
