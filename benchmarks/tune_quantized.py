@@ -124,7 +124,8 @@ def trained_(
     )  # fmt: skip
     told = tune_parameters_(
         parts.model, student, parts.parameters, text.tuning[rows], heldout=text.heldout, settings=settings,
-        rate_from=None if "rate" in asked else parts.rate_from, **vars(text.treated.of(lambda each: each[rows])),
+        rate_from=None if "rate" in asked else parts.rate_from, tolerated=parts.tolerated,
+        **vars(text.treated.of(lambda each: each[rows])),
     )  # fmt: skip
     kept = ("learning_rate", "trained_parameters", "state_bytes", "heldout", "best_step", "cpu_seconds", "setbacks")
     return parts.finished_(), {name: getattr(told, name) for name in kept}

@@ -159,6 +159,27 @@ def test_a_head_is_rounded_once_for_all_pieces_of_logits(monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("learned", "later", "setbacks"),
+    [
+        (False, [1.05, 0.9, 0.9, 0.9], [1]), (True, [1.05, 0.9, 0.9, 0.9], []), (True, [1.2, 0.9, 0.9, 0.9], [1]),
+        (True, [1.05, 1.05, 0.9, 0.9], [2]),
+    ],
+    ids=["of scales", "of the rounding", "of the rounding, far above", "of the rounding, twice"],
+)  # fmt: skip
+def test_where_the_rounding_is_trained_a_first_rise_is_no_setback(learned, later, setbacks, monkeypatch):
+    """Codes that lay near an edge fall over it first, and the rate that a setback takes does not come back."""
+    scores = iter([1.0, *later])
+    monkeypatch.setattr("layercut.healing.tuning_pass.HeldOut.score", lambda self: {"loss": next(scores)})
+    dense = half(tiny.llama(2))
+    parts = Trainable.of_(rounded(dense, bits=3), dense if learned else None)
+    told = tune_parameters_(
+        parts.model, dense, parts.parameters, TOKENS[: len(later)], heldout=HELDOUT, tolerated=parts.tolerated,
+        settings=TuneSettings(batch_tokens=TOKENS.shape[1], learning_rate=parts.rate),
+    )  # fmt: skip
+    assert told.setbacks == setbacks
+
+
 def test_rows_are_parted_and_answers_weighed_as_in_healing():
     """Rows of 16 in halves are rows of 8; a token that counts nothing is not learned."""
     dense, found = half(tiny.llama(2)), list[dict[str, torch.Tensor]]()

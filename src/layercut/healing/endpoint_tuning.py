@@ -202,6 +202,7 @@ def tune_parameters_(
     heldout: torch.Tensor,
     settings: TuneSettings,
     rate_from: Callable[[float], float] | None = None,
+    tolerated: float = TOLERATED,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
@@ -219,6 +220,7 @@ def tune_parameters_(
         settings: objective, rate (a share of each unit), tokens of a step, epochs; the radius is not used.
         rate_from: the rate by the held-out loss before the first step, of a mixture by its KL, in the place of that
             of `settings`.
+        tolerated: rise above the start that is no setback the first time, as `is_setback` takes it.
         row_lengths: as `tune_` takes them.
         token_weights: as `tune_` takes them.
         files: what to keep on disk; nothing by default.
@@ -242,7 +244,7 @@ def tune_parameters_(
             stored=files.teacher, apart=True,
         )  # fmt: skip
         training = _Training(pair, list(range(len(cut))), tokens, settings, given)
-        training.rate_from = rate_from
+        training.rate_from, training.tolerated = rate_from, tolerated
         training.treat_rows(row_lengths, token_weights)
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
@@ -420,6 +422,7 @@ class _Training:
         self.row_lengths: torch.Tensor | None = None
         self.token_weights: torch.Tensor | None = None
         self.rate_from: Callable[[float], float] | None = None
+        self.tolerated = TOLERATED
         self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
@@ -526,7 +529,7 @@ class _Training:
         data: list[Any] = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
         if self.token_weights is not None:
             data.append(hashlib.sha256(self.token_weights.cpu().contiguous().numpy().tobytes()).hexdigest())
-        plan = [self.settings.facts, self.rate, self.steps, self.positions]
+        plan = [self.settings.facts, self.rate, self.tolerated, self.steps, self.positions]
         return digest([more, plan, data, start.hexdigest()])
 
     def step_(self) -> int:
@@ -677,7 +680,7 @@ class _Training:
             report.best_step = report.step
             self.best_state = [p.cpu().clone() for p in self.own]
         report.heldout.append({"step": report.step, "tokens": report.tokens, **scores})
-        if is_setback(report.heldout, report.setbacks) and report.step < self.steps:
+        if is_setback(report.heldout, report.setbacks, self.tolerated) and report.step < self.steps:
             self.step_back_()
         since = sum(point["step"] > report.best_step for point in report.heldout)
         report.stopped_early = 0 < self.settings.patience <= since and report.step < self.steps
@@ -753,15 +756,18 @@ def is_scored(step: int, steps: int) -> bool:
     return step * SCORES // steps > (step - 1) * SCORES // steps
 
 
-def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int]) -> bool:
+def is_setback(
+    heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tolerated: float = TOLERATED
+) -> bool:
     """Whether the last held-out score says that the rate is too high.
 
-    So it does above the start's by more than `TOLERATED`, and above it for the second time in a row. A smaller rise may
-    pass by itself, where the rate that it would cost does not come back (docs/log.md).
+    So it does above the start's by more than is tolerated, and above it for the second time in a row. A smaller rise
+    may pass by itself, where the rate that it would cost does not come back (docs/log.md).
 
     Args:
         heldout: the scores so far, the start's first; each with its step.
         setbacks: steps after which the best state was returned to.
+        tolerated: a share of the start's loss, of a mixture of its KL.
 
     Returns:
         True where the rate is to be lowered.
@@ -771,7 +777,7 @@ def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int]) -> 
         return False
     last, rises = later[-1], [math.isinf(point["loss"]) or point["loss"] > start["loss"] for point in later]
     again = len(later) > 1 and rises[-2] and later[-2]["step"] not in setbacks
-    allowed = TOLERATED * abs(start.get(KL.name, start["loss"]))
+    allowed = tolerated * abs(start.get(KL.name, start["loss"]))
     return rises[-1] and (again or math.isinf(last["loss"]) or last["loss"] > start["loss"] + allowed)
 
 

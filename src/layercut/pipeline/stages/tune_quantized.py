@@ -26,7 +26,7 @@ from layercut.pipeline.stages.heal import objective
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import say
 from layercut.quantization import Quantized
-from layercut.quantization.trainable import RATE, RATE_PER_NAT, ROUNDING_RATE, Trainable
+from layercut.quantization.trainable import RATE, RATE_PER_NAT, RISE, ROUNDING_RATE, ROUNDING_RISE, Trainable
 
 FEW_BITS = 3.5
 """On average of the weights that are packed, up to which the rounding is trained by itself: with 3 bits it takes back
@@ -54,7 +54,7 @@ def inputs(work: RunContext) -> list[Any]:
     heal, text, asked = work.config.heal, work.text, work.config.after_rounding
     few = [FEW_BITS] if asked.tune_quantized == "auto" else []
     trained = [heal.objective, heal.temperature, heal.mix, heal.batch_tokens, heal.epochs, heal.patience]
-    rates = [RATE, ROUNDING_RATE, RATE_PER_NAT]
+    rates = [RATE, ROUNDING_RATE, RATE_PER_NAT, RISE, ROUNDING_RISE]
     return [*few, TOWARDS, ROWS, heal.answer_weight, *rates, asked, *trained, text["tuning"], text["heldout"]]
 
 
@@ -147,7 +147,7 @@ def _trained(
     judged_by_kl = isinstance(loss, KL) and loss.needs_dense
     report = tune_parameters_(
         parts.model, before, parts.parameters, rows, heldout=work.blocks["heldout"], settings=settings,
-        rate_from=parts.rate_from if judged_by_kl else None, files=files, **vars(treated),
+        rate_from=parts.rate_from if judged_by_kl else None, tolerated=parts.tolerated, files=files, **vars(treated),
     )  # fmt: skip
     labels = {name: getattr(report, name).replace("the dense model", TOWARDS) for name in ("label", "heldout_label")}
     return parts.finished_(), replace(report, **labels)
