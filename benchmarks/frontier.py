@@ -50,7 +50,7 @@ from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
-from tune_quantized import PEER, Text, drawn, parsed, rounded, trained_
+from tune_quantized import PEER, TRAINING, Text, drawn, parsed, rounded, trained_
 
 Row = dict[str, Any]
 Kind = tuple[tuple[str, Any], ...]
@@ -61,15 +61,13 @@ HELDOUT = 2048
 """Tokens that judge what is trained after rounding."""
 ELSEWHERE = ("removed", "beside", "size", "iterations", "calibration")
 """Words of tune_quantized.py's settings that say what is given otherwise here: layers, text and sizes."""
-TRAINING = ("train", "tokens", "batch", "rate", "mix", "tests")
-"""Words of a setting that say how it is trained after rounding."""
 SETTINGS = [
     "bf16",
     "bits=8 embeddings=8 quantizer=rtn",
-    "bits=6 embeddings=8 train=scales",
-    "bits=4 embeddings=8 train=scales",
-    "bits=4 embeddings=4 train=scales",
-    "bits=3 embeddings=3 asymmetric=1 train=rounding tests=0.1 tokens=32768",
+    "bits=6 embeddings=8 rounding_tests=0.25 train=scales",
+    "bits=4 embeddings=8 rounding_tests=0.25 train=scales",
+    "bits=4 embeddings=4 rounding_tests=0.25 train=scales",
+    "bits=3 embeddings=3 asymmetric=1 rounding_tests=0.25 train=rounding tests=0.1 tokens=32768",
     *GGUF,
 ]
 

@@ -10,7 +10,7 @@ integers too), on `tokens`, `batch` of them a step, at `rate` (a share of each u
 a share `mix` of the next token's loss, on other texts `beside` the first ("A+B"), of each of which as many rows are,
 and a share `tests` of generated tests among them; rows are then done as a run does them, half of all text in long ones.
 It is rounded on --tokens, or on `calibration` tokens: those, and as many more of the ones to train on as it takes; and
-on `rounding_tests` rows of generated tests for each of these rows.
+on `rounding_tests` rows of tests for each of these rows (a run: 0.25).
 "removed=16:19" takes layers out first, and folds.
 "quantizer=auto-round iterations=50" has the layers rounded by auto-round (peer_auto_round.py) on the first `tokens` of
 the same text, embeddings as here, with `--auto-round PYTHON` of an environment that has it; its bytes are those of our
@@ -21,6 +21,7 @@ checkpoint on the same grid. "bits=auto size=86MB" chooses the bits of each matr
 
 from __future__ import annotations
 
+import copy
 import math
 import resource
 import subprocess
@@ -49,6 +50,7 @@ from layercut.models import loading, memory
 from layercut.models.loading import parameter_bytes
 from layercut.models.objectives import KL
 from layercut.pipeline.resolve_options import LONG_ROW
+from layercut.pipeline.stages.quantize import FIRST_TEST
 from layercut.pipeline.stages.text import Treatment
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.progress import say
@@ -60,13 +62,15 @@ from layercut.surgery import cut
 
 PLAIN = {"bits": 16, "group": 0, "quantizer": "gptq", "embeddings": 16, "train": "none", "tokens": 0}
 PEER = "auto-round"
-FIRST_TEST = 2**20
-"""Number of the first row of tests that weights are rounded on: far beyond those that are trained on."""
 LATER = {
     "removed": str, "asymmetric": int, "size": str, "rate": float, "batch": int, "iterations": int, "mix": float,
     "beside": str, "calibration": int, "tests": float, "rounding_tests": float,
 }  # fmt: skip
 """Options of single settings, which the rows of others do not name."""
+TRAINING = ("train", "tokens", "batch", "rate", "mix", "tests")
+"""Options of what is done after rounding."""
+LAST: dict[str, Any] = {}
+"""What was rounded last: see `once_rounded`."""
 
 
 def parsed(text: str, tokens: int) -> dict[str, Any]:
@@ -84,9 +88,8 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
 
 def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: Text, peer: str) -> dict[str, Any]:
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
-    student = without(model.model, asked["removed"], text) if "removed" in asked else model.model
-    begun = time.process_time()
-    found = rounded(student, asked, text.rounding)
+    student, found, spent = once_rounded(model.model, asked, text)
+    begun = time.process_time() - spent
     row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / parameter_bytes(model.model)}
     if found.mixture:
         row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
@@ -97,6 +100,20 @@ def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: Text, p
     if asked["train"] != "none":
         found, row["tuning"] = trained_(found, student, asked, text)
     return row | {"model": found.model}
+
+
+def once_rounded(dense: Any, asked: dict[str, Any], text: Text) -> tuple[Any, Quantized, float]:
+    """What is rounded, as it was and rounded, and the seconds that took: of settings in turn that differ in their
+    training alone those of the first."""
+    how = {name: value for name, value in asked.items() if name not in (*TRAINING, "beside")}
+    of = how, [tensor.tolist() for tensor in (text.calibration, text.rounding, text.heldout)]
+    if LAST.get("of") != of:
+        LAST.clear()
+        student = without(dense, asked["removed"], text) if "removed" in asked else dense
+        begun = time.process_time()
+        LAST.update(of=of, student=student, found=rounded(student, asked, text.rounding))
+        LAST["seconds"] = time.process_time() - begun
+    return LAST["student"], copy.deepcopy(LAST["found"]), LAST["seconds"]
 
 
 def rounded(student: Any, asked: dict[str, Any], calibration: torch.Tensor) -> Quantized:

@@ -476,6 +476,7 @@ def test_the_fresh_process_generates_as_many_tokens_as_are_counted():
 def test_layer_forwards_of_quantization_are_those_that_it_runs(llama, quantizer, monkeypatch):
     stack, shape, tokens = llama
     run = run_of(shape, replace(config(), quantize=QuantizeConfig(bits=4, quantizer=quantizer)), Segment(2, 4))
+    run = replace(run, rounding_tests=2)
     rows = 0
     layer = DecoderRunner.plain_layer  # what calibration runs, and the runner's check of the model does not
 
@@ -493,7 +494,7 @@ def test_layer_forwards_of_quantization_are_those_that_it_runs(llama, quantizer,
         return whole(self, hidden, *args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", watched)
-    quantize(stack.model, tokens[:8], bits=4, quantizer=quantizer)
+    quantize(stack.model, tokens[:10], bits=4, quantizer=quantizer)
     work = quantize_cost(run, calibrated=quantizer == "gptq").work
     assert work is not None
     assert work.layer_forwards.expected == rows + sum(passes)
@@ -502,16 +503,21 @@ def test_layer_forwards_of_quantization_are_those_that_it_runs(llama, quantizer,
 
 
 def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
-    common = ["plan", str(bare), "--no-calibrate", "--json", "--tokens=128", "--window=16", "--tune-tokens=64"]
+    common = ["plan", str(bare), "--no-calibrate", "--json", "--tune-tokens=64"]
 
-    def stages(*flags: str) -> dict[str, Any]:
-        assert main([*common, *flags]) == 0
+    def stages(*flags: str, window: int = 16) -> dict[str, Any]:
+        assert main([*common, f"--window={window}", f"--tokens={8 * window}", *flags]) == 0
         return json.loads(capsys.readouterr().out)["stages"]
 
     plain = ["--bits=4", "--tune-quantized=none"]
     assert "quantize" not in stages("--ratio=0.2")
     rounded, trained = (stages("--ratio=0.2", *flags)["quantize"] for flags in (plain, ["--bits=4"]))
     assert trained["layer_backwards"]["expected"] > rounded["layer_backwards"]["expected"] > 0, "what tokens count"
+    tests, none = (
+        stages("--ratio=0.2", *plain, *more, window=64)["quantize"]["layer_backwards"]["expected"]
+        for more in ([], ["--preserve=none"])
+    )
+    assert 4 * tests == 5 * none, "a row of tests for four of text"
     nearest = stages("--ratio=0.2", *plain, "--quantizer=rtn")["quantize"]
     assert nearest["layer_backwards"]["expected"] == 0
     assert trained["flops"] > rounded["flops"] > 0
@@ -523,7 +529,7 @@ def test_a_plan_counts_quantization_and_what_is_trained_after_it(bare, capsys):
     assert chosen["quantize"]["layer_backwards"]["expected"] > 0
     assert main(["plan", str(bare), "--no-calibrate", "--window=16", "--ratio=0", *auto]) == 0
     assert "no layer is removed" in capsys.readouterr().out
-    assert main([*common, "--ratio=0", "--bits=auto", "--target-size=1kB"]) == 2
+    assert main([*common, "--window=16", "--ratio=0", "--bits=auto", "--target-size=1kB"]) == 2
     assert "the least possible is" in capsys.readouterr().err
 
 

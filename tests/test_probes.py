@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import folders
 import tiny
-from layercut import layer_search
+from layercut import layer_search, quantization
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
 from layercut.data import probe_families
@@ -47,7 +47,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import compare
-from layercut.pipeline.stages import heal, trial
+from layercut.pipeline.stages import heal, quantize, trial
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -359,6 +359,13 @@ def test_what_does_not_fit_is_left_out(tokenizer):
     assert judging_rows(tokenizer, window=12).names == ()
 
 
+@pytest.mark.parametrize(("rows", "window"), [(0, 64), (2, 0), (-1, 64)])
+def test_rows_that_cannot_be_are_refused(tokenizer, rows, window):
+    for made in (probe_rows, judging_rows):
+        with pytest.raises(ConfigError, match=f"{rows} rows of {window} tokens"):
+            made(tokenizer, rows=rows, window=window)
+
+
 def test_names_of_capabilities():
     assert capability_names("all") == tuple(CAPABILITIES)
     assert capability_names("none") == ()
@@ -587,6 +594,87 @@ def test_rows_of_tests_are_those_of_their_edition(tokenizer):
         rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family="tuning")
         found += [rows.tokens.tolist(), rows.answers.tolist(), rows.lengths.tolist()]
     assert (probe_families.EDITION, digest(found)) == (3, "a63de8a2a80fbf59")
+
+
+@pytest.mark.parametrize(
+    ("asked", "preserve", "source", "window", "tests"),
+    [
+        ({"bits": 4}, "all", "c4", 128, [*CAPABILITIES]),
+        ({"bits": "auto"}, "structure,copy", "c4", 128, ["copy", "structure"]),
+        ({"bits": 4}, "none", "c4", 128, []),
+        ({"bits": 8}, "all", "c4", 128, []),
+        ({"bits": 4, "quantizer": "rtn"}, "all", "c4", 128, []),
+        ({"bits": 4}, "all", "c4+probes:0.25", 128, []),  # which has them already
+        ({"bits": 4}, "all", "c4", 16, []),  # where none fits
+    ],
+)
+def test_few_bits_are_rounded_on_tests_as_well(tokenizer, monkeypatch, asked, preserve, source, window, tests):
+    monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
+    config, rows = CompressConfig(), torch.arange(12 * window).view(12, window)
+    config = replace(
+        config, search=replace(config.search, preserve=preserve), quantize=replace(config.quantize, **asked),
+        text=replace(config.text, data=source, tokens=12 * window, window=window, seed=3),
+    )  # fmt: skip
+    work: Any = SimpleNamespace(
+        tokenizer=tokenizer, checkpoint=SimpleNamespace(gguf=None), run=Refusing(), config=config,
+        blocks={"calibration": rows}, text=dict.fromkeys(("calibration", "tuning", "heldout")),
+    )  # fmt: skip
+    found = quantize.rows_to_round_on(work, quantize.tests_to_round_on(work, config.quantize))
+    assert torch.equal(found[:12], rows)
+    made = probe_rows(
+        tokenizer, rows=3, window=window, family="tuning", capabilities=tests or ["copy"], seed=3, first=2**20
+    )
+    held = made.tokens[(made.answers >= 0).any(1)]
+    assert torch.equal(found[12:], held if tests else rows[:0]), "one for four rows of text"
+    assert len(held) == 3 * bool(made.names), "which all hold some"
+    assert quantize.planned_tests(config) == (3 if tests else 0)
+    told = quantize.how_rounded(config, config.quantize)
+    assert (told != quantization.recipe(config.quantize)) == (bool(tests) or window == 16)
+    if asked.get("quantizer") != "rtn":
+        with pytest.raises(Refused) as refused:
+            quantize.quantize(work, [])
+        assert all(each in refused.value.args[0] for each in told), "what the stage is redone for"
+
+
+class Refused(Exception):
+    """With what a stage depends on."""
+
+
+class Refusing:
+    """A run that does nothing."""
+
+    def stage(self, kind: Any, name: str, inputs: Any, **_: Any) -> Any:
+        raise Refused(inputs)
+
+
+def test_a_run_rounds_on_tests_wherever_it_rounds(tiny_model, texts, tmp_path, monkeypatch):
+    seen, round_ = [], quantization.quantize
+
+    def noted(model, tokens, *, bits, **how):
+        seen.append((bits, tokens))
+        return round_(model, tokens, bits=bits, **how)
+
+    monkeypatch.setattr(quantization, "quantize", noted)
+    monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
+    argv = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--tune-tokens=0", "--no-speed"]
+    argv += [f"--eval-data={texts[1]}", "--eval-tokens=256", "--score=raw", "--no-fold", "--bits=auto"]
+    size = sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
+    assert main(["compress", *argv, f"--out={tmp_path}", f"--target-size={size // 2}B"]) == 0
+    (text,) = load_file(tmp_path / "tokens-calibration.safetensors").values()
+    made = probe_rows(folders.tokenizer(), rows=2, window=128, family="tuning", first=2**20)
+    both = torch.cat([text, made.tokens])
+    assert len(seen) >= 2, "on trial and in the end"
+    assert all(torch.equal(tokens, both) for _, tokens in seen)
+    seen.clear()
+    work: Any = SimpleNamespace(
+        config=CompressConfig(text=DataConfig(data="c4", tokens=1024, window=128)), tokenizer=folders.tokenizer(),
+        blocks={"calibration": text, "heldout": text}, heldout_perplexity=1.0,
+    )  # fmt: skip
+    for bits in (8, 4):
+        quantize.point(work, loading.load(checkpoints.resolve(str(tiny_model))).model, bits)
+    (_, of_eight), (_, of_four) = seen
+    assert torch.equal(of_eight, text)
+    assert torch.equal(of_four, both)
 
 
 @pytest.mark.parametrize(("weight", "rounds"), [(1.0, 1), (3.0, 1), (3.0, 2)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -20,7 +21,7 @@ import tiny
 from layercut import quantization
 from layercut.cli.command_line import main
 from layercut.cli.single_stage import quantize_alone
-from layercut.config import CompressConfig, QuantizeAloneConfig, QuantizeConfig
+from layercut.config import CompressConfig, QuantizeAloneConfig, QuantizeConfig, SearchConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import ConfigError, ModelError
 from layercut.evaluation import perplexity
@@ -495,7 +496,10 @@ def test_how_few_bits_are_rounded_is_an_input_of_the_stages_that_round():
     assert recipe(QuantizeConfig(bits="auto")) == scales.RECIPE + bit_choice.CHOSEN_AMONG
     config = CompressConfig(quantize=QuantizeConfig(bits=4))
     assert recipes(config, [16]) == []
-    assert recipes(config, [16, 8, 4]) == scales.RECIPE
+    plain = replace(config, search=SearchConfig(preserve="none"))
+    assert recipes(plain, [16, 8, 4]) == scales.RECIPE
+    assert recipes(config, [16, 8, 4])[: len(scales.RECIPE)] == scales.RECIPE
+    assert recipes(config, [16, 8, 4]) != scales.RECIPE, "and what tests are rounded on"
 
 
 def test_rounding_needs_no_mode_of_its_own():

@@ -236,7 +236,8 @@ class SearchConfig:
     preserve: str = "all"
     """What the search keeps beside text, for the same methods: all, none, or names separated by commas of recall
     (keys hidden in text), lists (values by key), copy, labels (given by examples), sums, structure (of code) and
-    format. Its damage is measured on tests that are generated from the tokenizer, and added to the loss on text."""
+    format. Its damage is measured on tests that are generated from the tokenizer, and added to the loss on text. Where
+    weights of a checkpoint folder get fewer than 8 bits, they are rounded on such tests too."""
     preserve_weight: Annotated[float, rare] = 1.0
     """What a nat of damage per answer token, mean over what is preserved, counts beside a nat of KL per token of
     text."""

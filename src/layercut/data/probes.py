@@ -131,9 +131,9 @@ def probe_rows(
         The rows; `names` are the capabilities that fit, none of them where the window is too short.
 
     Raises:
-        ConfigError: no such family or capability.
+        ConfigError: no such family or capability, or not one row or token is asked for.
     """
-    words = _family(family)
+    words = _family(family, rows, window)
     capability_names(",".join(capabilities) or "none")
     pieces = window // SHORT_ROW if family == "tuning" and window % SHORT_ROW == 0 else 1
     long = [name for name in LONG if name in capabilities and pieces > 1]
@@ -170,9 +170,9 @@ def judging_rows(
         The rows; without names where not one item fits the window.
 
     Raises:
-        ConfigError: no such family.
+        ConfigError: no such family, or not one row or token is asked for.
     """
-    words, marked = _family(family), []
+    words, marked = _family(family, rows, window), []
     for number in range(rows):
         writer = _Writer(tokenizer, words, random.Random(f"{family} {capability} {seed} {number}"), False)
         found = _Marked([], [])
@@ -185,9 +185,11 @@ def judging_rows(
     return _joined(marked, [window] * rows, DEFAULT_WEIGHT)
 
 
-def _family(name: str) -> Family:
+def _family(name: str, rows: int, window: int) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"there is no family {name!r} of probes", f"allowed are {', '.join(FAMILIES)}")
+    if rows < 1 or window < 1:
+        raise ConfigError(f"{rows} rows of {window} tokens hold no probes", "the least is 1 of each")
     return FAMILIES[name]
 
 

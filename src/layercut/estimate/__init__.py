@@ -44,7 +44,7 @@ from layercut.pipeline.resolve_options import (
     wanted_length,
     with_windows,
 )
-from layercut.pipeline.stages import trial, tune_quantized
+from layercut.pipeline.stages import quantize, trial, tune_quantized
 from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
 from layercut.pipeline.stages.search import planned_tests
@@ -104,6 +104,7 @@ class _Planner:
             folded=calibration + min(tuning, tuning_rows_to_fold(calibration * window, window)),
             budget=self.budget(shape, config, on_cpu, room),
             tests=planned_tests(config),
+            rounding_tests=quantize.planned_tests(config),
             libraries=self.base if on_cpu else 0,
         )
 

@@ -756,9 +756,7 @@ def is_scored(step: int, steps: int) -> bool:
     return step * SCORES // steps > (step - 1) * SCORES // steps
 
 
-def is_setback(
-    heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tolerated: float = TOLERATED
-) -> bool:
+def is_setback(heldout: Sequence[dict[str, float]], setbacks: Sequence[int], tolerated: float = TOLERATED) -> bool:
     """Whether the last held-out score says that the rate is too high.
 
     So it does above the start's by more than is tolerated, and above it for the second time in a row. A smaller rise

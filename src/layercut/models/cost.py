@@ -232,6 +232,8 @@ class PlannedRun:
     """What one pass may take on the device."""
     tests: int = 0
     """Rows of generated tests that are searched on beside the text."""
+    rounding_tests: int = 0
+    """The same that weights are rounded on."""
     libraries: int = 0
     """Bytes that a fresh process holds from the start, where it computes on the CPU."""
 
@@ -249,6 +251,11 @@ class PlannedRun:
     def searched(self) -> int:
         """Rows that are searched on, of text and of tests."""
         return self.calibration + self.tests
+
+    @property
+    def rounded(self) -> int:
+        """Rows that weights are rounded on, of text and of tests."""
+        return self.calibration + self.rounding_tests
 
     @property
     def kinds(self) -> int:

@@ -314,6 +314,8 @@ class QuantizeArtefact(Artefact):
     bits_allowed: str | None = field(default=None, metadata=OPTIONAL)
     mixture: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     """Where bits were chosen for a size: the estimated KL of all together, and of each weight at each width."""
+    tests: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    """`ProbeRows.facts()` of what weights were rounded on beside the calibration text."""
     left: list[Any] | None = field(default=None, metadata=OPTIONAL)
     bytes: BeforeAfter | None = field(default=None, metadata=OPTIONAL)
     quantization_config: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from layercut import layer_search, quantization
+from layercut import layer_search
 from layercut.config import Bits, CompressConfig, consumer_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError
@@ -105,10 +105,10 @@ def recipes(config: CompressConfig, bits: Sequence[Bits]) -> list[Any]:
         bits: that are tried.
 
     Returns:
-        `quantization.recipe` of each, one after another; empty where none needs one.
+        `stages.quantize.how_rounded` of each, one after another; empty where none needs one.
     """
     asked = (replace(config.quantize, bits=each) for each in bits if each != 16)
-    return [how for each in asked for how in quantization.recipe(each)]
+    return [how for each in asked for how in stages.quantize.how_rounded(config, each)]
 
 
 def fixed_bits(config: CompressConfig) -> tuple[Bits, ...]:

@@ -45,7 +45,7 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
     peak: Peak = {"rounded weights": held}
     if not calibrated:
         return _with_passes(run, Spent(peak, work), weighted=False)
-    rows, inputs = run.calibration, _inputs(run)
+    rows, inputs = run.rounded, _inputs(run)
     read = [*inputs, *[shape.hidden] * (MATRICES - len(inputs))] if small else inputs  # a Hessian for every matrix
     squares, mean = sum(width**2 for width in read), sum(inputs) / len(inputs)
     # of a weight 2 O I^2 each: errors at the output; codes that compensate, are exchanged, and scales for them
@@ -67,9 +67,9 @@ def quantize_cost(run: PlannedRun, *, calibrated: bool) -> Spent:
 def _with_passes(run: PlannedRun, spent: Spent, *, weighted: bool) -> Spent:
     """With the passes forwards and backwards before anything is rounded."""
     window = run.shape.window
-    passes = [_backwards(run, run.calibration, Work())] if weighted else []
+    passes = [_backwards(run, run.rounded, Work())] if weighted else []
     if run.config.quantize.bits == "auto":
-        inputs, rows = _inputs(run), min(run.calibration, max(1, sensitivity.TOKENS // window))
+        inputs, rows = _inputs(run), min(run.rounded, max(1, sensitivity.TOKENS // window))
         tried = MATRICES * WIDTHS * len(run.after.layers)
         products = 2 * sensitivity.ROWS * rows * window * sum(inputs) / len(inputs) * tried
         passes.append(_backwards(run, rows, Work(flops=products)))
@@ -81,7 +81,7 @@ def _with_passes(run: PlannedRun, spent: Spent, *, weighted: bool) -> Spent:
 
 def _head_cost(run: PlannedRun) -> Spent:
     """One more pass of the calibration rows, for what the head reads, and its rounding."""
-    shape, rows, square = run.shape, run.calibration, run.shape.hidden**2
+    shape, rows, square = run.shape, run.rounded, run.shape.hidden**2
     solved = 2 * ERRORS * shape.vocabulary * square + 3 * shape.hidden**3
     gathered = 2 * square * (rows * shape.window + PRODUCTS * shape.vocabulary)
     together = min(rows, run.budget.logit_rows(shape.window, shape.vocabulary))

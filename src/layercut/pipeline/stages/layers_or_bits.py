@@ -27,7 +27,7 @@ from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
-from layercut.pipeline.stages import trial, tune_quantized
+from layercut.pipeline.stages import quantize, trial, tune_quantized
 from layercut.pipeline.stages.search import asked, generated_tests
 from layercut.progress import say
 from layercut.quantization import bit_choice
@@ -60,8 +60,7 @@ def number_of_layers(work: RunContext) -> int:
         if priced.open:
             priced.found = PricedArtefact(points=every_number(this))
     KnownPrices(work.run, PRICED).forget_()
-    how = rounding.recipe(work.config.quantize)
-    trained = [heal, work.text.get("tuning"), *how, *tune_quantized.inputs(work)]
+    trained = [heal, work.text.get("tuning"), *tune_quantized.inputs(work)]
     with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
         if stage.open:
             points = decided(this, priced.artefact.points)
@@ -84,7 +83,13 @@ def inputs(work: RunContext) -> list[Any]:
         search,
         config.quantize,
         *bit_choice.CHOSEN_AMONG,
+        *quantize.how_rounded(config, config.quantize),
     ]
+
+
+def rounding_rows(work: RunContext) -> torch.Tensor:
+    """What the run rounds on, token ids [N, T]."""
+    return quantize.rows_to_round_on(work, quantize.tests_to_round_on(work, work.config.quantize))
 
 
 def numbers_tried(possible: Sequence[int], layers: int) -> list[int]:
@@ -115,7 +120,7 @@ def every_number(this: Round) -> list[ShareRecord]:
     work, dense, target = this.work, this.work.dense.model, this.work.config.search.target_bytes
     config, calibration, tests = work.config.quantize, work.blocks["calibration"], generated_tests(work)
     possible = bit_choice.numbers_left_open(dense, config, target)
-    costs = bit_choice.measured(dense, calibration, config)
+    costs = bit_choice.measured(dense, rounding_rows(work), config)
     folds = cache(lambda: trial.fold_prices(this, calibration, tests))
     few = calibration[: max(1, TOKENS // calibration.shape[1])]
     known, points, refused = KnownPrices(work.run, PRICED), list[ShareRecord](), None
@@ -217,7 +222,8 @@ def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[WeightedRo
     work, calibration = this.work, this.work.blocks["calibration"]
     student = trial.healed_for_a_while(this, cuts, calibration).at_rest if cuts else work.dense.model
     options = asdict(work.config.quantize) | {"target_size": work.config.search.target_size}
-    found = rounding.quantize(student, calibration, endpoints=endpoints(cuts, work.layers), **options)
+    beside = endpoints(cuts, work.layers)
+    found = rounding.quantize(student, rounding_rows(work), endpoints=beside, **options)
     if tune_quantized.wanted(work.config):
         found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(this))
     rounded = DecoderRunner(found.model)

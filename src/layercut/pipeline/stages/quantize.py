@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from layercut import evaluation
 from layercut import quantization as rounding
-from layercut.config import Bits
+from layercut.config import Bits, CompressConfig, DataConfig, QuantizeConfig
+from layercut.data.probe_families import EDITION
+from layercut.data.probes import ProbeRows, capability_names, probe_rows
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
@@ -16,10 +21,15 @@ from layercut.pipeline import gguf_run
 from layercut.pipeline.artefacts import BeforeAfter, FrontierArtefact, FrontierRecord, QuantizeArtefact
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import tune_quantized
+from layercut.pipeline.stages.search import SHORTEST_TESTED, TEXT_ROWS_PER_TEST
+from layercut.pipeline.stages.text import has_tests
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.report.stage_lines import describe_quantization, describe_quantized_tuning
 from layercut.segments import Segment
+
+FIRST_TEST = 2**20
+"""Number of the first row of tests that weights are rounded on: far beyond those that are tuned on, or judge that."""
 
 
 def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
@@ -38,7 +48,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     chosen = [work.config.search.target_size] if config.bits == "auto" else []
     read = bool(chosen) or quantizer_of(config.quantizer)[1].needs_calibration
     calibrated = work.text["calibration"] if read else None
-    how = rounding.recipe(config) if read else []
+    how = how_rounded(work.config, config) if read else []
     inputs = [config, calibrated, *chosen, *how, *tune_quantized.inputs(work)] if config.rounds else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:
@@ -46,7 +56,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
         elif stage.open:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
-            found = rounding.quantize(student, work.blocks["calibration"], endpoints=beside, **asked)
+            tests = tests_to_round_on(work, config)
+            found = rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
@@ -56,6 +67,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
                 quantization_config=dict(found.config),
                 mixture=dict(found.mixture) if found.mixture else None,
+                tests=tests.facts() if tests else None,
                 tuning=tuning,
                 files=["quantized.safetensors"],
             )
@@ -65,6 +77,89 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     if stage.artefact.tuning:
         say("quantize", describe_quantized_tuning(asdict(stage.artefact.tuning)))
     return stage.artefact
+
+
+def how_rounded(config: CompressConfig, asked: QuantizeConfig) -> list[Any]:
+    """What decides beside the options how calibrated weights are rounded, and which tests they are rounded on.
+
+    Args:
+        config: of the run.
+        asked: how the weights are quantized; may be another way than the run's.
+
+    Returns:
+        JSON values.
+    """
+    wanted, text = capabilities_read(config, asked), config.text
+    tests = ["rounded on tests", EDITION, FIRST_TEST, rows_of_tests(text), text.seed, *wanted] if wanted else []
+    return [*rounding.recipe(asked), *tests]
+
+
+def capabilities_read(config: CompressConfig, asked: QuantizeConfig) -> Sequence[str]:
+    """The capabilities on whose tests weights are rounded beside the text.
+
+    Args:
+        config: of the run.
+        asked: how the weights are quantized.
+
+    Returns:
+        Their names; none where nothing is calibrated, from 8 bits on, or where the text has tests already.
+    """
+    needs_rows = asked.small and quantizer_of(asked.quantizer)[1].needs_calibration
+    return () if not needs_rows or has_tests(config.text.data) else capability_names(config.search.preserve)
+
+
+def rows_of_tests(text: DataConfig) -> int:
+    """Rows of generated tests that weights are rounded on beside the calibration text."""
+    return max(1, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
+
+
+def tests_to_round_on(work: RunContext, asked: QuantizeConfig) -> ProbeRows | None:
+    """Generated tests of the family that is tuned on, and none of those that are, nor of those that judge it.
+
+    On text alone, how much of recall is left after rounding to 3 bits is a matter of chance (docs/log.md).
+
+    Args:
+        work: of the run.
+        asked: how the weights are quantized.
+
+    Returns:
+        The rows; None where weights are rounded on text alone, or no test fits.
+    """
+    text, wanted = work.config.text, capabilities_read(work.config, asked)
+    if not wanted:
+        return None
+    tests = probe_rows(
+        work.tokenizer, rows=rows_of_tests(text), window=text.window, capabilities=wanted, family="tuning",
+        seed=text.seed, first=FIRST_TEST,
+    )  # fmt: skip
+    return tests if tests.names else None
+
+
+def rows_to_round_on(work: RunContext, tests: ProbeRows | None) -> torch.Tensor:
+    """The calibration rows, and those of the tests that hold any.
+
+    Args:
+        work: of the run.
+        tests: of `tests_to_round_on`.
+
+    Returns:
+        Token ids [N, T].
+    """
+    rows = work.blocks["calibration"]
+    return torch.cat([rows, tests.tokens[(tests.answers >= 0).any(1)]]) if tests else rows
+
+
+def planned_tests(config: CompressConfig) -> int:
+    """Rows of tests that a run will round on, as far as that is known without its tokenizer.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Rows; 0 where it rounds on text alone, or the window is shorter than most tests.
+    """
+    wanted = capabilities_read(config, config.quantize) and config.text.window >= SHORTEST_TESTED
+    return rows_of_tests(config.text) if wanted else 0
 
 
 def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[FrontierRecord]:
@@ -98,8 +193,9 @@ def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
     """
     size, layers = loading.parameter_bytes(model), len(loading.find_decoder(model))
     if bits < 16:
-        asked = asdict(work.config.quantize) | {"bits": bits}
-        found = rounding.quantize(model, work.blocks["calibration"], **asked)
+        asked = replace(work.config.quantize, bits=bits)
+        rows = rows_to_round_on(work, tests_to_round_on(work, asked))
+        found = rounding.quantize(model, rows, **asdict(asked))
         model, size = found.model, found.bytes_after
     perplexity = evaluation.perplexity(model, work.blocks["heldout"])
     rise = as_price(perplexity / work.heldout_perplexity - 1)
