@@ -11,7 +11,8 @@ Weights read from a 4-bit GGUF file lie on a 4-bit grid, which 4-bit formats re-
 file all these points, 16 bits too, are taken on a *dithered control* (control.py). Beside them, `--gguf-ratios`: the
 file itself, cut and healed as it came, kept tensors byte for byte. Bytes are those of all weights as they are stored,
 embeddings, scales and zero points included; of GGUF the whole file's stand beside. Finished points and healed models
-are kept in --work; remove it to start anew. Writes OUT.json and OUT.svg.
+are kept in --work; remove it to start anew. `--cuts 0.2=6:7+10:14` gives the layers of a ratio, which are then not
+searched. Writes OUT.json and OUT.svg.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def main() -> None:
         __doc__, data="python-docstrings", report=["docs=python-docs"], ratios=[0.0, 0.1, 0.2, 0.3, 0.37, 0.4, 0.57],
         gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="clp", preserve="none", num_segments="1",
         score="auto", window=256, seed=0, search_tokens=4096, tune_tokens=131072, quantize_tokens=8192,
-        train_tokens=16384, eval_tokens=16384, longest=1024, dither="auto", threads=2, work=Path("runs/frontier"),
+        train_tokens=16384, eval_tokens=16384, longest=1024, dither="auto", threads=2, cuts=[""],
+        work=Path("runs/frontier"),
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     opened = open_model(args.model)
@@ -176,14 +178,21 @@ class Kept:
 
 
 def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, HealConfig]:
-    """How a ratio is searched and healed."""
-    how = {"method": args.method, "preserve": args.preserve, "score": args.score}
+    """How a ratio is searched, where its layers are not given, and healed."""
     segments = args.num_segments if args.num_segments == "auto" else int(args.num_segments)
+    how = {"ratio": ratio, "num_segments": segments, "method": args.method, "score": args.score}
+    if cut := given_cut(ratio, args):
+        how = {"segment": tuple(cut.split("+"))}
     return (
-        SearchConfig(ratio=ratio, num_segments=segments, **how),
+        SearchConfig(preserve=args.preserve, **how),
         DataConfig(data=args.data, tokens=args.search_tokens, window=args.window, seed=args.seed),
         HealConfig(tune_tokens=args.tune_tokens),
     )
+
+
+def given_cut(ratio: float, args: Namespace) -> str | None:
+    """The layers of --cuts that go at a ratio, as "6:7+10:14"; None where they are to be searched."""
+    return dict(item.split("=", 1) for item in args.cuts if item).get(f"{ratio:g}")
 
 
 def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str]) -> tuple[Any, Row]:
@@ -192,7 +201,7 @@ def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str
     if ratio:
         run = args.work / f"control-{ratio:g}"
         place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))
-        told = healing(run)
+        told = healing(run) | ({"given": True} if given_cut(ratio, args) else {})
     model = loading.load(checkpoints.resolve(str(place))).model
     return model, told | {"layers": len(loading.find_decoder(model))}
 

@@ -23,13 +23,15 @@ def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str
     told = answers(control)  # anew, by the rules as they are now
     dense = next(p for p in control if p["way"] == "dense")
     texts = list(dense["perplexity"])
-    chosen = "the text alone" if result.get("preserve", "none") == "none" else "text and tests"
+    given = {layers_of(row) for row in control if row.get("given")}
+    by = "the text alone" if result.get("preserve", "none") == "none" else "text and tests"
+    chosen = f"given: {', '.join(sorted(given))}" if given else f"chosen by {by}"
     asked = "keys_asked" in dense  # results of before 2026-11-28 have no keys
     keys = f" Of {dense['keys_asked']} keys in up to {result['longest']:,} tokens so many are found." if asked else ""
     lines = [
         f"`benchmarks/frontier.py`, {made(result)}: {result['model']}, {result['weights']}, perplexity on "
         f"{result['eval_tokens']:,} tokens each of {' and '.join(result['texts'].values())} (dense "
-        f"{' and '.join(figure(dense['perplexity'][text]) for text in texts)}); layers chosen by {chosen}, every cut "
+        f"{' and '.join(figure(dense['perplexity'][text]) for text in texts)}); layers {chosen}, every cut "
         f"healed with {result['tune_tokens']:,} tokens. Bytes of all weights, embeddings included; dense bf16 "
         f"{size(dense['bytes'])}. The rise is that of the worse text.{keys}",
         "",
@@ -62,11 +64,15 @@ def tenth_words(result: dict[str, Any]) -> str:
     row = next((row for row in result["rows"] if row["ratio"] == 0.1 and row["setting"] == "bf16"), None)
     if row is None or "keys_found" not in row:
         return ""
-    removed = " and ".join(f"{start}:{stop}" for start, stop in row["segments"])
+    removed = layers_of(row)
     return (
         f"Without a tenth, {removed}, healed on {result['tune_tokens']:,} tokens: {loss(row):+.1%} of perplexity, "
         f"{row['keys_found']} of {row['keys_asked']} keys. "
     )
+
+
+def layers_of(row: dict[str, Any]) -> str:
+    return " and ".join(f"{start}:{stop}" for start, stop in row["segments"])
 
 
 def frontier_row(asked: str, point: dict[str, Any]) -> str:

@@ -231,6 +231,17 @@ def test_words_that_are_not_read_are_refused(fronts, word):
         import_module("frontier").points_of(f"bits=4 {word}", 64)
 
 
+def test_layers_of_a_ratio_are_searched_or_given(fronts):
+    frontier = import_module("frontier")
+    args = Namespace(
+        cuts=["0.2=6:7+10:14"], method="clp", score="auto", preserve="all", num_segments="auto", data="c4",
+        search_tokens=64, window=16, seed=0, tune_tokens=64,
+    )  # fmt: skip
+    given, searched = (frontier.stages(args, ratio)[0] for ratio in (0.2, 0.1))
+    assert (given.segment, given.ratio) == (("6:7", "10:14"), None)
+    assert (searched.segment, searched.ratio, searched.preserve) == ((), 0.1, "all")
+
+
 def test_settings_are_told_in_words(fronts):
     worded = fronts.worded
     trained = "bits=3 embeddings=3 group=96 asymmetric=1 train=rounding batch=256 tokens=32768"
