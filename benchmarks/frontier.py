@@ -106,6 +106,7 @@ def main() -> None:
              "quantize_tokens", "eval_tokens", "longest")  # fmt: skip
     facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
     facts |= {"trained_towards": TOWARDS, "tests_in": ROWS} | {name: getattr(args, name) for name in asked}
+    facts |= {"cuts": cuts} if (cuts := cuts_of(args)) else {}
     kept = Kept(args.work / "points.json", named(facts | {"model": opened.checkpoint.name}))
     texts = {
         name: blocks(opened, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
@@ -181,7 +182,7 @@ def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, Hea
     """How a ratio is searched, where its layers are not given, and healed."""
     segments = args.num_segments if args.num_segments == "auto" else int(args.num_segments)
     how = {"ratio": ratio, "num_segments": segments, "method": args.method, "score": args.score}
-    if cut := given_cut(ratio, args):
+    if cut := cuts_of(args).get(f"{ratio:g}"):
         how = {"segment": tuple(cut.split("+"))}
     return (
         SearchConfig(preserve=args.preserve, **how),
@@ -190,9 +191,12 @@ def stages(args: Namespace, ratio: float) -> tuple[SearchConfig, DataConfig, Hea
     )
 
 
-def given_cut(ratio: float, args: Namespace) -> str | None:
-    """The layers of --cuts that go at a ratio, as "6:7+10:14"; None where they are to be searched."""
-    return dict(item.split("=", 1) for item in args.cuts if item).get(f"{ratio:g}")
+def cuts_of(args: Namespace) -> dict[str, str]:
+    """The layers of --cuts that go, as "6:7+10:14", by their ratio; of the others they are searched."""
+    cuts = dict(item.split("=", 1) for item in args.cuts if item)
+    if unread := sorted(cuts.keys() - {f"{ratio:g}" for ratio in args.ratios}):
+        raise SystemExit(f"error: --cuts of {', '.join(unread)}, which --ratios lacks\nhint: --ratios {' '.join(cuts)}")
+    return cuts
 
 
 def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str]) -> tuple[Any, Row]:
@@ -201,7 +205,7 @@ def opened_at(ratio: float, dense: Path, args: Namespace, sources: dict[str, str
     if ratio:
         run = args.work / f"control-{ratio:g}"
         place = healed(dense, run, *stages(args, ratio), next(iter(sources.values())))
-        told = healing(run) | ({"given": True} if given_cut(ratio, args) else {})
+        told = healing(run)
     model = loading.load(checkpoints.resolve(str(place))).model
     return model, told | {"layers": len(loading.find_decoder(model))}
 

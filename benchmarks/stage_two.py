@@ -23,9 +23,9 @@ def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str
     told = answers(control)  # anew, by the rules as they are now
     dense = next(p for p in control if p["way"] == "dense")
     texts = list(dense["perplexity"])
-    given = {layers_of(row) for row in control if row.get("given")}
-    by = "the text alone" if result.get("preserve", "none") == "none" else "text and tests"
-    chosen = f"given: {', '.join(sorted(given))}" if given else f"chosen by {by}"
+    chosen = "chosen by " + ("the text alone" if result.get("preserve", "none") == "none" else "text and tests")
+    for ratio, cut in result.get("cuts", {}).items():
+        chosen += f", those of {float(ratio):.0%} given ({cut.replace('+', ' and ')})"
     asked = "keys_asked" in dense  # results of before 2026-11-28 have no keys
     keys = f" Of {dense['keys_asked']} keys in up to {result['longest']:,} tokens so many are found." if asked else ""
     lines = [
@@ -64,15 +64,11 @@ def tenth_words(result: dict[str, Any]) -> str:
     row = next((row for row in result["rows"] if row["ratio"] == 0.1 and row["setting"] == "bf16"), None)
     if row is None or "keys_found" not in row:
         return ""
-    removed = layers_of(row)
+    removed = " and ".join(f"{start}:{stop}" for start, stop in row["segments"])
     return (
         f"Without a tenth, {removed}, healed on {result['tune_tokens']:,} tokens: {loss(row):+.1%} of perplexity, "
         f"{row['keys_found']} of {row['keys_asked']} keys. "
     )
-
-
-def layers_of(row: dict[str, Any]) -> str:
-    return " and ".join(f"{start}:{stop}" for start, stop in row["segments"])
 
 
 def frontier_row(asked: str, point: dict[str, Any]) -> str:
@@ -223,6 +219,7 @@ def described(row: dict[str, Any]) -> list[str]:
     short = "" if "rows" in row else ", rows of 256"
     tokens += [f"{row['tests']:.0%} of them tests{short}"] if "tests" in row else []
     tokens += [f"rounded on {row['calibration']:,}"] if "calibration" in row else []
+    tokens += ["rounded on tests too"] if row.get("rounding_tests") else []
     embeddings = "chosen" if auto else str(row["embeddings"])
     small = row["embeddings"] < 8 or row.get("one_width")
     embeddings += ", to nearest" if small and "head" not in row else ""

@@ -529,7 +529,8 @@ class _Training:
         data: list[Any] = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
         if self.token_weights is not None:
             data.append(hashlib.sha256(self.token_weights.cpu().contiguous().numpy().tobytes()).hexdigest())
-        plan = [self.settings.facts, self.rate, self.tolerated, self.steps, self.positions]
+        plan = [self.settings.facts, self.rate, self.steps, self.positions]
+        plan += [self.tolerated] if self.tolerated != TOLERATED else []
         return digest([more, plan, data, start.hexdigest()])
 
     def step_(self) -> int:

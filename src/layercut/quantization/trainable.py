@@ -40,7 +40,7 @@ first ruined what there was (docs/log.md)."""
 RISE, ROUNDING_RISE = 0.01, 0.1
 """Rise of the held-out loss, as a share of it, that is no setback the first time: of scales and norms, where one of a
 tenth does not pass by itself, and where the rounding is trained too. There the codes that lay near an edge fall over
-it in the first steps, at low rates more than at high ones, and come back (docs/log.md)."""
+it in the first steps, at any rate, and what that costs is won back (docs/log.md)."""
 MARGIN = 0.49
 """How far from its code, in steps of the grid, a trained weight may start: beyond a half it would round otherwise."""
 BLOCK = 2**16

@@ -57,7 +57,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
             tests = tests_to_round_on(work, config)
-            found = rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
+            rows = rows_to_round_on(work, tests)
+            found = rounding.quantize(student, rows, endpoints=beside, **asked)
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
@@ -67,7 +68,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
                 quantization_config=dict(found.config),
                 mixture=dict(found.mixture) if found.mixture else None,
-                tests=tests.facts() if tests else None,
+                tests=tests.facts() | {"rows": len(rows) - len(work.blocks["calibration"])} if tests else None,
                 tuning=tuning,
                 files=["quantized.safetensors"],
             )
