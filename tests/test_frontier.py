@@ -225,6 +225,24 @@ def test_a_share_of_tests_is_trained_on_and_neither_rounded_on_nor_judged_by(fro
     assert not rows & {tuple(row) for row in torch.cat([plain.calibration, plain.heldout]).tolist()}
 
 
+def test_settings_that_differ_in_their_training_alone_share_a_rounding(fronts, monkeypatch):
+    tune_quantized, dense, made = import_module("tune_quantized"), tiny.llama(2), []
+    rounded = tune_quantized.rounded
+    monkeypatch.setattr(tune_quantized, "LAST", {})
+    monkeypatch.setattr(tune_quantized, "rounded", lambda *given: made.append(given) or rounded(*given))
+    rows = [tiny.some_tokens(4, seed=seed) for seed in (0, 1)]
+    for words, row in [("bits=4", 0), ("bits=4 train=scales rate=0.1", 0), ("bits=3", 0), ("bits=3", 1)]:
+        asked = tune_quantized.parsed(words + " quantizer=rtn", 64)
+        text = tune_quantized.Text(rows[0], rows[row], rows[0], rows[0], None)
+        student, found, _ = tune_quantized.once_rounded(dense, asked, text)
+        assert student is dense
+        assert {each.bits for each in found.weights} == {asked["bits"]}
+        for parameter in found.model.parameters():  # training changes it, and not what the next one gets
+            parameter.data.zero_()
+    assert len(made) == 3
+    assert any(parameter.any() for parameter in tune_quantized.LAST["found"].model.parameters())
+
+
 @pytest.mark.parametrize("word", ["removed=1:2", "beside=a.txt", "size=3MB", "calibration=64", "quantizer=auto-round"])
 def test_words_that_are_not_read_are_refused(fronts, word):
     with pytest.raises(SystemExit, match=f"{word} is not read here"):
