@@ -89,14 +89,13 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
 def quantized(model: loading.LanguageModel, asked: dict[str, Any], text: Text, peer: str) -> dict[str, Any]:
     """The model in fewer bits, trained after that as asked; with what it takes and how the training went."""
     student, found, spent = once_rounded(model.model, asked, text)
-    begun = time.process_time() - spent
     row: dict[str, Any] = {"bytes": found.bytes_after, "of_dense": found.bytes_after / parameter_bytes(model.model)}
+    row["quantize_cpu_seconds"] = spent
     if found.mixture:
         row |= {name: found.mixture[name] for name in ("predicted_kl", "mean_bits", "one_width")}
         row["weights_by_bits"] = dict(sorted(Counter(str(weight.bits) for weight in found.weights).items()))
     if asked["quantizer"] == PEER:
         row |= replaced_by_peer_(found.model, model, asked, text.tuning, peer)
-    row.setdefault("quantize_cpu_seconds", time.process_time() - begun)
     if asked["train"] != "none":
         found, row["tuning"] = trained_(found, student, asked, text)
     return row | {"model": found.model}
@@ -267,7 +266,7 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     if count:
         how = {"window": args.window, "family": "tuning", "seed": args.seed, "first": FIRST_TEST}
         made = probe_rows(model.tokenizer, rows=count, **how)
-        rounding.append(made.tokens[(made.answers >= 0).any(1)])
+        rounding.append(made.asking())
     return Text(calibration, torch.cat(rounding), heldout, found.tokens, treated)
 
 

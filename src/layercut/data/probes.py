@@ -76,6 +76,10 @@ class ProbeRows:
         missed[self.answers[(self.answers >= 0) & ~right.cpu()]] = True
         return {name: 1 - missed[self.capability == c].double().mean().item() for c, name in enumerate(self.names)}
 
+    def asking(self) -> torch.Tensor:
+        """The rows that hold an answer, token ids [N, T], N <= M: what to round on."""
+        return self.tokens[(self.answers >= 0).any(1)]
+
     def facts(self) -> dict[str, Any]:
         """For the run's provenance."""
         return {"rows": len(self.tokens), "window": self.tokens.shape[1], "capabilities": list(self.names)}

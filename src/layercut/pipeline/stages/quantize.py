@@ -57,8 +57,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
             tests = tests_to_round_on(work, config)
-            rows = rows_to_round_on(work, tests)
-            found = rounding.quantize(student, rows, endpoints=beside, **asked)
+            found = rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(
@@ -68,7 +67,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
                 bytes=BeforeAfter(before=found.bytes_before, after=found.bytes_after),
                 quantization_config=dict(found.config),
                 mixture=dict(found.mixture) if found.mixture else None,
-                tests=tests.facts() | {"rows": len(rows) - len(work.blocks["calibration"])} if tests else None,
+                tests=tests.facts() | {"rows": len(tests.asking())} if tests else None,
                 tuning=tuning,
                 files=["quantized.safetensors"],
             )
@@ -147,7 +146,7 @@ def rows_to_round_on(work: RunContext, tests: ProbeRows | None) -> torch.Tensor:
         Token ids [N, T].
     """
     rows = work.blocks["calibration"]
-    return torch.cat([rows, tests.tokens[(tests.answers >= 0).any(1)]]) if tests else rows
+    return torch.cat([rows, tests.asking()]) if tests else rows
 
 
 def planned_tests(config: CompressConfig) -> int:
