@@ -6,7 +6,9 @@
 For every ratio of layers the model is cut (by the search) and healed (fold, endpoint tuning) once; every setting of
 the quantizer is then measured on it, before and, where it says `train`, after its scales or its rounding are trained
 towards what was rounded: settings are "bf16", those of tune_quantized.py, and "Q4_0 throughout (GGUF)". Every point has
-bytes, perplexity by text, and how many of the keys hidden in up to --longest tokens are found.
+bytes, perplexity by text, how many of the keys hidden in up to --longest tokens are found, and, with `--tasks
+arc_easy,piqa [--include-path FOLDER] --items 400`, what is left of the scores of lm-eval's tasks (not before a training
+that follows).
 Weights read from a 4-bit GGUF file lie on a 4-bit grid, which 4-bit formats re-hit for free: where the model is a .gguf
 file all these points, 16 bits too, are taken on a *dithered control* (control.py). Beside them, `--gguf-ratios`: the
 file itself, cut and healed as it came, kept tensors byte for byte. Bytes are those of all weights as they are stored,
@@ -21,8 +23,9 @@ import json
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ from layercut.pipeline.journey import compress
 from layercut.pipeline.stages.tune_quantized import ROWS, TOWARDS
 from layercut.segments import Segment
 from layercut.surgery import cut_gguf
+from tasks_kept import ASKED, tasks_kept
 from tune_quantized import PEER, TRAINING, Text, drawn, parsed, rounded, trained_
 
 Row = dict[str, Any]
@@ -85,6 +89,8 @@ class Given:
     tokenizer: Any
     keys: list[tuple[int, float, list[int], str]]
     """Prompts with hidden keys."""
+    tasks: Callable[[Any], Row]
+    """What of a model's task scores is left; nothing where none is asked."""
     train_tokens: int
     """What a setting is trained on after rounding unless it says so."""
 
@@ -95,7 +101,7 @@ def main() -> None:
         gguf_ratios=[0.0, 0.1, 0.2, 0.3], settings=SETTINGS, method="clp", preserve="none", num_segments="1",
         score="auto", window=256, seed=0, search_tokens=4096, tune_tokens=131072, quantize_tokens=8192,
         train_tokens=16384, eval_tokens=16384, longest=1024, dither="auto", threads=2, cuts=[""],
-        work=Path("runs/frontier"),
+        work=Path("runs/frontier"), **ASKED,
     )  # fmt: skip
     torch.set_num_threads(args.threads)
     opened = open_model(args.model)
@@ -107,6 +113,7 @@ def main() -> None:
     facts = {"weights": "dithered control" if dithered else "as they came", "texts": sources}
     facts |= {"trained_towards": TOWARDS, "tests_in": ROWS} | {name: getattr(args, name) for name in asked}
     facts |= {"cuts": cuts} if (cuts := cuts_of(args)) else {}
+    facts |= {"tasks": args.tasks.split(","), "items": args.items} if args.tasks else {}
     kept = Kept(args.work / "points.json", named(facts | {"model": opened.checkpoint.name}))
     texts = {
         name: blocks(opened, source, args.eval_tokens, args.window, args.seed, order="as written").tokens
@@ -127,7 +134,7 @@ def main() -> None:
                       tokens=args.quantize_tokens, heldout_tokens=HELDOUT, tune_tokens=most)  # fmt: skip
     keys = cases(dense.tokenizer, min(args.longest, loading.positions(dense.model.config) or args.longest), args.seed)
     text = {kind: drawn(dense, dict(kind), after) for kind in {(), *map(rows_of, parts)}}
-    given = Given(texts, text, gguf, dense.tokenizer, keys, args.train_tokens)
+    given = Given(texts, text, gguf, dense.tokenizer, keys, partial(tasks_kept, dense, args=args), args.train_tokens)
     # the dense model in 16 bits is what all else is laid beside
     settings = [name for name in dict.fromkeys(["bf16", *args.settings]) if gguf or name not in GGUF]
     for ratio in dict.fromkeys([0.0, *args.ratios]):
@@ -262,16 +269,17 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
         asked = parsed(setting, given.train_tokens)
         text = given.text[rows_of(asked)]
         found = rounded(model, asked, text.rounding)
-        yield rounding, {"bytes": found.bytes_after, **judged(found.model, given)}
+        yield rounding, {"bytes": found.bytes_after, **judged(found.model, given, tasks=not training)}
         for point in training:
             found, told = trained_(found, model, asked, text)
             yield point, {"bytes": found.bytes_after, "trained": told, **judged(found.model, given)}
 
 
-def judged(model: Any, given: Given) -> Row:
-    """Perplexity by text; of the keys that are hidden in texts of several lengths those found."""
+def judged(model: Any, given: Given, tasks: bool = True) -> Row:
+    """Perplexity by text; of the keys that are hidden in texts of several lengths those found; scores of tasks."""
     hits, asked = found_of(passkey_grid(model, given.tokenizer, given.keys))
-    return {"perplexity": perplexities(model, given.texts), "keys_found": hits, "keys_asked": asked}
+    found = {"perplexity": perplexities(model, given.texts), "keys_found": hits, "keys_asked": asked}
+    return found | (given.tasks(model) if tasks else {})
 
 
 def throughout(model: Any, gguf_type: str, segments: list[list[int]], given: Given) -> Row:

@@ -14,22 +14,20 @@ scores of lm-eval's tasks too. "nothing" is the dense model, "… unhealed" the 
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import RESULTS, RowsDone, arguments, blocks, finish, open_model
+from common import RowsDone, arguments, blocks, finish, open_model
 from layercut import evaluation
 from layercut.data.probes import probe_rows
 from layercut.evaluation.generated_probes import Probes, found_of, probed, probes_for
-from layercut.evaluation.paired_retention import retained
 from layercut.models import loading
-from layercut.pipeline.compare_judged import score_of
 from layercut.pipeline.stages.heal import FOLD_TOKENS
 from layercut.progress import say
+from tasks_kept import ASKED, tasks_kept
 from teaching import Healing, healed
 
 
@@ -43,24 +41,10 @@ def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tens
     return found | (told.capabilities or {})
 
 
-def scored(model: loading.LanguageModel, small: Any, args: Namespace) -> dict[str, Any]:
-    """Scores of lm-eval's tasks, and what they retain of the dense model's; nothing where no task is asked."""
-    if not args.tasks:
-        return {}
-    tasks = evaluation.load_tasks(args.tasks.split(","), Path(args.include_path) if args.include_path else None)
-    dense, cut_down = (
-        evaluation.score_tasks(one, model.tokenizer, tasks, limit=args.items, name=name, cache=RESULTS / ".tasks")
-        for one, name in ((model.model, "dense"), (small, "cut"))
-    )
-    kept = asdict(retained(dense, {"cut": cut_down})["cut"])
-    return {"tasks": {name: score_of(record) for name, record in cut_down.items()}, "retained": kept}
-
-
 def main() -> None:
     args = arguments(
         __doc__ or "", data="c4", texts=["wiki=wikitext2"], cuts=["nothing", "13:19"], tokens=16384, tune_tokens=65536,
-        fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, trials=2, seed=0, tasks="",
-        include_path="", items=400,
+        fold_tokens=FOLD_TOKENS, eval_tokens=32768, window=256, longest=1024, trials=2, seed=0, **ASKED,
     )  # fmt: skip
     model = open_model(args.model)
     texts = {
@@ -80,7 +64,7 @@ def main() -> None:
         if row in done:
             continue
         small = model.model if asked.segments == "nothing" else healed(model, asked, args, row)
-        row |= judged(model, small, texts, probes) | scored(model, small, args)
+        row |= judged(model, small, texts, probes) | tasks_kept(model, small, args)
         done.add(row)
         say(str(asked), f"{row['perplexity']}, keys {row['keys_found']}, lists {row['lists_found']}")
     finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, **facts)

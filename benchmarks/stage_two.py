@@ -26,17 +26,17 @@ def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str
     chosen = "chosen by " + ("the text alone" if result.get("preserve", "none") == "none" else "text and tests")
     for ratio, cut in result.get("cuts", {}).items():
         chosen += f", those of {float(ratio):.0%} given ({cut.replace('+', ' and ')})"
-    asked = "keys_asked" in dense  # results of before 2026-11-28 have no keys
+    asked, tasks = "keys_asked" in dense, "retained" in dense  # results of before 2026-11-28 have no keys
     keys = f" Of {dense['keys_asked']} keys in up to {result['longest']:,} tokens so many are found." if asked else ""
     lines = [
         f"`benchmarks/frontier.py`, {made(result)}: {result['model']}, {result['weights']}, perplexity on "
         f"{result['eval_tokens']:,} tokens each of {' and '.join(result['texts'].values())} (dense "
         f"{' and '.join(figure(dense['perplexity'][text]) for text in texts)}); layers {chosen}, every cut "
         f"healed with {result['tune_tokens']:,} tokens. Bytes of all weights, embeddings included; dense bf16 "
-        f"{size(dense['bytes'])}. The rise is that of the worse text.{keys}",
+        f"{size(dense['bytes'])}. The rise is that of the worse text.{keys}{tasks_words(result)}",
         "",
-        f"| asked | bytes | of dense | rise |{' keys |' * asked} layers | stored as |",
-        f"|---|---:|---:|---:|{'---:|' * asked}---:|---|",
+        f"| asked | bytes | of dense | rise |{' keys |' * asked}{' tasks, % |' * tasks} layers | stored as |",
+        f"|---|---:|---:|---:|{'---:|' * (asked + tasks)}---:|---|",
     ]
     by_point: dict[tuple[Any, ...], tuple[list[str], dict[str, Any]]] = {}
     for budget, point in told["smallest_within"].items():
@@ -50,6 +50,7 @@ def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str
     lines += ["", "- " + "\n- ".join([*told["words"], *quantize_words(result)])]
     lines += ["", "All points, of the dense bytes and the rise:", "", *grid(control, share_and_rise)]
     lines += ["", "Keys found:", "", *grid(control, lambda point: str(point["keys_found"]))] if asked else []
+    lines += ["", "Of the tasks' scores, %, and above chance:", "", *grid(control, tasks_kept)] if tasks else []
     if any(point["ratio"] for point in whole):
         lines += ["", *gguf_lines(whole)]
     elif whole:
@@ -74,6 +75,7 @@ def tenth_words(result: dict[str, Any]) -> str:
 def frontier_row(asked: str, point: dict[str, Any]) -> str:
     cells = [asked, size(point["bytes"]), f"{point['share']:.1%}", f"{loss(point):+.1%}"]
     cells += [point["keys_found"]] if "keys_found" in point else []
+    cells += [tasks_kept(point)] if "retained" in point else []
     return "| " + " | ".join(map(str, [*cells, point["layers"], worded(point["setting"])])) + " |"
 
 
@@ -91,6 +93,28 @@ def grid(points: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) ->
 def share_and_rise(point: dict[str, Any]) -> str:
     rise = f"{loss(point):+.1%}" if loss(point) < 1 else times(1 + loss(point))
     return f"{point['share']:.0%}: {rise}"
+
+
+def tasks_kept(point: dict[str, Any]) -> str:
+    """What is left of the tasks' scores and, after a comma, above chance; with errors over the items where any."""
+    if not (kept := point.get("retained")):
+        return ""
+    figures = [(kept[name], kept[error]) for name, error in (("mean", "error"), ("above_chance", "above_chance_error"))]
+    return ", ".join(
+        f"{100 * share:.1f}" + (f" ± {100 * error:.1f}" if error else "") if share is not None else "–"
+        for share, error in figures
+    )
+
+
+def tasks_words(result: dict[str, Any]) -> str:
+    """Which tasks were asked; empty where none was."""
+    if not (tasks := result.get("tasks")):
+        return ""
+    names = ", ".join(task.removeprefix("local_") for task in tasks)
+    return (
+        f" Of the scores of {result['items']} items each of {names} so much is left, on average and above chance; "
+        "± one standard error over the items, paired."
+    )
 
 
 def gguf_lines(points: list[dict[str, Any]]) -> list[str]:

@@ -362,8 +362,39 @@ def test_the_benchmark_measures_and_goes_on_where_it_was_stopped(benchmark, tmp_
     assert result["answers"]["smallest_within"]["0.01"]["bytes"] <= dense["bytes"]
     assert (tmp_path / "out.svg").read_text().startswith("<?xml")
     assert str(tmp_path) not in (tmp_path / "out.json").read_text(), "results name files, not folders"
+    assert not any("retained" in row for row in result["rows"]), "no task was asked"
     table = import_module("stage_two").frontier_table(result)
     assert "dithered control" in table
     assert "as it came (no dithering)" in table
     with pytest.raises(SystemExit, match="made with other settings"):
         benchmark(*flags, "--tune-tokens", "256")
+
+
+def test_tasks_are_asked_of_every_point_that_is_not_trained_further(benchmark, monkeypatch):
+    evaluation = import_module("layercut.evaluation")
+    asked = []
+
+    def answered(model, *given, limit, **more):
+        """Every item right of the dense model, every second one of a smaller one; two choices."""
+        asked.append(model.get_input_embeddings().weight)
+        values = [1.0, float(torch.equal(asked[0], asked[-1]))] * (limit // 2)
+        metric = {"score": sum(values) / limit, "higher_is_better": True, "values": values}
+        return {"made": {"metrics": {"acc": metric}, "document_hash": "x", "choices": [2] * limit}}
+
+    monkeypatch.setattr(evaluation, "load_tasks", lambda names, folder: dict.fromkeys(names))
+    monkeypatch.setattr(evaluation, "score_tasks", answered)
+    flags = ("--ratios", "0", "--gguf-ratios", "0", "--tasks", "local_made", "--items", "40")
+    result, _ = benchmark(*flags, settings=SETTINGS[:2])
+    found = {row["setting"]: row for row in result["rows"]}
+    dense, rounded, trained = (found[name] for name in ("bf16", ROUNDED, f"{TRAINED} tokens=64"))
+    assert "retained" not in rounded
+    assert [row["tasks"] for row in (dense, trained)] == [{"made": 1.0}, {"made": 0.5}]
+    assert trained["retained"]["mean"] == 0.5
+    assert trained["retained"]["above_chance"] == 0.0, "a half is what guessing has of two choices"
+    assert len(asked) == 4, "the dense model and the point, twice"
+    table = import_module("stage_two").frontier_table(result)
+    assert "Of the scores of 40 items each of made so much is left" in table
+    line = next(line for line in table.splitlines() if line.startswith("| 4 bits") and "0.0 ±" in line)
+    assert "| 50.0 ±" in line
+    with pytest.raises(SystemExit, match="made with other settings"):
+        benchmark("--ratios", "0", "--gguf-ratios", "0", settings=SETTINGS[:2])
