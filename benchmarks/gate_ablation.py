@@ -7,9 +7,10 @@
     python benchmarks/gate_ablation.py deep                                       80 and 126 layers, planted segments
 
 Each is added, case by case, to benchmarks/results/gate_ablation.json; cases that are there are not run again, and a run
-that was stopped goes on. Regret is the price of what was found, KL of the real cut on all calibration rows, over the
-best there is, or, with several segments, over the best that any method found. Cost is counted in layers applied to a
-row of tokens, a backward as `backward_over_forward` of them, measured beside.
+that was stopped goes on. `--again clp` runs these methods of the cases that are there once more, and nothing else;
+seconds of the others stay those of before. Regret is the price of what was found, KL of the real cut on all calibration
+rows, over the best there is, or, with several segments, over the best that any method found. Cost is counted in layers
+applied to a row of tokens, a backward as `backward_over_forward` of them, measured beside.
 
 families, pairs: layers scaled by random factors, so that the landscape has several minima; weak evidence, of many
 landscapes.
@@ -43,6 +44,7 @@ from layercut.segments import Segment, joined_segments, layers_to_remove
 
 ALONE = ("gate", "race", "clp", "exhaustive")
 SEVERAL = ("gate", "clp", "race", "sleb", "evolution")
+KEYS = ("kind", "model", "layers", "ratio", "seed")
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.08, "max_position_embeddings": 64}  # fmt: skip
 FAMILIES: dict[str, Callable[[int], Any]] = {
@@ -98,10 +100,11 @@ def row_of(result: SearchResult, seconds: float) -> dict[str, Any]:
 
 
 def by_methods(
-    stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, methods: tuple[str, ...], count: int = 1
-) -> dict[str, Any]:
-    """What each method finds and spends, and its regret against the best that any of them found."""
-    found = {}
+    stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, methods: tuple[str, ...], count: int = 1,
+    *, before: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What each method finds and spends, and its regret against the best that any of them, or of `before`, found."""
+    found = dict(before)
     for method in methods:
         takes: dict[str, Any] = {} if method in ("sleb", "evolution") else {"num_segments": count}
         begun = time.process_time()
@@ -123,12 +126,12 @@ def of_families(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, layers in product(range(args.seeds), (12, 24) if count == 2 else (12, 24, 40)):
         for family, ratio in product(FAMILIES, args.ratios):
             case = {"kind": args.what, "model": family, "layers": layers, "ratio": ratio, "seed": seed}
-            if args.is_new(case):
+            if asked := args.lacking(case, ALONE):
                 stack = rugged(family, layers, seed)
                 tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
                 length = layers_to_remove(ratio, layers)
-                yield case | {"length": length, "rows": 16, "segments": count,
-                              "methods": by_methods(stack, tokens, length, seed, ALONE, count)}  # fmt: skip
+                found = by_methods(stack, tokens, length, seed, asked, count, before=args.found(case))
+                yield case | {"length": length, "rows": 16, "segments": count, "methods": found}
 
 
 def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -142,10 +145,10 @@ def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for ratio in args.ratios:
             name = Path(model.checkpoint.name).name
             case = {"kind": args.what, "model": name, "layers": len(stack), "ratio": ratio, "seed": seed}
-            if args.is_new(case):
+            if asked := args.lacking(case, ALONE if count == 1 else SEVERAL):
                 backward = backward or backward_cost(stack, text.tokens[:2])
                 length = layers_to_remove(ratio, len(stack))
-                found = by_methods(stack, text.tokens, length, seed, ALONE if count == 1 else SEVERAL, count)
+                found = by_methods(stack, text.tokens, length, seed, asked, count, before=args.found(case))
                 yield case | {
                     "length": length, "rows": len(text.tokens), "window": args.window, "data": args.data,
                     "segments": count, "backward_over_forward": backward, "methods": found,
@@ -164,10 +167,10 @@ def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, (layers, planted) in product(range(args.seeds), DEEP):
         length, count = sum(map(len, planted)), len(planted)
         case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": length / layers, "seed": seed}
-        if args.is_new(case):
+        if asked := args.lacking(case, ("gate", "clp", "race")):
             stack = rugged("llama", layers, seed, planted)
             tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
-            found = by_methods(stack, tokens, length, seed, ("gate", "clp", "race"), count)
+            found = by_methods(stack, tokens, length, seed, asked, count, before=args.found(case))
             yield case | {
                 "length": length, "rows": 8, "segments": count, "planted": " ".join(map(str, planted)),
                 "planted_kl": set_costs(stack, tokens, [planted], Cost())[0].kl,
@@ -182,21 +185,51 @@ def main() -> None:
     parser.add_argument("--data", default="python-docstrings")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--again", nargs="+", default=[], choices=sorted({*ALONE, *SEVERAL}))
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS / "gate_ablation.json")
     args = parser.parse_args()
-    new: dict[str, Any] = {"claim": (__doc__ or "").splitlines()[0], "cases": []}
-    there = json.loads(args.out.read_text()) if args.out.exists() else new
-    keys = ("kind", "model", "layers", "ratio", "seed")
-    done = {tuple(case[key] for key in keys) for case in there["cases"]}
-    args.is_new = lambda case: tuple(case[key] for key in keys) not in done
-    cases = {"families": of_families, "pairs": of_families, "deep": of_deep}.get(args.what, of_model)(args)
-    for case in cases:
-        there["cases"].append(named(case))
-        there["environment"] = environment() | {"command": [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]}
-        write_json(args.out, there)
-        print({key: case[key] for key in keys}, {name: (round(row["regret"], 3), row["layer_forwards"],
+    done = Cases(args.out, args.again)
+    args.found, args.lacking = done.found, done.lacking
+    for case in {"families": of_families, "pairs": of_families, "deep": of_deep}.get(args.what, of_model)(args):
+        done.add(named(case))
+
+
+class Cases:
+    """The cases of the result file, and which methods of one are to be run."""
+
+    def __init__(self, file: Path, again: list[str]) -> None:
+        self.file, self.again = file, again
+        new: dict[str, Any] = {"claim": (__doc__ or "").splitlines()[0], "cases": []}
+        self.there = json.loads(file.read_text()) if file.exists() else new
+
+    def at(self, case: dict[str, Any]) -> int:
+        """Where a case stands, or would."""
+        keys = [tuple(each[key] for key in KEYS) for each in [*self.there["cases"], case]]
+        return keys.index(keys[-1])
+
+    def found(self, case: dict[str, Any]) -> dict[str, Any]:
+        """What methods found of it before."""
+        return next((old["methods"] for old in self.there["cases"][self.at(case) :][:1]), {})
+
+    def lacking(self, case: dict[str, Any], methods: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of its methods that are to be run."""
+        before = self.found(case)
+        return tuple(m for m in methods if (m in self.again and m in before if self.again else m not in before))
+
+    def add(self, case: dict[str, Any]) -> None:
+        """Keep a case on disk, in its place; refuse one of other text than it had there."""
+        at = self.at(case)
+        for old in self.there["cases"][at : at + 1]:
+            if text := {name: old[name] for name in ("rows", "window", "data") if old.get(name) != case.get(name)}:
+                raise SystemExit(f"error: the case that is there was measured on {text}\nhint: give the same")
+            case |= {name: old[name] for name in ("backward_over_forward",) if name in old}
+        self.there["cases"][at : at + 1] = [case]
+        whole = [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]
+        self.there["environment"] = environment() | {"command": whole}
+        write_json(self.file, self.there)
+        print({key: case[key] for key in KEYS}, {name: (round(row["regret"], 3), row["layer_forwards"],
               row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip
 
 

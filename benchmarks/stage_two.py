@@ -43,14 +43,14 @@ def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str
         key = point["ratio"], point["setting"]
         by_point.setdefault(key, ([], point))[0].append(f"{float(budget):.0%}")
     for budgets, point in by_point.values():  # one row where several budgets allow no more than the same point
-        lines.append(frontier_row(f"smallest within {', '.join(budgets)}", point))
+        lines.append(frontier_row(f"smallest within {', '.join(budgets)}", point, tasks))
     goal = told["goal"]
     best = goal["best_that_fits"]
-    lines.append(frontier_row("best that is 80.0% smaller" if best else "smallest", best or goal["smallest"]))
+    lines.append(frontier_row("best that is 80.0% smaller" if best else "smallest", best or goal["smallest"], tasks))
     lines += ["", "- " + "\n- ".join([*told["words"], *quantize_words(result)])]
     lines += ["", "All points, of the dense bytes and the rise:", "", *grid(control, share_and_rise)]
     lines += ["", "Keys found:", "", *grid(control, lambda point: str(point["keys_found"]))] if asked else []
-    lines += ["", "Of the tasks' scores, %, and above chance:", "", *grid(control, tasks_kept)] if tasks else []
+    lines += ["", "Of the tasks' scores, %, and above chance:", "", *grid(control, tasks_cell)] if tasks else []
     if any(point["ratio"] for point in whole):
         lines += ["", *gguf_lines(whole)]
     elif whole:
@@ -72,10 +72,10 @@ def tenth_words(result: dict[str, Any]) -> str:
     )
 
 
-def frontier_row(asked: str, point: dict[str, Any]) -> str:
+def frontier_row(asked: str, point: dict[str, Any], tasks: bool) -> str:
     cells = [asked, size(point["bytes"]), f"{point['share']:.1%}", f"{loss(point):+.1%}"]
     cells += [point["keys_found"]] if "keys_found" in point else []
-    cells += [tasks_kept(point)] if "retained" in point else []
+    cells += [tasks_cell(point)] * tasks  # empty where a training follows
     return "| " + " | ".join(map(str, [*cells, point["layers"], worded(point["setting"])])) + " |"
 
 
@@ -87,6 +87,7 @@ def grid(points: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) ->
     return lines + [
         f"| {worded(setting)} | {' | '.join(there.get((ratio, setting), '') for ratio in ratios)} |"
         for setting in settings
+        if any(there.get((ratio, setting)) for ratio in ratios)
     ]
 
 
@@ -95,7 +96,7 @@ def share_and_rise(point: dict[str, Any]) -> str:
     return f"{point['share']:.0%}: {rise}"
 
 
-def tasks_kept(point: dict[str, Any]) -> str:
+def tasks_cell(point: dict[str, Any]) -> str:
     """What is left of the tasks' scores and, after a comma, above chance; with errors over the items where any."""
     if not (kept := point.get("retained")):
         return ""

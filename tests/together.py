@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from layercut.healing.least_squares import fold_cut_
 from layercut.healing.stored_teacher import store_teacher
 from layercut.healing.tuning_state import StateFile, asked_to_stop
 from layercut.layer_search import search
+from layercut.layer_search.result import Cost
+from layercut.layer_search.sweep import set_costs
 from layercut.models import checkpoints, loading
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.offload import layer_reader, placement
@@ -53,7 +56,11 @@ def searches(model: Any = None, methods: Sequence[str] = METHODS) -> dict[str, A
     stack, tokens = DecoderRunner(model or tiny.llama()), tiny.some_tokens(7)
     two = {"n_layers": 2, "oracle": True}
     found = {method: search(stack, tokens, method=method, **two).to_dict() for method in methods}
-    found["two"] = search(stack, tokens, n_layers=3, num_segments=2, objective="next-token").to_dict()
+    several = {"n_layers": 3, "num_segments": 2, "objective": "next-token"}
+    found |= {f"two, {method}": search(stack, tokens, method=method, **several).to_dict() for method in ("clp", "race")}
+    cost = Cost()  # of three passes one process has two
+    found["passes"] = [candidate.kl for candidate in set_costs(stack, tokens[:3], [tuple(CUT)], cost, rows=1)]
+    found["spent"] = asdict(cost)
     return found
 
 

@@ -2,7 +2,8 @@
 
     criterion   proposes                                                        decides, by the real cut
     gate        the gradients of the gates, open in the dense model (`gate.py`)    halving among the proposals
-    clp         the same, more of them, and one-layer moves of the best            halving, and the climb
+    clp         the same, of several segments put right by real cuts of single     halving, and the climb
+                ones (`gate_corrected.py`), and one-layer moves of the best
     race        real cuts on a few rows: of all segments, or, with several,        halving; with several the climb
                 the sets of least sum of what their segments cost alone
 
@@ -13,15 +14,16 @@ worth was measured: docs/log.md, benchmarks/gate_ablation.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from layercut.data.probes import ProbeRows
 from layercut.layer_search.cheapest_sets import cheapest_sums
-from layercut.layer_search.gate import Foretold, foretell, proposals
+from layercut.layer_search.gate import Foretold, foretell
+from layercut.layer_search.gate_corrected import corrected_proposals, corrections_work, proposals_of_each
 from layercut.layer_search.gate_walls import neighbours
-from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, first_rows, halving
+from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, coarse_rows, first_rows, halving
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
@@ -64,7 +66,7 @@ BEGIN_SHARE = 4
 """Proposals are first priced on one row in four. They are alike: rounds on fewer rows dropped the best now and then."""
 
 LIGHTER, OTHERS = 0.25, 6
-"""Where tests are weighed: how much less they count in the proposals that are only kept for a trial (healing teaches
+"""Where tests are weighed: how much less they count in more proposals, which are kept for a trial too (healing teaches
 back more of what tests lose than of what text loses), and how many of these, and of those by text alone, there are."""
 
 COARSE_SETS = 4
@@ -101,7 +103,7 @@ def shuffled(tokens: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
-    """A pass there and back of some rows, and halving of what the gate proposes.
+    """A pass there and back of some rows, and halving of what the gate proposes; of several segments more (`clp`).
 
     In the pass the hidden states are kept, their gradients, and what one layer needs at a time for its backward pass;
     at the turn there are a row of logits, p in float32 and the gradient.
@@ -123,16 +125,34 @@ def gate_cost(run: PlannedRun, effort: Effort, count: int = 1) -> Spent:
         "logits": shape.window * shape.vocabulary * (2 * shape.itemsize + 8),
     }
     begin = first_of_proposals(run.searched, run.kinds)
-    if run.kinds > 1:  # those by text alone on the first rows, of which half are among the others
-        few = min(OTHERS, layers - run.length + 1) if count == 1 else OTHERS
-        most = begin * (layers + few * (layers - run.length))
-        passes += Work.of(shape, Bounds(most / 4, 0, most), heads=begin * few / 2)
-    if count == 1:
-        raced = halving_work(run, effort.sets(1), begin, effort.finalists)
-    else:
-        raced = sets_work(run, effort.sets(count), begin, effort.finalists)
-        raced += climb_work(run, count) if effort.climbs else Work()
+    raced = race_of_proposals(run, effort, count, begin)
+    if run.kinds > 1:  # the best by text alone are priced on all rows, where they are not already
+        rest = (run.searched - begin) * (layers + FINALISTS * (layers - run.length))
+        raced += Work.of(shape, Bounds(rest / 4, 0, rest), heads=(run.searched - begin) * FINALISTS / 2)
+    if effort.climbs and count > 1:
+        raced += corrections_work(run, coarse_rows(run.searched, run.kinds)) + climb_work(run, count)
     return Spent(max(step, all_segments_cost(run).peak, key=total), passes + raced)
+
+
+def race_of_proposals(run: PlannedRun, effort: Effort, count: int, begin: int) -> Work:
+    """Halving of what is proposed, where those in which tests count less are other sets or the same.
+
+    Args:
+        run: what is planned.
+        effort: how many sets are proposed.
+        count: K, segments.
+        begin: rows of the first round.
+
+    Returns:
+        The work.
+    """
+    race_of = halving_work if count == 1 else sets_work
+    fewest = effort.sets(count)
+    same, other = (race_of(run, sets, begin, effort.finalists) for sets in (fewest, fewest + 2 * OTHERS))
+    if run.kinds == 1:
+        return same
+    low, high = same.layer_forwards, other.layer_forwards
+    return replace(same, layer_forwards=Bounds((low.expected + high.expected) / 2, low.least, high.most))
 
 
 def halving_work(run: PlannedRun, most: int, begin: int, finalists: int) -> Work:
@@ -212,7 +232,7 @@ def race_several_cost(run: PlannedRun, count: int) -> Spent:
         The cost.
     """
     shape, layers, few = run.shape, run.shape.layers, min(run.searched, max(first_rows(run.searched), 2 * run.kinds))
-    rows = max(1 if run.kinds == 1 else 4, few // 2)
+    rows = coarse_rows(run.searched, run.kinds)
     singles = [DENSE, *((segment,) for segment in all_lengths(run.length, layers))]
     priced = Work.of(shape, set_work(singles, layers, rows), heads=rows * len(singles))
     raced = sets_work(run, COARSE_SETS * layers, few, FINALISTS)
@@ -235,18 +255,20 @@ def decided(
     Returns:
         Candidates priced on all rows, from the best.
     """
-    sets, by_text = proposals(foretold, limits, count, effort.sets(count)), list[Cuts]()
-    lighter = proposals(foretold.weighing(LIGHTER), limits, count, OTHERS) if prices.kinds > 1 else []
+    asked = [(1.0, effort.sets(count)), *([(LIGHTER, OTHERS), (0.0, OTHERS)] if prices.kinds > 1 else [])]
+    if effort.climbs and count > 1:
+        with bar(f"{name}: segments of proposals", None):
+            proposed = corrected_proposals(prices, foretold, limits, count, asked)
+    else:
+        proposed = proposals_of_each(foretold, limits, count, asked)
+    sets = list(dict.fromkeys(cuts for some in proposed for cuts in some))
     with bar(f"{name}: {len(sets)} proposals race", None):
         begin = first_of_proposals(prices.rows, prices.kinds)
         found = halving(prices, sets, begin=begin, finalists=effort.finalists)
         if effort.climbs and count > 1:
             found = climb(prices, found, limits, count)
-        if prices.kinds > 1:
-            by_text = proposals(foretold.weighing(0), limits, count, OTHERS)
-            prices.of(by_text, begin)
-    beside = beside_text(prices, found, [*sets, *by_text])
-    return SearchResult(name, found, prices.cost, by_text=beside, lighter=lighter)
+    lighter = proposed[1] if len(asked) > 1 else []
+    return SearchResult(name, found, prices.cost, by_text=beside_text(prices, found, sets), lighter=lighter)
 
 
 @costs(lambda run: gate_cost(run, GATE), prices_itself=True, several=lambda run, count: gate_cost(run, GATE, count))
@@ -383,9 +405,8 @@ def priced_sums(prices: Prices, limits: Restriction, count: int) -> list[Cuts]:
     Raises:
         ConfigError: no cut is allowed.
     """
-    rows = max(1 if prices.kinds == 1 else 4, prices.few // 2)  # both kinds of rows, where there are tests
     singles = all_lengths(limits.length, len(limits.may))
-    costs = prices.weighted.mean(prices.of([(segment,) for segment in singles], rows)).tolist()
+    costs = prices.weighted.mean(prices.of_singles(singles)).tolist()
     ranked = cheapest_sums(dict(zip(singles, costs, strict=True)), limits, count)
     if not ranked:
         limits.needed_segments()  # raises: a single segment would have been among them

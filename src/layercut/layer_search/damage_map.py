@@ -193,16 +193,17 @@ def capability_costs(
     wanted = [DENSE, *sets]
     of, at = probes.of(), torch.arange(len(probes.tokens))[:, None]
     marked = torch.cat([at, probes.tokens], dim=1)  # the row's number goes along, before its tokens
-    sums = torch.zeros(len(sets), len(probes.names), dtype=torch.float64)
+    sums, spent = torch.zeros(len(sets), len(probes.names), dtype=torch.float64), Cost()
     rows = rows or stack.budget.layer_rows(probes.tokens.shape[1])
     queue = stack.parts("search", passes_in_step(stack, marked, rows, streams_held(wanted, len(stack))))
     for one in queue:
         with queue.trying(one):
-            (batches, counts), spent = one, Cost()
-            found = _damage(stack, probes, sets, batches, spent, advance)
+            (batches, counts), own = one, Cost()
+            found = _damage(stack, probes, sets, batches, own, advance)
             if counts:
                 sums += found
-                cost.add_(spent)
+                spent += own
+    cost.add_(spent)
     processes.sum_(sums)
     tokens_of = torch.bincount(of[of >= 0], minlength=len(probes.names))
     means = (sums / tokens_of).tolist()

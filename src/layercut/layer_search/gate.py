@@ -29,7 +29,7 @@ import torch
 
 from layercut.distributed import processes
 from layercut.layer_search.cheapest_sets import cheapest_sums
-from layercut.layer_search.prices import Prices
+from layercut.layer_search.prices import WORST, Prices
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.sweep import Cuts, all_lengths
 from layercut.models.batch_sizes import slices
@@ -39,9 +39,6 @@ from layercut.models.runner import DecoderRunner, dense_logits, recomputed_layer
 
 DIFFERENCES_SHARE = 8
 """One part in so many of what the budget has for hidden states is had in float32 at once, to be subtracted."""
-
-WORST = 1e30
-"""The foretold price where slopes overflow."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,13 @@ from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
 from layercut.models.runner import DecoderRunner, dense_logits
 from layercut.registries import objectives
+from layercut.segments import Segment
 
 FIRST_SHARE, FINALISTS = 8, 3
 """A race begins on one row in eight (two at least); so many are priced on all rows, if not fewer are wanted."""
+
+WORST = 1e30
+"""What is taken for a price that is not finite, where prices are added up."""
 
 FEWEST_SETS = 16
 """Sets of which the hidden states are held at once at the end of a sweep, at least; else the budget is the limit."""
@@ -33,6 +37,20 @@ FEWEST_SETS = 16
 def first_rows(rows: int) -> int:
     """Of N rows, those that a race begins on."""
     return min(rows, max(2, rows // FIRST_SHARE))
+
+
+def coarse_rows(rows: int, kinds: int) -> int:
+    """Of N rows, those that single segments are priced on where sums of their prices propose.
+
+    Args:
+        rows: N.
+        kinds: of rows: text, or text and tests.
+
+    Returns:
+        How many of the first; two of each kind where there are two, as far as there are so many.
+    """
+    few = min(rows, max(first_rows(rows), 2 * kinds))
+    return min(rows, max(1 if kinds == 1 else 4, few // 2))
 
 
 def as_objective(objective: str | Objective) -> Objective:
@@ -161,6 +179,19 @@ class Prices:
         """Rows of the first, coarse pricing; two of text and two of tests at least, where there are tests."""
         return min(self.rows, max(first_rows(self.rows), 2 * self.kinds))
 
+    def of_singles(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """What each segment costs alone, on the few rows that sums of single prices are made of (`coarse_rows`).
+
+        Args:
+            segments: S of them.
+
+        Returns:
+            float64 [S, rows], above what the dense model has where the objective is not 0 there; at most WORST.
+        """
+        rows = coarse_rows(self.rows, self.kinds)
+        found = self.of([DENSE, *((segment,) for segment in segments)], rows).clamp_max(WORST)
+        return found[1:] - found[:1]
+
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All rows and their weights, those first that the coarse pricing has not seen; of tests and text in turn."""
         if self.weights is None:
@@ -194,21 +225,22 @@ class Prices:
         budget, tokens = stack.budget, stack.place(self.tokens[start:stop])
         streams = max(FEWEST_SETS, budget.streams // stack.stream_bytes(window))
         rows = max(1, min(budget.layer_rows(window), streams // len(sets)))
-        prices = torch.zeros(len(sets), stop - start, dtype=torch.float64)
+        prices, spent = torch.zeros(len(sets), stop - start, dtype=torch.float64), Cost()
         shared = processes.share_of_batches(stop - start, rows)
         queue = stack.parts("search", sharding.in_step(stack.model, shared, slice(0, 1)))
         for one in queue:
             with queue.trying(one):
-                (part, counts), spent = one, Cost()
+                (part, counts), own = one, Cost()
                 weights = None if self.weights is None else self.weights[start:stop][part]
                 found = [
-                    self._of_batch(sets[some : some + streams], tokens[part], weights, spent)
+                    self._of_batch(sets[some : some + streams], tokens[part], weights, own)
                     for some in range(0, len(sets), streams)
                 ]
-                spent.dense_tokens += tokens[part].numel()
+                own.dense_tokens += tokens[part].numel()
                 if counts:
                     prices[:, part] = torch.cat(found)
-                    self.cost.add_(spent)
+                    spent += own
+        self.cost.add_(spent)
         processes.sum_(prices)
         for cuts, found in zip(sets, prices.tolist(), strict=True):
             self.known[cuts] += map(as_price, found)

@@ -56,7 +56,7 @@ class Cost:
         return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def add_(self, share: Cost) -> None:
-        """Add what every process spent on its share of the rows."""
+        """Add what every process spent on its share of the rows: on all of its parts, of which one may have more."""
         spent = processes.summed([share.dense_tokens, share.layer_forwards, share.layer_backwards])
         self.dense_tokens += int(spent[0])
         self.layer_forwards += int(spent[1])
@@ -84,7 +84,7 @@ class SearchResult:
     by_number: list[Candidate] = field(default_factory=list)
     """The best of one segment, and of two at most, where the search compared them."""
     lighter: list[tuple[Segment, ...]] = field(default_factory=list)
-    """Sets that would have been proposed if generated tests counted less; they are not priced."""
+    """Sets that would have been proposed if generated tests counted less; they raced too."""
     tried: list[Tried] = field(default_factory=list)
     """All that were tried beyond the plain cut, from the best."""
     seconds: float = field(default=0.0, compare=False)

@@ -83,21 +83,22 @@ def set_costs(
     Raises:
         ModelError: the dense predictions are not finite.
     """
-    totals = dict.fromkeys(sets, 0.0)
+    totals, spent = dict.fromkeys(sets, 0.0), Cost()
     wanted, tokens = [DENSE, *totals], stack.place(tokens)
     queue = stack.parts("search", _passes(stack, tokens, rows, wanted))
     for one in queue:
         with queue.trying(one):
-            (batches, counts), spent = one, Cost()
-            ends = sweep(stack, batches, wanted, spent, advance)
+            (batches, counts), own = one, Cost()
+            ends = sweep(stack, batches, wanted, own, advance)
             found: list[torch.Tensor] = []  # of each chunk the KL of each set, read at the end
             for b, batch in enumerate(batches):
                 for part, chunk_counts in row_chunks(stack, batch):
                     teacher = teacher_of(stack, ends[DENSE][b][part], batch[part])  # p [rows, T, V], for all sets
                     kl = [teacher.kl(stack.exit(ends[cuts][b][part], batch[part])).sum() for cuts in totals]
                     found += [torch.stack(kl)] if kl and chunk_counts else []
-                spent.dense_tokens += batch.numel()
-            _add(totals, found, cost, spent, counts)
+                own.dense_tokens += batch.numel()
+            spent += _add(totals, found, own, counts)
+    cost.add_(spent)
     totals = dict(zip(totals, processes.summed([*totals.values()]), strict=True))
     candidates = [Candidate(cuts, as_price(total / tokens.numel(), 0.0)) for cuts, total in totals.items()]
     return sorted(candidates, key=lambda candidate: (candidate.kl, candidate.segments))
@@ -126,12 +127,12 @@ def set_losses(
     Returns:
         The loss of each set, mean over the N (T - 1) predictions in nats, infinite where it is not finite.
     """
-    totals, tokens = dict.fromkeys(sets, 0.0), stack.place(tokens)
+    totals, tokens, spent = dict.fromkeys(sets, 0.0), stack.place(tokens), Cost()
     queue = stack.parts("search", _passes(stack, tokens, rows, list(totals)))
     for one in queue:
         with queue.trying(one):
-            (batches, counts), spent = one, Cost()
-            ends = sweep(stack, batches, list(totals), spent, advance)
+            (batches, counts), own = one, Cost()
+            ends = sweep(stack, batches, list(totals), own, advance)
             found: list[torch.Tensor] = []
             for b, batch in enumerate(batches):
                 for part, chunk_counts in row_chunks(stack, batch):
@@ -140,7 +141,8 @@ def set_losses(
                         for cuts in totals
                     ]
                     found += [torch.stack(losses)] if losses and chunk_counts else []
-            _add(totals, found, cost, spent, counts)
+            spent += _add(totals, found, own, counts)
+    cost.add_(spent)
     sums = processes.summed([*totals.values()])
     return {cuts: as_price(total / (tokens.numel() - len(tokens))) for cuts, total in zip(totals, sums, strict=True)}
 
@@ -154,13 +156,14 @@ def _passes(
     return passes_in_step(stack, tokens, rows, streams_held(sets, len(stack)))
 
 
-def _add(totals: dict[Cuts, float], found: list[torch.Tensor], cost: Cost, spent: Cost, counts: bool) -> None:
-    """Add to the totals what a pass has found, [C] of each chunk, and its cost; nothing if it does not count."""
-    if counts:
-        for chunk in torch.stack(found).tolist() if found else []:
-            for cuts, value in zip(totals, chunk, strict=True):
-                totals[cuts] += value
-        cost.add_(spent)
+def _add(totals: dict[Cuts, float], found: list[torch.Tensor], own: Cost, counts: bool) -> Cost:
+    """Add to the totals what a pass has found, [C] of each chunk; and its cost: none if it does not count."""
+    if not counts:
+        return Cost()
+    for chunk in torch.stack(found).tolist() if found else []:
+        for cuts, value in zip(totals, chunk, strict=True):
+            totals[cuts] += value
+    return own
 
 
 def all_segments(length: int, layers: int) -> list[Segment]:

@@ -1,0 +1,180 @@
+"""What the gate foretells of segments, put right by real cuts of a few of them.
+
+The gate's price is of second order around the dense model: of a segment of ten layers it may tell a third of what its
+real cut costs, and a set that has one looks cheaper than two shorter segments which are better. So the segments of what
+is proposed are cut for real, each alone, on a few rows; of the others what is foretold is multiplied by what these have
+in common, and the sets of least sum are proposed anew, until every segment in them is known (MOST_ROUNDS at most):
+
+    C'(s) = C(s) exp( sum_p w_sp ln(c_p / C(p)) / (1 + sum_p w_sp) )        w_sp = (|s and p| / |s or p|)^4
+
+with C the gate's price, c_p the real one of a segment p, and layers counted in w. (Layercut's; how much of the sets of
+least real sum it finds, and of what else was tried: docs/log.md.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layercut.distributed import processes
+from layercut.layer_search.gate import Foretold, proposals
+from layercut.layer_search.prices import WORST, Prices
+from layercut.layer_search.restriction import Restriction
+from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_work
+from layercut.models.cost import Bounds, PlannedRun, Work
+from layercut.segments import Segment
+
+SHARPNESS = 4
+"""Power of what two segments have in common. Of 1, 2 and 4 the one by which the least sum was found each time."""
+
+MOST_ROUNDS = 12
+"""Proposals are made anew so often at most."""
+
+LEAST, FARTHEST = 1e-6, 100.0
+"""Prices below the first, and quotients beyond the second, are rounding or overflow, and not what a segment costs."""
+
+EXPECTED_SHARE = 0.3
+"""Of the work of cutting every segment of up to n layers, what is expected."""
+
+
+def proposals_of_each(
+    foretold: Foretold, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
+) -> list[list[Cuts]]:
+    """What a table proposes where tests count as much, less, and nothing.
+
+    Args:
+        foretold: what each segment costs.
+        limits: n, layers to remove, of L, and the cuts that are allowed.
+        count: K, segments.
+        asked: (what tests count, how many sets), of each kind.
+
+    Returns:
+        Sets of each kind, from the cheapest.
+
+    Raises:
+        ConfigError: no cut is allowed.
+    """
+    return [proposals(foretold.weighing(tests), limits, count, most) for tests, most in asked]
+
+
+def corrected_proposals(
+    prices: Prices, foretold: Foretold, limits: Restriction, count: int, asked: Sequence[tuple[float, int]]
+) -> list[list[Cuts]]:
+    """The same, with what real cuts of their segments say of the table, until all of these are known.
+
+    Args:
+        prices: of the calibration rows; a few of them are cut.
+        foretold: what the gate says that each segment costs.
+        limits: n, layers to remove, of L, and the cuts that are allowed.
+        count: K, segments.
+        asked: (what tests count, how many sets), of each kind.
+
+    Returns:
+        Sets of each kind, from the cheapest; after MOST_ROUNDS rounds segments of some may not have been cut.
+
+    Raises:
+        ConfigError: no cut is allowed.
+    """
+    told, known = foretold, dict[Segment, tuple[float, float]]()
+    for _ in range(MOST_ROUNDS):
+        proposed = proposals_of_each(told, limits, count, asked)
+        lacking = sorted({segment for some in proposed for cuts in some for segment in cuts} - known.keys())
+        if not lacking:
+            return proposed
+        found = prices.of_singles(lacking)
+        both = (prices.weighted.mean(found, tests).tolist() for tests in (1.0, 0.0))
+        known |= dict(zip(lacking, zip(*both, strict=True), strict=True))
+        told = corrected(foretold, known)
+    return proposals_of_each(told, limits, count, asked)
+
+
+def corrected(foretold: Foretold, known: dict[Segment, tuple[float, float]]) -> Foretold:
+    """The gate's tables by the formula above.
+
+    Every process does the same; the main one's are taken.
+
+    Args:
+        foretold: the gate's own.
+        known: real prices of some segments: of text and tests, and of text alone.
+
+    Returns:
+        Corrected ones of all other segments, and these as they are.
+    """
+    layers, priced = len(foretold.table) - 1, list(known)
+    segments = all_lengths(layers, layers)
+    common = shared_layers(segments, priced, layers) ** SHARPNESS
+    tables = []
+    for kind, own in enumerate((foretold.table, foretold.text)):
+        if own is not None:
+            real = torch.tensor([known[segment][kind] for segment in priced], dtype=torch.float64)
+            told = of_segments(own, priced)
+            logs = (real.clamp_min(LEAST) / told.clamp_min(LEAST)).clamp(1 / FARTHEST, FARTHEST).log()
+            weights = torch.where(real < WORST / 1e6, common, 0.0)  # a mean that holds what overflowed says nothing
+            table = own.clone()
+            of_segments_(table, segments, of_segments(own, segments) * ((weights @ logs) / (1 + weights.sum(1))).exp())
+            of_segments_(table, priced, real)
+            tables.append(table)
+    return Foretold(*processes.from_main(tables))
+
+
+def of_segments(table: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    """Entries of a table, of each of S segments.
+
+    Args:
+        table: [L + 1, L + 1].
+        segments: whose entries.
+
+    Returns:
+        [S].
+    """
+    starts, stops = ([getattr(segment, end) for segment in segments] for end in ("start", "stop"))
+    return table[starts, stops]
+
+
+def of_segments_(table: torch.Tensor, segments: Sequence[Segment], prices: torch.Tensor) -> None:
+    """Write the entries of S segments, in place.
+
+    Args:
+        table: [L + 1, L + 1].
+        segments: whose entries.
+        prices: [S].
+    """
+    starts, stops = ([getattr(segment, end) for segment in segments] for end in ("start", "stop"))
+    table[starts, stops] = prices
+
+
+def shared_layers(ours: Sequence[Segment], theirs: Sequence[Segment], layers: int) -> torch.Tensor:
+    """What segments have in common: layers in both over layers in either.
+
+    Args:
+        ours: A segments.
+        theirs: B segments.
+        layers: L.
+
+    Returns:
+        float64 [A, B], 0 to 1.
+    """
+    there = [torch.zeros(len(some), layers, dtype=torch.float64) for some in (ours, theirs)]
+    for of, some in zip(there, (ours, theirs), strict=True):
+        for i, segment in enumerate(some):
+            of[i, segment.start : segment.stop] = 1
+    both = there[0] @ there[1].T
+    return both / (there[0].sum(1)[:, None] + there[1].sum(1) - both)
+
+
+def corrections_work(run: PlannedRun, rows: int) -> Work:
+    """The work of the real cuts, of which it is not known beforehand how many there are.
+
+    Args:
+        run: what is planned.
+        rows: that every segment is cut on.
+
+    Returns:
+        The work: one round at least.
+    """
+    layers = run.shape.layers
+    every = [DENSE, *((segment,) for segment in all_lengths(run.length, layers))]
+    most = set_work(every, layers, rows) + (MOST_ROUNDS - 1) * layers * rows
+    forwards = Bounds(EXPECTED_SHARE * most, layers * rows, most)
+    return Work.of(run.shape, forwards, heads=EXPECTED_SHARE * rows * len(every))
