@@ -99,6 +99,45 @@ def row_of(result: SearchResult, seconds: float) -> dict[str, Any]:
     }
 
 
+class Cases:
+    """The cases of the result file, and which methods of one are to be run."""
+
+    def __init__(self, file: Path, again: list[str]) -> None:
+        self.file, self.again = file, again
+        new: dict[str, Any] = {"claim": (__doc__ or "").splitlines()[0], "cases": []}
+        self.there = json.loads(file.read_text()) if file.exists() else new
+
+    def at(self, case: dict[str, Any]) -> int:
+        """Where a case stands, or would."""
+        keys = [tuple(each[key] for key in KEYS) for each in [*self.there["cases"], case]]
+        return keys.index(keys[-1])
+
+    def found(self, case: dict[str, Any]) -> dict[str, Any]:
+        """What methods found of it before."""
+        there = self.there["cases"][self.at(case) :]
+        return there[0]["methods"] if there else {}
+
+    def lacking(self, case: dict[str, Any], methods: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of its methods that are to be run."""
+        before = self.found(case)
+        return tuple(m for m in methods if (m in self.again and m in before if self.again else m not in before))
+
+    def add(self, case: dict[str, Any]) -> None:
+        """Keep a case on disk, in its place; refuse one of other text than it had there."""
+        at = self.at(case)
+        for old in self.there["cases"][at : at + 1]:
+            if text := {name: old[name] for name in ("rows", "window", "data") if old.get(name) != case.get(name)}:
+                raise SystemExit(f"error: the case that is there was measured on {text}\nhint: give the same")
+            if "backward_over_forward" in old:
+                case["backward_over_forward"] = old["backward_over_forward"]
+        self.there["cases"][at : at + 1] = [case]
+        command = [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]
+        self.there["environment"] = environment() | {"command": command}
+        write_json(self.file, self.there)
+        print({key: case[key] for key in KEYS}, {name: (round(row["regret"], 3), row["layer_forwards"],
+              row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip
+
+
 def by_methods(
     stack: DecoderRunner, tokens: torch.Tensor, length: int, seed: int, methods: tuple[str, ...], count: int = 1,
     *, before: dict[str, Any],
@@ -126,11 +165,11 @@ def of_families(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, layers in product(range(args.seeds), (12, 24) if count == 2 else (12, 24, 40)):
         for family, ratio in product(FAMILIES, args.ratios):
             case = {"kind": args.what, "model": family, "layers": layers, "ratio": ratio, "seed": seed}
-            if asked := args.lacking(case, ALONE):
+            if asked := args.cases.lacking(case, ALONE):
                 stack = rugged(family, layers, seed)
                 tokens = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(seed))
                 length = layers_to_remove(ratio, layers)
-                found = by_methods(stack, tokens, length, seed, asked, count, before=args.found(case))
+                found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))
                 yield case | {"length": length, "rows": 16, "segments": count, "methods": found}
 
 
@@ -145,10 +184,10 @@ def of_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for ratio in args.ratios:
             name = Path(model.checkpoint.name).name
             case = {"kind": args.what, "model": name, "layers": len(stack), "ratio": ratio, "seed": seed}
-            if asked := args.lacking(case, ALONE if count == 1 else SEVERAL):
+            if asked := args.cases.lacking(case, ALONE if count == 1 else SEVERAL):
                 backward = backward or backward_cost(stack, text.tokens[:2])
                 length = layers_to_remove(ratio, len(stack))
-                found = by_methods(stack, text.tokens, length, seed, asked, count, before=args.found(case))
+                found = by_methods(stack, text.tokens, length, seed, asked, count, before=args.cases.found(case))
                 yield case | {
                     "length": length, "rows": len(text.tokens), "window": args.window, "data": args.data,
                     "segments": count, "backward_over_forward": backward, "methods": found,
@@ -167,10 +206,10 @@ def of_deep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed, (layers, planted) in product(range(args.seeds), DEEP):
         length, count = sum(map(len, planted)), len(planted)
         case = {"kind": "deep", "model": "llama", "layers": layers, "ratio": length / layers, "seed": seed}
-        if asked := args.lacking(case, ("gate", "clp", "race")):
+        if asked := args.cases.lacking(case, ("gate", "clp", "race")):
             stack = rugged("llama", layers, seed, planted)
             tokens = torch.randint(128, (8, 32), generator=torch.Generator().manual_seed(seed))
-            found = by_methods(stack, tokens, length, seed, asked, count, before=args.found(case))
+            found = by_methods(stack, tokens, length, seed, asked, count, before=args.cases.found(case))
             yield case | {
                 "length": length, "rows": 8, "segments": count, "planted": " ".join(map(str, planted)),
                 "planted_kl": set_costs(stack, tokens, [planted], Cost())[0].kl,
@@ -190,47 +229,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS / "gate_ablation.json")
     args = parser.parse_args()
-    done = Cases(args.out, args.again)
-    args.found, args.lacking = done.found, done.lacking
+    args.cases = Cases(args.out, args.again)
     for case in {"families": of_families, "pairs": of_families, "deep": of_deep}.get(args.what, of_model)(args):
-        done.add(named(case))
-
-
-class Cases:
-    """The cases of the result file, and which methods of one are to be run."""
-
-    def __init__(self, file: Path, again: list[str]) -> None:
-        self.file, self.again = file, again
-        new: dict[str, Any] = {"claim": (__doc__ or "").splitlines()[0], "cases": []}
-        self.there = json.loads(file.read_text()) if file.exists() else new
-
-    def at(self, case: dict[str, Any]) -> int:
-        """Where a case stands, or would."""
-        keys = [tuple(each[key] for key in KEYS) for each in [*self.there["cases"], case]]
-        return keys.index(keys[-1])
-
-    def found(self, case: dict[str, Any]) -> dict[str, Any]:
-        """What methods found of it before."""
-        return next((old["methods"] for old in self.there["cases"][self.at(case) :][:1]), {})
-
-    def lacking(self, case: dict[str, Any], methods: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of its methods that are to be run."""
-        before = self.found(case)
-        return tuple(m for m in methods if (m in self.again and m in before if self.again else m not in before))
-
-    def add(self, case: dict[str, Any]) -> None:
-        """Keep a case on disk, in its place; refuse one of other text than it had there."""
-        at = self.at(case)
-        for old in self.there["cases"][at : at + 1]:
-            if text := {name: old[name] for name in ("rows", "window", "data") if old.get(name) != case.get(name)}:
-                raise SystemExit(f"error: the case that is there was measured on {text}\nhint: give the same")
-            case |= {name: old[name] for name in ("backward_over_forward",) if name in old}
-        self.there["cases"][at : at + 1] = [case]
-        whole = [Path(sys.argv[0]).name, "families|pairs|one|several|deep"]
-        self.there["environment"] = environment() | {"command": whole}
-        write_json(self.file, self.there)
-        print({key: case[key] for key in KEYS}, {name: (round(row["regret"], 3), row["layer_forwards"],
-              row["layer_backwards"]) for name, row in case["methods"].items()}, flush=True)  # fmt: skip
+        args.cases.add(named(case))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from layercut.layer_search.cheapest_sets import cheapest_sums
 from layercut.layer_search.gate import Foretold, foretell
 from layercut.layer_search.gate_corrected import corrected_proposals, corrections_work, proposals_of_each
 from layercut.layer_search.gate_walls import neighbours
-from layercut.layer_search.prices import FINALISTS, Prices, as_objective, beside_text, coarse_rows, first_rows, halving
+from layercut.layer_search.prices import (
+    FINALISTS,
+    Prices,
+    as_objective,
+    beside_text,
+    coarse_rows,
+    few_rows,
+    first_rows,
+    halving,
+)
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
 from layercut.layer_search.search_cost import all_segments_cost, costs
@@ -212,7 +221,7 @@ def climb_work(run: PlannedRun, count: int) -> Work:
     Returns:
         The work.
     """
-    few = min(run.searched, max(first_rows(run.searched), 2 * run.kinds))
+    few = few_rows(run.searched, run.kinds)
     walls, kept = 2 * count, run.shape.layers - run.length
     round_of = sets_work(run, walls * walls + 1, few, CLIMB_FINALISTS)
     # fewer segments than K may split: a layer leaves one for anywhere
@@ -231,7 +240,7 @@ def race_several_cost(run: PlannedRun, count: int) -> Spent:
     Returns:
         The cost.
     """
-    shape, layers, few = run.shape, run.shape.layers, min(run.searched, max(first_rows(run.searched), 2 * run.kinds))
+    shape, layers, few = run.shape, run.shape.layers, few_rows(run.searched, run.kinds)
     rows = coarse_rows(run.searched, run.kinds)
     singles = [DENSE, *((segment,) for segment in all_lengths(run.length, layers))]
     priced = Work.of(shape, set_work(singles, layers, rows), heads=rows * len(singles))

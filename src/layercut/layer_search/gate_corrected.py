@@ -103,64 +103,38 @@ def corrected(foretold: Foretold, known: dict[Segment, tuple[float, float]]) -> 
     """
     layers, priced = len(foretold.table) - 1, list(known)
     segments = all_lengths(layers, layers)
-    common = shared_layers(segments, priced, layers) ** SHARPNESS
+    common = shared_layers(segments, priced) ** SHARPNESS
     tables = []
     for kind, own in enumerate((foretold.table, foretold.text)):
         if own is not None:
             real = torch.tensor([known[segment][kind] for segment in priced], dtype=torch.float64)
-            told = of_segments(own, priced)
-            logs = (real.clamp_min(LEAST) / told.clamp_min(LEAST)).clamp(1 / FARTHEST, FARTHEST).log()
+            logs = (real.clamp_min(LEAST) / own[places(priced)].clamp_min(LEAST)).clamp(1 / FARTHEST, FARTHEST).log()
             weights = torch.where(real < WORST / 1e6, common, 0.0)  # a mean that holds what overflowed says nothing
             table = own.clone()
-            of_segments_(table, segments, of_segments(own, segments) * ((weights @ logs) / (1 + weights.sum(1))).exp())
-            of_segments_(table, priced, real)
+            table[places(segments)] *= ((weights @ logs) / (1 + weights.sum(1))).exp()
+            table[places(priced)] = real
             tables.append(table)
     return Foretold(*processes.from_main(tables))
 
 
-def of_segments(table: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-    """Entries of a table, of each of S segments.
-
-    Args:
-        table: [L + 1, L + 1].
-        segments: whose entries.
-
-    Returns:
-        [S].
-    """
-    starts, stops = ([getattr(segment, end) for segment in segments] for end in ("start", "stop"))
-    return table[starts, stops]
+def places(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """Where S segments stand in a table [L + 1, L + 1]: their rows and their columns."""
+    return [segment.start for segment in segments], [segment.stop for segment in segments]
 
 
-def of_segments_(table: torch.Tensor, segments: Sequence[Segment], prices: torch.Tensor) -> None:
-    """Write the entries of S segments, in place.
-
-    Args:
-        table: [L + 1, L + 1].
-        segments: whose entries.
-        prices: [S].
-    """
-    starts, stops = ([getattr(segment, end) for segment in segments] for end in ("start", "stop"))
-    table[starts, stops] = prices
-
-
-def shared_layers(ours: Sequence[Segment], theirs: Sequence[Segment], layers: int) -> torch.Tensor:
+def shared_layers(ours: Sequence[Segment], theirs: Sequence[Segment]) -> torch.Tensor:
     """What segments have in common: layers in both over layers in either.
 
     Args:
         ours: A segments.
         theirs: B segments.
-        layers: L.
 
     Returns:
         float64 [A, B], 0 to 1.
     """
-    there = [torch.zeros(len(some), layers, dtype=torch.float64) for some in (ours, theirs)]
-    for of, some in zip(there, (ours, theirs), strict=True):
-        for i, segment in enumerate(some):
-            of[i, segment.start : segment.stop] = 1
-    both = there[0] @ there[1].T
-    return both / (there[0].sum(1)[:, None] + there[1].sum(1) - both)
+    (starts, stops), (begins, ends) = (map(torch.tensor, places(some)) for some in (ours, theirs))
+    both = (torch.minimum(stops[:, None], ends) - torch.maximum(starts[:, None], begins)).clamp_min(0).double()
+    return both / ((stops - starts)[:, None] + (ends - begins) - both)
 
 
 def corrections_work(run: PlannedRun, rows: int) -> Work:

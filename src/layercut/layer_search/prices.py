@@ -39,6 +39,19 @@ def first_rows(rows: int) -> int:
     return min(rows, max(2, rows // FIRST_SHARE))
 
 
+def few_rows(rows: int, kinds: int) -> int:
+    """Of N rows, those of the first, coarse pricing of sets.
+
+    Args:
+        rows: N.
+        kinds: of rows: text, or text and tests.
+
+    Returns:
+        How many of the first; two of each kind at least, as far as there are so many.
+    """
+    return min(rows, max(first_rows(rows), 2 * kinds))
+
+
 def coarse_rows(rows: int, kinds: int) -> int:
     """Of N rows, those that single segments are priced on where sums of their prices propose.
 
@@ -49,8 +62,7 @@ def coarse_rows(rows: int, kinds: int) -> int:
     Returns:
         How many of the first; two of each kind where there are two, as far as there are so many.
     """
-    few = min(rows, max(first_rows(rows), 2 * kinds))
-    return min(rows, max(1 if kinds == 1 else 4, few // 2))
+    return min(rows, max(1 if kinds == 1 else 4, few_rows(rows, kinds) // 2))
 
 
 def as_objective(objective: str | Objective) -> Objective:
@@ -177,7 +189,7 @@ class Prices:
     @property
     def few(self) -> int:
         """Rows of the first, coarse pricing; two of text and two of tests at least, where there are tests."""
-        return min(self.rows, max(first_rows(self.rows), 2 * self.kinds))
+        return few_rows(self.rows, self.kinds)
 
     def of_singles(self, segments: Sequence[Segment]) -> torch.Tensor:
         """What each segment costs alone, on the few rows that sums of single prices are made of (`coarse_rows`).
