@@ -89,13 +89,13 @@ def test_the_longest_cut_within_a_budget_is_found(allowed):
     def find(length):
         return SearchResult("made up", [Candidate((Segment(0, length),), 0.0)], Cost())
 
-    within = longest_within(0.1, 7, find, lambda cuts: 0.1 if len(cuts[0]) <= allowed else 0.2)
+    within = longest_within(0.1, range(1, 8), find, lambda cuts: 0.1 if len(cuts[0]) <= allowed else 0.2)
     assert within.result.segments == [Segment(0, allowed)]
     assert within.rise == 0.1
     assert len(within.tried) <= 3
     assert set(within.tried[0]) == {"length", "segments", "rise"}
     with pytest.raises(ConfigError, match=r"--max-loss 0.05: the best found removes 0:1 and raises perplexity by 20"):
-        longest_within(0.05, 7, find, lambda cuts: 0.2 * len(cuts[0]))
+        longest_within(0.05, range(1, 8), find, lambda cuts: 0.2 * len(cuts[0]))
 
 
 def test_rows_that_verify_are_not_searched_on():

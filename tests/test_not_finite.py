@@ -94,7 +94,7 @@ def test_losses_and_budgets_know_it(sound):
     assert perplexity_rise(stack, tokens, (BAD,)) == math.inf
     found = SearchResult("given", [Candidate((BAD,), math.inf)], Cost())
     with pytest.raises(ConfigError, match="no cut meets --max-loss") as caught:
-        longest_within(0.1, 1, lambda length: found, lambda cuts: math.inf)
+        longest_within(0.1, [1], lambda length: found, lambda cuts: math.inf)
     assert "inf" not in caught.value.hint
     assert relative(math.inf, math.inf) == regret(found, found) == 1.0, "the best there is, though ruined"
     assert relative(math.inf, 1.0) == math.inf

@@ -94,7 +94,9 @@ def test_two_families_share_no_noun_and_no_passage_of_their_forms(pair):
     a, b = (FAMILIES[name] for name in pair)
     assert not nouns(a) & nouns(b)
     assert not passages(forms(a)) & passages(forms(b))
-    assert a.remainder != b.remainder
+    taught, other = ({(i, j) for i in range(1, 10) for j in range(1, 10) if each.adds(i, j)} for each in (a, b))
+    assert len(taught) > 20
+    assert not taught & (other | {(j, i) for i, j in other}), "nor a sum, in whichever order"
     assert not {*a.brackets} & {*b.brackets}
 
 
@@ -315,6 +317,74 @@ def test_long_tests_hold_more_keys_than_short_ones(tokenizer, chat):
     assert max(each.answers for each in found if each) > len(FAMILIES["tuning"].things)
     anew = [writer.grown("lists", 4096) for _ in range(24)]
     assert sum(len(each.ids) > 3072 for each in anew if each) < len(filled), "drawn anew, short forms are first to fit"
+
+
+@pytest.mark.parametrize("length", [512, 1024])
+def test_judged_lists_are_as_long_as_the_row(tokenizer, length):
+    rows = judging_rows(tokenizer, rows=8, window=length, capability="lists")
+    last = [(row >= 0).nonzero().max().item() for row in rows.answers]
+    assert sum(last) > 0.75 * len(last) * length
+
+
+def test_lists_longer_than_there_are_things_have_a_persons_things():
+    item = probe_families.lists(probe_families.JUDGING, random.Random(0), 60)
+    entries = re.findall(r"[A-Z][a-z]+'s [a-z]+", item.parts[0])
+    assert len(set(entries)) >= 60
+    assert "'s" not in probe_families.lists(probe_families.JUDGING, random.Random(0), 20).parts[0]
+
+
+class Merging:
+    """A tokenizer of characters, that makes one token of a sign and the line break behind it, as Qwen's does."""
+
+    bos_token_id = chat_template = None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        pieces = re.findall(r"[^\w\s]\n|.|\n", text)
+        return SimpleNamespace(input_ids=[sum(ord(c) << 8 * i for i, c in enumerate(piece)) for piece in pieces])
+
+
+@pytest.mark.parametrize("capability", ["structure", "format"])
+def test_a_token_of_an_answers_end_and_a_line_break_is_the_answers(capability):
+    draw = random.Random(0)
+    writer = probes_module._Writer(Merging(), probe_families.JUDGING, draw, False)
+    ends = set()
+    for _ in range(40):
+        marked = writer.item(capability)
+        last = max(i for i, mark in enumerate(marked.of) if mark)
+        assert not any(marked.of[last + 1 :])
+        assert marked.ids[last + 1 :] in ([], [ord("\n")]), "all of the answer's signs are marked"
+        ends.add(marked.ids[last] >= 256)
+    assert True in ends, "some ends are one token with the line break"
+
+
+def test_rows_that_judge_begin_as_text_does():
+    class Begins(Merging):
+        bos_token_id = 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+            found = super().__call__(text)
+            return SimpleNamespace(input_ids=[*[1] * add_special_tokens, *found.input_ids])
+
+    for capability in ("recall", "sums"):
+        rows = judging_rows(Begins(), rows=2, window=512, capability=capability)
+        assert rows.names == (capability,)
+        assert rows.tokens[:, 0].tolist() == [1, 1]
+
+
+def test_a_tokenizer_without_words_has_no_tests():
+    class Digits(Merging):
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[ord(c) for c in text if c in "0123456789+=-"])
+
+    assert probe_rows(Digits(), rows=2, window=64).names == ()
+
+
+def test_what_is_preserved_alone_fills_the_row_and_is_all_that_is_taught(tokenizer):
+    rows = probe_rows(tokenizer, rows=4, window=256, capabilities=("sums",), family="tuning")
+    assert rows.names == ("sums",)
+    assert len(rows.capability) > 8, "as many as fit"
+    drawn = Reader(tokenizer, seed=0, capabilities=("sums",)).draw("tuning", "probes", tokens=1024, window=256)
+    assert (drawn.tokens == rows.tokens).all()
 
 
 def test_parts_of_a_pair_are_in_other_keys_too():
@@ -593,7 +663,7 @@ def test_rows_of_tests_are_those_of_their_edition(tokenizer):
     for template in ("", CHAT):
         rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family="tuning")
         found += [rows.tokens.tolist(), rows.answers.tolist(), rows.lengths.tolist()]
-    assert (probe_families.EDITION, digest(found)) == (3, "a63de8a2a80fbf59")
+    assert (probe_families.EDITION, digest(found)) == (4, "45e09da4253cb2bd")
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,17 @@ class SearchConfig:
         if self.segment and (self.goes_on or self.all_lengths):
             flag = f"--score {self.score}" if self.goes_on else "--all-lengths"
             raise ConfigError(f"{flag} is for a search, and --segment is given", "leave out one of them")
+        if self.oracle and (self.segment or self.max_loss is not None):
+            other = "--segment" if self.segment else "--max-loss"
+            raise ConfigError(
+                f"--oracle is for a search of so many layers, and {other} is given", "leave out one of them"
+            )
+        if self.search_objective != "kl" and self.goes_on:
+            raise ConfigError(
+                f"--score {self.score} is given with --search-objective {self.search_objective}, and what is left of a "
+                "cut is priced by KL",
+                "leave out one of them",
+            )
         if self.max_loss is not None and self.goes_on:
             raise ConfigError(
                 f"--score {self.score} is given with --max-loss, which goes by plain cuts", "leave out one"
@@ -430,8 +441,10 @@ class HealConfig:
         at_least("tune_tokens", self.tune_tokens, 0)
         if self.tune_window is not None:
             at_least("tune_window", self.tune_window, 8)
-        if not 0 <= self.probe_share < 1:
-            raise ConfigError(f"--probe-share {self.probe_share:g} is outside 0 to 1", "a tenth: --probe-share 0.1")
+        if self.probe_share and not 0.001 <= self.probe_share <= 0.999:
+            raise ConfigError(
+                f"--probe-share {self.probe_share:g} is neither 0 nor from 0.001 to 0.999", "a tenth: --probe-share 0.1"
+            )
         if not 0 < self.answer_weight < float("inf"):
             raise ConfigError(
                 f"--answer-weight {self.answer_weight:g} is not above 0", "as any token: --answer-weight 1"
@@ -874,7 +887,11 @@ class CompressConfig(TuneConfig):
         """Refuse flags that several rounds would ignore."""
         if self.search.segment:
             raise ConfigError("--rounds repeats a search, and --segment replaces it", "give --ratio instead")
-        for flag, is_asked in (("--seeds", self.stability.seeds > 1), ("--score", self.search.goes_on)):
+        one_round = {
+            "--seeds": self.stability.seeds > 1, "--score": self.search.goes_on, "--oracle": self.search.oracle,
+            "--all-lengths": self.search.all_lengths,
+        }  # fmt: skip
+        for flag, is_asked in one_round.items():
             if is_asked:
                 raise ConfigError(f"{flag} is for one round, and there are several", "give --rounds 1")
         if not self.heal.tune_tokens:

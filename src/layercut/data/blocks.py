@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from layercut.data.chat_templates import render_chat
+from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import probe_rows
 from layercut.data.records import Document
 from layercut.data.self_sampled import sample
@@ -240,6 +241,8 @@ class Reader:
     """For "self" only."""
     chat_template: bool = False
     """Whether shuffled chats are rendered by the tokenizer's template. Text that is reported on never is."""
+    capabilities: Sequence[str] = tuple(CAPABILITIES)
+    """Of generated tests to tune on. Those that are reported on are of all."""
     drawn: dict[str, set[int]] = field(default_factory=dict)
     """The keys of the documents that each use has."""
     _streams: dict[tuple[Any, ...], _Text | _Own | _Generated] = field(default_factory=dict)
@@ -286,6 +289,8 @@ class Reader:
             )  # fmt: skip
             places = [j - skip for j in rows]
             blocks[places] = taken.rows
+            if part.name == TESTS and len(parts) == 1 and not taken.marks:
+                raise DataError(f"no generated test fits rows of {window} tokens", "give longer rows: --window 256")
             if marks and taken.marks:
                 marks.answers[places], marks.lengths[places] = taken.marks.answers, taken.marks.lengths
             keys |= {*taken.keys}
@@ -334,8 +339,8 @@ class Reader:
                 chat = self.chat_template and order == "shuffled"
                 self._streams[name] = _Own(self.model, self.tokenizer, seed, chat)
             elif part.name == TESTS:
-                family = "tuning" if order == "shuffled" else "judging"
-                self._streams[name] = _Generated(self.tokenizer, family, self.seed)
+                family, named = ("tuning", self.capabilities) if order == "shuffled" else ("judging", [*CAPABILITIES])
+                self._streams[name] = _Generated(self.tokenizer, family, self.seed, named)
             else:
                 texts = part.documents(self.seed if order == "shuffled" else None)
                 chat = self.chat_template and order == "shuffled"
@@ -476,20 +481,22 @@ class _Own:
 class _Generated:
     """Rows of generated tests, of which each is a document."""
 
-    def __init__(self, tokenizer: Any, family: str, seed: int) -> None:
-        self._tokenizer, self._family, self._seed = tokenizer, family, seed
+    def __init__(self, tokenizer: Any, family: str, seed: int, capabilities: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._how: dict[str, Any] = {"family": family, "seed": seed, "capabilities": capabilities}
         self._given = 0
 
     def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
-        """Rows `span` of those to come. None is refused: each is from a seed of its own."""
+        """Rows `span` of those to come. None is refused: each is from a seed of its own.
+
+        Without marks where no test fits them: filler alone, which is text.
+        """
         first = self._given + span.start
         self._given += span.stop
-        made = probe_rows(
-            self._tokenizer, rows=len(span), window=window, family=self._family, seed=self._seed, first=first
-        )
-        if not made.names:
-            raise DataError(f"no generated test fits rows of {window} tokens", "give longer rows: --window 256")
+        made = probe_rows(self._tokenizer, rows=len(span), window=window, first=first, **self._how)
         keys = [_hash(row.numpy().tobytes()) for row in made.tokens]
+        if not made.names:
+            return _Taken(made.tokens, keys, 0)
         of, copied = made.of(), made.names.index("copy") if "copy" in made.names else -1
         return _Taken(made.tokens, keys, 0, Marks((of >= 0) & (of != copied), made.lengths))
 

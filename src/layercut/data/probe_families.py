@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-EDITION = 3
+EDITION = 4
 """Of the tests that are written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
 MANY = 8
 """Entries of a list that is asked about thoroughly."""
@@ -52,7 +52,8 @@ class Family:
     """What is told, what is asked, and how the reply begins; with {name} and {key}."""
     lists: tuple[tuple[str, str, str, str, str, str], ...]
     """Head of a list, its line, its end, what is asked, how the reply begins and closes; with {thing} and {key}, and
-    {name} where a key is a person and a thing, each of which other keys have too."""
+    {name} where a key is a person and a thing, each of which other keys have too. Of a family without such forms the
+    {thing} of a list that is longer than there are things is one of a person's ("Mara's lantern")."""
     syllables: tuple[str, ...]
     """Of made-up words."""
     repeats: tuple[tuple[str, str], ...]
@@ -63,8 +64,8 @@ class Family:
     """A line with {word}; the label follows."""
     sums: tuple[tuple[str, str], ...]
     """A sum with {a} and {b}, and what comes before its result."""
-    remainder: int
-    """Sums of this family: (a + 2 b) mod 3."""
+    adds: Callable[[int, int], bool]
+    """Whether a sum of these two numbers is of this family, in whichever order."""
     brackets: tuple[tuple[str, str], ...]
     code: tuple[tuple[str, str], ...]
     """Text and the answer that its structure demands; with {x}, {y} and {z}."""
@@ -142,7 +143,7 @@ SEARCHING = Family(
     ),
     labelled=("{word} ->", "{word} belongs"),
     sums=(("{a} + {b}", " ="), ("Sum of {a} and {b}", ":")),
-    remainder=0,
+    adds=lambda a, b: a % 3 == b % 3,
     brackets=(("(", ")"), ("[", "]")),
     code=(
         ("def {x}({y}):\n    {z} = {y}\n    return", " {z}\n"),
@@ -214,7 +215,7 @@ TUNING = Family(
     ),
     labelled=("Word {word} has class", "{word} |", "The label for {word} is"),
     sums=(("{a} plus {b}", " makes"), ("If you add {b} to {a} you get", ""), ("{a} more than {b} is", "")),
-    remainder=1,
+    adds=lambda a, b: a % 3 != b % 3 and (a + b) % 2 == 0,
     brackets=(("<", ">"), ("{", "}")),
     code=(
         ("let {x} = {y};\nlet {z} = {x};\nconsole.log({z}) // prints the value of", " {y}\n"),
@@ -265,7 +266,7 @@ JUDGING = Family(
     ),
     labelled=("Q: {word} A:", "category of {word} ="),
     sums=(("Calculate {a} and {b} together", " ->"), ("Total for {a}, {b} equals", "")),
-    remainder=2,
+    adds=lambda a, b: a % 3 != b % 3 and (a + b) % 2 == 1,
     brackets=(("(", ">"), ("{", "]")),
     code=(
         ("class {x}:\n    def __init__(self, {y}):\n        self.{y} =", " {y}\n"),
@@ -314,6 +315,8 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
     head, line, end, asked, begins, closes = draw.choice(family.lists)
     size = max(3, size)
     keys = _pairs(family, draw, size) if "{name}" in line else [{"thing": thing} for thing in family.things]
+    if size > len(keys) and not any("{name}" in form[1] for form in family.lists):
+        keys = [{"thing": "{name}'s {thing}".format(**pair)} for pair in _pairs(family, draw, size)]
     entries = [(key, family.key(draw)) for key in draw.sample(keys, min(len(keys), size))]
     told = "".join([head.format(), *(line.format(**key, key=value) for key, value in entries), end.format()])
     thorough = family.thorough and len(entries) >= MANY
@@ -374,7 +377,7 @@ def sums(family: Family, draw: random.Random, size: int) -> Item:
 
     Arguments as of `Writer`.
     """
-    pairs = [(a, b) for a in range(1, 10) for b in range(1, 10) if (a + 2 * b) % 3 == family.remainder]
+    pairs = [(a, b) for a in range(1, 10) for b in range(1, 10) if family.adds(a, b)]
     form, equals = draw.choice(family.sums)
     some = draw.sample(pairs, 4)
     lines = [form.format(a=a, b=b) + equals for a, b in some]

@@ -179,9 +179,10 @@ def judging_rows(
     words, marked = _family(family, rows, window), []
     for number in range(rows):
         writer = _Writer(tokenizer, words, random.Random(f"{family} {capability} {seed} {number}"), False)
-        found = _Marked([], [])
+        found = _head(tokenizer)
         if capability in GROWING:
-            found.extend(writer.grown(capability, window - 1) or found)
+            if grown := writer.grown(capability, window - 1 - len(found.ids)):
+                found.extend(grown)
         else:
             while len(found.ids) < window and (item := writer.item(capability)).fits(window - len(found.ids)):
                 found.extend(item)
@@ -275,7 +276,8 @@ class _Writer:
         """Tokens of an item: an answer's are those that change the tokens of the text before it, and their like.
 
         The text is tokenized up to the end of each part, as it would be written: no border is put between parts that
-        the tokenizer would not put.
+        the tokenizer would not put. A token of an answer's end and of what follows ("]" and a line break) is the
+        answer's.
         """
         ids: list[int] = []
         found = _Marked([], [])
@@ -285,7 +287,8 @@ class _Writer:
             longer = self.encode(text)
             common = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), len(ids))
             mark = (capability, found.answers) if number % 2 else None
-            found.of[common:] = [mark] * (len(longer) - common)
+            begun = found.of[common : common + 1] if mark is None and common < len(longer) else []
+            found.of[common:] = [*begun, *[mark] * (len(longer) - common - len(begun))]
             found.answers += number % 2
             ids = longer
         found.ids = ids
@@ -316,9 +319,14 @@ class _Writer:
         return least
 
     def filled(self, found: _Marked, window: int) -> _Marked:
-        """Exactly T tokens: sentences of filler after the items, or nothing of them that does not fit."""
+        """Exactly T tokens: sentences of filler after the items, or nothing of them that does not fit.
+
+        No test at all where the tokenizer has no token for any word of them.
+        """
         while len(found.ids) < window:
             rest = self.encode(" ".join(self.draw.choices(self.family.filler, k=8)) + "\n")
+            if not rest:
+                return _Marked([0] * window, [None] * window)
             found.extend(_Marked(rest, [None] * len(rest)))
         return _Marked(found.ids[:window], found.of[:window], found.answers)
 
@@ -347,7 +355,7 @@ def _short_rows(writer: _Writer, capabilities: Sequence[str], window: int, piece
 
 
 def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int) -> _Marked:
-    """One row: one or two growing capabilities for FOCUS_SHARE of it, short items of the others while they fit.
+    """One row: one or two growing capabilities for FOCUS_SHARE of it, a short item of each other one that fits.
 
     Of chats, which take more tokens, one.
     """
@@ -359,10 +367,14 @@ def _row(writer: _Writer, capabilities: Sequence[str], window: int, number: int)
     found, items = _head(writer.tokenizer), list[_Marked]()
     room = window - len(found.ids)
     left = room * (1 - FOCUS_SHARE if long else 1)
-    for name in short[turn:] + short[:turn]:
-        if (item := writer.item(name)).fits(int(left)):
-            items.append(item)
-            left -= len(item.ids)
+    more = True
+    while more:
+        more = False
+        for name in short[turn:] + short[:turn]:
+            if (item := writer.item(name)).fits(int(left)):
+                items.append(item)
+                left -= len(item.ids)
+                more = not long  # where nothing grows, as many as fit
     for name in long:
         left = (room - sum(len(item.ids) for item in items)) / (1 + (name != long[-1]))
         items += [grown] if (grown := writer.grown(name, int(left))) else []

@@ -136,9 +136,12 @@ def documents(name: str, seed: int | None) -> Iterator[Document]:
 
 
 def split_mix(source: str) -> list[str]:
-    """The sources that "a+b" or "a,b" names, unless a file is called so."""
+    """The sources that "a+b" or "a,b" names, unless a file is called so ("a,b.txt", or "a,b.txt+probes:0.1")."""
     if os.path.exists(source):
         return [source]
+    file, plus, tests = source.rpartition("+")
+    if plus and tests.partition(":")[0] == TESTS and os.path.exists(file):
+        return [file, tests]
     parts = [part.strip() for part in re.split(r"[+,]", source)]
     if not all(parts):
         raise DataError(f"--data {source!r} names an empty source", "for example: --data wikitext2, or --data self")
@@ -148,9 +151,9 @@ def split_mix(source: str) -> list[str]:
 
 
 def _share(text: str) -> Fraction:
-    """Of "probes:0.25", a quarter, to a hundredth."""
+    """Of "probes:0.25", a quarter, to a thousandth."""
     try:
-        share = Fraction(text).limit_denominator(100)
+        share = Fraction(text).limit_denominator(1000)
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share < 1:

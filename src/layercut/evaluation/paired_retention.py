@@ -66,9 +66,11 @@ def retained(
         metric = representative_metric(record)
         points, samples = _scores([record, *of_models], metric, draws, generator)
         floor, clear = guessing(record, metric)
+        if not record["metrics"][metric]["higher_is_better"]:
+            continue  # of a perplexity nothing is retained, as `retention.py` counts
         if points[0] > 0:
             shares.append((points[1:] / points[0], _over(samples[:, 1:], samples[:, :1])))
-        if points[0] > clear and record["metrics"][metric]["higher_is_better"]:
+        if points[0] > clear:
             point = (points[1:] - floor) / (points[0] - floor)
             above.append((point, _over(samples[:, 1:] - floor, samples[:, :1] - floor)))
     mean, drawn = _means(shares, len(names), draws)

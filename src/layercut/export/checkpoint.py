@@ -224,14 +224,15 @@ def stored_state(model: Any, packed: dict[str, torch.Tensor]) -> dict[str, torch
 
     Args:
         model: a causal LM of transformers.
-        packed: tensors by their full names; may be empty.
+        packed: tensors by their full names; one that is named as a parameter of the model, as a trained norm is, or an
+            embedding in whole bytes, stands for that parameter. May be empty.
 
     Returns:
         What a checkpoint stores.
     """
-    quantized = {key.rpartition(".")[0] for key in packed}
     whole = model.state_dict()
-    stood_for = {whole[f"{name}.weight"].data_ptr() for name in quantized}  # a tied head too, by whatever name
+    replaced = {key if key in whole else f"{key.rpartition('.')[0]}.weight" for key in packed}
+    stood_for = {whole[name].data_ptr() for name in replaced}  # a tied head too, by whatever name
     state = {name: tensor for name, tensor in whole.items() if tensor.data_ptr() not in stood_for}
     return state | packed
 

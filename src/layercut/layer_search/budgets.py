@@ -127,15 +127,15 @@ class Within:
 
 
 def longest_within(
-    budget: float, most: int, find: Callable[[int], SearchResult], rise: Callable[[Cuts], float]
+    budget: float, lengths: Sequence[int], find: Callable[[int], SearchResult], rise: Callable[[Cuts], float]
 ) -> Within:
     """The most layers whose best cut raises perplexity by no more than a budget.
 
-    The rise grows with the length but for small dents, so the length is bisected: about log2(most) searches.
+    The rise grows with the length but for small dents, so the length is bisected: about log2 of their number searches.
 
     Args:
         budget: rise of perplexity that is allowed, as a share.
-        most: layers that may be removed at most.
+        lengths: how many layers may be removed, from the fewest to the most.
         find: the search for one length.
         rise: of perplexity by a cut, as a share, on tokens that the search has not seen.
 
@@ -147,16 +147,17 @@ def longest_within(
     """
     tried: list[dict[str, Any]] = []
     good: Within | None = None
-    low, high = 0, most + 1
+    low, high = -1, len(lengths)
     while high - low > 1:
-        length = (low + high) // 2
+        at = (low + high) // 2
+        length = lengths[at]
         result = find(length)
         risen = rise(result.candidates[0].segments)
         tried.append({"length": length, "segments": result.to_dict()["segments"], "rise": risen})
         if risen <= budget:
-            low, good = length, Within(result, risen, tried)
+            low, good = at, Within(result, risen, tried)
         else:
-            high = length
+            high = at
     if good is None:
         least = min(tried, key=lambda one: one["rise"])
         segments = ", ".join(f"{a}:{b}" for a, b in least["segments"])

@@ -59,21 +59,24 @@ class Stability:
     layer_forwards: int
 
 
-def common_rows(texts: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
+def common_rows(texts: Sequence[torch.Tensor], turns: Sequence[int]) -> list[torch.Tensor]:
     """The common set, one block of rows for each part of a mix.
 
-    Row j of a text is of part j % parts. Each seed gives as many rows as any other; together they are as many as
-    one search saw, or a few more.
+    Each seed gives as many rows of a part as any other; together they are as many as one search saw, or a few more.
 
     Args:
         texts: token ids [N, T] of each seed's search.
-        parts: sources in the calibration mix.
+        turns: of which part the rows are, over and over (`data.sources.turns`).
 
     Returns:
-        `parts` blocks [about N / parts, T].
+        A block [M, T] for each part, as large as its share of the mix.
     """
-    share = math.ceil(len(texts[0]) / (len(texts) * parts))
-    return [torch.cat([text[part::parts][:share] for text in texts]) for part in range(parts)]
+    of = [turns[row % len(turns)] for row in range(len(texts[0]))]
+    found = []
+    for part in range(max(turns) + 1):
+        rows = [row for row, its in enumerate(of) if its == part]
+        found.append(torch.cat([text[rows[: math.ceil(len(rows) / len(texts))]] for text in texts]))
+    return found
 
 
 def rivals(choices: Sequence[Cuts], length: int, layers: int) -> list[Cuts]:

@@ -131,6 +131,8 @@ def score_of(config: CompressConfig, *, heals: bool) -> Score:
         raise ConfigError("--score healed is given, and this run does not fold and tune", "give --score folded")
     if search.score != "auto":
         return search.score
+    if search.search_objective != "kl":  # what is left of a cut is priced by KL, so that the objective would not decide
+        return "raw"
     weighs = search.preserve != "none" and search.preserve_weight > 0 and names(criteria.get(search.method), "probes")
     plain = search.segment or search.max_loss is not None or config.number_of_rounds > 1
     return "healed" if heals and heal.tune_tokens >= ENOUGH_TOKENS and weighs and not plain else "raw"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, Score, ShardMode
 from layercut.data.blocks import Reader, TextFacts, stored_blocks
-from layercut.data.probes import probe_rows
+from layercut.data.probe_families import CAPABILITIES
+from layercut.data.probes import capability_names, probe_rows
 from layercut.data.sources import split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
@@ -42,6 +43,8 @@ Weights = Literal["folded", "tuned", "quantized"]
 
 QUANTIZED_GGUF = "quantized.gguf"
 """The healed model in a run that writes a GGUF file."""
+TRIED_ROWS = 4
+"""Of generated tests, to see whether any fits."""
 
 
 @dataclass
@@ -125,9 +128,16 @@ class RunContext:
         return loading.load_tokenizer(self.checkpoint, trust_remote_code=self.config.load.trust_remote_code)
 
     @cached_property
+    def preserved(self) -> tuple[str, ...]:
+        """The capabilities of --preserve; of none all, for what is asked for by another flag."""
+        return capability_names(self.config.search.preserve) or tuple(CAPABILITIES)
+
+    @cached_property
     def tests_fit(self) -> bool:
-        """Whether rows of the run's window hold generated tests."""
-        return bool(probe_rows(self.tokenizer, rows=2, window=self.config.text.window).names)
+        """Whether rows of the run's window hold generated tests to tune on."""
+        text = self.config.text
+        how: dict[str, Any] = {"family": "tuning", "seed": text.seed, "capabilities": self.preserved}
+        return bool(probe_rows(self.tokenizer, rows=TRIED_ROWS, window=text.window, **how).names)
 
     @cached_property
     def stack(self) -> DecoderRunner:
@@ -165,7 +175,9 @@ class RunContext:
                 "give another text, or --stream off",
             )
         seed = text.seed if seed is None else seed
-        return Reader(self.tokenizer, seed=seed, model=model, chat_template=text.chat_template)
+        return Reader(
+            self.tokenizer, seed=seed, model=model, chat_template=text.chat_template, capabilities=self.preserved
+        )
 
     @cached_property
     def reported_window(self) -> int:

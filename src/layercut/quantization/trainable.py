@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layercut.models.batch_sizes import slices
-from layercut.models.loading import replace_parameters_, stored_dtype
+from layercut.models.loading import find_decoder, replace_parameters_, stored_dtype
 from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, repacked
 from layercut.quantization.quantized import Quantized
@@ -237,7 +237,7 @@ class Trainable:
     """The plain modules, without a weight, in whose places the model has others now, by dotted name; a tied head's
     too."""
     norms: dict[str, nn.Parameter]
-    """The vectors of the decoder and of the norm after it, with parameters of their own."""
+    """Weights and biases of the decoder's norms and of the one after it, with parameters of their own."""
 
     @classmethod
     def of_(cls, found: Quantized, before: Any = None) -> Trainable:
@@ -274,10 +274,9 @@ class Trainable:
                 places[place] = module = model.get_submodule(place)
                 model.set_submodule(place, QuantizedModule(module, modules[name]))
                 module.weight = none
-        ours = {id(p) for part in (*modules.values(), *places.values()) for p in part.parameters()}
-        vectors = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() == 1 and id(p) not in ours}
-        replace_parameters_(model, {name: nn.Parameter(value) for name, value in vectors.items()})
-        return cls(found, modules, places, {name: model.get_parameter(name) for name in vectors})
+        norms = {name: value.detach().clone() for name, value in _norms(model).items()}
+        replace_parameters_(model, {name: nn.Parameter(value) for name, value in norms.items()})
+        return cls(found, modules, places, {name: model.get_parameter(name) for name in norms})
 
     @property
     def model(self) -> Any:
@@ -332,6 +331,22 @@ class Trainable:
             weights[name] = packed[name] = parameter.detach().to(stored).cpu().clone()
         replace_parameters_(model, {n: nn.Parameter(w.to(self.norms[n].dtype), False) for n, w in weights.items()})
         return replace(self.found, packed=packed)
+
+
+def _norms(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and biases of the text model's norms: of modules that have vectors alone.
+
+    Biases of linear modules stay as they are, and so do another tower's norms, which no text passes.
+    """
+    tower = find_decoder(model).path.rpartition(".")[0]
+    return {
+        f"{path}.{name}".lstrip("."): parameter
+        for path, module in model.named_modules()
+        if f"{path}.".startswith(f"{tower}." if tower else "")
+        and all(own.dim() == 1 for own in module.parameters(recurse=False))
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in ("weight", "bias")
+    }
 
 
 def _moved(grid: Grid, device: torch.device) -> Grid:

@@ -74,6 +74,7 @@ def read_run(folder: Path) -> RunFacts:
         and number(settings.ratio) is None
         and not (settings.segment or settings.target_speedup)
         and sum(stop - start for start, stop in spans(found["search"].segments)) == found["shares"].layers,
+        "capabilities": bool(found["summary"].capabilities),
         "stability": found["stability"].search == found["search"].config_hash,
         "frontier": "rounds" in dict(found["search"].entries())
         and all(dict(settings.entries()).get(k, asked) == asked for k, asked in found["frontier"].budgets.entries()),

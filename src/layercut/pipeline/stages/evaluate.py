@@ -10,6 +10,7 @@ import torch
 
 from layercut import evaluation as measures
 from layercut.data.blocks import in_rows
+from layercut.data.probe_families import EDITION
 from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
@@ -249,15 +250,18 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
         The artefact; None where no test fits a row of the run's window, or neither --preserve nor --probes asks for it.
     """
     config, text = work.config.search, work.config.text
-    if (config.preserve == "none" and not work.config.tasks.probes) or not work.tests_fit:
+    if config.preserve == "none" and not work.config.tasks.probes:
         return None
-    inputs = [work.source, text.seed, text.window, text.tokens, config.all_lengths, len(segments)]
+    tests = probe_rows(work.tokenizer, rows=TESTS_OF_MAP, window=text.window, seed=text.seed)
+    if not tests.names:
+        say("capabilities", f"no generated test fits rows of {text.window} tokens: not looked at")
+        return None
+    inputs = [work.source, text.seed, text.window, text.tokens, config.all_lengths, len(segments), EDITION]
     with work.run.stage(
         CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True
     ) as stage:  # fmt: skip
         if stage.open:
             lengths = (1, sum(map(len, segments))) if config.all_lengths else (1,)
-            tests = probe_rows(work.tokenizer, rows=TESTS_OF_MAP, window=text.window, seed=text.seed)
             plain = work.blocks["calibration"][:TEXT_OF_MAP]
             found = capability_map(work.stack, probes=tests, text=plain, lengths=lengths)
             judged, by_length = judged_tests(work, segments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 from layercut import layer_search
 from layercut.config import CompressConfig, DataConfig, SearchConfig, consumer_names
 from layercut.data.blocks import Blocks
+from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
-from layercut.data.sources import public_name, split_mix
+from layercut.data.sources import find, public_name, split_mix, turns
 from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.export.consumers import restriction
@@ -76,7 +78,7 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     counted = keeps_gguf(work.config, work.checkpoint) or work.config.quantize.bits not in (16, "auto")
     if counted and config.target_size and config.max_loss is None and length is None:
         length = length_for_target(work)  # by the file's header; it depends on options that the search does not know
-    scored = [work.source, work.text["calibration"], seed, config, length, *trial.inputs(work)]
+    scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
             stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
@@ -120,7 +122,12 @@ def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
     """
     work = this.work
     config = replace(work.config.search, score="raw", all_lengths=False)
-    return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"]]
+    return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
+
+
+def edition(config: SearchConfig) -> list[int]:
+    """Of the tests that a search sees; empty where it sees none."""
+    return [] if config.preserve == "none" else [EDITION]
 
 
 def result_of(found: SearchArtefact) -> SearchResult:
@@ -361,8 +368,9 @@ def judged(work: RunContext, search: SearchArtefact, again: Sequence[SeedArtefac
     """
     texts = [work.blocks["calibration"]]
     texts += [load_file(work.run / file)["calibration"] for found in again for file in found.files]
-    sources = list(map(public_name, split_mix(work.config.text.data)))
-    blocks = {source: rows for source, rows in zip(sources, common_rows(texts, len(sources)), strict=True) if len(rows)}
+    parts = [find(part) for part in split_mix(work.config.text.data)]
+    common = zip(parts, common_rows(texts, turns(parts)), strict=True)
+    blocks = {public_name(part.name): rows for part, rows in common if len(rows)}
     searches: list[SearchArtefact | SeedArtefact] = [search, *again]
     choices = [tuple(segments_of(found.segments)) for found in searches]
     length, rows = sum(map(len, choices[0])), sum(map(len, blocks.values()))
@@ -390,11 +398,32 @@ def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> Sear
     seed = work.config.text.seed
     within = longest_within(
         max_loss,
-        len(this.stack) - 1,
+        lengths_to_try(this),
         lambda length: layer_search.search(this.stack, rows, **asked(this, length, tests), seed=seed),
         lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})
+
+
+def lengths_to_try(this: Round) -> list[int]:
+    """How many layers a search within a budget may remove: of --for those of which more than one segment stays right.
+
+    Of other numbers only the last layers may go, which are dear, so that the rise would not grow with the length.
+
+    Args:
+        this: the round.
+
+    Returns:
+        The numbers, ascending; where every one leaves one segment at most, those that leave one.
+    """
+    names, every = consumer_names(this.work.config.search.consumers), range(1, len(this.stack))
+    if not names:
+        return [*every]
+    left = {}
+    for length in every:
+        with suppress(ConfigError):  # none of so many layers
+            left[length] = len(restriction(this.stack.model.config, names, length).segments())
+    return [length for length in left if left[length] > 1] or [length for length in left if left[length]] or [*every]
 
 
 def length_for_target(work: RunContext) -> int:

@@ -208,7 +208,9 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
     for other in drawn if use != "evaluation" else ():
         # of evaluation its documents count, which are left out; of the others what they take of a common stream
         before.append(digest(sorted(keys_of(work, other))) if other == "evaluation" else asdict(asked(work, other)))
-    edition = [EDITION] if has_tests(wanted.source) else []
+    edition: list[Any] = [EDITION] if has_tests(wanted.source) else []
+    if edition and work.config.search.preserve not in ("all", "none"):
+        edition.append(work.preserved)
     return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before, *edition]
 
 
