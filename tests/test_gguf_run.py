@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,39 @@ def test_refusals(source, tiny_model, made, tmp_path, capsys, monkeypatch):
     refused(*budget, f"--target-size={size}B", words="is no cut")
     refused("quantize", str(source), f"--out={tmp_path / 'x'}", "--gguf-type=q8_0", words="--out names no .gguf file")
     assert not [*tmp_path.glob("x*")]
+
+
+@needs_llama_cpp
+def test_a_mixture_that_was_stopped_goes_on(source, texts, tmp_path, monkeypatch):
+    argv = ["compress", str(source), *SHORT, "--segment=3:4", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    argv += ["--gguf-type=q5_k_m", f"--out={tmp_path / 'out.gguf'}"]
+
+    def stopped(plain: Path, *_: Any) -> None:
+        copied.append(plain.read_bytes())
+        raise KeyboardInterrupt
+
+    copied: list[bytes] = []
+    with monkeypatch.context() as once:
+        once.setattr("layercut.export.gguf_export.quantize_file", stopped)
+        assert main(argv) != 0
+    left = next(tmp_path.glob("*-run")) / "unrounded.gguf"
+    assert not left.exists()
+    left.write_bytes(copied[0][:1000])  # as where the process was killed
+    assert main(argv) == 0
+    assert not left.exists()
+
+
+def test_formats_of_llama_cpps_own_ask_for_it_before_anything_is_healed(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("layercut.pipeline.gguf_run.PLAIN", ("f32",))
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    out = tmp_path / "x.gguf"
+    assert main(["compress", str(source), *SHORT, "--segment=2:3", "--data=python-docs", f"--out={out}"]) == 2
+    assert "hint: pip install" in " ".join(capsys.readouterr().err.split())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--group-size=64", "--quantizer=rtn", "--symmetric", "--endpoint-bits=16"])
+def test_how_weights_are_rounded_is_not_asked_of_a_gguf_file(flag, source, tmp_path, capsys):
+    assert main(["quantize", str(source), "--bits=8", flag, f"--out={tmp_path / 'x.gguf'}"]) == 2
+    assert f"error: {flag.partition('=')[0]} is given" in " ".join(capsys.readouterr().err.split())

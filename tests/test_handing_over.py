@@ -192,6 +192,13 @@ def test_quantize_writes_a_card(tiny_model, tmp_path, quick_runs):
     assert (front["base_model"], front["base_model_relation"]) == ("tiny-llama", "quantized")
     assert "pip install compressed-tensors" in card
     assert "Nothing was measured on this model" in card
+    assert "vllm serve" in card
+    for flags in (["3"], ["4", "--asymmetric"], ["4", "--quantize-embeddings"]):
+        argv = ["quantize", str(tiny_model), "--quantizer", "rtn", "--out", str(out), "--quiet", "--force"]
+        assert main([*argv, "--bits", *flags]) == 0
+        card = (out / "README.md").read_text()
+        assert "| vLLM | reads it right" not in card, flags
+        assert "vllm serve" not in card, flags
 
 
 # --- chat ---

@@ -73,3 +73,17 @@ def test_a_task_that_the_dense_model_guesses_counts_above_chance_for_nothing(rig
     guessed = [(100 - 200) / (right - 200)] if counts else []  # 20 of 400 are two standard errors
     assert kept.above_chance == pytest.approx(np.mean([(250 - 200) / (300 - 200), *guessed]))
     assert kept.mean == pytest.approx((100 / right + 250 / 300) / 2)
+
+
+def test_of_a_perplexity_nothing_is_retained():
+    def perplexity(value):
+        found = record([value] * 4, metric="word_perplexity", name="w")
+        found["metrics"]["word_perplexity"]["higher_is_better"] = False
+        return found
+
+    dense = {"a": record(items(300)), "w": perplexity(20.0)}
+    kept = retained(dense, {"far": {"a": record(items(300)), "w": perplexity(60.0)}, "near": dense})
+    assert kept["far"].mean == kept["near"].mean == 1
+    assert kept["near"].behind == 0
+    alone = retained({"w": dense["w"]}, {"x": {"w": perplexity(60.0)}})["x"]
+    assert alone.mean is alone.above_chance is None

@@ -833,7 +833,7 @@ def test_widths_that_cannot_be_loaded_together_are_refused(options, words):
 
 def test_refusals(monkeypatch):
     model = tiny.llama(2)
-    with pytest.raises(ConfigError, match="32 columns, which groups of 48 do not divide") as refusal:
+    with pytest.raises(ConfigError, match="groups of 48 do not divide the columns of all weights, 32, 64") as refusal:
         quantize_(model, TOKENS, QuantizeConfig(bits=4, group_size=48))
     assert refusal.value.hint == "give --group-size 32"
     with pytest.raises(ConfigError, match="has no cut"):

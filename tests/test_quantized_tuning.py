@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, Qwen2Config
 
 import folders
 import tiny
@@ -306,3 +306,45 @@ def test_what_would_be_ignored_is_refused(given, words):
     with pytest.raises(ConfigError, match=words):
         from_flat({"ratio": 0.2, "tune_quantized": "rounding", **given}).check()
     from_flat({"ratio": 0.2, "tune_quantized": "rounding", "bits": 4}).check()
+
+
+BIASED: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "initializer_range": 0.15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (Qwen2Config(**BIASED, num_key_value_heads=2), {"bits": 4, "endpoint_bits": 16}),
+        (PhiConfig(**BIASED), {"bits": 4}),
+    ],
+    ids=["layers beside a cut in 16 bits", "a head with a bias"],
+)  # fmt: skip
+def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(config, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("layercut.export.checkpoint.verify_reload", lambda *_: {})
+    dense = half(tiny.tiny(config))
+    endpoints = [0] if "endpoint_bits" in options else []
+    found = quantize_(loading.share(dense), None, QuantizeConfig(quantizer="rtn", **options), endpoints=endpoints)
+    parts = Trainable.of_(found)
+    assert parts.norms
+    assert all("norm" in name for name in parts.norms), "no bias of a linear module is trained"
+    with torch.no_grad():
+        for norm in parts.norms.values():
+            norm += 0.25
+    done = parts.finished_()
+    packing = {"packed": dict(done.packed), "quantization_config": dict(done.config)}
+    checkpoint.export_checkpoint(done.model, folders.tokenizer(), tmp_path / "model", **packing)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert torch.equal(logits(loaded), logits(done.model))
+
+
+def test_scales_below_float16s_normal_numbers_stay_as_they_are():
+    dense = tiny.llama(2, initializer_range=0.0005).to(torch.float16)
+    dense.config.dtype = torch.float16
+    found = rounded(dense, bits=8)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = found.model.get_parameter(name).clone()
+    assert found.packed[f"{name}_scale"].min() < torch.finfo(torch.float16).tiny
+    assert torch.equal(Trainable.of_(found).finished_().model.get_parameter(name), before)

@@ -471,6 +471,10 @@ class HealConfig:
             raise ConfigError(f"--learning-rate {self.learning_rate:g} is outside 0 to 1", "try 1e-4")
 
 
+ALL_BITS = "16,8,6,4,3,2"
+"""What --bits auto chooses among unless it is told."""
+
+
 @options(QUANTIZATION)
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
@@ -479,7 +483,7 @@ class QuantizeConfig:
     bits: AskedBits = 16
     """Bits for each weight of the decoder layers. 16: not quantized. vLLM reads 8 and 4. auto: each matrix, embeddings
     and head too, in the bits of --bits-allowed that keep KL to the model least within --target-size."""
-    bits_allowed: Annotated[str, rare] = "16,8,6,4,3,2"
+    bits_allowed: Annotated[str, rare] = ALL_BITS
     """What --bits auto chooses among, separated by commas. For vLLM: 8,4 with --embedding-bits 16."""
     quantizer: Annotated[
         str,
@@ -518,6 +522,18 @@ class QuantizeConfig:
         return self.bits != 16
 
     @property
+    def how(self) -> list[str]:
+        """The flags that are given beside --bits: they say how weights are rounded."""
+        plain = QuantizeConfig()
+        values = {
+            "--quantizer": self.quantizer != plain.quantizer, "--group-size": self.group_size is not None,
+            "--asymmetric" if self.asymmetric else "--symmetric": self.asymmetric is not None,
+            "--endpoint-bits": self.endpoint_bits is not None, "--quantize-embeddings": self.quantize_embeddings,
+            "--embedding-bits": self.embedding_bits is not None, "--bits-allowed": self.bits_allowed != ALL_BITS,
+        }  # fmt: skip
+        return [flag for flag, is_given in values.items() if is_given]
+
+    @property
     def allowed(self) -> tuple[int, ...]:
         """What `bits` auto chooses among, the most bits first. ConfigError: no such bits."""
         widths = get_args(Bits)
@@ -551,10 +567,20 @@ class QuantizeConfig:
         """Whether all weights must have the same bits and groups, since a loader takes the first group's for all."""
         return self.rounds and (self.zero_points or self.packs_embeddings)
 
+    def check_allowed(self) -> None:
+        """Refuse --bits-allowed where nothing is chosen.
+
+        Raises:
+            ConfigError: --bits is not auto.
+        """
+        if self.bits != "auto" and self.bits_allowed != ALL_BITS:
+            raise ConfigError("--bits-allowed is what --bits auto chooses among", "give --bits auto, or leave it out")
+
     def _check_auto(self) -> None:
         """Refuse what says of some weights in how many bits they are, where bits are chosen."""
         given = {
-            "--asymmetric": self.asymmetric is not None, "--endpoint-bits": self.endpoint_bits is not None,
+            "--asymmetric" if self.asymmetric else "--symmetric": self.asymmetric is not None,
+            "--endpoint-bits": self.endpoint_bits is not None,
             f"--embedding-bits {self.embedding_bits}": self.embedding_bits not in (None, 16),
         }  # fmt: skip
         for flag in (flag for flag, is_given in given.items() if is_given):
@@ -872,16 +898,14 @@ class CompressConfig(TuneConfig):
             if missing == "--bits" or not self.heal.tune_tokens:
                 what = "nothing is quantized" if missing == "--bits" else "no tokens are tuned on"
                 raise ConfigError(f"--tune-quantized {asked} is given, but {what}", f"give {missing} too")
-        if self.search.two_budgets:
-            if quantize.bits != 16 or quantize.endpoint_bits:
-                raise ConfigError(
-                    "--bits or --endpoint-bits is given, and --target-size with --max-loss tries 16, 8 and 4 bits",
-                    "leave it out; --quantize-embeddings goes with both budgets",
-                )
-        elif quantize.bits == 16 and (quantize.endpoint_bits or quantize.quantize_embeddings):
+        quantize.check_allowed()
+        if self.search.two_budgets and (quantize.bits != 16 or quantize.endpoint_bits):
             raise ConfigError(
-                "--endpoint-bits or --quantize-embeddings is given, but nothing is quantized", "give --bits 4 or 8"
+                "--bits or --endpoint-bits is given, and --target-size with --max-loss tries 16, 8 and 4 bits",
+                "leave it out; --quantize-embeddings goes with both budgets",
             )
+        if quantize.bits == 16 and quantize.how and not self.search.two_budgets:
+            raise ConfigError(f"{quantize.how[0]} is given, but nothing is quantized", "give --bits 4 or 8")
 
     def _check_rounds(self) -> None:
         """Refuse flags that several rounds would ignore."""
@@ -964,7 +988,7 @@ class QuantizeAloneConfig:
     """Quantization alone."""
 
     out: Path
-    """The new checkpoint: a folder, or NAME.gguf."""
+    """The new checkpoint: a folder, or NAME.gguf, which is written as by export, on the text that it takes."""
     gguf_type: GgufType | None = None
     """Number format of a GGUF file, as of export. Not given: of --bits 8, 6, 4, 3 and 2 q8_0, q6_k,
     q4_k_m, q3_k_m and q2_k."""
@@ -992,14 +1016,25 @@ class QuantizeAloneConfig:
             raise ConfigError("--gguf-type is given, and --out names no .gguf file", "--out NAME.gguf")
         if self.quantize.bits == 16 and not self.gguf_type:
             raise ConfigError("no --bits is given", "--bits 8 or --bits 4")
+        self.quantize.check_allowed()
         chosen = self.quantize.bits == "auto"
         if chosen and self.out.suffix == ".gguf":
             raise ConfigError("--bits auto packs weights for transformers, and --out is a GGUF file", "name a folder")
+        if self.out.suffix == ".gguf":
+            self._check_gguf()
         if chosen != (self.target_size is not None):
             given, missing = ("--bits auto", "--target-size") if chosen else ("--target-size", "--bits auto")
             raise ConfigError(f"{given} is given without {missing}", "--bits auto --target-size 60MB")
         if self.target_size is not None:
             parse_bytes("--target-size", self.target_size)
+
+    def _check_gguf(self) -> None:
+        """Refuse flags of how weights are rounded: a GGUF file's number format says that."""
+        for flag in self.quantize.how:
+            raise ConfigError(
+                f"{flag} is given, and --out is a GGUF file, whose number format says how weights are rounded",
+                f"leave out {flag}, or name a folder",
+            )
 
 
 @options(RUN)

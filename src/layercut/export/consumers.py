@@ -308,8 +308,10 @@ def written_by(quantize: QuantizeConfig) -> Written:
     if quantize.bits == "auto":
         few = set(quantize.allowed) - {16}
         return "packed embeddings" if quantize.embedding_bits != 16 else _of_linear(few)
+    if quantize.one_width:  # packed embeddings or zero points, which transformers reads by unpacking all weights
+        return "packed embeddings"
     if quantize.quantize_embeddings:
-        return "packed embeddings" if quantize.packs_embeddings else "int8 embeddings"
+        return "int8 embeddings"
     return _of_linear({quantize.bits})
 
 

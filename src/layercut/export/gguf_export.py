@@ -34,7 +34,6 @@ from layercut.export.gguf_tensors import (
     architecture_of,
     convert,
     gguf_tensors,
-    llama_cpp_names,
     possible_names,
     requantized,
     stored_types,
@@ -116,10 +115,13 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         cut_gguf(came, source.segments, file, replaced=tensors, as_loaded=True)
     else:
         plain = file.with_name("unrounded.gguf")
-        cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture), as_loaded=True)
-        with bar(f"quantizing to {kind}", None):
-            quantize_file(plain, file, kind, _in_file(plain, student, columns))
-        plain.unlink()
+        plain.unlink(missing_ok=True)  # of a command that was stopped
+        try:
+            cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture), as_loaded=True)
+            with bar(f"quantizing to {kind}", None):
+                quantize_file(plain, file, kind, _in_file(plain, student, columns))
+        finally:
+            plain.unlink(missing_ok=True)
     heeded = columns.keys() & source.healed.keys() if not mixture else columns.keys()
     rounded = _matrices(student) if mixture else source.healed
     again = [] if tokens is None else choose_codes_(file, student, tokens, rounded)
@@ -142,9 +144,9 @@ def _columns(model: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]
 
 
 def _in_file(plain: Path, model: Any, columns: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The importance of columns by the matrices' names in a file."""
-    names = llama_cpp_names([*columns], model.config, architecture_of(plain)) if columns else {}
-    return {name: columns[parameter].numpy() for parameter, name in names.items()}
+    """The importance of columns by the matrices' names in a file, of those that are one tensor there."""
+    names = possible_names(model, architecture_of(plain)) if columns else {}
+    return {name: columns[one].numpy() for one, name in names.items() if name and one in columns}
 
 
 def check_cut(source: CutGguf, file: Path, text: torch.Tensor) -> dict[str, Any]:

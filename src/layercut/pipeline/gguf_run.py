@@ -95,11 +95,27 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
                 f"--target-size cannot be counted beforehand in the mixture {output.gguf_type}",
                 "give --ratio, or leave out --gguf-type",
             )
+    if gguf and output.gguf_type in (None, SAME) and (config.heal.fold or config.heal.tune_tokens):
+        check_own_types(checkpoint.file)
     if not gguf:
         converter_script(None)
     folder = run_folder(config.run)
     if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
         raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
+
+
+def check_own_types(file: Path) -> None:
+    """Refuse, before anything is healed, a file whose layers are in formats that only llama.cpp writes, without it.
+
+    Args:
+        file: the model.
+
+    Raises:
+        ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
+    """
+    tensors = open_gguf(file)[1].tensors
+    if any(block_of(one.name) is not None and one.tensor_type.name.lower() not in PLAIN for one in tensors):
+        require_llama_cpp()
 
 
 def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, target: int) -> int:

@@ -14,7 +14,7 @@ from layercut.config import HubConfig
 from layercut.errors import ConfigError
 from layercut.export import hub
 from layercut.export.consumer_rules import Written
-from layercut.export.consumers import readings
+from layercut.export.consumers import readings, written_as
 from layercut.export.mergekit_config import NAME, mergekit_config
 from layercut.export.modelfile import modelfile
 from layercut.files.json_values import write_text
@@ -68,7 +68,7 @@ def _consumers(written: Path, made: Made) -> list[tuple[str, str, str]]:
     """What other software makes of what was written."""
     kind: Written = "gguf" if made.gguf else "float"
     if made.packed:
-        kind = "int4" if made.number_format == "int4" else "int8"
+        kind = written_as(checkpoints.read_json(written / "config.json")["quantization_config"])
     return consumer_rows(readings(load_config(checkpoints.resolve(str(written))), [], kind))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +71,8 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
     ends, zeros = _ends(model) if config.quantize_embeddings else [], config.zero_points
     if config.one_width and config.group_size is None:
         config = replace(config, group_size=_common_group_size([*_columns(decoder.layers), *(e[1] for e in ends)]))
+    elif config.group_size is not None:
+        _check_group_size(config.group_size, [*_columns(decoder.layers), *(width for _, width in ends)])
     inside: list[Assignment] = []
     for i, layer in enumerate(decoder.layers):
         bits = config.endpoint_bits if i in endpoints and config.endpoint_bits else int(config.bits)
@@ -88,6 +91,17 @@ def plan(model: Any, config: QuantizeConfig, endpoints: Sequence[int] = ()) -> l
     form, bits = (PACKED if config.packs_embeddings else WHOLE_BYTES), config.embedded_in
     first, last = (Assignment(name, None, bits, group_size(name, width, config), form, zeros) for name, width in ends)
     return [first, *inside, last]
+
+
+def _check_group_size(size: int, columns: Sequence[int]) -> None:
+    """Refuse groups that do not divide all columns; the hint is of such as do."""
+    if any(width % size for width in columns):
+        common = math.gcd(*columns)
+        fitting = [each for each in range(8, min(common, 256) + 1, 8) if common % each == 0]
+        raise ConfigError(
+            f"groups of {size} do not divide the columns of all weights, {', '.join(map(str, sorted({*columns})))}",
+            f"give --group-size {fitting[-1]}" if fitting else "leave out --group-size",
+        )
 
 
 def _columns(layers: nn.Module) -> list[int]:
@@ -113,7 +127,7 @@ def _ends(model: Any) -> list[tuple[str, int]]:
             raise ModelError(
                 f"{type(model).__name__} computes its embeddings or logits in a {type(module).__name__}, "
                 "which cannot be quantized",
-                "leave out --quantize-embeddings",
+                "leave out --quantize-embeddings; of --bits auto: --embedding-bits 16",
             )
         name = next(name for name, found in model.named_modules() if found is module)
         ends.append((name, module.weight.shape[1]))

@@ -364,7 +364,7 @@ def _within(
     ]
     order = [part.name for each in candidates for part in each.targets]
     numbers = [each.shape[0] * each.shape[1] for each in candidates]
-    bits = sum(count * (way.bits if way else 16) for count, way in zip(numbers, chosen, strict=True))
+    bits = sum(count * (way.bits if way else 8 * dtype.itemsize) for count, way in zip(numbers, chosen, strict=True))
     return Mixture(
         tuple(sorted(targets, key=lambda target: order.index(target.name))),
         form.one_width,

@@ -175,7 +175,7 @@ def _blocks(weight: torch.Tensor) -> Iterator[slice]:
 
 def _with_scale(grid: Grid, scale: torch.Tensor, stored: torch.dtype) -> Grid:
     """The grid with another scale, in the format it is saved in; never 0 or below, where nothing could be rounded."""
-    return replace(grid, scale=scale.detach().to(stored).clamp_min(torch.finfo(stored).tiny))
+    return replace(grid, scale=scale.detach().to(stored).clamp_min(_smallest(stored)))
 
 
 class _Decoded(torch.autograd.Function):
@@ -333,6 +333,12 @@ class Trainable:
         return replace(self.found, packed=packed)
 
 
+def _smallest(stored: torch.dtype) -> float:
+    """The least scale: of float16 below its normal numbers, among which scales of 8 bits may be."""
+    kind = torch.finfo(stored)
+    return max(kind.tiny * kind.eps, torch.finfo(torch.float32).tiny)
+
+
 def _norms(model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights and biases of the text model's norms: of modules that have vectors alone.
 
@@ -343,6 +349,7 @@ def _norms(model: nn.Module) -> dict[str, torch.Tensor]:
         f"{path}.{name}".lstrip("."): parameter
         for path, module in model.named_modules()
         if f"{path}.".startswith(f"{tower}." if tower else "")
+        and not isinstance(module, QuantizedModule)
         and all(own.dim() == 1 for own in module.parameters(recurse=False))
         for name, parameter in module.named_parameters(recurse=False)
         if name in ("weight", "bias")

@@ -22,7 +22,7 @@ from layercut.models.source_card import SourceCard, source_card
 from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
 from layercut.report.page import card_body
 from layercut.report.run_facts import RunFacts, read_json, read_run
-from layercut.report.tables import consumer_rows
+from layercut.report.tables import READINGS, consumer_rows
 from layercut.report.templating import page
 
 HERE = "path/to/this/folder"
@@ -72,6 +72,10 @@ class Made:
         layers = len(self.original_layer_index)
         parts = [self.source.name, f"{layers} layers" if self.segments and layers else "", self.number_format]
         return "-".join(each.replace(" ", "-") for each in parts if each)
+
+    def serves(self, software: str) -> bool:
+        """Whether it is not known that this software misreads the model, or does not load it."""
+        return all(reads in ("", READINGS["right"]) for name, reads, _ in self.consumers if name == software)
 
 
 def model_card(run: Path) -> str:
