@@ -8,6 +8,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin, stored_blocks, stored_marks
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
 from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
-from layercut.data.sources import find, turns
+from layercut.data.sources import find, split_mix, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
@@ -631,6 +632,21 @@ def test_a_mix_gives_every_part_its_share():
     for share in ("0", "1", "much"):
         with pytest.raises(DataError, match="is not between 0 and 1"):
             find(f"probes:{share}")
+
+
+def test_where_no_test_fits_a_mix_has_text_alone_and_tests_alone_are_refused(tokenizer, texts):
+    found = Reader(tokenizer, seed=0).draw("tuning", f"{texts[0]}+probes:0.5", tokens=64, window=8)
+    assert found.marks
+    assert not found.marks.lengths.any(), "all of it is done as text"
+    with pytest.raises(DataError, match="no generated test fits rows of 8 tokens"):
+        Reader(tokenizer, seed=0).draw("tuning", "probes", tokens=64, window=8)
+
+
+def test_a_file_may_be_called_as_a_mix_is_and_be_mixed_with_tests(texts, tmp_path):
+    file = tmp_path / "a,b+c.txt"
+    file.write_text(texts[0].read_text())
+    assert split_mix(f"{file}+probes:0.125") == [str(file), "probes:0.125"]
+    assert find("probes:0.004").share == Fraction(4, 1000)
 
 
 def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer, texts):

@@ -564,6 +564,16 @@ def test_a_run_of_one_round_has_neither(tmp_path: Path) -> None:
     assert "Size against loss" not in model_card(run)
 
 
+def test_what_another_cut_could_do_is_left_out(tmp_path: Path) -> None:
+    able = {"damage": {"recall": 0.5}, "hits": {"recall": 0.5}, "dense_hits": {"recall": 1.0}}
+    for summary, shown in (({"capabilities": able}, True), ({"capabilities": None}, False)):
+        run = make_run(tmp_path, summary=summary)
+        (run / "capabilities.json").write_text(
+            json.dumps({"map": {}, "words": ["layer 3 holds recall"], "judged": able})
+        )
+        assert bool(read_run(run).capabilities) == shown
+
+
 def test_the_frontier_of_other_budgets_is_left_out(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
     (run / "config.yaml").write_text("target_size: 100MB\nmax_loss: 0.05\n")

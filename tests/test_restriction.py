@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from layercut.layer_search import Restriction, search
 from layercut.layer_search.cheapest_sets import cheapest_sums
 from layercut.layer_search.criteria import lowest
 from layercut.layer_search.gate_walls import all_sets
+from layercut.models.runner import DecoderRunner
+from layercut.pipeline.stages.search import lengths_to_try
 from layercut.registries import criteria
 from layercut.segments import Segment, joined_segments, kept_layers
 
@@ -106,3 +110,13 @@ def test_what_is_forbidden_is_refused(model):
         with pytest.raises(ConfigError, match="nothing fits"):
             search(model, tokens, n_layers=1, method=method, restriction=none)
     assert kept_layers([Segment(7, 9)], 9) == list(range(7))
+
+
+@pytest.mark.parametrize(("consumers", "lengths"), [("", [*range(1, 14)]), ("mlx", [6, 10, 11, 12, 13])])
+def test_within_a_budget_those_numbers_of_layers_are_tried_that_leave_a_choice(consumers, lengths):
+    """Gemma 3 in MLX: one layer in six attends to everything, by its place, so that of fewer others the last ones may go."""
+    model = tiny.gemma3([5, 11], layers=14)
+    stack = DecoderRunner(model)
+    work = SimpleNamespace(config=SimpleNamespace(search=SimpleNamespace(consumers=consumers)))
+    this: Any = SimpleNamespace(work=work, stack=stack)
+    assert lengths_to_try(this) == lengths

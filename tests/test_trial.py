@@ -230,6 +230,7 @@ def test_proposals_in_which_tests_count_less_are_tried_too():
         ({"ratio": None, "segment": ("1:2",)}, True, "raw"),
         ({"ratio": None, "max_loss": 0.1}, True, "raw"),
         ({"rounds": 2}, True, "raw"),
+        ({"search_objective": "next-token"}, True, "raw"),
         ({"score": "folded"}, True, "folded"),
     ],
 )

@@ -406,7 +406,7 @@ def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> Sear
 
 
 def lengths_to_try(this: Round) -> list[int]:
-    """How many layers a search within a budget may remove: of --for those of which more than one segment stays right.
+    """How many layers a search within a budget may remove: of --for such as may go almost anywhere, as whole periods.
 
     Of other numbers only the last layers may go, which are dear, so that the rise would not grow with the length.
 
@@ -414,16 +414,18 @@ def lengths_to_try(this: Round) -> list[int]:
         this: the round.
 
     Returns:
-        The numbers, ascending; where every one leaves one segment at most, those that leave one.
+        The numbers, ascending: those of whose segments more than half as large a share stays right as of any.
     """
     names, every = consumer_names(this.work.config.search.consumers), range(1, len(this.stack))
     if not names:
         return [*every]
-    left = {}
+    shares = {}
     for length in every:
         with suppress(ConfigError):  # none of so many layers
-            left[length] = len(restriction(this.stack.model.config, names, length).segments())
-    return [length for length in left if left[length] > 1] or [length for length in left if left[length]] or [*every]
+            right = restriction(this.stack.model.config, names, length).segments()
+            shares[length] = len(right) / (len(this.stack) - length + 1)
+    most = max(shares.values(), default=0.0)
+    return [length for length, share in shares.items() if share > most / 2] or [*every]
 
 
 def length_for_target(work: RunContext) -> int:
