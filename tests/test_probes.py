@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config
 
 import folders
 import tiny
@@ -884,3 +885,12 @@ def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_m
     assert raw["layer_forwards"] < found["layer_forwards"]
     best = raw["candidates"][0]
     assert best["score"] == pytest.approx(best["kl"] + best["damage"], rel=1e-5)
+
+
+def test_tests_longer_than_the_models_positions_are_refused_or_made_to_fit(tokenizer):
+    model = tiny.tiny(GPT2Config(vocab_size=folders.VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128))
+    assert capability_map(model, tokenizer).names, "of rows of 128 tokens"
+    with pytest.raises(DataError, match="rows of 256 tokens are longer than the model's 128 positions"):
+        capability_map(model, tokenizer, window=256)
+    with pytest.raises(DataError, match="rows of 256 tokens are longer"):
+        search(model, tiny.some_tokens(4), n_layers=1, probes=probe_rows(tokenizer, rows=2))

@@ -114,7 +114,7 @@ def test_what_is_forbidden_is_refused(model):
 
 @pytest.mark.parametrize(("consumers", "lengths"), [("", [*range(1, 14)]), ("mlx", [6, 10, 11, 12, 13])])
 def test_within_a_budget_those_numbers_of_layers_are_tried_that_leave_a_choice(consumers, lengths):
-    """Gemma 3 in MLX: one layer in six attends to everything, by its place, so that of fewer others the last ones may go."""
+    """Gemma 3 in MLX: one layer in six attends to everything, by its place, so that of five only the last ones go."""
     model = tiny.gemma3([5, 11], layers=14)
     stack = DecoderRunner(model)
     work = SimpleNamespace(config=SimpleNamespace(search=SimpleNamespace(consumers=consumers)))

@@ -196,6 +196,10 @@ def layers_to_remove(ratio: float, layers: int) -> int:
             "a fifth of the layers: --ratio 0.2",
         )
     n = round(ratio * layers)
+    if layers < 2:
+        raise ConfigError(
+            "the model has one layer, and no cut leaves any", "leave out --ratio, and quantize it: --bits 8"
+        )
     if n < 1 or n >= layers:
         raise ConfigError(
             f"--ratio {ratio:g} of {layers} layers is {n} layers; allowed is 1 to {layers - 1}",

@@ -13,7 +13,7 @@ import torch
 from layercut import registries
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.errors import ConfigError, DataError
+from layercut.errors import ConfigError
 from layercut.layer_search.budgets import (
     length_for_size,
     length_for_speedup,
@@ -30,7 +30,7 @@ from layercut.layer_search.prices import Prices, as_objective, candidates, is_kl
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit, regret
 from layercut.layer_search.sweep import DENSE, set_costs, set_work
-from layercut.models.loading import check_tokens, positions
+from layercut.layer_search.weighted_rows import check_calibration
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
@@ -89,7 +89,8 @@ def search(
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
     with prepared(model) as (runner,):
-        check_calibration(runner, tokens)
+        for rows in (tokens, *([probes.tokens] if probes else [])):
+            check_calibration(runner, rows)
         limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)
         if segments is not None:
             return priced(runner, tokens, segments, probes)
@@ -264,29 +265,6 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
     if not 1 <= n_layers < layers:
         raise ConfigError(f"{n_layers} of {layers} layers cannot be removed", f"allowed are 1 to {layers - 1}")
     return n_layers
-
-
-def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
-    """Refuse calibration tokens that the model cannot run on.
-
-    Args:
-        runner: the dense model.
-        tokens: what should be token ids [N, T], N >= 1, T >= 2.
-
-    Raises:
-        DataError: another shape or dtype, or T exceeds the model's positions.
-        ModelError: an id lies beyond the vocabulary.
-    """
-    if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise DataError(
-            f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")
-            + "; allowed are token ids, int64 [N, T] with N >= 1 and T >= 2",
-            "cut text into rows of equal length: layercut.token_blocks",
-        )
-    config = runner.model.config
-    if (limit := positions(config)) and tokens.shape[1] > limit:
-        raise DataError(f"rows of {tokens.shape[1]} tokens are longer than the model's {limit} positions", "cut them")
-    check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)
 
 
 def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool, probes: bool) -> None:

@@ -19,6 +19,8 @@ from layercut.distributed import processes, sharding
 from layercut.errors import DataError
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work, streams_held, sweep
+from layercut.layer_search.weighted_rows import check_calibration
+from layercut.models.loading import positions
 from layercut.models.losses import as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner, passes_in_step, teacher_of
@@ -26,8 +28,8 @@ from layercut.plotting import axes_or_new
 from layercut.progress import bar
 from layercut.segments import Segment
 
-MAP_ROWS = 32
-"""Rows of generated tests: some 8,000 tokens. A guess that held on SmolLM2 (docs/log.md)."""
+MAP_ROWS, MAP_WINDOW = 32, 256
+"""Rows of generated tests and their tokens: some 8,000. A guess that held on SmolLM2 (docs/log.md)."""
 TEXT = "text"
 """The column of plain text, where some is given."""
 HELD_SHARE = 0.5
@@ -123,7 +125,7 @@ def capability_map(
     probes: ProbeRows | None = None,
     text: torch.Tensor | None = None,
     lengths: Sequence[int] = (1,),
-    window: int = 256,
+    window: int | None = None,
     seed: int = 0,
 ) -> CapabilityMap:
     """What the removal of each window of layers does to each capability, from one sweep.
@@ -134,7 +136,7 @@ def capability_map(
         probes: rows of tests of the caller's own instead (`probe_rows`).
         text: token ids [N, T] of plain text, for a column beside the capabilities.
         lengths: of the windows; (1,) removes each layer alone, (1, 6) each window of six as well.
-        window: tokens in a row of generated tests.
+        window: tokens in a row of generated tests; None: 256, or as many as the model has positions for.
         seed: of the tests.
 
     Returns:
@@ -144,13 +146,15 @@ def capability_map(
         DataError: neither a tokenizer nor probes are given, or no test fits the window.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
-    if probes is None:
-        if tokenizer is None:
-            raise DataError("neither a tokenizer nor probes are given", "capability_map(model, tokenizer)")
-        probes = probe_rows(tokenizer, rows=MAP_ROWS, window=window, capabilities=tuple(CAPABILITIES), seed=seed)
-    if not probes.names:
-        raise DataError(f"no test fits rows of {probes.tokens.shape[1]} tokens", "give window=128 or more")
+    if probes is None and tokenizer is None:
+        raise DataError("neither a tokenizer nor probes are given", "capability_map(model, tokenizer)")
     with prepared(model) as (stack,):
+        if probes is None:
+            window = window or min(MAP_WINDOW, positions(stack.model.config) or MAP_WINDOW)
+            probes = probe_rows(tokenizer, rows=MAP_ROWS, window=window, capabilities=tuple(CAPABILITIES), seed=seed)
+        if not probes.names:
+            raise DataError(f"no test fits rows of {probes.tokens.shape[1]} tokens", "give window=128 or more")
+        check_calibration(stack, probes.tokens)
         sets = [(segment,) for n in sorted({*lengths}) for segment in all_segments(n, len(stack))]
         cost, rows = Cost(), len(probes.tokens) + (0 if text is None else len(text))
         with bar("capability map", set_work([DENSE, *sets], len(stack), rows)) as advance:
