@@ -87,12 +87,13 @@ def test_the_rise_of_perplexity_is_that_of_the_real_cut():
 @pytest.mark.parametrize("allowed", range(1, 8))
 def test_the_longest_cut_within_a_budget_is_found(allowed):
     def find(length):
-        return SearchResult("made up", [Candidate((Segment(0, length),), 0.0)], Cost())
+        return SearchResult("made up", [Candidate((Segment(0, length),), 0.0)], Cost(layer_forwards=10))
 
     within = longest_within(0.1, range(1, 8), find, lambda cuts: 0.1 if len(cuts[0]) <= allowed else 0.2)
     assert within.result.segments == [Segment(0, allowed)]
     assert within.rise == 0.1
     assert len(within.tried) <= 3
+    assert within.result.cost.layer_forwards == 10 * len(within.tried), "of all searches"
     assert set(within.tried[0]) == {"length", "segments", "rise"}
     with pytest.raises(ConfigError, match=r"--max-loss 0.05: the best found removes 0:1 and raises perplexity by 20"):
         longest_within(0.05, range(1, 8), find, lambda cuts: 0.2 * len(cuts[0]))

@@ -33,6 +33,7 @@ from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values
 from layercut.evaluation.capabilities import capability_figures
 from layercut.evaluation.generated_probes import probes_for
+from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
 from layercut.healing import tune_
 from layercut.healing.fold_prices import FoldPrices
@@ -894,3 +895,20 @@ def test_tests_longer_than_the_models_positions_are_refused_or_made_to_fit(token
         capability_map(model, tokenizer, window=256)
     with pytest.raises(DataError, match="rows of 256 tokens are longer"):
         search(model, tiny.some_tokens(4), n_layers=1, probes=probe_rows(tokenizer, rows=2))
+
+
+def test_where_no_layer_does_damage_none_holds_anything():
+    found = layer_search.CapabilityMap(3, ("recall",), {(i, i + 1): {"recall": 0.0} for i in range(3)})
+    assert found.holders() == {"recall": []}
+    assert found.words() == ["recall: no layer alone"]
+
+
+def test_a_prompt_is_not_closed(tokenizer):
+    class Closing(Merging):
+        eos_token_id = 7
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[*super().__call__(text).input_ids, 7])
+
+    assert prompt_ids(Closing(), "ab", "c") == Merging()("ab c").input_ids
+    assert prompt_ids(able(tokenizer, ""), "ab") == tokenizer("ab").input_ids

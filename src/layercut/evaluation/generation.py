@@ -62,7 +62,8 @@ def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
         Token ids.
     """
     if not tokenizer.chat_template:
-        return tokenizer(f"{prompt} {answer}" if answer else prompt).input_ids
+        ids = tokenizer(f"{prompt} {answer}" if answer else prompt).input_ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text by themselves
     chat = [{"role": "user", "content": prompt}]
     text = render_chat(tokenizer, chat, prompt=True)
     return tokenizer(text + answer, add_special_tokens=False).input_ids

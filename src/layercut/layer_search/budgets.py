@@ -140,7 +140,7 @@ def longest_within(
         rise: of perplexity by a cut, as a share, on tokens that the search has not seen.
 
     Returns:
-        The result of the longest length within the budget, and all that was tried.
+        The result of the longest length within the budget, with what all searches cost, and all that was tried.
 
     Raises:
         ConfigError: not even one layer can go; the message names the best that was found.
@@ -148,10 +148,12 @@ def longest_within(
     tried: list[dict[str, Any]] = []
     good: Within | None = None
     low, high = -1, len(lengths)
+    cost = Cost()
     while high - low > 1:
         at = (low + high) // 2
         length = lengths[at]
         result = find(length)
+        cost += result.cost
         risen = rise(result.candidates[0].segments)
         tried.append({"length": length, "segments": result.to_dict()["segments"], "rise": risen})
         if risen <= budget:
@@ -168,7 +170,7 @@ def longest_within(
             if math.isfinite(least["rise"])
             else "no finite --max-loss allows it; try another --dtype, or other text",
         )
-    return good
+    return replace(good, result=replace(good.result, cost=cost))
 
 
 def triangle(

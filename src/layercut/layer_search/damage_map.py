@@ -70,7 +70,7 @@ class CapabilityMap:
             if name != TEXT:
                 values = {i: self.damage[i, i + 1][name] for i in inner}
                 worst = max(values.values())
-                kept = [i for i in inner if values[i] >= HELD_SHARE * worst]
+                kept = [i for i in inner if values[i] >= HELD_SHARE * worst] if worst > 0 else []
                 found[name] = sorted(kept, key=lambda i: -values[i])
         return found
 
@@ -78,6 +78,9 @@ class CapabilityMap:
         """Sentences on which layers hold what, and which of those are cheap on text."""
         said = []
         for name, layers in self.holders().items():
+            if not layers:
+                said.append(f"{name}: no layer alone")
+                continue
             top = layers[0]
             line = f"{name}: most at layer {top} ({self.damage[top, top + 1][name]:.2f} nats without it)"
             if len(layers) > 1:
