@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import census
 import families
@@ -280,3 +281,32 @@ def test_killed_half_way(tmp_path, source):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
     with safe_open(next(out.glob("*.safetensors")), framework="pt") as file:
         assert file.keys()
+
+
+def test_quantizer_names_of_another_tower_stay(tmp_path):
+    folder = save(tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    names = ["model.visual.blocks.6.attn", "vision_tower.encoder.layers.26.mlp.fc1", "model.layers.6.mlp"]
+    config["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    cut_checkpoint(folder, SEGMENTS, tmp_path / "out")
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert out["quantization_config"]["modules_to_not_convert"] == [*names[:2], "model.layers.3.mlp"]
+
+
+def test_what_the_class_reads_and_does_not_keep_is_cut_too(tmp_path):
+    """Keys of Nemotron-H's files on the Hub, for which its class in transformers has others; engines read them."""
+    folder = tmp_path / "source"
+    families.tiny("nemotron_h").save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    letters = "".join({"linear_attention": "M", "moe": "E", "full_attention": "*"}.get(kind, "-")
+                      for kind in config.pop("layers_block_type"))  # fmt: skip
+    file.write_text(
+        json.dumps(config | {"hybrid_override_pattern": letters, "num_hidden_layers": 8, "theirs": "x" * 8})
+    )
+    cut_checkpoint(folder, [Segment(3, 4)], tmp_path / "out")
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (out["hybrid_override_pattern"], out["num_hidden_layers"]) == (letters[:3] + letters[4:], 7)
+    assert out["theirs"] == "x" * 8
+    assert len(AutoConfig.from_pretrained(tmp_path / "out").layers_block_type) == 7

@@ -458,3 +458,20 @@ def test_a_jump_in_perplexity_is_refused(source):
     for found in (14.0, float("inf"), float("nan")):
         with pytest.raises(ModelError, match=r"times that of the model, 10; Q4_1 explains up to 1\.3 times"):
             refuse_jump(source, found, 10.0)
+
+
+def test_tensors_of_gpt2_and_nemotron_are_written_as_transformers_reads_them():
+    """transformers' own reading of a file turns them back: transposed, and norms less one."""
+    from transformers import NemotronConfig
+
+    gpt2 = tiny.gpt2(1)
+    weight = gpt2.transformer.h[0].mlp.c_fc.weight
+    found = gguf_tensors({"transformer.h.0.mlp.c_fc.weight": weight}, gpt2.config, "gpt2", "f32")
+    assert np.array_equal(found["blk.0.ffn_up.weight"][0], weight.T.numpy())
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    nemotron = tiny.tiny(NemotronConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    name = "model.layers.0.input_layernorm"
+    weights = {key: nemotron.get_parameter(key) for key in (f"{name}.weight", f"{name}.bias")}
+    found = gguf_tensors(weights, nemotron.config, "nemotron", "f32")
+    assert np.allclose(found["blk.0.attn_norm.weight"][0], weights[f"{name}.weight"].numpy() + 1)
+    assert np.allclose(found["blk.0.attn_norm.bias"][0], weights[f"{name}.bias"].numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,19 @@ def test_a_run_without_a_finished_model_is_refused(chatted, tmp_path, capsys):
     assert "is not finished" in err
     assert main(["chat", str(tmp_path / "none")]) == 2
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_what_neither_model_nor_tokenizer_writes_comes_with_a_run_and_with_fewer_bits(tiny_model, texts, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = shutil.copytree(tiny_model, tmp_path / "source")
+    beside = {"preprocessor_config.json": "{}", "LICENSE.txt": "free", "chat_template.json": "{}"}
+    for name, text in {**beside, "README.md": "the source's", "notes.txt": "private"}.items():
+        (source / name).write_text(text)
+    text = ["--data", str(texts[0]), "--eval-data", str(texts[1]), "--eval-tokens=64", "--eval-window=16"]
+    cut = ["compress", str(source), "--segment=2:3", "--window=16", "--tokens=64", "--tune-tokens=0", "--no-fold"]
+    assert main([*cut, *text, "--preserve=none", "--no-speed", "--out", str(tmp_path / "run")]) == 0
+    assert main(["quantize", str(source), "--bits=8", "--quantizer=rtn", "--out", str(tmp_path / "int8")]) == 0
+    for folder in (tmp_path / "run" / "model", tmp_path / "int8"):
+        assert all((folder / name).read_text() == text for name, text in beside.items())
+        assert "the source's" not in (folder / "README.md").read_text()
+        assert not (folder / "notes.txt").exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import families
 import tiny
 from layercut.config import HealConfig
 from layercut.errors import ConfigError, RunError
@@ -562,3 +563,14 @@ def test_a_state_of_other_making_is_not_gone_on_with(tmp_path):
         assert tuned(**change) == fresh, change
     path.write_bytes(path.read_bytes()[:100])
     assert tuned() == fresh, "a spoiled state counts as none"
+
+
+def test_what_layers_share_is_no_part_of_one_of_them():
+    """Zamba 2 has one block of attention in several layers: trained in one, it would be put into all when saved."""
+    model = families.tiny("zamba2")
+    student = DecoderRunner(loading.share(model))
+    shared = {id(p) for p in student.layers[1].parameters()} & {id(p) for p in student.layers[5].parameters()}
+    assert shared, "the hybrid layers"
+    trained = own_parameters_(student, [5])
+    assert trained, "its own Mamba"
+    assert shared == {id(p) for p in student.layers[1].parameters()} & {id(p) for p in student.layers[5].parameters()}

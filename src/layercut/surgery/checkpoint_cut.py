@@ -23,7 +23,7 @@ import torch
 from layercut.errors import ModelError, SurgeryError
 from layercut.files.atomic_folder import appearing
 from layercut.models.checkpoints import INDEX, SINGLE, Checkpoint, check_folder, read_json, used_index, weight_files
-from layercut.models.loading import load_config
+from layercut.models.loading import OTHER_TOWERS, load_config
 from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut
@@ -42,6 +42,12 @@ COMPANIONS = (
 )  # fmt: skip
 """Files that belong to a model and are copied beside its weights. Nothing else is: code would have to be trusted, and
 other files may be private."""
+BESIDE = (
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "chat_template.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*",
+    "USE_POLICY*",
+)  # fmt: skip
+"""Those among them that neither model nor tokenizer writes."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of dtypes that weights are converted between."""
 
@@ -77,11 +83,11 @@ def cut_checkpoint(
         RunError: `out` exists, cannot be written, or the disk is full.
     """
     folder, out = Path(folder).resolve(), Path(out)
-    companions, left = _companions(folder)
+    beside, left = companions(folder)
     jobs, raw = _planned(folder, segments, healed or {}, dtype)
     need = sum(out.size for _, outputs in jobs for out in outputs)
     with appearing(out, force=force, need=need) as work:
-        for path in companions:
+        for path in beside:
             (work / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, work / path)
         (work / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -410,13 +416,20 @@ def _write(work: Path, jobs: list[tuple[Shard, list[Output]]], folder: Path) -> 
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _companions(folder: Path) -> tuple[list[Path], list[str]]:
+def companions(folder: Path, patterns: Sequence[str] = COMPANIONS) -> tuple[list[Path], list[str]]:
     """Paths below a folder of the files to copy, and the names of those that are not copied, weights and config aside.
+
+    Args:
+        folder: a checkpoint.
+        patterns: of the names of those to copy.
+
+    Returns:
+        Both.
 
     Raises:
         ModelError: one is a link that leaves the checkpoint, so that copying it would publish another file.
     """
-    wanted = sorted({path for pattern in COMPANIONS for path in folder.glob(pattern)})
+    wanted = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     for path in wanted:
         if not _belongs(path, folder):
             raise ModelError(
@@ -460,6 +473,7 @@ def config_json(raw: dict[str, Any], old: Any, plan: CutPlan) -> dict[str, Any]:
     """
     wanted = config_cut.reread(plan.config).to_dict()
     patched = _patched(raw, old.to_dict(), json.loads(plan.config.to_json_string(use_diff=False)))
+    _cut_unkept_(patched, old.to_dict(), plan)
     _quantization_names_(patched, plan)
     try:
         if config_cut.read_as(type(old), json.dumps(patched)).to_dict() == wanted:
@@ -487,6 +501,19 @@ def _patched(raw: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> d
     return result
 
 
+def _cut_unkept_(patched: dict[str, Any], old: dict[str, Any], plan: CutPlan) -> None:
+    """Cut what config.json says of the layers under names that the class reads and does not keep.
+
+    Nemotron-H's `hybrid_override_pattern` is one. Other engines read them too.
+    """
+    layers = len(plan.before.get_submodule(plan.path))
+    for name in patched.keys() - old.keys():
+        patched[name] = config_cut.cut_value(name, patched[name], plan.kept, layers)
+    for name, value in patched.items():
+        if isinstance(value, dict) and isinstance(old.get(name), dict):
+            _cut_unkept_(value, old[name], plan)
+
+
 def _quantization_names_(config: dict[str, Any], plan: CutPlan) -> None:
     """Renumber the modules that a quantization config lists by name (`modules_to_not_convert`, `ignore`)."""
     if isinstance(config.get("quantization_config"), dict):
@@ -500,6 +527,8 @@ def _renamed(value: Any, plan: CutPlan) -> Any:
     if isinstance(value, list):
         return [new for item in value if (new := _renamed(item, plan)) is not None]
     if isinstance(value, str) and (found := re.search(r"(^|\.)(layers|h|blocks)\.(\d+)(?=\.|$)", value)):
+        if any(tower in value[: found.start(3)] for tower in OTHER_TOWERS):
+            return value  # of images or sound: its layers all stay
         old = int(found[3])
         if old not in plan.kept:
             return None

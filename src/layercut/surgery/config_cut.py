@@ -55,6 +55,9 @@ BY_LAYER = (
 )
 """One value per layer: sliced. Some classes derive a few of them from rules; then they serve as a check."""
 
+LETTERS = "hybrid_override_pattern"
+"""A letter per layer, in one word: Nemotron-H's name of its `layers_block_type`."""
+
 INDICES = (
     "mlp_only_layers",
     "moe_layers",
@@ -179,6 +182,28 @@ def original_layer_index(config: Any, kept: Sequence[int], layers: int) -> list[
             "take original_layer_index out of config.json: it is not of this model",
         )
     return [before[i] for i in kept] if before else list(kept)
+
+
+def cut_value(name: str, value: Any, kept: Sequence[int], layers: int) -> Any:
+    """A value of a config.json after the cut, by its name alone.
+
+    Args:
+        name: of the key.
+        value: of it.
+        kept: the layers that stay.
+        layers: L before the cut.
+
+    Returns:
+        The new value; the same one where the name says nothing of the decoder's layers.
+    """
+    if name in COUNTS and value == layers:
+        return len(kept)
+    if name in COUNTED_FROM_FRONT and isinstance(value, int) and 0 <= value < layers:
+        return sum(i < value for i in kept)
+    if name in (*BY_LAYER, LETTERS) and isinstance(value, list | str) and len(value) == layers:
+        left = [value[i] for i in kept]
+        return left if isinstance(value, list) else "".join(left)
+    return value
 
 
 # --- the general kinds ----------------------------------------------------------------------------

@@ -57,7 +57,9 @@ def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefa
                 written = export_files(work, model, segments)
                 stage.found = ExportArtefact(**written, files=["model"])
             else:
-                written = export_checkpoint(model, work.tokenizer, work.run / "model", text=text, **packing(work))
+                source = None if work.checkpoint.gguf else work.checkpoint.folder
+                how: dict[str, Any] = {"text": text, "source": source, **packing(work)}
+                written = export_checkpoint(model, work.tokenizer, work.run / "model", **how)
                 # what the fresh process should have found
                 with bar("perplexity of what was saved", len(text)) as advance:
                     value = evaluation.perplexity(model, text, advance=advance)
