@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
+from layercut.config import from_flat
 from layercut.errors import ConfigError
 from layercut.models.objectives import KL
 
@@ -127,6 +128,8 @@ def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_mode
             lc.compress(tiny_model, out=tmp_path / "run", **options)
     with pytest.raises(ConfigError, match="takes a model's name or path"):
         lc.compress(model, ratio=0.2)
+    with pytest.raises(ConfigError, match="both config and preset are given"):
+        lc.compress(tiny_model, config=from_flat({"ratio": 0.2}), preset="fast")
     assert not os.listdir(tmp_path)
 
 

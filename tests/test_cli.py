@@ -16,7 +16,17 @@ import yaml
 
 import quick
 from layercut.cli.command_line import app, main
-from layercut.config import PRESETS, CompressConfig, FindConfig, HealConfig, TuneConfig, flattened, keys
+from layercut.config import (
+    PRESETS,
+    CompressConfig,
+    FindConfig,
+    HealConfig,
+    PerplexityConfig,
+    TuneConfig,
+    flattened,
+    keys,
+)
+from layercut.errors import ConfigError
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "options.txt"
 COMMANDS = ["compress", "search", "compare", "tune", "cut", "quantize", "export", "evaluate", "plan", "report", "demo"]
@@ -279,6 +289,25 @@ def test_the_file_of_a_compress_run_fits_the_other_commands(tmp_path, monkeypatc
     file.write_text(file.read_text() + "no_such_key: 1\n")
     assert main(["tune", "model", f"--config={file}"]) == 2
     assert "no_such_key" in capsys.readouterr().err
+
+
+def test_the_file_of_a_compress_run_says_to_evaluate_what_it_says_of_evaluation(tmp_path, monkeypatch, capsys):
+    """Not its calibration window, and not what compress alone has, however it is spelled there."""
+    taken: list[PerplexityConfig] = []
+
+    def evaluate_only(target: str, config: PerplexityConfig) -> None:
+        taken.append(config)
+        raise ConfigError("stopped here", "")
+
+    monkeypatch.setattr("layercut.cli.single_stage.evaluate_only", evaluate_only)
+    file = tmp_path / "whole.yaml"
+    file.write_text(yaml.safe_dump(flattened(CompressConfig()) | {"ratio": 0.3, "window": 32, "eval_window": 64}))
+    main(["evaluate", "model", f"--config={file}"])
+    file.write_text("window: 32\npreset: fast\nno_speed: true\nno_fold: true\nfor: mlx\nstream: off\n")
+    main(["evaluate", "model", f"--config={file}"])
+    main(["evaluate", "model", f"--config={file}", "--window=16"])
+    assert [config.eval_window for config in taken] == [64, None, 16], capsys.readouterr().err
+    assert taken[1].load.stream == "off"
 
 
 def test_text_is_drawn_for_what_a_command_does_and_the_next_goes_on_with_it(tiny_model, texts, tmp_path, monkeypatch):

@@ -171,11 +171,11 @@ def test_an_old_config_that_carries_a_rule_gets_the_list(tmp_path):
 # --- failures -------------------------------------------------------------------------------------
 
 
-def refused(source: Path, out: Path, error: type[LayercutError], match: str) -> None:
+def refused(source: Path, out: Path, error: type[LayercutError], match: str, *, force: bool = False) -> None:
     """The cut fails with this error, and leaves neither a folder nor a trace beside it."""
     beside = sorted(p.name for p in out.parent.iterdir())
     with pytest.raises(error, match=match) as caught:
-        cut_checkpoint(source, SEGMENTS, out)
+        cut_checkpoint(source, SEGMENTS, out, force=force)
     assert caught.value.hint
     assert sorted(p.name for p in out.parent.iterdir()) == beside
 
@@ -310,3 +310,18 @@ def test_what_the_class_reads_and_does_not_keep_is_cut_too(tmp_path):
     assert (out["hybrid_override_pattern"], out["num_hidden_layers"]) == (letters[:3] + letters[4:], 7)
     assert out["theirs"] == "x" * 8
     assert len(AutoConfig.from_pretrained(tmp_path / "out").layers_block_type) == 7
+
+
+def test_what_is_read_and_runs_are_never_replaced(tmp_path, source):
+    """--force is for what is at --out, not for the model that is read, nor for all that a run holds."""
+    folder = tmp_path / "all" / "model"
+    shutil.copytree(source, folder)
+    for out in (folder, folder.parent):
+        refused(folder, out, RunError, "is or holds what is read", force=True)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "env.json").write_text("{}")
+    for out in (run, run.parent):
+        refused(folder, out, RunError, "is or holds a run folder", force=True)
+    assert (run / "env.json").exists()
+    assert (folder / "config.json").exists()

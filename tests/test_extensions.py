@@ -103,3 +103,28 @@ def test_every_part_of_layercut_can_be_imported(kind):
     registry = getattr(registries, kind)
     for name in registry.own:
         assert callable(registry.get(name))
+
+
+def test_a_part_that_was_edited_is_another_one(tiny_model, texts, tmp_path):
+    """Of one's own parts the source is among what a stage depends on; of layercut's own the version is."""
+
+    def chosen() -> list[list[int]]:
+        where = [f"--data={texts[0]}", f"--out={tmp_path / 'run'}", "--tokens=64", "--window=16", "--preserve=none"]
+        assert main(["search", str(tiny_model), "--ratio=0.25", "--method=here-edited", *where]) == 0
+        return json.loads((tmp_path / "run" / "search.json").read_text())["segments"]
+
+    def first(runner, tokens, length, **_):
+        return [lc.Segment(1, 1 + length)]
+
+    def second(runner, tokens, length, **_):
+        return [lc.Segment(3, 3 + length)]
+
+    try:
+        lc.criteria.registered["here-edited"] = first
+        assert chosen() == chosen() == [[1, 3]]
+        lc.criteria.registered["here-edited"] = second
+        assert chosen() == [[3, 5]]
+    finally:
+        del lc.criteria.registered["here-edited"]
+    assert lc.criteria.edition("clp") == []
+    assert len(lc.quantizers.edition("gptq")) == 0

@@ -180,6 +180,8 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
 """Of a run that was stopped before it was exported."""
 ADDITIONS: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([], []),
+    "another place": (["--device=cpu", "--max-memory=20GB", "--device-map=off"], []),
+    "layers on disk": (["--stream=on"], []),
     "speed": (["--speed"], ["eval", "summary"]),
     "oracle": (["--oracle"], ["search", "summary"]),
     "force": (["--force"], list(STAGES)),

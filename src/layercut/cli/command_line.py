@@ -433,10 +433,18 @@ def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
     """
     if command.startswith("-") or command not in app:
         return given
-    names = (name for argument in app[command].assemble_argument_collection() for name in argument.names)
-    own = {name.strip("-").replace("-", "_") for name in names}
-    foreign = keys(CompressConfig) - own
+    first, own = _keys_of(command)
+    of_compress, all_of_compress = _keys_of("compress")
+    own -= of_compress - first  # another name here of what is something else there: --window of evaluate
+    foreign = (keys(CompressConfig) | all_of_compress) - own
     return {key: value for key, value in given.items() if key not in foreign}
+
+
+def _keys_of(command: str) -> tuple[set[str], set[str]]:
+    """The keys of a command's flags in a file: by their first names, and by all."""
+    arguments = app[command].assemble_argument_collection()
+    named = [[name.strip("-").replace("-", "_") for name in argument.names] for argument in arguments]
+    return {names[0] for names in named if names}, {name for names in named for name in names}
 
 
 def _value(arguments: list[str], flag: str) -> str | None:
@@ -460,12 +468,19 @@ def _yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1 without its numbers of base 60, or 13:19 would be read as 799."""
+        """YAML 1.1 without its numbers of base 60 and its words for true and false but these two.
+
+        Else 13:19 would be read as 799, and `stream: off` would be none of its choices.
+        """
 
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in known if not (tag.endswith(":int") and first in "123456789")]
+        first: [
+            (tag, form) for tag, form in known
+            if not (tag.endswith(":int") and first in "123456789") and not tag.endswith(":bool")
+        ]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    }  # fmt: skip
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?i:true|false)$"), list("tTfF"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[1-9][0-9_]*$"), list("123456789"))
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)

@@ -33,6 +33,7 @@ from layercut.export import consumers
 from layercut.export.checkpoint import Exported, copy_beside, save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.files.sizes import parse_bytes
+from layercut.files.writing import check_replaceable
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
 from layercut.models.compiling import compiled
@@ -86,6 +87,7 @@ def cut(model: str, config: CutConfig) -> Path:
     else:
         if config.out.exists() and not config.force:
             raise RunError(f"--out {config.out} exists", "name another folder, or pass --force to replace it")
+        check_replaceable(config.out, checkpoint.file)
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     consumers.warn_misread("cut", consumers.readings(stock, config.segments, written))
@@ -167,8 +169,11 @@ def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
     """
     with memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile):
         found = _evaluate(target, config)
-    if (Path(target) / "config.yaml").is_file():
-        processes.on_main(lambda: _keep(Path(target), found))
+    if is_run(Path(target)):
+        try:
+            processes.on_main(lambda: _keep(Path(target), found))
+        except RunError as error:  # a full disk, or one that is read alone: the figures are told all the same
+            say("evaluate", f"not kept for the report: {error.message}")
     return found
 
 
@@ -355,6 +360,7 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     run = Path(target)
     of_run = is_run(run) and (run / "summary.json").is_file()
     source = checkpoints.resolve(str(run / "model") if of_run else target, allow_pickle=config.load.allow_pickle)
+    check_replaceable(config.out, source.file)
     if getattr(loading.load_config(source), "quantization_config", None) and not source.gguf:
         raise ModelError(f"{source.name} is quantized already", "give the float checkpoint it was made from")
     if placement.wanted(source, **asdict(config.load)):

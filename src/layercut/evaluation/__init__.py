@@ -33,9 +33,9 @@ from layercut.evaluation.protocol import (
     measure_all,
     metric_rows,
     named,
-    source_digest,
 )
 from layercut.evaluation.retention import compare_records, compare_tasks, representative_metric, retention
+from layercut.registries import source_digest
 
 __all__ = [
     "PROMPTS",

@@ -8,7 +8,7 @@ from layercut.models.cost import PlannedRun, Spent, Work
 
 
 def evaluate_cost(run: PlannedRun) -> Spent:
-    """What an evaluation of the dense model and of the cut, folded and tuned ones costs.
+    """What an evaluation of the dense model and of the cut, folded, tuned and quantized ones costs.
 
     Both models write after the prompts and, for their health, after several at once, which the dense one then scores;
     each round of `speed.speed` fills a prompt and decodes, twice with the dense model. A decoded token, or several at
@@ -16,7 +16,7 @@ def evaluate_cost(run: PlannedRun) -> Spent:
     something; of layers on disk two hidden states of all rows.
     """
     shape, rows, kept, heal = run.reported, run.evaluation, len(run.after.layers), run.config.heal
-    states = 1 + heal.fold + bool(heal.tune_tokens)
+    states = 1 + heal.fold + bool(heal.tune_tokens) + run.config.quantize.rounds
     written = FEWEST_PROMPTS * (LONGEST_PROMPT + CONTINUATION) / shape.window
     forwards = rows * (shape.layers + states * kept) + 2 * written * shape.layers
     cut_steps = dense_steps = len(PROMPTS) * SAMPLE + CONTINUATION

@@ -14,8 +14,6 @@ point of the group "layercut.evaluations", and asked for by `--evaluations mypac
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -144,11 +142,3 @@ def metric_rows(
         metric: {which: each.get(metric) for which, each in figures.items()} | {"higher_is_better": better.get(metric)}
         for metric in metrics
     }
-
-
-def source_digest(evaluation: EvaluationFunction) -> str | None:
-    """Hash of a function's source, by which a changed one is run again; None where Python has no source of it."""
-    try:
-        return hashlib.sha256(inspect.getsource(evaluation).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from layercut.data.blocks import in_rows
 from layercut.errors import ModelError, RunError
 from layercut.files.sizes import size
-from layercut.files.writing import replace_folder, usual_mode_, writing
+from layercut.files.writing import check_replaceable, replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, memory
 from layercut.models.checkpoints import read_json
 from layercut.models.cost import PlannedRun, Spent, Work, total
@@ -93,7 +93,7 @@ def save(
         overwrite: replace what is in the folder.
 
     Raises:
-        RunError: the folder is there and not empty, or cannot be written.
+        RunError: the folder is there and not empty, is or holds a run, or cannot be written.
         ModelError: no model of transformers, such as one in an adapter's wrapper.
         ReloadError: what was saved is not what is in memory, which is a fault of layercut or transformers.
 
@@ -103,6 +103,7 @@ def save(
     folder = Path(os.path.abspath(folder))
     if folder.is_file() or (not overwrite and folder.is_dir() and any(folder.iterdir())):
         raise RunError(f"{folder} exists already", "name another folder, or replace this one: overwrite=True")
+    check_replaceable(folder)
     packing: dict[str, Any] = {}
     if isinstance(model, Quantized):
         packing = {"packed": dict(model.packed), "quantization_config": dict(model.config)}

@@ -10,10 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layercut.errors import RunError
+from layercut.files.writing import check_replaceable
 
 
 @contextmanager
-def appearing(target: Path, *, force: bool = False, need: int = 0, within: bool = False) -> Iterator[Path]:
+def appearing(
+    target: Path, *, force: bool = False, need: int = 0, within: bool = False, source: Path | None = None
+) -> Iterator[Path]:
     """A temporary sibling to fill, which takes the name `target` when the block ends without an error.
 
     Else it is removed. What an earlier, killed run left beside `target` is removed first.
@@ -23,16 +26,18 @@ def appearing(target: Path, *, force: bool = False, need: int = 0, within: bool 
         force: replace what is there.
         need: bytes that must be free.
         within: the result is the file or folder of the target's name in the sibling, as it is of a .gguf file.
+        source: what the result is made from, which is never replaced.
 
     Yields:
         The sibling.
 
     Raises:
-        RunError: the target exists, cannot be written, or the disk is full.
+        RunError: the target exists, holds the source or a run, cannot be written, or the disk is full.
     """
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not force:
         raise RunError(f"{target} exists already", "give another --out, or pass --force to replace it")
+    check_replaceable(target, source)
     work = target.parent / f".{target.name}.layercut-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,26 @@ def write_atomically(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
+def check_replaceable(target: Path, source: Path | None = None) -> None:
+    """Refuse to replace what is read, and runs, which hold more than a model, whatever the user allowed.
+
+    Args:
+        target: that a result is to take the place of; it need not be there.
+        source: what the result is made from.
+
+    Raises:
+        RunError: the target is or holds the source, or a run folder.
+    """
+    if source is not None and source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise RunError(f"--out {target} is or holds what is read, {source}, and would replace it", "name another --out")
+    runs = [file for pattern in ("env.json", "*/env.json") for file in target.glob(pattern)] if target.is_dir() else []
+    if runs:
+        raise RunError(
+            f"--out {target} is or holds a run folder, {runs[0].parent}, all of which would be replaced",
+            "name another --out, or remove it yourself",
+        )
+
+
 def replace_folder(partial: Path, final: Path) -> None:
     """Put a finished folder in its place, over what an earlier run left there; its files are on the disk by then.
 

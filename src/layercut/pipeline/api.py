@@ -54,14 +54,14 @@ class RunResult:
 
 
 def compress(
-    model: str | Path, *, config: CompressConfig | None = None, preset: str = "balanced", **options: Any
+    model: str | Path, *, config: CompressConfig | None = None, preset: str | None = None, **options: Any
 ) -> RunResult:
     """Search, cut, heal, measure, export and report; a run that was stopped is resumed.
 
     Args:
         model: a Hub id, a folder, or a .gguf file. A model that is in memory goes through `search`, `cut`, … instead.
         config: all options at once; no others may be given then.
-        preset: "fast", "balanced" or "best": how much text is used, where `options` do not say it.
+        preset: "fast", "balanced" (None) or "best": how much text is used, where `options` do not say it.
         **options: the command's flags with underscores: `ratio=0.2`, `segment="13:19"`, `bits=4`, `out="runs/mine"`.
 
     Returns:
@@ -75,8 +75,10 @@ def compress(
             f"compress takes a model's name or path, not a {type(model).__name__}",
             "for a model in memory: layercut.search, cut, fold_, tune_, quantize, evaluate, save",
         )
-    if config is not None and options:
-        raise ConfigError(f"both config and {', '.join(options)} are given", "give one of them")
+    given = [*(["preset"] if preset is not None else []), *options]
+    if config is not None and given:
+        raise ConfigError(f"both config and {', '.join(given)} are given", "give one of them")
+    preset = preset or "balanced"
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown", f"allowed are {', '.join(PRESETS)}")
     settings = config or from_flat({**PRESETS[preset], **options})

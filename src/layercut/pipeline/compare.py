@@ -59,6 +59,7 @@ from layercut.pipeline.stages.heal import tune_settings
 from layercut.pipeline.stages.search import generated_tests
 from layercut.pipeline.stages.text import Use, draw_all, tuning_treatment
 from layercut.progress import bar, say
+from layercut.registries import criteria
 from layercut.report import formatting
 from layercut.report.comparison_views import draw_picks, draw_survival
 from layercut.report.page import write_comparison
@@ -291,6 +292,7 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
     config, seed = asked.search(method), work.config.text.seed
     heeds = config.preserve != "none"
     inputs = [work.source, work.text["calibration"], seed, method, length]
+    inputs += [] if config.segments else criteria.edition(config.method)
     with work.run.stage(CompareMethodArtefact, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
         if stage.open:
             tokens, tests = work.blocks["calibration"], generated_tests(work, config=config) if heeds else None

@@ -51,7 +51,7 @@ def export(target: str, config: ExportConfig) -> Path:
         check_finished(run, "export")
     source = ExportSource(run / "model", run) if is_a_run else ExportSource(run)
     _say_who_misreads(source.model, config)
-    with appearing(config.out, force=config.force, within=True) as work:
+    with appearing(config.out, force=config.force, within=True, source=run) as work:
         written = work / config.out.name
         facts = exporter(source, written, config) or {}
         if not written.exists():

@@ -26,7 +26,7 @@ from layercut.errors import RunError
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
 SUMMARIES = ("summary.json", "compare.json")
 """What a finished `compress` leaves, and a finished `compare`."""
-SAME = {"out", "device", "stream", "shard", "push_to_hub", "private"}
+SAME = {"out", "device", "stream", "shard", "device_map", "max_memory", "compile", "push_to_hub", "private"}
 """Settings that change where a run is computed or what becomes of it, and not what it finds."""
 MORE: dict[str, Any] = {
     "oracle": False, "all_lengths": False, "seeds": 1, "speed": False, "tasks": "", "evaluations": "", "probes": False,

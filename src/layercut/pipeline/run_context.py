@@ -67,9 +67,10 @@ class RunContext:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What the dense model depends on; not on where its weights lie while it runs."""
+        """What the dense model depends on; not on where its weights lie, and it runs."""
         apart = ("shard", "device_map", "max_memory")
-        load = {name: value for name, value in asdict(self.config.load).items() if name not in apart}
+        where = {"device": "auto", "stream": "auto"}  # whatever was asked, as runs by default have it on disk
+        load = {name: value for name, value in (asdict(self.config.load) | where).items() if name not in apart}
         finer = read_header(self.checkpoint.file).finer_twin if self.checkpoint.gguf else None
         twins = {"embeddings": finer} if finer else {}  # another model than an earlier version loaded
         return {"checkpoint": processes.on_main(self._fingerprint), "load": load} | twins

@@ -86,7 +86,7 @@ def cut_checkpoint(
     beside, left = companions(folder)
     jobs, raw = _planned(folder, segments, healed or {}, dtype)
     need = sum(out.size for _, outputs in jobs for out in outputs)
-    with appearing(out, force=force, need=need) as work:
+    with appearing(out, force=force, need=need, source=folder) as work:
         for path in beside:
             (work / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / path, work / path)

@@ -75,7 +75,7 @@ def cut_gguf(
     if full is not None:
         changes[rules.PATTERN] = [not each for each in full]
     need = sum(t.n_bytes for t in reader.tensors if block_of(t.name) in {None, *kept})
-    with appearing(out, force=force, need=need) as work:
+    with appearing(out, force=force, need=need, source=Path(file)) as work:
         if rules.PATTERN in changes and segments:
             note = f"which layers slide is written as {rules.PATTERN}, which llama.cpp reads"
             say("note", f"{note} from {rules.NEEDS_BUILD} on")

@@ -36,6 +36,7 @@ from layercut.pipeline.artefacts import (
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.text import tuning_treatment
 from layercut.progress import bar, say
+from layercut.registries import objectives
 from layercut.report.stage_lines import describe_fold, describe_tuning
 from layercut.segments import Removal, Segment, kept_layers
 
@@ -158,7 +159,8 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
     """
     work, config, text = this.work, this.work.config.heal, this.work.text
     fold = work.run.artefact(FoldArtefact, this.name("fold"))
-    inputs, after = [config, text.get("tuning"), text.get("heldout")], [this.name("fold")]
+    inputs = [config, text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
+    after = [this.name("fold")]
     with work.run.stage(HealArtefact, this.name("heal"), inputs, after=after, together=True) as stage:
         if stage.open and not config.tune_tokens:
             stage.found = HealArtefact(fold=fold.fold, tuning=None, changed=fold.changed)

@@ -25,6 +25,7 @@ from layercut.pipeline.stages.search import SHORTEST_TESTED, TEXT_ROWS_PER_TEST
 from layercut.pipeline.stages.text import has_tests
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
+from layercut.registries import quantizers
 from layercut.report.stage_lines import describe_quantization, describe_quantized_tuning
 from layercut.segments import Segment
 
@@ -48,7 +49,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     chosen = [work.config.search.target_size] if config.bits == "auto" else []
     read = bool(chosen) or quantizer_of(config.quantizer)[1].needs_calibration
     calibrated = work.text["calibration"] if read else None
-    how = how_rounded(work.config, config) if read else []
+    how = [*(how_rounded(work.config, config) if read else []), *quantizers.edition(config.quantizer)]
     inputs = [config, calibrated, *chosen, *how, *tune_quantized.inputs(work)] if config.rounds else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:

@@ -50,7 +50,7 @@ from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial
 from layercut.pipeline.stages.text import with_evaluation_left_out
 from layercut.progress import bar, say
-from layercut.registries import criteria
+from layercut.registries import criteria, objectives
 from layercut.report.stage_lines import describe_tried
 from layercut.report.verdicts import stability_words
 from layercut.segments import Removal, Segment
@@ -125,9 +125,10 @@ def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
     return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
 
 
-def edition(config: SearchConfig) -> list[int]:
-    """Of the tests that a search sees; empty where it sees none."""
-    return [] if config.preserve == "none" else [EDITION]
+def edition(config: SearchConfig) -> list[Any]:
+    """Of the tests that a search sees, and of a criterion and an objective that are another package's."""
+    tests = [] if config.preserve == "none" else [EDITION]
+    return [*tests, *criteria.edition(config.method), *objectives.edition(config.search_objective)]
 
 
 def result_of(found: SearchArtefact) -> SearchResult:
