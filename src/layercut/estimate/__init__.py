@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from layercut.config import GROUP_SIZES, CompressConfig, PlanConfig
+from layercut.data.probes import capability_names
 from layercut.errors import ConfigError, SurgeryError
 from layercut.estimate.fits_in_memory import Device, judge, targets
 from layercut.estimate.machine import Rates, calibrate
@@ -24,6 +25,7 @@ from layercut.export.checkpoint import export_cost
 from layercut.files.sizes import parse_bytes
 from layercut.healing.fold_prices import JUDGED_ROWS, fold_prices_cost
 from layercut.healing.least_squares import fold_cost
+from layercut.healing.stored_teacher import check_topk
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import numbers_of_segments
 from layercut.layer_search.finalists import TRIED, priced_after_fold
@@ -36,6 +38,7 @@ from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
 from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
+    check_consumers,
     check_streamed,
     check_target,
     check_window,
@@ -274,7 +277,7 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     device, asked = loading.pick_device(config.load.device), config.load.dtype
     stored = loading.pick_dtype(asked, stock, checkpoint)
-    check_window("--window", journey.text.window, stock)
+    _check_as_a_run(journey, checkpoint, stock)
     journey = _planned_score(with_windows(journey, stock))
     if journey.quantize.bits == "auto":
         check_target(journey, checkpoint, stock)
@@ -301,12 +304,23 @@ def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:
     }
 
 
+def _check_as_a_run(journey: CompressConfig, checkpoint: checkpoints.Checkpoint, stock: Any) -> None:
+    """Refuse what a run would refuse before it begins, as far as it needs no text and no place to write to."""
+    check_window("--window", journey.text.window, stock)
+    capability_names(journey.search.preserve)
+    if journey.heal.teacher_topk:
+        check_topk(journey.heal.teacher_topk, stock.get_text_config().vocab_size)
+    layers = loading.count_layers(stock)
+    wanted, length = checked_segments(journey.search.segments, layers), wanted_length(journey.search, layers)
+    check_consumers(journey, stock, wanted, length, gguf=keeps_gguf(journey, checkpoint))
+    if journey.load.stream == "on":
+        check_streamed(journey, spread=False)
+
+
 def _planned_score(journey: CompressConfig) -> CompressConfig:
-    """The settings with what --score auto means for a run; refused where a run refuses it."""
+    """The settings with what --score auto means for a run."""
     score = score_of(journey, heals=True)
     if score == "healed" and journey.load.stream == "on":
-        if journey.search.score == "healed":
-            check_streamed(journey, spread=False)
         score = "raw"
     return replace(journey, search=replace(journey.search, score=score))
 

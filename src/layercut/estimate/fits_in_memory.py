@@ -11,6 +11,7 @@ import torch
 
 from layercut.config import CompressConfig
 from layercut.pipeline.provenance import accelerator_name
+from layercut.pipeline.resolve_options import needing_memory
 
 GB = 10**9
 RESERVED = 1 * GB
@@ -126,7 +127,7 @@ def savings(config: CompressConfig) -> Iterator[tuple[list[str], CompressConfig]
     First what costs nothing but time, in memory and then with the layers left on disk; then a smaller window as well.
     """
     disk: list[Step] = [("--stream on", "load", {"stream": "on"})]
-    for place in [[]] if config.load.stream == "on" else [[], disk]:
+    for place in [[]] if config.load.stream == "on" or needing_memory(config) else [[], disk]:
         flags, changed = list[str](), config
         window, shorter = config.text.window, list[Step]()
         if (config.heal.tune_window or window) > window:

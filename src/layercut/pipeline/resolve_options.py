@@ -289,17 +289,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
     Raises:
         ConfigError: a flag needs the model in memory.
     """
-    asked = {
-        "--bits": config.quantize.rounds,
-        "--tasks": bool(config.tasks.names),
-        "--evaluations": bool(config.tasks.evaluation_names),
-        "--probes": config.tasks.probes,
-        "--long-context": config.long.long_context > 0,
-        "--teacher-topk": config.heal.teacher_topk > 0,
-        "--target-size with --max-loss": config.search.two_budgets,
-        "--score healed": config.search.score == "healed",
-    }
-    for flag in (flag for flag, is_asked in asked.items() if is_asked):
+    for flag in [*needing_memory(config), *(["--score healed"] if config.search.score == "healed" else [])]:
         raise ConfigError(
             f"{flag} needs the model in memory, and its layers are left on disk",
             f"leave out {flag}; with enough memory: --stream off",
@@ -309,6 +299,23 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
             f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
             "start one process; search and evaluate share their work; with enough memory: --stream off",
         )
+
+
+def needing_memory(config: CompressConfig) -> list[str]:
+    """The flags that are given and need the model in memory; --score aside, which may be auto's.
+
+    config: every option.
+    """
+    asked = {
+        "--bits": config.quantize.rounds,
+        "--tasks": bool(config.tasks.names),
+        "--evaluations": bool(config.tasks.evaluation_names),
+        "--probes": config.tasks.probes,
+        "--long-context": config.long.long_context > 0,
+        "--teacher-topk": config.heal.teacher_topk > 0,
+        "--target-size with --max-loss": config.search.two_budgets,
+    }
+    return [flag for flag, is_asked in asked.items() if is_asked]
 
 
 def check_window(flag: str, window: int, architecture: Any) -> None:
