@@ -89,8 +89,7 @@ def search(
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
     with prepared(model) as (runner,):
-        for rows in (tokens, *([probes.tokens] if probes else [])):
-            check_calibration(runner, rows)
+        check_calibration(runner, tokens, *([probes.tokens] if probes else []))
         limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)
         if segments is not None:
             return priced(runner, tokens, segments, probes)

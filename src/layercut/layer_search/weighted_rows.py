@@ -107,27 +107,28 @@ def weighted_rows(text: torch.Tensor, probes: ProbeRows | None) -> WeightedRows:
     return WeightedRows(tokens, joined(even, weighed), is_text, probes.weight)
 
 
-def check_calibration(runner: DecoderRunner, tokens: torch.Tensor) -> None:
-    """Refuse calibration tokens that the model cannot run on.
+def check_calibration(runner: DecoderRunner, *texts: torch.Tensor) -> None:
+    """Refuse calibration tokens, and tests, that the model cannot run on.
 
     Args:
         runner: the dense model.
-        tokens: what should be token ids [N, T], N >= 1, T >= 2.
+        *texts: what should be token ids [N, T], N >= 1, T >= 2, each.
 
     Raises:
         DataError: another shape or dtype, or T exceeds the model's positions.
         ModelError: an id lies beyond the vocabulary.
     """
-    if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise DataError(
-            f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")
-            + "; allowed are token ids, int64 [N, T] with N >= 1 and T >= 2",
-            "cut text into rows of equal length: layercut.token_blocks",
-        )
     config = runner.model.config
-    if (limit := positions(config)) and tokens.shape[1] > limit:
-        raise DataError(
-            f"rows of {tokens.shape[1]} tokens are longer than the model's {limit} positions",
-            f"cut them into rows of {limit} at most",
-        )
-    check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)
+    for tokens in texts:
+        if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise DataError(
+                f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")
+                + "; allowed are token ids, int64 [N, T] with N >= 1 and T >= 2",
+                "cut text into rows of equal length: layercut.token_blocks",
+            )
+        if (limit := positions(config)) and tokens.shape[1] > limit:
+            raise DataError(
+                f"rows of {tokens.shape[1]} tokens are longer than the model's {limit} positions",
+                f"cut them into rows of {limit} at most",
+            )
+        check_tokens(tokens, config, getattr(config, "name_or_path", "") or type(runner.model).__name__)
