@@ -67,7 +67,7 @@ class RunContext:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What the dense model depends on; not on where its weights lie, and it runs."""
+        """What the dense model depends on; not on where it runs and its weights lie."""
         apart = ("shard", "device_map", "max_memory")
         where = {"device": "auto", "stream": "auto"}  # whatever was asked, as runs by default have it on disk
         load = {name: value for name, value in (asdict(self.config.load) | where).items() if name not in apart}
