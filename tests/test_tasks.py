@@ -287,7 +287,8 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
         monkeypatch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
     run = tmp_path / "run"
     asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}", "--probes"]
-    argv = ["compress", str(tiny_model), *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    monkeypatch.chdir(tiny_model.parent)
+    argv = ["compress", tiny_model.name, *SMALL, "--segment=3:5", f"--data={texts[0]}", f"--eval-data={texts[1]}"]
     assert main([*argv, *asked, f"--out={run}", "--long-context=128"]) == 0, capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
     assert summary["bytes"]["source"] == sum(file.stat().st_size for file in tiny_model.glob("*.safetensors"))
@@ -332,6 +333,7 @@ def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts,
     capsys.readouterr()
     scored = {file: file.stat().st_mtime_ns for file in (run / "tasks").iterdir()}
     assert len(scored) == 4
+    monkeypatch.chdir(tmp_path)  # where no model of that name is
     assert main(["evaluate", str(run), *asked]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines[0][:5] == ["task", "metric", "items", "chance", "dense"]

@@ -500,6 +500,7 @@ class SummaryArtefact(Artefact):
     """summary.json: the run on one page. What was not measured is null."""
 
     model: str
+    """A name of the Hub, or where on this machine the model was."""
     layers: BeforeAfter
     segments: list[Bounds]
     original_layer_index: list[int]

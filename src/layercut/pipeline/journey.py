@@ -9,6 +9,7 @@ weights but those that healing changes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def summarise(
     """
     run, source = work.run, checkpoints.weight_bytes(asked.checkpoint)
     after = [*(f"text-{use}" for use in work.text), "search", *measured, "export"]
-    with run.stage(SummaryArtefact, "summary", [asked.model, source], after=after) as stage:
+    model = os.path.abspath(asked.model) if os.path.exists(asked.model) else asked.model  # from any folder
+    with run.stage(SummaryArtefact, "summary", [model, source], after=after) as stage:
         if stage.open:
             cut, judged = run.artefact(CutArtefact, "cut"), run.artefact(EvaluateArtefact, "eval")
             tasks = run.artefact(TasksArtefact, "tasks") if "tasks" in measured else None
@@ -172,7 +174,7 @@ def summarise(
             able = run.artefact(CapabilitiesArtefact, "capabilities") if "capabilities" in measured else None
             exported = run.artefact(ExportArtefact, "export")
             stage.found = SummaryArtefact(
-                model=asked.model,
+                model=model,
                 layers=BeforeAfter(before=asked.layers, after=len(cut.original_layer_index)),
                 segments=run.artefact(SearchArtefact, "search").segments,
                 original_layer_index=cut.original_layer_index,
