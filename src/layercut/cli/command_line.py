@@ -40,7 +40,6 @@ from layercut.config import (
     QuantizeAloneConfig,
     RunConfig,
     TuneConfig,
-    keys,
 )
 from layercut.errors import ConfigError, LayercutError, shown
 from layercut.files.writing import disk_refusal
@@ -436,8 +435,7 @@ def _for_command(given: dict[str, Any], command: str) -> dict[str, Any]:
     first, own = _keys_of(command)
     of_compress, all_of_compress = _keys_of("compress")
     own -= of_compress - first  # another name here of what is something else there: --window of evaluate
-    foreign = (keys(CompressConfig) | all_of_compress) - own
-    return {key: value for key, value in given.items() if key not in foreign}
+    return {key: value for key, value in given.items() if key in own or key not in all_of_compress}
 
 
 def _keys_of(command: str) -> tuple[set[str], set[str]]:

@@ -30,7 +30,7 @@ from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generated_probes import Probed, probed, probes_for
 from layercut.export import consumers
-from layercut.export.checkpoint import Exported, copy_beside, save, text_to_check
+from layercut.export.checkpoint import Exported, save, text_to_check
 from layercut.files.json_values import digest, jsonable, write_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
@@ -378,9 +378,8 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     facts = found.to_dict()
     say("quantize", describe_quantization(facts))
     unseen = text_to_check(stored_blocks(run, "evaluation")) if of_run else None
-    exported = save(found, loaded.tokenizer, config.out, text=unseen, overwrite=config.force)
-    if not source.gguf:
-        copy_beside(source.folder, config.out)
+    how: dict[str, Any] = {"text": unseen, "overwrite": config.force, "source": None if source.gguf else source.folder}
+    exported = save(found, loaded.tokenizer, config.out, **how)
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported.bytes, "check": exported.check})
     describe_(config.out, _quantized_model(target, run if of_run else None, config, exported), run if of_run else None)
     if repo_id:

@@ -78,6 +78,7 @@ def save(
     verify: bool = True,
     text: torch.Tensor | None = None,
     overwrite: bool = False,
+    source: Path | None = None,
 ) -> Exported:
     """Save a model as a stock checkpoint folder; `model` stays as it is.
 
@@ -91,6 +92,7 @@ def save(
         verify: whether to start that process.
         text: token ids [N, T] on which it measures perplexity.
         overwrite: replace what is in the folder.
+        source: the checkpoint folder that the model came from, whose processor's files and licences come too.
 
     Raises:
         RunError: the folder is there and not empty, is or holds a run, or cannot be written.
@@ -103,7 +105,7 @@ def save(
     folder = Path(os.path.abspath(folder))
     if folder.is_file() or (not overwrite and folder.is_dir() and any(folder.iterdir())):
         raise RunError(f"{folder} exists already", "name another folder, or replace this one: overwrite=True")
-    check_replaceable(folder)
+    check_replaceable(folder, source)
     packing: dict[str, Any] = {}
     if isinstance(model, Quantized):
         packing = {"packed": dict(model.packed), "quantization_config": dict(model.config)}
@@ -112,7 +114,7 @@ def save(
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     clone = share(given).eval()
-    found = export_checkpoint(clone, tokenizer, folder, text=text, check=verify, **packing)
+    found = export_checkpoint(clone, tokenizer, folder, text=text, check=verify, source=source, **packing)
     return Exported(folder, found["bytes"], found["check"])
 
 

@@ -844,7 +844,7 @@ def own_parameters_(student: DecoderRunner, positions: Sequence[int]) -> list[nn
         The new parameters.
     """
     own: list[nn.Parameter] = []
-    layers = Counter(id(p) for layer in student.layers for p in {id(p): p for p in layer.parameters()}.values())
+    layers = Counter(id(p) for layer in student.layers for p in layer.parameters())
     for position in positions:
         if sharding.is_spread(student.model):
             student.layers[position] = sharding.trainable_copy(student.layer_at_rest(position))

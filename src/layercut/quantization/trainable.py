@@ -347,10 +347,8 @@ def _norms(model: nn.Module) -> dict[str, torch.Tensor]:
     tower = find_decoder(model).path.rpartition(".")[0]
     return {
         f"{path}.{name}".lstrip("."): parameter
-        for path, module in model.named_modules()
-        if f"{path}.".startswith(f"{tower}." if tower else "")
-        and not isinstance(module, QuantizedModule)
-        and all(own.dim() == 1 for own in module.parameters(recurse=False))
+        for path, module in model.get_submodule(tower).named_modules(prefix=tower)
+        if not isinstance(module, QuantizedModule) and all(own.dim() == 1 for own in module.parameters(recurse=False))
         for name, parameter in module.named_parameters(recurse=False)
         if name in ("weight", "bias")
     }
