@@ -70,7 +70,7 @@ def recovery_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-DEFAULT, BY_TEXT = "3:6,13:16", "13:19"
+DEFAULT, BY_TEXT = "4:6,12:16", "13:19"
 """What `compress` removes from SmolLM2-135M by default, and with `--preserve none`."""
 AS_BY_DEFAULT = {
     "tokens": 131072, "mix": 0.3, "rate": 0.0, "radius": 1, "window": 1024, "parted": 1, "beside": "wiki_passages.txt",

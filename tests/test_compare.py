@@ -1,5 +1,6 @@
 """compare: every method on the same tokens, one artefact each, resumed one by one."""
 
+import copy
 import io
 import json
 import math
@@ -7,6 +8,7 @@ from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +268,40 @@ def test_methods_resume_one_by_one(arguments, tmp_path, monkeypatch, capsys):
     assert main([*arguments, out, "--methods=random", "--force"]) == 0
     assert tried[4:] == ["random"]
     assert not (tmp_path / "run" / "compare-cosine.json").exists()
+
+
+def judged_json(**scores: float) -> dict[str, Any]:
+    nothing = {"mean": None, "error": None, "above_chance": None, "above_chance_error": None, "behind": None}
+    return {"scores": scores, "retained": nothing}
+
+
+def test_what_no_task_tells_is_no_hundred_per_cent_and_a_perplexity_is_no_share(tmp_path):
+    comparison = {
+        "tasks": {"wiki": {"metric": "word_perplexity", "items": 62, "chance": 0.0, "share": False}},
+        "judged_dense": judged_json(wiki=35.2),
+        "methods": [{"method": "clp", "judged": {"cut": judged_json(wiki=60.3)}}],
+    }
+    columns = [list(column.cells) for column in comparison_views.survival_table(comparison).columns]
+    assert columns[2] == columns[3] == ["-", "-"], "kept, and above chance"
+    counted = copy.deepcopy(comparison)
+    counted["methods"][0]["judged"]["cut"]["retained"]["mean"] = 0.5
+    assert next(iter(comparison_views.survival_table(counted).columns[2].cells)) == "100"
+    (tmp_path / "compare.json").write_text(json.dumps({"model": "x", **counted}))
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "compare.html").read_text()
+    assert "35.20" in html
+    assert "3520.0%" not in html
+    assert "by chance" not in html
+
+
+def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(arguments, tmp_path, monkeypatch):
+    tried, real = [], module.layer_search.search
+    monkeypatch.setattr(module.layer_search, "search", lambda *args, **how: tried.append(how) or real(*args, **how))
+    command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=random,clp:all"]
+    for edition, searched in ((0, 2), (0, 2), (1, 3)):
+        monkeypatch.setattr(module, "EDITION", edition)
+        assert main(command) == 0
+        assert len(tried) == searched, "clp:all alone sees tests"
 
 
 def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,8 @@ import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.config import from_flat
+from layercut.errors import RunError
+from layercut.export.ggml import quantize_file
 from layercut.export.gguf_tensors import tensor_types
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
@@ -186,6 +188,16 @@ def test_a_mixture_that_was_stopped_goes_on(source, texts, tmp_path, monkeypatch
     left.write_bytes(copied[0][:1000])  # as where the process was killed
     assert main(argv) == 0
     assert not left.exists()
+    left.write_bytes(copied[0][:1000])
+    other = [word.replace("q5_k_m", "q8_0") for word in argv]
+    assert main([*other, "--force"]) == 0
+    assert not left.exists(), "nor where the next command needs none"
+
+
+@needs_llama_cpp
+def test_a_full_disk_is_told_of_what_llama_cpp_writes(source):
+    with pytest.raises(RunError, match="cannot write /dev/full"):
+        quantize_file(source, Path("/dev/full"), "q5_k_m", {})
 
 
 def test_formats_of_llama_cpps_own_ask_for_it_before_anything_is_healed(source, tmp_path, monkeypatch, capsys):

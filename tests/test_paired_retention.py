@@ -54,6 +54,18 @@ def test_a_large_difference_is_significant_and_a_small_one_is_not():
     assert kept["z"].p_value > 0.05
 
 
+def test_few_items_that_differ_are_never_significant():
+    dense = {"a": record(items(1, of=100))}
+    other = {"a": record(items(0, of=100))}
+    assert retained(dense, {"x": dense, "y": other})["y"].p_value == 1
+    alone = {"a": record([1])}
+    assert retained(alone, {"x": alone, "y": {"a": record([0])}})["y"].p_value == 1
+    dense = {"a": record(items(60, of=100))}
+    p_values = [retained(dense, {"x": dense, "y": {"a": record(items(60 - k, of=100))}})["y"].p_value for k in (5, 7)]
+    assert p_values[0] >= 0.0625, "the sign test's"
+    assert p_values[1] < 0.05
+
+
 def test_what_is_no_mean_of_items_has_a_score_and_no_error():
     dense = {"a": record(items(200))}
     dense["a"]["metrics"]["acc"]["values"] = None

@@ -678,10 +678,10 @@ def test_a_quarter_of_the_rows_are_tests_and_no_two_uses_have_the_same(tokenizer
 def test_rows_of_tests_are_those_of_their_edition(tokenizer):
     """Runs keep what they have drawn: whoever changes what is written, or what is marked, gives it another edition."""
     found = []
-    for template in ("", CHAT):
-        rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family="tuning")
+    for template, family in (("", "tuning"), (CHAT, "tuning"), ("", "searching"), ("", "judging")):
+        rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family=family)
         found += [rows.tokens.tolist(), rows.answers.tolist(), rows.lengths.tolist()]
-    assert (probe_families.EDITION, digest(found)) == (4, "45e09da4253cb2bd")
+    assert (probe_families.EDITION, digest(found)) == (5, "cc579d421a42365f")
 
 
 @pytest.mark.parametrize(

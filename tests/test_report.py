@@ -865,6 +865,34 @@ def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> No
     found = verdicts.conclusion(read_run(tmp_path))
     assert found.text.startswith("Do not ship this: 83.1% of the dense model's score is left over 2 tasks, 30.0% of")
     assert "tasks: not measured" not in report(tmp_path)[1].text
+    card = model_card(tmp_path)
+    assert "Tasks: not measured" not in card
+    assert "Retained on average: 83.1%" in card
+
+
+def test_a_task_without_a_share_to_keep_was_measured(tmp_path: Path) -> None:
+    none = {"mean": None, "above_chance": None, "tasks": 0, "tasks_above_chance": 0}
+    found = concluded(tmp_path, summary={**with_perplexity(tuned=46.0), **survival_json(retention=none)})
+    assert found.text.startswith("Usable")
+    assert "No task was measured" not in found.text
+
+
+def test_where_the_dense_models_perplexity_is_no_number_none_is_asked_for(tmp_path: Path) -> None:
+    found = concluded(tmp_path, summary=with_perplexity(dense="nan", cut=12.0))
+    assert "The dense model's own perplexity is not finite" in found.text
+
+
+def test_keys_found_afterwards_are_in_the_report(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    cells = {
+        name: [{"length": 128, "depth": 0.5, "found": n, "trials": 2}] for name, n in (("dense", 2), ("compressed", 1))
+    }
+    probes = {name: {"keys": cells[name], "lists": []} for name in cells}
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"date": "2026-01-02", "probes": probes}))
+    assert "Measured afterwards" in report(tmp_path)[1].text
+    assert "50% 2 → 1 of 2" in report(tmp_path)[1].text
+    assert "text tokens window dense compressed" not in report(tmp_path)[1].text, "a table without rows"
 
 
 def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
@@ -1102,6 +1130,8 @@ def test_a_model_that_only_guesses_is_called_broken(tmp_path: Path) -> None:
     assert "broken" in shown(json.loads((run / "summary.json").read_text()))
     few = {name: {**row, "items": 20} for name, row in survival_json()["tasks"].items()}
     assert verdicts.broken({**summary_json(), **survival_json(retention=guess, tasks=few)}) is None, "40 items: noise"
+    guessed = {"arc_easy": few["arc_easy"], "piqa": survival_json()["tasks"]["piqa"] | {"retention_above_chance": None}}
+    assert verdicts.broken({**summary_json(), **survival_json(retention=guess, tasks=guessed)}) is None, "20 that count"
     unknown = {"mean": 0.9, "above_chance": None, "tasks": 1, "tasks_above_chance": 0}
     assert verdicts.broken({**summary_json(), **survival_json(retention=unknown)}) is None
 

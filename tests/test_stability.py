@@ -84,6 +84,19 @@ def artefact(tmp_path: Path, name: str):
     return json.loads((tmp_path / "run" / f"{name}.json").read_text())
 
 
+def test_seeds_search_again_where_a_file_was_edited(command, texts, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text(texts[0].read_text())
+    command += [f"--data={mine}", "--seeds=2"]
+    fingerprints = []
+    for _ in range(2):
+        assert main(command) == 0
+        found = artefact(tmp_path, "stability")["seeds"]
+        fingerprints.append([one["calibration"]["fingerprint"] for one in found])
+        mine.write_text(texts[1].read_text())
+    assert all(before != after for before, after in zip(*fingerprints, strict=True))
+
+
 def test_seeds_search_on_other_text_and_resume_one_by_one(command, texts, tmp_path, monkeypatch, capsys):
     tried, draw_ = [], stages.search.draw_again
     counts, judge_ = [], stages.search.judged

@@ -23,6 +23,7 @@ from layercut.errors import ConfigError, DataError, RunError
 from layercut.evaluation import lm_eval_harness, shared_contexts
 from layercut.evaluation.generated_probes import Probes
 from layercut.evaluation.retention import chance, flips, kept, mcnemar, representative_metric, standard_error
+from layercut.files.json_values import write_json
 
 # ---- the arithmetic ------------------------------------------------------------------------------------------
 
@@ -424,3 +425,11 @@ def test_layers_that_do_not_see_everything_are_run_as_lm_eval_does(config):
     for name, value in config.items():
         setattr(lm.config, name, value)
     assert not shared_contexts.shares_contexts(lm)
+
+
+def test_a_kept_score_that_is_no_number_is_read_as_one(tmp_path):
+    file = tmp_path / "record.json"
+    write_json(file, {"metrics": {"word_perplexity": {"score": math.inf, "higher_is_better": False}}})
+    assert lm_eval_harness._read(file) == {
+        "metrics": {"word_perplexity": {"score": math.inf, "higher_is_better": False}}
+    }

@@ -194,6 +194,18 @@ def test_an_edited_file_is_drawn_anew(tiny_model, several, tmp_path):
     assert again["calibration"]["fingerprint"] != first["calibration"]["fingerprint"]
 
 
+def test_what_is_drawn_after_an_edited_file_leaves_out_its_documents(tiny_model, several, tmp_path):
+    mine, pages = tmp_path / "mine.txt", (several / "a.txt").read_text().split("\n\n\n")
+    half = len(pages) // 2
+    mine.write_text("\n\n\n".join(pages[:half]))
+    config = asking(str(mine), f"{several}/a.txt", f"{several}/other.txt")
+    first = draw(tiny_model, tmp_path / "run", config)
+    mine.write_text("\n\n\n".join(pages[half:]))
+    again, fresh = (draw(tiny_model, tmp_path / name, config) for name in ("run", "fresh"))
+    assert again == fresh
+    assert again["tuning"]["fingerprint"] != first["tuning"]["fingerprint"], "documents that calibration has now"
+
+
 def test_tests_of_another_edition_are_drawn_anew_and_text_is_not(tiny_model, several, tmp_path, monkeypatch):
     config = asking(f"{several}/a.txt", f"{several}/a.txt+probes:0.5", f"{several}/other.txt")
     config = replace(config, text=replace(config.text, window=128))

@@ -19,8 +19,18 @@ from layercut.errors import ConfigError
 from layercut.healing import fold_, fold_prices, tune_
 from layercut.healing.fold_prices import RIDGES, FoldPrices
 from layercut.healing.least_squares import HELD_OUT
-from layercut.layer_search import Candidate, Cost, Restriction, SearchResult
-from layercut.layer_search.finalists import GAIN, TRIED, differing, tried
+from layercut.layer_search import Candidate, Cost, Restriction, SearchResult, finalists
+from layercut.layer_search.finalists import (
+    CLOSE,
+    FINALISTS,
+    GAIN,
+    LONGER,
+    TRIED,
+    after_healing,
+    differing,
+    foretold,
+    tried,
+)
 from layercut.layer_search.prices import Prices
 from layercut.models import checkpoints, loading
 from layercut.models.objectives import KL
@@ -179,25 +189,51 @@ def test_moves_stay_within_what_is_allowed_and_within_the_number_of_segments():
     assert all(sum(map(len, cuts)) == 3 for cuts in asked)
 
 
-def test_the_best_that_differ_are_healed_and_what_that_leaves_decides():
-    # by the fold 1:3 is best; healing turns the order round, and variants of 1:3 are not healed
+def test_the_best_that_differ_are_healed_then_variants_of_the_best_and_then_the_close_ones_longer():
+    # by the fold 1:3 is best; healing turns the order round, and a longer healing of the close ones once more
     cuts = ["1:3", "2:4", "3:5", "4:6", "5:7", "6:8"]
     fold = {(Segment.parse(one),): 1.0 + i for i, one in enumerate(cuts)}
     asked = []
 
-    def healed(cuts):
-        asked.append(cuts)
-        return -fold[cuts]
+    def healed(cuts, times):
+        asked.append((str(cuts[0]), times))
+        return 20 - fold[cuts] if times == 1 else {6.0: 12.0, 5.0: 12.3, 4.0: 12.6}[fold[cuts]]
 
-    found = tried(
-        result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1, healed=healed
-    )
-    assert asked == [(Segment(1, 3),), (Segment(3, 5),), (Segment(5, 7),)], "two layers are others"
-    assert found.segments == [Segment(5, 7)]
-    assert (found.candidates[0].score, found.tried[0].folded, found.tried[0].healed) == (5.0, 5.0, -5.0)
-    assert [one.healed for one in found.tried[:4]] == [-5.0, -3.0, -1.0, None]
-    by_fold = tried(result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1)
-    assert by_fold.segments == [Segment(1, 3)], "without healing the fold decides"
+    def by(**more):
+        return tried(
+            result_of(*cuts), plain_prices(), lambda c: fold.get(c, 9.0), Restriction.none(8, 2), 1, **more
+        )  # fmt: skip
+
+    found = by(healed=healed)
+    assert asked[:3] == [("1:3", 1), ("3:5", 1), ("5:7", 1)], "two layers are others"
+    assert asked[3:5] == [("4:6", 1), ("6:8", 1)], "the variants of 5:7"
+    assert asked[5:] == [("6:8", LONGER), ("5:7", LONGER), ("4:6", LONGER)], "14, 15 and 16; the next has 17"
+    assert found.segments == [Segment(4, 6)], "of which 12.6 is left, from 16: it heals fastest"
+    first = found.tried[0]
+    assert (found.candidates[0].score, first.folded, first.healed, first.longer) == (4.0, 4.0, 16.0, 12.6)
+    assert [one.healed for one in found.tried[:6]] == [16.0, 15.0, 14.0, 17.0, 19.0, None]
+    assert [one.longer for one in found.tried[:4]] == [12.6, 12.3, 12.0, None]
+    assert [one.foretold for one in found.tried[:4]] == [12.6**2 / 16, 12.3**2 / 15, 12.0**2 / 14, None]
+    assert by().segments == [Segment(1, 3)], "without healing the fold decides"
+
+
+def test_a_price_is_foretold_by_a_power_law():
+    a, b, tokens = 3.0, 0.2, 8192
+    short, longer, all_of_it = (a * n**-b for n in (tokens, LONGER * tokens, trial.TUNED_SHARE * tokens))
+    assert foretold(short, longer) == pytest.approx(all_of_it)
+    assert (foretold(math.inf, 2.0), foretold(0.0, 2.0), foretold(1.0, math.inf)) == (2.0, 2.0, math.inf)
+
+
+def test_where_none_is_close_to_the_best_none_is_healed_longer():
+    asked = []
+
+    def healed(cuts, times):
+        asked.append(times)
+        return 1.0 + CLOSE + 0.01 if len(asked) > 1 else 1.0
+
+    apart = [(Segment(i, i + 2),) for i in range(0, 8, 2)]
+    assert after_healing(apart, healed) == ({cuts: 1.0 if cuts == apart[0] else 1.16 for cuts in apart}, {})
+    assert asked == [1, 1, 1, 1]
 
 
 def test_no_more_are_healed_than_said():
@@ -256,29 +292,33 @@ def test_a_trial_without_healing_is_refused(tiny_model, texts, tmp_path, capsys)
     assert capsys.readouterr().err.count("--score folded") == 2
 
 
-def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_path):
+def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(finalists, "CLOSE", 9.0)
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
     flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
     assert main(["tune", str(tiny_model), *flags]) == 0
     found = json.loads((tmp_path / "search.json").read_text())
-    healed = [one for one in found["tried"] if "healed" in one]
-    assert 1 < len(healed) <= TRIED
-    assert found["segments"] == min(healed, key=lambda one: one["healed"])["segments"] == healed[0]["segments"]
+    healed = [one for one in found["tried"] if "longer" in one]
+    assert len(healed) == FINALISTS
+    least = min(healed, key=lambda one: foretold(one["healed"], one["longer"]))
+    assert found["segments"] == least["segments"] == healed[0]["segments"]
     assert json.loads((tmp_path / "cut.json").read_text())["segments"] == found["segments"]
 
     opened = loading.load(checkpoints.resolve(str(tiny_model)))
     text = {use: load_file(tmp_path / f"tokens-{use}.safetensors")[use] for use in ("calibration", "tuning", "heldout")}
     kept = {"rows": trial.TESTS, "window": 128, "capabilities": ["sums"], "first": 8}
     others = [probe_rows(opened.tokenizer, **kept)]
-    student = cut(opened.model, [Segment(*bounds) for bounds in healed[-1]["segments"]])
-    heldout, rows = text["heldout"], text["tuning"][: 4096 // 128 // 16]
-    fold_(student, opened.model, torch.cat([text["calibration"], rows]), heldout=heldout[:8])
-    folded = copy.deepcopy(student)
-    objective = KL(mix=DEFAULT_MIX)
-    tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3, objective=objective)
-    prices = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
-    assert healed[-1]["healed"] == pytest.approx(prices[0], rel=1e-3)
-    assert abs(prices[1] / prices[0] - 1) > 2e-3, "tuning that does nothing would pass"
+    heldout = text["heldout"]
+    for times, name in ((1, "healed"), (LONGER, "longer")):
+        student = cut(opened.model, [Segment(*bounds) for bounds in healed[-1]["segments"]])
+        rows = text["tuning"][: times * 4096 // 128 // 16]
+        fold_(student, opened.model, torch.cat([text["calibration"], rows]), heldout=heldout[:8])
+        folded = copy.deepcopy(student)
+        objective = KL(mix=DEFAULT_MIX)
+        tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3, objective=objective)
+        prices = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
+        assert healed[-1][name] == pytest.approx(prices[0], rel=1e-3)
+        assert abs(prices[1] / prices[0] - 1) > 2e-3, "tuning that does nothing would pass"
 
 
 class Killed(Exception):
@@ -302,11 +342,11 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
         asked["folded"].append(tuple(cuts))
         return folded(self, cuts)
 
-    def killed_heal(this, cuts, tokens):
+    def killed_heal(this, cuts, tokens, times):
         if len(asked["healed"]) == most:
             raise Killed
-        asked["healed"].append(tuple(cuts))
-        return heal(this, cuts, tokens)
+        asked["healed"].append((tuple(cuts), times))
+        return heal(this, cuts, tokens, times)
 
     monkeypatch.setattr(layer_search, "search", counted_search)
     monkeypatch.setattr(FoldPrices, "__call__", counted_fold)

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-EDITION = 4
+EDITION = 5
 """Of the tests that are written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
 MANY = 8
 """Entries of a list that is asked about thoroughly."""
@@ -130,29 +130,43 @@ SEARCHING = Family(
         ("{name} chose {key} as the code of the gate.", "Which code of the gate did {name} choose?",
          "As the code of the gate {name} chose"),
         ("Note that the badge of {name} says {key}.", "What does the badge of {name} say?", "The badge of {name} says"),
+        ("Whoever needs {name} should dial {key} at noon.", "What should be dialled for {name}?", "For {name} dial"),
+        ("{key} coins were counted in the purse of {name}.", "How many coins were in the purse of {name}?",
+         "The coins in the purse of {name} were"),
     ),
     lists=(
         ("Stock in the shed:\n", "{thing}: {key}\n", "", "How many of one kind are there?\n", "{thing}:", ""),
         ("Weights as measured. ", "The {thing} has {key} grams. ", "", "Repeat one of them. ", "The {thing} has", ""),
+        ("Today's prices\n", "- {thing}, {key}\n", "", "One price again\n", "- {thing},", ""),
+        ("Chalk marks: ", "{key} is on the {thing}; ", "nothing else. ", "Chalk on the {thing}: ", "on the {thing} is",
+         ";"),
+        ("(stock\n", "  ({thing} . {key})\n", ")\n", "; as above\n", "({thing} .", ")"),
+        ("", "move the {thing} to place {key}\n", "", "where is it now?\n", "the {thing} is at place", ""),
     ),
     syllables=("ta", "lo", "mi", "re", "nu", "sol", "ker", "vi"),
-    repeats=(("Sequence:", "\nAgain:"), ("First line:", "\nSame line:")),
+    repeats=(("Sequence:", "\nAgain:"), ("First line:", "\nSame line:"), ("She sang", ". The choir answered"),
+             ("[1]", "\n[2] see [1]:")),
     classes=(
         ("north", ("horse", "tiger", "rabbit", "goat", "sheep", "wolf", "monkey", "donkey")),
         ("south", ("table", "sofa", "shelf", "desk", "bench", "cupboard", "bed", "stool")),
     ),
-    labelled=("{word} ->", "{word} belongs"),
-    sums=(("{a} + {b}", " ="), ("Sum of {a} and {b}", ":")),
+    labelled=("{word} ->", "{word} belongs", "with a {word} go", "* {word},"),
+    sums=(("{a} + {b}", " ="), ("Sum of {a} and {b}", ":"), ("add({a}, {b})", " #"),
+          ("{a} steps, {b} steps:", " in all")),
     adds=lambda a, b: a % 3 == b % 3,
     brackets=(("(", ")"), ("[", "]")),
     code=(
         ("def {x}({y}):\n    {z} = {y}\n    return", " {z}\n"),
         ("for {x} in {y}:\n    print(", "{x})\n"),
         ('{x} = "{y}"\nassert {x} ==', ' "{y}"\n'),
+        ("<{x}>\n  <{y}>{z}</{y}>\n</", "{x}>\n"),
+        ("try {{\n  {x}();\n}} catch ({y}) {{\n  throw", " {y};\n"),
     ),
     formats=(
         ("Input: {x}, {y}\nOutput:", " <{x}> <{y}>\n", "Each word stands in angle signs.\n"),
         ("Words {x} and {y} give", " {y}/{x}.\n", "The second word comes first, then a slash.\n"),
+        ("From: {x}, {y}\nTo:", " {x}::{y}::\n", "A double colon follows either word.\n"),
+        ("{x}? {y}?", " {x} no, {y} yes\n", "The first one is denied and the second one is affirmed.\n"),
     ),
 )  # fmt: skip
 

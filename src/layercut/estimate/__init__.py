@@ -10,6 +10,7 @@ fits (`fits_in_memory.py`). What is not known is null.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from layercut.healing.least_squares import fold_cost
 from layercut.healing.stored_teacher import check_topk
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import numbers_of_segments
-from layercut.layer_search.finalists import TRIED, priced_after_fold
+from layercut.layer_search.finalists import LONGER, TRIED, VARIANTS, priced_after_fold
 from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
@@ -219,12 +220,19 @@ def _search_cost(run: PlannedRun) -> Spent:
 
 
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
-    """What healing the cuts on trial costs; its layers are no search's, and are not counted as such.
+    """What healing the cuts on trial costs, two of which are taken to be close and healed longer.
 
-    held: bytes of the dense states that judge them.
+    Its layers are no search's, and are not counted as such. held: bytes of the dense states that judge them.
     """
+    each = [_healed_on_trial(run, times) for times in [1] * (TRIED + VARIANTS) + [LONGER] * 2]
+    all_of_them = reduce(both_searches, each)
+    return replace(all_of_them, peak=all_of_them.peak | {"dense states": held})
+
+
+def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
+    """One cut on trial, healed on so many times the rows of a short healing, and judged."""
     heal = run.config.heal
-    tokens = trial.rows_to_tune(run.tuning) * run.tuned.window
+    tokens = trial.rows_to_tune(run.tuning, times) * run.tuned.window
     short = replace(heal, tune_tokens=tokens, epochs=1)
     one = replace(
         run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
@@ -235,8 +243,8 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     tests, long = (rows * (run.tests > 0) for rows in (trial.TESTS, trial.LONG_TESTS))
     for shape, judged in ((run.shape, run.heldout + tests), (run.tuned, long)):
         each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
-    work = each.work and sum((replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds()),) * TRIED, Work())
-    return Spent(each.peak | {"dense states": held}, work)
+    work = each.work and replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds())
+    return replace(each, work=work)
 
 
 def _quantize_cost(run: PlannedRun) -> Spent:

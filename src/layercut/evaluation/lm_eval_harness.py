@@ -35,7 +35,7 @@ import torch
 from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
-from layercut.files.json_values import digest, write_json
+from layercut.files.json_values import digest, restored, write_json
 from layercut.models.loading import quiet_transformers
 from layercut.models.memory import ShrinkingParts, budget
 from layercut.progress import bar
@@ -188,7 +188,7 @@ def score_tasks(
 
 def _read(file: Path | None) -> Record | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file else None
+        found = restored(json.loads(file.read_text(encoding="utf-8"))) if file else None
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -38,7 +38,8 @@ class Retained:
     """The first model's mean less this one's."""
     behind_error: float | None = None
     p_value: float | None = None
-    """How often so large a difference, either way, has the other sign in the samples; two-sided."""
+    """How often so large a difference, either way, has the other sign in the samples; two-sided, and not below what a
+    sign test could give on as many items as the two models were scored differently on."""
 
 
 def retained(
@@ -59,16 +60,17 @@ def retained(
         RunError: the records are not of the same items.
     """
     names, generator = list(models), np.random.default_rng(seed)
-    shares, above = [], []
+    shares, above, apart = [], [], np.zeros(len(names))
     for task, record in dense.items():
         of_models = [models[name][task] for name in names]
         check_items(task, record, of_models)
         metric = representative_metric(record)
-        points, samples = _scores([record, *of_models], metric, draws, generator)
+        points, samples, differ = _scores([record, *of_models], metric, draws, generator)
         floor, clear = guessing(record, metric)
         if not record["metrics"][metric]["higher_is_better"]:
             continue  # of a perplexity nothing is retained, as `retention.py` counts
         if points[0] > 0:
+            apart += differ
             shares.append((points[1:] / points[0], _over(samples[:, 1:], samples[:, :1])))
         if points[0] > clear:
             point = (points[1:] - floor) / (points[0] - floor)
@@ -79,7 +81,7 @@ def retained(
     for i, name in enumerate(names):
         found[name] = Retained(
             mean=_known(mean[i]), error=_spread(drawn[:, i]), above_chance=_known(mean_above[i]),
-            above_chance_error=_spread(drawn_above[:, i]), **(_behind(mean, drawn, i) if i else {}),
+            above_chance_error=_spread(drawn_above[:, i]), **(_behind(mean, drawn, i, apart[i]) if i else {}),
         )  # fmt: skip
     return found
 
@@ -101,16 +103,19 @@ def check_items(task: str, record: Mapping[str, Any], others: Sequence[Mapping[s
 
 def _scores(
     records: Sequence[Mapping[str, Any]], metric: str, draws: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [M] of M models, and those of bootstrap samples of the items [draws, M]; without items, all the same."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores [M] of M models, and those of bootstrap samples of the items [draws, M]; without items, all the same.
+
+    And on how many items each but the dense one was scored otherwise than the first after it [M - 1]; without, inf.
+    """
     of_models = [record["metrics"][metric] for record in records]
     points = np.array([each["score"] for each in of_models], dtype=float)
     if any(each["values"] is None for each in of_models):
-        return points, np.tile(points, (draws, 1))
+        return points, np.tile(points, (draws, 1)), np.full(len(points) - 1, np.inf)
     values = np.array([each["values"] for each in of_models], dtype=float)  # [M, items]
     items = values.shape[1]
     counts = generator.multinomial(items, np.full(items, 1 / items), size=draws)
-    return points, counts @ values.T / items
+    return points, counts @ values.T / items, (values[1:] != values[1]).sum(axis=1)
 
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -125,14 +130,14 @@ def _means(parts: Sequence[tuple[np.ndarray, np.ndarray]], models: int, draws: i
     return np.mean([point for point, _ in parts], axis=0), np.mean([samples for _, samples in parts], axis=0)
 
 
-def _behind(mean: np.ndarray, drawn: np.ndarray, i: int) -> dict[str, float | None]:
-    """How far model i is behind the first."""
+def _behind(mean: np.ndarray, drawn: np.ndarray, i: int, apart: float) -> dict[str, float | None]:
+    """How far model i is behind the first, from which it was scored otherwise on so many items."""
     difference = drawn[:, 0] - drawn[:, i]
     known = difference[np.isfinite(difference)]
     if not len(known):
         return {"behind": None, "behind_error": None, "p_value": None}
     tail = min(np.mean(known <= 0), np.mean(known >= 0))
-    p_value = min(1.0, 2 * max(float(tail), 1 / len(known)))
+    p_value = min(1.0, 2 * max(float(tail), 1 / len(known), 0.5**apart))
     return {"behind": _known(mean[0] - mean[i]), "behind_error": _spread(difference), "p_value": p_value}
 
 

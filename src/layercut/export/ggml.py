@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from layercut.errors import ConfigError, ModelError
+from layercut.errors import ConfigError, ModelError, RunError
 
 PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 """GGML types that the `gguf` package itself writes."""
@@ -102,6 +102,8 @@ def quantize_file(source: Path, out: Path, kind: str, importance: Mapping[str, n
         why = next(
             (line.strip() for line in reversed(said) if "fail" in line or "rror" in line or "issing" in line), ""
         )
+        if "iostream error" in why:  # of writing: the source has been read by then
+            raise RunError(f"llama.cpp cannot write {out}: {why}", "free some space, or name another --out")
         told = f": {why}" if why else ""
         raise ModelError(f"llama.cpp cannot quantize {source.name} to {kind}{told}", "take another --gguf-type")
 

@@ -107,6 +107,8 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
     mixture = kind != SAME and kind not in PLAIN
     kinds = types_as_they_came(came, source.segments)
     columns = _columns(student, tokens) if source.healed or mixture else {}
+    plain = file.with_name("unrounded.gguf")
+    plain.unlink(missing_ok=True)  # of a command that was stopped
     if not mixture:
         of = kinds.__getitem__ if kind == SAME else lambda _: kind
         if not llama_cpp_installed():
@@ -114,8 +116,6 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         tensors = gguf_tensors(source.healed, student.config, architecture, of, columns)
         cut_gguf(came, source.segments, file, replaced=tensors, as_loaded=True)
     else:
-        plain = file.with_name("unrounded.gguf")
-        plain.unlink(missing_ok=True)  # of a command that was stopped
         try:
             cut_gguf(came, source.segments, plain, replaced=_unrounded(source, student, architecture), as_loaded=True)
             with bar(f"quantizing to {kind}", None):

@@ -35,15 +35,13 @@ def appearing(
         RunError: the target exists, holds the source or a run, cannot be written, or the disk is full.
     """
     target = Path(os.path.abspath(target))
-    if os.path.lexists(target) and not force:
-        raise RunError(f"{target} exists already", "give another --out, or pass --force to replace it")
+    _check_free(target, force)
     check_replaceable(target, source)
     work = target.parent / f".{target.name}.layercut-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{_literal(target.name)}.layercut-*"):
-            if not _alive(left.name.rpartition("-")[2]):
-                _remove(left)
+        _clear(target)
+        _check_free(target, force)  # what was put back is not replaced unasked either
         free = shutil.disk_usage(target.parent).free
         if need > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -53,12 +51,37 @@ def appearing(
         if os.path.lexists(target):
             target.rename(old)
         produced = work / target.name if within or target.suffix == ".gguf" else work
-        produced.rename(target)
+        try:
+            produced.rename(target)
+        except BaseException:
+            _put_back(old, target)
+            raise
         _remove(old)
     except OSError as error:
         raise _readable(error, target, need) from error
     finally:
         _remove(work)
+
+
+def _check_free(target: Path, force: bool) -> None:
+    if os.path.lexists(target) and not force:
+        raise RunError(f"{target} exists already", "give another --out, or pass --force to replace it")
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed runs left beside `target`; where one was killed as it replaced it, it gets its place back."""
+    for left in sorted(target.parent.glob(f".{_literal(target.name)}.layercut-*"), reverse=True):  # PID-old, then PID
+        if _alive(left.name.removesuffix("-old").rpartition("-")[2]):
+            continue
+        if left.name.endswith("-old"):
+            _put_back(left, target)
+        _remove(left)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Give what was replaced its place again, where nothing has taken it."""
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
 
 
 def _readable(error: OSError, target: Path, need: int) -> RunError:

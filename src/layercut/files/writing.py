@@ -34,7 +34,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the system refuses to write.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with writing(path):
         try:
             partial.unlink(missing_ok=True)
@@ -49,6 +49,23 @@ def write_atomically(path: Path) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is while it is written.
+
+    path: the file.
+    """
+    return path.with_name(f".{path.name}.partial")
+
+
+def remove_written(path: Path) -> None:
+    """Remove a file, and what a command left of it that was killed while it wrote.
+
+    path: the file; it need not be there.
+    """
+    for each in (path, partial_of(path)):
+        each.unlink(missing_ok=True)
 
 
 def check_replaceable(target: Path, source: Path | None = None) -> None:
@@ -159,10 +176,11 @@ def disk_refusal(error: BaseException, path: Path | None = None) -> RunError | N
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error that this is, or that safetensors put into its own words; None of any other."""
+    """The system's error that this is, or that safetensors or tokenizers put into their words; None of any other."""
     if isinstance(error, OSError):
         return error
-    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+    foreign = type(error) is Exception or type(error).__name__ == "SafetensorError"  # tokenizers raises a plain one
+    if foreign and (found := re.search(r"\(os error (\d+)\)", str(error))):
         return OSError(int(found[1]), os.strerror(int(found[1])))
     return None
 

@@ -3,7 +3,10 @@
     1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. where asked the TRIED best by then that differ are healed for a while, and the best of them is taken
+    4. where asked the TRIED best by then that differ are healed for a while, then the VARIANTS best of those that do
+       not differ from the best of them
+    5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least would
+       be left if it went on like that (`foretold`)
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -21,11 +24,18 @@ from layercut.layer_search.result import SearchResult, Tried
 from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
 
-POOL, PROPOSED, MOST_MOVES, TRIED = 6, 8, 6, 4
-"""Candidates that are priced, moves that are in each round, rounds at most, and cuts healed."""
+POOL, PROPOSED, MOST_MOVES = 6, 8, 6
+"""Candidates that are priced, moves that are in each round, and rounds at most."""
+TRIED, VARIANTS, FINALISTS = 4, 2, 3
+"""Cuts healed that differ from each other, of the best one's variants, and at most of these that are healed again."""
+CLOSE, LONGER = 0.15, 4
+"""What more than the least may be left of cuts that are healed again, as a share, and on how many times the rows; on so
+many times these again the choice will be healed."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]
+Healing = Callable[[Cuts, int], float]
+"""The price of a cut after a short healing, and after one on so many times the rows."""
 
 
 def tried(
@@ -35,7 +45,7 @@ def tried(
     limits: Restriction,
     count: int,
     *,
-    healed: Price | None = None,
+    healed: Healing | None = None,
 ) -> SearchResult:
     """Go on from a search's candidates by what each cut costs once it is folded, and then by healing the best.
 
@@ -55,15 +65,16 @@ def tried(
     known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
     best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
-    after = {cuts: healed(cuts) for cuts in differing(ordered, TRIED)} if healed else {}
-    ordered.sort(key=lambda cuts: after.get(cuts, math.inf))
+    short, longer = after_healing(ordered, healed) if healed else ({}, {})
+    last = {cuts: foretold(short[cuts], left) for cuts, left in longer.items()}
+    ordered.sort(key=lambda cuts: (last.get(cuts, math.inf), short.get(cuts, math.inf)))
     found = {each.segments: each for each in [*result.candidates, *result.by_number]}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
     rest = [found[cuts] for cuts in ordered[1:] if cuts in found]
     return replace(
         result,
         candidates=[replace(each, score=known[each.segments]) for each in [chosen, *rest]],
-        tried=[Tried(cuts, known[cuts], after.get(cuts)) for cuts in ordered],
+        tried=[Tried(cuts, known[cuts], short.get(cuts), longer.get(cuts), last.get(cuts)) for cuts in ordered],
     )
 
 
@@ -92,6 +103,46 @@ def climbed_(
             break
         best = ahead
     return best
+
+
+def after_healing(ordered: Sequence[Cuts], healed: Healing) -> tuple[dict[Cuts, float], dict[Cuts, float]]:
+    """What is left of the best cuts once they are healed: far apart first, then around the best, then the best longer.
+
+    A fold tells neighbours apart no better than cuts that share nothing, and healing them all is too dear: the first
+    round finds the place. Which of two close ones is better after a short healing says little, since some cuts heal
+    faster at first than others and no further (docs/log.md).
+
+    Args:
+        ordered: cuts of equally many layers, the most promising first.
+        healed: the price of a cut after healing; lower is better.
+
+    Returns:
+        The prices after a short healing, of TRIED cuts that differ and of VARIANTS of the best of them, as far as there
+        are any; and of the CLOSE ones among these, FINALISTS at most, where there are several, after a longer one.
+    """
+    short = {cuts: healed(cuts, 1) for cuts in differing(ordered, TRIED)}
+    best = min(short, key=short.__getitem__)
+    near = [cuts for cuts in ordered if cuts not in short and differing([best, cuts], 2) == [best]]
+    short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
+    ranked = sorted(short, key=short.__getitem__)
+    close = [cuts for cuts in ranked if short[cuts] <= (1 + CLOSE) * short[ranked[0]]][:FINALISTS]
+    return short, {cuts: healed(cuts, LONGER) for cuts in close} if len(close) > 1 else {}
+
+
+def foretold(short: float, longer: float) -> float:
+    """What would be left of a cut after LONGER times the longer healing, by the power law through both of its prices.
+
+    A loss falls with the tokens as a n^-b (2001.08361, of training): by the same factor from n to LONGER n tokens as
+    from these to LONGER² n.
+
+    Args:
+        short: the price after a short healing.
+        longer: after LONGER times as much.
+
+    Returns:
+        longer² / short; the price after the longer one where the other is nothing or not finite.
+    """
+    return longer * longer / short if 0 < short < math.inf else longer
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:

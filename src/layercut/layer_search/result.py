@@ -38,6 +38,10 @@ class Tried:
     """The price of `healing/fold_prices.py`, nats per token."""
     healed: float | None = None
     """J after real healing on some of the tokens, by more rows; None where it went no further."""
+    longer: float | None = None
+    """And on more of the tokens; None where it was not among the close ones."""
+    foretold: float | None = None
+    """And on all of them, by these two."""
 
 
 @dataclass

@@ -109,11 +109,14 @@ class CandidateRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TriedRecord:
-    """Segments on trial, and what was left after a quick fold and after a short healing, in nats per token."""
+    """Segments on trial, and what was left after a quick fold, a short healing and a longer one, nats per token."""
 
     segments: list[Bounds]
     folded: float
     healed: float | None = field(default=None, metadata=OPTIONAL)
+    longer: float | None = field(default=None, metadata=OPTIONAL)
+    foretold: float | None = field(default=None, metadata=OPTIONAL)
+    """By these two, after healing on all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

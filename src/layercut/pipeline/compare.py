@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
 from layercut.config import COMPARED_STATES, CompareConfig, MethodsConfig, flattened
+from layercut.data.probe_families import EDITION
 from layercut.data.probes import capability_names
 from layercut.data.sources import split_mix
 from layercut.data.text_overlap import by_origin
@@ -293,6 +294,7 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
     heeds = config.preserve != "none"
     inputs = [work.source, work.text["calibration"], seed, method, length]
     inputs += [] if config.segments else criteria.edition(config.method)
+    inputs += [EDITION] if heeds else []
     with work.run.stage(CompareMethodArtefact, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
         if stage.open:
             tokens, tests = work.blocks["calibration"], generated_tests(work, config=config) if heeds else None

@@ -8,6 +8,7 @@ from typing import Any
 from layercut.data.blocks import TextFacts
 from layercut.evaluation.generated_probes import Grid, Probed
 from layercut.evaluation.paired_retention import Retained
+from layercut.files.json_values import OPTIONAL
 from layercut.healing.least_squares import Fold
 from layercut.pipeline.artefacts import Artefact, BeforeAfter, Bounds, SearchCost, part_of
 
@@ -140,6 +141,8 @@ class ComparedTask:
     metric: str
     items: int
     chance: float
+    share: bool = field(default=True, metadata=OPTIONAL)
+    """Whether the score is a share of the items, or near one, and not a perplexity."""
 
 
 @dataclass(frozen=True, kw_only=True)

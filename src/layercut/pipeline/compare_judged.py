@@ -13,6 +13,7 @@ from typing import Any
 
 from layercut import evaluation
 from layercut.data.blocks import in_rows
+from layercut.data.probe_families import EDITION
 from layercut.evaluation.generated_probes import Probed, Probes, found_of, probed, probes_for
 from layercut.evaluation.paired_retention import Retained, retained
 from layercut.evaluation.retention import compare_records
@@ -98,7 +99,7 @@ class CutJudge:
 
     def _probes(self, name: str, model: Callable[[], Any], after: Sequence[str]) -> CompareProbesArtefact:
         work = self.work
-        inputs = [work.source, work.config.text.seed, self.probes.longest, work.text["evaluation"], "probes"]
+        inputs = [work.source, work.config.text.seed, self.probes.longest, work.text["evaluation"], "probes", EDITION]
         with work.run.stage(CompareProbesArtefact, f"{name}-probes", inputs, after=after) as stage:
             if stage.open:
                 dense, judged = work.dense.model, model()
@@ -143,7 +144,9 @@ def asked_tasks(records: Mapping[str, Any]) -> dict[str, ComparedTask]:
     found = {}
     for task, record in records.items():
         row = compare_records(record, record)
-        found[task] = ComparedTask(metric=row["metric"], items=row["items"], chance=row["chance"])
+        of = record["metrics"][row["metric"]]
+        share = of["higher_is_better"] and of["score"] <= 1
+        found[task] = ComparedTask(metric=row["metric"], items=row["items"], chance=row["chance"], share=share)
     return found
 
 

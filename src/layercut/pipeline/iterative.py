@@ -31,6 +31,7 @@ from layercut.pipeline.artefacts import (
 )
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.progress import say
+from layercut.registries import quantizers
 from layercut.report.stage_lines import describe_point
 from layercut.segments import Removal
 
@@ -105,10 +106,12 @@ def recipes(config: CompressConfig, bits: Sequence[Bits]) -> list[Any]:
         bits: that are tried.
 
     Returns:
-        `stages.quantize.how_rounded` of each, one after another; empty where none needs one.
+        `stages.quantize.how_rounded` of each, one after another, and what tells a quantizer of another package that
+        was edited; empty where none needs one.
     """
-    asked = (replace(config.quantize, bits=each) for each in bits if each != 16)
-    return [how for each in asked for how in stages.quantize.how_rounded(config, each)]
+    asked = [replace(config.quantize, bits=each) for each in bits if each != 16]
+    edited = quantizers.edition(config.quantize.quantizer) if asked else []
+    return [*edited, *(how for each in asked for how in stages.quantize.how_rounded(config, each))]
 
 
 def fixed_bits(config: CompressConfig) -> tuple[Bits, ...]:
@@ -141,7 +144,8 @@ def gathered(work: RunContext, done: Sequence[Round]) -> Removal:
     run, removal = work.run, done[-1].removal if done else None
     removal = removal or Removal.first(())
     after = [part.name("heal") for part in done]
-    with run.stage(SearchArtefact, "search", ["rounds", work.source], after=after, together=True) as search:
+    inputs = ["rounds", work.source, work.text.get("calibration"), work.config.text.seed]
+    with run.stage(SearchArtefact, "search", inputs, after=after, together=True) as search:
         if search.open:
             search.found = rounds_searched(work, done, removal)
     with run.stage(CutArtefact, "cut", "rounds", after=["search"]) as cut:

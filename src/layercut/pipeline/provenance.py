@@ -59,10 +59,13 @@ def check_finished(run: Path, command: str) -> None:
         command: what was to be done with it, for the hint.
 
     Raises:
-        RunError: it has no summary.
+        RunError: it has no summary, or none that can be read.
     """
+    hint = f"give its compress command again, then {command}"
     if not (run / "summary.json").is_file():
-        raise RunError(f"the run in {run} is not finished", f"give its compress command again, then {command}")
+        raise RunError(f"the run in {run} is not finished", hint)
+    if not isinstance(_object(run / "summary.json").get("model"), str):
+        raise RunError(f"{run / 'summary.json'} is damaged", hint)
 
 
 def is_empty(folder: Path) -> bool:

@@ -207,11 +207,27 @@ def survival_table(comparison: Any) -> Table:
         above = retention_words(judged, "above_chance").partition(" ")[0]  # eighty columns hold no more errors
         kept = [retention_words(judged), above, retention_words(judged, "behind")] if tasks else []
         if method == "dense" and tasks:
-            kept = ["100", "100", "-"]
+            kept = [whole_of(comparison, "mean"), whole_of(comparison, "above_chance"), "-"]
         of_probes = found(judged["keys"]), found(judged.lists), damage(judged) if state else "-"
         table.add_row(Text("" if method == last else method), state, *kept, *of_probes)
         last = method
     return table
+
+
+def whole_of(comparison: Any, key: str) -> str:
+    """What the dense model retains of itself: all, where anything was counted.
+
+    Args:
+        comparison: compare.json.
+        key: of what is `retained`.
+
+    Returns:
+        Per cent, in words.
+    """
+    counted = any(
+        formatting.finite(judged.retained[key]) is not None for _, state, judged in survivals(comparison) if state
+    )
+    return "100" if counted else "-"
 
 
 def survival_caption(tasks: dict[str, Json]) -> str:

@@ -21,6 +21,7 @@ from layercut.report.formatting import (
     layer_names,
     number,
     percent,
+    plain,
     printable,
     signed,
     size,
@@ -194,6 +195,13 @@ def found_by_place(grids: Json) -> dict[str, Any]:
     totals = {name: sum(cell[i] for cell in known.values()) for i, name in enumerate(("dense", "compressed", "trials"))}
     rows = [(depth, [known.get((depth, length)) for length in lengths]) for depth in depths]
     return {"lengths": lengths, "rows": rows, **totals}
+
+
+def found_by_model(probes: Json) -> list[dict[str, Any]]:
+    """The same of hidden keys and of values in lists, which `layercut evaluate` stores by model; those it asked for."""
+    both = ("dense", "compressed")
+    found = [found_by_place(Json({name: plain(probes[name][what]) for name in both})) for what in ("keys", "lists")]
+    return [each for each in found if each]
 
 
 def abilities(run: RunFacts) -> dict[str, Any]:

@@ -125,10 +125,13 @@ def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdi
     if regret is None:
         return None
     there, missed = _score(search, search.oracle.segments), max(regret - 1, 0.0)
-    healed = {str(spans(one.segments)): finite(one.healed) for one in search.tried}
-    if (after := healed.get(str(spans(search.segments)))) is not None:
-        ours, there = after, healed.get(str(spans(search.oracle.segments)))
+    of = {str(spans(one.segments)): one for one in search.tried}
+    chosen, best = (of.get(str(spans(each.segments)), Json()) for each in (search, search.oracle))
+    if (after := finite(chosen.healed)) is not None:
+        ours, there = after, finite(best.healed)
     how = "the fold" if after is None else "a short healing"
+    if (whole := finite(chosen.foretold)) is not None:
+        how, ours, there = "healing, foretold from parts of it", whole, finite(best.foretold)
     text = _say("chosen by fold", how=how, choice=choice, rival=rival, ours=ours, there=there, missed=missed,
                 found=regret <= limits.NEAR_BEST)  # fmt: skip
     return Verdict("good" if regret <= limits.NEAR_BEST else "bad", "Search", text)
@@ -355,7 +358,10 @@ def broken(summary: Any, scored: Json | None = None) -> str | None:
                     before=earlier[-1] if sound else None)  # fmt: skip
     scored = summary if scored is None else scored
     above = finite(scored.retention.above_chance)
-    asked = sum(finite(row.items) or 0 for row in tables.task_rows(scored) if row.main)
+    asked = sum(
+        finite(row.items) or 0 for row in tables.task_rows(scored)
+        if row.main and finite(row.score.retention_above_chance) is not None
+    )  # fmt: skip
     if above is None or above >= limits.GUESSING or asked < limits.FEWEST_ITEMS:
         return None
     return _say("guessing", above=max(above, 0.0), tasks=scored.retention.tasks_above_chance)
@@ -386,7 +392,7 @@ def conclusion(run: RunFacts) -> Verdict:
         weak.append("Speed")
     larger = marks.get("Size") == "bad" and not exported and (factor or 0) > 1
     if factor is None and not ruined:
-        why, mark = "unmeasured", "open"
+        why, mark = "dense" if last_stage(summary) else "unmeasured", "open"
     elif ruined or factor is None:
         why, mark = "ruined", "bad"
     elif larger or factor > limits.FAIR or marks.get("Tasks") == "bad":
@@ -398,5 +404,6 @@ def conclusion(run: RunFacts) -> Verdict:
     text = _say("conclusion", why=why, ruined=ruined, factor=factor, came=came, after=summary.bytes.after,
                 better=better_way(run), rounded=before if before is not None and before <= limits.FAIR else None,
                 tasks=next((v.text for v in verdicts(run) if v.stage == "Tasks"), ""), failed=failed, weak=weak,
+                measured=bool(tables.task_rows(run.scored)),
                 exported=weight if exported else None, text=source_name(summary.perplexity.dataset))  # fmt: skip
     return Verdict(mark, "Conclusion", text)

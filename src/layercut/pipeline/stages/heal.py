@@ -15,6 +15,7 @@ from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.files.json_values import digest
 from layercut.files.sizes import size
+from layercut.files.writing import remove_written
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.offloaded import FrozenStates
@@ -254,7 +255,7 @@ def forget_tuning_(work: RunContext) -> None:
     """Remove what tuning keeps on disk while it is under way."""
 
     def remove() -> None:
-        (work.run / TUNING_STATE).unlink(missing_ok=True)
+        remove_written(work.run / TUNING_STATE)
         shutil.rmtree(work.run / TUNING_STATES, ignore_errors=True)
 
     processes.on_main(remove)

@@ -28,9 +28,10 @@ from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, Sha
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import quantize, trial, tune_quantized
-from layercut.pipeline.stages.search import asked, generated_tests
+from layercut.pipeline.stages.search import asked, edition, generated_tests
 from layercut.progress import say
 from layercut.quantization import bit_choice
+from layercut.registries import objectives, quantizers
 from layercut.report.stage_lines import describe_shares
 from layercut.segments import Segment, kept_layers
 
@@ -60,7 +61,8 @@ def number_of_layers(work: RunContext) -> int:
         if priced.open:
             priced.found = PricedArtefact(points=every_number(this))
     KnownPrices(work.run, PRICED).forget_()
-    trained = [heal, work.text.get("tuning"), *tune_quantized.inputs(work)]
+    edited = objectives.edition(heal.objective)
+    trained = [heal, work.text.get("tuning"), *edited, *tune_quantized.inputs(work)]
     with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
         if stage.open:
             points = decided(this, priced.artefact.points)
@@ -83,6 +85,8 @@ def inputs(work: RunContext) -> list[Any]:
         search,
         config.quantize,
         *bit_choice.CHOSEN_AMONG,
+        *edition(config.search),
+        *quantizers.edition(config.quantize.quantizer),
         *quantize.how_rounded(config, config.quantize),
     ]
 

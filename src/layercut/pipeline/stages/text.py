@@ -206,8 +206,9 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
     reads = [*what_is_read(wanted.source, reported=use == "evaluation")]
     before: list[Any] = []
     for other in drawn if use != "evaluation" else ():
-        # of evaluation its documents count, which are left out; of the others what they take of a common stream
-        before.append(digest(sorted(keys_of(work, other))) if other == "evaluation" else asdict(asked(work, other)))
+        # the documents of all are left out; of the others what they take of a common stream counts, too
+        before.append(digest(sorted(keys_of(work, other))))
+        before += [] if other == "evaluation" else [asdict(asked(work, other))]
     edition: list[Any] = [EDITION] if has_tests(wanted.source) else []
     if edition and work.config.search.preserve not in ("all", "none"):
         edition.append(work.preserved)

@@ -21,7 +21,7 @@ from layercut.data.text_overlap import by_origin
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
-from layercut.layer_search.finalists import tried
+from layercut.layer_search.finalists import LONGER, tried
 from layercut.layer_search.prices import Judge, Prices
 from layercut.layer_search.weighted_rows import WeightedRows, tests_alone, weighted_rows
 from layercut.models.batch_sizes import slices
@@ -33,6 +33,7 @@ from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages.heal import tune_settings
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
+from layercut.registries import objectives
 from layercut.segments import Segment
 
 TESTS, LONG_TESTS = 32, 16
@@ -40,8 +41,8 @@ TESTS, LONG_TESTS = 32, 16
 are tuned on, as long as these; each half of it."""
 FIT_TESTS = 8
 """Of the rows that a fold is solved on one in so many is of tests."""
-TUNED_SHARE = 16
-"""One in so many of the rows to tune on heals a cut on trial."""
+TUNED_SHARE = LONGER**2
+"""One in so many of the rows to tune on heals a cut on trial at first."""
 SHORT: dict[str, Any] = {"epochs": 1, "patience": 0}
 """How they are tuned on, whatever the run's own options."""
 
@@ -51,12 +52,21 @@ def inputs(work: RunContext) -> list[Any]:
     if work.score == "raw":
         return []
     heal = replace(work.config.heal, **SHORT, teacher_topk=0)
-    return [work.score, work.text["heldout"], *([heal, work.text["tuning"]] if work.score == "healed" else [])]
+    found = [work.score, work.text["heldout"]]
+    return found if work.score != "healed" else [*found, heal, work.text["tuning"], *objectives.edition(heal.objective)]
 
 
-def rows_to_tune(rows: int) -> int:
-    """Of N rows to tune on, those that heal a cut on trial."""
-    return max(1, rows // TUNED_SHARE)
+def rows_to_tune(rows: int, times: int = 1) -> int:
+    """Of the rows to tune on those that heal a cut on trial.
+
+    Args:
+        rows: N.
+        times: how many times the rows of a short healing.
+
+    Returns:
+        n, 1 at least.
+    """
+    return max(1, times * rows // TUNED_SHARE)
 
 
 def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any], stage: str) -> SearchResult:
@@ -85,15 +95,16 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         def fold_price(cuts: Sequence[Segment]) -> float:
             return known("folded", cuts, lambda: folds()(cuts))
 
-        def healed_price(cuts: Sequence[Segment]) -> float:
+        def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
 
             def left() -> float:
-                student = healed_for_a_while(this, cuts, tokens)
+                student = healed_for_a_while(this, cuts, tokens, times)
                 return sum(left_of(student, this.stack, rows) for rows in unseen)
 
-            price = known("healed", cuts, left)
-            say("trial", f"{', '.join(map(str, cuts))}: {price:.4g} nats after a short healing")
+            price = known(f"healed {times}", cuts, left)
+            how = "a short healing" if times == 1 else f"{times} times as much"
+            say("trial", f"{', '.join(map(str, cuts))}: {price:.4g} nats after {how}")
             return price
 
         after = healed_price if work.score_now == "healed" else None
@@ -140,20 +151,21 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
     return unseen + [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
 
 
-def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor) -> DecoderRunner:
+def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tensor, times: int = 1) -> DecoderRunner:
     """A cut as the run would heal it, with fewer tokens to tune on.
 
     Args:
         this: the round.
         cuts: segments that are removed.
         tokens: calibration token ids [N, T], on which it is folded, as on those that it is tuned on.
+        times: how many times the rows of a short healing it is tuned on.
 
     Returns:
         The healed model; what it shares with the dense one is as it was.
     """
     heal, heldout = this.work.config.heal, this.work.blocks["heldout"][:JUDGED_ROWS]
     student = DecoderRunner(surgery.cut(this.before, cuts))
-    rows, treated = some_to_tune(this) if heal.tune_tokens else (tokens[:0], None)
+    rows, treated = some_to_tune(this, times) if heal.tune_tokens else (tokens[:0], None)
     if heal.fold:
         fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
     if treated:
@@ -161,24 +173,34 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     return student
 
 
-def some_to_tune(this: Round) -> tuple[torch.Tensor, Treatment]:
+def some_to_tune(this: Round, times: int = 1) -> tuple[torch.Tensor, Treatment]:
     """The rows that heal a cut on trial, token ids [n, T], and how they are done.
 
-    this: the round.
+    Args:
+        this: the round.
+        times: as in `healed_for_a_while`.
+
+    Returns:
+        Both.
     """
-    some = some_of_each(this)
+    some = some_of_each(this, times)
     return this.tuning[some], tuning_treatment(this.work).of(lambda each: this.part(each)[some])
 
 
-def some_of_each(this: Round) -> torch.Tensor:
+def some_of_each(this: Round, times: int = 1) -> torch.Tensor:
     """Which rows to tune on heal a cut on trial, int64 [n], in their order: of each source its share, one at least.
 
     Of tests two, of which one is short and one is long.
 
-    this: the round.
+    Args:
+        this: the round.
+        times: as in `healed_for_a_while`.
+
+    Returns:
+        Their numbers.
     """
     parts = by_origin(torch.arange(len(this.tuning)), this.work.text["tuning"].origins)
-    counts = {name: max(rows_to_tune(len(part)), 1 + (name == sources.TESTS)) for name, part in parts.items()}
+    counts = {name: max(rows_to_tune(len(part), times), 1 + (name == sources.TESTS)) for name, part in parts.items()}
     return torch.cat([part.sort().values[: counts[name]] for name, part in parts.items()]).sort().values
 
 

@@ -14,6 +14,7 @@ import torch
 from layercut.config import CompressConfig, HealConfig
 from layercut.distributed import processes
 from layercut.files.sizes import size
+from layercut.files.writing import remove_written
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
@@ -155,4 +156,4 @@ def _trained(
 
 def forget_state_(work: RunContext) -> None:
     """Remove the state of a training that is done."""
-    processes.on_main(lambda: (work.run / STATE).unlink(missing_ok=True))
+    processes.on_main(lambda: remove_written(work.run / STATE))

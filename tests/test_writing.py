@@ -1,0 +1,109 @@
+"""What is written appears whole or not at all, and what was there is not lost, whenever a command is stopped."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from layercut.errors import RunError
+from layercut.files.atomic_folder import appearing
+from layercut.files.writing import disk_refusal, partial_of, remove_written, write_atomically
+from layercut.pipeline.provenance import check_finished
+
+GONE = 2**22 + 1
+"""No process has this number: it is above what Linux gives."""
+
+
+def replace(target: Path, words: str, **more: Any) -> None:
+    with appearing(target, force=True, **more) as work:
+        (work / "model").write_text(words)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def renames_fail(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """From the so manieth rename on one fails, and then no more."""
+    real, done = Path.rename, 0
+
+    def rename(self: Path, target: Path) -> Path:
+        nonlocal done
+        done += 1
+        if done == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        yield
+
+
+def test_a_full_disk_is_told_of_files_that_rust_writes():
+    with pytest.raises(Exception, match="os error 28") as caught:
+        Tokenizer(BPE()).save("/dev/full")
+    assert type(caught.value) is Exception, "tokenizers raises a plain one"
+    told = disk_refusal(caught.value, Path("out"))
+    assert told
+    assert "No space left" in str(told)
+    assert disk_refusal(Exception("28 errors")) is None
+    assert disk_refusal(ValueError("(os error 28)")) is None, "of another library's words"
+
+
+def test_what_was_there_is_back_where_its_successor_cannot_take_its_place(tmp_path, monkeypatch):
+    target = tmp_path / "small"
+    replace(target, "first")
+    with renames_fail(monkeypatch, 2), pytest.raises(RunError, match="cannot be written"):
+        replace(target, "second")
+    assert names(tmp_path) == ["small"]
+    assert (target / "model").read_text() == "first"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    target, new = tmp_path / "small", tmp_path / f".small.layercut-{GONE}"
+    for folder, words in ((new, "second"), (new.with_name(f"{new.name}-old"), "first")):
+        folder.mkdir()
+        (folder / "model").write_text(words)
+    with pytest.raises(RunError, match="no space left"):
+        replace(target, "third", need=2**62)
+    assert (target / "model").read_text() == "first"
+    assert names(tmp_path) == ["small"]
+    with pytest.raises(RunError, match="exists already"), appearing(target):
+        pass
+    replace(target, "third")
+    assert (target / "model").read_text() == "third"
+
+
+def test_what_was_put_back_is_not_replaced_unasked(tmp_path):
+    old = tmp_path / f".small.layercut-{GONE}-old"
+    old.mkdir()
+    with pytest.raises(RunError, match="exists already"), appearing(tmp_path / "small"):
+        pass
+    assert names(tmp_path) == ["small"]
+
+
+def test_what_a_kill_left_of_a_file_goes_with_it(tmp_path):
+    file = tmp_path / "state"
+    with write_atomically(file) as partial:
+        assert partial == partial_of(file)
+        partial.write_text("x")
+    partial_of(file).write_text("half")
+    remove_written(file)
+    assert names(tmp_path) == []
+    remove_written(file)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"model": 3}'])
+def test_a_summary_that_lacks_what_others_read_is_damaged(tmp_path, content):
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(RunError, match=r"summary\.json is damaged"):
+        check_finished(tmp_path, "evaluate it")
