@@ -64,8 +64,8 @@ GGUF = {"Q4_0 throughout (GGUF)": "q4_0"}
 library's functions: no flag of the command writes it."""
 HELDOUT = 2048
 """Tokens that judge what is trained after rounding."""
-ELSEWHERE = ("removed", "beside", "size", "iterations", "calibration")
-"""Words of tune_quantized.py's settings that say what is given otherwise here: layers, text and sizes."""
+ELSEWHERE = ("removed", "beside", "iterations", "calibration")
+"""Words of tune_quantized.py's settings that say what is given otherwise here: layers and text."""
 SETTINGS = [
     "bf16",
     "bits=8 embeddings=8 quantizer=rtn",
@@ -269,10 +269,11 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
         asked = parsed(setting, given.train_tokens)
         text = given.text[rows_of(asked)]
         found = rounded(model, asked, text.rounding)
-        yield rounding, {"bytes": found.bytes_after, **judged(found.model, given, tasks=not training)}
+        told = {"mean_bits": found.mixture["mean_bits"]} if found.mixture else {}
+        yield rounding, told | {"bytes": found.bytes_after, **judged(found.model, given, tasks=not training)}
         for point in training:
-            found, told = trained_(found, model, asked, text)
-            yield point, {"bytes": found.bytes_after, "trained": told, **judged(found.model, given)}
+            found, training_told = trained_(found, model, asked, text)
+            yield point, told | {"bytes": found.bytes_after, "trained": training_told, **judged(found.model, given)}
 
 
 def judged(model: Any, given: Given, tasks: bool = True) -> Row:

@@ -138,7 +138,9 @@ def worded(setting: str) -> str:
     if "=" not in setting:
         return setting
     said = dict(word.split("=") for word in setting.split())
-    words = [f"{said.pop('bits')} bits", f"embeddings {said.pop('embeddings', 16)}"]
+    bits, embeddings = said.pop("bits"), said.pop("embeddings", 16)
+    auto = bits == "auto"  # of embeddings too
+    words = [f"bits by budget for {said.pop('size')}"] if auto else [f"{bits} bits", f"embeddings {embeddings}"]
     words += ["zero points"] if said.pop("asymmetric", "0") == "1" else []
     words += [f"groups of {said.pop('group')}"] if "group" in said else []
     words += ["to nearest"] if said.get("quantizer") == "rtn" else []

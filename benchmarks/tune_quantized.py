@@ -82,6 +82,8 @@ def parsed(text: str, tokens: int) -> dict[str, Any]:
     trains = given.get("train", "none") != "none" or given.get("quantizer") == PEER
     if "removed" in given and ("bits" not in given or given.get("quantizer") == PEER):
         raise SystemExit(f"error: {text!r} removes layers and rounds nothing of ours\nhint: give bits, and no {PEER}")
+    if ("size" in given) != (given.get("bits") == "auto"):
+        raise SystemExit(f"error: {text!r} has one of bits=auto and size=\nhint: bits=auto size=86MB")
     typed = {name: value if value == "auto" else types[name](value) for name, value in given.items()}
     return PLAIN | {"tokens": tokens if trains else 0} | typed
 

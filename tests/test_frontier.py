@@ -243,7 +243,7 @@ def test_settings_that_differ_in_their_training_alone_share_a_rounding(fronts, m
     assert any(parameter.any() for parameter in tune_quantized.LAST["found"].model.parameters())
 
 
-@pytest.mark.parametrize("word", ["removed=1:2", "beside=a.txt", "size=3MB", "calibration=64", "quantizer=auto-round"])
+@pytest.mark.parametrize("word", ["removed=1:2", "beside=a.txt", "calibration=64", "quantizer=auto-round"])
 def test_words_that_are_not_read_are_refused(fronts, word):
     with pytest.raises(SystemExit, match=f"{word} is not read here"):
         import_module("frontier").points_of(f"bits=4 {word}", 64)
@@ -274,6 +274,7 @@ def test_settings_are_told_in_words(fronts):
     )
     assert worded("bits=4 rounding_tests=0.25") == "4 bits, embeddings 16, rounded on tests too"
     assert worded("bits=4") == "4 bits, embeddings 16"
+    assert worded("bits=auto size=54MB") == "bits by budget for 54MB"
     assert worded("Q4_0 throughout (GGUF)") == "Q4_0 throughout (GGUF)"
 
 
