@@ -392,7 +392,8 @@ def conclusion(run: RunFacts) -> Verdict:
         weak.append("Speed")
     larger = marks.get("Size") == "bad" and not exported and (factor or 0) > 1
     if factor is None and not ruined:
-        why, mark = "dense" if last_stage(summary) else "unmeasured", "open"
+        of_dense = last_stage(summary) and summary.perplexity.dense
+        why, mark = "dense" if of_dense else "unmeasured", "open"
     elif ruined or factor is None:
         why, mark = "ruined", "bad"
     elif larger or factor > limits.FAIR or marks.get("Tasks") == "bad":
