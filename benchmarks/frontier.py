@@ -269,11 +269,11 @@ def measured(model: Any, setting: str, segments: list[list[int]], given: Given) 
         asked = parsed(setting, given.train_tokens)
         text = given.text[rows_of(asked)]
         found = rounded(model, asked, text.rounding)
-        told = {"mean_bits": found.mixture["mean_bits"]} if found.mixture else {}
-        yield rounding, told | {"bytes": found.bytes_after, **judged(found.model, given, tasks=not training)}
+        chosen = {"mean_bits": found.mixture["mean_bits"]} if found.mixture else {}
+        yield rounding, chosen | {"bytes": found.bytes_after, **judged(found.model, given, tasks=not training)}
         for point in training:
-            found, training_told = trained_(found, model, asked, text)
-            yield point, told | {"bytes": found.bytes_after, "trained": training_told, **judged(found.model, given)}
+            found, told = trained_(found, model, asked, text)
+            yield point, chosen | {"bytes": found.bytes_after, "trained": told, **judged(found.model, given)}
 
 
 def judged(model: Any, given: Given, tasks: bool = True) -> Row:

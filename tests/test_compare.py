@@ -28,6 +28,7 @@ from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
 from layercut.pipeline.artefacts import Artefact
 from layercut.pipeline.compare_artefacts import MethodChoice
+from layercut.pipeline.stages import search as search_stage
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.registries import criteria
 from layercut.report import charts, comparison_views, formatting
@@ -299,7 +300,7 @@ def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(argume
     monkeypatch.setattr(module.layer_search, "search", lambda *args, **how: tried.append(how) or real(*args, **how))
     command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=random,clp:all"]
     for edition, searched in ((0, 2), (0, 2), (1, 3)):
-        monkeypatch.setattr(module, "EDITION", edition)
+        monkeypatch.setattr(search_stage, "EDITION", edition)
         assert main(command) == 0
         assert len(tried) == searched, "clp:all alone sees tests"
 

@@ -222,15 +222,18 @@ def _search_cost(run: PlannedRun) -> Spent:
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
     """What healing the cuts on trial costs, two of which are taken to be close and healed longer.
 
-    Its layers are no search's, and are not counted as such. held: bytes of the dense states that judge them.
+    held: bytes of the dense states that judge them.
     """
-    each = [_healed_on_trial(run, times) for times in [1] * (TRIED + VARIANTS) + [LONGER] * 2]
-    all_of_them = reduce(both_searches, each)
-    return replace(all_of_them, peak=all_of_them.peak | {"dense states": held})
+    short, longer = (_healed_on_trial(run, times) for times in (1, LONGER))
+    found = reduce(both_searches, [short] * (TRIED + VARIANTS) + [longer] * 2)
+    return replace(found, peak=found.peak | {"dense states": held})
 
 
 def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
-    """One cut on trial, healed on so many times the rows of a short healing, and judged."""
+    """One cut on trial, healed on so many times the rows of a short healing, and judged.
+
+    Its layers are no search's, and are not counted as such.
+    """
     heal = run.config.heal
     tokens = trial.rows_to_tune(run.tuning, times) * run.tuned.window
     short = replace(heal, tune_tokens=tokens, epochs=1)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from layercut.data.blocks import in_rows
 from layercut.errors import ModelError, RunError
 from layercut.files.sizes import size
-from layercut.files.writing import check_replaceable, replace_folder, usual_mode_, writing
+from layercut.files.writing import check_replaceable, partial_of, replace_folder, usual_mode_, writing
 from layercut.models import checkpoints, memory
 from layercut.models.checkpoints import read_json
 from layercut.models.cost import PlannedRun, Spent, Work, total
@@ -161,7 +161,7 @@ def export_checkpoint(
     """
     model = as_stored(model)
     state = stored_state(model, packed or {})
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder), quiet_transformers(), growing(partial, state):

@@ -52,9 +52,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is while it is written.
+    """Where a file or folder is while it is written.
 
-    path: the file.
+    path: its own.
     """
     return path.with_name(f".{path.name}.partial")
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from layercut import evaluation, layer_search
 from layercut.config import COMPARED_STATES, CompareConfig, MethodsConfig, flattened
-from layercut.data.probe_families import EDITION
 from layercut.data.probes import capability_names
 from layercut.data.sources import split_mix
 from layercut.data.text_overlap import by_origin
@@ -57,10 +56,9 @@ from layercut.pipeline.resolve_options import check_sources, check_window, defau
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages.heal import tune_settings
-from layercut.pipeline.stages.search import generated_tests
+from layercut.pipeline.stages.search import edition, generated_tests
 from layercut.pipeline.stages.text import Use, draw_all, tuning_treatment
 from layercut.progress import bar, say
-from layercut.registries import criteria
 from layercut.report import formatting
 from layercut.report.comparison_views import draw_picks, draw_survival
 from layercut.report.page import write_comparison
@@ -293,8 +291,7 @@ def search_by(work: RunContext, asked: MethodsConfig, method: str, length: int) 
     config, seed = asked.search(method), work.config.text.seed
     heeds = config.preserve != "none"
     inputs = [work.source, work.text["calibration"], seed, method, length]
-    inputs += [] if config.segments else criteria.edition(config.method)
-    inputs += [EDITION] if heeds else []
+    inputs += edition(config)
     with work.run.stage(CompareMethodArtefact, f"compare-{method.replace(':', '-')}", inputs, together=True) as stage:
         if stage.open:
             tokens, tests = work.blocks["calibration"], generated_tests(work, config=config) if heeds else None

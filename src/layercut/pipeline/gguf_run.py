@@ -18,7 +18,7 @@ from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
 from layercut.export.gguf_export import SAME, CutGguf, check_cut, write_cut
 from layercut.export.gguf_tensors import converter_script, tensor_types
-from layercut.files.writing import replace_folder, writing
+from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
 from layercut.models import checkpoints
 from layercut.models.gguf_header import block_of, open_gguf
@@ -220,7 +220,7 @@ def export(work: RunContext, segments: Sequence[Segment]) -> ExportArtefact:
         if stage.open:
             file = work.run / QUANTIZED_GGUF
             facts = check_cut(what_is_left(work, segments), file, text_to_check(work.blocks[used]))
-            partial = work.run / ".model.partial"
+            partial = partial_of(work.run / "model")
             shutil.rmtree(partial, ignore_errors=True)
             with writing(partial):
                 partial.mkdir()
@@ -250,7 +250,7 @@ def put(source: Path, target: Path) -> None:
         source: a file.
         target: the other name; replaced where it is there.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     with writing(target):
         partial.unlink(missing_ok=True)
         try:

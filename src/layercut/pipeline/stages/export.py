@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from layercut import evaluation
 from layercut.export import consumers
 from layercut.export.checkpoint import export_checkpoint, publish_streamed, text_to_check
+from layercut.files.writing import partial_of
 from layercut.models import layer_reader_protocol
 from layercut.offload import layer_reader
 from layercut.pipeline import gguf_run
@@ -106,7 +107,7 @@ def export_files(work: RunContext, student: Any, segments: Sequence[Segment]) ->
     Returns:
         As `export_checkpoint`.
     """
-    healed, partial = layer_reader.as_saved(student, work.changed(student)), work.run / ".model.partial"
+    healed, partial = layer_reader.as_saved(student, work.changed(student)), partial_of(work.run / "model")
     dtype = work.stack.stored_dtype
     with bar("saving", None):
         cut_checkpoint(work.checkpoint.folder, segments, partial, force=True, healed=healed, dtype=dtype)

@@ -31,7 +31,7 @@ from layercut.pipeline.stages import quantize, trial, tune_quantized
 from layercut.pipeline.stages.search import asked, edition, generated_tests
 from layercut.progress import say
 from layercut.quantization import bit_choice
-from layercut.registries import objectives, quantizers
+from layercut.registries import quantizers
 from layercut.report.stage_lines import describe_shares
 from layercut.segments import Segment, kept_layers
 
@@ -56,13 +56,12 @@ def number_of_layers(work: RunContext) -> int:
     Raises:
         ConfigError: no number of layers and choice of bits meets the size.
     """
-    this, heal = Round(work), replace(work.config.heal, **trial.SHORT, teacher_topk=0)
+    this = Round(work)
     with work.run.stage(PricedArtefact, PRICED, inputs(work)) as priced:
         if priced.open:
             priced.found = PricedArtefact(points=every_number(this))
     KnownPrices(work.run, PRICED).forget_()
-    edited = objectives.edition(heal.objective)
-    trained = [heal, work.text.get("tuning"), *edited, *tune_quantized.inputs(work)]
+    trained = [*trial.healing_inputs(work), *tune_quantized.inputs(work)]
     with work.run.stage(SharesArtefact, STAGE, trained, after=[PRICED]) as stage:
         if stage.open:
             points = decided(this, priced.artefact.points)

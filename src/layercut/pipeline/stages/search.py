@@ -19,7 +19,7 @@ from layercut.data.sources import find, public_name, split_mix, turns, what_is_r
 from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.export.consumers import restriction
-from layercut.files.json_values import digest, jsonable, restored
+from layercut.files.json_values import jsonable, restored
 from layercut.layer_search import (
     Candidate,
     Cost,
@@ -48,7 +48,7 @@ from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import length_for_saved_size
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import trial
-from layercut.pipeline.stages.text import keys_of, with_evaluation_left_out
+from layercut.pipeline.stages.text import documents_of, with_evaluation_left_out
 from layercut.progress import bar, say
 from layercut.registries import criteria, objectives
 from layercut.report.stage_lines import describe_tried
@@ -322,7 +322,7 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         The artefact.
     """
     text, config = replace(work.config.text, seed=seed), replace(work.config.search, oracle=False, all_lengths=False)
-    left_out = digest(sorted(keys_of(work, "evaluation"))) if "evaluation" in work.text else None
+    left_out = documents_of(work, "evaluation") if "evaluation" in work.text else None
     inputs = [work.source, text, [*what_is_read(text.data)], left_out, config, length, *edition(config)]
     inputs += trial.inputs(work)
     with work.run.stage(SeedArtefact, f"stability-{seed}", inputs, together=True) as stage:

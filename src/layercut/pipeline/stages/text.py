@@ -207,7 +207,7 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
     before: list[Any] = []
     for other in drawn if use != "evaluation" else ():
         # the documents of all are left out; of the others what they take of a common stream counts, too
-        before.append(digest(sorted(keys_of(work, other))))
+        before.append(documents_of(work, other))
         before += [] if other == "evaluation" else [asdict(asked(work, other))]
     edition: list[Any] = [EDITION] if has_tests(wanted.source) else []
     if edition and work.config.search.preserve not in ("all", "none"):
@@ -360,6 +360,19 @@ def check_template(tokenizer: Any) -> None:
 def key_tensor(keys: frozenset[int]) -> torch.Tensor:
     """Keys of documents, sorted, int64."""
     return torch.tensor(sorted(keys), dtype=torch.int64)
+
+
+def documents_of(work: RunContext, use: str) -> str:
+    """Hash of the documents that a use of this run has, for stages that leave them out.
+
+    Args:
+        work: of the run.
+        use: what the text is for.
+
+    Returns:
+        Of their keys.
+    """
+    return digest(sorted(keys_of(work, use)))
 
 
 def keys_of(work: RunContext, use: str) -> set[int]:

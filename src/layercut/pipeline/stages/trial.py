@@ -51,9 +51,13 @@ def inputs(work: RunContext) -> list[Any]:
     """All that a trial depends on beside what the search does; nothing where there is none."""
     if work.score == "raw":
         return []
+    return [work.score, work.text["heldout"], *(healing_inputs(work) if work.score == "healed" else [])]
+
+
+def healing_inputs(work: RunContext) -> list[Any]:
+    """All that healing on some of the rows depends on, beside the cut."""
     heal = replace(work.config.heal, **SHORT, teacher_topk=0)
-    found = [work.score, work.text["heldout"]]
-    return found if work.score != "healed" else [*found, heal, work.text["tuning"], *objectives.edition(heal.objective)]
+    return [heal, work.text.get("tuning"), *objectives.edition(heal.objective)]
 
 
 def rows_to_tune(rows: int, times: int = 1) -> int:
