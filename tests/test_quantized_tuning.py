@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, Qwen2Config
 
 import folders
 import tiny
-from layercut import surgery
+from layercut import quantization, surgery
 from layercut.cli.command_line import main
 from layercut.config import QuantizeConfig, from_flat
 from layercut.errors import ConfigError
@@ -37,6 +37,8 @@ from layercut.quantization.trainable import Rounded, Scaled, Trainable
 from layercut.segments import Segment
 
 TOKENS, HELDOUT = tiny.some_tokens(16), tiny.some_tokens(4, seed=1)
+STOPPED = 130
+"""Exit status of a command that Ctrl-C ended."""
 WAYS: list[dict[str, Any]] = [
     {"bits": 4},
     {"bits": 3, "asymmetric": True, "quantize_embeddings": True, "embedding_bits": 3},
@@ -236,6 +238,44 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
     assert any(not torch.equal(weights[0][name], tensor) for name, tensor in untouched.items())
 
 
+def test_a_run_that_is_stopped_while_it_trains_does_not_round_again(texts, tmp_path, monkeypatch):
+    half(tiny.llama(3, vocab_size=folders.VOCABULARY, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
+    folders.tokenizer().save_pretrained(tmp_path / "model")
+    flags = ["--segment=1:2", "--bits=4", "--quantize-embeddings", "--embedding-bits=4", "--no-speed", "--no-fold"]
+    flags += ["--tokens=256", "--window=32", "--tune-tokens=256", "--batch-tokens=64", "--eval-tokens=256"]
+    argv = ["compress", str(tmp_path / "model"), *flags, f"--data={texts[0]}", f"--eval-data={texts[1]}"]
+    assert main([*argv, f"--out={tmp_path / 'whole'}"]) == 0
+    rounds, quantize = list[str](), quantization.quantize
+    monkeypatch.setattr(
+        quantization, "quantize", lambda *args, **more: rounds.append("anew") or quantize(*args, **more)
+    )
+    stopped = [*argv, f"--out={tmp_path / 'stopped'}"]
+    for way in ("stopped", "with another training", "to the end"):
+        with monkeypatch.context() as patch:
+            if way != "to the end":
+                patch.setattr(tune_quantized, "tune_parameters_", stop)
+                more = ["--tune-quantized=rounding"] if way == "with another training" else []
+                assert main([*stopped, *more]) == STOPPED
+            else:
+                assert main(stopped) == 0
+    assert rounds == ["anew"]
+    a, b = (tmp_path / way / "quantized.safetensors" for way in ("whole", "stopped"))
+    assert a.read_bytes() == b.read_bytes()
+    a, b = (json.loads((tmp_path / way / "quantize.json").read_text()) for way in ("whole", "stopped"))
+    once = ("seconds", "content_hash", "tuning")
+    assert {name: a[name] for name in a if name not in once} == {name: b[name] for name in b if name not in once}
+    other = [*argv, f"--out={tmp_path / 'other'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_quantized, "tune_parameters_", stop)
+        assert main([*other, "--group-size=32"]) == STOPPED
+    assert main(other) == 0
+    assert rounds == ["anew"] * 3, "what was kept is of other groups"
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def losses_of_rounding(model: Path, run: Path, removed: Segment) -> tuple[float, float]:
     """KL on the held-out rows of a run's rounded model, from the dense model and from the healed one."""
     dense = loading.load(checkpoints.resolve(str(model))).model
@@ -265,7 +305,7 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
         out = tmp_path / way
         assert main([*argv, f"--out={out}", f"--tune-quantized={way}"]) == 0
         runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
-        assert not (out / "quantized-tuning-state.safetensors").exists()
+        assert not {file.name for file in out.glob("*-state.safetensors")}
     trained = trainable.Trainable.of_(rounded(half(tiny.llama(2)), bits=3), half(tiny.llama(2)))
     assert trained.rate < Trainable.of_(rounded(half(tiny.llama(2)), bits=3)).rate, "of rounding, and of scales alone"
     tuning = runs["auto"]["quantize"]["tuning"]

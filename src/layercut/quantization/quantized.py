@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from layercut.models.loading import replace_parameters_
+from layercut.quantization.packing import quantized_weights
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -65,6 +68,26 @@ class Quantized:
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "quantization_config": dict(self.config),
         }
+
+    @classmethod
+    def restored(cls, model: Any, packed: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Quantized:
+        """What was kept as packed tensors and `to_dict`.
+
+        Args:
+            model: the model before it was rounded, changed in place.
+            packed: the stored tensors by name.
+            facts: of `to_dict`.
+
+        Returns:
+            The same, with its model.
+        """
+        own = dict(facts)
+        mixture, weights, left, size, config = (
+            own.pop(name) for name in ("mixture", "layers", "left", "bytes", "quantization_config")
+        )
+        replace_parameters_(model, quantized_weights(packed, config))
+        rows = tuple(QuantizedWeight(**row) for row in weights)
+        return cls(model, packed, config, rows, tuple(left), size["before"], size["after"], own, mixture)
 
     def _repr_html_(self) -> str:
         """A row for each kind of weight, for notebooks."""

@@ -14,6 +14,7 @@ from layercut import quantization as rounding
 from layercut.config import Bits, CompressConfig, DataConfig, QuantizeConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
+from layercut.files.json_values import digest
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
 from layercut.models.losses import as_price
@@ -58,7 +59,12 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
             tests = tests_to_round_on(work, config)
-            found = rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
+            decided = digest([config, calibrated, *chosen, *how, work.run.inputs_of("heal")])
+
+            def rounded() -> rounding.Quantized:
+                return rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
+
+            found = tune_quantized.rounded_once(work, student, decided, rounded)
             found, tuning = tune_quantized.tune(work, found, student)
             work.save(dict(found.packed), "quantized")
             stage.found = QuantizeArtefact(

@@ -6,7 +6,9 @@ own next tokens and the tests (docs/log.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_par
 from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
-from layercut.models import memory
+from layercut.models import loading, memory
 from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
 from layercut.pipeline.run_context import RunContext
@@ -39,6 +41,8 @@ ROWS = "rows as in healing"
 """How they are done. Whether short rows alone lose what lies further back is not told by one rounding (docs/log.md)."""
 STATE = "quantized-tuning-state.safetensors"
 """Where it stands, written every few minutes and when it is stopped; gone when the stage is done."""
+ROUNDED = "rounded-state.safetensors"
+"""What is trained as rounding left it, so that a training that is stopped does not round again; gone as that is."""
 
 
 def wanted(config: CompressConfig) -> bool:
@@ -65,6 +69,30 @@ def settings_of(heal: HealConfig) -> TuneSettings:
     return TuneSettings(
         objective=objective(own), batch_tokens=heal.batch_tokens, epochs=heal.epochs, patience=heal.patience
     )
+
+
+def rounded_once(work: RunContext, before: Any, key: str, rounded: Callable[[], Quantized]) -> Quantized:
+    """The rounded model: where it is trained after that, as an earlier command of this run kept it.
+
+    Args:
+        work: of the run.
+        before: the model before it is rounded.
+        key: hash of all that decides how it is rounded.
+        rounded: rounds it.
+
+    Returns:
+        The quantized model, to the bit the same either way.
+    """
+    if not wanted(work.config):
+        return rounded()
+    kept = StateFile(work.run / ROUNDED, key=key)
+    if (state := kept.load(key)) is not None:
+        tensors, facts = state
+        say("quantize", "rounded before the run was stopped: only the training goes on")
+        return Quantized.restored(loading.share(before), {name: one for name, (one,) in tensors.items()}, facts)
+    found = rounded()
+    kept.save(key, {name: [tensor] for name, tensor in found.packed.items()}, found.to_dict())
+    return found
 
 
 def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, TuningRecord | None]:
@@ -155,5 +183,6 @@ def _trained(
 
 
 def forget_state_(work: RunContext) -> None:
-    """Remove the state of a training that is done."""
-    processes.on_main(lambda: remove_written(work.run / STATE))
+    """Remove the state of a training that is done, and what it began with."""
+    for name in (STATE, ROUNDED):
+        processes.on_main(partial(remove_written, work.run / name))
