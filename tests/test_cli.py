@@ -24,6 +24,7 @@ from layercut.config import (
     PerplexityConfig,
     TuneConfig,
     flattened,
+    from_flat,
     keys,
 )
 from layercut.errors import ConfigError
@@ -205,6 +206,14 @@ def test_flags_win_over_a_file_and_a_file_over_the_preset(resolved, tmp_path):
     assert (found["tokens"], found["tune_tokens"], found["speed"]) == (333, 222, True)
     assert (found["quantizer"], found["eval_tokens"]) == ("gptq", PRESETS["fast"]["eval_tokens"])
     assert found["batch_tokens"] == HealConfig().batch_tokens
+
+
+def test_a_file_may_list_names_that_a_flag_separates_by_commas(resolved, tmp_path):
+    lists: dict[str, Any] = {"bits_allowed": [8, 4], "preserve": ["recall", "copy"], "tasks": ["piqa", "arc_easy"]}
+    file = write_yaml(tmp_path / "some.yaml", **lists, bits="auto", target_size="50MB")
+    found = resolved(f"--config={file}")
+    assert [found[key] for key in lists] == ["8,4", "recall,copy", "piqa,arc_easy"]
+    assert from_flat({"preserve": ["recall", "copy"]}).search.preserve == "recall,copy"
 
 
 def test_a_file_may_name_a_preset_and_the_flag_wins(resolved, tmp_path):

@@ -56,6 +56,8 @@ GgufType = Literal[
 ]  # fmt: skip
 TAKE_TESTS = ("clp", "gate", "race", "exhaustive")
 """Criteria of layercut that take generated tests, several segments and other objectives."""
+OF_NAMES = {"preserve", "consumers", "for", "bits_allowed", "tasks", "evaluations", "methods", "states"}
+"""Options whose value is names, or numbers, separated by commas."""
 Score = Literal["raw", "folded", "healed"]
 """What cuts are chosen by in the end."""
 Preset = Literal["fast", "balanced", "best"]
@@ -126,6 +128,11 @@ def at_least(name: str, value: float, least: float) -> None:
 def split_names(text: str) -> list[str]:
     """Names separated by commas, each once, in the order given."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def joined_names(key: str, value: Any) -> Any:
+    """The value of an option, where it is names separated by commas also from a list, as a YAML file may give it."""
+    return ",".join(map(str, value)) if key in OF_NAMES and isinstance(value, list | tuple) else value
 
 
 def consumer_names(text: str) -> tuple[str, ...]:
@@ -1239,6 +1246,7 @@ def from_flat(options: Mapping[str, Any]) -> CompressConfig:
             )
         if key == "segment":
             value = (value,) if isinstance(value, str) else tuple(value)
+        value = joined_names(key, value)
         parts[owner[key]][key] = _checked(key, value, get_type_hints(hints[owner[key]])[key])
     return CompressConfig(**{part: hints[part](**given) for part, given in parts.items()})
 

@@ -40,6 +40,7 @@ from layercut.config import (
     QuantizeAloneConfig,
     RunConfig,
     TuneConfig,
+    joined_names,
 )
 from layercut.errors import ConfigError, LayercutError, shown
 from layercut.files.writing import disk_refusal
@@ -490,7 +491,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} does not hold keys", "one flag a line, such as  ratio: 0.2")
     # a resolved config.yaml also lists what was left at None
-    return {key: value for key, value in content.items() if value is not None}
+    return {key: joined_names(key, value) for key, value in content.items() if value is not None}
 
 
 def _refusal(message: str, hint: str) -> Outcome:
