@@ -295,6 +295,27 @@ def test_what_no_task_tells_is_no_hundred_per_cent_and_a_perplexity_is_no_share(
     assert "by chance" not in html
 
 
+def test_figures_of_packages_evaluations_are_shown_and_an_empty_plot_is_not_drawn(tmp_path):
+    own = {"evaluations": {"sentiment": {"accuracy": 0.8125, "bias": 0.03}}}
+    comparison = {
+        "judged_dense": {"evaluations": {"sentiment": {"accuracy": 0.9375}}},
+        "methods": [{"method": "clp", "judged": {"cut": own}}],
+    }
+    table = comparison_views.survival_table(comparison)
+    shown = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
+    assert shown["sentiment\naccuracy"] == ["0.9375", "0.8125"]
+    assert shown["sentiment\nbias"] == ["-", "0.03"]
+    plot = tmp_path / "compare-survival.svg"
+    plot.write_text("of an earlier comparison")
+    comparison_views.draw_survival(comparison, plot)
+    assert not plot.exists(), "nothing of these figures is in it"
+    (tmp_path / "compare.json").write_text(json.dumps({"model": "x", **comparison}))
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "compare.html").read_text()
+    assert "sentiment accuracy" in html
+    assert "0.8125" in html
+
+
 def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(arguments, tmp_path, monkeypatch):
     tried, real = [], module.layer_search.search
     monkeypatch.setattr(module.layer_search, "search", lambda *args, **how: tried.append(how) or real(*args, **how))

@@ -180,6 +180,28 @@ def damage(judged: Json) -> str:
     return f"{sum(known) / len(known):.2f}" if known else "-"
 
 
+def own_figures(comparison: Any) -> list[tuple[str, str]]:
+    """(evaluation, metric) of every figure that the evaluations of packages gave, in the order they came in."""
+    every = (judged.evaluations.entries() for *_, judged in survivals(comparison))
+    named = ((name, metric) for some in every for name, metrics in some for metric, _ in metrics.entries())
+    return list(dict.fromkeys(named))
+
+
+def own_figure(judged: Json, name: str, metric: str) -> str:
+    """A figure of a package's evaluation; "-" where it is not known.
+
+    Args:
+        judged: of a state.
+        name: of the evaluation.
+        metric: of its figures.
+
+    Returns:
+        Words.
+    """
+    value = formatting.finite(judged.evaluations[name][metric])
+    return "-" if value is None else f"{value:.4g}"
+
+
 def survival_table(comparison: Any) -> Table:
     """What every cut still does, method by method and state by state, beside the dense model.
 
@@ -202,6 +224,8 @@ def survival_table(comparison: Any) -> Table:
     table.add_column("state", no_wrap=True)
     for heading in (*(("kept", "above\nchance", "behind") if tasks else ()), "keys", "lists", "damage"):
         table.add_column(heading, justify="right", no_wrap=True)
+    for name, metric in (others := own_figures(comparison)):
+        table.add_column(Text(f"{name}\n{metric}"), justify="right")
     last = ""
     for method, state, judged in survivals(comparison):
         above = retention_words(judged, "above_chance").partition(" ")[0]  # eighty columns hold no more errors
@@ -209,7 +233,8 @@ def survival_table(comparison: Any) -> Table:
         if method == "dense" and tasks:
             kept = [whole_of(comparison, "mean"), whole_of(comparison, "above_chance"), "-"]
         of_probes = found(judged["keys"]), found(judged.lists), damage(judged) if state else "-"
-        table.add_row(Text("" if method == last else method), state, *kept, *of_probes)
+        own = (Text(own_figure(judged, *which)) for which in others)
+        table.add_row(Text("" if method == last else method), state, *kept, *of_probes, *own)
         last = method
     return table
 
@@ -264,7 +289,7 @@ def draw_survival(comparison: Any, path: Path) -> None:
 
     Args:
         comparison: compare.json.
-        path: the file to write.
+        path: the file to write; removed where there is nothing to draw.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -277,9 +302,12 @@ def draw_survival(comparison: Any, path: Path) -> None:
     ]
     rows = [row for row in comparison.methods if row.judged]
     panels = [(title, of) for title, of in panels if any(of(j) for row in rows for _, j in row.judged.entries())]
+    if not panels:
+        path.unlink(missing_ok=True)
+        return
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "layercut", "text.parse_math": False}):
         canvas = Figure(figsize=(max(7, 3 * len(panels) + 1), 1.2 + 0.45 * len(rows)), layout="constrained")
-        every = canvas.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+        every = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         named: set[str] = set()
         for axes, (title, bar_of) in zip(every, panels, strict=False):
             for y, row in enumerate(rows):
