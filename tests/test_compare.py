@@ -352,6 +352,8 @@ def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_p
         (["--methods=cosine:recall"], "goes by text alone"),
         (["--methods=clp:music"], "'music'"),
         (["--states=cut,healed"], "'healed'"),
+        (["--states=,"], "names none"),
+        (["--states=tuned"], "give --tune-tokens"),
         (["--methods=clp,2:5"], "2:5 removes 3 layers"),
         (["--ratio=1.5"], "outside 0 to 1"),
         (["--eval-tokens=1"], "too small"),

@@ -1151,6 +1151,10 @@ class MethodsConfig:
             self.search(name)
         if wrong := [state for state in split_names(self.states) if state not in COMPARED_STATES]:
             raise ConfigError(f"--states names {wrong[0]!r}", f"allowed are {', '.join(COMPARED_STATES)}")
+        if not self.state_names:
+            raise ConfigError("--states names none", f"allowed are {', '.join(COMPARED_STATES)}")
+        if self.state_names == ["tuned"] and not self.tune_tokens:
+            raise ConfigError("--states tuned is given, and nothing is tuned", "give --tune-tokens, or --states cut")
 
     @property
     def names(self) -> list[str]:
