@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 import folders
 import quick
 import tiny
 from layercut.cli.command_line import main
 from layercut.config import from_flat
-from layercut.errors import RunError
+from layercut.errors import ConfigError, RunError
 from layercut.export.ggml import quantize_file
 from layercut.export.gguf_tensors import tensor_types
 from layercut.models import checkpoints, loading
+from layercut.models.checkpoints import Checkpoint
+from layercut.pipeline import gguf_run
+from layercut.pipeline.gguf_run import check_names
 from layercut.pipeline.journey import compress
 from layercut.report.run_facts import read_run
 from layercut.report.stage_lines import describe_gguf_check
@@ -208,6 +212,22 @@ def test_formats_of_llama_cpps_own_ask_for_it_before_anything_is_healed(source, 
     assert main(["compress", str(source), *SHORT, "--segment=2:3", "--data=python-docs", f"--out={out}"]) == 2
     assert "hint: pip install" in " ".join(capsys.readouterr().err.split())
     assert not any(tmp_path.iterdir())
+
+
+def test_a_file_whose_healed_layers_could_not_be_written_back_is_refused_at_the_beginning(tmp_path, monkeypatch):
+    """Experts are one tensor in transformers and three in llama.cpp: that was seen when all was healed."""
+    of_experts = {"name": "qwen3moe"}
+    monkeypatch.setattr(gguf_run, "architecture_of", lambda file: of_experts["name"])
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    experts = Qwen3MoeConfig(**sizes, moe_intermediate_size=8, num_experts=4, vocab_size=64, head_dim=8)
+    checkpoint = Checkpoint("x.gguf", tmp_path, gguf="x.gguf")
+    with pytest.raises(ConfigError, match=r"no single tensor for model\.layers\.0\.mlp\.experts") as refused:
+        check_names(from_flat({"ratio": 0.3}), checkpoint, experts)
+    assert "--format safetensors" in (refused.value.hint or "")
+    check_names(from_flat({"ratio": 0.3, "format": "safetensors"}), checkpoint, experts)
+    check_names(from_flat({"ratio": 0.3, "tune_tokens": 0}), checkpoint, experts)
+    of_experts["name"] = "qwen3"
+    check_names(from_flat({"ratio": 0.3}), checkpoint, Qwen3Config(**sizes, vocab_size=64, head_dim=8))
 
 
 @pytest.mark.parametrize("flag", ["--group-size=64", "--quantizer=rtn", "--symmetric", "--endpoint-bits=16"])

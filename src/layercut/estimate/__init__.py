@@ -37,7 +37,7 @@ from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, 
 from layercut.models.gguf_header import read_header
 from layercut.models.memory import available_bytes, memory_bytes, resident_bytes
 from layercut.offload.placement import load_cost, placed_peak, spread_peak, weights_peak
-from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
+from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.pipeline.resolve_options import (
     check_consumers,
     check_streamed,
@@ -324,6 +324,7 @@ def _check_as_a_run(journey: CompressConfig, checkpoint: checkpoints.Checkpoint,
     layers = loading.count_layers(stock)
     wanted, length = checked_segments(journey.search.segments, layers), wanted_length(journey.search, layers)
     check_consumers(journey, stock, wanted, length, gguf=keeps_gguf(journey, checkpoint))
+    check_names(journey, checkpoint, stock)
     if journey.load.stream == "on":
         check_streamed(journey, spread=False)
 

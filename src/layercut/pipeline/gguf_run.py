@@ -11,16 +11,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from layercut.config import CompressConfig, ExportConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
 from layercut.export.gguf_export import SAME, CutGguf, check_cut, write_cut
-from layercut.export.gguf_tensors import converter_script, tensor_types
+from layercut.export.gguf_tensors import architecture_of, converter_script, possible_names, tensor_types
 from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
-from layercut.models import checkpoints
+from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import block_of, open_gguf
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
 from layercut.pipeline.provenance import is_run
@@ -116,6 +119,29 @@ def check_own_types(file: Path) -> None:
     tensors = open_gguf(file)[1].tensors
     if any(block_of(one.name) is not None and one.tensor_type.name.lower() not in PLAIN for one in tensors):
         require_llama_cpp()
+
+
+def check_names(config: CompressConfig, checkpoint: checkpoints.Checkpoint, architecture: Any) -> None:
+    """Refuse, before anything is healed, a file whose layers could not be written back once they are tuned.
+
+    Args:
+        config: every option.
+        checkpoint: the file.
+        architecture: transformers' config of it.
+
+    Raises:
+        ConfigError: a weight of a layer is stored in parts or joined, as experts are, or llama.cpp does not know it.
+    """
+    if not keeps_gguf(config, checkpoint) or not config.heal.tune_tokens:
+        return
+    kind, bare = architecture_of(checkpoint.file), loading.skeleton(architecture, torch.float32)
+    names, layers = possible_names(bare, kind), f"{loading.find_decoder(bare).path}."
+    nameless = [name for name, known in names.items() if known is None and name.startswith(layers)]
+    if nameless:
+        raise ConfigError(
+            f"tuned layers of a {kind} file cannot be written back: llama.cpp has no single tensor for {nameless[0]}",
+            "for a checkpoint folder: --format safetensors; or without tuning: --tune-tokens 0",
+        )
 
 
 def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint, target: int) -> int:

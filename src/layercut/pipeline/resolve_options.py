@@ -25,7 +25,7 @@ from layercut.layer_search import length_for_size, length_for_speedup
 from layercut.layer_search.criteria import names
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
-from layercut.pipeline.gguf_run import check_output, keeps_gguf, length_for_target
+from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice, endpoints_of
 from layercut.quantization.saved_size import bytes_with_endpoints
 from layercut.registries import criteria
@@ -90,6 +90,8 @@ def resolve(model: str, config: CompressConfig, until: Stage) -> ResolvedRun:
     layers = loading.count_layers(architecture)
     wanted, length = checked_segments(config.search.segments, layers), wanted_length(config.search, layers)
     check_output(config, checkpoint, chooses=until == "report")
+    if until != "search":
+        check_names(config, checkpoint, architecture)
     check_target(config, checkpoint, architecture)
     check_consumers(config, architecture, wanted, length, gguf=keeps_gguf(config, checkpoint))
     check_sources(config, until)
