@@ -22,7 +22,7 @@ from layercut.errors import ModelError
 from layercut.export.ggml import quantized_rows
 from layercut.export.gguf_check import by_llama_cpp as llama_cpp_computes
 from layercut.export.gguf_check import compare_weights, read_by_transformers, unlike_the_folder
-from layercut.export.gguf_export import write_requantized
+from layercut.export.gguf_export import NEXT_FINER, healed_type, write_requantized
 from layercut.export.gguf_measured import refuse_jump
 from layercut.export.gguf_tensors import CONVERTER, gguf_tensors, rotary_order, tensor_types
 from layercut.export.importance import importance
@@ -190,9 +190,10 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert set(facts["healed"]) == changed
     assert facts["tensor_types"] == tensor_types(out)
     matrices = sum("norm" not in name for name in changed)
-    # as they came: kept ones to the byte, healed ones rounded again
-    assert facts["tensor_types"] == {"Q4_1": tensor_types(source)["Q4_1"] - 14, "F32": 9}
-    assert facts["kind"] == "same"
+    # kept ones to the byte, healed ones rounded again, one step finer
+    left = tensor_types(source)["Q4_1"] - 14
+    assert facts["tensor_types"] == {"Q4_1": left - matrices, "Q5_1": matrices, "F32": 9}
+    assert facts["kind"] == "finer"
     measured, recorded = facts["again"], json.loads((gguf_run / "summary.json").read_text())["perplexity"]
     assert measured["tokens"] == recorded["tokens"] == 64
     assert measured["perplexity"]["model"] == pytest.approx(recorded["tuned"], rel=1e-2)
@@ -206,6 +207,21 @@ def test_a_run_from_gguf_goes_back_to_gguf(source, gguf_run, tmp_path, capsys):
     assert (logits(ours) - logits(theirs)).float().abs().mean() < 0.15 * logits(ours).float().std()
     assert main(["export", str(gguf_run), f"--out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main(["export", str(gguf_run), f"--out={out}", "--gguf-type=same", "--force"]) == 0
+    assert tensor_types(out) == {"Q4_1": left, "F32": 9}
+
+
+def test_the_next_finer_format_has_more_bits_and_fits_the_same_rows():
+    def shape(kind: str) -> tuple[int, float]:
+        columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+        return columns, 8 * size / columns
+
+    for came, becomes in NEXT_FINER.items():
+        assert shape(came)[0] % shape(becomes)[0] == 0, came
+        assert 0.4 < shape(becomes)[1] - shape(came)[1] <= 3, came
+    assert healed_type("finer", "q4_k") == "q5_k"
+    assert healed_type("finer", "q8_0") == healed_type("same", "q8_0") == "q8_0"
+    assert healed_type("q4_0", "q5_k") == "q4_0"
 
 
 def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypatch):
@@ -448,8 +464,8 @@ def test_a_file_in_an_importance_quant(source, tmp_path):
     assert tensor_types(out)["IQ2_XS"] > 3
     assert main(["export", str(came), "--gguf-type=q4_1", f"--out={out}", "--force"]) == 0
     assert tensor_types(out) == {"Q4_1": 21, "F32": 7, "Q8_0": 2}
-    with pytest.raises(ModelError, match="its own number formats already"):
-        write_requantized(checkpoints.resolve(str(came)), out, "same")
+    with pytest.raises(ModelError, match="its tensors stay in their number formats"):
+        write_requantized(checkpoints.resolve(str(came)), out, "finer")
 
 
 def test_a_jump_in_perplexity_is_refused(source):

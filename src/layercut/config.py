@@ -50,7 +50,7 @@ AskedBits = Literal["auto", 16, 8, 6, 4, 3, 2]
 """The same, or chosen for each matrix."""
 EmbeddingBits = Literal[16, 8, 6, 4, 3, 2]
 GgufType = Literal[
-    "same", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "finer", "same", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
     "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
@@ -768,10 +768,10 @@ class OutputConfig:
     """safetensors: a checkpoint folder for transformers. gguf: a file for llama.cpp; of a .gguf file, with the bytes of
     all that healing left alone. auto: gguf where MODEL is one or --out is named so, else safetensors."""
     gguf_type: GgufType | None = None
-    """Number format of what is written in a GGUF file. Of a .gguf file, same (not given): what healing changed is in
-    the number format that it had; f32 to q4_0: in that one. Of a folder q8_0 where not given. q6_k to iq1_s: all
-    weights, by llama.cpp with an importance matrix (extra llamacpp). Codes of Q4_0 to Q5_1, Q4_K and Q5_K are then
-    chosen by GPTQ."""
+    """Number format of what is written in a GGUF file. Of a .gguf file, what healing changed is in the next finer
+    format than it had, as Q5_1 for Q4_1 (finer; not given, unless --target-size is), in the format that it had (same)
+    or in that of f32 to q4_0. Of a folder q8_0 where not given. q6_k to iq1_s: all weights, by llama.cpp with an
+    importance matrix (extra llamacpp). Codes of Q4_0 to Q5_1, Q4_K and Q5_K are then chosen by GPTQ."""
 
 
 @options(RUN)
@@ -1061,8 +1061,9 @@ class ExportConfig:
     ] = "gguf"
     gguf_type: GgufType | None = None
     """Number format of the weights in a GGUF file. A run that began from one keeps the bytes of every weight that
-    healing left alone, and writes the others in the format that they came in (same, its default) or in that of f32 to
-    q4_0. q6_k to iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
+    healing left alone, and writes the others in the next finer format than they came in, as Q5_1 for Q4_1 (finer, its
+    default unless it had a --target-size), in the format that they came in (same) or in that of f32 to q4_0. q6_k to
+    iq1_s are llama.cpp's mixtures, of all weights, with an importance matrix from the calibration text
     (extra llamacpp). Of a run, codes of Q4_0 to Q5_1, Q4_K and Q5_K are then chosen by GPTQ on that text. Not given,
     and no GGUF file came: q8_0."""
     converter: Annotated[Path | None, rare] = None

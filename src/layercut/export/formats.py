@@ -26,6 +26,8 @@ from layercut.data.blocks import stored_blocks
 from layercut.export.checkpoint import save, text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
 from layercut.export.gguf_export import (
+    AS_THEY_CAME,
+    FINER,
     SAME,
     CutGguf,
     Texts,
@@ -96,14 +98,16 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
         ModelError: llama.cpp does not know the architecture, or reads something else from the file.
     """
     kind = options.gguf_type
-    if kind is not None and kind != SAME and kind not in PLAIN:
+    if kind is not None and kind not in (*AS_THEY_CAME, *PLAIN):
         require_llama_cpp()
     came = source.came
     if source.run is not None and came is not None:
         cut = cut_of_run(source.run, came)
         text, calibration = source.text, stored_blocks(source.run, "calibration")
         assert text is not None
-        facts = write_cut(cut, out, kind or SAME, cut.student().model, calibration) | check_cut(cut, out, text)
+        facts = write_cut(cut, out, kind or type_in(source.run), cut.student().model, calibration) | check_cut(
+            cut, out, text
+        )
     elif came is not None:
         facts = write_requantized(came, out, kind or SAME)
     else:
@@ -112,6 +116,12 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
         )
         facts = write_converted(source.model, out, options, texts, source.name)
     return facts | {"tensor_types": tensor_types(out)}
+
+
+def type_in(run: Path) -> str:
+    """What the healed tensors of a finished run's own .gguf file are in; where it has none, as those of others."""
+    written = checkpoints.read_json(run / "quantize.json").get("gguf") or {}
+    return written["kind"] if written.get("kind") in AS_THEY_CAME else FINER
 
 
 def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:

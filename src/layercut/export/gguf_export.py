@@ -53,8 +53,16 @@ IMPORTANCE_TOKENS = 16384
 """Tokens that importance is measured on, at most."""
 FINE = (*CONVERTED, "q8_0")
 """GGML types that are so fine that the importance of columns changes nothing worth measuring."""
-SAME = "same"
-"""--gguf-type: every tensor in the number format that it came in."""
+SAME, FINER = "same", "finer"
+"""--gguf-type: healed tensors in the number format that they came in, or in the next finer one. Those that were left
+alone lie on the grid of theirs; healed ones do not, and lose most (docs/log.md)."""
+AS_THEY_CAME = (SAME, FINER)
+NEXT_FINER = {
+    "q4_0": "q5_0", "q4_1": "q5_1", "q5_0": "q8_0", "q5_1": "q8_0", "iq4_nl": "q5_0", "q2_k": "q3_k", "q3_k": "q4_k",
+    "q4_k": "q5_k", "q5_k": "q6_k", "q6_k": "q8_0", "iq4_xs": "q5_k", "iq3_s": "q4_k", "iq3_xxs": "q4_k",
+    "iq2_s": "q3_k", "iq2_xs": "q3_k", "iq2_xxs": "q3_k", "iq1_m": "iq2_xs", "iq1_s": "iq2_xs",
+}  # fmt: skip
+"""By GGML type: what healed tensors that came in it are written in; of others, which are fine enough, the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +94,26 @@ class CutGguf:
         return loaded
 
 
+def healed_type(kind: str, came: str) -> str:
+    """The number format of a healed tensor.
+
+    Args:
+        kind: SAME, FINER, or a GGML type in lower case, which it then is.
+        came: the GGML type that it came in, in lower case.
+
+    Returns:
+        A GGML type in lower case.
+    """
+    return NEXT_FINER.get(came, came) if kind == FINER else came if kind == SAME else kind
+
+
 def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
     """The source file without the segments, with what healing changed replaced.
 
     Args:
         source: the source file, and what became of it.
         file: where to write.
-        kind: SAME, or a GGML type in lower case: of what was healed; a mixture of llama.cpp: of all matrices.
+        kind: SAME, FINER or a GGML type in lower case: of what was healed; a mixture of llama.cpp: of all matrices.
         student: the model that the file should be, for its config and the importance of columns.
         tokens: token ids [N, T] to measure importance on, and for GPTQ; None: rounded without.
 
@@ -104,16 +125,17 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
     """
     came, architecture = source.checkpoint.file, architecture_of(source.checkpoint.file)
-    mixture = kind != SAME and kind not in PLAIN
+    mixture = kind not in (*AS_THEY_CAME, *PLAIN)
     kinds = types_as_they_came(came, source.segments)
     columns = _columns(student, tokens) if source.healed or mixture else {}
     plain = file.with_name("unrounded.gguf")
     plain.unlink(missing_ok=True)  # of a command that was stopped
     if not mixture:
-        of = kinds.__getitem__ if kind == SAME else lambda _: kind
         if not llama_cpp_installed():
             columns = {}  # the gguf package rounds to nearest
-        tensors = gguf_tensors(source.healed, student.config, architecture, of, columns)
+        tensors = gguf_tensors(
+            source.healed, student.config, architecture, lambda name: healed_type(kind, kinds[name]), columns
+        )
         cut_gguf(came, source.segments, file, replaced=tensors, as_loaded=True)
     else:
         try:
@@ -199,8 +221,10 @@ def write_requantized(checkpoint: checkpoints.Checkpoint, file: Path, kind: str)
         ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
         ModelError: the file, read back or computed by llama.cpp, is not the source's model.
     """
-    if kind == SAME:
-        raise ModelError(f"{checkpoint.name} is in its own number formats already", "give another --gguf-type")
+    if kind in AS_THEY_CAME:
+        raise ModelError(
+            f"{checkpoint.name} was not healed: its tensors stay in their number formats", "give another --gguf-type"
+        )
     loaded = loading.load(checkpoint, dtype="float32", device="cpu")
     text = _some_text(loaded)
     came = checkpoint.file
@@ -236,10 +260,11 @@ def write_converted(
     """
     kind = config.gguf_type or "q8_0"
     checkpoints.check_folder(folder)
-    if kind == SAME or "quantization_config" in checkpoints.read_json(folder / "config.json"):
-        why = "came in no number format of GGUF" if kind == SAME else "is quantized already"
+    own = kind in AS_THEY_CAME
+    if own or "quantization_config" in checkpoints.read_json(folder / "config.json"):
+        why = "came in no number format of GGUF" if own else "is quantized already"
         raise ModelError(f"{folder} {why}; a GGUF file is made from float weights",
-                         "give another --gguf-type" if kind == SAME else
+                         "give another --gguf-type" if own else
                          "compress without --bits, and let --gguf-type quantize")  # fmt: skip
     # in float32: what llama.cpp computes of a bfloat16 folder is nearer to that than the folder's own dtype comes
     loaded = loading.load(checkpoints.resolve(str(folder)), device="cpu", dtype="float32")

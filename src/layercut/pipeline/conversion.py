@@ -13,6 +13,7 @@ from layercut.config import ExportConfig, consumer_names
 from layercut.errors import ConfigError
 from layercut.export import consumers
 from layercut.export.formats import ExportSource
+from layercut.export.gguf_export import AS_THEY_CAME
 from layercut.export.gguf_measured import FLOATS
 from layercut.files.atomic_folder import appearing
 from layercut.files.json_values import write_json
@@ -91,7 +92,7 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
         words = f"the first {again['tokens']} tokens"
         figures = [Figure(metric="perplexity", value=value, dataset=str(dataset), words=words)]
     kind = facts["kind"].upper()
-    if kind == "SAME":
+    if kind.lower() in AS_THEY_CAME:
         kind = next((name for name in facts["tensor_types"] if name not in FLOATS), "F32")
     number_format = "" if kind in FLOATS else kind
     done = f"As a GGUF file; tensors: {types}."

@@ -19,7 +19,7 @@ from layercut.config import CompressConfig, ExportConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
-from layercut.export.gguf_export import SAME, CutGguf, check_cut, write_cut
+from layercut.export.gguf_export import AS_THEY_CAME, FINER, SAME, CutGguf, check_cut, healed_type, write_cut
 from layercut.export.gguf_tensors import architecture_of, converter_script, possible_names, tensor_types
 from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
@@ -91,15 +91,15 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
             f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
             f"{command}{here}for a checkpoint folder: --format safetensors",
         )
-    if output.gguf_type not in (None, SAME, *PLAIN):
+    if output.gguf_type not in (None, *AS_THEY_CAME, *PLAIN):
         require_llama_cpp()
         if config.search.target_size:
             raise ConfigError(
                 f"--target-size cannot be counted beforehand in the mixture {output.gguf_type}",
                 "give --ratio, or leave out --gguf-type",
             )
-    if gguf and output.gguf_type in (None, SAME) and (config.heal.fold or config.heal.tune_tokens):
-        check_own_types(checkpoint.file)
+    if gguf and output.gguf_type in (None, *AS_THEY_CAME) and (config.heal.fold or config.heal.tune_tokens):
+        check_own_types(checkpoint.file, type_of_healed(config))
     if not gguf:
         converter_script(None)
     folder = run_folder(config.run)
@@ -107,17 +107,27 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
         raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
 
 
-def check_own_types(file: Path) -> None:
-    """Refuse, before anything is healed, a file whose layers are in formats that only llama.cpp writes, without it.
+def type_of_healed(config: CompressConfig) -> str:
+    """What --gguf-type means: where it is not given, one step finer, but where bytes are short.
+
+    Of a --target-size the bytes are better spent on a layer more (docs/log.md).
+    """
+    return config.output.gguf_type or (SAME if config.search.target_size else FINER)
+
+
+def check_own_types(file: Path, kind: str) -> None:
+    """Refuse, before anything is healed, a file whose layers will be in formats that only llama.cpp writes, without it.
 
     Args:
         file: the model.
+        kind: SAME or FINER.
 
     Raises:
         ConfigError: llama-cpp-py-sync is missing; the hint says how to install it.
     """
     tensors = open_gguf(file)[1].tensors
-    if any(block_of(one.name) is not None and one.tensor_type.name.lower() not in PLAIN for one in tensors):
+    within = {one.tensor_type.name.lower() for one in tensors if block_of(one.name) is not None}
+    if any(healed_type(kind, came) not in PLAIN for came in within):
         require_llama_cpp()
 
 
@@ -162,7 +172,7 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
 
     header, reader = open_gguf(checkpoint.file, as_loaded=True)
     blocks, growth = [0] * header.layers, [0] * header.layers
-    kind = config.output.gguf_type or SAME
+    kind = type_of_healed(config)
     for tensor in reader.tensors:
         block = block_of(tensor.name)
         if block is None or block >= header.layers:
@@ -170,7 +180,8 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
         size = int(tensor.n_bytes)
         blocks[block] += size
         if kind != SAME and len(tensor.shape) > 1:
-            per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
+            becomes = healed_type(kind, tensor.tensor_type.name.lower())
+            per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[becomes.upper()]]
             growth[block] += max(0, int(tensor.n_elements) // per_block * packed - size)
     runs = config.search.num_segments
     radius = config.heal.radius
@@ -210,7 +221,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     Returns:
         The artefact.
     """
-    kind = work.config.output.gguf_type or SAME
+    kind = type_of_healed(work.config)
     inputs = [kind, work.text["calibration"], RECIPE]
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open:
@@ -218,7 +229,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             file.unlink(missing_ok=True)
             left = what_is_left(work, segments)
             written = write_cut(left, file, kind, student, work.blocks["calibration"])
-            mixture = kind != SAME and kind not in PLAIN
+            mixture = kind not in (*AS_THEY_CAME, *PLAIN)
             written["rounded"] = sorted(
                 name for name, p in student.named_parameters() if name in left.healed or (mixture and p.dim() > 1)
             )
