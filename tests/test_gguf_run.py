@@ -204,6 +204,14 @@ def test_a_full_disk_is_told_of_what_llama_cpp_writes(source):
         quantize_file(source, Path("/dev/full"), "q5_k_m", {})
 
 
+@pytest.mark.parametrize("kind", ["same", "finer"])
+def test_formats_that_a_folder_never_had_are_refused_at_the_beginning(kind, tiny_model, tmp_path, capsys):
+    out = tmp_path / "x.gguf"
+    assert main(["compress", str(tiny_model), "--ratio=0.3", *SHORT, f"--gguf-type={kind}", f"--out={out}"]) == 2
+    assert f"--gguf-type {kind} is given, and MODEL is in no number format of GGUF" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_formats_of_llama_cpps_own_ask_for_it_before_anything_is_healed(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("layercut.pipeline.gguf_run.PLAIN", ("f32",))
     monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)

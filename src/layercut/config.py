@@ -131,7 +131,15 @@ def split_names(text: str) -> list[str]:
 
 
 def joined_names(key: str, value: Any) -> Any:
-    """The value of an option, where it is names separated by commas also from a list, as a YAML file may give it."""
+    """The value of an option, where it is names separated by commas also from a list, as a YAML file may give it.
+
+    Args:
+        key: the option.
+        value: as it was given.
+
+    Returns:
+        The names as one text, or the value as it is.
+    """
     return ",".join(map(str, value)) if key in OF_NAMES and isinstance(value, list | tuple) else value
 
 

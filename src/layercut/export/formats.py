@@ -105,9 +105,8 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
         cut = cut_of_run(source.run, came)
         text, calibration = source.text, stored_blocks(source.run, "calibration")
         assert text is not None
-        facts = write_cut(cut, out, kind or type_in(source.run), cut.student().model, calibration) | check_cut(
-            cut, out, text
-        )
+        facts = write_cut(cut, out, kind or type_in(source.run), cut.student().model, calibration)
+        facts |= check_cut(cut, out, text)
     elif came is not None:
         facts = write_requantized(came, out, kind or SAME)
     else:
