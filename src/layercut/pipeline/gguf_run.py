@@ -1,7 +1,7 @@
 """Runs whose result is a GGUF file: what is checked before they begin, their sizes, and the stages that differ.
 
 Beside `journey.py`. A model that was a .gguf file becomes one again: kept tensors byte for byte, healed ones in the
-number formats that they had (`export/gguf_export.py`). A checkpoint folder is converted when its run is done.
+number formats of `--gguf-type` (`export/gguf_export.py`). A checkpoint folder is converted when its run is done.
 """
 
 from __future__ import annotations
