@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PhiConfig, Qwen2Config
 
 import folders
+import quick
 import tiny
 from layercut import quantization, surgery
 from layercut.cli.command_line import main
@@ -239,6 +240,7 @@ def test_a_stopped_one_is_resumed_to_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_stopped_while_it_trains_does_not_round_again(texts, tmp_path, monkeypatch):
+    quick.leave_out(monkeypatch)
     half(tiny.llama(3, vocab_size=folders.VOCABULARY, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
     folders.tokenizer().save_pretrained(tmp_path / "model")
     flags = ["--segment=1:2", "--bits=4", "--quantize-embeddings", "--embedding-bits=4", "--no-speed", "--no-fold"]
