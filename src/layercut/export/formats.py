@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from layercut.config import ExportConfig
 from layercut.data.blocks import stored_blocks
 from layercut.export.checkpoint import save, text_to_check
-from layercut.export.ggml import PLAIN, require_llama_cpp
+from layercut.export.ggml import require_llama_cpp
 from layercut.export.gguf_export import (
     AS_THEY_CAME,
     FINER,
@@ -32,6 +32,7 @@ from layercut.export.gguf_export import (
     CutGguf,
     Texts,
     check_cut,
+    is_mixture,
     write_converted,
     write_cut,
     write_requantized,
@@ -98,7 +99,7 @@ def gguf(source: ExportSource, out: Path, options: ExportConfig) -> dict[str, An
         ModelError: llama.cpp does not know the architecture, or reads something else from the file.
     """
     kind = options.gguf_type
-    if kind is not None and kind not in (*AS_THEY_CAME, *PLAIN):
+    if kind is not None and is_mixture(kind):
         require_llama_cpp()
     came = source.came
     if source.run is not None and came is not None:

@@ -107,6 +107,11 @@ def healed_type(kind: str, came: str) -> str:
     return NEXT_FINER.get(came, came) if kind == FINER else came if kind == SAME else kind
 
 
+def is_mixture(kind: str) -> bool:
+    """Whether a --gguf-type is one of llama.cpp's mixtures, which are of all matrices and not of healed ones alone."""
+    return kind not in (*AS_THEY_CAME, *PLAIN)
+
+
 def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torch.Tensor | None) -> dict[str, Any]:
     """The source file without the segments, with what healing changed replaced.
 
@@ -125,7 +130,7 @@ def write_cut(source: CutGguf, file: Path, kind: str, student: Any, tokens: torc
         ConfigError: llama-cpp-py-sync is missing, and the number format is llama.cpp's own.
     """
     came, architecture = source.checkpoint.file, architecture_of(source.checkpoint.file)
-    mixture = kind not in (*AS_THEY_CAME, *PLAIN)
+    mixture = is_mixture(kind)
     kinds = types_as_they_came(came, source.segments)
     columns = _columns(student, tokens) if source.healed or mixture else {}
     plain = file.with_name("unrounded.gguf")

@@ -92,7 +92,7 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
         words = f"the first {again['tokens']} tokens"
         figures = [Figure(metric="perplexity", value=value, dataset=str(dataset), words=words)]
     kind = facts["kind"].upper()
-    if kind.lower() in AS_THEY_CAME:
+    if facts["kind"] in AS_THEY_CAME:
         kind = next((name for name in facts["tensor_types"] if name not in FLOATS), "F32")
     number_format = "" if kind in FLOATS else kind
     done = f"As a GGUF file; tensors: {types}."

@@ -19,7 +19,16 @@ from layercut.config import CompressConfig, ExportConfig, RunConfig
 from layercut.errors import ConfigError, RunError
 from layercut.export.checkpoint import text_to_check
 from layercut.export.ggml import PLAIN, require_llama_cpp
-from layercut.export.gguf_export import AS_THEY_CAME, FINER, SAME, CutGguf, check_cut, healed_type, write_cut
+from layercut.export.gguf_export import (
+    AS_THEY_CAME,
+    FINER,
+    SAME,
+    CutGguf,
+    check_cut,
+    healed_type,
+    is_mixture,
+    write_cut,
+)
 from layercut.export.gguf_tensors import architecture_of, converter_script, possible_names, tensor_types
 from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
@@ -91,7 +100,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
             f"{flag} packs weights for transformers and vLLM, and the result is a GGUF file",
             f"{command}{here}for a checkpoint folder: --format safetensors",
         )
-    if output.gguf_type not in (None, *AS_THEY_CAME, *PLAIN):
+    if output.gguf_type and is_mixture(output.gguf_type):
         require_llama_cpp()
         if config.search.target_size:
             raise ConfigError(
@@ -234,9 +243,10 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             file.unlink(missing_ok=True)
             left = what_is_left(work, segments)
             written = write_cut(left, file, kind, student, work.blocks["calibration"])
-            mixture = kind not in (*AS_THEY_CAME, *PLAIN)
             written["rounded"] = sorted(
-                name for name, p in student.named_parameters() if name in left.healed or (mixture and p.dim() > 1)
+                name
+                for name, p in student.named_parameters()
+                if name in left.healed or (is_mixture(kind) and p.dim() > 1)
             )
             stage.found = QuantizeArtefact(bits=16, layers=[], gguf=written, files=[QUANTIZED_GGUF])
     found = stage.artefact.gguf or {}

@@ -199,7 +199,7 @@ def own_figure(judged: Json, name: str, metric: str) -> str:
         Words.
     """
     value = formatting.finite(judged.evaluations[name][metric])
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else formatting.figure(value)
 
 
 def survival_table(comparison: Any) -> Table:

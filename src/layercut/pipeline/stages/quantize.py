@@ -51,7 +51,8 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
     read = bool(chosen) or quantizer_of(config.quantizer)[1].needs_calibration
     calibrated = work.text["calibration"] if read else None
     how = [*(how_rounded(work.config, config) if read else []), *quantizers.edition(config.quantizer)]
-    inputs = [config, calibrated, *chosen, *how, *tune_quantized.inputs(work)] if config.rounds else None
+    rounds = [config, calibrated, *chosen, *how]
+    inputs = [*rounds, *tune_quantized.inputs(work)] if config.rounds else None
     with work.run.stage(QuantizeArtefact, "quantize", inputs, after=["heal"]) as stage:
         if stage.open and config.bits == 16:
             stage.found = QuantizeArtefact(bits=16, layers=[])
@@ -59,7 +60,7 @@ def quantize(work: RunContext, segments: Sequence[Segment]) -> QuantizeArtefact:
             student, beside = work.student(segments, "folded", "tuned"), endpoints(segments, work.layers)
             asked = asdict(config) | {"target_size": chosen[0] if chosen else None}
             tests = tests_to_round_on(work, config)
-            decided = digest([config, calibrated, *chosen, *how, work.run.inputs_of("heal")])
+            decided = digest([*rounds, work.run.inputs_of("heal")])
 
             def rounded() -> rounding.Quantized:
                 return rounding.quantize(student, rows_to_round_on(work, tests), endpoints=beside, **asked)
