@@ -136,10 +136,14 @@ def main() -> None:
     parser.add_argument("--outfile", type=Path)
     parser.add_argument("--outtype")
     parser.add_argument("--model-name")
+    parser.add_argument("--vocab-only", action="store_true")
     args = parser.parse_args()
     kind = json.loads((args.folder / "config.json").read_text())["model_type"]
     if kind not in ("llama", "gemma3_text"):
         sys.exit(f"Model {kind} is not supported")
+    if args.vocab_only:
+        args.outfile.touch()
+        return
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(args.folder).requires_grad_(False)

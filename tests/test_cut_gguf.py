@@ -252,6 +252,19 @@ def test_tensors_that_are_missing_are_named(tmp_path):
         loading.load(checkpoints.resolve(str(nowhere)))
 
 
+@pytest.mark.parametrize(("arch", "lacks"), [("lfm2", "token_embd_norm.weight"), ("olmo", None)])
+def test_a_final_norm_under_another_name_or_none(arch, lacks, tmp_path):
+    source = without(write(tmp_path / "a.gguf", arch), {"output_norm.weight"}, tmp_path / "without.gguf")
+    if not lacks:
+        assert read_header(source).layers == LAYERS
+        return
+    with pytest.raises(ModelError, match=f"incomplete: it lacks {lacks}"):
+        read_header(source)
+    norm = np.ones(HIDDEN, np.float32)
+    whole = rewritten(source, tmp_path / "b.gguf", add=lambda writer: writer.add_tensor(lacks, norm))
+    assert read_header(whole).layers == LAYERS
+
+
 def without(source: Path, names: set[str], out: Path) -> Path:
     """The file without some tensors, its metadata as it was."""
     return rewritten(source, out, tensors=lambda name: name not in names)

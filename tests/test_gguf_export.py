@@ -335,6 +335,14 @@ class Facts(SimpleNamespace):
         return self
 
 
+class WithoutHeads(Facts):
+    """A model without attention."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        raise AttributeError("no heads")
+
+
 def kinds(full: list[int], layers: int = 8) -> list[str]:
     return ["full_attention" if i in full else "sliding_attention" for i in range(layers)]
 
@@ -353,6 +361,7 @@ AS_LLAMA_CPP_HAS_IT = [
     (header("smollm3"), Facts(layer_types=["full_attention"] * 8, no_rope_layers=[1, 1, 1, 0] * 2)),
     (header("exaone4", 64, **SLIDES), Facts(layer_types=kinds([*range(3, 64, 4)], 64))),
     (header("lfm2", attention__head_count_kv=[0, 2] * 4), Facts(layer_types=["conv", "full_attention"] * 4)),
+    (header("mamba"), WithoutHeads()),
 ]
 REFUSED = [
     (header("smollm3"), Facts(no_rope_layers=[1, 0, 1, 1] * 2), "every 4th layer of smollm3 differently"),

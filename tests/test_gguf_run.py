@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 import folders
@@ -18,6 +20,7 @@ from layercut.cli.command_line import main
 from layercut.config import from_flat
 from layercut.errors import ConfigError, RunError
 from layercut.export.ggml import quantize_file
+from layercut.export.gguf_check import read_by_transformers
 from layercut.export.gguf_tensors import tensor_types
 from layercut.models import checkpoints, loading
 from layercut.models.checkpoints import Checkpoint
@@ -137,6 +140,18 @@ def test_evaluate_and_export_take_such_a_run(made, texts, tmp_path, monkeypatch)
 
 
 @needs_llama_cpp
+def test_a_file_of_that_name_in_the_current_folder_is_not_read_instead(source, tmp_path, monkeypatch):
+    """transformers prefers it where it is given a bare name."""
+    wanted, theirs = checkpoints.resolve(str(source)), tmp_path / source.name
+    before = loading.load(wanted, dtype="float32").model.get_parameter("model.norm.weight")
+    other = tiny.llama(6, vocab_size=folders.VOCABULARY, bos_token_id=0, eos_token_id=1)
+    torch.nn.init.constant_(other.model.norm.weight, 7.0)
+    write_gguf(other, folders.tokenizer(), theirs, "Q4_1")
+    monkeypatch.chdir(tmp_path)
+    for read in (loading.load(wanted, dtype="float32").model, read_by_transformers(source)):
+        assert torch.equal(read.get_parameter("model.norm.weight"), before)
+
+
 def test_quantize_writes_gguf(source, tmp_path):
     out = tmp_path / "out.gguf"
     assert main(["quantize", str(source), "--bits=8", f"--out={out}"]) == 0
@@ -167,6 +182,13 @@ def test_refusals(source, tiny_model, made, tmp_path, capsys, monkeypatch):
     refused(*folder, "--format=gguf", f"--out={tmp_path / 'x'}", words="--out names no .gguf file")
     monkeypatch.delenv("LAYERCUT_GGUF_CONVERTER", raising=False)
     refused(*folder, f"--out={tmp_path / 'x.gguf'}", words="llama.cpp's converter is missing")
+    (tmp_path / "converter").mkdir()
+    shutil.copy(Path(__file__).with_name("gguf_writer.py"), tmp_path / "converter" / "convert_hf_to_gguf.py")
+    monkeypatch.setenv("LAYERCUT_GGUF_CONVERTER", str(tmp_path / "converter"))
+    tiny.gpt2(4).save_pretrained(tmp_path / "gpt2")
+    folders.tokenizer().save_pretrained(tmp_path / "gpt2")
+    other = ["compress", str(tmp_path / "gpt2"), *compress[2:]]
+    refused(*other, f"--out={tmp_path / 'x.gguf'}", words="converter refused")
     size = source.stat().st_size
     budget = ["compress", str(source), f"--out={tmp_path / 'x'}", *compress[3:]]
     refused(*budget, f"--target-size={size}B", words="is no cut")

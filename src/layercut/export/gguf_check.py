@@ -110,16 +110,16 @@ def _same_numbers(name: str, layers: int, config: Any) -> None:
     Raises:
         ModelError: it is not.
     """
-    wanted = getattr(config, "query_pre_attn_scalar", None)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    scale = rules.attention_scale(name, config.hidden_size, heads, head, layers)
-    if wanted and scale and abs(scale / wanted - 1) > 1e-6:
-        raise ModelError(
-            f"llama.cpp divides the attention of {name} with {layers} layers by the root of {scale:g}, "
-            f"the model by that of {wanted:g}",
-            _TAKE_FOLDER,
-        )
+    if wanted := getattr(config, "query_pre_attn_scalar", None):
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        scale = rules.attention_scale(name, config.hidden_size, heads, head, layers)
+        if scale and abs(scale / wanted - 1) > 1e-6:
+            raise ModelError(
+                f"llama.cpp divides the attention of {name} with {layers} layers by the root of {scale:g}, "
+                f"the model by that of {wanted:g}",
+                _TAKE_FOLDER,
+            )
     if name == "command-r" and bool(getattr(config, "use_qk_norm", False)) != (layers >= 64):
         raise ModelError(
             f"llama.cpp normalizes queries and keys of {name} from 64 layers on, and this model has {layers}",
@@ -152,10 +152,11 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
 
     config = copy.deepcopy(config or load_config(Checkpoint(str(file), file.parent, file.name)))
     config.dtype = torch.float32
+    place = str(file.absolute())  # of a bare name transformers prefers the file in the current folder
     with quiet_transformers(), redirect_stderr(io.StringIO()):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent, config=config, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+                file.parent, config=config, gguf_file=place, dtype=torch.float32, output_loading_info=True
             )
         except LayercutError:
             raise

@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -242,9 +243,29 @@ def convert(folder: Path, out: Path, gguf_type: str, converter: Path | None, nam
         ConfigError: there is no converter.
         ModelError: it fails.
     """
+    _converter(folder, out, converter, "--outtype", gguf_type, *(["--model-name", name] if name else []))
+
+
+def check_converts(folder: Path, converter: Path | None) -> None:
+    """Have llama.cpp's converter write the vocabulary of a checkpoint folder, for which it has to know the model.
+
+    The architecture, that is, and the tokenizer; 5 s, whatever the size.
+
+    Args:
+        folder: a checkpoint.
+        converter: as of `convert`.
+
+    Raises:
+        ConfigError: there is no converter.
+        ModelError: it does not know one of them.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        _converter(folder, Path(place) / "vocabulary.gguf", converter, "--vocab-only")
+
+
+def _converter(folder: Path, out: Path, converter: Path | None, *flags: str) -> None:
     # a script's own folder comes first among the places Python looks in, so the converter finds its own gguf
-    command = [sys.executable, str(converter_script(converter)), str(folder)]
-    command += ["--outfile", str(out), "--outtype", gguf_type, *(["--model-name", name] if name else [])]
+    command = [sys.executable, str(converter_script(converter)), str(folder), "--outfile", str(out), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]

@@ -28,7 +28,8 @@ LARGEST_NAME, LARGEST_RANK = 65_535, 4
 ALIGNMENTS = [1 << n for n in range(21)]
 FETCH = "fetch this file again"
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.ASCII | re.DOTALL)
-WITHOUT_FINAL_NORM = frozenset({"olmo"})
+FINAL_NORM = {"olmo": None, "lfm2": "token_embd_norm.weight", "lfm2moe": "token_embd_norm.weight"}
+"""Of architectures that name it otherwise than `output_norm.weight`, or have none; newer LFM2 files have both names."""
 UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
 """Architectures in which a sound block may hold some of the tensors of another and nothing else."""
 
@@ -208,7 +209,8 @@ def check_blocks(header: Header) -> None:
         raise corrupt(file, f"{name}.block_count is {total:,}, and it holds {len(header.tensors):,} tensors")
     if beyond := [block for block in roles if block >= total]:
         raise corrupt(file, f"it holds a block {max(beyond)}, and {name}.block_count is {total}")
-    wanted = {"token_embd.weight"} | (set() if name in WITHOUT_FINAL_NORM else {"output_norm.weight"})
+    norm = FINAL_NORM.get(name, "output_norm.weight")
+    wanted = {"token_embd.weight"} | ({norm} if norm and "output_norm.weight" not in header.tensors else set())
     missing = sorted(wanted - header.tensors.keys()) + [f"blk.{i}.*" for i in range(layers) if i not in roles]
     if name not in UNEQUAL_BLOCKS:
         missing += _missing({block: found for block, found in roles.items() if block < layers})

@@ -29,7 +29,7 @@ from layercut.export.gguf_export import (
     is_mixture,
     write_cut,
 )
-from layercut.export.gguf_tensors import architecture_of, converter_script, possible_names, tensor_types
+from layercut.export.gguf_tensors import architecture_of, check_converts, possible_names, tensor_types
 from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
 from layercut.models import checkpoints, loading
@@ -80,6 +80,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
 
     Raises:
         ConfigError: a flag that would be ignored, or a package that is missing.
+        ModelError: llama.cpp's converter does not know the model.
         RunError: the file that --out names is there, and is no earlier result of this run.
     """
     output, file = config.output, file_of(config.run)
@@ -115,7 +116,7 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
                 f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF",
                 "give another, or leave it out for q8_0",
             )
-        converter_script(None)
+        check_converts(checkpoint.folder, None)
     folder = run_folder(config.run)
     if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
         raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
