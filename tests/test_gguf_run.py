@@ -130,13 +130,22 @@ def test_a_larger_and_worse_file_is_called_so(source, texts, tmp_path, capsys, m
     assert "larger and worse than the source file" in (tmp_path / "large.gguf-run" / "report.html").read_text()
 
 
-def test_evaluate_and_export_take_such_a_run(made, texts, tmp_path, monkeypatch):
+def test_evaluate_and_export_take_such_a_run(source, made, texts, tmp_path, monkeypatch, capsys):
     quick.leave_out(monkeypatch)
     run = made.with_name("small.gguf-run")
     argv = ["evaluate", str(run), f"--eval-data={texts[1]}", "--eval-tokens=64", "--eval-window=16"]
     assert main(argv) == 0
     assert main(["export", str(run), "--format=safetensors", f"--out={tmp_path / 'folder'}"]) == 0
     assert loading.load(checkpoints.resolve(str(tmp_path / "folder"))).model.config.num_hidden_layers == 5
+    named = json.loads((run / "summary.json").read_text())["model"]
+    assert named == str(source)
+    mine = shutil.copytree(run, tmp_path / "run")
+    other = write_gguf(tiny.llama(6, vocab_size=folders.VOCABULARY), folders.tokenizer(), tmp_path / source.name)
+    summary = (mine / "summary.json").read_text()
+    (mine / "summary.json").write_text(summary.replace(json.dumps(named), json.dumps(str(other))))
+    for form, name in (("gguf", "x.gguf"), ("safetensors", "x")):
+        assert main(["export", str(mine), f"--format={form}", f"--out={tmp_path / name}"]) == 2
+        assert "is another file than the one" in " ".join(capsys.readouterr().err.split())
 
 
 @needs_llama_cpp

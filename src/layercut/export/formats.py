@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from layercut.config import ExportConfig
 from layercut.data.blocks import stored_blocks
+from layercut.errors import RunError
 from layercut.export.checkpoint import save, text_to_check
 from layercut.export.ggml import require_llama_cpp
 from layercut.export.gguf_export import (
@@ -135,7 +136,15 @@ def cut_of_run(run: Path, came: checkpoints.Checkpoint) -> CutGguf:
 
     Returns:
         What `write_cut` writes.
+
+    Raises:
+        RunError: the file was replaced or edited since.
     """
+    if came.changed_since(run / checkpoints.DIGESTS):
+        raise RunError(
+            f"{came.file} is another file than the one that {run} was made from",
+            "put that one back, or compress this one",
+        )
     heal, fold = checkpoints.read_json(run / "heal.json"), checkpoints.read_json(run / "fold.json")
     changed = "tuned" if heal["tuning"] else "folded" if fold["changed"] else None
     return CutGguf(

@@ -23,7 +23,10 @@ from layercut.files.json_values import write_json
 from layercut.files.reading import content_digest, read_json
 from layercut.models import config_checks
 
-__all__ = ["Checkpoint", "read_json", "resolve"]
+__all__ = ["DIGESTS", "Checkpoint", "read_json", "resolve"]
+
+DIGESTS = ".digests.json"
+"""In a run folder: the hashes of the files that its model was read from."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -64,16 +67,25 @@ class Checkpoint:
         known = _remembered(memo)
         noted: dict[str, Any] = {}
         for path in self.files():
-            facts = path.stat()
-            state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
-            old = known.get(path.name)
-            same = isinstance(old, list) and old[:-1] == state
-            noted[path.name] = old if same else [*state, content_digest(path)]
-            advance(facts.st_size)
+            noted[path.name] = _noted(path, known)
+            advance(path.stat().st_size)
         if memo and noted != known:
             write_json(memo, noted)
         digests = {name: facts[-1] for name, facts in noted.items()}
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+
+    def changed_since(self, memo: Path) -> list[str]:
+        """The names of files whose content is another than `fingerprint` noted in a memo; none that it does not name.
+
+        Args:
+            memo: the file.
+
+        Returns:
+            The names.
+        """
+        known = _remembered(memo)
+        found = {path.name: _noted(path, known) for path in self.files() if path.name in known}
+        return [name for name, noted in found.items() if noted[-1] != known[name][-1]]
 
     def files(self) -> list[Path]:
         """The files that a model is read from: weights, config, tokenizer, code; not its card or licence."""
@@ -82,6 +94,14 @@ class Checkpoint:
         beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
         weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
         return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
+
+
+def _noted(path: Path, known: dict[str, Any]) -> list[Any]:
+    """Size, times of change, inode and hash of a file, as a memo has it; hashed where it knows no such file."""
+    facts = path.stat()
+    state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    old = known.get(path.name)
+    return old if isinstance(old, list) and old[:-1] == state else [*state, content_digest(path)]
 
 
 def _remembered(memo: Path | None) -> dict[str, Any]:

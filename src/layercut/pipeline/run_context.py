@@ -78,7 +78,7 @@ class RunContext:
     def _fingerprint(self) -> str:
         """Of the checkpoint's files, remembered in the run folder."""
         with bar("reading the checkpoint", sum(file.stat().st_size for file in self.checkpoint.files())) as advance:
-            return self.checkpoint.fingerprint(self.run / ".digests.json", advance)
+            return self.checkpoint.fingerprint(self.run / checkpoints.DIGESTS, advance)
 
     @cached_property
     def architecture(self) -> Any:
