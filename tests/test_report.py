@@ -238,6 +238,18 @@ def ended(run: Path, width: int = 110) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_command_that_is_advised_can_be_pasted(tmp_path: Path) -> None:
+    place = tmp_path / "my runs"
+    place.mkdir()
+    run = make_run(place, summary={"tasks": None})
+    words = " ".join(ended(run, 400).split())
+    assert f"layercut evaluate '{run}' --tasks NAMES" in words
+    (run / "summary.json").unlink()
+    with pytest.raises(RunError) as refusal:
+        closing(run)
+    assert f"--out '{run}'" in refusal.value.hint
+
+
 # ---- the page ----------------------------------------------------------------------------------------------
 
 

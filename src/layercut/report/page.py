@@ -10,6 +10,7 @@ scripts and the network.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
     named = re.compile(r"(layercut (?:evaluate|export|quantize)) RUN\b")
 
     def line(verdict: verdicts.Verdict, words: str, style: str) -> Text:
-        text = named.sub(lambda hit: f"{hit[1]} {printable(run)}", f"{verdict.sign} {words}{verdict.text}")
+        text = named.sub(lambda hit: f"{hit[1]} {printable(shlex.quote(str(run)))}", f"{verdict.sign} {words}{verdict.text}")
         return Text(text, f"{style}{colours[verdict.mark]}".strip())
 
     last = verdicts.conclusion(found)

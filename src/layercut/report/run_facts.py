@@ -7,6 +7,7 @@ there is, also of an old or partial run: what is missing is empty here, and "not
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def read_run(folder: Path) -> RunFacts:
     if not (folder / "summary.json").is_file():
         raise RunError(
             f"{folder} has no summary.json, so it is not the folder of a finished run",
-            f"finish the run first: layercut compress MODEL --out {folder}",
+            f"finish the run first: layercut compress MODEL --out {shlex.quote(str(folder))}",
         )
     found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
     settings, key = _settings(folder / "config.yaml"), found["summary"].config_hash
