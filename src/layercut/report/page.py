@@ -123,8 +123,10 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
     colours = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}
     named = re.compile(r"(layercut (?:evaluate|export|quantize)) RUN\b")
 
+    place = printable(shlex.quote(str(run)))
+
     def line(verdict: verdicts.Verdict, words: str, style: str) -> Text:
-        text = named.sub(lambda hit: f"{hit[1]} {printable(shlex.quote(str(run)))}", f"{verdict.sign} {words}{verdict.text}")
+        text = named.sub(lambda hit: f"{hit[1]} {place}", f"{verdict.sign} {words}{verdict.text}")
         return Text(text, f"{style}{colours[verdict.mark]}".strip())
 
     last = verdicts.conclusion(found)
