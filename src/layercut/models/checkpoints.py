@@ -96,20 +96,21 @@ class Checkpoint:
         return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
 
 
-def _noted(path: Path, known: dict[str, Any]) -> list[Any]:
+def _noted(path: Path, known: dict[str, list[Any]]) -> list[Any]:
     """Size, times of change, inode and hash of a file, as a memo has it; hashed where it knows no such file."""
     facts = path.stat()
     state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
     old = known.get(path.name)
-    return old if isinstance(old, list) and old[:-1] == state else [*state, content_digest(path)]
+    return old if old and old[:-1] == state else [*state, content_digest(path)]
 
 
-def _remembered(memo: Path | None) -> dict[str, Any]:
+def _remembered(memo: Path | None) -> dict[str, list[Any]]:
     try:
         found = read_json(memo) if memo else {}
     except ModelError:  # not there, or not what was written: hash again
         return {}
-    return found if isinstance(found, dict) else {}
+    noted = found.items() if isinstance(found, dict) else ()
+    return {name: facts for name, facts in noted if isinstance(facts, list) and facts}
 
 
 def resolve(name: str, *, allow_pickle: bool = False, weights: bool = True) -> Checkpoint:
