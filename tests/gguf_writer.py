@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,13 @@ def rewritten(
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def as_converter(folder: Path) -> Path:
+    """A folder with a converter in it: this file, which stands in for llama.cpp's."""
+    folder.mkdir()
+    shutil.copy(__file__, folder / "convert_hf_to_gguf.py")
+    return folder
 
 
 def main() -> None:

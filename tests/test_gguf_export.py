@@ -33,7 +33,7 @@ from layercut.segments import Segment
 from layercut.surgery import cut_gguf, cut_segment_
 
 gguf = pytest.importorskip("gguf")
-from gguf_writer import llama_layout, write_gguf  # noqa: E402 - it needs gguf
+from gguf_writer import as_converter, llama_layout, write_gguf  # noqa: E402 - it needs gguf
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp_py_sync") is None, reason="pip install llama-cpp-py-sync"
@@ -235,11 +235,7 @@ def test_who_did_not_read_the_file_is_named(gguf_run, tmp_path, capsys, monkeypa
 
 @pytest.fixture
 def converter(tmp_path) -> Path:
-    """A folder with a converter in it: ours, which stands in for llama.cpp's."""
-    folder = tmp_path / "converter"
-    folder.mkdir()
-    shutil.copy(Path(__file__).with_name("gguf_writer.py"), folder / "convert_hf_to_gguf.py")
-    return folder
+    return as_converter(tmp_path / "converter")
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0"])

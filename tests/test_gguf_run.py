@@ -32,7 +32,7 @@ from layercut.report.stage_lines import describe_gguf_check
 from layercut.report.verdicts import verdicts
 
 gguf = pytest.importorskip("gguf")
-from gguf_writer import write_gguf  # noqa: E402 - it needs gguf
+from gguf_writer import as_converter, write_gguf  # noqa: E402 - it needs gguf
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp_py_sync") is None, reason="pip install llama-cpp-py-sync"
@@ -191,9 +191,7 @@ def test_refusals(source, tiny_model, made, tmp_path, capsys, monkeypatch):
     refused(*folder, "--format=gguf", f"--out={tmp_path / 'x'}", words="--out names no .gguf file")
     monkeypatch.delenv("LAYERCUT_GGUF_CONVERTER", raising=False)
     refused(*folder, f"--out={tmp_path / 'x.gguf'}", words="llama.cpp's converter is missing")
-    (tmp_path / "converter").mkdir()
-    shutil.copy(Path(__file__).with_name("gguf_writer.py"), tmp_path / "converter" / "convert_hf_to_gguf.py")
-    monkeypatch.setenv("LAYERCUT_GGUF_CONVERTER", str(tmp_path / "converter"))
+    monkeypatch.setenv("LAYERCUT_GGUF_CONVERTER", str(as_converter(tmp_path / "converter")))
     tiny.gpt2(4).save_pretrained(tmp_path / "gpt2")
     folders.tokenizer().save_pretrained(tmp_path / "gpt2")
     other = ["compress", str(tmp_path / "gpt2"), *compress[2:]]

@@ -150,13 +150,13 @@ def read_by_transformers(file: Path, config: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(config or load_config(Checkpoint(str(file), file.parent, file.name)))
+    source = Checkpoint(str(file), file.parent, file.name)
+    config = copy.deepcopy(config or load_config(source))
     config.dtype = torch.float32
-    place = str(file.absolute())  # of a bare name transformers prefers the file in the current folder
     with quiet_transformers(), redirect_stderr(io.StringIO()):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                file.parent, config=config, gguf_file=place, dtype=torch.float32, output_loading_info=True
+                source.folder, config=config, gguf_file=source.gguf_path, dtype=torch.float32, output_loading_info=True
             )
         except LayercutError:
             raise

@@ -53,6 +53,11 @@ class Checkpoint:
         """The path a user would recognise."""
         return self.folder / self.gguf if self.gguf else self.folder
 
+    @property
+    def gguf_path(self) -> str | None:
+        """What transformers is given as `gguf_file`: of a bare name it prefers the one in the current folder."""
+        return str(self.file.absolute()) if self.gguf else None
+
     def fingerprint(self, memo: Path | None = None, advance: Callable[[int], None] = lambda size: None) -> str:
         """Hash of the content of all files that a model is read from: equal for copies, changed by any edit.
 
@@ -68,24 +73,16 @@ class Checkpoint:
         noted: dict[str, Any] = {}
         for path in self.files():
             noted[path.name] = _noted(path, known)
-            advance(path.stat().st_size)
+            advance(noted[path.name][0])
         if memo and noted != known:
             write_json(memo, noted)
         digests = {name: facts[-1] for name, facts in noted.items()}
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
-    def changed_since(self, memo: Path) -> list[str]:
-        """The names of files whose content is another than `fingerprint` noted in a memo; none that it does not name.
-
-        Args:
-            memo: the file.
-
-        Returns:
-            The names.
-        """
+    def changed_since(self, memo: Path) -> bool:
+        """Whether a file's content is another than `fingerprint` noted in a memo, where that names the file."""
         known = _remembered(memo)
-        found = {path.name: _noted(path, known) for path in self.files() if path.name in known}
-        return [name for name, noted in found.items() if noted[-1] != known[name][-1]]
+        return any(_noted(path, known)[-1] != known[path.name][-1] for path in self.files() if path.name in known)
 
     def files(self) -> list[Path]:
         """The files that a model is read from: weights, config, tokenizer, code; not its card or licence."""

@@ -29,7 +29,7 @@ ALIGNMENTS = [1 << n for n in range(21)]
 FETCH = "fetch this file again"
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.(.+)", re.ASCII | re.DOTALL)
 FINAL_NORM = {"olmo": None, "lfm2": "token_embd_norm.weight", "lfm2moe": "token_embd_norm.weight"}
-"""Of architectures that name it otherwise than `output_norm.weight`, or have none; newer LFM2 files have both names."""
+"""Of architectures that name it otherwise than `output_norm.weight`, or have none; the usual name will do for all."""
 UNEQUAL_BLOCKS = frozenset({"deci", "gemma3n", "gemma4", "mimo2"})
 """Architectures in which a sound block may hold some of the tensors of another and nothing else."""
 

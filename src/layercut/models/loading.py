@@ -413,7 +413,7 @@ def _load_gguf(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=config,
-            gguf_file=str(checkpoint.file.absolute()),  # of a bare name it prefers the file in the current folder
+            gguf_file=checkpoint.gguf_path,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             ignore_mismatched_sizes=True,  # refused by name

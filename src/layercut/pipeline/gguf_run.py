@@ -110,16 +110,16 @@ def check_output(config: CompressConfig, checkpoint: checkpoints.Checkpoint, *, 
             )
     if gguf and output.gguf_type in (None, *AS_THEY_CAME) and (config.heal.fold or config.heal.tune_tokens):
         check_own_types(checkpoint.file, type_of_healed(config))
-    if not gguf:
-        if output.gguf_type in AS_THEY_CAME:
-            raise ConfigError(
-                f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF",
-                "give another, or leave it out for q8_0",
-            )
-        check_converts(checkpoint.folder, None)
+    if not gguf and output.gguf_type in AS_THEY_CAME:
+        raise ConfigError(
+            f"--gguf-type {output.gguf_type} is given, and MODEL is in no number format of GGUF",
+            "give another, or leave it out for q8_0",
+        )
     folder = run_folder(config.run)
     if file and file.exists() and not config.run.force and not (folder and is_run(folder)):
         raise RunError(f"--out {file} exists", "name another file, or pass --force to replace it")
+    if not gguf:
+        check_converts(checkpoint.folder, None)
 
 
 def type_of_healed(config: CompressConfig) -> str:

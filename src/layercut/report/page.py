@@ -122,7 +122,6 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
             table.add_section()
     colours = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}
     named = re.compile(r"(layercut (?:evaluate|export|quantize)) RUN\b")
-
     place = printable(shlex.quote(str(run)))
 
     def line(verdict: verdicts.Verdict, words: str, style: str) -> Text:
