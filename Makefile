@@ -47,7 +47,7 @@ test-minimum:
 	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
 	$(MINIMUM)/bin/python -m pip install --quiet --constraint constraints/minimum.txt --editable '.[dev]' $(MINIMUM_PIP)
 	OMP_WAIT_POLICY=passive $(MINIMUM)/bin/python -m pytest tests/test_cli.py tests/test_artefacts.py \
-		tests/test_progress.py tests/test_journey.py tests/test_cut.py tests/test_cut_gguf.py tests/test_data.py
+		tests/test_progress.py tests/test_journey.py tests/test_cut.py tests/test_cut_gguf.py tests/test_data.py tests/test_lora.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -26,6 +26,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline import compare as module
+from layercut.pipeline import compare_states as states
 from layercut.pipeline.artefacts import Artefact
 from layercut.pipeline.compare_artefacts import MethodChoice
 from layercut.pipeline.stages import search as search_stage
@@ -100,7 +101,7 @@ def test_every_cut_is_tuned_on_the_same_tokens(finished, tiny_model):
         assert tuning["heldout"]["start"] <= bare * (1 + 1e-5)
         assert tuning["from_fold"] or tuning["heldout"]["start"] == pytest.approx(bare, rel=1e-5)
         # what else is measured of the tuned state is measured of these weights
-        loading.replace_parameters_(student, load_file(finished / f"{module.stem(segments)}-tuned.safetensors"))
+        loading.replace_parameters_(student, load_file(finished / f"{states.stem(segments)}-tuned.safetensors"))
         assert evaluation.perplexity(student, blocks["evaluation"]) == pytest.approx(row["perplexity"]["tuned"])
         if tuning["best_step"] == 0:
             state = "folded" if tuning["from_fold"] else "cut"
@@ -137,11 +138,11 @@ def test_the_table_and_the_plot_name_every_method(arguments, finished, capsys):
 def test_of_a_mix_each_text_has_its_perplexity():
     facts = SimpleNamespace(source="one.txt+two.txt", origins=["file 1", "file 2"])
     work = SimpleNamespace(text={"evaluation": facts})
-    assert module.by_text(work, [1.0, 3.0, 2.0, 3.0]) == {
+    assert states.by_text(work, [1.0, 3.0, 2.0, 3.0]) == {
         "one.txt": pytest.approx(math.exp(1.5)), "two.txt": pytest.approx(math.exp(3.0)),
     }  # fmt: skip
     facts.source, facts.origins = "one.txt", ["file 1"]
-    assert module.by_text(work, [1.0, 3.0]) == {}
+    assert states.by_text(work, [1.0, 3.0]) == {}
 
 
 def test_errors_are_paired_with_the_dense_models_windows(finished, tiny_model):
@@ -221,9 +222,9 @@ def test_the_readmes_table_tells_what_the_run_found(finished, monkeypatch):
 
 def test_the_same_cut_is_measured_and_tuned_once(arguments, tmp_path, monkeypatch, capsys):
     measured, tuned = [], []
-    cut_and_fold, tune = module.cut_and_fold, module.tune
-    monkeypatch.setattr(module, "cut_and_fold", lambda *a: measured.append(a[1]) or cut_and_fold(*a))
-    monkeypatch.setattr(module, "tune", lambda *a: tuned.append(a[1]) or tune(*a))
+    cut_and_fold, train = states.cut_and_fold, states.train
+    monkeypatch.setattr(states, "cut_and_fold", lambda *a: measured.append(a[1]) or cut_and_fold(*a))
+    monkeypatch.setattr(states, "train", lambda *a: tuned.append(a[1]) or train(*a))
     same = MethodChoice(
         method="", segments=[(2, 3), (5, 6)], kl=1.0, search_seconds=0.0, layer_forwards=0, layer_backwards=0,
         dense_tokens=0,
@@ -327,14 +328,14 @@ def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(argume
 
 
 def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_path, monkeypatch, capsys):
-    as_it_was = module.cut
+    as_it_was = states.cut
 
     def refuse(model, segments):
         if segments == [Segment(5, 7)]:
             raise SurgeryError("layers 5 and 6 must stay", "")
         return as_it_was(model, segments)
 
-    monkeypatch.setattr(module, "cut", refuse)
+    monkeypatch.setattr(states, "cut", refuse)
     assert main([*arguments, f"--out={tmp_path / 'run'}", "--methods=reverse-order,random", "--tune-tokens=32"]) == 0
     refused, other = json.loads((tmp_path / "run" / "compare.json").read_text())["methods"]
     assert refused["refused"] == "layers 5 and 6 must stay"

@@ -8,7 +8,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-pyyaml", "peft", "build", "setuptools"}
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-pyyaml", "build", "setuptools"}
 TOOLS |= {"zensical", "mkdocstrings-python", "layercut"}
 """What tests and benchmarks are run with, and not what is tested."""
 

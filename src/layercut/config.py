@@ -1116,8 +1116,10 @@ def is_cut(method: str) -> bool:
     return method[:1].isdigit()
 
 
-COMPARED_STATES = ("cut", "folded", "tuned")
-"""What becomes of every method's cut, in this order."""
+COMPARED_STATES = ("cut", "folded", "tuned", "lora")
+"""What becomes of every method's cut, in this order; LoRA where it is named."""
+TRAINED_STATES = ("tuned", "lora")
+"""Of these, what is trained."""
 
 
 @options(SEARCH)
@@ -1132,7 +1134,8 @@ class MethodsConfig:
     of --preserve as well, and as two segments where that pays, for clp, gate, race and exhaustive. 3:6+12:15: these
     layers. The first one is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
-    """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas."""
+    """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas. lora, of rank
+    32 on all layers and merged in, is trained only where it is named, on the same rows as the endpoints."""
     eval_data: Annotated[str, Parameter(group=MEASURING)] = "wikitext2"
     """Held-out text for perplexity, named like --data; wikitext2 is then its test split, c4 its validation split."""
     eval_tokens: Annotated[int, Parameter(group=MEASURING)] = 32768
@@ -1162,8 +1165,11 @@ class MethodsConfig:
             raise ConfigError(f"--states names {wrong[0]!r}", f"allowed are {', '.join(COMPARED_STATES)}")
         if not self.state_names:
             raise ConfigError("--states names none", f"allowed are {', '.join(COMPARED_STATES)}")
-        if self.state_names == ["tuned"] and not self.tune_tokens:
-            raise ConfigError("--states tuned is given, and nothing is tuned", "give --tune-tokens, or --states cut")
+        untrained = self.state_names == ["tuned"] or "lora" in self.state_names
+        if untrained and not self.tune_tokens:
+            raise ConfigError(
+                f"--states {self.states} is given, and nothing is tuned", "give --tune-tokens, or --states cut"
+            )
 
     @property
     def names(self) -> list[str]:

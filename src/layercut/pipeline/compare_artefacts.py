@@ -75,7 +75,7 @@ class StartAndBest:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedTuning:
-    """What endpoint tuning did to what one method left."""
+    """What endpoint tuning, or LoRA before it was merged in, did to what one method left."""
 
     tokens: int
     trained_layers: list[int]
@@ -88,7 +88,7 @@ class ComparedTuning:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareTunedArtefact(Artefact):
-    """compare-at-SEGMENTS-tuned.json."""
+    """compare-at-SEGMENTS-tuned.json, and compare-at-SEGMENTS-lora.json."""
 
     tuned: float
     losses: list[float]
@@ -154,6 +154,7 @@ class ComparedMethod(MethodChoice):
     fold: list[Fold]
     tuning: ComparedTuning | None
     refused: str | None
+    lora: ComparedTuning | None = field(default=None, metadata=OPTIONAL)
     texts: dict[str, dict[str, float]] = field(default_factory=dict)
     """Perplexity by state and text, where it was measured on several."""
     judged: dict[str, JudgedState] = field(default_factory=dict)

@@ -18,8 +18,22 @@ from layercut.report.tables import by_kl
 if TYPE_CHECKING:
     from rich.table import Table
 
-STATE_COLOURS = {"cut": "#b9b9c6", "folded": "#7d9ad0", "tuned": "#e07b28"}
+STATE_COLOURS = {"cut": "#b9b9c6", "folded": "#7d9ad0", "tuned": "#e07b28", "lora": "#5b8c5a"}
 """Of the bars of each state."""
+
+
+def measured_states(comparison: Any) -> list[str]:
+    """The states whose perplexity was measured, in the order in which a cut takes them.
+
+    Args:
+        comparison: compare.json.
+
+    Returns:
+        Of `config.COMPARED_STATES`.
+    """
+    comparison = Json(comparison)
+    lora = any(formatting.finite(row.perplexity.lora) is not None for row in comparison.methods)
+    return ["cut", "folded", *(["tuned"] if comparison.tuning else []), *(["lora"] if lora else [])]
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
@@ -47,11 +61,11 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     )
     table.add_column("method", no_wrap=True)
     table.add_column("removed", min_width=8)
-    states = ["cut", "folded", *(["tuned"] if tuning else [])]
+    states = measured_states(comparison)
     for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", "s", "layers\nfwd+bwd"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in by_kl(comparison):
-        perplexities = ["-" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
+        perplexities = ["-" if row["perplexity"].get(s) is None else short(row["perplexity"][s]) for s in states]
         table.add_row(
             Text(row["method"]),
             Text(formatting.label(row["segments"])),
@@ -74,7 +88,7 @@ def error_beside(row: dict[str, Any], states: list[str]) -> str:
     Returns:
         As text; "-" where there is none.
     """
-    known = [s for s in states if row["perplexity"][s] is not None]
+    known = [s for s in states if row["perplexity"].get(s) is not None]
     both = ("perplexity", "standard_error")
     value, error = (formatting.finite(row[key].get(known[-1])) if known else None for key in both)
     return "-" if value is None or error is None else formatting.deviation(value * error)
@@ -311,9 +325,12 @@ def draw_survival(comparison: Any, path: Path) -> None:
         named: set[str] = set()
         for axes, (title, bar_of) in zip(every, panels, strict=False):
             for y, row in enumerate(rows):
-                for i, (state, judged) in enumerate(row.judged.entries()):
+                several = row.judged.entries()
+                step = 0.75 / max(3, len(several))
+                for i, (state, judged) in enumerate(several):
                     if bar := bar_of(judged):
-                        draw_bar(axes, y + 0.25 * (i - 1), bar, state, "_" if state in named else state)
+                        place = y + step * (i - (len(several) - 1) / 2)
+                        draw_bar(axes, (place, 0.88 * step), bar, state, "_" if state in named else state)
                         named.add(state)
             of_dense = share_bar(comparison.judged_dense["keys" if "keys" in title else "lists"])
             axes.axvline(100 if "dense" in title or of_dense is None else of_dense[0], color="black", lw=0.8, ls=":")
@@ -321,7 +338,7 @@ def draw_survival(comparison: Any, path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
         every[0].set_yticks(range(len(rows)), [str(row.method) for row in rows])
         every[0].set_ylim(len(rows) - 0.4, -0.6)
-        canvas.legend(loc="outside upper center", ncols=3, frameon=False)
+        canvas.legend(loc="outside upper center", ncols=4, frameon=False)
         with write_atomically(path) as partial:
             canvas.savefig(partial, format="svg", metadata={"Date": None})
 
@@ -338,15 +355,16 @@ def share_bar(grid: Json) -> Bar:
     return (100 * hits / trials, None) if trials else None
 
 
-def draw_bar(axes: Any, y: float, bar: tuple[float, float | None], state: str, name: str) -> None:
+def draw_bar(axes: Any, place: tuple[float, float], bar: tuple[float, float | None], state: str, name: str) -> None:
     """One bar with its error.
 
     Args:
         axes: to draw on.
-        y: its place.
+        place: its middle on the y axis, and its height.
         bar: its length and error.
         state: whose colour it has.
         name: for the legend; "_" leaves it out.
     """
     colour = STATE_COLOURS.get(state, "#444")
-    axes.barh(y, bar[0], height=0.22, color=colour, xerr=bar[1], ecolor="#444", capsize=2, label=name)
+    y, height = place
+    axes.barh(y, bar[0], height=height, color=colour, xerr=bar[1], ecolor="#444", capsize=2, label=name)

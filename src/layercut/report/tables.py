@@ -32,7 +32,7 @@ from layercut.report.formatting import (
 )
 from layercut.report.run_facts import RunFacts
 
-STAGES = ("dense", "cut", "folded", "tuned", "quantized")
+STAGES = ("dense", "cut", "folded", "tuned", "lora", "quantized")
 
 
 # ---- perplexity --------------------------------------------------------------------------------------------

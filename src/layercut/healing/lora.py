@@ -1,0 +1,141 @@
+"""LoRA on all layers, merged in: what other work heals with, for `compare` to put beside endpoint tuning.
+
+LoRA (Hu et al., 2106.09685): a frozen W becomes W + (alpha / r) B A, A [r, in] random and B [out, r] zero, so that
+training starts from the model as it is. The adapters are peft's, an extra: `pip install 'layercut[lora]'`. Rows, loss,
+optimizer, schedule and what is kept by held-out loss are those of endpoint tuning, since both are trained by its loop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercut.errors import ConfigError, ModelError
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
+from layercut.healing.tuning_result import TuningResult
+from layercut.models.model_in_memory import prepared
+from layercut.models.runner import DecoderRunner
+
+RANK = 32
+ALPHA = 2 * RANK
+LEARNING_RATE = 1e-3
+"""The best of three on SmolLM2-135M at this rank (benchmarks/healing.py)."""
+NAME = "default"
+"""What peft calls the adapters."""
+
+
+def check_peft() -> None:
+    """Refuse LoRA where peft is missing, before anything is loaded.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--states names lora, which needs peft, and that is not installed",
+            "pip install 'layercut[lora]', or in a checkout: pip install '.[lora]'",
+        ) from None
+
+
+def tune_lora_(
+    student: Any,
+    dense: Any,
+    tokens: torch.Tensor,
+    *,
+    heldout: torch.Tensor,
+    settings: TuneSettings,
+    files: TuningFiles,
+    row_lengths: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+) -> TuningResult:
+    """Train LoRA on every linear map of every layer of the student, and merge it in, in place.
+
+    Adapters keep their best state by held-out loss; the merged weights, in the dtype that they are saved in, are
+    parameters of the student's own, so that a dense model that shares weights with it is left as it is.
+
+    Args:
+        student: a model without some of the dense model's layers.
+        dense: what it should predict like.
+        tokens: token ids [N, T] to train on, in their order.
+        heldout: token ids [M, T] that judge.
+        settings: as of `tune_`; without a rate of its own `LEARNING_RATE`, and the radius is not used.
+        files: what to keep on disk, and how to be stopped.
+        row_lengths: as `tune_` takes them.
+        token_weights: as `tune_` takes them.
+
+    Returns:
+        What was trained, and the losses, of the adapters before they are merged.
+
+    Raises:
+        ModelError: no layer has a linear map of its own.
+    """
+    with prepared(student, dense) as (cut, whole):
+        adapters = _adapters_(cut)
+        try:
+            return tune_parameters_(
+                cut, whole, [(adapter, 1.0) for adapter in adapters], tokens, heldout=heldout,
+                settings=replace(settings, learning_rate=settings.learning_rate or LEARNING_RATE),
+                row_lengths=row_lengths, token_weights=token_weights, files=files,
+            )  # fmt: skip
+        finally:
+            _merge_(cut)
+
+
+def _adapters_(student: DecoderRunner) -> list[nn.Parameter]:
+    """Put adapters beside every linear map of the layers, but for what several layers share.
+
+    Returns:
+        Their matrices.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    holders = Counter(id(p) for layer in student.layers for p in layer.parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # A is random
+        for layer in student.layers:
+            maps = {name: each for name, each in _linear_maps(layer).items() if holders[id(each.weight)] == 1}
+            if maps:
+                exactly = "|".join(map(re.escape, maps))  # a list of names would take others that end alike
+                turned = not all(isinstance(each, nn.Linear) for each in maps.values())
+                how = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=exactly, fan_in_fan_out=turned)
+                inject_adapter_in_model(how, layer, NAME)
+    found = [p for layer in student.layers for name, p in layer.named_parameters() if "lora_" in name]
+    if not found:
+        raise ModelError("no layer of the model has a linear map that LoRA takes", "leave lora out of --states")
+    return found
+
+
+def _linear_maps(layer: nn.Module) -> dict[str, Any]:
+    """The layer's plain linear maps by name: no subclass, which may compute something else, such as a router.
+
+    Without the output map of a state-space mixer, whose kernels read the weight themselves and pass adapters over.
+    """
+    from transformers.pytorch_utils import Conv1D  # GPT-2's: its weight is [in, out]
+
+    mixers = {f"{name}.".lstrip(".") for name, each in layer.named_modules() if hasattr(each, "A_log")}
+    unread = {f"{mixer}out_proj" for mixer in mixers}
+    maps = {name: each for name, each in layer.named_modules() if type(each) in (nn.Linear, Conv1D)}
+    return {name: each for name, each in maps.items() if name not in unread}
+
+
+@torch.no_grad()
+def _merge_(student: DecoderRunner) -> None:
+    """Put W + (alpha / r) B A in the place of every adapted linear map; the sum is taken in float32."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in student.layers:
+        adapted = [(name, module) for name, module in layer.named_modules() if isinstance(module, LoraLayer)]
+        for name, module in adapted:
+            base: Any = module.get_base_layer()
+            for adapter in (module.lora_A, module.lora_B):
+                adapter.float()
+            whole = base.weight.float() + module.get_delta_weight(NAME)
+            base.weight = nn.Parameter(whole.to(base.weight.dtype), requires_grad=False)
+            layer.set_submodule(name, base)

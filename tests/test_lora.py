@@ -1,0 +1,124 @@
+"""LoRA on all layers, beside which `compare` puts endpoint tuning: merged in exactly, and nobody else's weights."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import families
+import tiny
+from layercut import evaluation
+from layercut.cli.command_line import main
+from layercut.data.blocks import stored_blocks
+from layercut.errors import ModelError
+from layercut.healing import lora as room
+from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles
+from layercut.healing.lora import tune_lora_
+from layercut.models import checkpoints, loading
+from layercut.models.runner import DecoderRunner
+from layercut.segments import Segment
+from layercut.surgery import cut
+
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[lora]'")
+
+MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2}  # GPT-2's maps are Conv1D, [in, out]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_is_merged_in_is_what_peft_computes_and_the_dense_model_stays(family, monkeypatch):
+    dense = MODELS[family]()
+    before = copy.deepcopy(dense.state_dict())
+    student, rows = cut(dense, [Segment(2, 4)]), tiny.some_tokens(20)
+    adapted = {}
+
+    def with_adapters(runner, merge=room._merge_):
+        adapted["logits"] = runner.model(rows).logits.detach()
+        merge(runner)
+
+    monkeypatch.setattr(room, "_merge_", with_adapters)
+    settings = TuneSettings(batch_tokens=16, epochs=3)
+    found = tune_lora_(student, dense, rows[:16], heldout=rows[16:], settings=settings, files=TuningFiles())
+    assert found.best < found.heldout[0]["loss"]
+    assert torch.allclose(student(rows).logits, adapted["logits"], atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    kept = [i for i in range(len(before)) if i not in (2, 3)]
+    for name, value in student.named_parameters():
+        old = ".".join(str(kept[int(part)]) if part.isdigit() else part for part in name.split("."))
+        is_map = value.dim() == 2 and any(part.isdigit() for part in name.split("."))
+        assert torch.equal(value, before[old]) != is_map, f"{name}: every map of every layer, and nothing else"
+    assert not any(isinstance(module, peft.tuners.lora.LoraLayer) for module in student.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "phimoe", "mamba"])  # a router that is a Linear; a mixer that peft refuses
+def test_untrained_adapters_change_no_bit(family):
+    student = families.tiny(family).to(torch.bfloat16)
+    before, rows = copy.deepcopy(student.state_dict()), families.tokens()
+    room._adapters_(runner := DecoderRunner(student))
+    assert torch.isfinite(student(rows).logits).all(), "it runs with them"
+    room._merge_(runner)
+    assert student.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_what_several_layers_share_gets_no_adapter():
+    student = tiny.llama()
+    shared = student.model.layers[1].mlp
+    student.model.layers[4].mlp = shared
+    room._adapters_(DecoderRunner(student))
+    assert not any(isinstance(module, peft.tuners.lora.LoraLayer) for module in shared.modules())
+    assert isinstance(student.model.layers[4].self_attn.q_proj, peft.tuners.lora.LoraLayer)
+
+
+def test_a_model_whose_linear_maps_are_all_shared_is_refused():
+    student = tiny.llama()
+    for layer in student.model.layers[1:]:
+        layer.self_attn, layer.mlp = student.model.layers[0].self_attn, student.model.layers[0].mlp
+    with pytest.raises(ModelError, match="no layer of the model has a linear map"):
+        room._adapters_(DecoderRunner(student))
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model, texts):
+    text, heldout = texts
+    return [
+        "compare", str(tiny_model), "--ratio=0.25", f"--data={text}", f"--eval-data={heldout}", "--tokens=64",
+        "--window=16", "--eval-tokens=64", "--eval-window=16", "--dtype=float32", "--methods=2:4,3:5,angular",
+    ]  # fmt: skip
+
+
+def test_compare_trains_it_where_it_is_named_and_once(command, tiny_model, tmp_path, monkeypatch, capsys):
+    out, command = tmp_path / "run", [*command, "--tune-tokens=64"]
+    assert main([*command, f"--out={out}"]) == 0
+    assert "lora" not in json.loads((out / "compare.json").read_text())["methods"][0]["perplexity"]
+    assert "lora" not in capsys.readouterr().out
+    (out / "compare.json").unlink()
+    assert main([*command, "--states=tuned,lora", f"--out={out}"]) == 0
+    found = json.loads((out / "compare.json").read_text())
+    model = loading.load(checkpoints.resolve(str(tiny_model)), dtype="float32").model
+    for row in found["methods"]:
+        (bounds,) = row["segments"]
+        student = cut(model, [Segment(*bounds)])
+        loading.replace_parameters_(student, load_file(out / f"compare-at-{bounds[0]}.{bounds[1]}-lora.safetensors"))
+        measured = evaluation.perplexity(student, stored_blocks(out, "evaluation"))
+        assert row["perplexity"]["lora"] == pytest.approx(measured, rel=1e-6)
+        assert row["lora"]["trained_layers"] == list(range(6))
+        assert row["lora"]["heldout"]["start"] == pytest.approx(row["tuning"]["heldout"]["start"], rel=1e-5)
+        assert row["standard_error"]["lora"] > 0
+    assert "lora" in capsys.readouterr().out
+    assert "perplexity, LoRA" in (out / "compare.html").read_text()
+    (out / "compare.json").unlink()
+    monkeypatch.setattr("layercut.pipeline.compare_states.trained_by", None)
+    assert main([*command, "--states=tuned,lora", f"--out={out}"]) == 0
+    assert json.loads((out / "compare.json").read_text())["methods"] == found["methods"]
+
+
+def test_it_is_refused_before_anything_is_done(command, tmp_path, monkeypatch, capsys):
+    assert main([*command, "--states=lora", f"--out={tmp_path / 'run'}"]) == 2
+    assert "give --tune-tokens" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main([*command, "--states=cut,lora", "--tune-tokens=64", f"--out={tmp_path / 'run'}"]) == 2
+    assert "pip install 'layercut[lora]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
