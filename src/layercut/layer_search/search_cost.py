@@ -10,11 +10,12 @@ criterion that does not say it is unknown to `layercut plan`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from layercut import registries
 from layercut.config import SearchConfig
-from layercut.layer_search.sweep import DENSE, all_segments, set_work, sweep_cost
+from layercut.layer_search.sweep import DENSE, all_lengths, all_segments, set_work, sweep_cost
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.segments import Segment
 
@@ -77,7 +78,7 @@ def picked_work(run: PlannedRun) -> Work:
 
 
 def search_cost(run: PlannedRun) -> Spent:
-    """What the search of a run costs: of given segments, or by the criterion, the oracle beside it.
+    """What the search of a run costs: of given segments, or by the criterion, the oracle and all lengths beside it.
 
     Several segments, and what does not say its cost, are taken to hold what the exhaustive search of one does.
     """
@@ -99,6 +100,9 @@ def search_cost(run: PlannedRun) -> Spent:
     elif search.num_segments > 1:
         more = several(run, min(search.num_segments, run.length)) if several else Spent({}, None)
         found = Spent(max(found.peak, more.peak, key=total), more.work)
+    if search.all_lengths:
+        triangle = [DENSE, *((segment,) for segment in all_lengths(run.length, run.shape.layers))]
+        found = both_searches(found, sweep_cost(replace(run, tests=0), triangle))
     if found.work is None:
         return Spent(found.peak, None)
     return found if criterion.prices_itself else Spent(found.peak, found.work + picked_work(run))
