@@ -190,18 +190,20 @@ def test_a_page_of_odd_figures_and_names_is_made_all_the_same(tmp_path):
     assert "alert(1)" in html
 
 
-def test_the_table_fits_eighty_columns(finished):
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_table_fits_eighty_columns(finished, lora):
     comparison = json.loads((finished / "compare.json").read_text())
     comparison["evaluation"]["source"] = "wikitext2"
     for row in comparison["methods"]:
         row["layer_forwards"] = 123456
-        row["perplexity"] = dict.fromkeys(row["perplexity"], 99_999.0)
+        row["perplexity"] = dict.fromkeys([*row["perplexity"], *["lora"] * lora], 99_999.0)
         row["standard_error"] = dict.fromkeys(row["perplexity"], 0.01)
     console = Console(width=80, file=io.StringIO())
     console.print(comparison_views.comparison_table(comparison))
     shown = " ".join(console.file.getvalue().split())
-    assert shown.count("123.5k") == len(METHODS)
+    assert shown.count("123.5k") == (0 if lora else len(METHODS)), "costs stand where there is room"
     assert shown.count("1,000") == len(METHODS), "± of the last state"
+    assert shown.count("99,999") == (4 if lora else 3) * len(METHODS)
     assert "each tuned on the same 64 tokens; ± one standard error of the last ppl" in shown
 
 

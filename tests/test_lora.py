@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 
 import pytest
@@ -77,7 +78,34 @@ def test_a_model_whose_linear_maps_are_all_shared_is_refused():
     for layer in student.model.layers[1:]:
         layer.self_attn, layer.mlp = student.model.layers[0].self_attn, student.model.layers[0].mlp
     with pytest.raises(ModelError, match="no layer of the model has a linear map"):
-        room._adapters_(DecoderRunner(student))
+        room.check_lora(student)
+
+
+@pytest.mark.parametrize(
+    ("family", "told"), [("llama", ""), ("falcon", ""), ("gpt2", ""), ("mixtral", r"LoRA adapts \d\d?%")]
+)
+def test_what_is_left_as_it_is_is_said(family, told, monkeypatch):
+    said = []
+    monkeypatch.setattr(room, "say", lambda _, words: said.append(words))
+    room.check_lora(families.tiny(family))  # Falcon's maps are of a class of its own, Mixtral's experts one tensor
+    assert len(said) == bool(told)
+    assert re.match(told, "".join(said))
+
+
+def test_merged_weights_are_rounded_to_the_dtype_that_is_saved():
+    """Where a processor has no bfloat16 such weights are computed with in float32."""
+    student = tiny.llama()
+    student.stored_dtype = torch.bfloat16
+    runner = DecoderRunner(student)
+    room._adapters_(runner)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.01)
+    room._merge_(runner)
+    weight = student.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, weight.bfloat16().float())
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +141,10 @@ def test_compare_trains_it_where_it_is_named_and_once(command, tiny_model, tmp_p
     monkeypatch.setattr("layercut.pipeline.compare_states.trained_by", None)
     assert main([*command, "--states=tuned,lora", f"--out={out}"]) == 0
     assert json.loads((out / "compare.json").read_text())["methods"] == found["methods"]
+    (out / "compare.json").unlink()
+    monkeypatch.setattr(room, "RECIPE", [4, 8, 1e-3])
+    with pytest.raises(TypeError, match="not callable"):  # another recipe is trained anew
+        main([*command, "--states=tuned,lora", f"--out={out}"])
 
 
 def test_it_is_refused_before_anything_is_done(command, tmp_path, monkeypatch, capsys):

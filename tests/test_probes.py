@@ -26,11 +26,11 @@ from layercut.config import CompressConfig, DataConfig, HealConfig, SearchConfig
 from layercut.data import probe_families
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin, stored_blocks, stored_marks
-from layercut.data.probe_families import CAPABILITIES, FAMILIES, Family
+from layercut.data.probe_families import CAPABILITIES, FAMILIES, JUDGING, Family
 from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
 from layercut.data.sources import find, split_mix, turns
 from layercut.errors import ConfigError, DataError
-from layercut.evaluation import key_values
+from layercut.evaluation import key_values, passkey
 from layercut.evaluation.capabilities import capability_figures
 from layercut.evaluation.generated_probes import probes_for
 from layercut.evaluation.generation import prompt_ids
@@ -49,7 +49,7 @@ from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
-from layercut.pipeline import compare
+from layercut.pipeline import compare_states
 from layercut.pipeline.stages import heal, quantize, trial
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
@@ -97,6 +97,9 @@ def test_two_families_share_no_noun_and_no_passage_of_their_forms(pair):
     a, b = (FAMILIES[name] for name in pair)
     assert not nouns(a) & nouns(b)
     assert not passages(forms(a)) & passages(forms(b))
+    for one, other in ((a, b), (b, a)):
+        said = {word for form in forms(other) for word in re.findall(r"\w+", form.lower())}
+        assert not {noun.lower() + ending for noun in nouns(one) for ending in ("", "s", "es")} & said, "in no form"
     taught, other = ({(i, j) for i in range(1, 10) for j in range(1, 10) if each.adds(i, j)} for each in (a, b))
     assert len(taught) > 20
     assert not taught & (other | {(j, i) for i, j in other}), "nor a sum, in whichever order"
@@ -115,8 +118,18 @@ def test_keys_of_the_three_families_differ_in_their_length():
 
 def test_the_judge_of_lists_is_of_the_judging_family_alone(tokenizer):
     own = passages([key_values.HEAD, key_values.LINE, key_values.QUESTION, key_values.REPLY])
+    told = {word for sentence in passkey.FILLER for word in re.findall(r"\w+", sentence.lower())}
     for name in ("searching", "tuning"):
         assert not own & passages(forms(FAMILIES[name]))
+        assert not {noun.lower() + ending for noun in nouns(FAMILIES[name]) for ending in ("", "s", "es")} & told
+
+
+def test_no_key_of_a_long_list_that_judges_is_of_a_form_that_was_taught(tokenizer):
+    rows = judging_rows(tokenizer, rows=8, window=1500, capability="lists")
+    texts = [tokenizer.decode(row) for row in rows.tokens]
+    owned = [re.findall(rf"({'|'.join(JUDGING.things)}) of ({'|'.join(JUDGING.people)})", text) for text in texts]
+    assert all(len(each) > len(JUDGING.things) for each in owned), "more entries than things"
+    assert not any(re.search(rf"({'|'.join(JUDGING.people)}) ?' ?s ", text) for text in texts)
     ids, value = key_values.key_value_prompt(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
     assert len(ids) <= 1500
     assert re.search(f"under number {value}\\.", tokenizer.decode(ids))
@@ -331,7 +344,7 @@ def test_judged_lists_are_as_long_as_the_row(tokenizer, length):
 
 def test_lists_longer_than_there_are_things_have_a_persons_things():
     item = probe_families.lists(probe_families.JUDGING, random.Random(0), 60)
-    entries = re.findall(r"[A-Z][a-z]+'s [a-z]+", item.parts[0])
+    entries = re.findall(r"[a-z]+ of [A-Z][a-z]+", item.parts[0])
     assert len(set(entries)) >= 60
     assert "'s" not in probe_families.lists(probe_families.JUDGING, random.Random(0), 20).parts[0]
 
@@ -681,7 +694,7 @@ def test_rows_of_tests_are_those_of_their_edition(tokenizer):
     for template, family in (("", "tuning"), (CHAT, "tuning"), ("", "searching"), ("", "judging")):
         rows = probe_rows(able(tokenizer, template), rows=12, window=4 * SHORT_ROW, family=family)
         found += [rows.tokens.tolist(), rows.answers.tolist(), rows.lengths.tolist()]
-    assert (probe_families.EDITION, digest(found)) == (5, "cc579d421a42365f")
+    assert (probe_families.EDITION, digest(found)) == (6, "b606297a5e5b5c3a")
 
 
 @pytest.mark.parametrize(
@@ -803,7 +816,7 @@ def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts,
         return tune_(*given, token_weights=token_weights, **how)
 
     monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
-    monkeypatch.setattr(compare, "tune_", noted)
+    monkeypatch.setattr(compare_states, "tune_", noted)
     flags = [f"--data={texts[0]}", f"--eval-data={texts[1]}", "--tokens=512", "--window=128", "--eval-tokens=256"]
     flags += ["--eval-window=64", "--tune-tokens=2048", "--probe-share=0.3", "--methods=exhaustive", "--ratio=0.25"]
     assert main(["compare", str(tiny_model), *flags, f"--out={tmp_path}"]) == 0

@@ -5,7 +5,8 @@ searched nor tuned on. `data/probes.py` makes rows of tokens of them. A capabili
 random generator that writes one `Item`: a text in which some parts are answers.
 
 Between families these differ: every sentence and form, all names, nouns and places, the letters of made-up words, the
-length of keys, the sums, and the kinds of brackets that are nested.
+length of keys, the sums, and the kinds of brackets that are nested. But one: of a list with more entries than things
+SEARCHING's keys are as those of one of TUNING's lists ("Mara's lantern").
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-EDITION = 5
+EDITION = 6
 """Of the tests that are written here and in `data/probes.py`: a run's rows of another one are drawn anew."""
 MANY = 8
 """Entries of a list that is asked about thoroughly."""
@@ -52,8 +53,9 @@ class Family:
     """What is told, what is asked, and how the reply begins; with {name} and {key}."""
     lists: tuple[tuple[str, str, str, str, str, str], ...]
     """Head of a list, its line, its end, what is asked, how the reply begins and closes; with {thing} and {key}, and
-    {name} where a key is a person and a thing, each of which other keys have too. Of a family without such forms the
-    {thing} of a list that is longer than there are things is one of a person's ("Mara's lantern")."""
+    {name} where a key is a person and a thing, each of which other keys have too."""
+    owned: str = ""
+    """Of a family without such lists: the {thing} of a list that is longer than there are things."""
     syllables: tuple[str, ...]
     """Of made-up words."""
     repeats: tuple[tuple[str, str], ...]
@@ -143,6 +145,7 @@ SEARCHING = Family(
         ("(stock\n", "  ({thing} . {key})\n", ")\n", "; as above\n", "({thing} .", ")"),
         ("", "move the {thing} to place {key}\n", "", "where is it now?\n", "the {thing} is at place", ""),
     ),
+    owned="{name}'s {thing}",
     syllables=("ta", "lo", "mi", "re", "nu", "sol", "ker", "vi"),
     repeats=(("Sequence:", "\nAgain:"), ("First line:", "\nSame line:"), ("She sang", ". The choir answered"),
              ("[1]", "\n[2] see [1]:")),
@@ -174,7 +177,7 @@ TUNING = Family(
     name="tuning",
     people=("Anton", "Bella", "Caspar", "Dora", "Emil", "Fiona", "Georg", "Hanna", "Ivan", "Julia", "Konrad", "Lena",
             "Milan", "Nora", "Olaf", "Paula", "Quentin", "Rosa", "Simon", "Tilda", "Ulla", "Vera", "Walter", "Xenia"),
-    things=("bottle", "carpet", "drawer", "envelope", "fiddle", "goblet", "helmet", "inkwell", "jacket", "kite",
+    things=("bottle", "carpet", "drawer", "envelope", "fiddle", "goblet", "helmet", "inkwell", "jacket", "keg",
             "locket", "mitten", "napkin", "oven", "pillow", "quilt", "ribbon", "scarf", "teapot", "urn", "violin",
             "wallet", "zipper", "button"),
     filler=(
@@ -204,7 +207,7 @@ TUNING = Family(
         ("Ticket {key} was issued to {name}.", "Which ticket was issued to {name}?", "It was ticket"),
     ),
     lists=(
-        ("The table below has names and values.\n", "{thing} = {key}\n", "", "Look up {thing}.\n", "{thing} =", ""),
+        ("The columns below have names and values.\n", "{thing} = {key}\n", "", "Look up {thing}.\n", "{thing} =", ""),
         ('{{"of": "values"', ', "{thing}": "{key}"', '}}\n', 'The value under "{thing}", as text: ', '"{thing}": "',
          '"'),
         ("Inventory follows. ", "For the {thing} we paid {key}; ", "that was all. ", "What did the {thing} cost? ",
@@ -215,8 +218,8 @@ TUNING = Family(
          "."),
         ("", "({name}, {thing}) has mark {key}\n", "", "Which mark has ({name}, {thing})?\n",
          "({name}, {thing}) has mark", ""),
-        ("Shelves.\n", "On the shelf of {name} the {thing} lies at {key}.\n", "",
-         "Where on the shelf of {name} does the {thing} lie?\n", "On the shelf of {name} the {thing} lies at", "."),
+        ("Racks.\n", "On the rack of {name} the {thing} lies at {key}.\n", "",
+         "Where on the rack of {name} does the {thing} lie?\n", "On the rack of {name} the {thing} lies at", "."),
         ("Orders: ", "{name} ordered the {thing}, {key}; ", "end. ",
          "Which code had the order of {name} for the {thing}? ", "{name} ordered the {thing},", ";"),
     ),
@@ -224,7 +227,7 @@ TUNING = Family(
     repeats=(("Copy what follows.\n", "\nCopied:\n"), ("<a>", "</a>\n<a>"), ("Original -", "\nDuplicate -"), ("",
              "\n\n")),
     classes=(
-        ("alpha", ("apple", "pear", "plum", "cherry", "grape", "lemon", "peach", "melon", "fig", "mango")),
+        ("alpha", ("apricot", "pear", "plum", "cherry", "grape", "lemon", "peach", "melon", "fig", "mango")),
         ("omega", ("car", "truck", "bicycle", "wagon", "tractor", "taxi", "scooter", "van", "sled", "canoe")),
     ),
     labelled=("Word {word} has class", "{word} |", "The label for {word} is"),
@@ -254,7 +257,7 @@ JUDGING = Family(
             "lemonade", "magnet", "notebook", "orchid", "parrot", "rocket", "statue", "tunnel", "umbrella"),
     filler=(
         "Every autumn the geese fly over the marsh.", "The committee will publish its report next month.",
-        "An elderly couple was dancing in the square.", "Electric ovens need less cleaning than one thinks.",
+        "An elderly couple was dancing in the square.", "Electric fences need more care than one thinks.",
         "The translation was checked by three editors.", "Beyond the hills lies a desert of red sand.",
         "Volunteers collected plastic from the shore.", "The pianist practised the same passage all morning.",
         "Modern bridges are built to sway in storms.", "A shy student asked about the exam.",
@@ -272,6 +275,7 @@ JUDGING = Family(
          "What does the following entry hold?\n", "entry {thing} holds", ""),
         ("Dictionary: ", "{thing} => {key}, ", "end of dictionary. ", "Lookup: ", "{thing} =>", ""),
     ),
+    owned="{thing} of {name}",
     syllables=("cho", "nge", "pim", "rud", "xa", "gol", "wi", "shu"),
     repeats=(("Tokens to echo:", "\nEcho:"), ("Verse one.", "\nVerse one, repeated."),),
     classes=(
@@ -329,8 +333,8 @@ def lists(family: Family, draw: random.Random, size: int) -> Item:
     head, line, end, asked, begins, closes = draw.choice(family.lists)
     size = max(3, size)
     keys = _pairs(family, draw, size) if "{name}" in line else [{"thing": thing} for thing in family.things]
-    if size > len(keys) and not any("{name}" in form[1] for form in family.lists):
-        keys = [{"thing": "{name}'s {thing}".format(**pair)} for pair in _pairs(family, draw, size)]
+    if size > len(keys) and family.owned:
+        keys = [{"thing": family.owned.format(**pair)} for pair in _pairs(family, draw, size)]
     entries = [(key, family.key(draw)) for key in draw.sample(keys, min(len(keys), size))]
     told = "".join([head.format(), *(line.format(**key, key=value) for key, value in entries), end.format()])
     thorough = family.thorough and len(entries) >= MANY

@@ -207,6 +207,7 @@ def tune_parameters_(
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
+    words: str = "tuning the quantized model",
 ) -> TuningResult:
     """Train parameters that the caller has put into the student, anywhere in it, by the loop of `tune_`.
 
@@ -225,6 +226,7 @@ def tune_parameters_(
         row_lengths: as `tune_` takes them.
         token_weights: as `tune_` takes them.
         files: what to keep on disk; nothing by default.
+        words: what progress calls it.
 
     Returns:
         What was trained, and the losses.
@@ -236,7 +238,7 @@ def tune_parameters_(
     check_lengths(row_lengths, tokens, _stored(files))
     check_weights(token_weights, tokens)
     total = settings.epochs * tokens.numel()
-    opened = prepared(student, dense), bar("tuning the quantized model", total), torch.enable_grad()
+    opened = prepared(student, dense), bar(words, total), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         for parameter, _ in given:
             parameter.requires_grad_(True)

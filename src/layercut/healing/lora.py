@@ -1,4 +1,4 @@
-"""LoRA on all layers, merged in: what other work heals with, for `compare` to put beside endpoint tuning.
+"""LoRA on all linear maps of all layers, merged in: what other work heals with, beside which `compare` puts tuning.
 
 LoRA (Hu et al., 2106.09685): a frozen W becomes W + (alpha / r) B A, A [r, in] random and B [out, r] zero, so that
 training starts from the model as it is. The adapters are peft's, an extra: `pip install 'layercut[lora]'`. Rows, loss,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,22 +19,34 @@ from torch import nn
 from layercut.errors import ConfigError, ModelError
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_result import TuningResult
+from layercut.models.loading import find_decoder
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner
+from layercut.progress import say
 
 RANK = 32
 ALPHA = 2 * RANK
 LEARNING_RATE = 1e-3
 """The best of three on SmolLM2-135M at this rank (benchmarks/healing.py)."""
+RECIPE = [RANK, ALPHA, LEARNING_RATE]
+"""What of it decides the result."""
+PLAIN = ("Linear", "Conv1D", "FalconLinear")
+"""Classes of modules that are a linear map and no more; another subclass may be a router."""
+MOST = 0.98
+"""Share of the layers' matrices below which it is said that not all are adapted."""
 NAME = "default"
 """What peft calls the adapters."""
 
 
-def check_peft() -> None:
-    """Refuse LoRA where peft is missing, before anything is loaded.
+def check_lora(model: Any) -> None:
+    """Refuse what cannot be done, before anything is; and say what of the layers would be left as it is.
+
+    Args:
+        model: a causal LM of transformers, with or without weights.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: peft is not installed.
+        ModelError: no layer has a linear map of its own.
     """
     try:
         import peft  # noqa: F401
@@ -42,6 +55,15 @@ def check_peft() -> None:
             "--states names lora, which needs peft, and that is not installed",
             "pip install 'layercut[lora]', or in a checkout: pip install '.[lora]'",
         ) from None
+    layers = find_decoder(model).layers
+    adapted = sum(each.weight.numel() for maps in _own_maps(layers) for each in maps.values())
+    if not adapted:
+        raise ModelError("no layer of the model has a linear map that LoRA takes", "leave lora out of --states")
+    matrices = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1}
+    share = adapted / sum(matrices.values())
+    if share < MOST:
+        say("note", f"LoRA adapts {share:.0%} of the layers' matrices: experts that are one tensor, and what several "
+            "layers share, have no linear map of their own")  # fmt: skip
 
 
 def tune_lora_(
@@ -74,7 +96,7 @@ def tune_lora_(
         What was trained, and the losses, of the adapters before they are merged.
 
     Raises:
-        ModelError: no layer has a linear map of its own.
+        ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
     with prepared(student, dense) as (cut, whole):
         adapters = _adapters_(cut)
@@ -82,7 +104,7 @@ def tune_lora_(
             return tune_parameters_(
                 cut, whole, [(adapter, 1.0) for adapter in adapters], tokens, heldout=heldout,
                 settings=replace(settings, learning_rate=settings.learning_rate or LEARNING_RATE),
-                row_lengths=row_lengths, token_weights=token_weights, files=files,
+                row_lengths=row_lengths, token_weights=token_weights, files=files, words="tuning LoRA",
             )  # fmt: skip
         finally:
             _merge_(cut)
@@ -96,33 +118,30 @@ def _adapters_(student: DecoderRunner) -> list[nn.Parameter]:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    holders = Counter(id(p) for layer in student.layers for p in layer.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A is random
-        for layer in student.layers:
-            maps = {name: each for name, each in _linear_maps(layer).items() if holders[id(each.weight)] == 1}
+        for layer, maps in zip(student.layers, _own_maps(student.layers), strict=True):
             if maps:
                 exactly = "|".join(map(re.escape, maps))  # a list of names would take others that end alike
-                turned = not all(isinstance(each, nn.Linear) for each in maps.values())
+                turned = not all(isinstance(each, nn.Linear) for each in maps.values())  # GPT-2's weights are [in, out]
                 how = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=exactly, fan_in_fan_out=turned)
                 inject_adapter_in_model(how, layer, NAME)
-    found = [p for layer in student.layers for name, p in layer.named_parameters() if "lora_" in name]
-    if not found:
-        raise ModelError("no layer of the model has a linear map that LoRA takes", "leave lora out of --states")
-    return found
+    return [p for layer in student.layers for name, p in layer.named_parameters() if "lora_" in name]
 
 
-def _linear_maps(layer: nn.Module) -> dict[str, Any]:
-    """The layer's plain linear maps by name: no subclass, which may compute something else, such as a router.
+def _own_maps(layers: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """Of each layer the linear maps, by name, that no other layer has.
 
     Without the output map of a state-space mixer, whose kernels read the weight themselves and pass adapters over.
     """
-    from transformers.pytorch_utils import Conv1D  # GPT-2's: its weight is [in, out]
-
-    mixers = {f"{name}.".lstrip(".") for name, each in layer.named_modules() if hasattr(each, "A_log")}
-    unread = {f"{mixer}out_proj" for mixer in mixers}
-    maps = {name: each for name, each in layer.named_modules() if type(each) in (nn.Linear, Conv1D)}
-    return {name: each for name, each in maps.items() if name not in unread}
+    holders = Counter(id(p) for layer in layers for p in layer.parameters())
+    found = []
+    for layer in layers:
+        mixers = {f"{name}.".lstrip(".") for name, each in layer.named_modules() if hasattr(each, "A_log")}
+        unread = {f"{mixer}out_proj" for mixer in mixers}
+        maps: dict[str, Any] = {name: each for name, each in layer.named_modules() if type(each).__name__ in PLAIN}
+        found.append({n: each for n, each in maps.items() if n not in unread and holders[id(each.weight)] == 1})
+    return found
 
 
 @torch.no_grad()
@@ -137,5 +156,6 @@ def _merge_(student: DecoderRunner) -> None:
             for adapter in (module.lora_A, module.lora_B):
                 adapter.float()
             whole = base.weight.float() + module.get_delta_weight(NAME)
-            base.weight = nn.Parameter(whole.to(base.weight.dtype), requires_grad=False)
+            rounded = whole.to(student.stored_dtype).to(base.weight.dtype)
+            base.weight = nn.Parameter(rounded, requires_grad=False)
             layer.set_submodule(name, base)

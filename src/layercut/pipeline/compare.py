@@ -16,13 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layercut import evaluation, layer_search
 from layercut.config import COMPARED_STATES, TRAINED_STATES, CompareConfig, MethodsConfig, flattened
 from layercut.data.probes import capability_names
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.files.json_values import jsonable, restored
-from layercut.healing.lora import check_peft
+from layercut.healing.lora import check_lora
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import all_lengths, segment_costs, sweep_work
 from layercut.models import checkpoints, loading, memory
@@ -83,14 +85,14 @@ def compare(model: str, config: CompareConfig) -> Path:
     checkpoint = checkpoints.resolve(model, allow_pickle=config.load.allow_pickle)
     if placement.wanted(checkpoint, **asdict(config.load)):
         raise ModelError(loading.STREAMED, loading.STREAMED_HINT)
-    if "lora" in config.compare.state_names:
-        check_peft()
     if config.tasks.names:
         evaluation.check_tasks(config.tasks.names, config.tasks.include_path)
     architecture = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
     check_window("--window", config.text.window, architecture)
     journey = with_windows(journey, architecture)
     config = replace(config, compare=replace(config.compare, eval_window=journey.evaluate.eval_window))
+    if "lora" in config.compare.state_names:
+        check_lora(loading.skeleton(architecture, torch.float32))
     layers = loading.count_layers(architecture)
     length = layers_to_remove(config.compare.ratio or 0, layers)
     check_methods(config.compare, layers, length)

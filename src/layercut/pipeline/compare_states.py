@@ -17,10 +17,9 @@ from layercut import evaluation
 from layercut.data.sources import split_mix
 from layercut.data.text_overlap import by_origin
 from layercut.errors import SurgeryError
-from layercut.healing import tune_
+from layercut.healing import lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
-from layercut.healing.lora import tune_lora_
 from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import asked_to_stop
 from layercut.models import loading, memory
@@ -101,6 +100,7 @@ def trained_row(work: RunContext, row: ComparedMethod, dense: list[float], state
     """
     segments, at = segments_of(row.segments), stem(segments_of(row.segments))
     inputs = [*cut_inputs(work, row), work.config.heal, work.text["tuning"], work.text["heldout"]]
+    inputs += lora.RECIPE if state == "lora" else []
     with work.run.stage(CompareTunedArtefact, f"{at}-{state}", inputs, together=True) as training:
         if training.open:
             files = work.run.artefact(CompareCutArtefact, f"{at}-cut").files
@@ -219,7 +219,7 @@ def trained_by(work: RunContext, student: Any, state: str) -> TuningResult:
     how: dict[str, Any] = {"heldout": work.blocks["heldout"], "files": TuningFiles(stopping=asked_to_stop)}
     how |= vars(tuning_treatment(work))
     if state == "lora":
-        return tune_lora_(student, work.stack, rows, settings=settings, **how)
+        return lora.tune_lora_(student, work.stack, rows, settings=settings, **how)
     return tune_(student, work.stack, rows, **how, **vars(settings))
 
 

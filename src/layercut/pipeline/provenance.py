@@ -23,7 +23,7 @@ from layercut import __version__
 from layercut.config import split_names
 from layercut.errors import RunError
 
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors", "peft")
 SUMMARIES = ("summary.json", "compare.json")
 """What a finished `compress` leaves, and a finished `compare`."""
 SAME = {"out", "device", "stream", "shard", "device_map", "max_memory", "compile", "push_to_hub", "private"}

@@ -43,7 +43,8 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     from rich.text import Text
 
     layers, evaluation, tuning = comparison["layers"], comparison["evaluation"], comparison["tuning"]
-    dense = formatting.figure(comparison["dense"]["perplexity"])
+    dense, states = formatting.figure(comparison["dense"]["perplexity"]), measured_states(comparison)
+    costs = len(states) < 4  # eighty columns hold no more
     table = Table(
         title=Text(f"{comparison['model']}: {layers['before']} -> {layers['after']} layers", style="bold"),
         caption=Text(
@@ -51,7 +52,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             f"{evaluation['tokens']:,} tokens of {evaluation['source']}"
             + (f", each tuned on the same {tuning['tokens']:,} tokens" if tuning else "")
             + "; ± one standard error of the last ppl, paired with the dense model's windows"
-            + "; fwd and bwd are layers times rows"
+            + ("; fwd and bwd are layers times rows" if costs else "; what searching cost: compare.html")
         ),
         title_justify="left",
         caption_justify="left",
@@ -61,10 +62,14 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     )
     table.add_column("method", no_wrap=True)
     table.add_column("removed", min_width=8)
-    states = measured_states(comparison)
-    for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", "s", "layers\nfwd+bwd"):
+    for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", *(("s", "layers\nfwd+bwd") if costs else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in by_kl(comparison):
+        forwards, backwards = row["layer_forwards"], row["layer_backwards"]
+        spent = [
+            f"{row['search_seconds']:.0f}",
+            "+".join(formatting.count(n) for n in (forwards, backwards) if n) or "0",
+        ]
         perplexities = ["-" if row["perplexity"].get(s) is None else short(row["perplexity"][s]) for s in states]
         table.add_row(
             Text(row["method"]),
@@ -72,8 +77,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             formatting.figure(row["kl"]),
             *(["refused", *perplexities[1:]] if row["refused"] else perplexities),
             error_beside(row, states),
-            f"{row['search_seconds']:.0f}",
-            "+".join(formatting.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n) or "0",
+            *spent,
         )
     return table
 
