@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from layercut import evaluation
 from layercut.cli.demo import fetch_model
 from layercut.config import (
     CompressConfig,
@@ -45,11 +47,13 @@ def run(tmp_path_factory):
         text=DataConfig(data="python-docstrings", tokens=256, window=64),
         search=SearchConfig(ratio=0.2, oracle=True, preserve="none"),  # tests: test_probes.py
         heal=HealConfig(tune_tokens=2048, batch_tokens=512),
-        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=1024, eval_window=256, speed=False),
+        evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=512, eval_window=256, speed=False),
         output=OutputConfig(format="safetensors"),
         run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
     )
-    return compress(str(model), config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generation_health", partial(evaluation.generation_health, tokens=8))
+        return compress(str(model), config)
 
 
 def test_every_stage_improves(run):
