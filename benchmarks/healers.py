@@ -20,13 +20,13 @@ from torch import nn
 
 from layercut.healing.endpoint_tuning import own_parameters_, warmup_then_cosine
 from layercut.healing.least_squares import HELD_OUT, RIDGES, Normal
+from layercut.healing.lora import adapters_
 from layercut.healing.tuning_pass import Batch, HeldOut, Pair, loss_gradient
 from layercut.models.memory import reuse_freed
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, common_prefix, hidden_of, replaced_hidden
 from layercut.segments import Segment
 
-RANK = 32
 PASS_TOKENS = 1024
 """Tokens of one forward and backward; a step adds up as many as its batch has."""
 
@@ -76,22 +76,10 @@ BASELINES: dict[str, tuple[Callable[[DecoderRunner, Segment], Prepared], tuple[f
 
 
 def _lora_(student: DecoderRunner, positions: Sequence[int]) -> list[nn.Parameter]:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(0)  # LoRA's A is random
-    for position in positions:
-        layer = student.layers[position]
-        names = sorted({name.rpartition(".")[2] for name, module in layer.named_modules() if _plain(module)})
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=names)
-        inject_adapter_in_model(config, layer)
-    adapters = [p for name, p in student.model.named_parameters() if "lora_" in name]
+    adapters = adapters_([student.layers[position] for position in positions])
     for adapter in adapters:
         adapter.requires_grad_(True)
     return adapters
-
-
-def _plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def train_(

@@ -22,6 +22,7 @@ from pathlib import Path
 from gate_tables import headline_of_search, search_tables
 from healing_tables import headline_table, healing_table, recall_table, recovery_table
 from layercut.files.json_values import write_json, write_text
+from layercut.report.comparison_views import measured_states
 from layercut.report.formatting import Json, count, figure, label, short, size
 from layercut.report.tables import by_kl, stage_rows
 from stage_two import (
@@ -79,7 +80,7 @@ def compare_table(result: dict) -> str:
     """One comparison of methods as Markdown, from the cheapest cut to the dearest."""
     comparison, environment = result["comparison"], result["environment"]
     layers, tuning, evaluation = comparison["layers"], comparison["tuning"], comparison["evaluation"]
-    states = ["cut", "folded", *(["tuned"] if tuning else [])]
+    states = measured_states(comparison)
     tuned = f", {tuning['tokens']:,} tuning" if tuning else ""
     headings = ["method", "removed", "KL", *states, "layer forwards", "s"]
     headings[-2:-2] = ["weights trained"] if tuning else []
@@ -93,7 +94,7 @@ def compare_table(result: dict) -> str:
         f"|---|---|{'---:|' * (len(headings) - 2)}",
     ]
     for row in by_kl(comparison):
-        perplexities = ["–" if row["perplexity"][s] is None else short(row["perplexity"][s]) for s in states]
+        perplexities = ["–" if row["perplexity"].get(s) is None else short(row["perplexity"][s]) for s in states]
         if row["tuning"] and not row["tuning"]["from_fold"] and row["perplexity"]["folded"] is not None:
             perplexities[1] += " (dropped)"
         if row["refused"]:

@@ -198,8 +198,9 @@ def test_the_table_fits_eighty_columns(finished, lora):
         row["layer_forwards"] = 123456
         row["perplexity"] = dict.fromkeys([*row["perplexity"], *["lora"] * lora], 99_999.0)
         row["standard_error"] = dict.fromkeys(row["perplexity"], 0.01)
-    console = Console(width=80, file=io.StringIO())
-    console.print(comparison_views.comparison_table(comparison))
+    console, table = Console(width=80, file=io.StringIO()), comparison_views.comparison_table(comparison)
+    assert all(column.header for column in table.columns), "no cell without a heading"
+    console.print(table)
     shown = " ".join(console.file.getvalue().split())
     assert shown.count("123.5k") == (0 if lora else len(METHODS)), "costs stand where there is room"
     assert shown.count("1,000") == len(METHODS), "± of the last state"

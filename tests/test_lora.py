@@ -57,7 +57,7 @@ def test_what_is_merged_in_is_what_peft_computes_and_the_dense_model_stays(famil
 def test_untrained_adapters_change_no_bit(family):
     student = families.tiny(family).to(torch.bfloat16)
     before, rows = copy.deepcopy(student.state_dict()), families.tokens()
-    room._adapters_(runner := DecoderRunner(student))
+    room.adapters_((runner := DecoderRunner(student)).layers)
     assert torch.isfinite(student(rows).logits).all(), "it runs with them"
     room._merge_(runner)
     assert student.state_dict().keys() == before.keys()
@@ -68,7 +68,7 @@ def test_what_several_layers_share_gets_no_adapter():
     student = tiny.llama()
     shared = student.model.layers[1].mlp
     student.model.layers[4].mlp = shared
-    room._adapters_(DecoderRunner(student))
+    room.adapters_(student.model.layers)
     assert not any(isinstance(module, peft.tuners.lora.LoraLayer) for module in shared.modules())
     assert isinstance(student.model.layers[4].self_attn.q_proj, peft.tuners.lora.LoraLayer)
 
@@ -97,7 +97,7 @@ def test_merged_weights_are_rounded_to_the_dtype_that_is_saved():
     student = tiny.llama()
     student.stored_dtype = torch.bfloat16
     runner = DecoderRunner(student)
-    room._adapters_(runner)
+    room.adapters_(runner.layers)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:

@@ -122,6 +122,9 @@ def test_the_judge_of_lists_is_of_the_judging_family_alone(tokenizer):
     for name in ("searching", "tuning"):
         assert not own & passages(forms(FAMILIES[name]))
         assert not {noun.lower() + ending for noun in nouns(FAMILIES[name]) for ending in ("", "s", "es")} & told
+    ids, value = key_values.key_value_prompt(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
+    assert len(ids) <= 1500
+    assert re.search(f"under number {value}\\.", tokenizer.decode(ids))
 
 
 def test_no_key_of_a_long_list_that_judges_is_of_a_form_that_was_taught(tokenizer):
@@ -130,9 +133,6 @@ def test_no_key_of_a_long_list_that_judges_is_of_a_form_that_was_taught(tokenize
     owned = [re.findall(rf"({'|'.join(JUDGING.things)}) of ({'|'.join(JUDGING.people)})", text) for text in texts]
     assert all(len(each) > len(JUDGING.things) for each in owned), "more entries than things"
     assert not any(re.search(rf"({'|'.join(JUDGING.people)}) ?' ?s ", text) for text in texts)
-    ids, value = key_values.key_value_prompt(tokenizer, 1500, 0.5, random.Random(0)) or ([], "")
-    assert len(ids) <= 1500
-    assert re.search(f"under number {value}\\.", tokenizer.decode(ids))
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------

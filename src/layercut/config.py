@@ -1165,8 +1165,7 @@ class MethodsConfig:
             raise ConfigError(f"--states names {wrong[0]!r}", f"allowed are {', '.join(COMPARED_STATES)}")
         if not self.state_names:
             raise ConfigError("--states names none", f"allowed are {', '.join(COMPARED_STATES)}")
-        untrained = self.state_names == ["tuned"] or "lora" in self.state_names
-        if untrained and not self.tune_tokens:
+        if not self.tune_tokens and (self.state_names == ["tuned"] or "lora" in self.state_names):
             raise ConfigError(
                 f"--states {self.states} is given, and nothing is tuned", "give --tune-tokens, or --states cut"
             )

@@ -99,7 +99,7 @@ def tune_lora_(
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
     with prepared(student, dense) as (cut, whole):
-        adapters = _adapters_(cut)
+        adapters = adapters_(cut.layers)
         try:
             return tune_parameters_(
                 cut, whole, [(adapter, 1.0) for adapter in adapters], tokens, heldout=heldout,
@@ -110,23 +110,26 @@ def tune_lora_(
             _merge_(cut)
 
 
-def _adapters_(student: DecoderRunner) -> list[nn.Parameter]:
-    """Put adapters beside every linear map of the layers, but for what several layers share.
+def adapters_(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Put adapters beside every linear map of layers, but for what several of them share.
+
+    Args:
+        layers: of a model; their maps are wrapped, in place.
 
     Returns:
-        Their matrices.
+        The adapters' matrices.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A is random
-        for layer, maps in zip(student.layers, _own_maps(student.layers), strict=True):
+        for layer, maps in zip(layers, _own_maps(layers), strict=True):
             if maps:
                 exactly = "|".join(map(re.escape, maps))  # a list of names would take others that end alike
                 turned = not all(isinstance(each, nn.Linear) for each in maps.values())  # GPT-2's weights are [in, out]
                 how = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=exactly, fan_in_fan_out=turned)
                 inject_adapter_in_model(how, layer, NAME)
-    return [p for layer in student.layers for name, p in layer.named_parameters() if "lora_" in name]
+    return [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name]
 
 
 def _own_maps(layers: Sequence[nn.Module]) -> list[dict[str, Any]]:

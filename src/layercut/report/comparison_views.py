@@ -65,11 +65,8 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     for heading in ("KL", *(f"ppl\n{state}" for state in states), "±", *(("s", "layers\nfwd+bwd") if costs else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in by_kl(comparison):
-        forwards, backwards = row["layer_forwards"], row["layer_backwards"]
-        spent = [
-            f"{row['search_seconds']:.0f}",
-            "+".join(formatting.count(n) for n in (forwards, backwards) if n) or "0",
-        ]
+        passes = [formatting.count(n) for n in (row["layer_forwards"], row["layer_backwards"]) if n]
+        spent = [f"{row['search_seconds']:.0f}", "+".join(passes) or "0"] if costs else []
         perplexities = ["-" if row["perplexity"].get(s) is None else short(row["perplexity"][s]) for s in states]
         table.add_row(
             Text(row["method"]),
