@@ -196,7 +196,7 @@ def patch_(dense: DecoderRunner, student: DecoderRunner, segment: Segment, token
         fit.add_(h[~held], y[~held])
         check.add_(h[held], y[held])
         seen += len(batch)
-    x = fit.solve(min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))).float()
+    x = fit.solve_best(RIDGES, check)[1].float()
     run = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

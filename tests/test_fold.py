@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import tiny
+from layercut.healing import least_squares
 from layercut.healing.endpoint_tuning import endpoints, own_parameters_
 from layercut.healing.least_squares import RIDGES, Normal, fold_cut_
 from layercut.healing.linear_outputs import find_targets
@@ -126,6 +127,46 @@ def test_streamed_normal_equations_are_float64_least_squares():
     assert sums.left(torch.zeros(12, 7, dtype=torch.float64)) == pytest.approx(sums.yy)
     # a larger ridge pulls the solution towards doing nothing
     assert sums.solve(10.0).norm() < sums.solve(0.1).norm() < sums.solve(0.0).norm()
+
+
+def test_sums_that_rounding_made_indefinite_are_solved_all_the_same():
+    zz, zy = torch.diag(torch.tensor([1.0, -1e-3], dtype=torch.float64)), torch.ones(2, 1, dtype=torch.float64)
+    torch.testing.assert_close(Normal(zz, zy).solve(0.0), torch.tensor([[1.0], [-1e3]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0, 3.0, 30.0])
+def test_the_ridge_is_the_best_of_all_for_half_of_the_solving(noise, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 7, generator=generator)
+    fit, check = (Normal.zeros(12, 7, torch.device("cpu")) for _ in range(2))
+    for sums, rows in ((fit, 15), (check, 40)):  # hardly more rows than unknowns: the more noise, the larger the ridge
+        z = torch.randn(rows, 12, generator=generator)
+        sums.add_(z, z @ weight + noise * torch.randn(rows, 7, generator=generator))
+    wanted, solve, solved = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge))), Normal.solve, []
+    monkeypatch.setattr(Normal, "solve", lambda self, ridge: solved.append(ridge) or solve(self, ridge))
+    ridge, x = fit.solve_best(RIDGES, check)
+    assert ridge == wanted
+    assert torch.equal(x, solve(fit, ridge))
+    assert len(solved) == len(set(solved)) <= abs(RIDGES.index(wanted) - len(RIDGES) // 2) + 3
+
+
+def test_what_is_at_both_ends_of_a_cut_is_computed_once_for_all_that_is_solved(monkeypatch):
+    tokens, segments = tiny.some_tokens(24, 16), [Segment(1, 2), Segment(3, 4)]
+
+    def folded(kept_bytes):
+        monkeypatch.setattr(least_squares, "KEPT_BYTES", kept_bytes)
+        student, dense = DecoderRunner(cut_copy(model, *segments)), DecoderRunner(model)
+        ran = []
+        monkeypatch.setattr(dense, "layer", lambda i, *rest: ran.append(i) or DecoderRunner.layer(dense, i, *rest))
+        found = [fold_cut_(student, dense, segment, tokens, rows=8) for segment in segments]
+        return found, [p.clone() for p in student.model.parameters()], ran
+
+    model = family("llama")
+    once, again = folded(2**20), folded(0)
+    assert once[0] == again[0]
+    assert all(map(torch.equal, once[1], again[1]))
+    assert again[2].count(1) == 2 * once[2].count(1) == 2 * 3 * len(segments)
+    assert len(again[2]) == 2 * len(once[2])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -32,6 +32,7 @@ from layercut.layer_search.finalists import (
     tried,
 )
 from layercut.layer_search.prices import Prices
+from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models import checkpoints, loading
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
@@ -444,3 +445,19 @@ def test_each_source_has_its_share_of_what_heals_a_cut_on_trial():
     taken = trial.some_of_each(this).tolist()
     assert [number for number in taken if origins[number % 10] == "probes"] == [5, 15]
     assert taken == [0, 1, 2, 5, 15], "in their order"
+
+
+def test_what_is_left_of_several_models_takes_one_run_of_the_dense_one(monkeypatch):
+    dense, tokens = DecoderRunner(tiny.llama()), tiny.some_tokens(rows=5, seed=1)
+    students = [DecoderRunner(cut(dense.model, [Segment(*bounds)])) for bounds in ((2, 4), (5, 6))]
+    ran = []
+    monkeypatch.setattr(dense, "layer", lambda i, *rest: ran.append(i) or DecoderRunner.layer(dense, i, *rest))
+    left_of = trial.Left(dense, [weighted_rows(tokens, None), weighted_rows(tokens[:2, :8], None)])
+    found = [left_of(student) for student in students]
+    for value, student in zip(found, students, strict=True):
+        apart = [mean_kl(dense, student, rows) for rows in (tokens, tokens[:2, :8])]
+        assert value == pytest.approx(sum(apart), rel=1e-4)
+    assert found[0] != found[1]
+    ran.clear()
+    assert left_of(students[0]) == found[0]
+    assert not ran

@@ -242,7 +242,7 @@ def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
         folded=run.calibration + tokens // run.shape.window,
     )  # fmt: skip
     each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
-    layers = 2 * run.shape.layers - run.length
+    layers = run.shape.layers - run.length
     tests, long = (rows * (run.tests > 0) for rows in (trial.TESTS, trial.LONG_TESTS))
     for shape, judged in ((run.shape, run.heldout + tests), (run.tuned, long)):
         each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))

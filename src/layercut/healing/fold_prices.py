@@ -127,8 +127,7 @@ class FoldPrices:
             add_split_(solved, check, part, z, wanted.float() - out.float())
         if not (solved.finite and check.finite):
             return None
-        found = [solved.solve(ridge) for ridge in (RIDGES if check.tokens else RIDGES[-1:])]
-        return min(found, key=check.left) if check.tokens else found[0]
+        return solved.solve_best(RIDGES if check.tokens else RIDGES[-1:], check)[1]
 
     def _price(self, batch: int, hidden: torch.Tensor) -> float:
         """Sum over a batch of its positions' weighted KL, those without weight left out."""
@@ -219,7 +218,7 @@ def fold_prices_cost(run: PlannedRun, cuts: Bounds, segments: int) -> Spent:
     between = 0 if segments == 1 else kept / 3
     each = Bounds(fit * (between + segments) + judged * kept * 2 / 3, judged, (fit + judged) * kept)
     forwards = Bounds(cuts.expected * each.expected, cuts.least * each.least, cuts.most * each.most)
-    solves = len(RIDGES) * (2 / 3 * wide**3 + 4 * wide**2 * shape.hidden)
+    solves = len(RIDGES) * (1 / 3 * wide**3 + 4 * wide**2 * shape.hidden)
     products = 2 * fit * shape.window * wide * (wide + shape.hidden)
     work = Work.of(
         shape, forwards, heads=2 * judged * cuts.expected, flops64=cuts.expected * segments * (solves + products)

@@ -57,6 +57,10 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
 
+KEPT_BYTES = 2**30
+"""What the hidden states at both ends of a cut may take in the host's memory, so that they are computed once for all
+projections of the layer before it."""
+
 
 @dataclass
 class Normal:
@@ -104,9 +108,39 @@ class Normal:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
-        regular = self.zz.clone()  # [I, I], positive semi-definite; the ridge makes it invertible
+        regular = self.zz.clone()  # [I, I], positive semi-definite; the ridge makes it definite, but for rounding
         regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
-        return torch.linalg.solve(regular, self.zy)
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        return torch.linalg.solve(regular, self.zy) if failed else torch.cholesky_solve(self.zy, factor)
+
+    def solve_best(self, ridges: Sequence[float], check: Normal) -> tuple[float, torch.Tensor]:
+        """The ridge that leaves least of what the sums have not seen.
+
+        What is left falls up to that ridge and rises behind it (docs/log.md), so that half of them need no solving: the
+        middle one is, then larger ones as long as less is left, or else smaller ones.
+
+        Args:
+            ridges: relative ridges, ascending, one at least.
+            check: sums over other tokens; of none the middle ridge is taken.
+
+        Returns:
+            The ridge, and X [I, D] by it.
+        """
+        middle = len(ridges) // 2
+        best = ridges[middle], self.solve(ridges[middle])
+        if not check.tokens:
+            return best
+        least = check.left(best[1])
+        for way in (ridges[middle + 1 :], ridges[:middle][::-1]):
+            before = least
+            for ridge in way:
+                x = self.solve(ridge)
+                if (left := check.left(x)) >= least:
+                    break
+                best, least = (ridge, x), left
+            if least < before:
+                break
+        return best
 
     def left(self, x: torch.Tensor) -> float:
         """|Z X - Y|^2, the squared error that X leaves; infinite where it is not finite."""
@@ -280,22 +314,21 @@ def fold_cut_(
     def share_of_bar(rows: float) -> None:
         advance(rows / len(targets))
 
+    ends = _Ends(dense, student, segment, position, kept=len(targets) > 1)
     ridges: list[float] = []
     plain = 0.0
     for number, target in enumerate(targets):
         # jointly with the later projections, so that an earlier one does not take over their part; only its own rows
         # of X are used, and the later ones are solved again on what they then read
         solved = together(targets[number:])
-        fit, check = _statistics(dense, student, segment, position, solved, tokens, rows, share_of_bar)
+        fit, check = _statistics(ends, solved, tokens, rows, share_of_bar)
         judge = check if check.tokens else fit
         if not (fit.finite and check.finite):
             if not number:
                 return _skipped(segment, "what reaches the cut is not finite")
             break  # by an earlier projection of this fold, which held-out KL then judges
-        ridge = RIDGES[-2]  # with no rows kept out, one that hardly trusts the rows
-        if check.tokens:
-            ridge = min(RIDGES, key=lambda ridge: check.left(fit.solve(ridge)))
-        x = fit.solve(ridge)  # [sum of widths, D]
+        # with no rows kept out, one that hardly trusts the rows; X [sum of widths, D]
+        ridge, x = fit.solve_best(RIDGES if check.tokens else RIDGES[-2:-1], check)
         target.fold_into_(student.loaded(position), x[: target.width], student.stored_dtype)
         ridges.append(ridge)
         plain = plain or judge.yy
@@ -314,11 +347,58 @@ def together(targets: Sequence[LinearOutput]) -> list[LinearOutput]:
     return [target for target, width in zip(targets, wide, strict=True) if target is targets[0] or width <= WIDEST]
 
 
+class _Ends:
+    """What enters the layer before a cut, h_{s-1}, and what layer e used to receive, h_e [B, T, D], of each batch.
+
+    Neither depends on that layer, so that they are the same for all projections that are solved in it.
+    """
+
+    def __init__(
+        self, dense: DecoderRunner, student: DecoderRunner, segment: Segment, position: int, *, kept: bool
+    ) -> None:
+        """Nothing is run yet; with `kept`, what has been is kept in the host's memory, up to KEPT_BYTES."""
+        self.dense, self.student, self.segment, self.position = dense, student, segment, position
+        # processes that run the layers of a spread model together have to run the same ones
+        self.room = KEPT_BYTES if kept and not sharding.is_spread(student.model) else 0
+        self.kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, tokens: torch.Tensor, parts: Sequence[slice]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Both of every batch.
+
+        Args:
+            tokens: token ids [N, T], the same at every call.
+            parts: which of the N rows each batch has.
+
+        Returns:
+            (h_{s-1}, h_e) of each.
+        """
+        keys = [(part.start, part.stop) for part in parts]
+        if not all(key in self.kept for key in keys):
+            found = self._run([tokens[part] for part in parts])
+            taken = sum(state.nbytes for both in found for state in both)
+            if taken > self.room:
+                return found
+            self.room -= taken
+            self.kept.update(
+                (key, (before.cpu(), wanted.cpu())) for key, (before, wanted) in zip(keys, found, strict=True)
+            )
+        return [self.kept[key] for key in keys]
+
+    def _run(self, batches: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The layers that are the same in both models run once."""
+        dense, student = self.dense, self.student
+        shared = min(shared_layers(dense, student), self.position)
+        wanted, calls = enter_all(dense, batches)
+        carry_(dense, wanted, calls, 0, shared)
+        before = list(wanted)
+        carry_(dense, wanted, calls, shared, self.segment.stop)
+        calls = [student.arguments(batch) for batch in batches]
+        carry_(student, before, calls, shared, self.position)
+        return list(zip(before, wanted, strict=True))
+
+
 def _statistics(
-    dense: DecoderRunner,
-    student: DecoderRunner,
-    segment: Segment,
-    position: int,
+    ends: _Ends,
     targets: Sequence[LinearOutput],
     tokens: torch.Tensor,
     rows: int | None,
@@ -328,8 +408,9 @@ def _statistics(
 
     Of several processes each takes a share of the rows. Of layers on disk each, up to the cut, is read once a pass.
     """
+    dense, student = ends.dense, ends.student
     width = sum(target.width for target in targets)
-    device = own_device(student.layers[position]) or student.device
+    device = own_device(student.layers[ends.position]) or student.device
     fit, check = (Normal.zeros(width, student.hidden_size, device) for _ in range(2))
     tokens, rows = dense.place(tokens), rows or dense.budget.layer_rows(tokens.shape[1])
     shared = sharding.in_step(student.model, shared_passes(dense, tokens, rows, streams=3), [slice(0, 1)])
@@ -338,7 +419,7 @@ def _statistics(
         parts, counts = one
         found: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
         with queue.trying(one):
-            gaps = _gaps(dense, student, segment, position, targets, [tokens[part] for part in parts])
+            gaps = _gaps(ends, targets, tokens, parts)
             found = chain([next(gaps)], gaps)  # all layers have been run by then
         for part, (z, y) in zip(parts, found, strict=False):  # none where memory ran out
             if not counts:
@@ -367,33 +448,21 @@ def add_split_(fit: Normal, check: Normal, rows: slice, z: torch.Tensor, y: torc
 
 
 def _gaps(
-    dense: DecoderRunner,
-    student: DecoderRunner,
-    segment: Segment,
-    position: int,
-    targets: Sequence[LinearOutput],
-    batches: Sequence[torch.Tensor],
+    ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, parts: Sequence[slice]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the targets are solved from [B, T, I], side by side, and y = h_e - h, what the stream lacks [B, T, D].
-
-    The layers that are the same in both models run once.
-    """
-    shared = min(shared_layers(dense, student), position)
-    wanted, calls = enter_all(dense, batches)
-    carry_(dense, wanted, calls, 0, shared)
-    before = list(wanted)
-    carry_(dense, wanted, calls, shared, segment.stop)
-    calls = [student.arguments(batch) for batch in batches]
-    carry_(student, before, calls, shared, position)
+    """What the targets are solved from [B, T, I], side by side, and y = h_e - h, what the stream lacks [B, T, D]."""
+    student, position = ends.student, ends.position
+    both = ends.of(tokens, parts)
     layer = student.loaded(position)
     modules = [layer.get_submodule(target.name) for target in targets]
-    for h_e, hidden, arguments in zip(wanted, before, calls, strict=True):
-        out, caught = run_and_catch(layer, hidden, arguments[position], modules)
-        parts = [
+    for part, (before, wanted) in zip(parts, both, strict=True):
+        hidden = student.on_device_of(position, before.to(student.device))
+        out, caught = run_and_catch(layer, hidden, student.arguments(tokens[part])[position], modules)
+        outputs = [
             caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
             for module, target in zip(modules, targets, strict=True)
         ]
-        yield torch.cat(parts, dim=-1), h_e.to(out.device).float() - out.float()
+        yield torch.cat(outputs, dim=-1), wanted.to(out.device).float() - out.float()
 
 
 # --- what it costs, told beforehand ---
@@ -408,25 +477,29 @@ def fold_systems(shape: Shape) -> tuple[int, int]:
 def fold_cost(run: PlannedRun) -> Spent:
     """What a fold of all cuts costs.
 
-    For each of the systems of a cut: the dense stream as far as the cut, the layer before it once more, and the normal
-    equations, solved in float64 once for each ridge and once more; and the KL of the held-out rows, twice. Held are the
-    sums to fit and to check on, beside what solves them, or beside what a few rows add to them; or the KL's part.
+    Of a cut the dense stream as far as its end, for each of its systems where that is not kept; for each system the
+    layer before the cut, and the normal equations, solved in float64 for half of the ridges; and the KL of the held-out
+    rows, twice. Held are the sums to fit and to check on, beside what solves them, or beside what a few rows add to
+    them; or the KL's part.
     """
     shape, d, rows, systems = run.shape, run.shape.hidden, run.folded, fold_systems(run.shape)
-    forwards = len(systems) * rows * sum(segment.stop + 1 for segment in run.segments)
-    solves = len(RIDGES) + 1 if rows >= HELD_OUT else 1
-    # of I unknowns an LU factorisation 2/3 I^3, solving for D right-hand sides 2 I^2 D, the solution's error 2 I^2 D
-    solved = sum(solves * (2 / 3 * i**3 + 4 * i**2 * d) + 2 * rows * shape.window * i * (i + d) for i in systems)
+    ends = 2 * shape.stream(rows)
+    times = 1 if ends <= KEPT_BYTES else len(systems)
+    forwards = rows * sum(times * segment.stop + len(systems) for segment in run.segments)
+    solves = len(RIDGES) // 2 if rows >= HELD_OUT else 1
+    # of I unknowns a Cholesky factorisation 1/3 I^3, solving for D right-hand sides 2 I^2 D, the error of X as much
+    solved = sum(solves * (1 / 3 * i**3 + 4 * i**2 * d) + 2 * rows * shape.window * i * (i + d) for i in systems)
     judged = 2 * run.heldout * (2 * shape.layers - run.length)
     work = Work.of(shape, forwards + judged, heads=4 * run.heldout, flops64=len(run.segments) * solved)
     wide, few = max(systems), min(rows, run.budget.layer_rows(shape.window))
     equations = 8 * wide * (wide + d)
-    # Z'Z with the ridge and its factors; X, what Z'Z makes of it, and their product with Z'Y
-    solving = 8 * wide * (2 * wide + 3 * d)
+    # Z'Z with the ridge and its factors; the best X and another, what Z'Z makes of it, and their product with Z'Y
+    solving = 8 * wide * (2 * wide + 4 * d)
     # z in the model's format, side by side and in float64, y in float32 and in float64
     adding = equations + few * shape.window * (wide * (2 * shape.itemsize + 8) + d * (4 * shape.itemsize + 12))
     peak = {
         "streams": 3 * shape.stream(rows if run.on_disk else few),
+        "both ends of the cut": min(KEPT_BYTES, ends),
         "normal equations": 2 * equations,
         "solving": max(solving, adding, few * shape.most("live")),
     }

@@ -22,7 +22,6 @@ from layercut import quantization as rounding
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, SurgeryError
 from layercut.healing.endpoint_tuning import endpoints
-from layercut.layer_search.weighted_rows import WeightedRows
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, SharesArtefact, bounds_of, segments_of
 from layercut.pipeline.known_prices import KnownPrices
@@ -202,22 +201,22 @@ def decided(this: Round, points: Sequence[ShareRecord]) -> list[ShareRecord]:
         The same in the same order.
     """
     work, known, found = this.work, KnownPrices(this.work.run, STAGE), list(points)
-    unseen = trial.unseen_rows(work, generated_tests(work))
+    left_of = trial.Left(this.stack, trial.unseen_rows(work, generated_tests(work)))
     for place in on_trial(points):
         cuts = segments_of(points[place].segments)
-        left = known("rounded", cuts, partial(left_after, this, cuts, unseen))
+        left = known("rounded", cuts, partial(left_after, this, cuts, left_of))
         say("shares", f"{points[place].layers} layers removed: {left:.4g} nats after a short healing and rounding")
         found[place] = replace(points[place], left=left)
     return found
 
 
-def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[WeightedRows]) -> float:
+def left_after(this: Round, cuts: Sequence[Segment], left_of: trial.Left) -> float:
     """What is left of a model that is cut, healed, rounded to the size and trained after it, each for a while.
 
     Args:
         this: the round.
         cuts: segments that are removed; none: the dense model.
-        unseen: rows of text and of tests that judge.
+        left_of: judges it.
 
     Returns:
         KL on text and the weighed damage to tests, nats per token.
@@ -229,5 +228,4 @@ def left_after(this: Round, cuts: Sequence[Segment], unseen: Sequence[WeightedRo
     found = rounding.quantize(student, rounding_rows(work), endpoints=beside, **options)
     if tune_quantized.wanted(work.config):
         found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(this))
-    rounded = DecoderRunner(found.model)
-    return sum(trial.left_of(rounded, this.stack, rows) for rows in unseen)
+    return left_of(DecoderRunner(found.model))

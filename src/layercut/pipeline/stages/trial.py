@@ -88,7 +88,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         work on prices that an earlier command found.
     """
     work, tests = this.work, how["probes"]
-    unseen = unseen_rows(work, tests)
+    left_of = Left(this.stack, unseen_rows(work, tests))
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
     prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
@@ -102,11 +102,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
         def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
 
-            def left() -> float:
-                student = healed_for_a_while(this, cuts, tokens, times)
-                return sum(left_of(student, this.stack, rows) for rows in unseen)
-
-            price = known(f"healed {times}", cuts, left)
+            price = known(f"healed {times}", cuts, lambda: left_of(healed_for_a_while(this, cuts, tokens, times)))
             how = "a short healing" if times == 1 else f"{times} times as much"
             say("trial", f"{', '.join(map(str, cuts))}: {price:.4g} nats after {how}")
             return price
@@ -146,7 +142,7 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
         tests: those that the search has; None where it goes by the text alone.
 
     Returns:
-        The rows, whose `left_of` add up to the price.
+        The rows, by each of which what is left adds up to the price.
     """
     text, heal = work.config.text, work.config.heal
     windows = {heal.tune_window or text.window: LONG_TESTS, text.window: TESTS}
@@ -208,30 +204,52 @@ def some_of_each(this: Round, times: int = 1) -> torch.Tensor:
     return torch.cat([part.sort().values[: counts[name]] for name, part in parts.items()]).sort().values
 
 
-@torch.no_grad()
-def left_of(student: DecoderRunner, dense: DecoderRunner, rows: WeightedRows) -> float:
-    """J of `layer_search/weighted_rows.py` of a healed model.
+class Left:
+    """J of `layer_search/weighted_rows.py` of healed models: the dense model is run once, not for each of them."""
 
-    Args:
-        student: the model.
-        dense: the model that it was cut from.
-        rows: of text or of tests.
+    def __init__(self, dense: DecoderRunner, rows: Sequence[WeightedRows]) -> None:
+        """Nothing is run before a model is to be judged.
 
-    Returns:
-        KL on text and the weighed damage to tests, as far as they are among the rows; nats per token, infinite where
-        it is not finite.
-    """
-    found, at_once = [], dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)
-    queue = dense.parts("search", slices(len(rows.tokens), at_once))
-    for part in queue:
-        with queue.trying(part):
-            ends = []
-            for stack in (dense, student):
-                hidden, calls = stack.enter(stack.place(rows.tokens[part]))
-                ends.append(stack.run(hidden, calls, 0, len(stack)))
-            weights = None if rows.weights is None else rows.weights[part]
-            found.append(Judge(KL(), dense, ends[0], rows.tokens[part], weights=weights)(ends[1]).cpu().double())
-    return as_price(rows.mean(torch.cat(found)[None]).item())
+        Args:
+            dense: the model that the others were cut from.
+            rows: of text or of tests, of each length.
+        """
+        self.dense, self.rows = dense, rows
+        self.kept: dict[tuple[int, int, int], torch.Tensor] = {}
+        """The dense model's h_L of a batch, on the host, by its rows' place and its bounds."""
+
+    def __call__(self, student: DecoderRunner) -> float:
+        """What is left to be healed.
+
+        Args:
+            student: a model that was cut from the dense one.
+
+        Returns:
+            KL on text and the weighed damage to tests, nats per token, summed over the rows of each kind; infinite
+            where it is not finite.
+        """
+        return sum(self._of(student, place, rows) for place, rows in enumerate(self.rows))
+
+    @torch.no_grad()
+    def _of(self, student: DecoderRunner, place: int, rows: WeightedRows) -> float:
+        found, dense = [], self.dense
+        at_once = dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)
+        queue = dense.parts("search", slices(len(rows.tokens), at_once))
+        for part in queue:
+            with queue.trying(part):
+                tokens, key = rows.tokens[part], (place, part.start, part.stop)
+                if key not in self.kept:
+                    self.kept[key] = _last_states(dense, tokens).cpu()
+                weights = None if rows.weights is None else rows.weights[part]
+                judge = Judge(KL(), dense, self.kept[key].to(dense.device), tokens, weights=weights)
+                found.append(judge(_last_states(student, tokens)).cpu().double())
+        return as_price(rows.mean(torch.cat(found)[None]).item())
+
+
+def _last_states(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor:
+    """h_L [B, T, D] of tokens [B, T]."""
+    hidden, calls = stack.enter(stack.place(tokens))
+    return stack.run(hidden, calls, 0, len(stack))
 
 
 def other_tests(work: RunContext, tests: ProbeRows | None, rows: int, window: int) -> ProbeRows | None:
