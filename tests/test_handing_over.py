@@ -253,6 +253,7 @@ def test_a_run_without_a_finished_model_is_refused(chatted, tmp_path, capsys):
     assert "is no run folder" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_what_neither_model_nor_tokenizer_writes_comes_with_a_run_and_with_fewer_bits(tiny_model, texts, tmp_path):
     pytest.importorskip("compressed_tensors")
     source = shutil.copytree(tiny_model, tmp_path / "source")

@@ -228,7 +228,8 @@ def test_a_template_that_does_not_go_on_from_turn_to_turn_writes_no_chat_of_seve
         for template in (LAST_TURN, ONE_TURN):
             assert (chat_of(tokenizer, template, item) is None) == (len(item.turns) > 1)
             writer = probes_module._Writer(able(tokenizer, template), FAMILIES["tuning"], random.Random(0), chat=True)
-            assert writer.item(capability, 12).answers == len(item.parts) // 2, "written all the same"
+            plain = writer.marked(capability, writer.written(capability, 12))
+            assert plain.answers == len(item.parts) // 2, "written all the same"
     with pytest.raises(DataError, match="no chats"):
         chat_of(tokenizer, "{{ raise_exception('no chats') }}", item)
 
@@ -748,6 +749,7 @@ class Refusing:
         raise Refused(inputs)
 
 
+@pytest.mark.usefixtures("quick_runs")
 def test_a_run_rounds_on_tests_wherever_it_rounds(tiny_model, texts, tmp_path, monkeypatch):
     seen, round_ = [], quantization.quantize
 
@@ -778,6 +780,7 @@ def test_a_run_rounds_on_tests_wherever_it_rounds(tiny_model, texts, tmp_path, m
     assert torch.equal(of_four, both)
 
 
+@pytest.mark.usefixtures("quick_runs")
 @pytest.mark.parametrize(("weight", "rounds"), [(1.0, 1), (3.0, 1), (3.0, 2)])
 def test_answers_count_more_where_a_run_tunes_and_where_it_tries(
     tiny_model, texts, tmp_path, monkeypatch, weight, rounds

@@ -238,14 +238,22 @@ class _Writer:
         """Token ids without special tokens, but those that the text spells."""
         return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
-    def item(self, capability: str, size: int = 0) -> _Marked:
+    def item(self, capability: str) -> _Marked:
         """A fresh item and what parts it from the next."""
+        return self.marked(capability, self.written(capability))
+
+    def written(self, capability: str, size: int = 0) -> Item:
+        """A fresh item and what parts it from the next, as text."""
         made = CAPABILITIES[capability](self.family, self.draw, size)
         if self.chat and (chat := self.as_chat(made)):
-            return self.marked(capability, chat)
+            return chat
         *rest, last = made.parts
         parts = (*rest, last + "\n") if len(made.parts) % 2 else (*made.parts, "\n")
-        return self.marked(capability, replace(made, parts=parts))
+        return replace(made, parts=parts)
+
+    def length(self, item: Item) -> int:
+        """How many tokens an item has."""
+        return len(self.encode("".join(item.parts)))
 
     def as_chat(self, item: Item) -> Item | None:
         """The item by the tokenizer's template: every answer is a reply of its own to the question for it.
@@ -285,7 +293,9 @@ class _Writer:
         for number, part in enumerate(item.parts):
             text += part
             longer = self.encode(text)
-            common = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), len(ids))
+            common = len(ids)
+            if longer[:common] != ids:
+                common = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), common)
             mark = (capability, found.answers) if number % 2 else None
             begun = found.of[common : common + 1] if mark is None and common < len(longer) else []
             found.of[common:] = [*begun, *[mark] * (len(longer) - common - len(begun))]
@@ -302,21 +312,24 @@ class _Writer:
         """
         size, state = LEAST_SIZE[capability], self.draw.getstate()
 
-        def drawn(size: int) -> _Marked:
+        def drawn(size: int) -> tuple[Item, int]:
             if one_form:
                 self.draw.setstate(state)
-            return self.item(capability, size)
+            item = self.written(capability, size)
+            return item, self.length(item)
 
-        least = drawn(size)
-        if not least.fits(room):
+        found, length = drawn(size)
+        if length > room:
             return None
-        per = max(1.0, len(drawn(size + 8).ids) - len(least.ids)) / 8
-        size += max(0, int((room - len(least.ids)) / per))
+        per = max(1.0, drawn(size + 8)[1] - length) / 8
+        size += max(0, int((room - length) / per))
         while size > LEAST_SIZE[capability]:
-            if (found := drawn(size)).fits(room):
-                return found
+            item, length = drawn(size)
+            if length <= room:
+                found = item
+                break
             size -= 1 + size // 16
-        return least
+        return self.marked(capability, found)
 
     def filled(self, found: _Marked, window: int) -> _Marked:
         """Exactly T tokens: sentences of filler after the items, or nothing of them that does not fit.
