@@ -52,7 +52,8 @@ def run(tmp_path_factory):
         run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "generation_health", partial(evaluation.generation_health, tokens=8))
+        for written in ("generations", "generation_health"):
+            patch.setattr(evaluation, written, partial(getattr(evaluation, written), tokens=8))
         return compress(str(model), config)
 
 

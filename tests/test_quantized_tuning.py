@@ -308,6 +308,7 @@ def test_a_run_tunes_after_rounding_and_a_fresh_process_finds_the_same(texts, tm
         assert main([*argv, f"--out={out}", f"--tune-quantized={way}"]) == 0
         runs[way] = {name: json.loads((out / f"{name}.json").read_text()) for name in ("quantize", "export", "summary")}
         assert not {file.name for file in out.glob("*-state.safetensors")}
+        quick.leave_out(monkeypatch)
     trained = trainable.Trainable.of_(rounded(half(tiny.llama(2)), bits=3), half(tiny.llama(2)))
     assert trained.rate < Trainable.of_(rounded(half(tiny.llama(2)), bits=3)).rate, "of rounding, and of scales alone"
     tuning = runs["auto"]["quantize"]["tuning"]

@@ -5,7 +5,7 @@ Every price is kept in the run folder as soon as it is known, until the stage is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -228,10 +228,11 @@ class Left:
             KL on text and the weighed damage to tests, nats per token, summed over the rows of each kind; infinite
             where it is not finite.
         """
-        return sum(self._of(student, place, rows) for place, rows in enumerate(self.rows))
+        with bar("judging what is left", sum(len(rows.tokens) for rows in self.rows)) as advance:
+            return sum(self._of(student, place, rows, advance) for place, rows in enumerate(self.rows))
 
     @torch.no_grad()
-    def _of(self, student: DecoderRunner, place: int, rows: WeightedRows) -> float:
+    def _of(self, student: DecoderRunner, place: int, rows: WeightedRows, advance: Callable[[float], None]) -> float:
         found, dense = [], self.dense
         at_once = dense.budget.logit_rows(rows.tokens.shape[1], dense.vocabulary)
         queue = dense.parts("search", slices(len(rows.tokens), at_once))
@@ -243,6 +244,7 @@ class Left:
                 weights = None if rows.weights is None else rows.weights[part]
                 judge = Judge(KL(), dense, self.kept[key].to(dense.device), tokens, weights=weights)
                 found.append(judge(_last_states(student, tokens)).cpu().double())
+                advance(len(tokens))
         return as_price(rows.mean(torch.cat(found)[None]).item())
 
 
