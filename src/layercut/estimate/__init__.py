@@ -222,11 +222,20 @@ def _search_cost(run: PlannedRun) -> Spent:
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
     """What healing the cuts on trial costs, two of which are taken to be close and healed longer.
 
-    held: bytes of the dense states that judge them.
+    held: bytes of the dense states that quick folds are solved and judged by.
     """
     short, longer = (_healed_on_trial(run, times) for times in (1, LONGER))
-    found = reduce(both_searches, [short] * (TRIED + VARIANTS) + [longer] * 2)
+    judged = _judged_on_trial(run)
+    held += sum(shape.stream(rows) for shape, rows in judged)
+    dense = Work(flops=sum(rows * shape.layers * shape.mean("flops") for shape, rows in judged))
+    found = reduce(both_searches, [Spent({}, dense), *[short] * (TRIED + VARIANTS), *[longer] * 2])
     return replace(found, peak=found.peak | {"dense states": held})
+
+
+def _judged_on_trial(run: PlannedRun) -> list[tuple[Shape, int]]:
+    """How many rows of which length judge what is left of a healed cut."""
+    tests, long = (rows * (run.tests > 0) for rows in (trial.TESTS, trial.LONG_TESTS))
+    return [(run.shape, run.heldout + tests), (run.tuned, long)]
 
 
 def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
@@ -243,8 +252,7 @@ def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
     )  # fmt: skip
     each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
     layers = run.shape.layers - run.length
-    tests, long = (rows * (run.tests > 0) for rows in (trial.TESTS, trial.LONG_TESTS))
-    for shape, judged in ((run.shape, run.heldout + tests), (run.tuned, long)):
+    for shape, judged in _judged_on_trial(run):
         each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
     work = each.work and replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds())
     return replace(each, work=work)
