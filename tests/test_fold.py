@@ -115,13 +115,16 @@ def ridge_regression(x, y, ridge):
     return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
 
 
-def test_streamed_normal_equations_are_float64_least_squares():
+@pytest.mark.parametrize("columns", [5, 1024])
+def test_streamed_normal_equations_are_float64_least_squares(columns, monkeypatch):
+    monkeypatch.setattr(least_squares, "COLUMNS", columns)
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(200, 12, generator=generator), torch.randn(200, 7, generator=generator)
     sums = Normal.zeros(12, 7, torch.device("cpu"))
     for part in range(0, 200, 50):
         sums.add_(z[part : part + 50], y[part : part + 50])
     solution = torch.linalg.lstsq(z.double(), y.double()).solution
+    torch.testing.assert_close(sums.whole_(), z.double().T @ z.double())
     torch.testing.assert_close(sums.solve(0.0), solution)
     assert sums.left(solution) == pytest.approx((z.double() @ solution - y.double()).square().sum().item())
     assert sums.left(torch.zeros(12, 7, dtype=torch.float64)) == pytest.approx(sums.yy)

@@ -57,6 +57,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
 
+COLUMNS = 1024
+"""Columns of Z'Z that are added to at once, below its diagonal alone: it is symmetric."""
+
 KEPT_BYTES = 2**30
 """What the hidden states at both ends of a cut may take in the host's memory, so that they are computed once for all
 projections of the layer before it."""
@@ -67,6 +70,7 @@ class Normal:
     """Streamed sums of a least-squares problem z -> y, float64: Z'Z [I, I], Z'Y [I, D], |Y|^2 and tokens."""
 
     zz: torch.Tensor
+    """Right on and below its diagonal; above it after `whole_`."""
     zy: torch.Tensor
     yy: float = 0.0
     tokens: int = 0
@@ -95,10 +99,24 @@ class Normal:
             y: what is to be added to the stream [..., D].
         """
         z, y = z.flatten(0, -2).to(self.zz), y.flatten(0, -2).to(self.zz)
-        self.zz += z.T @ z
-        self.zy += z.T @ y
+        for start, block in self._columns():
+            block.addmm_(z[:, start:].T, z[:, start : start + COLUMNS])
+        self.zy.addmm_(z.T, y)
         self.yy += y.square().sum().item()
         self.tokens += len(z)
+
+    def _columns(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The columns of Z'Z from `start` on, from the diagonal downwards [I - start, COLUMNS]."""
+        for start in range(0, len(self.zz), COLUMNS):
+            yield start, self.zz[start:, start : start + COLUMNS]
+
+    def whole_(self) -> torch.Tensor:
+        """Z'Z, filled in above its diagonal."""
+        for start, block in self._columns():
+            own, below = block.split([block.shape[1], len(block) - block.shape[1]])
+            own.copy_(own.tril() + own.tril(-1).T)
+            self.zz[start : start + COLUMNS, start + COLUMNS :] = below.T
+        return self.zz
 
     def sum_(self) -> None:
         """All-reduce: add what other processes have summed."""
@@ -108,7 +126,7 @@ class Normal:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
-        regular = self.zz.clone()  # [I, I], positive semi-definite; the ridge makes it definite, but for rounding
+        regular = self.whole_().clone()  # [I, I], positive semi-definite; the ridge makes it definite, but for rounding
         regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
         factor, failed = torch.linalg.cholesky_ex(regular)
         return torch.linalg.solve(regular, self.zy) if failed else torch.cholesky_solve(self.zy, factor)
@@ -144,7 +162,7 @@ class Normal:
 
     def left(self, x: torch.Tensor) -> float:
         """|Z X - Y|^2, the squared error that X leaves; infinite where it is not finite."""
-        return as_price(self.yy - 2 * (x * self.zy).sum().item() + (x * (self.zz @ x)).sum().item(), 0.0)
+        return as_price(self.yy - 2 * (x * self.zy).sum().item() + (x * (self.whole_() @ x)).sum().item(), 0.0)
 
     @property
     def finite(self) -> bool:
@@ -496,7 +514,7 @@ def fold_cost(run: PlannedRun) -> Spent:
     # Z'Z with the ridge and its factors; the best X and another, what Z'Z makes of it, and their product with Z'Y
     solving = 8 * wide * (2 * wide + 4 * d)
     # z in the model's format, side by side and in float64, y in float32 and in float64
-    adding = equations + few * shape.window * (wide * (2 * shape.itemsize + 8) + d * (4 * shape.itemsize + 12))
+    adding = few * shape.window * (wide * (2 * shape.itemsize + 8) + d * (4 * shape.itemsize + 12))
     peak = {
         "streams": 3 * shape.stream(rows if run.on_disk else few),
         "both ends of the cut": min(KEPT_BYTES, ends),
