@@ -124,8 +124,8 @@ def test_streamed_normal_equations_are_float64_least_squares(columns, monkeypatc
     for part in range(0, 200, 50):
         sums.add_(z[part : part + 50], y[part : part + 50])
     solution = torch.linalg.lstsq(z.double(), y.double()).solution
-    torch.testing.assert_close(sums.whole_(), z.double().T @ z.double())
     torch.testing.assert_close(sums.solve(0.0), solution)
+    torch.testing.assert_close(sums.whole_(), z.double().T @ z.double())
     assert sums.left(solution) == pytest.approx((z.double() @ solution - y.double()).square().sum().item())
     assert sums.left(torch.zeros(12, 7, dtype=torch.float64)) == pytest.approx(sums.yy)
     # a larger ridge pulls the solution towards doing nothing

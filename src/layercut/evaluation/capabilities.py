@@ -75,7 +75,7 @@ def _compare(
 ) -> None:
     """Fill in `damage` [N, T] and `right` [2, N, T] of some rows, at their answers."""
     tokens = probes.tokens[part]
-    ends = [_last_states(stack, tokens) for stack in stacks]
+    ends = [stack.last(tokens) for stack in stacks]
     for row, number in enumerate(range(part.start, part.stop)):
         at = (probes.answers[number] >= 0).nonzero()[:, 0]
         if not len(at):
@@ -88,8 +88,3 @@ def _compare(
         damage[number, at] = kl_divergence(whole, cut).cpu().double()
         for which, logits in enumerate((cut, whole)):
             right[which, number, at] = logits.argmax(-1).cpu() == tokens[row, at + 1]
-
-
-def _last_states(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor:
-    hidden, calls = stack.enter(tokens)
-    return stack.run(hidden, calls, 0, len(stack))

@@ -109,8 +109,7 @@ def _whole(
             if stack is None:
                 loss = next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
             else:
-                hidden, calls = stack.enter(batch)
-                loss = exit_losses(stack, stack.run(hidden, calls, 0, len(stack)), batch)
+                loss = exit_losses(stack, stack.last(batch), batch)
         if loss is not None:
             yield part, loss, counts
             advance(part.stop - part.start)
@@ -194,8 +193,7 @@ def _next_logits(model: Any, stack: DecoderRunner | None, batch: torch.Tensor) -
         logits = model(input_ids=batch, use_cache=False).logits
         return lambda where: logits[:, where]
     opened = stack  # for the type checker
-    hidden, calls = opened.enter(batch)
-    last = opened.run(hidden, calls, 0, len(opened))
+    last = opened.last(batch)
     return lambda where: opened.exit(last, batch, where)
 
 

@@ -126,10 +126,12 @@ class Normal:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X [I, D] minimising |Z X - Y|^2 + ridge * mean(diag Z'Z) * |X|^2."""
-        regular = self.whole_().clone()  # [I, I], positive semi-definite; the ridge makes it definite, but for rounding
+        regular = self.zz.clone()  # [I, I], positive semi-definite; the ridge makes it definite, but for rounding
         regular.diagonal().add_(self.zz.diagonal().mean() * ridge)
-        factor, failed = torch.linalg.cholesky_ex(regular)
-        return torch.linalg.solve(regular, self.zy) if failed else torch.cholesky_solve(self.zy, factor)
+        factor, failed = torch.linalg.cholesky_ex(regular)  # reads nothing above the diagonal
+        if not failed:
+            return torch.cholesky_solve(self.zy, factor)
+        return torch.linalg.solve(regular.tril() + regular.tril(-1).T, self.zy)
 
     def solve_best(self, ridges: Sequence[float], check: Normal) -> tuple[float, torch.Tensor]:
         """The ridge that leaves least of what the sums have not seen.

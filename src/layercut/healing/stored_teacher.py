@@ -166,8 +166,7 @@ def _likeliest(
     log_p = torch.empty(*tokens.shape, k + 1, dtype=torch.float16)
     for row in range(len(tokens)):
         ((batch, _, _),) = row_parts(tokens, torch.tensor([row]), lengths)
-        hidden, calls = dense.enter(batch)
-        final = dense.run(hidden, calls, 0, len(dense))
+        final = dense.last(batch)
         for piece in dense.budget.logit_pieces(len(batch), batch.shape[1], dense.vocabulary * 4):
             log_all = (dense.exit(final[piece], batch[piece]).float() / temperature).log_softmax(-1)
             top = log_all.topk(k, dim=-1)

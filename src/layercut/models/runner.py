@@ -385,6 +385,11 @@ class DecoderRunner:
             hidden = self.layer(i, hidden, calls)
         return hidden
 
+    def last(self, tokens: torch.Tensor) -> torch.Tensor:
+        """h_L [B, T, D] of tokens [B, T], what leaves the last layer."""
+        hidden, calls = self.enter(tokens)
+        return self.run(hidden, calls, 0, len(self))
+
     def exit(self, hidden: torch.Tensor, tokens: torch.Tensor, part: slice | None = None) -> torch.Tensor:
         """Logits from the last layer's output, by the model's own final norm and head.
 

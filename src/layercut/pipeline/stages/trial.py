@@ -240,18 +240,12 @@ class Left:
             with queue.trying(part):
                 tokens, key = rows.tokens[part], (place, part.start, part.stop)
                 if key not in self.kept:
-                    self.kept[key] = _last_states(dense, tokens).cpu()
+                    self.kept[key] = dense.last(tokens).cpu()
                 weights = None if rows.weights is None else rows.weights[part]
                 judge = Judge(KL(), dense, self.kept[key].to(dense.device), tokens, weights=weights)
-                found.append(judge(_last_states(student, tokens)).cpu().double())
+                found.append(judge(student.last(tokens)).cpu().double())
                 advance(len(tokens))
         return as_price(rows.mean(torch.cat(found)[None]).item())
-
-
-def _last_states(stack: DecoderRunner, tokens: torch.Tensor) -> torch.Tensor:
-    """h_L [B, T, D] of tokens [B, T]."""
-    hidden, calls = stack.enter(stack.place(tokens))
-    return stack.run(hidden, calls, 0, len(stack))
 
 
 def other_tests(work: RunContext, tests: ProbeRows | None, rows: int, window: int) -> ProbeRows | None:
