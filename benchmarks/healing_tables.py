@@ -153,7 +153,7 @@ def recall_table(result: dict) -> str:
     """What cuts and healings keep of recall, beside perplexity, as Markdown."""
     rows, environment = result["rows"], result["environment"]
     texts, asked = list(rows[0]["perplexity"]), rows[0]["keys_asked"]
-    damages = ("recall", "lists", "copy", "labels", "structure", "format")
+    damages = ("recall", "lists", "copy", "labels", "sums", "structure", "format")
     tasks = next((list(row["tasks"]) for row in rows if "tasks" in row), [])
     shown = [f"tasks ({len(tasks)})"] if tasks else []
     lines = [
@@ -183,3 +183,109 @@ def recall_table(result: dict) -> str:
         cells += ["" if dense else f"{row['damage'][name]:.2f}" for name in damages]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+LEFT_OUT = {
+    "fold": "the fold",
+    "share": "the generated tests",
+    "answer_weight": "the weight of answers (4)",
+    "mix": "the text's own next tokens (0.3)",
+    "beside": "the second text, Wikipedia",
+    "window": "rows of 1,024 tokens and, with them, long tests",
+}
+"""What ingredients.json's rows lack, by the first of recall.py's settings in which they differ from the first healed
+row."""
+
+
+def ingredients_table(result: dict) -> str:
+    """What each part of the healing brings: all of it, then each part left out, as Markdown."""
+    rows, environment = result["rows"], result["environment"]
+    dense = next(row for row in rows if row["segments"] == "nothing")
+    unhealed = [row for row in rows if row is not dense and not row["tokens"]]
+    whole, *others = [row for row in rows if row["tokens"] and row is not dense]
+    named = [("dense", dense), *(("cut, not healed", row) for row in unhealed), ("**healed**", whole)]
+    named += [(f"without {LEFT_OUT[changed(whole, row)[0]]}", row) for row in others]
+    texts = list(dense["perplexity"])
+    lines = [
+        f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']} "
+        f"without {named_cut(whole['segments'])}, healed on {whole['tokens']:,} tokens; perplexity of "
+        f"{result['eval_tokens']:,} tokens of each text in windows of {result['window']}; keys hidden in, and values "
+        f"of a list of, up to {result['longest']:,} tokens, found of {dense['keys_asked']}; damage to tests of the "
+        "judging family, nats per answer token, mean of all seven and of two:",
+        "",
+        f"| | {' | '.join(texts)} | keys | list values | damage | to recall | to lists |",
+        f"|---|{'---:|' * (len(texts) + 5)}",
+    ]
+    for name, row in named:
+        cells = [name, *(f"{row['perplexity'][text]:.1f}" for text in texts)]
+        cells += [str(row["keys_found"]), str(row["lists_found"])]
+        if harm := row.get("damage"):
+            cells += [f"{each:.2f}" for each in (mean(harm), harm["recall"], harm["lists"])]
+        lines.append(f"| {' | '.join(cells + [''] * (len(texts) + 6 - len(cells)))} |")
+    return "\n".join(lines)
+
+
+def mean(damage: dict[str, float]) -> float:
+    return sum(damage.values()) / len(damage)
+
+
+HOW = (
+    "fold", "segments", "tokens", "share", "answer_weight", "mix", "radius", "window", "beside", "lora", "writer",
+    "hurt", "by_kl", "also",
+)  # fmt: skip
+"""recall.py's settings, in the order in which they name a row; but for the rate, which is chosen for the others, and
+for `parted`, which follows `window`."""
+
+
+def changed(row: dict, other: dict) -> list[str]:
+    """The settings in which two rows of recall.py differ."""
+    return [name for name in HOW if row[name] != other[name]]
+
+
+TRIED = (
+    (1, 2), (31, 37), (3, 18), (18, 22), (20, 21), (17, 18), (3, 6), (3, 4), (3, 5), (3, 10), (3, 11), (18, 20),
+    (22, 23), (24, 30), (32, 33), (35, 34), (24, 25), (24, 26),
+)  # fmt: skip
+"""Rows of recall.json, which are only ever added to: one, and what was healed otherwise in one respect."""
+
+
+def tried_table(result: dict) -> str:
+    """What else was tried: pairs of healings that differ in one respect, as Markdown."""
+    rows, environment = result["rows"], result["environment"]
+    texts, asked = list(rows[0]["perplexity"]), rows[0]["keys_asked"]
+    lines = [
+        f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']}; "
+        f"perplexity of {result['eval_tokens']:,} tokens of each text in windows of {result['window']}; keys and list "
+        f"values found of {asked}; damage to tests of the judging family, mean of all seven, nats per answer token. "
+        "What was tried, on what, and each figure without and with it:",
+        "",
+        f"| tried | removed | tuned on | {' | '.join(texts)} | keys | list values | damage |",
+        f"|---|---|---:|{'---:|' * (len(texts) + 3)}",
+    ]
+    for one, other in ((rows[a], rows[b]) for a, b in TRIED):
+        pairs = [(one["perplexity"][text], other["perplexity"][text], ".1f") for text in texts]
+        pairs += [(one[f"{name}_found"], other[f"{name}_found"], "d") for name in ("keys", "lists")]
+        pairs.append((mean(one["damage"]), mean(other["damage"]), ".2f"))
+        cells = [otherwise(one, other, result["window"]), named_cut(one["segments"]), f"{one['tokens']:,}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{a:{as_}} → {b:{as_}}' for a, b, as_ in pairs)])} |")
+    return "\n".join(lines)
+
+
+def otherwise(one: dict, other: dict, window: int) -> str:
+    """In what the second row was healed otherwise."""
+    counts = f"an answer counts {other['answer_weight']:g} times"
+    layers = f"{len(other['tuning']['trained_layers'])} layers tuned, not {len(one['tuning']['trained_layers'])}"
+    words = {
+        "segments": f"{named_cut(other['segments'])} removed instead",
+        "tokens": f"{other['tokens']:,} tokens",
+        "share": f"{other['share']:.0%} of tests, not {one['share']:.0%}",
+        "answer_weight": counts,
+        "mix": f"next tokens of the text at {other['mix']:g}",
+        "radius": layers,
+        "window": f"rows of {lengths_of(other, window)} tokens, not {lengths_of(one, window)}",
+        "beside": "half of it Wikipedia",
+        "lora": "LoRA of rank 32 on all layers",
+        "writer": WRITERS[other["writer"] or "text"],
+        "hurt": taught_otherwise(other).removeprefix(", "),
+    }
+    return ", ".join(words[name] for name in changed(one, other) if name in words)

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/results.md, and the one of README.md, from benchmarks/results/: demo, gate_ablation,
-stream, compare-RATIO, healing, recall, recovery, frontier, tune_quantized, speed, shapes and others, all .json; of
-those from recall on, one that is not there yet is said to be open. A table stands between `<!-- NAME -->` and
-`<!-- /NAME -->`.
+"""Writes the tables of docs/results.md, of two guides, and those of README.md, from benchmarks/results/: demo,
+gate_ablation, stream, compare-RATIO, healing, recall, ingredients, recovery, frontier, tune_quantized, speed, shapes
+and others, all .json; of those from recall on, one that is not there yet is said to be open. A table stands between
+`<!-- NAME -->` and `<!-- /NAME -->`.
 
     layercut demo --out runs/demo
     python benchmarks/readme.py runs/demo        # takes the run over, then writes the tables
@@ -20,7 +20,14 @@ from functools import partial
 from pathlib import Path
 
 from gate_tables import headline_of_search, search_tables
-from healing_tables import headline_table, healing_table, recall_table, recovery_table
+from healing_tables import (
+    headline_table,
+    healing_table,
+    ingredients_table,
+    recall_table,
+    recovery_table,
+    tried_table,
+)
 from layercut.files.json_values import write_json, write_text
 from layercut.report.comparison_views import measured_states
 from layercut.report.formatting import Json, count, figure, label, short, size
@@ -33,7 +40,7 @@ from stage_two import (
     tenth_words,
     tune_quantized_table,
 )
-from survival_tables import keep_table, survival_markdown, texts_table
+from survival_tables import keep_table, map_table, map_words, short_survival, survival_markdown, texts_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,19 +169,21 @@ def engines_table(result: dict) -> str:
 
 def each(pattern: str, made_by: Callable[[dict], str]) -> str:
     """The tables of several runs of a benchmark, one after the other."""
-    return "\n\n".join(made_by(json.loads(file.read_text())) for file in sorted(RESULTS.glob(pattern)))
+    files = sorted(RESULTS.glob(pattern), key=lambda file: file.stem)
+    return "\n\n".join(made_by(json.loads(file.read_text())) for file in files)
 
 
-def survives() -> str:
-    """What the cuts of several methods keep, as far as it was measured."""
-    found = each("texts-*.json", texts_table), each("survives-*.json", survival_markdown)
+def survives(whole: bool) -> str:
+    """What the cuts of several methods keep, as far as it was measured; whole: every state and task of it."""
+    found = [each("survives-*.json", survival_markdown if whole else short_survival)]
+    found += [each("texts-*.json", texts_table)] * whole
     return "\n\n".join(filter(None, found)) or "Not measured yet: `benchmarks/compare.py --probes`."
 
 
-def once_measured(name: str, made_by: Callable[[dict], str]) -> str:
+def once_measured(name: str, made_by: Callable[[dict], str], script: str = "") -> str:
     """A table of a result file; before there is one, how to make it."""
-    file = RESULTS / f"{name}.json"
-    return made_by(json.loads(file.read_text())) if file.is_file() else f"Not measured yet: `benchmarks/{name}.py`."
+    file, by = RESULTS / f"{name}.json", script or name
+    return made_by(json.loads(file.read_text())) if file.is_file() else f"Not measured yet: `benchmarks/{by}.py`."
 
 
 def headline() -> str:
@@ -198,7 +207,7 @@ def filled(text: str) -> str:
         "search": search_tables(read(RESULTS / "gate_ablation.json"), read(RESULTS / "stream.json")),
     }
     regions |= {"gate": headline_of_search(read(RESULTS / "gate_ablation.json"))}
-    regions |= {"results": headline(), "survives": survives()}
+    regions |= {"results": headline(), "survives": survives(whole=False), "survives-all": survives(whole=True)}
     regions |= {"compare": each("compare-*.json", compare_table), "healing": each("healing*.json", healing_table)}
     later: dict[str, Callable[[dict], str]] = {"recovery": recovery_table, "frontier": frontier_table}
     later |= {
@@ -213,6 +222,9 @@ def filled(text: str) -> str:
     }
     later |= {"keep_recall": keep_table}
     regions |= {name: once_measured(name, made_by) for name, made_by in later.items()}
+    regions |= {"tried": once_measured("recall", tried_table)}
+    regions |= {"ingredients": once_measured("ingredients", ingredients_table, "recall")}
+    regions |= {"maps": each("maps*.json", map_words), "maps-all": each("maps*.json", map_table)}
     for region, tables in regions.items():
         text = with_inside(text, region, tables)
     return text
@@ -227,7 +239,7 @@ def with_inside(text: str, region: str, inside: str) -> str:
 def main() -> None:
     if len(sys.argv) > 1:
         take_over(Path(sys.argv[1]))
-    for drawn in RESULTS.glob("frontier*.svg"):  # the benchmark has drawn it anew; it is a picture of the documentation
+    for drawn in (*RESULTS.glob("frontier*.svg"), *RESULTS.glob("maps*.svg")):  # drawn anew, for the documentation
         drawn.replace(ROOT / "docs" / drawn.name)
     for page in PAGES:
         write_text(page, filled(page.read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
-"""Tables of what cuts keep, as Markdown, from the results of compare.py (of several texts, tasks and probes) and of
-keep_recall.py.
+"""Tables of what cuts keep, as Markdown, from the results of compare.py (of several texts, tasks and probes), of
+keep_recall.py and of maps.py.
 
-`readme.py` puts them into docs/guides/what-survives.md.
+`readme.py` puts them into docs/results.md, and the short ones into docs/guides/what-survives.md.
 """
 
 from __future__ import annotations
@@ -16,27 +16,45 @@ from layercut.report.tables import by_kl
 REPEATS = "; repeats: 4-grams of eight greedy continuations by 64 tokens that had occurred in them"
 
 
-def survival_markdown(result: dict) -> str:
-    """What the cuts of one comparison still do, as Markdown, and what was not measured."""
+HEALED = ("tuned", "lora")
+"""States of a cut that was trained."""
+
+
+def short_survival(result: dict) -> str:
+    """What the healed cuts of one comparison still do, as Markdown: all tasks as one figure."""
+    return survival_markdown(result, whole=False)
+
+
+def survival_markdown(result: dict, whole: bool = True) -> str:
+    """What the cuts of one comparison still do, as Markdown, and what was not measured.
+
+    Args:
+        result: of compare.py.
+        whole: every task and every state; otherwise their means, of healed cuts.
+    """
     comparison, environment = result["comparison"], result["environment"]
     layers, tuning, tasks = comparison["layers"], comparison["tuning"], comparison["tasks"]
     kept = ["kept, %", "above chance, %", "behind, %"] if tasks else []
     names = [name.removeprefix("local_") for name in tasks]
     probed = bool(comparison["judged_dense"]["keys"])
-    found = ["keys", "lists", "damage, nats", "repeats"] if probed else []
+    found = ["keys", "lists", "damage, nats", *["repeats"] * whole] if probed else []
     texts = list(comparison["dense"]["texts"])
-    headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *names, *found]
+    each_task = names if whole else []
+    headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *each_task, *found]
     tuned = f", tuned on {tuning['tokens']:,} tokens" if tuning else ", nothing tuned"
     by_items: dict[int, list[str]] = {}
     for name, of in zip(names, tasks.values(), strict=True):
         by_items.setdefault(of["items"], []).append(name)
     each = [f"{n} items {'each ' * (len(those) > 1)}of {', '.join(those)}" for n, those in by_items.items()]
     asked = f" {'; '.join(each)};" if tasks else ""
+    read = comparison["evaluation"]
+    of = f"{read['tokens']:,} tokens of each text in windows of {read['window']}"
     lines = [
         f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
         f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, searched on "
-        f"{comparison['calibration']['tokens']:,} tokens{tuned};{asked} ± one standard error over the "
-        f"items, paired; * p < 0.05 against the first method in the same state{REPEATS * probed}.",
+        f"{comparison['calibration']['tokens']:,} tokens{tuned}; perplexity of {of};"
+        f"{asked} ± one standard error over the "
+        f"items, paired; * p < 0.05 against the first method in the same state{REPEATS * (probed and whole)}.",
         "",
         f"| {' | '.join(headings)} |",
         f"|---|---|---|{'---:|' * (len(headings) - 3)}",
@@ -46,7 +64,7 @@ def survival_markdown(result: dict) -> str:
     for method, state, judged in survivals(comparison):
         row = rows.get(method)
         those = alike[label(row["segments"])] if row else ["dense"]
-        if row and method != those[0]:  # the same layers, so the same figures
+        if row and (method != those[0] or not (whole or state in HEALED)):  # the same layers have the same figures
             continue
         perplexity = row["texts"][state] if row else comparison["dense"]["texts"]
         cells = [", ".join(f"`{name}`" for name in those) if row else method]
@@ -55,13 +73,42 @@ def survival_markdown(result: dict) -> str:
         if tasks:
             words = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")]
             cells += words if row else ["100", "100", "–"]
-            scores = [number(judged.scores[name]) for name in tasks]
+            scores = [number(judged.scores[name]) for name in tasks] * whole
             cells += ["–" if score is None else f"{100 * score:.1f}" for score in scores]
         if probed:
             cells += [found_of(judged["keys"]), found_of(judged.lists)]
-            cells += [damage(judged), repeats(judged)] if row else ["–", dense_repeats(comparison["methods"])]
+            cells.append(damage(judged) if row else "–")
+            cells += [repeats(judged) if row else dense_repeats(comparison["methods"])] * whole
         lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")
-    return "\n".join([*lines, *(["", result["note"]] if result.get("note") else [])])
+    if whole:
+        lines += ["", *hits_table(comparison)] if probed else []
+        lines += ["", result["note"]] if result.get("note") else []
+    return "\n".join(lines)
+
+
+def hits_table(comparison: dict) -> list[str]:
+    """The share of the generated tests' answers that greedy decoding gives, by capability, dense and healed."""
+    healed = {
+        (label(row["segments"]), state): judged["capabilities"]
+        for row in comparison["methods"]
+        for state, judged in row["judged"].items()
+        if state in HEALED and judged.get("capabilities")
+    }
+    if not healed:
+        return []
+    answers = next(iter(healed.values()))["answers"]
+    lines = [
+        "Answers to tests of the judging family that greedy decoding gives, % (and how many are asked):",
+        "",
+        f"| removed | {' | '.join(f'{name} ({count})' for name, count in answers.items())} |",
+        f"|---|{'---:|' * len(answers)}",
+    ]
+    rows = {("nothing", ""): next(iter(healed.values()))["dense_hits"]}
+    rows |= {key: found["hits"] for key, found in healed.items()}
+    for (removed, state), hits in rows.items():
+        name = f"{removed}, {state}" if state == "lora" else removed
+        lines.append(f"| {name} | {' | '.join(f'{100 * hits[each]:.0f}' for each in answers)} |")
+    return lines
 
 
 def dense_repeats(rows: Iterable[dict]) -> str:
@@ -126,3 +173,29 @@ def texts_table(result: dict) -> str:
         cells += [short(row["texts"][s][text]) if row["texts"].get(s) else "–" for text in dense for s in states]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *(["", result["note"]] if result.get("note") else [])])
+
+
+def map_words(result: dict) -> str:
+    """A capability map: its picture, and in words which layers hold what."""
+    picture = "maps-qwen.svg" if "qwen" in result["model"].lower() else "maps.svg"
+    lines = [map_caption(result), "", f"![damage by capability and layer](../{picture})", ""]
+    return "\n".join([*lines, *(f"* {line}" for line in result["words"])])
+
+
+def map_table(result: dict) -> str:
+    """A capability map as a table, layers down."""
+    names = result["names"]
+    lines = [map_caption(result), "", f"| without layer | {' | '.join(names)} |", f"|---:|{'---:|' * len(names)}"]
+    for row in result["rows"]:
+        damages = [f"{row['damage'][name]:.2f}" for name in names]
+        lines.append(f"| {row['start']} | {' | '.join(damages)} |")
+    return "\n".join(lines)
+
+
+def map_caption(result: dict) -> str:
+    answers = sum(result["answers"].values())
+    return (
+        f"`benchmarks/maps.py`, {result['environment']['date'][:10]}, {result['model']}: each layer removed alone; "
+        f"nats per answer token, {answers:,} answers in {result['tests']} rows of {result['window']} tokens of tests "
+        f"(the family that searches), and KL on {result['text_rows']} rows of text:"
+    )

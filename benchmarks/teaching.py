@@ -4,7 +4,8 @@
 the second of which is on text ("text"), or what follows its first words as the healed model ("student": on-policy
 distillation, 2607.13124) or the dense one ("dense") writes it, or whole chats by the dense one ("chat"). `hurt`: of so
 many times the rows, those of each source on which the folded cut is furthest from the dense model (data by damage, the
-idea of PASER, 2502.12594).
+idea of PASER, 2502.12594). `by_kl`: of text, tokens count by how far the folded cut is from the dense model on them.
+`also`: layers that are trained beside the endpoints, such as those that the capability map names.
 """
 
 from __future__ import annotations
@@ -23,14 +24,24 @@ from healing_tables import WRITERS
 from layercut.data.self_sampled import ROWS, generating, plain_distribution, sample
 from layercut.data.sources import TESTS
 from layercut.healing import fold_, tune_
+from layercut.healing.endpoint_tuning import (
+    TuneSettings,
+    default_learning_rate,
+    endpoints,
+    own_parameters_,
+    tune_parameters_,
+    usual_weight,
+)
 from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.stages.text import Treatment
-from layercut.segments import Segment
+from layercut.segments import Segment, kept_layers
 from layercut.surgery import cut
 
+CLIP = 4.0
+"""What a token may count, of the mean of all, where they count by their KL; as much as a token of an answer."""
 PROMPT = 32
 """Tokens of a row that stay where a model writes the others."""
 
@@ -59,6 +70,12 @@ class Healing:
     """Whose text the second of two rounds is on; "": one round."""
     hurt: int = 1
     """Of so many times the rows those that the cut hurt most."""
+    fold: int = 1
+    """0: the layers beside the cut are trained from what they were."""
+    by_kl: int = 0
+    """1: a token of text counts as much as its KL after the fold over their mean, CLIP times the others at most."""
+    also: str = ""
+    """Layers of the dense model that are trained as well, joined by +."""
 
     @classmethod
     def parse(cls, text: str, tokens: int) -> Healing:
@@ -105,9 +122,12 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
     calibration = blocks(model, text, args.tokens, window, args.seed).tokens
     rows = drawn(model, asked, text, window, args, skip=len(calibration))
     solved = torch.cat([calibration, rows.tuning[: max(0, args.fold_tokens - calibration.numel()) // window]])
-    folded = fold_(small, model.model, solved, heldout=rows.heldout)
-    row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after}
+    if asked.fold:
+        folded = fold_(small, model.model, solved, heldout=rows.heldout)
+        row |= {"kl_cut": folded.kl_before, "kl_folded": folded.kl_after}
     begun = time.process_time()
+    if asked.by_kl:
+        rows = weighted_by_kl(model.model, small, rows)
     if asked.hurt > 1:
         rows = most_hurt(model.model, small, rows, asked.tokens // window)
     if asked.lora:
@@ -141,11 +161,15 @@ def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, 
 
 
 def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows) -> dict[str, Any]:
-    """Train the layers beside the cuts, in place."""
-    found = tune_(
-        small, model.model, rows.tuning, heldout=rows.heldout, objective=KL(mix=asked.mix), radius=asked.radius,
-        learning_rate=asked.rate or None, **vars(rows.treated),
-    )  # fmt: skip
+    """Train the layers beside the cuts, in place, and those that are named beside them."""
+    given = {"heldout": rows.heldout, **vars(rows.treated)}
+    if asked.also:
+        found = tuned_with_others_(model, small, asked, rows.tuning, given)
+    else:
+        found = tune_(
+            small, model.model, rows.tuning, objective=KL(mix=asked.mix), radius=asked.radius,
+            learning_rate=asked.rate or None, **given,
+        )  # fmt: skip
     kept = (
         "learning_rate",
         "trained_layers",
@@ -156,6 +180,22 @@ def tuned_(model: loading.LanguageModel, small: Any, asked: Healing, rows: Rows)
         "setbacks",
     )
     return {name: getattr(found, name) for name in kept}
+
+
+def tuned_with_others_(
+    model: loading.LanguageModel, small: Any, asked: Healing, tokens: torch.Tensor, given: dict[str, Any]
+) -> Any:
+    """`tune_` of the endpoints and of the layers `also` names, in place, by the rate for as many layers."""
+    student = DecoderRunner(small)
+    segments, layers = [Segment.parse(one) for one in asked.segments.split(",")], len(DecoderRunner(model.model))
+    kept = kept_layers(segments, layers)
+    others = {kept.index(int(layer)) for layer in asked.also.split("+")}
+    positions = sorted({*endpoints(segments, layers, asked.radius), *others})
+    parameters = own_parameters_(student, positions)
+    rate = default_learning_rate(usual_weight(parameters), tokens.numel() // 1024, len(positions))
+    settings = TuneSettings(objective=KL(mix=asked.mix), learning_rate=asked.rate or rate, batch_tokens=1024)
+    found = tune_parameters_(small, model.model, [(p, 1.0) for p in parameters], tokens, settings=settings, **given)
+    return replace(found, trained_layers=positions)
 
 
 def adapted_(dense: Any, small: Any, asked: Healing, rows: Rows) -> dict[str, Any]:
@@ -194,11 +234,24 @@ def continued(writer: Any, rows: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def kl_of_rows(dense: Any, small: Any, rows: torch.Tensor) -> torch.Tensor:
+    """KL to the dense model of predicting the token after each: [N, T]."""
+    return torch.cat([kl_divergence(dense(row[None]).logits, small(row[None]).logits).cpu() for row in rows])
+
+
+def weighted_by_kl(dense: Any, small: Any, rows: Rows) -> Rows:
+    """The rows, whose tokens of text count by their KL; on average as much as before."""
+    kl = kl_of_rows(dense, small, rows.tuning).float()
+    text = torch.tensor([origin != TESTS for origin in rows.origins])
+    of_text = (kl[text] / kl[text].mean()).clamp(max=CLIP)
+    weights = torch.ones_like(kl) if rows.treated.token_weights is None else rows.treated.token_weights.clone()
+    weights[text] = of_text / of_text.mean()
+    return replace(rows, treated=replace(rows.treated, token_weights=weights))
+
+
 def most_hurt(dense: Any, small: Any, rows: Rows, number: int) -> Rows:
     """Of each source, in their order, the rows with the most KL per token to the dense model; `number` in all."""
-    kl = torch.tensor(
-        [kl_divergence(dense(row[None]).logits, small(row[None]).logits).mean().item() for row in rows.tuning]
-    )
+    kl = kl_of_rows(dense, small, rows.tuning).mean(1)
     chosen = list[int]()
     for origin in dict.fromkeys(rows.origins):
         own = torch.tensor([i for i, of in enumerate(rows.origins) if of == origin])

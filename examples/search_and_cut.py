@@ -18,7 +18,8 @@ model = AutoModelForCausalLM.from_pretrained(name)
 tokens = lc.token_blocks(calibration, tokenizer, tokens=tokens_in_all, window=window)
 heldout = lc.token_blocks(evaluation, tokenizer, tokens=tokens_in_all, window=window, order="as written")
 
-found = lc.search(model, tokens, ratio=0.2)
+tests = lc.probe_rows(tokenizer, window=window)  # of recall, lists and more: without them text alone decides
+found = lc.search(model, tokens, ratio=0.2, num_segments="auto", probes=tests if tests.names else None)
 print("remove", *found.segments)
 small = lc.cut(model, found.segments)
 print("cut", lc.evaluate(small, heldout, baseline=model))

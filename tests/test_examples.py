@@ -60,6 +60,7 @@ def test_the_snippet_of_the_readme_runs(tiny_model, texts, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     snippet = snippet.replace('"c4"', repr(str(texts[0]))).replace("tokens=16384", "tokens=64, window=16")
+    snippet = snippet.replace("probe_rows(tokenizer)", "probe_rows(tokenizer, rows=2, window=128)")
     tokens = torch.randint(90, (4, 16), generator=torch.Generator().manual_seed(0))
     names = {"more_tokens": tokens, "heldout": tokens.flip(0)}
     names |= {"tokenizer": AutoTokenizer.from_pretrained(tiny_model)}

@@ -259,6 +259,13 @@ def test_every_trial_hides_a_key_and_a_value_of_its_own(tokenizer):
     assert len(many.lists) > 2 * len(few.lists) > 0, "a list may not fit the shortest prompts"
 
 
+def test_prompts_that_fit_no_position_are_told(tokenizer, caplog):
+    caplog.set_level("INFO", logger="layercut")
+    found = probes_for(tokenizer, GPT2Config(n_positions=64))
+    assert (found.keys, found.lists) == ([], [])
+    assert [f"no prompt of {what} fits 64 tokens" in caplog.text for what in ("keys", "lists")] == [True, True]
+
+
 def test_rows_are_the_same_for_the_same_seed_wherever_they_begin(tokenizer):
     whole = probe_rows(tokenizer, rows=4, window=300, seed=3)
     tail = probe_rows(tokenizer, rows=2, window=300, seed=3, first=2)
@@ -506,6 +513,51 @@ def test_the_map_holds_the_damage_of_every_window(model, probes):
     assert len(found.to_dict()["windows"]) == 9
     assert len(found.words()) == len(probes.names)
     assert found.holders()["recall"][0] in range(5)
+    shown = found.plot(length=2)
+    assert shown.images[0].get_array().shape == (len(found.names), 4)
+    assert found.plot(shown) is shown
+    assert shown.images[-1].get_array().shape == (len(found.names), 5), "of single layers, where nothing is said"
+
+
+def test_a_map_of_longer_windows_alone_says_nothing_of_single_layers(model, probes):
+    found = capability_map(model, probes=probes, lengths=(2,))
+    assert (found.holders(), found.words(), len(found.to_dict()["windows"])) == ({}, [], 4)
+    assert found.plot().get_xlabel() == "first of 2 layers removed"
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (1, 5)])
+def test_lengths_that_no_window_has_are_refused(model, probes, lengths):
+    with pytest.raises(ConfigError, match=r"lengths of windows are .*: allowed are 1 to 4"):
+        capability_map(model, probes=probes, lengths=lengths)
+
+
+def test_words_name_the_holders_that_are_cheap_on_text():
+    recall, text = [9.0, 8.0, 0.1, 0.1, 1.0, 0.9, 0.2, 9.0], [7.0, 3.0, 0.5, 0.6, 0.1, 0.7, 0.4, 2.0]
+    damage = {(i, i + 1): {"recall": recall[i], TEXT: text[i]} for i in range(8)}
+    found = layer_search.CapabilityMap(8, ("recall", TEXT), damage, left_out=("labels",))
+    assert found.words() == [
+        "labels: no test of it fits a row",
+        "recall: most at layer 4 (1.00 nats without it), then 5; cheap on text: 4 (0.10)",
+    ]
+    dear = {span: row | {TEXT: 1.0} for span, row in damage.items()}
+    (line,) = layer_search.CapabilityMap(8, ("recall", TEXT), dear).words()
+    assert "cheap" not in line
+
+
+def test_a_map_without_a_finite_price_is_drawn():
+    found = layer_search.CapabilityMap(2, ("recall",), {(i, i + 1): {"recall": float("inf")} for i in range(2)})
+    assert found.plot().images[0].get_array().tolist() == [[1.0, 1.0]]
+
+
+def test_what_fits_no_row_is_told(tokenizer):
+    short, long = (probe_rows(tokenizer, rows=4, window=window) for window in (128, 512))
+    assert "recall" in short.left_out
+    assert {*short.left_out} | {*short.names} == {*long.left_out} | {*long.names} == {*CAPABILITIES}
+
+
+def test_a_search_with_tests_of_which_none_fits_is_refused(model, tokenizer):
+    with pytest.raises(DataError, match="no generated test fits rows of 16 tokens"):
+        search(model, tiny.some_tokens(4, 16), n_layers=1, probes=probe_rows(tokenizer, rows=1, window=16))
 
 
 # ---- the search ----------------------------------------------------------------------------------------------

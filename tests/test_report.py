@@ -54,7 +54,7 @@ def _each_chart_is_drawn_once() -> Iterator[None]:
         return chart
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("cost", "triangle", "map", "tuning", "position", "frontier"):
+        for name in ("cost", "triangle", "_map", "tuning", "position", "frontier"):
             patch.setattr(charts, f"{name}_chart", once(getattr(charts, f"{name}_chart")))
         yield
 

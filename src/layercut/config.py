@@ -277,8 +277,8 @@ class SearchConfig:
     score: Annotated[Literal["auto"] | Score, rare] = "auto"
     """raw: choose by the plain cut. folded: go on from the search's best by what each cut is after a quick fold, on
     held-out text and other tests, which takes as long again. healed: then tune the best few on a sixteenth of the
-    tuning text each, and take the best of them. auto: healed where tests are heeded and 65,536 tokens or more are
-    tuned on; else raw."""
+    tuning text each, those that stay close on a quarter, and take the one that is foretold to be best. auto: healed
+    where tests are heeded and 65,536 tokens or more are tuned on; else raw."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
     consumers: Consumers = ""
@@ -686,7 +686,7 @@ class TasksConfig:
     """A folder with lm-eval task files of your own. They may hold Python code, which is run."""
     probes: Annotated[bool, Parameter(negative="")] = False
     """Measure as well what is found of keys hidden in long text and of values in lists as long, up to 1,024 tokens, and
-    the damage to tests of each capability (see --preserve), all generated from the tokenizer."""
+    the damage to tests of each capability, all generated from the tokenizer."""
     evaluations: Annotated[
         str,
         Parameter(
@@ -1130,9 +1130,9 @@ class MethodsConfig:
     ratio: Annotated[float | None, Parameter(group=WHAT)] = None
     """Share of the layers to remove, between 0 and 1."""
     methods: str = ",".join(("clp:all", *criteria))
-    """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with the generated tests
-    of --preserve as well, and as two segments where that pays, for clp, gate, race and exhaustive. 3:6+12:15: these
-    layers. The first one is what the others are compared with."""
+    """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with generated tests of
+    these capabilities as well, and as two segments where that pays, for clp, gate, race and exhaustive; no cut is
+    healed on trial, as compress does it. 3:6+12:15: these layers. The first is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
     """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas. lora, of rank
     32 on all layers and merged in, is trained only where it is named, on the same rows as the endpoints."""

@@ -50,6 +50,8 @@ class ProbeRows:
     """int64 [M]: as how long rows each is made, T or, of several short ones laid end to end, SHORT_ROW."""
     weight: float = DEFAULT_WEIGHT
     """What a nat of damage, mean over the capabilities, counts in a search beside a nat of KL on text."""
+    left_out: tuple[str, ...] = ()
+    """Capabilities that were asked for and of which no test fits a row."""
 
     def of(self) -> torch.Tensor:
         """int64 [M, T]: the capability of the answer token after this one, -1 where there is none."""
@@ -132,7 +134,8 @@ def probe_rows(
         weight: of the damage in a search.
 
     Returns:
-        The rows; `names` are the capabilities that fit, none of them where the window is too short.
+        The rows; `names` are the capabilities that fit, none of them where the window is too short, `left_out` the
+        others.
 
     Raises:
         ConfigError: no such family or capability, or not one row or token is asked for.
@@ -148,7 +151,8 @@ def probe_rows(
         found = _long_row(writer, long, window) if long and number % 2 else None
         lengths.append(window if found else window // pieces)
         marked.append(found or _short_rows(writer, capabilities, window, pieces, number // 2 if long else number))
-    return _joined(marked, lengths, weight)
+    made = _joined(marked, lengths, weight)
+    return replace(made, left_out=tuple(name for name in capabilities if name not in made.names))
 
 
 def judging_rows(

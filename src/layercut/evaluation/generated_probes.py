@@ -16,6 +16,7 @@ from layercut.evaluation.capabilities import CapabilityFigures, capability_figur
 from layercut.evaluation.key_values import key_value_cases
 from layercut.evaluation.passkey import TRIALS, cases, passkey_grid
 from layercut.models.loading import positions
+from layercut.progress import say
 
 LONGEST_PROBE, TEST_ROWS, TEST_WINDOW = 1024, 16, 256
 """Tokens of the longest prompts; rows of tests of all capabilities, and tokens in one."""
@@ -72,6 +73,9 @@ def probes_for(
     window = min(TEST_WINDOW, longest)
     tests = probe_rows(tokenizer, rows=TEST_ROWS, window=window, family="judging", seed=seed)
     keys, lists = (make(tokenizer, longest, seed, trials) for make in (cases, key_value_cases))
+    for what, found in (("keys", keys), ("lists", lists)):
+        if not found:
+            say("probes", f"no prompt of {what} fits {longest} tokens: not asked for")
     return Probes(keys, lists, tests, longest)
 
 

@@ -13,7 +13,7 @@ import torch
 from layercut import registries
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, DataError
 from layercut.layer_search.budgets import (
     length_for_size,
     length_for_speedup,
@@ -85,9 +85,12 @@ def search(
 
     Raises:
         ConfigError: none or several of the three are given, something is unknown, or does not fit model or method.
-        DataError: the tokens are not [N, T] token ids of this model.
+        DataError: the tokens are not [N, T] token ids of this model, or no test fits the rows of `probes`.
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
+    if probes is not None and not probes.names:
+        window = probes.tokens.shape[1]
+        raise DataError(f"no generated test fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
     with prepared(model) as (runner,):
         check_calibration(runner, tokens, *([probes.tokens] if probes else []))
         limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.distributed import processes, sharding
-from layercut.errors import DataError
+from layercut.errors import ConfigError, DataError
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, all_segments, set_costs, set_work, streams_held, sweep
 from layercut.layer_search.weighted_rows import check_calibration
@@ -35,6 +36,8 @@ TEXT = "text"
 HELD_SHARE = 0.5
 """A layer holds a capability where its removal does at least this share of the worst damage that any single layer's
 does, the first two and the last left out, which hold everything."""
+NAMED = 6
+"""Layers that a sentence names, at most."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class CapabilityMap:
     capability; of "text" over all tokens."""
     cost: Cost = field(default_factory=Cost, compare=False)
     """What the sweep spent."""
+    left_out: tuple[str, ...] = ()
+    """Capabilities of which no test fits a row."""
 
     def lengths(self) -> list[int]:
         """The lengths of the windows that were priced."""
@@ -62,29 +67,42 @@ class CapabilityMap:
             for name in self.names
         ]
 
+    def inner(self) -> range:
+        """The layers that may be said to hold something: all but the first two and the last, if there are others."""
+        return range(2, self.layers - 1) if self.layers > 4 else range(self.layers)
+
     def holders(self) -> dict[str, list[int]]:
-        """Which single layers hold each capability (HELD_SHARE), those that do most first; text left out."""
-        inner = range(2, self.layers - 1) if self.layers > 4 else range(self.layers)
-        found = {}
-        for name in self.names:
+        """Which single layers hold each capability (HELD_SHARE), those that do most first.
+
+        Returns:
+            {capability: layers}; text left out. Nothing where layers were not removed one by one.
+        """
+        found = dict[str, list[int]]()
+        for name in self.names if 1 in self.lengths() else ():
             if name != TEXT:
-                values = {i: self.damage[i, i + 1][name] for i in inner}
+                values = {i: self.damage[i, i + 1][name] for i in self.inner()}
                 worst = max(values.values())
-                kept = [i for i in inner if values[i] >= HELD_SHARE * worst] if worst > 0 else []
+                kept = [i for i, value in values.items() if value >= HELD_SHARE * worst] if worst > 0 else []
                 found[name] = sorted(kept, key=lambda i: -values[i])
         return found
 
     def words(self) -> list[str]:
-        """Sentences on which layers hold what, and which of those are cheap on text."""
-        said = []
+        """Sentences on which layers hold what, and, where text was given, which of those are cheap on it.
+
+        A layer is cheap on text where less is lost on text without it than without half of the others (`inner`).
+        """
+        said = [f"{name}: no test of it fits a row" for name in self.left_out]
         for name, layers in self.holders().items():
             if not layers:
                 said.append(f"{name}: no layer alone")
                 continue
-            top = layers[0]
+            top, *others = layers[:NAMED]
             line = f"{name}: most at layer {top} ({self.damage[top, top + 1][name]:.2f} nats without it)"
-            if len(layers) > 1:
-                line += f", then {', '.join(map(str, layers[1:6]))}"
+            line += f", then {', '.join(map(str, others))}" * bool(others)
+            if TEXT in self.names:
+                on_text = {i: self.damage[i, i + 1][TEXT] for i in self.inner()}
+                cheap = [i for i in layers[:NAMED] if on_text[i] < median(on_text.values())]
+                line += f"; cheap on text: {', '.join(f'{i} ({on_text[i]:.2f})' for i in cheap)}" * bool(cheap)
             said.append(line)
         return said
 
@@ -97,25 +115,24 @@ class CapabilityMap:
             "holders": {name: list(found) for name, found in self.holders().items()}, **spent,
         }  # fmt: skip
 
-    def plot(self, length: int = 1, axes: Any = None) -> Any:
-        """Draw capabilities x windows as a heat map, each capability by its own logarithm.
+    def plot(self, axes: Any = None, length: int | None = None) -> Any:
+        """Draw capabilities x windows as a heat map, all by one logarithmic scale.
 
         Args:
-            length: of the windows.
             axes: matplotlib Axes to draw on; new ones of the current pyplot figure where not given.
+            length: of the windows; not given, the shortest that were priced.
 
         Returns:
             The Axes.
         """
         from matplotlib.colors import LogNorm
 
+        length = length or self.lengths()[0]
         axes = axes_or_new(axes, xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         values = torch.tensor(self.matrix(length), dtype=torch.float64)
-        finite = values[values.isfinite()]
-        shown = values.nan_to_num(posinf=float(finite.max())).clamp_min(1e-3)
-        image = axes.imshow(
-            shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, max(1.0, float(shown.max())))
-        )
+        worst = max([1.0, *values[values.isfinite()].tolist()])
+        shown = values.nan_to_num(posinf=worst).clamp_min(1e-3)
+        image = axes.imshow(shown.numpy(), aspect="auto", cmap="magma_r", norm=LogNorm(1e-2, worst))
         axes.set_yticks(range(len(self.names)), self.names)
         axes.figure.colorbar(image, ax=axes, label="damage, nats per answer token")
         return axes
@@ -147,11 +164,15 @@ def capability_map(
 
     Raises:
         DataError: neither a tokenizer nor probes are given, or no test fits the window.
+        ConfigError: a length is below 1, or as many as the layers or more; or there is none.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
     if probes is None and tokenizer is None:
         raise DataError("neither a tokenizer nor probes are given", "capability_map(model, tokenizer)")
     with prepared(model) as (stack,):
+        if not lengths or not all(0 < n < len(stack) for n in lengths):
+            given = ", ".join(map(str, lengths)) or "none"
+            raise ConfigError(f"lengths of windows are {given}: allowed are 1 to {len(stack) - 1}", "lengths=(1,)")
         if probes is None:
             window = window or min(MAP_WINDOW, positions(stack.model.config) or MAP_WINDOW)
             probes = probe_rows(tokenizer, rows=MAP_ROWS, window=window, capabilities=tuple(CAPABILITIES), seed=seed)
@@ -166,7 +187,8 @@ def capability_map(
                 for candidate in set_costs(stack, text, sets, cost, advance=advance):
                     found[candidate.segments][TEXT] = candidate.kl
         names = (*probes.names, *([] if text is None else [TEXT]))
-        return CapabilityMap(len(stack), names, {bounds(cuts[0]): found[cuts] for cuts in sets}, cost)
+        damage = {bounds(cuts[0]): found[cuts] for cuts in sets}
+        return CapabilityMap(len(stack), names, damage, cost, probes.left_out)
 
 
 def bounds(segment: Segment) -> tuple[int, int]:

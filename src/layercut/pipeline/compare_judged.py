@@ -109,8 +109,9 @@ class CutJudge:
                 health = evaluation.generation_health(dense, judged, rows) if name != DENSE else None
                 stage.found = CompareProbesArtefact(**vars(found), health=health)
         told = stage.artefact
-        words = [f"{what} {hits} of {of}" for what in ("keys", "lists") for hits, of in [found_of(getattr(told, what))]]
-        say("probes", f"{name.removeprefix('compare-')}: {', '.join(words)}")
+        asked = {what: found_of(getattr(told, what)) for what in ("keys", "lists")}
+        if words := [f"{what} {hits} of {of}" for what, (hits, of) in asked.items() if of]:
+            say("probes", f"{name.removeprefix('compare-')}: {', '.join(words)}")
         return told
 
     def _others(self, name: str, model: Callable[[], Any], after: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree
@@ -262,35 +262,45 @@ def triangle_chart(search: Any) -> str | None:
         return d.svg()
 
 
-def map_chart(run: RunFacts) -> str | None:
-    """Damage to each capability without each single layer, as a heat map; the removed layers are framed."""
-    from matplotlib.patches import Rectangle
-
+def map_charts(run: RunFacts) -> list[str]:
+    """Damage to each capability without each single layer, and without each longer window that was priced."""
     found = run.capabilities.map
     names = [str(name) for name in found.names]
-    known = {
-        (start, i): damage
-        for window in found.windows
-        for start, stop in spans([[plain(window.start), plain(window.stop)]])
-        for i, name in enumerate(names)
-        if stop - start == 1 and (damage := finite(window.damage[name])) is not None
-    }
-    if not known:
-        return None
-    description = "Damage to each capability, in nats per answer token, where one layer is removed: layers across"
-    with drawing("map", description, xlabel="layer removed") as d:
+    cells: dict[int, dict[tuple[int, int], float]] = {}
+    for window in found.windows:
+        for start, stop in spans([[plain(window.start), plain(window.stop)]]):
+            damages = ((i, finite(window.damage[name])) for i, name in enumerate(names))
+            known = {(start, i): damage for i, damage in damages if damage is not None}
+            cells.setdefault(stop - start, {}).update(known)
+    removed = spans(run.summary.segments)
+    cells = {length: known for length, known in sorted(cells.items()) if known and length > 0}
+    return [_map_chart(length, names, known, removed) for length, known in cells.items()]
+
+
+def _map_chart(
+    length: int, names: Sequence[str], known: dict[tuple[int, int], float], removed: Sequence[tuple[int, int]]
+) -> str:
+    """A heat map of nats by (first layer, capability), of windows of a length; what was removed is framed."""
+    from matplotlib.patches import Rectangle
+
+    where = "layer removed" if length == 1 else f"first of {length} layers removed"
+    description = f"Damage to each capability, in nats per answer token: {where} across"
+    with drawing(f"map-{length}", description, xlabel=where) as d:
         colours, norm = _loss_colours(damage for damage in known.values() if damage > 0)
         norm.vmin = max(norm.vmin, norm.vmax / 1e3)  # what is smaller is no damage
-        for (layer, i), damage in sorted(known.items()):
+        for (start, i), damage in sorted(known.items()):
             colour = colours(norm(max(damage, norm.vmin)))
-            cell = Rectangle((layer - 0.5, i - 0.5), 1, 1, fc=colour, ec=colour, lw=0.3)
+            cell = Rectangle((start - 0.5, i - 0.5), 1, 1, fc=colour, ec=colour, lw=0.3)
             d.axes.add_patch(cell)
-            d.tip(cell, f"without layer {layer}: {names[i]} {figure(damage)} nats")
-        for start, stop in spans(run.summary.segments):
-            frame = Rectangle((start - 0.5, -0.5), stop - start, len(names), fc="none", ec=INK, lw=1.6, clip_on=False)
-            d.axes.add_patch(frame)
-            d.tip(frame, f"removed: {start}:{stop}")
-        d.axes.set_xlim(-0.5, max(layer for layer, _ in known) + 0.5)
+            without = f"layer {start}" if length == 1 else f"{start}:{start + length}"
+            d.tip(cell, f"without {without}: {names[i]} {figure(damage)} nats")
+        for start, stop in removed:
+            if length in (1, stop - start):
+                wide = stop - start if length == 1 else 1
+                frame = Rectangle((start - 0.5, -0.5), wide, len(names), fc="none", ec=INK, lw=1.6, clip_on=False)
+                d.axes.add_patch(frame)
+                d.tip(frame, f"removed: {start}:{stop}")
+        d.axes.set_xlim(-0.5, max(start for start, _ in known) + 0.5)
         d.axes.set_ylim(len(names) - 0.5, -0.5)
         d.axes.set_yticks(range(len(names)), names)
         d.axes.grid(False)

@@ -43,7 +43,7 @@ CHAPTERS = {
     ],
     "details": [
         Section("cost", lambda run: {"chart": charts.cost_chart(run.search)}),
-        Section("map", lambda run: {"chart": charts.map_chart(run), "words": list(run.capabilities.words)}, wide=True),
+        Section("map", lambda run: _map(run), wide=True),
         Section("triangle", lambda run: {"chart": charts.triangle_chart(run.search)}),
         Section("stability", lambda run: {"choices": list(run.stability.choices)}),
         Section("rounds", lambda run: {"rows": tables.round_rows(run)}, wide=True),
@@ -56,6 +56,10 @@ CHAPTERS = {
         Section("provenance", lambda run: {"model": formatting.short_name(run.summary.model)}, wide=True),
     ],
 }
+
+
+def _map(run: RunFacts) -> dict[str, Any]:
+    return {"charts": charts.map_charts(run), "words": list(run.capabilities.words)}
 
 
 def _bits(found: formatting.Json) -> dict[str, Any]:

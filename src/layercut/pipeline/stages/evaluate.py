@@ -311,7 +311,8 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
     found = stage.artefact
     for what, grids in (("keys", found.keys), ("lists", found.lists)):
         (dense, trials), (compressed, _) = (found_of(grids[name]) for name in ("dense", "compressed"))
-        say("probes", f"{what} found: {dense} -> {compressed} of {trials}")
+        if trials:
+            say("probes", f"{what} found: {dense} -> {compressed} of {trials}")
     return found
 
 

@@ -214,7 +214,7 @@ def generated_tests(work: RunContext, seed: int | None = None, config: SearchCon
         work.tokenizer, rows=rows_of_tests(text), window=text.window, capabilities=wanted,
         seed=text.seed if seed is None else seed, weight=config.preserve_weight,
     )  # fmt: skip
-    left = [name for name in wanted if name not in made.names]
+    left = made.left_out
     if left and config.preserve != "all":
         raise ConfigError(
             f"no test of {', '.join(left)} fits rows of {text.window} tokens", "give longer rows: --window 256"
