@@ -226,6 +226,7 @@ def ingredients_table(result: dict) -> str:
 
 
 def mean(damage: dict[str, float]) -> float:
+    """Of all capabilities."""
     return sum(damage.values()) / len(damage)
 
 
@@ -257,16 +258,17 @@ def tried_table(result: dict) -> str:
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']}; "
         f"perplexity of {result['eval_tokens']:,} tokens of each text in windows of {result['window']}; keys and list "
         f"values found of {asked}; damage to tests of the judging family, mean of all seven, nats per answer token. "
-        "What was tried, on what, and each figure without and with it:",
+        "The rate goes with what is trained. What was tried, on what, and each figure without and with it:",
         "",
-        f"| tried | removed | tuned on | {' | '.join(texts)} | keys | list values | damage |",
-        f"|---|---|---:|{'---:|' * (len(texts) + 3)}",
+        f"| tried | removed | layers tuned | tuned on | {' | '.join(texts)} | keys | list values | damage |",
+        f"|---|---|---:|---:|{'---:|' * (len(texts) + 3)}",
     ]
     for one, other in ((rows[a], rows[b]) for a, b in TRIED):
         pairs = [(one["perplexity"][text], other["perplexity"][text], ".1f") for text in texts]
         pairs += [(one[f"{name}_found"], other[f"{name}_found"], "d") for name in ("keys", "lists")]
         pairs.append((mean(one["damage"]), mean(other["damage"]), ".2f"))
-        cells = [otherwise(one, other, result["window"]), named_cut(one["segments"]), f"{one['tokens']:,}"]
+        cells = [otherwise(one, other, result["window"]), named_cut(one["segments"])]
+        cells += [str(len(one["tuning"]["trained_layers"])), f"{one['tokens']:,}"]
         lines.append(f"| {' | '.join([*cells, *(f'{a:{as_}} → {b:{as_}}' for a, b, as_ in pairs)])} |")
     return "\n".join(lines)
 
@@ -274,7 +276,7 @@ def tried_table(result: dict) -> str:
 def otherwise(one: dict, other: dict, window: int) -> str:
     """In what the second row was healed otherwise."""
     counts = f"an answer counts {other['answer_weight']:g} times"
-    layers = f"{len(other['tuning']['trained_layers'])} layers tuned, not {len(one['tuning']['trained_layers'])}"
+    layers = f"{len(other['tuning']['trained_layers'])} layers tuned"
     words = {
         "segments": f"{named_cut(other['segments'])} removed instead",
         "tokens": f"{other['tokens']:,} tokens",
@@ -288,4 +290,4 @@ def otherwise(one: dict, other: dict, window: int) -> str:
         "writer": WRITERS[other["writer"] or "text"],
         "hurt": taught_otherwise(other).removeprefix(", "),
     }
-    return ", ".join(words[name] for name in changed(one, other) if name in words)
+    return ", ".join(words[name] for name in changed(one, other))

@@ -193,9 +193,10 @@ def map_table(result: dict) -> str:
 
 
 def map_caption(result: dict) -> str:
-    answers = sum(result["answers"].values())
+    """What a map was made of."""
+    answers = ", ".join(f"{name} {count}" for name, count in result["answers"].items())
     return (
         f"`benchmarks/maps.py`, {result['environment']['date'][:10]}, {result['model']}: each layer removed alone; "
-        f"nats per answer token, {answers:,} answers in {result['tests']} rows of {result['window']} tokens of tests "
+        f"nats per answer token, answers ({answers}) in {result['tests']} rows of {result['window']} tokens of tests "
         f"(the family that searches), and KL on {result['text_rows']} rows of text:"
     )

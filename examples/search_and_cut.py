@@ -1,4 +1,4 @@
-"""Find the segment of a fifth of the layers, cut it out, heal it, measure it, save it.
+"""Find a fifth of the layers, in one segment or two, cut them out, heal the cut, measure it, save it.
 
     python examples/search_and_cut.py MODEL CALIBRATION HELDOUT OUT [TOKENS] [WINDOW]
 

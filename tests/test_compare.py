@@ -414,7 +414,9 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
             assert judged["retained"]["mean"] == pytest.approx(judged["scores"]["tiny_choices"] / dense)
             assert (judged["retained"]["behind"] is None) == (row["method"] == "2:4")
             assert judged["health"] == {"compressed": {"repeated_4grams": 0.25}}
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
+    assert "no prompt of keys fits 128 tokens" in told
+    assert "0 of 0" not in told
     assert "What survives" in shown
     assert "tuned" in shown
     assert (out / "compare-survival.svg").is_file()

@@ -523,6 +523,8 @@ def test_a_map_of_longer_windows_alone_says_nothing_of_single_layers(model, prob
     found = capability_map(model, probes=probes, lengths=(2,))
     assert (found.holders(), found.words(), len(found.to_dict()["windows"])) == ({}, [], 4)
     assert found.plot().get_xlabel() == "first of 2 layers removed"
+    with pytest.raises(ConfigError, match="windows of 1 layers were not priced: there are 2"):
+        found.plot(length=1)
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (1, 5)])
@@ -532,7 +534,7 @@ def test_lengths_that_no_window_has_are_refused(model, probes, lengths):
 
 
 def test_words_name_the_holders_that_are_cheap_on_text():
-    recall, text = [9.0, 8.0, 0.1, 0.1, 1.0, 0.9, 0.2, 9.0], [7.0, 3.0, 0.5, 0.6, 0.1, 0.7, 0.4, 2.0]
+    recall, text = [9.0, 8.0, 0.1, 0.1, 1.0, 0.9, 0.2, 9.0], [7.0, 3.0, 0.5, 0.6, 0.1, 0.55, 0.4, 2.0]
     damage = {(i, i + 1): {"recall": recall[i], TEXT: text[i]} for i in range(8)}
     found = layer_search.CapabilityMap(8, ("recall", TEXT), damage, left_out=("labels",))
     assert found.words() == [
@@ -542,6 +544,9 @@ def test_words_name_the_holders_that_are_cheap_on_text():
     dear = {span: row | {TEXT: 1.0} for span, row in damage.items()}
     (line,) = layer_search.CapabilityMap(8, ("recall", TEXT), dear).words()
     assert "cheap" not in line
+    alike = {(i, i + 1): {"recall": 1.0} for i in range(12)}
+    (line,) = layer_search.CapabilityMap(12, ("recall",), alike).words()
+    assert line == "recall: most at layer 2 (1.00 nats without it), then 3, 4, 5, 6, 7"
 
 
 def test_a_map_without_a_finite_price_is_drawn():
@@ -549,10 +554,13 @@ def test_a_map_without_a_finite_price_is_drawn():
     assert found.plot().images[0].get_array().tolist() == [[1.0, 1.0]]
 
 
-def test_what_fits_no_row_is_told(tokenizer):
+def test_what_fits_no_row_is_told(model, tokenizer):
     short, long = (probe_rows(tokenizer, rows=4, window=window) for window in (128, 512))
     assert "recall" in short.left_out
     assert {*short.left_out} | {*short.names} == {*long.left_out} | {*long.names} == {*CAPABILITIES}
+    found = capability_map(model, probes=short)
+    assert found.left_out == short.left_out
+    assert found.to_dict()["left_out"] == list(short.left_out)
 
 
 def test_a_search_with_tests_of_which_none_fits_is_refused(model, tokenizer):

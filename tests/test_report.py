@@ -586,6 +586,22 @@ def test_what_another_cut_could_do_is_left_out(tmp_path: Path) -> None:
         assert bool(read_run(run).capabilities) == shown
 
 
+def test_the_map_is_drawn_of_single_layers_and_of_longer_windows(tmp_path: Path) -> None:
+    run = make_run(tmp_path, summary={"segments": [[2, 4], [5, 6]], "capabilities": {"hits": {"recall": 0.5}}})
+    windows = [
+        {"start": start, "stop": start + n, "damage": {"recall": start + n}} for n in (1, 3) for start in range(8 - n)
+    ]
+    found = {"map": {"names": ["recall"], "windows": windows}, "words": ["layer 3 holds recall"], "judged": {}}
+    (run / "capabilities.json").write_text(json.dumps(found))
+    single, longer = charts.map_charts(read_run(run))
+    assert "without layer 2: recall 3.00 nats" in single
+    assert [frame in single for frame in ("removed: 2:4", "removed: 5:6")] == [True, True]
+    assert "without 2:5: recall 5.00 nats" in longer
+    assert "removed: " not in longer, "neither is three layers long"
+    _, page = report(run)
+    assert "without each window of as many neighbouring layers" in page.text
+
+
 def test_the_frontier_of_other_budgets_is_left_out(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
     (run / "config.yaml").write_text("target_size: 100MB\nmax_loss: 0.05\n")

@@ -4,7 +4,7 @@
 
     tokens = lc.token_blocks("c4", tokenizer, tokens=16384)      # [N, T] token ids, or a tensor of your own
     tests = lc.probe_rows(tokenizer)                             # of recall and more, for the cut to keep
-    found = lc.search(model, tokens, ratio=0.2, probes=tests)    # which layers; nothing is changed yet
+    found = lc.search(model, tokens, ratio=0.2, num_segments="auto", probes=tests)  # nothing is changed yet
     small = lc.cut(model, found.segments)                        # a clone that shares all weights with `model`
     lc.fold_(small, model, tokens)                               # least squares, kept only where held-out KL falls
     lc.tune_(small, model, more_tokens)                          # cutoff endpoint tuning

@@ -1131,8 +1131,8 @@ class MethodsConfig:
     """Share of the layers to remove, between 0 and 1."""
     methods: str = ",".join(("clp:all", *criteria))
     """Search methods, separated by commas, each by text alone. NAME:all, or NAME:recall+lists: with generated tests of
-    these capabilities as well, and as two segments where that pays, for clp, gate, race and exhaustive; no cut is
-    healed on trial, as compress does it. 3:6+12:15: these layers. The first is what the others are compared with."""
+    these capabilities as well, and as two segments where that pays, for clp, gate, race and exhaustive; unlike
+    compress, it heals no cut on trial. 3:6+12:15: these layers. The first is what the others are compared with."""
     states: Annotated[str, Parameter(group=MEASURING)] = "cut,folded,tuned"
     """States of every cut that --tasks, --probes and --evaluations are measured in, separated by commas. lora, of rank
     32 on all layers and merged in, is trained only where it is named, on the same rows as the endpoints."""

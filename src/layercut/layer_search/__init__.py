@@ -88,11 +88,8 @@ def search(
         DataError: the tokens are not [N, T] token ids of this model, or no test fits the rows of `probes`.
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
-    if probes is not None and not probes.names:
-        window = probes.tokens.shape[1]
-        raise DataError(f"no generated test fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
     with prepared(model) as (runner,):
-        check_calibration(runner, tokens, *([probes.tokens] if probes else []))
+        check_rows(runner, tokens, probes)
         limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)
         if segments is not None:
             return priced(runner, tokens, segments, probes)
@@ -267,6 +264,23 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
     if not 1 <= n_layers < layers:
         raise ConfigError(f"{n_layers} of {layers} layers cannot be removed", f"allowed are 1 to {layers - 1}")
     return n_layers
+
+
+def check_rows(runner: DecoderRunner, tokens: torch.Tensor, probes: ProbeRows | None) -> None:
+    """Refuse calibration rows that are not this model's, and tests of which none fits a row.
+
+    Args:
+        runner: of the model.
+        tokens: calibration token ids.
+        probes: generated tests, if any.
+
+    Raises:
+        DataError: one of these.
+    """
+    if probes is not None and not probes.names:
+        window = probes.tokens.shape[1]
+        raise DataError(f"no generated test fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
+    check_calibration(runner, tokens, *([probes.tokens] if probes else []))
 
 
 def check_asked(criterion: Criterion, name: str, several: bool, other_objective: bool, probes: bool) -> None:

@@ -107,11 +107,16 @@ class CapabilityMap:
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values: {"layers", "names", "windows": [{"start", "stop", name: nats, …}], "holders"}."""
+        """Everything as JSON values.
+
+        Returns:
+            {"layers", "names", "left_out", "windows": [{"start", "stop", "damage": {name: nats}}, …], "holders",
+            "dense_tokens", "layer_forwards"}
+        """
         windows = [{"start": a, "stop": b, "damage": dict(row)} for (a, b), row in sorted(self.damage.items())]
         spent = {"dense_tokens": self.cost.dense_tokens, "layer_forwards": self.cost.layer_forwards}
         return {
-            "layers": self.layers, "names": list(self.names), "windows": windows,
+            "layers": self.layers, "names": list(self.names), "left_out": list(self.left_out), "windows": windows,
             "holders": {name: list(found) for name, found in self.holders().items()}, **spent,
         }  # fmt: skip
 
@@ -124,10 +129,18 @@ class CapabilityMap:
 
         Returns:
             The Axes.
+
+        Raises:
+            ConfigError: no windows of this length were priced.
         """
         from matplotlib.colors import LogNorm
 
         length = length or self.lengths()[0]
+        if length not in self.lengths():
+            priced = ", ".join(map(str, self.lengths()))
+            raise ConfigError(
+                f"windows of {length} layers were not priced: there are {priced}", f"length={self.lengths()[0]}"
+            )
         axes = axes_or_new(axes, xlabel="layer removed" if length == 1 else f"first of {length} layers removed")
         values = torch.tensor(self.matrix(length), dtype=torch.float64)
         worst = max([1.0, *values[values.isfinite()].tolist()])
