@@ -198,13 +198,13 @@ row."""
 
 
 def ingredients_table(result: dict) -> str:
-    """What each part of the healing brings: all of it, then each part left out, as Markdown."""
+    """What each part of the healing brings: all of it, then each part left out, then what may be added, as Markdown."""
     rows, environment = result["rows"], result["environment"]
     dense = next(row for row in rows if row["segments"] == "nothing")
     unhealed = [row for row in rows if row is not dense and not row["tokens"]]
     whole, *others = [row for row in rows if row["tokens"] and row is not dense]
     named = [("dense", dense), *(("cut, not healed", row) for row in unhealed), ("**healed**", whole)]
-    named += [(f"without {LEFT_OUT[changed(whole, row)[0]]}", row) for row in others]
+    named += [(without_or_with(whole, row), row) for row in others]
     texts = list(dense["perplexity"])
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']} "
@@ -223,6 +223,17 @@ def ingredients_table(result: dict) -> str:
             cells += [f"{each:.2f}" for each in (mean(harm), harm["recall"], harm["lists"])]
         lines.append(f"| {' | '.join(cells + [''] * (len(texts) + 6 - len(cells)))} |")
     return "\n".join(lines)
+
+
+def without_or_with(whole: dict, row: dict) -> str:
+    """What a healing leaves out of the whole, or adds to it."""
+    name = changed(whole, row)[0]
+    added = {
+        "by_kl": "tokens of text counted by their KL",
+        "also": f"{row['also'].replace('+', ', ')} trained as well",
+        "writer": WRITERS.get(row["writer"], ""),
+    }
+    return f"with {added[name]}" if name in added else f"without {LEFT_OUT[name]}"
 
 
 def mean(damage: dict[str, float]) -> float:

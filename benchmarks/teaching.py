@@ -241,7 +241,7 @@ def kl_of_rows(dense: Any, small: Any, rows: torch.Tensor) -> torch.Tensor:
 
 def weighted_by_kl(dense: Any, small: Any, rows: Rows) -> Rows:
     """The rows, whose tokens of text count by their KL; on average as much as before."""
-    kl = kl_of_rows(dense, small, rows.tuning).float()
+    kl = kl_of_rows(dense, small, rows.tuning).float().clamp(min=0)  # where all but equal, rounding is below it
     text = torch.tensor([origin != TESTS for origin in rows.origins])
     of_text = (kl[text] / kl[text].mean()).clamp(max=CLIP)
     weights = torch.ones_like(kl) if rows.treated.token_weights is None else rows.treated.token_weights.clone()
