@@ -153,6 +153,6 @@ def test_an_objective_that_the_dense_model_does_not_have_at_0_is_counted_from_th
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 2)])
 def test_fewer_rows_than_single_segments_are_cut_on(model, rows):
-    probes = probe_rows(folders.tokenizer(), rows=rows[1], window=64, capabilities=["sums"])
+    probes = probe_rows(folders.tokenizer(), rows=rows[1], window=128, capabilities=["sums"])
     found = search(model, tiny.some_tokens(rows[0], 64), n_layers=4, num_segments=2, probes=probes)
     assert sum(map(len, found.segments)) == 4
