@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from layercut.report.formatting import count, figure, size, times
 
 
@@ -220,7 +222,7 @@ def ingredients_table(result: dict) -> str:
         cells = [name, *(f"{row['perplexity'][text]:.1f}" for text in texts)]
         cells += [str(row["keys_found"]), str(row["lists_found"])]
         if harm := row.get("damage"):
-            cells += [f"{each:.2f}" for each in (mean(harm), harm["recall"], harm["lists"])]
+            cells += [f"{each:.2f}" for each in (fmean(harm.values()), harm["recall"], harm["lists"])]
         lines.append(f"| {' | '.join(cells + [''] * (len(texts) + 6 - len(cells)))} |")
     return "\n".join(lines)
 
@@ -234,11 +236,6 @@ def without_or_with(whole: dict, row: dict) -> str:
         "writer": WRITERS.get(row["writer"], ""),
     }
     return f"with {added[name]}" if name in added else f"without {LEFT_OUT[name]}"
-
-
-def mean(damage: dict[str, float]) -> float:
-    """Of all capabilities."""
-    return sum(damage.values()) / len(damage)
 
 
 HOW = (
@@ -277,7 +274,7 @@ def tried_table(result: dict) -> str:
     for one, other in ((rows[a], rows[b]) for a, b in TRIED):
         pairs = [(one["perplexity"][text], other["perplexity"][text], ".1f") for text in texts]
         pairs += [(one[f"{name}_found"], other[f"{name}_found"], "d") for name in ("keys", "lists")]
-        pairs.append((mean(one["damage"]), mean(other["damage"]), ".2f"))
+        pairs.append((fmean(one["damage"].values()), fmean(other["damage"].values()), ".2f"))
         cells = [otherwise(one, other, result["window"]), named_cut(one["segments"])]
         cells += [str(len(one["tuning"]["trained_layers"])), f"{one['tokens']:,}"]
         lines.append(f"| {' | '.join([*cells, *(f'{a:{as_}} → {b:{as_}}' for a, b, as_ in pairs)])} |")

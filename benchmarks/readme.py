@@ -40,7 +40,7 @@ from stage_two import (
     tenth_words,
     tune_quantized_table,
 )
-from survival_tables import keep_table, map_table, map_words, short_survival, survival_markdown, texts_table
+from survival_tables import keep_table, map_table, map_words, survival_markdown, texts_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -175,7 +175,7 @@ def each(pattern: str, made_by: Callable[[dict], str]) -> str:
 
 def survives(whole: bool) -> str:
     """What the cuts of several methods keep, as far as it was measured; whole: every state and task of it."""
-    found = [each("survives-*.json", survival_markdown if whole else short_survival)]
+    found = [each("survives-*.json", partial(survival_markdown, whole=whole))]
     found += [each("texts-*.json", texts_table)] * whole
     return "\n\n".join(filter(None, found)) or "Not measured yet: `benchmarks/compare.py --probes`."
 

@@ -7,7 +7,9 @@ keep_recall.py and of maps.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import fmean
 
+from layercut.config import TRAINED_STATES
 from layercut.report.comparison_views import damage, repeats, retention_words, survivals
 from layercut.report.comparison_views import found as found_of
 from layercut.report.formatting import figure, label, number, percent, short
@@ -16,16 +18,7 @@ from layercut.report.tables import by_kl
 REPEATS = "; repeats: 4-grams of eight greedy continuations by 64 tokens that had occurred in them"
 
 
-HEALED = ("tuned", "lora")
-"""States of a cut that was trained."""
-
-
-def short_survival(result: dict) -> str:
-    """What the healed cuts of one comparison still do, as Markdown: all tasks as one figure."""
-    return survival_markdown(result, whole=False)
-
-
-def survival_markdown(result: dict, whole: bool = True) -> str:
+def survival_markdown(result: dict, whole: bool) -> str:
     """What the cuts of one comparison still do, as Markdown, and what was not measured.
 
     Args:
@@ -64,7 +57,9 @@ def survival_markdown(result: dict, whole: bool = True) -> str:
     for method, state, judged in survivals(comparison):
         row = rows.get(method)
         those = alike[label(row["segments"])] if row else ["dense"]
-        if row and (method != those[0] or not (whole or state in HEALED)):  # the same layers have the same figures
+        if row and method != those[0]:  # the same layers, so the same figures
+            continue
+        if row and not (whole or state in TRAINED_STATES):
             continue
         perplexity = row["texts"][state] if row else comparison["dense"]["texts"]
         cells = [", ".join(f"`{name}`" for name in those) if row else method]
@@ -92,7 +87,7 @@ def hits_table(comparison: dict) -> list[str]:
         (label(row["segments"]), state): judged["capabilities"]
         for row in comparison["methods"]
         for state, judged in row["judged"].items()
-        if state in HEALED and judged.get("capabilities")
+        if state in TRAINED_STATES and judged.get("capabilities")
     }
     if not healed:
         return []
@@ -144,8 +139,8 @@ def keep_table(result: dict) -> str:
         cells = [f"`{method}`"]
         for row in sorted(rows, key=lambda row: row["keeps"]):
             harm = row["damage"]
-            mean = sum(harm.values()) / len(harm)
-            cells += [label(row["segments"]), *map(figure, (row["kl"], harm["recall"], harm["lists"], mean))]
+            damages = (harm["recall"], harm["lists"], fmean(harm.values()))
+            cells += [label(row["segments"]), *map(figure, (row["kl"], *damages))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -53,6 +53,16 @@ class ProbeRows:
     left_out: tuple[str, ...] = ()
     """Capabilities that were asked for and of which no test fits a row."""
 
+    def check(self) -> None:
+        """Refuse rows that hold no test.
+
+        Raises:
+            DataError: none fits so few tokens.
+        """
+        if not self.names:
+            window = self.tokens.shape[1]
+            raise DataError(f"no generated test fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
+
     def of(self) -> torch.Tensor:
         """int64 [M, T]: the capability of the answer token after this one, -1 where there is none."""
         none = torch.full_like(self.answers, -1)

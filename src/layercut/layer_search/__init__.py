@@ -13,7 +13,7 @@ import torch
 from layercut import registries
 from layercut.data.probes import ProbeRows
 from layercut.distributed import processes
-from layercut.errors import ConfigError, DataError
+from layercut.errors import ConfigError
 from layercut.layer_search.budgets import (
     length_for_size,
     length_for_speedup,
@@ -277,9 +277,8 @@ def check_rows(runner: DecoderRunner, tokens: torch.Tensor, probes: ProbeRows | 
     Raises:
         DataError: one of these.
     """
-    if probes is not None and not probes.names:
-        window = probes.tokens.shape[1]
-        raise DataError(f"no generated test fits rows of {window} tokens", "probe_rows(tokenizer, window=256)")
+    if probes is not None:
+        probes.check()
     check_calibration(runner, tokens, *([probes.tokens] if probes else []))
 
 

@@ -86,11 +86,21 @@ class CapabilityMap:
                 found[name] = sorted(kept, key=lambda i: -values[i])
         return found
 
-    def words(self) -> list[str]:
-        """Sentences on which layers hold what, and, where text was given, which of those are cheap on it.
+    def cheap_on_text(self) -> dict[int, float]:
+        """The layers without which less is lost on text than without half of the others (`inner`).
 
-        A layer is cheap on text where less is lost on text without it than without half of the others (`inner`).
+        Returns:
+            {layer: nats per token of text}; nothing where no text was given, or layers were not removed one by one.
         """
+        if TEXT not in self.names or 1 not in self.lengths():
+            return {}
+        on_text = {i: self.damage[i, i + 1][TEXT] for i in self.inner()}
+        middle = median(on_text.values())
+        return {i: nats for i, nats in on_text.items() if nats < middle}
+
+    def words(self) -> list[str]:
+        """Sentences on which layers hold what, and which of those are cheap on text, where some was given."""
+        cheap = self.cheap_on_text()
         said = [f"{name}: no test of it fits a row" for name in self.left_out]
         for name, layers in self.holders().items():
             if not layers:
@@ -99,10 +109,8 @@ class CapabilityMap:
             top, *others = layers[:NAMED]
             line = f"{name}: most at layer {top} ({self.damage[top, top + 1][name]:.2f} nats without it)"
             line += f", then {', '.join(map(str, others))}" * bool(others)
-            if TEXT in self.names:
-                on_text = {i: self.damage[i, i + 1][TEXT] for i in self.inner()}
-                cheap = [i for i in layers[:NAMED] if on_text[i] < median(on_text.values())]
-                line += f"; cheap on text: {', '.join(f'{i} ({on_text[i]:.2f})' for i in cheap)}" * bool(cheap)
+            if of_these := [f"{i} ({cheap[i]:.2f})" for i in layers[:NAMED] if i in cheap]:
+                line += f"; cheap on text: {', '.join(of_these)}"
             said.append(line)
         return said
 
@@ -189,8 +197,7 @@ def capability_map(
         if probes is None:
             window = window or min(MAP_WINDOW, positions(stack.model.config) or MAP_WINDOW)
             probes = probe_rows(tokenizer, rows=MAP_ROWS, window=window, capabilities=tuple(CAPABILITIES), seed=seed)
-        if not probes.names:
-            raise DataError(f"no test fits rows of {probes.tokens.shape[1]} tokens", "give window=128 or more")
+        probes.check()
         check_calibration(stack, probes.tokens)
         sets = [(segment,) for n in sorted({*lengths}) for segment in all_segments(n, len(stack))]
         cost, rows = Cost(), len(probes.tokens) + (0 if text is None else len(text))
