@@ -586,6 +586,23 @@ def test_what_another_cut_could_do_is_left_out(tmp_path: Path) -> None:
         assert bool(read_run(run).capabilities) == shown
 
 
+def test_what_heeding_tests_costs_is_told_before_and_after_healing(tmp_path: Path) -> None:
+    ours, by_text = (
+        {"segments": [bounds], "kl": kl, "damage": d} for bounds, kl, d in (([2, 4], 0.9, 0.2), ([5, 7], 0.6, 3.0))
+    )
+    both = [{"segments": [[2, 4]], "folded": 1.0, "healed": 0.55, "text": 0.25}]
+    both.append({"segments": [[5, 7]], "folded": 2.0, "healed": 1.0, "text": 0.125})
+    for name, left in (("both", both), ("one", both[:1]), ("folded", [{**one, "text": None} for one in both])):
+        known = {"segments": [[2, 4]], "candidates": [ours], "by_text": by_text, "tried": left}
+        _, page = report(make_run(tmp_path / name, search=known))
+        assert "by the text alone it would have been 5:7, at 0.6 and 3.00" in page.text
+        assert ("Healed on a part of the tokens" in page.text) == (name == "both")
+        told = (
+            "the one has 0.25 nats on other text and 0.3 of other tests in their weight, the other 0.125 and 0.875."
+        )
+        assert (told in page.text) == (name == "both")
+
+
 def test_the_map_is_drawn_of_single_layers_and_of_longer_windows(tmp_path: Path) -> None:
     run = make_run(tmp_path, summary={"segments": [[2, 4], [5, 6]], "capabilities": {"hits": {"recall": 0.5}}})
     windows = [

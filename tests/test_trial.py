@@ -218,6 +218,26 @@ def test_the_best_that_differ_are_healed_then_variants_of_the_best_and_then_the_
     assert by().segments == [Segment(1, 3)], "without healing the fold decides"
 
 
+def test_what_the_text_alone_would_take_is_healed_as_well_whatever_it_promises():
+    by_text, asked = Candidate((Segment(0, 2),), 0.1), []
+
+    def tried_with(left, **more):
+        asked.clear()
+        return tried(
+            replace(result_of("4:6"), **more), plain_prices(), lambda c: 1.0 + 8 * (c == by_text.segments),
+            Restriction.none(8, 2), 1, healed=lambda cuts, times: asked.append((cuts, times)) or left.get(cuts, 1.0),
+        )  # fmt: skip
+
+    dear = tried_with({by_text.segments: 5.0}, by_text=by_text)
+    assert (by_text.segments, 1) in asked
+    assert [one.healed for one in dear.tried if one.segments == by_text.segments] == [5.0]
+    tried_with({})
+    assert (by_text.segments, 1) not in asked, "by the fold it is far behind"
+    cheap = tried_with({by_text.segments: 0.5}, by_text=by_text)
+    assert cheap.segments == [Segment(0, 2)], "and may win"
+    assert cheap.candidates[0].kl == 0.1
+
+
 def test_a_price_is_foretold_by_a_power_law():
     a, b, tokens = 3.0, 0.2, 8192
     short, longer, all_of_it = (a * n**-b for n in (tokens, LONGER * tokens, trial.TUNED_SHARE * tokens))
@@ -318,8 +338,10 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
         objective = KL(mix=DEFAULT_MIX)
         tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3, objective=objective)
         prices = [left_of(opened.model, each, heldout, others) for each in (student, folded)]
-        assert healed[-1][name] == pytest.approx(prices[0], rel=1e-3)
-        assert abs(prices[1] / prices[0] - 1) > 2e-3, "tuning that does nothing would pass"
+        assert healed[-1][name] == pytest.approx(sum(prices[0]), rel=1e-3)
+        if times == 1:
+            assert healed[-1]["text"] == pytest.approx(prices[0][0], rel=1e-3)
+        assert abs(sum(prices[1]) / sum(prices[0]) - 1) > 2e-3, "tuning that does nothing would pass"
 
 
 class Killed(Exception):
@@ -431,7 +453,7 @@ def left_of(dense, student, rows, tests):
         return (p.exp() * (p - q)).sum(-1)
 
     damage = [(kl(each.tokens) * each.weights()).sum(-1).mean() for each in tests]
-    return float(kl(rows).mean() + sum(damage) / len(damage))
+    return [float(kl(rows).mean()), float(sum(damage) / len(damage))]
 
 
 def test_each_source_has_its_share_of_what_heals_a_cut_on_trial():
@@ -456,7 +478,7 @@ def test_what_is_left_of_several_models_takes_one_run_of_the_dense_one(monkeypat
     found = [left_of(student) for student in students]
     for value, student in zip(found, students, strict=True):
         apart = [mean_kl(dense, student, rows) for rows in (tokens, tokens[:2, :8])]
-        assert value == pytest.approx(sum(apart), rel=1e-4)
+        assert value == pytest.approx(apart, rel=1e-4)
     assert found[0] != found[1]
     ran.clear()
     assert left_of(students[0]) == found[0]

@@ -220,7 +220,7 @@ def _search_cost(run: PlannedRun) -> Spent:
 
 
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
-    """What healing the cuts on trial costs, two of which are taken to be close and healed longer.
+    """What healing the cuts on trial costs, with the one by text alone; two are taken to be close and healed longer.
 
     held: bytes of the dense states that quick folds are solved and judged by.
     """
@@ -228,7 +228,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     judged = _judged_on_trial(run)
     held += sum(shape.stream(rows) for shape, rows in judged)
     dense = Work(flops=sum(rows * shape.layers * shape.mean("flops") for shape, rows in judged))
-    found = reduce(both_searches, [Spent({}, dense), *[short] * (TRIED + VARIANTS), *[longer] * 2])
+    found = reduce(both_searches, [Spent({}, dense), *[short] * (TRIED + 1 + VARIANTS), *[longer] * 2])
     return replace(found, peak=found.peak | {"dense states": held})
 
 

@@ -3,8 +3,8 @@
     1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
-    4. where asked the TRIED best by then that differ are healed for a while, then the VARIANTS best of those that do
-       not differ from the best of them
+    4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
+       the VARIANTS best of those that do not differ from the best of them
     5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least would
        be left if it went on like that (`foretold`)
 
@@ -61,14 +61,15 @@ def tried(
         The result with the choice first, and all that was `tried`; of its candidates those that were have the price
         after the fold as their `score`.
     """
-    begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number]]
+    by_text = [result.by_text.segments] if result.by_text else []
+    begun = [*(each.segments for each in [*result.candidates[:POOL], *result.by_number]), *by_text]
     known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
     best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
-    short, longer = after_healing(ordered, healed) if healed else ({}, {})
+    short, longer = after_healing(ordered, healed, by_text) if healed else ({}, {})
     last = {cuts: foretold(short[cuts], left) for cuts, left in longer.items()}
     ordered.sort(key=lambda cuts: (last.get(cuts, math.inf), short.get(cuts, math.inf)))
-    found = {each.segments: each for each in [*result.candidates, *result.by_number]}
+    found = {each.segments: each for each in [*result.candidates, *result.by_number, result.by_text] if each}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
     rest = [found[cuts] for cuts in ordered[1:] if cuts in found]
     return replace(
@@ -105,7 +106,9 @@ def climbed_(
     return best
 
 
-def after_healing(ordered: Sequence[Cuts], healed: Healing) -> tuple[dict[Cuts, float], dict[Cuts, float]]:
+def after_healing(
+    ordered: Sequence[Cuts], healed: Healing, by_text: Sequence[Cuts] = ()
+) -> tuple[dict[Cuts, float], dict[Cuts, float]]:
     """What is left of the best cuts once they are healed: far apart first, then around the best, then the best longer.
 
     A fold tells neighbours apart no better than cuts that share nothing, and healing them all is too dear: the first
@@ -115,12 +118,13 @@ def after_healing(ordered: Sequence[Cuts], healed: Healing) -> tuple[dict[Cuts, 
     Args:
         ordered: cuts of equally many layers, the most promising first.
         healed: the price of a cut after healing; lower is better.
+        by_text: what is healed for a while whatever it promises: what tests cost and spare is told after healing.
 
     Returns:
-        The prices after a short healing, of TRIED cuts that differ and of VARIANTS of the best of them, as far as there
-        are any; and of the CLOSE ones among these, FINALISTS at most, where there are several, after a longer one.
+        The prices after a short healing, of these, of TRIED cuts that differ and of VARIANTS of the best, as far as
+        there are any; and after a longer one, of the CLOSE ones among them, FINALISTS at most, where there are several.
     """
-    short = {cuts: healed(cuts, 1) for cuts in differing(ordered, TRIED)}
+    short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, TRIED), *by_text])}
     best = min(short, key=short.__getitem__)
     near = [cuts for cuts in ordered if cuts not in short and differing([best, cuts], 2) == [best]]
     short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
@@ -180,7 +184,7 @@ def priced_after_fold(run: PlannedRun, count: int) -> tuple[Bounds, Work]:
     """
     moves, kept = 4 * count * count, run.shape.layers - run.length
     proposed, pool = min(PROPOSED, moves), POOL * run.kinds
-    cuts = Bounds(pool + 2 * proposed, 1, pool + 2 + MOST_MOVES * PROPOSED)
+    cuts = Bounds(pool + 2 * proposed, 1, pool + 3 + MOST_MOVES * PROPOSED)
     rows = min(run.searched, 2 * run.kinds)
     round_of = Bounds(rows * (run.shape.layers + moves * kept / 2), 0, rows * (2 * count * 2 * run.shape.layers) * kept)
     choice = Bounds(run.searched * kept, 0, run.searched * 2 * run.shape.layers)

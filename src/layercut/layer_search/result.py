@@ -42,6 +42,8 @@ class Tried:
     """And on more of the tokens; None where it was not among the close ones."""
     foretold: float | None = None
     """And on all of them, by these two."""
+    text: float | None = None
+    """Of `healed` what is left on text; the rest is of generated tests."""
 
 
 @dataclass

@@ -117,6 +117,8 @@ class TriedRecord:
     longer: float | None = field(default=None, metadata=OPTIONAL)
     foretold: float | None = field(default=None, metadata=OPTIONAL)
     """By these two, after healing on all tokens."""
+    text: float | None = field(default=None, metadata=OPTIONAL)
+    """Of `healed` what is left on text; the rest is of generated tests."""
 
 
 @dataclass(frozen=True, kw_only=True)

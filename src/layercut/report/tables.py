@@ -222,8 +222,20 @@ def abilities(run: RunFacts) -> dict[str, Any]:
         trade = {
             "chosen": chosen.segments, "kl": chosen.kl, "damage": chosen.damage,
             "other": other.segments, "other_kl": other.kl, "other_damage": other.damage,
+            "healed": _healed_on_trial(run.search, chosen, other),
         }  # fmt: skip
     return {"rows": rows, "lengths": lengths, "trade": trade} if rows or trade else {}
+
+
+def _healed_on_trial(search: Json, *cuts: Json) -> list[tuple[float, float]]:
+    """(KL on text, damage to tests in its unit) after a short healing of each; [] where one of them is not known."""
+    of = {str(spans(one.segments)): one for one in search.tried}
+    found = []
+    for one in (of.get(str(spans(each.segments)), Json()) for each in cuts):
+        text, both = finite(one.text), finite(one.healed)
+        if text is not None and both is not None:
+            found.append((text, both - text))
+    return found if len(found) == len(cuts) else []
 
 
 # ---- rounds and budgets ------------------------------------------------------------------------------------

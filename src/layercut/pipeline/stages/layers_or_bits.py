@@ -228,4 +228,4 @@ def left_after(this: Round, cuts: Sequence[Segment], left_of: trial.Left) -> flo
     found = rounding.quantize(student, rounding_rows(work), endpoints=beside, **options)
     if tune_quantized.wanted(work.config):
         found = tune_quantized.for_a_while(work, found, student, *trial.some_to_tune(this))
-    return left_of(DecoderRunner(found.model))
+    return sum(left_of(DecoderRunner(found.model)))

@@ -93,6 +93,7 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
     prices, known = Prices(this.stack, tokens, Cost(), probes=tests), KnownPrices(work.run, stage)
     folds = cache(lambda: fold_prices(this, tokens, tests))
+    of_text: dict[tuple[Segment, ...], float] = {}
     with ExitStack() as shown:
         shown.enter_context(bar("pricing cuts after a quick fold", None))
 
@@ -101,18 +102,20 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
         def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
-
-            price = known(f"healed {times}", cuts, lambda: left_of(healed_for_a_while(this, cuts, tokens, times)))
-            how = "a short healing" if times == 1 else f"{times} times as much"
-            say("trial", f"{', '.join(map(str, cuts))}: {price:.4g} nats after {how}")
-            return price
+            words, how = ", ".join(map(str, cuts)), "a short healing" if times == 1 else f"{times} times as much"
+            text, *of_tests = known.value(
+                f"left {times} {words}", lambda: left_of(healed_for_a_while(this, cuts, tokens, times))
+            )
+            of_text.setdefault(tuple(cuts), text)
+            say("trial", f"{words}: {text:.4g} nats on text and {sum(of_tests):.4g} of tests after {how}")
+            return text + sum(of_tests)
 
         after = healed_price if work.score_now == "healed" else None
         found = tried(result, prices, fold_price, limits, count, healed=after)
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
-    return replace(found, cost=cost)
+    return replace(found, cost=cost, tried=[replace(one, text=of_text.get(one.segments)) for one in found.tried])
 
 
 def fold_prices(this: Round, tokens: torch.Tensor, tests: ProbeRows | None) -> FoldPrices:
@@ -142,7 +145,7 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
         tests: those that the search has; None where it goes by the text alone.
 
     Returns:
-        The rows, by each of which what is left adds up to the price.
+        The rows, by each of which what is left adds up to the price: those of text first.
     """
     text, heal = work.config.text, work.config.heal
     windows = {heal.tune_window or text.window: LONG_TESTS, text.window: TESTS}
@@ -218,18 +221,18 @@ class Left:
         self.kept: dict[tuple[int, int, int], torch.Tensor] = {}
         """The dense model's h_L of a batch, on the host, by its rows' place and its bounds."""
 
-    def __call__(self, student: DecoderRunner) -> float:
+    def __call__(self, student: DecoderRunner) -> list[float]:
         """What is left to be healed.
 
         Args:
             student: a model that was cut from the dense one.
 
         Returns:
-            KL on text and the weighed damage to tests, nats per token, summed over the rows of each kind; infinite
-            where it is not finite.
+            By the rows of each kind KL on text or the weighed damage to tests, nats per token; infinite where it is
+            not finite. Their sum is the price.
         """
         with bar("judging what is left", sum(len(rows.tokens) for rows in self.rows)) as advance:
-            return sum(self._of(student, place, rows, advance) for place, rows in enumerate(self.rows))
+            return [self._of(student, place, rows, advance) for place, rows in enumerate(self.rows)]
 
     @torch.no_grad()
     def _of(self, student: DecoderRunner, place: int, rows: WeightedRows, advance: Callable[[float], None]) -> float:
