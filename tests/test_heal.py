@@ -512,6 +512,17 @@ def test_tuning_towards_a_stored_teacher_runs_no_dense_layer_above_the_cut(tmp_p
 # --- what tuning keeps and changes ---
 
 
+def test_what_a_class_keeps_in_float32_is_not_rounded_by_tuning():
+    model, wide = tiny.llama().to(torch.bfloat16).float(), "model.layers.2.input_layernorm.weight"
+    model.stored_dtype = torch.bfloat16
+    before = model.get_parameter(wide).data.fill_(1 + 2**-20).clone()
+    student = cut_copy(model, Segment(3, 5))
+    tune_(student, model, tiny.some_tokens(32), heldout=tiny.some_tokens(4, seed=1), batch_tokens=64)
+    rounded = [name for name, p in student.named_parameters() if not torch.equal(p, p.bfloat16().float())]
+    assert rounded == [wide]
+    assert not torch.equal(student.get_parameter(wide), before), "it is tuned"
+
+
 def test_only_the_endpoints_differ_from_the_folded_model_to_the_bit():
     model, segment = tiny.llama().to(torch.bfloat16), [Segment(3, 5)]
     student = cut_copy(model, *segment)

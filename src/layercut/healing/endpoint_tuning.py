@@ -42,6 +42,7 @@ from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models import memory
 from layercut.models.batch_sizes import kept_bytes, slices
+from layercut.models.loading import dtype_saved_in
 from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL, Objective, objective_of
@@ -420,13 +421,14 @@ class _Training:
     ) -> None:
         """Take the endpoints' parameters, or those that are given, each with the unit of which the rate is a share."""
         self.pair, self.tokens, self.settings, self.report = pair, tokens, settings, _Progress()
+        stored, endpoints = pair.student.stored_dtype, given is None
         given = [(p, 1.0) for p in own_parameters_(pair.student, positions)] if given is None else given
         self.positions, self.trained = positions, [p for p, _ in given]
+        self.saved_in = [dtype_saved_in(p, stored) if endpoints else stored for p in self.own]
         self.row_lengths: torch.Tensor | None = None
         self.token_weights: torch.Tensor | None = None
         self.rate_from: Callable[[float], float] | None = None
         self.tolerated = TOLERATED
-        self.stored = pair.student.stored_dtype
         self.masters = [p.float().clone() for p in self.own]
         self.best_state = [p.cpu().clone() for p in self.own]
         self.steps = settings.epochs * math.ceil(len(tokens) / rows_per_step(settings, tokens.shape[1]))
@@ -629,8 +631,8 @@ class _Training:
         """The masters' values in the dtype that is saved: what the next step computes with is what will be on disk."""
         own = self.own
         values = [
-            m.detach() if p.dtype == self.stored else m.detach().to(self.stored)
-            for m, p in zip(self.masters, own, strict=True)
+            m.detach() if p.dtype == saved_in else m.detach().to(saved_in)
+            for m, p, saved_in in zip(self.masters, own, self.saved_in, strict=True)
         ]
         torch._foreach_copy_(own, values)
 
@@ -735,9 +737,9 @@ class _Training:
             name: [sharding.part_like(p, value) for p, value in zip(self.trained, values, strict=True)]
             for name, values in tensors.items()
         }
-        for master, p, value in zip(self.masters, self.own, own["master"], strict=True):
+        for master, value in zip(self.masters, own["master"], strict=True):
             master.copy_(value)
-            p.copy_(master.to(self.stored))
+        self._round_()
         self.best_state = [value.clone() for value in own["best"]]
         saved = self.optimizer.state_dict()
         saved["state"] = {

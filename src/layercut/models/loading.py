@@ -737,11 +737,24 @@ def stored_dtype(model: Any) -> torch.dtype:
     return getattr(model, "stored_dtype", None) or model.dtype
 
 
+def dtype_saved_in(weight: torch.Tensor, stored: torch.dtype) -> torch.dtype:
+    """The dtype that a weight is saved in: its model's, or its own where it has values that the model's does not hold.
+
+    Args:
+        weight: as it is computed with.
+        stored: the dtype that its model is saved in.
+
+    Returns:
+        Either.
+    """
+    return stored if torch.equal(weight.to(stored).to(weight.dtype), weight) else weight.dtype
+
+
 def as_stored(model: Any) -> Any:
     """The model in the dtype it is saved in: itself, or a copy where it computes in a wider one.
 
     Nothing is lost: what is loaded, folded, tuned or quantized is rounded to this format at once. A weight with other
-    values, as a class may keep some in float32, stays as it is.
+    values, as a class may keep some in float32, stays as it is, and is tuned as it is.
     """
     stored = stored_dtype(model)
     if stored == model.dtype:
@@ -750,9 +763,9 @@ def as_stored(model: Any) -> Any:
     for module in narrow.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in new:
-                rounded = parameter.detach().to(stored)
-                same = torch.equal(rounded.to(parameter.dtype), parameter)
-                new[id(parameter)] = nn.Parameter(rounded, requires_grad=False) if same else parameter
+                same = dtype_saved_in(parameter, stored) == stored
+                rounded = nn.Parameter(parameter.detach().to(stored), requires_grad=False) if same else parameter
+                new[id(parameter)] = rounded
             setattr(module, name, new[id(parameter)])
     return narrow
 
