@@ -597,9 +597,7 @@ def test_what_heeding_tests_costs_is_told_before_and_after_healing(tmp_path: Pat
         _, page = report(make_run(tmp_path / name, search=known))
         assert "by the text alone it would have been 5:7, at 0.6 and 3.00" in page.text
         assert ("Healed on a part of the tokens" in page.text) == (name == "both")
-        told = (
-            "the one has 0.25 nats on other text and 0.3 of other tests in their weight, the other 0.125 and 0.875."
-        )
+        told = "the one has 0.25 nats on other text and 0.3 of other tests in their weight, the other 0.125 and 0.875."
         assert (told in page.text) == (name == "both")
 
 
