@@ -125,7 +125,7 @@ def headline_words(speed: dict) -> str:
     fifth = next(row for row in speed["rows"] if row["ratio"] == 0.2 and "backend" not in row)
     sizes = fifth["weight_bytes"]
     return (
-        f"Weights: {size(sizes['dense'])} -> {size(sizes['compressed'])}. "
+        f"Weights in bfloat16: {size(sizes['dense'])} to {size(sizes['compressed'])}. "
         f"Decoding: {times(fifth['decode']['ratio'])} as fast."
     )
 
@@ -138,16 +138,16 @@ def lengths_of(row: dict, window: int) -> str:
 
 WRITERS = {
     "text": "in two rounds",
-    "student": "half of them written by the healed model",
-    "dense": "half of them written by the dense model",
-    "chat": "half of them chats by the dense model",
+    "student": "half of the rows of text written by the healed model",
+    "dense": "half of the rows of text written by the dense model",
+    "chat": "half of the rows of text chats that the dense model wrote",
 }
 """What recall.py calls a second round of tuning."""
 
 
 def taught_otherwise(row: dict) -> str:
     """What recall.py's tokens to tune on are, where they are not text as it comes."""
-    hurt = f", the 1 in {row['hurt']} that the cut hurt most" if row["hurt"] != 1 else ""
+    hurt = f", of {row['hurt']} rows the one that the cut hurt most" if row["hurt"] != 1 else ""
     return hurt + (f", {WRITERS[row['writer']]}" if row["writer"] else "")
 
 
@@ -232,6 +232,7 @@ def without_or_with(whole: dict, row: dict) -> str:
     name = changed(whole, row)[0]
     added = {
         "by_kl": "tokens of text counted by their KL",
+        "epochs": "the tokens gone over twice",
         "also": f"{row['also'].replace('+', ', ')} trained as well",
         "writer": WRITERS.get(row["writer"], ""),
     }
@@ -240,7 +241,7 @@ def without_or_with(whole: dict, row: dict) -> str:
 
 HOW = (
     "fold", "segments", "tokens", "share", "answer_weight", "mix", "radius", "window", "beside", "lora", "writer",
-    "hurt", "by_kl", "also",
+    "hurt", "by_kl", "also", "epochs",
 )  # fmt: skip
 """recall.py's settings, in the order in which they name a row; but for the rate, which is chosen for the others, and
 for `parted`, which follows `window`."""
@@ -266,7 +267,8 @@ def tried_table(result: dict) -> str:
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']}; "
         f"perplexity of {result['eval_tokens']:,} tokens of each text in windows of {result['window']}; keys and list "
         f"values found of {asked}; damage to tests of the judging family, mean of all seven, nats per answer token. "
-        "The rate goes with what is trained. What was tried, on what, and each figure without and with it:",
+        "What was tried; of the healing without it what was removed, the layers and the tokens that were trained; "
+        "each figure without and with it. The learning rate goes with the number of layers, or with LoRA.",
         "",
         f"| tried | removed | layers tuned | tuned on | {' | '.join(texts)} | keys | list values | damage |",
         f"|---|---|---:|---:|{'---:|' * (len(texts) + 3)}",

@@ -6,10 +6,10 @@
 
 A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `mix`
 of the next-token loss, `radius`, `tokens` to tune on and `epochs`, peak `rate`, `window` of the rows and whether some
-are `parted`, `answer_weight`, another text `beside` the first, and other ways to teach (teaching.py). Each is folded and tuned as a
-run does it; then perplexity, hidden keys, values found in lists, and the damage to tests of the judging family are
-measured, beside the dense model; with `--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is left of the
-scores of lm-eval's tasks too. "nothing" is the dense model, "… unhealed" the cut alone.
+are `parted`, `answer_weight`, another text `beside` the first, and other ways to teach (teaching.py). Each is folded
+and tuned as a run does it; then perplexity, hidden keys, values found in lists, and the damage to tests of the judging
+family are measured, beside the dense model; with `--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is
+left of the scores of lm-eval's tasks too. "nothing" is the dense model, "… unhealed" the cut alone.
 """
 
 from __future__ import annotations

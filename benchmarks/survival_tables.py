@@ -41,7 +41,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
     each = [f"{n} items {'each ' * (len(those) > 1)}of {', '.join(those)}" for n, those in by_items.items()]
     asked = f" {'; '.join(each)};" if tasks else ""
     read = comparison["evaluation"]
-    of = f"{read['tokens']:,} tokens of each text in windows of {read['window']}"
+    of = f"{read['tokens'] // len(texts):,} tokens of each text in windows of {read['window']}"
     lines = [
         f"`layercut compare --ratio {result['ratio']:g}`, {environment['date'][:10]}, {environment['cores']} cores: "
         f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, searched on "
