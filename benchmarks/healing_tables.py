@@ -138,11 +138,11 @@ def lengths_of(row: dict, window: int) -> str:
 
 WRITERS = {
     "text": "in two rounds",
-    "student": "half of the rows of text written by the healed model",
-    "dense": "half of the rows of text written by the dense model",
-    "chat": "half of the rows of text chats that the dense model wrote",
+    "student": "in two rounds, the second of what the healed model wrote",
+    "dense": "in two rounds, the second of what the dense model wrote",
+    "chat": "in two rounds, the second of chats that the dense model wrote",
 }
-"""What recall.py calls a second round of tuning."""
+"""What recall.py's second round of tuning is on, where there is one; tests stay among it."""
 
 
 def taught_otherwise(row: dict) -> str:
@@ -231,12 +231,12 @@ def without_or_with(whole: dict, row: dict) -> str:
     """What a healing leaves out of the whole, or adds to it."""
     name = changed(whole, row)[0]
     added = {
-        "by_kl": "tokens of text counted by their KL",
-        "epochs": "the tokens gone over twice",
-        "also": f"{row['also'].replace('+', ', ')} trained as well",
+        "by_kl": "with tokens of text counted by their KL",
+        "epochs": "with the tokens gone over twice",
+        "also": f"with {row['also'].replace('+', ', ')} trained as well",
         "writer": WRITERS.get(row["writer"], ""),
     }
-    return f"with {added[name]}" if name in added else f"without {LEFT_OUT[name]}"
+    return added[name] if name in added else f"without {LEFT_OUT[name]}"
 
 
 HOW = (
