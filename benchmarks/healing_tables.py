@@ -232,7 +232,7 @@ def without_or_with(whole: dict, row: dict) -> str:
     name = changed(whole, row)[0]
     added = {
         "by_kl": "with tokens of text counted by their KL",
-        "epochs": "with the tokens gone over twice",
+        "epochs": f"with the tokens gone over {row['epochs']} times",
         "also": f"with {row['also'].replace('+', ', ')} trained as well",
         "writer": WRITERS.get(row["writer"], ""),
     }
@@ -299,5 +299,6 @@ def otherwise(one: dict, other: dict, window: int) -> str:
         "lora": "LoRA of rank 32 on all layers",
         "writer": WRITERS[other["writer"] or "text"],
         "hurt": taught_otherwise(other).removeprefix(", "),
+        "epochs": f"gone over {other['epochs']} times",
     }
     return ", ".join(words[name] for name in changed(one, other))

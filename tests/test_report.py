@@ -601,6 +601,13 @@ def test_what_heeding_tests_costs_is_told_before_and_after_healing(tmp_path: Pat
         assert (told in page.text) == (name == "both")
 
 
+def test_where_text_alone_takes_the_same_nothing_is_traded(tmp_path: Path) -> None:
+    found = {"segments": [[2, 4]], "kl": 0.9, "damage": 0.2}
+    _, page = report(make_run(tmp_path, search={"segments": [[2, 4]], "candidates": [found], "by_text": found}))
+    assert "2:4 is what the text alone would take" in page.text
+    assert "it would have been" not in page.text
+
+
 def test_the_map_is_drawn_of_single_layers_and_of_longer_windows(tmp_path: Path) -> None:
     run = make_run(tmp_path, summary={"segments": [[2, 4], [5, 6]], "capabilities": {"hits": {"recall": 0.5}}})
     windows = [

@@ -257,6 +257,13 @@ def test_where_none_is_close_to_the_best_none_is_healed_longer():
     assert asked == [1, 1, 1, 1]
 
 
+def test_a_cut_by_text_is_healed_that_nothing_else_would_have_healed():
+    apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
+    alone, beside = (after_healing(apart, lambda *_: 1.0, by_text)[0] for by_text in ([], [apart[-1]]))
+    assert apart[-1] not in alone
+    assert {*beside} == {*alone, apart[-1]}
+
+
 def test_no_more_are_healed_than_said():
     apart = [(Segment(i, i + 2),) for i in range(0, 20, 2)]
     assert differing(apart, TRIED) == apart[:TRIED]

@@ -279,7 +279,7 @@ class SearchConfig:
     held-out text and other tests, which takes as long again. healed: then tune the best few on a sixteenth of the
     tuning text each, those that stay close on a quarter, and take the one that is foretold to be best. auto: healed
     where the search heeds tests, by KL and for a given size, and 65,536 tokens or more are folded and tuned on in one
-    round, with the model in memory; else raw."""
+    round, with the model whole and in memory; else raw."""
     oracle: Annotated[bool, rare_switch] = False
     """Price every segment exactly as well, to show the gate's regret."""
     consumers: Consumers = ""

@@ -228,7 +228,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     judged = _judged_on_trial(run)
     held += sum(shape.stream(rows) for shape, rows in judged)
     dense = Work(flops=sum(rows * shape.layers * shape.mean("flops") for shape, rows in judged))
-    found = reduce(both_searches, [Spent({}, dense), *[short] * (TRIED + 1 + VARIANTS), *[longer] * 2])
+    found = reduce(both_searches, [Spent({}, dense), *[short] * (TRIED + (run.tests > 0) + VARIANTS), *[longer] * 2])
     return replace(found, peak=found.peak | {"dense states": held})
 
 

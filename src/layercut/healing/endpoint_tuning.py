@@ -424,7 +424,8 @@ class _Training:
         stored, endpoints = pair.student.stored_dtype, given is None
         given = [(p, 1.0) for p in own_parameters_(pair.student, positions)] if given is None else given
         self.positions, self.trained = positions, [p for p, _ in given]
-        self.saved_in = [dtype_saved_in(p, stored) if endpoints else stored for p in self.own]
+        whole = (sharding.whole(p.detach()) for p in self.trained)
+        self.saved_in = [dtype_saved_in(p, stored) if endpoints else stored for p in whole]
         self.row_lengths: torch.Tensor | None = None
         self.token_weights: torch.Tensor | None = None
         self.rate_from: Callable[[float], float] | None = None

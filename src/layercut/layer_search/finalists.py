@@ -1,6 +1,7 @@
 """A search that goes on by prices too dear for many cuts: what is left of each after a fold, and after some healing.
 
-    1. the search's best by plain cuts, and the proposals in which tests count less, are priced after a fold
+    1. the search's best by plain cuts, of each number of segments and by the text alone, and the proposals in which
+       tests count less, are priced after a fold
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
     4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
@@ -61,15 +62,15 @@ def tried(
         The result with the choice first, and all that was `tried`; of its candidates those that were have the price
         after the fold as their `score`.
     """
-    by_text = [result.by_text.segments] if result.by_text else []
-    begun = [*(each.segments for each in [*result.candidates[:POOL], *result.by_number]), *by_text]
+    by_text = [result.by_text] if result.by_text else []
+    begun = [each.segments for each in [*result.candidates[:POOL], *result.by_number, *by_text]]
     known = {cuts: folded(cuts) for cuts in dict.fromkeys([*begun, *result.lighter])}
     best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
-    short, longer = after_healing(ordered, healed, by_text) if healed else ({}, {})
+    short, longer = after_healing(ordered, healed, [each.segments for each in by_text]) if healed else ({}, {})
     last = {cuts: foretold(short[cuts], left) for cuts, left in longer.items()}
     ordered.sort(key=lambda cuts: (last.get(cuts, math.inf), short.get(cuts, math.inf)))
-    found = {each.segments: each for each in [*result.candidates, *result.by_number, result.by_text] if each}
+    found = {each.segments: each for each in [*result.candidates, *result.by_number, *by_text]}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
     rest = [found[cuts] for cuts in ordered[1:] if cuts in found]
     return replace(

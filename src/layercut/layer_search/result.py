@@ -92,7 +92,7 @@ class SearchResult:
     lighter: list[tuple[Segment, ...]] = field(default_factory=list)
     """Sets that would have been proposed if generated tests counted less; they raced too."""
     tried: list[Tried] = field(default_factory=list)
-    """All that were tried beyond the plain cut, from the best."""
+    """All that were tried beyond the plain cut: the choice, those that were healed, the others, each from the best."""
     seconds: float = field(default=0.0, compare=False)
     """Wall-clock time of what `cost` counts."""
 

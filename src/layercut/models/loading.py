@@ -754,7 +754,7 @@ def as_stored(model: Any) -> Any:
     """The model in the dtype it is saved in: itself, or a copy where it computes in a wider one.
 
     Nothing is lost: what is loaded, folded, tuned or quantized is rounded to this format at once. A weight with other
-    values, as a class may keep some in float32, stays as it is, and is tuned as it is.
+    values, as a class may keep some in float32, stays as it is; beside a cut it is tuned as it is.
     """
     stored = stored_dtype(model)
     if stored == model.dtype:

@@ -31,7 +31,7 @@ class KnownPrices:
         self.found_before: dict[str, list[Any]] = found["prices"] if found.get("key") == self.key else {}
         self.known = dict(self.found_before)
 
-    def __call__(self, kind: str, cuts: Sequence[Segment], price: Callable[[], float]) -> float:
+    def __call__(self, kind: str, cuts: Sequence[Segment], price: Callable[[], Any]) -> Any:
         """A price that is known, or that is found now and kept; the main process's counts.
 
         Args:
@@ -40,7 +40,7 @@ class KnownPrices:
             price: finds it.
 
         Returns:
-            Nats per token.
+            Nats per token, or what else is found of a cut.
         """
         return self.value(f"{kind} {'+'.join(map(str, cuts))}", price)
 

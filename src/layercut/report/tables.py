@@ -223,12 +223,13 @@ def abilities(run: RunFacts) -> dict[str, Any]:
             "chosen": chosen.segments, "kl": chosen.kl, "damage": chosen.damage,
             "other": other.segments, "other_kl": other.kl, "other_damage": other.damage,
             "healed": _healed_on_trial(run.search, chosen, other),
+            "same": spans(chosen.segments) == spans(other.segments),
         }  # fmt: skip
     return {"rows": rows, "lengths": lengths, "trade": trade} if rows or trade else {}
 
 
 def _healed_on_trial(search: Json, *cuts: Json) -> list[tuple[float, float]]:
-    """(KL on text, damage to tests in its unit) after a short healing of each; [] where one of them is not known."""
+    """(KL on text, weighed damage to tests) after a short healing, nats per token; [] where one is not known."""
     of = {str(spans(one.segments)): one for one in search.tried}
     found = []
     for one in (of.get(str(spans(each.segments)), Json()) for each in cuts):

@@ -102,16 +102,16 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
         def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
-            words, how = ", ".join(map(str, cuts)), "a short healing" if times == 1 else f"{times} times as much"
-            text, *of_tests = known.value(
-                f"left {times} {words}", lambda: left_of(healed_for_a_while(this, cuts, tokens, times))
-            )
-            of_text.setdefault(tuple(cuts), text)
-            say("trial", f"{words}: {text:.4g} nats on text and {sum(of_tests):.4g} of tests after {how}")
-            return text + sum(of_tests)
+            left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(this, cuts, tokens, times)))
+            if times == 1:
+                of_text[tuple(cuts)] = left[0]
+            parts = f"{left[0]:.4g} nats on text" + (f" and {sum(left[1:]):.4g} of tests" if left[1:] else "")
+            after = "a short healing" if times == 1 else f"{times} times as much"
+            say("trial", f"{', '.join(map(str, cuts))}: {parts} after {after}")
+            return sum(left)
 
-        after = healed_price if work.score_now == "healed" else None
-        found = tried(result, prices, fold_price, limits, count, healed=after)
+        healed = healed_price if work.score_now == "healed" else None
+        found = tried(result, prices, fold_price, limits, count, healed=healed)
         cost = result.cost + prices.cost
         if folds.cache_info().currsize:
             cost += Cost(folds().dense_tokens, folds().layer_forwards)
