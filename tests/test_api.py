@@ -101,7 +101,7 @@ def test_a_call_changes_nothing_of_the_process_and_writes_nothing(blocks, model,
     assert list(Path(tmp_path).iterdir()) == []
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert [list(logging.getLogger(name).handlers) for name in (None, "layercut", "transformers")] == loggers
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads, "a pool of a test before may have ended meanwhile"
     assert [dict(m._forward_hooks) for m in model.modules()] == hooks
     assert [set(vars(m)) for m in model.modules()] == attributes
     assert [p.requires_grad for p in model.parameters()] == flags
