@@ -221,9 +221,9 @@ def ingredients_table(result: dict) -> str:
     for name, row in named:
         cells = [name, *(f"{row['perplexity'][text]:.1f}" for text in texts)]
         cells += [str(row["keys_found"]), str(row["lists_found"])]
-        if harm := row.get("damage"):
-            cells += [f"{each:.2f}" for each in (fmean(harm.values()), harm["recall"], harm["lists"])]
-        lines.append(f"| {' | '.join(cells + [''] * (len(texts) + 6 - len(cells)))} |")
+        harm = row["damage"]
+        cells += [f"{each:.2f}" for each in (fmean(harm.values()), harm["recall"], harm["lists"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ from layercut.healing.tuning_result import TuningResult
 from layercut.healing.tuning_state import StateFile, Stop, never_asked
 from layercut.models import memory
 from layercut.models.batch_sizes import kept_bytes, slices
-from layercut.models.loading import dtype_saved_in
+from layercut.models.loading import weight_as_stored
 from layercut.models.losses import LOSS_SCALE, as_price
 from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import KL, Objective, objective_of
@@ -421,11 +421,13 @@ class _Training:
     ) -> None:
         """Take the endpoints' parameters, or those that are given, each with the unit of which the rate is a share."""
         self.pair, self.tokens, self.settings, self.report = pair, tokens, settings, _Progress()
-        stored, endpoints = pair.student.stored_dtype, given is None
-        given = [(p, 1.0) for p in own_parameters_(pair.student, positions)] if given is None else given
+        stored = pair.student.stored_dtype
+        if given is None:
+            given = [(p, 1.0) for p in own_parameters_(pair.student, positions)]
+            self.saved_in = [weight_as_stored(sharding.whole(p.detach()), stored).dtype for p, _ in given]
+        else:
+            self.saved_in = [stored] * len(given)
         self.positions, self.trained = positions, [p for p, _ in given]
-        whole = (sharding.whole(p.detach()) for p in self.trained)
-        self.saved_in = [dtype_saved_in(p, stored) if endpoints else stored for p in whole]
         self.row_lengths: torch.Tensor | None = None
         self.token_weights: torch.Tensor | None = None
         self.rate_from: Callable[[float], float] | None = None

@@ -737,17 +737,18 @@ def stored_dtype(model: Any) -> torch.dtype:
     return getattr(model, "stored_dtype", None) or model.dtype
 
 
-def dtype_saved_in(weight: torch.Tensor, stored: torch.dtype) -> torch.dtype:
-    """The dtype that a weight is saved in: its model's, or its own where it has values that the model's does not hold.
+def weight_as_stored(weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """A weight in the dtype that its model is saved in, or itself where it has values that this one does not hold.
 
     Args:
         weight: as it is computed with.
         stored: the dtype that its model is saved in.
 
     Returns:
-        Either.
+        The same values.
     """
-    return stored if torch.equal(weight.to(stored).to(weight.dtype), weight) else weight.dtype
+    narrow = weight.to(stored)
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
 
 
 def as_stored(model: Any) -> Any:
@@ -763,9 +764,8 @@ def as_stored(model: Any) -> Any:
     for module in narrow.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in new:
-                same = dtype_saved_in(parameter, stored) == stored
-                rounded = nn.Parameter(parameter.detach().to(stored), requires_grad=False) if same else parameter
-                new[id(parameter)] = rounded
+                kept = weight_as_stored(parameter.detach(), stored)
+                new[id(parameter)] = nn.Parameter(kept, requires_grad=False)
             setattr(module, name, new[id(parameter)])
     return narrow
 

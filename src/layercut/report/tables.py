@@ -228,11 +228,24 @@ def abilities(run: RunFacts) -> dict[str, Any]:
     return {"rows": rows, "lengths": lengths, "trade": trade} if rows or trade else {}
 
 
+def on_trial(search: Json, *cuts: Json) -> list[Json]:
+    """What was left of cuts on trial.
+
+    Args:
+        search: search.json.
+        cuts: what has `segments`.
+
+    Returns:
+        Of each the record in `tried`; an empty one where it was not on trial.
+    """
+    of = {str(spans(one.segments)): one for one in search.tried}
+    return [of.get(str(spans(each.segments)), Json()) for each in cuts]
+
+
 def _healed_on_trial(search: Json, *cuts: Json) -> list[tuple[float, float]]:
     """(KL on text, weighed damage to tests) after a short healing, nats per token; [] where one is not known."""
-    of = {str(spans(one.segments)): one for one in search.tried}
     found = []
-    for one in (of.get(str(spans(each.segments)), Json()) for each in cuts):
+    for one in on_trial(search, *cuts):
         text, both = finite(one.text), finite(one.healed)
         if text is not None and both is not None:
             found.append((text, both - text))

@@ -125,8 +125,7 @@ def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdi
     if regret is None:
         return None
     there, missed = _score(search, search.oracle.segments), max(regret - 1, 0.0)
-    of = {str(spans(one.segments)): one for one in search.tried}
-    chosen, best = (of.get(str(spans(each.segments)), Json()) for each in (search, search.oracle))
+    chosen, best = tables.on_trial(search, search, search.oracle)
     if (after := finite(chosen.healed)) is not None:
         ours, there = after, finite(best.healed)
     how = "the fold" if after is None else "a short healing"
