@@ -192,6 +192,17 @@ def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
     assert all(torch.equal(p, untouched[key]) for key, p in model.named_parameters())
 
 
+def test_what_a_class_keeps_in_float32_is_not_rounded_by_the_fold():
+    model = tiny.llama().to(torch.bfloat16).float()
+    model.stored_dtype, wide = torch.bfloat16, "model.layers.1.mlp.down_proj.weight"
+    model.get_parameter(wide).data[0, 0] = 1 + 2**-20
+    student = cut_copy(model, Segment(2, 4))
+    outcome = fold_cut_(DecoderRunner(student), DecoderRunner(model), Segment(2, 4), tiny.some_tokens(64, 16), rows=16)
+    assert outcome.modules == ["self_attn.o_proj", "mlp.down_proj"]
+    rounded = [name for name, p in student.named_parameters() if not torch.equal(p, p.bfloat16().float())]
+    assert rounded == [wide]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
     model = family(name)

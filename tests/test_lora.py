@@ -94,8 +94,9 @@ def test_what_is_left_as_it_is_is_said(family, told, monkeypatch):
 
 def test_merged_weights_are_rounded_to_the_dtype_that_is_saved():
     """Where a processor has no bfloat16 such weights are computed with in float32."""
-    student = tiny.llama()
-    student.stored_dtype = torch.bfloat16
+    student = tiny.llama().to(torch.bfloat16).float()
+    student.stored_dtype, kept = torch.bfloat16, student.model.layers[0].mlp.down_proj
+    kept.weight.data[0, 0] = 1 + 2**-20  # what a class keeps in float32 is saved in it
     runner = DecoderRunner(student)
     room.adapters_(runner.layers)
     with torch.no_grad():
@@ -106,6 +107,7 @@ def test_merged_weights_are_rounded_to_the_dtype_that_is_saved():
     weight = student.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, weight.bfloat16().float())
+    assert not torch.equal(kept.weight, kept.weight.bfloat16().float())
 
 
 @pytest.fixture(scope="module")

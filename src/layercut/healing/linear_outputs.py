@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from layercut.models.loading import weight_as_stored
 from layercut.models.runner import DecoderRunner, hidden_of, intercepted
 
 WIDEST = 16384
@@ -44,14 +45,16 @@ class LinearOutput:
         Args:
             layer: whose parameters are replaced.
             x: X, float64, on the CPU where the device has none.
-            stored: the dtype that the weights are saved in, to which the new ones are rounded.
+            stored: the dtype that the model is saved in, to which the new ones are rounded; one that is saved in a
+                wider one, as a class may keep some in float32, is not.
         """
         for name, dim in self.weights:
             owner, _, leaf = name.rpartition(".")
             module = layer.get_submodule(owner)
             weight = getattr(module, leaf)
             new = weight.to(x) + (x.T if dim == 0 else x) if self.reads else multiplied(weight, dim, x)
-            setattr(module, leaf, nn.Parameter(new.to(stored).to(weight), requires_grad=False))
+            saved_in = weight_as_stored(weight.detach(), stored).dtype
+            setattr(module, leaf, nn.Parameter(new.to(saved_in).to(weight), requires_grad=False))
 
 
 def multiplied(weight: torch.Tensor, dim: int, x: torch.Tensor) -> torch.Tensor:

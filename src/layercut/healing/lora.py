@@ -19,7 +19,7 @@ from torch import nn
 from layercut.errors import ConfigError, ModelError
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_result import TuningResult
-from layercut.models.loading import find_decoder
+from layercut.models.loading import find_decoder, weight_as_stored
 from layercut.models.model_in_memory import prepared
 from layercut.models.runner import DecoderRunner
 from layercut.progress import say
@@ -159,6 +159,7 @@ def _merge_(student: DecoderRunner) -> None:
             for adapter in (module.lora_A, module.lora_B):
                 adapter.float()
             whole = base.weight.float() + module.get_delta_weight(NAME)
-            rounded = whole.to(student.stored_dtype).to(base.weight.dtype)
+            saved_in = weight_as_stored(base.weight.detach(), student.stored_dtype).dtype
+            rounded = whole.to(saved_in).to(base.weight.dtype)
             base.weight = nn.Parameter(rounded, requires_grad=False)
             layer.set_submodule(name, base)
