@@ -98,8 +98,9 @@ def headline_table(recall: dict, speed: dict) -> str:
     counted = f"keys found of {dense['keys_asked']} | list values found of {dense['lists_asked']}"
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {recall['model']} "
-        f"without a fifth of its layers, healed on {AS_BY_DEFAULT['tokens']:,} tokens of C4 and Wikipedia, else as "
-        f"by default; {recall['eval_tokens']:,} tokens of each text in windows of {recall['window']}.",
+        f"without a fifth of its layers, folded on {recall['fold_tokens']:,} and healed on {AS_BY_DEFAULT['tokens']:,} "
+        f"tokens of C4 and Wikipedia, else as by default (12:16: layers 12 to 15); "
+        f"{recall['eval_tokens']:,} tokens of each text in windows of {recall['window']}.",
         "",
         f"| | {' | '.join(f'perplexity, {text}' for text in dense['perplexity'])} | {counted} |",
         f"|---|{'---:|' * (len(dense['perplexity']) + 2)}",
@@ -210,10 +211,11 @@ def ingredients_table(result: dict) -> str:
     texts = list(dense["perplexity"])
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {result['model']} "
-        f"without {named_cut(whole['segments'])}, healed on {whole['tokens']:,} tokens; perplexity of "
-        f"{result['eval_tokens']:,} tokens of each text in windows of {result['window']}; keys hidden in, and values "
-        f"of a list of, up to {result['longest']:,} tokens, found of {dense['keys_asked']}; damage to tests of the "
-        "judging family, nats per answer token, mean of all seven and of two:",
+        f"without {named_cut(whole['segments'])}, folded on {result['fold_tokens']:,} tokens and healed on "
+        f"{whole['tokens']:,}; perplexity of {result['eval_tokens']:,} tokens of each text in windows of "
+        f"{result['window']}; keys hidden in, and values of a list of, up to {result['longest']:,} tokens, found of "
+        f"{dense['keys_asked']}; damage to tests of the judging family, nats per answer token, "
+        "mean of all seven and of two:",
         "",
         f"| | {' | '.join(texts)} | keys | list values | damage | to recall | to lists |",
         f"|---|{'---:|' * (len(texts) + 5)}",

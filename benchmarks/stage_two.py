@@ -189,7 +189,7 @@ def fewer_bits_words(result: dict[str, Any]) -> str:
     )
     most = max(row["tokens"] for row in asked)
     return (
-        f"All layers in fewer bits instead: {listed}, trained on up to {most:,} tokens "
+        f"Fewer bits instead: {listed}, trained on up to {most:,} tokens "
         "([how](docs/results.md#size-against-perplexity))."
     )
 

@@ -173,7 +173,7 @@ def test_the_readme_tells_the_smallest_of_each_budget_that_is_met(fronts):
         row(3, 0.2, 13.0, 44.0, embeddings=3, train="scales", tokens=5000), row(4, 0.25, 10.0, 20.0, removed="1:2"),
     ]  # fmt: skip
     assert stage_two.fewer_bits_words({"rows": rows}).startswith(
-        "All layers in fewer bits instead: 40.0% of the bytes for +0.5% of perplexity, 30.0% for +9.0%, "
+        "Fewer bits instead: 40.0% of the bytes for +0.5% of perplexity, 30.0% for +9.0%, "
         "20.0% for +120.0%, trained on up to 5,000 tokens"
     ), "of the worse text; layers that go, and the larger of two, do not count"
 
