@@ -9,7 +9,7 @@ stay. Of every cut: KL on the text, and the damage to generated tests of the jud
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,18 @@ class Kept(Restriction):
 
     layers: frozenset[int] = frozenset()
 
-    def segments(self) -> list[Segment]:
-        return [one for one in super().segments() if not self.layers & set(range(one.start, one.stop))]
+    @property
+    def is_none(self) -> bool:
+        return not self.layers and super().is_none
+
+    def allows(self, cuts: Iterable[Segment]) -> bool:
+        cuts = list(cuts)
+        return not any(self.layers.intersection(range(one.start, one.stop)) for one in cuts) and super().allows(cuts)
 
     def cheapest(self, costs: Sequence[float], must: Set[int] = frozenset()) -> Cuts | None:
         dear = [float("inf") if i in self.layers else cost for i, cost in enumerate(costs)]
-        return super().cheapest(dear, must)
+        found = super().cheapest(dear, must)
+        return found if found is not None and self.allows(found) else None
 
 
 def by_similarity(found: Similarity, length: int, limits: Restriction) -> dict[str, Cuts]:
