@@ -8,12 +8,16 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import folders
+from layercut.cli.command_line import main
 from layercut.models.source_card import SourceCard, source_card
-from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, model_card
+from layercut.report.formatting import label
+from layercut.report.model_card import Figure, Made, addressed, checkpoint_card, from_folder, layers_of, model_card
 from test_report import MODEL, make_run
 
 README = """---
@@ -156,3 +160,35 @@ def test_a_gguf_file_says_its_licence_itself(tmp_path):
     assert source_card(str(tmp_path / "named.gguf")) == SourceCard(
         name="named", hub_id="org/name", license="apache-2.0", languages=("en", "de")
     )
+
+
+@pytest.mark.parametrize(("second", "gone"), [("1:3", [(1, 5)]), ("3:5", [(1, 3), (5, 7)]), ("4:6", [(1, 3), (6, 8)])])
+def test_the_card_of_a_second_cut_is_of_the_first_model(second, gone, tiny_model, tmp_path):
+    once, twice, quantized = tmp_path / "once", tmp_path / "twice", tmp_path / "quantized"
+    assert main(["cut", str(tiny_model), "--segment=1:3", f"--out={once}"]) == 0
+    assert main(["cut", str(once), f"--segment={second}", f"--out={twice}"]) == 0
+    kept = json.loads((twice / "config.json").read_text())["original_layer_index"]
+    ranges = [source["layer_range"] for part in yaml.safe_load((twice / "mergekit.yaml").read_text())["slices"]
+              for source in part["sources"]]  # fmt: skip
+    assert [i for start, stop in ranges for i in range(start, stop)] == kept
+    dense, cut = load_file(tiny_model / "model.safetensors"), load_file(twice / "model.safetensors")
+    for place, layer in enumerate(kept):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert torch.equal(cut[name.format(place)], dense[name.format(layer)])
+    card = (twice / "README.md").read_text()
+    assert f"{tiny_model.name} without layers {label(gone)}," in card
+    assert json.dumps(kept) in card
+    assert main(["quantize", str(once), "--bits=8", "--quantizer=rtn", f"--out={quantized}"]) == 0
+    assert from_folder(quantized).segments == [(1, 3)]
+    card = (quantized / "README.md").read_text()
+    assert "pruned" in front(card)["tags"]
+    assert "`1:3`" in card
+
+
+def test_a_run_on_what_was_cut_before_is_described_in_the_first_models_layers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"original_layer_index": [0, 5, 6]}))
+    first, given = SourceCard(name="name", is_first=True), SourceCard(name="name")
+    found = layers_of(first, tmp_path, [(1, 3), (5, 6)], [0, 3, 4], 6)
+    assert found == {"source": first, "segments": [(1, 5), (7, 8)], "original_layer_index": [0, 5, 6]}
+    found = layers_of(given, tmp_path, [(1, 3), (5, 6)], [0, 3, 4], 6)
+    assert found == {"source": given, "segments": [(1, 3), (5, 6)], "original_layer_index": [0, 3, 4]}

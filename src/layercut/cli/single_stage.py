@@ -48,9 +48,10 @@ from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
 from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import resolve
-from layercut.report.model_card import Figure, Made, of_run
+from layercut.report.formatting import label
+from layercut.report.model_card import Figure, Made, from_folder, layers_of, of_run
 from layercut.report.stage_lines import describe_quantization
-from layercut.segments import Segment
+from layercut.segments import Segment, kept_layers
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
 
 GGUF_OF_BITS: dict[AskedBits, GgufType] = {8: "q8_0", 6: "q6_k", 4: "q4_k_m", 3: "q3_k_m", 2: "q2_k"}
@@ -91,23 +92,22 @@ def cut(model: str, config: CutConfig) -> Path:
         loaded = loading.load(checkpoint)
         save(in_memory.cut(loaded.model, config.segments), loaded.tokenizer, config.out, overwrite=config.force)
     consumers.warn_misread("cut", consumers.readings(stock, config.segments, written))
-    describe_(config.out, _cut_model(model, config))
+    describe_(config.out, _cut_model(model, config, loading.count_layers(stock)))
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
 
 
-def _cut_model(model: str, config: CutConfig) -> Made:
+def _cut_model(model: str, config: CutConfig, layers: int) -> Made:
     """What the card of a cut says."""
-    source, words = source_card(model), ", ".join(map(str, config.segments))
-    gguf = config.out.suffix == ".gguf"
-    index = [] if gguf else checkpoints.read_json(config.out / "config.json").get("original_layer_index", [])
+    source, gguf = source_card(model), config.out.suffix == ".gguf"
+    index = [] if gguf else kept_layers(config.segments, layers)
+    asked = [(segment.start, segment.stop) for segment in sorted(config.segments)]
+    made = layers_of(source, config.out, asked, index, layers)
     return Made(
-        source=source,
-        done=f"{source.name} without layers {words}, half-open and counted from 0. Nothing was healed or measured: "
-        "as it is, it writes worse than it could.",
-        segments=[(segment.start, segment.stop) for segment in config.segments],
-        original_layer_index=index,
+        **made,
+        done=f"{source.name} without layers {label(made['segments'])}, half-open and counted from 0. Nothing was "
+        "healed or measured: as it is, it writes worse than it could.",
         gguf=config.out.name if gguf else None,
     )
 
@@ -381,15 +381,16 @@ def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:
     how: dict[str, Any] = {"text": unseen, "overwrite": config.force, "source": None if source.gguf else source.folder}
     exported = save(found, loaded.tokenizer, config.out, **how)
     write_json(config.out / "quantize.json", facts | {"exported_bytes": exported.bytes, "check": exported.check})
-    describe_(config.out, _quantized_model(target, run if of_run else None, config, exported), run if of_run else None)
+    made = _quantized_model(source.file, run if of_run else None, config, exported)
+    describe_(config.out, made, run if of_run else None)
     if repo_id:
         upload(config.out, repo_id, private=config.hub.private)
     return config.out
 
 
-def _quantized_model(target: str, run: Path | None, config: QuantizeAloneConfig, exported: Exported) -> Made:
+def _quantized_model(source: Path, run: Path | None, config: QuantizeAloneConfig, exported: Exported) -> Made:
     """What the card of a quantized model says."""
-    plain = of_run(run) if run else Made(source=source_card(target), done="")
+    plain = of_run(run) if run else from_folder(source)
     measured = (exported.check or {}).get("perplexity")
     figure = []
     if measured and run:

@@ -7,7 +7,7 @@ said there is None, and nothing is guessed; a path of this machine is never part
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class SourceCard:
     license_link: str | None = None
     languages: tuple[str, ...] = ()
     """Codes such as en."""
+    is_first: bool = False
+    """Whether it is the model that a folder was once made from by layercut, and not that folder."""
 
     @property
     def base_model(self) -> str | None:
@@ -79,7 +81,7 @@ def _of_folder(path: Path, hub_id: str | None) -> SourceCard:
     if hub_id is None and "layercut" in _texts(front.get("tags")):
         hub_id = next(iter(base for base in _texts(front.get("base_model")) if HUB_ID.fullmatch(base)), None)
         if bases := _texts(front.get("base_model")):
-            return _described(bases[0].rpartition("/")[2], hub_id, front)
+            return replace(_described(bases[0].rpartition("/")[2], hub_id, front), is_first=True)
     name = hub_id.rpartition("/")[2] if hub_id else path.resolve().name
     return _described(name, hub_id, front)
 

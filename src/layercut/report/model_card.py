@@ -107,11 +107,11 @@ def of_run(run: Path) -> Made:
     number_format = f"int{bits}" if bits is not None and bits < 16 else ""
     if found.quantization.bits == "auto":
         number_format = "mixed integers"
+    removed, index = spans(found.summary.segments), _whole_numbers(found.summary.original_layer_index)
+    before = whole_number(found.summary.layers.before) or 0
     return Made(
-        source=source_card(str(found.summary.model)),
+        **layers_of(source_card(str(found.summary.model)), run / "model", removed, index, before),
         done="",
-        segments=spans(found.summary.segments),
-        original_layer_index=_whole_numbers(found.summary.original_layer_index),
         number_format=number_format,
         packed=bool(number_format),
         figures=run_figures(found),
@@ -121,11 +121,41 @@ def of_run(run: Path) -> Made:
 
 def from_folder(folder: Path) -> Made:
     """A checkpoint folder, or a .gguf file; of a cut one, with the layers that its config names."""
+    kept = _index_in(folder)
+    return Made(source=source_card(str(folder)), done="", segments=_gaps(kept), original_layer_index=kept)
+
+
+def layers_of(
+    source: SourceCard, folder: Path, removed: Sequence[tuple[int, int]], index: Sequence[int], layers: int
+) -> dict[str, Any]:
+    """The source and the layers of it that a model is made of: of the first model, where that is the source.
+
+    Args:
+        source: what the card names.
+        folder: that was written; its config says where layers stood in the first model of all.
+        removed: the segments, in the layers of what was given.
+        index: of each layer its place in what was given.
+        layers: L of what was given.
+
+    Returns:
+        `source`, `segments` and `original_layer_index` of `Made`.
+    """
+    if source.is_first and (first := _index_in(folder)):
+        behind = layers - 1 - index[-1] if index else 0  # what else was gone behind the last is in no config
+        index, removed = first, [*_gaps(first), *([(first[-1] + 1, first[-1] + 1 + behind)] if behind else [])]
+    return {"source": source, "segments": removed, "original_layer_index": index}
+
+
+def _index_in(folder: Path) -> list[int]:
+    """Where the layers of a checkpoint folder stood in the first model of all; empty where it does not say so."""
     config = folder / "config.json"
-    kept = _whole_numbers(read_json(config).original_layer_index) if config.is_file() else []
+    return _whole_numbers(read_json(config).original_layer_index) if config.is_file() else []
+
+
+def _gaps(kept: Sequence[int]) -> list[tuple[int, int]]:
+    """The segments that are missing before the last layer that is left."""
     ends = [(kept[i - 1] + 1 if i else 0, layer) for i, layer in enumerate(kept)]
-    segments = [(start, stop) for start, stop in ends if start < stop]
-    return Made(source=source_card(str(folder)), done="", segments=segments, original_layer_index=kept)
+    return [(start, stop) for start, stop in ends if start < stop]
 
 
 def _whole_numbers(values: Json) -> list[int]:
