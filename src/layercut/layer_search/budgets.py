@@ -26,7 +26,11 @@ UNSEEN_SHARE = 4
 
 
 def length_for_size(
-    layer_bytes: Sequence[int], total_bytes: int, target_bytes: int, weights: str = "the model's weights"
+    layer_bytes: Sequence[int],
+    total_bytes: int,
+    target_bytes: int,
+    weights: str = "the model's weights",
+    beside: Callable[[int], int] = lambda n: 0,
 ) -> int:
     """The fewest layers n such that any n of them bring the model's weights down to a size.
 
@@ -37,6 +41,7 @@ def length_for_size(
         total_bytes: of the whole model.
         target_bytes: that may be left.
         weights: what is counted, for messages.
+        beside: bytes that are added where n layers are removed, at most: of layers that stand beside a cut then.
 
     Returns:
         n, at least 1.
@@ -45,17 +50,18 @@ def length_for_size(
         ConfigError: the model is as small already, or is larger with one layer left.
     """
     lightest = sorted(layer_bytes)
-    n = next((n for n in range(len(lightest)) if total_bytes - sum(lightest[:n]) <= target_bytes), len(lightest))
+    sizes = [total_bytes - sum(lightest[:n]) + (beside(n) if n else 0) for n in range(len(lightest))]
+    n = next((n for n, left in enumerate(sizes) if left <= target_bytes), len(lightest))
     if n == 0:
         raise ConfigError(
             f"the target size of {size(target_bytes)} is no cut: {weights} are {size(total_bytes)}",
             f"give a --target-size below {size(total_bytes)}",
         )
     if n >= len(layer_bytes):
-        smallest = total_bytes - sum(lightest[:-1])
+        smallest = min(sizes[1:], default=total_bytes)
         raise ConfigError(
-            f"no cut of layers meets the target size of {size(target_bytes)}: with one layer left {weights} "
-            f"are {size(smallest)}, the rest being embeddings and head",
+            f"no cut of layers meets the target size of {size(target_bytes)}: with as few layers as "
+            f"can be left {weights} are {size(smallest)}, most of it embeddings and head",
             f"allowed is down to --target-size {size_flag(smallest)}",
         )
     return n

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -69,6 +69,23 @@ class Criterion(Protocol):
             a `SearchResult` with candidates that the criterion has priced itself, from the best.
         """
         ...
+
+
+def most_segments(criterion: Callable[..., Any], num_segments: int | Literal["auto"], length: int) -> int:
+    """How many segments a criterion may remove.
+
+    Args:
+        criterion: the criterion.
+        num_segments: K, as it is asked for.
+        length: n, layers to remove.
+
+    Returns:
+        K, 2 for "auto", of a criterion that can be asked for several; 1 of one that takes a window; else n, as single
+        layers are chosen, or it is not known.
+    """
+    if names(criterion, "num_segments"):
+        return min(length, 2 if num_segments == "auto" else num_segments)
+    return 1 if criterion in (random_segment, reverse_order, angular, cosine) else length
 
 
 def names(criterion: Callable[..., Any], option: str) -> bool:

@@ -32,6 +32,7 @@ from layercut.export.gguf_export import (
 from layercut.export.gguf_tensors import architecture_of, check_converts, possible_names, tensor_types
 from layercut.files.writing import partial_of, replace_folder, writing
 from layercut.layer_search import length_for_size
+from layercut.layer_search.criteria import most_segments
 from layercut.models import checkpoints, loading
 from layercut.models.gguf_header import block_of, open_gguf
 from layercut.pipeline.artefacts import ExportArtefact, QuantizeArtefact
@@ -39,6 +40,7 @@ from layercut.pipeline.provenance import is_run
 from layercut.pipeline.run_context import QUANTIZED_GGUF, RunContext
 from layercut.progress import say
 from layercut.quantization.scales import RECIPE
+from layercut.registries import criteria
 from layercut.report.stage_lines import describe_gguf_check
 from layercut.segments import Segment
 
@@ -198,15 +200,18 @@ def length_for_target(config: CompressConfig, checkpoint: checkpoints.Checkpoint
             becomes = healed_type(kind, tensor.tensor_type.name.lower())
             per_block, packed = GGML_QUANT_SIZES[GGMLQuantizationType[becomes.upper()]]
             growth[block] += max(0, int(tensor.n_elements) // per_block * packed - size)
-    runs = config.search.num_segments
-    radius = config.heal.radius
-    healed = 2 * radius * runs if isinstance(runs, int) and radius != "auto" else header.layers
-    beside = sum(sorted(growth)[len(growth) - min(healed, len(growth)) :])
+    search, radius = config.search, config.heal.radius
+    dearest, criterion = sorted(growth, reverse=True), criteria.get(search.method)
+
+    def beside(n: int) -> int:
+        segments = min(n, most_segments(criterion, search.num_segments, n) * config.number_of_rounds)
+        return sum(dearest[: header.layers - n if radius == "auto" else min(2 * radius * segments, header.layers - n)])
+
     aligned = (-(-int(tensor.n_bytes) // reader.alignment) * reader.alignment for tensor in reader.tensors)
     whole = int(reader.data_offset) + sum(aligned)
     if target >= whole:
         return length_for_size(blocks, whole, target)  # which refuses it: the file is as small already
-    return length_for_size(blocks, whole + beside + METADATA_GROWTH + 4 * header.layers, target)
+    return length_for_size(blocks, whole + METADATA_GROWTH + 4 * header.layers, target, beside=beside)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------

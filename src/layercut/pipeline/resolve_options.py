@@ -22,12 +22,12 @@ from layercut.errors import ConfigError, ModelError
 from layercut.export import consumers
 from layercut.healing.stored_teacher import check_topk
 from layercut.layer_search import length_for_size, length_for_speedup
-from layercut.layer_search.criteria import names
+from layercut.layer_search.criteria import most_segments, names
 from layercut.models import checkpoints, loading
 from layercut.offload import placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice, endpoints_of
-from layercut.quantization.saved_size import bytes_with_endpoints
+from layercut.quantization.saved_size import bytes_of_endpoints, bytes_with_endpoints
 from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
@@ -207,15 +207,17 @@ def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype
     Raises:
         ConfigError: no number of layers meets it, or the model is as small without a cut.
     """
-    search, quantize = config.search, config.quantize
-    segments = 2 if search.num_segments == "auto" else search.num_segments
-    there = len(endpoints_of(model.config, len(loading.find_decoder(model))))  # of earlier cuts
+    search, quantize, layers = config.search, config.quantize, len(loading.find_decoder(model))
+    there = len(endpoints_of(model.config, layers))  # of earlier cuts
     saved = bytes_with_endpoints(model, quantize, dtype, endpoints=there)
-    if saved.total > search.target_bytes:
-        most = there + 2 * segments * config.number_of_rounds
-        saved = bytes_with_endpoints(model, quantize, dtype, endpoints=most)
+    more, criterion = bytes_of_endpoints(model, quantize, dtype), criteria.get(search.method)
+
+    def beside(n: int) -> int:
+        segments = min(n, most_segments(criterion, search.num_segments, n) * config.number_of_rounds)
+        return sum(more[there : min(there + 2 * segments, layers - n)])
+
     what = f"the model's weights in {quantize.bits} bits" if quantize.rounds else "the model's weights"
-    return length_for_size(saved.layers, saved.total, search.target_bytes, what)
+    return length_for_size(saved.layers, saved.total, search.target_bytes, what, beside)
 
 
 def check_consumers(

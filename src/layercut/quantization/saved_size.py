@@ -77,13 +77,31 @@ def bytes_with_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype,
         ConfigError: as `quantize_`.
         ModelError: as `quantize_`.
     """
-    layers = loading.find_decoder(model).layers
-    plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])  # which none of them is
+    plain = saved_bytes(model, config, dtype, endpoints=[len(loading.find_decoder(model).layers)])  # none of them
+    return replace(plain, total=plain.total + sum(bytes_of_endpoints(model, config, dtype)[:endpoints]))
+
+
+def bytes_of_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> list[int]:
+    """What a layer takes more where it stands beside a cut and has bits of its own.
+
+    Args:
+        model: a causal LM of transformers, on any device.
+        config: bits, 16 included.
+        dtype: that the model is saved in.
+
+    Returns:
+        Bytes of each layer, the dearest first; nothing where endpoints have the bits of all.
+
+    Raises:
+        ConfigError: as `quantize_`.
+        ModelError: as `quantize_`.
+    """
     if not (config.rounds and config.endpoint_bits):
-        return plain
+        return []
+    layers = loading.find_decoder(model).layers
+    plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])
     if config.endpoint_bits == 16:
         alone = tuple(loading.parameter_bytes(layer, dtype) for layer in layers)
     else:
         alone = saved_bytes(model, config, dtype, endpoints=range(len(layers))).layers
-    more = sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)
-    return replace(plain, total=plain.total + sum(more[:endpoints]))
+    return sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)
