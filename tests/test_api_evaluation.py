@@ -25,6 +25,7 @@ from layercut.models import loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, progress_to
+from layercut.report.run_facts import read_run
 from layercut.segments import Segment
 from layercut.surgery import cut_segment_
 
@@ -256,6 +257,8 @@ def test_the_command_runs_them_keeps_them_and_shows_them(registry, tiny_model, t
     capsys.readouterr()
     assert main(["evaluate", str(run), "--evaluations=mypackage-head", "--seed=5"]) == 0
     assert calls == [2, 2, 5, 5]
+    assert main(argv) == 0
+    assert len(read_run(run).evaluations) == 1, "it is of the same model, whatever else the run measures"
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [
         ["evaluation", "metric", "dense", "compressed"], ["mypackage-head", "layers", "8.0000", "6.0000"],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from layercut.cli.command_line import main
 from layercut.data.blocks import stored_blocks
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, ModelError
 from layercut.healing import FoldResult, TuningResult, endpoint_tuning, fold_, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.inputs import removed_segments, with_held_out
@@ -114,6 +114,17 @@ def test_what_cannot_be_healed_is_refused():
             heal(student, model, tokens, heldout=tokens.float())
         with pytest.raises(ConfigError, match="one row"):
             heal(student, model, tokens[:1])
+        with pytest.raises(ConfigError, match="tokens is a list"):
+            heal(student, model, tokens.tolist())
+        with pytest.raises(ConfigError, match=r"torch\.bool"):
+            heal(student, model, tokens > 3)
+        for wrong in (tokens + tiny.VOCABULARY, tokens - tiny.VOCABULARY):
+            with pytest.raises(ModelError, match="vocabulary"):
+                heal(student, model, wrong)
+    with pytest.raises(ConfigError, match="row_lengths are a list"):
+        tune_(student, model, tokens, row_lengths=[16] * 8)
+    with pytest.raises(ConfigError, match="token_weights are a list"):
+        tune_(student, model, tokens, token_weights=[[1.0]])
     del student.config.original_layer_index
     with pytest.raises(ConfigError, match="cannot be seen"):
         fold_(student, model, tokens)
@@ -155,7 +166,7 @@ def test_the_rate_is_that_of_usual_weights_and_not_of_what_the_fold_made_large()
 
 def test_an_eighth_of_the_rows_is_held_out_where_none_are_given():
     tokens = tiny.some_tokens(17)
-    ours, held = with_held_out(tokens, None)
+    ours, held = with_held_out(tokens, None, tiny.llama())
     assert torch.equal(torch.cat([ours, held]), tokens)
     assert len(held) == 2
     model = tiny.llama()

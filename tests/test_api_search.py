@@ -75,7 +75,14 @@ def test_a_share_a_number_and_a_runner_are_the_same_search(model):
         ({"ratio": 0.2, "n_layers": 2}, "ratio and n_layers of ratio"),
         ({"ratio": 0.01}, "is 0 layers"),
         ({"n_layers": 8}, "8 of 8 layers cannot be removed"),
+        ({"ratio": "0.2"}, "ratio='0.2' is no number"),
+        ({"n_layers": 2.0}, "n_layers=2.0 is no whole number"),
         ({"segments": [Segment(6, 9)]}, "beyond the model's 8 layers"),
+        ({"segments": []}, "segments has none"),
+        ({"segments": 5}, "5 is no segment"),
+        ({"n_layers": 2, "num_segments": 0}, "num_segments=0"),
+        ({"n_layers": 2, "num_segments": "two"}, "num_segments='two'"),
+        ({"n_layers": 2, "method": None}, "method=None is no criterion"),
         ({"n_layers": 2, "method": "sled"}, "'sled' is unknown"),
         ({"n_layers": 2, "objective": "kk"}, "'kk' is unknown"),
         ({"n_layers": 2, "method": "sleb", "num_segments": 2}, "num_segments is not for the criterion 'sleb'"),
@@ -88,9 +95,22 @@ def test_what_does_not_make_sense_is_refused_with_a_hint(model, changes, message
     assert caught.value.hint
 
 
+def test_given_segments_are_spelt_as_for_a_cut(model):
+    expected = search(model, tokens := tiny.some_tokens(), segments=[Segment(1, 2), Segment(3, 5)])
+    assert expected.segments == [Segment(1, 2), Segment(3, 5)]
+    assert search(model, tokens, segments=[(1, 2), "3:5"]) == expected
+    assert search(model, tokens, segments="3:5").segments == [Segment(3, 5)]
+
+
 @pytest.mark.parametrize(
     "tokens",
-    [torch.zeros(16, dtype=torch.long), torch.zeros(2, 1).long(), torch.rand(2, 16), torch.zeros(1, 999).long()],
+    [
+        [[1, 2, 3]],
+        torch.zeros(16, dtype=torch.long),
+        torch.zeros(2, 1).long(),
+        torch.rand(2, 16),
+        torch.zeros(1, 999).long(),
+    ],
 )
 def test_tokens_that_are_no_rows_of_ids_are_refused(model, tokens):
     with pytest.raises(DataError):

@@ -420,6 +420,8 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
     assert "What survives" in shown
     assert "tuned" in shown
     assert (out / "compare-survival.svg").is_file()
+    module.draw_and_write(found | {"judged_dense": None}, out)
+    assert not (out / "compare-survival.svg").exists(), "of what was asked for before"
     page = (out / "compare.html").read_text()
     assert "What survives" in page
     assert "25.0%" in page.partition('id="survives"')[2].partition("</section>")[0]

@@ -184,7 +184,7 @@ def test_a_gguf_file_without_a_chat_template_says_so_in_its_modelfile(tmp_path):
     assert lines[2:] == ['PARAMETER stop "</s>"']
 
 
-def test_quantize_writes_a_card(tiny_model, tmp_path, quick_runs):
+def test_quantize_writes_a_card_and_what_is_packed_is_not_cut(tiny_model, tmp_path, quick_runs, capsys):
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "int8"
     assert main(["quantize", str(tiny_model), "--bits", "8", "--quantizer", "rtn", "--out", str(out), "--quiet"]) == 0
@@ -200,6 +200,10 @@ def test_quantize_writes_a_card(tiny_model, tmp_path, quick_runs):
         card = (out / "README.md").read_text()
         assert "| vLLM | reads it right" not in card, flags
         assert "vllm serve" not in card, flags
+    capsys.readouterr()
+    assert main(["cut", str(out), "--segment=3:5", f"--out={tmp_path / 'cut'}"]) == 2
+    assert "packed in few bits" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()
 
 
 # --- chat ---
@@ -214,8 +218,8 @@ def chatted(tiny_model, tmp_path, monkeypatch, capsys):
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
 
-    def chat(lines: str, *flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    def chat(lines: str | io.TextIOBase, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines) if isinstance(lines, str) else lines)
         code = main(["chat", str(run), "--quiet", *flags])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -241,6 +245,15 @@ def test_the_oldest_messages_are_left_out_where_a_chat_gets_too_long(chatted):
     code, _, err = chat("ba ko rin " * 60)
     assert code == 2
     assert "positions" in err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python reads in a locale with UTF-8, and without
+def test_messages_that_are_not_utf8_are_refused(chatted, errors):
+    _, chat = chatted
+    code, _, err = chat(io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    assert code == 2
+    assert "not UTF-8" in err
+    assert "iconv" in err
 
 
 def test_a_run_without_a_finished_model_is_refused(chatted, tmp_path, capsys):

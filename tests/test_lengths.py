@@ -62,6 +62,7 @@ def test_a_size_is_met_by_as_few_layers_as_any_cut_allows():
 
 
 def test_a_speedup_is_met_by_as_few_layers_as_can():
+    assert length_for_speedup(8, 1 + 1e-10) == 1
     for layers in (8, 30, 80):
         for speedup in (1.01, 1.25, 1.3, 2.0, 4.0):
             n = length_for_speedup(layers, speedup)

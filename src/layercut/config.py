@@ -19,7 +19,7 @@ from cyclopts import Group, Parameter
 from layercut.errors import ConfigError
 from layercut.files.sizes import parse_bytes
 from layercut.registries import Registry, criteria, evaluations, exporters, objectives, quantizers
-from layercut.segments import Segment
+from layercut.segments import Segment, as_segments
 
 StreamMode = Literal["auto", "on", "off"]
 ShardMode = Literal["auto", "on", "off"]
@@ -301,6 +301,8 @@ class SearchConfig:
         if self.num_segments != "auto":
             at_least("num_segments", self.num_segments, 1)
         at_least("preserve_weight", self.preserve_weight, 0)
+        if self.preserve_weight == math.inf:
+            raise ConfigError("--preserve-weight is inf", "a number: the default is 1")
         consumer_names(self.consumers)
         self._check_method()
         _ = self.segments
@@ -723,6 +725,8 @@ class LongConfig:
 
     def __post_init__(self) -> None:
         at_least("long_context", self.long_context, 0)
+        if self.long_context == 1:
+            raise ConfigError("--long-context 1 has no token to predict", "allowed is 0, for none, or 2 and more")
 
 
 @options(MEASURING)
@@ -871,6 +875,8 @@ class CompressConfig(TuneConfig):
             raise ConfigError(f"both {given[0]} and {given[1]} are given", "give one of them; both go with --bits auto")
         elif self.search.ratio == 0 and not self.quantize.rounds:
             raise ConfigError("--ratio 0 is outside 0 to 1", "a fifth of the layers: --ratio 0.2; none: give --bits")
+        if self.search.ratio == 0:
+            self._check_no_search()
         if self.number_of_rounds > 1:
             self._check_rounds()
         elif self.search.two_budgets:
@@ -882,6 +888,13 @@ class CompressConfig(TuneConfig):
                 "--seeds repeats a search, and --segment replaces it", "give --ratio, or leave out --seeds"
             )
         self._check_bits()
+
+    def _check_no_search(self) -> None:
+        """Refuse options of a search where no layer is removed."""
+        search = self.search
+        asked = {"--seeds": self.stability.seeds > 1, "--oracle": search.oracle, "--all-lengths": search.all_lengths}
+        if flag := next((flag for flag, is_asked in asked.items() if is_asked), None):
+            raise ConfigError(f"{flag} is for a search, and --ratio 0 removes nothing", f"leave out {flag}")
 
     @property
     def number_of_rounds(self) -> int:
@@ -1264,7 +1277,7 @@ def from_flat(options: Mapping[str, Any]) -> CompressConfig:
                 f"there is no option {key!r}", f"did you mean {near[0]!r}?" if near else "see layercut compress --help"
             )
         if key == "segment":
-            value = (value,) if isinstance(value, str) else tuple(value)
+            value = tuple(map(str, as_segments(value)))
         value = joined_names(key, value)
         parts[owner[key]][key] = _checked(key, value, get_type_hints(hints[owner[key]])[key])
     return CompressConfig(**{part: hints[part](**given) for part, given in parts.items()})

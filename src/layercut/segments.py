@@ -64,6 +64,7 @@ def as_segments(segments: Any) -> list[Segment]:
     alone = isinstance(segments, str | Segment) or (
         isinstance(segments, tuple) and len(segments) == 2 and all(isinstance(bound, int) for bound in segments)
     )
+    alone = alone or not isinstance(segments, Iterable)
     return [_as_segment(one) for one in ([segments] if alone else segments)]
 
 

@@ -18,7 +18,7 @@ import torch
 
 from layercut.config import ChatConfig
 from layercut.data.chat_templates import render_chat
-from layercut.errors import ModelError, RunError
+from layercut.errors import ConfigError, ModelError, RunError
 from layercut.evaluation.generation import greedy, padding
 from layercut.models import checkpoints, loading
 from layercut.models.layer_reader_protocol import layers_on_disk
@@ -103,9 +103,13 @@ def _messages(console: Console) -> Iterator[str]:
     """The user's lines, until the input ends."""
     while True:
         try:
-            yield (console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()).strip()
+            line = console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()
+            line.encode()  # what a locale without UTF-8 could not read stands in it as surrogates
         except EOFError:
             return
+        except UnicodeError:
+            raise ConfigError("what came in is not UTF-8", "messages as UTF-8: iconv -t UTF-8 FILE | …") from None
+        yield line.strip()
 
 
 def _turn(console: Console, speakers: list[Speaker], message: str, room: int) -> None:

@@ -50,6 +50,7 @@ from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.formatting import label
 from layercut.report.model_card import Figure, Made, from_folder, layers_of, of_run
+from layercut.report.run_facts import model_key
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment, kept_layers
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
@@ -184,7 +185,7 @@ def _keep(run: Path, found: Evaluated) -> None:
         asked += [sorted(found.evaluations), found.seed]
     if found.probes:
         asked += ["probes", found.seed]
-    of = checkpoints.read_json(run / "summary.json").get("config_hash")
+    of = model_key(run)
     (run / "evaluations").mkdir(exist_ok=True)
     write_json(run / "evaluations" / f"{digest([asked, of])}.json", {"run": of} | found.to_json())
 

@@ -30,7 +30,8 @@ def parse_bytes(flag: str, text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
     unit = (found[2] or "B").upper() if found else ""
-    size = round(float(found[1]) * SIZES[unit]) if found and unit in SIZES else 0
+    count = float(found[1]) * SIZES[unit] if found and unit in SIZES else 0.0
+    size = round(count) if math.isfinite(count) else 0
     if size < 1:
         raise ConfigError(f"{flag} {text!r} is no size", f"allowed is a number with MB, GB, MiB or GiB: {flag} 200MB")
     return size

@@ -184,7 +184,7 @@ def tune_(
     )  # fmt: skip
     check_lengths(row_lengths, tokens, _stored(files))
     check_weights(token_weights, tokens)
-    tokens, heldout = with_held_out(tokens, heldout)
+    tokens, heldout = with_held_out(tokens, heldout, dense)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
@@ -329,6 +329,8 @@ def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
     """
     if weights is None:
         return
+    if not isinstance(weights, torch.Tensor):
+        raise ConfigError(f"token_weights are a {type(weights).__name__}, not a tensor", "torch.ones(tokens.shape)")
     if weights.shape != tokens.shape or not weights.isfinite().all() or weights.min() < 0:
         raise ConfigError(
             f"token_weights {list(weights.shape)} from {weights.min()} to {weights.max()} are not for tokens "

@@ -5,9 +5,12 @@ Before the least squares (`least_squares.py`) and endpoint tuning (`endpoint_tun
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from layercut.errors import ConfigError
+from layercut.models.loading import check_tokens
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments
 
@@ -15,27 +18,34 @@ SHARE_HELD_OUT = 8
 """Where the caller gives no held-out rows, the last 1 in so many of the tokens' rows are held out, one at least."""
 
 
-def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None, dense: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows to heal on and rows to score on; the last eighth of the first where none are given.
 
     Args:
         tokens: token ids [N, T].
         heldout: token ids [M, T], or None.
+        dense: the model that runs on them, or a `DecoderRunner` of it.
 
     Returns:
         Both, which have no row in common where they were split here.
 
     Raises:
         ConfigError: not token ids in rows, or too few rows to hold any out.
+        ModelError: an id lies beyond the vocabulary.
     """
+    config = (dense.model if isinstance(dense, DecoderRunner) else dense).config
     for name, rows in (("tokens", tokens), ("heldout", heldout)):
         if rows is None:
             continue
-        if rows.dim() != 2 or rows.is_floating_point() or not len(rows) or rows.shape[1] < 2:
+        hint = "blocks of text: layercut.token_blocks(source, tokenizer, tokens=16384)"
+        if not isinstance(rows, torch.Tensor):
+            raise ConfigError(f"{name} is a {type(rows).__name__}; wanted are token ids [N, T], a tensor", hint)
+        if rows.dim() != 2 or rows.dtype not in (torch.int64, torch.int32) or not len(rows) or rows.shape[1] < 2:
             raise ConfigError(
                 f"{name} has the shape {list(rows.shape)} and type {rows.dtype}; wanted are token ids [N, T], T > 1",
-                "blocks of text: layercut.token_blocks(source, tokenizer, tokens=16384)",
+                hint,
             )
+        check_tokens(rows, config, getattr(config, "name_or_path", "") or "the model")
     if heldout is not None:
         return tokens, heldout
     if len(tokens) < 2:

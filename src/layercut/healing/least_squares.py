@@ -255,7 +255,7 @@ def fold_(
         ConfigError: the tokens are not [N, T] token ids, or it cannot be seen which layers the student lacks.
         ModelError: the dense model's predictions are not finite, or its layers cannot be run one by one.
     """
-    tokens, heldout = with_held_out(tokens, heldout)
+    tokens, heldout = with_held_out(tokens, heldout, dense)
     with prepared(student, dense) as (cut, whole):
         segments = sorted(removed_segments(cut, whole) if segments is None else segments)
         before = mean_kl(whole, cut, heldout, shared_layers(whole, cut))

@@ -74,6 +74,11 @@ def check_lengths(lengths: torch.Tensor | None, tokens: torch.Tensor, stored: di
     """
     if lengths is not None:
         rows, window = tokens.shape
+        if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(
+                f"row_lengths are a {type(lengths).__name__}, not whole numbers in a tensor",
+                "torch.tensor([256] * len(tokens))",
+            )
         if lengths.shape != (rows,) or lengths.min() < 2 or (window % lengths).any():
             raise ConfigError(
                 f"row_lengths {list(lengths.shape)} from {lengths.min()} to {lengths.max()} are not for tokens "

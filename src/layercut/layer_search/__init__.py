@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ from layercut.models.model_in_memory import prepared
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar, say
-from layercut.segments import Segment, checked_segments, layers_to_remove
+from layercut.segments import Segment, as_segments, checked_segments, layers_to_remove
 
 __all__ = [
     "Candidate", "CapabilityMap", "Cost", "Criterion", "Restriction", "SearchResult", "capability_map",
@@ -53,7 +54,7 @@ def search(
     *,
     ratio: float | None = None,
     n_layers: int | None = None,
-    segments: Sequence[Segment] | None = None,
+    segments: Any = None,
     num_segments: int | Literal["auto"] = 1,
     method: str | Criterion = "clp",
     objective: str | Objective = "kl",
@@ -71,7 +72,7 @@ def search(
         tokens: calibration token ids [N, T], at least one row of two tokens.
         ratio: share of the layers to remove, between 0 and 1.
         n_layers: n, how many layers to remove.
-        segments: no search: price these, removed together.
+        segments: no search: price these, removed together, each a `Segment`, (13, 19) or "13:19".
         num_segments: how many segments at most, for clp, gate, race and exhaustive; "auto": two where that pays.
         method: a name in `layercut.criteria`, or a `Criterion`; "clp" is CLP's gate (2510.23652) with a race.
         objective: what makes a cut good, a name in `layercut.objectives` or an `Objective`; for criteria that take it.
@@ -88,6 +89,9 @@ def search(
         DataError: the tokens are not [N, T] token ids of this model, or no test fits the rows of `probes`.
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
+    segments = None if segments is None else as_segments(segments)
+    if num_segments != "auto" and not (isinstance(num_segments, int) and num_segments >= 1):
+        raise ConfigError(f"num_segments={num_segments!r} is no number", 'allowed are 1 and more, and "auto"')
     with prepared(model) as (runner,):
         check_rows(runner, tokens, probes)
         limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)
@@ -155,9 +159,11 @@ def exact_search(
 
 
 def named_criterion(method: str | Criterion) -> tuple[str, Criterion]:
-    """A criterion and its name, from either."""
+    """A criterion and its name, from either. ConfigError where it is neither."""
     if isinstance(method, str):
         return method, registries.criteria.get(method)
+    if not callable(method):
+        raise ConfigError(f"method={method!r} is no criterion", "a name in layercut.criteria, or your own function")
     return getattr(method, "__name__", type(method).__name__), method
 
 
@@ -257,10 +263,15 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
             "a fifth of the layers: ratio=0.2",
         )
     if segments is not None:
+        if not segments:
+            raise ConfigError("segments has none", "a fifth of the layers: ratio=0.2")
         return sum(map(len, checked_segments(segments, layers)))
     if ratio is not None:
-        return layers_to_remove(ratio, layers)
-    assert n_layers is not None
+        if not isinstance(ratio, Real):
+            raise ConfigError(f"ratio={ratio!r} is no number", "a fifth of the layers: ratio=0.2")
+        return layers_to_remove(float(ratio), layers)
+    if not isinstance(n_layers, int):
+        raise ConfigError(f"n_layers={n_layers!r} is no whole number", f"allowed are 1 to {layers - 1}")
     if not 1 <= n_layers < layers:
         raise ConfigError(f"{n_layers} of {layers} layers cannot be removed", f"allowed are 1 to {layers - 1}")
     return n_layers

@@ -75,12 +75,12 @@ def length_for_speedup(layers: int, speedup: float) -> int:
         speedup: above 1.
 
     Returns:
-        n.
+        n, at least 1.
 
     Raises:
         ConfigError: all layers would have to go.
     """
-    n = math.ceil(layers * (1 - 1 / speedup) - 1e-9)
+    n = max(1, math.ceil(layers * (1 - 1 / speedup) - 1e-9))
     if n >= layers:
         raise ConfigError(
             f"no cut meets --target-speedup {speedup:g}: with one layer of {layers} left it is {layers:g} at the most",

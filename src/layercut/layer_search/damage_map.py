@@ -184,7 +184,7 @@ def capability_map(
         The map.
 
     Raises:
-        DataError: neither a tokenizer nor probes are given, or no test fits the window.
+        DataError: neither a tokenizer nor probes are given, no test fits the window, or `text` is not [N, T].
         ConfigError: a length is below 1, or as many as the layers or more; or there is none.
         ModelError: the layers exchange more than the hidden state, or the dense predictions are not finite.
     """
@@ -198,7 +198,7 @@ def capability_map(
             window = window or min(MAP_WINDOW, positions(stack.model.config) or MAP_WINDOW)
             probes = probe_rows(tokenizer, rows=MAP_ROWS, window=window, capabilities=tuple(CAPABILITIES), seed=seed)
         probes.check()
-        check_calibration(stack, probes.tokens)
+        check_calibration(stack, probes.tokens, *([] if text is None else [text]))
         sets = [(segment,) for n in sorted({*lengths}) for segment in all_segments(n, len(stack))]
         cost, rows = Cost(), len(probes.tokens) + (0 if text is None else len(text))
         with bar("capability map", set_work([DENSE, *sets], len(stack), rows)) as advance:

@@ -120,6 +120,11 @@ def check_calibration(runner: DecoderRunner, *texts: torch.Tensor) -> None:
     """
     config = runner.model.config
     for tokens in texts:
+        if not isinstance(tokens, torch.Tensor):
+            raise DataError(
+                f"calibration tokens are a {type(tokens).__name__}; allowed are token ids, int64 [N, T]",
+                "torch.tensor(rows), or blocks of text: layercut.token_blocks",
+            )
         if tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise DataError(
                 f"calibration tokens are {tokens.dtype} {list(tokens.shape)}".replace("torch.", "")

@@ -61,6 +61,8 @@ from layercut.report.comparison_views import draw_picks, draw_survival
 from layercut.report.page import write_comparison
 from layercut.segments import checked_segments, layers_to_remove
 
+SURVIVAL = "compare-survival.svg"
+"""The plot of what each cut keeps of tasks and recall."""
 TRIANGLE_ROWS = 2
 """Rows of tokens in one sweep of the triangle, in which the hidden states of all segments live at once."""
 
@@ -155,8 +157,9 @@ def draw_and_write(found: dict[str, Any], folder: Path) -> None:
         folder: of the run.
     """
     draw_picks(found, folder / "compare.svg")
+    (folder / SURVIVAL).unlink(missing_ok=True)  # of what was asked for before
     if found["judged_dense"]:
-        draw_survival(found, folder / "compare-survival.svg")
+        draw_survival(found, folder / SURVIVAL)
     write_comparison(folder)
 
 

@@ -24,6 +24,7 @@ from layercut.progress import say
 from layercut.registries import exporters
 from layercut.report.model_card import Figure, Made, from_folder, of_run
 from layercut.report.page import write_report
+from layercut.report.run_facts import model_key
 from layercut.report.stage_lines import describe_export, describe_gguf_check
 from layercut.report.verdicts import broken
 
@@ -137,7 +138,7 @@ def _keep(run: Path, facts: dict[str, Any]) -> None:
     facts["broken"] = broken(_with_file(summary, facts["again"]))
     if facts["broken"]:
         say("warning", facts["broken"])
-    write_json(run / "gguf.json", facts | {"run": summary["config_hash"]})
+    write_json(run / "gguf.json", facts | {"run": model_key(run)})
     write_report(run)
 
 

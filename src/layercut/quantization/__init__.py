@@ -109,7 +109,7 @@ def quantize(
         endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own,
     )  # fmt: skip
     clone = loading.share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
-    target = parse_bytes("target_size", target_size) if target_size else None
+    target = parse_bytes("target_size", str(target_size)) if target_size else None
     return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer, target=target)
 
 
@@ -142,6 +142,8 @@ def quantize_(
         ModelError: as `quantize`.
     """
     require_library(one_width=config.one_width)
+    if not isinstance(tokens, torch.Tensor | None):
+        raise DataError(f"tokens are a {type(tokens).__name__}; allowed are token ids [N, T]", "torch.tensor(rows)")
     name, rounds = resolve(quantizer or config.quantizer)
     if (rounds.needs_calibration or target) and (tokens is None or not tokens.numel()):
         who = f"the quantizer {name} is calibrated" if rounds.needs_calibration else "the choice of bits is measured"

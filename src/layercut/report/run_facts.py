@@ -68,9 +68,9 @@ def read_run(folder: Path) -> RunFacts:
             f"finish the run first: layercut compress MODEL --out {shlex.quote(str(folder))}",
         )
     found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
-    settings, key = _settings(folder / "config.yaml"), found["summary"].config_hash
+    settings, keys = _settings(folder / "config.yaml"), {str(found["summary"].config_hash), model_key(folder)}
     of_this_run = {
-        "gguf": found["gguf"].run == key,
+        "gguf": str(found["gguf"].run) in keys,
         "shares": settings.bits == "auto"
         and number(settings.ratio) is None
         and not (settings.segment or settings.target_speedup)
@@ -81,8 +81,13 @@ def read_run(folder: Path) -> RunFacts:
         and all(dict(settings.entries()).get(k, asked) == asked for k, asked in found["frontier"].budgets.entries()),
     }
     found |= {name: Json() for name, same in of_this_run.items() if not same}
-    later = [one for file in sorted(folder.glob("evaluations/*.json")) if (one := read_json(file)).run == key]
+    later = [one for file in sorted(folder.glob("evaluations/*.json")) if str((one := read_json(file)).run) in keys]
     return RunFacts(**found, settings=settings, evaluations=later)
+
+
+def model_key(folder: Path) -> str:
+    """What says that something found later is of this run's model, whatever else is measured in the run after it."""
+    return str(read_json(folder / "quantize.json").config_hash or read_json(folder / "summary.json").config_hash)
 
 
 def _settings(path: Path) -> Json:

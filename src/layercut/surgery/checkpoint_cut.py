@@ -262,6 +262,11 @@ def _check_names(
     """Every weight that the model calls for must be there, before the cut and after it."""
     had = {name for key in keys for name in before.all_in_memory(key)}
     have = {name for key in on_disk.values() for name in after.all_in_memory(key)} | set(plan.added)
+    if any(key.endswith(".weight_packed") for key in keys):
+        raise ModelError(
+            "the checkpoint's weights are packed in few bits, and are cut before they are rounded",
+            "cut the float checkpoint that it was made from, then layercut quantize the result",
+        )
     if lacked := [n for n in sorted(before.known.keys() - _with_aliases(had, plan.before)) if not before.may_lack(n)]:
         raise ModelError(
             f"the checkpoint lacks {len(lacked)} weights that its config calls for (first: {lacked[0]})",

@@ -261,7 +261,7 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
         CapabilitiesArtefact, "capabilities", inputs, after=["quantize"], together=True
     ) as stage:  # fmt: skip
         if stage.open:
-            lengths = (1, sum(map(len, segments))) if config.all_lengths else (1,)
+            lengths = (1, sum(map(len, segments))) if config.all_lengths and segments else (1,)
             plain = work.blocks["calibration"][:TEXT_OF_MAP]
             found = capability_map(work.stack, probes=tests, text=plain, lengths=lengths)
             judged, by_length = judged_tests(work, segments)
