@@ -78,7 +78,6 @@ def test_a_share_a_number_and_a_runner_are_the_same_search(model):
         ({"ratio": "0.2"}, "ratio='0.2' is no number"),
         ({"n_layers": 2.0}, "n_layers=2.0 is no whole number"),
         ({"segments": [Segment(6, 9)]}, "beyond the model's 8 layers"),
-        ({"segments": []}, "segments has none"),
         ({"segments": 5}, "5 is no segment"),
         ({"n_layers": 2, "num_segments": 0}, "num_segments=0"),
         ({"n_layers": 2, "num_segments": "two"}, "num_segments='two'"),

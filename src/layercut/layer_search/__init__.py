@@ -250,7 +250,7 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
         segments: segments [start, stop) to remove together.
 
     Returns:
-        n, between 1 and L - 1.
+        n, between 1 and L - 1; 0 of no segments, which price the model as it is.
 
     Raises:
         ConfigError: none or several are given, or the one given does not fit L layers.
@@ -263,8 +263,6 @@ def wanted_length(layers: int, ratio: float | None, n_layers: int | None, segmen
             "a fifth of the layers: ratio=0.2",
         )
     if segments is not None:
-        if not segments:
-            raise ConfigError("segments has none", "a fifth of the layers: ratio=0.2")
         return sum(map(len, checked_segments(segments, layers)))
     if ratio is not None:
         if not isinstance(ratio, Real):
