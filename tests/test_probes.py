@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import folders
 import tiny
@@ -990,3 +991,39 @@ def test_a_prompt_is_not_closed(tokenizer):
 
     assert prompt_ids(Closing(), "ab", "c") == Merging()("ab c").input_ids
     assert prompt_ids(able(tokenizer, ""), "ab") == tokenizer("ab").input_ids
+
+
+def with_line_ends_in_signs():
+    """A tokenizer that writes "!" and the line's end as one token, as Qwen's and Llama 3's do."""
+    core = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\p{N}|\s+"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    lines = [f"{word}{sign}{end}" for word in ("ba", "ko") for sign in "!~>]?." for end in ("", "\n", "\n\n")]
+    core.train_from_iterator(lines * 9, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_what_follows_an_answer_in_one_token_with_its_last_sign_does_not_count():
+    tokenizer = with_line_ends_in_signs()
+    tests = probe_rows(tokenizer, rows=4, window=512, capabilities=("format",), family="judging")
+    assert tests.closings
+    signs = {tokenizer.decode([token]).strip() for token in tests.closings}
+    assert signs <= set("!~>]?.|/*#+=;:)")
+    for row in range(4):
+        at = (tests.answers[row] >= 0).nonzero()[:, 0]
+        wanted, last = tests.tokens[row, at + 1], tests.answers[row, at] != tests.answers[row, at + 1]
+        assert tests.right(row, wanted).all()
+        one_line = wanted.clone()
+        for k in last.nonzero()[:, 0].tolist():
+            one_line[k] = tokenizer.encode(tokenizer.decode([int(wanted[k])]).rstrip() + "\n")[0]
+        assert not torch.equal(one_line, wanted), "the last test of a row's item ends with an empty line"
+        assert tests.right(row, one_line).all()
+        for k in range(len(wanted)):
+            wrong = wanted.clone()
+            wrong[k] = tests.tokens.max() if wanted[k] != tests.tokens.max() else 0
+            assert tests.right(row, wrong).tolist() == [i != k for i in range(len(wanted))]
+
+
+def test_a_tokenizer_that_ends_lines_apart_has_nothing_to_forgive(tokenizer):
+    assert probe_rows(tokenizer, rows=4, family="judging").closings == {}

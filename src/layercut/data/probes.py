@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ LONG = ("recall", "lists", "lists")
 """Of what long tests are: what is found again by its key is harder the more other keys there are."""
 LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
+BLANKS = ("", " ", "\n", "\n\n", " \n", "\n\n\n", "\r\n")
+"""What may follow the last sign of an answer in one token with it."""
 DEFAULT_WEIGHT = 1.0
 """A nat per answer token, mean over capabilities, counts as one nat per token of text."""
 
@@ -52,6 +54,8 @@ class ProbeRows:
     """What a nat of damage, mean over the capabilities, counts in a search beside a nat of KL on text."""
     left_out: tuple[str, ...] = ()
     """Capabilities that were asked for and of which no test fits a row."""
+    closings: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Of tokens that end an answer, those that end it as well: "!" with one line end, with two, or with none."""
 
     def check(self) -> None:
         """Refuse rows that hold no test.
@@ -87,6 +91,23 @@ class ProbeRows:
         missed = torch.zeros(len(self.capability), dtype=torch.bool)
         missed[self.answers[(self.answers >= 0) & ~right.cpu()]] = True
         return {name: 1 - missed[self.capability == c].double().mean().item() for c, name in enumerate(self.names)}
+
+    def right(self, row: int, given: torch.Tensor) -> torch.Tensor:
+        """Whether the answer tokens of a row are what was given: bool [K].
+
+        What follows an answer does not count: some tokenizers write its last sign and the line's end as one token.
+
+        Args:
+            row: its number.
+            given: the likeliest token after each place that an answer token follows, int64 [K].
+        """
+        at = (self.answers[row] >= 0).nonzero()[:, 0]
+        wanted, given = self.tokens[row, at + 1], given.cpu()
+        found = given == wanted
+        for k, place in enumerate(at.tolist()):
+            if not found[k] and self.answers[row, place + 1] != self.answers[row, place]:
+                found[k] = int(given[k]) in self.closings.get(int(wanted[k]), ())
+        return found
 
     def asking(self) -> torch.Tensor:
         """The rows that hold an answer, token ids [N, T], N <= M: what to round on."""
@@ -162,7 +183,8 @@ def probe_rows(
         lengths.append(window if found else window // pieces)
         marked.append(found or _short_rows(writer, capabilities, window, pieces, number // 2 if long else number))
     made = _joined(marked, lengths, weight)
-    return replace(made, left_out=tuple(name for name in capabilities if name not in made.names))
+    left_out = tuple(name for name in capabilities if name not in made.names)
+    return replace(made, left_out=left_out, closings=_closings(tokenizer, made))
 
 
 def judging_rows(
@@ -201,7 +223,21 @@ def judging_rows(
             while len(found.ids) < window and (item := writer.item(capability)).fits(window - len(found.ids)):
                 found.extend(item)
         marked.append(writer.filled(found, window))
-    return _joined(marked, [window] * rows, DEFAULT_WEIGHT)
+    made = _joined(marked, [window] * rows, DEFAULT_WEIGHT)
+    return replace(made, closings=_closings(tokenizer, made))
+
+
+def _closings(tokenizer: Any, made: ProbeRows) -> dict[int, tuple[int, ...]]:
+    """Of each token that holds the last sign of an answer and blanks after it, those with other blanks or none."""
+    answers = made.answers
+    ends = (answers[:, :-1] >= 0) & (answers[:, 1:] != answers[:, :-1])
+    found = {}
+    for token in made.tokens[:, 1:][ends].unique().tolist():
+        text = tokenizer.decode([token])
+        if (sign := text.rstrip()) and sign != text:
+            others = [tokenizer.encode(sign + blanks, add_special_tokens=False) for blanks in BLANKS]
+            found[token] = tuple(ids[0] for ids in others if len(ids) == 1)
+    return found
 
 
 def _family(name: str, rows: int, window: int) -> Family:

@@ -87,4 +87,4 @@ def _compare(
         )
         damage[number, at] = kl_divergence(whole, cut).cpu().double()
         for which, logits in enumerate((cut, whole)):
-            right[which, number, at] = logits.argmax(-1).cpu() == tokens[row, at + 1]
+            right[which, number, at] = probes.right(number, logits.argmax(-1))
