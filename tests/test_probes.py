@@ -367,6 +367,9 @@ class Merging:
         pieces = re.findall(r"[^\w\s]\n|.|\n", text)
         return SimpleNamespace(input_ids=[sum(ord(c) << 8 * i for i, c in enumerate(piece)) for piece in pieces])
 
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i & 255) + (chr(i >> 8) if i >> 8 else "") for i in ids)
+
 
 @pytest.mark.parametrize("capability", ["structure", "format"])
 def test_a_token_of_an_answers_end_and_a_line_break_is_the_answers(capability):

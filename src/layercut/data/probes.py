@@ -100,6 +100,9 @@ class ProbeRows:
         Args:
             row: its number.
             given: the likeliest token after each place that an answer token follows, int64 [K].
+
+        Returns:
+            Of each such place.
         """
         at = (self.answers[row] >= 0).nonzero()[:, 0]
         wanted, given = self.tokens[row, at + 1], given.cpu()
@@ -235,7 +238,7 @@ def _closings(tokenizer: Any, made: ProbeRows) -> dict[int, tuple[int, ...]]:
     for token in made.tokens[:, 1:][ends].unique().tolist():
         text = tokenizer.decode([token])
         if (sign := text.rstrip()) and sign != text:
-            others = [tokenizer.encode(sign + blanks, add_special_tokens=False) for blanks in BLANKS]
+            others = [tokenizer(sign + blanks, add_special_tokens=False).input_ids for blanks in BLANKS]
             found[token] = tuple(ids[0] for ids in others if len(ids) == 1)
     return found
 

@@ -90,17 +90,14 @@ def search(
         ModelError: layers exchange more than the hidden state, or dense predictions are not finite.
     """
     segments = None if segments is None else as_segments(segments)
-    if num_segments != "auto" and not (isinstance(num_segments, int) and num_segments >= 1):
-        raise ConfigError(f"num_segments={num_segments!r} is no number", 'allowed are 1 and more, and "auto"')
     with prepared(model) as (runner,):
         check_rows(runner, tokens, probes)
         limits = allowed_cuts(len(runner), wanted_length(len(runner), ratio, n_layers, segments), segments, restriction)
         if segments is not None:
             return priced(runner, tokens, segments, probes)
-        length, (name, criterion) = limits.length, named_criterion(method)
-        asked: dict[str, Any] = {"seed": seed, "probes": probes, "restriction": limits}
-        asked["objective"] = as_objective(objective)
-        check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(asked["objective"]), bool(probes))
+        length, (name, criterion), by = limits.length, named_criterion(method), as_objective(objective)
+        asked: dict[str, Any] = {"seed": seed, "probes": probes, "restriction": limits, "objective": by}
+        check_asked(criterion, name, num_segments not in (1, "auto"), not is_kl(by), bool(probes))
         found = []
         for k in (ks := numbers_searched(num_segments, limits, criterion, bool(probes), len(runner))):
             cost, begun = Cost(), time.perf_counter()
@@ -197,7 +194,12 @@ def numbers_searched(
 
     Returns:
         One K or two, none above n.
+
+    Raises:
+        ConfigError: K is no number of segments.
     """
+    if asked != "auto" and not (isinstance(asked, int) and asked >= 1):
+        raise ConfigError(f"num_segments={asked!r} is no number of segments", 'allowed are 1 and more, and "auto"')
     compares = asked == "auto" and tests and names(criterion, "num_segments")
     if compares and limits.length > 1 and criterion is registries.criteria.get("exhaustive"):
         sets = number_of_sets(limits.length, layers, 2)
