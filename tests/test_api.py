@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
 from layercut.config import from_flat
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, ModelError
 from layercut.models.objectives import KL
 
 OPTIONS = {
@@ -133,6 +133,29 @@ def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_mode
     with pytest.raises(ConfigError, match="both config and preset are given"):
         lc.compress(tiny_model, config=from_flat({"ratio": 0.2}), preset="fast")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["org/name", None, torch.nn.Linear(2, 2)], ids=["name", "none", "module"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bad, model, rows: lc.cut(bad, (1, 2)),
+        lambda bad, model, rows: lc.search(bad, rows, n_layers=1),
+        lambda bad, model, rows: lc.fold_(bad, model, rows),
+        lambda bad, model, rows: lc.fold_(lc.cut(model, (1, 2)), bad, rows),
+        lambda bad, model, rows: lc.tune_(lc.cut(model, (1, 2)), bad, rows),
+        lambda bad, model, rows: lc.quantize(bad, rows, bits=4),
+    ],
+    ids=["cut", "search", "fold", "fold's dense", "tune's dense", "quantize"],
+)
+def test_what_is_no_model_is_refused(given, call, blocks, model):
+    with pytest.raises(ModelError, match=f"a {type(given).__name__} is given as a model"):
+        call(given, model, blocks["calibration"])
+
+
+def test_an_objective_that_is_neither_name_nor_objective_is_refused(blocks, model):
+    with pytest.raises(ConfigError, match="objective 3 is unknown; there are kl,"):
+        lc.search(model, blocks["calibration"], n_layers=1, objective=3)
 
 
 def test_the_package_is_imported_without_torch_and_names_what_it_has():

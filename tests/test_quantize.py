@@ -45,7 +45,7 @@ from layercut.quantization.coordinate_descent import descended
 from layercut.quantization.gptq import DAMPING, damped, gptq, gram, output_errors
 from layercut.quantization.grid import Grid, decode, encode, fit_grid
 from layercut.quantization.layer_by_layer import each_with_hessian, hessian_of_head
-from layercut.quantization.saved_size import bytes_with_endpoints, saved_bytes
+from layercut.quantization.saved_size import saved_bytes, saved_bytes_of_any_cut
 from layercut.quantization.scales import better_start, by_turns, fitted_scales
 from layercut.quantization.sensitivity import token_weights
 
@@ -982,8 +982,8 @@ def test_bytes_are_known_before_anything_is_rounded(asked, tied):
         fewer = saved_bytes(half(tiny.llama(2, tie_word_embeddings=tied)), config, torch.bfloat16)
         assert found.layers == (found.total - fewer.total,) * 3
     else:
-        outside = bytes_with_endpoints(model, config, torch.bfloat16, endpoints=2)
-        assert outside.total == found.total
+        outside = saved_bytes_of_any_cut(model, config, torch.bfloat16)
+        assert outside.beside(2) == found.total
         assert outside.layers[1] < found.layers[1]
         assert outside.layers[0] == found.layers[0]
 

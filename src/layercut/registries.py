@@ -103,7 +103,7 @@ class Registry(Generic[Part]):
         """
         if name in self:
             return
-        near = difflib.get_close_matches(name, list(self), 1)
+        near = difflib.get_close_matches(str(name), list(self), 1)
         hint = f"did you mean {flag} {near[0]}?" if near else f"a package can add one: entry point group {self.group!r}"
         raise ConfigError(f"{flag} {name!r} is unknown; there are {', '.join(self)}", hint)
 

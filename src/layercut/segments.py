@@ -61,10 +61,8 @@ def as_segments(segments: Any) -> list[Segment]:
     Raises:
         ConfigError: something else.
     """
-    alone = isinstance(segments, str | Segment) or (
-        isinstance(segments, tuple) and len(segments) == 2 and all(isinstance(bound, int) for bound in segments)
-    )
-    alone = alone or not isinstance(segments, Iterable)
+    is_pair = isinstance(segments, tuple) and len(segments) == 2 and all(isinstance(bound, int) for bound in segments)
+    alone = is_pair or isinstance(segments, str | Segment) or not isinstance(segments, Iterable)
     return [_as_segment(one) for one in ([segments] if alone else segments)]
 
 

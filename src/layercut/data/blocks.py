@@ -32,7 +32,7 @@ from layercut.data.self_sampled import sample
 from layercut.data.sources import SELF, TESTS, Source, find, public_name, split_mix, turns
 from layercut.data.text_overlap import by_origin
 from layercut.errors import DataError
-from layercut.models.runner import DecoderRunner
+from layercut.models.model_in_memory import model_of
 from layercut.offload.weight_sharing import share
 
 Order = Literal["shuffled", "as written"]
@@ -186,7 +186,7 @@ def token_blocks(
     if order not in get_args(Order):
         raise DataError(f"order={order!r} is unknown", f"allowed are {', '.join(map(repr, get_args(Order)))}")
     if model is not None:  # a clone: dropout is off in it, and its generation config is set for sampling
-        model = share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
+        model = share(model_of(model)).eval()
     return load_blocks(
         str(source), tokenizer, tokens=tokens, window=window, seed=seed, chat_template=chat_template, model=model,
         order=order,

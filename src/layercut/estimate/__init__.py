@@ -56,7 +56,7 @@ from layercut.pipeline.stages.text import held_out_tokens
 from layercut.quantization import bit_choice
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.quantizers import resolve as quantizer_of
-from layercut.quantization.saved_size import bytes_with_endpoints, saved_bytes
+from layercut.quantization.saved_size import saved_bytes, saved_bytes_of_any_cut
 from layercut.segments import Segment, checked_segments
 from layercut.surgery.cut_plan import plan_cut
 
@@ -373,14 +373,15 @@ def _asked_sizes(planner: _Planner, journey: CompressConfig, stored: torch.dtype
     if not journey.quantize.rounds or journey.quantize.bits == "auto":
         return {}
     whole, cuts = loading.skeleton(planner.stock, stored), planner.segments
-    before = bytes_with_endpoints(whole, journey.quantize, stored, endpoints=0)
+    before = saved_bytes_of_any_cut(whole, journey.quantize, stored)
     if journey.search.segments:
         beside = {i for cut in cuts for i in (cut.start - 1, cut.stop)} or {len(before.layers)}
         after = saved_bytes(whole, journey.quantize, stored, endpoints=sorted(beside))
+        layers, total = after.layers, after.total
     else:
-        after = bytes_with_endpoints(whole, journey.quantize, stored, endpoints=2 * len(cuts))
-    gone = sum(sum(after.layers[cut.start : cut.stop]) for cut in cuts)
-    return {"before": {"asked": before.total}, "after": {"asked": after.total - gone}}
+        layers, total = before.layers, before.beside(2 * len(cuts))
+    gone = sum(sum(layers[cut.start : cut.stop]) for cut in cuts)
+    return {"before": {"asked": before.total}, "after": {"asked": total - gone}}
 
 
 def _told_stages(planner: _Planner, journey: CompressConfig, on_cpu: bool, rates: Rates | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from layercut.evaluation.likelihood import compared_losses, of_losses, paired_er
 from layercut.evaluation.protocol import EvaluationFunction, Rows, measure_all, named
 from layercut.models import loading
 from layercut.models.memory import memory_limit
-from layercut.models.model_in_memory import in_eval_mode
+from layercut.models.model_in_memory import in_eval_mode, model_of
 from layercut.models.runner import DecoderRunner
 from layercut.plotting import axes_or_new
 from layercut.progress import bar
@@ -138,8 +138,8 @@ def evaluate(
             vocabularies of different sizes.
         ConfigError: an evaluation is unknown or returns no figures, or the tokenizer is missing.
     """
-    model = model_of(model)
-    models = {"model": model} if baseline is None else {"model": model, "baseline": model_of(baseline)}
+    model = _model_in(model)
+    models = {"model": model} if baseline is None else {"model": model, "baseline": _model_in(baseline)}
     functions = named(evaluations)
     if functions and tokenizer is None:
         raise ConfigError("evaluations are given and no tokenizer", "evaluate(…, tokenizer=tokenizer)")
@@ -172,21 +172,9 @@ def _evaluation(mine: torch.Tensor, theirs: torch.Tensor | None, kl: torch.Tenso
     )
 
 
-def model_of(given: Any) -> Any:
-    """The model itself: what is given, or its `.model` where it is no torch module.
-
-    Raises:
-        ModelError: it is no model of transformers, nor has one.
-    """
-    if isinstance(given, DecoderRunner):
-        return given.at_rest
-    model = given if isinstance(given, torch.nn.Module) else getattr(given, "model", None)
-    if not isinstance(model, torch.nn.Module) or not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise ModelError(
-            f"a {type(given).__name__} is given as a model, and is no language model of transformers, nor has one",
-            "AutoModelForCausalLM.from_pretrained(name)",
-        )
-    return model
+def _model_in(given: Any) -> Any:
+    """What is given, or its `.model` where it is neither a torch module nor a runner."""
+    return model_of(given if isinstance(given, torch.nn.Module | DecoderRunner) else getattr(given, "model", given))
 
 
 def _check_tokens(tokens: Any, model: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from layercut.errors import ConfigError
 from layercut.models.loading import check_tokens
+from layercut.models.model_in_memory import model_of
 from layercut.models.runner import DecoderRunner
 from layercut.segments import Segment, joined_segments
 
@@ -33,7 +34,7 @@ def with_held_out(tokens: torch.Tensor, heldout: torch.Tensor | None, dense: Any
         ConfigError: not token ids in rows, or too few rows to hold any out.
         ModelError: an id lies beyond the vocabulary.
     """
-    config = (dense.model if isinstance(dense, DecoderRunner) else dense).config
+    config = model_of(dense).config
     for name, rows in (("tokens", tokens), ("heldout", heldout)):
         if rows is None:
             continue

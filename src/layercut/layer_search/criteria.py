@@ -71,21 +71,24 @@ class Criterion(Protocol):
         ...
 
 
-def most_segments(criterion: Callable[..., Any], num_segments: int | Literal["auto"], length: int) -> int:
+def most_segments(
+    criterion: Callable[..., Any], num_segments: int | Literal["auto"], length: int, rounds: int = 1
+) -> int:
     """How many segments a criterion may remove.
 
     Args:
         criterion: the criterion.
         num_segments: K, as it is asked for.
-        length: n, layers to remove.
+        length: n, layers to remove, in all rounds.
+        rounds: R, in each of which it chooses anew.
 
     Returns:
-        K, 2 for "auto", of a criterion that can be asked for several; 1 of one that takes a window; else n, as single
-        layers are chosen, or it is not known.
+        At most n: R K, K being 2 for "auto", of a criterion that can be asked for several; R of one that takes a
+        window; n where single layers are chosen, or it is not known.
     """
     if names(criterion, "num_segments"):
-        return min(length, 2 if num_segments == "auto" else num_segments)
-    return 1 if criterion in (random_segment, reverse_order, angular, cosine) else length
+        return min(length, rounds * (2 if num_segments == "auto" else num_segments))
+    return min(length, rounds) if criterion in (random_segment, reverse_order, angular, cosine) else length
 
 
 def names(criterion: Callable[..., Any], option: str) -> bool:

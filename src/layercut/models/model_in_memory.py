@@ -11,8 +11,25 @@ from typing import Any
 
 from torch import nn
 
+from layercut.errors import ModelError
 from layercut.models.memory import memory_limit
 from layercut.models.runner import DecoderRunner
+
+
+def model_of(given: Any) -> Any:
+    """The model that a caller gives, itself or in a `DecoderRunner`.
+
+    Raises:
+        ModelError: it is none of transformers.
+    """
+    if isinstance(given, DecoderRunner):
+        return given.at_rest
+    if not isinstance(given, nn.Module) or not hasattr(getattr(given, "config", None), "get_text_config"):
+        raise ModelError(
+            f"a {type(given).__name__} is given as a model, and is no language model of transformers in memory",
+            "AutoModelForCausalLM.from_pretrained(name)",
+        )
+    return given
 
 
 @contextmanager
@@ -29,9 +46,9 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
         A runner for each.
 
     Raises:
-        ModelError: the layers exchange more than the hidden state.
+        ModelError: one is no model of transformers, or its layers exchange more than the hidden state.
     """
-    at_rest = [model.at_rest if isinstance(model, DecoderRunner) else model for model in models]
+    at_rest = [model_of(model) for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
     with memory_limit(), in_eval_mode(*at_rest):
         try:

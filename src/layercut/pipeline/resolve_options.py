@@ -27,7 +27,7 @@ from layercut.models import checkpoints, loading
 from layercut.offload import placement
 from layercut.pipeline.gguf_run import check_names, check_output, keeps_gguf, length_for_target
 from layercut.quantization import bit_choice, endpoints_of
-from layercut.quantization.saved_size import bytes_of_endpoints, bytes_with_endpoints
+from layercut.quantization.saved_size import saved_bytes_of_any_cut
 from layercut.registries import criteria
 from layercut.segments import Segment, checked_segments, layers_to_remove
 
@@ -209,15 +209,15 @@ def length_for_saved_size(config: CompressConfig, model: Any, dtype: torch.dtype
     """
     search, quantize, layers = config.search, config.quantize, len(loading.find_decoder(model))
     there = len(endpoints_of(model.config, layers))  # of earlier cuts
-    saved = bytes_with_endpoints(model, quantize, dtype, endpoints=there)
-    more, criterion = bytes_of_endpoints(model, quantize, dtype), criteria.get(search.method)
+    saved, criterion = saved_bytes_of_any_cut(model, quantize, dtype), criteria.get(search.method)
+    before = saved.beside(there)
 
     def beside(n: int) -> int:
-        segments = min(n, most_segments(criterion, search.num_segments, n) * config.number_of_rounds)
-        return sum(more[there : min(there + 2 * segments, layers - n)])
+        segments = most_segments(criterion, search.num_segments, n, config.number_of_rounds)
+        return saved.beside(max(there, min(there + 2 * segments, layers - n))) - before
 
     what = f"the model's weights in {quantize.bits} bits" if quantize.rounds else "the model's weights"
-    return length_for_size(saved.layers, saved.total, search.target_bytes, what, beside)
+    return length_for_size(saved.layers, before, search.target_bytes, what, beside)
 
 
 def check_consumers(

@@ -26,6 +26,7 @@ from layercut.files.sizes import parse_bytes
 from layercut.models import loading
 from layercut.models.loading import replace_parameters_, stored_dtype
 from layercut.models.memory import memory_limit
+from layercut.models.model_in_memory import model_of
 from layercut.models.runner import DecoderRunner
 from layercut.progress import bar
 from layercut.quantization.assignment import WHOLE_BYTES, Assignment, left_as_they_are, linear_left, plan
@@ -108,7 +109,7 @@ def quantize(
         bits=bits, group_size=group_size, asymmetric=asymmetric, quantize_embeddings=quantize_embeddings,
         endpoint_bits=endpoint_bits, embedding_bits=embedding_bits, bits_allowed=bits_allowed, **own,
     )  # fmt: skip
-    clone = loading.share(model.at_rest if isinstance(model, DecoderRunner) else model).eval()
+    clone = loading.share(model_of(model)).eval()
     target = parse_bytes("target_size", str(target_size)) if target_size else None
     return quantize_(clone, tokens, config, endpoints=endpoints, quantizer=None if own else quantizer, target=target)
 

@@ -21,6 +21,19 @@ class SavedBytes:
     layers: tuple[int, ...]
     """Of each decoder layer."""
     total: int
+    more: tuple[int, ...] = ()
+    """What a layer takes more where it stands beside a cut, the dearest first; empty where all have the same bits."""
+
+    def beside(self, endpoints: int) -> int:
+        """Of all, where so many layers stand beside cuts: the dearest, so that it is no more.
+
+        Args:
+            endpoints: layers beside cuts, at most.
+
+        Returns:
+            Bytes.
+        """
+        return self.total + sum(self.more[:endpoints])
 
 
 def saved_bytes(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: Sequence[int] = ()) -> SavedBytes:
@@ -61,28 +74,8 @@ def _of_tied_head(target: Assignment, parts: dict[str, int]) -> int:
     return sum(parts.values()) - parts[f"{target.name}.weight"] if target.form == WHOLE_BYTES else 0
 
 
-def bytes_with_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype, *, endpoints: int) -> SavedBytes:
-    """The same where it is not known yet which layers stand beside a cut: the dearest, so that it is no more.
-
-    Args:
-        model: a causal LM of transformers, on any device.
-        config: bits, 16 included.
-        dtype: that the model is saved in.
-        endpoints: how many layers there will be beside cuts, at most.
-
-    Returns:
-        Bytes of each layer, as one that is not beside a cut, and of all.
-
-    Raises:
-        ConfigError: as `quantize_`.
-        ModelError: as `quantize_`.
-    """
-    plain = saved_bytes(model, config, dtype, endpoints=[len(loading.find_decoder(model).layers)])  # none of them
-    return replace(plain, total=plain.total + sum(bytes_of_endpoints(model, config, dtype)[:endpoints]))
-
-
-def bytes_of_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> list[int]:
-    """What a layer takes more where it stands beside a cut and has bits of its own.
+def saved_bytes_of_any_cut(model: Any, config: QuantizeConfig, dtype: torch.dtype) -> SavedBytes:
+    """The same where it is not known yet which layers stand beside a cut.
 
     Args:
         model: a causal LM of transformers, on any device.
@@ -90,18 +83,18 @@ def bytes_of_endpoints(model: Any, config: QuantizeConfig, dtype: torch.dtype) -
         dtype: that the model is saved in.
 
     Returns:
-        Bytes of each layer, the dearest first; nothing where endpoints have the bits of all.
+        Bytes of each layer, as one that is not beside a cut, and of all; and what a layer beside one takes more.
 
     Raises:
         ConfigError: as `quantize_`.
         ModelError: as `quantize_`.
     """
-    if not (config.rounds and config.endpoint_bits):
-        return []
     layers = loading.find_decoder(model).layers
-    plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])
+    plain = saved_bytes(model, config, dtype, endpoints=[len(layers)])  # none of them
+    if not (config.rounds and config.endpoint_bits):
+        return plain
     if config.endpoint_bits == 16:
         alone = tuple(loading.parameter_bytes(layer, dtype) for layer in layers)
     else:
         alone = saved_bytes(model, config, dtype, endpoints=range(len(layers))).layers
-    return sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)
+    return replace(plain, more=tuple(sorted((a - b for a, b in zip(alone, plain.layers, strict=True)), reverse=True)))

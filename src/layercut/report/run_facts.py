@@ -68,7 +68,8 @@ def read_run(folder: Path) -> RunFacts:
             f"finish the run first: layercut compress MODEL --out {shlex.quote(str(folder))}",
         )
     found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
-    settings, keys = _settings(folder / "config.yaml"), {str(found["summary"].config_hash), model_key(folder)}
+    settings, summary = _settings(folder / "config.yaml"), found["summary"]
+    keys = {str(summary.config_hash), _model_key(found["quantization"], summary)}
     of_this_run = {
         "gguf": str(found["gguf"].run) in keys,
         "shares": settings.bits == "auto"
@@ -87,7 +88,11 @@ def read_run(folder: Path) -> RunFacts:
 
 def model_key(folder: Path) -> str:
     """What says that something found later is of this run's model, whatever else is measured in the run after it."""
-    return str(read_json(folder / "quantize.json").config_hash or read_json(folder / "summary.json").config_hash)
+    return _model_key(read_json(folder / "quantize.json"), read_json(folder / "summary.json"))
+
+
+def _model_key(quantization: Json, summary: Json) -> str:
+    return str(quantization.config_hash or summary.config_hash)
 
 
 def _settings(path: Path) -> Json:

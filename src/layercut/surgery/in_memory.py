@@ -9,7 +9,7 @@ from torch import nn
 
 from layercut.distributed.sharding import is_spread
 from layercut.errors import SurgeryError
-from layercut.models.runner import DecoderRunner
+from layercut.models.model_in_memory import model_of
 from layercut.offload.weight_sharing import share
 from layercut.segments import Segment, as_segments
 from layercut.surgery.cut_plan import CutPlan, plan_cut
@@ -32,9 +32,10 @@ def cut(model: Any, segments: Any) -> Any:
 
     Raises:
         ConfigError: a segment outside the stack, overlapping ones, or all layers.
+        ModelError: `model` is no model of transformers.
         SurgeryError: stock transformers cannot express what would be left.
     """
-    clone = share(model.at_rest if isinstance(model, DecoderRunner) else model)
+    clone = share(model_of(model))
     removed = as_segments(segments)
     if removed:
         cut_segment_(clone, removed)
