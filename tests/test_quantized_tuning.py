@@ -383,6 +383,18 @@ def test_weights_beside_a_bias_that_are_not_rounded_stay_in_the_checkpoint(confi
     assert torch.equal(logits(loaded), logits(done.model))
 
 
+def test_a_norm_that_its_class_keeps_in_float32_is_not_rounded():
+    dense, wide = half(tiny.llama(2)).float(), "model.layers.0.input_layernorm.weight"
+    dense.stored_dtype = torch.bfloat16
+    before = dense.get_parameter(wide).data.fill_(1 + 2**-20).clone()
+    parts = Trainable.of_(rounded(dense, bits=4))
+    settings = TuneSettings(batch_tokens=64, learning_rate=0.02)
+    tune_parameters_(parts.model, dense, parts.parameters, TOKENS, heldout=HELDOUT, settings=settings)
+    done = parts.finished_()
+    assert torch.equal(done.model.get_parameter(wide), before)
+    assert not torch.equal(done.model.model.norm.weight, dense.model.norm.weight), "the others are trained"
+
+
 def test_scales_below_float16s_normal_numbers_stay_as_they_are():
     dense = tiny.llama(2, initializer_range=0.0005).to(torch.float16)
     dense.config.dtype = torch.float16

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layercut.models.batch_sizes import slices
-from layercut.models.loading import find_decoder, replace_parameters_, stored_dtype
+from layercut.models.loading import find_decoder, replace_parameters_, stored_dtype, weight_as_stored
 from layercut.quantization.grid import Grid, decode, encode
 from layercut.quantization.packing import grids, repacked
 from layercut.quantization.quantized import Quantized
@@ -237,7 +237,8 @@ class Trainable:
     """The plain modules, without a weight, in whose places the model has others now, by dotted name; a tied head's
     too."""
     norms: dict[str, nn.Parameter]
-    """Weights and biases of the decoder's norms and of the one after it, with parameters of their own."""
+    """Weights and biases of the decoder's norms and of the one after it, with parameters of their own; without those
+    that their class keeps in float32, which stay as they are."""
 
     @classmethod
     def of_(cls, found: Quantized, before: Any = None) -> Trainable:
@@ -274,7 +275,7 @@ class Trainable:
                 places[place] = module = model.get_submodule(place)
                 model.set_submodule(place, QuantizedModule(module, modules[name]))
                 module.weight = none
-        norms = {name: value.detach().clone() for name, value in _norms(model).items()}
+        norms = {name: value.detach().clone() for name, value in _norms(model, stored).items()}
         replace_parameters_(model, {name: nn.Parameter(value) for name, value in norms.items()})
         return cls(found, modules, places, {name: model.get_parameter(name) for name in norms})
 
@@ -339,8 +340,8 @@ def _smallest(stored: torch.dtype) -> float:
     return max(kind.tiny * kind.eps, torch.finfo(torch.float32).tiny)
 
 
-def _norms(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and biases of the text model's norms: of modules that have vectors alone.
+def _norms(model: nn.Module, stored: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights and biases of the text model's norms that are saved in one dtype: of modules that have vectors alone.
 
     Biases of linear modules stay as they are, and so do another tower's norms, which no text passes.
     """
@@ -350,7 +351,7 @@ def _norms(model: nn.Module) -> dict[str, torch.Tensor]:
         for path, module in model.get_submodule(tower).named_modules(prefix=tower)
         if not isinstance(module, QuantizedModule) and all(own.dim() == 1 for own in module.parameters(recurse=False))
         for name, parameter in module.named_parameters(recurse=False)
-        if name in ("weight", "bias")
+        if name in ("weight", "bias") and weight_as_stored(parameter.detach(), stored).dtype == stored
     }
 
 
