@@ -208,7 +208,7 @@ def test_every_criterion_of_layercut_is_found_and_only_unknown_ones_have_unknown
 
 
 @pytest.mark.parametrize("method", ["clp", "test-ends"])
-def test_the_command_finds_what_the_api_finds(tiny_model, texts, tmp_path, registered, method):
+def test_the_command_finds_what_the_api_finds(tiny_model, texts, tmp_path, registered, method, capsys):
     @registered.register("test-ends")
     def ends(runner, tokens, length, **_):
         return [Segment(0, 1), Segment(len(runner) - length + 1, len(runner))]
@@ -222,6 +222,9 @@ def test_the_command_finds_what_the_api_finds(tiny_model, texts, tmp_path, regis
     found = search(model, tokens, ratio=0.4, method=method, seed=artefact["seed"]).to_dict()
     assert {key: artefact[key] for key in found} == found
     assert found["method"] == method
+    head, best, *_ = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert (head[:2], best[0]) == (["segments", "KL, nats"], ", ".join(f"{a}:{b}" for a, b in found["segments"]))
+    assert float(best[1]) == pytest.approx(found["candidates"][0]["kl"], rel=1e-3)
 
 
 def test_the_command_asks_a_criterion_of_ones_own_whether_it_takes_several_segments(

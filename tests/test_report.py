@@ -24,7 +24,7 @@ from layercut.errors import RunError
 from layercut.report import charts, formatting, tables, thresholds, verdicts
 from layercut.report.formatting import Json
 from layercut.report.model_card import model_card
-from layercut.report.page import closing, write_report
+from layercut.report.page import closing, search_lines, write_report
 from layercut.report.run_facts import RunFacts, read_run
 from layercut.report.sections import CHAPTERS
 from layercut.report.templating import TEMPLATES
@@ -932,16 +932,81 @@ def test_where_the_dense_models_perplexity_is_no_number_none_is_asked_for(tmp_pa
     assert "The dense model's own perplexity is not finite" in found.text
 
 
+def with_tests(run: Path, **hits: tuple[float, float]) -> Path:
+    """The run with generated tests, of each capability the shares of the dense and the compressed model, and lists."""
+    judged = {
+        "damage": dict.fromkeys(hits, 0.25),
+        "dense_hits": {name: dense for name, (dense, _) in hits.items()},
+        "hits": {name: compressed for name, (_, compressed) in hits.items()},
+        "answers": dict.fromkeys(hits, 8),
+    }
+    by_length = [{"capability": "recall", "length": 512, "dense": 1.0, "compressed": 0.25, "answers": 23}]
+    (run / "capabilities.json").write_text(json.dumps({"judged": judged, "by_length": by_length}))
+    values = {
+        name: [{"length": 128, "depth": 0.5, "found": n, "trials": 9}] for name, n in (("dense", 8), ("compressed", 3))
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"capabilities": judged, "probes": {"keys": {}, "lists": values}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("recall", "mark", "named"),
+    [(1.0, "good", ""), (0.6, "fair", ""), (0.4, "fair", "; less than half is left of recall (40.0% for 100.0%)")],
+)
+def test_a_lost_capability_is_judged_and_named(tmp_path: Path, recall: float, mark: str, named: str) -> None:
+    """Each counts the same: of two, of which the dense model gives 100 and 25 %."""
+    run = with_tests(make_run(tmp_path), recall=(1.0, recall), sums=(0.25, 0.25))
+    found = {v.stage: v for v in verdicts.verdicts(read_run(run))}
+    mean = f"{100 * (recall + 0.25) / 2:.1f}%"
+    said = f"gives {mean} of the answers to generated tests, the dense model 62.5%, mean over capabilities{named}."
+    assert (found["Capabilities"].mark, found["Capabilities"].text) == (mark, said)
+    assert found["List values"].mark == "bad"
+    conclusion = verdicts.conclusion(read_run(run)).text
+    assert "List values" in conclusion
+    assert ("Capabilities" in conclusion) == (mark != "good")
+    assert verdicts.conclusion(read_run(with_tests(run, recall=(1.0, 0.0)))).text.count("Capabilities") == 1
+    card = model_card(run)
+    assert "| `recall` | 8 | 100.0% | 0.0% | 0.25 |" in card
+    assert "Values of lists of up to 128 tokens, found: 3 of 9; by the dense model 8." in card
+    page = report(run)[1].text
+    assert "recall 512 23 100.0% 25.0%" in page, "by length, with the number of answers"
+
+
+def test_a_search_is_printed_with_what_it_went_by() -> None:
+    heeding = {"segments": [[3, 5], [6, 7]], "kl": 0.61234567, "damage": 0.25, "score": 0.8623}
+    plain = {"segments": [[3, 6]], "kl": 12.5, "damage": None, "score": None}
+    assert search_lines({"candidates": [heeding, plain]}) == [
+        "segments\tKL, nats\tdamage, nats\tscore", "3:5, 6:7\t0.6123\t0.25\t0.8623",
+        "3:6\t12.50\tnot measured\tnot measured",
+    ]  # fmt: skip
+    assert search_lines({"candidates": [plain]}) == ["segments\tKL, nats", "3:6\t12.50"]
+
+
+def test_what_is_not_asked_for_has_no_row(tmp_path: Path) -> None:
+    rows = report(make_run(tmp_path, summary=with_perplexity(tuned=None)))[1].text
+    assert "tuned not measured" in rows
+    assert "lora not measured" not in rows
+    assert "quantized not measured" not in rows
+
+
 def test_keys_found_afterwards_are_in_the_report(tmp_path: Path) -> None:
     make_run(tmp_path)
     cells = {
         name: [{"length": 128, "depth": 0.5, "found": n, "trials": 2}] for name, n in (("dense", 2), ("compressed", 1))
     }
-    probes = {name: {"keys": cells[name], "lists": []} for name in cells}
+    hits = {"damage": {"copy": 0.5}, "hits": {"copy": 0.5}, "dense_hits": {"copy": 1.0}, "answers": {"copy": 11}}
+    probes = {name: {"keys": cells[name], "lists": [], "capabilities": hits} for name in cells}
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"date": "2026-01-02", "probes": probes}))
     assert "Measured afterwards" in report(tmp_path)[1].text
     assert "50% 2 → 1 of 2" in report(tmp_path)[1].text
+    assert (
+        "Keys hidden in text, found by the dense model → by the compressed one, of 2 in all: 2 → 1."
+        in report(tmp_path)[1].text
+    )
+    assert "copy 11 100.0% 50.0% 0.5" in report(tmp_path)[1].text
     assert "text tokens window dense compressed" not in report(tmp_path)[1].text, "a table without rows"
 
 
@@ -983,6 +1048,7 @@ def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: P
                                                  "config_hash": "abc"}))  # fmt: skip
     again = {"perplexity": {"model": 60.0, "file": 61.0}, "tokens": 4096}
     (run / "gguf.json").write_text(json.dumps({"bytes": 1e8, "again": again}))
+    with_tests(run, recall=(1.0, 0.5))
     judged = {v.stage for v in verdicts.verdicts(read_run(run))}
     ruled = {rule.name for rule in thresholds.rules()}
     assert judged == ruled - {"Search"}, "a run in rounds has no one search to judge"

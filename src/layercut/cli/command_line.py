@@ -94,12 +94,10 @@ def search(model: Model, *, config: FindConfig | None = None, log: Log = None, p
         layercut search MODEL --ratio 0.2 --data mine.txt
     """
     from layercut.pipeline.journey import compress
+    from layercut.report.page import search_lines
 
     run = compress(model, (config or FindConfig()).journey(), until="search", own_process=True)
-    found = json.loads((run / "search.json").read_text())
-    for candidate in found["candidates"]:
-        bounds = " ".join(f"{start}:{stop}" for start, stop in candidate["segments"])
-        print(f"{bounds}\t{candidate['kl']}")
+    print(*search_lines(json.loads((run / "search.json").read_text())), sep="\n")
 
 
 @app.command

@@ -229,11 +229,7 @@ def fewest_worth(found: Sequence[SearchResult]) -> SearchResult:
             taken = more
     if len(found) == 1:
         return taken
-    cost = Cost()
-    for each in found:
-        cost.dense_tokens += each.cost.dense_tokens
-        cost.layer_forwards += each.cost.layer_forwards
-        cost.layer_backwards += each.cost.layer_backwards
+    cost = sum((each.cost for each in found), Cost())
     best = [each.candidates[0] for each in found]
     by_text = min((each.by_text for each in found if each.by_text), key=lambda candidate: candidate.kl, default=None)
     return replace(

@@ -128,8 +128,8 @@ def short(perplexity: Any) -> str:
 
 
 def deviation(error: float) -> str:
-    """A standard error to two digits: 0.7111 -> 0.71."""
-    return f"{error:.2g}" if error < 99.5 else short(round(error))
+    """A standard error to two digits, from 100 on to a whole one: 0.7111 -> 0.71, 115.2 -> 115."""
+    return f"{error:.2g}" if error < 99.5 else f"{error:,.0f}" if error < 1e5 else short(error)
 
 
 def percent(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercut.files.writing import write_atomically
 from layercut.report import charts, comparison_views, tables, thresholds, verdicts
-from layercut.report.formatting import Json, command_line, figure, percent, printable, short_name
+from layercut.report.formatting import Json, command_line, figure, label, number, percent, printable, short_name
 from layercut.report.run_facts import RunFacts, read_json, read_run
 from layercut.report.sections import chapter
 from layercut.report.templating import lines, page
@@ -131,6 +131,21 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
     last = verdicts.conclusion(found)
     warned = [verdict for verdict in verdicts.verdicts(found) if verdict.mark in ("fair", "bad")]
     return table, [*(line(v, f"{v.words}: {v.stage}: ", "") for v in warned), line(last, "", "bold ")]
+
+
+def search_lines(search: Any) -> list[str]:
+    """What `layercut search` prints: the candidates from the best, by all that they are known by.
+
+    Args:
+        search: search.json.
+
+    Returns:
+        The lines, cells parted by tabs, with a heading.
+    """
+    candidates, heads = list(Json(search).candidates), {"kl": "KL, nats", "damage": "damage, nats", "score": "score"}
+    known = [key for key in heads if any(number(each[key]) is not None for each in candidates)]
+    rows = [[label(each.segments), *(figure(each[key]) for key in known)] for each in candidates]
+    return ["\t".join(row) for row in [["segments", *(heads[key] for key in known)], *rows]]
 
 
 def probe_lines(probes: Mapping[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ CHAPTERS = {
         Section("evaluations", lambda run: {"rows": run.evaluations}, wide=True),
         Section("long", lambda run: _with_chart(tables.positions(run.summary), charts.position_chart)),
         Section("keys", lambda run: tables.hidden_keys(run.summary)),
-        Section("lists", lambda run: tables.found_by_place(run.summary.probes.lists)),
+        Section("lists", lambda run: tables.list_values(run.summary)),
         Section("health", lambda run: {"warning": verdicts.generation_warning(run.health), "known": run.health}),
         Section("speed", lambda run: {"known": run.speed or run.summary.bytes or run.summary.parameters}),
         Section("consumers", lambda run: {"rows": tables.consumer_rows(run.summary.consumers)}, wide=True),

@@ -180,6 +180,11 @@ def hidden_keys(summary: Json) -> dict[str, Any]:
     return found_by_place(summary.long_context.passkey) or found_by_place(summary.probes["keys"])
 
 
+def list_values(summary: Json) -> dict[str, Any]:
+    """Values of lists that were found (`found_by_place`), of --probes."""
+    return found_by_place(summary.probes["lists"])
+
+
 def found_by_place(grids: Json) -> dict[str, Any]:
     """{"lengths", "rows": [(depth, [(dense, compressed, trials) or None, …]), …], and the totals}; empty: unknown."""
     grid: dict[tuple[float, float], list[Any]] = {}
@@ -198,22 +203,31 @@ def found_by_place(grids: Json) -> dict[str, Any]:
 
 
 def found_by_model(probes: Json) -> list[dict[str, Any]]:
-    """The same of hidden keys and of values in lists, which `layercut evaluate` stores by model; those it asked for."""
-    both = ("dense", "compressed")
-    found = [found_by_place(Json({name: plain(probes[name][what]) for name in both})) for what in ("keys", "lists")]
-    return [each for each in found if each]
+    """The same of hidden keys and of values in lists, which `layercut evaluate` stores by model; those it asked for.
+
+    Each says as "what" which it is: "keys" or "lists".
+    """
+    both, kinds = ("dense", "compressed"), ("keys", "lists")
+    found = {what: found_by_place(Json({name: plain(probes[name][what]) for name in both})) for what in kinds}
+    return [{"what": what, **grid} for what, grid in found.items() if grid]
 
 
-def abilities(run: RunFacts) -> dict[str, Any]:
-    """Generated tests: a row for each capability, "lengths", and the "trade" with the best cut by text; {}: unknown."""
-    judged, rows = run.capabilities.judged, []
+def capability_rows(judged: Json) -> list[dict[str, Any]]:
+    """A row for each capability of `CapabilityFigures`; shares of the answers, None where they are not known."""
+    rows = []
     for name, damage in judged.damage.entries():
         dense, compressed = finite(judged.dense_hits[name]), finite(judged.hits[name])
         fewer = dense is not None and compressed is not None and compressed < dense
         row = {"name": name, "answers": judged.answers[name], "dense": dense, "compressed": compressed}
         rows.append(row | {"damage": damage, "fewer": fewer})
+    return rows
+
+
+def abilities(run: RunFacts) -> dict[str, Any]:
+    """Generated tests: a row for each capability, "lengths", and the "trade" with the best cut by text; {}: unknown."""
+    rows = capability_rows(run.capabilities.judged)
     lengths = [
-        {key: each[key] for key in ("capability", "length", "dense", "compressed")}
+        {key: each[key] for key in ("capability", "length", "answers", "dense", "compressed")}
         for each in run.capabilities.by_length
     ]
     chosen = next(iter(run.search.candidates), Json())

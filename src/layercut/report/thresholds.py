@@ -25,7 +25,7 @@ called broken."""
 SIGNIFICANT = 0.05
 """A task counts as changed where so uneven a split of its flipped items has less than this probability."""
 GOOD_RETENTION, FAIR_RETENTION = 0.9, 0.5
-"""Share of the dense model's score above chance, or of the hidden keys it finds, that is left."""
+"""Share of the dense model's score above chance, or of the keys, values and answers it finds, that is left."""
 REPEATS, CIRCLES = 0.05, 0.2
 """Share of repeated 4-grams beyond the dense model's: more than the first is a warning, more than the second means
 that generation did not survive."""

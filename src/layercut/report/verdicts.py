@@ -51,7 +51,7 @@ def verdicts(run: RunFacts) -> list[Verdict]:
         lambda run: _healing(run, "Fold", "folded"), lambda run: _healing(run, "Tuning", "tuned"),
         _quantization, _size, _gguf,
         lambda run: _speed(run, "prefill"), lambda run: _speed(run, "decode"),
-        _tasks, _long_context, _hidden_keys,
+        _tasks, _long_context, _hidden_keys, _list_values, _capabilities,
         lambda run: generation_verdict(run.health),
     ]  # fmt: skip
     return [found for judge in judges if (found := judge(run))]
@@ -303,11 +303,31 @@ def _long_context(run: RunFacts) -> Verdict | None:
 
 
 def _hidden_keys(run: RunFacts) -> Verdict | None:
-    grid = tables.hidden_keys(run.summary)
+    return _found("Hidden keys", tables.hidden_keys(run.summary))
+
+
+def _list_values(run: RunFacts) -> Verdict | None:
+    return _found("List values", tables.list_values(run.summary))
+
+
+def _found(stage: str, grid: dict[str, Any]) -> Verdict | None:
     if not grid:
         return None
     mark = _retained(grid["compressed"] / grid["dense"]) if grid["dense"] else "open"
-    return _judged("Hidden keys", mark, grid=grid)
+    return _judged(stage, mark, grid=grid)
+
+
+def _capabilities(run: RunFacts) -> Verdict | None:
+    """Answers to generated tests beside the dense model's; each capability counts the same, few answers or many."""
+    rows = [
+        row for row in tables.capability_rows(run.capabilities.judged) if None not in (row["dense"], row["compressed"])
+    ]
+    if not rows:
+        return None
+    dense, compressed = (sum(row[name] for row in rows) / len(rows) for name in ("dense", "compressed"))
+    lost = [row for row in rows if row["compressed"] < limits.FAIR_RETENTION * row["dense"]]
+    mark = _retained(compressed / dense) if dense else "open"
+    return _judged("Capabilities", mark, dense=dense, compressed=compressed, lost=lost)
 
 
 def generation_verdict(health: Json) -> Verdict | None:

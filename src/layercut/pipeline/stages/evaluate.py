@@ -269,8 +269,8 @@ def capabilities(work: RunContext, segments: Sequence[Segment]) -> CapabilitiesA
                 map=found.to_dict(), words=found.words(), judged=judged, by_length=by_length
             )  # fmt: skip
     told = stage.artefact.judged
-    kept = ", ".join(f"{name} {told.hits[name]:.0%} of {told.dense_hits[name]:.0%}" for name in told.hits)
-    say("capabilities", f"answers found, of those that the dense model finds: {kept}")
+    kept = ", ".join(f"{name} {told.dense_hits[name]:.0%} -> {told.hits[name]:.0%}" for name in told.hits)
+    say("capabilities", f"answers given to generated tests: {kept}")
     return stage.artefact
 
 
@@ -296,7 +296,7 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
         The artefact.
     """
     seed = work.config.text.seed
-    with work.run.stage(ProbesArtefact, "probes", [work.source, seed], after=["quantize"]) as stage:
+    with work.run.stage(ProbesArtefact, "probes", [work.source, seed, EDITION], after=["quantize"]) as stage:
         if stage.open:
             asked, both = probes_for(work.tokenizer, work.architecture, seed=seed), dense_and_compressed(work, segments)
             with bar("keys and lists", 2 * asked.prompt_tokens) as advance:
