@@ -234,7 +234,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
 
 def _judged_on_trial(run: PlannedRun) -> list[tuple[Shape, int]]:
     """How many rows of which length judge what is left of a healed cut."""
-    tests, long = (rows * (run.tests > 0) for rows in (trial.TESTS, trial.LONG_TESTS))
+    tests, long = (rows * (run.tests > 0) for rows in (trial.SHORT_TESTS, trial.LONG_TESTS))
     return [(run.shape, run.heldout + tests), (run.tuned, long)]
 
 

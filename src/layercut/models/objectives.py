@@ -1,7 +1,8 @@
 """What makes a cut model good: the losses that a search prices cuts by and that endpoint tuning minimises.
 
-Between the formulas (`losses.py`) and those who use them (`layer_search/prices.py`, `healing/tuning_pass.py`). To add
-one, subclass `Objective`, override `loss`, and register the class:
+Between the formulas (`losses.py`) and those who use them (`layer_search/prices.py`, `healing/tuning_pass.py`). What a
+search adds of generated tests to the loss on text is in `layer_search/weighted_rows.py`. To add one, subclass
+`Objective`, override `loss`, and register the class:
 
     @layercut.objectives.register("mypackage-reverse-kl")
     class ReverseKL(layercut.Objective):

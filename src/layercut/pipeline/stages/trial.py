@@ -36,7 +36,7 @@ from layercut.progress import bar, say
 from layercut.registries import objectives
 from layercut.segments import Segment
 
-TESTS, LONG_TESTS = 32, 16
+SHORT_TESTS, LONG_TESTS = 32, 16
 """Rows of tests by which what is left after healing is judged: as long as those of the search, and where longer rows
 are tuned on, as long as these; each half of it."""
 FIT_TESTS = 8
@@ -148,7 +148,7 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
         The rows, by each of which what is left adds up to the price: those of text first.
     """
     text, heal = work.config.text, work.config.heal
-    windows = {heal.tune_window or text.window: LONG_TESTS, text.window: TESTS}
+    windows = {heal.tune_window or text.window: LONG_TESTS, text.window: SHORT_TESTS}
     others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
     unseen = [weighted_rows(work.blocks["heldout"], None)]
     return unseen + [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
