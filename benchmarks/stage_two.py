@@ -60,18 +60,6 @@ def frontier_table(result: dict[str, Any], picture: str = "frontier.svg") -> str
     return "\n".join([*lines, "", f"![Rise of perplexity over bytes]({picture})"])
 
 
-def tenth_words(result: dict[str, Any]) -> str:
-    """The README's: what a cut of a tenth of the layers costs once it is healed; empty where none was measured."""
-    row = next((row for row in result["rows"] if row["ratio"] == 0.1 and row["setting"] == "bf16"), None)
-    if row is None or "keys_found" not in row:
-        return ""
-    removed = " and ".join(f"{start}:{stop}" for start, stop in row["segments"])
-    return (
-        f"Without a tenth, {removed}, healed on {result['tune_tokens']:,} tokens: {loss(row):+.1%} of perplexity, "
-        f"{row['keys_found']} of {row['keys_asked']} keys. "
-    )
-
-
 def frontier_row(asked: str, point: dict[str, Any], tasks: bool) -> str:
     cells = [asked, size(point["bytes"]), f"{point['share']:.1%}", f"{loss(point):+.1%}"]
     cells += [point["keys_found"]] if "keys_found" in point else []

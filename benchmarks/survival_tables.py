@@ -18,6 +18,19 @@ from layercut.report.tables import by_kl
 REPEATS = "; repeats: 4-grams of eight greedy continuations by 64 tokens that had occurred in them"
 
 
+def tenth_words(result: dict) -> str:
+    """The README's: what the first cut of a comparison, of a tenth, costs on the first text once it is healed."""
+    comparison = result["comparison"]
+    first, dense = comparison["methods"][0], comparison["dense"]["texts"]
+    text, before = next(iter(dense.items()))
+    grid = first["judged"]["tuned"]["keys"]
+    found, asked = (sum(cell[key] for cell in grid) for key in ("found", "trials"))
+    return (
+        f"Without a tenth, {label(first['segments'])}, healed on {comparison['tuning']['tokens']:,} tokens: "
+        f"{first['texts']['tuned'][text] / before - 1:+.1%} of perplexity, {found} of {asked} keys. "
+    )
+
+
 def survival_markdown(result: dict, whole: bool) -> str:
     """What the cuts of one comparison still do, as Markdown, and what was not measured.
 

@@ -135,11 +135,6 @@ def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_calle
         "quantizing": fronts.extra_losses(POINTS),
         "environment": environment,
     }
-    assert stage_two.tenth_words(told) == "", "no tenth was measured"
-    tenth = point(0.1, "bf16", 900, 0.05, 0.06) | {"points": "control", "segments": [[1, 2], [4, 5]]}
-    said = stage_two.tenth_words(told | {"rows": [*rows, tenth]})
-    assert said.startswith("Without a tenth, 1:2 and 4:5,")
-    assert "+6.0% of perplexity, 3 of 4 keys" in said
     table = stage_two.frontier_table(told)
     assert "| smallest within 1%, 5% | 500 B |" in table
     assert "| smallest within 10%, 25% | 300 B |" in table

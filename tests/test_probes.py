@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import folders
@@ -181,6 +181,21 @@ def able(tokenizer: Any, template: str) -> Any:
 def chat_of(tokenizer: Any, template: str, item: probe_families.Item) -> probe_families.Item | None:
     writer = probes_module._Writer(able(tokenizer, template), FAMILIES["tuning"], random.Random(0), chat=True)
     return writer.as_chat(item)
+
+
+def test_a_row_of_chats_begins_once(tokenizer):
+    """Templates as Gemma's and Llama's begin with BOS, which the tokenizer puts before a text as well."""
+    beginning = able(tokenizer, "{{ bos_token }}" + CHAT)
+    beginning.add_special_tokens({"bos_token": "<s>"})
+    begin = beginning.bos_token_id
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", begin)]
+    )
+    made = probe_rows(beginning, rows=8, window=SHORT_ROW, family="tuning")
+    chats = [row for row in made.tokens.tolist() if "<user>" in beginning.decode(row)]
+    assert chats
+    assert [row.count(begin) for row in made.tokens.tolist()] == [1] * 8
+    assert all(row[0] == begin for row in chats)
 
 
 @pytest.mark.parametrize("template", [CHAT, TRIMMED], ids=["plain", "trimmed"])

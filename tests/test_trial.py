@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import folders
 import tiny
 from layercut import layer_search
 from layercut.cli.command_line import main
-from layercut.config import HealConfig, from_flat
+from layercut.config import CompressConfig, DataConfig, HealConfig, from_flat
 from layercut.data.probes import probe_rows
 from layercut.errors import ConfigError
 from layercut.healing import fold_, fold_prices, tune_
@@ -349,6 +350,21 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
         if times == 1:
             assert healed[-1]["text"] == pytest.approx(prices[0][0], rel=1e-3)
         assert abs(sum(prices[1]) / sum(prices[0]) - 1) > 2e-3, "tuning that does nothing would pass"
+
+
+def test_where_longer_rows_are_tuned_on_half_of_what_judges_is_as_long():
+    work = SimpleNamespace(
+        config=CompressConfig(text=DataConfig(window=128), heal=HealConfig(tune_window=512)),
+        tokenizer=folders.tokenizer(), blocks={"heldout": tiny.some_tokens(4)},
+    )  # fmt: skip
+    tests = probe_rows(work.tokenizer, rows=4, window=128, weight=0.5)
+    text, long, short = trial.unseen_rows(work, tests)
+    assert torch.equal(text.tokens, work.blocks["heldout"])
+    sizes = [(trial.LONG_TESTS, 512), (trial.SHORT_TESTS, 128)]
+    assert [tuple(each.tokens.shape) for each in (long, short)] == sizes
+    assert long.probe_weight == short.probe_weight == 0.25, "both together count what was asked for"
+    seen = {tuple(row) for row in tests.tokens.tolist()}
+    assert not seen & {tuple(row) for row in short.tokens.tolist()}
 
 
 class Killed(Exception):

@@ -316,13 +316,13 @@ class _Writer:
         """
         chat: list[dict[str, str]] = []
         parts: list[str] = []
-        whole = ""
+        whole, begin = "", self.tokenizer.bos_token if _head(self.tokenizer).ids else ""  # which begins the row already
         for question, begins, replied in _turns(item):
             asked, before = question if parts else item.told + question, "".join(parts)
             said = begins + "".join(replied)
             chat += [{"role": "user", "content": asked.strip()}, {"role": "assistant", "content": said + item.closes}]
             try:
-                whole = render_chat(self.tokenizer, chat)
+                whole = render_chat(self.tokenizer, chat).removeprefix(begin)
             except DataError:
                 if not parts:
                     raise
