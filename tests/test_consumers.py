@@ -291,7 +291,8 @@ def test_the_command_searches_among_what_a_consumer_reads_right(source, texts, t
     asked = ["search", str(source["folder"]), "--ratio=0.17", f"--data={texts[0]}", "--tokens=64", "--window=16"]
     assert main([*asked, "--for=mlx,vllm", "--num-segments=2", f"--out={tmp_path / 'searched'}"]) == 0
     out, said = capsys.readouterr()
-    cuts = [[tuple(map(int, one.split(":"))) for one in line.split("\t")[0].split()] for line in out.splitlines()]
+    named = [line.split("\t")[0].split(", ") for line in out.splitlines()[1:]]
+    cuts = [[tuple(map(int, one.split(":"))) for one in cut] for cut in named]
     kept = [[i for i in range(12) if not any(a <= i < b for a, b in cut)] for cut in cuts]
     assert len(kept) > 1
     assert all(len(one) == 10 and [p for p, i in enumerate(one) if i in (5, 11)] == [5] for one in kept)
