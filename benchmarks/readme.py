@@ -187,8 +187,9 @@ def once_measured(name: str, made_by: Callable[[dict], str], script: str = "") -
 
 def headline() -> str:
     """The README's table and the words below it; before their results are there, how to make them."""
-    files = [RESULTS / f"{name}.json" for name in ("recall", "speed", "survives-0.1", "tune_quantized")]
-    missing = [f"`benchmarks/{file.stem}.py`" for file in files if not file.is_file()]
+    made_by = {"recall": "recall", "speed": "speed", "survives-0.1": "compare", "tune_quantized": "tune_quantized"}
+    files = [RESULTS / f"{name}.json" for name in made_by]
+    missing = [f"`benchmarks/{made_by[file.stem]}.py`" for file in files if not file.is_file()]
     if missing:
         return f"Not measured yet: {', '.join(missing)}."
     recall, speed, tenth, rounded = map(read, files)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from layercut.config import TRAINED_STATES
-from layercut.report.comparison_views import damage, repeats, retention_words, survivals
+from layercut.report.comparison_views import damage, repeats, retention_cells, survivals
 from layercut.report.comparison_views import found as found_of
 from layercut.report.formatting import figure, label, number, percent, short
 from layercut.report.tables import by_kl
@@ -23,11 +23,11 @@ def tenth_words(result: dict) -> str:
     comparison = result["comparison"]
     first, dense = comparison["methods"][0], comparison["dense"]["texts"]
     text, before = next(iter(dense.items()))
-    grid = first["judged"]["tuned"]["keys"]
-    found, asked = (sum(cell[key] for cell in grid) for key in ("found", "trials"))
+    removed = label(first["segments"]).replace(", ", " and ")
+    keys = found_of(first["judged"]["tuned"]["keys"]).replace("/", " of ")
     return (
-        f"Without a tenth, {label(first['segments'])}, healed on {comparison['tuning']['tokens']:,} tokens: "
-        f"{first['texts']['tuned'][text] / before - 1:+.1%} of perplexity, {found} of {asked} keys. "
+        f"Without a tenth, {removed}, healed on {comparison['tuning']['tokens']:,} tokens: "
+        f"{first['texts']['tuned'][text] / before - 1:+.1%} of perplexity, {keys} keys. "
     )
 
 
@@ -79,8 +79,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
         cells += [label(row["segments"]) if row else "", state]
         cells += [short(perplexity[text]) for text in texts]
         if tasks:
-            words = [retention_words(judged, key) for key in ("mean", "above_chance", "behind")]
-            cells += words if row else ["100", "100", "–"]
+            cells += retention_cells(comparison, state, judged)
             scores = [number(judged.scores[name]) for name in tasks] * whole
             cells += ["–" if score is None else f"{100 * score:.1f}" for score in scores]
         if probed:

@@ -135,6 +135,14 @@ def test_budgets_with_the_same_answer_share_a_row_and_shares_above_one_are_calle
         "quantizing": fronts.extra_losses(POINTS),
         "environment": environment,
     }
+    tenth = {
+        "dense": {"texts": {"wiki": 50.0, "c4": 40.0}}, "tuning": {"tokens": 1},
+        "methods": [{"segments": [[1, 2], [4, 5]], "texts": {"tuned": {"wiki": 53.0, "c4": 80.0}},
+                     "judged": {"tuned": {"keys": [{"found": 1, "trials": 2}, {"found": 2, "trials": 2}]}}}],
+    }  # fmt: skip
+    said = import_module("survival_tables").tenth_words({"comparison": tenth})
+    assert said.startswith("Without a tenth, 1:2 and 4:5,")
+    assert "+6.0% of perplexity, 3 of 4 keys" in said
     table = stage_two.frontier_table(told)
     assert "| smallest within 1%, 5% | 500 B |" in table
     assert "| smallest within 10%, 25% | 300 B |" in table

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -287,6 +288,11 @@ class _Writer:
         """Whether there is a template, and the family's rows are tuned on."""
         return self.family.name == "tuning" and bool(getattr(self.tokenizer, "chat_template", None))
 
+    @cached_property
+    def begins(self) -> str:
+        """BOS as text, where a row begins with it already."""
+        return self.tokenizer.bos_token if _head(self.tokenizer).ids else ""
+
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens, but those that the text spells."""
         return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
@@ -316,13 +322,13 @@ class _Writer:
         """
         chat: list[dict[str, str]] = []
         parts: list[str] = []
-        whole, begin = "", self.tokenizer.bos_token if _head(self.tokenizer).ids else ""  # which begins the row already
+        whole = ""
         for question, begins, replied in _turns(item):
             asked, before = question if parts else item.told + question, "".join(parts)
             said = begins + "".join(replied)
             chat += [{"role": "user", "content": asked.strip()}, {"role": "assistant", "content": said + item.closes}]
             try:
-                whole = render_chat(self.tokenizer, chat).removeprefix(begin)
+                whole = render_chat(self.tokenizer, chat).removeprefix(self.begins)
             except DataError:
                 if not parts:
                     raise

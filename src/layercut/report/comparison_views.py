@@ -243,10 +243,8 @@ def survival_table(comparison: Any) -> Table:
         table.add_column(Text(f"{name}\n{metric}"), justify="right")
     last = ""
     for method, state, judged in survivals(comparison):
-        above = retention_words(judged, "above_chance").partition(" ")[0]  # eighty columns hold no more errors
-        kept = [retention_words(judged), above, retention_words(judged, "behind")] if tasks else []
-        if method == "dense" and tasks:
-            kept = [whole_of(comparison, "mean"), whole_of(comparison, "above_chance"), "-"]
+        mean, above, behind = retention_cells(comparison, state, judged)
+        kept = [mean, above.partition(" ")[0], behind] if tasks else []  # eighty columns hold no more errors
         of_probes = found(judged["keys"]), found(judged.lists), damage(judged) if state else "-"
         own = (Text(own_figure(judged, *which)) for which in others)
         table.add_row(Text("" if method == last else method), state, *kept, *of_probes, *own)
@@ -254,20 +252,22 @@ def survival_table(comparison: Any) -> Table:
     return table
 
 
-def whole_of(comparison: Any, key: str) -> str:
-    """What the dense model retains of itself: all, where anything was counted.
+def retention_cells(comparison: Any, state: str, judged: Json) -> list[str]:
+    """What is kept of the tasks, what of it is above chance, and how far that is behind the first method.
 
     Args:
         comparison: compare.json.
-        key: of what is `retained`.
+        state: of a cut; none: the dense model, which keeps all of itself where anything was counted.
+        judged: its figures.
 
     Returns:
-        Per cent, in words.
+        Three cells, per cent in words.
     """
-    counted = any(
-        formatting.finite(judged.retained[key]) is not None for _, state, judged in survivals(comparison) if state
-    )
-    return "100" if counted else "-"
+    keys = ("mean", "above_chance")
+    if state:
+        return [retention_words(judged, key) for key in (*keys, "behind")]
+    cuts = [each.retained for _, its_state, each in survivals(comparison) if its_state]
+    return [*("100" if any(formatting.finite(each[key]) is not None for each in cuts) else "-" for key in keys), "-"]
 
 
 def survival_caption(tasks: dict[str, Json]) -> str:
