@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -28,12 +29,12 @@ from layercut.data import probe_families
 from layercut.data import probes as probes_module
 from layercut.data.blocks import Reader, by_origin, stored_blocks, stored_marks
 from layercut.data.probe_families import CAPABILITIES, FAMILIES, JUDGING, Family
-from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, probe_rows
+from layercut.data.probes import SHORT_ROW, ProbeRows, capability_names, judging_rows, never_chats, probe_rows
 from layercut.data.sources import find, split_mix, turns
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import key_values, passkey
 from layercut.evaluation.capabilities import capability_figures
-from layercut.evaluation.generated_probes import probes_for
+from layercut.evaluation.generated_probes import TEST_ROWS, probes_for
 from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
 from layercut.healing import tune_
@@ -51,7 +52,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.losses import kl_divergence
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline import compare_states
-from layercut.pipeline.stages import heal, quantize, trial
+from layercut.pipeline.stages import evaluate, heal, quantize, trial
 from layercut.pipeline.stages.text import tuning_source
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -170,6 +171,9 @@ TRIMMED = CHAT.replace("m.content", "m.content | trim")
 LAST_TURN = CHAT.replace("messages %", "messages[-2:] %")
 """A template that forgets the turns before the last, as those do that drop what a model thought."""
 ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one question at a time') }}{% endif %}" + CHAT
+NO_REPLIES = "{% for m in messages if m.role == 'assistant' %}{{ raise_exception('no replies') }}{% endfor %}" + CHAT
+THOUGHTFUL = CHAT.replace("{{ m.c", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.c")
+"""As Qwen3's: before the last reply stands a thought, before earlier ones none."""
 
 
 def able(tokenizer: Any, template: str) -> Any:
@@ -198,7 +202,7 @@ def test_a_row_of_chats_begins_once(tokenizer):
     assert all(row[0] == begin for row in chats)
 
 
-@pytest.mark.parametrize("template", [CHAT, TRIMMED], ids=["plain", "trimmed"])
+@pytest.mark.parametrize("template", [CHAT, TRIMMED, THOUGHTFUL], ids=["plain", "trimmed", "thoughtful"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_answer_of_a_chat_has_its_question(tokenizer, capability, template):
     several, family = 0, FAMILIES["tuning"]
@@ -208,13 +212,15 @@ def test_every_answer_of_a_chat_has_its_question(tokenizer, capability, template
         assert chat
         assert [said.strip() for said in chat.parts[1::2]] == [said.strip() for said in item.parts[1::2]]
         assert chat.text.endswith("</>"), "the reply is closed"
+        assert chat.text.count("<think></think>") == (template == THOUGHTFUL)
+        text = chat.text.replace("<think></think>", "")
         if not item.turns:
-            assert chat.text.count("<user>") == chat.text.count("<assistant>") == 1
-            assert chat.parts[0].endswith("<assistant>"), "its first words are an answer"
+            assert text.count("<user>") == text.count("<assistant>") == 1
+            assert chat.parts[0].endswith(("<assistant>", "</think>")), "its first words are an answer"
             assert chat.parts[1] == chat.parts[1].lstrip(), "no reply begins with a space"
             continue
         several += len(item.turns) > 1
-        said = re.findall(r"<user>(.*?)</><assistant>(.*?)</>", chat.text, re.DOTALL)
+        said = re.findall(r"<user>(.*?)</><assistant>(.*?)</>", text, re.DOTALL)
         told = said[0][0]
         for (asked, reply), (question, begins), answer in zip(said, item.turns, item.parts[1::2], strict=True):
             assert asked.endswith(question.strip())
@@ -246,8 +252,25 @@ def test_a_template_that_does_not_go_on_from_turn_to_turn_writes_no_chat_of_seve
             writer = probes_module._Writer(able(tokenizer, template), FAMILIES["tuning"], random.Random(0), chat=True)
             plain = writer.marked(capability, writer.written(capability, 12))
             assert plain.answers == len(item.parts) // 2, "written all the same"
-    with pytest.raises(DataError, match="no chats"):
-        chat_of(tokenizer, "{{ raise_exception('no chats') }}", item)
+    several = ("recall", "lists", "labels")
+    for template, plain in ((CHAT, ()), (LAST_TURN, several), (ONE_TURN, several), (NO_REPLIES, tuple(CAPABILITIES))):
+        assert never_chats(able(tokenizer, template)) == plain
+    assert never_chats(able(tokenizer, LAST_TURN), ("sums", "lists")) == ("lists",)
+    assert never_chats(tokenizer) == (), "it has no template to say anything of"
+    assert chat_of(tokenizer, CHAT.replace("m.content", "m.content | upper"), item) is None, "replies as they are"
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("template", [CHAT, NO_REPLIES], ids=["chats", "none"])
+def test_a_run_says_which_tests_are_no_chats(tiny_model, texts, tmp_path, capsys, monkeypatch, template):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    able(folders.tokenizer(), template).save_pretrained(model)
+    monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
+    flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", "--tune-tokens=1024"]
+    flags += ["--score=raw", "--preserve=sums,copy", f"--out={tmp_path / 'run'}"]
+    assert main(["tune", str(model), *flags]) == 0
+    said = re.search("leaves out turns: generated tests of (.*) are no chats", capsys.readouterr().err)
+    assert (said and said[1]) == (None if template == CHAT else "copy, sums")
 
 
 @pytest.mark.parametrize("window", [SHORT_ROW, 4 * SHORT_ROW])
@@ -376,7 +399,7 @@ def test_lists_longer_than_there_are_things_have_a_persons_things():
 class Merging:
     """A tokenizer of characters, that makes one token of a sign and the line break behind it, as Qwen's does."""
 
-    bos_token_id = chat_template = None
+    bos_token_id = unk_token_id = chat_template = None
 
     def __call__(self, text: str, **_: Any) -> Any:
         pieces = re.findall(r"[^\w\s]\n|.|\n", text)
@@ -398,6 +421,27 @@ def test_a_token_of_an_answers_end_and_a_line_break_is_the_answers(capability):
         assert marked.ids[last + 1 :] in ([], [ord("\n")]), "all of the answer's signs are marked"
         ends.add(marked.ids[last] >= 256)
     assert True in ends, "some ends are one token with the line break"
+
+
+def bpe(vocabulary: list[str], merges: list[tuple[str, str]], **special: Any) -> Any:
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, **special))
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def test_all_digits_of_an_answer_are_marked_whose_tokens_what_follows_makes_anew():
+    merging = bpe([*"123.a", "3.", "23.", "12"], [("3", "."), ("2", "3."), ("1", "2")])
+    writer = probes_module._Writer(merging, probe_families.JUDGING, random.Random(0), False)
+    marked = writer.marked("recall", probe_families.Item(("a", "123", ".a")))
+    assert merging.convert_ids_to_tokens(marked.ids) == ["a", "1", "23.", "a"]
+    assert marked.of == [None, ("recall", 0), ("recall", 0), None]
+
+
+def test_what_has_no_token_is_no_answer():
+    unaware = bpe(["?", *"12 ab"], [], unk_token="?")
+    writer = probes_module._Writer(unaware, probe_families.JUDGING, random.Random(0), False)
+    marked = writer.marked("recall", probe_families.Item(("a", "12", "b", "1é", "a", "21")))
+    assert [mark and mark[1] for mark in marked.of] == [None, 0, 0, None, None, None, None, 2, 2]
 
 
 def test_rows_that_judge_begin_as_text_does():
@@ -850,7 +894,7 @@ def test_a_run_rounds_on_tests_wherever_it_rounds(tiny_model, texts, tmp_path, m
     seen.clear()
     work: Any = SimpleNamespace(
         config=CompressConfig(text=DataConfig(data="c4", tokens=1024, window=128)), tokenizer=folders.tokenizer(),
-        blocks={"calibration": text, "heldout": text}, heldout_perplexity=1.0,
+        blocks={"calibration": text}, held_out_text=text, heldout_perplexity=1.0,
     )  # fmt: skip
     for bits in (8, 4):
         quantize.point(work, loading.load(checkpoints.resolve(str(tiny_model))).model, bits)
@@ -938,11 +982,14 @@ def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tm
     flags += ["--no-fold", "--eval-tokens=128", "--eval-window=64", "--no-speed", "--ratio=0.25", f"--out={out}"]
     assert main(["compress", str(tiny_model), *flags, "--preserve=sums,recall"]) == 2
     assert "no test of recall fits rows of 128 tokens" in capsys.readouterr().err
-    assert main(["compress", str(tiny_model), *flags]) == 0, capsys.readouterr().err
+    assert main(["compress", str(tiny_model), *flags, "--preserve-weight=3"]) == 0, capsys.readouterr().err
     search, found, told = (json.loads((out / f"{n}.json").read_text()) for n in ("search", "capabilities", "summary"))
     assert search["tests"]["capabilities"] == found["map"]["names"][:-1]
     best = search["candidates"][0]
-    assert best["score"] == pytest.approx(best["kl"] + best["damage"], rel=1e-5)
+    assert best["score"] == pytest.approx(best["kl"] + 3 * best["damage"], rel=1e-5)
+    opened = loading.load(checkpoints.resolve(str(tiny_model)))
+    small = cut(opened.model, [Segment(*bounds) for bounds in search["segments"]])
+    assert_judged(found, small, opened)
     assert search["by_text"]["kl"] <= best["kl"] + 1e-9
     assert next(len(each["segments"]) for each in search["by_number"]) == 1
     assert len(found["map"]["windows"]) == folders.LAYERS
@@ -954,6 +1001,20 @@ def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tm
         assert f'id="{section}"' in page
         assert words in page
     assert "without layer 0: sums" in page
+
+
+def assert_judged(found: dict[str, Any], small: Any, opened: Any) -> None:
+    """capabilities.json has what the compressed model makes of tests of the judging family, beside the dense one."""
+    kept = {"family": "judging", "rows": TEST_ROWS, "window": 128}
+    figures = capability_figures(small, opened.model, probe_rows(opened.tokenizer, **kept))
+    assert found["judged"].keys() == figures.to_dict().keys()
+    for name, by_capability in figures.to_dict().items():
+        assert found["judged"][name] == pytest.approx(by_capability, rel=1e-4)
+    assert min(figures.damage.values()) > 1e-3, "the dense model beside itself would have none"
+    kept |= {"rows": evaluate.ROWS_OF_A_LENGTH, "window": folders.POSITIONS}
+    rows = {name: judging_rows(opened.tokenizer, capability=name, **kept) for name in ("recall", "lists")}
+    answers = {name: len(each.capability) for name, each in rows.items() if each.names}
+    assert {each["capability"]: each["answers"] for each in found["by_length"]} == answers
 
 
 def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_model, texts, tmp_path):
@@ -968,11 +1029,14 @@ def test_a_choice_by_the_fold_sees_text_and_tests_that_the_search_has_not(tiny_m
     mine, others = (
         probe_rows(model.tokenizer, rows=8, window=128, capabilities=["sums"], first=first) for first in (0, 8)
     )
+    origins = json.loads((tmp_path / "text-heldout.json").read_text())["origins"]
+    plain = [i for i in range(len(text["heldout"])) if origins[i % len(origins)] != "probes"]
+    assert plain[:8] != [*range(8)], "one of the first rows is of tests that are tuned on"
     fit = torch.cat([text["calibration"][:7], mine.tokens[:1]])
     cuts = [Segment(*bounds) for bounds in best["segments"]]
     prices = [
         FoldPrices(DecoderRunner(model.model), fit, rows, weights)(cuts)
-        for rows, weights in ((text["heldout"][:8], None), (others.tokens, others.weights()))
+        for rows, weights in ((text["heldout"][plain[:8]], None), (others.tokens, others.weights()))
     ]
     assert best["score"] == pytest.approx(sum(prices), rel=1e-4)
     assert prices[1] > 0.01 * prices[0]

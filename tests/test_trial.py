@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 import folders
 import tiny
-from layercut import layer_search
+from layercut import evaluation, layer_search
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, from_flat
+from layercut.data.blocks import fingerprint
 from layercut.data.probes import probe_rows
 from layercut.errors import ConfigError
 from layercut.healing import fold_, fold_prices, tune_
@@ -39,8 +40,9 @@ from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
+from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.run_store import Run
-from layercut.pipeline.stages import trial
+from layercut.pipeline.stages import quantize, trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -136,13 +138,13 @@ def test_healing_on_trial_is_planned(tiny_model, capsys):
 
 def test_a_trial_depends_on_what_its_healing_depends_on():
     def inputs_of(score, **heal):
-        text = {"heldout": "held", "tuning": "tuned"}
-        return trial.inputs(SimpleNamespace(score=score, text=text, config=SimpleNamespace(heal=HealConfig(**heal))))
+        kept = {"text": {"heldout": "held", "tuning": "tuned"}, "held_out_text": tiny.some_tokens(2)}
+        return trial.inputs(SimpleNamespace(score=score, config=SimpleNamespace(heal=HealConfig(**heal)), **kept))
 
     assert inputs_of("raw") == []
-    assert "tuned" not in inputs_of("folded")
+    assert inputs_of("folded") == ["folded", fingerprint(tiny.some_tokens(2))]
     healed = inputs_of("healed")
-    assert "tuned" in healed
+    assert {"tuned", "held"} <= {each for each in healed if isinstance(each, str)}
     assert healed == inputs_of("healed", epochs=2, patience=3, teacher_topk=64)
     assert healed != inputs_of("healed", learning_rate=1e-3)
     assert inputs_of("folded") == inputs_of("folded", learning_rate=1e-3)
@@ -355,16 +357,31 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
 def test_where_longer_rows_are_tuned_on_half_of_what_judges_is_as_long():
     work = SimpleNamespace(
         config=CompressConfig(text=DataConfig(window=128), heal=HealConfig(tune_window=512)),
-        tokenizer=folders.tokenizer(), blocks={"heldout": tiny.some_tokens(4)},
+        tokenizer=folders.tokenizer(), held_out_text=tiny.some_tokens(4),
     )  # fmt: skip
     tests = probe_rows(work.tokenizer, rows=4, window=128, weight=0.5)
     text, long, short = trial.unseen_rows(work, tests)
-    assert torch.equal(text.tokens, work.blocks["heldout"])
+    assert torch.equal(text.tokens, work.held_out_text)
     sizes = [(trial.LONG_TESTS, 512), (trial.SHORT_TESTS, 128)]
     assert [tuple(each.tokens.shape) for each in (long, short)] == sizes
     assert long.probe_weight == short.probe_weight == 0.25, "both together count what was asked for"
     seen = {tuple(row) for row in tests.tokens.tolist()}
     assert not seen & {tuple(row) for row in short.tokens.tolist()}
+
+
+def test_no_test_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
+    checkpoint, rows = checkpoints.resolve(str(tiny_model)), tiny.some_tokens(12)
+    work = RunContext(checkpoint, CompressConfig(text=DataConfig(window=16)), Run(tmp_path))
+    work.blocks = {"heldout": rows}
+    of_text, all_tests = rows[[i for i in range(12) if i % 5 != 4]], rows
+    for origins, judged in ((["web", "wiki", "web", "wiki", "probes"], of_text), (["probes"], all_tests)):
+        work.text["heldout"] = SimpleNamespace(origins=origins)
+        work.__dict__.pop("heldout_perplexity", None)
+        assert torch.equal(trial.unseen_rows(work, None)[0].tokens, judged)
+        assert torch.equal(trial.fold_prices(Round(work), rows, None).judged.tokens, judged[: fold_prices.JUDGED_ROWS])
+        dense, student = work.dense.model, cut(work.dense.model, Segment(1, 3))
+        of_student, of_dense = (evaluation.perplexity(model, judged) for model in (student, dense))
+        assert quantize.point(work, student, 16).rise == pytest.approx(of_student / of_dense - 1)
 
 
 class Killed(Exception):

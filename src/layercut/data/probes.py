@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from layercut.data.chat_templates import render_chat
-from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, Family, Item
+from layercut.data.probe_families import CAPABILITIES, FAMILIES, GROWING, MANY, Family, Item
 from layercut.errors import ConfigError, DataError
 
 FOCUS_SHARE = 0.6
@@ -33,6 +33,8 @@ LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
 BLANKS = ("", " ", "\n", "\n\n", " \n", "\n\n\n", "\r\n")
 """What may follow the last sign of an answer in one token with it."""
+PLACE = "[reply {}]"
+"""What a template is given instead of a reply, to find out where it puts it."""
 DEFAULT_WEIGHT = 1.0
 """A nat per answer token, mean over capabilities, counts as one nat per token of text."""
 
@@ -191,6 +193,22 @@ def probe_rows(
     return replace(made, left_out=left_out, closings=_closings(tokenizer, made))
 
 
+def never_chats(tokenizer: Any, capabilities: Sequence[str] = tuple(CAPABILITIES)) -> tuple[str, ...]:
+    """Capabilities whose tests a chat template cannot write.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        capabilities: asked about; names in `CAPABILITIES`.
+
+    Returns:
+        Some of them: those of several answers where earlier turns are left out. None without a template.
+    """
+    writer = _Writer(tokenizer, FAMILIES["tuning"], random.Random(0), True)
+    asked = capabilities if writer.can_chat else ()
+    items = {name: CAPABILITIES[name](writer.family, writer.draw, MANY) for name in asked}
+    return tuple(name for name, item in items.items() if not writer.as_chat(item))
+
+
 def judging_rows(
     tokenizer: Any,
     *,
@@ -318,33 +336,35 @@ class _Writer:
         """The item by the tokenizer's template: every answer is a reply of its own to the question for it.
 
         Items that ask for nothing are one question and one reply. None where the template has no place for the words
-        of a reply as they are, or does not go on from turn to turn: one that leaves out earlier turns, or allows none.
+        of a reply as they are, or not for every turn: one that leaves out earlier turns, or allows none.
         """
+        turns = _turns(item)
         chat: list[dict[str, str]] = []
-        parts: list[str] = []
-        whole = ""
-        for question, begins, replied in _turns(item):
-            asked, before = question if parts else item.told + question, "".join(parts)
-            said = begins + "".join(replied)
-            chat += [{"role": "user", "content": asked.strip()}, {"role": "assistant", "content": said + item.closes}]
-            try:
-                whole = render_chat(self.tokenizer, chat).removeprefix(self.begins)
-            except DataError:
-                if not parts:
-                    raise
+        for number, (question, begins, replied) in enumerate(turns):
+            asked = question if number else item.told + question
+            said = begins + "".join(replied) + item.closes
+            chat += [{"role": "user", "content": asked.strip()}, {"role": "assistant", "content": said}]
+        places = [{**turn, "content": PLACE.format(i)} if i % 2 else turn for i, turn in enumerate(chat)]
+        try:
+            whole, left = (render_chat(self.tokenizer, each).removeprefix(self.begins) for each in (chat, places))
+        except DataError:
+            return None
+        parts, closes = list[str](), ""
+        for user, reply, (_, begins, replied) in zip(chat[::2], places[1::2], turns, strict=True):
+            before, _, left = left.partition(reply["content"])
+            if user["content"] not in before:
                 return None
-            at = whole.rfind(said)
-            if at < len(before) or not whole.startswith(before):
-                return None
-            parts += [whole[len(before) : at] + begins, *replied]
-        return Item((*parts, whole.removeprefix("".join(parts))))
+            parts += [closes + before + begins, *replied]
+            closes = item.closes
+        made = Item((*parts, closes + left))
+        return made if made.text == whole else None
 
     def marked(self, capability: str, item: Item) -> _Marked:
         """Tokens of an item: an answer's are those that change the tokens of the text before it, and their like.
 
         The text is tokenized up to the end of each part, as it would be written: no border is put between parts that
         the tokenizer would not put. A token of an answer's end and of what follows ("]" and a line break) is the
-        answer's.
+        answer's. What the tokenizer has no token for is no answer.
         """
         ids: list[int] = []
         found = _Marked([], [])
@@ -356,12 +376,31 @@ class _Writer:
             if longer[:common] != ids:
                 common = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), common)
             mark = (capability, found.answers) if number % 2 else None
-            begun = found.of[common : common + 1] if mark is None and common < len(longer) else []
+            begun = found.of[common : common + 1] * self.covering(ids, longer, common) if mark is None else []
             found.of[common:] = [*begun, *[mark] * (len(longer) - common - len(begun))]
             found.answers += number % 2
             ids = longer
-        found.ids = ids
+        unknown = {of for token, of in zip(ids, found.of, strict=True) if token == self.tokenizer.unk_token_id}
+        found.ids, found.of = ids, [None if of in unknown else of for of in found.of]
         return found
+
+    def covering(self, ids: list[int], longer: list[int], common: int) -> int:
+        """How many tokens hold anew, with some of what follows, the text that others held.
+
+        Args:
+            ids: of a text.
+            longer: of the text and what follows.
+            common: the first tokens of both.
+
+        Returns:
+            None where all of `ids` are as they were; else mostly one.
+        """
+        if common == len(ids):
+            return 0
+        so_far, end = common + 1, len(self.tokenizer.decode(ids))
+        while so_far < len(longer) and len(self.tokenizer.decode(longer[:so_far])) < end:
+            so_far += 1
+        return so_far - common
 
     def grown(self, capability: str, room: int, *, one_form: bool = False) -> _Marked | None:
         """The longest item of a growing capability that fits, as far as one of its sizes does.

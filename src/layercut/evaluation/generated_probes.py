@@ -94,12 +94,30 @@ def probed(
     Returns:
         Its figures.
     """
-    keys, lists = (passkey_grid(model, tokenizer, each, advance=advance) for each in (probes.keys, probes.lists))
+    keys, lists = found_in_text(model, tokenizer, probes, advance=advance)
     figures: CapabilityFigures | None = None
     if probes.tests.names:
         window = probes.tests.tokens.shape[1]
         figures = capability_figures(model, dense, probes.tests, advance=lambda rows: advance(rows * window))
     return Probed(keys=keys, lists=lists, capabilities=figures.to_dict() if figures else None)
+
+
+def found_in_text(
+    model: Any, tokenizer: Any, probes: Probes, *, advance: Callable[[int], None] = lambda tokens: None
+) -> tuple[Grid, Grid]:
+    """The keys and the values that greedy decoding finds.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        probes: of `probes_for`.
+        advance: told the tokens that are done.
+
+    Returns:
+        Of keys and of lists, by length and depth.
+    """
+    keys, lists = (passkey_grid(model, tokenizer, each, advance=advance) for each in (probes.keys, probes.lists))
+    return keys, lists
 
 
 def found_of(grid: Grid) -> tuple[int, int]:

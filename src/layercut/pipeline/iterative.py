@@ -14,6 +14,7 @@ from typing import Any
 
 from layercut import layer_search
 from layercut.config import Bits, CompressConfig, consumer_names
+from layercut.data.blocks import fingerprint
 from layercut.distributed import processes
 from layercut.errors import ConfigError
 from layercut.export.consumer_rules import CONSUMERS
@@ -65,8 +66,9 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
     done: list[Round] = []
     points: list[FrontierRecord] = []
     chosen: FrontierRecord | None = None
+    judged_by = [] if budget is None else [fingerprint(work.held_out_text)]
     if config.search.two_budgets:
-        measured = [work.source, text["heldout"], text["calibration"], config.quantize, *recipes(config, bits)]
+        measured = [work.source, *judged_by, text["calibration"], config.quantize, *recipes(config, bits)]
         points += stages.quantize.frontier(Round(work), bits, measured)
         chosen = within_budgets(points, config)
     for number, part in enumerate(round_lengths(length, work.layers, count), start=1):
@@ -79,7 +81,7 @@ def in_rounds(work: RunContext, length: int | None) -> Removal:
         stages.heal.fold(this, removal)
         stages.heal.tune(this, removal)
         if budget is not None:
-            measured = [text["heldout"], config.quantize, bits, *recipes(config, bits)]
+            measured = [*judged_by, config.quantize, bits, *recipes(config, bits)]
             seen = stages.quantize.frontier(this, bits, measured)
             points += seen
             for point in seen:

@@ -20,7 +20,7 @@ from layercut.config import CompressConfig, Score, ShardMode
 from layercut.data.blocks import Reader, TextFacts, stored_blocks
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
-from layercut.data.sources import split_mix
+from layercut.data.sources import TESTS, split_mix
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
@@ -185,10 +185,20 @@ class RunContext:
         """Tokens in the windows that perplexity is reported on."""
         return self.config.evaluate.eval_window or loading.reported_window(self.architecture)
 
+    @property
+    def held_out_text(self) -> torch.Tensor:
+        """What judges cuts as text, token ids [N, T]: held-out rows, without the tests of the family that is tuned on.
+
+        All of them where nothing but tests is tuned on.
+        """
+        rows, origins = self.blocks["heldout"], self.text["heldout"].origins
+        of_text = [i for i in range(len(rows)) if origins[i % len(origins)] != TESTS]
+        return rows[of_text] if of_text else rows
+
     @cached_property
     def heldout_perplexity(self) -> float:
-        """The dense model's, on the rows that judge healing."""
-        return evaluation.perplexity(self.dense.model, self.blocks["heldout"])
+        """The dense model's, on held-out text."""
+        return evaluation.perplexity(self.dense.model, self.held_out_text)
 
     # --- the student and its changed weights ---
 

@@ -14,7 +14,7 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
-from layercut.evaluation.generated_probes import found_of, probes_for
+from layercut.evaluation.generated_probes import LONGEST_PROBE, TEST_ROWS, found_in_text, found_of, probes_for
 from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.layer_search.sweep import DENSE, all_segments, set_work
@@ -48,9 +48,8 @@ from layercut.segments import Segment
 TESTS_OF_MAP, TEXT_OF_MAP = 8, 4
 """Rows of tests and of text that the map is made of: of SmolLM2 two thirds of a minute of one core, a guess of what a
 picture is worth."""
-JUDGED_ROWS, ROWS_OF_A_LENGTH, LONGEST_TEST = 16, 4, 1024
-"""Rows of tests that judge the compressed model, all capabilities in each; of recall alone at each length, and up to
-how many tokens."""
+ROWS_OF_A_LENGTH = 4
+"""Rows of tests of recall, and of lists, alone at each length."""
 
 
 def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
@@ -279,8 +278,8 @@ def capabilities_work(run: PlannedRun) -> Work:
     shape, kept = run.shape, len(run.after.layers)
     rows = TESTS_OF_MAP + TEXT_OF_MAP
     singles = [DENSE, *((segment,) for segment in all_segments(1, shape.layers))]
-    of_lengths = 2 * ROWS_OF_A_LENGTH * sum(measures.lengths(LONGEST_TEST))
-    judged = JUDGED_ROWS + of_lengths / shape.window
+    of_lengths = 2 * ROWS_OF_A_LENGTH * sum(measures.lengths(LONGEST_PROBE))
+    judged = TEST_ROWS + of_lengths / shape.window
     forwards = set_work(singles, shape.layers, rows) + judged * (shape.layers + kept)
     return Work.of(shape, forwards, heads=rows * len(singles))
 
@@ -300,13 +299,8 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
         if stage.open:
             asked, both = probes_for(work.tokenizer, work.architecture, seed=seed), dense_and_compressed(work, segments)
             with bar("keys and lists", 2 * asked.prompt_tokens) as advance:
-                keys, lists = (
-                    {
-                        name: measures.passkey_grid(model, work.tokenizer, trials, advance=advance)
-                        for name, model in both.items()
-                    }
-                    for trials in (asked.keys, asked.lists)
-                )
+                of = {name: found_in_text(each, work.tokenizer, asked, advance=advance) for name, each in both.items()}
+            keys, lists = ({name: grids[i] for name, grids in of.items()} for i in (0, 1))
             stage.found = ProbesArtefact(keys=keys, lists=lists, longest=asked.longest, seed=seed)
     found = stage.artefact
     for what, grids in (("keys", found.keys), ("lists", found.lists)):
@@ -327,8 +321,8 @@ def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedT
         Figures of all capabilities in rows of the run's window, and hit rates of recall and lists by length.
     """
     model, text = work.student(segments, "folded", "tuned", "quantized"), work.config.text
-    longest = min(LONGEST_TEST, loading.positions(work.architecture) or LONGEST_TEST)
-    rows = probe_rows(work.tokenizer, rows=JUDGED_ROWS, window=text.window, family="judging", seed=text.seed)
+    longest = min(LONGEST_PROBE, loading.positions(work.architecture) or LONGEST_PROBE)
+    rows = probe_rows(work.tokenizer, rows=TEST_ROWS, window=text.window, family="judging", seed=text.seed)
     both = DecoderRunner(model), work.stack
     with bar("generated tests", None) as advance:
         found = measures.capability_figures(*both, rows, advance=advance)

@@ -19,6 +19,7 @@ import torch
 
 from layercut import layer_search, surgery
 from layercut import quantization as rounding
+from layercut.data.blocks import fingerprint
 from layercut.data.probes import ProbeRows
 from layercut.errors import ConfigError, SurgeryError
 from layercut.healing.endpoint_tuning import endpoints
@@ -78,7 +79,7 @@ def inputs(work: RunContext) -> list[Any]:
     return [
         work.source,
         work.text["calibration"],
-        work.text["heldout"],
+        fingerprint(work.held_out_text),
         config.text.seed,
         search,
         config.quantize,

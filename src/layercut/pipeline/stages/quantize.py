@@ -189,7 +189,7 @@ def frontier(this: Round, bits: Sequence[Bits], inputs: Sequence[Any]) -> list[F
 
 
 def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
-    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out rows.
+    """A point of the frontier: bytes, and by how much perplexity rises over the dense model's on held-out text.
 
     Args:
         work: of the run.
@@ -205,6 +205,6 @@ def point(work: RunContext, model: Any, bits: Bits) -> FrontierRecord:
         rows = rows_to_round_on(work, tests_to_round_on(work, asked))
         found = rounding.quantize(model, rows, **asdict(asked))
         model, size = found.model, found.bytes_after
-    perplexity = evaluation.perplexity(model, work.blocks["heldout"])
+    perplexity = evaluation.perplexity(model, work.held_out_text)
     rise = as_price(perplexity / work.heldout_perplexity - 1)
     return FrontierRecord(layers=layers, bits=bits, bytes=size, rise=rise)

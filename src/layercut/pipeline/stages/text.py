@@ -20,6 +20,7 @@ from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
+from layercut.data.probes import never_chats
 from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
@@ -227,6 +228,9 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
         work.text[use] = drawn.facts
         if use != "heldout":
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
+        if use == "tuning" and has_tests(drawn.source) and (plain := never_chats(work.tokenizer, work.preserved)):
+            why = "the chat template changes replies, or leaves out turns"
+            say("note", f"{why}: generated tests of {', '.join(plain)} are no chats")
     if "evaluation" in uses:
         say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"].window))
         say("evaluation", describe_shared(asdict(in_common(work, uses))))

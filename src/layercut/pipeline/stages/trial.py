@@ -15,7 +15,7 @@ import torch
 
 from layercut import surgery
 from layercut.data import sources
-from layercut.data.blocks import in_rows
+from layercut.data.blocks import fingerprint, in_rows
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.data.text_overlap import by_origin
 from layercut.healing import fold_, tune_
@@ -51,13 +51,14 @@ def inputs(work: RunContext) -> list[Any]:
     """All that a trial depends on beside what the search does; nothing where there is none."""
     if work.score == "raw":
         return []
-    return [work.score, work.text["heldout"], *(healing_inputs(work) if work.score == "healed" else [])]
+    judged_by = fingerprint(work.held_out_text)
+    return [work.score, judged_by, *(healing_inputs(work) if work.score == "healed" else [])]
 
 
 def healing_inputs(work: RunContext) -> list[Any]:
     """All that healing on some of the rows depends on, beside the cut."""
     heal = replace(work.config.heal, **SHORT, teacher_topk=0)
-    return [heal, work.text.get("tuning"), *objectives.edition(heal.objective)]
+    return [heal, work.text.get("tuning"), work.text["heldout"], *objectives.edition(heal.objective)]
 
 
 def rows_to_tune(rows: int, times: int = 1) -> int:
@@ -133,7 +134,7 @@ def fold_prices(this: Round, tokens: torch.Tensor, tests: ProbeRows | None) -> F
     if tests and tests.tokens.shape[1] == fit.shape[1]:
         fit = torch.cat([fit[: len(fit) - len(fit) // FIT_TESTS], tests.tokens[: len(fit) // FIT_TESTS]])
     others = other_tests(work, tests, JUDGED_ROWS, work.config.text.window)
-    few = weighted_rows(work.blocks["heldout"][:JUDGED_ROWS], others)
+    few = weighted_rows(work.held_out_text[:JUDGED_ROWS], others)
     return FoldPrices(this.stack, fit, few.tokens, few.weights, work.run.folder)
 
 
@@ -150,7 +151,7 @@ def unseen_rows(work: RunContext, tests: ProbeRows | None) -> list[WeightedRows]
     text, heal = work.config.text, work.config.heal
     windows = {heal.tune_window or text.window: LONG_TESTS, text.window: SHORT_TESTS}
     others = [each for window, rows in windows.items() if (each := other_tests(work, tests, rows, window))]
-    unseen = [weighted_rows(work.blocks["heldout"], None)]
+    unseen = [weighted_rows(work.held_out_text, None)]
     return unseen + [tests_alone(replace(each, weight=each.weight / len(others))) for each in others]
 
 
