@@ -46,7 +46,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RESULT = RESULTS / "demo.json"
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", *(f"docs/{p}.md" for p in ("results", "guides/engines", "guides/what-survives")))
+    for page in ("README.md", *(f"docs/{p}.md" for p in ("results", "guides/engines", "what-survives-measured")))
 )
 
 

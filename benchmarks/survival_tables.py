@@ -1,7 +1,7 @@
 """Tables of what cuts keep, as Markdown, from the results of compare.py (of several texts, tasks and probes), of
 keep_recall.py and of maps.py.
 
-`readme.py` puts them into docs/results.md, and the short ones into docs/guides/what-survives.md.
+`readme.py` puts them into docs/results.md, and the short ones into docs/what-survives-measured.md.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def texts_table(result: dict) -> str:
 def map_words(result: dict) -> str:
     """A capability map: its picture, and in words which layers hold what."""
     picture = "maps-qwen.svg" if "qwen" in result["model"].lower() else "maps.svg"
-    lines = [map_caption(result), "", f"![damage by capability and layer](../{picture})", ""]
+    lines = [map_caption(result), "", f"![damage by capability and layer]({picture})", ""]
     return "\n".join([*lines, *(f"* {line}" for line in result["words"])])
 
 
