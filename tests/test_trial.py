@@ -21,8 +21,8 @@ from layercut.errors import ConfigError
 from layercut.healing import fold_, fold_prices, tune_
 from layercut.healing.fold_prices import RIDGES, FoldPrices
 from layercut.healing.least_squares import HELD_OUT
-from layercut.layer_search import Candidate, Cost, Restriction, SearchResult, finalists
-from layercut.layer_search.finalists import (
+from layercut.layer_search import Candidate, Cost, Restriction, SearchResult, on_trial
+from layercut.layer_search.on_trial import (
     CLOSE,
     FINALISTS,
     GAIN,
@@ -324,7 +324,7 @@ def test_a_trial_without_healing_is_refused(tiny_model, texts, tmp_path, capsys)
 
 
 def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(finalists, "CLOSE", 9.0)
+    monkeypatch.setattr(on_trial, "CLOSE", 9.0)
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
     flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
     assert main(["tune", str(tiny_model), *flags]) == 0

@@ -29,7 +29,7 @@ from layercut.healing.least_squares import fold_cost
 from layercut.healing.stored_teacher import check_topk
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import numbers_of_segments
-from layercut.layer_search.finalists import LONGER, TRIED, VARIANTS, priced_after_fold
+from layercut.layer_search.on_trial import LONGER, TRIED, VARIANTS, priced_after_fold
 from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget

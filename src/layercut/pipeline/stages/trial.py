@@ -21,7 +21,7 @@ from layercut.data.text_overlap import by_origin
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
-from layercut.layer_search.finalists import LONGER, tried
+from layercut.layer_search.on_trial import LONGER, tried
 from layercut.layer_search.prices import Judge, Prices
 from layercut.layer_search.weighted_rows import WeightedRows, tests_alone, weighted_rows
 from layercut.models.batch_sizes import slices
