@@ -299,6 +299,24 @@ def test_what_no_task_tells_is_no_hundred_per_cent_and_a_perplexity_is_no_share(
     assert "by chance" not in html
 
 
+def test_perplexity_of_each_of_several_texts_is_shown(tmp_path):
+    several = {"dense": {"wiki.txt": 21.25, "<web>": 33.5}, "cut": {"wiki.txt": 41.75, "<web>": 57.25}}
+    comparison = {
+        "model": "x", "dense": {"perplexity": 26.7, "texts": several["dense"]},
+        "methods": [{"method": "clp", "kl": 0.1, "perplexity": {}, "texts": {"cut": several["cut"]}}],
+    }  # fmt: skip
+    (tmp_path / "compare.json").write_text(json.dumps(comparison))
+    assert main(["report", str(tmp_path)]) == 0
+    table = (tmp_path / "compare.html").read_text().partition("of each text alone")[2].partition("</table>")[0]
+    assert [figure in table for of in several.values() for figure in map(formatting.short, of.values())] == [True] * 4
+    assert "&lt;web&gt;" in table
+    for of in (comparison["dense"], comparison["methods"][0]):
+        of["texts"] = {}
+    (tmp_path / "compare.json").write_text(json.dumps(comparison))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "of each text alone" not in (tmp_path / "compare.html").read_text()
+
+
 def test_figures_of_packages_evaluations_are_shown_and_an_empty_plot_is_not_drawn(tmp_path):
     own = {"evaluations": {"sentiment": {"accuracy": 0.8125, "bias": 0.03}}}
     comparison = {

@@ -907,7 +907,9 @@ def test_the_closing_line_names_what_failed(tmp_path: Path) -> None:
 
 
 def test_tasks_scored_afterwards_count_in_the_closing_line(tmp_path: Path) -> None:
-    assert "No task was measured" in concluded(tmp_path).text
+    assert "No task was measured: layercut evaluate RUN" in concluded(tmp_path).text
+    assert "No task was measured.**" in (card := model_card(tmp_path)), "who reads it has no RUN"
+    assert "RUN" not in card
     (tmp_path / "evaluations").mkdir()
     scored = {key: survival_json()[key] for key in ("tasks", "retention")}
     scored["retention"] = {**scored["retention"], "above_chance": 0.3}

@@ -157,6 +157,23 @@ def survivals(comparison: Any) -> Iterator[tuple[str, str, Json]]:
             yield str(row.method), state, judged
 
 
+def by_text(comparison: Any) -> Iterator[tuple[str, str, Json]]:
+    """(method, state, perplexity of each text) of everything that was measured; the dense model first.
+
+    Args:
+        comparison: compare.json.
+
+    Yields:
+        Each state of each method, the cheapest cut first.
+    """
+    comparison = Json(comparison)
+    yield "dense", "", comparison.dense.texts
+    for row in by_kl(comparison):
+        for state in measured_states(comparison):
+            if row.texts[state]:
+                yield str(row.method), state, row.texts[state]
+
+
 def found(grid: Json) -> str:
     """How many keys or values were found, of how many; "-" where that is not known."""
     hits, trials = (sum(formatting.finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ from layercut.report.templating import lines, page
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+
+OF_THE_RUN = re.compile(r": layercut evaluate RUN[^.]*\.")
+"""What the owner of the run folder can do about it; who reads the card has none."""
 
 
 def write_report(run: Path) -> Path:
@@ -72,7 +77,9 @@ def card_body(run: Path, use: str) -> str:
     Raises:
         RunError: it is no finished run's folder.
     """
-    return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **_facts(read_run(run)), use=use))
+    facts = _facts(read_run(run))
+    facts["conclusion"] = replace(facts["conclusion"], text=OF_THE_RUN.sub(".", facts["conclusion"].text))
+    return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **facts, use=use))
 
 
 def _facts(run: RunFacts) -> dict[str, Any]:
