@@ -9,7 +9,7 @@ import transformers
 import tiny
 from layercut.healing import least_squares
 from layercut.healing.endpoint_tuning import endpoints, own_parameters_
-from layercut.healing.least_squares import RIDGES, Normal, fold_cut_
+from layercut.healing.least_squares import RIDGES, Normal, add_split_, fold_cut_
 from layercut.healing.linear_outputs import find_targets
 from layercut.models import loading
 from layercut.models.runner import DecoderRunner, hidden_of, mean_kl, shared_layers
@@ -109,8 +109,9 @@ def read_by(stack, position, tokens, modules, *, output=False):
     return out, torch.cat([caught[name].reshape(*out.shape[:2], -1) for name in modules], dim=-1)
 
 
-def ridge_regression(x, y, ridge):
-    x, y = x.flatten(0, 1).double(), y.flatten(0, 1).double()
+def ridge_regression(x, y, ridge, size):
+    """Of errors relative to the size of what is wanted, token by token."""
+    x, y = ((each / size).flatten(0, 1).double() for each in (x, y))
     gram = x.T @ x
     return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
 
@@ -177,7 +178,7 @@ def test_a_fold_finds_its_weights_and_brings_the_student_nearer(name):
     model = family(name)
     student = cut_copy(model, Segment(2, 4))
     dense, cut = DecoderRunner(model), DecoderRunner(student)
-    tokens = tiny.some_tokens(64, 16)
+    tokens = tiny.some_tokens(128, 16)
     untouched = {key: p.clone() for key, p in model.named_parameters()}
     before = mean_kl(dense, cut, tokens)
     outcome = fold_cut_(cut, dense, Segment(2, 4), tokens, rows=16)
@@ -214,12 +215,12 @@ def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
     plain = DecoderRunner(cut_copy(model, Segment(2, 4)))
     hidden, calls = dense.enter(tokens)
     wanted = dense.run(hidden, calls, 0, 4)
-    fit = torch.arange(64) % 8 != 7
+    fit, size = torch.arange(64) % 8 != 7, wanted.square().mean(-1, keepdim=True).sqrt()
     lacking = []
     for number, ridge in enumerate(outcome.ridges):
         out, x = read_by(plain, 1, tokens, outcome.modules[number:])
-        lacking.append((wanted - out)[~fit].square().sum())
-        delta = ridge_regression(x[fit], (wanted - out)[fit], ridge)
+        lacking.append(((wanted - out) / size)[~fit].square().sum())
+        delta = ridge_regression(x[fit], (wanted - out)[fit], ridge, size[fit])
         module = plain.layers[1].get_submodule(outcome.modules[number])
         linear = isinstance(module, torch.nn.Linear)
         delta = delta[: module.weight.shape[1 if linear else 0]]
@@ -228,8 +229,26 @@ def test_each_projection_is_the_ridge_regression_on_what_it_reads(name):
     ours, _ = read_by(cut, 1, tokens, outcome.modules)
     theirs, _ = read_by(plain, 1, tokens, outcome.modules)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    left = (ours - wanted)[~fit].square().sum() / lacking[0]
+    left = ((ours - wanted) / size)[~fit].square().sum() / lacking[0]
     assert outcome.error_after == pytest.approx(left.item(), rel=1e-2)
+
+
+def test_a_few_tokens_of_massive_activations_do_not_decide(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    z, out, truth, noise = (
+        torch.randn(*shape, generator=draw) for shape in ((64, 16, 12), (64, 16, 7), (12, 7), (64, 7))
+    )
+    wanted = out + z @ truth
+    wanted[:, 0] = 1000 * noise  # as at the sinks of attention: no map of what is read
+
+    def off():
+        fit, check = (Normal.zeros(12, 7, torch.device("cpu")) for _ in range(2))
+        add_split_(fit, check, slice(0, 64), z, out, wanted)
+        return (fit.solve_best(RIDGES, check)[1] - truth).norm() / truth.norm()
+
+    assert off() < 0.2
+    monkeypatch.setattr(least_squares, "SMALLEST", 1e12)  # every token counts by its size
+    assert off() > 1
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
@@ -245,8 +264,8 @@ def test_experts_are_multiplied_by_the_best_matrix(name):
     hidden, calls = dense.enter(tokens)
     wanted = dense.run(hidden, calls, 0, 4)
     out, m = read_by(plain, 1, tokens, ["mlp"], output=True)
-    fit = torch.arange(64) % 8 != 7
-    delta = ridge_regression(m[fit], (wanted - out)[fit], outcome.ridges[1])
+    fit, size = torch.arange(64) % 8 != 7, wanted.square().mean(-1, keepdim=True).sqrt()
+    delta = ridge_regression(m[fit], (wanted - out)[fit], outcome.ridges[1], size[fit])
     hidden, calls = cut.enter(tokens)
     torch.testing.assert_close(cut.run(hidden, calls, 0, 2).double(), out + m.double() @ delta, rtol=1e-3, atol=1e-3)
 
@@ -325,8 +344,8 @@ def test_a_later_cut_is_folded_on_what_the_healed_student_computes():
     hidden, calls = dense.enter(tokens)
     wanted = dense.run(hidden, calls, 0, 6)
     out, x = read_by(DecoderRunner(plain), 3, tokens, outcome.modules)
-    fit = torch.arange(64) % 8 != 7
-    delta = ridge_regression(x[fit], (wanted - out)[fit], outcome.ridges[0])[:32]
+    fit, size = torch.arange(64) % 8 != 7, wanted.square().mean(-1, keepdim=True).sqrt()
+    delta = ridge_regression(x[fit], (wanted - out)[fit], outcome.ridges[0], size[fit])[:32]
     got = student.model.layers[3].self_attn.o_proj.weight - plain.model.layers[3].self_attn.o_proj.weight
     torch.testing.assert_close(got, delta.T.float(), rtol=1e-3, atol=1e-4)
 

@@ -123,8 +123,7 @@ class FoldPrices:
         solved, check = (Normal.zeros(left[0][1].shape[-1], self.dense.hidden_size, left[0][0].device) for _ in "ab")
         for batch, (out, z) in enumerate(left):
             part = self.fit.parts[batch]
-            wanted = self.fit.kept[segment.stop, part].to(out.device)
-            add_split_(solved, check, part, z, wanted.float() - out.float())
+            add_split_(solved, check, part, z, out, self.fit.kept[segment.stop, part])
         if not (solved.finite and check.finite):
             return None
         return solved.solve_best(RIDGES if check.tokens else RIDGES[-1:], check)[1]

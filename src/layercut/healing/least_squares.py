@@ -5,9 +5,12 @@ and its MLP add to the residual stream, z being what their output projections re
 projection is solved again, the attention's first (together with the MLP's as it would be with nothing changed), then
 the MLP's on what it really reads: X minimising
 
-    || z (W + X) + rest - h_e ||^2 + ridge || X ||^2,      X = (Z'Z + ridge I)^-1 Z'Y,      Y = h_e - h
+    sum_t || z_t (W + X) + rest_t - h_et ||^2 / || h_et ||^2 + ridge || X ||^2,
+    X = (Z'Z + ridge I)^-1 Z'Y,      Y = h_e - h,      the rows of Z and Y over || h_et || / sqrt(D)
 
-with h the stream that leaves layer s - 1, in float64 from streamed Z'Z and Z'Y. The result stays a stock
+with h the stream that leaves layer s - 1, in float64 from streamed Z'Z and Z'Y. What follows reads the stream through a
+norm, so that an error counts as a share of the token's own size: else the few tokens of massive activations, a thousand
+times as large as others, would decide alone (docs/log.md). The result stays a stock
 architecture (after ReplaceMe, 2505.02819, equation 5, which multiplies the MLP's *output* by a square matrix:
 W + X is any matrix, of which that is the part of the form W T; docs/log.md has what this brings). The ridge pulls
 towards the weight as it is, so that without evidence nothing changes; it is relative to the mean of Z'Z's diagonal
@@ -56,6 +59,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 HELD_OUT = 8
 """One row in this many is kept out of the statistics and chooses the ridge."""
+
+SMALLEST = 1e-12
+"""The least mean square of a stream that an error is taken relative to."""
 
 COLUMNS = 1024
 """Columns of Z'Z that are added to at once, below its diagonal alone: it is symmetric."""
@@ -186,7 +192,8 @@ class Fold:
     """The ridge that was chosen for each of them, relative to the mean of Z'Z's diagonal."""
     error_before: float | None
     error_after: float | None
-    """Squared error of what enters layer e, on held-out rows, relative to the plain cut's (error_before = 1)."""
+    """Squared error of what enters layer e, each token's relative to its own square, on held-out rows, as a share of
+    the plain cut's (error_before = 1)."""
     tokens: int
     """Tokens that it was solved and chosen on."""
     skipped: str | None = None
@@ -437,30 +444,36 @@ def _statistics(
     queue = dense.parts("fold", shared)
     for one in queue:
         parts, counts = one
-        found: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
+        found: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = iter(())
         with queue.trying(one):
             gaps = _gaps(ends, targets, tokens, parts)
             found = chain([next(gaps)], gaps)  # all layers have been run by then
-        for part, (z, y) in zip(parts, found, strict=False):  # none where memory ran out
+        for part, (z, out, wanted) in zip(parts, found, strict=False):  # none where memory ran out
             if not counts:
                 continue
-            add_split_(fit, check, part, z, y)
+            add_split_(fit, check, part, z, out, wanted)
             advance(len(z))
     fit.sum_()
     check.sum_()
     return fit, check
 
 
-def add_split_(fit: Normal, check: Normal, rows: slice, z: torch.Tensor, y: torch.Tensor) -> None:
-    """Add rows to the sums to fit, one in HELD_OUT to those that check.
+def add_split_(
+    fit: Normal, check: Normal, rows: slice, z: torch.Tensor, out: torch.Tensor, wanted: torch.Tensor
+) -> None:
+    """Add rows to the sums to fit, one in HELD_OUT to those that check; each token over the size of what is wanted.
 
     Args:
         fit: sums over the rows to fit.
         check: sums over those kept out.
         rows: the numbers of the B rows.
         z: what is read [B, T, I].
-        y: what is to be added to the stream [B, T, D].
+        out: the stream as it is [B, T, D].
+        wanted: as it is to be [B, T, D].
     """
+    wanted = wanted.to(out.device).float()
+    scale = wanted.square().mean(-1, keepdim=True).clamp_min(SMALLEST).rsqrt()
+    z, y = z.float() * scale, (wanted - out.float()) * scale
     held = torch.arange(rows.start, rows.stop) % HELD_OUT == HELD_OUT - 1
     for sums, chosen in ((fit, ~held), (check, held)):
         which = chosen.nonzero()[:, 0].to(z.device)  # found on the CPU: no device is waited for
@@ -469,8 +482,8 @@ def add_split_(fit: Normal, check: Normal, rows: slice, z: torch.Tensor, y: torc
 
 def _gaps(
     ends: _Ends, targets: Sequence[LinearOutput], tokens: torch.Tensor, parts: Sequence[slice]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What the targets are solved from [B, T, I], side by side, and y = h_e - h, what the stream lacks [B, T, D]."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What the targets are solved from [B, T, I], side by side, and the stream as it is and is to be [B, T, D]."""
     student, position = ends.student, ends.position
     both = ends.of(tokens, parts)
     layer = student.loaded(position)
@@ -482,7 +495,7 @@ def _gaps(
             caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
             for module, target in zip(modules, targets, strict=True)
         ]
-        yield torch.cat(outputs, dim=-1), wanted.to(out.device).float() - out.float()
+        yield torch.cat(outputs, dim=-1), out, wanted
 
 
 # --- what it costs, told beforehand ---

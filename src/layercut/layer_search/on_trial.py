@@ -5,7 +5,7 @@
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
     4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
-       the VARIANTS best of those that do not differ from the best of them
+       the VARIANTS best of those that do not differ from the best of them, or from one CLOSE to it
     5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least would
        be left if it went on like that (`foretold`)
 
@@ -15,7 +15,7 @@ Plain prices only propose; what decides is `healing/fold_prices.py`, and healing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from layercut.layer_search.gate_walls import neighbours
@@ -27,11 +27,11 @@ from layercut.models.cost import Bounds, PlannedRun, Work
 
 POOL, PROPOSED, MOST_MOVES = 6, 8, 6
 """Candidates that are priced, moves that are in each round, and rounds at most."""
-TRIED, VARIANTS, FINALISTS = 4, 2, 3
-"""Cuts healed that differ from each other, of the best one's variants, and at most of these that are healed again."""
+TRIED, VARIANTS, FINALISTS = 4, 2, 4
+"""Cuts healed that differ from each other, variants of each close one, and at most of these that are healed again."""
 CLOSE, LONGER = 0.15, 4
-"""What more than the least may be left of cuts that are healed again, as a share, and on how many times the rows; on so
-many times these again the choice will be healed."""
+"""What more than the least may be left of cuts whose variants are healed and that are healed again, as a share, and on
+how many times the rows; on so many times these again the choice will be healed."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]
@@ -113,7 +113,7 @@ def after_healing(
     """What is left of the best cuts once they are healed: far apart first, then around the best, then the best longer.
 
     A fold tells neighbours apart no better than cuts that share nothing, and healing them all is too dear: the first
-    round finds the place. Which of two close ones is better after a short healing says little, since some cuts heal
+    round finds the places. Which of close ones is better after a short healing says little, since some cuts heal
     faster at first than others and no further (docs/log.md).
 
     Args:
@@ -122,16 +122,21 @@ def after_healing(
         by_text: what is healed for a while whatever it promises: what tests cost and spare is told after healing.
 
     Returns:
-        The prices after a short healing, of these, of TRIED cuts that differ and of VARIANTS of the best, as far as
-        there are any; and after a longer one, of the CLOSE ones among them, FINALISTS at most, where there are several.
+        The prices after a short healing, of these, of TRIED cuts that differ and of VARIANTS of each CLOSE one, as far
+        as there are any; and after a longer one, of those CLOSE by then, FINALISTS at most, where there are several.
     """
     short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, TRIED), *by_text])}
-    best = min(short, key=short.__getitem__)
-    near = [cuts for cuts in ordered if cuts not in short and differing([best, cuts], 2) == [best]]
-    short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
-    ranked = sorted(short, key=short.__getitem__)
-    close = [cuts for cuts in ranked if short[cuts] <= (1 + CLOSE) * short[ranked[0]]][:FINALISTS]
+    for place in close_ones(short):
+        near = [cuts for cuts in ordered if cuts not in short and differing([place, cuts], 2) == [place]]
+        short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
+    close = close_ones(short)[:FINALISTS]
     return short, {cuts: healed(cuts, LONGER) for cuts in close} if len(close) > 1 else {}
+
+
+def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
+    """The cuts of which at most CLOSE more than of the best is left, the best first; healed: what is left of each."""
+    ranked = sorted(healed, key=healed.__getitem__)
+    return [cuts for cuts in ranked if healed[cuts] <= (1 + CLOSE) * healed[ranked[0]]]
 
 
 def foretold(short: float, longer: float) -> float:
