@@ -220,7 +220,9 @@ def _search_cost(run: PlannedRun) -> Spent:
 
 
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
-    """What healing the cuts on trial costs, with the one by text alone; two are taken to be close and healed longer.
+    """What healing the cuts on trial costs, with the one by text alone.
+
+    Variants of two cuts are taken to be tried, and three cuts to be close in the end and healed longer.
 
     held: bytes of the dense states that quick folds are solved and judged by.
     """
@@ -228,7 +230,8 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     judged = _judged_on_trial(run)
     held += sum(shape.stream(rows) for shape, rows in judged)
     dense = Work(flops=sum(rows * shape.layers * shape.mean("flops") for shape, rows in judged))
-    found = reduce(both_searches, [Spent({}, dense), *[short] * (TRIED + (run.tests > 0) + VARIANTS), *[longer] * 2])
+    tried = TRIED + (run.tests > 0) + 2 * VARIANTS
+    found = reduce(both_searches, [Spent({}, dense), *[short] * tried, *[longer] * 3])
     return replace(found, peak=found.peak | {"dense states": held})
 
 
