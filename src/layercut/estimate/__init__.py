@@ -29,7 +29,7 @@ from layercut.healing.least_squares import fold_cost
 from layercut.healing.stored_teacher import check_topk
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import numbers_of_segments
-from layercut.layer_search.on_trial import LONGER, TRIED, VARIANTS, priced_after_fold
+from layercut.layer_search.on_trial import LONGER, PLACES, TRIED, VARIANTS, priced_after_fold
 from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
@@ -222,7 +222,7 @@ def _search_cost(run: PlannedRun) -> Spent:
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
     """What healing the cuts on trial costs, with the one by text alone.
 
-    Variants of two cuts are taken to be tried, and three cuts to be close in the end and healed longer.
+    All variants that there may be are taken to be tried, and three cuts to be close in the end and healed longer.
 
     held: bytes of the dense states that quick folds are solved and judged by.
     """
@@ -230,7 +230,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     judged = _judged_on_trial(run)
     held += sum(shape.stream(rows) for shape, rows in judged)
     dense = Work(flops=sum(rows * shape.layers * shape.mean("flops") for shape, rows in judged))
-    tried = TRIED + (run.tests > 0) + 2 * VARIANTS
+    tried = TRIED + (run.tests > 0) + PLACES * VARIANTS
     found = reduce(both_searches, [Spent({}, dense), *[short] * tried, *[longer] * 3])
     return replace(found, peak=found.peak | {"dense states": held})
 

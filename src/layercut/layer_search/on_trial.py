@@ -5,7 +5,7 @@
     2. of the best one's one-layer moves, which may split a segment, those that are cheapest as plain cuts are too
     3. while the best of them gains more than GAIN, again from there
     4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
-       the VARIANTS best of those that do not differ from the best of them, or from one CLOSE to it
+       the VARIANTS best of those that do not differ from the best of them, and from the next where it is CLOSE
     5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least would
        be left if it went on like that (`foretold`)
 
@@ -27,8 +27,9 @@ from layercut.models.cost import Bounds, PlannedRun, Work
 
 POOL, PROPOSED, MOST_MOVES = 6, 8, 6
 """Candidates that are priced, moves that are in each round, and rounds at most."""
-TRIED, VARIANTS, FINALISTS = 4, 2, 4
-"""Cuts healed that differ from each other, variants of each close one, and at most of these that are healed again."""
+TRIED, PLACES, VARIANTS, FINALISTS = 4, 2, 2, 4
+"""Cuts healed that differ from each other, how many close ones have variants healed, so many each, and at most of these
+that are healed again."""
 CLOSE, LONGER = 0.15, 4
 """What more than the least may be left of cuts whose variants are healed and that are healed again, as a share, and on
 how many times the rows; on so many times these again the choice will be healed."""
@@ -122,11 +123,12 @@ def after_healing(
         by_text: what is healed for a while whatever it promises: what tests cost and spare is told after healing.
 
     Returns:
-        The prices after a short healing, of these, of TRIED cuts that differ and of VARIANTS of each CLOSE one, as far
-        as there are any; and after a longer one, of those CLOSE by then, FINALISTS at most, where there are several.
+        The prices after a short healing, of these, of TRIED cuts that differ and of VARIANTS of each of PLACES that
+        are CLOSE, as far as there are any; and after a longer one, of those CLOSE by then, FINALISTS at most, where
+        there are several.
     """
     short = {cuts: healed(cuts, 1) for cuts in dict.fromkeys([*differing(ordered, TRIED), *by_text])}
-    for place in close_ones(short):
+    for place in close_ones(short)[:PLACES]:
         near = [cuts for cuts in ordered if cuts not in short and differing([place, cuts], 2) == [place]]
         short |= {cuts: healed(cuts, 1) for cuts in near[:VARIANTS]}
     close = close_ones(short)[:FINALISTS]
