@@ -99,7 +99,7 @@ def headline_table(recall: dict, speed: dict) -> str:
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {recall['model']} "
         f"without a fifth of its layers, folded on {recall['fold_tokens']:,} and healed on {AS_BY_DEFAULT['tokens']:,} "
-        f"tokens of C4 and Wikipedia, else as by default (12:16: layers 12 to 15); "
+        f"tokens of C4 and Wikipedia, else as then by default (12:16: layers 12 to 15); "
         f"{recall['eval_tokens']:,} tokens of each text in windows of {recall['window']}.",
         "",
         f"| | {' | '.join(f'perplexity, {text}' for text in dense['perplexity'])} | {counted} |",

@@ -51,21 +51,20 @@ def questions(test: str, length: int, folder: str, items: int) -> list[dict[str,
 def main() -> None:
     args = arguments(__doc__, **DEFAULTS)
     dense, folders = open_model(args.model), [str(Path(run) / "model") for run in args.others]
+    asked = {(test, n): questions(test, n, folders[0], args.items) for test in TESTS for n in args.lengths}
     rows: list[dict[str, Any]] = []
     for name, folder in (("dense", None), *zip(args.others, folders, strict=True)):
         model = dense.model if folder is None else AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder or folders[0])
-        for test in TESTS:
-            for length in args.lengths:
-                asked = questions(test, length, folders[0], args.items)
-                prompts = [f"{each['input']} {each['gen_prefix']}" for each in asked]
-                said = answers(model, tokenizer, prompts, ANSWER_TOKENS[test], args.batch)
-                wanted = [each["outputs"] for each in asked]
-                found = common_utils.string_match_all(common_utils.postprocess_pred(said), wanted)
-                row = {"model": Path(name).name, "test": test, "length": length, "found": found, "items": len(asked)}
-                print(row, flush=True)
-                rows.append(row)
-    claim = "needles of RULER found by greedy decoding, dense and without a fifth of the layers"
+        for (test, length), items in asked.items():
+            prompts = [f"{each['input']} {each['gen_prefix']}" for each in items]
+            said = answers(model, tokenizer, prompts, ANSWER_TOKENS[test], args.batch)
+            wanted = [each["outputs"] for each in items]
+            found = common_utils.string_match_all(common_utils.postprocess_pred(said), wanted)
+            row = {"model": Path(name).name, "test": test, "length": length, "found": found, "items": len(items)}
+            print(row, flush=True)
+            rows.append(row)
+    claim = "needles of RULER found by greedy decoding, dense and of finished runs"
     finish(args.out, dense, claim, rows, tests=[*TESTS], answer_tokens=ANSWER_TOKENS)
 
 

@@ -393,7 +393,7 @@ class _Writer:
             common: the first tokens of both.
 
         Returns:
-            None where all of `ids` are as they were; else mostly one.
+            0 where all of `ids` are as they were; else mostly 1.
         """
         if common == len(ids):
             return 0

@@ -21,6 +21,7 @@ from layercut.data.blocks import Reader, TextFacts, stored_blocks
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
 from layercut.data.sources import TESTS, split_mix
+from layercut.data.text_overlap import by_origin
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
@@ -191,9 +192,10 @@ class RunContext:
 
         All of them where nothing but tests is tuned on.
         """
-        rows, origins = self.blocks["heldout"], self.text["heldout"].origins
-        of_text = [i for i in range(len(rows)) if origins[i % len(origins)] != TESTS]
-        return rows[of_text] if of_text else rows
+        rows = self.blocks["heldout"]
+        parts = by_origin(torch.arange(len(rows)), self.text["heldout"].origins)
+        of_text = [part for name, part in parts.items() if name != TESTS]
+        return rows[torch.cat(of_text).sort().values] if of_text else rows
 
     @cached_property
     def heldout_perplexity(self) -> float:
