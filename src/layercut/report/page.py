@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-OF_THE_RUN = re.compile(r": layercut evaluate RUN[^.]*\.")
-"""What the owner of the run folder can do about it; who reads the card has none."""
-
-
 def write_report(run: Path) -> Path:
     """Write RUN/report.html, atomically, and return its path; of a run of `compare`, compare.html.
 
@@ -77,8 +73,7 @@ def card_body(run: Path, use: str) -> str:
     Raises:
         RunError: it is no finished run's folder.
     """
-    facts = _facts(read_run(run))
-    facts["conclusion"] = replace(facts["conclusion"], text=OF_THE_RUN.sub(".", facts["conclusion"].text))
+    facts = _facts(replace(read_run(run), place=None))
     return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **facts, use=use))
 
 
@@ -118,7 +113,7 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
     from rich.table import Table
     from rich.text import Text
 
-    found = read_run(run)
+    found = replace(read_run(run), place=printable(shlex.quote(str(run))))
     table = Table(title=Text(printable(found.summary.model) or "layercut", style="bold"), title_justify="left")
     for heading in ("", "dense", "compressed", "change"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -128,12 +123,9 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
         else:
             table.add_section()
     colours = {"good": "green", "fair": "yellow", "bad": "red", "open": ""}
-    named = re.compile(r"(layercut (?:evaluate|export|quantize)) RUN\b")
-    place = printable(shlex.quote(str(run)))
 
     def line(verdict: verdicts.Verdict, words: str, style: str) -> Text:
-        text = named.sub(lambda hit: f"{hit[1]} {place}", f"{verdict.sign} {words}{verdict.text}")
-        return Text(text, f"{style}{colours[verdict.mark]}".strip())
+        return Text(f"{verdict.sign} {words}{verdict.text}", f"{style}{colours[verdict.mark]}".strip())
 
     last = verdicts.conclusion(found)
     warned = [verdict for verdict in verdicts.verdicts(found) if verdict.mark in ("fair", "bad")]

@@ -41,6 +41,8 @@ class RunFacts:
     """What `layercut evaluate RUN` measured, in the order of their files."""
     settings: Json = field(default_factory=Json)
     """config.yaml."""
+    place: str | None = "RUN"
+    """What the folder is called in commands that are named; None for a reader who has none, as of a model card."""
 
     @property
     def speed(self) -> Json:
@@ -67,7 +69,7 @@ def read_run(folder: Path) -> RunFacts:
             f"{folder} has no summary.json, so it is not the folder of a finished run",
             f"finish the run first: layercut compress MODEL --out {shlex.quote(str(folder))}",
         )
-    found = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
+    found: dict[str, Any] = {name: read_json(folder / f"{file}.json") for name, file in FILES.items()}
     settings, summary = _settings(folder / "config.yaml"), found["summary"]
     keys = {str(summary.config_hash), _model_key(found["quantization"], summary)}
     of_this_run = {

@@ -240,7 +240,8 @@ def better_way(run: RunFacts) -> str:
         healed = finite(run.heal.tuning.trained_parameters) or 0.0
         about = came * has / had + healed * max(0.0, KEPT_TYPE_BITS - 8 * came / had) / 8
     exported = weight if weight is not None and came is not None and weight < came else None
-    return _say("better_way", from_gguf=printable(run.summary.model).endswith(".gguf"), exported=exported, about=about,
+    return _say("better_way", place=run.place, from_gguf=printable(run.summary.model).endswith(".gguf"),
+                exported=exported, about=about,
                 bits=2 if run.quantization.bits == "auto" else finite(run.quantization.bits))  # fmt: skip
 
 
@@ -421,8 +422,9 @@ def conclusion(run: RunFacts) -> Verdict:
         why, mark = "usable", "good" if factor <= limits.CLOSE and not failed and not weak else "fair"
     without = Json({"perplexity": {k: value for k, value in perplexities(summary).items() if k != "quantized"}})
     before = final_factor(without) if "quantized" in perplexities(summary) else None
-    text = _say("conclusion", why=why, ruined=ruined, factor=factor, came=came, after=summary.bytes.after,
-                better=better_way(run), rounded=before if before is not None and before <= limits.FAIR else None,
+    text = _say("conclusion", place=run.place, why=why, ruined=ruined, factor=factor, came=came,
+                after=summary.bytes.after, better=better_way(run),
+                rounded=before if before is not None and before <= limits.FAIR else None,
                 tasks=next((v.text for v in verdicts(run) if v.stage == "Tasks"), ""), failed=failed, weak=weak,
                 measured=bool(tables.task_rows(run.scored)),
                 exported=weight if exported else None, text=source_name(summary.perplexity.dataset))  # fmt: skip
