@@ -70,6 +70,9 @@ def test_named_sets_are_named_as_the_hub_knows_them(tmp_path):
 def test_what_was_not_measured_is_no_figure(tmp_path):
     nothing = dict.fromkeys(("cut", "folded", "tuned", "quantized"))
     assert "model-index" not in front(model_card(make_run(tmp_path, summary={"perplexity": {"dense": 2.0, **nothing}})))
+    ruined = {"dataset": "c4", "window": 64, "tokens": 128, "dense": 2.0, "tuned": 2.5, "quantized": float("inf")}
+    of_quantized = front(model_card(make_run(tmp_path / "ruined", summary={"perplexity": ruined})))
+    assert "model-index" not in of_quantized, "2.5 is another model's"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import wraps
 from html.parser import HTMLParser
 from pathlib import Path
@@ -871,6 +870,9 @@ def test_what_is_larger_and_worse_is_not_to_be_shipped_and_export_is_named(tmp_p
     found = concluded(tmp_path, exported, summary=sound)
     assert found.text.startswith("The exported GGUF file (84.0 MB) is usable where a perplexity that is 1.09×")
     assert "broken" not in found.text
+    found = concluded(tmp_path, {**exported, "broken": "The compressed model is broken."}, summary=sound)
+    assert found.mark == "bad"
+    assert "export" not in found.text, "what is broken is not recommended, nor to be made again"
     folder = concluded(tmp_path, summary={**INFLATED, "model": MODEL})
     assert "layercut quantize RUN --bits 4" in folder.text
     assert "layercut quantize RUN" not in model_card(tmp_path), "who reads it has no RUN"
@@ -1021,7 +1023,7 @@ def test_every_cross_and_caution_is_in_the_terminal(tmp_path: Path) -> None:
         summary={**survival_json(), **with_perplexity(folded=110.0, tuned=67.4, quantized=70.0)},
         eval={"speed": {"decode": {"dense": 24.0, "compressed": 23.0, "ratio": 0.958, "ideal": 1.25}}},
     )
-    found = verdicts.verdicts(replace(read_run(run), place=str(run)))
+    found = verdicts.verdicts(read_run(run, place=str(run)))
     said = " ".join(ended(run, width=2000).split())
     assert {v.stage for v in found if v.mark == "bad"} >= {"Fold", "Decode", "Tasks"}
     for verdict in found:

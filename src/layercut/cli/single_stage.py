@@ -49,7 +49,7 @@ from layercut.progress import bar, say
 from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.formatting import label
-from layercut.report.model_card import Figure, Made, from_folder, layers_of, of_run
+from layercut.report.model_card import Made, from_folder, layers_of, number_format_of, of_run, perplexity_again
 from layercut.report.run_facts import model_key
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment, kept_layers
@@ -393,11 +393,7 @@ def _quantized_model(source: Path, run: Path | None, config: QuantizeAloneConfig
     """What the card of a quantized model says."""
     plain = of_run(run) if run else from_folder(source)
     measured = (exported.check or {}).get("perplexity")
-    figure = []
-    if measured and run:
-        dataset = checkpoints.read_json(run / "summary.json")["perplexity"]["dataset"]
-        words = f"the first {measured['tokens']} tokens"
-        figure = [Figure(metric="perplexity", value=measured["value"], dataset=str(dataset), words=words)]
+    figures = [perplexity_again(run, measured["value"], measured["tokens"])] if measured and run else []
     bits = config.quantize.bits
     what = f"The decoder layers' weights in {bits} bits"
     if bits == "auto":
@@ -405,9 +401,9 @@ def _quantized_model(source: Path, run: Path | None, config: QuantizeAloneConfig
     return replace(
         plain,
         done=f"{what} ({config.quantize.quantizer}).",
-        number_format="mixed integers" if bits == "auto" else f"int{bits}",
+        number_format=number_format_of(bits),
         packed=True,
-        figures=figure,
+        figures=figures,
     )
 
 

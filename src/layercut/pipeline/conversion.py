@@ -22,7 +22,7 @@ from layercut.pipeline.handover import describe_, describe_run_, destination, re
 from layercut.pipeline.provenance import check_finished, is_run
 from layercut.progress import say
 from layercut.registries import exporters
-from layercut.report.model_card import Figure, Made, from_folder, of_run
+from layercut.report.model_card import Made, from_folder, of_run, perplexity_again
 from layercut.report.page import write_report
 from layercut.report.run_facts import model_key
 from layercut.report.stage_lines import describe_export, describe_gguf_check
@@ -89,9 +89,7 @@ def _made(target: str, run: Path | None, config: ExportConfig, facts: dict[str, 
     again, figures = facts["again"], []
     value = again["perplexity"]["file"] or (again["llama_cpp"] or {}).get("perplexity")
     if run and value:
-        dataset = checkpoints.read_json(run / "summary.json")["perplexity"]["dataset"]
-        words = f"the first {again['tokens']} tokens"
-        figures = [Figure(metric="perplexity", value=value, dataset=str(dataset), words=words)]
+        figures = [perplexity_again(run, value, again["tokens"])]
     kind = facts["kind"].upper()
     if facts["kind"] in AS_THEY_CAME:
         kind = next((name for name in facts["tensor_types"] if name not in FLOATS), "F32")

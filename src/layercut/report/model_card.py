@@ -22,13 +22,11 @@ from layercut.models.source_card import SourceCard, source_card
 from layercut.report.formatting import Json, finite, printable, source_name, spans, whole_number
 from layercut.report.page import card_body
 from layercut.report.run_facts import RunFacts, read_json, read_run
-from layercut.report.tables import READINGS, consumer_rows
+from layercut.report.tables import READINGS, consumer_rows, last_stage
 from layercut.report.templating import page
 
 HERE = "path/to/this/folder"
 """Stands in the commands of a card for where the model is; `addressed` puts the Hub id there."""
-STAGES = ("quantized", "tuned", "folded", "cut")
-"""States of the model in a run, the last one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +101,8 @@ def checkpoint_card(made: Made, run: Path | None = None) -> str:
 def of_run(run: Path) -> Made:
     """The checkpoint in a finished run's folder. RunError if it is no finished run's folder."""
     found = read_run(run)
-    bits = whole_number(found.quantization.bits)
-    number_format = f"int{bits}" if bits is not None and bits < 16 else ""
-    if found.quantization.bits == "auto":
-        number_format = "mixed integers"
+    bits = found.quantization.bits
+    number_format = number_format_of("auto" if bits == "auto" else whole_number(bits))
     removed, index = spans(found.summary.segments), _whole_numbers(found.summary.original_layer_index)
     before = whole_number(found.summary.layers.before) or 0
     return Made(
@@ -117,6 +113,11 @@ def of_run(run: Path) -> Made:
         figures=run_figures(found),
         consumers=consumer_rows(found.summary.consumers),
     )
+
+
+def number_format_of(bits: int | Literal["auto"] | None) -> str:
+    """What weights of so many bits are called; empty for floats, and where that is not known."""
+    return "mixed integers" if bits == "auto" else f"int{bits}" if bits is not None and bits < 16 else ""
 
 
 def from_folder(folder: Path) -> Made:
@@ -163,17 +164,31 @@ def _whole_numbers(values: Json) -> list[int]:
 
 
 def run_figures(run: RunFacts) -> list[Figure]:
-    """Perplexity of the last state that was measured, and each task's main score."""
+    """Perplexity of the last state that was measured, finite or not, and each task's main score."""
     found, perplexity = [], run.summary.perplexity
-    last = next((value for name in STAGES if (value := finite(perplexity[name])) is not None), None)
-    if last is not None:
+    if last := last_stage(run.summary):
         words = f"{perplexity.tokens} tokens in windows of {perplexity.window}"
-        found.append(Figure(metric="perplexity", value=last, dataset=str(perplexity.dataset), words=words))
+        found.append(Figure(metric="perplexity", value=last[1], dataset=str(perplexity.dataset), words=words))
     for task, row in run.scored.tasks.entries():
         if (score := finite(row.compressed)) is not None:
             metric, words = str(row.metric) or "score", f"{row['items']} items" if row["items"] else ""
             found.append(Figure(metric=metric, value=score, dataset=task, words=words))
     return found
+
+
+def perplexity_again(run: Path, value: float, tokens: int) -> Figure:
+    """Perplexity of a file or folder that was made from a run's model.
+
+    Args:
+        run: the run's folder.
+        value: the perplexity.
+        tokens: of the run's evaluation text, how many from the first on it was measured on.
+
+    Returns:
+        What the card says.
+    """
+    dataset = read_json(run / "summary.json").perplexity.dataset
+    return Figure(metric="perplexity", value=value, dataset=str(dataset), words=f"the first {tokens} tokens")
 
 
 # --- what the Hub reads ----------------------------------------------------------------------------------------------

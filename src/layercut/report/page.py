@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,20 +72,20 @@ def card_body(run: Path, use: str) -> str:
     Raises:
         RunError: it is no finished run's folder.
     """
-    facts = _facts(replace(read_run(run), place=None))
+    facts = _facts(read_run(run, place=None))
     return re.sub(r"\n{3,}", "\n\n", page("model_card.md", **facts, use=use))
 
 
 def _facts(run: RunFacts) -> dict[str, Any]:
     """What both templates are filled with, beside the tables."""
-    stages = [row for row in tables.stage_rows(run.summary) if row.perplexity is not None and row.name != "dense"]
+    last = tables.last_stage(run.summary)
     return {
         "run": run,
         "name": short_name(run.summary.model),
         "headline": verdicts.headline(run.summary),
         "conclusion": verdicts.conclusion(run),
         "verdicts": verdicts.verdicts(run),
-        "last": stages[-1] if stages else None,
+        "last": next((row for row in tables.stage_rows(run.summary) if last and row.name == last[0]), None),
         "command": command_line(run.env.command),
         "tables": tables,
         "warning": verdicts.generation_warning(run.health),
@@ -113,7 +112,7 @@ def closing(run: Path) -> tuple[Table, list[Text]]:
     from rich.table import Table
     from rich.text import Text
 
-    found = replace(read_run(run), place=printable(shlex.quote(str(run))))
+    found = read_run(run, place=printable(shlex.quote(str(run))))
     table = Table(title=Text(printable(found.summary.model) or "layercut", style="bold"), title_justify="left")
     for heading in ("", "dense", "compressed", "change"):
         table.add_column(heading, justify="right" if heading else "left")

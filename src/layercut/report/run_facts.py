@@ -23,7 +23,7 @@ FILES = {"summary": "summary", "search": "search", "heal": "heal", "evaluation":
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """The JSON artefacts of a run folder; one that it does not have, or that is of another run, is empty."""
+    """The JSON artefacts of a run folder, one that it does not have, or that is of another run, empty; and its name."""
 
     summary: Json = field(default_factory=Json)
     search: Json = field(default_factory=Json)
@@ -62,8 +62,19 @@ class RunFacts:
         return max(later, key=lambda found: printable(found.date)) if later else self.summary
 
 
-def read_run(folder: Path) -> RunFacts:
-    """Read a run folder. RunError if summary.json is missing, or if any artefact is not a JSON object."""
+def read_run(folder: Path, *, place: str | None = "RUN") -> RunFacts:
+    """What is known of a run.
+
+    Args:
+        folder: of the run.
+        place: what it is called in commands that are named; None for a reader who has none.
+
+    Returns:
+        Its facts.
+
+    Raises:
+        RunError: summary.json is missing, or an artefact is not a JSON object.
+    """
     if not (folder / "summary.json").is_file():
         raise RunError(
             f"{folder} has no summary.json, so it is not the folder of a finished run",
@@ -85,7 +96,7 @@ def read_run(folder: Path) -> RunFacts:
     }
     found |= {name: Json() for name, same in of_this_run.items() if not same}
     later = [one for file in sorted(folder.glob("evaluations/*.json")) if str((one := read_json(file)).run) in keys]
-    return RunFacts(**found, settings=settings, evaluations=later)
+    return RunFacts(**found, settings=settings, evaluations=later, place=place)
 
 
 def model_key(folder: Path) -> str:

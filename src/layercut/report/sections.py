@@ -1,6 +1,6 @@
 """The sections of the report: for each, what is shown of a run, and in which chapter.
 
-To add one: a line in SECTIONS with a function of the run that finds the facts, and templates/sections/NAME.html, which
+To add one: a line in CHAPTERS with a function of the run that finds the facts, and templates/sections/NAME.html, which
 reads these as `f` and the run as `run`. A section of which no fact is known is left out.
 """
 

@@ -234,15 +234,20 @@ def better_way(run: RunFacts) -> str:
     Of a GGUF file `export` keeps what healing left alone byte for byte. Its size is estimated: what came, less the
     share of parameters removed, and q8_0 for what healing changed.
     """
-    parameters, came, weight = run.summary.parameters, tables.bytes_that_came(run.summary), finite(run.gguf.bytes)
+    parameters, came = run.summary.parameters, tables.bytes_that_came(run.summary)
     had, has, about = finite(parameters.before), finite(parameters.after), None
     if came and had and has:
         healed = finite(run.heal.tuning.trained_parameters) or 0.0
         about = came * has / had + healed * max(0.0, KEPT_TYPE_BITS - 8 * came / had) / 8
-    exported = weight if weight is not None and came is not None and weight < came else None
-    return _say("better_way", place=run.place, from_gguf=printable(run.summary.model).endswith(".gguf"),
-                exported=exported, about=about,
+    return _say("better_way", place=run.place, from_gguf=printable(run.summary.model).endswith(".gguf"), about=about,
+                exported=smaller_file(run), broken=bool(run.gguf.broken),
                 bits=2 if run.quantization.bits == "auto" else finite(run.quantization.bits))  # fmt: skip
+
+
+def smaller_file(run: RunFacts) -> float | None:
+    """Bytes of the GGUF file last exported, where it is sound and smaller than what came."""
+    came, weight = tables.bytes_that_came(run.summary), finite(run.gguf.bytes)
+    return weight if came and weight is not None and weight < came and not run.gguf.broken else None
 
 
 def _gguf(run: RunFacts) -> Verdict | None:
@@ -335,9 +340,8 @@ def generation_verdict(health: Json) -> Verdict | None:
     """Whether generative quality survived, with how soon the two models part; of RunFacts.health."""
     if not health:
         return None
-    warning = generation_warning(health)
-    if warning:
-        return Verdict("bad", "Generation", warning.partition(": ")[2])
+    if lost := _lost(health):
+        return Verdict("bad", "Generation", lost)
     old, new = finite(health.dense.repeated_4grams), finite(health.compressed.repeated_4grams)
     likely, unlikely = finite(health.dense.dense_loss), finite(health.compressed.dense_loss)
     odd = likely is not None and unlikely is not None and unlikely > likely + limits.UNLIKELY
@@ -348,11 +352,16 @@ def generation_verdict(health: Json) -> Verdict | None:
 
 def generation_warning(health: Json) -> str:
     """In plain words, that generative quality did not survive; empty where it did, or where it was not measured."""
+    return f"Generation did not survive: {lost}" if (lost := _lost(health)) else ""
+
+
+def _lost(health: Json) -> str:
+    """In what generation did not survive; empty where it did, or where it was not measured."""
     old, new = finite(health.dense.repeated_4grams), finite(health.compressed.repeated_4grams)
     likely, unlikely = finite(health.dense.dense_loss), number(health.compressed.dense_loss)
     circles = old is not None and new is not None and new > old + limits.CIRCLES
     nonsense = likely is not None and unlikely is not None and not unlikely <= likely + limits.NONSENSE
-    return _say("generation_warning", health=health, circles=circles, nonsense=nonsense)
+    return _say("generation_lost", health=health, circles=circles, nonsense=nonsense)
 
 
 # ---- the last word -----------------------------------------------------------------------------------------
@@ -401,31 +410,39 @@ JUDGED_BY_THE_RESULT = ("Result", "Cut", "Prefill", "Decode")
 
 def conclusion(run: RunFacts) -> Verdict:
     """What a careful engineer would say of the result: do not ship it, or where it is usable, and what is not known."""
-    summary, factor = run.summary, final_factor(run.summary)
-    marks = {verdict.stage: verdict.mark for verdict in verdicts(run)}
-    came, weight = tables.bytes_that_came(summary), finite(run.gguf.bytes)
-    exported = weight is not None and came is not None and weight < came and not run.gguf.broken
+    summary, factor, exported = run.summary, final_factor(run.summary), smaller_file(run)
+    found = {verdict.stage: verdict for verdict in verdicts(run)}
+    marks = {stage: verdict.mark for stage, verdict in found.items()}
     ruined = broken(summary, run.scored) or generation_warning(run.health)
-    counted = {s: mark for s, mark in marks.items() if s not in JUDGED_BY_THE_RESULT and (s != "Size" or not exported)}
-    failed, weak = ([s for s, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
+    counted = {
+        stage: mark for stage, mark in marks.items()
+        if stage not in JUDGED_BY_THE_RESULT and (stage != "Size" or exported is None)
+    }  # fmt: skip
+    failed, weak = ([stage for stage, mark in counted.items() if mark == kind] for kind in ("bad", "fair"))
     if not any(marks.get(phase, "good") == "good" for phase in ("Prefill", "Decode")):
         weak.append("Speed")
-    larger = marks.get("Size") == "bad" and not exported and (factor or 0) > 1
-    if factor is None and not ruined:
-        of_dense = last_stage(summary) and summary.perplexity.dense
-        why, mark = "dense" if of_dense else "unmeasured", "open"
-    elif ruined or factor is None:
-        why, mark = "ruined", "bad"
-    elif larger or factor > limits.FAIR or marks.get("Tasks") == "bad":
-        why, mark = "larger" if larger else "worse" if factor > limits.FAIR else "tasks", "bad"
-    else:
-        why, mark = "usable", "good" if factor <= limits.CLOSE and not failed and not weak else "fair"
+    why = _why(run, marks, bool(ruined))
+    mark = {"dense": "open", "unmeasured": "open", "usable": "fair"}.get(why, "bad")
+    if why == "usable" and (factor or math.inf) <= limits.CLOSE and not failed and not weak:
+        mark = "good"
     without = Json({"perplexity": {k: value for k, value in perplexities(summary).items() if k != "quantized"}})
     before = final_factor(without) if "quantized" in perplexities(summary) else None
-    text = _say("conclusion", place=run.place, why=why, ruined=ruined, factor=factor, came=came,
-                after=summary.bytes.after, better=better_way(run),
+    text = _say("conclusion", place=run.place, why=why, ruined=ruined, factor=factor,
+                came=tables.bytes_that_came(summary), after=summary.bytes.after, better=better_way(run),
                 rounded=before if before is not None and before <= limits.FAIR else None,
-                tasks=next((v.text for v in verdicts(run) if v.stage == "Tasks"), ""), failed=failed, weak=weak,
-                measured=bool(tables.task_rows(run.scored)),
-                exported=weight if exported else None, text=source_name(summary.perplexity.dataset))  # fmt: skip
+                tasks=found["Tasks"].text if "Tasks" in found else "", failed=failed, weak=weak,
+                measured=bool(tables.task_rows(run.scored)), exported=exported,
+                text=source_name(summary.perplexity.dataset))  # fmt: skip
     return Verdict(mark, "Conclusion", text)
+
+
+def _why(run: RunFacts, marks: dict[str, str], ruined: bool) -> str:
+    """What decides: dense, unmeasured, ruined, larger, worse, tasks, or usable."""
+    factor = final_factor(run.summary)
+    if ruined:
+        return "ruined"
+    if factor is None:
+        return "dense" if last_stage(run.summary) and run.summary.perplexity.dense else "unmeasured"
+    if marks.get("Size") == "bad" and smaller_file(run) is None and factor > 1:
+        return "larger"
+    return "worse" if factor > limits.FAIR else "tasks" if marks.get("Tasks") == "bad" else "usable"
