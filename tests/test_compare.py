@@ -421,6 +421,7 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
     assert main(command) == 130
     assert scored[0] == "dense"
     monkeypatch.setattr(evaluation, "score_tasks", lambda *a, **how: scored.append(how["name"]) or real(*a, **how))
+    capsys.readouterr()
     assert main(command) == 0
     assert len(scored) == len(set(scored)), "nothing is scored twice, also where two methods remove the same"
     found = json.loads((out / "compare.json").read_text())
@@ -434,6 +435,7 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
             assert judged["health"] == {"compressed": {"repeated_4grams": 0.25}}
     shown, told = capsys.readouterr()
     assert "no prompt of keys fits 128 tokens" in told
+    assert told.count("dense: tiny_choices") == 1, "each model is told of once"
     assert "0 of 0" not in told
     assert "What survives" in shown
     assert "tuned" in shown

@@ -57,7 +57,7 @@ from layercut.models import checkpoints, loading
 from layercut.models.cost import Peak, PlannedRun, Work, total
 from layercut.models.runner import DecoderRunner
 from layercut.offload.placement import spread_peak
-from layercut.pipeline.stages.search import planned_tests, rows_of_tests
+from layercut.pipeline.stages.search import planned_search_tests, rows_of_tests
 from layercut.quantization import quantize
 from layercut.quantization.quantization_cost import quantize_cost
 from layercut.quantization.saved_size import saved_bytes
@@ -279,8 +279,8 @@ def test_a_plan_counts_the_tests_and_what_judges_them(bare, capsys):
     for stage in ("search", "eval"):
         with_tests, without = (plan[stage]["layer_forwards"]["expected"] for plan in plans)
         assert with_tests > 1.5 * without
-    assert planned_tests(CompressConfig(search=SearchConfig(ratio=0.3))) == rows_of_tests(DataConfig()) == 16
-    assert planned_tests(CompressConfig(search=SearchConfig(ratio=0.3, method="cosine"))) == 0
+    assert planned_search_tests(CompressConfig(search=SearchConfig(ratio=0.3))) == rows_of_tests(DataConfig()) == 16
+    assert planned_search_tests(CompressConfig(search=SearchConfig(ratio=0.3, method="cosine"))) == 0
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gpt2", "mixtral", "qwen3"])

@@ -30,7 +30,6 @@ from layercut.data.probes import probe_rows
 from layercut.data.records import Document
 from layercut.data.self_sampled import sample
 from layercut.data.sources import SELF, TESTS, Source, find, public_name, split_mix, turns
-from layercut.data.text_overlap import by_origin
 from layercut.errors import DataError
 from layercut.models.model_in_memory import model_of
 from layercut.offload.weight_sharing import share
@@ -119,6 +118,22 @@ class Blocks:
     def rows_by_origin(self) -> dict[str, torch.Tensor]:
         """The rows of each stream, {stream: [n, T]}."""
         return by_origin(self.tokens, self.origins)
+
+
+def by_origin(rows: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Split what there is for each row of blocks whose rows come from several streams in turn.
+
+    Args:
+        rows: [N, …], token ids or anything else with one entry a row.
+        origins: names of the streams; row i is of stream i modulo their number. A name may come more than once.
+
+    Returns:
+        [n, …] by stream.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    for i, origin in enumerate(origins):
+        found.setdefault(origin, []).append(rows[i :: len(origins)])
+    return {origin: torch.cat(parts) for origin, parts in found.items()}
 
 
 def stored_blocks(folder: Path, use: str) -> torch.Tensor:

@@ -64,19 +64,3 @@ def shared(judged: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> fl
 
 def _union(rows: Sequence[torch.Tensor]) -> np.ndarray:
     return np.unique(np.concatenate([passages(each) for each in rows])) if rows else np.empty(0, np.uint64)
-
-
-def by_origin(tokens: torch.Tensor, origins: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Split rows that come from several streams in turn.
-
-    Args:
-        tokens: token ids [N, T].
-        origins: names of the streams; row i is of stream i modulo their number. A name may come more than once.
-
-    Returns:
-        Token ids [n, T] by stream.
-    """
-    found: dict[str, list[torch.Tensor]] = {}
-    for i, origin in enumerate(origins):
-        found.setdefault(origin, []).append(tokens[i :: len(origins)])
-    return {origin: torch.cat(rows) for origin, rows in found.items()}

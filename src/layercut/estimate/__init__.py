@@ -51,7 +51,7 @@ from layercut.pipeline.resolve_options import (
 from layercut.pipeline.stages import quantize, trial, tune_quantized
 from layercut.pipeline.stages.evaluate import capabilities_work
 from layercut.pipeline.stages.heal import tune_settings, tuning_rows_to_fold
-from layercut.pipeline.stages.search import planned_tests
+from layercut.pipeline.stages.search import planned_search_tests
 from layercut.pipeline.stages.text import held_out_tokens
 from layercut.quantization import bit_choice
 from layercut.quantization.quantization_cost import quantize_cost
@@ -107,8 +107,8 @@ class _Planner:
             heldout=shape.rows_of(held_out_tokens(heal)),
             folded=calibration + min(tuning, tuning_rows_to_fold(calibration * window, window)),
             budget=self.budget(shape, config, on_cpu, room),
-            tests=planned_tests(config),
-            rounding_tests=quantize.planned_tests(config),
+            tests=planned_search_tests(config),
+            rounding_tests=quantize.planned_rounding_tests(config),
             libraries=self.base if on_cpu else 0,
         )
 

@@ -54,6 +54,19 @@ class Probed:
     """`CapabilityFigures.to_dict()`; None where no test fits a row."""
 
 
+def longest_probe(config: Any, longest: int = LONGEST_PROBE) -> int:
+    """Tokens of the longest prompts that a model's positions hold.
+
+    Args:
+        config: of the model.
+        longest: that is asked for.
+
+    Returns:
+        That, or fewer.
+    """
+    return min(longest, positions(config) or longest)
+
+
 def probes_for(
     tokenizer: Any, config: Any, *, longest: int = LONGEST_PROBE, seed: int = 0, trials: int = TRIALS
 ) -> Probes:
@@ -69,7 +82,7 @@ def probes_for(
     Returns:
         The probes.
     """
-    longest = min(longest, positions(config) or longest)
+    longest = longest_probe(config, longest)
     window = min(TEST_WINDOW, longest)
     tests = probe_rows(tokenizer, rows=TEST_ROWS, window=window, family="judging", seed=seed)
     keys, lists = (make(tokenizer, longest, seed, trials) for make in (cases, key_value_cases))

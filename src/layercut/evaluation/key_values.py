@@ -11,7 +11,7 @@ from typing import Any
 
 from layercut.data.probe_families import JUDGING
 from layercut.evaluation.generation import prompt_ids
-from layercut.evaluation.passkey import TRIALS, cases
+from layercut.evaluation.passkey import TRIALS, cases, most_that
 
 HEAD = "Below is a register of who keeps what, with the number of each entry."
 LINE = "{name} keeps the {thing} under number {key}."
@@ -42,12 +42,9 @@ def key_value_prompt(tokenizer: Any, length: int, depth: float, draw: random.Ran
         text = "\n".join([HEAD, "", *entries[:count], "", QUESTION.format(**asked)])
         return prompt_ids(tokenizer, text, REPLY.format(**asked)), str(values[at])
 
-    low, high = 1, len(entries)  # the most entries that fit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(render(middle)[0]) <= length else (low, middle - 1)
-    ids, value = render(low)
-    return (ids, value) if len(ids) <= length and low > 1 else None
+    most = most_that(lambda count: len(render(count)[0]) <= length, 1, len(entries))
+    ids, value = render(most)
+    return (ids, value) if len(ids) <= length and most > 1 else None
 
 
 def key_value_cases(

@@ -19,6 +19,7 @@ from layercut.errors import ModelError
 from layercut.models import compiling
 from layercut.models.batch_sizes import slices
 from layercut.models.layer_reader_protocol import layers_on_disk
+from layercut.models.loading import positions
 from layercut.models.losses import kl_divergence, next_token_loss, token_loss
 from layercut.models.memory import ShrinkingParts, budget
 from layercut.models.runner import DecoderRunner, carry_, enter_all, shared_passes
@@ -323,8 +324,7 @@ def long_windows(blocks: torch.Tensor, longest: int, model: Any) -> torch.Tensor
     Returns:
         Token ids [n, longest], n at most `MOST_LONG_WINDOWS`.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    window = min(longest, context, blocks.numel())
+    window = min(longest, positions(model.config) or longest, blocks.numel())
     stream = blocks.flatten()
     return stream[: len(stream) // window * window].view(-1, window)[:MOST_LONG_WINDOWS]
 

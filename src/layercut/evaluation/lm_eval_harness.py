@@ -36,7 +36,7 @@ from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
 from layercut.files.json_values import digest, restored, write_json
-from layercut.models.loading import quiet_transformers
+from layercut.models.loading import positions, quiet_transformers
 from layercut.models.memory import ShrinkingParts, budget
 from layercut.progress import bar
 
@@ -211,7 +211,7 @@ def definition(task: Any, limit: int | None) -> str:
 
 def _longest(model: Any) -> int:
     """Tokens a request may have: the model's own context, bounded on a CPU."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_ON_CPU
+    limit = positions(model.config) or LONGEST_ON_CPU
     return min(limit, LONGEST_ON_CPU) if next(model.parameters()).device.type == "cpu" else limit
 
 

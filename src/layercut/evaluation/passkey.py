@@ -59,11 +59,25 @@ def prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tu
         return None
     per_sentence = min(len(tokenizer(" " + s, add_special_tokens=False).input_ids) for s in FILLER)
     sentences = [draw.choice(FILLER) for _ in range(room // per_sentence)]
-    low, high = 0, len(sentences)  # the most sentences that fit: halving, since tokens merge across borders
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(render(sentences[:middle])) <= length else (low, middle - 1)
-    return render(sentences[:low]), key
+    most = most_that(lambda count: len(render(sentences[:count])) <= length, 0, len(sentences))
+    return render(sentences[:most]), key
+
+
+def most_that(fits: Callable[[int], bool], fewest: int, most: int) -> int:
+    """How many fit, by halving: tokens merge across borders, so that sizes do not add up.
+
+    Args:
+        fits: whether so many do; where some number does not, no larger one does.
+        fewest: not asked about, and returned where one more does not fit.
+        most: that there are.
+
+    Returns:
+        The largest number that fits.
+    """
+    while fewest < most:
+        middle = (fewest + most + 1) // 2
+        fewest, most = (middle, most) if fits(middle) else (fewest, middle - 1)
+    return fewest
 
 
 def lengths(longest: int, steps: int = 4, shortest: int = 128) -> list[int]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from layercut.healing.least_squares import Normal, add_split_, fold_systems
+from layercut.healing.least_squares import Normal, add_split_, equations_flops, fold_systems
 from layercut.healing.linear_outputs import LinearOutput, find_targets, run_and_catch
 from layercut.models.batch_sizes import slices
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work
@@ -191,7 +191,7 @@ class _Rows:
         for hidden, calls in zip(states, self.calls, strict=True):
             hidden = self.dense.on_device_of(position, hidden)
             out, caught = run_and_catch(layer, hidden, calls[position], [module])
-            yield out, caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
+            yield out, target.of(caught[module], out)
 
 
 # --- what it costs, told beforehand ---
@@ -217,11 +217,8 @@ def fold_prices_cost(run: PlannedRun, cuts: Bounds, segments: int) -> Spent:
     between = 0 if segments == 1 else kept / 3
     each = Bounds(fit * (between + segments) + judged * kept * 2 / 3, judged, (fit + judged) * kept)
     forwards = Bounds(cuts.expected * each.expected, cuts.least * each.least, cuts.most * each.most)
-    solves = len(RIDGES) * (1 / 3 * wide**3 + 4 * wide**2 * shape.hidden)
-    products = 2 * fit * shape.window * wide * (wide + shape.hidden)
-    work = Work.of(
-        shape, forwards, heads=2 * judged * cuts.expected, flops64=cuts.expected * segments * (solves + products)
-    )
+    equations = equations_flops(wide, shape.hidden, fit * shape.window, len(RIDGES))
+    work = Work.of(shape, forwards, heads=2 * judged * cuts.expected, flops64=cuts.expected * segments * equations)
     dense = Work(flops=(fit + judged) * shape.layers * shape.mean("flops"))
     peak = {
         "dense states": min(2 * IN_MEMORY, (shape.layers + 1) * shape.stream(fit + judged)),

@@ -491,10 +491,7 @@ def _gaps(
     for part, (before, wanted) in zip(parts, both, strict=True):
         hidden = student.on_device_of(position, before.to(student.device))
         out, caught = run_and_catch(layer, hidden, student.arguments(tokens[part])[position], modules)
-        outputs = [
-            caught[module][0 if target.reads else 1].reshape(*out.shape[:2], -1)
-            for module, target in zip(modules, targets, strict=True)
-        ]
+        outputs = [target.of(caught[module], out) for module, target in zip(modules, targets, strict=True)]
         yield torch.cat(outputs, dim=-1), out, wanted
 
 
@@ -505,6 +502,23 @@ def fold_systems(shape: Shape) -> tuple[int, int]:
     """Unknowns I of the two problems: both projections together, where that is not too wide, and the MLP's again."""
     first, last = shape.read
     return first + last if first + last <= WIDEST else first, last
+
+
+def equations_flops(unknowns: int, outputs: int, tokens: int, solves: int) -> float:
+    """Operations on normal equations in float64: the sums, by Z'Z and Z'Y, and their solutions with their errors.
+
+    Args:
+        unknowns: I.
+        outputs: D.
+        tokens: that are summed over.
+        solves: ridges that are solved for: a Cholesky factorisation 1/3 I^3, its use for D right-hand sides 2 I^2 D,
+            the error of X as much.
+
+    Returns:
+        Multiplications and additions.
+    """
+    sums = 2 * tokens * unknowns * (unknowns + outputs)
+    return sums + solves * (unknowns**3 / 3 + 4 * unknowns**2 * outputs)
 
 
 def fold_cost(run: PlannedRun) -> Spent:
@@ -520,8 +534,7 @@ def fold_cost(run: PlannedRun) -> Spent:
     times = 1 if ends <= KEPT_BYTES else len(systems)
     forwards = rows * sum(times * segment.stop + len(systems) for segment in run.segments)
     solves = len(RIDGES) // 2 if rows >= HELD_OUT else 1
-    # of I unknowns a Cholesky factorisation 1/3 I^3, solving for D right-hand sides 2 I^2 D, the error of X as much
-    solved = sum(solves * (1 / 3 * i**3 + 4 * i**2 * d) + 2 * rows * shape.window * i * (i + d) for i in systems)
+    solved = sum(equations_flops(i, d, rows * shape.window, solves) for i in systems)
     judged = 2 * run.heldout * (2 * shape.layers - run.length)
     work = Work.of(shape, forwards + judged, heads=4 * run.heldout, flops64=len(run.segments) * solved)
     wide, few = max(systems), min(rows, run.budget.layer_rows(shape.window))

@@ -39,6 +39,18 @@ class LinearOutput:
     width: int
     """How many numbers a token it is solved from: I, what it reads, or D, what it puts out."""
 
+    def of(self, caught: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        """What the fold is solved from.
+
+        Args:
+            caught: what the module read and what it put out (`run_and_catch`).
+            out: the stream behind the layer [B, T, D].
+
+        Returns:
+            [B, T, width].
+        """
+        return caught[0 if self.reads else 1].reshape(*out.shape[:2], -1)
+
     def fold_into_(self, layer: nn.Module, x: torch.Tensor, stored: torch.dtype) -> None:
         """Put X into new parameters: of a module that is read, W + X with X [I, D]; else W (I + X), X [D, D].
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from layercut.config import AskedBits, Bits
 from layercut.data.blocks import TextFacts
+from layercut.evaluation.capabilities import CapabilityFigures
 from layercut.evaluation.generated_probes import Grid
 from layercut.export.consumers import Reading
 from layercut.files.json_values import OPTIONAL
@@ -420,16 +421,6 @@ class HitsByLength:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedTests:
-    """`evaluation.CapabilityFigures` of generated tests of the judging family, each by capability."""
-
-    damage: dict[str, float]
-    hits: dict[str, float]
-    dense_hits: dict[str, float]
-    answers: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
 class FoundByLength:
     """What greedy decoding finds of keys hidden in long text and of values in lists, by model, length and depth."""
 
@@ -459,7 +450,7 @@ class CapabilitiesArtefact(Artefact):
     """`CapabilityMap.to_dict()` of the dense model: what the removal of each layer does to what."""
     words: list[str]
     """Which layers hold what, in sentences."""
-    judged: JudgedTests
+    judged: CapabilityFigures
     by_length: list[HitsByLength]
 
 
@@ -523,7 +514,7 @@ class SummaryArtefact(Artefact):
     evaluations: dict[str, dict[str, Metric]] | None
     consumers: list[Reading] = field(default_factory=list, metadata=OPTIONAL)
     """What software that may load the exported model makes of it."""
-    capabilities: JudgedTests | None = None
+    capabilities: CapabilityFigures | None = None
     """What the compressed model can still do of generated tests, beside the dense one."""
     probes: FoundByLength | None = None
     """Hidden keys and values in lists, where --probes asked for them."""

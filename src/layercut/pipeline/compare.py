@@ -129,8 +129,9 @@ def compare_methods(work: RunContext, model: str, config: MethodsConfig, length:
     dense = stage.artefact
     choices = [search_by(work, config, method, length) for method in config.names]
     prices = triangle(work, length) if config.triangle else None
-    rows, judge = measured(work, choices, dense, config.state_names)
+    judge = CutJudge(work)
     judged_dense = judge.judge(DENSE, lambda: work.dense.model) if judge.is_asked else None
+    rows = measured(work, choices, dense, config.state_names, judge)
     with run.stage(CompareArtefact, "compare", [dense.config_hash, rows, prices, judged_dense]) as comparison:
         if comparison.open:
             comparison.found = CompareArtefact(
@@ -185,8 +186,12 @@ def check_methods(config: MethodsConfig, layers: int, length: int) -> None:
 
 
 def measured(
-    work: RunContext, choices: Sequence[MethodChoice], dense: CompareDenseArtefact, states: Sequence[str]
-) -> tuple[list[ComparedMethod], CutJudge]:
+    work: RunContext,
+    choices: Sequence[MethodChoice],
+    dense: CompareDenseArtefact,
+    states: Sequence[str],
+    judge: CutJudge,
+) -> list[ComparedMethod]:
     """Every method's row: the plain cuts of all first, then their folds, then what is tuned, which takes longest.
 
     Args:
@@ -194,22 +199,19 @@ def measured(
         choices: what each method removes.
         dense: the dense model's perplexity.
         states: that are measured by tasks and probes; LoRA is trained where it is among them.
+        judge: measures by these; it has the dense model's.
 
     Returns:
-        The rows, and what measured them.
+        The rows.
     """
-    rows, judge = [cut_row(work, chosen, dense.losses) for chosen in choices], CutJudge(work)
-    if judge.is_asked:
-        judge.judge(DENSE, lambda: work.dense.model)
+    rows = [cut_row(work, chosen, dense.losses) for chosen in choices]
     trained = {"tuned", *states}.intersection(TRAINED_STATES) if work.config.heal.tune_tokens else set[str]()
     for state in COMPARED_STATES:
         if state in trained:
             rows = [row if row.refused else trained_row(work, row, dense.losses, state) for row in rows]
         if judge.is_asked and state in states:
             rows = [judged_row(work, judge, row, state) for row in rows]
-    if work.config.tasks.names:
-        rows = with_retention(rows, judge, {row.method: stem(segments_of(row.segments)) for row in rows})
-    return rows, judge
+    return with_retention(rows, judge) if work.config.tasks.names else rows
 
 
 def judged_row(work: RunContext, judge: CutJudge, row: ComparedMethod, state: str) -> ComparedMethod:

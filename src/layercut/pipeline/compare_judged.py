@@ -17,7 +17,7 @@ from layercut.data.probe_families import EDITION
 from layercut.evaluation.generated_probes import Probed, Probes, found_of, probed, probes_for
 from layercut.evaluation.paired_retention import Retained, retained
 from layercut.evaluation.retention import compare_records
-from layercut.pipeline.artefacts import part_of
+from layercut.pipeline.artefacts import part_of, segments_of
 from layercut.pipeline.compare_artefacts import (
     ComparedMethod,
     ComparedTask,
@@ -26,6 +26,7 @@ from layercut.pipeline.compare_artefacts import (
     CompareTasksArtefact,
     JudgedState,
 )
+from layercut.pipeline.compare_states import stem
 from layercut.pipeline.run_context import RunContext
 from layercut.progress import bar, say
 
@@ -151,13 +152,12 @@ def asked_tasks(records: Mapping[str, Any]) -> dict[str, ComparedTask]:
     return found
 
 
-def with_retention(rows: Sequence[ComparedMethod], judge: CutJudge, names: Mapping[str, str]) -> list[ComparedMethod]:
+def with_retention(rows: Sequence[ComparedMethod], judge: CutJudge) -> list[ComparedMethod]:
     """The rows with what each retains of the dense model's task scores, beside the first row in the same state.
 
     Args:
         rows: of the methods.
         judge: has the records.
-        names: what the artefacts of each method's cut begin with, without the state.
 
     Returns:
         The rows.
@@ -165,7 +165,11 @@ def with_retention(rows: Sequence[ComparedMethod], judge: CutJudge, names: Mappi
     dense, states = judge.records(DENSE), {state for row in rows for state in row.judged}
     found = {row.method: dict(row.judged) for row in rows}
     for state in states:
-        judged = {row.method: judge.records(f"{names[row.method]}-{state}") for row in rows if state in row.judged}
+        judged = {
+            row.method: judge.records(f"{stem(segments_of(row.segments))}-{state}")
+            for row in rows
+            if state in row.judged
+        }
         for method, kept in retained(dense, judged).items():
             pairs = {task: compare_records(dense[task], record) for task, record in judged[method].items()}
             flips = {

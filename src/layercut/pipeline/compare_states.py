@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from layercut import evaluation
+from layercut.data.blocks import by_origin
 from layercut.data.sources import split_mix
-from layercut.data.text_overlap import by_origin
 from layercut.errors import SurgeryError
 from layercut.healing import lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, Score, ShardMode
-from layercut.data.blocks import Reader, TextFacts, stored_blocks
+from layercut.data.blocks import Reader, TextFacts, by_origin, stored_blocks
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
 from layercut.data.sources import TESTS, split_mix
-from layercut.data.text_overlap import by_origin
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
@@ -215,6 +214,17 @@ class RunContext:
             A causal LM of transformers.
         """
         return Round(self).student(cut, *weights)
+
+    def compressed(self, cut: Sequence[Segment]) -> Any:
+        """The student with whatever all stages so far have changed.
+
+        Args:
+            cut: segments that are removed.
+
+        Returns:
+            A causal LM of transformers.
+        """
+        return self.student(cut, "folded", "tuned", "quantized")
 
     def changed(self, student: Any, base: Any = None) -> dict[str, torch.Tensor]:
         """The parameters that are no longer those of another model.

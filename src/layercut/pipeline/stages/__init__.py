@@ -14,7 +14,7 @@ artefact is not there yet, says a line about it, and returns the artefact:
     def count(work: RunContext, segments: Sequence[Segment]) -> CountArtefact:
         with work.run.stage(CountArtefact, "count", [work.text["evaluation"]], after=["quantize"]) as stage:
             if stage.open:
-                model = work.student(segments, "folded", "tuned", "quantized")
+                model = work.compressed(segments)
                 stage.found = CountArtefact(parameters=loading.parameter_count(model))
         say("count", f"{stage.artefact.parameters:,} parameters")
         return stage.artefact

@@ -14,11 +14,19 @@ from layercut.data.probe_families import EDITION
 from layercut.data.probes import judging_rows, probe_rows
 from layercut.distributed import processes
 from layercut.evaluation import speed
-from layercut.evaluation.generated_probes import LONGEST_PROBE, TEST_ROWS, found_in_text, found_of, probes_for
+from layercut.evaluation.capabilities import CapabilityFigures
+from layercut.evaluation.generated_probes import (
+    LONGEST_PROBE,
+    TEST_ROWS,
+    found_in_text,
+    found_of,
+    longest_probe,
+    probes_for,
+)
 from layercut.evaluation.retention import CLEAR
 from layercut.layer_search.damage_map import capability_map
 from layercut.layer_search.sweep import DENSE, all_segments, set_work
-from layercut.models import layer_reader_protocol, loading
+from layercut.models import layer_reader_protocol
 from layercut.models.cost import PlannedRun, Work
 from layercut.models.runner import DecoderRunner
 from layercut.offload.several_devices import placed_over
@@ -31,7 +39,6 @@ from layercut.pipeline.artefacts import (
     Generation,
     HealArtefact,
     HitsByLength,
-    JudgedTests,
     LongArtefact,
     Metric,
     Perplexities,
@@ -196,7 +203,7 @@ def others(work: RunContext, segments: Sequence[Segment]) -> EvaluationsArtefact
         if stage.open:
             both = {
                 "dense": lambda: work.dense.model,
-                "compressed": lambda: work.student(segments, "folded", "tuned", "quantized"),
+                "compressed": lambda: work.compressed(segments),
             }
             found = measures.measure_all(functions, both, work.tokenizer, seed=seed)
             rows = {name: {key: Metric(**row) for key, row in of.items()} for name, of in found.items()}
@@ -310,7 +317,7 @@ def probes(work: RunContext, segments: Sequence[Segment]) -> ProbesArtefact:
     return found
 
 
-def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedTests, list[HitsByLength]]:
+def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[CapabilityFigures, list[HitsByLength]]:
     """The compressed model beside the dense one, on tests of the judging family.
 
     Args:
@@ -320,14 +327,13 @@ def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedT
     Returns:
         Figures of all capabilities in rows of the run's window, and hit rates of recall and lists by length.
     """
-    model, text = work.student(segments, "folded", "tuned", "quantized"), work.config.text
-    longest = min(LONGEST_PROBE, loading.positions(work.architecture) or LONGEST_PROBE)
+    model, text = work.compressed(segments), work.config.text
     rows = probe_rows(work.tokenizer, rows=TEST_ROWS, window=text.window, family="judging", seed=text.seed)
     both = DecoderRunner(model), work.stack
     with bar("generated tests", None) as advance:
         found = measures.capability_figures(*both, rows, advance=advance)
         by_length = []
-        for capability, length in product(("recall", "lists"), measures.lengths(longest)):
+        for capability, length in product(("recall", "lists"), measures.lengths(longest_probe(work.architecture))):
             longer = judging_rows(
                 work.tokenizer, rows=ROWS_OF_A_LENGTH, window=length, capability=capability, seed=text.seed
             )  # fmt: skip
@@ -340,7 +346,7 @@ def judged_tests(work: RunContext, segments: Sequence[Segment]) -> tuple[JudgedT
                     compressed=hits.hits[capability], answers=hits.answers[capability],
                 )
             )  # fmt: skip
-    return JudgedTests(**vars(found)), by_length
+    return found, by_length
 
 
 def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[str, Any]:
@@ -353,4 +359,4 @@ def dense_and_compressed(work: RunContext, segments: Sequence[Segment]) -> dict[
     Returns:
         Both, by name.
     """
-    return {"dense": work.dense.model, "compressed": work.student(segments, "folded", "tuned", "quantized")}
+    return {"dense": work.dense.model, "compressed": work.compressed(segments)}

@@ -53,7 +53,7 @@ def export_folder(work: RunContext, segments: Sequence[Segment]) -> ExportArtefa
     with work.run.stage(ExportArtefact, "export", work.text[used], after=["quantize"]) as stage:
         if stage.open:
             text = text_to_check(work.blocks[used])
-            model = work.student(segments, "folded", "tuned", "quantized")
+            model = work.compressed(segments)
             if layer_reader_protocol.layers_on_disk(model):
                 written = export_files(work, model, segments)
                 stage.found = ExportArtefact(**written, files=["model"])

@@ -28,7 +28,7 @@ from layercut.pipeline.artefacts import Bounds, PricedArtefact, ShareRecord, Sha
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import quantize, trial, tune_quantized
-from layercut.pipeline.stages.search import asked, edition, generated_tests
+from layercut.pipeline.stages.search import edition, generated_tests, search_options
 from layercut.progress import say
 from layercut.quantization import bit_choice
 from layercut.registries import quantizers
@@ -174,7 +174,7 @@ def searched(this: Round, tokens: torch.Tensor, number: int, tests: ProbeRows | 
     """
     if not number:
         return []
-    how = asked(this, number, tests)
+    how = search_options(this, number, tests)
     return bounds_of(layer_search.search(this.stack, tokens, **how, seed=this.work.config.text.seed).segments)
 
 

@@ -157,7 +157,7 @@ def rows_to_round_on(work: RunContext, tests: ProbeRows | None) -> torch.Tensor:
     return torch.cat([rows, tests.asking()]) if tests else rows
 
 
-def planned_tests(config: CompressConfig) -> int:
+def planned_rounding_tests(config: CompressConfig) -> int:
     """Rows of tests that a run will round on, as far as that is known without its tokenizer.
 
     Args:

@@ -81,24 +81,10 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
-            stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
-            if wanted:
-                # --for has been checked by `resolve`
-                result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
-            elif length is None and config.max_loss is not None:
-                result = search_within(this, config.max_loss, tests)
-            else:
-                how = asked(this, length_for_target(work) if length is None else length, tests)
-                inputs, name = plain_inputs(this, how), this.name("search-plain")
-                with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
-                    if plain.open:
-                        result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
-                        plain.found = recorded(result, work)
-                result = result_of(plain.artefact)
-                if work.score_now != "raw":
-                    result = trial.go_on(this, result, tokens, how, this.name("search"))
+            tests = generated_tests(work)
+            result = chosen(this, wanted, length, tests)
             if config.all_lengths:
-                result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
+                result = with_triangle(result, this.stack, work.blocks["calibration"], sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
     KnownPrices(work.run, this.name("search")).forget_()
@@ -108,6 +94,47 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     words = ", ".join(map(str, this.removal.all))
     say("search", f"{found.method}: remove {words} of {work.layers} layers")
     return this.removal
+
+
+def chosen(this: Round, wanted: Sequence[Segment], length: int | None, tests: ProbeRows | None) -> SearchResult:
+    """The segments that were given; or those within a budget of loss; or the search's, gone on with on trial.
+
+    Args:
+        this: the round.
+        wanted: segments given by hand; empty where they are searched.
+        length: n, layers to remove; None where that depends on the weights or on the loss.
+        tests: generated tests that are weighed with the text.
+
+    Returns:
+        The result.
+    """
+    work, tokens = this.work, this.work.blocks["calibration"]
+    within = work.config.search.max_loss
+    if wanted:  # --for has been checked by `resolve`
+        return layer_search.search(this.stack, tokens, segments=wanted, probes=tests)
+    if length is None and within is not None:
+        return search_within(this, within, tests)
+    how = search_options(this, length_for_target(work) if length is None else length, tests)
+    return trial.go_on(this, plain_search(this, how), tokens, how, this.name("search"))
+
+
+def plain_search(this: Round, how: dict[str, Any]) -> SearchResult:
+    """The search by plain cuts, an artefact of its own.
+
+    Args:
+        this: the round.
+        how: the search's arguments.
+
+    Returns:
+        Its result.
+    """
+    work, inputs, name = this.work, plain_inputs(this, how), this.name("search-plain")
+    with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
+        if plain.open:
+            tokens, seed, oracle = work.blocks["calibration"], work.config.text.seed, work.config.search.oracle
+            result = layer_search.search(this.stack, tokens, **how, seed=seed, oracle=oracle)
+            plain.found = recorded(result, work)
+    return result_of(plain.artefact)
 
 
 def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
@@ -230,7 +257,7 @@ def rows_of_tests(text: DataConfig) -> int:
     return max(FEWEST_TESTS, math.ceil(text.tokens / text.window) // TEXT_ROWS_PER_TEST)
 
 
-def planned_tests(config: CompressConfig) -> int:
+def planned_search_tests(config: CompressConfig) -> int:
     """Rows of tests that a run will search on, as far as that is known without its tokenizer.
 
     Args:
@@ -244,7 +271,7 @@ def planned_tests(config: CompressConfig) -> int:
     return rows_of_tests(config.text) if takes and config.text.window >= SHORTEST_TESTED else 0
 
 
-def asked(this: Round, length: int, tests: ProbeRows | None) -> dict[str, Any]:
+def search_options(this: Round, length: int, tests: ProbeRows | None) -> dict[str, Any]:
     """What the configuration says about a search, as arguments of `layer_search.search`.
 
     Args:
@@ -329,10 +356,9 @@ def search_again(work: RunContext, seed: int, length: int) -> SeedArtefact:
         if stage.open:
             drawn = processes.on_main(lambda: draw_again(work, seed))
             work.save({"calibration": drawn.tokens}, f"stability-{seed}")
-            how = asked(Round(work), length, generated_tests(work, seed))
+            how = search_options(Round(work), length, generated_tests(work, seed))
             result = layer_search.search(work.stack, drawn.tokens, **how, seed=seed)
-            if work.score_now != "raw":
-                result = trial.go_on(Round(work), result, drawn.tokens, how, f"stability-{seed}")
+            result = trial.go_on(Round(work), result, drawn.tokens, how, f"stability-{seed}")
             stage.found = SeedArtefact(
                 seed=seed, segments=bounds_of(result.segments), kl=result.kl, calibration=drawn.facts(),
                 dense_tokens=result.cost.dense_tokens, layer_forwards=result.cost.layer_forwards,
@@ -402,7 +428,7 @@ def search_within(this: Round, max_loss: float, tests: ProbeRows | None) -> Sear
     within = longest_within(
         max_loss,
         lengths_to_try(this),
-        lambda length: layer_search.search(this.stack, rows, **asked(this, length, tests), seed=seed),
+        lambda length: layer_search.search(this.stack, rows, **search_options(this, length, tests), seed=seed),
         lambda cuts: perplexity_rise(this.stack, unseen, cuts),
     )
     return replace(within.result, budget={"max_loss": max_loss, "rise": within.rise, "tried": within.tried})

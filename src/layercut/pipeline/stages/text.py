@@ -70,7 +70,7 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
     return [use for use, is_wanted in wanted.items() if is_wanted]
 
 
-def asked(work: RunContext, use: Use) -> Asked:
+def text_wanted(work: RunContext, use: Use) -> Asked:
     """What to draw for a use.
 
     Args:
@@ -203,13 +203,13 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
     Returns:
         JSON values.
     """
-    text, wanted = work.config.text, asked(work, use)
+    text, wanted = work.config.text, text_wanted(work, use)
     reads = [*what_is_read(wanted.source, reported=use == "evaluation")]
     before: list[Any] = []
     for other in drawn if use != "evaluation" else ():
         # the documents of all are left out; of the others what they take of a common stream counts, too
         before.append(documents_of(work, other))
-        before += [] if other == "evaluation" else [asdict(asked(work, other))]
+        before += [] if other == "evaluation" else [asdict(text_wanted(work, other))]
     edition: list[Any] = [EDITION] if has_tests(wanted.source) else []
     if edition and work.config.search.preserve not in ("all", "none"):
         edition.append(work.preserved)
@@ -250,10 +250,10 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
     with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
         if stage.open:
             check_template(work.tokenizer)
-            reader = work.reader(*(asked(work, each).source for each in (*drawn, use)))
+            reader = work.reader(*(text_wanted(work, each).source for each in (*drawn, use)))
             for other in drawn:
-                reader.skip_blocks(other, **asdict(asked(work, other)), keys=keys_of(work, other))
-            blocks = reader.draw(use, **asdict(asked(work, use)))
+                reader.skip_blocks(other, **asdict(text_wanted(work, other)), keys=keys_of(work, other))
+            blocks = reader.draw(use, **asdict(text_wanted(work, use)))
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
             work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")

@@ -15,9 +15,8 @@ import torch
 
 from layercut import surgery
 from layercut.data import sources
-from layercut.data.blocks import fingerprint, in_rows
+from layercut.data.blocks import by_origin, fingerprint, in_rows
 from layercut.data.probes import ProbeRows, probe_rows
-from layercut.data.text_overlap import by_origin
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
@@ -86,9 +85,11 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
     Returns:
         The result, what all this cost added to the search's; the layers that healing runs are not counted, nor is the
-        work on prices that an earlier command found.
+        work on prices that an earlier command found. What was given, where cuts are chosen as they are (`--score raw`).
     """
     work, tests = this.work, how["probes"]
+    if work.score_now == "raw":
+        return result
     left_of = Left(this.stack, unseen_rows(work, tests))
     count = numbers_of_segments(how["num_segments"], how["n_layers"], tests is not None)[-1]
     limits = how["restriction"] or Restriction.none(len(this.stack), how["n_layers"])
