@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import folders
 from fuzz import folders as fuzz
-from layercut.cli import single_stage
+from layercut.cli import evaluate_alone, single_stage
 from layercut.config import CutConfig, PerplexityConfig
 from layercut.errors import LayercutError, ModelError, shown
 from layercut.export import checkpoint
@@ -168,7 +168,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tiny_model, folder, texts):
     vocabulary |= {token: i + 5000 for token, i in vocabulary.items() if i >= 258}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"gives token 5,\d+, and the model's vocabulary has 300"):
-        single_stage.evaluate_only(
+        evaluate_alone.evaluate_only(
             str(folder), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
         )
 
@@ -340,7 +340,7 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
     (run / "env.json").write_text(json.dumps({"versions": {"layercut": "0"}}))
     (run / "summary.json").write_text(json.dumps({"model": str(tiny_model)}))
     alive: list[Any] = []
-    load = single_stage.placement.load
+    load = evaluate_alone.placement.load
 
     def watched(*args: Any, **how: Any) -> Any:
         gc.collect()
@@ -349,8 +349,8 @@ def test_models_are_evaluated_one_after_the_other(tiny_model, texts, tmp_path, m
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr(single_stage.placement, "load", watched)
-    found = single_stage.evaluate_only(
+    monkeypatch.setattr(evaluate_alone.placement, "load", watched)
+    found = evaluate_alone.evaluate_only(
         str(run), PerplexityConfig(eval_data=str(texts[1]), eval_tokens=64, eval_window=16)
     )
     assert len(alive) == 2

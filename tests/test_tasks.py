@@ -284,7 +284,7 @@ def few_probes() -> Probes:
 
 def test_compress_and_evaluate_score_both_models(task_folder, tiny_model, texts, tmp_path, capsys, monkeypatch):
     quick.leave_out(monkeypatch)
-    for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.single_stage"):
+    for user in ("layercut.pipeline.stages.evaluate", "layercut.cli.evaluate_alone"):
         monkeypatch.setattr(f"{user}.probes_for", lambda *_, **__: few_probes())
     run = tmp_path / "run"
     asked = ["--tasks=tiny_choices,tiny_sums", "--limit=6", f"--include-path={task_folder}", "--probes"]

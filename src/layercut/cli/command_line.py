@@ -176,7 +176,7 @@ def evaluate(
 
         layercut evaluate runs/small --eval-data c4:validation
     """
-    from layercut.cli.single_stage import evaluate_only
+    from layercut.cli.evaluate_alone import evaluate_only
     from layercut.report.page import probe_lines, score_lines
 
     config = config or PerplexityConfig()

@@ -1,56 +1,45 @@
-"""One stage alone, on a model or on a finished run: cut, evaluate, quantize.
+"""One stage alone, on a model or on a finished run: cut, quantize.
 
-Export is in `pipeline/conversion.py`.
+Evaluation is in `cli/evaluate_alone.py`, export in `pipeline/conversion.py`.
 Beside `journey.compress`, by the same functions, for what is decided only when a run is done.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layercut import evaluation
 from layercut.config import (
     AskedBits,
     CutConfig,
     DataConfig,
     ExportConfig,
     GgufType,
-    PerplexityConfig,
     QuantizeAloneConfig,
     consumer_names,
 )
-from layercut.data.blocks import Blocks, load_blocks, stored_blocks
-from layercut.data.sources import split_mix
-from layercut.distributed import processes, sharding
-from layercut.errors import ConfigError, ModelError, RunError
-from layercut.evaluation.generated_probes import Probed, probed, probes_for
+from layercut.data.blocks import load_blocks, stored_blocks
+from layercut.errors import ModelError, RunError
 from layercut.export import consumers
 from layercut.export.checkpoint import Exported, save, text_to_check
-from layercut.files.json_values import digest, jsonable, write_json
+from layercut.files.json_values import write_json
 from layercut.files.sizes import parse_bytes
 from layercut.files.writing import check_replaceable
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import checkpoints, loading, memory
-from layercut.models.compiling import compiled
-from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.models.source_card import source_card
 from layercut.offload import placement
 from layercut.pipeline.conversion import export
 from layercut.pipeline.handover import describe_, destination, upload
-from layercut.pipeline.provenance import check_finished, is_run, versions
-from layercut.pipeline.resolve_options import check_window
-from layercut.pipeline.stages.text import check_unseen
-from layercut.progress import bar, say
+from layercut.pipeline.provenance import is_run
+from layercut.progress import say
 from layercut.quantization import bit_choice, quantize_
 from layercut.quantization.quantizers import resolve
 from layercut.report.formatting import label
 from layercut.report.model_card import Made, from_folder, layers_of, number_format_of, of_run, perplexity_again
-from layercut.report.run_facts import model_key
 from layercut.report.stage_lines import describe_quantization
 from layercut.segments import Segment, kept_layers
 from layercut.surgery import cut_checkpoint, cut_gguf, in_memory
@@ -111,226 +100,6 @@ def _cut_model(model: str, config: CutConfig, layers: int) -> Made:
         "healed or measured: as it is, it writes worse than it could.",
         gguf=config.out.name if gguf else None,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What `layercut evaluate` found, of one model or of a run's two."""
-
-    perplexity: dict[str, float]
-    """By the model's name; empty where it was not asked for."""
-    tasks: dict[str, dict[str, Any]]
-    """A row for each task; of one model alone, compared with itself."""
-    ratio: tuple[float, float | None] | None
-    """Of a run's two perplexities, compressed over dense, and the standard error of its logarithm over the windows."""
-    retention: dict[str, Any] | None
-    """Over the tasks; None of one model alone."""
-    text: dict[str, Any] | None
-    """Source, tokens, window and fingerprint of the text; None where it was not asked for."""
-    limit: int | None
-    """Items of each task, where that was limited."""
-    evaluations: evaluation.Rows
-    """Evaluation, metric -> figure by the model's name, and "higher_is_better"."""
-    seed: int
-    """Of the evaluations and probes."""
-    probes: dict[str, Probed] | None = None
-    """By the model's name; None where they were not asked for."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What --json prints and a run keeps: the figures, and on what they were measured by which versions."""
-        value, error = self.ratio or (None, None)
-        return jsonable({
-            "text": self.text,
-            "perplexity": self.perplexity,
-            "ratio": {"value": value, "standard_error": error} if self.ratio else None,
-            "tasks": self.tasks,
-            "retention": self.retention,
-            "limit": self.limit,
-            **({"evaluations": self.evaluations, "seed": self.seed} if self.evaluations else {}),
-            **({"probes": self.probes, "seed": self.seed} if self.probes else {}),
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "versions": versions(),
-        })  # fmt: skip
-
-
-def evaluate_only(target: str, config: PerplexityConfig) -> Evaluated:
-    """Perplexity, tasks and packages' evaluations of a model, or of a run's dense and compressed model alike.
-
-    What was found of a run is kept in its evaluations/, where `layercut report` finds it.
-
-    Args:
-        target: a run folder, or a model.
-        config: what to measure, and on what.
-
-    Returns:
-        The figures.
-
-    Raises:
-        RunError: the run is not finished.
-    """
-    with memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile):
-        found = _evaluate(target, config)
-    if is_run(Path(target)):
-        try:
-            processes.on_main(lambda: _keep(Path(target), found))
-        except RunError as error:  # a full disk, or one that is read alone: the figures are told all the same
-            say("evaluate", f"not kept for the report: {error.message}")
-    return found
-
-
-def _keep(run: Path, found: Evaluated) -> None:
-    """Write evaluations/NAME.json, NAME a hash of what was measured: measured again, it is replaced."""
-    asked: list[Any] = [found.text, sorted(found.tasks), found.limit]
-    if found.evaluations:
-        asked += [sorted(found.evaluations), found.seed]
-    if found.probes:
-        asked += ["probes", found.seed]
-    of = model_key(run)
-    (run / "evaluations").mkdir(exist_ok=True)
-    write_json(run / "evaluations" / f"{digest([asked, of])}.json", {"run": of} | found.to_json())
-
-
-def _evaluate(target: str, config: PerplexityConfig) -> Evaluated:
-    processes.start()
-    run, cache = Path(target), None
-    names = {target: target}
-    asked = config.tasks
-    if asked.names:
-        evaluation.check_tasks(asked.names, asked.include_path)
-    functions = evaluation.named(asked.evaluation_names)
-    source_of_text = config.eval_data or (None if asked.names or functions or asked.probes else "wikitext2")
-    if is_run(run):
-        check_finished(run, "evaluate")
-        names = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
-        cache = run / "tasks"
-    tasks = evaluation.load_tasks(asked.names, asked.include_path) if asked.names else {}
-    losses: dict[str, torch.Tensor] = {}
-    records: list[dict[str, Any]] = []
-    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in functions}
-    drawn: Blocks | None = None
-    found_probes: dict[str, Probed] = {}
-    dense: Any = None
-    for name, source in names.items():
-        judged = _Judged(source, name, config, source_of_text, drawn, run if cache else None)
-        if tasks:
-            records.append(judged.tasks(tasks, cache))
-        if source_of_text is not None:
-            losses[name] = judged.losses()
-        for one, function in functions.items():
-            figures[one][name] = judged.figures(one, function)
-        if asked.probes:
-            dense = dense or judged.loaded.model  # damage is measured beside it: it stays in memory
-            found_probes[name] = judged.probes(dense)
-        drawn = judged.blocks
-        del judged  # one model at a time: the next is loaded when this one's memory is free
-        memory.release_freed()
-    found = evaluation.compare_tasks(records[0], records[-1]) if records else {"tasks": {}, "retention": None}
-    perplexities, ratio = {name: evaluation.of_losses(each) for name, each in losses.items()}, None
-    if len(losses) == 2:
-        error = evaluation.paired_error(losses["compressed"], losses["dense"])
-        ratio = perplexities["compressed"] / perplexities["dense"], error
-    return Evaluated(
-        perplexity=perplexities,
-        ratio=ratio,
-        tasks=found["tasks"],
-        retention=found["retention"] if len(records) == 2 else None,
-        text=asdict(drawn.facts()) if drawn else None,
-        limit=asked.limit,
-        evaluations={one: evaluation.metric_rows(functions[one], of_models) for one, of_models in figures.items()},
-        seed=config.seed,
-        probes=found_probes or None,
-    )
-
-
-class _Judged:
-    """A model to evaluate, loaded; refused where that cannot be done on this text."""
-
-    def __init__(
-        self,
-        source: str,
-        name: str,
-        config: PerplexityConfig,
-        text: str | None,
-        blocks: Blocks | None,
-        run: Path | None,
-    ) -> None:
-        """Load the model, and draw the text unless another model was measured on some.
-
-        Args:
-            source: Hub id, folder or .gguf file.
-            name: what messages call it.
-            config: what to measure, and on what.
-            text: the text's source; None: no text is wanted.
-            blocks: what another model was measured on; else they are drawn from `text`.
-            run: the folder of the run that made the model; text that it was searched or tuned on is refused.
-        """
-        checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
-        if text is not None:
-            stock = loading.load_config(checkpoint, trust_remote_code=config.load.trust_remote_code)
-            self.window = config.eval_window or loading.reported_window(stock)
-            check_window("--eval-window", self.window, stock)
-        self.name, self.config, self.run = name, config, run
-        self.loaded = placement.load(checkpoint, **asdict(config.load))
-        if sharding.is_spread(self.loaded.model) and self._needs_one_process(text):
-            raise ConfigError(
-                "tasks, evaluations, and text from the model itself are of one process, and the weights are sharded",
-                "start one process",
-            )
-        self.blocks = blocks
-        if text is not None and blocks is None:
-            self.blocks = processes.on_main(lambda: self._drawn(text))
-
-    def probes(self, dense: Any) -> Probed:
-        """Keys, lists, and the damage beside the dense model, in the main process."""
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        if layers_on_disk(model):
-            raise ConfigError(
-                "--probes needs the model in memory, and its layers are left on disk",
-                "leave out --probes; with enough memory: --stream off",
-            )
-        asked = probes_for(tokenizer, model.config, seed=self.config.seed)
-        with bar(f"probes of {self.name}", asked.tokens) as advance:
-            return processes.on_main(lambda: probed(model, dense, tokenizer, asked, advance=advance))
-
-    def _needs_one_process(self, text: str | None) -> bool:
-        asked = self.config.tasks
-        return bool(asked.names or asked.evaluation_names or asked.probes or "self" in split_mix(text or ""))
-
-    def figures(self, name: str, function: evaluation.EvaluationFunction) -> dict[str, float]:
-        """What a package's evaluation returns, in the main process."""
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        if layers_on_disk(model):
-            raise ConfigError(
-                "--evaluations needs the model in memory, and its layers are left on disk",
-                "leave out --evaluations; with enough memory: --stream off",
-            )
-        say("evaluate", f"{name} of {self.name}")
-        return processes.on_main(lambda: evaluation.measure(name, function, model, tokenizer, seed=self.config.seed))
-
-    def tasks(self, tasks: dict[str, Any], cache: Path | None) -> dict[str, Any]:
-        """Scores of the main process, item by item."""
-        model, tokenizer, limit = self.loaded.model, self.loaded.tokenizer, self.config.tasks.limit
-        return processes.on_main(
-            lambda: evaluation.score_tasks(model, tokenizer, tasks, limit=limit, name=self.name, cache=cache)
-        )
-
-    def losses(self) -> torch.Tensor:
-        """Of each window of the tokens."""
-        assert self.blocks is not None
-        with bar(f"perplexity of {self.name}", len(self.blocks.tokens)) as advance:
-            return evaluation.window_losses(self.loaded.model, self.blocks.tokens, advance=advance)
-
-    def _drawn(self, text: str) -> Blocks:
-        config, loaded = self.config, self.loaded
-        blocks = load_blocks(
-            text, loaded.tokenizer, tokens=config.eval_tokens, window=self.window, seed=config.seed,
-            order="as written", model=loaded.model,
-        )  # fmt: skip
-        loading.check_tokens(blocks.tokens, loaded.model.config, loaded.checkpoint.name)
-        if self.run:
-            check_unseen(self.run, blocks)
-        say("evaluate", f"{blocks.tokens.numel():,} tokens of {text}: {evaluation.perplexity_protocol(self.window)}")
-        return blocks
 
 
 def quantize_alone(target: str, config: QuantizeAloneConfig) -> Path:

@@ -294,10 +294,7 @@ def check_streamed(config: CompressConfig, spread: bool) -> None:
         ConfigError: a flag needs the model in memory.
     """
     for flag in [*needing_memory(config), *(["--score healed"] if config.search.score == "healed" else [])]:
-        raise ConfigError(
-            f"{flag} needs the model in memory, and its layers are left on disk",
-            f"leave out {flag}; with enough memory: --stream off",
-        )
+        raise needs_memory(flag)
     if processes.world() > 1 and not spread:
         raise ConfigError(
             f"{processes.world()} processes would heal a model whose layers are left on disk, each reading all of them",
@@ -320,6 +317,14 @@ def needing_memory(config: CompressConfig) -> list[str]:
         "--target-size with --max-loss": config.search.two_budgets,
     }
     return [flag for flag, is_asked in asked.items() if is_asked]
+
+
+def needs_memory(flag: str) -> ConfigError:
+    """The refusal of a flag where layers are left on disk."""
+    return ConfigError(
+        f"{flag} needs the model in memory, and its layers are left on disk",
+        f"leave out {flag}; with enough memory: --stream off",
+    )
 
 
 def check_window(flag: str, window: int, architecture: Any) -> None:
