@@ -375,10 +375,14 @@ class _Writer:
             common = len(ids)
             if longer[:common] != ids:
                 common = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), common)
-            mark = (capability, found.answers) if number % 2 else None
-            begun = found.of[common : common + 1] * self.covering(ids, longer, common) if mark is None else []
-            found.of[common:] = [*begun, *[mark] * (len(longer) - common - len(begun))]
-            found.answers += number % 2
+            new = len(longer) - common
+            if number % 2:  # an answer
+                marks: list[tuple[str, int] | None] = [(capability, found.answers)] * new
+                found.answers += 1
+            else:  # what an answer's end shares a token with stays the answer's
+                held = self.covering(ids, longer, common)
+                marks = found.of[common : common + 1] * held + [None] * (new - held)
+            found.of[common:] = marks
             ids = longer
         unknown = {of for token, of in zip(ids, found.of, strict=True) if token == self.tokenizer.unk_token_id}
         found.ids, found.of = ids, [None if of in unknown else of for of in found.of]

@@ -282,9 +282,9 @@ def _damage(
             places = (of[number] >= 0).nonzero()[:, 0]
             if not len(places):
                 continue
-            row, where = min(row, len(batch) - 1), places.to(stack.device)
-            shown = batch[row : row + 1, where]
-            dense, *others = (ends[cuts][b][row : row + 1] for cuts in (DENSE, *sets))  # maybe on several devices
+            at, where = min(row, len(batch) - 1), places.to(stack.device)
+            shown = batch[at : at + 1, where]
+            dense, *others = (ends[cuts][b][at : at + 1] for cuts in (DENSE, *sets))  # maybe on several devices
             teacher = teacher_of(stack, dense[:, where.to(dense.device)], shown)
             kls = [teacher.kl(stack.exit(h[:, where.to(h.device)], shown))[0] for h in others]
             if counted:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from layercut import evaluation, surgery
 from layercut.config import CompressConfig, Score, ShardMode
-from layercut.data.blocks import Reader, TextFacts, by_origin, stored_blocks
+from layercut.data.blocks import Reader, TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
 from layercut.data.sources import TESTS, split_mix
@@ -63,7 +63,9 @@ class RunContext:
     score_now: Score = "raw"
     """What they are chosen by where the search is made now."""
     text: dict[str, TextFacts] = field(default_factory=dict)
-    """What the text stage has drawn, by use."""
+    """Where what the text stage has drawn comes from, by use."""
+    blocks: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Its token ids [N, T], by use."""
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -95,8 +97,7 @@ class RunContext:
         """The model before any cut.
 
         Where its weights are sharded over the processes, one of them cannot run it: what the main process does by
-        itself, it
-        does on a model of its own.
+        itself, it does on a model of its own.
         """
         return self._alone if self.spread and processes.world() == 1 else self._dense
 
@@ -144,11 +145,6 @@ class RunContext:
     def stack(self) -> DecoderRunner:
         """For stages that all processes do together."""
         return DecoderRunner(self._dense.model)
-
-    @cached_property
-    def blocks(self) -> dict[str, torch.Tensor]:
-        """Token blocks [N, T] by use, of all that this run has drawn."""
-        return {use: stored_blocks(self.run.folder, use) for use in self.text}
 
     @property
     def verified_on(self) -> str:

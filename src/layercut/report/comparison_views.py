@@ -174,9 +174,15 @@ def by_text(comparison: Any) -> Iterator[tuple[str, str, Json]]:
                 yield str(row.method), state, row.texts[state]
 
 
+def _counted(grid: Json) -> tuple[float, float]:
+    """How many were found, of how many."""
+    hits, trials = (sum(formatting.finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))
+    return hits, trials
+
+
 def found(grid: Json) -> str:
     """How many keys or values were found, of how many; "-" where that is not known."""
-    hits, trials = (sum(formatting.finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))
+    hits, trials = _counted(grid)
     return f"{hits:.0f}/{trials:.0f}" if trials else "-"
 
 
@@ -369,7 +375,7 @@ def kept_bar(judged: Json) -> Bar:
 
 def share_bar(grid: Json) -> Bar:
     """The share that was found, in percent."""
-    hits, trials = (sum(formatting.finite(cell[key]) or 0 for cell in grid) for key in ("found", "trials"))
+    hits, trials = _counted(grid)
     return (100 * hits / trials, None) if trials else None
 
 

@@ -217,7 +217,7 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
 
 
 def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
-    """Draw the tokens of these uses, each an artefact of its own, and log where they come from; into `work.text`.
+    """Draw the tokens of these uses, each an artefact of its own, into `work`, and log where they come from.
 
     Args:
         work: of the run.
@@ -225,7 +225,7 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
     """
     for use in uses:
         drawn = draw(work, use, list(uses[: uses.index(use)]))
-        work.text[use] = drawn.facts
+        work.text[use], work.blocks[use] = drawn.facts, stored_blocks(work.run.folder, use)
         if use != "heldout":
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
         if use == "tuning" and has_tests(drawn.source) and (plain := never_chats(work.tokenizer, work.preserved)):
@@ -257,7 +257,6 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
             work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
-            work.__dict__.pop("blocks", None)
             files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]
             stage.found = TextArtefact(**vars(blocks.facts()), files=files)
     return stage.artefact
