@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -444,6 +445,24 @@ def test_what_has_no_token_is_no_answer():
     assert [mark and mark[1] for mark in marked.of] == [None, 0, 0, None, None, None, None, 2, 2]
 
 
+def test_what_a_tokenizer_drops_is_no_test():
+    """Some drop what they do not know, without a sign of it."""
+    dropping = bpe([*"12ab"], [])
+    writer = probes_module._Writer(dropping, probe_families.JUDGING, random.Random(0), False)
+    marked = writer.marked("recall", probe_families.Item(("aaaaaaaaaaaaaaaaaaa", "1x", "b", "21", "aa")))
+    assert [mark and mark[1] for mark in marked.of] == [*[None] * 19, None, None, 1, 1, None, None]
+    assert not any(writer.marked("recall", probe_families.Item(("ab??", "12"))).of), "the question is gone"
+    letters = bpe([*"abcdefghijklmnopqrstuvwxyz "], [])
+    for capability in ("recall", "sums", "labels"):  # digits and the line's end are dropped, words are not
+        names = probe_rows(letters, rows=4, window=512, capabilities=(capability,)).names
+        assert names == (("labels",) if capability == "labels" else ())
+    proteins = bpe([*"ACDEFGHIKLMNPQRSTVWY"], [])
+    for capability in CAPABILITIES:
+        assert probe_rows(proteins, rows=2, window=64, capabilities=(capability,)).names == ()
+        assert judging_rows(proteins, rows=2, window=64, capability=capability).names == ()
+    assert passkey.prompt(bpe([*"0123456789"], []), 64, 0.5, random.Random(0))
+
+
 def test_rows_that_judge_begin_as_text_does():
     class Begins(Merging):
         bos_token_id = 1
@@ -685,13 +704,13 @@ def planted(monkeypatch: pytest.MonkeyPatch, single: dict[int, tuple[float, floa
     monkeypatch.setattr(Prices, "_of_batch", of_batch)
 
 
-@pytest.mark.parametrize("method", ["clp", "exhaustive"])
+@pytest.mark.parametrize("method", ["clp", "gate", "race", "exhaustive"])
 def test_a_layer_that_is_cheap_on_text_and_holds_recall_is_kept(monkeypatch, model, probes, method):
     cheap_on_text = {0: (9.0, 9.0), 1: (0.4, 0.1), 2: (0.5, 0.2), 3: (0.1, 8.0), 4: (0.2, 8.0)}
     planted(monkeypatch, cheap_on_text)
     text, flat = tiny.some_tokens(8, 512), 0
     blind = search(model, text, n_layers=2, method=method, seed=flat)
-    if method == "clp":  # without tests exhaustive prices by a sweep of its own, which knows no table
+    if method != "exhaustive":  # which without tests prices by a sweep of its own, which knows no table
         assert blind.segments == [Segment(3, 5)]
     seeing = search(model, text, n_layers=2, method=method, seed=flat, probes=probes)
     assert seeing.segments == [Segment(1, 3)]
@@ -1075,13 +1094,13 @@ def test_a_prompt_is_not_closed(tokenizer):
     assert prompt_ids(able(tokenizer, ""), "ab") == tokenizer("ab").input_ids
 
 
-def with_line_ends_in_signs():
-    """A tokenizer that writes "!" and the line's end as one token, as Qwen's and Llama 3's do."""
+def with_line_ends_in_signs(signs: str = "!~>]?.", ends: Sequence[str] = ("", "\n", "\n\n")) -> Any:
+    """A tokenizer that writes "!" and the line's end as one token, as Qwen's and Llama 3's do; or other signs."""
     core = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\p{N}|\s+"), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
-    lines = [f"{word}{sign}{end}" for word in ("ba", "ko") for sign in "!~>]?." for end in ("", "\n", "\n\n")]
+    lines = [f"{word}{sign}{end}" for word in ("ba", "ko") for sign in signs or [""] for end in ends]
     core.train_from_iterator(lines * 9, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
@@ -1105,6 +1124,38 @@ def test_what_follows_an_answer_in_one_token_with_its_last_sign_does_not_count()
             wrong = wanted.clone()
             wrong[k] = tests.tokens.max() if wanted[k] != tests.tokens.max() else 0
             assert tests.right(row, wrong).tolist() == [i != k for i in range(len(wanted))]
+
+
+def test_a_line_that_ends_an_answer_may_go_on_with_any_blanks():
+    """Of code the answer's last sign is the line's end, in one token with what parts the test from the next."""
+    tokenizer = with_line_ends_in_signs("", ("\n", "\n\n", "\n    "))
+    one, two, indented = (tokenizer.encode(end)[0] for end in ("\n", "\n\n", "\n    "))
+    tests = probe_rows(tokenizer, rows=8, window=512, capabilities=("structure",), family="judging")
+    ended = [
+        (row, at, k)
+        for row in range(8)
+        for at in [(tests.answers[row] >= 0).nonzero()[:, 0]]
+        for k, place in enumerate(at.tolist())
+        if tests.tokens[row, place + 1] == two
+    ]
+    assert ended
+    for row, at, k in ended:
+        given = tests.tokens[row, at + 1].clone()
+        for end, right in ((one, True), (indented, True), (tokenizer.encode(")")[0], False)):
+            given[k] = end
+            assert tests.right(row, given)[k] == right
+
+
+def test_chats_that_leave_no_room_for_a_test_are_written_plain(tokenizer, monkeypatch):
+    """Templates that begin with a long text of their own."""
+    short = 4 * SHORT_ROW  # of letters, as these tokens are, it takes more
+    monkeypatch.setattr(probes_module, "SHORT_ROW", short)
+    begun = able(tokenizer, "{{ 'You are a careful assistant. ' * 34 }}" + CHAT)
+    rows = probe_rows(begun, rows=8, window=2 * short, family="tuning", capabilities=("recall", "sums"))
+    asked = rows.answers >= 0
+    assert all(piece.any() for row in asked[rows.lengths == short] for piece in row.split(short))
+    assert never_chats(begun) == (), "where there is room they are chats"
+    assert "careful" in tokenizer.decode(rows.tokens.flatten())
 
 
 def test_a_tokenizer_that_ends_lines_apart_has_nothing_to_forgive(tokenizer):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 import folders
 import tiny
-from layercut import evaluation, layer_search
+from layercut import evaluation, layer_search, surgery
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, HealConfig, from_flat
 from layercut.data.blocks import fingerprint
 from layercut.data.probes import probe_rows
-from layercut.errors import ConfigError
+from layercut.errors import ConfigError, SurgeryError
 from layercut.healing import fold_, fold_prices, tune_
 from layercut.healing.fold_prices import RIDGES, FoldPrices
 from layercut.healing.least_squares import HELD_OUT
@@ -399,6 +399,30 @@ def test_no_test_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
         assert quantize.point(work, student, 16).rise == pytest.approx(of_student / of_dense - 1)
 
 
+def test_a_cut_that_cannot_be_expressed_is_not_taken_and_ends_no_trial(
+    tiny_model, texts, tmp_path, monkeypatch, capsys
+):
+    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25"]
+    flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
+    assert main(["tune", *flags, f"--out={tmp_path / 'all'}"]) == 0
+    best = json.loads((tmp_path / "all" / "search.json").read_text())["segments"]
+    real, refused = surgery.cut, "these layers cannot be cut out"
+
+    def cut_some(model, segments):
+        if [[s.start, s.stop] for s in segments] == best:
+            raise SurgeryError(refused, "take others")
+        return real(model, segments)
+
+    monkeypatch.setattr(surgery, "cut", cut_some)
+    capsys.readouterr()
+    assert main(["tune", *flags, f"--out={tmp_path / 'some'}"]) == 0
+    assert capsys.readouterr().err.count(refused) == 1
+    found = json.loads((tmp_path / "some" / "search.json").read_text())
+    assert found["segments"] != best
+    (one,) = [one for one in found["tried"] if one["segments"] == best]
+    assert "text" not in one
+
+
 class Killed(Exception):
     pass
 
@@ -408,7 +432,9 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
     flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
     assert main(["tune", *flags, f"--out={tmp_path / 'whole'}"]) == 0
     whole = json.loads((tmp_path / "whole" / "search.json").read_text())
-    asked = {"search": 0, "folded": [], "healed": []}
+    lighter = json.loads((tmp_path / "whole" / "search-plain.json").read_text())["lighter"]
+    assert lighter, "proposals in which tests count less"
+    asked = {"search": 0, "folded": [], "healed": [], "lighter": []}
     search, folded, heal = layer_search.search, FoldPrices.__call__, trial.healed_for_a_while
     most = 1
 
@@ -426,6 +452,11 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
         asked["healed"].append((tuple(cuts), times))
         return heal(this, cuts, tokens, times)
 
+    def watched_trial(result, *args, **how):
+        asked["lighter"].append([[[s.start, s.stop] for s in cuts] for cuts in result.lighter])
+        return tried(result, *args, **how)
+
+    monkeypatch.setattr(trial, "tried", watched_trial)
     monkeypatch.setattr(layer_search, "search", counted_search)
     monkeypatch.setattr(FoldPrices, "__call__", counted_fold)
     monkeypatch.setattr(trial, "healed_for_a_while", killed_heal)
@@ -442,6 +473,7 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
     assert len(asked["healed"]) == len(set(asked["healed"])) > 1
     assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["tried"])
     assert asked["search"] == 1
+    assert asked["lighter"] == [lighter, lighter], "they go on trial, also of a search that an earlier command made"
     assert not (run / "search-prices.json").exists()
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ LONG = ("recall", "lists", "lists")
 """Of what long tests are: what is found again by its key is harder the more other keys there are."""
 LEAST_SIZE = {"recall": 3, "lists": 4, "copy": 6}
 """The smallest items of the growing capabilities."""
-BLANKS = ("", " ", "\n", "\n\n", " \n", "\n\n\n", "\r\n")
-"""What may follow the last sign of an answer in one token with it."""
+KEPT = 0.9
+"""Of an item's signs, blanks aside, the share that a tokenizer has to give back: others drop what they do not know."""
 PLACE = "[reply {}]"
 """What a template is given instead of a reply, to find out where it puts it."""
 DEFAULT_WEIGHT = 1.0
@@ -250,16 +250,27 @@ def judging_rows(
 
 
 def _closings(tokenizer: Any, made: ProbeRows) -> dict[int, tuple[int, ...]]:
-    """Of each token that holds the last sign of an answer and blanks after it, those with other blanks or none."""
+    """Of each token that holds the last sign of an answer and blanks after it, those with other blanks or none.
+
+    Where the line's end is that sign, all that hold it with blanks after it.
+    """
     answers = made.answers
     ends = (answers[:, :-1] >= 0) & (answers[:, 1:] != answers[:, :-1])
-    found = {}
-    for token in made.tokens[:, 1:][ends].unique().tolist():
+    last = {token: tokenizer.decode([token]) for token in made.tokens[:, 1:][ends].unique().tolist()}
+    signs = {token: text.rstrip() or text[:1] for token, text in last.items() if text != text.rstrip()}
+    alike = _with_blanks_after(tokenizer, frozenset(signs.values())) if signs else {}
+    return {token: alike[sign] for token, sign in signs.items()}
+
+
+@lru_cache(maxsize=4)
+def _with_blanks_after(tokenizer: Any, signs: frozenset[str]) -> dict[str, tuple[int, ...]]:
+    """Of each of these signs the tokens that hold it and blanks, or nothing, after it."""
+    found = {sign: list[int]() for sign in signs}
+    for token in range(len(tokenizer)):
         text = tokenizer.decode([token])
-        if (sign := text.rstrip()) and sign != text:
-            others = [tokenizer(sign + blanks, add_special_tokens=False).input_ids for blanks in BLANKS]
-            found[token] = tuple(ids[0] for ids in others if len(ids) == 1)
-    return found
+        if (sign := text.rstrip() or text[:1]) in found:
+            found[sign].append(token)
+    return {sign: tuple(tokens) for sign, tokens in found.items()}
 
 
 def _family(name: str, rows: int, window: int) -> Family:
@@ -288,8 +299,8 @@ class _Marked:
         self.answers += other.answers
 
     def fits(self, room: int) -> bool:
-        """Whether it takes no more than so many tokens."""
-        return len(self.ids) <= room
+        """Whether it takes no more than so many tokens, and any."""
+        return 0 < len(self.ids) <= room
 
 
 @dataclass
@@ -364,7 +375,8 @@ class _Writer:
 
         The text is tokenized up to the end of each part, as it would be written: no border is put between parts that
         the tokenizer would not put. A token of an answer's end and of what follows ("]" and a line break) is the
-        answer's. What the tokenizer has no token for is no answer.
+        answer's. What the tokenizer has no token for, or drops, is no answer, nor is any of an item that it drops too
+        much of.
         """
         ids: list[int] = []
         found = _Marked([], [])
@@ -384,9 +396,32 @@ class _Writer:
                 marks = found.of[common : common + 1] * held + [None] * (new - held)
             found.of[common:] = marks
             ids = longer
-        unknown = {of for token, of in zip(ids, found.of, strict=True) if token == self.tokenizer.unk_token_id}
-        found.ids, found.of = ids, [None if of in unknown else of for of in found.of]
+        lost = {of for token, of in zip(ids, found.of, strict=True) if token == self.tokenizer.unk_token_id}
+        lost |= self.dropped(ids, found.of, item)
+        found.ids, found.of = ids, [None if of in lost else of for of in found.of]
         return found
+
+    def dropped(self, ids: list[int], of: Sequence[tuple[str, int] | None], item: Item) -> set[tuple[str, int] | None]:
+        """The answers that tokens do not spell; all of an item of which less than KEPT is left.
+
+        Args:
+            ids: tokens of an item.
+            of: the answer that each belongs to.
+            item: its text.
+
+        Returns:
+            Some of `of`.
+        """
+        if len(_signs(self.tokenizer.decode(ids))) < KEPT * len(_signs(item.text)):
+            return {*of}
+        spelled: dict[tuple[str, int], list[int]] = {}
+        for token, answer in zip(ids, of, strict=True):
+            if answer:
+                spelled.setdefault(answer, []).append(token)
+        return {
+            answer for answer, tokens in spelled.items()
+            if _signs(item.parts[1::2][answer[1]]) not in _signs(self.tokenizer.decode(tokens))
+        }  # fmt: skip
 
     def covering(self, ids: list[int], longer: list[int], common: int) -> int:
         """How many tokens hold anew, with some of what follows, the text that others held.
@@ -446,6 +481,11 @@ class _Writer:
         return _Marked(found.ids[:window], found.of[:window], found.answers)
 
 
+def _signs(text: str) -> str:
+    """A text without its blanks, and in small letters, as some tokenizers have it."""
+    return "".join(text.split()).casefold()
+
+
 def _turns(item: Item) -> list[tuple[str, str, Sequence[str]]]:
     """What a chat asks, what each reply begins with, and its other parts: answers and, between two, text."""
     if item.turns:
@@ -465,7 +505,11 @@ def _short_rows(writer: _Writer, capabilities: Sequence[str], window: int, piece
     found = _Marked([], [])
     for turn in range(number * pieces, (number + 1) * pieces):
         writer.chat = writer.can_chat and (turn + turn // 4) % 2 == 1
-        found.extend(_row(writer, capabilities, window // pieces, turn))
+        row = _row(writer, capabilities, window // pieces, turn)
+        if writer.chat and not row.answers:  # a template that begins with a long text leaves no room for a test
+            writer.chat = False
+            row = _row(writer, capabilities, window // pieces, turn)
+        found.extend(row)
     return found
 
 

@@ -57,7 +57,7 @@ def prompt(tokenizer: Any, length: int, depth: float, draw: random.Random) -> tu
     room = length - len(render([]))
     if room < 0:
         return None
-    per_sentence = min(len(tokenizer(" " + s, add_special_tokens=False).input_ids) for s in FILLER)
+    per_sentence = max(1, min(len(tokenizer(" " + s, add_special_tokens=False).input_ids) for s in FILLER))
     sentences = [draw.choice(FILLER) for _ in range(room // per_sentence)]
     most = most_that(lambda count: len(render(sentences[:count])) <= length, 0, len(sentences))
     return render(sentences[:most]), key

@@ -5,6 +5,7 @@ Every price is kept in the run folder as soon as it is known, until the stage is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from layercut import surgery
 from layercut.data import sources
 from layercut.data.blocks import by_origin, fingerprint, in_rows
 from layercut.data.probes import ProbeRows, probe_rows
+from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
 from layercut.healing.fold_prices import JUDGED_ROWS, FoldPrices, rows_to_fit
 from layercut.layer_search import Cost, Restriction, SearchResult, numbers_of_segments
@@ -104,7 +106,11 @@ def go_on(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str
 
         def healed_price(cuts: Sequence[Segment], times: int) -> float:
             shown.close()  # healing shows its own
-            left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(this, cuts, tokens, times)))
+            try:
+                left = known(f"left {times}", cuts, lambda: left_of(healed_for_a_while(this, cuts, tokens, times)))
+            except SurgeryError as error:  # other cuts of this model can be expressed: the search found one
+                say("trial", f"{', '.join(map(str, cuts))}: {error.message}")
+                return math.inf
             if times == 1:
                 of_text[tuple(cuts)] = left[0]
             parts = f"{left[0]:.4g} nats on text" + (f" and {sum(left[1:]):.4g} of tests" if left[1:] else "")
