@@ -43,7 +43,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
     kept = ["kept, %", "above chance, %", "behind, %"] if tasks else []
     names = [name.removeprefix("local_") for name in tasks]
     probed = bool(comparison["judged_dense"]["keys"])
-    found = ["keys", "lists", "damage, nats", *["repeats"] * whole] if probed else []
+    found = ["keys", "lists", "damage, nats", "repeats"] if probed else []
     texts = list(comparison["dense"]["texts"])
     each_task = names if whole else []
     headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *each_task, *found]
@@ -60,7 +60,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
         f"{comparison['model']}, {layers['before']} -> {layers['after']} layers, searched on "
         f"{comparison['calibration']['tokens']:,} tokens{tuned}; perplexity of {of};"
         f"{asked} ± one standard error over the "
-        f"items, paired; * p < 0.05 against the first method in the same state{REPEATS * (probed and whole)}.",
+        f"items, paired; * p < 0.05 against the first method in the same state{REPEATS * probed}.",
         "",
         f"| {' | '.join(headings)} |",
         f"|---|---|---|{'---:|' * (len(headings) - 3)}",
@@ -85,7 +85,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
         if probed:
             cells += [found_of(judged["keys"]), found_of(judged.lists)]
             cells.append(damage(judged) if row else "–")
-            cells += [repeats(judged) if row else dense_repeats(comparison["methods"])] * whole
+            cells.append(repeats(judged) if row else dense_repeats(comparison["methods"]))
         lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")
     if whole:
         lines += ["", *hits_table(comparison)] if probed else []
