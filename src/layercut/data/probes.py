@@ -6,7 +6,8 @@ through search and tuning as any row does; what is special are the answers, toke
 damage of a cut to a capability is the mean over the tokens of its answers of KL(dense || cut), in nats; its hit rate is
 the share of answers of which every token is the likeliest (which is when greedy decoding gives the answer).
 
-Rows are of one family of `data/probe_families.py`: "searching", "tuning" or "judging", which share no form, person or thing.
+Rows are of one family of `data/probe_families.py`: "searching", "tuning" or "judging", which share no form, person or
+thing.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from layercut.config import CompressConfig, flattened
@@ -124,31 +125,39 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
         asked: the run as it was resolved.
         segments: that are removed.
     """
-    run, config = work.run, work.config
-    stages.evaluate.evaluate(work, segments)
-    measured = ["eval"]
-    if stages.evaluate.capabilities(work, segments):
-        measured.append("capabilities")
-    if config.tasks.names:
-        stages.evaluate.score(work, segments)
-        measured.append("tasks")
-    if config.tasks.probes:
-        stages.evaluate.probes(work, segments)
-        measured.append("probes")
-    if config.long.long_context:
-        stages.evaluate.long(work, segments)
-        measured.append("long")
-    if config.tasks.evaluation_names:
-        stages.evaluate.others(work, segments)
-        measured.append("evaluations")
-    stages.export.export(work, segments)
-    summarise(work, asked, segments, measured)
-    processes.on_main(lambda: describe_result_(run.folder))
-    processes.on_main(lambda: write_report(run.folder))
+    tasks, long = work.config.tasks, work.config.long.long_context
+    measured = Measured(
+        eval=stages.evaluate.evaluate(work, segments),
+        capabilities=stages.evaluate.capabilities(work, segments),
+        tasks=stages.evaluate.score(work, segments) if tasks.names else None,
+        probes=stages.evaluate.probes(work, segments) if tasks.probes else None,
+        long=stages.evaluate.long(work, segments) if long else None,
+        evaluations=stages.evaluate.others(work, segments) if tasks.evaluation_names else None,
+    )
+    exported = stages.export.export(work, segments)
+    summarise(work, asked, segments, measured, exported)
+    processes.on_main(lambda: describe_result_(work.run.folder))
+    processes.on_main(lambda: write_report(work.run.folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The artefacts of what was measured, by their names, in their order; None: not asked for."""
+
+    eval: EvaluateArtefact
+    capabilities: CapabilitiesArtefact | None
+    tasks: TasksArtefact | None
+    probes: ProbesArtefact | None
+    long: LongArtefact | None
+    evaluations: EvaluationsArtefact | None
 
 
 def summarise(
-    work: RunContext, asked: ResolvedRun, segments: Sequence[Segment], measured: Sequence[str]
+    work: RunContext,
+    asked: ResolvedRun,
+    segments: Sequence[Segment],
+    measured: Measured,
+    exported: ExportArtefact,
 ) -> SummaryArtefact:
     """summary.json, from the artefacts of the stages that were run.
 
@@ -156,23 +165,19 @@ def summarise(
         work: of the run.
         asked: the run as it was resolved.
         segments: what was removed.
-        measured: names of the stages that evaluate.
+        measured: what survived.
+        exported: the checkpoint.
 
     Returns:
         The artefact.
     """
     run, source = work.run, checkpoints.weight_bytes(asked.checkpoint)
-    after = [*(f"text-{use}" for use in work.text), "search", *measured, "export"]
+    evaluated = [name for name, found in vars(measured).items() if found is not None]
+    after = [*(f"text-{use}" for use in work.text), "search", *evaluated, "export"]
     model = os.path.abspath(asked.model) if os.path.exists(asked.model) else asked.model  # from any folder
     with run.stage(SummaryArtefact, "summary", [model, source], after=after) as stage:
         if stage.open:
-            cut, judged = run.artefact(CutArtefact, "cut"), run.artefact(EvaluateArtefact, "eval")
-            tasks = run.artefact(TasksArtefact, "tasks") if "tasks" in measured else None
-            long = run.artefact(LongArtefact, "long") if "long" in measured else None
-            others = run.artefact(EvaluationsArtefact, "evaluations") if "evaluations" in measured else None
-            probes = run.artefact(ProbesArtefact, "probes") if "probes" in measured else None
-            able = run.artefact(CapabilitiesArtefact, "capabilities") if "capabilities" in measured else None
-            exported = run.artefact(ExportArtefact, "export")
+            cut, judged, tasks = run.artefact(CutArtefact, "cut"), measured.eval, measured.tasks
             stage.found = SummaryArtefact(
                 model=model,
                 layers=BeforeAfter(before=asked.layers, after=len(cut.original_layer_index)),
@@ -188,10 +193,10 @@ def summarise(
                 peak_device_bytes=judged.peak_device_bytes,
                 tasks=tasks.tasks if tasks else None,
                 retention=tasks.retention if tasks else None,
-                long_context=long.facts if long else None,
-                evaluations=others.evaluations if others else None,
-                capabilities=able.judged if able else None,
-                probes=probes.facts if probes else None,
+                long_context=measured.long.facts if measured.long else None,
+                evaluations=measured.evaluations.evaluations if measured.evaluations else None,
+                capabilities=measured.capabilities.judged if measured.capabilities else None,
+                probes=measured.probes.facts if measured.probes else None,
                 consumers=stages.export.read_by(work, segments),
             )
     return stage.artefact
