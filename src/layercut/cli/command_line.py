@@ -206,7 +206,7 @@ def compare(model: Model, *, config: CompareConfig | None = None, log: Log = Non
     from layercut.pipeline.compare import compare
     from layercut.report.comparison_views import comparison_table, survival_table
 
-    run = compare(model, config or CompareConfig())
+    run = compare(model, config or CompareConfig(), own_process=True)
     console, found = Console(highlight=False), json.loads((run / "compare.json").read_text())
     console.print(comparison_table(found))
     if found["judged_dense"]:

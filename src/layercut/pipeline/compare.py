@@ -67,12 +67,13 @@ TRIANGLE_ROWS = 2
 """Rows of tokens in one sweep of the triangle, in which the hidden states of all segments live at once."""
 
 
-def compare(model: str, config: CompareConfig) -> Path:
+def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> Path:
     """Run every method on a model and measure what it removes.
 
     Args:
         model: a Hub id, a folder, or a .gguf file.
         config: every option.
+        own_process: as of `journey.compress`.
 
     Returns:
         The run folder, with compare.json in it.
@@ -104,7 +105,7 @@ def compare(model: str, config: CompareConfig) -> Path:
     folder, limit = folder.with_name(f"{folder.name}-compare"), memory.memory_limit(config.load.max_memory)
     with limit, compiled(config.compiled.compile), Run(config.run.out or folder, force=config.run.force) as run:
         run.describe({"model": model, **flattened(config)})
-        compare_methods(RunContext(checkpoint, journey, run), model, config.compare, length)
+        compare_methods(RunContext(checkpoint, journey, run, own_process=own_process), model, config.compare, length)
         return run.folder
 
 

@@ -21,7 +21,6 @@ from layercut.healing import lora, tune_
 from layercut.healing.endpoint_tuning import TuningFiles
 from layercut.healing.least_squares import fold_cut_
 from layercut.healing.tuning_result import TuningResult
-from layercut.healing.tuning_state import asked_to_stop
 from layercut.models import loading, memory
 from layercut.models.runner import DecoderRunner, mean_kl
 from layercut.pipeline.artefacts import segments_of
@@ -161,7 +160,8 @@ def train(work: RunContext, segments: Sequence[Segment], folded: list[str], stat
         The artefact.
     """
     student, kept = start_of(work, segments, folded)
-    memory.reuse_freed()
+    if work.own_process:
+        memory.reuse_freed()
     report = trained_by(work, student, state)
     start = report.heldout[0]["loss"]
     say(state, f"{', '.join(map(str, segments))}: held-out loss {start:.4f} -> {report.best:.4f}")
@@ -216,7 +216,7 @@ def trained_by(work: RunContext, student: Any, state: str) -> TuningResult:
         How it went.
     """
     rows, settings = work.blocks["tuning"], tune_settings(work.config.heal)
-    how: dict[str, Any] = {"heldout": work.blocks["heldout"], "files": TuningFiles(stopping=asked_to_stop)}
+    how: dict[str, Any] = {"heldout": work.blocks["heldout"], "files": TuningFiles(stopping=work.stopping)}
     how |= vars(tuning_treatment(work))
     if state == "lora":
         return lora.tune_lora_(student, work.stack, rows, settings=settings, **how)

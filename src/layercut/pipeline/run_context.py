@@ -7,7 +7,8 @@ healing changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -26,12 +27,14 @@ from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
 from layercut.files.sizes import size
 from layercut.files.writing import write_atomically
+from layercut.healing.tuning_result import TuningResult
+from layercut.healing.tuning_state import Stop, asked_to_stop, never_asked
 from layercut.models import checkpoints, layer_reader_protocol, loading
 from layercut.models.gguf_header import read_header
 from layercut.models.runner import DecoderRunner
 from layercut.offload import placement
 from layercut.offload.several_devices import placed_over
-from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact
+from layercut.pipeline.artefacts import FoldArtefact, HealArtefact, QuantizeArtefact, TuningRecord
 from layercut.pipeline.run_store import Run
 from layercut.progress import bar, say
 from layercut.quantization import quantized_weights
@@ -66,6 +69,25 @@ class RunContext:
     """Where what the text stage has drawn comes from, by use."""
     blocks: dict[str, torch.Tensor] = field(default_factory=dict)
     """Its token ids [N, T], by use."""
+
+    @property
+    def stopping(self) -> Callable[[], AbstractContextManager[Stop]]:
+        """What tells a training to keep its state and stop: signals, where these may be caught."""
+        return asked_to_stop if self.own_process else never_asked
+
+    def trained(self, stage: str, report: TuningResult) -> TuningRecord:
+        """What an artefact has of a training, its losses put among the run's events.
+
+        Args:
+            stage: in which it was done.
+            report: how it went.
+
+        Returns:
+            The record.
+        """
+        for point in report.curve:
+            self.run.event(stage, int(point["step"]), "loss", point["loss"], "nats/token")
+        return TuningRecord(**vars(report), data=self.text["tuning"])
 
     @cached_property
     def source(self) -> dict[str, Any]:

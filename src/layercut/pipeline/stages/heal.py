@@ -20,7 +20,7 @@ from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, frozen_states
 from layercut.healing.offloaded import FrozenStates
 from layercut.healing.stored_teacher import StoredTeacher, store_teacher, stored_bytes
-from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
+from layercut.healing.tuning_state import StateFile
 from layercut.models import layer_reader_protocol, loading, memory
 from layercut.models.objectives import Objective, objective_of
 from layercut.models.runner import DecoderRunner
@@ -31,7 +31,6 @@ from layercut.pipeline.artefacts import (
     FoldArtefact,
     FoldRecord,
     HealArtefact,
-    TuningRecord,
     bounds_of,
 )
 from layercut.pipeline.run_context import Round, RunContext
@@ -177,11 +176,9 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
             )
             if files.states:
                 files.states.close()
-            for point in report.curve:
-                work.run.event(this.name("heal"), int(point["step"]), "loss", point["loss"], "nats/token")
             stage.found = HealArtefact(
                 fold=fold.fold,
-                tuning=TuningRecord(**vars(report), data=text["tuning"]),
+                tuning=work.trained(this.name("heal"), report),
                 changed=this.save_changes(student.model, "tuned"),
                 files=[f"{this.name('tuned')}.safetensors"],
             )
@@ -205,8 +202,7 @@ def tuning_files(this: Round, student: DecoderRunner, lengths: torch.Tensor | No
     teacher = stored_teacher(work, tokens, lengths) if work.config.heal.teacher_topk else None
     states = stored_states(this, student, tokens, lengths) if student.on_disk else None
     state = StateFile(work.run / TUNING_STATE, key=work.run.inputs_of(this.name("heal")))
-    stopping = asked_to_stop if work.own_process else never_asked
-    return TuningFiles(teacher=teacher, states=states, state=state, stopping=stopping)
+    return TuningFiles(teacher=teacher, states=states, state=state, stopping=work.stopping)
 
 
 def stored_teacher(work: RunContext, tokens: torch.Tensor, lengths: torch.Tensor | None) -> StoredTeacher:

@@ -20,7 +20,7 @@ from layercut.files.writing import remove_written
 from layercut.healing.endpoint_tuning import TuneSettings, TuningFiles, tune_parameters_
 from layercut.healing.tuning_cost import learned_weight_bytes
 from layercut.healing.tuning_result import TuningResult
-from layercut.healing.tuning_state import StateFile, asked_to_stop, never_asked
+from layercut.healing.tuning_state import StateFile
 from layercut.models import loading, memory
 from layercut.models.objectives import KL
 from layercut.pipeline.artefacts import TuningRecord
@@ -108,17 +108,13 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     """
     if not wanted(work.config):
         return found, None
-    files = TuningFiles(
-        state=StateFile(work.run / STATE, key=work.run.inputs_of("quantize")),
-        stopping=asked_to_stop if work.own_process else never_asked,
-    )
+    state = StateFile(work.run / STATE, key=work.run.inputs_of("quantize"))
+    files = TuningFiles(state=state, stopping=work.stopping)
     if work.own_process:
         memory.reuse_freed()
     rows, treated = work.blocks["tuning"], tuning_treatment(work)
     found, report = _trained(work, found, before, rows, treated, settings_of(work.config.heal), files)
-    for point in report.curve:
-        work.run.event("quantize", int(point["step"]), "loss", point["loss"], "nats/token")
-    return found, TuningRecord(**vars(report), data=work.text["tuning"])
+    return found, work.trained("quantize", report)
 
 
 def for_a_while(work: RunContext, found: Quantized, before: Any, rows: torch.Tensor, treated: Treatment) -> Quantized:
