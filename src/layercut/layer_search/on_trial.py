@@ -7,7 +7,7 @@
     4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
        the VARIANTS best of those that do not differ from the best of them, and from the next where it is CLOSE
     5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least would
-       be left if it went on like that (`foretold`)
+       be left in the end (`foretold`)
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -33,6 +33,8 @@ that are healed again."""
 CLOSE, LONGER = 0.15, 4
 """What more than the least may be left of cuts whose variants are healed and that are healed again, as a share, and on
 how many times the rows; on so many times these again the choice will be healed."""
+FURTHER = 0.5
+"""Of the logarithm by which a price fell from a short healing to the longer one, the share that it falls to the end."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]
@@ -142,19 +144,19 @@ def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
 
 
 def foretold(short: float, longer: float) -> float:
-    """What would be left of a cut after LONGER times the longer healing, by the power law through both of its prices.
+    """What would be left of a cut after LONGER times the longer healing, by both of its prices.
 
-    A loss falls with the tokens as a n^-b (2001.08361, of training): by the same factor from n to LONGER n tokens as
-    from these to LONGER² n.
+    By a power law of the tokens (2001.08361, of training) it would fall by the same factor once more. Three healings
+    fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start.
 
     Args:
         short: the price after a short healing.
         longer: after LONGER times as much.
 
     Returns:
-        longer² / short; the price after the longer one where the other is nothing or not finite.
+        longer (longer / short)^FURTHER; the price after the longer one where the other is nothing or not finite.
     """
-    return longer * longer / short if 0 < short < math.inf else longer
+    return longer * (longer / short) ** FURTHER if 0 < short < math.inf else longer
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
