@@ -81,10 +81,21 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     scored = [work.source, work.text["calibration"], seed, config, length, *edition(config), *trial.inputs(work)]
     with work.run.stage(SearchArtefact, this.name("search"), scored, after=this.after, together=True) as stage:
         if stage.open:
-            tests = generated_tests(work)
-            result = chosen(this, wanted, length, tests)
+            stack, tokens, tests = this.stack, work.blocks["calibration"], generated_tests(work)
+            if wanted:  # --for has been checked by `resolve`
+                result = layer_search.search(stack, tokens, segments=wanted, probes=tests)
+            elif length is None and config.max_loss is not None:
+                result = search_within(this, config.max_loss, tests)
+            else:
+                how = search_options(this, length_for_target(work) if length is None else length, tests)
+                inputs, name = plain_inputs(this, how), this.name("search-plain")
+                with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
+                    if plain.open:
+                        result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
+                        plain.found = recorded(result, work)
+                result = trial.go_on(this, result_of(plain.artefact), tokens, how, this.name("search"))
             if config.all_lengths:
-                result = with_triangle(result, this.stack, work.blocks["calibration"], sum(map(len, result.segments)))
+                result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
     KnownPrices(work.run, this.name("search")).forget_()
@@ -94,47 +105,6 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     words = ", ".join(map(str, this.removal.all))
     say("search", f"{found.method}: remove {words} of {work.layers} layers")
     return this.removal
-
-
-def chosen(this: Round, wanted: Sequence[Segment], length: int | None, tests: ProbeRows | None) -> SearchResult:
-    """The segments that were given; or those within a budget of loss; or the search's, gone on with on trial.
-
-    Args:
-        this: the round.
-        wanted: segments given by hand; empty where they are searched.
-        length: n, layers to remove; None where that depends on the weights or on the loss.
-        tests: generated tests that are weighed with the text.
-
-    Returns:
-        The result.
-    """
-    work, tokens = this.work, this.work.blocks["calibration"]
-    within = work.config.search.max_loss
-    if wanted:  # --for has been checked by `resolve`
-        return layer_search.search(this.stack, tokens, segments=wanted, probes=tests)
-    if length is None and within is not None:
-        return search_within(this, within, tests)
-    how = search_options(this, length_for_target(work) if length is None else length, tests)
-    return trial.go_on(this, plain_search(this, how), tokens, how, this.name("search"))
-
-
-def plain_search(this: Round, how: dict[str, Any]) -> SearchResult:
-    """The search by plain cuts, an artefact of its own.
-
-    Args:
-        this: the round.
-        how: the search's arguments.
-
-    Returns:
-        Its result.
-    """
-    work, inputs, name = this.work, plain_inputs(this, how), this.name("search-plain")
-    with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as plain:
-        if plain.open:
-            tokens, seed, oracle = work.blocks["calibration"], work.config.text.seed, work.config.search.oracle
-            result = layer_search.search(this.stack, tokens, **how, seed=seed, oracle=oracle)
-            plain.found = recorded(result, work)
-    return result_of(plain.artefact)
 
 
 def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
