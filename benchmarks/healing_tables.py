@@ -72,7 +72,7 @@ def recovery_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-DEFAULT, BY_TEXT = "4:6,12:16", "13:19"
+DEFAULT, BY_TEXT = "5:7,12:16", "13:19"
 """What `compress` removes from SmolLM2-135M by default, and with `--preserve none`."""
 AS_BY_DEFAULT = {
     "tokens": 131072, "mix": 0.3, "rate": 0.0, "radius": 1, "window": 1024, "parted": 1, "beside": "wiki_passages.txt",
@@ -84,8 +84,8 @@ WITH_TESTS = {"share": 0.1, "answer_weight": 4.0}
 
 def headline_table(recall: dict, speed: dict) -> str:
     """The README's table: what the default cut and its healing leave, beside the cut and healing by the text alone."""
-    environment, dense = recall["environment"], recall["rows"][0]
-    asked = {
+    environment, asked = recall["environment"], {
+        "dense": {"segments": "nothing"},
         f"without {named_cut(DEFAULT)}": {"segments": DEFAULT, "tokens": 0},
         "**healed**": {"segments": DEFAULT} | WITH_TESTS | AS_BY_DEFAULT,
         f"chosen and healed by the text alone: without {BY_TEXT}": {
@@ -95,16 +95,16 @@ def headline_table(recall: dict, speed: dict) -> str:
     found = {name: [row for row in recall["rows"] if how.items() <= row.items()] for name, how in asked.items()}
     if missing := [name for name, rows in found.items() if not rows]:
         return f"Not measured yet: `benchmarks/recall.py`, {', '.join(missing)}."
+    dense = found["dense"][0]
     counted = f"keys found of {dense['keys_asked']} | list values found of {dense['lists_asked']}"
     lines = [
         f"`benchmarks/recall.py`, {environment['date'][:10]}, {environment['cores']} CPU cores: {recall['model']} "
         f"without a fifth of its layers, folded on {recall['fold_tokens']:,} and healed on {AS_BY_DEFAULT['tokens']:,} "
-        f"tokens of C4 and Wikipedia, else as then by default (12:16: layers 12 to 15); "
+        f"tokens of C4 and Wikipedia, else as by default (12:16: layers 12 to 15); "
         f"{recall['eval_tokens']:,} tokens of each text in windows of {recall['window']}.",
         "",
         f"| | {' | '.join(f'perplexity, {text}' for text in dense['perplexity'])} | {counted} |",
         f"|---|{'---:|' * (len(dense['perplexity']) + 2)}",
-        headline_row("dense", dense),
         *(headline_row(name, rows[0]) for name, rows in found.items()),
     ]
     return "\n".join([*lines, "", headline_words(speed)])
