@@ -84,7 +84,8 @@ WITH_TESTS = {"share": 0.1, "answer_weight": 4.0}
 
 def headline_table(recall: dict, speed: dict) -> str:
     """The README's table: what the default cut and its healing leave, beside the cut and healing by the text alone."""
-    environment, asked = recall["environment"], {
+    environment = recall["environment"]
+    asked: dict[str, dict] = {
         "dense": {"segments": "nothing"},
         f"without {named_cut(DEFAULT)}": {"segments": DEFAULT, "tokens": 0},
         "**healed**": {"segments": DEFAULT} | WITH_TESTS | AS_BY_DEFAULT,
