@@ -73,7 +73,7 @@ def recovery_table(result: dict) -> str:
 
 
 DEFAULT, BY_TEXT = "5:7,12:16", "13:19"
-"""What `compress` removes from SmolLM2-135M by default, and with `--preserve none`."""
+"""What the trial of `compress` puts first of SmolLM2-135M by default, and what goes with `--preserve none`."""
 AS_BY_DEFAULT = {
     "tokens": 131072, "mix": 0.3, "rate": 0.0, "radius": 1, "window": 1024, "parted": 1, "beside": "wiki_passages.txt",
 }  # fmt: skip

@@ -259,19 +259,18 @@ def _closings(tokenizer: Any, made: ProbeRows) -> dict[int, tuple[int, ...]]:
     ends = (answers[:, :-1] >= 0) & (answers[:, 1:] != answers[:, :-1])
     last = {token: tokenizer.decode([token]) for token in made.tokens[:, 1:][ends].unique().tolist()}
     signs = {token: text.rstrip() or text[:1] for token, text in last.items() if text != text.rstrip()}
-    alike = _with_blanks_after(tokenizer, frozenset(signs.values())) if signs else {}
-    return {token: alike[sign] for token, sign in signs.items()}
+    alike = _with_blanks_after(tokenizer) if signs else {}
+    return {token: alike.get(sign, ()) for token, sign in signs.items()}
 
 
-@lru_cache(maxsize=4)
-def _with_blanks_after(tokenizer: Any, signs: frozenset[str]) -> dict[str, tuple[int, ...]]:
-    """Of each of these signs the tokens that hold it and blanks, or nothing, after it."""
-    found = {sign: list[int]() for sign in signs}
+@lru_cache(maxsize=2)
+def _with_blanks_after(tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """Tokens that hold a sign and blanks, or nothing, after it, by the sign; where several do."""
+    found: dict[str, list[int]] = {}
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token])
-        if (sign := text.rstrip() or text[:1]) in found:
-            found[sign].append(token)
-    return {sign: tuple(tokens) for sign, tokens in found.items()}
+        found.setdefault(text.rstrip() or text[:1], []).append(token)
+    return {sign: tuple(tokens) for sign, tokens in found.items() if len(tokens) > 1}
 
 
 def _family(name: str, rows: int, window: int) -> Family:
