@@ -2,20 +2,21 @@
 
     python benchmarks/ruler.py --others RUN [RUN …]
 
-The dense model and the checkpoints of finished runs answer the same prompts greedily. Three tests, the ones that need
-no essays: one number in repeated sentences, one number among as many others as fit, and the same with keys and numbers
-that are UUIDs. Needs `pip install wonderwords nltk`. Rows: model, test, length -> found of asked.
+The dense model and those of finished runs, checkpoints or GGUF files, answer the same prompts greedily. Three tests,
+the ones that need no essays: one number in repeated sentences, one number among as many others as fit, and the same
+with keys and numbers that are UUIDs. Needs `pip install wonderwords nltk`. Rows: model (the run folder's name), test,
+length -> found of asked.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.tasks.ruler import common_utils, niah_utils
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import arguments, finish, open_model
 
@@ -50,18 +51,19 @@ def questions(test: str, length: int, folder: str, items: int) -> list[dict[str,
 
 def main() -> None:
     args = arguments(__doc__, **DEFAULTS)
-    dense, folders = open_model(args.model), [str(Path(run) / "model") for run in args.others]
-    asked = {(test, n): questions(test, n, folders[0], args.items) for test in TESTS for n in args.lengths}
+    dense = open_model(args.model)
+    with tempfile.TemporaryDirectory() as folder:  # from which lm-eval reads the tokenizer that counts
+        dense.tokenizer.save_pretrained(folder)
+        asked = {(test, n): questions(test, n, folder, args.items) for test in TESTS for n in args.lengths}
     rows: list[dict[str, Any]] = []
-    for name, folder in (("dense", None), *zip(args.others, folders, strict=True)):
-        model = dense.model if folder is None else AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder or folders[0])
+    for run in (None, *map(Path, args.others)):
+        judged, name = (open_model(str(run / "model")), run.name) if run else (dense, "dense")
         for (test, length), items in asked.items():
             prompts = [f"{each['input']} {each['gen_prefix']}" for each in items]
-            said = answers(model, tokenizer, prompts, ANSWER_TOKENS[test], args.batch)
+            said = answers(judged.model, judged.tokenizer, prompts, ANSWER_TOKENS[test], args.batch)
             wanted = [each["outputs"] for each in items]
             found = common_utils.string_match_all(common_utils.postprocess_pred(said), wanted)
-            row = {"model": Path(name).name, "test": test, "length": length, "found": found, "items": len(items)}
+            row = {"model": name, "test": test, "length": length, "found": found, "items": len(items)}
             print(row, flush=True)
             rows.append(row)
     claim = "needles of RULER found by greedy decoding, dense and of finished runs"

@@ -377,6 +377,11 @@ def test_chat_template(tmp_path):
         load_blocks(file, tokenizer, tokens=8, window=8, seed=0, chat_template=True)
 
 
+def test_text_by_a_template_that_writes_the_date_is_the_same_on_every_day():
+    dated = "{{ strftime_now('%d %B %Y %H:%M') }} {{ messages[0].content }}"
+    assert chat_templates.render_template(dated, [{"role": "user", "content": "hi"}], {}) == "26 July 2024 00:00 hi"
+
+
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 GROWING = "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}"
 

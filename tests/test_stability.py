@@ -1,6 +1,7 @@
 """Stability: the same search from other seeds, its choices priced exactly on rows that all their texts gave to."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ def test_seeds_search_on_other_text_and_resume_one_by_one(command, texts, tmp_pa
     assert other["calibration"] == artefact(tmp_path, "stability-2")["calibration"]
     assert main([*command, "--force"]) == 0
     assert not list((tmp_path / "run").glob("stability*.json"))
+
+
+def test_cuts_of_other_seeds_go_on_trial_too(command, texts, tmp_path, monkeypatch):
+    last, go_on = {}, stages.trial.go_on
+
+    def turned_round(this, result, tokens, how, stage):
+        found = go_on(this, result, tokens, how, stage)
+        assert found.tried
+        turned = replace(found, candidates=found.candidates[::-1])
+        last[stage] = [[[s.start, s.stop] for s in each.segments] for each in (turned, found)]
+        return turned
+
+    monkeypatch.setattr(stages.trial, "go_on", turned_round)
+    command = [flag for flag in command if not flag.startswith(("--tokens", "--window"))]
+    assert main([*command, f"--data={texts[0]}", "--tokens=512", "--window=64", "--score=folded", "--seeds=2"]) == 0
+    assert [*last] == ["search", "stability-1"]
+    for stage, (taken, left) in last.items():
+        assert artefact(tmp_path, stage)["segments"] == taken != left
 
 
 def test_a_mix_is_told_by_source(command, texts, tmp_path):

@@ -235,6 +235,17 @@ def test_a_run_is_not_judged_by_what_it_was_tuned_on(tiny_model, several, tmp_pa
     judged_by("python-docs", 9000)
 
 
+def test_generated_tests_judge_a_run_that_was_tuned_on_others(tiny_model, several, tmp_path):
+    config = asking(f"{several}/other.txt", f"{several}/a.txt+probes:0.5", "python-docs+probes:0.5")
+    config = replace(config, text=replace(config.text, window=128))
+    check_sources(config)
+    draw(tiny_model, tmp_path, config)
+    tokenizer = loading.load_tokenizer(checkpoints.resolve(str(tiny_model)))
+    blocks = load_blocks("python-docs+probes:0.5", tokenizer, tokens=4096, window=128, seed=0, order="as written")
+    assert "probes" in blocks.origins
+    check_unseen(tmp_path, blocks)
+
+
 # --- windows ---
 
 

@@ -42,7 +42,7 @@ from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.resolve_options import ENOUGH_TOKENS, resolve, score_of
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.run_store import Run
-from layercut.pipeline.stages import quantize, trial
+from layercut.pipeline.stages import heal, quantize, trial
 from layercut.pipeline.stages.heal import DEFAULT_MIX
 from layercut.segments import Segment
 from layercut.surgery import cut
@@ -184,15 +184,24 @@ def test_what_gains_no_more_than_chance_is_not_taken():
 
 
 def test_moves_stay_within_what_is_allowed_and_within_the_number_of_segments():
-    asked = []
+    def asked(limits):
+        found = []
 
-    def price(cuts):
-        asked.append(cuts)
-        return 1.0 / len(asked)
+        def price(cuts):
+            found.append(cuts)
+            return 1.0 / len(found)
 
-    tried(result_of("1:4"), plain_prices(), price, Restriction.none(8, 3), 2)
-    assert {len(cuts) for cuts in asked} == {1, 2}
-    assert all(sum(map(len, cuts)) == 3 for cuts in asked)
+        tried(result_of("1:4"), plain_prices(), price, limits, 2)
+        return found
+
+    free = asked(Restriction.none(8, 3))
+    assert {len(cuts) for cuts in free} == {1, 2}
+    assert all(sum(map(len, cuts)) == 3 for cuts in free)
+    within = Restriction(tuple(tuple(i != 6 or at == 3 for at in range(5)) for i in range(8)))  # 6 at place 3, or gone
+    bound = asked(within)
+    assert len(bound) > 1
+    assert all(map(within.allows, bound))
+    assert not all(map(within.allows, free))
 
 
 def test_the_best_that_differ_are_healed_then_variants_of_the_best_and_then_the_close_ones_longer():
@@ -340,6 +349,7 @@ def test_a_trial_without_healing_is_refused(tiny_model, texts, tmp_path, capsys)
 
 def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(on_trial, "CLOSE", 9.0)
+    monkeypatch.setattr(heal, "FOLD_TOKENS", 1024 + 4 * 128)  # beside the calibration text 4 rows, as a run folds
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25", f"--out={tmp_path}"]
     flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
     assert main(["tune", str(tiny_model), *flags]) == 0
@@ -358,7 +368,7 @@ def test_what_is_left_of_a_cut_on_trial_is_what_healing_it_by_hand_leaves(tiny_m
     for times, name in ((1, "healed"), (LONGER, "longer")):
         student = cut(opened.model, [Segment(*bounds) for bounds in healed[-1]["segments"]])
         rows = text["tuning"][: times * 4096 // 128 // 16]
-        fold_(student, opened.model, torch.cat([text["calibration"], rows]), heldout=heldout[:8])
+        fold_(student, opened.model, torch.cat([text["calibration"], rows[:4]]), heldout=heldout[:8])
         folded = copy.deepcopy(student)
         objective = KL(mix=DEFAULT_MIX)
         tune_(student, opened.model, rows, heldout=heldout[:8], learning_rate=3e-3, objective=objective)

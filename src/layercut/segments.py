@@ -82,14 +82,14 @@ def _as_segment(given: Any) -> Segment:
 
 
 def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
-    """Sort segments and check them against a stack: inside it, disjoint, and not all of it.
+    """Sort segments, join those that touch, and check them against a stack: inside it, disjoint, and not all of it.
 
     Args:
         segments: in any order.
         layers: L.
 
     Returns:
-        The segments, sorted.
+        The segments, sorted, with layers that stay between them: 1:2 and 2:3 are 1:3, one cut.
 
     Raises:
         ConfigError: what is wrong with them.
@@ -112,7 +112,7 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
             f"the segments {', '.join(map(str, ordered))} would remove all {layers} layers",
             "keep at least one layer",
         )
-    return ordered
+    return [*joined_segments(i for segment in ordered for i in range(segment.start, segment.stop))]
 
 
 def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:

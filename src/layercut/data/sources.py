@@ -54,6 +54,8 @@ SELF = "self"
 """Text that the model writes itself: see `data/self_sampled.py`."""
 TESTS = "probes"
 """Generated tests of what a model can do (`data/probes.py`); "probes:0.25" for a quarter of a mix's rows."""
+MADE_ANEW = frozenset((SELF, TESTS))
+"""Where these are reported on they are of another seed, and tests of the judging family: no text that was tuned on."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")
 
 

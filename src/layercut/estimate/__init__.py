@@ -247,11 +247,11 @@ def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
     Its layers are no search's, and are not counted as such.
     """
     heal = run.config.heal
-    tokens = trial.rows_to_tune(run.tuning, times) * run.tuned.window
+    tokens, window = trial.rows_to_tune(run.tuning, times) * run.tuned.window, run.shape.window
     short = replace(heal, tune_tokens=tokens, epochs=1)
     one = replace(
         run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
-        folded=run.calibration + tokens // run.shape.window,
+        folded=run.calibration + min(tokens // window, tuning_rows_to_fold(run.calibration * window, window)),
     )  # fmt: skip
     each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
     layers = run.shape.layers - run.length

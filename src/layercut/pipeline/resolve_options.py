@@ -16,7 +16,7 @@ import torch
 from layercut import evaluation
 from layercut.config import CompressConfig, Score, SearchConfig, consumer_names
 from layercut.data.probes import capability_names
-from layercut.data.sources import SELF, what_is_read
+from layercut.data.sources import MADE_ANEW, what_is_read
 from layercut.distributed import processes
 from layercut.errors import ConfigError, ModelError
 from layercut.export import consumers
@@ -256,8 +256,7 @@ def check_sources(config: CompressConfig, until: Stage = "report") -> None:
         return
     reported = what_is_read(config.evaluate.eval_data, reported=True)
     used = what_is_read(config.text.data) | what_is_read(config.heal.tune_data or config.text.data)
-    # the model's own text is of another seed where it is reported on
-    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - {SELF}}
+    both = {(used[read], reported[read]) for read in reported.keys() & used.keys() - MADE_ANEW}
     if both:
         words = [name if name == again else f"{name} (the same as {again})" for name, again in sorted(both)]
         raise ConfigError(

@@ -111,7 +111,9 @@ def fold(this: Round, removal: Removal) -> FoldArtefact:
             stage.found = FoldArtefact(fold=[], changed=[])
         elif stage.open:
             student, heldout = DecoderRunner(this.student(removal.cut)), work.blocks["heldout"]
-            found = fold_(student, work.stack, fold_tokens(this), heldout=heldout, segments=removal.new)
+            tuning = this.tuning if "tuning" in work.blocks else None
+            tokens = tokens_to_fold(work.blocks["calibration"], tuning)
+            found = fold_(student, work.stack, tokens, heldout=heldout, segments=removal.new)
             stage.found = FoldArtefact(
                 fold=[
                     FoldRecord(**vars(each), kl_before=found.kl_before, kl_after=found.kl_after, kept=found.kept)
@@ -125,13 +127,20 @@ def fold(this: Round, removal: Removal) -> FoldArtefact:
     return stage.artefact
 
 
-def fold_tokens(this: Round) -> torch.Tensor:
-    """Calibration tokens, and as many of those to tune on as make FOLD_TOKENS: more text, better least squares."""
-    rows = [this.work.blocks["calibration"]]
-    if "tuning" in this.work.blocks:
-        window = rows[0].shape[1]
-        rows.append(in_rows(this.tuning, window)[: tuning_rows_to_fold(rows[0].numel(), window)])
-    return torch.cat(rows)
+def tokens_to_fold(calibration: torch.Tensor, tuning: torch.Tensor | None) -> torch.Tensor:
+    """Calibration tokens, and as many of those to tune on as make FOLD_TOKENS: more text, better least squares.
+
+    Args:
+        calibration: token ids [N, T].
+        tuning: token ids [M, T'], in rows as long or longer; None where nothing is tuned.
+
+    Returns:
+        Token ids [K, T].
+    """
+    if tuning is None:
+        return calibration
+    window = calibration.shape[1]
+    return torch.cat([calibration, in_rows(tuning, window)[: tuning_rows_to_fold(calibration.numel(), window)]])
 
 
 def tuning_rows_to_fold(calibration: int, window: int) -> int:

@@ -21,7 +21,7 @@ from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, st
 from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
-from layercut.data.sources import SELF, TESTS, split_mix, what_is_read
+from layercut.data.sources import MADE_ANEW, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.files.json_values import digest
@@ -342,7 +342,7 @@ def check_unseen(folder: Path, blocks: Blocks) -> None:
     passages = shared([blocks.tokens], [stored_blocks(folder, use) for use in had])
     keys = blocks.keys & {key for use in had for key in _keys(folder, use)}
     found = {
-        "the same source": names & {*blocks.reads} - {SELF},
+        "the same source": names & {*blocks.reads} - MADE_ANEW,
         f"{len(keys):,} of its documents": len(keys) > MOST * max(1, blocks.documents),
         f"{passages:.0%} of its passages": passages > MOST,
     }

@@ -16,7 +16,7 @@ import torch
 
 from layercut import surgery
 from layercut.data import sources
-from layercut.data.blocks import by_origin, fingerprint, in_rows
+from layercut.data.blocks import by_origin, fingerprint
 from layercut.data.probes import ProbeRows, probe_rows
 from layercut.errors import SurgeryError
 from layercut.healing import fold_, tune_
@@ -31,7 +31,7 @@ from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
-from layercut.pipeline.stages.heal import tune_settings
+from layercut.pipeline.stages.heal import tokens_to_fold, tune_settings
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
 from layercut.registries import objectives
@@ -178,7 +178,7 @@ def healed_for_a_while(this: Round, cuts: Sequence[Segment], tokens: torch.Tenso
     student = DecoderRunner(surgery.cut(this.before, cuts))
     rows, treated = some_to_tune(this, times) if heal.tune_tokens else (tokens[:0], None)
     if heal.fold:
-        fold_(student, this.stack, torch.cat([tokens, in_rows(rows, tokens.shape[1])]), heldout=heldout)
+        fold_(student, this.stack, tokens_to_fold(tokens, rows), heldout=heldout)
     if treated:
         tune_(student, this.stack, rows, heldout=heldout, **vars(treated), **vars(tune_settings(heal)) | SHORT)
     return student
