@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict
+from datetime import datetime
+from functools import partial
 
 import pytest
 import torch
@@ -379,7 +381,11 @@ def test_chat_template(tmp_path):
 
 def test_text_by_a_template_that_writes_the_date_is_the_same_on_every_day():
     dated = "{{ strftime_now('%d %B %Y %H:%M') }} {{ messages[0].content }}"
-    assert chat_templates.render_template(dated, [{"role": "user", "content": "hi"}], {}) == "26 July 2024 00:00 hi"
+    messages = [{"role": "user", "content": "hi"}]
+    year, rendered = str(datetime.now().year), partial(chat_templates.render_template, dated, messages, {})
+    assert rendered() == "26 July 2024 00:00 hi"
+    assert year in rendered(today=True), "a person who chats has the day"
+    assert rendered() == "26 July 2024 00:00 hi"
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

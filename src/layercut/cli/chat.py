@@ -46,7 +46,8 @@ class Speaker:
         tokenizer, positions = self.loaded.tokenizer, loading.positions(self.loaded.model.config)
         while True:
             if tokenizer.chat_template:
-                ids = tokenizer(render_chat(tokenizer, self.said, prompt=True), add_special_tokens=False).input_ids
+                text = render_chat(tokenizer, self.said, prompt=True, today=True)
+                ids = tokenizer(text, add_special_tokens=False).input_ids
             else:
                 ids = tokenizer("\n".join(message["content"] for message in self.said) + "\n").input_ids
             if positions is None or len(ids) + room <= positions:

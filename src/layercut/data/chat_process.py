@@ -1,8 +1,8 @@
 """Renders chats in a process of its own: a template that never ends, or fills the memory, ends there.
 
 Started by `data/chat_templates.py`, which waits for it so long and no longer. Knows nothing of layercut. Reads a line
-of JSON for each chat, {"template", "messages", "special", "prompt"}, and writes one, {"text"} or {"error"} or
-{"limit"}.
+of JSON for each chat, {"template", "messages", "special", "prompt", "today"}, and writes one, {"text"} or {"error"}
+or {"limit"}.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ LONGEST = 2**26
 """Characters of a rendered chat."""
 
 
-class Fixed(datetime):
-    """The clock that templates see, for SmolLM3's writes the date: a chat is the same whenever it is rendered."""
+class Clock:
+    """What templates that write the date see, as SmolLM3's does: one day in all text, today where a person chats."""
+
+    real = False
 
     @classmethod
-    def now(cls, tz: Any = None) -> Fixed:
-        """One day, as it began."""
-        return cls(2024, 7, 26, tzinfo=tz)
+    def now(cls) -> datetime:
+        """The time, or the beginning of that day."""
+        return datetime.now() if cls.real else datetime(2024, 7, 26)
 
 
 def bound_memory() -> None:
@@ -42,6 +44,7 @@ def answer(asked: dict[str, Any]) -> dict[str, str]:
     """One chat, rendered as `apply_chat_template` would."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    Clock.real = asked["today"]
     try:
         (text,), _ = render_jinja_template(
             conversations=[asked["messages"]],
@@ -61,7 +64,7 @@ def main() -> None:
     """Read a chat a line from stdin, and write it rendered to stdout."""
     from transformers.utils import chat_template_utils  # before the memory is bounded
 
-    chat_template_utils.datetime = Fixed
+    chat_template_utils.datetime = Clock
     bound_memory()
     print("ready", flush=True)
     for line in sys.stdin:

@@ -81,13 +81,14 @@ class _Renderer:
 _renderer = _Renderer()
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False, today: bool = False) -> str:
     """A chat by the tokenizer's template.
 
     Args:
         tokenizer: a tokenizer of transformers.
         messages: of the chat, each with "role" and "content".
         prompt: whether to end where the model is to answer.
+        today: whether a template that writes the date has today's; else the chat is the same on every day.
 
     Returns:
         The text.
@@ -101,11 +102,16 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool 
     except ValueError as error:  # none, or several of which none is the default
         hint = PROMPT_HINT if prompt else HINT
         raise DataError(f"the tokenizer's chat template cannot be used: {str(error)[:300]}", hint) from None
-    return render_template(template, messages, tokenizer.special_tokens_map, prompt=prompt)
+    return render_template(template, messages, tokenizer.special_tokens_map, prompt=prompt, today=today)
 
 
 def render_template(
-    template: str, messages: list[dict[str, str]], special: Mapping[str, Any], *, prompt: bool = False
+    template: str,
+    messages: list[dict[str, str]],
+    special: Mapping[str, Any],
+    *,
+    prompt: bool = False,
+    today: bool = False,
 ) -> str:
     """A chat by a template.
 
@@ -114,6 +120,7 @@ def render_template(
         messages: with a "role" and a "content" each.
         special: tokens that it may use, by names such as bos_token.
         prompt: up to where the model is to answer.
+        today: as in `render_chat`.
 
     Returns:
         Text.
@@ -123,7 +130,9 @@ def render_template(
         ModelError: it takes too long, or too much memory.
     """
     roles, hint = ", ".join(message["role"] for message in messages), PROMPT_HINT if prompt else HINT
-    asked = {"template": template, "messages": messages, "special": dict(special), "prompt": prompt}
+    asked = {
+        "template": template, "messages": messages, "special": dict(special), "prompt": prompt, "today": today,
+    }  # fmt: skip
     found = _renderer.ask(asked)
     if "limit" in found:
         raise ModelError(f"the chat template cannot render a chat with the roles {roles}: {found['limit']}", hint)
