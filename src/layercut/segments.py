@@ -112,7 +112,7 @@ def checked_segments(segments: Iterable[Segment], layers: int) -> list[Segment]:
             f"the segments {', '.join(map(str, ordered))} would remove all {layers} layers",
             "keep at least one layer",
         )
-    return [*joined_segments(i for segment in ordered for i in range(segment.start, segment.stop))]
+    return [*joined_segments(layers_of(ordered))]
 
 
 def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
@@ -129,8 +129,13 @@ def kept_layers(segments: Sequence[Segment], layers: int) -> list[int]:
         ConfigError: as `checked_segments`.
     """
     ordered = checked_segments(segments, layers)
-    removed = {i for segment in ordered for i in range(segment.start, segment.stop)}
+    removed = {*layers_of(ordered)}
     return [i for i in range(layers) if i not in removed]
+
+
+def layers_of(segments: Iterable[Segment]) -> list[int]:
+    """The layers that segments remove, in the order of these: 7:8, 2:4 -> 7, 2, 3."""
+    return [i for segment in segments for i in range(segment.start, segment.stop)]
 
 
 def joined_segments(layers: Iterable[int]) -> tuple[Segment, ...]:
@@ -170,8 +175,8 @@ class Removal:
             Both rounds together.
         """
         segments, kept = tuple(sorted(cut)), kept_layers(self.all, layers)
-        fresh = {kept[i] for segment in segments for i in range(segment.start, segment.stop)}
-        removed = fresh.union(*(range(segment.start, segment.stop) for segment in self.all))
+        fresh = {kept[i] for i in layers_of(segments)}
+        removed = fresh.union(layers_of(self.all))
         joined = joined_segments(removed)
         return Removal(segments, joined, tuple(s for s in joined if fresh & set(range(s.start, s.stop))))
 

@@ -9,7 +9,7 @@ from itertools import product
 from math import comb
 
 from layercut.layer_search.sweep import Cuts
-from layercut.segments import Segment, joined_segments
+from layercut.segments import Segment, joined_segments, layers_of
 
 
 def neighbours(cuts: Cuts, layers: int, count: int) -> list[Cuts]:
@@ -23,7 +23,7 @@ def neighbours(cuts: Cuts, layers: int, count: int) -> list[Cuts]:
     Returns:
         Sets of as many layers, without `cuts` itself.
     """
-    removed = {i for segment in cuts for i in range(segment.start, segment.stop)}
+    removed = {*layers_of(cuts)}
     closed = {i for s in cuts for i in (s.start - 1, s.stop) if 0 <= i < layers}
     opened = {i for s in cuts for i in (s.start, s.stop - 1)}
     if len(cuts) < count:  # a segment may split: one layer leaves it for anywhere beside another layer

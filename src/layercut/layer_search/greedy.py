@@ -16,7 +16,7 @@ from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Cost
 from layercut.layer_search.sweep import DENSE, Cuts, set_costs, set_losses, set_work
 from layercut.models.runner import DecoderRunner
-from layercut.segments import joined_segments
+from layercut.segments import joined_segments, layers_of
 
 FIRST, OFFSPRING, SURVIVORS = 16, 16, 2
 """Evolution: random sets at the outset, children a generation, and those of them that are priced a second time."""
@@ -174,7 +174,7 @@ def level_switch(cuts: Cuts, layers: int, generator: torch.Generator, restrictio
     Returns:
         The child's segments, of as many layers.
     """
-    removed = [i for segment in cuts for i in range(segment.start, segment.stop)]
+    removed = layers_of(cuts)
     kept = [i for i in range(layers) if i not in removed]
     wanted = int(torch.randint(1, 4, (2,), generator=generator).min())
     k = min(wanted, len(removed), len(kept))

@@ -24,6 +24,7 @@ from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import SearchResult, Tried
 from layercut.layer_search.sweep import Cuts
 from layercut.models.cost import Bounds, PlannedRun, Work
+from layercut.segments import layers_of
 
 POOL, PROPOSED, MOST_MOVES = 6, 8, 6
 """Candidates that are priced, moves that are in each round, and rounds at most."""
@@ -146,7 +147,7 @@ def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
 def foretold(short: float, longer: float) -> float:
     """What would be left of a cut after LONGER times the longer healing, by both of its prices.
 
-    By a power law of the tokens (2001.08361, of training) it would fall by the same factor once more. Three healings
+    By a power law of the tokens (2001.08361, of training) it would fall by the same factor once more. Four healings
     fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start.
 
     Args:
@@ -171,7 +172,7 @@ def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:
     """
     found: list[tuple[Cuts, set[int]]] = []
     for cuts in ordered:
-        layers = {i for segment in cuts for i in range(segment.start, segment.stop)}
+        layers = {*layers_of(cuts)}
         if all(len(layers - other) >= min(len(layers), max(2, len(layers) // 3)) for _, other in found):
             found.append((cuts, layers))
     return [cuts for cuts, _ in found[:most]]
