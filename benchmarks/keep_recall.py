@@ -2,20 +2,21 @@
 
     python benchmarks/keep_recall.py --data C4 --keep 16 18
 
-Block influence, angular and cosine distance (one pass through the dense model gives all three), and any others that
-are named, choose twice on the same tokens: freely, and where the layers of --keep (from the capability map) have to
-stay. Of every cut: KL on the text, and the damage to generated tests of the judging family, which no criterion sees.
+Every published criterion chooses twice on the same tokens: freely, and where the layers of --keep (from the
+capability map) have to stay. Of every cut: KL on the text, and the damage to generated tests of the judging family,
+which no criterion sees. A run that was stopped goes on with the next choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 
-from common import arguments, blocks, finish, open_model
+from common import RowsDone, arguments, blocks, finish, named, open_model
+from layercut.data.probe_families import EDITION
 from layercut.data.probes import probe_rows
 from layercut.layer_search import Restriction, search
 from layercut.layer_search.criteria import best_start, lowest
@@ -60,38 +61,39 @@ def by_similarity(found: Similarity, length: int, limits: Restriction) -> dict[s
 
 def main() -> None:
     args = arguments(
-        __doc__ or "", data="c4", others="", ratio=0.2, keep=[16, 18], tokens=4096, window=256, priced=8, tests=8,
-        seed=0,
+        __doc__ or "", data="c4", methods="angular,block-influence,cosine,reverse-order,taylor,perplexity,sleb,evolution", ratio=0.2,
+        keep=[16, 18], tokens=4096, window=256, priced=8, tests=8, seed=0,
     )  # fmt: skip
+    facts = {key: getattr(args, key) for key in ("ratio", "keep", "tokens", "priced", "window", "tests", "seed")}
+    facts |= {"data": named(args.data), "edition": EDITION}
+    done = RowsDone(args.out, facts)
     model = open_model(args.model)
     stack = DecoderRunner(model.model)
     tokens = blocks(model, args.data, args.tokens, args.window, args.seed).tokens
     tests = probe_rows(model.tokenizer, rows=args.tests, window=args.window, family="judging", seed=args.seed)
     length, alike = layers_to_remove(args.ratio, len(stack)), similarity(stack, tokens, Cost())
     free = Restriction.none(len(stack), length)
-    picks: dict[tuple[str, bool], Cuts] = {}
-    for keeps in (False, True):
-        limits = Kept(free.may, free.why, frozenset(args.keep)) if keeps else free
-        picks |= {(name, keeps): cuts for name, cuts in by_similarity(alike, length, limits).items()}
-        for name in filter(None, args.others.split(",")):
-            found = search(stack, tokens, n_layers=length, method=name, restriction=limits, seed=args.seed)
-            picks[name, keeps] = tuple(found.segments)
-    for (name, keeps), cuts in picks.items():
-        say(name, f"{'keeping' if keeps else 'free'}: {', '.join(map(str, cuts))}")
-    every = list(dict.fromkeys(picks.values()))
-    kl = {one.segments: one.kl for one in set_costs(stack, tokens[: args.priced], every, Cost())}
-    damage = capability_costs(stack, tests, every, Cost())
-    rows: list[dict[str, Any]] = [
-        {
-            "method": name, "keeps": keeps, "segments": [[s.start, s.stop] for s in cuts], "kl": kl[cuts],
-            "damage": damage[cuts],
-        }
-        for (name, keeps), cuts in sorted(picks.items())
-    ]  # fmt: skip
-    facts = {key: getattr(args, key) for key in ("ratio", "keep", "tokens", "priced", "window", "tests", "seed")}
-    mean = {cuts: torch.tensor(list(harm.values())).mean().item() for cuts, harm in damage.items()}
-    say("damage", ", ".join(f"{'+'.join(map(str, cuts))} {value:.2f}" for cuts, value in mean.items()))
-    finish(args.out, model, (__doc__ or "").splitlines()[0], rows, **facts)
+
+    @cache
+    def left(cuts: Cuts) -> tuple[float, dict[str, float]]:
+        (cut,) = set_costs(stack, tokens[: args.priced], [cuts], Cost())
+        return cut.kl, capability_costs(stack, tests, [cuts], Cost())[cuts]
+
+    for name in args.methods.split(","):
+        for keeps in (False, True):
+            if {"method": name, "keeps": keeps} in done:
+                continue
+            limits = Kept(free.may, free.why, frozenset(args.keep)) if keeps else free
+            cuts = by_similarity(alike, length, limits).get(name) or tuple(
+                search(stack, tokens, n_layers=length, method=name, restriction=limits, seed=args.seed).segments
+            )
+            kl, damage = left(cuts)
+            mean = torch.tensor(list(damage.values())).mean()
+            say(name, f"{'keeping' if keeps else 'free'}: {', '.join(map(str, cuts))}, KL {kl:.2f}, damage {mean:.2f}")
+            segments = [[s.start, s.stop] for s in cuts]
+            done.add({"method": name, "keeps": keeps, "segments": segments, "kl": kl, "damage": damage})
+    finish(args.out, model, (__doc__ or "").splitlines()[0], done.rows, **facts)
+    done.partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,24 @@ def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, m
     assert len(runs) == 9, "a spoiled file counts as absent"
 
 
+def test_what_a_task_is_goes_by_its_content(task_folder, tmp_path):
+    """Not by where its functions are in memory, nor by where and since when its files lie."""
+
+    def prepared(place: str, function: str) -> tuple[Any, Any]:
+        (tmp_path / place).mkdir()
+        folder = folders.write_tasks(tmp_path / place)
+        (folder / "data.py").write_text(folders.TASK_DATA + f"\ndef prepared(items):\n    return {function}\n")
+        (folder / "choices.yaml").write_text(folders.TASK_CHOICES + "process_docs: !function data.prepared\n")
+        task = evaluation.load_tasks(["tiny_choices"], folder)["tiny_choices"]
+        return lm_eval_harness.definition(task, 4), evaluation.harness_version(folder)
+
+    first, again = prepared("one", "items"), prepared("two", "items")
+    other = prepared("three", "items.select(range(len(items)))")
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+
+
 def test_a_healed_weight_changes_the_content(tasks):
     lm, tokenizer = model(), folders.tokenizer()
     before = lm_eval_harness.content_hash(lm, tokenizer)

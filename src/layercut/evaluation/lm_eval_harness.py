@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+from layercut.data.text_files import content
 from layercut.distributed import sharding
 from layercut.errors import ConfigError, DataError, first_line
 from layercut.evaluation.shared_contexts import Answer, Request, log_likelihoods, requests_at_once, shares_contexts
@@ -108,9 +110,11 @@ def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
 
 
 def harness_version(include_path: Path | None) -> list[Any]:
-    """What scores depend on beside model and limit, as far as it costs nothing to know: lm-eval, own task files."""
-    files = sorted(p for p in include_path.rglob("*") if p.is_file()) if include_path else []
-    own = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if "__pycache__" not in p.parts]
+    """What scores depend on beside model and limit: lm-eval, and what own task files hold, wherever they lie."""
+    own: list[list[str]] = []
+    if include_path is not None:
+        files = sorted(p for p in include_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        own = [[str(p.relative_to(include_path)), content(p)] for p in files]
     return [metadata.version("lm_eval"), own]
 
 
@@ -168,11 +172,11 @@ def score_tasks(
     Raises:
         DataError: a task reports no number.
     """
-    content = content_hash(model, tokenizer) if cache else ""
+    held = content_hash(model, tokenizer) if cache else ""
     lm, records = None, {}
     for task_name, task in tasks.items():
         longest = _longest(model)
-        key = digest([content, task_name, definition(task, limit), limit, longest, metadata.version("lm_eval")])
+        key = digest([held, task_name, definition(task, limit), limit, longest, metadata.version("lm_eval")])
         file = cache / f"{task_name.replace('/', '-')}-{key}.json" if cache else None
         record = _read(file)
         if record is None:
@@ -205,8 +209,21 @@ def definition(task: Any, limit: int | None) -> str:
         16 hexadecimal digits.
     """
     documents = list(islice(iter(task.eval_docs), limit))
-    said = json.dumps([task.dump_config(), documents], default=str, sort_keys=True)
+    config = task.dump_config()
+    if isinstance(facts := config.get("metadata"), dict):  # lm-eval notes where the file lay
+        config["metadata"] = {key: value for key, value in facts.items() if key != "config_source"}
+    said = json.dumps([config, documents], default=_written, sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _written(value: Any) -> str:
+    """What JSON has no form for, as text that another process writes alike: a function's own has its address."""
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # compiled, or a partial: it is of the same name, or counts as another
+        return getattr(value, "__qualname__", None) or str(value)
 
 
 def _longest(model: Any) -> int:
