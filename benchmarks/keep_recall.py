@@ -28,6 +28,8 @@ from layercut.models.runner import DecoderRunner
 from layercut.progress import say
 from layercut.segments import Segment, layers_to_remove
 
+CRITERIA = "angular,block-influence,cosine,reverse-order,taylor,perplexity,sleb,evolution"
+
 
 @dataclass(frozen=True)
 class Kept(Restriction):
@@ -61,8 +63,8 @@ def by_similarity(found: Similarity, length: int, limits: Restriction) -> dict[s
 
 def main() -> None:
     args = arguments(
-        __doc__ or "", data="c4", methods="angular,block-influence,cosine,reverse-order,taylor,perplexity,sleb,evolution", ratio=0.2,
-        keep=[16, 18], tokens=4096, window=256, priced=8, tests=8, seed=0,
+        __doc__ or "", data="c4", methods=CRITERIA, ratio=0.2, keep=[16, 18], tokens=4096, window=256, priced=8,
+        tests=8, seed=0,
     )  # fmt: skip
     facts = {key: getattr(args, key) for key in ("ratio", "keep", "tokens", "priced", "window", "tests", "seed")}
     facts |= {"data": named(args.data), "edition": EDITION}
