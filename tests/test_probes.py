@@ -337,7 +337,13 @@ def test_long_rows_to_tune_on_are_long_tests_or_short_ones_laid_end_to_end(token
     sums = probe_rows(tokenizer, window=4 * SHORT_ROW, family="tuning", rows=12, capabilities=("sums",))
     assert sums.lengths.tolist() == [SHORT_ROW] * 12, "sums are never long"
     assert len(made) == 4 * 18
-    for family, window in (("searching", 4 * SHORT_ROW), ("tuning", 4 * SHORT_ROW + 1), ("tuning", SHORT_ROW)):
+    for window, short in ((5 * SHORT_ROW - 1, [319, 320, 320, 320]), (2 * SHORT_ROW + 1, [256, 257])):
+        made.clear()
+        odd = probe_rows(tokenizer, window=window, family="tuning", **kept)
+        assert odd.tokens.shape == (12, window)
+        assert odd.lengths.tolist() == [short[0], window] * 6
+        assert made == 6 * short
+    for family, window in (("searching", 4 * SHORT_ROW), ("tuning", 2 * SHORT_ROW - 1), ("tuning", SHORT_ROW)):
         made.clear()
         assert probe_rows(tokenizer, window=window, family=family, **kept).lengths.tolist() == 12 * [window]
         assert made == 12 * [window]

@@ -53,7 +53,7 @@ class ProbeRows:
     names: tuple[str, ...]
     """C capabilities, of which each has an answer here."""
     lengths: torch.Tensor
-    """int64 [M]: as how long rows each is made, T or, of several short ones laid end to end, SHORT_ROW."""
+    """int64 [M]: as how long rows each is made, T or, of P short ones laid end to end, T // P."""
     weight: float = DEFAULT_WEIGHT
     """What a nat of damage, mean over the capabilities, counts in a search beside a nat of KL on text."""
     left_out: tuple[str, ...] = ()
@@ -156,10 +156,10 @@ def probe_rows(
     """Rows of generated tests, each with several capabilities; row i depends on the seed and i alone.
 
     Most of a row is one or two capabilities that can be of any length (recall, lists and copy in turn), the rest short
-    items of the others, in random order. What does not fit a row is left out. For tuning, of two rows of several
-    SHORT_ROW tokens one is so many short ones laid end to end and the other holds tests as long as it or as half of
-    it; and half of the short ones, as half of the long ones, are chats, where the tokenizer has a template. By turns
-    and not by chance: a tenth of 32,768 tokens is three rows.
+    items of the others, in random order. What does not fit a row is left out. For tuning, of two rows of twice
+    SHORT_ROW tokens or more one is T // SHORT_ROW short ones laid end to end and the other holds tests as long as it
+    or as half of it; and half of the short ones, as half of the long ones, are chats, where the tokenizer has a
+    template. By turns and not by chance: a tenth of 32,768 tokens is three rows.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -180,7 +180,7 @@ def probe_rows(
     """
     words = _family(family, rows, window)
     capability_names(",".join(capabilities) or "none")
-    pieces = window // SHORT_ROW if family == "tuning" and window % SHORT_ROW == 0 else 1
+    pieces = max(1, window // SHORT_ROW) if family == "tuning" else 1
     long = [name for name in LONG if name in capabilities and pieces > 1]
     marked, lengths = list[_Marked](), list[int]()
     for number in range(first, first + rows):
@@ -498,17 +498,18 @@ def _turns(item: Item) -> list[tuple[str, str, Sequence[str]]]:
 
 
 def _short_rows(writer: _Writer, capabilities: Sequence[str], window: int, pieces: int, number: int) -> _Marked:
-    """So many rows laid end to end, half of them chats where these can be.
+    """So many rows laid end to end, half of them chats where these can be; the last has what is left over.
 
     Of eight rows the last four are chats where the first are not: what a row holds goes by its number in turns of four.
     """
     found = _Marked([], [])
     for turn in range(number * pieces, (number + 1) * pieces):
         writer.chat = writer.can_chat and (turn + turn // 4) % 2 == 1
-        row = _row(writer, capabilities, window // pieces, turn)
+        length = (window - len(found.ids)) // ((number + 1) * pieces - turn)
+        row = _row(writer, capabilities, length, turn)
         if writer.chat and not row.answers:  # a template that begins with a long text leaves no room for a test
             writer.chat = False
-            row = _row(writer, capabilities, window // pieces, turn)
+            row = _row(writer, capabilities, length, turn)
         found.extend(row)
     return found
 
