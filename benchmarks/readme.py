@@ -173,8 +173,13 @@ def each(pattern: str, made_by: Callable[[dict], str]) -> str:
 
 
 def survives(whole: bool) -> str:
-    """What the cuts of several methods keep, as far as it was measured; whole: every state and task of it."""
-    found = [each("survives-*.json", partial(survival_markdown, whole=whole))]
+    """What the cuts of several methods keep, as far as it was measured.
+
+    Args:
+        whole: every state and task, and what a later comparison stands for; else what healed cuts keep by the latest.
+    """
+    results = map(read, sorted(RESULTS.glob("survives-*.json"), key=lambda file: file.stem))
+    found = [survival_markdown(result, whole) for result in results if whole or not result.get("superseded_by")]
     found += [each("texts-*.json", texts_table)] * whole
     return "\n\n".join(filter(None, found)) or "Not measured yet: `benchmarks/compare.py --probes`."
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
 import signal
+import sys
 import threading
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
@@ -288,7 +290,44 @@ def test_a_changed_evaluation_has_another_source(pair):
         return {"x": 2}
 
     assert evaluation.source_digest(one) == evaluation.source_digest(one) != evaluation.source_digest(other)
-    assert evaluation.source_digest(print) is None
+
+
+def test_what_a_part_calls_is_part_of_how_it_is_written(tmp_path, monkeypatch):
+    """A constant that a helper reads, the file of a base, what a partial gives."""
+    base = "import layercut as lc\nSIGN = 1\nclass Base(lc.Objective):\n    label = 'mine'\n"
+    own = (
+        "from functools import partial\nfrom own_base import Base\nRATE = 1\ndef figure():\n    return RATE\n"
+        "def part(model, tokenizer, *, seed):\n    return {'x': figure()}\nbound = partial(part, 1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def digests(base: str, own: str) -> list[str]:
+        mine = "from own_base import Base\nclass Mine(Base):\n    pass\n"
+        for name, text in {"own_base": base, "own_part": own, "own_class": mine}.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        part, of_class = importlib.import_module("own_part"), importlib.import_module("own_class")
+        return [evaluation.source_digest(one) for one in (part.part, part.bound, of_class.Mine)]
+
+    first = digests(base, own)
+    assert digests(base, own) == first
+    part, bound, mine = digests(base, own.replace("RATE = 1", "RATE = 2"))
+    assert (part != first[0], bound != first[1], mine) == (True, True, first[2])
+    assert digests(base, own.replace("(part, 1)", "(part, 2)"))[1] != first[1]
+    assert digests(base.replace("SIGN = 1", "SIGN = 2"), own)[2] != first[2]
+
+
+def test_what_has_no_source_is_never_taken_for_another(monkeypatch):
+    made: dict[str, Any] = {}
+    exec("def one(): return 1", made)
+    assert evaluation.source_digest(made["one"]) == evaluation.source_digest(made["one"])
+    here = evaluation.source_digest(made["one"])
+    exec("def other(): return 1", made)
+    assert evaluation.source_digest(made["other"]) != here
+    monkeypatch.setattr(registries, "THIS_PROCESS", "another")
+    assert evaluation.source_digest(made["one"]) != here
 
 
 # ---- progress ------------------------------------------------------------------------------------------------

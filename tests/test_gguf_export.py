@@ -496,3 +496,36 @@ def test_tensors_of_gpt2_and_nemotron_are_written_as_transformers_reads_them():
     found = gguf_tensors(weights, nemotron.config, "nemotron", "f32")
     assert np.allclose(found["blk.0.attn_norm.weight"][0], weights[f"{name}.weight"].numpy() + 1)
     assert np.allclose(found["blk.0.attn_norm.bias"][0], weights[f"{name}.bias"].numpy())
+
+
+# --- what lies beside a file --------------------------------------------------------------------------------------
+
+
+def test_a_file_has_its_own_tokenizer_whatever_lies_beside_it(source, tmp_path, monkeypatch, caplog):
+    """transformers reads a tokenizer.json of the folder in its place; where the file's cannot be read, that is told."""
+    file = Path(shutil.copy(source, tmp_path))
+    folders.tokenizer().save_pretrained(tmp_path)
+    checkpoint = checkpoints.resolve(str(file))
+    own, fingerprint = loading.load_tokenizer(checkpoint), checkpoint.fingerprint()
+    other = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = other["model"]["vocab"]
+    (one, first), (another, second) = list(vocabulary.items())[-2:]
+    vocabulary |= {one: second, another: first}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    text = "".join(own.convert_ids_to_tokens([first, second]))
+    found = loading.load_tokenizer(checkpoint)
+    assert found.get_vocab() == own.get_vocab()
+    assert found(text).input_ids == own(text).input_ids
+    assert Path(found.name_or_path) == tmp_path
+    assert checkpoint.fingerprint() != fingerprint, "it would be read if the file's own could not"
+
+    def unreadable(folder: Path, *given: Any) -> Any:
+        if folder != tmp_path:
+            raise ModelError("it is of a kind that is not known")
+        return tokenizer_in(folder, *given)
+
+    tokenizer_in = loading._tokenizer_in
+    monkeypatch.setattr(loading, "_tokenizer_in", unreadable)
+    with caplog.at_level("INFO", "layercut"):
+        assert loading.load_tokenizer(checkpoint).get_vocab() != own.get_vocab()
+    assert "the one beside it is taken" in caplog.text

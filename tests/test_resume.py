@@ -19,6 +19,7 @@ from layercut.files.json_values import jsonable
 from layercut.files.typed_json import SEAL, decode
 from layercut.pipeline import artefacts as kinds
 from layercut.pipeline.run_store import STAGES, TEXTS
+from layercut.pipeline.stages import heal
 from layercut.pipeline.stages.heal import TUNING_STATE
 
 MOMENTS = ["text-evaluation", "text-calibration", "text-shared", "search", "cut", "fold", "heal", "eval"]
@@ -166,6 +167,7 @@ AFTER_TEXT = ["text-shared", *(stage for stage in STAGES if stage not in (*TEXTS
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([], LAST),
     "no fold": (["--no-fold"], ["fold", "heal", "quantize", "eval", *LAST]),
+    "mix as by default": (["--mix=0.3"], LAST),
     "learning rate": (["--learning-rate=0.002"], ["heal", "quantize", "eval", *LAST]),
     "radius": (["--radius=2"], ["heal", "quantize", "eval", *LAST]),
     "stored teacher": (["--teacher-topk=8", "--epochs=2"], ["heal", "quantize", "eval", *LAST]),
@@ -215,6 +217,32 @@ def test_a_finished_run_is_not_replaced_by_other_settings(flag, words, whole, ti
     for word in (*words, "holds a finished run", "hint: name another --out, or pass --force"):
         assert word in said
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+def test_files_may_be_named_from_another_folder(again, tiny_model, texts, monkeypatch):
+    """The command of a finished run, its paths relative, as from the folder that they lie in: nothing is lost."""
+    monkeypatch.chdir(texts[0].parent)
+    model, *named = (Path(os.path.relpath(path)) for path in (tiny_model, *texts))
+    before = len(started(again.run))
+    text = f"--tune-data={texts[0]}"
+    assert main(arguments(model, (named[0], named[1]), again.run)) == 0
+    assert not {*started(again.run)[before:]} - {*TEXTS, "text-shared", "summary"}
+    again.stopped()
+    again(text)
+    assert not {*again(f"--tune-data={named[0]}")} - {*TEXTS, "text-shared", "summary"}
+
+
+def test_force_leaves_no_training_to_go_on_with(again, monkeypatch):
+    (again.run / TUNING_STATE).write_bytes(b"of other code")
+    seen, tune = [], heal.tune_
+
+    def tune_(*given: Any, **options: Any) -> Any:
+        seen.append((again.run / TUNING_STATE).exists())
+        return tune(*given, **options)
+
+    monkeypatch.setattr(heal, "tune_", tune_)
+    again("--force")
+    assert seen == [False]
 
 
 def test_every_command_for_a_folder_is_on_record(again, monkeypatch):

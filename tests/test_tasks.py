@@ -221,21 +221,26 @@ def test_scores_are_kept_by_content_and_a_stopped_run_goes_on(tasks, tmp_path, m
 
 
 def test_what_a_task_is_goes_by_its_content(task_folder, tmp_path):
-    """Not by where its functions are in memory, nor by where and since when its files lie."""
+    """Not by where its functions are in memory, nor by where and since when its files lie; a helper's code counts."""
+    code = (
+        "\nfrom functools import partial\ndef helper(items):\n    return {}\n"
+        "def prepared(items, other=0):\n    return helper(items)\npart = partial(prepared, other=1)\n"
+    )
 
-    def prepared(place: str, function: str) -> tuple[Any, Any]:
-        (tmp_path / place).mkdir()
-        folder = folders.write_tasks(tmp_path / place)
-        (folder / "data.py").write_text(folders.TASK_DATA + f"\ndef prepared(items):\n    return {function}\n")
-        (folder / "choices.yaml").write_text(folders.TASK_CHOICES + "process_docs: !function data.prepared\n")
+    def prepared(function: str, helper: str = "items") -> tuple[Any, Any]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        folders.write_tasks(folder)
+        (folder / "data.py").write_text(folders.TASK_DATA + code.format(helper))
+        (folder / "choices.yaml").write_text(folders.TASK_CHOICES + f"process_docs: !function data.{function}\n")
         task = evaluation.load_tasks(["tiny_choices"], folder)["tiny_choices"]
         return lm_eval_harness.definition(task, 4), evaluation.harness_version(folder)
 
-    first, again = prepared("one", "items"), prepared("two", "items")
-    other = prepared("three", "items.select(range(len(items)))")
-    assert first == again
-    assert first[0] != other[0]
-    assert first[1] != other[1]
+    first, edited = prepared("prepared"), prepared("prepared", "items.select(range(len(items)))")
+    assert prepared("prepared") == first
+    assert edited[0] != first[0]
+    assert edited[1] != first[1]
+    assert prepared("part")[0] == prepared("part")[0] != first[0]
 
 
 def test_a_healed_weight_changes_the_content(tasks):

@@ -23,10 +23,13 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from layercut.errors import ConfigError
@@ -34,20 +37,45 @@ from layercut.errors import ConfigError
 Part = TypeVar("Part")
 
 
-def source_digest(part: Any) -> str | None:
-    """Hash of the source of a function, or of an object's class, by which a changed one is run again.
+THIS_PROCESS = uuid.uuid4().hex
+"""In the hash of what Python has no source of: it is never taken for what another process had."""
+NOT_FOLLOWED = {"layercut", "torch", *sys.stdlib_module_names}
+"""Packages whose classes may be bases without that their files count: another version makes no other part."""
+
+
+def source_digest(part: Any) -> str:
+    """Hash of how a function, or an object's class, is written, by which a changed one is run again.
 
     Args:
-        part: the function, class or object.
+        part: the function, class or object; of a partial the function and its arguments.
 
     Returns:
-        16 hexadecimal digits; None where Python has no source of it.
+        16 hexadecimal digits: of its source and of the whole file that it stands in, whose other functions and
+        constants it may use, and of its bases' files; where Python has no source of it, another in every process.
     """
+    if isinstance(part, partial):
+        said = [source_digest(part.func), repr(part.args), repr(sorted(part.keywords.items()))]
+    else:
+        of = inspect.unwrap(part) if inspect.isroutine(part) or inspect.isclass(part) else type(part)
+        bases = inspect.getmro(of)[1:] if inspect.isclass(of) else ()
+        written = [of, *(base for base in bases if base.__module__.partition(".")[0] not in NOT_FOLLOWED)]
+        said = [each for one in written for each in (_source(one), _file(one))]
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:16]
+
+
+def _source(of: Any) -> str:
     try:
-        of = part if inspect.isroutine(part) or inspect.isclass(part) else type(part)
-        return hashlib.sha256(inspect.getsource(of).encode()).hexdigest()[:16]
+        return inspect.getsource(of)
     except (OSError, TypeError):
-        return None
+        return f"{THIS_PROCESS} {id(of)}"
+
+
+def _file(of: Any) -> str:
+    """Hash of the file that something stands in; nothing of a cell, or of what was given by hand."""
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(of) or "").read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return ""
 
 
 @dataclass
@@ -107,14 +135,14 @@ class Registry(Generic[Part]):
         hint = f"did you mean {flag} {near[0]}?" if near else f"a package can add one: entry point group {self.group!r}"
         raise ConfigError(f"{flag} {name!r} is unknown; there are {', '.join(self)}", hint)
 
-    def edition(self, name: str) -> list[str | None]:
+    def edition(self, name: str) -> list[str]:
         """By what a part of another package that was edited is known from what it was; nothing of layercut's own.
 
         Args:
             name: of the part.
 
         Returns:
-            The hash of its source, where it is another's.
+            `source_digest`, where it is another's.
         """
         return [] if name in self.own else [source_digest(self.get(name))]
 

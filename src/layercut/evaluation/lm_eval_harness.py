@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -41,6 +40,7 @@ from layercut.files.json_values import digest, restored, write_json
 from layercut.models.loading import positions, quiet_transformers
 from layercut.models.memory import ShrinkingParts, budget
 from layercut.progress import bar
+from layercut.registries import source_digest
 
 Record = dict[str, Any]
 LONGEST_ON_CPU = 2048
@@ -199,7 +199,7 @@ def _read(file: Path | None) -> Record | None:
 
 
 def definition(task: Any, limit: int | None) -> str:
-    """Hash of a task: what its YAML says, functions by their source, and the items that will be asked.
+    """Hash of a task: what its YAML says, functions by how they are written, and the items that will be asked.
 
     Args:
         task: of lm-eval.
@@ -209,21 +209,14 @@ def definition(task: Any, limit: int | None) -> str:
         16 hexadecimal digits.
     """
     documents = list(islice(iter(task.eval_docs), limit))
-    config = task.dump_config()
+    config = task.config.to_dict(keep_callable=True)
     if isinstance(facts := config.get("metadata"), dict):  # lm-eval notes where the file lay
         config["metadata"] = {key: value for key, value in facts.items() if key != "config_source"}
-    said = json.dumps([config, documents], default=_written, sort_keys=True)
+    said = json.dumps(
+        [source_digest(type(task)), config, documents], sort_keys=True,
+        default=lambda value: source_digest(value) if callable(value) else str(value),
+    )  # fmt: skip
     return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-
-def _written(value: Any) -> str:
-    """What JSON has no form for, as text that another process writes alike: a function's own has its address."""
-    if not callable(value):
-        return str(value)
-    try:
-        return inspect.getsource(value)
-    except (OSError, TypeError):  # compiled, or a partial: it is of the same name, or counts as another
-        return getattr(value, "__qualname__", None) or str(value)
 
 
 def _longest(model: Any) -> int:

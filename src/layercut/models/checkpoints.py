@@ -85,12 +85,25 @@ class Checkpoint:
         return any(_noted(path, known)[-1] != known[path.name][-1] for path in self.files() if path.name in known)
 
     def files(self) -> list[Path]:
-        """The files that a model is read from: weights, config, tokenizer, code; not its card or licence."""
+        """The files that a model is read from: weights, config, tokenizer, code; not its card or licence.
+
+        Beside a GGUF file a tokenizer, which is read where the file's own cannot be.
+        """
         if self.gguf:
-            return [self.file]
-        beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
+            tokenizer = [self.folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+            return [self.file, *(path for path in tokenizer if path.is_file())]
+        code = set(self.folder.glob("*.py"))
+        beside = {path for pattern in OTHER_PATTERNS for path in self.folder.glob(pattern) if code or _is_read(path)}
+        beside |= code
         weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
         return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a model without code of its own may be read from a file; not from a licence, a log or what it scored."""
+    if path.suffix == ".txt":
+        return path.name.startswith(("vocab", "merges"))
+    return not path.name.endswith(("results.json", "trainer_state.json"))
 
 
 def _noted(path: Path, known: dict[str, list[Any]]) -> list[Any]:

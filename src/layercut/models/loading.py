@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -450,7 +451,7 @@ def convert_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint, tried on a line of text.
+    """The tokenizer of a checkpoint, tried on a line of text; of a GGUF file its own, where that can be read.
 
     Args:
         checkpoint: the files.
@@ -462,14 +463,28 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     Raises:
         ModelError: there is none, or it cannot read a line of text.
     """
-    from transformers import AutoTokenizer
-
     if not checkpoint.gguf:
         check_tokenizer_files(checkpoint.folder)
+        return _tokenizer_in(checkpoint.folder, checkpoint, trust_remote_code)
+    with tempfile.TemporaryDirectory() as alone:  # transformers prefers a tokenizer.json beside it, of whatever model
+        (Path(alone) / checkpoint.file.name).symlink_to(checkpoint.file.absolute())
+        try:
+            own = _tokenizer_in(Path(alone), checkpoint, trust_remote_code)
+        except ModelError:
+            beside = _tokenizer_in(checkpoint.folder, checkpoint, trust_remote_code)
+            say("note", f"the tokenizer of {checkpoint.name} cannot be read: the one beside it is taken")
+            return beside
+    own.name_or_path = str(checkpoint.folder)
+    return own
+
+
+def _tokenizer_in(folder: Path, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
+                folder, gguf_file=checkpoint.gguf, trust_remote_code=trust_remote_code
             )
             tokenizer(SAMPLE)
             return tokenizer

@@ -34,6 +34,8 @@ MORE: dict[str, Any] = {
 }  # fmt: skip
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
+PATHS = {"model", "data", "eval_data", "tune_data", "include_path"}
+"""Settings that name files, several of them joined by "+"; of what is no file the name alone counts."""
 LISTS = {"tasks", "evaluations"}
 """Of these, several by name: where others come beside all that there were, nothing is lost."""
 APART = {"seeds", "tasks", "evaluations", "probes", "long_context", "triangle"}
@@ -121,7 +123,15 @@ def begins_anew(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _changed(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in before.items() if key not in SAME and config.get(key) != value]
+    differ = (key for key, value in before.items() if _named(key, config.get(key)) != _named(key, value))
+    return [key for key in differ if key not in SAME]
+
+
+def _named(key: str, value: Any) -> Any:
+    """A setting's value, that of a path alike from wherever it is given."""
+    if key not in PATHS or not isinstance(value, str):
+        return value
+    return [os.path.abspath(os.path.expanduser(each)) for each in value.split("+")]
 
 
 def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -318,3 +318,5 @@ class Run:
         more = (file for part in parts for file in self.folder.glob(f"{part}.json"))
         for artefact in (*(self / f"{name}.json" for name in (*STAGES, *PROOFS)), *more):
             artefact.unlink(missing_ok=True)
+        for state in self.folder.glob("*-state.safetensors"):  # nor does a training go on
+            state.unlink(missing_ok=True)

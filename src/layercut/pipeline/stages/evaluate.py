@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -69,7 +70,7 @@ def evaluate(work: RunContext, segments: Sequence[Segment]) -> EvaluateArtefact:
     Returns:
         The artefact.
     """
-    inputs = [work.config.evaluate, work.text["evaluation"]]
+    inputs = [replace(work.config.evaluate, eval_data=""), work.text["evaluation"]]
     with work.run.stage(EvaluateArtefact, "eval", inputs, after=["quantize"], together=True) as stage:
         if stage.open:
             tokens, states = work.blocks["evaluation"], states_of(work)

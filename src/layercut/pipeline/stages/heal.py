@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -168,7 +168,7 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
     """
     work, config, text = this.work, this.work.config.heal, this.work.text
     fold = work.run.artefact(FoldArtefact, this.name("fold"))
-    inputs = [config, text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
+    inputs = [computed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
     after = [this.name("fold")]
     with work.run.stage(HealArtefact, this.name("heal"), inputs, after=after, together=True) as stage:
         if stage.open and not config.tune_tokens:
@@ -274,14 +274,23 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
     )  # fmt: skip
 
 
+def computed(heal: HealConfig) -> HealConfig:
+    """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
+    return replace(heal, tune_data=None, mix=mix_of(heal))
+
+
+def mix_of(heal: HealConfig) -> float:
+    """What the next-token loss counts in the objective."""
+    return heal.mix if heal.mix is not None else DEFAULT_MIX if heal.objective == "kl" else 0.0
+
+
 def objective(heal: HealConfig) -> Objective:
     """What tuning minimises, with the options that were given.
 
     Raises:
         ConfigError: its package cannot be imported, or it takes no such option.
     """
-    mix = heal.mix if heal.mix is not None else DEFAULT_MIX if heal.objective == "kl" else 0.0
-    given = {"temperature": (heal.temperature, 1.0), "mix": (mix, 0.0)}
+    given = {"temperature": (heal.temperature, 1.0), "mix": (mix_of(heal), 0.0)}
     options = {name: value for name, (value, neutral) in given.items() if value != neutral}
     found = objective_of(heal.objective, **options)
     if heal.teacher_topk and not found.stored_topk:
