@@ -253,6 +253,15 @@ def test_a_healed_weight_changes_the_content(tasks):
     assert lm_eval_harness.content_hash(lm, tokenizer) != before
 
 
+def test_how_a_model_generates_is_part_of_the_content():
+    lm, tokenizer = model(), folders.tokenizer()
+    before = lm_eval_harness.content_hash(lm, tokenizer)
+    lm.generation_config.repetition_penalty = 1.5
+    assert lm_eval_harness.content_hash(lm, tokenizer) != before
+    tokenizer.eos_token = tokenizer.bos_token
+    assert lm_eval_harness.content_hash(model(), tokenizer) != before
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------
 
 

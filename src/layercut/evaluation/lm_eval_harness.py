@@ -413,7 +413,7 @@ def _within(context: list[int], continuation: list[int], longest: int) -> Reques
 
 
 def content_hash(model: Any, tokenizer: Any) -> str:
-    """Hash of all weights and buffers, of the config but for where it came from, and of the tokenizer.
+    """Hash of all weights and buffers, of both configs but for where they came from, and of the tokenizer.
 
     Args:
         model: a causal LM of transformers.
@@ -426,8 +426,10 @@ def content_hash(model: Any, tokenizer: Any) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         seen.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_MODEL}
-    seen.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for config in filter(None, (model.config, getattr(model, "generation_config", None))):
+        said = {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
+        seen.update(json.dumps(said, sort_keys=True, default=str).encode())
+    seen.update(json.dumps([tokenizer.special_tokens_map, tokenizer("a").input_ids], default=str).encode())
     core = getattr(tokenizer, "backend_tokenizer", None)
     seen.update((core.to_str() if core is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
     return seen.hexdigest()[:16]
