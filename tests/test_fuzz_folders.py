@@ -226,13 +226,15 @@ def test_the_fingerprint_is_of_the_content(folder, tmp_path):
 
 def test_what_no_model_is_read_from_is_no_part_of_its_fingerprint(folder):
     def fingerprint(name: str) -> str:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("text")
         return resolve(str(folder)).fingerprint()
 
     before = resolve(str(folder)).fingerprint()
     for name in ("LICENSE.txt", "log.txt", "eval_results.json", "trainer_state.json", "README.md"):
         assert fingerprint(name) == before, name
-    for name in ("vocab.txt", "merges.txt", "chat_template.jinja", "modeling_x.py", "words.txt"):
+    templates = ("chat_template.jinja", "additional_chat_templates/tools.jinja")
+    for name in ("vocab.txt", "merges.txt", *templates, "modeling_x.py", "words.txt"):
         after = fingerprint(name)
         assert after != before, name
         before = after

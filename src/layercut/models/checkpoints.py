@@ -94,7 +94,7 @@ class Checkpoint:
             return [self.file, *(path for path in tokenizer if path.is_file())]
         code = set(self.folder.glob("*.py"))
         beside = {path for pattern in OTHER_PATTERNS for path in self.folder.glob(pattern) if code or _is_read(path)}
-        beside |= code
+        beside |= code | set(self.folder.glob("additional_chat_templates/*.jinja"))
         weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
         return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
 

@@ -168,7 +168,7 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
     """
     work, config, text = this.work, this.work.config.heal, this.work.text
     fold = work.run.artefact(FoldArtefact, this.name("fold"))
-    inputs = [computed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
+    inputs = [keyed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
     after = [this.name("fold")]
     with work.run.stage(HealArtefact, this.name("heal"), inputs, after=after, together=True) as stage:
         if stage.open and not config.tune_tokens:
@@ -274,7 +274,7 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
     )  # fmt: skip
 
 
-def computed(heal: HealConfig) -> HealConfig:
+def keyed(heal: HealConfig) -> HealConfig:
     """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
     return replace(heal, tune_data=None, mix=mix_of(heal))
 

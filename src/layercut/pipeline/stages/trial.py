@@ -31,7 +31,7 @@ from layercut.models.objectives import KL
 from layercut.models.runner import DecoderRunner
 from layercut.pipeline.known_prices import KnownPrices
 from layercut.pipeline.run_context import Round, RunContext
-from layercut.pipeline.stages.heal import computed, tokens_to_fold, tune_settings
+from layercut.pipeline.stages.heal import keyed, tokens_to_fold, tune_settings
 from layercut.pipeline.stages.text import Treatment, tuning_treatment
 from layercut.progress import bar, say
 from layercut.registries import objectives
@@ -58,7 +58,7 @@ def inputs(work: RunContext) -> list[Any]:
 
 def healing_inputs(work: RunContext) -> list[Any]:
     """All that healing on some of the rows depends on, beside the cut."""
-    heal = replace(computed(work.config.heal), **SHORT, teacher_topk=0)
+    heal = replace(keyed(work.config.heal), **SHORT, teacher_topk=0)
     return [heal, work.text.get("tuning"), work.text["heldout"], *objectives.edition(heal.objective)]
 
 
