@@ -166,10 +166,10 @@ def engines_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def each(pattern: str, made_by: Callable[[dict], str]) -> str:
-    """The tables of several runs of a benchmark, one after the other."""
-    files = sorted(RESULTS.glob(pattern), key=lambda file: file.stem)
-    return "\n\n".join(made_by(json.loads(file.read_text())) for file in files)
+def each(pattern: str, made_by: Callable[[dict], str], wanted: Callable[[dict], bool] = bool) -> str:
+    """The tables of several runs of a benchmark, of those that are wanted, one after the other."""
+    results = map(read, sorted(RESULTS.glob(pattern), key=lambda file: file.stem))
+    return "\n\n".join(made_by(result) for result in results if wanted(result))
 
 
 def survives(whole: bool) -> str:
@@ -178,8 +178,8 @@ def survives(whole: bool) -> str:
     Args:
         whole: every state and task, and what a later comparison stands for; else what healed cuts keep by the latest.
     """
-    results = map(read, sorted(RESULTS.glob("survives-*.json"), key=lambda file: file.stem))
-    found = [survival_markdown(result, whole) for result in results if whole or not result.get("superseded_by")]
+    made_by = partial(survival_markdown, whole=whole)
+    found = [each("survives-*.json", made_by, lambda result: whole or "superseded_by" not in result)]
     found += [each("texts-*.json", texts_table)] * whole
     return "\n\n".join(filter(None, found)) or "Not measured yet: `benchmarks/compare.py --probes`."
 

@@ -32,7 +32,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, PICKLE_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 PICKLE_PATTERNS = ["*.bin", "*.bin.index.json"]
-OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+OTHER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken"]
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(.+\.gguf)", re.ASCII)
 """A .gguf file in a repository of the Hub: OWNER/NAME:FILE.gguf."""
 SHOWN_FILES = 8
@@ -92,9 +92,9 @@ class Checkpoint:
         if self.gguf:
             tokenizer = [self.folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
             return [self.file, *(path for path in tokenizer if path.is_file())]
-        code = set(self.folder.glob("*.py"))
-        beside = {path for pattern in OTHER_PATTERNS for path in self.folder.glob(pattern) if code or _is_read(path)}
-        beside |= code | set(self.folder.glob("additional_chat_templates/*.jinja"))
+        beside = {path for pattern in [*OTHER_PATTERNS, "*.py"] for path in self.folder.glob(pattern)}
+        if not any(path.suffix == ".py" for path in beside):
+            beside = {*filter(_is_read, beside)}
         weights = weight_files(self.folder) or list(self.folder.glob("*.bin"))
         return sorted(path for path in {*beside, *weights} if path.is_file() and not path.name.startswith("."))
 

@@ -21,6 +21,7 @@ import yaml
 
 from layercut import __version__
 from layercut.config import split_names
+from layercut.data.sources import split_mix
 from layercut.errors import RunError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors", "peft")
@@ -35,7 +36,7 @@ MORE: dict[str, Any] = {
 """Settings that measure more without changing the model, and the value of each at which it measures nothing: from that
 to another one nothing is lost."""
 PATHS = {"model", "data", "eval_data", "tune_data", "include_path"}
-"""Settings that name files, several of them joined by "+"; of what is no file the name alone counts."""
+"""Settings that name files, text several of them; of what is no file the name alone counts."""
 LISTS = {"tasks", "evaluations"}
 """Of these, several by name: where others come beside all that there were, nothing is lost."""
 APART = {"seeds", "tasks", "evaluations", "probes", "long_context", "triangle"}
@@ -123,15 +124,16 @@ def begins_anew(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _changed(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    differ = (key for key, value in before.items() if _named(key, config.get(key)) != _named(key, value))
-    return [key for key in differ if key not in SAME]
+    compared = (key for key in before if key not in SAME)
+    return [key for key in compared if _named(key, config.get(key)) != _named(key, before[key])]
 
 
 def _named(key: str, value: Any) -> Any:
     """A setting's value, that of a path alike from wherever it is given."""
     if key not in PATHS or not isinstance(value, str):
         return value
-    return [os.path.abspath(os.path.expanduser(each)) for each in value.split("+")]
+    parts = split_mix(value) if key.endswith("data") else [value]
+    return [os.path.abspath(os.path.expanduser(each)) for each in parts]
 
 
 def _only_more(key: str, before: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
