@@ -344,6 +344,9 @@ def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(argume
     command = [*arguments, f"--out={tmp_path / 'run'}", "--methods=random,clp:all"]
     for edition, searched in ((0, 2), (0, 2), (1, 3)):
         monkeypatch.setattr(search_stage, "EDITION", edition)
+        if edition:
+            assert main(command) == 2, "what is finished is not replaced"
+            (tmp_path / "run" / "compare.json").unlink()
         assert main(command) == 0
         assert len(tried) == searched, "clp:all alone sees tests"
 

@@ -275,6 +275,30 @@ def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
     assert again(model=model) == list(STAGES)
 
 
+@pytest.mark.parametrize("edited", ["text", "model", "text and more measured"])
+def test_a_finished_run_is_not_replaced_by_edits_in_place(edited, again, tiny_model, texts, tmp_path, capsys):
+    """What the same command was given holds something else by now; back as it was, the run is whole."""
+    data, model = shutil.copy(texts[0], tmp_path / "data.txt"), shutil.copytree(tiny_model, tmp_path / "model")
+    again.stopped()
+    given, more = [model, (Path(data), texts[1]), again.run], ["--speed"] if "more" in edited else []
+    assert main(arguments(*given)) == 0
+    file = model / "model.safetensors" if edited == "model" else Path(data)
+    sound, kept = file.read_bytes(), [path for path in again.run.rglob("*") if path.is_file()]
+    drawn = (*TEXTS, "text-shared", "env", ".digests")  # again, of what there is
+    before = {path: path.read_bytes() for path in kept if path.suffix in (".json", ".html") and path.stem not in drawn}
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]) if edited == "model" else sound[::-1])
+    capsys.readouterr()
+    assert main(arguments(*given, *more)) == 2
+    said = capsys.readouterr().err
+    assert "holds a finished run, and text, model or code that its search.json was made with is another by now" in said
+    assert "hint: name another --out, or pass --force to replace it" in said
+    assert {path: path.read_bytes() for path in before} == before
+    file.write_bytes(sound)
+    already = len(started(again.run))
+    assert main(arguments(*given, *more)) == 0
+    assert not {*started(again.run)[already:]} & {"search", "cut", "fold", "heal", "quantize", "export"}
+
+
 def test_a_damaged_export_is_made_again(again, whole):
     file = again.run / "model" / "model.safetensors"
     sound = file.read_bytes()
@@ -312,7 +336,7 @@ def test_a_spoiled_artefact_counts_as_absent(content, again, whole):
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("tokens-tuning.safetensors", ["text-tuning", "summary"]),
+        ("tokens-tuning.safetensors", ["text-tuning"]),
         ("model/model.safetensors", ["export", "summary"]),
         ("folded.safetensors", ["fold", "summary"]),
         ("tuned.safetensors", ["heal", "summary"]),

@@ -71,6 +71,11 @@ def check_finished(run: Path, command: str) -> None:
         raise RunError(f"{run / 'summary.json'} is damaged", hint)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a model that a run made, or a finished comparison."""
+    return (folder / "export.json").exists() or (folder / "compare.json").exists()
+
+
 def is_empty(folder: Path) -> bool:
     """Whether nothing is in a folder but what a layercut command leaves that was killed at its very beginning."""
     return all(path.name == ".lock" or path.name.endswith(".partial") for path in folder.iterdir())
@@ -109,18 +114,18 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
     return words, [name for name in names if (folder / name).exists() and (model or name != "model")]
 
 
-def begins_anew(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether what the folder will hold is of other settings than what it holds.
+def differences(folder: Path, config: Mapping[str, Any]) -> set[str]:
+    """The settings in which what the folder will hold is of others than what it holds.
 
     Args:
         folder: of the run.
         config: the new settings, flat.
 
     Returns:
-        True where they differ, or there are none yet.
+        Their names; all where the folder has none yet.
     """
     before, config = settings(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
-    return not before or bool(_changed(before, config) or _changed(config, before))
+    return {*_changed(before, config), *_changed(config, before)}
 
 
 def _changed(before: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ finished stage when the same command is given again, and a changed flag runs aga
 JSON file is removed when its stage is run again and written last, by rename: where it is there, and it and the files
 that it names are as they were written, the stage is whole.
 
-A finished run is not replaced by one of other settings (`pipeline/provenance.py`), unless --force is given.
+A finished run is not replaced by one of other settings (`pipeline/provenance.py`), nor by one of the same settings
+whose text, model or code is another by now, unless --force is given.
 
 Of several processes the main one holds the folder, decides whether a stage is whole, and writes; all get the same
 artefact. The folder must lie where all of them can read it.
@@ -44,6 +45,8 @@ TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
 STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long", "evaluations", "capabilities", "probes")
 """Stages that run only where they are asked for."""
+MAKING = {"cut", "fold", "heal", "quantize", "frontier", "shares"}
+"""Stages that make the model, in every round (`heal-1`); no setting that only measures more is in their inputs."""
 
 
 @dataclass
@@ -79,6 +82,8 @@ class Run:
         self._artefacts: dict[str, Artefact] = {}
         self._lock: IO[str] | None = None
         self._force = force
+        self._kept: set[str] = set()
+        """Stages that are not made anew of other inputs, as the folder holds a finished run."""
 
         def take() -> None:
             self._lock = self._open()
@@ -178,8 +183,14 @@ class Run:
         if content is not None and (finished := self._whole(kind, name, content)) is not None:
             debug(name, "is whole and of the same inputs: not run again")
             return finished
+        if content is not None and self._is_kept(name, content):
+            raise RunError(
+                f"{self.folder} holds a finished run, and text, model or code that its {name}.json was made with is "
+                "another by now",
+                "name another --out, or pass --force to replace it",
+            )
         # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
-        for stale in (name, "summary"):
+        for stale in (name,) if self._kept and name.startswith("text-") else (name, "summary"):
             (self / f"{stale}.json").unlink(missing_ok=True)
         self.event(name, 0, "started", 1, "")
         return None
@@ -207,6 +218,21 @@ class Run:
             warn(name, f"{name}.json is damaged and computed again: {damage}")
             return None
         return found
+
+    def _is_kept(self, name: str, content: dict[str, Any]) -> bool:
+        """Whether what a stage of a finished run left is of other inputs, as it was written, and not to be replaced.
+
+        Text is drawn anew, since a file of another name may hold the same; what is made of it goes by what it holds.
+        """
+        if name == "compare" or name.split("-")[0] not in self._kept:
+            return False
+        if content.get("config_hash") in (None, self._hashes[name]):
+            return False
+        try:
+            check_seal(jsonable(content))
+        except Damaged:
+            return False
+        return True
 
     def _check_files(self, names: Sequence[str], recorded: Mapping[str, Any]) -> None:
         """Damaged where a file is gone or no longer what was recorded, or is no safetensors file to its end.
@@ -256,7 +282,10 @@ class Run:
                 )
             if others := provenance.other_versions(self.folder):
                 say("run", f"begun with other versions: {', '.join(others)}")
-            anew = self._force or provenance.begins_anew(self.folder, config)
+            differences = provenance.differences(self.folder, config)
+            if provenance.is_finished(self.folder) and not self._force:
+                self._kept = _kept(differences)
+            anew = self._force or bool(differences)
             write_json(self / "env.json", provenance.described(self.folder, count, anew=anew))
             write_text(self / "config.yaml", text)
 
@@ -320,3 +349,9 @@ class Run:
             artefact.unlink(missing_ok=True)
         for state in self.folder.glob("*-state.safetensors"):  # nor does a training go on
             state.unlink(missing_ok=True)
+
+
+def _kept(differences: set[str]) -> set[str]:
+    """The stages of a finished run that a command with these other settings, which only measure more, leaves as is."""
+    searched = set() if differences & {"oracle", "all_lengths"} else {"search"}
+    return MAKING | searched | (set() if differences else {"compare"})
