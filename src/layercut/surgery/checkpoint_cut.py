@@ -27,10 +27,10 @@ from layercut.models.loading import OTHER_TOWERS, load_config
 from layercut.models.older_names import add_older_names_
 from layercut.segments import Segment
 from layercut.surgery import config_cut
-from layercut.surgery.cut_plan import CutPlan, plan_cut
+from layercut.surgery.cut_plan import CutPlan, Read
+from layercut.surgery.planning import plan_cut
 from layercut.surgery.safetensors_io import Entry, Output, Shard, read_shard, write_shard
 from layercut.surgery.tensor_names import DiskNames, in_reading_order, layer_of, renumbered
-from layercut.surgery.weight_adjustments import Read
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "special_tokens_map.json",

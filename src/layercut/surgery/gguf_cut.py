@@ -126,7 +126,7 @@ def _made_explicit(name: str, facts: dict[str, Any], kept: Sequence[int], layers
 
 
 def _nearby(reader: Any, name: str, facts: dict[str, Any], segments: Sequence[Segment], layers: int) -> str:
-    from layercut.surgery.cut_plan import neighbours
+    from layercut.surgery.planning import neighbours
 
     found = []
     for candidate in neighbours(segments, layers):

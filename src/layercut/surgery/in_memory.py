@@ -12,7 +12,8 @@ from layercut.errors import SurgeryError
 from layercut.models.model_in_memory import model_of
 from layercut.offload.weight_sharing import share
 from layercut.segments import Segment, as_segments
-from layercut.surgery.cut_plan import CutPlan, plan_cut
+from layercut.surgery.cut_plan import CutPlan
+from layercut.surgery.planning import plan_cut
 from layercut.surgery.weight_adjustments import rescaled
 
 

@@ -9,19 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from layercut.errors import SurgeryError
-
-if TYPE_CHECKING:
-    from layercut.surgery.cut_plan import CutPlan, Difference
-
-Read = Callable[[str], torch.Tensor]
-"""A weight by its name in memory before the cut."""
-Edit = Callable[[Read], torch.Tensor]
-"""A weight as it must be after the cut, made from weights as they were; never in place."""
+from layercut.surgery.cut_plan import CutPlan, Edit, Read
+from layercut.surgery.layer_differences import Difference
 
 
 @dataclass
