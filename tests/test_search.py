@@ -17,6 +17,7 @@ from layercut.layer_search.sweep import all_segments, segment_costs, set_costs, 
 from layercut.models import loading
 from layercut.models.losses import kl_divergence, next_token_loss
 from layercut.models.runner import DecoderRunner
+from layercut.progress import progress_to
 from layercut.segments import Segment, joined_segments
 from layercut.surgery import cut_segment_
 
@@ -126,6 +127,22 @@ def test_a_race_ends_with_the_best_priced_on_all_rows():
     assert found[0].segments == exact[0].segments
     assert found[0].kl == pytest.approx(exact[0].kl, rel=1e-4)
     assert cost.layer_forwards < 0.7 * sweep_work(segments, len(stack), len(tokens))
+
+
+def test_a_race_says_how_far_it_is():
+    """In prices of single rows: all of its rounds where none is known, none where all are."""
+    stack, tokens, seen = DecoderRunner(tiny.llama()), tiny.some_tokens(16), []
+    sets = [(segment,) for segment in all_segments(2, len(stack))]
+    prices = Prices(stack, tokens, Cost())
+    with progress_to(lambda *task: seen.append(task[:3])):
+        halving(prices, sets, "all of them")
+        assert {name for name, *_ in seen} == {"all of them"}
+        (_, done, total), firsts = seen[-1], [done for _, done, _ in seen]
+        assert done == total == 2 * 7 + 2 * 4 + 4 * 3 + 8 * 3
+        assert firsts == sorted(firsts)
+        assert len(firsts) > 3
+        halving(prices, sets, "again")
+        assert seen[-1] == ("again", 0, total)
 
 
 @pytest.mark.parametrize("objective", ["next-token", "hidden"])

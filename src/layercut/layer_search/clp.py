@@ -32,6 +32,7 @@ from layercut.layer_search.prices import (
     few_rows,
     first_rows,
     halving,
+    rounds,
 )
 from layercut.layer_search.restriction import Restriction
 from layercut.layer_search.result import Candidate, Cost, SearchResult, merit
@@ -40,7 +41,6 @@ from layercut.layer_search.sweep import DENSE, Cuts, all_lengths, set_work, swee
 from layercut.models.cost import Bounds, PlannedRun, Spent, Work, total
 from layercut.models.objectives import Objective
 from layercut.models.runner import DecoderRunner
-from layercut.progress import bar
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,13 @@ def halving_work(run: PlannedRun, most: int, begin: int, finalists: int) -> Work
     Returns:
         The work: which segments race is not known, and those at the end have fewer layers behind them.
     """
-    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
-    alive, seen, work = min(most, kept + 1), 0, Work()
-    while seen < rows:
-        until = min(rows, 2 * seen or begin)
+    shape, kept, seen, work = run.shape, run.shape.layers - run.length, 0, Work()
+    for alive, until in rounds(min(most, kept + 1), run.searched, begin, finalists):
         # behind a segment are 0 to L - n layers, half of them on average
         behind = alive * kept / 2, sum(range(alive)), sum(range(kept, kept - alive, -1))
         entered = Bounds(*((until - seen) * (shape.layers + n) for n in behind))
         work += Work.of(shape, entered, heads=(until - seen) * (alive + 1))
-        alive, seen = min(alive, max(finalists, -(-alive // 2))), until
+        seen = until
     return work
 
 
@@ -200,14 +198,12 @@ def sets_work(run: PlannedRun, sets: int, begin: int, finalists: int) -> Work:
     Returns:
         The work: half of the kept layers are taken to come behind a set's first segment.
     """
-    shape, rows, kept = run.shape, run.searched, run.shape.layers - run.length
-    alive, seen, work = sets, 0, Work()
-    while seen < rows:
-        until = min(rows, 2 * seen or begin)
+    shape, kept, seen, work = run.shape, run.shape.layers - run.length, 0, Work()
+    for alive, until in rounds(sets, run.searched, begin, finalists):
         new = until - seen
         entered = Bounds(new * (shape.layers + alive * kept / 2), 0, new * (shape.layers + alive * kept))
         work += Work.of(shape, entered, heads=new * (alive + 1))
-        alive, seen = min(alive, max(finalists, -(-alive // 2))), until
+        seen = until
     return work
 
 
@@ -266,16 +262,14 @@ def decided(
     """
     asked = [(1.0, effort.sets(count)), *([(LIGHTER, OTHERS), (0.0, OTHERS)] if prices.kinds > 1 else [])]
     if effort.climbs and count > 1:
-        with bar(f"{name}: segments of proposals", None):
-            proposed = corrected_proposals(prices, foretold, limits, count, asked)
+        proposed = corrected_proposals(prices, foretold, limits, count, asked)
     else:
         proposed = proposals_of_each(foretold, limits, count, asked)
     sets = list(dict.fromkeys(cuts for some in proposed for cuts in some))
-    with bar(f"{name}: {len(sets)} proposals race", None):
-        begin = first_of_proposals(prices.rows, prices.kinds)
-        found = halving(prices, sets, begin=begin, finalists=effort.finalists)
-        if effort.climbs and count > 1:
-            found = climb(prices, found, limits, count)
+    begin = first_of_proposals(prices.rows, prices.kinds)
+    found = halving(prices, sets, f"{name}: {len(sets)} proposals race", begin=begin, finalists=effort.finalists)
+    if effort.climbs and count > 1:
+        found = climb(prices, found, limits, count)
     lighter = proposed[1] if len(asked) > 1 else []
     return SearchResult(name, found, prices.cost, by_text=beside_text(prices, found, sets), lighter=lighter)
 
@@ -390,13 +384,12 @@ def race(
     """
     prices = Prices(runner, shuffled(tokens, seed), cost, as_objective(objective), probes)
     limits = restriction or Restriction.none(len(runner), length)
-    with bar("race", None):
-        if num_segments == 1:
-            sets: Sequence[Cuts] = [(segment,) for segment in limits.needed_segments()]
-            found = halving(prices, sets)
-        else:
-            sets = priced_sums(prices, limits, num_segments)
-            found = climb(prices, halving(prices, sets), limits, num_segments)
+    if num_segments == 1:
+        sets: Sequence[Cuts] = [(segment,) for segment in limits.needed_segments()]
+        found = halving(prices, sets)
+    else:
+        sets = priced_sums(prices, limits, num_segments)
+        found = climb(prices, halving(prices, sets), limits, num_segments)
     return SearchResult("race", found, cost, by_text=beside_text(prices, found, sets))
 
 
@@ -439,7 +432,8 @@ def climb(prices: Prices, found: list[Candidate], limits: Restriction, count: in
     known = {candidate.segments: candidate for candidate in found}
     for _ in range(MOST_CLIMBS):
         moves = filter(limits.allows, neighbours(best, len(limits.may), count))
-        raced = halving(prices, {best, *moves}, finalists=CLIMB_FINALISTS)
+        name = f"race beside {', '.join(map(str, best))}"
+        raced = halving(prices, {best, *moves}, name, finalists=CLIMB_FINALISTS)
         known |= {candidate.segments: candidate for candidate in raced}
         ordered = sorted(known.values(), key=merit)
         if ordered[0].segments == best:

@@ -7,7 +7,8 @@ only those that they cannot are priced on more: successive halving. A row's pric
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,7 @@ from layercut.layer_search.weighted_rows import weighted_rows
 from layercut.models.losses import as_price
 from layercut.models.objectives import KL, Objective
 from layercut.models.runner import DecoderRunner, dense_logits
+from layercut.progress import bar
 from layercut.registries import objectives
 from layercut.segments import Segment
 
@@ -146,6 +148,10 @@ class Judge:
         return (losses * self.weights).sum(-1)
 
 
+def _unseen(prices: float) -> None:
+    """How far the work is, where nothing shows it."""
+
+
 def _positions(of_rows: torch.Tensor, chosen: slice | torch.Tensor) -> torch.Tensor:
     """Some positions of [B, T, …], chosen on any device."""
     return of_rows[:, chosen if isinstance(chosen, slice) else chosen.to(of_rows.device)]
@@ -175,6 +181,22 @@ class Prices:
         self.text, self.weighted = tokens, weighted_rows(tokens, probes)
         self.tokens, self.weights = self.weighted.tokens, self.weighted.weights
         self.known: dict[Cuts, list[float]] = {}
+        self._advance: Callable[[float], None] = _unseen
+
+    @contextmanager
+    def shown(self, description: str, most: float) -> Iterator[None]:
+        """While open, a bar shows how many prices of single rows were measured.
+
+        Args:
+            description: of the work.
+            most: how many there are to be, at most; those that are known are not measured again.
+
+        Yields:
+            Nothing.
+        """
+        with bar(description, most) as self._advance:
+            yield
+        self._advance = _unseen
 
     @property
     def rows(self) -> int:
@@ -201,7 +223,8 @@ class Prices:
             float64 [S, rows], above what the dense model has where the objective is not 0 there; at most WORST.
         """
         rows = coarse_rows(self.rows, self.kinds)
-        found = self.of([DENSE, *((segment,) for segment in segments)], rows).clamp_max(WORST)
+        with self.shown("pricing single segments", rows * (1 + len(segments))):
+            found = self.of([DENSE, *((segment,) for segment in segments)], rows).clamp_max(WORST)
         return found[1:] - found[:1]
 
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -248,6 +271,7 @@ class Prices:
                     self._of_batch(sets[some : some + streams], tokens[part], weights, own)
                     for some in range(0, len(sets), streams)
                 ]
+                self._advance(processes.world() * sum(some.numel() for some in found))
                 own.dense_tokens += tokens[part].numel()
                 if counts:
                     prices[:, part] = torch.cat(found)
@@ -288,8 +312,28 @@ class Prices:
         return [cuts for _, cuts in sorted(zip(means, sets, strict=True))]
 
 
+def rounds(sets: int, rows: int, begin: int, finalists: int) -> Iterator[tuple[int, int]]:
+    """The rounds of successive halving.
+
+    Args:
+        sets: how many race.
+        rows: N.
+        begin: rows of the first round.
+        finalists: how many are priced on all rows, at least.
+
+    Yields:
+        Of each round, how many sets are in it, and on how many of the rows they are priced.
+    """
+    seen = min(rows, begin)
+    while True:
+        yield sets, seen
+        if seen == rows:
+            return
+        sets, seen = min(sets, max(finalists, math.ceil(sets / 2))), min(rows, 2 * seen)
+
+
 def halving(
-    prices: Prices, sets: Iterable[Cuts], *, begin: int | None = None, finalists: int = FINALISTS
+    prices: Prices, sets: Iterable[Cuts], name: str = "race", *, begin: int | None = None, finalists: int = FINALISTS
 ) -> list[Candidate]:
     """Successive halving: all sets are priced on a few rows, the better half on twice as many, and so on.
 
@@ -299,19 +343,20 @@ def halving(
     Args:
         prices: of the calibration rows.
         sets: what races.
+        name: of the race, where it is shown how far it is.
         begin: rows of the first round; one in FIRST_SHARE where not given.
         finalists: how many are priced on all rows, at least.
 
     Returns:
         Those that reach the end, priced on all rows, from the cheapest.
     """
-    alive, seen = sorted(set(sets)), min(prices.rows, begin or prices.few)
-    while True:
-        alive = prices.ranked(alive, seen)
-        if seen == prices.rows:
-            return candidates(prices, alive)
-        alive = alive[: max(finalists, math.ceil(len(alive) / 2))]
-        seen = min(prices.rows, 2 * seen)
+    alive = sorted(set(sets))
+    schedule = list(rounds(len(alive), prices.rows, begin or prices.few, finalists))
+    new = (until - since for (_, since), (_, until) in pairwise([(0, 0), *schedule]))
+    with prices.shown(name, sum(some * count for some, (count, _) in zip(new, schedule, strict=True))):
+        for count, rows in schedule:
+            alive = prices.ranked(alive[:count], rows)
+    return candidates(prices, alive)
 
 
 def candidates(prices: Prices, sets: Sequence[Cuts]) -> list[Candidate]:
