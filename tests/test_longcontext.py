@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from transformers import MistralConfig
 
+import families
 import folders
 import tiny
 from layercut import evaluation
-from layercut.evaluation import generation, passkey
+from layercut.evaluation import generation, likelihood, passkey
 from layercut.evaluation.generation import distinct, first_divergence
 from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
@@ -33,14 +35,16 @@ def sliding() -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, sliding])
-@pytest.mark.parametrize("chunk", [17, 60, 512])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, sliding, partial(families.tiny, "falcon_mamba")])
+@pytest.mark.parametrize("at_once", [17, 512])
 @torch.no_grad()
-def test_losses_through_the_cache_are_those_of_one_pass(make, chunk):
-    model, row = make(), tiny.some_tokens(1, 120)[0]
+def test_losses_by_position_are_those_of_one_pass(make, at_once, monkeypatch):
+    """A cache is not gone on with: of a few tokens falcon_mamba reads no state of its convolution."""
+    model, row = make(), tiny.some_tokens(1, 120)[0] % 50
     expected = next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])[0]
+    monkeypatch.setattr(likelihood, "positions_at_once", lambda *_: at_once)
     seen = []
-    found = evaluation.loss_by_position(model, row, chunk=chunk, advance=seen.append)
+    found = evaluation.loss_by_position(model, row, advance=seen.append)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sum(seen) == 120
 
@@ -91,6 +95,20 @@ def test_long_windows_are_the_text_in_order_and_end_with_context_or_text():
     assert evaluation.long_windows(blocks, 4096, model).shape == (5, 128), "the context"
     assert evaluation.long_windows(blocks[:5], 128, model).shape == (1, 80), "the text"
     assert len(evaluation.long_windows(blocks, 32, model)) == 8, "seconds each on a CPU: eight are enough"
+
+
+@pytest.mark.parametrize("origins", [("a", "b"), ("a", "b", "a"), ("a", "b", "b", "b", "b")])
+def test_no_long_window_is_of_two_texts(origins):
+    """Rows of several texts come in turn; near and far are of one text, in its order."""
+    texts, rows = {"a": 0, "b": 1000}, []
+    for row in range(40):
+        origin = origins[row % len(origins)]
+        rows.append(torch.arange(texts[origin], texts[origin] + 16))
+        texts[origin] += 16
+    windows = evaluation.long_windows(torch.stack(rows), 64, tiny.llama(), origins)
+    assert windows.shape == (8, 64)
+    assert (windows.diff() == 1).all()
+    assert {row[0].item() // 1000 for row in windows[:2]} == {0, 1}, "of each in turn"
 
 
 # ---- a hidden key --------------------------------------------------------------------------------------------
@@ -212,3 +230,18 @@ def test_the_same_model_agrees_with_itself():
     found = evaluation.generation_health(tiny.llama(), tiny.llama(), tiny.some_tokens(4, 20))
     assert found["dense"] == found["compressed"]
     assert found["agreement"]["shortest"] == generation.CONTINUATION
+
+
+def test_what_is_measured_goes_by_the_likeliest_token_alone():
+    """Whatever the generation config says of repetition and beams; who reads along has it as the config says."""
+    model, ids = tiny.llama(), tiny.some_tokens(1, 12)
+    expected, row = [], ids
+    for _ in range(24):
+        row = torch.cat([row, model(input_ids=row).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        expected.append(row[0, -1].item())
+    assert generation.greedy(model, ids, 24, 0, exactly=True) == [expected]
+    model.generation_config.update(
+        repetition_penalty=3.0, num_beams=3, no_repeat_ngram_size=2, suppress_tokens=[expected[0]]
+    )
+    assert generation.greedy(model, ids, 24, 0, exactly=True) == [expected]
+    assert model.generation_config.repetition_penalty == 3.0

@@ -5,6 +5,7 @@ import pytest
 
 from layercut.errors import RunError
 from layercut.evaluation.paired_retention import retained
+from layercut.evaluation.retention import compare_records
 
 
 def record(values, choices=2, metric="acc", name="one"):
@@ -69,8 +70,21 @@ def test_few_items_that_differ_are_never_significant():
 def test_what_is_no_mean_of_items_has_a_score_and_no_error():
     dense = {"a": record(items(200))}
     dense["a"]["metrics"]["acc"]["values"] = None
-    kept = retained(dense, {"x": dense})["x"]
-    assert (kept.mean, kept.error) == (1, 0)
+    worse = {"a": record(items(150)) | {"document_hash": dense["a"]["document_hash"]}, "b": record(items(200))}
+    worse["a"]["metrics"]["acc"]["values"] = None
+    found = retained(dense | {"b": record(items(200))}, {"x": dense | {"b": record(items(200))}, "y": worse})
+    assert (found["x"].mean, found["x"].error, found["x"].above_chance_error) == (1, None, None)
+    assert found["y"].behind == pytest.approx(0.125)
+    assert found["y"].behind_error is found["y"].p_value is None, "a tenth of a BLEU is no significant difference"
+
+
+def test_an_accuracy_that_is_no_share_of_right_answers_counts_above_chance_for_nothing():
+    """TruthfulQA's mass on all true answers: of six choices with three true ones guessing has a half, not a sixth."""
+    dense, other = ({"a": record([value] * 400, choices=6)} for value in (0.55, 0.5))
+    found = retained(dense, {"x": other})["x"]
+    assert (found.mean, found.above_chance) == (pytest.approx(0.5 / 0.55), None)
+    row = compare_records(dense["a"], other["a"])
+    assert (row["chance"], row["retention_above_chance"]) == (0, None)
 
 
 def test_records_of_other_items_are_refused():

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import random
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import families
 import folders
 import quick
 import tiny
@@ -458,6 +460,31 @@ def test_layers_that_do_not_see_everything_are_run_as_lm_eval_does(config):
     for name, value in config.items():
         setattr(lm.config, name, value)
     assert not shared_contexts.shares_contexts(lm)
+
+
+@pytest.mark.parametrize("family", ["roberta", "rembert", "mllama"])
+def test_models_whose_contexts_cannot_be_shared_are_run_as_lm_eval_does(family):
+    """Positions that begin at 2, caches that are built of others, and layers that the cache has nothing of."""
+    assert not shared_contexts.shares_contexts(families.tiny(family))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "olmo2"])
+def test_models_whose_contexts_can_be_shared(family):
+    assert shared_contexts.shares_contexts(families.tiny(family))
+
+
+def test_a_task_that_samples_draws_the_same_for_every_model(tmp_path):
+    sums = folders.TASK_SUMS.replace("do_sample: false", "do_sample: true, temperature: 1.0")
+    (folders.write_tasks(tmp_path) / "sums.yaml").write_text(sums)
+    tasks, lm, seen = evaluation.load_tasks(["tiny_sums"], tmp_path), model(), []
+    generate = lm.generate
+    lm.generate = lambda *given, **how: seen.append(generate(*given, **how).tolist()) or torch.tensor(seen[-1])
+    state, own = torch.random.get_rng_state(), random.getstate()
+    for _ in range(2):
+        evaluation.score_tasks(lm, folders.tokenizer(), tasks, limit=None, name="x", cache=None)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert random.getstate() == own
 
 
 def test_a_kept_score_that_is_no_number_is_read_as_one(tmp_path):

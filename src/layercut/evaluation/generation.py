@@ -26,6 +26,9 @@ SAMPLE = 48
 """Tokens written after each of them."""
 LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 8
 """Tokens of a prompt and of its continuation when health is measured, and over how many prompts."""
+PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None,
+                         "sequence_bias": None, "suppress_tokens": None, "begin_suppress_tokens": None}  # fmt: skip
+"""What a generation config may say of tokens other than that the likeliest one follows, set aside."""
 
 
 @torch.no_grad()
@@ -79,6 +82,9 @@ def greedy(
 ) -> list[list[int]]:
     """The most likely next tokens, up to the end of the text.
 
+    What is measured goes by the likeliest token alone; to who reads along (`streamer`) the model writes as its
+    generation config has it, penalties on repetition for example, but without sampling.
+
     Args:
         model: a causal LM of transformers.
         ids: prompts of equal length, token ids [B, T].
@@ -92,8 +98,7 @@ def greedy(
     """
     ids = ids.to(next(model.parameters()).device)
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": pad}
-    if streamer is not None:
-        settings["streamer"] = streamer
+    settings |= PLAIN if streamer is None else {"streamer": streamer}
     if exactly:
         settings["min_new_tokens"] = tokens
     with as_just_loaded(model):

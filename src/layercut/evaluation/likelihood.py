@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from layercut.data.blocks import by_origin
 from layercut.distributed import processes, sharding
 from layercut.errors import ModelError
 from layercut.models import compiling
@@ -275,58 +275,46 @@ MOST_LONG_WINDOWS = 8  # a CPU takes seconds for each
 
 @torch.no_grad()
 def loss_by_position(
-    model: Any, row: torch.Tensor, *, chunk: int = 512, advance: Callable[[int], None] = lambda tokens: None
+    model: Any, row: torch.Tensor, *, advance: Callable[[float], None] = lambda tokens: None
 ) -> torch.Tensor:
-    """Loss of each next token of one long window, through the cache, `chunk` tokens at a time.
+    """Loss of each next token of one long window, in one pass: its logits are had of a part of it at a time.
 
-    With 49,152 words, the logits of 8,192 tokens would be 1.6 GB in float32; those of 512 are 0.1 GB. A model without a
-    cache (recurrent ones return a state by other names) is run once over the whole window.
+    Not through the cache: several families continue otherwise than they read (Mamba's convolution of a chunk).
 
     Args:
         model: a causal LM of transformers.
         row: token ids [T].
-        chunk: tokens of one forward pass at most.
         advance: called with the tokens done.
 
     Returns:
         [T - 1], nats.
     """
-    device = next(model.parameters()).device
-    row = row.to(device)
-    chunk = min(chunk, max(16, positions_at_once(model, 1)))
-    cache: dict[str, Any] = {}
-    losses = []
-    for start in range(0, len(row), chunk):
-        piece = row[start : start + chunk]
-        output = model(input_ids=piece[None], use_cache=True, **cache)
-        # models return the cache and accept it under the same name; the older of the two is deprecated
-        name = next((name for name in ("cache", "past_key_values") if name in output), None)
-        if name is None:
-            advance(len(row))
-            return next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])[0]
-        cache = {name: output[name]}
-        wanted = row[start + 1 : start + 1 + len(piece)]  # one fewer in the last piece
-        losses.append(F.cross_entropy(output.logits[0, : len(wanted)].float(), wanted, reduction="none"))
-        advance(len(piece))
-    return torch.cat(losses)
+    model = sharding.runnable(model)
+    losses_of = _swept if layers_on_disk(model) else _whole
+    ((_, losses, _),) = losses_of(model, row[None], 1, lambda rows: advance(rows * len(row)))
+    return losses[0]
 
 
-def long_windows(blocks: torch.Tensor, longest: int, model: Any) -> torch.Tensor:
-    """Blocks that follow each other in the text, as few long windows.
+def long_windows(blocks: torch.Tensor, longest: int, model: Any, origins: Sequence[str] = ("",)) -> torch.Tensor:
+    """Blocks that follow each other in a text, as few long windows; of several texts as many of each, in turn.
 
-    Shorter than asked for where the model's context or the text ends before.
+    Shorter than asked for where the model's context or the longest text ends before.
 
     Args:
-        blocks: token ids [N, T], in the order of the text.
+        blocks: token ids [N, T], of each text in its order.
         longest: tokens of a window at most.
         model: whose context counts.
+        origins: the texts that rows are of, in turn, as in `by_origin`; no window is of two.
 
     Returns:
         Token ids [n, longest], n at most `MOST_LONG_WINDOWS`.
     """
-    window = min(longest, positions(model.config) or longest, blocks.numel())
-    stream = blocks.flatten()
-    return stream[: len(stream) // window * window].view(-1, window)[:MOST_LONG_WINDOWS]
+    rows_of = by_origin(torch.arange(len(blocks)), origins)
+    texts = [blocks[rows.sort().values].flatten() for rows in rows_of.values()]
+    window = min(longest, positions(model.config) or longest, max(map(len, texts)))
+    windows = [text[: len(text) // window * window].view(-1, window) for text in texts]
+    turns = [some[i] for i in range(max(map(len, windows))) for some in windows if i < len(some)]
+    return torch.stack(turns[:MOST_LONG_WINDOWS])
 
 
 def bucket_edges(window: int, first: int = 64) -> list[int]:
@@ -347,7 +335,7 @@ def bucket_edges(window: int, first: int = 64) -> list[int]:
 
 
 def perplexity_by_position(
-    model: Any, windows: torch.Tensor, *, advance: Callable[[int], None] = lambda tokens: None
+    model: Any, windows: torch.Tensor, *, advance: Callable[[float], None] = lambda tokens: None
 ) -> list[dict[str, Any]]:
     """Perplexity in buckets of position.
 

@@ -7,7 +7,8 @@ continues with the next task. lm-eval itself is an extra: `pip install 'layercut
 Each task is one call of `lm_eval.evaluator.evaluate`. `simple_evaluate` around it is not used: it describes the
 machine after every call (`add_env_info`), which takes some 10 s, and would be called once a task and model, since a
 record is kept as soon as a task is done; and it loads the tasks itself, while their definitions, which are part of
-the record's key, must be known before. What it does to the tasks (few-shot number and seed) is done in `load_tasks`.
+the record's key, must be known before. What it does to the tasks (few-shot number and seed) is done in `load_tasks`,
+and random numbers are seeded as it does it (`_seeded`).
 HFLM is subclassed for three reasons alone: its batch size is one number for all lengths, or found by running out of
 memory, which a CPU does not survive; it computes the context of a question once for each of its choices
 (`shared_contexts.py`); and its progress bar is not layercut's.
@@ -22,6 +23,7 @@ import json
 import logging
 import math
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -30,6 +32,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from layercut.data.text_files import content
@@ -47,7 +50,7 @@ LONGEST_ON_CPU = 2048
 """Tokens a request may have on a CPU; longer ones lose their beginning. A window of 8,192 takes a CPU minutes."""
 MOST_ROWS = 32
 """Rows of a batch, where the logits leave room for so many."""
-SEED = 1234  # lm-eval's own, for the choice of few-shot examples
+SEED = 1234  # lm-eval's own, for the choice of few-shot examples and of all that is drawn
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "original_layer_index", "architectures")
 """Keys of a config that say where a model came from, not what it computes."""
 
@@ -136,7 +139,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> dict[str, Any
     found: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         try:
-            with _quiet():
+            with _quiet(), _seeded():
                 found |= manager.load([name])["tasks"]
         except Exception as error:  # datasets, the Hub, and the code of the task's author each have their own
             raise DataError(
@@ -228,7 +231,7 @@ def _longest(model: Any) -> int:
 def _run(lm: Any, name: str, task: Any, limit: int | None) -> Record:
     from lm_eval.evaluator import evaluate
 
-    with _quiet():
+    with _quiet(), _seeded():
         # no bootstrap: standard errors are computed from the items, and only for means
         results = evaluate(lm=lm, task_dict={"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
     return record_of(name, task, results)
@@ -433,6 +436,21 @@ def content_hash(model: Any, tokenizer: Any) -> str:
     core = getattr(tokenizer, "backend_tokenizer", None)
     seen.update((core.to_str() if core is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
     return seen.hexdigest()[:16]
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers as `lm_eval.simple_evaluate` seeds them, the same for every model; then as they were."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 @contextmanager

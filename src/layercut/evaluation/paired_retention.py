@@ -30,7 +30,7 @@ class Retained:
     mean: float | None
     """Mean over tasks of score / dense score."""
     error: float | None
-    """Its standard error over the items."""
+    """Its standard error over the items; None where a task has a score that is no mean of its items, such as BLEU."""
     above_chance: float | None
     """Mean of (score - chance) / (dense score - chance) over the tasks on which the dense model does not guess."""
     above_chance_error: float | None
@@ -104,14 +104,14 @@ def check_items(task: str, record: Mapping[str, Any], others: Sequence[Mapping[s
 def _scores(
     records: Sequence[Mapping[str, Any]], metric: str, draws: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores [M] of M models, and those of bootstrap samples of the items [draws, M]; without items, all the same.
+    """Scores [M] of M models, and those of bootstrap samples of the items [draws, M]; NaN where no items are known.
 
-    And on how many items each but the dense one was scored otherwise than the first after it [M - 1]; without, inf.
+    And on how many items each but the dense one was scored otherwise than the first after it [M - 1].
     """
     of_models = [record["metrics"][metric] for record in records]
     points = np.array([each["score"] for each in of_models], dtype=float)
     if any(each["values"] is None for each in of_models):
-        return points, np.tile(points, (draws, 1)), np.full(len(points) - 1, np.inf)
+        return points, np.full((draws, len(points)), np.nan), np.zeros(len(points) - 1)
     values = np.array([each["values"] for each in of_models], dtype=float)  # [M, items]
     items = values.shape[1]
     counts = generator.multinomial(items, np.full(items, 1 / items), size=draws)
@@ -135,7 +135,7 @@ def _behind(mean: np.ndarray, drawn: np.ndarray, i: int, apart: float) -> dict[s
     difference = drawn[:, 0] - drawn[:, i]
     known = difference[np.isfinite(difference)]
     if not len(known):
-        return {"behind": None, "behind_error": None, "p_value": None}
+        return {"behind": _known(mean[0] - mean[i]), "behind_error": None, "p_value": None}
     tail = min(np.mean(known <= 0), np.mean(known >= 0))
     p_value = min(1.0, 2 * max(float(tail), 1 / len(known), 0.5**apart))
     return {"behind": _known(mean[0] - mean[i]), "behind_error": _spread(difference), "p_value": p_value}

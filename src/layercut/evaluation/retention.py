@@ -36,16 +36,19 @@ def guessing(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
     """The score of guessing by a metric of a task, and the score above which a model does not guess.
 
     The second is `CLEAR` standard errors above the first, sqrt(sum of p (1 - p)) / N with p = 1 / n of each of the N
-    items: what chance makes of as many.
+    items: what chance makes of as many. An accuracy that is no share of right answers, as TruthfulQA's mass on all true
+    ones, has another score of guessing, which is not known: no such score is above it.
 
     Args:
         record: of the task.
         metric: one of its metrics.
 
     Returns:
-        Both; 0 and 0 where nothing is chosen from a list.
+        Both; 0 and 0 where nothing is chosen from a list, 0 and infinity where it is not known.
     """
     choices = record["choices"] if metric.partition(",")[0] in ACCURACIES else None
+    if choices and not {*(record["metrics"][metric]["values"] or [])} <= {0.0, 1.0}:
+        return 0.0, math.inf
     guess = chance(choices)
     spread = math.sqrt(sum((1 - 1 / n) / n for n in choices)) / len(choices) if choices else 0.0
     return guess, guess + CLEAR * spread

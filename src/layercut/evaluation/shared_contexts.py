@@ -14,19 +14,28 @@ from typing import Any
 
 import torch
 
+from layercut.errors import first_line
+from layercut.models.losses import next_token_loss
 from layercut.models.memory import budget
 from layercut.models.runner import logits_at
+from layercut.progress import debug
 
 Request = tuple[list[int], list[int]]
 """A context, of one token at least, and what continues it, of one token at least."""
 Answer = tuple[float, bool]
 """The sum of the continuation's log-probabilities, and whether greedy decoding would give it."""
+TRIED: tuple[tuple[int, int], ...] = ((5, 1), (5, 3), (2, 2), (3, 1))
+"""Lengths of the contexts and the continuations by which a model is tried, the first two of one context."""
+NEAR = 0.01, 0.01
+"""How far apart likelihoods may be that are the same but for rounding: nats, and of their size in half precision."""
 CACHED_TOKENS, MOST_REQUESTS = 16384, 128
 """Tokens of contexts whose keys and values are held at once, one copy for each continuation, and so many of these."""
 
 
 def shares_contexts(model: Any) -> bool:
     """Whether continuations can be run from a copied cache: all layers attend to everything, through stock arguments.
+
+    And it is tried: that positions begin elsewhere than at 0 (RoBERTa's) or a cache is built otherwise no config says.
 
     Args:
         model: a causal LM of transformers.
@@ -42,7 +51,29 @@ def shares_contexts(model: Any) -> bool:
         and not getattr(config, "sliding_window", None)
         and {"position_ids", "logits_to_keep"} <= set(taken)
         and bool({"cache", "past_key_values"} & set(taken))
+        and _as_by_itself(model)
     )
+
+
+@torch.no_grad()
+def _as_by_itself(model: Any) -> bool:
+    """Whether a few short requests together have the likelihoods that each has in a plain pass of its own."""
+    first = model.config.get_text_config().vocab_size // 2  # special tokens stand at the ends
+    context, continuation = ([(first + 7 * i) % (2 * first) for i in range(n)] for n in (5, 4))
+    requests = [(context[:length], continuation[1 : 1 + more]) for length, more in TRIED]
+    device = next(model.parameters()).device
+    try:
+        together = [score for score, _ in log_likelihoods(model, requests)]
+        alone = []
+        for before, after in requests:
+            ids = torch.tensor([before + after], device=device)
+            losses = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)[0]
+            alone.append(-losses[len(before) - 1 :].sum().item())
+    except Exception as error:  # whatever the model's own code raises: lm-eval's way is plain passes
+        debug("tasks", f"contexts are not shared: {first_line(error)}")
+        return False
+    most = [NEAR[0] + (NEAR[1] * abs(b) if model.dtype != torch.float32 else 0.0) for b in alone]
+    return all(abs(a - b) <= near for a, b, near in zip(together, alone, most, strict=True))
 
 
 def requests_at_once(context: int) -> int:

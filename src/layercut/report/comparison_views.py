@@ -6,6 +6,7 @@ and what that costs on text; `survival_table` and `draw_survival` what each cut 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,9 +214,10 @@ def repeats(judged: Json) -> str:
 
 def damage(judged: Json) -> str:
     """The mean damage to the capabilities, in nats per answer token."""
-    each = (formatting.finite(value) for _, value in judged.capabilities.damage.entries())
+    each = (formatting.number(value) for _, value in judged.capabilities.damage.entries())
     known = [value for value in each if value is not None]
-    return f"{sum(known) / len(known):.2f}" if known else "-"
+    mean = sum(known) / len(known) if known else None
+    return "-" if mean is None else f"{mean:.2f}" if math.isfinite(mean) else "not finite"
 
 
 def own_figures(comparison: Any) -> list[tuple[str, str]]:

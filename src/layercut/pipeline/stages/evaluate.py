@@ -224,11 +224,12 @@ def long(work: RunContext, segments: Sequence[Segment]) -> LongArtefact:
         The artefact.
     """
     asked, seed = work.config.long.long_context, work.config.text.seed
-    inputs = [asked, seed, work.text["evaluation"]]
+    text, parted = work.text["evaluation"], len({*work.text["evaluation"].origins}) > 1
+    inputs = [asked, seed, text, *(["a window is of one text"] if parted else [])]
     with work.run.stage(LongArtefact, "long", inputs, after=["quantize"]) as stage:
         if stage.open:
             both, tokenizer = dense_and_compressed(work, segments), work.tokenizer
-            windows = measures.long_windows(work.blocks["evaluation"], asked, work.dense.model)
+            windows = measures.long_windows(work.blocks["evaluation"], asked, work.dense.model, text.origins)
             longest = windows.shape[1]
             trials = measures.passkey_cases(tokenizer, longest, seed)
             total = 2 * (windows.numel() + sum(len(ids) for _, _, ids, _ in trials))
