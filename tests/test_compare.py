@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -349,6 +350,24 @@ def test_methods_that_heed_tests_search_again_by_tests_of_another_edition(argume
             (tmp_path / "run" / "compare.json").unlink()
         assert main(command) == 0
         assert len(tried) == searched, "clp:all alone sees tests"
+
+
+@pytest.mark.parametrize("more", ["", ",block-influence"])
+def test_a_finished_comparison_is_not_replaced_by_edits_in_place(more, tiny_model, texts, tmp_path, capsys):
+    """Nor where more methods are asked for: those that there are would be of another text."""
+    data, run = shutil.copy(texts[0], tmp_path / "data.txt"), tmp_path / "run"
+    command = ["compare", str(tiny_model), "--ratio=0.25", f"--data={data}", f"--eval-data={texts[1]}", f"--out={run}"]
+    command += ["--tokens=64", "--window=16", "--eval-tokens=64", "--tune-tokens=0"]
+    methods = "--methods=reverse-order,random"
+    assert main([*command, methods]) == 0
+    sound, names = Path(data).read_bytes(), ["compare.json", "config.yaml", "env.json", "text-calibration.json"]
+    before = {name: (run / name).read_bytes() for name in names}
+    Path(data).write_bytes(sound[::-1])
+    assert main([*command, methods + more]) == 2
+    assert "its text is another by now" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in names} == before
+    Path(data).write_bytes(sound)
+    assert main([*command, methods + more]) == 0
 
 
 def test_a_pick_that_cannot_be_cut_is_told_and_the_others_go_on(arguments, tmp_path, monkeypatch, capsys):

@@ -275,28 +275,52 @@ def test_a_changed_model_runs_all_again(again, tiny_model, tmp_path):
     assert again(model=model) == list(STAGES)
 
 
-@pytest.mark.parametrize("edited", ["text", "model", "text and more measured"])
-def test_a_finished_run_is_not_replaced_by_edits_in_place(edited, again, tiny_model, texts, tmp_path, capsys):
-    """What the same command was given holds something else by now; back as it was, the run is whole."""
-    data, model = shutil.copy(texts[0], tmp_path / "data.txt"), shutil.copytree(tiny_model, tmp_path / "model")
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run folder but what only tells how far commands were."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "metrics.jsonl"))
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("edited", "more"),
+    [
+        ("text", []), ("text", ["--oracle"]), ("evaluation text", ["--speed"]), ("model", ["--oracle"]),
+        ("emptied text", []), ("code", ["--speed"]),
+    ],
+)  # fmt: skip
+def test_a_finished_run_is_not_replaced_by_edits_in_place(
+    edited, more, again, tiny_model, texts, tmp_path, capsys, monkeypatch
+):
+    """What the command was given holds something else by now: nothing changes. Back as it was, the run is whole."""
+    texts = [Path(shutil.copy(text, tmp_path / f"{i}.txt")) for i, text in enumerate(texts)]
+    model, words = shutil.copytree(tiny_model, tmp_path / "model"), "its text is another by now"
     again.stopped()
-    given, more = [model, (Path(data), texts[1]), again.run], ["--speed"] if "more" in edited else []
-    assert main(arguments(*given)) == 0
-    file = model / "model.safetensors" if edited == "model" else Path(data)
-    sound, kept = file.read_bytes(), [path for path in again.run.rglob("*") if path.is_file()]
-    drawn = (*TEXTS, "text-shared", "env", ".digests")  # again, of what there is
-    before = {path: path.read_bytes() for path in kept if path.suffix in (".json", ".html") and path.stem not in drawn}
-    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]) if edited == "model" else sound[::-1])
+    assert main(arguments(model, texts, again.run)) == 0
+    file = {"model": model / "model.safetensors", "evaluation text": texts[1]}.get(edited, texts[0])
+    sound, before = file.read_bytes(), contents(again.run)
+    if edited == "model":
+        file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        words = "the model that it was made of is another by now"
+    elif edited == "code":
+        monkeypatch.setattr(heal, "keyed", lambda config: ["another"])
+        words = "code that its heal.json was made with is another by now"
+    else:
+        file.write_bytes(b"" if edited == "emptied text" else sound[::-1])
+        words = "holds no text" if edited == "emptied text" else words
     capsys.readouterr()
-    assert main(arguments(*given, *more)) == 2
-    said = capsys.readouterr().err
-    assert "holds a finished run, and text, model or code that its search.json was made with is another by now" in said
-    assert "hint: name another --out, or pass --force to replace it" in said
-    assert {path: path.read_bytes() for path in before} == before
+    assert main(arguments(model, texts, again.run, *more)) == 2
+    assert words in (said := capsys.readouterr().err)
+    assert edited == "emptied text" or "hint: name another --out, or pass --force to replace it" in said
+    if edited == "model":
+        for command in (["evaluate", f"--eval-data={texts[1]}"], ["chat"]):
+            assert main([command[0], str(again.run), *command[1:]]) == 2
+            assert "is another model than the one that" in capsys.readouterr().err
+    assert contents(again.run) == before
     file.write_bytes(sound)
+    monkeypatch.undo()
     already = len(started(again.run))
-    assert main(arguments(*given, *more)) == 0
-    assert not {*started(again.run)[already:]} & {"search", "cut", "fold", "heal", "quantize", "export"}
+    assert main(arguments(model, texts, again.run)) == 0
+    assert started(again.run)[already:] == []
 
 
 def test_a_damaged_export_is_made_again(again, whole):

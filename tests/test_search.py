@@ -130,7 +130,7 @@ def test_a_race_ends_with_the_best_priced_on_all_rows():
 
 
 def test_a_race_says_how_far_it_is():
-    """In prices of single rows: all of its rounds where none is known, none where all are."""
+    """In prices of single rows, those that were known before among them."""
     stack, tokens, seen = DecoderRunner(tiny.llama()), tiny.some_tokens(16), []
     sets = [(segment,) for segment in all_segments(2, len(stack))]
     prices = Prices(stack, tokens, Cost())
@@ -142,7 +142,9 @@ def test_a_race_says_how_far_it_is():
         assert firsts == sorted(firsts)
         assert len(firsts) > 3
         halving(prices, sets, "again")
-        assert seen[-1] == ("again", 0, total)
+        assert seen[-1] == ("again", total, total)
+        prices.of_singles(sets[0])
+        assert seen[-1][1] == seen[-1][2] > 0
 
 
 @pytest.mark.parametrize("objective", ["next-token", "hidden"])

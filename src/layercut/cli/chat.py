@@ -23,7 +23,7 @@ from layercut.evaluation.generation import greedy, padding
 from layercut.models import checkpoints, loading
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.offload import placement
-from layercut.pipeline.provenance import is_run
+from layercut.pipeline.provenance import is_run, models_of
 from layercut.report.formatting import printable
 
 if TYPE_CHECKING:
@@ -87,11 +87,10 @@ def _speakers(run: Path, config: ChatConfig) -> list[Speaker]:
     """The two models, loaded."""
     if not is_run(run):
         raise RunError(f"{run} is no run folder", "layercut compress MODEL --out RUN, then layercut chat RUN")
-    if not (run / "summary.json").is_file() or not (run / "model").is_dir():
+    models, speakers = models_of(run, "chat", allow_pickle=config.load.allow_pickle), []
+    if not (run / "model").is_dir():
         raise RunError(f"the run in {run} is not finished", "give its compress command again, then chat")
-    dense = checkpoints.read_json(run / "summary.json")["model"]
-    speakers = []
-    for name, source in (("dense", dense), ("compressed", str(run / "model"))):
+    for name, source in models.items():
         checkpoint = checkpoints.resolve(source, allow_pickle=config.load.allow_pickle)
         loaded = placement.load(checkpoint, **asdict(config.load))
         if layers_on_disk(loaded.model):

@@ -290,6 +290,8 @@ def demo(*, run: RunConfig | None = None, log: Log = None) -> None:
 
 TOGETHER = ("compress", "search", "tune", "compare", "evaluate")
 """Commands that several processes may do together."""
+RESUMED = {"compress", "search", "tune", "compare", "demo"}
+"""Commands with a run folder."""
 
 Outcome = tuple[int, list[str]]
 """An exit code, and the lines that say why on stderr."""
@@ -370,7 +372,8 @@ def _run(arguments: list[str]) -> Outcome:
             return _reader_gone(), []
         raise
     except KeyboardInterrupt:
-        return 130, ["stopped; the same command resumes after the last finished stage"]
+        resumes = "; the same command resumes after the last finished stage" if {*arguments[:1]} & RESUMED else ""
+        return 130, [f"stopped{resumes}"]
     except Exception as error:
         if (refused := disk_refusal(error)) is None:
             raise

@@ -25,7 +25,7 @@ from layercut.models import checkpoints, loading, memory
 from layercut.models.compiling import compiled
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.offload import placement
-from layercut.pipeline.provenance import check_finished, is_run, versions
+from layercut.pipeline.provenance import is_run, models_of, versions
 from layercut.pipeline.resolve_options import check_window, needs_memory
 from layercut.pipeline.stages.text import check_unseen
 from layercut.progress import bar, say
@@ -160,8 +160,7 @@ def _asked(target: str, config: PerplexityConfig) -> _Asked:
     functions = evaluation.named(tasks.evaluation_names)
     models, of_run = {target: target}, is_run(run)
     if of_run:
-        check_finished(run, "evaluate")
-        models = {"dense": checkpoints.read_json(run / "summary.json")["model"], "compressed": str(run / "model")}
+        models = models_of(run, "evaluate", allow_pickle=config.load.allow_pickle)
     return _Asked(
         models=models,
         run=run if of_run else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -184,18 +184,26 @@ class Prices:
         self._advance: Callable[[float], None] = _unseen
 
     @contextmanager
-    def shown(self, description: str, most: float) -> Iterator[None]:
-        """While open, a bar shows how many prices of single rows were measured.
+    def shown(self, description: str, total: float) -> Iterator[Callable[[float], None]]:
+        """While open, a bar shows how many of the prices of single rows that are asked for are known.
 
         Args:
             description: of the work.
-            most: how many there are to be, at most; those that are known are not measured again.
+            total: how many are asked for.
 
         Yields:
-            Nothing.
+            What is told how many are known by now, those that were known before among them.
         """
-        with bar(description, most) as self._advance:
-            yield
+        done = 0.0
+        with bar(description, total) as advance:
+
+            def measured(prices: float) -> None:
+                nonlocal done
+                done += prices
+                advance(prices)
+
+            self._advance = measured
+            yield lambda prices: measured(prices - done)
         self._advance = _unseen
 
     @property
@@ -223,8 +231,9 @@ class Prices:
             float64 [S, rows], above what the dense model has where the objective is not 0 there; at most WORST.
         """
         rows = coarse_rows(self.rows, self.kinds)
-        with self.shown("pricing single segments", rows * (1 + len(segments))):
+        with self.shown("pricing single segments", total := rows * (1 + len(segments))) as reached:
             found = self.of([DENSE, *((segment,) for segment in segments)], rows).clamp_max(WORST)
+            reached(total)
         return found[1:] - found[:1]
 
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -352,10 +361,11 @@ def halving(
     """
     alive = sorted(set(sets))
     schedule = list(rounds(len(alive), prices.rows, begin or prices.few, finalists))
-    new = (until - since for (_, since), (_, until) in pairwise([(0, 0), *schedule]))
-    with prices.shown(name, sum(some * count for some, (count, _) in zip(new, schedule, strict=True))):
-        for count, rows in schedule:
+    asked = [*accumulate(count * (rows - before) for (_, before), (count, rows) in pairwise([(0, 0), *schedule]))]
+    with prices.shown(name, asked[-1]) as reached:
+        for (count, rows), so_many in zip(schedule, asked, strict=True):
             alive = prices.ranked(alive[:count], rows)
+            reached(so_many)
     return candidates(prices, alive)
 
 

@@ -23,8 +23,11 @@ from layercut import __version__
 from layercut.config import split_names
 from layercut.data.sources import split_mix
 from layercut.errors import RunError
+from layercut.models import checkpoints
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "datasets", "numpy", "compressed-tensors", "peft")
+PROGRAM = "layercut"
+"""What `python -m layercut.cli` is called, as a launcher of several processes starts it."""
 SUMMARIES = ("summary.json", "compare.json")
 """What a finished `compress` leaves, and a finished `compare`."""
 SAME = {"out", "device", "stream", "shard", "device_map", "max_memory", "compile", "push_to_hub", "private"}
@@ -69,6 +72,29 @@ def check_finished(run: Path, command: str) -> None:
         raise RunError(f"the run in {run} is not finished", hint)
     if not isinstance(_object(run / "summary.json").get("model"), str):
         raise RunError(f"{run / 'summary.json'} is damaged", hint)
+
+
+def models_of(run: Path, command: str, *, allow_pickle: bool = False) -> dict[str, str]:
+    """The two models of a finished run: the one that it was made of, as it was then, and what it made of it.
+
+    Args:
+        run: the folder.
+        command: what is to be done with them, for the hint.
+        allow_pickle: whether weights may be pickled.
+
+    Returns:
+        A Hub id, folder or .gguf file each, by "dense" and "compressed".
+
+    Raises:
+        RunError: the run is not finished, or its model's files hold something else by now.
+    """
+    check_finished(run, command)
+    dense = _object(run / "summary.json")["model"]
+    if checkpoints.resolve(dense, allow_pickle=allow_pickle).changed_since(run / checkpoints.DIGESTS):
+        raise RunError(
+            f"{dense} is another model than the one that {run} was made of", "put that one back, or compress this one"
+        )
+    return {"dense": dense, "compressed": str(run / "model")}
 
 
 def is_finished(folder: Path) -> bool:
@@ -225,7 +251,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [PROGRAM if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
         "platform": platform.platform(),
         "hardware": accelerator_name() or cpu_name(),
         "cpu": cpu_name(),

@@ -6,8 +6,8 @@ finished stage when the same command is given again, and a changed flag runs aga
 JSON file is removed when its stage is run again and written last, by rename: where it is there, and it and the files
 that it names are as they were written, the stage is whole.
 
-A finished run is not replaced by one of other settings (`pipeline/provenance.py`), nor by one of the same settings
-whose text, model or code is another by now, unless --force is given.
+A finished run is not replaced by one of other settings (`pipeline/provenance.py`), nor where its text, its model or
+its code is another by now, unless --force is given: what is refused leaves the folder as it was.
 
 Of several processes the main one holds the folder, decides whether a stage is whole, and writes; all get the same
 artefact. The folder must lie where all of them can read it.
@@ -20,11 +20,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Generic, NoReturn, TypeVar
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -45,8 +45,11 @@ TEXTS = ("text-evaluation", "text-calibration", "text-heldout", "text-tuning")
 STAGES = (*TEXTS, "text-shared", "search", "cut", "fold", "heal", "quantize", "eval", "export", "summary")
 PROOFS = ("tasks", "long", "evaluations", "capabilities", "probes")
 """Stages that run only where they are asked for."""
-MAKING = {"cut", "fold", "heal", "quantize", "frontier", "shares"}
-"""Stages that make the model, in every round (`heal-1`); no setting that only measures more is in their inputs."""
+MAKING = {"search", "cut", "fold", "heal", "quantize", "frontier", "shares", "compare"}
+"""Stages that make the model, in every round (`heal-1`), and what a comparison has of every method."""
+MEASURED = ("-tasks", "-probes", "-others")
+"""Of a comparison's, those that more is measured in."""
+DESCRIBED = ("env.json", "config.yaml")
 
 
 @dataclass
@@ -84,6 +87,8 @@ class Run:
         self._force = force
         self._kept: set[str] = set()
         """Stages that are not made anew of other inputs, as the folder holds a finished run."""
+        self._before: dict[str, bytes] = {}
+        """What a finished run's folder said of itself, until something is replaced."""
 
         def take() -> None:
             self._lock = self._open()
@@ -101,6 +106,8 @@ class Run:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._lock:
             self._lock.close()
+        for name, content in self._before.items() if error is not None else ():
+            write_text(self / name, content.decode())
         if error is not None and (refused := disk_refusal(error, self.folder)):
             raise refused from error
 
@@ -184,16 +191,37 @@ class Run:
             debug(name, "is whole and of the same inputs: not run again")
             return finished
         if content is not None and self._is_kept(name, content):
-            raise RunError(
-                f"{self.folder} holds a finished run, and text, model or code that its {name}.json was made with is "
-                "another by now",
-                "name another --out, or pass --force to replace it",
-            )
-        # what is about to be overwritten must not pass for whole, nor a summary of it for the present one
-        for stale in (name,) if self._kept and name.startswith("text-") else (name, "summary"):
-            (self / f"{stale}.json").unlink(missing_ok=True)
+            self._refuse(f"code that its {name}.json was made with is another by now")
+        if not (self._kept and name.startswith("text-")):
+            self._replace(name, "summary")
         self.event(name, 0, "started", 1, "")
         return None
+
+    def _replace(self, *names: str) -> None:
+        """What is about to be overwritten must not pass for whole, nor a summary of it for the present one."""
+        self._before = {}
+        for stale in names:
+            (self / f"{stale}.json").unlink(missing_ok=True)
+
+    def _refuse(self, why: str) -> NoReturn:
+        hint = "name another --out, or pass --force to replace it"
+        raise RunError(f"{self.folder} holds a finished run, and {why}", hint)
+
+    def drawn(self, name: str, fingerprint: str) -> None:
+        """Called before what was drawn for a stage of text is written.
+
+        Args:
+            name: of the stage, which is open.
+            fingerprint: of the tokens.
+
+        Raises:
+            RunError: the folder holds a finished run that was made with others.
+        """
+        earlier = self.read(name) if self._kept else None
+        if earlier is not None and earlier.get("fingerprint") not in (None, fingerprint):
+            self._refuse(f"its text is another by now ({name}.json)")
+        if self._kept:
+            self._replace(name)
 
     def _finish(self, name: str, found: Kind, seconds: float) -> Kind:
         """Write what a stage found."""
@@ -222,9 +250,9 @@ class Run:
     def _is_kept(self, name: str, content: dict[str, Any]) -> bool:
         """Whether what a stage of a finished run left is of other inputs, as it was written, and not to be replaced.
 
-        Text is drawn anew, since a file of another name may hold the same; what is made of it goes by what it holds.
+        Text and model were looked at before; what is left is code, such as a criterion of one's own.
         """
-        if name == "compare" or name.split("-")[0] not in self._kept:
+        if name == "compare" or name.split("-")[0] not in self._kept or name.endswith(MEASURED):
             return False
         if content.get("config_hash") in (None, self._hashes[name]):
             return False
@@ -265,11 +293,15 @@ class Run:
 
     # --- provenance ---
 
-    def describe(self, config: dict[str, Any]) -> None:
+    def describe(self, config: dict[str, Any], is_another: Callable[[], bool] = lambda: False) -> None:
         """Write config.yaml, with every default filled in, and env.json.
 
+        Args:
+            config: the settings, flat.
+            is_another: whether the model is another than the folder's run was made of.
+
         Raises:
-            RunError: the folder holds a finished run of other settings, which would be lost.
+            RunError: the folder holds a finished run of other settings or of another model, which would be lost.
         """
 
         def write() -> None:
@@ -284,7 +316,11 @@ class Run:
                 say("run", f"begun with other versions: {', '.join(others)}")
             differences = provenance.differences(self.folder, config)
             if provenance.is_finished(self.folder) and not self._force:
-                self._kept = _kept(differences)
+                if is_another():
+                    self._refuse("the model that it was made of is another by now")
+                # the search is another one where every cut is priced
+                self._kept = MAKING - ({"search"} if differences & {"oracle", "all_lengths"} else set())
+                self._before = {name: (self / name).read_bytes() for name in DESCRIBED if (self / name).exists()}
             anew = self._force or bool(differences)
             write_json(self / "env.json", provenance.described(self.folder, count, anew=anew))
             write_text(self / "config.yaml", text)
@@ -349,9 +385,3 @@ class Run:
             artefact.unlink(missing_ok=True)
         for state in self.folder.glob("*-state.safetensors"):  # nor does a training go on
             state.unlink(missing_ok=True)
-
-
-def _kept(differences: set[str]) -> set[str]:
-    """The stages of a finished run that a command with these other settings, which only measure more, leaves as is."""
-    searched = set() if differences & {"oracle", "all_lengths"} else {"search"}
-    return MAKING | searched | (set() if differences else {"compare"})

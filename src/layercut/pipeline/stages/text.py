@@ -255,6 +255,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
                 reader.skip_blocks(other, **asdict(text_wanted(work, other)), keys=keys_of(work, other))
             blocks = reader.draw(use, **asdict(text_wanted(work, use)))
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
+            work.run.drawn(f"text-{use}", blocks.fingerprint)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
             work.save({use: key_tensor(blocks.keys)}, f"documents-{use}")
             files = [f"tokens-{use}.safetensors", f"documents-{use}.safetensors"]
