@@ -154,7 +154,8 @@ def test_cuts_of_other_seeds_go_on_trial_too(command, texts, tmp_path, monkeypat
     monkeypatch.setattr(stages.trial, "go_on", turned_round)
     command = [flag for flag in command if not flag.startswith(("--tokens", "--window"))]
     assert main([*command, f"--data={texts[0]}", "--tokens=512", "--window=64", "--score=folded", "--seeds=2"]) == 0
-    assert [*last] == ["search", "stability-1"]
+    assert [*last] == ["search-tried", "stability-1"]
+    assert artefact(tmp_path, "search")["segments"] == artefact(tmp_path, "search-tried")["segments"]
     for stage, (taken, left) in last.items():
         assert artefact(tmp_path, stage)["segments"] == taken != left
 

@@ -473,7 +473,7 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
     run = tmp_path / "killed"
     with pytest.raises(Killed):
         main(["tune", *flags, f"--out={run}"])
-    assert (run / "search-prices.json").is_file()
+    assert (run / "search-tried-prices.json").is_file()
     assert not (run / "search.json").exists()
     most = 99
     assert main(["tune", *flags, f"--out={run}"]) == 0
@@ -484,7 +484,13 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
     assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["tried"])
     assert asked["search"] == 1
     assert asked["lighter"] == [lighter, lighter], "they go on trial, also of a search that an earlier command made"
-    assert not (run / "search-prices.json").exists()
+    assert not (run / "search-tried-prices.json").exists()
+    tries = len(asked["healed"]), len(asked["folded"])
+    assert main(["tune", *flags, f"--out={run}", "--all-lengths"]) == 0
+    priced = json.loads((run / "search.json").read_text())
+    assert priced["triangle"]
+    assert {name: priced[name] for name in same} == {name: whole[name] for name in same}
+    assert (len(asked["healed"]), len(asked["folded"])) == tries, "no cut is healed again, to know what others cost"
 
 
 def test_what_a_search_by_itself_found_is_where_a_trial_goes_on(tiny_model, texts, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from layercut import layer_search
@@ -31,6 +32,7 @@ from layercut.layer_search import (
     with_triangle,
 )
 from layercut.layer_search.criteria import names
+from layercut.layer_search.result import Tried
 from layercut.layer_search.stability import common_rows, judge, stability_work
 from layercut.pipeline.artefacts import (
     CandidateRecord,
@@ -93,12 +95,13 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
                     if plain.open:
                         result = layer_search.search(stack, tokens, **how, seed=seed, oracle=config.oracle)
                         plain.found = recorded(result, work)
-                result = trial.go_on(this, result_of(plain.artefact), tokens, how, this.name("search"))
+                result = result_of(plain.artefact)
+                if work.score_now != "raw":
+                    result = gone_on_from(this, result, tokens, how)
             if config.all_lengths:
                 result = with_triangle(result, stack, tokens, sum(map(len, result.segments)))
             stage.found = replace(recorded(result, work, this), tests=tests.facts() if tests else None)
     found = stage.artefact
-    KnownPrices(work.run, this.name("search")).forget_()
     this.removal = this.removed(segments_of(found.segments if found.cut is None else found.cut))
     if found.tried:
         say("search", describe_tried(asdict(found)))
@@ -107,18 +110,41 @@ def search(this: Round, wanted: Sequence[Segment], length: int | None) -> Remova
     return this.removal
 
 
-def plain_inputs(this: Round, how: dict[str, Any]) -> list[Any]:
+def gone_on_from(this: Round, result: SearchResult, tokens: torch.Tensor, how: dict[str, Any]) -> SearchResult:
+    """The trial, a stage of its own: where more is to be known of the plain search, its cuts are not healed again.
+
+    Args:
+        this: the round.
+        result: of the search by plain cuts.
+        tokens: calibration token ids [N, T].
+        how: the search's arguments.
+
+    Returns:
+        The result.
+    """
+    work, name = this.work, this.name("search-tried")
+    config = replace(work.config.search, oracle=False, all_lengths=False)
+    inputs = [*plain_inputs(this, how, config), *trial.inputs(work)]
+    with work.run.stage(SearchArtefact, name, inputs, after=this.after, together=True) as stage:
+        if stage.open:
+            stage.found = recorded(trial.go_on(this, result, tokens, how, name), work)
+    KnownPrices(work.run, name).forget_()
+    return replace(result_of(stage.artefact), oracle=result.oracle)
+
+
+def plain_inputs(this: Round, how: dict[str, Any], config: SearchConfig | None = None) -> list[Any]:
     """All that a search by plain cuts depends on, which healing does not enter: it is found once for a run folder.
 
     Args:
         this: the round.
         how: the search's arguments.
+        config: of the search; the run's where not given.
 
     Returns:
         JSON values.
     """
     work = this.work
-    config = replace(work.config.search, score="raw", all_lengths=False)
+    config = replace(config or work.config.search, score="raw", all_lengths=False)
     return [work.source, work.text["calibration"], work.config.text.seed, config, how["n_layers"], *edition(config)]
 
 
@@ -138,6 +164,7 @@ def result_of(found: SearchArtefact) -> SearchResult:
         by_text=candidate_of(found.by_text) if found.by_text else None,
         by_number=list(map(candidate_of, found.by_number)),
         lighter=[tuple(segments_of(each)) for each in found.lighter],
+        tried=[Tried(**vars(each) | {"segments": tuple(segments_of(each.segments))}) for each in found.tried],
     )
 
 
