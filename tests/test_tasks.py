@@ -444,6 +444,12 @@ def test_a_context_that_several_answers_share_is_run_once(monkeypatch):
     assert all(greedy for _, greedy in found)
 
 
+def test_an_answer_without_a_token_of_its_own_is_refused():
+    lm = lm_eval_harness.language_model(model(), folders.tokenizer(), 64)
+    with pytest.raises(DataError, match="no token of its own"):
+        lm._loglikelihood_tokens([(("ba", ""), [5, 6], [7]), (("ba", ""), [5, 6], [])])
+
+
 def test_the_head_reads_rows_side_by_side():
     """Of rows that are far apart torch copies a head's frozen weight for each, which took a minute of tasks an hour."""
     lm, read = model(), []

@@ -313,6 +313,11 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
         title = ""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            if not all(request[2] for request in requests):
+                raise DataError(
+                    f"{self.title}: an answer has no token of its own, since the tokenizer joins it to its question",
+                    "choose another task, or let its questions end with a blank line",
+                )
             if shares:
                 return _answers(model, [_within(request[1], request[2], longest) for request in requests], self.title)
 
