@@ -313,11 +313,7 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
         title = ""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            if not all(request[2] for request in requests):
-                raise DataError(
-                    f"{self.title}: an answer has no token of its own, since the tokenizer joins it to its question",
-                    "choose another task, or let its questions end with a blank line",
-                )
+            _check_answers(requests, self.title)
             if shares:
                 return _answers(model, [_within(request[1], request[2], longest) for request in requests], self.title)
 
@@ -354,6 +350,15 @@ def language_model(model: Any, tokenizer: Any, longest: int) -> Any:
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=longest, batch_size=1, backend="causal",
             softmax_dtype="float32",  # in bfloat16, probabilities of three digits make choices tie
         )  # fmt: skip
+
+
+def _check_answers(requests: Sequence[Any], title: str) -> None:
+    """Refuse an answer without a token."""
+    if not all(request[2] for request in requests):
+        raise DataError(
+            f"{title}: an answer has no token of its own, since the tokenizer joins it to its question",
+            "choose another task, or let its questions end with a blank line",
+        )
 
 
 def _answers(model: Any, requests: list[Request], title: str) -> list[Answer]:
