@@ -487,8 +487,10 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
     assert not (run / "search-tried-prices.json").exists()
     tries = len(asked["healed"]), len(asked["folded"])
     assert main(["tune", *flags, f"--out={run}", "--all-lengths"]) == 0
+    assert main(["tune", *flags, f"--out={run}", "--all-lengths", "--oracle"]) == 0
     priced = json.loads((run / "search.json").read_text())
     assert priced["triangle"]
+    assert priced["oracle"]
     assert {name: priced[name] for name in same} == {name: whole[name] for name in same}
     assert (len(asked["healed"]), len(asked["folded"])) == tries, "no cut is healed again, to know what others cost"
 

@@ -203,8 +203,10 @@ class Prices:
                 advance(prices)
 
             self._advance = measured
-            yield lambda prices: measured(prices - done)
-        self._advance = _unseen
+            try:
+                yield lambda prices: measured(prices - done)
+            finally:
+                self._advance = _unseen
 
     @property
     def rows(self) -> int:
