@@ -104,7 +104,7 @@ def compare(model: str, config: CompareConfig, *, own_process: bool = False) -> 
 
     folder, limit = folder.with_name(f"{folder.name}-compare"), memory.memory_limit(config.load.max_memory)
     with limit, compiled(config.compiled.compile), Run(config.run.out or folder, force=config.run.force) as run:
-        run.describe({"model": model, **flattened(config)}, lambda: checkpoint.changed_since(run / checkpoints.DIGESTS))
+        run.describe({"model": model, **flattened(config)}, checkpoint)
         compare_methods(RunContext(checkpoint, journey, run, own_process=own_process), model, config.compare, length)
         return run.folder
 

@@ -68,10 +68,7 @@ def compress(model: str, config: CompressConfig, *, until: Stage = "report", own
     folder = gguf_run.run_folder(asked.config.run) or default_folder(model)
     opened = memory.memory_limit(config.load.max_memory), compiled(config.compiled.compile)
     with opened[0], opened[1], Run(folder, force=asked.config.run.force) as run:
-        run.describe(
-            {"model": model, **flattened(asked.config)},
-            lambda: asked.checkpoint.changed_since(run / checkpoints.DIGESTS),
-        )
+        run.describe({"model": model, **flattened(asked.config)}, asked.checkpoint)
         work = RunContext(
             asked.checkpoint, asked.config, run, spread=asked.spread, own_process=own_process, score=asked.score,
             score_now=asked.score_now,

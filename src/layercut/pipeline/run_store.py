@@ -20,7 +20,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +34,8 @@ from layercut.errors import RunError
 from layercut.files.json_values import digest, jsonable, restored, write_json, write_text
 from layercut.files.reading import differing, record
 from layercut.files.typed_json import Damaged, check_seal, decode, seal
-from layercut.files.writing import disk_refusal, writing
-from layercut.models import memory
+from layercut.files.writing import disk_refusal, write_atomically, writing
+from layercut.models import checkpoints, memory
 from layercut.pipeline import provenance
 from layercut.pipeline.artefacts import Artefact
 from layercut.progress import debug, say, warn
@@ -47,9 +47,10 @@ PROOFS = ("tasks", "long", "evaluations", "capabilities", "probes")
 """Stages that run only where they are asked for."""
 MAKING = {"search", "cut", "fold", "heal", "quantize", "frontier", "shares", "compare"}
 """Stages that make the model, in every round (`heal-1`), and what a comparison has of every method."""
-MEASURED = ("-tasks", "-probes", "-others")
+JUDGED = ("-tasks", "-probes", "-others")
 """Of a comparison's, those that more is measured in."""
 DESCRIBED = ("env.json", "config.yaml")
+"""What a folder says of itself: who made it, with which settings."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Run:
         self._kept: set[str] = set()
         """Stages that are not made anew of other inputs, as the folder holds a finished run."""
         self._before: dict[str, bytes] = {}
-        """What a finished run's folder said of itself, until something is replaced."""
+        """A finished run's `DESCRIBED`, until something is replaced."""
 
         def take() -> None:
             self._lock = self._open()
@@ -104,10 +105,11 @@ class Run:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        for name, content in self._before.items() if error is not None else ():
+            with write_atomically(self / name) as partial:
+                partial.write_bytes(content)
         if self._lock:
             self._lock.close()
-        for name, content in self._before.items() if error is not None else ():
-            write_text(self / name, content.decode())
         if error is not None and (refused := disk_refusal(error, self.folder)):
             raise refused from error
 
@@ -252,7 +254,7 @@ class Run:
 
         Text and model were looked at before; what is left is code, such as a criterion of one's own.
         """
-        if name == "compare" or name.split("-")[0] not in self._kept or name.endswith(MEASURED):
+        if name == "compare" or name.split("-")[0] not in self._kept or name.endswith(JUDGED):
             return False
         if content.get("config_hash") in (None, self._hashes[name]):
             return False
@@ -293,12 +295,12 @@ class Run:
 
     # --- provenance ---
 
-    def describe(self, config: dict[str, Any], is_another: Callable[[], bool] = lambda: False) -> None:
+    def describe(self, config: dict[str, Any], checkpoint: checkpoints.Checkpoint | None = None) -> None:
         """Write config.yaml, with every default filled in, and env.json.
 
         Args:
             config: the settings, flat.
-            is_another: whether the model is another than the folder's run was made of.
+            checkpoint: the model, which a finished run must have been made of; None: not looked at.
 
         Raises:
             RunError: the folder holds a finished run of other settings or of another model, which would be lost.
@@ -316,7 +318,7 @@ class Run:
                 say("run", f"begun with other versions: {', '.join(others)}")
             differences = provenance.differences(self.folder, config)
             if provenance.is_finished(self.folder) and not self._force:
-                if is_another():
+                if checkpoint is not None and checkpoint.changed_since(self / checkpoints.DIGESTS):
                     self._refuse("the model that it was made of is another by now")
                 # the search is another one where every cut is priced
                 self._kept = MAKING - ({"search"} if differences & {"oracle", "all_lengths"} else set())
