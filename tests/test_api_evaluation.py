@@ -251,7 +251,7 @@ def test_the_command_runs_them_keeps_them_and_shows_them(registry, tiny_model, t
     assert main(asked) == 0
     assert calls == [2, 2], "nothing is run twice"
     assert main(argv) == 0, "that they are not asked for any more loses nothing"
-    assert json.loads((run / "summary.json").read_text())["evaluations"] is None
+    assert json.loads((run / "summary.json").read_text())["evaluations"] == summary["evaluations"]
     assert (run / "evaluations.json").is_file()
     assert main(asked) == 0
     assert calls == [2, 2]

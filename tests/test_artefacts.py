@@ -18,7 +18,7 @@ from layercut.errors import RunError
 from layercut.files.json_values import jsonable
 from layercut.files.typed_json import Damaged, check_seal, decode, seal
 from layercut.files.writing import write_atomically
-from layercut.pipeline.artefacts import BeforeAfter, CutArtefact
+from layercut.pipeline.artefacts import BeforeAfter, CutArtefact, TasksArtefact
 from layercut.pipeline.provenance import would_be_lost
 from layercut.pipeline.run_store import Run
 
@@ -173,6 +173,33 @@ def test_an_optional_field_is_left_out_of_the_json_where_it_has_its_default(begu
     written = json.loads((begun.folder / "cut.json").read_text())
     assert written["files"] == CUT.files
     assert not {"files", "record"} & jsonable(CutArtefact(**{key: getattr(CUT, key) for key in REQUIRED})).keys()
+
+
+def test_what_was_measured_of_the_same_model_is_there_and_of_another_one_is_not(tmp_path):
+    figures = TasksArtefact(tasks={"piqa": {"dense": 0.6}}, retention={"mean": 1.0}, limit=4)
+
+    def measured(inputs, asked, *, damage=lambda: None):
+        with Run(tmp_path / "run") as run:
+            run.describe({"model": "m"})
+            with run.stage(CutArtefact, "quantize", inputs) as making:
+                making.found = making.found or replace(CUT, files=[])
+            if asked:
+                with run.stage(TasksArtefact, "tasks", asked, after=["quantize"]) as stage:
+                    stage.found = stage.found or figures
+            damage()
+            found = None if asked else run.earlier(TasksArtefact, "tasks")
+            if found:
+                assert run.inputs_of("tasks") == found.config_hash, "what is made of it is made of it"
+                assert "tasks" in run.seconds
+            return found and (found.tasks, found.limit)
+
+    tasks = tmp_path / "run" / "tasks.json"
+    assert measured("one", None) is None
+    measured("one", "piqa")
+    assert measured("one", None) == (figures.tasks, 4)
+    assert measured("another", None) is None
+    assert measured("one", None) == (figures.tasks, 4)
+    assert measured("one", None, damage=lambda: tasks.write_text(tasks.read_text().replace("0.6", "0.9"))) is None
 
 
 def test_a_stage_that_fails_leaves_nothing(tmp_path):
@@ -341,5 +368,8 @@ def test_what_a_finished_run_would_lose(change, stays, tmp_path):
     assert ("model" in lost) == (not stays and bool({"ratio", "model"} & set(change)))
     if not stays:
         assert len(words) == len(change)
-    other = {key: value for key, value in FINISHED.items() if key != "ratio"}
-    assert would_be_lost(tmp_path, other) == (["ratio was 0.2 and is not known now"], ["model", "summary.json"])
+    other = {key: value for key, value in changed.items() if key not in ("ratio", "oracle")}
+    words, lost = would_be_lost(tmp_path, other)
+    assert lost == ["model", "summary.json"]
+    assert [word for word in words if "ratio" in word or "oracle" in word] == [words[-1]], "told once, not one by one"
+    assert "another command" in words[-1]

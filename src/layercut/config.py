@@ -766,7 +766,8 @@ class RunConfig:
     """Run folder; runs/NAME where not given. A run that was stopped is resumed there. NAME.gguf: the file to write; the
     run folder is then NAME.gguf-run."""
     force: Annotated[bool, Parameter(negative="")] = False
-    """Run finished stages again, also where a finished run of other settings is there, which is then replaced."""
+    """Run finished stages again, also where a finished run of other settings, text, model or code is there, which is
+    then replaced."""
     config: Path | None = None
     """A YAML file that fills the flags not given; its keys are the flags' names, with underscores. Of the file of
     a compress run, the other commands take the keys they know."""

@@ -109,7 +109,7 @@ def evolution(
         seed: of sets, mutations and rows.
         budget: layer-forwards; what SLEB needs on the same tokens where not given.
         restriction: of the sets that may be chosen; not given: none.
-        advance: called with the layer-forwards done.
+        advance: called with the layer-forwards done, at the end with those that are left of the budget.
 
     Returns:
         The n layers of the last parent, as segments.
@@ -118,7 +118,7 @@ def evolution(
     layers, rows = len(stack), len(tokens)
     few, more = (min(rows, max(FEWEST_ROWS, rows // share)) for share in (FIRST_SHARE, SECOND_SHARE))
     budget = sleb_work(length, layers, rows) if budget is None else budget
-    begun = cost.layer_forwards
+    begun, generation = cost.layer_forwards, 0
     limits = restriction or Restriction.none(layers, length)
 
     def fittest(sets: Iterable[Cuts], number: int, survivors: int) -> list[Cuts]:
@@ -132,13 +132,13 @@ def evolution(
         return joined_segments(torch.randperm(layers, generator=generator)[:length].tolist())
 
     (parent,) = fittest(distinct(random_set, FIRST), few, 1)
-    generation = 0
     while True:
         children = distinct(partial(level_switch, parent, layers, generator, limits), OFFSPRING, parent)
         # the second pricing by its upper bound: who survives is not known yet
         price = set_work([DENSE, *children], layers, few) + more * layers * (2 + SURVIVORS)
         spent = cost.layer_forwards - begun
         if not children or (generation >= FEWEST_GENERATIONS and spent + price > budget):
+            advance(max(0, budget - spent))  # no more is spent: what shows how far it is ends at its end
             return parent
         (parent,) = fittest([*fittest(children, few, SURVIVORS), parent], more, 1)
         generation += 1

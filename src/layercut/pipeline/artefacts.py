@@ -49,6 +49,8 @@ class Artefact:
     """Of Python and the packages that it was made with."""
     config_hash: str = ""
     """Of all that went into the stage, earlier stages included."""
+    after: dict[str, str] = field(default_factory=dict, metadata=OPTIONAL)
+    """The same of the stages that it was made after."""
     record: dict[str, list[Any]] = field(default_factory=dict, metadata=OPTIONAL)
     """Size and digest of each of the files, and of each file in such a folder."""
 

@@ -129,10 +129,14 @@ def measure_and_export(work: RunContext, asked: ResolvedRun, segments: Sequence[
     measured = Measured(
         eval=stages.evaluate.evaluate(work, segments),
         capabilities=stages.evaluate.capabilities(work, segments),
-        tasks=stages.evaluate.score(work, segments) if tasks.names else None,
-        probes=stages.evaluate.probes(work, segments) if tasks.probes else None,
-        long=stages.evaluate.long(work, segments) if long else None,
-        evaluations=stages.evaluate.others(work, segments) if tasks.evaluation_names else None,
+        tasks=stages.evaluate.score(work, segments) if tasks.names else work.run.earlier(TasksArtefact, "tasks"),
+        probes=stages.evaluate.probes(work, segments) if tasks.probes else work.run.earlier(ProbesArtefact, "probes"),
+        long=stages.evaluate.long(work, segments) if long else work.run.earlier(LongArtefact, "long"),
+        evaluations=(
+            stages.evaluate.others(work, segments)
+            if tasks.evaluation_names
+            else work.run.earlier(EvaluationsArtefact, "evaluations")
+        ),
     )
     exported = stages.export.export(work, segments)
     summarise(work, asked, segments, measured, exported)

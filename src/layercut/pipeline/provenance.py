@@ -115,7 +115,7 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
 
     Both are empty where nothing that is finished would be lost: of a run that was stopped, of one with the same
     settings, and where new settings only measure more. A setting that the run does not know is of a newer layercut,
-    and one that `config` does not know is of another command.
+    and those that `config` does not know are of another command.
 
     Args:
         folder: of the run.
@@ -132,10 +132,9 @@ def would_be_lost(folder: Path, config: Mapping[str, Any]) -> tuple[list[str], l
     model = (folder / "export.json").exists() and any(key not in MEASURED for key in changed)
     if not model and not (summaries and any(not _only_more(key, before, config) for key in changed)):
         return [], []
-    words = [
-        f"{key} was {_value(before[key])} and " + (f"is {_value(config[key])}" if key in config else "is not known now")
-        for key in changed
-    ]
+    words = [f"{key} was {_value(before[key])} and is {_value(config[key])}" for key in changed if key in config]
+    if first := next((key for key in changed if key not in config), None):
+        words.append(f"it is of another command, which has {first} and others that this one does not take")
     names = ("model", *summaries, "report.html", "compare.svg", "compare-survival.svg")
     return words, [name for name in names if (folder / name).exists() and (model or name != "model")]
 

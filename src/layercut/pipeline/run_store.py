@@ -83,6 +83,7 @@ class Run:
         self._within: list[float] = []
         """Of each open stage, from the outermost: seconds that stages within it took before, in an earlier command."""
         self._hashes: dict[str, str] = {}
+        self._after: dict[str, dict[str, str]] = {}
         self._artefacts: dict[str, Artefact] = {}
         self._lock: IO[str] | None = None
         self._force = force
@@ -139,7 +140,8 @@ class Run:
         Yields:
             The stage, open or with its artefact.
         """
-        self._hashes[name] = digest([name, inputs, [self._hashes[earlier] for earlier in after]])
+        self._after[name] = {earlier: self._hashes[earlier] for earlier in after}
+        self._hashes[name] = digest([name, inputs, [*self._after[name].values()]])
         stage = RunStage(kind, found=processes.on_main(lambda: self._begin(kind, name)))
         is_reused, earlier = stage.found is not None, 0.0
         if is_reused:
@@ -186,6 +188,29 @@ class Run:
         assert isinstance(found, kind)
         return found
 
+    def earlier(self, kind: type[Kind], name: str) -> Kind | None:
+        """What a stage that this command does not ask for left of the same model, in an earlier command.
+
+        Args:
+            kind: its type.
+            name: of the stage, which counts as closed where there is an artefact.
+
+        Returns:
+            The artefact; None where there is none, or the stages that it was made after are others by now.
+        """
+
+        def find() -> Kind | None:
+            content = self.read(name) or {}
+            after = content.get("after")
+            same = isinstance(after, dict) and after and all(self._hashes.get(each) == after[each] for each in after)
+            return self._as_written(kind, name, content, "and left out") if same else None
+
+        found = processes.on_main(find)
+        if found is not None:
+            self._hashes[name], self._artefacts[name] = found.config_hash, found
+            self.seconds[name] = found.seconds
+        return found
+
     def _begin(self, kind: type[Kind], name: str) -> Kind | None:
         """The stage's artefact where it is whole; else the folder is prepared for it."""
         content = self.read(name)
@@ -230,7 +255,9 @@ class Run:
         if not isinstance(found.seconds, dict):  # the summary's are those of all stages
             found = replace(found, seconds=seconds)
         files = record([self / file for file in found.files], self.folder) if found.files else {}
-        found = replace(found, versions=provenance.versions(), config_hash=self._hashes[name], record=files)
+        found = replace(
+            found, versions=provenance.versions(), config_hash=self._hashes[name], after=self._after[name], record=files
+        )
         content = seal(jsonable(found))
         write_json(self / f"{name}.json", content)
         self.event(name, 0, "finished", seconds, "s")
@@ -240,12 +267,16 @@ class Run:
         """The artefact, where it is of these inputs, as it was written, and its files too."""
         if content.get("config_hash") != self._hashes[name]:
             return None
+        return self._as_written(kind, name, content, "and computed again")
+
+    def _as_written(self, kind: type[Kind], name: str, content: dict[str, Any], otherwise: str) -> Kind | None:
+        """The artefact, where it and its files are as they were written; otherwise: what is said to become of it."""
         try:
             check_seal(jsonable(content))
             found = decode(kind, content, f"{name}.json")
             self._check_files(found.files, found.record)
         except Damaged as damage:
-            warn(name, f"{name}.json is damaged and computed again: {damage}")
+            warn(name, f"{name}.json is damaged {otherwise}: {damage}")
             return None
         return found
 
