@@ -783,6 +783,19 @@ def test_a_model_that_is_not_ruined_is_not_called_so(values: dict[str, Any]) -> 
     assert verdicts.broken({**summary_json(), **with_perplexity(**values)}) is None
 
 
+@pytest.mark.parametrize(
+    ("values", "mark"),
+    [
+        ({}, "open"), ({"cut": 200.0}, "open"), ({"cut": 45.0}, "good"), ({"cut": 200.0, "quantized": 9e9}, "open"),
+        ({"cut": "inf"}, "bad"), ({"cut": 900.0, "folded": 500.0, "tuned": 200.0}, "bad"),
+        ({"cut": 200.0, "folded": None, "tuned": None}, "bad"),
+    ],
+)  # fmt: skip
+def test_a_cut_that_was_healed_has_not_failed(values: dict[str, Any], mark: str) -> None:
+    run = RunFacts(summary=Json({**summary_json(), **with_perplexity(**values)}))
+    assert next(v for v in verdicts.verdicts(run) if v.stage == "Cut").mark == mark
+
+
 def test_stages_that_do_not_improve_are_named(tmp_path: Path) -> None:
     run = make_run(
         tmp_path,
@@ -1365,6 +1378,19 @@ def test_closing_table_shows_what_was_measured() -> None:
         assert re.search(row, text), row
     assert "quantized" not in text
     assert BROKEN not in text
+
+
+def test_closing_table_shows_what_is_found_in_context() -> None:
+    def grid(found: int) -> list[dict[str, Any]]:
+        return [{"length": 128, "depth": 0.5, "found": found, "trials": 10}]
+
+    probes = {"keys": {"dense": grid(10), "compressed": grid(9)}, "lists": {"dense": grid(6), "compressed": grid(4)}}
+    rows = [
+        " ".join(line.strip("│").replace("│", " ").split())
+        for line in shown(summary_json() | {"probes": probes}).splitlines()
+    ]
+    assert "hidden keys found 10/10 9/10" in rows
+    assert "list values found 6/10 4/10" in rows
 
 
 def test_closing_table_of_a_bare_summary_and_a_name_with_markup() -> None:

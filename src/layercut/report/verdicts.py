@@ -161,7 +161,9 @@ def _cut(run: RunFacts) -> Verdict | None:
         return None
     cut, dense = found["cut"], found["dense"]
     sound = math.isfinite(cut) and math.isfinite(dense) and dense > 0
-    mark = "bad" if not sound or cut > limits.BROKEN_FACTOR * dense else "good" if cut <= dense else "open"
+    states = [value for name, value in found.items() if name != "dense" and math.isfinite(value)]
+    healed = min(states, default=math.inf)  # what no state brought back is broken
+    mark = "bad" if not sound or healed > limits.BROKEN_FACTOR * dense else "good" if cut <= dense else "open"
     return _judged("Cut", mark, cut=cut, dense=dense, sound=sound)
 
 
