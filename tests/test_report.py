@@ -1226,6 +1226,20 @@ def survival_json(**changed: Any) -> dict[str, Any]:
     } | changed  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("near", "far", "mark"),
+    [(1.5, 1.5, "fair"), (1.5, 1.8, "bad"), (0.8, 1.05, "good"), (0.8, 1.2, "bad"), (1.05, 1.05, "good")],
+)
+def test_far_positions_that_are_close_have_lost_nothing(near: float, far: float, mark: str) -> None:
+    def perplexity(*values: float) -> list[dict[str, Any]]:
+        places = [(1, 64), (64, 128)]
+        return [{"start": a, "stop": b, "perplexity": v} for (a, b), v in zip(places, values, strict=True)]
+
+    buckets = {"dense": perplexity(30.0, 20.0), "compressed": perplexity(30.0 * near, 20.0 * far)}
+    run = RunFacts(summary=Json(survival_json(long_context={"perplexity": buckets})))
+    assert next(v for v in verdicts.verdicts(run) if v.stage == "Long context").mark == mark
+
+
 def test_what_survived_is_shown_and_judged(tmp_path: Path) -> None:
     reach = {"layer_share": 0.9, "reachable": 1.22, "reached": 0.973}
     speed = {k: {**v, **reach} if k in ("prefill", "decode") else v for k, v in speed_json().items()}

@@ -19,7 +19,7 @@ import torch
 from layercut.config import ChatConfig
 from layercut.data.chat_templates import render_chat
 from layercut.errors import ConfigError, ModelError, RunError
-from layercut.evaluation.generation import greedy, padding
+from layercut.evaluation.generation import greedy, open_ended, padding
 from layercut.models import checkpoints, loading
 from layercut.models.layer_reader_protocol import layers_on_disk
 from layercut.offload import placement
@@ -49,7 +49,7 @@ class Speaker:
                 text = render_chat(tokenizer, self.said, prompt=True, today=True)
                 ids = tokenizer(text, add_special_tokens=False).input_ids
             else:
-                ids = tokenizer("\n".join(message["content"] for message in self.said) + "\n").input_ids
+                ids = open_ended(tokenizer, "\n".join(message["content"] for message in self.said) + "\n")
             if positions is None or len(ids) + room <= positions:
                 return torch.tensor([ids])
             if len(self.said) == 1:

@@ -65,11 +65,24 @@ def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:
         Token ids.
     """
     if not tokenizer.chat_template:
-        ids = tokenizer(f"{prompt} {answer}" if answer else prompt).input_ids
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text by themselves
+        return open_ended(tokenizer, f"{prompt} {answer}" if answer else prompt)
     chat = [{"role": "user", "content": prompt}]
     text = render_chat(tokenizer, chat, prompt=True)
     return tokenizer(text + answer, add_special_tokens=False).input_ids
+
+
+def open_ended(tokenizer: Any, text: str) -> list[int]:
+    """Plain text as tokens that can be gone on with: some tokenizers close every text by themselves.
+
+    Args:
+        tokenizer: of the model.
+        text: what is gone on with.
+
+    Returns:
+        Token ids.
+    """
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def padding(tokenizer: Any) -> int:

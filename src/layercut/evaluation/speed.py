@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from layercut.models.loading import as_just_loaded, find_decoder, parameter_bytes, stored_dtype
+from layercut.models.loading import as_just_loaded, find_decoder, parameter_bytes, positions, stored_dtype
 
 PROMPT, DECODE, REPEATS = 512, 24, 5
-"""Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up."""
+"""Of `speed`: tokens of the prompt, single-token steps after it, and rounds beside the one that warms up. Of fewer
+positions the first two are fewer."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Seconds:
 
 @torch.no_grad()
 def speed(
-    dense: Any, compressed: Any, *, prompt: int = PROMPT, decode: int = DECODE, repeats: int = REPEATS
+    dense: Any, compressed: Any, *, prompt: int | None = None, decode: int | None = None, repeats: int = REPEATS
 ) -> dict[str, Any]:
     """Tokens per second of both models, interleaved so that a noisy machine is noisy for both; medians.
 
@@ -56,13 +57,16 @@ def speed(
     Args:
         dense: the dense model.
         compressed: the compressed one.
-        prompt: tokens of the prompt.
-        decode: single-token steps after it.
+        prompt: tokens of the prompt; not given, PROMPT, or as many as the model has positions for.
+        decode: single-token steps after it; not given, DECODE, of few positions up to a quarter of them.
         repeats: rounds beside the one that warms up.
 
     Returns:
         The figures, as JSON values; speeds in tokens per second, sizes in bytes.
     """
+    known = positions(dense.config) or PROMPT + DECODE + 1
+    decode = min(DECODE, max(1, known // 4)) if decode is None else decode
+    prompt = max(1, min(PROMPT, known - decode - 1)) if prompt is None else prompt
     removed = 1 - _layers(compressed) / _layers(dense)
     rounds: list[list[dict[str, Seconds]]] = []
     for repeat in range(-1, repeats):  # the first round warms up and does not count

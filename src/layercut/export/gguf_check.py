@@ -28,7 +28,7 @@ from layercut.export.gguf_tensors import tensor_types
 from layercut.models import llama_cpp_rules as rules
 from layercut.models.checkpoints import Checkpoint
 from layercut.models.gguf_header import read_header
-from layercut.models.loading import as_stored, check_loading, load_config, quiet_transformers
+from layercut.models.loading import as_stored, check_loading, load_config, positions, quiet_transformers
 
 LARGEST_ERROR = {"f32": 1e-4, "f16": 1e-3, "bf16": 5e-3, "q8_0": 1.5e-2}
 """Relative error (Frobenius norm) of a weight that was written and read back. Rounding alone stays below a half of
@@ -253,10 +253,9 @@ def long_row(tokens: torch.Tensor, config: Any) -> torch.Tensor:
     Returns:
         Token ids [M].
     """
-    row, text = tokens.flatten(), config.get_text_config(decoder=True)
-    window = window_of(config)
+    row, window = tokens.flatten(), window_of(config)
     length = window + BEYOND if window else tokens.shape[1]
-    length = min(length, getattr(text, "max_position_embeddings", None) or length)
+    length = min(length, positions(config) or length)
     return row.repeat(-(-length // row.numel()))[:length]
 
 

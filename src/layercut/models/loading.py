@@ -654,10 +654,22 @@ REPORTED_WINDOW = 2048
 """Tokens in the windows that perplexities are reported on, where a model reaches so far: the field's length."""
 
 
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""What configs call their number of positions: MPT the second, the decoders of Whisper the third."""
+BEHIND_PADDING = {
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Model types whose first token has the position behind the padding's: that many fewer are left."""
+
+
 def positions(config: Any) -> int | None:
-    """How many positions a model knows; None where its config sets no limit."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    """How many tokens in a row a model has positions for; None where its config sets no limit."""
+    text = config.get_text_config()
+    found = (value for name in POSITIONS if isinstance(value := getattr(text, name, None), int) and value > 0)
+    limit = next(found, None)
+    if limit is not None and text.model_type in BEHIND_PADDING:
+        limit -= (text.pad_token_id or 0) + 1
+    return limit
 
 
 def reported_window(config: Any) -> int:

@@ -37,7 +37,7 @@ from layercut.models.cost import Peak, PlannedRun
 from layercut.models.devices import placed
 from layercut.models.direct_head import DirectHead, find_direct_head
 from layercut.models.layer_reader_protocol import layers_on_disk, without_reading
-from layercut.models.loading import find_decoder, stored_dtype
+from layercut.models.loading import find_decoder, positions, stored_dtype
 from layercut.models.losses import Teacher, as_price, compared_bytes
 from layercut.models.memory import ShrinkingParts, available_bytes, budget
 from layercut.progress import say
@@ -403,7 +403,11 @@ class DecoderRunner:
         """
         if self._head:
             return self._head.logits(hidden if part is None else hidden[:, part], self.place(tokens))
-        return self._exit_whole(hidden, tokens, part)
+        longest = positions(self.model.config) or tokens.shape[1]
+        if part is not None or tokens.shape[1] <= longest:
+            return self._exit_whole(hidden, tokens, part)
+        pieces = zip(hidden.split(longest, 1), tokens.split(longest, 1), strict=True)  # of many rows, put together
+        return torch.cat([self._exit_whole(*piece) for piece in pieces], 1)
 
     def head_once(self) -> AbstractContextManager[None]:
         """While open, a head that computes its weight (a quantized one in training, `weight_once`) does so once."""

@@ -295,7 +295,7 @@ def _tasks(run: RunFacts) -> Verdict | None:
 
 
 def _long_context(run: RunFacts) -> Verdict | None:
-    """Whether far positions lost more than near ones."""
+    """Whether far positions are close to the dense model's, or else have lost more than near ones."""
     rows = tables.positions(run.summary)
     if not rows:
         return None
@@ -305,7 +305,7 @@ def _long_context(run: RunFacts) -> Verdict | None:
         return _judged("Long context", "bad", far=None)
     near, far = known[1] / known[0], known[3] / known[2]
     hurt = len(rows) > 1 and math.log(far) > math.log(near) + limits.LONG_LOSS
-    mark = "bad" if hurt else "good" if far <= limits.CLOSE else "fair"
+    mark = "good" if far <= limits.CLOSE else "bad" if hurt else "fair"
     return _judged("Long context", mark, near=near, far=far, first=first - 1, start=start, last=stop - 1,
                    dense=known[2], compressed=known[3])  # fmt: skip
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from layercut import evaluation
 from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
-from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
 from layercut.data.sources import MADE_ANEW, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
+from layercut.evaluation.generation import prompt_ids
 from layercut.files.json_values import digest
 from layercut.models import checkpoints, loading
 from layercut.pipeline.artefacts import SharedText, SharedTextArtefact, TextArtefact
@@ -249,7 +249,7 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
     """
     with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
         if stage.open:
-            check_template(work.tokenizer)
+            check_prompt(work)
             reader = work.reader(*(text_wanted(work, each).source for each in (*drawn, use)))
             for other in drawn:
                 reader.skip_blocks(other, **asdict(text_wanted(work, other)), keys=keys_of(work, other))
@@ -355,10 +355,19 @@ def check_unseen(folder: Path, blocks: Blocks) -> None:
     say("evaluate", describe_shared({"documents": len(keys), "passages": passages, "passed_over": 0}))
 
 
-def check_template(tokenizer: Any) -> None:
-    """Render a chat by the model's template, where it has one, so that a broken template is reported early."""
-    if getattr(tokenizer, "chat_template", None):
-        render_chat(tokenizer, [{"role": "user", "content": "a word"}], prompt=True)
+def check_prompt(work: RunContext) -> None:
+    """Write a prompt as the model will be asked one, so that what is wrong with its chat template is told early.
+
+    Args:
+        work: of the run.
+
+    Raises:
+        DataError: the template cannot be rendered.
+        ModelError: it has tokens that the model has no embedding for.
+    """
+    if work.tokenizer.chat_template:
+        asked = torch.tensor(prompt_ids(work.tokenizer, "a word"))
+        loading.check_tokens(asked, work.architecture, work.checkpoint.name)
 
 
 def key_tensor(keys: frozenset[int]) -> torch.Tensor:
