@@ -14,6 +14,7 @@ import tiny
 from layercut.cli.chat import Speaker
 from layercut.errors import ModelError
 from layercut.evaluation.speed import DECODE, PROMPT, speed
+from layercut.export.checkpoint import verify_reload
 from layercut.healing.fold_prices import FoldPrices
 from layercut.models.loading import BEHIND_PADDING, positions
 from layercut.models.runner import DecoderRunner
@@ -81,3 +82,14 @@ def test_a_chat_is_not_asked_behind_the_end_that_a_tokenizer_writes_by_itself():
     (asked,) = Speaker("dense", loaded, [{"role": "user", "content": "ba ko"}]).prompt(4).tolist()
     assert tokenizer.eos_token_id not in asked
     assert tokenizer.decode(asked, skip_special_tokens=True) == "ba ko\n"
+
+
+def test_a_model_that_generates_at_other_positions_than_it_reads_at_is_verified(tmp_path):
+    """As RoBERTa's kin: `generate` counts from 0, where the model by itself begins behind the padding's."""
+    model = families.randomize_(families.tiny("roberta", 4)).float().eval()
+    torch.manual_seed(4)
+    model.roberta.embeddings.position_embeddings.weight.data.mul_(20)
+    model.lm_head.decoder.weight.data.normal_()  # so that the likeliest token goes by the position
+    model.lm_head.layer_norm.weight.data.fill_(3)
+    model.save_pretrained(tmp_path)
+    assert verify_reload(model, tmp_path)["cached_generation"] == "equal"

@@ -94,23 +94,24 @@ def main(folder, expected, device, dtype, threads, attention=None):
     print("step: generating", flush=True)
     model = torch.nn.Module.float(model)  # transformers refuses model.float() where weights were quantized
     prompt = tokens[:1, :8]
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    asked = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    out = model.generate(prompt, **asked)
     uncached = model(input_ids=out.sequences, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
     chosen = torch.stack(out.logits)[:, 0].to(uncached.dtype)
     worst = 0.0
     for cached_step, uncached_step in zip(chosen, uncached):  # noqa: B905 - a standalone script for any Python
         token = int(cached_step.argmax())
         worst = max(worst, float(uncached_step.max() - uncached_step[token]))
-    if worst > TIE:
+    # where `generate` numbers positions otherwise than the model, as RoBERTa's, only generation without a cache can say
+    if worst > TIE and not torch.equal(model.generate(prompt, use_cache=False, **asked).sequences, out.sequences):
         sys.exit(f"generation with the cache leaves the uncached one by {worst:g} in logits")
     measured = None
     if "text" in reference:
