@@ -7,12 +7,13 @@ import logging
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import layercut as lc
 from layercut.config import from_flat
@@ -151,6 +152,34 @@ def test_compress_refuses_what_no_flag_has_and_what_is_of_another_kind(tiny_mode
 def test_what_is_no_model_is_refused(given, call, blocks, model):
     with pytest.raises(ModelError, match=f"a {type(given).__name__} is given as a model"):
         call(given, model, blocks["calibration"])
+
+
+@pytest.mark.parametrize(
+    "call", [lambda bad, rows: lc.cut(bad, (1, 2)), lambda bad, rows: lc.search(bad, rows, n_layers=1)]
+)
+def test_what_stands_around_a_model_or_has_no_head_is_refused_with_what_mends_it(call, blocks, model):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[lora]'")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="is given as a model") as caught:
+        call(wrapped, blocks["calibration"])
+    assert "merge_and_unload" in caught.value.hint
+    assert lc.cut(wrapped.merge_and_unload(), (1, 2))
+
+
+def test_a_model_without_a_head_is_not_searched(blocks, tiny_model):
+    with pytest.raises(ModelError, match="has no language-model head"):
+        lc.search(AutoModel.from_pretrained(tiny_model), blocks["calibration"], n_layers=1)
+
+
+def test_what_is_found_and_tuned_in_inference_mode_is_what_is_found_out_of_it(blocks, model):
+    rows, results = blocks["calibration"], []
+    for opened in (torch.inference_mode, nullcontext):
+        with opened():
+            found = lc.search(model, rows, n_layers=2)
+            small = lc.cut(model, found.segments)
+            told = lc.tune_(small, model, rows, batch_tokens=32)
+        results.append((found.segments, found.kl, told.heldout))
+    assert results[0] == results[1]
 
 
 def test_an_objective_that_is_neither_name_nor_objective_is_refused(blocks, model):

@@ -354,8 +354,9 @@ DIRECT = {
 
 @pytest.mark.parametrize("name", DIRECT)
 @pytest.mark.parametrize("budget", [4 * tiny.VOCABULARY * 5, 2**25])
-def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatch, tmp_path):
-    """Chunks of 5 tokens, or all at once."""
+@pytest.mark.parametrize("is_taught", [False, True])
+def test_gradient_of_every_objective_is_the_full_models(name, budget, is_taught, monkeypatch, tmp_path):
+    """Chunks of 5 tokens, or all at once; taught: at answers the next-token loss has the shares of all terms."""
     model, tokens, rows = tiny.llama(), tiny.some_tokens(4), torch.arange(4)
     monkeypatch.setattr(batch_sizes, "PIECE_BYTES", budget)
     student, reference = (cut_copy(model, Segment(3, 5)) for _ in range(2))
@@ -370,12 +371,21 @@ def test_gradient_of_every_objective_is_the_full_models(name, budget, monkeypatc
     dense, cut = DecoderRunner(model), DecoderRunner(student)
     pair = Pair(dense=dense, student=cut, prefix=2, last=3, stored=stored, objective=objective)
     trained = own_parameters_(pair.student, [2, 3])
-    (loss,) = pair.backward([Batch(tokens, rows, torch.zeros_like(rows), 1.0)])
+    answers = None
+    if is_taught:
+        answers = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(5)) < 0.4
+        answers[:, -1] = False
+    (loss,) = pair.backward([Batch(tokens, rows, torch.zeros_like(rows), 1.0, None, answers)])
 
     wanted = own_parameters_(DecoderRunner(reference), [2, 3])
     p, q = (m(input_ids=tokens, use_cache=False).logits for m in (model, reference))
-    kl = (F.softmax(p / t, -1) * (F.log_softmax(p / t, -1) - F.log_softmax(q / t, -1))).sum(-1).mean()
-    expected = (1 - mix) * t**2 * kl + mix * F.cross_entropy(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    kl = (F.softmax(p / t, -1) * (F.log_softmax(p / t, -1) - F.log_softmax(q / t, -1))).sum(-1)
+    following = F.pad(F.cross_entropy(q[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"), (0, 1))
+    of_next = mix * tokens.shape[1] / (tokens.shape[1] - 1)
+    expected = (1 - mix) * t**2 * kl + of_next * following
+    if answers is not None:
+        expected = torch.where(answers, (1 - mix + of_next) * following, expected)
+    expected = expected.mean()
     expected.backward()
     close = {"rtol": 2e-2, "atol": 2e-4} if stored else {"rtol": 1e-3, "atol": 1e-6}
     assert loss.sum().item() == pytest.approx(expected.item(), rel=5e-3 if stored else 1e-5)

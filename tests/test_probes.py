@@ -935,13 +935,16 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_tries(
 ):
     seen = []
 
-    def noted(student, dense, tokens, *, token_weights, **how):
-        seen.append((tokens, token_weights))
-        return tune_(student, dense, tokens, token_weights=token_weights, **how)
+    def noted(stage):
+        def noted(student, dense, tokens, *, token_weights, answers, **how):
+            seen.append((stage, tokens, token_weights, answers))
+            return tune_(student, dense, tokens, token_weights=token_weights, answers=answers, **how)
+
+        return noted
 
     monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
     for stage in (heal, trial):
-        monkeypatch.setattr(stage, "tune_", noted)
+        monkeypatch.setattr(stage, "tune_", noted(stage))
     flags = [f"--data={texts[0]}", "--tokens=1024", "--window=128", f"--ratio={0.25 * rounds}", f"--out={tmp_path}"]
     flags += ["--tune-tokens=4096", "--probe-share=0.3", f"--answer-weight={weight:g}"]
     flags.append("--score=healed" if rounds == 1 else f"--rounds={rounds}")
@@ -950,21 +953,24 @@ def test_answers_count_more_where_a_run_tunes_and_where_it_tries(
     marks, rows = (found(tmp_path, "tuning") for found in (stored_marks, stored_blocks))
     assert marks
     assert marks.answers.any()
-    assert (seen[-1][0] == rows.tensor_split(rounds)[-1]).all()
-    for tokens, weights in seen:
+    assert (seen[-1][1] == rows.tensor_split(rounds)[-1]).all()
+    for stage, tokens, weights, answers in seen:
+        of = [next(i for i, row in enumerate(rows) if torch.equal(row, some)) for some in tokens]
+        # what is left of a cut on trial is told by what the dense model predicts, and so is what heals it
+        assert answers is None if stage is trial else torch.equal(answers, marks.answers[of])
         if weight == 1:
             assert weights is None
-            continue
-        of = [next(i for i, row in enumerate(rows) if torch.equal(row, some)) for some in tokens]
-        assert torch.equal(weights, 1 + 2.0 * marks.answers[of])
+        else:
+            assert torch.equal(weights, 1 + 2.0 * marks.answers[of])
 
 
 def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts, tmp_path, monkeypatch):
-    seen = []
+    seen, taught = [], []
 
-    def noted(*given, token_weights, **how):
+    def noted(*given, token_weights, answers, **how):
         seen.append(token_weights)
-        return tune_(*given, token_weights=token_weights, **how)
+        taught.append(answers)
+        return tune_(*given, token_weights=token_weights, answers=answers, **how)
 
     monkeypatch.setattr(probes_module, "FOCUS_SHARE", 0.3)  # or nothing but copies fits rows of 128 letters
     monkeypatch.setattr(compare_states, "tune_", noted)
@@ -975,6 +981,7 @@ def test_answers_count_more_for_every_method_that_is_compared(tiny_model, texts,
     assert marks
     assert marks.answers.any()
     assert [weights.tolist() for weights in seen] == [torch.where(marks.answers, 4.0, 1.0).tolist()]
+    assert [answers.tolist() for answers in taught] == [marks.answers.tolist()]
 
 
 def test_a_weight_of_answers_is_above_nothing():

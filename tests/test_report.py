@@ -1227,6 +1227,24 @@ def survival_json(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
+    ("values", "mark", "words"),
+    [
+        ({"cut": 44.0, "folded": 44.8}, "good", "nearer to the dense model's 45.10: 44.00 → 44.80"),
+        ({"cut": 45.0, "folded": 45.3}, "bad", "did not improve"),
+        ({"cut": 44.0, "folded": 43.0}, "good", "improved perplexity"),
+    ],
+)
+def test_a_fold_that_comes_nearer_to_the_dense_model_has_not_failed(
+    values: dict[str, Any], mark: str, words: str
+) -> None:
+    """A cut may stand below it by chance."""
+    run = RunFacts(summary=Json({**summary_json(), **with_perplexity(**values)}))
+    (found,) = (v for v in verdicts.verdicts(run) if v.stage == "Fold")
+    assert found.mark == mark
+    assert words in found.text
+
+
+@pytest.mark.parametrize(
     ("near", "far", "mark"),
     [(1.5, 1.5, "fair"), (1.5, 1.8, "bad"), (0.8, 1.05, "good"), (0.8, 1.2, "bad"), (1.05, 1.05, "good")],
 )

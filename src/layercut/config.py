@@ -423,7 +423,7 @@ class HealConfig:
     0, or --preserve none: text alone."""
     answer_weight: Annotated[float, rare] = 4.0
     """What a token of a test's answer counts in the loss of the layers beside the cut, of copies excepted; any other
-    token counts 1."""
+    token counts 1. Answers are taught as they are, not as the dense model predicts them."""
     objective: Annotated[
         str,
         one_of(

@@ -147,14 +147,14 @@ def tune_(
     patience: int = 0,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    answers: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
 ) -> TuningResult:
     """Train the layers beside the student's cuts, in place, and leave it in its best state by held-out loss.
 
-    Cutoff endpoint tuning (CLP, 2510.23652). The held-out loss is taken before the first step, so that the end is
-    never worse than the start, and a rate that makes it rise is lowered. The trained layers get parameters of their
-    own, so that a dense model that shares weights with the student is left as it is. Deterministic: later epochs'
-    order is seeded. Of several processes each takes a share of every step's rows.
+    Cutoff endpoint tuning (CLP, 2510.23652). The held-out loss is taken before the first step: the end is never worse
+    than the start, and a rate that makes it rise is lowered. The trained layers get parameters of their own, so that a
+    dense model that shares weights with the student is left as it is. Deterministic: later epochs' order is seeded.
 
     Args:
         student: a model without some of the dense model's layers (`layercut.cut`), folded or not.
@@ -169,6 +169,7 @@ def tune_(
         patience: stop after so many held-out scores in a row without a new best, of 8 in all; 0 never does.
         row_lengths: int64 [N], divisors of T, 2 or more: a row is done as several so long, as in what was stored.
         token_weights: [N, T], factors of the loss of predicting the token after each; none of the held-out loss.
+        answers: bool [N, T], where the token after is a test's answer, so known: the next-token loss alone counts.
         files: what to keep on disk; nothing by default.
 
     Returns:
@@ -182,13 +183,12 @@ def tune_(
         objective=objective_of(objective), batch_tokens=batch_tokens, radius=radius, epochs=epochs, patience=patience,
         learning_rate=learning_rate,
     )  # fmt: skip
-    check_lengths(row_lengths, tokens, _stored(files))
-    check_weights(token_weights, tokens)
+    _check_treatment(row_lengths, token_weights, answers, tokens, files)
     tokens, heldout = with_held_out(tokens, heldout, dense)
     opened = prepared(student, dense), bar("tuning the endpoints", epochs * tokens.numel()), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
         training = _Training(*_pair(cut, whole, settings, files), tokens, settings)
-        training.treat_rows(row_lengths, token_weights)
+        training.treat_rows(row_lengths, token_weights, answers)
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
@@ -207,6 +207,7 @@ def tune_parameters_(
     tolerated: float = TOLERATED,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    answers: torch.Tensor | None = None,
     files: TuningFiles = TuningFiles(),
     words: str = "tuning the quantized model",
 ) -> TuningResult:
@@ -226,6 +227,7 @@ def tune_parameters_(
         tolerated: rise above the start that is no setback the first time, as `is_setback` takes it.
         row_lengths: as `tune_` takes them.
         token_weights: as `tune_` takes them.
+        answers: as `tune_` takes them.
         files: what to keep on disk; nothing by default.
         words: what progress calls it.
 
@@ -236,8 +238,7 @@ def tune_parameters_(
         ConfigError: lengths or weights are not for these tokens, or the dense predictions were stored of other parts.
         ModelError: the dense model's states are not finite, or its layers cannot be run one by one.
     """
-    check_lengths(row_lengths, tokens, _stored(files))
-    check_weights(token_weights, tokens)
+    _check_treatment(row_lengths, token_weights, answers, tokens, files)
     total = settings.epochs * tokens.numel()
     opened = prepared(student, dense), bar(words, total), torch.enable_grad()
     with opened[0] as (cut, whole), opened[1] as advance, opened[2]:
@@ -249,11 +250,24 @@ def tune_parameters_(
         )  # fmt: skip
         training = _Training(pair, list(range(len(cut))), tokens, settings, given)
         training.rate_from, training.tolerated = rate_from, tolerated
-        training.treat_rows(row_lengths, token_weights)
+        training.treat_rows(row_lengths, token_weights, answers)
         with training.running_(heldout, files, advance) as after:
             while training.unfinished:
                 after(training.step_())
     return training.result()
+
+
+def _check_treatment(
+    lengths: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    answers: torch.Tensor | None,
+    tokens: torch.Tensor,
+    files: TuningFiles,
+) -> None:
+    """Refuse what `tune_` is told to do with its rows, where that is not for these."""
+    check_lengths(lengths, tokens, _stored(files))
+    check_weights(weights, tokens)
+    check_answers(answers, tokens)
 
 
 def _stored(files: TuningFiles) -> dict[str, str]:
@@ -336,6 +350,23 @@ def check_weights(weights: torch.Tensor | None, tokens: torch.Tensor) -> None:
             f"token_weights {list(weights.shape)} from {weights.min()} to {weights.max()} are not for tokens "
             f"{list(tokens.shape)}",
             "give a finite weight of 0 or more for each token",
+        )
+
+
+def check_answers(answers: torch.Tensor | None, tokens: torch.Tensor) -> None:
+    """Refuse what does not say of each token whether the one after it is known.
+
+    Args:
+        answers: as `tune_` takes them.
+        tokens: token ids [N, T].
+
+    Raises:
+        ConfigError: not bool, or not one for each token.
+    """
+    if answers is not None and (answers.dtype != torch.bool or answers.shape != tokens.shape):
+        raise ConfigError(
+            f"answers are {answers.dtype} {list(answers.shape)}, and tokens {list(tokens.shape)}",
+            "give True or False for each token: torch.zeros(tokens.shape, dtype=torch.bool)",
         )
 
 
@@ -432,6 +463,7 @@ class _Training:
         self.positions, self.trained = positions, [p for p, _ in given]
         self.row_lengths: torch.Tensor | None = None
         self.token_weights: torch.Tensor | None = None
+        self.answers: torch.Tensor | None = None
         self.rate_from: Callable[[float], float] | None = None
         self.tolerated = TOLERATED
         self.masters = [p.float().clone() for p in self.own]
@@ -452,10 +484,13 @@ class _Training:
         for master in self.masters:
             master.grad = torch.zeros_like(master)
 
-    def treat_rows(self, lengths: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+    def treat_rows(
+        self, lengths: torch.Tensor | None, weights: torch.Tensor | None, answers: torch.Tensor | None
+    ) -> None:
         """Do the rows as `tune_` is told to; those that judge are not among them."""
         self.row_lengths = None if lengths is None else lengths[: len(self.tokens)]
         self.token_weights = None if weights is None else weights[: len(self.tokens)].float()
+        self.answers = None if answers is None else answers[: len(self.tokens)]
 
     @property
     def own(self) -> list[torch.Tensor]:
@@ -537,8 +572,9 @@ class _Training:
             start.update(sharding.whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
         lengths = [] if self.row_lengths is None else [self.row_lengths[:, None]]
         data: list[Any] = [[fingerprint(t.cpu()), list(t.shape)] for t in (self.tokens, heldout, *lengths)]
-        if self.token_weights is not None:
-            data.append(hashlib.sha256(self.token_weights.cpu().contiguous().numpy().tobytes()).hexdigest())
+        for of_tokens in (self.token_weights, self.answers):
+            if of_tokens is not None:
+                data.append(hashlib.sha256(of_tokens.cpu().contiguous().numpy().tobytes()).hexdigest())
         plan = [self.settings.facts, self.rate, self.steps, self.positions]
         plan += [self.tolerated] if self.tolerated != TOLERATED else []
         return digest([more, plan, data, start.hexdigest()])
@@ -654,9 +690,10 @@ class _Training:
         """
         tokens, rows, starts = given
         parts_of_row, student = self.tokens.shape[1] // given.length, self.pair.student
-        weights = None
-        if self.token_weights is not None:
-            weights = self.token_weights[rows[::parts_of_row]].view(tokens.shape)
+        weights, answers = (
+            None if of_tokens is None else of_tokens[rows[::parts_of_row]].view(tokens.shape)
+            for of_tokens in (self.token_weights, self.answers)
+        )
         size = self.report.pass_rows * parts_of_row
         if any(term.whole_pass for _, term in self.pair.objective.terms()):
             parts = list(slices(len(tokens), size))
@@ -671,6 +708,7 @@ class _Training:
                 starts[part],
                 len(tokens[part]) * scale if counts else 0.0,
                 None if weights is None else student.place(weights[part]),
+                None if answers is None or not answers[part].any() else student.place(answers[part]),
             )
             for part, counts in sharding.in_step(student.model, parts, slice(0, 1))
         ]

@@ -76,6 +76,7 @@ def tune_lora_(
     files: TuningFiles,
     row_lengths: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    answers: torch.Tensor | None = None,
 ) -> TuningResult:
     """Train LoRA on every linear map of every layer of the student, and merge it in, in place.
 
@@ -91,6 +92,7 @@ def tune_lora_(
         files: what to keep on disk, and how to be stopped.
         row_lengths: as `tune_` takes them.
         token_weights: as `tune_` takes them.
+        answers: as `tune_` takes them.
 
     Returns:
         What was trained, and the losses, of the adapters before they are merged.
@@ -104,7 +106,8 @@ def tune_lora_(
             return tune_parameters_(
                 cut, whole, [(adapter, 1.0) for adapter in adapters], tokens, heldout=heldout,
                 settings=replace(settings, learning_rate=settings.learning_rate or LEARNING_RATE),
-                row_lengths=row_lengths, token_weights=token_weights, files=files, words="tuning LoRA",
+                row_lengths=row_lengths, token_weights=token_weights, answers=answers, files=files,
+                words="tuning LoRA",
             )  # fmt: skip
         finally:
             _merge_(cut)

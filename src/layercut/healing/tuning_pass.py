@@ -20,7 +20,7 @@ from layercut.healing.stored_teacher import StoredTeacher
 from layercut.models.batch_sizes import slices
 from layercut.models.compiling import fused
 from layercut.models.devices import placed
-from layercut.models.objectives import KL, Objective, weighted
+from layercut.models.objectives import KL, NextToken, Objective, weighted
 from layercut.models.runner import DecoderRunner, carry_, common_prefix, enter_all, not_finite
 
 
@@ -37,6 +37,8 @@ class Batch(NamedTuple):
     """Of their mean loss in the step's."""
     token_weights: torch.Tensor | None = None
     """[B, T], by what the loss at each token is multiplied; None: by 1."""
+    answers: torch.Tensor | None = None
+    """bool [B, T], where the next-token loss alone counts; None: nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def loss_gradient(
     Returns:
         The loss in parts [n], and its gradient [B, T, D] in the dtype of `out`.
     """
-    tokens, counted, student = batch.tokens, batch.token_weights, pair.student
+    tokens, counted, answers, student = batch.tokens, batch.token_weights, batch.answers, pair.student
     targets, scale = next_tokens(student.place(tokens)), torch.tensor(batch.weight / tokens.numel())
     if pair.objective.reads == "hidden":
         h, h_dense = (x if x is None else x.detach().to(student.device).float().flatten(0, 1) for x in (out, wanted))
@@ -138,7 +140,10 @@ def loss_gradient(
             for part in slices(len(z), budget.float_tokens(z.shape[-1])):  # float32 exists for a few tokens at a time
                 some = tuple(x[part] for x in known)
                 weights = None if counted is None else counted[piece].flatten()[part]
-                summed, slope[part] = fused(_of_terms)(z[part], some, following.flatten()[part], scale, terms, weights)
+                given = None if answers is None else answers[piece].flatten()[part]
+                summed, slope[part] = fused(_of_terms)(
+                    z[part], some, following.flatten()[part], scale, terms, weights, given
+                )
                 loss += summed
         logits.backward(slope.view_as(logits))  # through the head only, down to `leaf`
         assert leaf.grad is not None
@@ -155,11 +160,13 @@ def _of_terms(
     scale: torch.Tensor,
     terms: list[tuple[float, Objective]],
     weights: torch.Tensor | None,
+    answers: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted losses of a student's logits [M, V], summed, and scale x their gradient in float32 [M, V].
 
     known: of the dense model its logits [M, V]; where they were stored log_p [M, K + 1] and index [M, K]; or nothing.
     weights: by what a token's loss is multiplied [M]; None: by 1.
+    answers: bool [M], where the next-token loss has the shares of all terms; None: nowhere.
     """
     q, p = logits.float(), known[0].float() if known else None
     found = []
@@ -169,6 +176,14 @@ def _of_terms(
         else:
             found.append((share, *term.loss_and_gradient(q, p, targets)))
     losses, slopes = weighted(found)
+    if answers is not None:
+        own = next(
+            (pair for (_, *pair), (_, term) in zip(found, terms, strict=True) if isinstance(term, NextToken)), None
+        )
+        loss, slope = own or NextToken().loss_and_gradient(q, None, targets)
+        share = sum(share for share, _ in terms)
+        losses = torch.where(answers, share * loss, losses)
+        slopes = torch.where(answers[:, None], share * slope, slopes)
     if weights is not None:
         losses, slopes = losses * weights, slopes.mul_(weights[:, None])
     return losses.sum(), slopes.mul_(scale)

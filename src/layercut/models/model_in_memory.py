@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from layercut.errors import ModelError
@@ -20,10 +21,15 @@ def model_of(given: Any) -> Any:
     """The model that a caller gives, itself or in a `DecoderRunner`.
 
     Raises:
-        ModelError: it is none of transformers.
+        ModelError: it is none of transformers, or adapters stand around it.
     """
     if isinstance(given, DecoderRunner):
         return given.at_rest
+    if hasattr(given, "merge_and_unload"):
+        raise ModelError(
+            f"a {type(given).__name__} is given as a model: what peft's adapters stand around",
+            "model.merge_and_unload() gives the model with the adapters in its weights",
+        )
     if not isinstance(given, nn.Module) or not hasattr(getattr(given, "config", None), "get_text_config"):
         raise ModelError(
             f"a {type(given).__name__} is given as a model, and is no language model of transformers in memory",
@@ -50,7 +56,7 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
     """
     at_rest = [model_of(model) for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
-    with memory_limit(), in_eval_mode(*at_rest):
+    with memory_limit(), in_eval_mode(*at_rest), torch.inference_mode(False):  # in which nothing can be trained
         try:
             for model in at_rest:
                 _set_flags_(model, {})

@@ -447,7 +447,12 @@ class DecoderRunner:
     @torch.no_grad()
     def _check(self) -> None:
         tokens = torch.arange(8, device=self.device)[None] % self.vocabulary
-        expected = self.model(input_ids=tokens, use_cache=False).logits
+        expected = getattr(self.model(input_ids=tokens, use_cache=False), "logits", None)
+        if expected is None:
+            raise ModelError(
+                f"a {type(self.model).__name__} has no language-model head, and gives no logits",
+                "AutoModelForCausalLM.from_pretrained(name)",
+            )
         embedding = self.model.get_input_embeddings()
         embedded: list[torch.Tensor] = []
         hook = embedding.register_forward_hook(lambda module, given, found: embedded.append(found))

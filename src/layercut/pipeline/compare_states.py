@@ -34,7 +34,7 @@ from layercut.pipeline.compare_artefacts import (
 )
 from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.stages.heal import keyed, tune_settings
-from layercut.pipeline.stages.text import tuning_treatment
+from layercut.pipeline.stages.text import taught, tuning_treatment
 from layercut.progress import bar, say
 from layercut.report import formatting
 from layercut.segments import Segment
@@ -99,7 +99,7 @@ def trained_row(work: RunContext, row: ComparedMethod, dense: list[float], state
     """
     segments, at = segments_of(row.segments), stem(segments_of(row.segments))
     inputs = [*cut_inputs(work, row), keyed(work.config.heal), work.text["tuning"], work.text["heldout"]]
-    inputs += lora.RECIPE if state == "lora" else []
+    inputs += [*taught(work), *(lora.RECIPE if state == "lora" else [])]
     with work.run.stage(CompareTunedArtefact, f"{at}-{state}", inputs, together=True) as training:
         if training.open:
             files = work.run.artefact(CompareCutArtefact, f"{at}-cut").files

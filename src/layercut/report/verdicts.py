@@ -197,13 +197,16 @@ def _healing(run: RunFacts, stage: str, state: str) -> Verdict | None:
     if state not in found and not (run.heal.fold if state == "folded" else run.heal.tuning):
         return None
     old = next((found[s] for s in reversed(STAGES[1 : STAGES.index(state)]) if s in found), None)
-    new, better = found.get(state), None
+    new, dense, better, nearer = found.get(state), found.get("dense"), None, False
     if new is not None and old is not None:
         better = math.isfinite(new) and (not math.isfinite(old) or new < old)
+        # a cut may stand below the dense model by chance
+        nearer = not better and dense is not None and math.isfinite(new) and abs(new - dense) < abs(old - dense)
     row = next(row for row in tables.stage_rows(run.summary) if row.name == state)
     kept = state == "tuned" and finite(run.heal.tuning.best_step) == 0
-    mark = "open" if better is None else "good" if better else "bad"
-    return Verdict(mark, stage, _say("healing", old=old, new=new, better=better, row=row, start_kept=kept))
+    mark = "open" if better is None else "good" if better or nearer else "bad"
+    facts = {"old": old, "new": new, "better": better, "row": row, "start_kept": kept}
+    return Verdict(mark, stage, _say("healing", **facts, dense=dense if nearer else None))
 
 
 def _quantization(run: RunFacts) -> Verdict | None:

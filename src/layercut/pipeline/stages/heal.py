@@ -34,7 +34,7 @@ from layercut.pipeline.artefacts import (
     bounds_of,
 )
 from layercut.pipeline.run_context import Round, RunContext
-from layercut.pipeline.stages.text import tuning_treatment
+from layercut.pipeline.stages.text import taught, tuning_treatment
 from layercut.progress import bar, say
 from layercut.registries import objectives
 from layercut.report.stage_lines import describe_fold, describe_tuning
@@ -169,6 +169,7 @@ def tune(this: Round, removal: Removal) -> HealArtefact:
     work, config, text = this.work, this.work.config.heal, this.work.text
     fold = work.run.artefact(FoldArtefact, this.name("fold"))
     inputs = [keyed(config), text.get("tuning"), text.get("heldout"), *objectives.edition(config.objective)]
+    inputs += taught(work)
     after = [this.name("fold")]
     with work.run.stage(HealArtefact, this.name("heal"), inputs, after=after, together=True) as stage:
         if stage.open and not config.tune_tokens:

@@ -108,6 +108,12 @@ def has_tests(source: str) -> bool:
     return any(part.partition(":")[0] == TESTS for part in split_mix(source))
 
 
+def taught(work: RunContext) -> list[str]:
+    """How the tests among the rows to tune on are taught, for what depends on it; nothing where there are none."""
+    tuning = work.text.get("tuning")
+    return ["answers by their own tokens"] if tuning is not None and has_tests(tuning.source) else []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Treatment:
     """How the rows to tune on are done, as `tune_` takes it by these names."""
@@ -116,6 +122,8 @@ class Treatment:
     """int64 [N]; None where all are done whole."""
     token_weights: torch.Tensor | None
     """float32 [N, T]; None where every token counts alike."""
+    answers: torch.Tensor | None = None
+    """bool [N, T]: of tests, whose own tokens are taught, since they are right where the dense model may not be."""
 
     @classmethod
     def as_drawn(
@@ -134,7 +142,8 @@ class Treatment:
             How they are done.
         """
         lengths = None if short is None else row_lengths(rows, origins, short, marks)
-        return cls(row_lengths=lengths, token_weights=token_weights(marks, answer_weight))
+        answers = None if marks is None or not marks.answers.any() else marks.answers
+        return cls(row_lengths=lengths, token_weights=token_weights(marks, answer_weight), answers=answers)
 
     def of(self, some: Callable[[torch.Tensor], torch.Tensor]) -> Treatment:
         """For the rows that `some` takes of what there is for each."""

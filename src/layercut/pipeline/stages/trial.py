@@ -195,7 +195,10 @@ def some_to_tune(this: Round, times: int = 1) -> tuple[torch.Tensor, Treatment]:
         Both.
     """
     some = some_of_each(this, times)
-    return this.tuning[some], tuning_treatment(this.work).of(lambda each: this.part(each)[some])
+    treated = replace(
+        tuning_treatment(this.work), answers=None
+    )  # what is left is told by the dense model's predictions
+    return this.tuning[some], treated.of(lambda each: this.part(each)[some])
 
 
 def some_of_each(this: Round, times: int = 1) -> torch.Tensor:
