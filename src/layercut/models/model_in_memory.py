@@ -6,7 +6,7 @@ Between a public function, which takes any causal language model in memory, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ def prepared(*models: Any) -> Iterator[list[DecoderRunner]]:
     """
     at_rest = [model_of(model) for model in models]
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in at_rest]
-    with memory_limit(), in_eval_mode(*at_rest), torch.inference_mode(False):  # in which nothing can be trained
+    # in inference mode nothing can be trained
+    within = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with memory_limit(), in_eval_mode(*at_rest), within:
         try:
             for model in at_rest:
                 _set_flags_(model, {})
