@@ -30,7 +30,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +256,7 @@ def drawn(model: loading.LanguageModel, asked: dict[str, Any], args: Namespace) 
     treated = Treatment.as_drawn(
         found.tokens, found.origins, found.marks,
         short=args.window if share else None, answer_weight=HealConfig().answer_weight,
-    )  # fmt: skip
-    treated = replace(treated, answers=None)  # as a run trains after rounding
+    ).by_predictions()  # fmt: skip
     text = found.tokens[found.marks.lengths == 0] if found.marks else found.tokens
     spare = text.reshape(-1, args.window)
     more = (asked.get("calibration", args.tokens) - args.tokens) // args.window

@@ -339,8 +339,9 @@ def verify_reload(model: Any, folder: Path, text: torch.Tensor | None = None) ->
     """Load the folder in a new process with stock transformers and compare with the model in memory.
 
     Logits must be equal to the bit in the dtype that is saved; greedy generation with the cache must give the tokens
-    that forward passes without it give, or generation without it (in float32, where rounding makes no ties). Of `text`
-    the process measures the perplexity, in float32 as well: some CPUs take many times as long over narrower dtypes.
+    that forward passes without it give (in float32, where rounding makes no ties), at the model's own positions or from
+    0 on. Of `text` the process measures the perplexity, in float32 as well: some CPUs take many times as long over
+    narrower dtypes.
 
     Args:
         model: in memory.

@@ -3,7 +3,8 @@
 Dense teacher and cut student share every frozen weight and, below the first trained layer, every hidden state, so
 the prefix runs once and without gradients. Gradients flow from the logits down to the first trained layer; weight
 gradients, float32 master weights and AdamW's moments exist for the trained layers only. The student is at all
-times the stock model, its weights rounded to the dtype they are saved in: what is measured is what is saved.
+times the stock model, its weights rounded to the dtype they are saved in: what is measured is what is saved. Of
+several processes each takes a share of every step's rows.
 
 What is minimised is an `Objective` (`models/objectives.py`): "kl" (KL(p || q) on the logits, the default),
 "next-token" (the paper's setting), "hidden" (what leaves the last trained layer should be what left it in the dense

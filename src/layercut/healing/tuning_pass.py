@@ -169,18 +169,17 @@ def _of_terms(
     answers: bool [M], where the next-token loss has the shares of all terms; None: nowhere.
     """
     q, p = logits.float(), known[0].float() if known else None
-    found = []
+    found, of_next = [], None
     for share, term in terms:
         if p is not None and len(known) > 1 and term.needs_dense:
-            found.append((share, *term.loss_and_gradient_topk(q, p, known[1])))
+            pair = term.loss_and_gradient_topk(q, p, known[1])
         else:
-            found.append((share, *term.loss_and_gradient(q, p, targets)))
+            pair = term.loss_and_gradient(q, p, targets)
+        found.append((share, *pair))
+        of_next = pair if isinstance(term, NextToken) else of_next
     losses, slopes = weighted(found)
     if answers is not None:
-        own = next(
-            (pair for (_, *pair), (_, term) in zip(found, terms, strict=True) if isinstance(term, NextToken)), None
-        )
-        loss, slope = own or NextToken().loss_and_gradient(q, None, targets)
+        loss, slope = of_next or NextToken().loss_and_gradient(q, None, targets)
         share = sum(share for share, _ in terms)
         losses = torch.where(answers, share * loss, losses)
         slopes = torch.where(answers[:, None], share * slope, slopes)

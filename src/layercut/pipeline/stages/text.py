@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,10 @@ class Treatment:
         lengths = None if short is None else row_lengths(rows, origins, short, marks)
         answers = None if marks is None or not marks.answers.any() else marks.answers
         return cls(row_lengths=lengths, token_weights=token_weights(marks, answer_weight), answers=answers)
+
+    def by_predictions(self) -> Treatment:
+        """The same with answers, too, as the dense model predicts them."""
+        return replace(self, answers=None)
 
     def of(self, some: Callable[[torch.Tensor], torch.Tensor]) -> Treatment:
         """For the rows that `some` takes of what there is for each."""

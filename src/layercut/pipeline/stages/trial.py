@@ -195,7 +195,7 @@ def some_to_tune(this: Round, times: int = 1) -> tuple[torch.Tensor, Treatment]:
         Both.
     """
     some = some_of_each(this, times)
-    treated = replace(tuning_treatment(this.work), answers=None)  # what is left is by the dense model's predictions
+    treated = tuning_treatment(this.work).by_predictions()  # as what is left is told
     return this.tuning[some], treated.of(lambda each: this.part(each)[some])
 
 

@@ -112,7 +112,7 @@ def tune(work: RunContext, found: Quantized, before: Any) -> tuple[Quantized, Tu
     files = TuningFiles(state=state, stopping=work.stopping)
     if work.own_process:
         memory.reuse_freed()
-    rows, treated = work.blocks["tuning"], replace(tuning_treatment(work), answers=None)  # healing has taught them
+    rows, treated = work.blocks["tuning"], tuning_treatment(work).by_predictions()  # healing has taught the answers
     found, report = _trained(work, found, before, rows, treated, settings_of(work.config.heal), files)
     return found, work.trained("quantize", report)
 
