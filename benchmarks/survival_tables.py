@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from statistics import fmean
 
 from layercut.config import TRAINED_STATES
-from layercut.report.comparison_views import damage, repeats, retention_cells, survivals
+from layercut.report.comparison_views import answered, damage, repeats, retention_cells, survivals
 from layercut.report.comparison_views import found as found_of
 from layercut.report.formatting import figure, label, number, percent, short
 from layercut.report.tables import by_kl
@@ -43,7 +43,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
     kept = ["kept, %", "above chance, %", "behind, %"] if tasks else []
     names = [name.removeprefix("local_") for name in tasks]
     probed = bool(comparison["judged_dense"]["keys"])
-    found = ["keys", "lists", "damage, nats", "repeats"] if probed else []
+    found = ["keys", "lists", "answers", "damage, nats", "repeats"] if probed else []
     texts = list(comparison["dense"]["texts"])
     each_task = names if whole else []
     headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *each_task, *found]
@@ -84,7 +84,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
             cells += ["–" if score is None else f"{100 * score:.1f}" for score in scores]
         if probed:
             cells += [found_of(judged["keys"]), found_of(judged.lists)]
-            cells.append(damage(judged) if row else "–")
+            cells += [answered(comparison, state, judged), damage(judged) if row else "–"]
             cells.append(repeats(judged) if row else dense_repeats(comparison["methods"]))
         lines.append(f"| {' | '.join(cell if cell != '-' else '–' for cell in cells)} |")
     if whole:

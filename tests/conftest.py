@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,29 @@ import transformers
 
 import folders
 import quick
+import warm_processes
+from layercut.export import checkpoint
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: sums are split by it, hence their last bits
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+LONGEST = [
+    "test_journey.py",
+    "test_processes.py",
+    "test_probes.py",
+    "test_trial.py",
+    "test_resume.py",
+    "test_from_disk.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: each is one process's, and none should be left alone with one at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +53,19 @@ def _libraries_are_no_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verified_by_warm_processes() -> Iterator[None]:
+    """What verifies an export finds the libraries loaded, but in test_journey.py."""
+    with warm_processes.Warm() as warm, pytest.MonkeyPatch.context() as patch:
+
+        def popen(command: list[str], **how: Any) -> Any:
+            alone = command[1:3] == ["-P", str(checkpoint.CHECKER)]
+            return (warm.process if alone else subprocess.Popen)(command, **how)
+
+        patch.setattr(checkpoint, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -318,6 +318,21 @@ def test_perplexity_of_each_of_several_texts_is_shown(tmp_path):
     assert "of each text alone" not in (tmp_path / "compare.html").read_text()
 
 
+def test_answers_to_generated_tests_are_shown_beside_those_of_the_dense_model(tmp_path):
+    told = {"dense_hits": {"recall": 1.0, "sums": 0.5}, "hits": {"recall": 0.25, "sums": 0.125}}
+    cuts = [{}, {"capabilities": told | {"damage": {"recall": 0.5, "sums": 0.25}}}]
+    comparison = {
+        "model": "x", "judged_dense": {"keys": [{"found": 1, "trials": 2}]},
+        "methods": [{"method": f"m{i}", "judged": {"cut": cut}} for i, cut in enumerate(cuts)],
+    }  # fmt: skip
+    columns = comparison_views.survival_table(comparison).columns
+    shown = {str(column.header): [str(cell) for cell in column.cells] for column in columns}
+    assert shown["tests"] == ["75.0%", "-", "18.8%"]
+    (tmp_path / "compare.json").write_text(json.dumps(comparison))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "18.8%" in (tmp_path / "compare.html").read_text()
+
+
 def test_figures_of_packages_evaluations_are_shown_and_an_empty_plot_is_not_drawn(tmp_path):
     own = {"evaluations": {"sentiment": {"accuracy": 0.8125, "bias": 0.03}}}
     comparison = {

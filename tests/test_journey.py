@@ -22,6 +22,7 @@ from layercut.config import (
     SearchConfig,
 )
 from layercut.errors import ModelError
+from layercut.export import checkpoint
 from layercut.models import checkpoints, loading
 from layercut.pipeline.journey import compress
 
@@ -46,12 +47,13 @@ def run(tmp_path_factory):
     config = CompressConfig(
         text=DataConfig(data="python-docstrings", tokens=256, window=64),
         search=SearchConfig(ratio=0.2, oracle=True, preserve="none"),  # tests: test_probes.py
-        heal=HealConfig(tune_tokens=2048, batch_tokens=512),
+        heal=HealConfig(tune_tokens=1024, batch_tokens=256),
         evaluate=EvaluateConfig(eval_data="python-docs", eval_tokens=512, eval_window=256, speed=False),
         output=OutputConfig(format="safetensors"),
         run=RunConfig(out=tmp_path_factory.mktemp("journey") / "run"),
     )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "subprocess", subprocess)  # which conftest.py has replaced
         for written in ("generations", "generation_health"):
             patch.setattr(evaluation, written, partial(getattr(evaluation, written), tokens=8))
         return compress(str(model), config)

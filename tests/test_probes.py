@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import folders
@@ -567,6 +568,10 @@ def test_damage_and_hits_are_those_of_direct_computation(model, probes):
     kl, right = kl_divergence(whole, left), left[:, :-1].argmax(-1) == probes.tokens[:, 1:]
     for c, name in enumerate(probes.names):
         assert figures.damage[name] == pytest.approx(kl[probes.of() == c].mean().item(), rel=1e-4)
+        at = (probes.of() == c)[:, :-1]
+        for loss, logits in ((figures.loss, left), (figures.dense_loss, whole)):
+            cost = cross_entropy(logits[:, :-1][at], probes.tokens[:, 1:][at])
+            assert loss[name] == pytest.approx(cost.item(), rel=1e-4)
         own = (probes.capability == c).nonzero()[:, 0]
         hits = [bool(right[(probes.answers == a)[:, :-1]].all()) for a in own]
         assert figures.hits[name] == pytest.approx(sum(hits) / len(hits))

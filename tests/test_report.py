@@ -1027,6 +1027,10 @@ def test_keys_found_afterwards_are_in_the_report(tmp_path: Path) -> None:
         in report(tmp_path)[1].text
     )
     assert "copy 11 100.0% 50.0% 0.5" in report(tmp_path)[1].text
+    assert "loss, dense" not in report(tmp_path)[1].text, "of an evaluation that did not measure it"
+    hits |= {"dense_loss": {"copy": 0.125}, "loss": {"copy": 0.0625}}
+    (tmp_path / "evaluations" / "x.json").write_text(json.dumps({"date": "2026-01-02", "probes": probes}))
+    assert "copy 11 100.0% 50.0% 0.5 0.125 0.0625" in report(tmp_path)[1].text
     assert "text tokens window dense compressed" not in report(tmp_path)[1].text, "a table without rows"
 
 

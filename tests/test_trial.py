@@ -409,13 +409,24 @@ def test_no_test_that_is_tuned_on_judges_a_cut_as_text(tiny_model, tmp_path):
         assert quantize.point(work, student, 16).rise == pytest.approx(of_student / of_dense - 1)
 
 
-def test_a_cut_that_cannot_be_expressed_is_not_taken_and_ends_no_trial(
-    tiny_model, texts, tmp_path, monkeypatch, capsys
-):
-    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25"]
+@pytest.fixture(scope="module")
+def of_trial(tiny_model, texts):
+    """The words of a run that has cuts on trial, but for its folder."""
+    flags = ["tune", str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25"]
     flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
-    assert main(["tune", *flags, f"--out={tmp_path / 'all'}"]) == 0
-    best = json.loads((tmp_path / "all" / "search.json").read_text())["segments"]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def whole(of_trial, tmp_path_factory):
+    """The folder of that run, which nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    assert main([*of_trial, f"--out={run}"]) == 0
+    return run
+
+
+def test_a_cut_that_cannot_be_expressed_is_not_taken_and_ends_no_trial(whole, of_trial, tmp_path, monkeypatch, capsys):
+    best = json.loads((whole / "search.json").read_text())["segments"]
     real, refused = surgery.cut, "these layers cannot be cut out"
 
     def cut_some(model, segments):
@@ -425,7 +436,7 @@ def test_a_cut_that_cannot_be_expressed_is_not_taken_and_ends_no_trial(
 
     monkeypatch.setattr(surgery, "cut", cut_some)
     capsys.readouterr()
-    assert main(["tune", *flags, f"--out={tmp_path / 'some'}"]) == 0
+    assert main([*of_trial, f"--out={tmp_path / 'some'}"]) == 0
     assert capsys.readouterr().err.count(refused) == 1
     found = json.loads((tmp_path / "some" / "search.json").read_text())
     assert found["segments"] != best
@@ -437,12 +448,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, tmp_path, monkeypatch):
-    flags = [str(tiny_model), f"--data={texts[0]}", "--tokens=1024", "--window=128", "--ratio=0.25"]
-    flags += ["--tune-tokens=4096", "--preserve=sums", "--score=healed", "--learning-rate=3e-3", "--probe-share=0"]
-    assert main(["tune", *flags, f"--out={tmp_path / 'whole'}"]) == 0
-    whole = json.loads((tmp_path / "whole" / "search.json").read_text())
-    lighter = json.loads((tmp_path / "whole" / "search-plain.json").read_text())["lighter"]
+def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(whole, of_trial, tmp_path, monkeypatch):
+    of_whole = json.loads((whole / "search.json").read_text())
+    lighter = json.loads((whole / "search-plain.json").read_text())["lighter"]
     assert lighter, "proposals in which tests count less"
     asked = {"search": 0, "folded": [], "healed": [], "lighter": []}
     search, folded, heal = layer_search.search, FoldPrices.__call__, trial.healed_for_a_while
@@ -472,26 +480,26 @@ def test_a_trial_that_was_stopped_goes_on_with_the_next_cut(tiny_model, texts, t
     monkeypatch.setattr(trial, "healed_for_a_while", killed_heal)
     run = tmp_path / "killed"
     with pytest.raises(Killed):
-        main(["tune", *flags, f"--out={run}"])
+        main([*of_trial, f"--out={run}"])
     assert (run / "search-tried-prices.json").is_file()
     assert not (run / "search.json").exists()
     most = 99
-    assert main(["tune", *flags, f"--out={run}"]) == 0
+    assert main([*of_trial, f"--out={run}"]) == 0
     found = json.loads((run / "search.json").read_text())
     same = ("segments", "candidates", "by_number", "lighter", "tried")
-    assert {name: found[name] for name in same} == {name: whole[name] for name in same}
+    assert {name: found[name] for name in same} == {name: of_whole[name] for name in same}
     assert len(asked["healed"]) == len(set(asked["healed"])) > 1
     assert len(asked["folded"]) == len(set(asked["folded"])) == len(found["tried"])
     assert asked["search"] == 1
     assert asked["lighter"] == [lighter, lighter], "they go on trial, also of a search that an earlier command made"
     assert not (run / "search-tried-prices.json").exists()
     tries = len(asked["healed"]), len(asked["folded"])
-    assert main(["tune", *flags, f"--out={run}", "--all-lengths"]) == 0
-    assert main(["tune", *flags, f"--out={run}", "--all-lengths", "--oracle"]) == 0
+    assert main([*of_trial, f"--out={run}", "--all-lengths"]) == 0
+    assert main([*of_trial, f"--out={run}", "--all-lengths", "--oracle"]) == 0
     priced = json.loads((run / "search.json").read_text())
     assert priced["triangle"]
     assert priced["oracle"]
-    assert {name: priced[name] for name in same} == {name: whole[name] for name in same}
+    assert {name: priced[name] for name in same} == {name: of_whole[name] for name in same}
     assert (len(asked["healed"]), len(asked["folded"])) == tries, "no cut is healed again, to know what others cost"
 
 

@@ -7,10 +7,11 @@ like any other cut's (docs/log.md). Rows of `data/probes.py`, of the judging fam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from layercut.data.probes import ProbeRows
 from layercut.models.batch_sizes import slices
@@ -27,16 +28,20 @@ class CapabilityFigures:
     """Of each capability: what the cut did to it."""
 
     damage: dict[str, float]
-    """KL(dense || cut), mean over the answers' tokens, in nats."""
+    """KL(dense || cut), mean over the answers' tokens, in nats: the distance to the dense model, good or bad."""
     hits: dict[str, float]
     """Share of the answers that the cut model's greedy decoding gives."""
     dense_hits: dict[str, float]
     """The same of the dense model."""
     answers: dict[str, int]
     """How many answers that is."""
+    loss: dict[str, float] = field(default_factory=dict)
+    """What the right answers cost the cut model, -log p of their tokens, mean, in nats: lower is better."""
+    dense_loss: dict[str, float] = field(default_factory=dict)
+    """The same of the dense model."""
 
     def to_dict(self) -> dict[str, Any]:
-        """{"damage", "hits", "dense_hits", "answers"}, each by capability."""
+        """{"damage", "hits", "dense_hits", "answers", "loss", "dense_loss"}, each by capability."""
         return {name: dict(value) for name, value in vars(self).items()}
 
 
@@ -56,24 +61,30 @@ def capability_figures(
         The figures, by capability.
     """
     damage = torch.zeros(probes.tokens.shape, dtype=torch.float64)
-    right = torch.zeros(2, *probes.tokens.shape, dtype=torch.bool)
+    loss, right = (torch.zeros(2, *probes.tokens.shape, dtype=dtype) for dtype in (torch.float64, torch.bool))
     with prepared(model, dense) as stacks:
         queue = stacks[0].parts("evaluate", slices(len(probes.tokens), ROWS))
         for part in queue:
             with queue.trying(part):
-                _compare(stacks, probes, part, damage, right)
+                _compare(stacks, probes, part, damage, loss, right)
                 advance(part.stop - part.start)
     counts = torch.bincount(probes.capability, minlength=len(probes.names)).tolist()
-    return CapabilityFigures(
-        {name: as_price(mean, 0.0) for name, mean in probes.means(damage).items()},
-        probes.hit_rates(right[0]), probes.hit_rates(right[1]), dict(zip(probes.names, counts, strict=True)),
-    )  # fmt: skip
+    apart, *lost = (
+        {name: as_price(mean, 0.0) for name, mean in probes.means(each).items()} for each in (damage, *loss)
+    )
+    answers = dict(zip(probes.names, counts, strict=True))
+    return CapabilityFigures(apart, probes.hit_rates(right[0]), probes.hit_rates(right[1]), answers, *lost)
 
 
 def _compare(
-    stacks: list[DecoderRunner], probes: ProbeRows, part: slice, damage: torch.Tensor, right: torch.Tensor
+    stacks: list[DecoderRunner],
+    probes: ProbeRows,
+    part: slice,
+    damage: torch.Tensor,
+    loss: torch.Tensor,
+    right: torch.Tensor,
 ) -> None:
-    """Fill in `damage` [N, T] and `right` [2, N, T] of some rows, at their answers."""
+    """Fill in `damage` [N, T], and `loss` and `right` [2, N, T], of some rows at their answers."""
     tokens = probes.tokens[part]
     ends = [stack.last(tokens) for stack in stacks]
     for row, number in enumerate(range(part.start, part.stop)):
@@ -86,5 +97,7 @@ def _compare(
             for stack, h in zip(stacks, ends, strict=True)
         )
         damage[number, at] = kl_divergence(whole, cut).cpu().double()
+        wanted = tokens[row, at + 1]
         for which, logits in enumerate((cut, whole)):
+            loss[which, number, at] = cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu().double()
             right[which, number, at] = probes.right(number, logits.argmax(-1))

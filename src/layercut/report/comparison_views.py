@@ -212,6 +212,24 @@ def repeats(judged: Json) -> str:
     return "-" if share is None else formatting.percent(share)
 
 
+def answered(comparison: Any, state: str, judged: Json) -> str:
+    """The share of the generated tests' answers that greedy decoding gives, mean over capabilities.
+
+    Args:
+        comparison: compare.json.
+        state: of a cut; none: the dense model, which answered beside every cut.
+        judged: its figures.
+
+    Returns:
+        Per cent in words, "-" where it is not known.
+    """
+    cuts = [judged] if state else [each for _, its_state, each in survivals(comparison) if its_state]
+    of = (each.capabilities["hits" if state else "dense_hits"].entries() for each in cuts)
+    shares = (formatting.finite(value) for _, value in next(filter(None, map(list, of)), []))
+    known = [share for share in shares if share is not None]
+    return formatting.percent(sum(known) / len(known)) if known else "-"
+
+
 def damage(judged: Json) -> str:
     """The mean damage to the capabilities, in nats per answer token."""
     each = (formatting.number(value) for _, value in judged.capabilities.damage.entries())
@@ -262,7 +280,7 @@ def survival_table(comparison: Any) -> Table:
     )  # fmt: skip
     table.add_column("method", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in (*(("kept", "above\nchance", "behind") if tasks else ()), "keys", "lists", "damage"):
+    for heading in (*(("kept", "above\nchance", "behind") if tasks else ()), "keys", "lists", "tests"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metric in (others := own_figures(comparison)):
         table.add_column(Text(f"{name}\n{metric}"), justify="right")
@@ -270,7 +288,7 @@ def survival_table(comparison: Any) -> Table:
     for method, state, judged in survivals(comparison):
         mean, above, behind = retention_cells(comparison, state, judged)
         kept = [mean, above.partition(" ")[0], behind] if tasks else []  # eighty columns hold no more errors
-        of_probes = found(judged["keys"]), found(judged.lists), damage(judged) if state else "-"
+        of_probes = found(judged["keys"]), found(judged.lists), answered(comparison, state, judged)
         own = (Text(own_figure(judged, *which)) for which in others)
         table.add_row(Text("" if method == last else method), state, *kept, *of_probes, *own)
         last = method
@@ -313,8 +331,7 @@ def survival_caption(tasks: dict[str, Json]) -> str:
         f"* p < {thresholds.SIGNIFICANT:g}; "
     )
     return (kept if tasks else "") + (
-        "keys, lists: found of those hidden; damage: KL per answer token of generated tests, nats, mean over "
-        "capabilities"
+        "keys, lists: found of those hidden; tests: answers given to generated tests, mean over capabilities"
     )
 
 

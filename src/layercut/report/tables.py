@@ -219,7 +219,8 @@ def capability_rows(judged: Json) -> list[dict[str, Any]]:
         dense, compressed = finite(judged.dense_hits[name]), finite(judged.hits[name])
         fewer = dense is not None and compressed is not None and compressed < dense
         row = {"name": name, "answers": judged.answers[name], "dense": dense, "compressed": compressed}
-        rows.append(row | {"damage": damage, "fewer": fewer})
+        lost = {"dense_loss": judged.dense_loss[name], "loss": judged.loss[name]}
+        rows.append(row | lost | {"damage": damage, "fewer": fewer})
     return rows
 
 
