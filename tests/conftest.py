@@ -57,12 +57,12 @@ def _libraries_are_no_garbage() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _verified_by_warm_processes() -> Iterator[None]:
-    """What verifies an export finds the libraries loaded, but in test_journey.py."""
+    """What verifies an export on a CPU finds the libraries loaded, but in test_journey.py."""
     with warm_processes.Warm() as warm, pytest.MonkeyPatch.context() as patch:
 
         def popen(command: list[str], **how: Any) -> Any:
-            alone = command[1:3] == ["-P", str(checkpoint.CHECKER)]
-            return (warm.process if alone else subprocess.Popen)(command, **how)
+            on_cpu = command[1:3] == ["-P", str(checkpoint.CHECKER)] and command[5] == "cpu"
+            return (warm.process if on_cpu else subprocess.Popen)(command, **how)
 
         patch.setattr(checkpoint, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
         yield
