@@ -33,7 +33,8 @@ def open_model(name: str | None) -> loading.LanguageModel:
 
 
 def blocks(model: loading.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:
-    return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, **more)
+    how = {"tokens": tokens, "window": window, "seed": seed, "model": model.model}
+    return load_blocks(source, model.tokenizer, **how, **more)
 
 
 class RowsDone:

@@ -4,12 +4,13 @@
         --cuts 13:19 "12:16,5:7 share=0.25" "12:16,5:7 share=0.25 mix=0.3 radius=2"
     python benchmarks/recall.py …      # goes on; rows that are done are kept
 
-A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `mix`
-of the next-token loss, `radius`, `tokens` to tune on and `epochs`, peak `rate`, `window` of the rows and whether some
-are `parted`, `answer_weight`, another text `beside` the first, and other ways to teach (teaching.py). Each is folded
-and tuned as a run does it; then perplexity, hidden keys, values found in lists, and the damage to tests of the judging
-family are measured, beside the dense model; with `--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is
-left of the scores of lm-eval's tasks too. "nothing" is the dense model, "… unhealed" the cut alone.
+A cut is its segments, and what its healing has otherwise: `share` of generated tests among the rows to tune on, `chats`
+that the dense model writes, `mix` of the next-token loss, `radius`, `tokens` to tune on and `epochs`, peak `rate`,
+`window` of the rows and whether some are `parted`, `answer_weight`, another text `beside` the first, and other ways to
+teach (teaching.py). Each is folded and tuned as a run does it; then perplexity, hidden keys, values found in lists, the
+damage to tests of the judging family, and replies to eight questions are measured, beside the dense model; with
+`--tasks arc_easy,piqa [--include-path FOLDER] --items 400`, what is left of the scores of lm-eval's tasks too.
+"nothing" is the dense model, "… unhealed" the cut alone.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from common import RowsDone, arguments, blocks, finish, open_model
 from layercut import evaluation
 from layercut.data.probes import probe_rows
 from layercut.evaluation.generated_probes import Probes, found_of, probed, probes_for
+from layercut.evaluation.generation import PROMPTS, SAMPLE, greedy, padding, prompt_ids
 from layercut.models import loading
 from layercut.pipeline.stages.heal import FOLD_TOKENS
 from layercut.progress import say
 from tasks_kept import ASKED, tasks_kept
-from teaching import Healing, healed
+from teaching import Healing, healed, kl_of_rows
 
 
 def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], probes: Probes) -> dict[str, Any]:
@@ -38,7 +40,22 @@ def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tens
     for name, cells in (("keys", told.keys), ("lists", told.lists)):
         hits, trials = found_of(cells)
         found |= {name: cells, f"{name}_found": hits, f"{name}_asked": trials}
-    return found | (told.capabilities or {})
+    return found | (told.capabilities or {}) | replies(model, small)
+
+
+def replies(model: loading.LanguageModel, small: Any) -> dict[str, Any]:
+    """Mean tokens of a reply, SAMPLE at most, and the KL to the dense model on its own ones, nats per token."""
+    asked = [prompt_ids(model.tokenizer, prompt) for prompt in PROMPTS]
+    dense, own = (
+        [greedy(each, torch.tensor([ids]), SAMPLE, padding(model.tokenizer))[0] for ids in asked]
+        for each in (model.model, small)
+    )
+    of_dense = [
+        kl_of_rows(model.model, small, torch.tensor([ids + reply]))[0, len(ids) - 1 : -1]
+        for ids, reply in zip(asked, dense, strict=True)
+    ]
+    mean = {name: sum(map(len, texts)) / len(texts) for name, texts in (("dense", dense), ("compressed", own))}
+    return {"reply_tokens": mean, "kl_on_replies": torch.cat(of_dense).mean().item()}
 
 
 def main() -> None:

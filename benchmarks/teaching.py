@@ -22,7 +22,7 @@ from common import blocks
 from healers import lora_, train_
 from healing_tables import WRITERS
 from layercut.data.self_sampled import ROWS, generating, plain_distribution, sample
-from layercut.data.sources import TESTS
+from layercut.data.sources import CHATS, TESTS
 from layercut.healing import fold_, tune_
 from layercut.healing.endpoint_tuning import (
     TuneSettings,
@@ -78,6 +78,8 @@ class Healing:
     """Layers of the dense model that are trained as well, joined by +."""
     epochs: int = 1
     """How many times the tokens are gone over; `lora` and `also` once."""
+    chats: float = 0.0
+    """Share of chats that the dense model writes, among the rows to tune on."""
 
     @classmethod
     def parse(cls, text: str, tokens: int) -> Healing:
@@ -152,7 +154,8 @@ def healed(model: loading.LanguageModel, asked: Healing, args: Namespace, row: d
 def drawn(model: loading.LanguageModel, asked: Healing, text: str, window: int, args: Namespace, skip: int) -> Rows:
     """What judges, then what is tuned on: from row `skip` of the mix on; with tests in it some text comes twice."""
     held = max(1024, asked.tokens // 32)
-    source = f"{text}+probes:{asked.share}" if asked.share else text
+    shares = {CHATS: asked.chats, TESTS: asked.share}
+    source = "+".join([text, *(f"{name}:{share}" for name, share in shares.items() if share)])
     found = blocks(model, source, held + asked.tokens * asked.hurt, window, args.seed, skip=skip)
     first = held // window
     treated = Treatment.as_drawn(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from layercut.evaluation import PROMPTS
+
 
 def leave_out(patch: pytest.MonkeyPatch) -> None:
     """The fresh process that verifies an export (5 s of a tiny run), and the text that both models write (2 s)."""
@@ -12,5 +14,5 @@ def leave_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_out_samples(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("layercut.evaluation.generations", lambda *_: ["", "", ""])
+    patch.setattr("layercut.evaluation.generations", lambda *_: [""] * len(PROMPTS))
     patch.setattr("layercut.evaluation.generation_health", lambda *_: {})

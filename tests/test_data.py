@@ -13,11 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layercut.data import blocks, chat_templates, sources, text_files, text_overlap
+from layercut.data import blocks, chat_templates, self_sampled, sources, text_files, text_overlap
 from layercut.data.blocks import PIECE, Reader, encode, load_blocks
 from layercut.data.python_docs import paragraphs, python_docs, python_docstrings
 from layercut.data.records import as_document
-from layercut.data.sources import HubSet, documents, find, public_name, what_is_read
+from layercut.data.self_sampled import chat_length, writes_chats
+from layercut.data.sources import HubSet, documents, find, public_name, split_mix, turns, what_is_read
 from layercut.errors import DataError, ModelError
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
@@ -632,3 +633,72 @@ def test_self_in_a_mix(llama, tokenizer, text):
 def test_a_message_without_content_is_empty():
     record = {"messages": [{"role": "assistant", "content": None}]}
     assert as_document(record, None, "here") == [{"role": "assistant", "content": ""}]
+
+
+# --- chats ---
+
+
+def test_chats_are_written_from_the_users_first_word_and_laid_end_to_end(llama):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    opening = tokenizer("<|user|>", add_special_tokens=False).input_ids
+    blocks = load_blocks("chats", tokenizer, tokens=2 * 512, window=512, seed=0, model=llama)
+    chats = blocks.tokens.view(4, 256)
+    assert chats[:, : len(opening)].tolist() == [opening] * 4
+    assert len({*map(tuple, chats.tolist())}) == 4
+    assert blocks.marks
+    assert blocks.marks.lengths.tolist() == [256, 256]
+    assert not blocks.marks.answers.any()
+    shorter = load_blocks("chats", tokenizer, tokens=4 * 256, window=256, seed=0, model=llama).tokens
+    assert not {*map(tuple, chats.tolist())} & {*map(tuple, shorter.tolist())}
+
+
+def test_chats_are_seeded_and_no_two_uses_have_the_same(llama):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    rows = []
+    for seed in (0, 0, 1):
+        reader = Reader(tokenizer, seed=seed, model=llama)
+        for use, order in (("heldout", "shuffled"), ("tuning", "shuffled"), ("evaluation", "as written")):
+            rows.append(reader.draw(use, "chats", tokens=3 * 32, window=32, order=order).tokens)
+    assert all(map(torch.equal, rows[:3], rows[3:6]))
+    assert len({tuple(row.tolist()) for draw in (*rows[:3], *rows[6:]) for row in draw}) == 18
+
+
+def test_chats_are_cooler_than_the_models_plain_distribution(llama):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    opening = [0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_sampled, "chat_prefix", lambda *_: opening)
+        blocks = load_blocks("chats", tokenizer, tokens=4096 * 2, window=2, seed=0, model=llama)
+    with torch.inference_mode():
+        logits = llama(torch.tensor([opening])).logits[0, -1]  # [V]
+    counts = torch.bincount(blocks.tokens[:, 1], minlength=258) / 4096
+    cool, plain = ((logits / heat).softmax(-1) for heat in (self_sampled.CHAT_HEAT, 1.0))
+    assert (counts - cool).abs().sum() < (counts - plain).abs().sum()
+
+
+@pytest.mark.parametrize(("window", "length"), [(8, 8), (256, 256), (300, 300), (512, 256), (1024, 256), (1000, 500)])
+def test_a_chat_is_as_long_as_a_short_row_of_tests(window, length):
+    assert chat_length(window) == length
+
+
+def test_who_can_write_chats():
+    tokenizer = make_tokenizer()
+    assert not writes_chats(tokenizer, 64)
+    tokenizer.chat_template = CHAT
+    assert writes_chats(tokenizer, 64)
+    assert not writes_chats(tokenizer, 12)  # the template alone has eight tokens
+    tokenizer.chat_template = "nothing of what is said"
+    assert not writes_chats(tokenizer, 64)
+    with pytest.raises(DataError, match="needs a chat template"):
+        load_blocks("chats", make_tokenizer(), tokens=64, window=64, seed=0, model=object())
+
+
+def test_a_file_with_a_comma_in_its_name_has_shares_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.txt").write_text("words")
+    assert split_mix("a,b.txt+chats:0.1+probes:0.1") == ["a,b.txt", "chats:0.1", "probes:0.1"]
+    assert public_name("a,b.txt+chats:0.1+probes:0.1") == "a,b.txt+chats:0.1+probes:0.1"
+    assert turns([find(part) for part in split_mix("a,b.txt+chats:0.25+probes:0.25")]).count(0) == 2

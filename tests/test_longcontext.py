@@ -17,7 +17,7 @@ import folders
 import tiny
 from layercut import evaluation
 from layercut.evaluation import generation, likelihood, passkey
-from layercut.evaluation.generation import distinct, first_divergence
+from layercut.evaluation.generation import distinct, first_divergence, reply_tokens
 from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
 
@@ -195,6 +195,14 @@ def test_repetition_and_variety():
     assert first_divergence([1, 2, 3], [1, 2, 4]) == 2
     assert first_divergence([1, 2], [1, 2]) == 2
     assert first_divergence([3], [4]) == 0
+
+
+def test_replies_are_as_long_as_they_have_tokens():
+    tokenizer = folders.tokenizer()
+    texts = ["", "a", "abc de"]
+    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert reply_tokens(tokenizer, texts) == pytest.approx(sum(lengths) / 3)
+    assert lengths[0] == 0 < lengths[1] < lengths[2]
 
 
 def test_health_is_that_of_greedy_continuations():

@@ -297,6 +297,20 @@ def tuned(shape: Any, segment: Segment, *, on_disk: bool = False, **changes: Any
     return tune_cost(run, TuneSettings(**{"batch_tokens": 32} | changes)).peak
 
 
+def test_writing_chats_is_planned_with_tuning(llama):
+    shape = llama[1]
+
+    def steps(share: float, tokens: int, stream: str = "off") -> float:
+        heal, load = HealConfig(tune_tokens=tokens, chat_share=share), ModelConfig(stream=stream)
+        found = stage_costs(run_of(shape, replace(config(), heal=heal, load=load), Segment(2, 4)))["tune"].work
+        assert found is not None
+        return found.decoded_layers / shape.layers
+
+    assert steps(0.0, 160 * 16) == steps(0.5, 160 * 16, "on") == 0
+    assert steps(0.1, 160 * 16) == 16  # sixteen chats of as many tokens, in one batch
+    assert steps(0.5, 160 * 16) == 3 * 16
+
+
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     dense, shape, tokens = llama

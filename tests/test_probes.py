@@ -998,19 +998,39 @@ def test_a_weight_of_answers_is_above_nothing():
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ({}, "a.txt+probes:0.1"),
-        ({"probe_share": 0.1}, "a.txt+probes:0.1"),
-        ({"probe_share": 0.0}, "a.txt"),
-        ({"tune_data": "b.txt"}, "b.txt+probes:0.1"),
-        ({"tune_data": "python-docs+probes:0.5"}, "python-docs+probes:0.5"),
+        ({}, "a.txt+chats:0.1+probes:0.1"),
+        ({"probe_share": 0.2}, "a.txt+chats:0.1+probes:0.2"),
+        ({"probe_share": 0.0}, "a.txt+chats:0.1"),
+        ({"chat_share": 0.2}, "a.txt+chats:0.2+probes:0.1"),
+        ({"chat_share": 0.0}, "a.txt+probes:0.1"),
+        ({"tune_data": "b.txt"}, "b.txt+chats:0.1+probes:0.1"),
+        ({"tune_data": "python-docs+probes:0.5"}, "python-docs+probes:0.5+chats:0.1"),
+        ({"tune_data": "python-docs+chats"}, "python-docs+chats+probes:0.1"),
     ],
 )
-def test_what_is_tuned_on_has_its_share_of_tests(given, found):
+def test_what_is_tuned_on_has_its_shares_of_chats_and_tests(given, found):
+    def tuned_on(chats: bool = True, preserve: str = "all", **fits: bool) -> list[str]:
+        asked = replace(config, search=SearchConfig(preserve=preserve))
+        work: Any = SimpleNamespace(config=asked, **{"tests_fit": True, "chats_fit": True} | fits)
+        return tuning_source(work, chats).split("+")
+
     config = CompressConfig(text=DataConfig(data="a.txt"), heal=HealConfig(**given))
-    assert tuning_source(SimpleNamespace(config=config, tests_fit=True)) == found
-    none = replace(config, search=SearchConfig(preserve="none"))
-    assert tuning_source(SimpleNamespace(config=none, tests_fit=True)) == (given.get("tune_data") or "a.txt")
-    assert tuning_source(SimpleNamespace(config=config, tests_fit=False)) == (given.get("tune_data") or "a.txt")
+    parts, named = found.split("+"), (given.get("tune_data") or "a.txt").split("+")
+    assert tuned_on() == parts
+    no_tests = [part for part in parts if part in named or not part.startswith("probes")]
+    assert tuned_on(tests_fit=False) == tuned_on(preserve="none") == no_tests
+    no_chats = [part for part in parts if part in named or not part.startswith("chats")]
+    assert tuned_on(chats_fit=False) == tuned_on(chats=False) == no_chats
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"chat_share": 1.0}, {"chat_share": -0.1}, {"probe_share": 0.0001}, {"probe_share": 0.5, "chat_share": 0.5}],
+)
+def test_shares_leave_some_text_to_tune_on(given):
+    with pytest.raises(ConfigError, match=next(iter(given)).replace("_", "-")) as error:
+        HealConfig(**given)
+    assert "0.1" in error.value.hint
 
 
 def test_a_run_tells_what_the_layers_hold_and_what_is_left(tiny_model, texts, tmp_path, capsys, quick_runs):

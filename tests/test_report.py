@@ -1061,6 +1061,20 @@ def test_generation_that_repeats_more_is_no_tick() -> None:
     assert mark(0.6, 0.7) == mark(0.36, 2.7) == "bad"
 
 
+def test_replies_that_have_become_short_are_no_tick(tmp_path: Path) -> None:
+    health = survival_json()["generation_health"]
+    health["compressed"] |= health["dense"]
+    marks = []
+    for tokens in (30.0, 20.0):
+        health["replies"] = {"dense": 50.0, "compressed": tokens, "most": 64, "prompts": 8}
+        words = verdicts.generation_verdict(Json(health))
+        assert words
+        marks.append((words.mark, "short, 20.00 tokens for 50.00" in words.text))
+    assert marks == [("good", False), ("fair", True)]
+    html, _ = report(make_run(tmp_path, summary=survival_json(generation_health=health)))
+    assert "tokens of a reply, of 64 at most" in html
+
+
 def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: Path) -> None:
     run = run_in_rounds(tmp_path)
     for name, more in (("summary", survival_json(**with_perplexity(quantized=70.0))), ("stability", stability_json())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data.blocks import Marks, load_blocks, stored_blocks, stored_marks
+from layercut.data.blocks import Marks, by_origin, load_blocks, stored_blocks, stored_marks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.healing import tune_
@@ -290,3 +291,64 @@ def test_a_text_too_short_for_a_window_is_told():
     with pytest.raises(DataError, match="are needed") as caught:
         load_blocks("python-docs", tokenizer, tokens=10**8, window=2048, seed=0, order="as written")
     assert "--eval-window" in caught.value.hint
+
+
+@pytest.fixture
+def chat_model(tiny_model, tmp_path) -> Path:
+    """The tiny model with a chat template."""
+    folder = shutil.copytree(tiny_model, tmp_path / "chat-model")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_chat_models_are_tuned_on_chats_of_their_own(chat_model, several, tmp_path):
+    config = asking(f"{several}/a.txt", None, f"{several}/other.txt")
+    found = draw(chat_model, tmp_path / "run", config)
+    assert "chats" in found["tuning"]["reads"]
+    assert "chats" not in found["calibration"]["reads"]
+    opening = loading.load_tokenizer(checkpoints.resolve(str(chat_model))).encode("<user>", add_special_tokens=False)
+    rows = by_origin(stored_blocks(tmp_path / "run", "tuning"), found["tuning"]["origins"])["chats"]
+    assert rows[:, : len(opening)].tolist() == [opening] * len(rows) != []
+    without = draw(chat_model, tmp_path / "other", replace(config, heal=replace(config.heal, chat_share=0.0)))
+    assert "chats" not in without["tuning"]["reads"]
+
+
+def test_no_chats_are_written_where_the_model_cannot(chat_model, several, tmp_path, monkeypatch):
+    config = asking(f"{several}/a.txt", None, f"{several}/other.txt")
+    said: list[str] = []
+    monkeypatch.setattr(text_stage, "say", lambda *words: said.append(" ".join(words)))
+    monkeypatch.setattr(RunContext, "writes", False)
+    there = draw(chat_model, tmp_path / "run", config)
+    assert "chats" not in there["tuning"]["reads"] + there["heldout"]["reads"]
+    assert sum("no chats are tuned on" in line for line in said) == 1
+    monkeypatch.setattr(RunContext, "writes", True)
+    assert draw(chat_model, tmp_path / "run", config) == there, "what a run goes on with where it can"
+    (tmp_path / "run" / "text-tuning.json").unlink()
+    mixed = draw(chat_model, tmp_path / "run", config)
+    assert mixed["heldout"] == there["heldout"]
+    assert "chats" in mixed["tuning"]["reads"]
+    draw(chat_model, tmp_path / "other", config)
+    (tmp_path / "other" / "text-tuning.json").unlink()
+    monkeypatch.setattr(RunContext, "writes", False)
+    monkeypatch.setattr(RunContext, "dense", property(lambda _: pytest.fail("loaded where it writes nothing")))
+    mixed = draw(chat_model, tmp_path / "other", config)
+    assert "chats" in mixed["heldout"]["reads"]
+    assert "chats" not in mixed["tuning"]["reads"]
+    assert not {*map(tuple, stored_blocks(tmp_path / "run", "heldout").tolist())} & {
+        *map(tuple, stored_blocks(tmp_path / "run", "tuning").tolist())
+    }
+
+
+def test_cuts_are_judged_as_text_by_text_alone(chat_model, several, tmp_path):
+    config = asking(f"{several}/a.txt", None, f"{several}/other.txt")
+    config = replace(config, heal=replace(config.heal, chat_share=0.5))
+    draw(chat_model, tmp_path / "run", config)
+    with Run(tmp_path / "run") as run:
+        work = RunContext(checkpoints.resolve(str(chat_model)), config, run)
+        draw_all(work, uses(config, "report"))
+        rows, text = work.blocks["heldout"], work.held_out_text
+    assert len(text) == len(rows) // 2
+    assert not {*map(tuple, text.tolist())} & {
+        *map(tuple, by_origin(rows, work.text["heldout"].origins)["chats"].tolist())
+    }

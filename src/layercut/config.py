@@ -421,6 +421,9 @@ class HealConfig:
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
     0, or --preserve none: text alone."""
+    chat_share: float = 0.1
+    """Share of these that are chats which the model writes before it is cut, the user's messages too, so that it still
+    replies as it did; where it has a chat template and is in memory. 0: none."""
     answer_weight: Annotated[float, rare] = 4.0
     """What a token of a test's answer counts in the loss of the layers beside the cut, of copies excepted; any other
     token counts 1. Answers are taught as they are, not as the dense model predicts them."""
@@ -459,9 +462,13 @@ class HealConfig:
         at_least("tune_tokens", self.tune_tokens, 0)
         if self.tune_window is not None:
             at_least("tune_window", self.tune_window, 8)
-        if self.probe_share and not 0.001 <= self.probe_share <= 0.999:
+        for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
+            if share and not 0.001 <= share <= 0.999:
+                raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")
+        if self.probe_share + self.chat_share >= 1:
             raise ConfigError(
-                f"--probe-share {self.probe_share:g} is neither 0 nor from 0.001 to 0.999", "a tenth: --probe-share 0.1"
+                f"--probe-share {self.probe_share:g} and --chat-share {self.chat_share:g} leave no text to tune on",
+                "a tenth each: --probe-share 0.1 --chat-share 0.1",
             )
         if not 0 < self.answer_weight < float("inf"):
             raise ConfigError(
@@ -1161,14 +1168,16 @@ class MethodsConfig:
     tune_tokens: Annotated[int, Parameter(group=HEALING)] = 0
     """Tokens of the calibration text's source to tune the endpoints of every method's cut on; 0: no tuning."""
     probe_share: Annotated[float, Parameter(group=HEALING)] = 0.1
-    """Share of these that are generated tests, for every method; 0: text alone."""
+    """Share of these that are generated tests, for every method; 0: none."""
+    chat_share: Annotated[float, Parameter(group=HEALING)] = 0.1
+    """Share of these that are chats which the dense model writes, where it has a chat template; 0: none."""
     triangle: Annotated[bool, no_negative] = False
     """Price every segment of every length up to that of --ratio, for the plot: one sweep, but a long one."""
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(f"--ratio {self.ratio:g} is outside 0 to 1", "a fifth of the layers: --ratio 0.2")
-        HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share)
+        self.heal()
         EvaluateConfig(eval_tokens=self.eval_tokens, eval_window=self.eval_window)
         unknown = [name for name in self.names if name.partition(":")[0] not in criteria and not is_cut(name)]
         if unknown or not self.names:
@@ -1184,6 +1193,10 @@ class MethodsConfig:
             raise ConfigError(
                 f"--states {self.states} is given, and nothing is tuned", "give --tune-tokens, or --states cut"
             )
+
+    def heal(self) -> HealConfig:
+        """How the cut of every method is healed."""
+        return HealConfig(tune_tokens=self.tune_tokens, probe_share=self.probe_share, chat_share=self.chat_share)
 
     @property
     def names(self) -> list[str]:
@@ -1239,7 +1252,7 @@ class CompareConfig:
             compiled=self.compiled,
             text=self.text,
             search=SearchConfig(ratio=self.compare.ratio),
-            heal=HealConfig(tune_tokens=self.compare.tune_tokens, probe_share=self.compare.probe_share),
+            heal=self.compare.heal(),
             tasks=self.tasks,
             evaluate=EvaluateConfig(
                 eval_data=self.compare.eval_data,

@@ -16,7 +16,7 @@ import torch
 from layercut import evaluation
 from layercut.config import PerplexityConfig
 from layercut.data.blocks import Blocks, load_blocks
-from layercut.data.sources import split_mix
+from layercut.data.sources import written_by_model
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError, RunError
 from layercut.evaluation.generated_probes import Probed, probed, probes_for
@@ -247,8 +247,8 @@ class _Judged:
         return self.loaded.model
 
     def _needs_one_process(self, text: str | None) -> bool:
-        asked = self.config.tasks
-        return bool(asked.names or asked.evaluation_names or asked.probes or "self" in split_mix(text or ""))
+        asked, writes = self.config.tasks, text is not None and written_by_model(text)
+        return bool(asked.names or asked.evaluation_names or asked.probes or writes)
 
     def _figures(self, name: str, function: evaluation.EvaluationFunction) -> dict[str, float]:
         """What a package's evaluation returns, in the main process."""

@@ -18,6 +18,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,8 +29,8 @@ from layercut.data.chat_templates import render_chat
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import probe_rows
 from layercut.data.records import Document
-from layercut.data.self_sampled import sample
-from layercut.data.sources import SELF, TESTS, Source, find, public_name, split_mix, turns
+from layercut.data.self_sampled import chat_length, sample, sample_chats
+from layercut.data.sources import CHATS, SELF, TESTS, Source, find, public_name, split_mix, turns
 from layercut.errors import DataError
 from layercut.models.model_in_memory import model_of
 from layercut.offload.weight_sharing import share
@@ -62,13 +63,13 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class Marks:
-    """What is known of generated tests among N rows of T tokens; in the file of a run's blocks by these names."""
+    """What is known of generated tests and chats among N rows of T tokens, by the names in a run's file of them."""
 
     answers: torch.Tensor
     """bool [N, T]: whether the token after this one belongs to an answer that counts more than text; no copy does, of
     which every word is one, or most of what short tests teach would be to copy."""
     lengths: torch.Tensor
-    """int64 [N]: as how long rows each is made (`ProbeRows.lengths`), 0 where it is of text."""
+    """int64 [N]: as how long rows each is made (`ProbeRows.lengths`, `chat_length`), 0 where it is of text."""
 
     @classmethod
     def none(cls, rows: int, window: int) -> Marks:
@@ -105,7 +106,7 @@ class Blocks:
     passed_over: int = 0
     """Documents that were left out, since another use of the run has them."""
     marks: Marks | None = None
-    """None: the source has no tests."""
+    """None: the source has neither tests nor chats."""
 
     def facts(self) -> TextFacts:
         """All but the tokens and the documents' keys."""
@@ -181,14 +182,14 @@ def token_blocks(
 
     Args:
         source: wikitext2, c4, fineweb-edu, alpaca, OWNER/NAME:SPLIT:COLUMN, a .txt/.jsonl/.parquet file or glob,
-            python-docs, python-docstrings, probes (generated tests), or self (sampled from `model`); several joined
-            with +, row by row in turn, "c4+probes:0.25" for a quarter of tests.
+            python-docs, python-docstrings, probes (generated tests), self (sampled from `model`), or chats (the same,
+            by its template); several joined with +, row by row in turn, "c4+probes:0.25" for a quarter of tests.
         tokenizer: a tokenizer of transformers.
         tokens: token ids in all, rounded up to whole rows.
         window: T, tokens in a row.
         seed: of the order of documents, and of what is sampled.
         chat_template: render chats and instructions by the tokenizer's template.
-        model: the causal LM that "self" is sampled from.
+        model: the causal LM that "self" and "chats" are sampled from.
         order: "shuffled" documents, of the training split where a source has splits; or "as written", of the split
             that perplexities are reported on (wikitext2: test, c4: validation).
 
@@ -234,7 +235,7 @@ def load_blocks(
         skip: blocks of this window to leave out first: calls whose blocks must not overlap use one window and order.
         order: "shuffled" or "as written".
         chat_template: render records with messages or instructions by the tokenizer's template.
-        model: needed for "self" only.
+        model: needed for "self" and "chats" only.
 
     Raises:
         DataError: no such source, unreadable, unreachable, too short.
@@ -253,7 +254,7 @@ class Reader:
     tokenizer: Any
     seed: int
     model: Any = None
-    """For "self" only."""
+    """For "self" and "chats" only."""
     chat_template: bool = False
     """Whether shuffled chats are rendered by the tokenizer's template. Text that is reported on never is."""
     capabilities: Sequence[str] = tuple(CAPABILITIES)
@@ -292,7 +293,7 @@ class Reader:
         blocks = torch.empty(count, window, dtype=torch.int64)
         keys: set[int] = set()
         documents = passed_over = 0
-        marks = Marks.none(count, window) if any(part.name == TESTS for part in parts) else None
+        marks = Marks.none(count, window) if any(part.name in (CHATS, TESTS) for part in parts) else None
         for i, part in enumerate(parts):
             rows = [j for j in range(skip, skip + count) if order_of[j % len(order_of)] == i]
             if not rows:
@@ -348,11 +349,12 @@ class Reader:
         """What is left of a source, whatever it is called."""
         name = (_origin(part), order)
         if name not in self._streams:
-            if part.name == SELF:
+            if part.name in (SELF, CHATS):
                 # text that is reported on is from a seed of its own, never what is searched or tuned on
                 seed = self.seed if order == "shuffled" else f"{self.seed}, as written"
-                chat = self.chat_template and order == "shuffled"
-                self._streams[name] = _Own(self.model, self.tokenizer, seed, chat)
+                of_chats, by_template = part.name == CHATS, self.chat_template and order == "shuffled"
+                how = sample_chats if of_chats else partial(sample, chat_template=by_template)
+                self._streams[name] = _Own(partial(how, self.model, self.tokenizer), seed, of_chats)
             elif part.name == TESTS:
                 family, named = ("tuning", self.capabilities) if order == "shuffled" else ("judging", [*CAPABILITIES])
                 self._streams[name] = _Generated(self.tokenizer, family, self.seed, named)
@@ -475,18 +477,20 @@ class _Text:
 
 
 class _Own:
-    """The model's own text, of which each row is a document."""
+    """The model's own text or chats, of which each row is a document."""
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int | str, chat_template: bool) -> None:
-        self._model, self._tokenizer, self._seed, self._chat = model, tokenizer, seed, chat_template
+    def __init__(self, write: Callable[[int, range, int | str], torch.Tensor], seed: int | str, of_chats: bool) -> None:
+        self._write, self._seed, self._of_chats = write, seed, of_chats
         self._given = 0
 
     def take(self, span: range, window: int, refused: Callable[[int], bool]) -> _Taken:
         """Rows `span` of those to come. None is refused: each is from a seed of its own."""
         wanted = range(self._given + span.start, self._given + span.stop)
         self._given = wanted.stop
-        rows = sample(self._model, self._tokenizer, window, wanted, self._seed, chat_template=self._chat)
-        return _Taken(rows, [_hash(row.numpy().tobytes()) for row in rows], 0)
+        rows = self._write(window, wanted, self._seed)
+        lengths = torch.full((len(rows),), chat_length(window) if self._of_chats else 0, dtype=torch.int64)
+        marks = Marks(torch.zeros_like(rows, dtype=torch.bool), lengths)
+        return _Taken(rows, [_hash(row.numpy().tobytes()) for row in rows], 0, marks)
 
     def skip_blocks(self, count: int, window: int, refused: Callable[[int], bool]) -> None:
         """Skip the next rows."""

@@ -1,4 +1,4 @@
-"""Text that the model writes itself, for users who have none: rows of tokens sampled from its plain distribution.
+"""Text that the model writes itself: for users who have none, and chats, so that a healed model replies as it did.
 
 Part of `data/blocks.py`, which draws blocks from it as from any other source.
 """
@@ -13,18 +13,28 @@ from typing import Any
 import torch
 
 from layercut.data.chat_templates import render_chat
+from layercut.data.probes import SHORT_ROW
 from layercut.errors import DataError
 from layercut.models.loading import quiet_transformers
 from layercut.progress import bar
 
 ROWS = 32
 """Rows sampled from the model in one batch."""
+CHAT_HEAT = 0.7
+"""Temperature of chats: at 1 a small model loses the thread, and nobody asks it so (docs/log.md)."""
 
 
 def sample(
-    model: Any, tokenizer: Any, window: int, span: range, seed: int | str, *, chat_template: bool = False
+    model: Any,
+    tokenizer: Any,
+    window: int,
+    span: range,
+    seed: int | str,
+    *,
+    chat_template: bool = False,
+    heat: float = 1.0,
 ) -> torch.Tensor:
-    """Rows of the model's own text: its plain distribution, temperature 1, past EOS.
+    """Rows of the model's own text: its plain distribution, past EOS.
 
     Each batch is seeded by the run's seed and its first row's place, so that rows of disjoint spans differ.
 
@@ -35,6 +45,7 @@ def sample(
         span: numbers of the rows.
         seed: of the run.
         chat_template: begin each row as a user's message.
+        heat: temperature of the distribution.
 
     Returns:
         Token ids [len(span), T], on the CPU.
@@ -45,7 +56,7 @@ def sample(
     if model is None:
         raise DataError("--data self samples text from the model, and none is loaded", "give a file or a named set")
     prefix = chat_prefix(tokenizer, window) if chat_template else None
-    plain = plain_distribution(window, tokenizer.pad_token_id or 0)
+    plain = plain_distribution(window, tokenizer.pad_token_id or 0, heat)
     rows = []
     total = len(span) * (window - len(prefix or [0]))
     with bar("sampling text from the model", total) as advance, generating(model, plain):
@@ -70,19 +81,75 @@ def sample(
     return torch.cat(rows).clone()  # cloned outside inference mode, or autograd would refuse these tokens
 
 
-def plain_distribution(length: int, pad: int = 0) -> Any:
-    """Generation by the model's own distribution, temperature 1, past EOS.
+def sample_chats(model: Any, tokenizer: Any, window: int, span: range, seed: int | str) -> torch.Tensor:
+    """Rows of chats that the model writes from their first word on, the user's messages too (Magpie, 2406.08464).
+
+    A row is several chats laid end to end, of `chat_length` tokens each, cut there.
+
+    Args:
+        model: a causal LM of transformers.
+        tokenizer: its tokenizer.
+        window: T.
+        span: numbers of the rows.
+        seed: of the run.
+
+    Returns:
+        Token ids [len(span), T], on the CPU.
+
+    Raises:
+        DataError: as `sample`; or the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("--data chats needs a chat template, which the tokenizer has not", "use a chat model, or self")
+    length = chat_length(window)
+    each = window // length
+    chats = range(span.start * each, span.stop * each)
+    rows = sample(model, tokenizer, length, chats, f"{seed}, {length} of {window}", chat_template=True, heat=CHAT_HEAT)
+    return rows.view(len(span), window)
+
+
+def chat_length(window: int) -> int:
+    """As how many tokens each chat is written of those that fill a row: those of a short row, or the least above.
+
+    Args:
+        window: T.
+
+    Returns:
+        A divisor of T.
+    """
+    return next(window // parts for parts in range(max(1, window // SHORT_ROW), 0, -1) if window % parts == 0)
+
+
+def writes_chats(tokenizer: Any, window: int) -> bool:
+    """Whether a model with this tokenizer can write chats in rows of T tokens, half of each its own words.
+
+    Args:
+        tokenizer: of the model.
+        window: T.
+
+    Returns:
+        False too where the template leaves out what the user says.
+    """
+    try:
+        return bool(tokenizer.chat_template) and 2 * len(chat_prefix(tokenizer, window)) <= chat_length(window)
+    except DataError:
+        return False
+
+
+def plain_distribution(length: int, pad: int = 0, heat: float = 1.0) -> Any:
+    """Generation by the model's own distribution, past EOS.
 
     Args:
         length: tokens of a row, its beginning included.
         pad: a token that is never read, since rows are equally long.
+        heat: temperature.
 
     Returns:
         transformers' GenerationConfig.
     """
     from transformers import GenerationConfig
 
-    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=pad)
+    return GenerationConfig(do_sample=True, temperature=heat, top_k=0, top_p=1.0, max_length=length, pad_token_id=pad)
 
 
 @contextmanager

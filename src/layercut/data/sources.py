@@ -52,9 +52,13 @@ is train."""
 PYTHON = {"python-docs": python_docs, "python-docstrings": python_docstrings}
 SELF = "self"
 """Text that the model writes itself: see `data/self_sampled.py`."""
+CHATS = "chats"
+"""The same of chats, its own words and the user's; "chats:0.1" for a tenth of a mix's rows."""
 TESTS = "probes"
 """Generated tests of what a model can do (`data/probes.py`); "probes:0.25" for a quarter of a mix's rows."""
-MADE_ANEW = frozenset((SELF, TESTS))
+SHARED = (CHATS, TESTS)
+"""What a mix has a share of, told behind a colon."""
+MADE_ANEW = frozenset((SELF, CHATS, TESTS))
 """Where these are reported on they are of another seed, and tests of the judging family: no text that was tuned on."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]*))?(?::([\w.-]+))?")
 
@@ -104,10 +108,10 @@ def find(name: str, *, reported: bool = False) -> Source:
         DataError: there is no such source.
     """
     head, _, split = name.partition(":")
-    if name in PYTHON or name in (SELF, TESTS):
+    if name in PYTHON or name in MADE_ANEW:
         return Source(name)
-    if head == TESTS:
-        return Source(TESTS, share=_share(split))
+    if head in SHARED:
+        return Source(head, share=_share(head, split))
     if head in NAMED and ":" not in split:
         usual = REPORTED.get(head, NAMED[head].split) if reported else NAMED[head].split
         return Source(name, hub=replace(NAMED[head], split=split or usual), column=NAMED[head].column)
@@ -119,7 +123,7 @@ def find(name: str, *, reported: bool = False) -> Source:
         hub = HubSet(path, config, split or "train", column or "text")
         return Source(name, hub=hub, column=hub.column)
     raise DataError(
-        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF, TESTS])}",
+        f"no source of text is called {name!r}; there are {', '.join([*NAMED, *PYTHON, SELF, *SHARED])}",
         "a file is given by its path (.txt, .jsonl, .parquet), a Hub set as owner/name:split:column",
     )
 
@@ -139,11 +143,12 @@ def documents(name: str, seed: int | None) -> Iterator[Document]:
 
 def split_mix(source: str) -> list[str]:
     """The sources that "a+b" or "a,b" names, unless a file is called so ("a,b.txt", or "a,b.txt+probes:0.1")."""
-    if os.path.exists(source):
-        return [source]
-    file, plus, tests = source.rpartition("+")
-    if plus and tests.partition(":")[0] == TESTS and os.path.exists(file):
-        return [file, tests]
+    file, shares = source, list[str]()
+    while not os.path.exists(file) and file.rpartition("+")[2].partition(":")[0] in SHARED and "+" in file:
+        file, _, share = file.rpartition("+")
+        shares.insert(0, share)
+    if os.path.exists(file):
+        return [file, *shares]
     parts = [part.strip() for part in re.split(r"[+,]", source)]
     if not all(parts):
         raise DataError(f"--data {source!r} names an empty source", "for example: --data wikitext2, or --data self")
@@ -152,14 +157,19 @@ def split_mix(source: str) -> list[str]:
     return parts
 
 
-def _share(text: str) -> Fraction:
+def written_by_model(source: str) -> bool:
+    """Whether the model writes some of a mix itself, for which it has to be there."""
+    return any(part.partition(":")[0] in (SELF, CHATS) for part in split_mix(source))
+
+
+def _share(name: str, text: str) -> Fraction:
     """Of "probes:0.25", a quarter, to a thousandth."""
     try:
         share = Fraction(text).limit_denominator(1000)
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share < 1:
-        raise DataError(f"the share {text!r} of {TESTS} is not between 0 and 1", "a quarter of the rows: probes:0.25")
+        raise DataError(f"the share {text!r} of {name} is not between 0 and 1", f"a quarter of the rows: {name}:0.25")
     return share
 
 
@@ -210,7 +220,8 @@ def public_name(source: str) -> str:
     """A source's name as it may be published: of files the last part of their path only."""
 
     def last(part: str) -> str:
-        local = part not in (*PYTHON, SELF) and part.partition(":")[0] not in (*NAMED, TESTS) and looks_local(part)
+        named = part in (*PYTHON, SELF) or part.partition(":")[0] in (*NAMED, *SHARED)
+        local = not named and looks_local(part)
         return re.split(r"[/\\]", part)[-1] or part if local else part
 
     return "+".join(map(last, split_mix(source)))

@@ -9,6 +9,7 @@ fits (`fits_in_memory.py`). What is not known is null.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from layercut.config import GROUP_SIZES, CompressConfig, PlanConfig
 from layercut.data.probes import capability_names
+from layercut.data.self_sampled import ROWS, chat_length
 from layercut.errors import ConfigError, SurgeryError
 from layercut.estimate.fits_in_memory import Device, judge, targets
 from layercut.estimate.machine import Rates, calibrate
@@ -194,7 +196,8 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
         if heal.fold:
             found["fold"] = fold_cost(run)
         if heal.tune_tokens:
-            found["tune"] = tune_cost(run, tune_settings(heal))
+            tuned = tune_cost(run, tune_settings(heal))
+            found["tune"] = replace(tuned, work=tuned.work and tuned.work + _chats_work(run))
     if run.config.quantize.rounds:
         found["quantize"] = _quantize_cost(run)
     found |= {"eval": evaluate_cost(run), "export": export_cost(run)}
@@ -205,6 +208,17 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
         found["export"].peak["healed weights"] = 2 * healed
     weights = weights_peak(run.shape, run.on_disk)
     return {name: Spent(weights | spent.peak, spent.work) for name, spent in found.items()}
+
+
+def _chats_work(run: PlannedRun) -> Work:
+    """What writing the chats that are tuned on computes, of a chat model in memory: a batch at a time, by the token."""
+    shape, heal, length = run.shape, run.config.heal, chat_length(run.tuned.window)
+    chats = math.ceil(heal.chat_share * heal.tune_tokens / length) * (not run.on_disk)
+    steps, rows = math.ceil(chats / ROWS) * length, chats * length / shape.window
+    return Work.of(
+        shape, rows * shape.layers, heads=rows,
+        decoded_bytes=steps * shape.dense.total * shape.itemsize, decoded_layers=steps * shape.layers,
+    )  # fmt: skip
 
 
 def _search_cost(run: PlannedRun) -> Spent:

@@ -10,7 +10,7 @@ and the evaluations of users (`protocol.py`). The pipeline calls these and write
 
 from layercut.evaluation.capabilities import CapabilityFigures, capability_figures
 from layercut.evaluation.comparison import Evaluation, evaluate
-from layercut.evaluation.generation import PROMPTS, generation_health, generations
+from layercut.evaluation.generation import PROMPTS, SAMPLE, generation_health, generations, reply_tokens
 from layercut.evaluation.key_values import key_value_cases
 from layercut.evaluation.likelihood import (
     compared_losses,
@@ -39,6 +39,7 @@ from layercut.registries import source_digest
 
 __all__ = [
     "PROMPTS",
+    "SAMPLE",
     "CapabilityFigures",
     "Evaluation",
     "EvaluationFunction",
@@ -69,6 +70,7 @@ __all__ = [
     "perplexity",
     "perplexity_by_position",
     "perplexity_protocol",
+    "reply_tokens",
     "representative_metric",
     "retention",
     "score_tasks",

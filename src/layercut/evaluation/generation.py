@@ -21,9 +21,14 @@ PROMPTS = (
     "The capital of France is",
     "Explain in one sentence why the sky is blue.",
     "Write a Python function that returns the largest of three numbers.",
+    "What are the benefits of exercise?",
+    "Who was Marie Curie?",
+    "Write an email asking my boss for a day off.",
+    "How do I boil an egg?",
+    "Tell me a story about a dragon and a baker.",
 )
-SAMPLE = 48
-"""Tokens written after each of them."""
+SAMPLE = 64
+"""Tokens written after each of them, at most."""
 LONGEST_PROMPT, CONTINUATION, FEWEST_PROMPTS = 32, 64, 8
 """Tokens of a prompt and of its continuation when health is measured, and over how many prompts."""
 PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None,
@@ -51,6 +56,19 @@ def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *,
         out = greedy(model, torch.tensor([ids]), tokens, pad)
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
     return texts
+
+
+def reply_tokens(tokenizer: Any, texts: Sequence[str]) -> float:
+    """How long replies are, on average: healing teaches some to be short that were not.
+
+    Args:
+        tokenizer: of the model.
+        texts: replies of a chat model, as `generations` returns them.
+
+    Returns:
+        Tokens.
+    """
+    return math.fsum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts) / len(texts)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:

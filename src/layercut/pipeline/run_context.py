@@ -21,7 +21,8 @@ from layercut.config import CompressConfig, Score, ShardMode
 from layercut.data.blocks import Reader, TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
-from layercut.data.sources import TESTS, split_mix
+from layercut.data.self_sampled import writes_chats
+from layercut.data.sources import CHATS, TESTS, written_by_model
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
@@ -173,11 +174,21 @@ class RunContext:
         """The use whose tokens measure what was saved: the evaluation's, or held-out where none is evaluated."""
         return next(use for use in ("evaluation", "heldout", "calibration") if use in self.text)
 
-    def reader(self, *sources: str, seed: int | None = None) -> Reader:
-        """Draws blocks of these sources for several uses.
+    @cached_property
+    def chats_fit(self) -> bool:
+        """Whether the model has a template by which it can write chats in rows of the run's window."""
+        return writes_chats(self.tokenizer, self.config.text.window)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the dense model can write text where it is: in memory, and whole in a process."""
+        return not self.spread and not layer_reader_protocol.layers_on_disk(self.dense.model)
+
+    def reader(self, source: str, *, seed: int | None = None) -> Reader:
+        """Draws blocks of a source for several uses, and skips those of others.
 
         Args:
-            *sources: as the user named them.
+            source: as the user named it.
             seed: of their order; the run's where not given.
 
         Returns:
@@ -186,11 +197,10 @@ class RunContext:
         Raises:
             ConfigError: text from the model itself, whose layers are on disk.
         """
-        text, own = self.config.text, [source for source in sources if "self" in split_mix(source)]
-        model = self.dense.model if own else None
+        text, model = self.config.text, self.dense.model if written_by_model(source) else None
         if model is not None and layer_reader_protocol.layers_on_disk(model):
             raise ConfigError(
-                f"{own[0]!r} has the model write text, for which layers on disk would be read for every token",
+                f"{source!r} has the model write text, for which layers on disk would be read for every token",
                 "give another text, or --stream off",
             )
         seed = text.seed if seed is None else seed
@@ -205,13 +215,13 @@ class RunContext:
 
     @property
     def held_out_text(self) -> torch.Tensor:
-        """What judges cuts as text, token ids [N, T]: held-out rows, without the tests of the family that is tuned on.
+        """What judges cuts as text, token ids [N, T]: held-out rows, without the tests and chats that are tuned on too.
 
-        All of them where nothing but tests is tuned on.
+        All of them where nothing else is tuned on.
         """
         rows = self.blocks["heldout"]
         parts = by_origin(torch.arange(len(rows)), self.text["heldout"].origins)
-        of_text = [part for name, part in parts.items() if name != TESTS]
+        of_text = [part for name, part in parts.items() if name not in (CHATS, TESTS)]
         return rows[torch.cat(of_text).sort().values] if of_text else rows
 
     @cached_property

@@ -31,6 +31,8 @@ REPEATS, CIRCLES = 0.05, 0.2
 that generation did not survive."""
 UNLIKELY, NONSENSE = 1.0, 2.0
 """Nats per token that the dense model gives the continuations beyond its own: likewise."""
+SHORT_REPLIES = 0.5
+"""Of the tokens of the dense model's replies: less is a warning."""
 LONG_LOSS = 0.1
 """Log-perplexity that the last positions may lose beyond what the first ones lose; more is called hurt."""
 

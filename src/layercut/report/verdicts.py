@@ -350,9 +350,12 @@ def generation_verdict(health: Json) -> Verdict | None:
     old, new = finite(health.dense.repeated_4grams), finite(health.compressed.repeated_4grams)
     likely, unlikely = finite(health.dense.dense_loss), finite(health.compressed.dense_loss)
     odd = likely is not None and unlikely is not None and unlikely > likely + limits.UNLIKELY
+    long, left = finite(health.replies.dense), finite(health.replies.compressed)
+    short = long is not None and left is not None and left < limits.SHORT_REPLIES * long
     if old is None or new is None:
-        return _judged("Generation", "open", health=health, odd=False)
-    return _judged("Generation", "good" if new <= old + limits.REPEATS and not odd else "fair", health=health, odd=odd)
+        return _judged("Generation", "open", health=health, odd=False, short=False)
+    mark = "good" if new <= old + limits.REPEATS and not odd and not short else "fair"
+    return _judged("Generation", mark, health=health, odd=odd, short=short)
 
 
 def generation_warning(health: Json) -> str:

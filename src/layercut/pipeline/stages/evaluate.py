@@ -145,13 +145,19 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
     if layer_reader_protocol.layers_on_disk(last):
         say("evaluate", "layers are left on disk: generations, their health and speed are not measured")
         return CloserLook(generations=None, health=None, speed=None, **peaks(last))
-    samples = [measures.generations(m, work.tokenizer) for m in (work.dense.model, last)]
+    samples = {
+        name: measures.generations(m, work.tokenizer) for name, m in (("dense", work.dense.model), ("compressed", last))
+    }
+    health = measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window))
+    if work.tokenizer.chat_template:
+        lengths = {name: measures.reply_tokens(work.tokenizer, texts) for name, texts in samples.items()}
+        health["replies"] = {**lengths, "most": measures.SAMPLE, "prompts": len(measures.PROMPTS)}
     return CloserLook(
         generations=[
             Generation(prompt=prompt, dense=dense, compressed=compressed)
-            for prompt, dense, compressed in zip(measures.PROMPTS, *samples, strict=True)
+            for prompt, dense, compressed in zip(measures.PROMPTS, *samples.values(), strict=True)
         ],
-        health=measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window)),
+        health=health,
         speed=speed.speed(work.dense.model, last) if work.config.evaluate.speed else None,
         **peaks(last),
     )

@@ -14,6 +14,7 @@ from layercut import quantization as rounding
 from layercut.config import Bits, CompressConfig, DataConfig, QuantizeConfig
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import ProbeRows, capability_names, probe_rows
+from layercut.data.sources import TESTS
 from layercut.files.json_values import digest
 from layercut.healing.endpoint_tuning import endpoints
 from layercut.models import loading
@@ -23,7 +24,7 @@ from layercut.pipeline.artefacts import BeforeAfter, FrontierArtefact, FrontierR
 from layercut.pipeline.run_context import Round, RunContext
 from layercut.pipeline.stages import tune_quantized
 from layercut.pipeline.stages.search import SHORTEST_TESTED, TEXT_ROWS_PER_TEST
-from layercut.pipeline.stages.text import has_tests
+from layercut.pipeline.stages.text import has
 from layercut.progress import say
 from layercut.quantization.quantizers import resolve as quantizer_of
 from layercut.registries import quantizers
@@ -113,7 +114,7 @@ def capabilities_read(config: CompressConfig, asked: QuantizeConfig) -> Sequence
         Their names; none where nothing is calibrated, from 8 bits on, or where the text has tests already.
     """
     needs_rows = asked.small and quantizer_of(asked.quantizer)[1].needs_calibration
-    return () if not needs_rows or has_tests(config.text.data) else capability_names(config.search.preserve)
+    return () if not needs_rows or has(config.text.data, TESTS) else capability_names(config.search.preserve)
 
 
 def rows_of_tests(text: DataConfig) -> int:

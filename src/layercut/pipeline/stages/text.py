@@ -20,7 +20,7 @@ from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
-from layercut.data.sources import MADE_ANEW, TESTS, split_mix, what_is_read
+from layercut.data.sources import CHATS, MADE_ANEW, TESTS, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.evaluation.generation import prompt_ids
@@ -70,12 +70,13 @@ def uses(config: CompressConfig, until: str) -> list[Use]:
     return [use for use, is_wanted in wanted.items() if is_wanted]
 
 
-def text_wanted(work: RunContext, use: Use) -> Asked:
+def text_wanted(work: RunContext, use: Use, chats: bool = True) -> Asked:
     """What to draw for a use.
 
     Args:
         work: of the run.
         use: what the text is for.
+        chats: whether the dense model can write what is to be tuned on of chats.
 
     Returns:
         Source, tokens, window and order.
@@ -87,31 +88,48 @@ def text_wanted(work: RunContext, use: Use) -> Asked:
         )
     if use == "calibration":
         return Asked(source=text.data, tokens=text.tokens, window=text.window)
-    source = tuning_source(work)
+    source = tuning_source(work, chats)
     if use == "heldout":
         return Asked(source=source, tokens=held_out_tokens(heal), window=text.window)
     return Asked(source=source, tokens=heal.tune_tokens, window=heal.tune_window or text.window)
 
 
-def tuning_source(work: RunContext) -> str:
-    """The text that is tuned on, with its share of generated tests, where these fit a row and are not in it already."""
-    config = work.config
-    source = config.heal.tune_data or config.text.data
-    wanted = config.heal.probe_share > 0 and config.search.preserve != "none" and work.tests_fit
-    if not wanted or has_tests(source):
-        return source
-    return f"{source}+{TESTS}:{config.heal.probe_share:g}"
+def tuning_source(work: RunContext, chats: bool) -> str:
+    """The text that is tuned on, with its shares of chats and of tests, where these fit a row and are not in it yet.
+
+    Args:
+        work: of the run.
+        chats: whether there can be any.
+
+    Returns:
+        A mix.
+    """
+    heal, preserves = work.config.heal, work.config.search.preserve != "none"
+    source = named = heal.tune_data or work.config.text.data
+    if chats and heal.chat_share and not has(named, CHATS) and work.chats_fit:
+        source += f"+{CHATS}:{heal.chat_share:g}"
+    if preserves and heal.probe_share and not has(named, TESTS) and work.tests_fit:
+        source += f"+{TESTS}:{heal.probe_share:g}"
+    return source
 
 
-def has_tests(source: str) -> bool:
-    """Whether generated tests are named in a mix."""
-    return any(part.partition(":")[0] == TESTS for part in split_mix(source))
+def has(source: str, name: str) -> bool:
+    """Whether chats, or generated tests, are in a mix.
+
+    Args:
+        source: the mix.
+        name: `CHATS` or `TESTS`.
+
+    Returns:
+        That.
+    """
+    return any(part.partition(":")[0] == name for part in split_mix(source))
 
 
 def taught(work: RunContext) -> list[str]:
     """How the tests among the rows to tune on are taught, for what depends on it; nothing where there are none."""
     tuning = work.text.get("tuning")
-    return ["answers by their own tokens"] if tuning is not None and has_tests(tuning.source) else []
+    return ["answers by their own tokens"] if tuning is not None and has(tuning.source, TESTS) else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +189,7 @@ def token_weights(marks: Marks | None, weight: float) -> torch.Tensor | None:
     Returns:
         float32 [N, T]; None where every token counts alike.
     """
-    return None if marks is None or weight == 1 else torch.where(marks.answers, weight, 1.0)
+    return None if marks is None or weight == 1 or not marks.answers.any() else torch.where(marks.answers, weight, 1.0)
 
 
 def row_lengths(
@@ -223,7 +241,7 @@ def inputs(work: RunContext, use: Use, drawn: Sequence[Use]) -> list[Any]:
         # the documents of all are left out; of the others what they take of a common stream counts, too
         before.append(documents_of(work, other))
         before += [] if other == "evaluation" else [asdict(text_wanted(work, other))]
-    edition: list[Any] = [EDITION] if has_tests(wanted.source) else []
+    edition: list[Any] = [EDITION] if has(wanted.source, TESTS) else []
     if edition and work.config.search.preserve not in ("all", "none"):
         edition.append(work.preserved)
     return [work.source, text.seed, text.chat_template, asdict(wanted), reads, before, *edition]
@@ -241,7 +259,9 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
         work.text[use], work.blocks[use] = drawn.facts, stored_blocks(work.run.folder, use)
         if use != "heldout":
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
-        if use == "tuning" and has_tests(drawn.source) and (plain := never_chats(work.tokenizer, work.preserved)):
+        if use == "tuning" and not has(drawn.source, CHATS) and has(text_wanted(work, use).source, CHATS):
+            say("note", "no chats are tuned on, which the dense model can write only where it is in memory as a whole")
+        if use == "tuning" and has(drawn.source, TESTS) and (plain := never_chats(work.tokenizer, work.preserved)):
             why = "the chat template changes replies, or leaves out turns"
             say("note", f"{why}: generated tests of {', '.join(plain)} are no chats")
     if "evaluation" in uses:
@@ -263,10 +283,14 @@ def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
     with work.run.stage(TextArtefact, f"text-{use}", inputs(work, use, drawn)) as stage:
         if stage.open:
             check_prompt(work)
-            reader = work.reader(*(text_wanted(work, each).source for each in (*drawn, use)))
+            asked = text_wanted(work, use)
+            if has(asked.source, CHATS) and not work.writes:
+                asked = text_wanted(work, use, chats=False)
+            reader = work.reader(asked.source)
             for other in drawn:
-                reader.skip_blocks(other, **asdict(text_wanted(work, other)), keys=keys_of(work, other))
-            blocks = reader.draw(use, **asdict(text_wanted(work, use)))
+                had = text_wanted(work, other, CHATS in work.text[other].reads)
+                reader.skip_blocks(other, **asdict(had), keys=keys_of(work, other))
+            blocks = reader.draw(use, **asdict(asked))
             loading.check_tokens(blocks.tokens, work.architecture, work.checkpoint.name)
             work.run.drawn(f"text-{use}", blocks.fingerprint)
             work.save({use: blocks.tokens} | (vars(blocks.marks) if blocks.marks else {}), f"tokens-{use}")
