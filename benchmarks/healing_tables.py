@@ -78,7 +78,7 @@ AS_BY_DEFAULT = {
     "tokens": 131072, "mix": 0.3, "rate": 0.0, "radius": 1, "window": 1024, "parted": 1, "beside": "wiki_passages.txt",
 }  # fmt: skip
 """How it heals, of recall.py's settings."""
-WITH_TESTS = {"share": 0.1, "answer_weight": 4.0}
+WITH_TESTS = {"share": 0.1, "chats": 0.1, "answer_weight": 4.0}
 """And where recall is to be kept."""
 
 

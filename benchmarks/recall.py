@@ -25,12 +25,11 @@ from common import RowsDone, arguments, blocks, finish, open_model
 from layercut import evaluation
 from layercut.data.probes import probe_rows
 from layercut.evaluation.generated_probes import Probes, found_of, probed, probes_for
-from layercut.evaluation.generation import PROMPTS, SAMPLE, greedy, padding, prompt_ids
 from layercut.models import loading
 from layercut.pipeline.stages.heal import FOLD_TOKENS
 from layercut.progress import say
 from tasks_kept import ASKED, tasks_kept
-from teaching import Healing, healed, kl_of_rows
+from teaching import Healing, healed
 
 
 def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tensor], probes: Probes) -> dict[str, Any]:
@@ -40,22 +39,10 @@ def judged(model: loading.LanguageModel, small: Any, texts: dict[str, torch.Tens
     for name, cells in (("keys", told.keys), ("lists", told.lists)):
         hits, trials = found_of(cells)
         found |= {name: cells, f"{name}_found": hits, f"{name}_asked": trials}
-    return found | (told.capabilities or {}) | replies(model, small)
-
-
-def replies(model: loading.LanguageModel, small: Any) -> dict[str, Any]:
-    """Mean tokens of a reply, SAMPLE at most, and the KL to the dense model on its own ones, nats per token."""
-    asked = [prompt_ids(model.tokenizer, prompt) for prompt in PROMPTS]
-    dense, own = (
-        [greedy(each, torch.tensor([ids]), SAMPLE, padding(model.tokenizer))[0] for ids in asked]
-        for each in (model.model, small)
-    )
-    of_dense = [
-        kl_of_rows(model.model, small, torch.tensor([ids + reply]))[0, len(ids) - 1 : -1]
-        for ids, reply in zip(asked, dense, strict=True)
-    ]
-    mean = {name: sum(map(len, texts)) / len(texts) for name, texts in (("dense", dense), ("compressed", own))}
-    return {"reply_tokens": mean, "kl_on_replies": torch.cat(of_dense).mean().item()}
+    models = {"dense": model.model, "compressed": small}
+    written = {name: evaluation.generations(each, model.tokenizer) for name, each in models.items()}
+    own = evaluation.replies(model.model, small, model.tokenizer, written)
+    return found | (told.capabilities or {}) | {"replies": own}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import folders
 from layercut import evaluation
 from layercut.cli.command_line import main
+from layercut.config import CompareConfig, MethodsConfig
 from layercut.data.blocks import stored_blocks
 from layercut.errors import SurgeryError
 from layercut.files.typed_json import SEAL
@@ -487,3 +488,8 @@ def test_what_each_cut_still_does_is_measured_in_every_state_and_resumed(argumen
     assert main([part.replace("tiny_choices", "tiny_choices,tiny_sums") for part in command]) == 0, "no --force"
     assert list(json.loads((out / "compare.json").read_text())["tasks"]) == ["tiny_choices", "tiny_sums"]
     assert files.items() <= {file: file.stat().st_mtime_ns for file in (out / "tasks").iterdir()}.items(), "kept"
+
+
+def test_every_method_is_healed_on_the_shares_that_are_given():
+    heal = CompareConfig(compare=MethodsConfig(ratio=0.2, probe_share=0.2, chat_share=0.3)).journey().heal
+    assert (heal.probe_share, heal.chat_share) == (0.2, 0.3)

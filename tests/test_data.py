@@ -684,6 +684,33 @@ def test_a_chat_is_as_long_as_a_short_row_of_tests(window, length):
     assert chat_length(window) == length
 
 
+def test_chats_are_written_in_smaller_batches_where_memory_runs_out(llama, monkeypatch):
+    tokenizer, generate, batches = make_tokenizer(), llama.generate, list[int]()
+    tokenizer.chat_template = CHAT
+
+    def short_of_memory(prompt, **how):
+        batches.append(len(prompt))
+        if len(prompt) > 3:
+            raise MemoryError
+        return generate(prompt, **how)
+
+    monkeypatch.setattr(llama, "generate", short_of_memory)
+    chats = load_blocks("chats", tokenizer, tokens=7 * 32, window=32, seed=0, model=llama).tokens
+    assert batches == [7, 3, 3, 1]
+    assert len({*map(tuple, chats.tolist())}) == 7
+    monkeypatch.setattr(llama, "generate", lambda *_, **__: pytest.fail("no memory error"))
+    with pytest.raises(pytest.fail.Exception):
+        load_blocks("chats", tokenizer, tokens=7 * 32, window=32, seed=0, model=llama)
+
+
+def test_a_blank_before_the_users_words_is_their_first_tokens():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    assert self_sampled.chat_prefix(tokenizer, 64) == tokenizer("[INST]", add_special_tokens=False).input_ids
+    tokenizer.chat_template = "{% for m in messages %}User:\n{{ m.content }}{% endfor %}"
+    assert self_sampled.chat_prefix(tokenizer, 64) == tokenizer("User:\n", add_special_tokens=False).input_ids
+
+
 def test_who_can_write_chats():
     tokenizer = make_tokenizer()
     assert not writes_chats(tokenizer, 64)

@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,14 @@ from transformers import MistralConfig
 import families
 import folders
 import tiny
-from layercut import evaluation
+from layercut import evaluation, surgery
+from layercut.config import CompressConfig, DataConfig, EvaluateConfig
 from layercut.evaluation import generation, likelihood, passkey
-from layercut.evaluation.generation import distinct, first_divergence, reply_tokens
+from layercut.evaluation.generation import distinct, first_divergence, replies
 from layercut.evaluation.likelihood import bucket_edges
 from layercut.models.losses import next_token_loss
+from layercut.pipeline.stages.evaluate import look_closer
+from layercut.segments import Segment
 
 # ---- perplexity by position ----------------------------------------------------------------------------------
 
@@ -197,12 +201,37 @@ def test_repetition_and_variety():
     assert first_divergence([3], [4]) == 0
 
 
-def test_replies_are_as_long_as_they_have_tokens():
+def test_replies_are_judged_by_the_dense_models_own():
     tokenizer = folders.tokenizer()
-    texts = ["", "a", "abc de"]
-    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    assert reply_tokens(tokenizer, texts) == pytest.approx(sum(lengths) / 3)
-    assert lengths[0] == 0 < lengths[1] < lengths[2]
+    dense = tiny.llama(3, vocab_size=len(tokenizer))
+    small = surgery.cut(dense, [Segment(1, 2)])
+    texts = {"dense": ["", "abc de"], "compressed": ["a", "b"]}
+    found = replies(dense, small, tokenizer, texts, prompts=["x", "yz"])
+    length, kl = len(tokenizer("abc de", add_special_tokens=False).input_ids), list[float]()
+    assert (found["dense"], found["compressed"]) == (length / 2, 1.0)
+    for prompt, reply in zip(["x", "yz"], texts["dense"], strict=True):
+        ids = tokenizer(prompt + reply).input_ids
+        with torch.no_grad():
+            p, q = (model(torch.tensor([ids])).logits[0].double().log_softmax(-1) for model in (dense, small))
+        kl += (p.exp() * (p - q)).sum(-1)[-len(tokenizer(reply, add_special_tokens=False).input_ids) - 1 :].tolist()
+    assert len(kl) == length + 2
+    assert found["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+
+
+def test_a_run_of_a_chat_model_tells_how_it_replies():
+    tokenizer = folders.tokenizer()
+    dense = tiny.llama(3, vocab_size=len(tokenizer))
+    config = CompressConfig(text=DataConfig(window=16), evaluate=EvaluateConfig(speed=False))
+    work: Any = SimpleNamespace(tokenizer=tokenizer, dense=SimpleNamespace(model=dense), config=config)
+    small, tokens = surgery.cut(dense, [Segment(1, 2)]), tiny.some_tokens(4, 32)
+    assert "replies" not in (look_closer(work, small, tokens).health or {})
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    found = look_closer(work, small, tokens)
+    assert found.generations
+    assert found.health
+    told = {name: [getattr(each, name) for each in found.generations] for name in ("dense", "compressed")}
+    most = {"most": generation.SAMPLE, "prompts": len(generation.PROMPTS)}
+    assert found.health["replies"] == replies(dense, small, tokenizer, told) | most
 
 
 def test_health_is_that_of_greedy_continuations():

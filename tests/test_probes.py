@@ -1006,6 +1006,10 @@ def test_a_weight_of_answers_is_above_nothing():
         ({"tune_data": "b.txt"}, "b.txt+chats:0.1+probes:0.1"),
         ({"tune_data": "python-docs+probes:0.5"}, "python-docs+probes:0.5+chats:0.1"),
         ({"tune_data": "python-docs+chats"}, "python-docs+chats+probes:0.1"),
+        ({"tune_data": "probes:0.5"}, "probes:0.5"),
+        ({"tune_data": "probes"}, "probes+chats:0.1"),
+        ({"tune_data": "b.txt+probes:0.95"}, "b.txt+probes:0.95"),
+        ({"tune_tokens": 0}, "a.txt+probes:0.1"),
     ],
 )
 def test_what_is_tuned_on_has_its_shares_of_chats_and_tests(given, found):
@@ -1023,9 +1027,16 @@ def test_what_is_tuned_on_has_its_shares_of_chats_and_tests(given, found):
     assert tuned_on(chats_fit=False) == tuned_on(chats=False) == no_chats
 
 
+def test_chats_give_way_to_tests():
+    config = CompressConfig(text=DataConfig(data="a.txt"), heal=HealConfig(probe_share=0.9))
+    for fit, found in ((True, "a.txt+probes:0.9"), (False, "a.txt+chats:0.1")):
+        work: Any = SimpleNamespace(config=config, tests_fit=fit, chats_fit=True)
+        assert tuning_source(work, True) == found
+
+
 @pytest.mark.parametrize(
     "given",
-    [{"chat_share": 1.0}, {"chat_share": -0.1}, {"probe_share": 0.0001}, {"probe_share": 0.5, "chat_share": 0.5}],
+    [{"chat_share": 1.0}, {"chat_share": -0.1}, {"probe_share": 0.0001}],
 )
 def test_shares_leave_some_text_to_tune_on(given):
     with pytest.raises(ConfigError, match=next(iter(given)).replace("_", "-")) as error:

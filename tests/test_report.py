@@ -1066,13 +1066,14 @@ def test_replies_that_have_become_short_are_no_tick(tmp_path: Path) -> None:
     health["compressed"] |= health["dense"]
     marks = []
     for tokens in (30.0, 20.0):
-        health["replies"] = {"dense": 50.0, "compressed": tokens, "most": 64, "prompts": 8}
+        health["replies"] = {"dense": 50.0, "compressed": tokens, "most": 64, "prompts": 8, "kl": 0.457}
         words = verdicts.generation_verdict(Json(health))
         assert words
         marks.append((words.mark, "short, 20.00 tokens for 50.00" in words.text))
     assert marks == [("good", False), ("fair", True)]
     html, _ = report(make_run(tmp_path, summary=survival_json(generation_health=health)))
     assert "tokens of a reply, of 64 at most" in html
+    assert "0.457" in html
 
 
 def test_every_verdict_has_its_rule_on_the_page_and_in_the_reference(tmp_path: Path) -> None:

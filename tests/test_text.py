@@ -17,7 +17,7 @@ import tiny
 from layercut import evaluation
 from layercut.cli.command_line import main
 from layercut.config import CompressConfig, DataConfig, EvaluateConfig, HealConfig, SearchConfig
-from layercut.data.blocks import Marks, by_origin, load_blocks, stored_blocks, stored_marks
+from layercut.data.blocks import Blocks, Marks, by_origin, load_blocks, stored_blocks, stored_marks
 from layercut.errors import ConfigError, DataError
 from layercut.evaluation import likelihood
 from layercut.healing import tune_
@@ -28,7 +28,7 @@ from layercut.pipeline.run_context import RunContext
 from layercut.pipeline.run_store import Run
 from layercut.pipeline.stages import heal
 from layercut.pipeline.stages import text as text_stage
-from layercut.pipeline.stages.text import check_unseen, draw_all, row_lengths, uses
+from layercut.pipeline.stages.text import check_held_out, check_unseen, draw_all, row_lengths, uses
 
 
 def asking(data: str, tune_data: str | None, eval_data: str) -> CompressConfig:
@@ -352,3 +352,37 @@ def test_cuts_are_judged_as_text_by_text_alone(chat_model, several, tmp_path):
     assert not {*map(tuple, text.tolist())} & {
         *map(tuple, by_origin(rows, work.text["heldout"].origins)["chats"].tolist())
     }
+
+
+def test_what_a_template_always_writes_is_no_text_that_two_uses_share():
+    opening, draw = torch.arange(100), torch.Generator().manual_seed(0)
+
+    def blocks(*origins: str) -> Blocks:
+        rows = [torch.cat([opening, torch.randint(100, 9999, (156,), generator=draw)]) for _ in range(2)]
+        return Blocks(torch.stack(rows), "+".join(origins), 2, "", origins=origins)
+
+    for heldout, tuning in (("a.txt", "chats"), ("chats", "a.txt"), ("chats", "probes"), ("probes", "chats")):
+        check_held_out(blocks(heldout), [blocks(tuning)])
+    with pytest.raises(DataError, match="of the passages of the held-out text"):
+        check_held_out(blocks("a.txt"), [blocks("b.txt")])
+
+
+@pytest.mark.parametrize(
+    ("changed", "template", "why"),
+    [
+        ({}, "nothing that is said", "leaves out what the user says"),
+        ({"tune_data": "a.txt+probes:0.95"}, None, "leave no room"),
+        ({"chat_share": 0.0}, "nothing that is said", ""),
+        ({}, None, ""),
+    ],
+)
+def test_a_chat_model_without_chats_is_told_why(changed, template, why, chat_model, several, tmp_path, monkeypatch):
+    monkeypatch.chdir(several)
+    said: list[str] = []
+    monkeypatch.setattr(text_stage, "say", lambda *words: said.append(" ".join(words)))
+    if template:
+        (chat_model / "chat_template.jinja").write_text(template)
+    config = asking("a.txt", None, "other.txt")
+    draw(chat_model, tmp_path / "run", replace(config, heal=replace(config.heal, **changed)))
+    notes = [line for line in said if "no chats are tuned on" in line]
+    assert [why in line for line in notes] == [True] * bool(why)

@@ -423,7 +423,7 @@ class HealConfig:
     0, or --preserve none: text alone."""
     chat_share: float = 0.1
     """Share of these that are chats which the model writes before it is cut, the user's messages too, so that it still
-    replies as it did; where it has a chat template and is in memory. 0: none."""
+    replies as it did; where it has a chat template, which opens with 128 tokens at most, and is in memory. 0: none."""
     answer_weight: Annotated[float, rare] = 4.0
     """What a token of a test's answer counts in the loss of the layers beside the cut, of copies excepted; any other
     token counts 1. Answers are taught as they are, not as the dense model predicts them."""
@@ -465,11 +465,6 @@ class HealConfig:
         for flag, share in (("--probe-share", self.probe_share), ("--chat-share", self.chat_share)):
             if share and not 0.001 <= share <= 0.999:
                 raise ConfigError(f"{flag} {share:g} is neither 0 nor from 0.001 to 0.999", f"a tenth: {flag} 0.1")
-        if self.probe_share + self.chat_share >= 1:
-            raise ConfigError(
-                f"--probe-share {self.probe_share:g} and --chat-share {self.chat_share:g} leave no text to tune on",
-                "a tenth each: --probe-share 0.1 --chat-share 0.1",
-            )
         if not 0 < self.answer_weight < float("inf"):
             raise ConfigError(
                 f"--answer-weight {self.answer_weight:g} is not above 0", "as any token: --answer-weight 1"

@@ -16,6 +16,7 @@ from layercut.data.chat_templates import render_chat
 from layercut.data.probes import SHORT_ROW
 from layercut.errors import DataError
 from layercut.models.loading import quiet_transformers
+from layercut.models.memory import ran_out
 from layercut.progress import bar
 
 ROWS = 32
@@ -54,7 +55,9 @@ def sample(
         DataError: there is no model, or the chat template does not suit.
     """
     if model is None:
-        raise DataError("--data self samples text from the model, and none is loaded", "give a file or a named set")
+        raise DataError(
+            "self and chats are sampled from the model, and none is loaded", "give model=, or a file or a named set"
+        )
     prefix = chat_prefix(tokenizer, window) if chat_template else None
     plain = plain_distribution(window, tokenizer.pad_token_id or 0, heat)
     rows = []
@@ -66,19 +69,32 @@ def sample(
             advance(len(ids))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        for first in range(span.start, span.stop, ROWS):
-            batch = min(ROWS, span.stop - first)
-            draw = random.Random(f"{seed}/{first}")
+        first, most = span.start, ROWS
+        while first < span.stop:
+            batch, draw = min(most, span.stop - first), random.Random(f"{seed}/{first}")
             torch.manual_seed(draw.getrandbits(32))
-            heads = [prefix or [first_token(tokenizer, draw)] for _ in range(batch)]
-            prompt = torch.tensor(heads, device=model.device)
-            ids = prompt
-            if prompt.shape[1] < window:
-                ids = model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), use_cache=True, stopping_criteria=[step]
-                )
-            rows.append(ids.cpu())
+            prompt = torch.tensor([prefix or [first_token(tokenizer, draw)] for _ in range(batch)])
+            ids = prompt if prompt.shape[1] >= window else _continued(model, prompt, step)
+            if ids is None:
+                most = batch // 2
+                continue
+            rows.append(ids)
+            first += batch
     return torch.cat(rows).clone()  # cloned outside inference mode, or autograd would refuse these tokens
+
+
+def _continued(model: Any, prompt: torch.Tensor, step: Any) -> torch.Tensor | None:
+    """Rows [B, T] that begin so; None where memory is too short for as many at once, and fewer are to be tried."""
+    prompt = prompt.to(model.device)
+    try:
+        mask = torch.ones_like(prompt)
+        return model.generate(prompt, attention_mask=mask, use_cache=True, stopping_criteria=[step]).cpu()
+    except (RuntimeError, MemoryError) as error:
+        if len(prompt) == 1 or not ran_out(error):
+            raise
+    if model.device.type != "cpu":
+        torch.accelerator.empty_cache()
+    return None
 
 
 def sample_chats(model: Any, tokenizer: Any, window: int, span: range, seed: int | str) -> torch.Tensor:
@@ -207,8 +223,12 @@ def chat_prefix(tokenizer: Any, window: int) -> list[int]:
     mark = "USERS-WORDS"
     text = render_chat(tokenizer, [{"role": "user", "content": mark}])
     if mark not in text:
-        raise DataError("the chat template leaves out the user's message", "leave out --chat-template")
-    ids = tokenizer(text[: text.index(mark)], add_special_tokens=False).input_ids
+        raise DataError(
+            "the chat template leaves out the user's message",
+            "give another source of text, or leave out --chat-template",
+        )
+    opening = text[: text.index(mark)].rstrip(" ")  # a blank there is part of the first word's token
+    ids = tokenizer(opening, add_special_tokens=False).input_ids
     if len(ids) >= window:
         raise DataError(
             f"the chat template opens with {len(ids)} tokens; the window has {window}",

@@ -111,7 +111,7 @@ def find(name: str, *, reported: bool = False) -> Source:
     if name in PYTHON or name in MADE_ANEW:
         return Source(name)
     if head in SHARED:
-        return Source(head, share=_share(head, split))
+        return Source(head, share=share_of(name))
     if head in NAMED and ":" not in split:
         usual = REPORTED.get(head, NAMED[head].split) if reported else NAMED[head].split
         return Source(name, hub=replace(NAMED[head], split=split or usual), column=NAMED[head].column)
@@ -162,8 +162,15 @@ def written_by_model(source: str) -> bool:
     return any(part.partition(":")[0] in (SELF, CHATS) for part in split_mix(source))
 
 
-def _share(name: str, text: str) -> Fraction:
-    """Of "probes:0.25", a quarter, to a thousandth."""
+def share_of(part: str) -> Fraction | None:
+    """Of "probes:0.25", a quarter, to a thousandth; None where a part of a mix names none.
+
+    Raises:
+        DataError: what it names is no share.
+    """
+    name, colon, text = part.partition(":")
+    if name not in SHARED or not colon:
+        return None
     try:
         share = Fraction(text).limit_denominator(1000)
     except (ValueError, ZeroDivisionError):

@@ -212,9 +212,12 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
 
 def _chats_work(run: PlannedRun) -> Work:
     """What writing the chats that are tuned on computes, of a chat model in memory: a batch at a time, by the token."""
-    shape, heal, length = run.shape, run.config.heal, chat_length(run.tuned.window)
-    chats = math.ceil(heal.chat_share * heal.tune_tokens / length) * (not run.on_disk)
-    steps, rows = math.ceil(chats / ROWS) * length, chats * length / shape.window
+    shape, heal, steps, rows = run.shape, run.config.heal, 0, 0.0
+    uses = ((run.tuned.window, heal.tune_tokens), (shape.window, run.heldout * shape.window))
+    for window, tokens in () if run.on_disk else uses:
+        length = chat_length(window)
+        chats = math.ceil(heal.chat_share * tokens / length)
+        steps, rows = steps + math.ceil(chats / ROWS) * length, rows + chats * length / shape.window
     return Work.of(
         shape, rows * shape.layers, heads=rows,
         decoded_bytes=steps * shape.dense.total * shape.itemsize, decoded_layers=steps * shape.layers,

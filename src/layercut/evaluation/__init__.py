@@ -10,7 +10,7 @@ and the evaluations of users (`protocol.py`). The pipeline calls these and write
 
 from layercut.evaluation.capabilities import CapabilityFigures, capability_figures
 from layercut.evaluation.comparison import Evaluation, evaluate
-from layercut.evaluation.generation import PROMPTS, SAMPLE, generation_health, generations, reply_tokens
+from layercut.evaluation.generation import PROMPTS, SAMPLE, generation_health, generations, replies
 from layercut.evaluation.key_values import key_value_cases
 from layercut.evaluation.likelihood import (
     compared_losses,
@@ -70,7 +70,7 @@ __all__ = [
     "perplexity",
     "perplexity_by_position",
     "perplexity_protocol",
-    "reply_tokens",
+    "replies",
     "representative_metric",
     "retention",
     "score_tasks",

@@ -8,14 +8,14 @@ how much of the text repeats, how varied it is, and how likely the dense model f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from layercut.data.chat_templates import render_chat
 from layercut.models.loading import as_just_loaded
-from layercut.models.losses import next_token_loss
+from layercut.models.losses import kl_divergence, next_token_loss
 
 PROMPTS = (
     "The capital of France is",
@@ -58,17 +58,36 @@ def generations(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, *,
     return texts
 
 
-def reply_tokens(tokenizer: Any, texts: Sequence[str]) -> float:
-    """How long replies are, on average: healing teaches some to be short that were not.
+@torch.no_grad()
+def replies(
+    dense: Any, compressed: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], prompts: Sequence[str] = PROMPTS
+) -> dict[str, float]:
+    """How chat models reply: how long, and how far the compressed one is from the dense one on that one's replies.
+
+    Lengths count a reply in circles as a long one; the KL, of every token of a dense reply and of what follows the
+    last, does not.
 
     Args:
-        tokenizer: of the model.
-        texts: replies of a chat model, as `generations` returns them.
+        dense: the dense model.
+        compressed: the compressed one.
+        tokenizer: of both.
+        texts: replies to the prompts of "dense" and "compressed", as `generations` returns them.
+        prompts: what was asked.
 
     Returns:
-        Tokens.
+        "dense" and "compressed": mean tokens of a reply; "kl": nats per token.
     """
-    return math.fsum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts) / len(texts)
+    written = {
+        name: [tokenizer(text, add_special_tokens=False).input_ids for text in told] for name, told in texts.items()
+    }
+    found, device = list[torch.Tensor](), next(dense.parameters()).device
+    for prompt, reply in zip(prompts, written["dense"], strict=True):
+        ids = prompt_ids(tokenizer, prompt)
+        row = torch.tensor([[*ids, *reply]], device=device)
+        both = [model(input_ids=row, use_cache=False).logits[:, len(ids) - 1 :] for model in (dense, compressed)]
+        found.append(kl_divergence(both[0], both[1])[0].double().cpu())
+    lengths = {name: math.fsum(map(len, told)) / len(told) for name, told in written.items()}
+    return lengths | {"kl": torch.cat(found).mean().item()}
 
 
 def prompt_ids(tokenizer: Any, prompt: str, answer: str = "") -> list[int]:

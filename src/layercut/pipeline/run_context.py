@@ -176,8 +176,9 @@ class RunContext:
 
     @cached_property
     def chats_fit(self) -> bool:
-        """Whether the model has a template by which it can write chats in rows of the run's window."""
-        return writes_chats(self.tokenizer, self.config.text.window)
+        """Whether the model has a template by which it can write chats in the run's rows."""
+        text, heal = self.config.text, self.config.heal
+        return writes_chats(self.tokenizer, min(text.window, heal.tune_window or text.window))
 
     @property
     def writes(self) -> bool:

@@ -150,8 +150,8 @@ def look_closer(work: RunContext, last: Any, tokens: torch.Tensor) -> CloserLook
     }
     health = measures.generation_health(work.dense.model, last, in_rows(tokens, work.config.text.window))
     if work.tokenizer.chat_template:
-        lengths = {name: measures.reply_tokens(work.tokenizer, texts) for name, texts in samples.items()}
-        health["replies"] = {**lengths, "most": measures.SAMPLE, "prompts": len(measures.PROMPTS)}
+        found = measures.replies(work.dense.model, last, work.tokenizer, samples)
+        health["replies"] = {**found, "most": measures.SAMPLE, "prompts": len(measures.PROMPTS)}
     return CloserLook(
         generations=[
             Generation(prompt=prompt, dense=dense, compressed=compressed)

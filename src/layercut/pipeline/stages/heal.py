@@ -277,7 +277,7 @@ def tune_settings(heal: HealConfig) -> TuneSettings:
 
 def keyed(heal: HealConfig) -> HealConfig:
     """The options by which a stage that heals is known again: however they were given, and wherever the text lies."""
-    return replace(heal, tune_data=None, mix=mix_of(heal))
+    return replace(heal, tune_data=None, chat_share=0.0, mix=mix_of(heal))  # the text's name has its share
 
 
 def mix_of(heal: HealConfig) -> float:

@@ -20,7 +20,7 @@ from layercut.config import CompressConfig, HealConfig
 from layercut.data.blocks import Blocks, Marks, Order, Reader, stored_blocks, stored_marks
 from layercut.data.probe_families import EDITION
 from layercut.data.probes import never_chats
-from layercut.data.sources import CHATS, MADE_ANEW, TESTS, split_mix, what_is_read
+from layercut.data.sources import CHATS, MADE_ANEW, TESTS, share_of, split_mix, what_is_read
 from layercut.data.text_overlap import MOST, shared
 from layercut.errors import DataError
 from layercut.evaluation.generation import prompt_ids
@@ -95,7 +95,9 @@ def text_wanted(work: RunContext, use: Use, chats: bool = True) -> Asked:
 
 
 def tuning_source(work: RunContext, chats: bool) -> str:
-    """The text that is tuned on, with its shares of chats and of tests, where these fit a row and are not in it yet.
+    """The text that is tuned on, with its shares of tests and of chats, where these fit a row and are not in it yet.
+
+    Where the shares that are named leave no room for one, it is left out.
 
     Args:
         work: of the run.
@@ -105,12 +107,18 @@ def tuning_source(work: RunContext, chats: bool) -> str:
         A mix.
     """
     heal, preserves = work.config.heal, work.config.search.preserve != "none"
-    source = named = heal.tune_data or work.config.text.data
-    if chats and heal.chat_share and not has(named, CHATS) and work.chats_fit:
-        source += f"+{CHATS}:{heal.chat_share:g}"
-    if preserves and heal.probe_share and not has(named, TESTS) and work.tests_fit:
-        source += f"+{TESTS}:{heal.probe_share:g}"
-    return source
+    named = heal.tune_data or work.config.text.data
+    shares = [share_of(part) for part in split_mix(named)]
+    room = 1 - sum(share or 0 for share in shares) if None in shares else 0
+    wanted = {
+        TESTS: heal.probe_share * (preserves and work.tests_fit),
+        CHATS: heal.chat_share * (chats and heal.tune_tokens > 0 and work.chats_fit),
+    }
+    added = dict[str, float]()
+    for name, share in wanted.items():
+        if share and not has(named, name) and sum(added.values()) + share < room:
+            added[name] = share
+    return "+".join([named, *(f"{name}:{added[name]:g}" for name in (CHATS, TESTS) if name in added)])
 
 
 def has(source: str, name: str) -> bool:
@@ -129,7 +137,7 @@ def has(source: str, name: str) -> bool:
 def taught(work: RunContext) -> list[str]:
     """How the tests among the rows to tune on are taught, for what depends on it; nothing where there are none."""
     tuning = work.text.get("tuning")
-    return ["answers by their own tokens"] if tuning is not None and has(tuning.source, TESTS) else []
+    return ["answers by their own tokens"] if tuning is not None and TESTS in tuning.reads else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,14 +267,33 @@ def draw_all(work: RunContext, uses: Sequence[Use]) -> None:
         work.text[use], work.blocks[use] = drawn.facts, stored_blocks(work.run.folder, use)
         if use != "heldout":
             say(use, f"{drawn.tokens:,} tokens of {drawn.source}")
-        if use == "tuning" and not has(drawn.source, CHATS) and has(text_wanted(work, use).source, CHATS):
-            say("note", "no chats are tuned on, which the dense model can write only where it is in memory as a whole")
-        if use == "tuning" and has(drawn.source, TESTS) and (plain := never_chats(work.tokenizer, work.preserved)):
+        if use == "tuning" and (why := why_no_chats(work, drawn.reads)):
+            say("note", f"no chats are tuned on: {why}")
+        if use == "tuning" and TESTS in drawn.reads and (plain := never_chats(work.tokenizer, work.preserved)):
             why = "the chat template changes replies, or leaves out turns"
             say("note", f"{why}: generated tests of {', '.join(plain)} are no chats")
     if "evaluation" in uses:
         say("evaluation", evaluation.perplexity_protocol(work.text["evaluation"].window))
         say("evaluation", describe_shared(asdict(in_common(work, uses))))
+
+
+def why_no_chats(work: RunContext, reads: Sequence[str]) -> str:
+    """Why a chat model is tuned on no chats of its own, though a share is asked for; empty where it is or none is.
+
+    Args:
+        work: of the run.
+        reads: what is tuned on.
+
+    Returns:
+        In words.
+    """
+    if CHATS in reads or not work.config.heal.chat_share or not work.tokenizer.chat_template:
+        return ""
+    if not work.chats_fit:
+        return "the chat template leaves out what the user says, or opens with more than half of a short row"
+    if not has(text_wanted(work, "tuning").source, CHATS):
+        return "the shares of the text leave no room for them"
+    return "the dense model can write them only where it is in memory as a whole"
 
 
 def draw(work: RunContext, use: Use, drawn: Sequence[Use]) -> TextArtefact:
@@ -333,7 +360,7 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
                     "give --eval-data another text than --data and --tune-data",
                 )
             if "heldout" in drawn:
-                _check_held_out(drawn["heldout"], [blocks for blocks in used if blocks is not drawn["heldout"]])
+                check_held_out(drawn["heldout"], [blocks for blocks in used if blocks is not drawn["heldout"]])
             keys = frozenset().union(*(blocks.keys for blocks in used))
             stage.found = SharedTextArtefact(
                 documents=len(evaluated.keys & keys),
@@ -343,9 +370,21 @@ def in_common(work: RunContext, uses: Sequence[Use]) -> SharedText:
     return stage.artefact.facts
 
 
-def _check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
+def check_held_out(heldout: Blocks, others: list[Blocks]) -> None:
+    """Refuse held-out text that has too much in common with other text; the same stream gives no row twice.
+
+    Args:
+        heldout: what decides whether a fold is kept.
+        others: what is searched and tuned on.
+
+    Raises:
+        DataError: it has.
+    """
     for origin, rows in heldout.rows_by_origin().items():
-        elsewhere = [other for blocks in others for name, other in blocks.rows_by_origin().items() if name != origin]
+        if origin in MADE_ANEW:  # of seeds of their own; what a template writes is in chats and in tests
+            continue
+        parts = [part for blocks in others for part in blocks.rows_by_origin().items()]
+        elsewhere = [other for name, other in parts if name not in (origin, *MADE_ANEW)]
         if (found := shared([rows], elsewhere)) > MOST:
             raise DataError(
                 f"{found:.0%} of the passages of the held-out text, from {heldout.source!r}, are also in other text "
