@@ -10,6 +10,7 @@ from typing import Any
 
 from layercut.cli.demo import fetch_model
 from layercut.data.blocks import Blocks, load_blocks
+from layercut.data.sources import written_by_model
 from layercut.files.json_values import write_json
 from layercut.models import checkpoints, loading
 from layercut.pipeline.provenance import environment
@@ -33,8 +34,8 @@ def open_model(name: str | None) -> loading.LanguageModel:
 
 
 def blocks(model: loading.LanguageModel, source: str, tokens: int, window: int, seed: int, **more: Any) -> Blocks:
-    how = {"tokens": tokens, "window": window, "seed": seed, "model": model.model}
-    return load_blocks(source, model.tokenizer, **how, **more)
+    writer = model.model if written_by_model(source) else None
+    return load_blocks(source, model.tokenizer, tokens=tokens, window=window, seed=seed, model=writer, **more)
 
 
 class RowsDone:
