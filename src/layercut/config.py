@@ -420,7 +420,7 @@ class HealConfig:
     else as --window."""
     probe_share: float = 0.1
     """Share of these that are generated tests, to teach again what --preserve names, beside the text of --tune-data;
-    0, or --preserve none: text alone."""
+    0, or --preserve none: none."""
     chat_share: float = 0.1
     """Share of these that are chats which the model writes before it is cut, the user's messages too, so that it still
     replies as it did; where it has a chat template, which opens with 128 tokens at most, and is in memory. 0: none."""

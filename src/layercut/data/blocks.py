@@ -30,7 +30,7 @@ from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import probe_rows
 from layercut.data.records import Document
 from layercut.data.self_sampled import chat_length, sample, sample_chats
-from layercut.data.sources import CHATS, SELF, TESTS, Source, find, public_name, split_mix, turns
+from layercut.data.sources import CHATS, SELF, SHARED, TESTS, Source, find, public_name, split_mix, turns
 from layercut.errors import DataError
 from layercut.models.model_in_memory import model_of
 from layercut.offload.weight_sharing import share
@@ -293,7 +293,7 @@ class Reader:
         blocks = torch.empty(count, window, dtype=torch.int64)
         keys: set[int] = set()
         documents = passed_over = 0
-        marks = Marks.none(count, window) if any(part.name in (CHATS, TESTS) for part in parts) else None
+        marks = Marks.none(count, window) if any(part.name in SHARED for part in parts) else None
         for i, part in enumerate(parts):
             rows = [j for j in range(skip, skip + count) if order_of[j % len(order_of)] == i]
             if not rows:

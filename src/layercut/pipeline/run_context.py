@@ -22,7 +22,7 @@ from layercut.data.blocks import Reader, TextFacts, by_origin
 from layercut.data.probe_families import CAPABILITIES
 from layercut.data.probes import capability_names, probe_rows
 from layercut.data.self_sampled import writes_chats
-from layercut.data.sources import CHATS, TESTS, written_by_model
+from layercut.data.sources import SHARED, written_by_model
 from layercut.distributed import processes, sharding
 from layercut.errors import ConfigError
 from layercut.export.gguf_check import weights_in
@@ -222,7 +222,7 @@ class RunContext:
         """
         rows = self.blocks["heldout"]
         parts = by_origin(torch.arange(len(rows)), self.text["heldout"].origins)
-        of_text = [part for name, part in parts.items() if name not in (CHATS, TESTS)]
+        of_text = [part for name, part in parts.items() if name not in SHARED]
         return rows[torch.cat(of_text).sort().values] if of_text else rows
 
     @cached_property
