@@ -47,7 +47,7 @@ def survival_markdown(result: dict, whole: bool) -> str:
     texts = list(comparison["dense"]["texts"])
     each_task = names if whole else []
     headings = ["method", "removed", "state", *(f"ppl {text}" for text in texts), *kept, *each_task, *found]
-    tuned = f", tuned on {tuning['tokens']:,} tokens" if tuning else ", nothing tuned"
+    tuned = f", tuned on {tuning['tokens']:,} tokens (healing {result['healing']})" if tuning else ", nothing tuned"
     by_items: dict[int, list[str]] = {}
     for name, of in zip(names, tasks.values(), strict=True):
         by_items.setdefault(of["items"], []).append(name)

@@ -311,6 +311,18 @@ def test_writing_chats_is_planned_with_tuning(llama):
     assert steps(0.5, 160 * 16) == 3 * 16 + 16
 
 
+def test_the_cache_of_chats_being_written_counts_where_it_is_larger_than_tuning(llama):
+    a_megabyte = replace(llama[1], dense=replace(llama[1].dense, kv_bytes_per_token=10**6))
+
+    def peak(share: float, shape: Any = a_megabyte) -> Peak:
+        heal = HealConfig(tune_tokens=160 * 16, chat_share=share)
+        return stage_costs(run_of(shape, replace(config(), heal=heal), Segment(2, 4)))["tune"].peak
+
+    assert peak(0.1)["cache"] == 16 * 16 * 10**6
+    assert peak(0.5)["cache"] == 32 * 16 * 10**6  # as many rows as are written at once
+    assert peak(0.0) == peak(0.1, llama[1])
+
+
 @pytest.mark.parametrize("radius", [1, 2])
 def test_the_state_of_tuning_is_what_tuning_reports(llama, radius):
     dense, shape, tokens = llama

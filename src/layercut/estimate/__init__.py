@@ -32,7 +32,7 @@ from layercut.healing.stored_teacher import check_topk
 from layercut.healing.tuning_cost import healed_bytes, tune_cost, tune_whole_cost
 from layercut.layer_search import numbers_of_segments
 from layercut.layer_search.on_trial import LONGER, PLACES, TRIED, VARIANTS, priced_after_fold
-from layercut.layer_search.search_cost import both_searches, search_cost, unknown_search
+from layercut.layer_search.search_cost import search_cost, unknown_search
 from layercut.models import checkpoints, loading
 from layercut.models.batch_sizes import Budget
 from layercut.models.cost import Bounds, Parts, PlannedRun, Shape, Spent, Work, total
@@ -64,6 +64,9 @@ from layercut.surgery.planning import plan_cut
 
 GROUP = 128
 """Numbers that share one 16-bit scale in weight-only quantization."""
+
+NEXT_TOKEN_BYTES = 12
+"""Of each token of the vocabulary and row, while a next one is drawn: logits, their copy and what they become."""
 
 TRIES = 12
 """Segments tried, from the middle outwards, until one is found that the architecture lets go."""
@@ -196,8 +199,7 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
         if heal.fold:
             found["fold"] = fold_cost(run)
         if heal.tune_tokens:
-            tuned = tune_cost(run, tune_settings(heal))
-            found["tune"] = replace(tuned, work=tuned.work and tuned.work + _chats_work(run))
+            found["tune"] = _chats_cost(run).then(tune_cost(run, tune_settings(heal)))
     if run.config.quantize.rounds:
         found["quantize"] = _quantize_cost(run)
     found |= {"eval": evaluate_cost(run), "export": export_cost(run)}
@@ -210,18 +212,22 @@ def stage_costs(run: PlannedRun) -> dict[str, Spent]:
     return {name: Spent(weights | spent.peak, spent.work) for name, spent in found.items()}
 
 
-def _chats_work(run: PlannedRun) -> Work:
-    """What writing the chats that are tuned on computes, of a chat model in memory: a batch at a time, by the token."""
-    shape, heal, steps, rows = run.shape, run.config.heal, 0, 0.0
+def _chats_cost(run: PlannedRun) -> Spent:
+    """What writing the chats that are tuned on costs, of a chat model in memory: a batch at a time, by the token."""
+    shape, heal, steps, rows, cached, written = run.shape, run.config.heal, 0, 0.0, 0, 0
     uses = ((run.tuned.window, heal.tune_tokens), (shape.window, run.heldout * shape.window))
     for window, tokens in () if run.on_disk else uses:
         length = chat_length(window)
         chats = math.ceil(heal.chat_share * tokens / length)
         steps, rows = steps + math.ceil(chats / ROWS) * length, rows + chats * length / shape.window
-    return Work.of(
+        written = max(written, min(chats, ROWS))
+        cached = max(cached, min(chats, ROWS) * length)
+    work = Work.of(
         shape, rows * shape.layers, heads=rows,
         decoded_bytes=steps * shape.dense.total * shape.itemsize, decoded_layers=steps * shape.layers,
     )  # fmt: skip
+    cache = cached * (shape.dense.kv_bytes_per_token or 0)
+    return Spent({"cache": cache, "next tokens": written * shape.vocabulary * NEXT_TOKEN_BYTES}, work)
 
 
 def _search_cost(run: PlannedRun) -> Spent:
@@ -232,8 +238,8 @@ def _search_cost(run: PlannedRun) -> Spent:
     count = numbers_of_segments(search.num_segments, run.length, run.tests > 0)[-1]
     cuts, plain = priced_after_fold(run, count)
     folded = fold_prices_cost(run, cuts, count)
-    found = both_searches(both_searches(found, Spent({}, plain)), folded)
-    return both_searches(found, _trial_cost(run, folded.peak["dense states"])) if search.score == "healed" else found
+    found = found.then(Spent({}, plain)).then(folded)
+    return found.then(_trial_cost(run, folded.peak["dense states"])) if search.score == "healed" else found
 
 
 def _trial_cost(run: PlannedRun, held: int) -> Spent:
@@ -248,7 +254,7 @@ def _trial_cost(run: PlannedRun, held: int) -> Spent:
     held += sum(shape.stream(rows) for shape, rows in judged)
     dense = Work(flops=sum(rows * shape.layers * shape.mean("flops") for shape, rows in judged))
     tried = TRIED + (run.tests > 0) + PLACES * VARIANTS
-    found = reduce(both_searches, [Spent({}, dense), *[short] * tried, *[longer] * 3])
+    found = reduce(Spent.then, [Spent({}, dense), *[short] * tried, *[longer] * 3])
     return replace(found, peak=found.peak | {"dense states": held})
 
 
@@ -270,10 +276,10 @@ def _healed_on_trial(run: PlannedRun, times: int) -> Spent:
         run, config=replace(run.config, heal=short), heldout=min(run.heldout, JUDGED_ROWS),
         folded=run.calibration + min(tokens // window, tuning_rows_to_fold(run.calibration * window, window)),
     )  # fmt: skip
-    each = both_searches(fold_cost(one), tune_cost(one, tune_settings(short)))
+    each = fold_cost(one).then(tune_cost(one, tune_settings(short)))
     layers = run.shape.layers - run.length
     for shape, judged in _judged_on_trial(run):
-        each = both_searches(each, Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
+        each = each.then(Spent({}, Work.of(shape, judged * layers, heads=2 * judged)))
     work = each.work and replace(each.work, layer_forwards=Bounds(), layer_backwards=Bounds())
     return replace(each, work=work)
 
@@ -289,8 +295,7 @@ def _quantize_cost(run: PlannedRun) -> Spent:
     learned, settings = run.after.matrices, tune_quantized.settings_of(config.heal)
     asked = config.after_rounding.tune_quantized == "rounding"  # what is chosen by itself is done where there is room
     trained = tune_whole_cost(run, settings, parameters + learned * asked, learned * (not asked))
-    both = rounded.work + trained.work if rounded.work and trained.work else None
-    return Spent(max(rounded.peak, trained.peak, key=total), both)
+    return rounded.then(trained)
 
 
 def plan_run(model: str, config: PlanConfig) -> dict[str, Any]:

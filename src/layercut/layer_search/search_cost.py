@@ -96,30 +96,16 @@ def search_cost(run: PlannedRun) -> Spent:
         more = several(run, 2) if several and run.tests and run.length > 1 else Spent({}, Work())
         if more.work is None and search.method == "exhaustive":
             more = Spent({}, Work())  # more sets than it prices: one segment alone is searched
-        found = both_searches(found, more)
+        found = found.then(more)
     elif search.num_segments > 1:
         more = several(run, min(search.num_segments, run.length)) if several else Spent({}, None)
         found = Spent(max(found.peak, more.peak, key=total), more.work)
     if search.all_lengths:
         triangle = [DENSE, *((segment,) for segment in all_lengths(run.length, run.shape.layers))]
-        found = both_searches(found, sweep_cost(replace(run, tests=0), triangle))
+        found = found.then(sweep_cost(replace(run, tests=0), triangle))
     if found.work is None:
         return Spent(found.peak, None)
     return found if criterion.prices_itself else Spent(found.peak, found.work + picked_work(run))
-
-
-def both_searches(one: Spent, other: Spent) -> Spent:
-    """One search after another.
-
-    Args:
-        one: its cost.
-        other: that of the other.
-
-    Returns:
-        The larger peak, and all work; None where one cannot be told.
-    """
-    work = one.work + other.work if one.work and other.work else None
-    return Spent(max(one.peak, other.peak, key=total), work)
 
 
 def unknown_search(search: SearchConfig) -> str | None:

@@ -286,3 +286,8 @@ class Spent:
     """What it holds beside the dense weights."""
     work: Work | None
     """What it computes; None where that cannot be told."""
+
+    def then(self, other: Spent) -> Spent:
+        """One after the other: the larger peak, and all work."""
+        work = self.work + other.work if self.work and other.work else None
+        return Spent(max(self.peak, other.peak, key=total), work)
