@@ -277,7 +277,7 @@ class SearchConfig:
     score: Annotated[Literal["auto"] | Score, rare] = "auto"
     """raw: choose by the plain cut. folded: go on from the search's best by what each cut is after a quick fold, on
     held-out text and other tests, which takes as long again. healed: then tune the best few on a sixteenth of the
-    tuning text each, those that stay close on a quarter, and take the one that is foretold to be best. auto: healed
+    tuning text each, those that stay close on a quarter, and take the one that is best then. auto: healed
     where the search heeds tests, by KL and for a given size, and 65,536 tokens or more are folded and tuned on in one
     round, with the model whole and in memory; else raw."""
     oracle: Annotated[bool, rare_switch] = False

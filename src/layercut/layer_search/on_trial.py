@@ -6,8 +6,8 @@
     3. while the best of them gains more than GAIN, again from there
     4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
        the VARIANTS best of those that do not differ from the best of them, and from the next where it is CLOSE
-    5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least would
-       be left in the end (`foretold`)
+    5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least is
+       left; what would be left in the end is told (`foretold`), and decides nothing
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -73,7 +73,7 @@ def tried(
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
     short, longer = after_healing(ordered, healed, [each.segments for each in by_text]) if healed else ({}, {})
     last = {cuts: foretold(short[cuts], left) for cuts, left in longer.items()}
-    ordered.sort(key=lambda cuts: (last.get(cuts, math.inf), short.get(cuts, math.inf)))
+    ordered.sort(key=lambda cuts: (longer.get(cuts, math.inf), short.get(cuts, math.inf)))
     found = {each.segments: each for each in [*result.candidates, *result.by_number, *by_text]}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
     rest = [found[cuts] for cuts in ordered[1:] if cuts in found]
@@ -148,7 +148,8 @@ def foretold(short: float, longer: float) -> float:
     """What would be left of a cut after LONGER times the longer healing, by both of its prices.
 
     By a power law of the tokens (2001.08361, of training) it would fall by the same factor once more. Four healings
-    fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start.
+    fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start. A cut that
+    was foretold to be better than what was measured to be found fewer keys in its end, twice.
 
     Args:
         short: the price after a short healing.

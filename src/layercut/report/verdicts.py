@@ -129,8 +129,8 @@ def _chosen_by_fold(search: Json, choice: str, rival: str, ours: float) -> Verdi
     if (after := finite(chosen.healed)) is not None:
         ours, there = after, finite(best.healed)
     how = "the fold" if after is None else "a short healing"
-    if (whole := finite(chosen.foretold)) is not None:
-        how, ours, there = "healing, foretold from parts of it", whole, finite(best.foretold)
+    if (longer := finite(chosen.longer)) is not None:
+        how, ours, there = "a longer healing", longer, finite(best.longer)
     text = _say("chosen by fold", how=how, choice=choice, rival=rival, ours=ours, there=there, missed=missed,
                 found=regret <= limits.NEAR_BEST)  # fmt: skip
     return Verdict("good" if regret <= limits.NEAR_BEST else "bad", "Search", text)
