@@ -148,8 +148,8 @@ def foretold(short: float, longer: float) -> float:
     """What would be left of a cut after LONGER times the longer healing, by both of its prices.
 
     By a power law of the tokens (2001.08361, of training) it would fall by the same factor once more. Four healings
-    fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start. A cut that
-    was foretold to be better than what was measured to be found fewer keys in its end, twice.
+    fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start. Twice
+    a cut that was foretold to be best, and was behind in what was measured, found fewer keys in the end.
 
     Args:
         short: the price after a short healing.
