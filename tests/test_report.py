@@ -743,6 +743,25 @@ def test_a_choice_by_the_fold_is_no_miss(tmp_path: Path, settings: str) -> None:
     assert "The search's best plain cut missed 13:19 by 80.0%" in missed.text
 
 
+@pytest.mark.parametrize(
+    ("ours", "there", "told"),
+    [
+        ({"healed": 0.26}, {"healed": 0.29}, "a short healing: 0.26 nats, where 13:19"),
+        ({"healed": 0.26, "longer": 0.21, "foretold": 0.19}, {"healed": 0.29, "longer": 0.22, "foretold": 0.18},
+         "a longer healing: 0.21 nats, where 13:19"),
+    ],
+)  # fmt: skip
+def test_a_choice_on_trial_is_told_by_what_decided(
+    tmp_path: Path, ours: dict[str, float], there: dict[str, float], told: str
+) -> None:
+    choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
+    beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5), priced(12, 0.9)], "regret": 1.0}
+    tried = [{**one, "folded": 0.3, **left} for one, left in ((priced(12, 0.9), ours), (priced(13, 0.5), there))]
+    found = judged(tmp_path, "", segments=choice["segments"], candidates=[choice, best], oracle=beside, tried=tried)
+    assert f"chose 12:18, by what is left after {told}" in found.text
+    assert f"is left with {there.get('longer', there['healed'])}" in found.text
+
+
 def test_the_fold_beside_an_objective_is_told_apart_by_the_settings(tmp_path: Path) -> None:
     choice, best = priced(12, 0.9, 0.30), priced(13, 0.5, 0.35)
     beside = {"segments": best["segments"], "kl": 0.5, "candidates": [priced(13, 0.5, 7.0), priced(12, 0.9, 9.0)],

@@ -220,8 +220,8 @@ def _chats_cost(run: PlannedRun) -> Spent:
         length = chat_length(window)
         chats = math.ceil(heal.chat_share * tokens / length)
         steps, rows = steps + math.ceil(chats / ROWS) * length, rows + chats * length / shape.window
-        written = max(written, min(chats, ROWS))
-        cached = max(cached, min(chats, ROWS) * length)
+        at_once = min(chats, ROWS)
+        written, cached = max(written, at_once), max(cached, at_once * length)
     work = Work.of(
         shape, rows * shape.layers, heads=rows,
         decoded_bytes=steps * shape.dense.total * shape.itemsize, decoded_layers=steps * shape.layers,
