@@ -30,7 +30,6 @@ from layercut.layer_search.on_trial import (
     TRIED,
     after_healing,
     differing,
-    foretold,
     tried,
 )
 from layercut.layer_search.prices import Prices
@@ -223,13 +222,11 @@ def test_the_best_that_differ_are_healed_then_variants_of_the_best_and_then_the_
     assert asked[:3] == [("1:3", 1), ("3:5", 1), ("5:7", 1)], "two layers are others"
     assert asked[3:6] == [("4:6", 1), ("6:8", 1), ("2:4", 1)], "the variants of 5:7, and of 3:5, of which 17 are left"
     assert asked[6:] == [("6:8", LONGER), ("5:7", LONGER), ("4:6", LONGER)], "14, 15 and 16; the next has 17"
-    assert found.segments == [Segment(5, 7)], "of which least is left, though 4:6 is foretold to be best"
+    assert found.segments == [Segment(5, 7)], "of which least is left, though 4:6 falls by more"
     first = found.tried[0]
     assert (found.candidates[0].score, first.folded, first.healed, first.longer) == (5.0, 5.0, 15.0, 12.0)
     assert [one.healed for one in found.tried[:7]] == [15.0, 14.0, 16.0, 17.0, 18.0, 19.0, None]
     assert [one.longer for one in found.tried[:4]] == [12.0, 12.1, 12.2, None]
-    assert [one.foretold for one in found.tried[:4]] == [*map(foretold, (15, 14, 16), (12.0, 12.1, 12.2)), None]
-    assert min(found.tried[:3], key=lambda one: one.foretold).segments == (Segment(4, 6),)
     assert by().segments == [Segment(1, 3)], "without healing the fold decides"
 
 
@@ -251,13 +248,6 @@ def test_what_the_text_alone_would_take_is_healed_as_well_whatever_it_promises()
     cheap = tried_with({by_text.segments: 0.5}, by_text=by_text)
     assert cheap.segments == [Segment(0, 2)], "and may win"
     assert cheap.candidates[0].kl == 0.1
-
-
-def test_a_price_falls_on_by_half_of_what_it_fell():
-    a, b, tokens = 3.0, 0.2, 8192
-    short, longer, all_of_it = (a * n**-b for n in (tokens, LONGER * tokens, trial.TUNED_SHARE * tokens))
-    assert foretold(short, longer) == pytest.approx(math.sqrt(longer * all_of_it)), "half of what a power law says"
-    assert (foretold(math.inf, 2.0), foretold(0.0, 2.0), foretold(1.0, math.inf)) == (2.0, 2.0, math.inf)
 
 
 def test_where_none_is_close_to_the_best_none_is_healed_longer():

@@ -7,7 +7,7 @@
     4. where asked the TRIED best by then that differ are healed for a while, with what the text alone would take, then
        the VARIANTS best of those that do not differ from the best of them, and from the next where it is CLOSE
     5. where several of these are CLOSE, they are healed LONGER times as long, and the one is taken of which least is
-       left; what would be left in the end is told (`foretold`), and decides nothing
+       left
 
 Plain prices only propose; what decides is `healing/fold_prices.py`, and healing itself, or any other prices.
 """
@@ -34,8 +34,6 @@ that are healed again."""
 CLOSE, LONGER = 0.15, 4
 """What more than the least may be left of cuts whose variants are healed and that are healed again, as a share, and on
 how many times the rows; on so many times these again the choice will be healed."""
-FURTHER = 0.5
-"""Of the logarithm by which a price fell from a short healing to the longer one, the share that it falls to the end."""
 GAIN = 0.01
 """A move is taken where the price falls by more than this share; smaller gains are chance."""
 Price = Callable[[Cuts], float]
@@ -72,7 +70,6 @@ def tried(
     best = climbed_(known, min(known, key=known.__getitem__), prices, folded, limits, count)
     ordered = sorted(known, key=lambda cuts: (cuts != best, known[cuts], cuts))
     short, longer = after_healing(ordered, healed, [each.segments for each in by_text]) if healed else ({}, {})
-    last = {cuts: foretold(short[cuts], left) for cuts, left in longer.items()}
     ordered.sort(key=lambda cuts: (longer.get(cuts, math.inf), short.get(cuts, math.inf)))
     found = {each.segments: each for each in [*result.candidates, *result.by_number, *by_text]}
     chosen = found.get(ordered[0]) or candidates(prices, ordered[:1])[0]
@@ -80,7 +77,7 @@ def tried(
     return replace(
         result,
         candidates=[replace(each, score=known[each.segments]) for each in [chosen, *rest]],
-        tried=[Tried(cuts, known[cuts], short.get(cuts), longer.get(cuts), last.get(cuts)) for cuts in ordered],
+        tried=[Tried(cuts, known[cuts], short.get(cuts), longer.get(cuts)) for cuts in ordered],
     )
 
 
@@ -118,7 +115,8 @@ def after_healing(
 
     A fold tells neighbours apart no better than cuts that share nothing, and healing them all is too dear: the first
     round finds the places. Which of close ones is better after a short healing says little, since some cuts heal
-    faster at first than others and no further (docs/log.md).
+    faster at first than others and no further; what both prices foretell by a power law took the wrong one twice
+    (docs/log.md).
 
     Args:
         ordered: cuts of equally many layers, the most promising first.
@@ -142,23 +140,6 @@ def close_ones(healed: Mapping[Cuts, float]) -> list[Cuts]:
     """The cuts of which at most CLOSE more than of the best is left, the best first; healed: what is left of each."""
     ranked = sorted(healed, key=healed.__getitem__)
     return [cuts for cuts in ranked if healed[cuts] <= (1 + CLOSE) * healed[ranked[0]]]
-
-
-def foretold(short: float, longer: float) -> float:
-    """What would be left of a cut after LONGER times the longer healing, by both of its prices.
-
-    By a power law of the tokens (2001.08361, of training) it would fall by the same factor once more. Four healings
-    fell by less to their end, some by half of that (docs/log.md): a fast fall may be owed to a bad start. Twice
-    a cut that was foretold to be best, and was behind in what was measured, found fewer keys in the end.
-
-    Args:
-        short: the price after a short healing.
-        longer: after LONGER times as much.
-
-    Returns:
-        longer (longer / short)^FURTHER; the price after the longer one where the other is nothing or not finite.
-    """
-    return longer * (longer / short) ** FURTHER if 0 < short < math.inf else longer
 
 
 def differing(ordered: Sequence[Cuts], most: int) -> list[Cuts]:

@@ -40,8 +40,6 @@ class Tried:
     """J after real healing on some of the tokens, by more rows; None where it went no further."""
     longer: float | None = None
     """And on more of the tokens; None where it was not among the close ones."""
-    foretold: float | None = None
-    """And on all of them, by these two."""
     text: float | None = None
     """Of `healed` what is left on text; the rest is of generated tests."""
 

@@ -118,8 +118,6 @@ class TriedRecord:
     folded: float
     healed: float | None = field(default=None, metadata=OPTIONAL)
     longer: float | None = field(default=None, metadata=OPTIONAL)
-    foretold: float | None = field(default=None, metadata=OPTIONAL)
-    """By these two, after healing on all tokens."""
     text: float | None = field(default=None, metadata=OPTIONAL)
     """Of `healed` what is left on text; the rest is of generated tests."""
 
