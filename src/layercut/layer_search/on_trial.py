@@ -115,8 +115,8 @@ def after_healing(
 
     A fold tells neighbours apart no better than cuts that share nothing, and healing them all is too dear: the first
     round finds the places. Which of close ones is better after a short healing says little, since some cuts heal
-    faster at first than others and no further; what both prices foretell by a power law took the wrong one twice
-    (docs/log.md).
+    faster at first than others and no further; what both prices foretell took the one that found fewer keys
+    twice (docs/log.md).
 
     Args:
         ordered: cuts of equally many layers, the most promising first.
